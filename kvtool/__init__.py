@@ -1,0 +1,3 @@
+"""kvtool: the workbench for KV caches."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,164 @@
+"""The shape of a model and the settings that every command shares. Imports no torch.
+
+Sizes are checked when an object is made, so that a bad value is refused before anything is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvtool.errors import FileError, UsageError
+from kvtool.registry import choose
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+DEVICES = ("auto", "cpu", "cuda")
+POSITIONS = ("sinusoidal", "learned", "rotary")
+NORMS = ("layernorm", "rmsnorm")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu")
+LARGEST_SIZE = 2**31 - 1
+
+
+def check_int(flag: str, value: object, low: int, high: int = LARGEST_SIZE) -> None:
+    """Raise UsageError, naming `flag`, unless `value` is an int within low..high."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{flag}: {value!r} is not a whole number")
+    if value < low:
+        raise UsageError(f"{flag}: {value} is too small (expected {low} or more)")
+    if value > high:
+        raise UsageError(f"{flag}: {value} is too large (expected {high} or less)")
+
+
+def check_float(
+    flag: str, value: object, low: float, high: float = float("inf"), open_low: bool = False
+) -> None:
+    """Raise UsageError, naming `flag`, unless `value` is a finite number within low..high."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UsageError(f"{flag}: {value!r} is not a number")
+    inside = (low < value if open_low else low <= value) and value <= high
+    if not inside or value in (float("inf"), float("-inf")):  # NaN fails both comparisons
+        bound = f"above {low:g}" if open_low else f"{low:g} or more"
+        limit = "" if high == float("inf") else f" and {high:g} or less"
+        raise UsageError(f"{flag}: {value} is out of range (expected {bound}{limit})")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes a model's mathematics and the shapes of its weights.
+
+    `n_encoder_layers == 0` is a decoder-only model; otherwise an encoder-decoder one, whose encoder
+    reads `source_vocab_size` symbols. Lengths are in tokens.
+    """
+
+    vocab_size: int
+    n_layers: int = 2
+    n_encoder_layers: int = 0
+    source_vocab_size: int = 0
+    d_model: int = 256
+    n_heads: int = 8
+    n_kv_heads: int = 0  # 0: as many as query heads; fewer: grouped-query attention
+    d_ff: int = 0  # 0: 4 * d_model
+    context: int = 1152
+    positions: str = "sinusoidal"
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    activation: str = "gelu"
+    bias: bool = True
+    tied: bool = True  # the logits head shares the weights of the token embedding
+    rope_theta: float = 10_000.0
+    dropout: float = 0.0  # training only
+
+    def __post_init__(self) -> None:
+        if not self.n_kv_heads:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if not self.d_ff and isinstance(self.d_model, int):
+            object.__setattr__(self, "d_ff", 4 * self.d_model)
+        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "context"):
+            check_int(FLAGS.get(name, name), getattr(self, name), 1)
+        check_int("--encoder-layers", self.n_encoder_layers, 0)
+        check_int("source_vocab_size", self.source_vocab_size, 1 if self.n_encoder_layers else 0)
+        choose(self.positions, POSITIONS, "--positions")
+        choose(self.norm, NORMS, "--norm")
+        choose(self.activation, ACTIVATIONS, "--activation")
+        check_float("norm_eps", self.norm_eps, 0.0, 1.0, open_low=True)
+        check_float("rope_theta", self.rope_theta, 1.0)
+        check_float("--dropout", self.dropout, 0.0, 0.99)
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        if self.d_model % self.n_heads:
+            raise UsageError(
+                f"--heads: {self.n_heads} heads do not divide --d-model {self.d_model}",
+                "Choose a width that is a multiple of the number of heads.",
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise UsageError(
+                f"--kv-heads: {self.n_kv_heads} key-value heads do not divide {self.n_heads} heads"
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise UsageError(f"--positions: rotary needs an even head width (found {self.head_dim})")
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise UsageError(f"--positions: sinusoidal needs an even width (found {self.d_model})")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def kind(self) -> str:
+        """The model's name in registry.MODELS."""
+        return "seq2seq" if self.n_encoder_layers else "decoder"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": f"kvtool-{self.kind}", **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str) -> ModelConfig:
+        """Read what `to_dict` wrote; `where` names the file in errors. Raises FileError."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        kind = data.get("model_type")
+        if kind not in ("kvtool-decoder", "kvtool-seq2seq"):
+            raise FileError(
+                f"{where}: model_type {kind!r} is not supported "
+                "(expected kvtool-decoder or kvtool-seq2seq)",
+                "Point --model at a folder written by kvtool.",
+            )
+        unknown = sorted(set(data) - known - {"model_type"})
+        if unknown:
+            raise FileError(f"{where}: unknown field {unknown[0]!r} would change the model")
+        try:
+            config = cls(**{key: value for key, value in data.items() if key in known})
+        except (TypeError, UsageError) as error:
+            raise FileError(f"{where}: {error}") from error
+        if f"kvtool-{config.kind}" != kind:
+            raise FileError(f"{where}: model_type {kind} contradicts n_encoder_layers")
+        return config
+
+
+FLAGS = {
+    "n_layers": "--layers",
+    "d_model": "--d-model",
+    "n_heads": "--heads",
+    "n_kv_heads": "--kv-heads",
+    "d_ff": "--d-ff",
+    "context": "--context",
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings that every command takes. `threads` 0 leaves torch's own choice."""
+
+    model: str = ""  # a folder, or the name of a shipped model; "" is the shipped decoder
+    device: str = "auto"
+    dtype: str = "float32"
+    threads: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choose(self.device, DEVICES, "--device")
+        choose(self.dtype, DTYPES, "--dtype")
+        check_int("--threads", self.threads, 0, 4096)
+        check_int("--seed", self.seed, 0, 2**63 - 1)

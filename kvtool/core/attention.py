@@ -1,0 +1,73 @@
+"""Multi-head attention over a sequence itself, with or without a cache, and over a source."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kvtool.config import ModelConfig
+from kvtool.core.cache import Cache, Step
+from kvtool.core.cache.cross import CrossCache
+from kvtool.core.kernels import DEFAULT, Kernels
+from kvtool.core.layers import Linear
+from kvtool.core.rope import Rotary
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B,T,H*D) -> (B,H,T,D)"""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B,H,T,D) -> (B,T,H*D)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Each token attends to those that the step lets it see: (B,T,d) -> (B,T,d).
+
+    With fewer key-value heads than heads, a group of query heads shares one (Ainslie 2023).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        kv_width = config.n_kv_heads * config.head_dim
+        self.widths = [config.d_model, kv_width, kv_width]
+        self.qkv = Linear(config.d_model, sum(self.widths), bias=config.bias)
+        self.out = Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor, step: Step, cache: Cache | None, rotary: Rotary | None) -> Tensor:
+        parts = self.qkv(x, step.kernels).split(self.widths, dim=-1)
+        q, k, v = (split_heads(part, self.head_dim) for part in parts)
+        if rotary is not None:
+            q, k = rotary(q, step.q_pos), rotary(k, step.q_pos)
+        if cache is None:
+            y = step.kernels.attention(q, k, v, step.mask, step.causal)
+        else:
+            y = cache.attend(self.layer, q, k, v, step)
+        return self.out(merge_heads(y), step.kernels)
+
+
+class CrossAttention(nn.Module):
+    """Each token attends to the whole source: (B,T,d) -> (B,T,d)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.q = Linear(config.d_model, config.d_model, bias=config.bias)
+        self.kv = Linear(
+            config.d_model, 2 * config.n_kv_heads * config.head_dim, bias=config.bias
+        )
+        self.out = Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def project(self, memory: Tensor, kernels: Kernels = DEFAULT) -> tuple[Tensor, Tensor]:
+        """Keys and values of an encoded source (B,S,d) -> twice (B,Hkv,S,D)."""
+        k, v = self.kv(memory, kernels).chunk(2, dim=-1)
+        return split_heads(k, self.head_dim), split_heads(v, self.head_dim)
+
+    def forward(self, x: Tensor, source: CrossCache, kernels: Kernels = DEFAULT) -> Tensor:
+        q = split_heads(self.q(x, kernels), self.head_dim)
+        y = source.attend(self.layer, q, kernels)
+        return self.out(merge_heads(y), kernels)

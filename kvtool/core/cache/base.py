@@ -1,0 +1,203 @@
+"""The cache interface: what a cache is told, what it answers, and what it promises.
+
+A cache is an argument of the model, never a part of it. `begin` and `commit` are host work
+(capacity, masks); `write` and `attend` are device work and touch only tensors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtool.config import ModelConfig
+from kvtool.core.kernels import DEFAULT, Kernels, visible
+from kvtool.errors import CapacityError, UsageError
+
+EMPTY = -(2**30)  # the position of a key column that holds nothing; no padding is that long
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The sizes a cache is made for. Key-value heads are stored as they are, never expanded."""
+
+    n_layers: int
+    batch: int
+    n_kv_heads: int
+    head_dim: int
+    capacity: int  # tokens a row, left padding included
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    kernels: Kernels = DEFAULT
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        kernels: Kernels = DEFAULT,
+    ) -> CacheSpec:
+        """The spec for `batch` sequences of at most `capacity` tokens of a model."""
+        return cls(
+            n_layers=config.n_layers,
+            batch=batch,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            capacity=capacity,
+            dtype=dtype,
+            device=device or torch.device("cpu"),
+            kernels=kernels,
+        )
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of keys and values of one token, over all layers and rows, stored in `dtype`."""
+        width = self.n_kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.n_layers * self.batch * width
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the tokens of one forward pass stand, and which keys they may see.
+
+    q_pos (B,T): absolute position of each new token, negative = left padding.
+    k_pos (B,S): absolute position held by each key column, EMPTY = nothing.
+    slots (T,): the storage column of each new token.
+    mask (B,1,T,S) bool, or None if every query sees every column (or `causal`).
+    causal: T == S, in order, and nothing else is masked.
+    """
+
+    q_pos: Tensor
+    k_pos: Tensor
+    slots: Tensor
+    mask: Tensor | None
+    causal: bool
+    kernels: Kernels = DEFAULT
+
+    @classmethod
+    def full(
+        cls,
+        batch: int,
+        n: int,
+        device: torch.device | None = None,
+        left_padding: Tensor | None = None,
+        kernels: Kernels = DEFAULT,
+    ) -> Step:
+        """A whole sequence at once, from position 0 and without a cache."""
+        slots = torch.arange(n, device=device)
+        q_pos = slots.expand(batch, n)
+        if left_padding is None:
+            return cls(q_pos, q_pos, slots, None, True, kernels)
+        q_pos = q_pos - left_padding[:, None]
+        return cls(q_pos, q_pos, slots, visible(q_pos, q_pos), False, kernels)
+
+    @classmethod
+    def bidirectional(cls, mask: Tensor, kernels: Kernels = DEFAULT) -> Step:
+        """An encoder's pass: every token sees the real ones; mask (B,S) bool, True = real."""
+        slots = torch.arange(mask.shape[1], device=mask.device)
+        q_pos = slots.expand(mask.shape)
+        return cls(q_pos, q_pos, slots, mask[:, None, None, :], False, kernels)
+
+
+class Bytes(NamedTuple):
+    """Memory of a cache, in bytes."""
+
+    allocated: int  # every storage that the cache owns
+    live: int  # keys and values of committed tokens
+    read_per_step: int  # keys and values that one more token reads, over all layers
+
+    @property
+    def overhead(self) -> int:
+        return self.allocated - self.live
+
+
+class Cache(ABC):
+    """Keys and values of past tokens, so that a decoder need not compute them again.
+
+    One step: `step = begin(n)`; for each layer `attend(layer, q, k, v, step)`; `commit(n)`. What was
+    written and not committed does not exist: after an exception, `begin` starts over.
+    """
+
+    kind: ClassVar[str]
+    exact: ClassVar[bool] = True  # stored keys and values are what the model computed
+    compilable: ClassVar[bool] = False  # fixed addresses and no host sync in write and attend
+    recompute: ClassVar[bool] = False  # holds nothing: must be given the whole sequence each time
+
+    def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
+        """An empty cache; left_padding (B,) counts the padding tokens at the start of each row."""
+        self.spec = spec
+        self.reset(left_padding)
+
+    def reset(self, left_padding: Tensor | None = None) -> None:
+        """Forget every token and start on new sequences, in the same memory."""
+        self.length = 0  # committed tokens a row, left padding included
+        self.left_padding = left_padding
+        self.batch = self.spec.batch
+
+    def begin(self, n_new: int) -> Step:
+        """Make room for `n_new` tokens a row and say where they stand. Raises CapacityError."""
+        start = 0 if self.recompute else self.length
+        if n_new < 1:
+            raise UsageError(f"a step needs 1 token or more (found {n_new})")
+        if start + n_new > self.spec.capacity:
+            raise CapacityError(
+                f"{self.kind} cache is full: {start} tokens held and {n_new} new ones "
+                f"need {start + n_new} (capacity {self.spec.capacity})",
+                "Make the cache larger, or generate fewer tokens.",
+            )
+        return self._place(start, n_new)
+
+    @abstractmethod
+    def _place(self, start: int, n_new: int) -> Step:
+        """The Step of `n_new` tokens behind the first `start`; capacity has been checked."""
+
+    @abstractmethod
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Store k, v (B,Hkv,T,D) and return all keys and values (B,Hkv,S,D), columns as step.k_pos."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """Store k, v (B,Hkv,T,D) and attend with q (B,H,T,D) -> (B,H,T,D)."""
+        keys, values = self.write(layer, k, v, step)
+        return step.kernels.attention(q, keys, values, step.mask, step.causal)
+
+    def commit(self, n_new: int) -> None:
+        """Make the last `n_new` written tokens part of the sequence; call it after all layers."""
+        self.length = n_new if self.recompute else self.length + n_new
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens. Raises UsageError beyond what is held."""
+        if not 0 <= length <= self.length:
+            raise UsageError(f"{self.kind} cache holds {self.length} tokens, cannot crop to {length}")
+        self.length = length
+
+    def select(self, rows: Tensor) -> None:
+        """Continue from the histories of `rows` (n,), in that order; repeats are allowed."""
+        if self.left_padding is not None:
+            self.left_padding = self.left_padding.index_select(0, rows)
+        self.batch = rows.shape[0]
+
+    @abstractmethod
+    def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of the committed k, v (B,Hkv,S,D) of a layer, and their positions (B,S)."""
+
+    @abstractmethod
+    def nbytes(self) -> Bytes:
+        """What the cache occupies now."""
+
+    @classmethod
+    @abstractmethod
+    def predict_nbytes(cls, spec: CacheSpec, length: int) -> int:
+        """Bytes of keys and values that the kind allocates to hold `length` tokens."""
+
+    def _positions(self, start: int, end: int) -> Tensor:
+        """Absolute positions of storage columns start..end-1 -> (B, end - start)."""
+        columns = torch.arange(start, end, device=self.spec.device)
+        if self.left_padding is None:
+            return columns.expand(self.batch, end - start)
+        return columns - self.left_padding[:, None]

@@ -1,0 +1,84 @@
+"""What the dynamic and the static cache share: one buffer a layer, column = order of arrival."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
+from kvtool.core.kernels import visible
+
+
+class BufferedCache(Cache):
+    """Tokens stand in columns 0, 1, 2 ... of `_keys[layer]` and `_values[layer]` (rows,Hkv,columns,D).
+
+    Columns behind `length` may hold anything: they are overwritten before they are ever visible.
+    """
+
+    _keys: list[Tensor]
+    _values: list[Tensor]
+
+    def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
+        self.spec = spec
+        self._allocate(spec.batch, self._first_columns())
+        super().__init__(spec, left_padding)
+
+    def _first_columns(self) -> int:
+        """How many columns a new cache has."""
+        return self.spec.capacity
+
+    def _allocate(self, batch: int, columns: int) -> None:
+        s = self.spec
+        shape = (batch, s.n_kv_heads, columns, s.head_dim)
+        self._keys = [torch.zeros(shape, dtype=s.dtype, device=s.device) for _ in range(s.n_layers)]
+        self._values = [torch.zeros_like(k) for k in self._keys]
+
+    @property
+    def _columns(self) -> int:
+        return self._keys[0].shape[2]
+
+    def _reserve(self, length: int) -> None:
+        """Make sure that `length` columns exist."""
+
+    def _reach(self, length: int) -> int:
+        """How many columns attention reads when `length` of them are filled."""
+        return length
+
+    def _place(self, start: int, n_new: int) -> Step:
+        end = start + n_new
+        self._reserve(end)
+        pos = self._positions(0, reach := self._reach(end))
+        q_pos = pos[:, start:end]
+        if reach > end:
+            pos = pos.clone()
+            pos[:, end:] = EMPTY
+        causal = start == 0 and reach == end and self.left_padding is None
+        # One new token sees every filled column; without empty ones or padding nothing is masked.
+        free = causal or (n_new == 1 and reach == end and self.left_padding is None)
+        mask = None if free else visible(q_pos, pos)
+        slots = torch.arange(start, end, device=self.spec.device)
+        return Step(q_pos, pos, slots, mask, causal, self.spec.kernels)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        # index_copy_ refuses a column that does not exist; a slice assignment would store nothing.
+        keys = self._keys[layer][: self.batch].index_copy_(2, step.slots, k)
+        values = self._values[layer][: self.batch].index_copy_(2, step.slots, v)
+        reach = step.k_pos.shape[1]
+        return keys[:, :, :reach], values[:, :, :reach]
+
+    def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = (t[layer][: self.batch, :, : self.length] for t in (self._keys, self._values))
+        return keys.clone(), values.clone(), self._positions(0, self.length).clone()
+
+    def nbytes(self) -> Bytes:
+        token = self.spec.token_nbytes // self.spec.batch * self.batch
+        allocated = sum(t.untyped_storage().nbytes() for t in (*self._keys, *self._values))
+        padding = self.left_padding
+        if padding is not None:
+            allocated += padding.untyped_storage().nbytes()
+        return Bytes(allocated, self.length * token, self._reach(self.length + 1) * token)
+
+
+def round_up(n: int, block: int) -> int:
+    """The smallest multiple of `block` that is not below `n`."""
+    return -(-n // block) * block

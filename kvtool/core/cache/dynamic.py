@@ -1,0 +1,59 @@
+"""A cache that grows with the sequence."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvtool.core.cache.base import CacheSpec
+from kvtool.core.cache.buffered import BufferedCache, round_up
+
+GRAIN = 64  # columns; growth is rounded up to a multiple of it
+
+
+class DynamicCache(BufferedCache):
+    """Starts small and grows by half of its size when full, so appending n tokens copies O(n).
+
+    Transformers' DynamicCache concatenates at every token, which copies O(n^2).
+    """
+
+    kind: ClassVar[str] = "dynamic"
+
+    def reset(self, left_padding: Tensor | None = None) -> None:
+        super().reset(left_padding)
+        if self._keys[0].shape[0] != self.batch:  # select had changed the number of rows
+            self._allocate(self.batch, self._columns)
+
+    def _first_columns(self) -> int:
+        return min(GRAIN, self.spec.capacity)
+
+    @classmethod
+    def _grown(cls, columns: int, length: int, capacity: int) -> int:
+        """The columns to have when `length` are needed and there are `columns`."""
+        return min(round_up(max(length, columns + columns // 2), GRAIN), capacity)
+
+    def _reserve(self, length: int) -> None:
+        if length <= self._columns:
+            return
+        columns = self._grown(self._columns, length, self.spec.capacity)
+        for buffers in (self._keys, self._values):
+            for layer, old in enumerate(buffers):  # one at a time: the peak is one layer, not two caches
+                new = old.new_zeros((*old.shape[:2], columns, old.shape[3]))
+                new[:, :, : self.length] = old[:, :, : self.length]
+                buffers[layer] = new
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        for buffers in (self._keys, self._values):
+            for layer, old in enumerate(buffers):
+                buffers[layer] = torch.index_select(old, 0, rows)
+
+    @classmethod
+    def predict_nbytes(cls, spec: CacheSpec, length: int) -> int:
+        """For tokens that arrive one by one."""
+        columns = min(GRAIN, spec.capacity)
+        while columns < length:
+            columns = cls._grown(columns, columns + 1, spec.capacity)
+        return columns * spec.token_nbytes

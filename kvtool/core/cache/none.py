@@ -1,0 +1,39 @@
+"""No cache: every step computes the whole sequence again. The reference, and the price to beat."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvtool.core.cache.base import Bytes, Cache, CacheSpec, Step
+from kvtool.core.kernels import visible
+from kvtool.errors import CacheOpUnsupported
+
+
+class NoCache(Cache):
+    """Holds nothing but a count of tokens; each step must bring the whole sequence."""
+
+    kind: ClassVar[str] = "none"
+    recompute: ClassVar[bool] = True
+
+    def _place(self, start: int, n_new: int) -> Step:
+        pos = self._positions(start, start + n_new)
+        slots = pos[0] if self.left_padding is None else pos[0] + self.left_padding[0]
+        mask = None if self.left_padding is None else visible(pos, pos)
+        return Step(pos, pos, slots, mask, mask is None, self.spec.kernels)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        return k, v
+
+    def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        raise CacheOpUnsupported(
+            self.kind, "show its keys and values", "it stores none", "Use --cache dynamic."
+        )
+
+    def nbytes(self) -> Bytes:
+        return Bytes(0, 0, 0)
+
+    @classmethod
+    def predict_nbytes(cls, spec: CacheSpec, length: int) -> int:
+        return 0

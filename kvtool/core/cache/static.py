@@ -1,0 +1,48 @@
+"""A cache that is allocated once, at full size, and never moves."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvtool.core.cache.base import CacheSpec
+from kvtool.core.cache.buffered import BufferedCache, round_up
+from kvtool.errors import CacheOpUnsupported
+
+
+class StaticCache(BufferedCache):
+    """All memory from the start, at fixed addresses, so a compiled or captured step can be reused.
+
+    Attention reads `block` columns at a time: shapes change once every `block` tokens, not at each
+    one, and the columns behind the last token are masked. `block = capacity` never changes a shape.
+    """
+
+    kind: ClassVar[str] = "static"
+    compilable: ClassVar[bool] = True
+
+    def __init__(
+        self, spec: CacheSpec, left_padding: Tensor | None = None, block: int = 64
+    ) -> None:
+        self.block = block
+        super().__init__(spec, left_padding)
+
+    def _reach(self, length: int) -> int:
+        return min(round_up(length, self.block), self.spec.capacity)
+
+    def select(self, rows: Tensor) -> None:
+        if rows.shape[0] > self.spec.batch:
+            raise CacheOpUnsupported(
+                self.kind,
+                f"select {rows.shape[0]} rows",
+                f"it was allocated for {self.spec.batch}",
+                f"Make it with batch={rows.shape[0]}.",
+            )
+        super().select(rows)
+        for buffer in (*self._keys, *self._values):
+            filled = buffer[:, :, : self.length]
+            filled[: self.batch] = filled.index_select(0, rows)  # a copy first: rows may overlap
+
+    @classmethod
+    def predict_nbytes(cls, spec: CacheSpec, length: int) -> int:
+        return spec.capacity * spec.token_nbytes

@@ -1,0 +1,66 @@
+"""The decode loop over token ids: the same for every model and every cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from kvtool.core.cache import Cache
+from kvtool.core.cache.cross import CrossCache
+from kvtool.core.sampling import Sampler
+from kvtool.errors import CapacityError
+
+
+def feed(
+    model: nn.Module,
+    cache: Cache,
+    ids: Tensor,
+    source: CrossCache | None = None,
+    last: bool = False,
+) -> Tensor:
+    """Run the tokens of `ids` (B,T), a whole history, that the cache does not hold yet.
+
+    -> logits (B,n,V) of those n tokens, or (B,1,V) of the last one. Nothing is committed if the
+    model raises. Raises CapacityError.
+    """
+    new = ids if cache.recompute else ids[:, cache.length :]
+    step = cache.begin(new.shape[1])
+    logits = model(new, step, cache, source, last)
+    cache.commit(new.shape[1])
+    return logits
+
+
+def check_context(n_prompt: int, n_new: int, context: int) -> None:
+    """Raise CapacityError unless a prompt and `n_new` tokens fit into the context."""
+    if n_prompt + n_new > context:
+        raise CapacityError(
+            f"the prompt is {n_prompt} tokens and {n_new} more were asked for "
+            f"(the model holds {context})",
+            "Ask for fewer tokens, or shorten the prompt.",
+        )
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    prompt: Tensor,
+    cache: Cache,
+    n_new: int,
+    sampler: Sampler,
+    source: CrossCache | None = None,
+) -> Iterator[Tensor]:
+    """Continue `prompt` (B,P) by `n_new` tokens, yielding each (B,) as it is chosen.
+
+    The caller stops the iteration to stop early. Raises CapacityError before any work if the context
+    is too short, and CheckFailed if logits are not finite.
+    """
+    n_prompt = prompt.shape[1]
+    check_context(n_prompt, n_new, model.config.context)
+    ids = prompt.new_empty(prompt.shape[0], n_prompt + n_new)
+    ids[:, :n_prompt] = prompt
+    for end in range(n_prompt, n_prompt + n_new):
+        logits = feed(model, cache, ids[:, :end], source, last=True)
+        ids[:, end] = token = sampler(logits[:, -1], end - n_prompt)
+        yield token

@@ -1,0 +1,77 @@
+"""The two operations whose rounding depends on shapes: a linear layer and attention.
+
+Models and caches reach both through one `Kernels` object that travels in the `Step`, so the same
+model can run with PyTorch's kernels or with others whose results do not depend on shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Kernels(Protocol):
+    """How a linear layer and an attention are computed."""
+
+    name: str
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., in), (out, in), (out,) -> (..., out)"""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """(B,H,T,D), (B,Hkv,S,D), (B,Hkv,S,D), (B,1,T,S) bool or None -> (B,H,T,D)"""
+
+
+class DefaultKernels:
+    """PyTorch's own kernels: fast, and rounded in an order that depends on the shapes."""
+
+    name = "default"
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        # is_causal aligns the mask at the top left, which is right only when T == S (pytorch #144858).
+        if causal and q.shape[2] != k.shape[2]:
+            raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
+
+
+DEFAULT = DefaultKernels()
+
+
+def visible(q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0) -> Tensor:
+    """The one mask rule: which key columns each query may attend to.
+
+    q_pos (B,T) and k_pos (B,S) are absolute positions -> (B,1,T,S) bool, True = attend. A query sees
+    the keys at its own position and before, at most `window` of them counting its own (0: all), and
+    always the first `sinks` positions. Negative positions are left padding or empty columns: nobody
+    sees them, except that a padding query sees itself, since a row without a key would be NaN.
+    """
+    q = q_pos[:, None, :, None]
+    k = k_pos[:, None, None, :]
+    rule = (k <= q) & ((k >= 0) | (k == q))
+    if window:
+        rule = rule & ((q - k < window) | ((k >= 0) & (k < sinks)))
+    return rule
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Attention from its formula in float64 (Vaswani 2017, eq. 1), for tests to compare with.
+
+    Shapes as `Kernels.attention`; the result is float64.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.double().repeat_interleave(groups, dim=1) for t in (k, v))
+    scores = q.double() @ k.mT / q.shape[-1] ** 0.5  # (B,H,T,S)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v

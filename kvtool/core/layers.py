@@ -1,0 +1,120 @@
+"""Norms, linear layers, feed-forward networks and positions: all that works token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvtool.config import ModelConfig
+from kvtool.core.kernels import DEFAULT, Kernels
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose product is computed by the given kernels; initialised at std 1/sqrt(in)."""
+
+    def reset_parameters(self) -> None:
+        # Smaller weights hide cache bugs: attention is then nearly uniform whatever the positions.
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, kernels: Kernels = DEFAULT) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """LayerNorm (Ba 2016) or RMSNorm (Zhang 2019) over the width of the model."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class MLP(nn.Module):
+    """The feed-forward network of a block: (B,T,d) -> (B,T,d), each token by itself.
+
+    swiglu (Shazeer 2020) has a gate beside the activation: `up` then yields 2 * d_ff, gate first.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        gates = 2 if config.activation == "swiglu" else 1
+        self.up = Linear(config.d_model, gates * config.d_ff, bias=config.bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor, kernels: Kernels = DEFAULT) -> Tensor:
+        x = self.up(x, kernels)
+        if self.activation == "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        else:
+            x = ACTIVATION[self.activation](x)
+        return self.down(x, kernels)
+
+
+class Table(nn.Module):
+    """A constant looked up by position, (context, width), kept in float64 whatever the model's dtype.
+
+    It is no part of a checkpoint. Rounding happens once, at the look-up, to the caller's dtype.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = table
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Table:
+        self.table = self.table.to(fn(self.table).device)
+        return self
+
+    def forward(self, pos: Tensor, dtype: torch.dtype) -> Tensor:
+        """pos (B,T), where padding (negative) reads row 0 -> (B,T,width)"""
+        return F.embedding(pos.clamp(min=0), self.table).to(dtype)
+
+
+def sinusoids(context: int, width: int) -> Tensor:
+    """Sine and cosine of each position at wavelengths from 2 pi to 20,000 pi (Vaswani 2017, 3.5).
+
+    -> (context, width) float64, sines in the even columns and cosines in the odd ones.
+    """
+    rates = torch.exp(torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10_000.0) / width))
+    angles = torch.arange(context, dtype=torch.float64)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(context, width)
+
+
+class TokenEmbedding(nn.Module):
+    """Tokens and their positions -> (B,T,d).
+
+    Sinusoidal positions are added to embeddings scaled by sqrt(d) (Vaswani 2017, 3.4); learned ones
+    are added as they are; rotary positions are left to attention.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, config.d_model)
+        sinusoidal = config.positions == "sinusoidal"
+        self.scale = math.sqrt(config.d_model) if sinusoidal else 1.0
+        self.table = Table(sinusoids(config.context, config.d_model)) if sinusoidal else None
+        learned = config.positions == "learned"
+        self.positions = nn.Embedding(config.context, config.d_model) if learned else None
+        nn.init.normal_(self.tokens.weight, std=config.d_model**-0.5)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=config.d_model**-0.5)
+
+    def forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
+        x = self.tokens(tokens) * self.scale
+        if self.table is not None:
+            x = x + self.table(pos, x.dtype)
+        if self.positions is not None:
+            x = x + self.positions(pos.clamp(min=0))
+        return x

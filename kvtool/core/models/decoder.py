@@ -1,0 +1,95 @@
+"""The decoder: token and position embedding, pre-norm blocks, logits."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvtool.config import ModelConfig
+from kvtool.core.attention import CrossAttention, SelfAttention
+from kvtool.core.cache import Cache, Step
+from kvtool.core.cache.cross import CrossCache
+from kvtool.core.layers import MLP, Linear, TokenEmbedding, make_norm
+from kvtool.core.rope import Rotary
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward network, each on the normalised input and added to it.
+
+    Norms come first (Xiong 2020), so that training needs no long warm-up. With `cross`, attention
+    over the source stands between the two.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, cross: bool = False) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.norm1 = make_norm(config)
+        self.attn = SelfAttention(config, layer)
+        self.norm_cross = make_norm(config) if cross else None
+        self.cross = CrossAttention(config, layer) if cross else None
+        self.norm2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        step: Step,
+        cache: Cache | None = None,
+        source: CrossCache | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        x = x + self._drop(self.attn(self.norm1(x), step, cache, rotary))
+        if self.cross is not None and self.norm_cross is not None and source is not None:
+            x = x + self._drop(self.cross(self.norm_cross(x), source, step.kernels))
+        return x + self._drop(self.mlp(self.norm2(x), step.kernels))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def make_rotary(config: ModelConfig) -> Rotary | None:
+    """The rotation of queries and keys, where the configuration asks for one."""
+    if config.positions != "rotary":
+        return None
+    return Rotary(config.context, config.head_dim, config.rope_theta)
+
+
+class Decoder(nn.Module):
+    """A decoder-only Transformer, or with `cross` the decoding half of an encoder-decoder.
+
+    A function of (weights, tokens, step, cache, source): it holds no state between calls, so the same
+    object runs cached and uncached side by side.
+    """
+
+    def __init__(self, config: ModelConfig, cross: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = TokenEmbedding(config, config.vocab_size)
+        self.rotary = make_rotary(config)
+        self.layers = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layers))
+        self.norm = make_norm(config)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        step: Step | None = None,
+        cache: Cache | None = None,
+        source: CrossCache | None = None,
+        last: bool = False,
+    ) -> Tensor:
+        """tokens (B,T) -> logits (B,T,V), or (B,1,V) of the last token alone with `last`.
+
+        Without `step` the tokens are whole sequences, each token seeing itself and those before it.
+        With a cache, `step` is what `cache.begin(T)` returned.
+        """
+        if step is None:
+            step = Step.full(*tokens.shape, device=tokens.device)
+        x = self.embed(tokens, step.q_pos)
+        x = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        for block in self.layers:
+            x = block(x, step, cache, source, self.rotary)
+        x = self.norm(x[:, -1:] if last else x)
+        return self.head(x, step.kernels)

@@ -1,0 +1,67 @@
+"""The encoder-decoder Transformer (Vaswani 2017), in pre-norm form."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvtool.config import ModelConfig
+from kvtool.core.cache import Cache, Step
+from kvtool.core.cache.cross import CrossCache
+from kvtool.core.kernels import DEFAULT, Kernels
+from kvtool.core.layers import TokenEmbedding, make_norm
+from kvtool.core.models.decoder import Block, Decoder, make_rotary
+
+
+class Encoder(nn.Module):
+    """Source tokens -> one vector each, every real token seeing every other."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = TokenEmbedding(config, config.source_vocab_size)
+        self.rotary = make_rotary(config)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_encoder_layers))
+        self.norm = make_norm(config)
+
+    def forward(self, tokens: Tensor, mask: Tensor, kernels: Kernels = DEFAULT) -> Tensor:
+        """tokens (B,S), mask (B,S) bool with True = real -> (B,S,d)"""
+        step = Step.bidirectional(mask, kernels)
+        x = self.embed(tokens, step.q_pos)
+        x = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        for block in self.layers:
+            x = block(x, step, rotary=self.rotary)
+        return self.norm(x)
+
+
+class Seq2Seq(nn.Module):
+    """An encoder, and a decoder that attends to it.
+
+    Decoding is `source = encode(...)` once, then `forward(tokens, step, cache, source)`, the same call
+    as a decoder-only model's.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config, cross=True)
+
+    def encode(self, tokens: Tensor, mask: Tensor, kernels: Kernels = DEFAULT) -> CrossCache:
+        """tokens (B,S), mask (B,S) bool with True = real -> keys and values for every decoder layer."""
+        memory = self.encoder(tokens, mask, kernels)
+        layers = [block.cross.project(memory, kernels) for block in self.decoder.layers]
+        return CrossCache(layers, mask)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        step: Step | None = None,
+        cache: Cache | None = None,
+        source: CrossCache | None = None,
+        last: bool = False,
+    ) -> Tensor:
+        """tokens (B,T) of the target -> logits (B,T,V); see Decoder.forward."""
+        if source is None:
+            raise ValueError("an encoder-decoder model needs the encoded source")
+        return self.decoder(tokens, step, cache, source, last)

@@ -1,0 +1,24 @@
+"""Rotary positions: queries and keys are turned by an angle that grows with their position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kvtool.core.layers import Table
+
+
+class Rotary(nn.Module):
+    """Rotates halves of a head against each other (Su 2021, in the layout of GPT-NeoX and Llama)."""
+
+    def __init__(self, context: int, head_dim: int, theta: float) -> None:
+        super().__init__()
+        rates = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.arange(context, dtype=torch.float64)[:, None] * rates  # (context, D/2)
+        self.table = Table(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+        """x (B,H,T,D), pos (B,T) -> (B,H,T,D)"""
+        cos, sin = self.table(pos, x.dtype)[:, None].chunk(2, dim=-1)  # (B,1,T,D/2) each
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

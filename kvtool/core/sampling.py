@@ -1,0 +1,56 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvtool.errors import CheckFailed
+
+
+class Sampler:
+    """Greedy at temperature 0, otherwise random among the likeliest `top_k` (0: all) and the smallest
+    set of tokens whose probabilities reach `top_p` (Holtzman 2020)."""
+
+    def __init__(
+        self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
+    ) -> None:
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.seed = seed
+        self._generator: torch.Generator | None = None
+
+    def __call__(self, logits: Tensor, index: int = 0) -> Tensor:
+        """logits (B,V) -> tokens (B,). Raises CheckFailed, naming step `index`, if any are not finite."""
+        best, token = logits.max(dim=-1)
+        # argmax over NaN returns an index silently; max hands the NaN on, and so does the sum.
+        if not math.isfinite(float(best.sum())):
+            raise CheckFailed(
+                f"step {index}: the logits are not finite",
+                "Look for NaN in the weights, or run with --dtype float32.",
+            )
+        return token if self.temperature == 0 else self._draw(logits)
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        if self._generator is None:
+            self._generator = torch.Generator(device=logits.device).manual_seed(self.seed)
+        probs = self.distribution(logits)
+        return torch.multinomial(probs, 1, generator=self._generator)[:, 0]
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """The probabilities drawn from: logits (B,V) -> (B,V)."""
+        logits = logits.float() / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            floor = logits.topk(self.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < floor, float("-inf"))
+        probs = logits.softmax(-1)
+        if self.top_p < 1.0:
+            ordered, order = probs.sort(dim=-1, descending=True)
+            # A token stays if those before it have not reached top_p; so the first always stays.
+            drop = ordered.cumsum(-1) - ordered >= self.top_p
+            probs = probs.masked_fill(drop.scatter(-1, order, drop), 0.0)
+            probs = probs / probs.sum(-1, keepdim=True)
+        return probs

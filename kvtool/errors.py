@@ -1,0 +1,52 @@
+"""Every error that kvtool raises on purpose: a message, a hint, and an exit code.
+
+Core code raises these; `kvtool.app.main` is the one place that turns them into a red line on stderr.
+Anything else that escapes is a defect of kvtool itself and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class KvtoolError(Exception):
+    """What went wrong and where, and what to do about it.
+
+    `message` reads "<file or flag>: <what> (<found>, expected <expected>)"; `hint` is a full sentence.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message}. {hint}" if hint else message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(KvtoolError):
+    """A flag or a combination of flags that means nothing (exit 2)."""
+
+
+class FileError(KvtoolError):
+    """A file that is missing, damaged, or not what it should be (exit 2)."""
+
+
+class DeviceError(KvtoolError):
+    """A device or dtype that this machine does not have (exit 2)."""
+
+
+class CapacityError(KvtoolError):
+    """More tokens than a cache or a model can hold (exit 2)."""
+
+
+class CheckFailed(KvtoolError):
+    """The work ran and its result is wrong, NaN logits for example (exit 1)."""
+
+    exit_code = 1
+
+
+class CacheOpUnsupported(KvtoolError):
+    """A cache kind was asked for an operation that it cannot do correctly (exit 2)."""
+
+    def __init__(self, kind: str, op: str, why: str, hint: str = "") -> None:
+        super().__init__(f"{kind} cache cannot {op}: {why}", hint)
+        self.kind = kind
+        self.op = op

@@ -1,0 +1,170 @@
+"""Files that survive a crash, and paths that are what they claim to be. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kvtool.errors import FileError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a crash leaves the old file or the new one, never a part.
+
+    A temporary file in the same folder is written, synced, and renamed over `path` (through a
+    symbolic link, whose target is replaced); then the folder is synced. Raises FileError.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = None
+    try:
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        temporary = None
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as indented JSON, durably. Raises FileError, and ValueError on NaN."""
+    write_durable(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def require_file(path: Path, what: str) -> Path:
+    """Return `path` if it is a regular, non-empty file; otherwise raise FileError saying what it is."""
+    try:
+        info = path.stat()
+    except FileNotFoundError:
+        raise FileError(f"{path}: {what} not found", nearest(path)) from None
+    except OSError as error:
+        raise FileError(f"{path}: {what} cannot be opened ({error.strerror})") from error
+    if stat.S_ISDIR(info.st_mode):
+        raise FileError(f"{path}: is a folder (expected {what})")
+    if not stat.S_ISREG(info.st_mode):
+        raise FileError(f"{path}: is not a regular file (expected {what})")
+    if info.st_size == 0:
+        raise FileError(f"{path}: is empty, 0 bytes (expected {what})")
+    return path
+
+
+def nearest(path: Path) -> str:
+    """A sentence that names the files beside `path` with the most similar names; "" if there are none."""
+    try:
+        names = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:
+        return f"The folder {path.parent} does not exist either." if str(path.parent) != "." else ""
+    close = difflib.get_close_matches(path.name, names, n=3)
+    return f"Did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
+
+
+def read_text(path: Path, what: str) -> str:
+    """Read UTF-8 text, dropping a byte order mark. Raises FileError with the offset of a bad byte."""
+    data = read_bytes(path, what)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(
+            f"{path}: is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})",
+            "Convert it to UTF-8 first.",
+        ) from error
+
+
+def read_bytes(path: Path, what: str) -> bytes:
+    """Read a whole regular file. Raises FileError."""
+    require_file(path, what)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FileError(f"{path}: {what} cannot be read ({error.strerror})") from error
+
+
+def read_json_object(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON file that holds one object. Raises FileError with the line of a syntax error."""
+    try:
+        data = json.loads(read_text(path, what))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FileError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise FileError(f"{path}: holds a {type(data).__name__} (expected a JSON object)")
+    return data
+
+
+def weights_folder() -> Path:
+    """Where the shipped models are: inside an installed wheel, or beside the package in a checkout."""
+    inside = PACKAGE / "weights"
+    return inside if inside.is_dir() else PACKAGE.parent / "weights"
+
+
+def shipped_models() -> list[str]:
+    """The names that --model takes besides a path."""
+    folder = weights_folder()
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if (entry / "config.json").is_file())
+
+
+DEFAULT_MODEL = "shakespeare-2l"
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a checkpoint: `name` as a path, or as a shipped model. Raises FileError."""
+    name = name or DEFAULT_MODEL
+    path = Path(name)
+    if not path.is_dir() and name in shipped_models():
+        return weights_folder() / name
+    if not path.exists():
+        known = shipped_models()
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {close[0]}?" if close else nearest(path)
+        raise FileError(
+            f"--model {name}: not found", hint or f"Give a folder, or one of: {', '.join(known)}."
+        )
+    if not path.is_dir():
+        raise FileError(
+            f"--model {name}: is a file (expected a checkpoint folder)",
+            "A checkpoint is a folder with config.json, model.safetensors and tokenizer.json.",
+        )
+    return path
