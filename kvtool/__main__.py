@@ -1,0 +1,6 @@
+"""`python -m kvtool`."""
+
+from kvtool.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The console entry: the commands of the registry as one Typer app, behind one error boundary.
+
+Nothing heavy is imported here. A command's module is imported when the command runs or when help is
+shown, and torch only by the work itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from kvtool import __version__
+from kvtool.errors import KvtoolError
+from kvtool.registry import COMMANDS, choose, load
+from kvtool.ui.help import HelpPage
+from kvtool.ui.lists import ListCommand
+from kvtool.ui.problems import UsageProblem, explain_machine, explain_usage, show_error
+
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+COMPLETION = "_KVTOOL_COMPLETE"
+INTERRUPTED, CLOSED_PIPE, TERMINATED = 130, 141, 143  # as a shell reports SIGINT, SIGPIPE, SIGTERM
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; a BaseException, so that no `except Exception` keeps the process alive."""
+
+
+class Command(HelpPage, ListCommand):
+    """Every command: lists in every habit, and a page of help that fits a narrow terminal."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except UsageProblem as error:
+            if getattr(error, "ctx", None) is None:  # Typer forgets it when a value is missing
+                error.ctx = ctx
+            raise
+
+
+class Commands(HelpPage, TyperGroup):
+    """The group of all commands in the registry, each loaded when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        if cmd_name not in self.commands:
+            try:
+                command = build_command(cmd_name, load(COMMANDS, cmd_name))
+            except ImportError as error:
+                if ctx.invoked_subcommand == cmd_name:
+                    raise
+                return _absent(cmd_name, error)
+            command.params += [param for param in self.params if "--version" in param.opts]
+            self.commands[cmd_name] = command
+        return self.commands[cmd_name]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if not ctx.resilient_parsing and not name.startswith("-"):
+            choose(name, list(COMMANDS), "command")
+            ctx.invoked_subcommand = name
+        return super().resolve_command(ctx, args)
+
+
+def build_command(name: str, function: Any) -> Any:
+    """Turn an annotated function into a command that takes lists in every habit."""
+    single = typer.Typer(add_completion=False)
+    single.command(name, cls=Command, context_settings=SETTINGS)(function)
+    return typer.main.get_command(single)
+
+
+def _absent(name: str, error: ImportError) -> Any:
+    """A line in the help for a command that cannot be imported: the others must stay readable."""
+
+    def command() -> None:
+        raise error
+
+    command.__doc__ = f"(cannot be loaded: {error})"
+    return build_command(name, command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvtool {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(cls=Commands, context_settings=SETTINGS, invoke_without_command=True)
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version",
+        is_eager=True,
+        expose_value=False,
+        callback=_version,
+        help="Show the version and exit.",
+    ),
+]
+
+
+@app.callback()
+def kvtool(
+    ctx: typer.Context,
+    version: Version = False,
+) -> None:
+    """The workbench for KV caches: is it a bug or rounding, and what does the cache buy?"""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code; every error becomes a line on stderr here."""
+    _prepare_streams()
+    signal.signal(signal.SIGTERM, _terminate)
+    if COMPLETION in os.environ:
+        app(prog_name="kvtool")
+    sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def run(args: list[str]) -> int:
+    """Run `args` and return the exit code, after reporting what went wrong, if anything."""
+    try:
+        return _invoke(args)
+    except KvtoolError as error:
+        return _report(error, args)
+    except UsageProblem as error:
+        return _report(explain_usage(error), args)
+    except (KeyboardInterrupt, typer.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+        return _stop("interrupted", INTERRUPTED)
+    except Terminated:
+        return _stop("terminated", TERMINATED)
+    except BrokenPipeError:
+        return _close_pipe()
+    except SystemExit as error:
+        # rich turns a closed pipe into SystemExit(1), which here would read as "a mismatch"
+        if isinstance(error.__context__, BrokenPipeError):
+            return _close_pipe()
+        raise
+    except Exception as error:
+        known = explain_machine(error)
+        if known is None:
+            traceback.print_exc()  # a defect of kvtool: whoever reports it needs the place
+            return KvtoolError.exit_code
+        return _report(known, args)
+
+
+def _invoke(args: list[str]) -> int:
+    group = typer.main.get_command(app)
+    code = 0
+    try:
+        with group.make_context("kvtool", list(args)) as context:
+            group.invoke(context)
+    except typer.Exit as finished:
+        code = finished.exit_code
+    sys.stdout.flush()  # here, so that a full disk or a closed pipe is still reported
+    return code
+
+
+def _report(error: KvtoolError, args: list[str]) -> int:
+    if "--debug" in args:
+        traceback.print_exc()
+    show_error(error)
+    return error.exit_code
+
+
+def _stop(word: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"kvtool: {word}", file=sys.stderr, flush=True)
+    return code
+
+
+def _close_pipe() -> int:
+    # The interpreter flushes both when it ends, and would complain about the pipe again.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+    return CLOSED_PIPE
+
+
+def _prepare_streams() -> None:
+    """Make stdout and stderr usable when they are closed, or cannot encode what is printed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise Terminated

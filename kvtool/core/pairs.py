@@ -1,0 +1,321 @@
+"""Source-target pairs for training and scoring: the embedded dictionary, or the user's own TSV.
+
+Imports no torch. A source with several right targets (a word with several pronunciations) is one
+Pair, so that all of its targets land on one side of a split.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kvtool.errors import FileError, UsageError
+from kvtool.files import PACKAGE, nearest, read_bytes
+
+CMUDICT = "cmudict"
+CMUDICT_FILE = PACKAGE / "data" / "cmudict.txt.xz"
+CMUDICT_SHA256 = "81917843c7f44ce2b094ac63873c2c7a4cf802040792c455ba3ca406891c3d22"
+
+# g2p-seq2seq's published split of the dictionary; a user's file gets the same dev share.
+SPLIT_MODULUS = 20
+DEV_REMAINDER = 19
+TEST_REMAINDERS = (17, 18)
+
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # all but the tab
+_HEADER_NAMES = {"source", "src", "input", "word", "target", "tgt", "output", "pronunciation"}
+_NOT_TSV = {
+    b"version https://git-lfs": "a Git LFS pointer",
+    b"<!doctype html": "an HTML page",
+    b"PK\x03\x04": "a zip archive",
+    b"\xfd7zXZ\x00": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One source and every target that is right for it, none twice, in the order they were read."""
+
+    source: str
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TsvFile:
+    """What one TSV file holds. `n_rows` counts the lines with a pair, repeated ones included."""
+
+    pairs: tuple[Pair, ...]
+    n_rows: int
+    n_blank: int
+    sha256: str  # of the bytes on disk, compressed if the file is
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Pairs to train on, to stop early on and to report on, and where each of them came from.
+
+    `sha256` covers the pairs of `train` and `valid`, all that a training run depends on: it stays
+    the same when a file moves, is compressed or changes its line ends. `test` may be empty, and
+    `test_name` is then "". `notes` are sentences that the user should see.
+    """
+
+    train: tuple[Pair, ...]
+    valid: tuple[Pair, ...]
+    test: tuple[Pair, ...]
+    name: str
+    sha256: str
+    valid_name: str
+    test_name: str
+    notes: tuple[str, ...] = ()
+
+
+def load_data(data: str, valid: Path | None = None, test: Path | None = None) -> Splits:
+    """Load `data`, "cmudict" or the path of a TSV file, with its dev and test pairs.
+
+    A file in `valid` or `test` takes the place of that part; the words that the dictionary's own
+    split holds out stay out of training. Without `valid`, a TSV of at least 20 sources gives up
+    every 20th (index % 20 == 19), and a smaller one is its own dev set. Sources that are in two
+    parts are noted, not removed. Raises FileError, and UsageError if `data` is "".
+    """
+    notes: list[str] = []
+    if data == CMUDICT:
+        splits = load_cmudict()
+    else:
+        splits = _split_tsv(_data_path(data), hold_out=valid is None, notes=notes)
+    if valid is not None:
+        splits = replace(splits, valid=_read_part(valid, notes), valid_name=str(valid))
+    if test is not None:
+        splits = replace(splits, test=_read_part(test, notes), test_name=str(test))
+    return replace(
+        splits,
+        sha256=_fingerprint(splits.train, splits.valid),
+        notes=(*notes, *_overlaps(splits)),
+    )
+
+
+def load_cmudict() -> Splits:
+    """The embedded dictionary: spelling -> phones without stress, in g2p-seq2seq's published split.
+
+    Words in file order: index % 20 == 19 is dev, 17 and 18 are test, the rest train. Pronunciations
+    of a word that differ only in stress are one. Raises FileError if the installed file is damaged.
+    """
+    # Every digit is a stress mark or the number of a variant: "a(2) EY1" becomes "a() EY".
+    text = _cmudict_bytes().translate(None, b"0123456789").decode("ascii")
+    words: dict[str, tuple[str, ...]] = {}
+    for line in text.splitlines():
+        word, phones = line.partition(" #")[0].split(" ", 1)
+        word = word.removesuffix("()")
+        known = words.get(word, ())
+        if phones not in known:
+            words[word] = (*known, phones)
+    pairs = _merged(words)
+    train = tuple(
+        pair
+        for index, pair in enumerate(pairs)
+        if index % SPLIT_MODULUS not in (*TEST_REMAINDERS, DEV_REMAINDER)
+    )
+    valid = pairs[DEV_REMAINDER::SPLIT_MODULUS]
+    test = tuple(
+        pair for index, pair in enumerate(pairs) if index % SPLIT_MODULUS in TEST_REMAINDERS
+    )
+    return Splits(
+        train,
+        valid,
+        test,
+        name=CMUDICT,
+        sha256=_fingerprint(train, valid),
+        valid_name=f"{CMUDICT}, words with index % 20 = 19",
+        test_name=f"{CMUDICT}, words with index % 20 = 17 or 18",
+    )
+
+
+def read_tsv(path: Path) -> TsvFile:
+    """Read lines of source TAB target as UTF-8, gzipped or not, with equal sources merged.
+
+    The pairs stand in the order of their sources' first lines. There is no header: the first line
+    is a pair. Spaces around a source or target are dropped, blank lines skipped and counted; a byte
+    order mark and CRLF are accepted. Raises FileError that names the line for a number of fields
+    other than two, an empty field, a control character, or a byte that is not UTF-8 (its offset is
+    in the decompressed file), and FileError if there is no pair at all.
+    """
+    raw = read_bytes(path, "a TSV file")
+    text = _decode(path, _decompress(path, raw))
+    merged: dict[str, dict[str, None]] = {}
+    n_rows = n_blank = 0
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()  # what follows the last line end is not a line
+    for number, line in enumerate(lines, start=1):
+        # Files with a byte order mark that were joined have one in the middle too.
+        line = line.removesuffix("\r").removeprefix("\ufeff")
+        if "\t" not in line and not line.strip():
+            n_blank += 1
+            continue
+        source, target = _fields(f"{path}: line {number}", line)
+        merged.setdefault(source, {})[target] = None
+        n_rows += 1
+    if not n_rows:
+        found = _count(n_blank, "blank line") if n_blank else "0 bytes of text"
+        raise FileError(f"{path}: holds no pairs ({found}, expected source TAB target)")
+    return TsvFile(_merged(merged), n_rows, n_blank, hashlib.sha256(raw).hexdigest())
+
+
+def _merged(targets_of: Mapping[str, Iterable[str]]) -> tuple[Pair, ...]:
+    return tuple(Pair(source, tuple(targets)) for source, targets in targets_of.items())
+
+
+def _cmudict_bytes() -> bytes:
+    """The dictionary's text as it was published. Raises FileError."""
+    try:
+        import lzma  # a Python built without liblzma must still run everything else
+    except ImportError as error:
+        raise FileError(
+            f"{CMUDICT_FILE}: cannot be read (this Python was built without the lzma module)",
+            "Give your own pairs with --data, or use a Python that has lzma.",
+        ) from error
+    packed = read_bytes(CMUDICT_FILE, "the embedded dictionary")
+    try:
+        data = lzma.decompress(packed)
+    except (lzma.LZMAError, EOFError):
+        data = b""
+    if hashlib.sha256(data).hexdigest() != CMUDICT_SHA256:
+        raise FileError(
+            f"{CMUDICT_FILE}: is damaged (its text has not the SHA-256 {CMUDICT_SHA256[:12]}...)",
+            "Install kvtool again.",
+        )
+    return data
+
+
+def _data_path(data: str) -> Path:
+    if not data:
+        raise UsageError("--data: is empty", f"Give a TSV file, or {CMUDICT}.")
+    path = Path(data)
+    if not os.path.lexists(path):
+        close = difflib.get_close_matches(data, [CMUDICT])
+        hint = f"Did you mean {CMUDICT}?" if close else nearest(path)
+        raise FileError(
+            f"--data {data}: not found",
+            hint or f"Give a file with source TAB target on each line, or {CMUDICT}.",
+        )
+    return path
+
+
+def _split_tsv(path: Path, hold_out: bool, notes: list[str]) -> Splits:
+    train = valid = _read_part(path, notes)
+    name = valid_name = str(path)
+    if hold_out and len(train) >= SPLIT_MODULUS:
+        valid = train[DEV_REMAINDER::SPLIT_MODULUS]
+        valid_name = f"{path}, sources with index % 20 = 19"
+        train = tuple(
+            pair for index, pair in enumerate(train) if index % SPLIT_MODULUS != DEV_REMAINDER
+        )
+    elif hold_out:
+        valid_name = f"{path}, the training data"
+        notes.append(
+            f"{path}: {_count(len(train), 'source')} are too few to hold some out "
+            f"(expected {SPLIT_MODULUS} or more), so the dev scores are on the training data"
+        )
+    return Splits(train, valid, (), name, sha256="", valid_name=valid_name, test_name="")
+
+
+def _read_part(path: Path, notes: list[str]) -> tuple[Pair, ...]:
+    """The pairs of a file; what the user should know of it is added to `notes`."""
+    tsv = read_tsv(path)
+    if tsv.n_blank:
+        notes.append(f"{path}: {_count(tsv.n_blank, 'blank line')} skipped")
+    first = tsv.pairs[0]
+    if first.source.lower() in _HEADER_NAMES and first.targets[0].lower() in _HEADER_NAMES:
+        notes.append(
+            f"{path}: the first pair, {first.source!r} and {first.targets[0]!r}, "
+            "looks like a header and is used as data"
+        )
+    return tsv.pairs
+
+
+def _overlaps(splits: Splits) -> list[str]:
+    """A note for each two parts that share sources."""
+    parts = {"training": splits.train, "dev": splits.valid, "test": splits.test}
+    if splits.valid is splits.train:
+        del parts["dev"]  # has a note of its own
+    sources = {name: {pair.source for pair in pairs} for name, pairs in parts.items()}
+    notes = []
+    for held_out, seen in (("dev", "training"), ("test", "training"), ("test", "dev")):
+        both = len(sources.get(held_out, set()) & sources.get(seen, set()))
+        if both:
+            of = _count(len(sources[held_out]), f"{held_out} source")
+            notes.append(
+                f"{both:,} of {of} are also in the {seen} data, "
+                f"so the {held_out} scores are not of unseen sources only"
+            )
+    return notes
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def _fingerprint(*parts: Sequence[Pair]) -> str:
+    """One hash over the pairs of all parts; tabs and line ends cannot be inside a field."""
+    digest = hashlib.sha256()
+    for part in parts:
+        lines: Iterable[str] = ("\t".join((pair.source, *pair.targets)) for pair in part)
+        digest.update("\n".join(lines).encode() + b"\n\n")
+    return digest.hexdigest()
+
+
+def _decompress(path: Path, raw: bytes) -> bytes:
+    """Gzip is known by its first bytes, whatever the file is called."""
+    if not raw.startswith(b"\x1f\x8b"):
+        return raw
+    try:
+        return gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise FileError(f"{path}: is a damaged gzip file ({error})") from error
+
+
+def _decode(path: Path, data: bytes) -> str:
+    start = data[:32].lower()
+    for magic, what in _NOT_TSV.items():
+        if start.startswith(magic.lower()):
+            raise FileError(f"{path}: is {what} (expected UTF-8 text, source TAB target)")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FileError(
+            f"{path}: line {line}: is not UTF-8 "
+            f"(byte 0x{data[error.start]:02x} at offset {error.start})",
+            "Convert it to UTF-8 first.",
+        ) from error
+
+
+def _fields(where: str, line: str) -> tuple[str, str]:
+    """Source and target of one line without its end; `where` names the line. Raises FileError."""
+    bad = _CONTROL.search(line)
+    if bad:
+        raise FileError(
+            f"{where}: holds the control character 0x{ord(bad[0]):02x} "
+            f"in column {bad.start() + 1} (expected text)",
+            "Line ends are LF or CRLF, and the encoding is UTF-8.",
+        )
+    fields = [field.strip() for field in line.split("\t")]
+    if len(fields) == 1:
+        raise FileError(f"{where}: 1 field, need 2", "Write source TAB target on each line.")
+    if len(fields) > 2:
+        raise FileError(
+            f"{where}: {len(fields)} fields, need 2",
+            "Write a source's second target on a line of its own, with the source again.",
+        )
+    source, target = fields
+    if not source or not target:
+        raise FileError(f"{where}: the {'target' if source else 'source'} is empty")
+    return source, target

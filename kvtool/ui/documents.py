@@ -1,0 +1,147 @@
+"""A report as a document: JSON that any reader accepts, CSV, or a Markdown table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+from kvtool.errors import FileError, UsageError
+from kvtool.ui.environment import environment
+
+SUFFIXES = (".json", ".csv", ".md")
+
+
+class Report(Protocol):
+    """What a command's work returns: a dataclass; `to_dict()` may stand in for its fields."""
+
+    @property
+    def exit_code(self) -> int: ...
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """The result as flat rows, for CSV and Markdown."""
+        ...
+
+
+def jsonable(value: Any) -> Any:
+    """`value` in JSON's own types: NaN and infinities become None, tensors and arrays lists.
+
+    >>> jsonable({"gap": float("nan"), "file": Path("a.json"), "steps": (1, 2)})
+    {'gap': None, 'file': 'a.json', 'steps': [1, 2]}
+    """
+    if isinstance(value, Enum):
+        return jsonable(value.value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: jsonable(getattr(value, field.name)) for field in fields}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset, range)):
+        return [jsonable(item) for item in value]
+    if hasattr(value, "tolist"):  # arrays, tensors, and the scalars of both
+        return jsonable(value.tolist())
+    if hasattr(value, "item"):
+        return jsonable(value.item())
+    return str(value)  # paths, dtypes, devices
+
+
+def document(command: str, settings: Any, report: Report) -> dict[str, Any]:
+    """Everything known about one run, ready for json.dumps."""
+    to_dict = getattr(report, "to_dict", None)
+    return {
+        "schema": f"kvtool.{command}/1",
+        "settings": jsonable(settings),
+        "environment": jsonable(environment()),
+        "exit_code": report.exit_code,
+        **jsonable(to_dict() if to_dict else report),
+    }
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A header and a line for every row; what is missing or not finite is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns_of(rows), restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({str(key): _flat(value) for key, value in row.items()})
+    return text.getvalue()
+
+
+def to_markdown(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A heading and a table; numbers have six significant digits."""
+    columns = columns_of(rows)
+    lines = [list(columns), ["---"] * len(columns)]
+    lines += [[_short(row.get(name)) for name in columns] for row in rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"# {title}\n\n{table}\n" if columns else f"# {title}\n\nNo rows.\n"
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names in all rows, in the order in which they first appear."""
+    return list(dict.fromkeys(str(name) for row in rows for name in row))
+
+
+def _flat(value: Any) -> Any:
+    plain = jsonable(value)
+    if plain is None:
+        return ""
+    return json.dumps(plain) if isinstance(plain, (bool, list, dict)) else plain
+
+
+def _short(value: Any) -> str:
+    plain = _flat(value)
+    text = f"{plain:.6g}" if isinstance(plain, float) else str(plain)
+    return " ".join(text.replace("|", "\\|").splitlines())
+
+
+def render(path: Path, content: Mapping[str, Any], report: Report) -> bytes:
+    """The bytes of the document that the suffix of `path` asks for."""
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        text = to_json(content)
+    elif suffix == ".csv":
+        text = to_csv(report.rows())
+    else:
+        schema = str(content["schema"])
+        text = to_markdown(schema.removesuffix("/1").replace(".", " ", 1), report.rows())
+    return text.encode()
+
+
+def check_destination(path: Path, flag: str = "--output") -> None:
+    """Refuse a file that could not be written, before the work that it is meant for.
+
+    Raises UsageError for an unknown suffix, FileError for a folder that is missing or read-only.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        found = path.suffix or "no suffix"
+        raise UsageError(
+            f"{flag} {path}: unknown format (found {found}, expected {', '.join(SUFFIXES)})",
+            f"Try {flag} {path.with_suffix('.json') if path.name else 'result.json'}.",
+        )
+    if path.is_dir():
+        raise FileError(f"{flag} {path}: is a folder (expected a file)")
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise FileError(f"{flag} {path}: the folder {folder} does not exist", "Create it first.")
+    try:
+        tempfile.TemporaryFile(
+            dir=folder
+        ).close()  # asking for permission says yes on a read-only disk
+    except OSError as error:
+        raise FileError(f"{flag} {path}: cannot be written ({error.strerror})") from error

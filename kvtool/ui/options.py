@@ -1,0 +1,181 @@
+"""The options that commands share, each declared once: name, help, completion, place in the help.
+
+Use them as annotations: `def command(model: Model = "", lengths: Lengths = LENGTHS) -> None`.
+Texts and numbers are checked by the configuration that a command builds, not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvtool.config import DEVICES, DTYPES
+from kvtool.errors import UsageError
+from kvtool.files import shipped_models
+from kvtool.registry import CACHES, choose
+from kvtool.ui.lists import length, list_option
+
+MACHINE = "Model and machine"
+REPORT = "Output"
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+ALL_CACHES = list(CACHES)
+
+
+def _complete(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
+    def suggest(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return suggest
+
+
+def cache_kind(text: str, flag: str) -> str:
+    """One registered cache kind. Raises UsageError with the nearest name."""
+    return choose(text, list(CACHES), flag)
+
+
+def _cache(value: str) -> str:
+    return cache_kind(value, "--cache")
+
+
+def utf8_text(value: str | None) -> str | None:
+    """The text of --prompt. Raises UsageError with the offset of a byte that is not UTF-8."""
+    if value is None:
+        return None
+    data = value.encode("utf-8", "surrogateescape")  # how Python keeps such bytes in sys.argv
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise UsageError(f"--prompt: is not UTF-8 ({found})", "Convert it to UTF-8.") from error
+
+
+def plot_file(value: Path | None) -> Path | None:
+    """The path of a plot, if its suffix is one that can be drawn. Raises UsageError."""
+    if value is not None and value.suffix.lower() not in PLOT_SUFFIXES:
+        found = value.suffix or "no suffix"
+        raise UsageError(f"--plot {value}: {found} is not a plot format", "Use .png, .svg or .pdf.")
+    return value
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="PATH|NAME",
+        show_default="the shipped decoder",
+        help="A checkpoint folder, or the name of a shipped model.",
+        autocompletion=_complete(shipped_models),
+        rich_help_panel=MACHINE,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="|".join(DEVICES),
+        help="Where to run.",
+        autocompletion=_complete(lambda: list(DEVICES)),
+        rich_help_panel=MACHINE,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help=f"Number format: {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.",
+        autocompletion=_complete(lambda: list(DTYPES)),
+        rich_help_panel=MACHINE,
+    ),
+]
+Threads = Annotated[
+    int,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        show_default="torch's choice",
+        help="CPU threads.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed", metavar="N", help="Seed of every random choice.", rich_help_panel=MACHINE
+    ),
+]
+
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document instead.", rich_help_panel=REPORT),
+]
+OutputFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        metavar="FILE",
+        help="Also write the result here: .json, .csv or .md.",
+        rich_help_panel=REPORT,
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No progress and no notes.", rich_help_panel=REPORT),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Say more on stderr.", rich_help_panel=REPORT),
+]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=REPORT),
+]
+
+Cache = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        metavar="KIND",
+        help=f"The cache kind: {', '.join(CACHES)}.",
+        callback=_cache,
+        autocompletion=_complete(lambda: list(CACHES)),
+    ),
+]
+Caches = Annotated[
+    list[str],
+    list_option(
+        "--caches",
+        element=cache_kind,
+        example="none static",
+        help=f"Cache kinds: {', '.join(CACHES)}.",
+        metavar="KIND...",
+        unique=True,
+        complete=lambda: list(CACHES),
+    ),
+]
+Lengths = Annotated[
+    list[int],
+    list_option(
+        "--lengths",
+        element=length,
+        example="10 50 100",
+        help="Sequence lengths, in tokens.",
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option("--prompt", metavar="TEXT", help="The text to start from.", callback=utf8_text),
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option("--prompt-file", metavar="FILE", help="Read the prompt from a UTF-8 file."),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="FILE", help="Draw the result: .png, .svg or .pdf.", callback=plot_file
+    ),
+]

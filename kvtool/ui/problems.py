@@ -1,0 +1,118 @@
+"""How an error reads: one line on stderr, whatever raised it.
+
+`explain_usage` and `explain_machine` turn what Typer, torch and the system raise into KvtoolErrors;
+`error_line` is the only place that knows the form of the line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import sys
+from typing import Any, TextIO
+
+import typer
+
+from kvtool.errors import KvtoolError, UsageError
+
+# The class that Typer raises for every misuse; where it is defined has moved between releases.
+UsageProblem: Any = typer.BadParameter.__mro__[1]
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+WORDS_FOR_TYPES = {  # pydantic's names of what can be wrong with one value
+    "int_parsing": "is not a whole number",
+    "int_parsing_size": "is not a whole number",
+    "int_from_float": "is not a whole number",
+    "float_parsing": "is not a number",
+    "string_unicode": "is not valid UTF-8",
+}
+WORDS_FOR_CLICK = {"valid integer": "whole number", "valid float": "number"}  # Typer before 0.26
+RED, DIM, PLAIN = "\x1b[31m", "\x1b[2m", "\x1b[0m"
+
+
+def error_line(message: str, hint: str = "", colour: bool = False) -> str:
+    """One physical line: `kvtool: error: <message>. <hint>`, control characters made visible."""
+    message, hint = _printable(message).rstrip("."), _printable(hint)
+    head = f"kvtool: error: {message}"
+    if colour:
+        head, hint = f"{RED}{head}{PLAIN}", hint and f"{DIM}{hint}{PLAIN}"
+    return f"{head}. {hint}" if hint else head
+
+
+def _printable(text: str) -> str:
+    """Spaces for line breaks, escapes for what could steer a terminal or cannot be encoded."""
+    joined = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in joined
+    )
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that may be coloured."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def show_error(error: KvtoolError) -> None:
+    """Write the line of `error` to stderr."""
+    line = error_line(error.message, error.hint, wants_colour(sys.stderr))
+    with contextlib.suppress(OSError):  # stderr is closed or full: the exit code still tells
+        print(line, file=sys.stderr, flush=True)
+
+
+def explain_usage(error: Exception) -> UsageError:
+    """Say in kvtool's words what Typer refused: an option, its value, or a stray word."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "kvtool"
+    hint = f"See {command} --help."
+    option = getattr(error, "option_name", None)
+    if hasattr(error, "possibilities"):
+        near = sorted(error.possibilities or [])
+        hint = f"Did you mean {' or '.join(near)}?" if near else hint
+        return UsageError(f"{option}: no such option of {command}", hint)
+    message = str(getattr(error, "message", error))
+    if option:
+        what = "takes no value" if "does not take" in message else "needs a value"
+        return UsageError(f"{option}: {what}", hint)
+    param = getattr(error, "param", None)
+    if param is not None:
+        flag = max(param.opts, key=len)
+        return UsageError(f"{flag}: {_bad_value(error, message)}", hint)
+    stray = re.search(r"unexpected extra argument.*\((.*)\)$", message, re.DOTALL)
+    if stray:
+        return UsageError(f"{stray[1]}: unexpected", f"{command} takes options only. {hint}")
+    return UsageError(message.rstrip("."), hint)
+
+
+def _bad_value(error: Exception, message: str) -> str:
+    """Typer checks values with pydantic, whose sentences name neither the value nor the fix."""
+    details = getattr(error.__cause__, "errors", None)
+    if details is not None:
+        first = details(include_url=False)[0]
+        words = WORDS_FOR_TYPES.get(first["type"])
+        return (
+            f"{first['input']!r} {words}" if words else first["msg"].removeprefix("Value error, ")
+        )
+    for said, words in WORDS_FOR_CLICK.items():
+        message = message.replace(said, words)
+    return message.rstrip(".") or "is required"
+
+
+def explain_machine(error: BaseException) -> KvtoolError | None:
+    """The error for a machine that is too small, or None if `error` is a defect of kvtool."""
+    said = str(error).strip()
+    short_of_memory = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in said.lower() for text in OUT_OF_MEMORY)
+    )
+    if short_of_memory:
+        why = f" ({said.splitlines()[0]})" if said else ""
+        return KvtoolError(
+            f"memory: there is not enough for this{why}",
+            "Use shorter lengths, a smaller batch or a smaller --dtype.",
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = error.filename or "output"
+        return KvtoolError(f"{where}: no space left on the device", "Free some and run it again.")
+    return None

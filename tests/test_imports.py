@@ -1,0 +1,125 @@
+"""A guard over the import graph: what may import what, and what must not load before it is used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kvtool
+
+PACKAGE = Path(kvtool.__file__).parent
+HEAVY = {"torch", "matplotlib", "transformers", "numpy", "safetensors", "tokenizers", "rapidfuzz"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST, package: str, top_level_only: bool = False) -> Iterator[str]:
+    """Full names of what a module imports; imports for type checkers alone do not count."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from imported_from(node, package)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from imports(ast.Module(node.orelse, []), package, top_level_only)
+        elif not (top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            yield from imports(node, package, top_level_only)
+
+
+def imported_from(node: ast.ImportFrom, package: str) -> Iterator[str]:
+    base = node.module or ""
+    if node.level:
+        parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+        base = ".".join([*parents, base]).rstrip(".")
+    yield base
+    yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
+    name = module_name(path)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    return set(imports(ast.parse(path.read_text(encoding="utf-8")), package, top_level_only))
+
+
+def within(names: set[str], package: str) -> set[str]:
+    return {name for name in names if name == package or name.startswith(f"{package}.")}
+
+
+def files_in(folder: str) -> list[Path]:
+    return [path for path in FILES if path.is_relative_to(PACKAGE / folder)]
+
+
+def test_there_are_files_to_guard() -> None:
+    assert files_in("ui") and files_in("core") and files_in("commands")
+
+
+def test_the_guard_sees_every_way_to_import() -> None:
+    source = """
+import torch.nn
+def late():
+    import numpy
+if TYPE_CHECKING:
+    import transformers
+from kvtool import core
+from ..core import engine
+"""
+    found = set(imports(ast.parse(source), "kvtool.ui"))
+    assert {"torch.nn", "numpy", "kvtool.core", "kvtool.core.engine"} <= found
+    assert "transformers" not in found
+    assert "numpy" not in set(imports(ast.parse(source), "kvtool.ui", top_level_only=True))
+
+
+@pytest.mark.parametrize(("folder", "other"), [("ui", "kvtool.core"), ("core", "kvtool.ui")])
+def test_ui_and_core_never_import_each_other(folder: str, other: str) -> None:
+    for path in files_in(folder):
+        assert not within(imports_of(path), other), path.name
+
+
+@pytest.mark.parametrize("folder", ["ui", "core"])
+def test_nothing_below_the_commands_imports_them(folder: str) -> None:
+    for path in files_in(folder):
+        found = imports_of(path)
+        assert not within(found, "kvtool.commands") | within(found, "kvtool.app"), path.name
+
+
+@pytest.mark.parametrize("name", ["registry.py", "config.py", "errors.py", "files.py", "app.py"])
+def test_the_ground_files_import_nothing_heavy(name: str) -> None:
+    roots = {found.partition(".")[0] for found in imports_of(PACKAGE / name)}
+    assert not roots & HEAVY
+
+
+def test_ui_imports_nothing_heavy() -> None:
+    for path in files_in("ui"):
+        roots = {found.partition(".")[0] for found in imports_of(path)}
+        assert not roots & HEAVY, path.name
+
+
+def test_commands_import_torch_and_core_only_inside_functions() -> None:
+    for path in files_in("commands"):
+        found = imports_of(path, top_level_only=True)
+        assert not within(found, "kvtool.core"), path.name
+        assert not {name.partition(".")[0] for name in found} & HEAVY, path.name
+
+
+def test_no_file_imports_click_which_typer_no_longer_brings() -> None:
+    for path in FILES:
+        assert not within(imports_of(path), "click"), path.name
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from kvtool.app import run; assert run(['--help']) == 0;"
+        f"print('LOADED', sorted(set({sorted(HEAVY)!r}) & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "LOADED []"

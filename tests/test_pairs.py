@@ -1,0 +1,363 @@
+"""Reading and splitting pairs: the embedded dictionary and the user's TSV files."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtool.core import pairs
+from kvtool.core.pairs import Pair, Splits, load_cmudict, load_data, read_tsv
+from kvtool.errors import FileError, UsageError
+
+lzma = pytest.importorskip("lzma")
+steady = settings(derandomize=True, deadline=None, database=None)
+
+
+@pytest.fixture(scope="module")
+def cmudict() -> Splits:
+    return load_cmudict()
+
+
+@pytest.fixture(scope="module")
+def published() -> bytes:
+    """The dictionary's text, as published."""
+    return lzma.decompress(pairs.CMUDICT_FILE.read_bytes())
+
+
+@pytest.fixture
+def tsv(tmp_path):
+    """A function that writes bytes to a file and returns its path."""
+
+    def write(data: bytes, name: str = "pairs.tsv") -> Path:
+        path = tmp_path / name
+        path.write_bytes(data)
+        return path
+
+    return write
+
+
+def rows(n: int, start: int = 0) -> bytes:
+    return b"".join(b"w%d\tt%d\n" % (i, i) for i in range(start, start + n))
+
+
+def everything(splits: Splits) -> dict[str, tuple[str, ...]]:
+    return {p.source: p.targets for p in (*splits.train, *splits.valid, *splits.test)}
+
+
+# The embedded dictionary
+
+
+def test_the_dictionary_has_the_published_number_of_words_in_the_published_split(cmudict):
+    assert len(everything(cmudict)) == 126_052
+    assert [len(part) for part in (cmudict.train, cmudict.valid, cmudict.test)] == [
+        107_146,
+        6_302,
+        12_604,
+    ]
+    entries = [sum(len(p.targets) for p in part) for part in (cmudict.train, cmudict.test)]
+    assert entries == [114_626, 13_479]
+
+
+def test_every_word_and_pronunciation_agrees_with_a_second_parser(cmudict, published):
+    line = re.compile(r"(?P<word>\S+?)(\((?P<variant>\d+)\))? (?P<phones>[A-Z0-2 ]+?)( #.*)?")
+    expected: dict[str, list[str]] = {}
+    for text in published.decode().splitlines():
+        match = line.fullmatch(text)
+        assert match, text
+        phones = " ".join(phone.rstrip("012") for phone in match["phones"].split())
+        known = expected.setdefault(match["word"], [])
+        if phones not in known:
+            known.append(phones)
+    assert {word: list(targets) for word, targets in everything(cmudict).items()} == expected
+
+
+def test_words_fall_into_the_split_by_their_place_in_the_file(cmudict, published):
+    heads = (line.split(" ")[0] for line in published.decode().splitlines())
+    order = list(dict.fromkeys(re.sub(r"\(\d\)", "", head) for head in heads))
+    assert [p.source for p in cmudict.valid] == order[19::20]
+    assert [p.source for p in cmudict.test][::2] == order[17::20]
+    assert [p.source for p in cmudict.test][1::2] == order[18::20]
+    assert not {p.source for p in cmudict.train} & set(
+        order[17::20] + order[18::20] + order[19::20]
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "targets"),
+    [
+        ("a", ("AH", "EY")),
+        ("aalborg", ("AO L B AO R G", "AA L B AO R G")),  # its first line ends in a comment
+        ("spieth", ("S P IY TH", "S P AY AH TH")),  # so do both of these
+        ("a.m.", ("EY EH M",)),
+        ("'bout", ("B AW T",)),
+    ],
+)
+def test_variants_join_their_word_and_stress_and_comments_are_gone(cmudict, word, targets):
+    assert everything(cmudict)[word] == targets
+
+
+def test_pronunciations_that_differ_only_in_stress_are_one(cmudict, published):
+    text = published.decode()
+    assert "\naddict AH0 D IH1 K T\naddict(2) AE1 D IH2 K T\n" in text
+    assert "\nimport IH2 M P AO1 R T\nimport(2) IH1 M P AO2 R T\n" in text
+    assert everything(cmudict)["addict"] == ("AH D IH K T", "AE D IH K T")
+    assert everything(cmudict)["import"] == ("IH M P AO R T",)
+
+
+def test_the_dictionary_speaks_in_39_phones(cmudict):
+    phones = {
+        phone for targets in everything(cmudict).values() for t in targets for phone in t.split()
+    }
+    assert len(phones) == 39
+    assert all(phone.isalpha() and phone.isupper() for phone in phones)
+
+
+def test_the_readme_beside_the_dictionary_states_its_true_hashes(published):
+    readme = (pairs.CMUDICT_FILE.parent / "README.md").read_text()
+    for data in (published, pairs.CMUDICT_FILE.read_bytes()):
+        row = f"{len(data):,} bytes, SHA-256 `{hashlib.sha256(data).hexdigest()}`"
+        assert row in readme
+    assert hashlib.sha256(published).hexdigest() == pairs.CMUDICT_SHA256
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other text", "no archive"])
+def test_a_damaged_dictionary_is_refused(damage, tsv, monkeypatch, published):
+    packed = pairs.CMUDICT_FILE.read_bytes()
+    data = {
+        "truncated": packed[: len(packed) // 2],
+        "other text": lzma.compress(published[:-100], preset=0),
+        "no archive": b"cmudict",
+    }[damage]
+    monkeypatch.setattr(pairs, "CMUDICT_FILE", tsv(data))
+    with pytest.raises(FileError, match="is damaged"):
+        load_cmudict()
+
+
+def test_a_python_without_lzma_is_told_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    with pytest.raises(FileError, match="without the lzma module"):
+        load_cmudict()
+
+
+def test_pairs_and_scores_import_without_torch():
+    code = "import sys, kvtool.core.pairs, kvtool.core.scoring; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+# Reading a TSV file
+
+
+def test_equal_sources_are_merged_in_the_order_of_their_first_line(tsv):
+    path = tsv(b"b\tB1\na\tA1\nb\tB2\nb\tB1\n")
+    read = read_tsv(path)
+    assert read.pairs == (Pair("b", ("B1", "B2")), Pair("a", ("A1",)))
+    assert (read.n_rows, read.n_blank) == (4, 0)
+    assert read.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"a b\tc d\nx\ty\n",
+        b"a b\tc d\nx\ty",  # no line end at the end
+        b"\xef\xbb\xbfa b\tc d\r\nx\ty\r\n",
+        b"\xef\xbb\xbfa b\tc d\n\xef\xbb\xbfx\ty\n",  # two files, joined
+        b" a b \t c d \nx \t y\n",
+        gzip.compress(b"a b\tc d\nx\ty\n"),
+        gzip.compress(b"a b\tc d\n") + gzip.compress(b"\xef\xbb\xbfx\ty\r\n"),
+    ],
+)
+def test_line_ends_byte_order_marks_spaces_and_gzip_change_nothing(tsv, data):
+    assert read_tsv(tsv(data)).pairs == (Pair("a b", ("c d",)), Pair("x", ("y",)))
+
+
+def test_blank_lines_are_skipped_and_counted(tsv):
+    read = read_tsv(tsv(b"\na\tb\n\r\n   \nc\td\n\n"))
+    assert (len(read.pairs), read.n_rows, read.n_blank) == (2, 2, 4)
+
+
+def test_only_a_line_feed_ends_a_line(tsv):
+    source, target = "a\u2028b", "c\u0085d"
+    read = read_tsv(tsv(f"{source}\t{target}\n".encode()))
+    assert read.pairs == (Pair(source, (target,)),)
+
+
+def test_one_row_is_a_file(tsv):
+    assert read_tsv(tsv(b"source\ttarget")).pairs == (Pair("source", ("target",)),)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (rows(16) + b"word\n", ": line 17: 1 field, need 2"),
+        (b"\n" * 16 + b"word W ER D\n", ": line 17: 1 field, need 2"),
+        (b"a\tb\tc\n", ": line 1: 3 fields, need 2"),
+        (b"a\tb\t\n", ": line 1: 3 fields, need 2"),
+        (b"x\ty\n\tb\n", ": line 2: the source is empty"),
+        (b"x\ty\na\t \n", ": line 2: the target is empty"),
+        (b"x\ty\n\t\n", ": line 2: the source is empty"),
+        (b"x\ty\na\tb\0c\n", ": line 2: holds the control character 0x00 in column 4 "),
+        (b"a\tb\rc\td\r", ": line 1: holds the control character 0x0d in column 4 "),
+        (b"a\tb\x1b[31m\n", ": line 1: holds the control character 0x1b in column 4 "),
+        (b"x\ty\na\tb\xff\n", ": line 2: is not UTF-8 (byte 0xff at offset 7)"),
+        (b"\xef\xbb\xbfa\tb\xff\n", ": line 1: is not UTF-8 (byte 0xff at offset 6)"),
+        (gzip.compress(b"x\ty\n\xe9t\xe9\tb"), ": line 2: is not UTF-8 (byte 0xe9 at offset 4)"),
+        ("a\tb\n".encode("utf-16"), ": is UTF-16 text "),
+        ("a\tb\n".encode("utf-16-le"), ": line 1: holds the control character 0x00 in column 2 "),
+        (b"", ": is empty, 0 bytes "),
+        (gzip.compress(b""), ": holds no pairs (0 bytes of text, "),
+        (b"\n \n\r\n", ": holds no pairs (3 blank lines, "),
+        (b"\n", ": holds no pairs (1 blank line, "),
+        (gzip.compress(rows(99))[:-9], ": is a damaged gzip file "),
+        (b"\x1f\x8b\x08junk that is no gzip member", ": is a damaged gzip file "),
+        (b"version https://git-lfs.github.com/spec/v1\n", ": is a Git LFS pointer "),
+        (b"<!DOCTYPE HTML>\n<title>404</title>\n", ": is an HTML page "),
+        (lzma.compress(b"a\tb\n"), ": is an xz archive "),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_line_and_offset(tsv, data, message):
+    path = tsv(data)
+    with pytest.raises(FileError) as caught:
+        read_tsv(path)
+    assert caught.value.message.startswith(f"{path}{message}")
+
+
+def test_a_flipped_byte_in_a_gzip_file_is_noticed(tsv):
+    data = bytearray(gzip.compress(rows(200), mtime=0))
+    data[len(data) // 2] ^= 0x10
+    with pytest.raises(FileError):
+        read_tsv(tsv(bytes(data)))
+
+
+def test_a_folder_is_not_a_file(tmp_path):
+    with pytest.raises(FileError, match="is a folder"):
+        read_tsv(tmp_path)
+
+
+FIELD = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(
+    lambda text: text == text.strip() and not text.startswith("\ufeff")
+)
+TABLE = st.dictionaries(FIELD, st.lists(FIELD, min_size=1, unique=True), min_size=1)
+
+
+@steady
+@given(TABLE)
+def test_what_is_written_is_what_is_read(tmp_path_factory, table):
+    path = tmp_path_factory.getbasetemp() / "written.tsv"
+    lines = [f"{source}\t{target}\n" for source, targets in table.items() for target in targets]
+    path.write_bytes("".join(lines).encode())
+    read = read_tsv(path)
+    assert {pair.source: list(pair.targets) for pair in read.pairs} == table
+    assert read.n_rows == len(lines)
+
+
+@steady
+@given(st.binary(max_size=200))
+def test_any_bytes_are_pairs_or_a_file_error(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any.tsv"
+    path.write_bytes(data)
+    try:
+        read = read_tsv(path)
+    except FileError as error:
+        assert error.message.startswith(f"{path}: ")
+    else:
+        assert all(p.source and all(p.targets) for p in read.pairs)
+
+
+# Splitting
+
+
+def test_every_20th_source_is_held_out_for_dev(tsv):
+    splits = load_data(str(tsv(rows(40))))
+    assert [p.source for p in splits.valid] == ["w19", "w39"]
+    assert [p.source for p in splits.train] == [f"w{i}" for i in range(40) if i not in (19, 39)]
+    assert (splits.test, splits.test_name, splits.notes) == ((), "", ())
+    assert splits.valid_name.endswith("pairs.tsv, sources with index % 20 = 19")
+
+
+def test_sources_are_counted_after_merging(tsv):
+    splits = load_data(str(tsv(rows(19) + b"w0\tother\n" * 30)))
+    assert splits.valid == splits.train
+    splits = load_data(str(tsv(rows(19) + b"w0\tother\n" * 30 + b"last\tone\n")))
+    assert splits.valid == (Pair("last", ("one",)),)
+    assert splits.train[0].targets == ("t0", "other")
+
+
+@pytest.mark.parametrize(("n", "count"), [(1, "1 source "), (19, "19 sources ")])
+def test_too_few_sources_are_their_own_dev_set_and_a_note_says_so(tsv, n, count):
+    splits = load_data(str(tsv(rows(n))))
+    assert splits.valid == splits.train and len(splits.train) == n
+    (note,) = splits.notes
+    assert count in note and "dev scores are on the training data" in note
+
+
+def test_given_dev_and_test_files_leave_the_training_file_whole(tsv):
+    train = tsv(rows(40))
+    valid, test = tsv(rows(3, 100), "valid.tsv"), tsv(rows(4, 200), "test.tsv")
+    splits = load_data(str(train), valid, test)
+    assert [len(part) for part in (splits.train, splits.valid, splits.test)] == [40, 3, 4]
+    assert (splits.valid_name, splits.test_name) == (str(valid), str(test))
+    assert splits.notes == ()
+
+
+def test_sources_in_two_parts_are_noted_and_kept(tsv):
+    train, valid = tsv(rows(40)), tsv(rows(10, 38), "valid.tsv")
+    splits = load_data(str(train), valid, tsv(rows(5, 39), "test.tsv"))
+    assert [len(part) for part in (splits.train, splits.valid, splits.test)] == [40, 10, 5]
+    assert [note.split(",")[0] for note in splits.notes] == [
+        "2 of 10 dev sources are also in the training data",
+        "1 of 5 test sources are also in the training data",
+        "5 of 5 test sources are also in the dev data",
+    ]
+
+
+def test_blank_lines_and_a_header_are_noted(tsv):
+    splits = load_data(str(tsv(b"Source\tTarget\n\n" + rows(30))))
+    assert "1 blank line skipped" in splits.notes[0]
+    assert "looks like a header and is used as data" in splits.notes[1]
+    assert splits.train[0] == Pair("Source", ("Target",))
+
+
+def test_the_hash_follows_the_training_and_dev_pairs_and_nothing_else(tsv):
+    plain = load_data(str(tsv(rows(40))))
+    packed = load_data(str(tsv(gzip.compress(rows(40).replace(b"\n", b"\r\n")), "other.gz")))
+    tested = load_data(str(tsv(rows(40))), test=tsv(rows(2, 50), "test.tsv"))
+    assert plain.sha256 == packed.sha256 == tested.sha256
+    other_target = load_data(str(tsv(rows(40).replace(b"t7", b"tt7"))))
+    other_dev = load_data(str(tsv(rows(40))), valid=tsv(rows(2, 50), "valid.tsv"))
+    other_order = load_data(str(tsv(rows(10, 10) + rows(10) + rows(20, 20))))
+    hashes = [splits.sha256 for splits in (plain, other_target, other_dev, other_order)]
+    assert len(set(hashes)) == 4
+
+
+def test_the_dictionary_is_the_data_called_cmudict(cmudict):
+    assert load_data("cmudict") == cmudict
+
+
+def test_a_test_file_replaces_the_dictionarys_own_test_words(tsv, cmudict):
+    words = b"%s\tX\nkvtoolish\tY\n" % cmudict.train[0].source.encode()
+    splits = load_data("cmudict", test=tsv(words))
+    assert (splits.train, splits.valid, len(splits.test)) == (cmudict.train, cmudict.valid, 2)
+    assert splits.notes[0].startswith("1 of 2 test sources are also in the training data")
+
+
+def test_data_that_is_not_there_is_refused_with_the_nearest_name(tsv, tmp_path):
+    tsv(rows(2), "train.tsv")
+    with pytest.raises(FileError, match=r"Did you mean cmudict\?"):
+        load_data("cmudct")
+    with pytest.raises(FileError, match=r"Did you mean .*train\.tsv\?"):
+        load_data(str(tmp_path / "trian.tsv"))
+    with pytest.raises(FileError, match="or cmudict"):
+        load_data(str(tmp_path / "zzz"))
+    with pytest.raises(FileError, match="a TSV file not found"):
+        load_data("cmudict", test=tmp_path / "zzz")
+    with pytest.raises(UsageError, match="--data: is empty"):
+        load_data("")
