@@ -44,7 +44,7 @@ def logits(weights: Weights, config: ModelConfig, ids: Sequence[int]) -> np.ndar
             weights, config, f"{layer}.attn", norm(weights, config, f"{layer}.norm1", x)
         )
         x = x + mlp(weights, config, f"{layer}.mlp", norm(weights, config, f"{layer}.norm2", x))
-    head = "embed.weight" if config.tied else "head.weight"
+    head = "embed.tokens.weight" if config.tied else "head.weight"
     return norm(weights, config, "norm", x) @ _float64(weights, head).T  # (T, d) @ (d, V)
 
 
@@ -60,9 +60,9 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     d, ff, width = config.d_model, config.d_ff, config.head_dim
     n_qkv = (config.n_heads + 2 * config.n_kv_heads) * width
     n_up = 2 * ff if config.activation == "swiglu" else ff
-    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab_size, d)}
+    shapes: dict[str, tuple[int, ...]] = {"embed.tokens.weight": (config.vocab_size, d)}
     if config.positions == "learned":
-        shapes["positions.weight"] = (config.context, d)
+        shapes["embed.positions.weight"] = (config.context, d)
     for i in range(config.n_layers):
         layer = f"layers.{i}"
         shapes |= _norm_shapes(config, f"{layer}.norm1")
@@ -86,11 +86,11 @@ def embed(weights: Weights, config: ModelConfig, tokens: np.ndarray) -> np.ndarr
     The factor s = sqrt(d) goes with sinusoidal positions only (Vaswani et al. 2017, section 3.4).
     Rotary positions add nothing here: they act inside attention.
     """
-    x = _float64(weights, "embed.weight")[tokens]  # (T, d)
+    x = _float64(weights, "embed.tokens.weight")[tokens]  # (T, d)
     if config.positions == "sinusoidal":
         return math.sqrt(config.d_model) * x + sinusoids(len(tokens), config.d_model)
     if config.positions == "learned":
-        return x + _float64(weights, "positions.weight")[: len(tokens)]
+        return x + _float64(weights, "embed.positions.weight")[: len(tokens)]
     return x
 
 
