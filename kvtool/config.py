@@ -75,7 +75,8 @@ class ModelConfig:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if not self.d_ff and isinstance(self.d_model, int):
             object.__setattr__(self, "d_ff", 4 * self.d_model)
-        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "context"):
+        sizes = ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "context")
+        for name in sizes:
             check_int(FLAGS.get(name, name), getattr(self, name), 1)
         check_int("--encoder-layers", self.n_encoder_layers, 0)
         check_int("source_vocab_size", self.source_vocab_size, 1 if self.n_encoder_layers else 0)
@@ -98,7 +99,9 @@ class ModelConfig:
                 f"--kv-heads: {self.n_kv_heads} key-value heads do not divide {self.n_heads} heads"
             )
         if self.positions == "rotary" and self.head_dim % 2:
-            raise UsageError(f"--positions: rotary needs an even head width (found {self.head_dim})")
+            raise UsageError(
+                f"--positions: rotary needs an even head width (found {self.head_dim})"
+            )
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise UsageError(f"--positions: sinusoidal needs an even width (found {self.d_model})")
 

@@ -1,7 +1,7 @@
 """Every error that kvtool raises on purpose: a message, a hint, and an exit code.
 
-Core code raises these; `kvtool.app.main` is the one place that turns them into a red line on stderr.
-Anything else that escapes is a defect of kvtool itself and keeps its traceback.
+Core code raises these; `kvtool.app.main` is the one place that turns them into a red line on
+stderr. Anything else that escapes is a defect of kvtool itself and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 class KvtoolError(Exception):
     """What went wrong and where, and what to do about it.
 
-    `message` reads "<file or flag>: <what> (<found>, expected <expected>)"; `hint` is a full sentence.
+    `message` reads "<file or flag>: <what> (<found>, expected <expected>)"; `hint` is a sentence.
     """
 
     exit_code = 2

@@ -74,7 +74,7 @@ def sha256(path: Path) -> str:
 
 
 def require_file(path: Path, what: str) -> Path:
-    """Return `path` if it is a regular, non-empty file; otherwise raise FileError saying what it is."""
+    """Return `path` if it is a regular, non-empty file; else raise FileError saying what it is."""
     try:
         info = path.stat()
     except FileNotFoundError:
@@ -91,17 +91,18 @@ def require_file(path: Path, what: str) -> Path:
 
 
 def nearest(path: Path) -> str:
-    """A sentence that names the files beside `path` with the most similar names; "" if there are none."""
+    """Name the files beside `path` with the most similar names in a sentence; "" for none."""
     try:
         names = sorted(entry.name for entry in path.parent.iterdir())
     except OSError:
         return f"The folder {path.parent} does not exist either." if str(path.parent) != "." else ""
     close = difflib.get_close_matches(path.name, names, n=3)
-    return f"Did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
+    found = " or ".join(str(path.parent / name) for name in close)
+    return f"Did you mean {found}?" if close else ""
 
 
 def read_text(path: Path, what: str) -> str:
-    """Read UTF-8 text, dropping a byte order mark. Raises FileError with the offset of a bad byte."""
+    """Read UTF-8 text without a byte order mark. Raises FileError with a bad byte's offset."""
     data = read_bytes(path, what)
     try:
         return data.decode("utf-8-sig")
@@ -133,7 +134,7 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
 
 
 def weights_folder() -> Path:
-    """Where the shipped models are: inside an installed wheel, or beside the package in a checkout."""
+    """Where the shipped models are: in an installed wheel, or beside the package in a checkout."""
     inside = PACKAGE / "weights"
     return inside if inside.is_dir() else PACKAGE.parent / "weights"
 

@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 def choose(value: str, choices: list[str] | tuple[str, ...], flag: str) -> str:
-    """Return `value` if it is one of `choices`; otherwise raise UsageError with the nearest name."""
+    """Return `value` if it is one of `choices`; else raise UsageError with the nearest name."""
     if value in choices:
         return value
     near = difflib.get_close_matches(value, choices, n=1)

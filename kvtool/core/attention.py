@@ -57,9 +57,7 @@ class CrossAttention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.q = Linear(config.d_model, config.d_model, bias=config.bias)
-        self.kv = Linear(
-            config.d_model, 2 * config.n_kv_heads * config.head_dim, bias=config.bias
-        )
+        self.kv = Linear(config.d_model, 2 * config.n_kv_heads * config.head_dim, bias=config.bias)
         self.out = Linear(config.d_model, config.d_model, bias=config.bias)
 
     def project(self, memory: Tensor, kernels: Kernels = DEFAULT) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from kvtool.config import ModelConfig
 from kvtool.core.cache import Cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.sampling import Sampler
@@ -53,11 +55,11 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue `prompt` (B,P) by `n_new` tokens, yielding each (B,) as it is chosen.
 
-    The caller stops the iteration to stop early. Raises CapacityError before any work if the context
-    is too short, and CheckFailed if logits are not finite.
+    The caller stops the iteration to stop early. Raises CapacityError before any work if the
+    context is too short, and CheckFailed if logits are not finite.
     """
     n_prompt = prompt.shape[1]
-    check_context(n_prompt, n_new, model.config.context)
+    check_context(n_prompt, n_new, cast(ModelConfig, model.config).context)
     ids = prompt.new_empty(prompt.shape[0], n_prompt + n_new)
     ids[:, :n_prompt] = prompt
     for end in range(n_prompt, n_prompt + n_new):

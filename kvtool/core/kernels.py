@@ -21,7 +21,9 @@ class Kernels(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in), (out, in), (out,) -> (..., out)"""
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+    ) -> Tensor:
         """(B,H,T,D), (B,Hkv,S,D), (B,Hkv,S,D), (B,1,T,S) bool or None -> (B,H,T,D)"""
 
 
@@ -33,8 +35,10 @@ class DefaultKernels:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        # is_causal aligns the mask at the top left, which is right only when T == S (pytorch #144858).
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        # is_causal aligns the mask at the top left: right only when T == S (pytorch #144858).
         if causal and q.shape[2] != k.shape[2]:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
         grouped = q.shape[1] != k.shape[1]
@@ -49,10 +53,11 @@ DEFAULT = DefaultKernels()
 def visible(q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0) -> Tensor:
     """The one mask rule: which key columns each query may attend to.
 
-    q_pos (B,T) and k_pos (B,S) are absolute positions -> (B,1,T,S) bool, True = attend. A query sees
-    the keys at its own position and before, at most `window` of them counting its own (0: all), and
-    always the first `sinks` positions. Negative positions are left padding or empty columns: nobody
-    sees them, except that a padding query sees itself, since a row without a key would be NaN.
+    q_pos (B,T) and k_pos (B,S) are absolute positions -> (B,1,T,S) bool, True = attend. A query
+    sees the keys at its own position and before, at most `window` of them counting its own (0:
+    all), and always the first `sinks` positions. Negative positions are left padding or empty
+    columns: nobody sees them, except that a padding query sees itself, since a row without a key
+    would be NaN.
     """
     q = q_pos[:, None, :, None]
     k = k_pos[:, None, None, :]
@@ -62,7 +67,9 @@ def visible(q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0) -> Te
     return rule
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+) -> Tensor:
     """Attention from its formula in float64 (Vaswani 2017, eq. 1), for tests to compare with.
 
     Shapes as `Kernels.attention`; the result is float64.

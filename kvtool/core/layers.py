@@ -64,7 +64,7 @@ class MLP(nn.Module):
 
 
 class Table(nn.Module):
-    """A constant looked up by position, (context, width), kept in float64 whatever the model's dtype.
+    """A constant looked up by position, (context, width), in float64 whatever the model's dtype.
 
     It is no part of a checkpoint. Rounding happens once, at the look-up, to the caller's dtype.
     """
@@ -87,7 +87,8 @@ def sinusoids(context: int, width: int) -> Tensor:
 
     -> (context, width) float64, sines in the even columns and cosines in the odd ones.
     """
-    rates = torch.exp(torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10_000.0) / width))
+    even = torch.arange(0, width, 2, dtype=torch.float64)
+    rates = torch.exp(even * (-math.log(10_000.0) / width))
     angles = torch.arange(context, dtype=torch.float64)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(context, width)
 

@@ -54,9 +54,8 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     Raises ValueError for an encoder-decoder config.
     """
     if config.n_encoder_layers:
-        raise ValueError(
-            f"oracle: decoder-only models (found {config.n_encoder_layers} encoder layers, expected 0)"
-        )
+        found = config.n_encoder_layers
+        raise ValueError(f"oracle: decoder-only models (found {found} encoder layers, expected 0)")
     d, ff, width = config.d_model, config.d_ff, config.head_dim
     n_qkv = (config.n_heads + 2 * config.n_kv_heads) * width
     n_up = 2 * ff if config.activation == "swiglu" else ff
@@ -110,8 +109,9 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 def norm(weights: Weights, config: ModelConfig, name: str, x: np.ndarray) -> np.ndarray:
     """Bring every row to unit size, then rescale each coordinate: (T, d) -> (T, d).
 
-    LayerNorm (Ba et al. 2016): (x - mean) / sqrt(variance + eps) * weight + bias, where the variance
-    divides by d. RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean of squares + eps) * weight.
+    LayerNorm (Ba et al. 2016): (x - mean) / sqrt(variance + eps) * weight + bias, where the
+    variance divides by d. RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean of squares + eps) *
+    weight.
     """
     weight = _float64(weights, f"{name}.weight")  # (d,)
     if config.norm == "layernorm":

@@ -9,7 +9,7 @@ from kvtool.core.layers import Table
 
 
 class Rotary(nn.Module):
-    """Rotates halves of a head against each other (Su 2021, in the layout of GPT-NeoX and Llama)."""
+    """Rotates halves of a head against each other (Su 2021, in GPT-NeoX's and Llama's layout)."""
 
     def __init__(self, context: int, head_dim: int, theta: float) -> None:
         super().__init__()

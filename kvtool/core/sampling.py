@@ -11,8 +11,11 @@ from kvtool.errors import CheckFailed
 
 
 class Sampler:
-    """Greedy at temperature 0, otherwise random among the likeliest `top_k` (0: all) and the smallest
-    set of tokens whose probabilities reach `top_p` (Holtzman 2020)."""
+    """Greedy at temperature 0, otherwise random among the likeliest tokens.
+
+    These are the first `top_k` (0: all), and of them the smallest set whose probabilities reach
+    `top_p` (Holtzman 2020).
+    """
 
     def __init__(
         self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
@@ -24,7 +27,7 @@ class Sampler:
         self._generator: torch.Generator | None = None
 
     def __call__(self, logits: Tensor, index: int = 0) -> Tensor:
-        """logits (B,V) -> tokens (B,). Raises CheckFailed, naming step `index`, if any are not finite."""
+        """logits (B,V) -> tokens (B,). Raises CheckFailed, naming step `index`, if not finite."""
         best, token = logits.max(dim=-1)
         # argmax over NaN returns an index silently; max hands the NaN on, and so does the sum.
         if not math.isfinite(float(best.sum())):

@@ -120,8 +120,8 @@ class Bytes(NamedTuple):
 class Cache(ABC):
     """Keys and values of past tokens, so that a decoder need not compute them again.
 
-    One step: `step = begin(n)`; for each layer `attend(layer, q, k, v, step)`; `commit(n)`. What was
-    written and not committed does not exist: after an exception, `begin` starts over.
+    One step: `step = begin(n)`; for each layer `attend(layer, q, k, v, step)`; `commit(n)`. What
+    was written and not committed does not exist: after an exception, `begin` starts over.
     """
 
     kind: ClassVar[str]
@@ -159,7 +159,7 @@ class Cache(ABC):
 
     @abstractmethod
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Store k, v (B,Hkv,T,D) and return all keys and values (B,Hkv,S,D), columns as step.k_pos."""
+        """Store k, v (B,Hkv,T,D) -> all keys and values (B,Hkv,S,D), in columns as step.k_pos."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """Store k, v (B,Hkv,T,D) and attend with q (B,H,T,D) -> (B,H,T,D)."""
@@ -173,7 +173,9 @@ class Cache(ABC):
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens. Raises UsageError beyond what is held."""
         if not 0 <= length <= self.length:
-            raise UsageError(f"{self.kind} cache holds {self.length} tokens, cannot crop to {length}")
+            raise UsageError(
+                f"{self.kind} cache holds {self.length} tokens, cannot crop to {length}"
+            )
         self.length = length
 
     def select(self, rows: Tensor) -> None:

@@ -10,9 +10,10 @@ from kvtool.core.kernels import visible
 
 
 class BufferedCache(Cache):
-    """Tokens stand in columns 0, 1, 2 ... of `_keys[layer]` and `_values[layer]` (rows,Hkv,columns,D).
+    """Tokens stand in columns 0, 1, 2 ... of `_keys[layer]` and `_values[layer]`.
 
-    Columns behind `length` may hold anything: they are overwritten before they are ever visible.
+    Each of these is (rows,Hkv,columns,D). Columns behind `length` may hold anything: they are
+    overwritten before they are ever visible.
     """
 
     _keys: list[Tensor]
@@ -67,7 +68,9 @@ class BufferedCache(Cache):
         return keys[:, :, :reach], values[:, :, :reach]
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = (t[layer][: self.batch, :, : self.length] for t in (self._keys, self._values))
+        keys, values = (
+            t[layer][: self.batch, :, : self.length] for t in (self._keys, self._values)
+        )
         return keys.clone(), values.clone(), self._positions(0, self.length).clone()
 
     def nbytes(self) -> Bytes:

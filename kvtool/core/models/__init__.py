@@ -9,5 +9,5 @@ from kvtool.config import ModelConfig
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """A model with random weights (std 1/sqrt(width)); takes its randomness from torch's generator."""
+    """A model with random weights (std 1/sqrt(width)), drawn from torch's global generator."""
     return registry.load(registry.MODELS, config.kind)(config)

@@ -57,8 +57,8 @@ def make_rotary(config: ModelConfig) -> Rotary | None:
 class Decoder(nn.Module):
     """A decoder-only Transformer, or with `cross` the decoding half of an encoder-decoder.
 
-    A function of (weights, tokens, step, cache, source): it holds no state between calls, so the same
-    object runs cached and uncached side by side.
+    A function of (weights, tokens, step, cache, source): it holds no state between calls, so the
+    same object runs cached and uncached side by side.
     """
 
     def __init__(self, config: ModelConfig, cross: bool = False) -> None:
@@ -86,7 +86,8 @@ class Decoder(nn.Module):
         With a cache, `step` is what `cache.begin(T)` returned.
         """
         if step is None:
-            step = Step.full(*tokens.shape, device=tokens.device)
+            batch, n = tokens.shape
+            step = Step.full(batch, n, tokens.device)
         x = self.embed(tokens, step.q_pos)
         x = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
         for block in self.layers:

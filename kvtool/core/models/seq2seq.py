@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
+from kvtool.core.attention import CrossAttention
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.kernels import DEFAULT, Kernels
@@ -37,8 +40,8 @@ class Encoder(nn.Module):
 class Seq2Seq(nn.Module):
     """An encoder, and a decoder that attends to it.
 
-    Decoding is `source = encode(...)` once, then `forward(tokens, step, cache, source)`, the same call
-    as a decoder-only model's.
+    Decoding is `source = encode(...)` once, then `forward(tokens, step, cache, source)`, the same
+    call as a decoder-only model's.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -48,10 +51,10 @@ class Seq2Seq(nn.Module):
         self.decoder = Decoder(config, cross=True)
 
     def encode(self, tokens: Tensor, mask: Tensor, kernels: Kernels = DEFAULT) -> CrossCache:
-        """tokens (B,S), mask (B,S) bool with True = real -> keys and values for every decoder layer."""
+        """tokens (B,S), mask (B,S) bool, True = real -> keys and values for every decoder layer."""
         memory = self.encoder(tokens, mask, kernels)
-        layers = [block.cross.project(memory, kernels) for block in self.decoder.layers]
-        return CrossCache(layers, mask)
+        crosses = [cast(CrossAttention, block.cross) for block in self.decoder.layers]
+        return CrossCache([cross.project(memory, kernels) for cross in crosses], mask)
 
     def forward(
         self,
