@@ -1,0 +1,125 @@
+"""Options that take a list, and completion, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from typer.testing import CliRunner
+
+from cli_probe import LENGTHS, Ran, lengths_of, refused
+from kvtool import app
+from kvtool.ui import lists, options
+
+pytestmark = pytest.mark.usefixtures("probe_command")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--lengths 10 50 100",
+        "--lengths 10,50,100",
+        "--lengths 10 --lengths 50 --lengths 100",
+        "--lengths=10 50,100",
+        "--lengths 10, 50, 100",
+        "--lengths 10 50 --rate 2 --lengths 100",
+        "--seed 3 --lengths 10 50 100 -q",
+    ],
+)
+def test_every_habit_of_writing_a_list_means_the_same(kv: Callable[..., Ran], words: str) -> None:
+    assert lengths_of(kv("--json", *words.split())) == [10, 50, 100]
+    assert lengths_of(kv(*words.split(), "--json")) == [10, 50, 100]
+
+
+def test_a_list_that_is_not_given_keeps_its_default(kv: Callable[..., Ran]) -> None:
+    assert lengths_of(kv("--json")) == LENGTHS
+
+
+def test_names_in_a_list_are_taken_once_and_lengths_as_they_come(kv: Callable[..., Ran]) -> None:
+    ran = kv("--json", "--caches", "static", "none", "static", "--lengths", "5", "3", "5")
+    assert json.loads(ran.out)["caches"] == ["static", "none"]
+    assert lengths_of(ran) == [5, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lengths 10 ten", "--lengths: 'ten' is not a whole number"),
+        ("--lengths 10,ten,50", "--lengths: 'ten' is not a whole number"),
+        ("--lengths 1.5", "--lengths: '1.5' is not a whole number"),
+        ("--lengths -5", "--lengths: -5 is not a length: must be 1 or more"),
+        ("--lengths 10 -5 50", "--lengths: -5 is not a length: must be 1 or more"),
+        ("--lengths=-5", "--lengths: -5 is not a length: must be 1 or more"),
+        ("--lengths 0", "--lengths: 0 is not a length: must be 1 or more"),
+        ("--lengths", "--lengths: needs at least one value, e.g. --lengths 10 50 100"),
+        ("--lengths --json", "--lengths: needs at least one value, e.g. --lengths 10 50 100"),
+        ("--lengths=", "--lengths: needs at least one value, e.g. --lengths 10 50 100"),
+        ("--lengths 10 --lengths", "--lengths: needs at least one value, e.g. --lengths 10 50 100"),
+        ("--lengths ,", "--lengths: needs at least one value, e.g. --lengths 10 50 100"),
+        (
+            "--caches none statc",
+            "--caches: 'statc' is not known (expected one of none, dynamic, static). "
+            "Did you mean static?",
+        ),
+    ],
+)
+def test_a_bad_element_is_named(
+    kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
+    three = dict.fromkeys(("none", "dynamic", "static"), "")
+    monkeypatch.setattr(options, "CACHES", three)
+    assert refused(kv(*words.split())) == message
+
+
+def test_a_number_of_ten_thousand_digits_is_refused_in_a_short_line(kv: Callable[..., Ran]) -> None:
+    assert len(refused(kv("--lengths", "9" * 10_000))) < 100
+
+
+def test_the_value_of_another_option_is_never_taken_for_a_list(kv: Callable[..., Ran]) -> None:
+    ran = kv("--model", "--lengths", "--lengths", "7", "--json")
+    assert lengths_of(ran) == [7]
+    assert json.loads(ran.out)["settings"]["model"] == "--lengths"
+
+
+@pytest.mark.parametrize(
+    ("args", "rewritten", "open_flag"),
+    [
+        (["--n", "1", "2"], ["--n", "1", "--n", "2"], "--n"),
+        (["--n", "1", "-q"], ["--n", "1", "-q"], None),
+        (["--n", "-.5", "-"], ["--n", "-.5", "--n", "-"], "--n"),
+        (["--one", "--n", "--n", "3"], ["--one", "--n", "--n", "3"], "--n"),
+        (["--n"], ["--n", ""], "--n"),
+        (["--n", "1", "--", "--n", "2"], ["--n", "1", "--", "--n", "2"], None),
+    ],
+)
+def test_flags_are_repeated_for_every_value(
+    args: list[str], rewritten: list[str], open_flag: str | None
+) -> None:
+    assert lists.repeat_flags(args, {"--n"}, {"--one": 1, "-q": 0}) == (rewritten, open_flag)
+
+
+def test_lists_also_work_under_typers_own_test_runner() -> None:
+    result = CliRunner().invoke(app.app, ["probe", "--lengths", "1", "2", "3", "--json", "-q"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["lengths"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("kvtool probe --caches none st", "static"),
+        ("kvtool probe --caches none --caches dyn", "dynamic"),
+        ("kvtool probe --cache dyn", "dynamic"),
+        ("kvtool probe --caches none --leng", "--lengths"),
+        ("kvtool prob", "probe"),
+    ],
+)
+def test_completion_knows_where_a_list_goes_on(
+    monkeypatch: pytest.MonkeyPatch, words: str, offered: str
+) -> None:
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    environment = {app.COMPLETION: "complete_bash"}
+    result = CliRunner().invoke(app.app, [], env=environment, prog_name="kvtool")
+    assert result.stdout.split() == [offered]

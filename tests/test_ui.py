@@ -1,0 +1,197 @@
+"""Help, results, tables and progress, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import kvtool
+from cli_probe import Ran, refused
+from kvtool import registry
+from kvtool.ui import documents, output, progress, tables
+
+# Help
+
+
+@pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
+def test_help_lists_every_command_and_exits_0(kv: Callable[..., Ran], args: list[str]) -> None:
+    ran = kv(*args, command="")
+    assert ran.code == 0
+    assert all(f"  {name} " in ran.out for name in registry.COMMANDS)
+    assert "Probe the command line." in ran.out
+
+
+def test_help_survives_a_command_that_cannot_be_imported(
+    kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.COMMANDS, "broken", "kvtool.commands.no_such_module:command")
+    ran = kv("--help", command="")
+    assert ran.code == 0
+    assert "Probe the command line." in ran.out
+    assert "cannot be loaded" in ran.out
+    ran = kv(command="broken")
+    assert ran.code == 2
+    assert "No module named" in ran.err
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_help_page_fits_the_terminal(
+    kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    ran = kv("-h")
+    assert ran.code == 0
+    assert max(map(len, ran.out.splitlines())) <= width
+    assert "--lengths N..." in ran.out
+    assert "[default: 10 50]" in " ".join(ran.out.split())
+    assert "\nModel and machine:\n" in ran.out
+    assert "  kvtool probe --lengths 10 50\n" in ran.out
+
+
+def test_version_is_one_line_everywhere(kv: Callable[..., Ran]) -> None:
+    assert kv("--version", command="").out == f"kvtool {kvtool.__version__}\n"
+    assert kv("--version").out == f"kvtool {kvtool.__version__}\n"
+
+
+# Output
+
+
+def test_json_is_one_document_with_settings_and_without_nan(kv: Callable[..., Ran]) -> None:
+    ran = kv("--json", "--seed", "7", "--wrong")
+    found = json.loads(ran.out, parse_constant=lambda name: pytest.fail(name))
+    assert ran.code == found["exit_code"] == 1
+    assert found["schema"] == "kvtool.probe/1"
+    assert found["settings"]["seed"] == 7
+    assert found["settings"]["dtype"] == "float32"
+    assert found["gap"] is None
+    assert {"torch", "commit", "cores", "threads", "cpu", "python"} <= set(found["environment"])
+
+
+def test_results_go_to_stdout_and_talk_to_stderr(kv: Callable[..., Ran]) -> None:
+    ran = kv()
+    assert ran.out.splitlines()[-1] == "✓ all of them [really]"
+    assert ran.err == "working\nhint: try more\n"
+    assert kv("-q").err == ""
+    assert kv("-v").err == "working\nin detail\nhint: try more\n"
+    assert kv("-q").out == ran.out
+
+
+@pytest.mark.parametrize(
+    ("suffix", "expected"),
+    [
+        (".csv", "length,gap,even\n10,,true\n51,,false\n"),
+        (
+            ".md",
+            "# kvtool probe\n\n| length | gap | even |\n| --- | --- | --- |\n"
+            "| 10 |  | true |\n| 51 |  | false |\n",
+        ),
+    ],
+)
+def test_output_writes_the_rows(
+    kv: Callable[..., Ran], tmp_path: Path, suffix: str, expected: str
+) -> None:
+    target = tmp_path / f"result{suffix}"
+    assert kv("--lengths", "10", "51", "--output", str(target)).code == 0
+    assert target.read_text(encoding="utf-8") == expected
+
+
+def test_output_writes_the_same_json_as_stdout(kv: Callable[..., Ran], tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    ran = kv("--json", "--output", str(target))
+    assert target.read_text(encoding="utf-8") == ran.out
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("result.xml", "unknown format (found .xml"),
+        ("result", "unknown format (found no suffix"),
+        ("absent/result.json", "does not exist"),
+        ("folder.json", "is a folder"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    kv: Callable[..., Ran], tmp_path: Path, name: str, reason: str
+) -> None:
+    (tmp_path / "folder.json").mkdir()
+    ran = kv("--work", "missing", "--output", str(tmp_path / name))
+    assert reason in refused(ran)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.json"]
+
+
+def test_values_of_arrays_and_tensors_become_plain_json() -> None:
+    np = pytest.importorskip("numpy")
+    given = {
+        "scalar": np.float32(0.5),
+        "count": np.int64(3),
+        "array": np.array([1.0, np.inf]),
+        "path": Path("a") / "b",
+        "set": {1},
+        2: (None, True, -0.0),
+        "huge": float("-inf"),
+    }
+    assert documents.jsonable(given) == {
+        "scalar": 0.5,
+        "count": 3,
+        "array": [1.0, None],
+        "path": "a/b",
+        "set": [1],
+        "2": [None, True, 0.0],
+        "huge": None,
+    }
+
+
+NUMBERS = [tables.Column(name) for name in ("median ms", "speed-up over none", "cache bytes")]
+
+
+@pytest.mark.parametrize("width", [40, 60, 200])
+def test_a_table_never_cuts_a_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    columns = ["cache", *NUMBERS, *NUMBERS]
+    cells = ["static", "12345.678", "123.45x", "8,388,608", "87654.321", "543.21x", "9,388,608"]
+    output.Output().table("title", columns, [cells, cells])
+    printed = capsys.readouterr().out
+    assert all(printed.count(cell) >= 2 for cell in cells)
+    assert max(map(len, printed.splitlines())) <= width
+
+
+def test_a_table_too_wide_for_the_screen_goes_on_below_with_its_keys() -> None:
+    assert tables.split([6, 8, 8, 8], keys=[0], width=26) == [[0, 1, 2], [0, 3]]
+    assert tables.split([6, 8, 8, 8], keys=[0, 1], width=5) == [[0, 1, 2], [0, 1, 3]]
+
+
+def test_json_mode_keeps_stdout_free_of_words(capsys: pytest.CaptureFixture[str]) -> None:
+    out = output.Output(json=True)
+    out.table("t", ["a"], [["1"]])
+    out.text("text")
+    out.verdict(True, "good")
+    out.stream("token")
+    assert capsys.readouterr().out == ""
+
+
+def test_there_is_no_progress_bar_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.Output().progress("training", total=3) as bar:
+        bar.advance()
+        bar.update(loss=1.25)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_a_progress_bar_on_a_narrow_terminal_shows_count_and_loss() -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    file = StringIO()
+    console = Console(file=file, force_terminal=True, width=60, color_system=None)
+    with progress.open_progress(console, "training", total=3) as bar:
+        bar.advance(2)
+        bar.update(loss=1.25)
+    assert "training" in file.getvalue()
+    assert "2/3" in file.getvalue()
+    assert "loss 1.25" in file.getvalue()
