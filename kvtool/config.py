@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvtool.errors import FileError, UsageError
@@ -165,3 +166,59 @@ class RunConfig:
         choose(self.dtype, DTYPES, "--dtype")
         check_int("--threads", self.threads, 0, 4096)
         check_int("--seed", self.seed, 0, 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class TrainLength:
+    """When training ends: exactly one of the three is set."""
+
+    steps: int | None = None
+    epochs: int | None = None
+    minutes: float | None = None  # of training, evaluations not counted
+
+    def __post_init__(self) -> None:
+        given = {f"--{name}": value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise UsageError(f"--steps, --epochs, --minutes: give one (found {found})")
+        if self.minutes is not None:
+            check_float("--minutes", self.minutes, 0.0, 10_000_000.0, open_low=True)
+        else:
+            check_int(*next(iter(given.items())), 1)
+
+    def done(self, step: int, epoch: int, seconds: float, steps_per_epoch: int) -> float:
+        """The part that is done, from 0 to 1, after `step` steps, `epoch` epochs and `seconds`."""
+        if self.minutes is not None:
+            return min(seconds / (60 * self.minutes), 1.0)
+        if self.epochs is not None:
+            # Epochs may differ by a batch or two, so only their count says that all are over.
+            return (
+                1.0 if epoch >= self.epochs else min(step / (self.epochs * steps_per_epoch), 0.999)
+            )
+        return min(step / (self.steps or 1), 1.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train, and for how long."""
+
+    out: Path
+    length: TrainLength
+    lr: float = 2e-3
+    warmup: int = 200  # steps
+    clip: float = 1.0  # norm of all gradients together
+    weight_decay: float = 0.01
+    beta2: float = 0.98
+    eval_every: int = 500  # steps; a state is saved then too
+    patience: int = 0  # evaluations without a better score before stopping; 0: never stop early
+    amp: bool = False  # bfloat16 autocast
+    seed: int = 0
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_float("--lr", self.lr, 0.0, open_low=True)
+        check_int("--warmup", self.warmup, 0)
+        check_float("--clip", self.clip, 0.0, open_low=True)
+        check_float("--weight-decay", self.weight_decay, 0.0)
+        check_int("--eval-every", self.eval_every, 1)
+        check_int("--patience", self.patience, 0)

@@ -12,6 +12,7 @@ from kvtool.config import ModelConfig
 from kvtool.core.cache import Cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.sampling import Sampler
+from kvtool.core.text import BOS
 from kvtool.errors import CapacityError
 
 
@@ -32,6 +33,15 @@ def feed(
     logits = model(new, step, cache, source, last)
     cache.commit(new.shape[1])
     return logits
+
+
+def begin(model: nn.Module, ids: Tensor) -> tuple[Tensor, CrossCache | None]:
+    """Where decoding starts from `ids` (B,P): the tokens themselves, or for an encoder-decoder the
+    start token (B,1) and the encoded source."""
+    if not model.config.n_encoder_layers:
+        return ids, None
+    source = model.encode(ids, torch.ones_like(ids, dtype=torch.bool))
+    return ids.new_full((ids.shape[0], 1), BOS), source
 
 
 def check_context(n_prompt: int, n_new: int, context: int) -> None:

@@ -62,10 +62,10 @@ class Output:
             for part in build_table(title, columns, rows, self._out.width, self._out.encoding):
                 self._out.print(part)
 
-    def text(self, text: str = "", style: str = "") -> None:
+    def text(self, text: str = "", style: str = "", end: str = "\n") -> None:
         """Print a paragraph, wrapped on a terminal only."""
         if not self.json:
-            self._out.print(text, style=style, soft_wrap=not self._out.is_terminal)
+            self._out.print(text, style=style, end=end, soft_wrap=not self._out.is_terminal)
 
     def verdict(self, ok: bool | None, text: str) -> None:
         """Print the final sentence: right, wrong, or (None) undecided."""

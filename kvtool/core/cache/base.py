@@ -194,8 +194,9 @@ class Cache(ABC):
 
     @classmethod
     @abstractmethod
-    def predict_nbytes(cls, spec: CacheSpec, length: int) -> int:
-        """Bytes of keys and values that the kind allocates to hold `length` tokens."""
+    def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
+        """Bytes of keys and values that the kind allocates to hold `length` tokens, of which the
+        first `prompt` arrive at once and the others one by one."""
 
     def _positions(self, start: int, end: int) -> Tensor:
         """Absolute positions of storage columns start..end-1 -> (B, end - start)."""

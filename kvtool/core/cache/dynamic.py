@@ -51,9 +51,10 @@ class DynamicCache(BufferedCache):
                 buffers[layer] = torch.index_select(old, 0, rows)
 
     @classmethod
-    def predict_nbytes(cls, spec: CacheSpec, length: int) -> int:
-        """For tokens that arrive one by one."""
+    def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
         columns = min(GRAIN, spec.capacity)
+        if prompt > columns:
+            columns = cls._grown(columns, prompt, spec.capacity)
         while columns < length:
             columns = cls._grown(columns, columns + 1, spec.capacity)
         return columns * spec.token_nbytes

@@ -35,5 +35,5 @@ class NoCache(Cache):
         return Bytes(0, 0, 0)
 
     @classmethod
-    def predict_nbytes(cls, spec: CacheSpec, length: int) -> int:
+    def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
         return 0

@@ -44,5 +44,5 @@ class StaticCache(BufferedCache):
             filled[: self.batch] = filled.index_select(0, rows)  # a copy first: rows may overlap
 
     @classmethod
-    def predict_nbytes(cls, spec: CacheSpec, length: int) -> int:
+    def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
         return spec.capacity * spec.token_nbytes

@@ -1,0 +1,137 @@
+"""kvtool train-lm: train the decoder on a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvtool.commands import training as t
+from kvtool.config import ModelConfig, RunConfig, TrainConfig, check_int
+from kvtool.errors import UsageError
+from kvtool.files import read_text
+from kvtool.ui import options as o
+from kvtool.ui.output import Output, present
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that train-lm was asked for."""
+
+    data: Path
+    run: RunConfig
+    model: ModelConfig
+    batch_tokens: int
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        check_int("--batch-tokens", self.batch_tokens, 1)
+
+
+def run(settings: Settings, out: Output) -> t.Trained:
+    """Train, then measure the best checkpoint on the last 10 % of the text."""
+    from kvtool.core import checkpoint
+    from kvtool.core.lm import LanguageModelling, split_text
+    from kvtool.core.models import build_model
+    from kvtool.core.text import Tokenizer
+
+    device = t.device_of(settings.run)
+    text = read_text(settings.data, "a text to train on")
+    tokenizer = Tokenizer.train(
+        "bpe", [split_text(text)[0]], settings.model.vocab_size, specials=False
+    )
+    config = t.with_vocab(settings.model, tokenizer.vocab_size)
+    task = LanguageModelling(
+        text, tokenizer, config.context, settings.batch_tokens, settings.run.seed, device
+    )
+    model = build_model(config).to(device)
+    at = t.train(model, task, settings.train, "train-lm", out)
+    best = settings.train.out / "best"
+    score = task.score(checkpoint.load(str(best), device, next(model.parameters()).dtype).model)
+    row = {
+        "data": settings.data.name,
+        "split": "last 10 %",
+        "chars": score.n_chars,
+        "nats/token": score.nats_per_token,
+        "bits/char": score.bits_per_char,
+    }
+    return t.Trained.of(at, model, best, [row])
+
+
+def command(
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FILE", help="UTF-8 text; its last 10 % is held out."),
+    ] = None,
+    out_folder: t.OutFolder = Path("runs/lm"),
+    resume: t.Resume = False,
+    steps: t.Steps = None,
+    epochs: t.Epochs = None,
+    minutes: t.Minutes = None,
+    patience: t.Patience = 0,
+    eval_every: t.EvalEvery = 250,
+    layers: Annotated[
+        int,
+        typer.Option("--layers", metavar="N", help="Decoder layers.", rich_help_panel=t.MODEL),
+    ] = 2,
+    heads: t.Heads = 8,
+    d_model: t.DModel = 256,
+    context: t.Context = 1152,
+    positions: t.Positions = "sinusoidal",
+    dropout: t.Dropout = 0.1,
+    vocab_size: t.VocabSize = 1024,
+    batch_tokens: t.BatchTokens = 4608,
+    lr: t.LearningRate = 2e-3,
+    warmup: t.Warmup = 200,
+    clip: t.Clip = 1.0,
+    weight_decay: t.WeightDecay = 0.1,
+    amp: t.Amp = False,
+    device: o.Device = "auto",
+    threads: o.Threads = 0,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    output_file: o.OutputFile = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Train a decoder-only Transformer on a text, with a byte-level BPE tokenizer of its own.
+
+    Ctrl-C finishes the step and saves; --resume goes on to the same bytes (on one machine, with as
+    many threads, and a length in steps or epochs).
+
+      kvtool train-lm --data input.txt --steps 1000 --out runs/mine
+    """
+    out = Output(as_json, output_file, quiet, verbose)
+    if data is None:
+        raise UsageError("--data: is missing", "Give a text file, e.g. --data input.txt.")
+    settings = Settings(
+        data=data,
+        run=RunConfig(device=device, threads=threads, seed=seed),
+        model=ModelConfig(
+            vocab_size=vocab_size,
+            n_layers=layers,
+            n_heads=heads,
+            d_model=d_model,
+            context=context,
+            positions=positions,
+            dropout=dropout,
+        ),
+        batch_tokens=batch_tokens,
+        train=TrainConfig(
+            out=out_folder,
+            length=t.train_length(steps, epochs, minutes),
+            lr=lr,
+            warmup=warmup,
+            clip=clip,
+            weight_decay=weight_decay,
+            eval_every=eval_every,
+            patience=patience,
+            amp=amp,
+            seed=seed,
+            resume=resume,
+        ),
+    )
+    present("train-lm", settings, run, t.show_trained, out)

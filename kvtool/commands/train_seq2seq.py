@@ -1,0 +1,224 @@
+"""kvtool train-seq2seq: train the encoder-decoder on pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtool.commands import training as t
+from kvtool.config import ModelConfig, RunConfig, TrainConfig, check_float, check_int
+from kvtool.registry import choose
+from kvtool.ui import options as o
+from kvtool.ui.output import Output, present
+
+if TYPE_CHECKING:
+    from kvtool.core.pairs import Pair, Splits
+    from kvtool.core.text import Tokenizer
+    from kvtool.core.translation import Translation
+
+TOKENIZERS = ("auto", "char", "symbol", "word", "bpe")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that train-seq2seq was asked for."""
+
+    data: str
+    valid: Path | None
+    test: Path | None
+    tokenizer: str
+    run: RunConfig
+    model: ModelConfig
+    batch_tokens: int
+    label_smoothing: float
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        choose(self.tokenizer, TOKENIZERS, "--tokenizer")
+        check_int("--batch-tokens", self.batch_tokens, 1)
+        check_float("--label-smoothing", self.label_smoothing, 0.0, 0.99)
+        check_int("--encoder-layers", self.model.n_encoder_layers, 1)
+
+
+def run(settings: Settings, out: Output) -> t.Trained:
+    """Train, then decode all held-out sources with the best checkpoint."""
+    from kvtool.core import checkpoint
+    from kvtool.core.models import build_model
+    from kvtool.core.pairs import load_data
+    from kvtool.core.translation import Translation
+
+    device = t.device_of(settings.run)
+    splits = load_data(settings.data, settings.valid, settings.test)
+    for note in splits.notes:
+        out.note(note)
+    source, target = make_tokenizers(settings, splits)
+    out.note(f"tokens: {source.kind} ({source.vocab_size}) to {target.kind} ({target.vocab_size})")
+    config = t.with_vocab(settings.model, target.vocab_size, source.vocab_size)
+    task = Translation(
+        splits,
+        source,
+        target,
+        config.context,
+        settings.batch_tokens,
+        settings.label_smoothing,
+        settings.run.seed,
+        device,
+    )
+    model = build_model(config).to(device)
+    at = t.train(model, task, settings.train, "train-seq2seq", out)
+    best = settings.train.out / "best"
+    best_model = checkpoint.load(str(best), device, next(model.parameters()).dtype).model
+    parts = [("dev", splits.valid_name, splits.valid), ("test", splits.test_name, splits.test)]
+    scores = [
+        score_row(task, best_model, part, name, pairs, out) for part, name, pairs in parts if pairs
+    ]
+    return t.Trained.of(at, model, best, scores)
+
+
+def make_tokenizers(settings: Settings, splits: Splits) -> tuple[Tokenizer, Tokenizer]:
+    """Tokenizers of both sides, learned from the training pairs alone."""
+    from kvtool.core.text import Tokenizer, guess_kind
+
+    sides = [pair.source for pair in splits.train], [x for p in splits.train for x in p.targets]
+    made = []
+    for texts in sides:
+        kind = guess_kind(texts) if settings.tokenizer == "auto" else settings.tokenizer
+        made.append(Tokenizer.train(kind, texts, settings.model.vocab_size))
+    return made[0], made[1]
+
+
+def score_row(
+    task: Translation, model: Any, part: str, name: str, pairs: tuple[Pair, ...], out: Output
+) -> dict[str, Any]:
+    """Decode all of a held-out part, and name what the score is of."""
+    out.note(f"decoding {len(pairs):,} {part} sources")
+    score = task.score(model, pairs)
+    unit = "CER %" if task.tokenizer.kind == "char" else "PER %"
+    return {
+        "part": part,
+        "data": name,
+        "sources": score.n,
+        "decoding": "greedy",
+        "WER %": score.wer,
+        unit: score.per,
+    }
+
+
+def command(
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="cmudict|FILE",
+            help="The embedded dictionary, or a file of lines: source TAB target.",
+        ),
+    ] = "cmudict",
+    valid: Annotated[
+        Path | None,
+        typer.Option("--valid", metavar="FILE", help="Dev pairs; else a part of --data is used."),
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option("--test", metavar="FILE", help="Test pairs, scored at the end.")
+    ] = None,
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            "--tokenizer", metavar="KIND", help="char, symbol, word or bpe; auto suits each side."
+        ),
+    ] = "auto",
+    out_folder: t.OutFolder = Path("runs/seq2seq"),
+    resume: t.Resume = False,
+    steps: t.Steps = None,
+    epochs: t.Epochs = None,
+    minutes: t.Minutes = None,
+    patience: t.Patience = 0,
+    eval_every: t.EvalEvery = 250,
+    encoder_layers: Annotated[
+        int,
+        typer.Option(
+            "--encoder-layers", metavar="N", help="Encoder layers.", rich_help_panel=t.MODEL
+        ),
+    ] = 1,
+    decoder_layers: Annotated[
+        int,
+        typer.Option(
+            "--decoder-layers", metavar="N", help="Decoder layers.", rich_help_panel=t.MODEL
+        ),
+    ] = 1,
+    heads: t.Heads = 8,
+    d_model: t.DModel = 256,
+    context: t.Context = 256,
+    positions: t.Positions = "sinusoidal",
+    dropout: t.Dropout = 0.1,
+    vocab_size: t.VocabSize = 4096,
+    batch_tokens: t.BatchTokens = 2048,
+    lr: t.LearningRate = 2e-3,
+    warmup: t.Warmup = 100,
+    clip: t.Clip = 1.0,
+    weight_decay: t.WeightDecay = 0.01,
+    label_smoothing: Annotated[
+        float,
+        typer.Option(
+            "--label-smoothing",
+            metavar="X",
+            help="Probability spread over wrong tokens.",
+            rich_help_panel=t.OPTIMIZER,
+        ),
+    ] = 0.1,
+    amp: t.Amp = False,
+    device: o.Device = "auto",
+    threads: o.Threads = 0,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    output_file: o.OutputFile = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Train an encoder-decoder Transformer on pairs: words to phones, or your own TSV.
+
+    Without --steps, --epochs or --minutes it trains for five minutes; one already gives a model that
+    pronounces. Ctrl-C finishes the step and saves; --resume goes on.
+
+      kvtool train-seq2seq --minutes 1
+
+      kvtool train-seq2seq --data pairs.tsv --epochs 20 --out runs/mine
+    """
+    out = Output(as_json, output_file, quiet, verbose)
+    settings = Settings(
+        data=data,
+        valid=valid,
+        test=test,
+        tokenizer=tokenizer,
+        run=RunConfig(device=device, threads=threads, seed=seed),
+        model=ModelConfig(
+            vocab_size=vocab_size,
+            n_layers=decoder_layers,
+            n_encoder_layers=encoder_layers,
+            source_vocab_size=vocab_size,
+            n_heads=heads,
+            d_model=d_model,
+            context=context,
+            positions=positions,
+            dropout=dropout,
+        ),
+        batch_tokens=batch_tokens,
+        label_smoothing=label_smoothing,
+        train=TrainConfig(
+            out=out_folder,
+            length=t.train_length(steps, epochs, minutes),
+            lr=lr,
+            warmup=warmup,
+            clip=clip,
+            weight_decay=weight_decay,
+            eval_every=eval_every,
+            patience=patience,
+            amp=amp,
+            seed=seed,
+            resume=resume,
+        ),
+    )
+    present("train-seq2seq", settings, run, t.show_trained, out)

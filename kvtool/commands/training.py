@@ -1,0 +1,226 @@
+"""What train-lm and train-seq2seq share: options, the run itself, and its report."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtool.config import ModelConfig, RunConfig, TrainConfig, TrainLength
+from kvtool.ui.output import Output
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from kvtool.core.train import Position, Task
+
+LENGTH = "How long"
+MODEL = "The model"
+OPTIMIZER = "The optimizer"
+DEFAULT_MINUTES = 5.0
+
+OutFolder = Annotated[
+    Path,
+    typer.Option("--out", metavar="DIR", help="Where checkpoints, the log and the plot go."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in --out, with the same settings.")
+]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", metavar="N", help="Stop after N steps.", rich_help_panel=LENGTH),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option("--epochs", metavar="N", help="Stop after N epochs.", rich_help_panel=LENGTH),
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        "--minutes",
+        metavar="X",
+        help="Stop after X minutes of training; the seed alone does not fix the result then.",
+        rich_help_panel=LENGTH,
+    ),
+]
+Patience = Annotated[
+    int,
+    typer.Option(
+        "--patience",
+        metavar="N",
+        help="Stop after N evaluations without a better score (0: never).",
+        rich_help_panel=LENGTH,
+    ),
+]
+EvalEvery = Annotated[
+    int,
+    typer.Option(
+        "--eval-every",
+        metavar="N",
+        help="Evaluate and save every N steps.",
+        rich_help_panel=LENGTH,
+    ),
+]
+DModel = Annotated[
+    int, typer.Option("--d-model", metavar="N", help="Width.", rich_help_panel=MODEL)
+]
+Heads = Annotated[
+    int, typer.Option("--heads", metavar="N", help="Attention heads.", rich_help_panel=MODEL)
+]
+Context = Annotated[
+    int,
+    typer.Option(
+        "--context",
+        metavar="N",
+        help="Longest sequence, in tokens.",
+        rich_help_panel=MODEL,
+    ),
+]
+Positions = Annotated[
+    str,
+    typer.Option(
+        "--positions",
+        metavar="KIND",
+        help="sinusoidal, learned or rotary.",
+        rich_help_panel=MODEL,
+    ),
+]
+Dropout = Annotated[
+    float, typer.Option("--dropout", metavar="X", help="Dropout.", rich_help_panel=MODEL)
+]
+VocabSize = Annotated[
+    int,
+    typer.Option(
+        "--vocab-size", metavar="N", help="Pieces of a bpe tokenizer.", rich_help_panel=MODEL
+    ),
+]
+BatchTokens = Annotated[
+    int,
+    typer.Option(
+        "--batch-tokens", metavar="N", help="Tokens per step.", rich_help_panel=OPTIMIZER
+    ),
+]
+LearningRate = Annotated[
+    float, typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=OPTIMIZER)
+]
+Warmup = Annotated[
+    int,
+    typer.Option(
+        "--warmup",
+        metavar="N",
+        help="Steps in which the learning rate rises; a cosine follows.",
+        rich_help_panel=OPTIMIZER,
+    ),
+]
+Clip = Annotated[
+    float,
+    typer.Option(
+        "--clip", metavar="X", help="Longest gradient, as a norm.", rich_help_panel=OPTIMIZER
+    ),
+]
+WeightDecay = Annotated[
+    float,
+    typer.Option(
+        "--weight-decay", metavar="X", help="AdamW's weight decay.", rich_help_panel=OPTIMIZER
+    ),
+]
+Amp = Annotated[
+    bool,
+    typer.Option(
+        "--amp", help="Multiply in bfloat16 (autocast).", rich_help_panel=OPTIMIZER
+    ),
+]
+
+
+@dataclass
+class Trained:
+    """How a run ended; figures of the best checkpoint are in `scores`."""
+
+    steps: int
+    epochs: int
+    tokens: int
+    seconds: float
+    parameters: int
+    best_step: int
+    best: Path
+    sha256: str
+    scores: list[dict[str, Any]]
+    exit_code: int = 0
+
+    @classmethod
+    def of(
+        cls, at: Position, model: nn.Module, best: Path, scores: list[dict[str, Any]]
+    ) -> Trained:
+        """The report of a run that ended at `at`."""
+        parameters = sum(p.numel() for p in model.parameters())
+        return cls(
+            at.step, at.epoch, at.tokens, at.seconds, parameters, at.best_step, best,
+            at.best_sha256, scores,
+        )  # fmt: skip
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self.scores
+
+
+def train_length(steps: int | None, epochs: int | None, minutes: float | None) -> TrainLength:
+    """The length that was asked for, or five minutes. Raises UsageError for two of them."""
+    if steps is None and epochs is None and minutes is None:
+        minutes = DEFAULT_MINUTES
+    return TrainLength(steps, epochs, minutes)
+
+
+def with_vocab(config: ModelConfig, target: int, source: int = 0) -> ModelConfig:
+    """`config` with the vocabularies that the tokenizers turned out to have."""
+    return dataclasses.replace(config, vocab_size=target, source_vocab_size=source)
+
+
+def device_of(run: RunConfig) -> torch.device:
+    """Where to train. Raises UsageError for a number format that training does not use."""
+    from kvtool.core.machine import prepare
+    from kvtool.errors import UsageError
+
+    if run.dtype != "float32":
+        raise UsageError(f"--dtype {run.dtype}: training keeps float32 weights", "Use --amp.")
+    return prepare(run)[0]
+
+
+def train(
+    model: nn.Module, task: Task, config: TrainConfig, description: str, out: Output
+) -> Position:
+    """Train within config.out, show how it goes, and draw the loss."""
+    from kvtool.core.runs import RunFolder
+    from kvtool.core.train import Trainer
+    from kvtool.ui.plots import loss_plot
+
+    with RunFolder(config.out, config.resume, out.warn) as folder:
+        length = config.length
+        total = length.steps or (length.epochs or 0) * len(task.batches(0)) or None
+        with out.progress(description, total) as bar:
+            trainer = Trainer(model, task, config, folder, bar, out.note)
+            try:
+                position = trainer.run()
+            finally:
+                loss_plot(config.out / "loss.png", folder.read_log(), task.score_name)
+    return position
+
+
+def show_trained(report: Trained, out: Output) -> None:
+    """The final table and where to find the model."""
+    names = list(dict.fromkeys(name for row in report.scores for name in row))
+    rows = [[_cell(row.get(name)) for name in names] for row in report.scores]
+    out.table("best checkpoint", list(names), rows)
+    rate = report.tokens / report.seconds if report.seconds else 0.0
+    out.text(
+        f"{report.steps:,} steps, {report.tokens:,} tokens in {report.seconds:,.0f} s "
+        f"({rate:,.0f} tokens/s), {report.parameters:,} parameters; best at step {report.best_step:,}"
+    )
+    out.text(f"checkpoint: {report.best}   loss curve: {report.best.parent / 'loss.png'}")
+    out.hint(f"kvtool generate --model {report.best}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str("" if value is None else value)

@@ -1,0 +1,87 @@
+"""The device, number format and threads that a run uses, checked before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from kvtool.config import RunConfig
+from kvtool.errors import CapacityError, DeviceError
+
+
+def prepare(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """Set threads and seed, and return where and in what format to compute. Raises DeviceError."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    device = choose_device(config.device)
+    dtype = getattr(torch, config.dtype)
+    _probe(device, dtype)
+    return device, dtype
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is the GPU if there is one. Raises DeviceError rather than take another device."""
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise DeviceError(
+            "--device cuda: there is no CUDA device here (found cpu)",
+            "Use --device cpu, or install a PyTorch build for your GPU.",
+        )
+    return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
+
+
+def _probe(device: torch.device, dtype: torch.dtype) -> None:
+    """Try what a model does in this format. Raises DeviceError."""
+    try:
+        x = torch.ones(2, 4, dtype=dtype, device=device)
+        torch.nn.functional.layer_norm(x @ x.T, (2,)).softmax(-1)
+        q = x.reshape(1, 1, 2, 4)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    except (RuntimeError, TypeError) as error:
+        name = str(dtype).removeprefix("torch.")
+        reason = str(error).splitlines()[0]
+        raise DeviceError(
+            f"--dtype {name}: {device.type} cannot compute with it ({reason})",
+            "Use --dtype float32.",
+        ) from error
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had, in bytes; None if nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [n for n in (_meminfo(), _cgroup()) if n is not None]
+    return min(limits) if limits else None
+
+
+def require_memory(what: str, needed: int, device: torch.device) -> None:
+    """Raise CapacityError if `needed` bytes for `what` are more than there are."""
+    available = available_bytes(device)
+    if available is not None and needed > available:
+        raise CapacityError(
+            f"{what}: needs {needed / 2**30:.1f} GiB ({available / 2**30:.1f} GiB available)",
+            "Use a smaller --dtype, fewer tokens or a smaller batch.",
+        )
+
+
+def _meminfo() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _cgroup() -> int | None:
+    """What a container may still allocate (cgroup v2)."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = (folder / "memory.current").read_text(encoding="ascii").strip()
+        return int(limit) - int(used)  # "max" means no limit
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,192 @@
+"""Reference logits: made by the NumPy oracle, kept in a file, compared position by position.
+
+A file holds, for prompts 0, 1 and so on, `ids.N` (T,) and `logits.N` (T,V). In a .safetensors file the
+metadata has `text.N` too. `ids` and `logits` alone are prompt 0.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvtool.core import oracle
+from kvtool.core.engine import check_context
+from kvtool.core.verify import spacing
+from kvtool.errors import FileError, UsageError
+from kvtool.files import require_file, write_durable
+
+# How far a float64 run may be from a reference stored in a format, over the largest logit.
+PRECISION = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The right logits (T,V) after each of the tokens `ids` (T,); `text` is None if not recorded."""
+
+    ids: list[int]
+    logits: np.ndarray
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Position:
+    """How the logits after one token differ from the reference."""
+
+    prompt: int
+    position: int
+    token: int
+    max_difference: float
+    ulps: float  # of the working format, at the position's largest logit
+    gap_float64: float  # of the float64 run: max |a - b| / max |b|
+    same_top1: bool
+    kl: float  # nats, from the reference to the working run
+
+
+def make_reference(
+    weights: Mapping[str, Tensor], config: Any, prompts: Sequence[tuple[str, list[int]]]
+) -> list[Reference]:
+    """What the NumPy oracle says, in float64. Raises UsageError for an encoder-decoder."""
+    if config.n_encoder_layers:
+        raise UsageError(
+            "--model: is an encoder-decoder (expected a decoder-only model)",
+            "The NumPy oracle knows decoder-only models; use verify-cache.",
+        )
+    arrays = {name: tensor.double().cpu().numpy() for name, tensor in weights.items()}
+    found = []
+    for text, ids in prompts:
+        if not ids:
+            raise UsageError("--prompt: is empty (expected 1 token or more)")
+        check_context(len(ids), 0, config.context)
+        found.append(Reference(ids, oracle.logits(arrays, config, ids), text))
+    return found
+
+
+def save(path: Path, references: Sequence[Reference]) -> None:
+    """Write a .safetensors file, durably. Raises UsageError for another suffix, FileError."""
+    if path.suffix != ".safetensors":
+        raise UsageError(f"--save-reference {path}: has not the suffix .safetensors")
+    arrays: dict[str, np.ndarray] = {}
+    texts = {}
+    for i, reference in enumerate(references):
+        arrays[f"ids.{i}"] = np.asarray(reference.ids, dtype=np.int64)
+        arrays[f"logits.{i}"] = np.ascontiguousarray(reference.logits)
+        if reference.text is not None:
+            texts[f"text.{i}"] = reference.text
+    write_durable(path, safetensors.numpy.save(arrays, metadata=texts))
+
+
+def load(path: Path) -> list[Reference]:
+    """Read a .safetensors or .npz file of references. Raises FileError."""
+    require_file(path, "reference logits")
+    if path.suffix == ".npz":
+        arrays, texts = _load_npz(path)
+    elif path.suffix == ".safetensors":
+        arrays, texts = _load_safetensors(path)
+    else:
+        found = path.suffix or "no suffix"
+        raise FileError(f"--reference {path}: {found} (expected .safetensors or .npz)")
+    arrays = {f"{name}.0" if name in ("ids", "logits") else name: a for name, a in arrays.items()}
+    numbers = sorted(int(name[4:]) for name in arrays if name[:4] == "ids." and name[4:].isdigit())
+    if not numbers:
+        raise FileError(f"{path}: holds no references (expected ids.0 and logits.0)")
+    return [_reference(path, arrays, texts, n) for n in numbers]
+
+
+def _load_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:  # a pickle could run code
+            return {name: file[name] for name in file.files}, {}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise FileError(f"{path}: is not an .npz file of plain arrays ({error})") from error
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (safetensors.SafetensorError, OSError, TypeError) as error:
+        raise FileError(f"{path}: is not a safetensors file ({error})") from error
+
+
+def _reference(
+    path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, str], n: int
+) -> Reference:
+    ids, logits = arrays[f"ids.{n}"], arrays.get(f"logits.{n}")
+    if logits is None:
+        raise FileError(f"{path}: logits.{n} is missing, and ids.{n} is there")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or not len(ids):
+        raise FileError(f"{path}: ids.{n} is {ids.dtype} {list(ids.shape)} (expected whole numbers [T])")
+    if logits.ndim != 2 or logits.shape[0] != len(ids) or logits.dtype.name not in PRECISION:
+        raise FileError(
+            f"{path}: logits.{n} is {logits.dtype} {list(logits.shape)} "
+            f"(expected {', '.join(PRECISION)} [{len(ids)}, V])"
+        )
+    if not np.isfinite(logits).all():
+        raise FileError(f"{path}: logits.{n} holds NaN or infinities")
+    return Reference([int(i) for i in ids], logits, texts.get(f"text.{n}"))
+
+
+def check_fits(references: Sequence[Reference], config: Any) -> None:
+    """Raise FileError where a reference is of another vocabulary, or longer than the context."""
+    for n, reference in enumerate(references):
+        vocab = reference.logits.shape[1]
+        if vocab != config.vocab_size:
+            raise FileError(
+                f"--reference: logits.{n} are over {vocab} tokens (the model has {config.vocab_size})",
+                "Take the reference that was made for this model.",
+            )
+        if min(reference.ids) < 0 or max(reference.ids) >= vocab:
+            raise FileError(f"--reference: ids.{n} are not all within 0 to {vocab - 1}")
+        check_context(len(reference.ids), 0, config.context)
+
+
+@torch.inference_mode()
+def compare(
+    model: nn.Module, precise: nn.Module, references: Sequence[Reference]
+) -> list[Position]:
+    """Every position of every reference; `precise` is the same model in float64."""
+    device = next(model.parameters()).device
+    found = []
+    for n, reference in enumerate(references):
+        ids = torch.tensor([reference.ids], device=device)
+        right = torch.from_numpy(reference.logits.astype(np.float64))
+        working, exact = model(ids)[0].cpu(), precise(ids)[0].cpu()
+        for position, token in enumerate(reference.ids):
+            found.append(
+                _position(n, position, token, working[position], exact[position], right[position])
+            )
+    return found
+
+
+def _position(
+    n: int, position: int, token: int, working: Tensor, exact: Tensor, right: Tensor
+) -> Position:
+    """One position: working and float64 logits (V,) against the right ones (V,)."""
+    scale = float(right.abs().max()) or 1.0
+    difference = _largest(working.double() - right)
+    kl = F.kl_div(working.double().log_softmax(-1), right.softmax(-1), reduction="sum")
+    return Position(
+        prompt=n,
+        position=position,
+        token=token,
+        max_difference=difference,
+        ulps=difference / spacing(scale, working.dtype),
+        gap_float64=_largest(exact - right) / scale,
+        same_top1=bool(working.argmax() == right.argmax()),
+        kl=max(float(kl), 0.0),  # rounding may leave -1e-17
+    )
+
+
+def _largest(difference: Tensor) -> float:
+    """max |difference|, where NaN counts as infinite."""
+    return float(difference.abs().nan_to_num(nan=float("inf")).max())

@@ -1,0 +1,201 @@
+"""Text and token ids: every tokenizer of kvtool behind encode and decode.
+
+The work is done by Hugging Face's `tokenizers`, and a file is its tokenizer.json. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from kvtool.errors import FileError, UsageError
+from kvtool.files import read_text, write_durable
+from kvtool.registry import choose
+
+KINDS = ("char", "symbol", "word", "bpe")
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0 to 3 of a tokenizer that has them
+PAD, BOS, EOS, UNK = range(4)
+LARGEST_WORD_VOCAB = 30_000
+
+# How text falls apart, by kind; what a file's pre-tokenizer says is its kind.
+_SPLITTERS: dict[str, Any] = {
+    "char": lambda: pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated"),
+    "symbol": pre_tokenizers.WhitespaceSplit,
+    "word": pre_tokenizers.Whitespace,
+    "bpe": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+}
+_PRE_TOKENIZER_KINDS = {
+    "Split": "char",
+    "WhitespaceSplit": "symbol",
+    "Whitespace": "word",
+    "ByteLevel": "bpe",
+}
+
+
+class Tokenizer:
+    """Encodes text as token ids and back.
+
+    kind: char (one token a code point), symbol (split at blanks), word (words and punctuation) or
+    bpe (byte-level byte-pair encoding, Sennrich 2016 and Radford 2019, which loses no byte of any
+    text). One with `specials` starts with SPECIALS; without them nothing marks an end.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        self._inner = inner
+        # Text that spells "<pad>" is text: only we put special tokens anywhere.
+        inner.encode_special_tokens = True
+        spec = json.loads(inner.to_str())
+        self.kind = _PRE_TOKENIZER_KINDS.get((spec["pre_tokenizer"] or {}).get("type"), "other")
+        self.vocab_size: int = inner.get_vocab_size()
+        self.has_specials = all(inner.token_to_id(name) == i for i, name in enumerate(SPECIALS))
+
+    @classmethod
+    def train(
+        cls, kind: str, texts: Iterable[str], vocab_size: int = 1024, specials: bool = True
+    ) -> Tokenizer:
+        """Learn a vocabulary from texts; `vocab_size` bounds it for bpe alone.
+
+        Raises UsageError for an unknown kind or texts without a single token.
+        """
+        choose(kind, KINDS, "--tokenizer")
+        inner = _train_bpe(texts, vocab_size, specials) if kind == "bpe" else _count(kind, texts)
+        return cls(inner)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read a tokenizer.json. Raises FileError."""
+        text = read_text(path, "a tokenizer")
+        try:
+            inner = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise FileError(f"{path}: is not a tokenizer ({error})") from error
+        if not inner.get_vocab_size():
+            raise FileError(f"{path}: is a tokenizer without a vocabulary")
+        return cls(inner)
+
+    def save(self, path: Path) -> None:
+        """Write a tokenizer.json, durably. Raises FileError."""
+        write_durable(path, self._inner.to_str(pretty=True).encode())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the vocabulary and the rules."""
+        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text, if the tokenizer has one."""
+        return EOS if self.has_specials else None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without any special token; what is unknown is UNK.
+
+        Raises UsageError where an unknown piece has no token at all.
+        """
+        try:
+            return self._inner.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise UsageError(f"the text cannot be encoded ({error})") from error
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once."""
+        return [found.ids for found in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special tokens are left out, and broken UTF-8 becomes U+FFFD."""
+        return self._inner.decode(self._plain(ids), skip_special_tokens=False)
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Each token's own text, for comparing token by token."""
+        return [self._inner.id_to_token(i) or "" for i in self._plain(ids)]
+
+    def stream(self) -> TextStream:
+        """A decoder of ids that arrive one by one."""
+        return TextStream(self)
+
+    def _plain(self, ids: Iterable[int]) -> list[int]:
+        floor = len(SPECIALS) if self.has_specials else 0
+        return [i for i in ids if i >= floor]
+
+
+class TextStream:
+    """Text of tokens as they come; an incomplete character waits for the tokens that complete it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._inner = decoders.DecodeStream(skip_special_tokens=False)
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def step(self, token: int) -> str:
+        """The text that `token` adds, perhaps none yet."""
+        if not self._tokenizer._plain([token]):
+            return ""
+        self._ids.append(token)
+        text = self._inner.step(self._tokenizer._inner, token) or ""
+        self._shown += len(text)
+        return text
+
+    def finish(self) -> str:
+        """What was still waiting."""
+        return self._tokenizer.decode(self._ids)[self._shown :]
+
+
+def guess_kind(texts: Sequence[str]) -> str:
+    """The kind that suits one side of a list of pairs.
+
+    symbol for a small inventory of blank-separated pieces (phones), char for single short words,
+    bpe for everything else.
+    """
+    pieces = [text.split() for text in texts]
+    n_pieces = sum(map(len, pieces))
+    inventory = {piece for row in pieces for piece in row}
+    if n_pieces > len(texts) and len(inventory) <= 256:
+        return "symbol"
+    return "char" if n_pieces <= 1.2 * len(texts) else "bpe"
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int, specials: bool) -> tokenizers.Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    smallest = len(alphabet) + (len(SPECIALS) if specials else 0)
+    if vocab_size < smallest:
+        raise UsageError(
+            f"--vocab-size: {vocab_size} is too small (expected {smallest} or more)",
+            "Every byte has a token of its own.",
+        )
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = _SPLITTERS["bpe"]()
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=alphabet,
+        special_tokens=list(SPECIALS) if specials else [],
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return inner
+
+
+def _count(kind: str, texts: Iterable[str]) -> tokenizers.Tokenizer:
+    """A vocabulary of whole pieces, the frequent ones first."""
+    splitter = _SPLITTERS[kind]()
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(piece for piece, _ in splitter.pre_tokenize_str(text))
+    if not counts:
+        raise UsageError("the texts hold no token to learn from")
+    ranked = sorted(counts, key=lambda piece: (-counts[piece], piece))[:LARGEST_WORD_VOCAB]
+    names = [*SPECIALS, *(piece for piece in ranked if piece not in SPECIALS)]
+    vocab = {name: index for index, name in enumerate(names)}
+    inner = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=SPECIALS[UNK]))
+    inner.pre_tokenizer = splitter
+    if kind == "char":
+        inner.decoder = decoders.Fuse()
+    return inner

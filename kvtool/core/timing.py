@@ -1,0 +1,144 @@
+"""Honest latencies: interleaved samples within a budget, raw values kept, medians and quartiles."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kvtool.core.cache import CacheSpec, cache_class, make_cache
+from kvtool.core.engine import begin, generate
+from kvtool.core.sampling import Sampler
+
+
+@dataclass
+class Cell:
+    """One kind of cache at one length: what was measured, in seconds and bytes."""
+
+    cache: str
+    length: int  # tokens generated
+    samples: list[float] = field(default_factory=list)
+    bytes_measured: int = 0
+    bytes_predicted: int = 0
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.samples) if self.samples else None
+
+    @property
+    def iqr(self) -> float | None:
+        """The distance between the quartiles; None below three samples."""
+        if len(self.samples) < 3:
+            return None
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return high - low
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Greedy generation from prompts (B,P): sources, for an encoder-decoder."""
+
+    model: nn.Module
+    prompt: Tensor
+
+    def run(self, kind: str, length: int) -> tuple[float, int]:
+        """Generate `length` tokens a row, prompt and allocation included -> seconds, cache bytes."""
+        device = self.prompt.device
+        started = _now(device)
+        with torch.inference_mode():
+            prompt, source = begin(self.model, self.prompt)
+        cache = make_cache(kind, self._spec(prompt.shape[1] + length))
+        for _ in generate(self.model, prompt, cache, length, Sampler(), source):
+            pass
+        seconds = _now(device) - started
+        return seconds, cache.nbytes().allocated
+
+    def predicted(self, kind: str, length: int) -> int:
+        """Bytes of keys and values that the kind should need; the last token is never stored."""
+        n_start = 1 if self.model.config.n_encoder_layers else self.prompt.shape[1]
+        spec = self._spec(n_start + length)
+        return cache_class(kind).predict_nbytes(spec, n_start + length - 1, n_start)
+
+    def _spec(self, capacity: int) -> CacheSpec:
+        batch, device = self.prompt.shape[0], self.prompt.device
+        dtype = next(self.model.parameters()).dtype
+        return CacheSpec.of(self.model.config, batch, capacity, dtype, device)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(
+    workload: Workload,
+    lengths: Sequence[int],
+    kinds: Sequence[str],
+    repeats: int,
+    budget: float,
+    progress: Callable[[Cell], None] = lambda cell: None,
+) -> list[Cell]:
+    """Time every kind at every length, `repeats` times or until `budget` seconds are spent.
+
+    A round visits every cell once, kinds side by side, so that a slow minute of the machine hits all
+    of them; the shortest runs come first. A cell whose run would not fit any more is passed over: it
+    keeps fewer samples, or none.
+    """
+    deadline = time.perf_counter() + budget
+    for kind in kinds:
+        workload.run(kind, min(lengths[0], 10))  # warm-up: allocator, thread pool, code paths
+        workload.run(kind, min(lengths[0], 10))
+    cells = [
+        Cell(kind, n, bytes_predicted=workload.predicted(kind, n)) for n in lengths for kind in kinds
+    ]
+    for _ in range(repeats):
+        for cell in cells:
+            if time.perf_counter() + expected(cell, cells) <= deadline:
+                seconds, cell.bytes_measured = workload.run(cell.cache, cell.length)
+                cell.samples.append(seconds)
+            progress(cell)
+    return cells
+
+
+def expected(cell: Cell, cells: Sequence[Cell]) -> float:
+    """Seconds that the next run of a cell may take: its own slowest, or extrapolated.
+
+    Without a cache the work grows with the square of the length, so that is what is assumed.
+    """
+    if cell.samples:
+        return max(cell.samples)
+    shorter = [c for c in cells if c.cache == cell.cache and c.samples and c.length <= cell.length]
+    if not shorter:
+        return 0.0
+    near = shorter[-1]
+    return min(near.samples) * (cell.length / near.length) ** 2
+
+
+def speedups(cells: Sequence[Cell]) -> Iterator[tuple[Cell, float | None]]:
+    """Each cell with the time of no cache at that length over its own."""
+    base = {cell.length: cell.median for cell in cells if cell.cache == "none"}
+    for cell in cells:
+        reference = base.get(cell.length)
+        yield cell, reference / cell.median if reference and cell.median else None
+
+
+def crossover(cells: Sequence[Cell], kind: str) -> float | None:
+    """The length from which on a kind is faster than no cache, at all longer measured lengths.
+
+    Interpolated between the last length at which it is not and the next, on a logarithmic scale of
+    length; the shortest measured length if it is faster everywhere; None if not even at the longest.
+    """
+    found = [(c.length, s) for c, s in speedups(cells) if c.cache == kind and s is not None]
+    if not found or found[-1][1] <= 1:
+        return None
+    slower = [i for i, (_, speedup) in enumerate(found) if speedup <= 1]
+    if not slower:
+        return float(found[0][0])
+    (n0, s0), (n1, s1) = found[slower[-1]], found[slower[-1] + 1]
+    part = (1 - s0) / (s1 - s0)
+    return float(n0 * (n1 / n0) ** part)

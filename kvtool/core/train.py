@@ -1,0 +1,257 @@
+"""The training loop: one for every task, resumable at any step to the same bytes.
+
+What a step does depends on (seed, step) alone: the order of the data, the dropout, the schedule. So a
+state needs no random generator in it, and a run that was killed continues as if it had not been.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kvtool.config import TrainConfig
+from kvtool.core.runs import RunFolder
+from kvtool.errors import CheckFailed
+
+LOG_EVERY = 10  # steps
+FLOOR = 0.05  # of the peak learning rate, reached at the end
+
+
+def learning_rate(peak: float, warmup: int, step: int, done: float) -> float:
+    """Linear from 0 over the first `warmup` steps, then a cosine to FLOOR * peak (Loshchilov 2017)."""
+    rise = min(1.0, (step + 1) / max(warmup, 1))
+    fall = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * min(rise, fall)
+
+
+class Task(Protocol):
+    """What is learned: data in batches, a loss, and a score on held-out data."""
+
+    score_name: str  # of the figure in `evaluate` that decides; lower is better
+
+    def batches(self, epoch: int) -> Sequence[Any]:
+        """All batches of an epoch, in order; the same at every call."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        """The mean loss per token, in nats, and the number of tokens."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Figures on held-out data, `score_name` among them; the model is in eval mode."""
+
+    def save(self, folder: Path, model: nn.Module) -> str:
+        """Write a checkpoint folder; returns the SHA-256 of its weights."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must share: the model, the data, the tokenizer."""
+
+
+class Watcher(Protocol):
+    """Who is told how it goes; a progress bar is one."""
+
+    def advance(self, n: int = 1) -> None: ...
+
+    def update(self, text: str = "", **fields: Any) -> None: ...
+
+
+@dataclass
+class Position:
+    """Where a run stands; all of it is saved."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0  # of the epoch
+    tokens: int = 0
+    seconds: float = 0.0
+    best_score: float = math.inf
+    best_step: int = 0
+    best_sha256: str = ""
+    stale: int = 0  # evaluations since the best
+
+
+class Trainer:
+    """Trains `model` on `task` within a run folder."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        config: TrainConfig,
+        folder: RunFolder,
+        watcher: Watcher,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.config = config
+        self.folder = folder
+        self.watcher = watcher
+        self.say = say
+        self.at = Position()
+        self.device = next(model.parameters()).device
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        rest = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=config.lr, betas=(0.9, config.beta2), fused=True
+        )
+
+    def run(self) -> Position:
+        """Train to the end. Raises CheckFailed on a loss that is not finite."""
+        self.folder.agree(self._facts())
+        self._restore()
+        with stopping() as wanted:
+            while not self._finished():
+                self._epoch(wanted)
+        return self.at
+
+    def _facts(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.config)
+        del settings["out"], settings["resume"]
+        return {**settings, "model": self.model.config.to_dict(), **self.task.facts()}
+
+    def _restore(self) -> None:
+        state = self.folder.load_state() if self.config.resume else None
+        if state is None:
+            self.folder.rewind_log(-1)
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.at = Position(**state["position"])
+        self.folder.rewind_log(self.at.step)
+        self.say(f"resumed at step {self.at.step:,}")
+
+    def _done(self) -> float:
+        at = self.at
+        return self.config.length.done(at.step, at.epoch, at.seconds, self._steps_per_epoch)
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        if not hasattr(self, "_n_batches"):
+            self._n_batches = len(self.task.batches(0))
+        return self._n_batches
+
+    def _finished(self) -> bool:
+        patience = self.config.patience
+        return self._done() >= 1.0 or bool(patience and self.at.stale >= patience)
+
+    def _epoch(self, wanted: Callable[[], int]) -> None:
+        batches = self.task.batches(self.at.epoch)
+        while self.at.batch < len(batches):
+            started = time.perf_counter()
+            self._step(batches[self.at.batch])
+            self.at.seconds += time.perf_counter() - started
+            if self.at.batch == len(batches):
+                self.at.epoch, self.at.batch = self.at.epoch + 1, 0
+            last = self._done() >= 1.0
+            if last or self.at.step % self.config.eval_every == 0:
+                self._evaluate()
+                self._save()
+            if number := wanted():
+                self._save()
+                self.say(f"stopped at step {self.at.step:,}; go on with --resume")
+                signal.raise_signal(number)
+            if self._finished() or self.at.batch == 0:
+                return
+
+    def _step(self, batch: Any) -> None:
+        at, config = self.at, self.config
+        torch.manual_seed(config.seed * 1_000_003 + at.step)
+        rate = learning_rate(config.lr, config.warmup, at.step, self._done())
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
+            loss, n_tokens = self.task.loss(self.model, batch)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise CheckFailed(
+                f"step {at.step}: the loss is {value}",
+                f"Lower --lr (now {config.lr:g}); the last good checkpoint is kept.",
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        at.step, at.batch, at.tokens = at.step + 1, at.batch + 1, at.tokens + n_tokens
+        self._report(value, rate, float(norm))
+
+    def _report(self, loss: float, rate: float, norm: float) -> None:
+        at = self.at
+        speed = at.tokens / at.seconds if at.seconds else 0.0
+        self.watcher.update(loss=loss, tok_s=round(speed))
+        self.watcher.advance()
+        if at.step % LOG_EVERY == 0 or at.step == 1:
+            self.folder.log(
+                step=at.step,
+                epoch=at.epoch,
+                loss=loss,
+                lr=rate,
+                grad_norm=norm,
+                tokens=at.tokens,
+                seconds=round(at.seconds, 3),
+            )
+
+    @torch.inference_mode()
+    def _evaluate(self) -> None:
+        self.model.eval()
+        figures = self.task.evaluate(self.model)
+        at, score = self.at, figures[self.task.score_name]
+        self.folder.log(step=at.step, valid=figures, seconds=round(at.seconds, 3))
+        better = score < at.best_score
+        at.stale = 0 if better else at.stale + 1
+        if better:
+            sha256 = self.task.save(self.folder.path / "best", self.model)
+            at.best_score, at.best_step, at.best_sha256 = score, at.step, sha256
+        words = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.say(f"step {at.step:,}: {words}{' (best)' if better else ''}")
+
+    def _save(self) -> None:
+        self.task.save(self.folder.path / "last", self.model)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "position": dataclasses.asdict(self.at),
+        }
+        self.folder.save_state(self.at.step, state)
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], int]]:
+    """Within, Ctrl-C and SIGTERM only leave their number, so that a step can be finished and saved.
+
+    A second Ctrl-C takes effect at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        restore()

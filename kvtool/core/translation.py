@@ -1,0 +1,204 @@
+"""From source to target with an encoder-decoder: padding, batched decoding, and the training task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvtool.core import checkpoint
+from kvtool.core.cache import CacheSpec, make_cache
+from kvtool.core.cache.cross import CrossCache
+from kvtool.core.engine import generate
+from kvtool.core.models.seq2seq import Seq2Seq
+from kvtool.core.pairs import Pair, Splits
+from kvtool.core.sampling import Sampler
+from kvtool.core.scoring import Score, score_sequences
+from kvtool.core.text import BOS, EOS, PAD, Tokenizer
+from kvtool.errors import CapacityError, FileError
+
+Ids = Sequence[int]
+DECODING_BATCH = 256  # sources decoded together
+DEV_SAMPLE = 1000  # sources decoded at each evaluation during training
+
+
+def pad(rows: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of ids -> ids (B,S) with PAD behind the shorter ones, and mask (B,S), True = real."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) < lengths[:, None]
+
+
+def check_sources(sources: Sequence[Ids], context: int, first: int = 0) -> None:
+    """Raise CapacityError for a source that is empty or longer than the model's context.
+
+    Messages count from 1; `first` is the index of the first of `sources`.
+    """
+    for number, source in enumerate(sources, start=first + 1):
+        if not source:
+            raise CapacityError(f"source {number}: is empty (expected 1 token or more)")
+        if len(source) > context:
+            raise CapacityError(
+                f"source {number}: is {len(source)} tokens long (the model holds {context})",
+                "Shorten it, or train with a longer --context.",
+            )
+
+
+@torch.inference_mode()
+def decode(
+    model: Seq2Seq, source: CrossCache, kind: str, n_new: int, sampler: Sampler
+) -> Iterator[Tensor]:
+    """Tokens (B,) of the targets as they are chosen, EOS included; ends when all rows have ended.
+
+    A row that has ended yields EOS from then on.
+    """
+    batch, device = source.mask.shape[0], source.mask.device
+    dtype = next(model.parameters()).dtype
+    cache = make_cache(kind, CacheSpec.of(model.config, batch, 1 + n_new, dtype, device))
+    start = torch.full((batch, 1), BOS, device=device)
+    ended = torch.zeros(batch, dtype=torch.bool, device=device)
+    for token in generate(model, start, cache, n_new, sampler, source):
+        token = token.masked_fill(ended, EOS)
+        yield token
+        ended |= token == EOS
+        if bool(ended.all()):
+            return
+
+
+@torch.inference_mode()
+def translate(
+    model: Seq2Seq, sources: Sequence[Ids], max_tokens: int = 0, kind: str = "dynamic"
+) -> list[list[int]]:
+    """The greedy target of each source, without special tokens, in the order of the sources.
+
+    max_tokens 0: as many as the context holds, at most twice the source and 20. Sources of similar
+    length are decoded together. Raises CapacityError.
+    """
+    context, device = model.config.context, next(model.parameters()).device
+    check_sources(sources, context)
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    targets: list[list[int]] = [[] for _ in sources]
+    for first in range(0, len(order), DECODING_BATCH):
+        rows = order[first : first + DECODING_BATCH]
+        ids, mask = pad([sources[i] for i in rows], device)
+        limit = max_tokens or target_limit(ids.shape[1], context)
+        steps = list(decode(model, model.encode(ids, mask), kind, limit, Sampler()))
+        for i, tokens in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
+            targets[i] = tokens[: tokens.index(EOS)] if EOS in tokens else tokens
+    return targets
+
+
+def target_limit(n_source: int, context: int) -> int:
+    """How long a target may become where nobody says."""
+    return min(2 * n_source + 20, context - 1)
+
+
+class Translation:
+    """The training task over pairs: batches of similar length, label-smoothed cross-entropy
+    (Szegedy 2016), and the error rate of real greedy decoding."""
+
+    score_name = "per"
+
+    def __init__(
+        self,
+        splits: Splits,
+        source_tokenizer: Tokenizer,
+        tokenizer: Tokenizer,
+        context: int,
+        batch_tokens: int,
+        smoothing: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.splits = splits
+        self.source_tokenizer = source_tokenizer
+        self.tokenizer = tokenizer
+        self.context = context
+        self.batch_tokens = batch_tokens
+        self.smoothing = smoothing
+        self.seed = seed
+        self.device = device
+        self.rows = self._encode(splits.train)
+        self.dev = splits.valid[:: max(1, len(splits.valid) // DEV_SAMPLE)]
+
+    def _encode(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
+        """Ids of each source with each of its targets, EOS at the target's end. Raises FileError."""
+        flat = [(pair.source, target) for pair in pairs for target in pair.targets]
+        sources = self.source_tokenizer.encode_batch([source for source, _ in flat])
+        targets = self.tokenizer.encode_batch([target for _, target in flat])
+        rows = []
+        for text, source, target in zip(flat, sources, targets, strict=True):
+            longest = max(len(source), len(target) + 1)
+            if longest > self.context or not source:
+                raise FileError(
+                    f"--data: {text[0][:40]!r} makes {longest} tokens (the model holds {self.context})",
+                    f"Give --context {longest} or more, or leave the pair out.",
+                )
+            rows.append((source, [*target, EOS]))
+        return rows
+
+    def batches(self, epoch: int) -> Sequence[list[int]]:
+        """Indices of pairs; a batch's padded tokens, source and target, are at most batch_tokens."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.rows), generator=generator).tolist()
+        order.sort(key=lambda i: (len(self.rows[i][1]), len(self.rows[i][0])))  # ties stay shuffled
+        found: list[list[int]] = []
+        batch: list[int] = []
+        longest = 0
+        for i in order:
+            width = sum(map(len, self.rows[i]))
+            longest = max(longest, width)
+            if batch and longest * (len(batch) + 1) > self.batch_tokens:
+                found.append(batch)
+                batch, longest = [], width
+            batch.append(i)
+        found.append(batch)
+        shuffled = torch.randperm(len(found), generator=generator).tolist()
+        return [found[i] for i in shuffled]
+
+    def loss(self, model: nn.Module, batch: list[int]) -> tuple[Tensor, int]:
+        assert isinstance(model, Seq2Seq)
+        source, mask = pad([self.rows[i][0] for i in batch], self.device)
+        target, real = pad([self.rows[i][1] for i in batch], self.device)
+        shifted = F.pad(target[:, :-1], (1, 0), value=BOS)
+        logits = model(shifted, source=model.encode(source, mask))
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            target.masked_fill(~real, -100).flatten(),
+            label_smoothing=self.smoothing,
+        )
+        return loss, int(mask.sum() + real.sum())
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        score = self.score(model, self.dev)
+        return {"per": score.per, "wer": score.wer}
+
+    def score(self, model: nn.Module, pairs: Sequence[Pair]) -> Score:
+        """Error rates of greedy decoding: whole targets, and their tokens."""
+        assert isinstance(model, Seq2Seq)
+        sources = self.source_tokenizer.encode_batch([pair.source for pair in pairs])
+        hypotheses = [self._units(self.tokenizer.decode(ids)) for ids in translate(model, sources)]
+        references = [[self._units(text) for text in pair.targets] for pair in pairs]
+        return score_sequences(references, hypotheses)
+
+    def _units(self, text: str) -> list[str]:
+        """What is counted: blank-separated symbols or words, or characters for the char tokenizer."""
+        return list(text) if self.tokenizer.kind == "char" else text.split()
+
+    def save(self, folder: Path, model: nn.Module) -> str:
+        return checkpoint.save(folder, model, self.tokenizer, self.source_tokenizer)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "task": "train-seq2seq",
+            "data_sha256": self.splits.sha256,
+            "source_tokenizer_sha256": self.source_tokenizer.fingerprint,
+            "tokenizer_sha256": self.tokenizer.fingerprint,
+            "batch_tokens": self.batch_tokens,
+            "label_smoothing": self.smoothing,
+        }

@@ -1,0 +1,139 @@
+"""Every picture that kvtool draws. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from kvtool.files import write_durable
+
+# Colours that stay apart for colour-blind readers (Okabe and Ito 2008).
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "os^DvPX"
+
+
+def new_figure(width: float = 7.2, height: float = 4.4) -> tuple[Any, Any]:
+    """A figure with one axes, in the house style."""
+    from matplotlib.figure import Figure  # without pyplot: no display and no global state
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write the figure in the format of the suffix, durably. Raises FileError."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lower().lstrip("."), dpi=150)
+    write_durable(path, buffer.getvalue())
+
+
+def loss_plot(path: Path, log: Sequence[Mapping[str, Any]], score_name: str) -> None:
+    """The training loss and the held-out score against steps; nothing if there is no step yet."""
+    steps = [row for row in log if "loss" in row]
+    scores = [row for row in log if "valid" in row]
+    if not steps:
+        return
+    figure, axes = new_figure()
+    axes.plot(
+        [row["step"] for row in steps],
+        [row["loss"] for row in steps],
+        color=COLOURS[1],
+        linewidth=1,
+        label="training loss",
+    )
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss, nats per token", color=COLOURS[1])
+    if scores:
+        right = axes.twinx()
+        right.spines["top"].set_visible(False)
+        right.plot(
+            [row["step"] for row in scores],
+            [row["valid"][score_name] for row in scores],
+            color=COLOURS[2],
+            marker="o",
+            markersize=4,
+        )
+        right.set_ylabel(f"held out: {score_name.replace('_', ' ')}", color=COLOURS[2])
+    save_figure(figure, path)
+
+
+def latency_plot(
+    path: Path,
+    series: Mapping[str, Sequence[tuple[int, Sequence[float]]]],
+    pays_from: Mapping[str, float | None],
+) -> None:
+    """Median latency and its samples' spread against the number of generated tokens, by cache kind.
+
+    `series` has (length, samples in seconds) for each kind; `pays_from` the lengths from which on a
+    kind is faster than no cache, marked where they lie between two measured lengths.
+    """
+    figure, axes = new_figure()
+    for i, (kind, points) in enumerate(series.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        lengths = [n for n, _ in points]
+        medians = [median(samples) for _, samples in points]
+        axes.fill_between(
+            lengths,
+            [min(samples) for _, samples in points],
+            [max(samples) for _, samples in points],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+        )
+        label = "no cache" if kind == "none" else f"{kind} cache"
+        marker = MARKERS[i % len(MARKERS)]
+        axes.plot(lengths, medians, marker + "-", color=colour, markersize=5, label=label)
+    _log_axes(axes, sorted({n for points in series.values() for n, _ in points}))
+    _mark_crossovers(axes, series, pays_from)
+    axes.set_xlabel("generated tokens")
+    axes.set_ylabel("time to generate them all (median, band: all samples)")
+    axes.legend(frameon=False, loc="upper left")
+    save_figure(figure, path)
+
+
+def _log_axes(axes: Any, lengths: Sequence[int]) -> None:
+    """Logarithmic axes whose ticks are the measured lengths, and times with their units."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(list(lengths)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(FixedLocator([]))
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda s, _: seconds_text(s)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def seconds_text(seconds: float) -> str:
+    """A time with its unit: 500 ms, 2 s."""
+    return f"{seconds:,.6g} s" if seconds >= 1 else f"{seconds * 1000:,.4g} ms"
+
+
+def _mark_crossovers(
+    axes: Any,
+    series: Mapping[str, Sequence[tuple[int, Sequence[float]]]],
+    pays_from: Mapping[str, float | None],
+) -> None:
+    """A line at each length from which on a kind pays; in words if that is all measured lengths."""
+    notes = []
+    for i, kind in enumerate(series):
+        length = pays_from.get(kind)
+        if length is None:
+            continue
+        if length == series[kind][0][0]:
+            notes.append(f"{kind} pays from {length:,.0f} tokens on, the shortest measured")
+            continue
+        notes.append(f"{kind} pays from about {length:,.0f} tokens on")
+        axes.axvline(length, color=COLOURS[i % len(COLOURS)], linestyle=":", linewidth=1.2)
+    if notes:
+        text = "\n".join(notes)
+        axes.text(0.98, 0.03, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=8.5)
