@@ -1,0 +1,307 @@
+"""Checkpoints: a model, its configuration and its tokenizers, in a folder.
+
+    config.json         ModelConfig, so that a checkpoint needs no flag to be loaded
+    model.safetensors   the weights, without a logits head that shares the embedding's
+    tokenizer.json      of a decoder-only model; an encoder-decoder has source.json and target.json
+
+Everything is checked before it costs memory or time: sizes, then names and shapes, then memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from kvtool.config import ModelConfig
+from kvtool.core.layers import Table
+from kvtool.core.machine import require_memory
+from kvtool.core.models import Model, build_model
+from kvtool.core.safetensors_file import TensorInfo, short
+from kvtool.core.text import Tokenizer
+from kvtool.core.weight_files import WEIGHTS, WeightFile, open_weights, refuse_lookalike
+from kvtool.errors import CheckFailed, FileError, UsageError
+from kvtool.files import model_folder, read_json_object, write_durable, write_json
+
+CONFIG = "config.json"
+TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
+NAMES_SHOWN = 10
+TENSORS_PER_LAYER = 6  # of the smallest layer: two norms, qkv, out, up, down
+LARGEST_TENSOR = 2**48  # values; torch counts bytes in 63 bits, and no file holds this many
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model ready to run, and where it is from."""
+
+    model: Model  # on its device, in its dtype, in eval mode
+    config: ModelConfig
+    tokenizer: Tokenizer  # of what the model writes; decoder-only: also of what it reads
+    source_tokenizer: Tokenizer | None  # of what an encoder reads
+    path: Path
+    sha256: str  # of model.safetensors
+
+
+def save(
+    folder: Path, model: Model, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None = None
+) -> str:
+    """Write a checkpoint, durably, and return the SHA-256 of model.safetensors.
+
+    The weights come last, so that a folder which has them is complete. Raises FileError.
+    """
+    config = model.config
+    if (source_tokenizer is not None) != bool(config.n_encoder_layers):
+        raise ValueError("an encoder-decoder model, and no other, has a source tokenizer")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be made ({error.strerror})") from error
+    tokenizer.save(folder / (TOKENIZER if source_tokenizer is None else TARGET))
+    if source_tokenizer is not None:
+        source_tokenizer.save(folder / SOURCE)
+    write_json(folder / CONFIG, config.to_dict())
+    aliases = _aliases(model)
+    weights = {
+        name: tensor.detach().to("cpu").contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in aliases
+    }
+    data = safetensors.torch.save(weights, metadata={"format": "pt"})
+    write_durable(folder / WEIGHTS, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = False) -> Checkpoint:
+    """Read the checkpoint `name`, a folder or a shipped model.
+
+    Raises FileError for anything missing, damaged or contradictory; UsageError for weights that
+    overflow `dtype`; CapacityError if there is too little memory; and for NaN or infinite weights
+    FileError, or CheckFailed with `check`, for a command whose verdict is about them.
+    """
+    folder = model_folder(name)
+    config = _read_config(folder)
+    tokenizer, source_tokenizer = _read_tokenizers(folder, config)
+    source = open_weights(folder)
+    blueprint = _blueprint(config, source)
+    _check_tensors(source, blueprint)
+    _check_memory(source, blueprint, device, dtype)
+    stored, sha256 = _read(source, blueprint)
+    weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
+    _check_finite(source.path, stored, weights, CheckFailed if check else FileError)
+    model = _assemble(config, weights).to(device).eval()
+    return Checkpoint(model, config, tokenizer, source_tokenizer, folder, sha256)
+
+
+def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a model of `config` as stored, on the CPU; NaN is not looked for.
+
+    A head that shares the embedding's weights is left out. Raises FileError and CapacityError.
+    """
+    source = open_weights(folder)
+    blueprint = _blueprint(config, source)
+    _check_tensors(source, blueprint)
+    require_memory(str(source.path), _nbytes(source.tensors.values()), CPU)
+    return _read(source, blueprint)[0]
+
+
+# --- the small files
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    path = folder / CONFIG
+    refuse_lookalike(path, "a configuration")
+    return ModelConfig.from_dict(read_json_object(path, "a configuration"), str(path))
+
+
+def _read_tokenizers(folder: Path, config: ModelConfig) -> tuple[Tokenizer, Tokenizer | None]:
+    if not config.n_encoder_layers:
+        return _read_tokenizer(folder / TOKENIZER, "vocab_size", config.vocab_size), None
+    source = _read_tokenizer(folder / SOURCE, "source_vocab_size", config.source_vocab_size)
+    return _read_tokenizer(folder / TARGET, "vocab_size", config.vocab_size), source
+
+
+def _read_tokenizer(path: Path, field: str, embedded: int) -> Tokenizer:
+    refuse_lookalike(path, "a tokenizer")
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > embedded:
+        raise FileError(
+            f"{path}: has {tokenizer.vocab_size} tokens "
+            f"(expected {embedded} or fewer, the {field} of {CONFIG})",
+            "The model has no embedding for the rest: the tokenizer is another model's.",
+        )
+    return tokenizer
+
+
+# --- what must be there
+
+
+def _blueprint(config: ModelConfig, source: WeightFile) -> Model:
+    """The model without memory for its weights, which says their names and shapes.
+
+    Raises FileError for a configuration that would make even that expensive.
+    """
+    n_layers = config.n_layers + config.n_encoder_layers
+    # A thousand tensors are cheap, and then the usual message names what is missing.
+    if n_layers * TENSORS_PER_LAYER > max(len(source.tensors), 1000):
+        raise FileError(
+            f"{source.path}: holds {len(source.tensors)} tensors (expected "
+            f"{n_layers * TENSORS_PER_LAYER} or more for the {n_layers} layers of {CONFIG})"
+        )
+    longest = max(config.vocab_size, config.source_vocab_size, config.d_ff, config.context)
+    largest = config.d_model * max(config.d_model, longest)
+    if largest > LARGEST_TENSOR:
+        raise FileError(
+            f"{source.path.parent / CONFIG}: implies a tensor of {largest} values "
+            f"(expected {LARGEST_TENSOR} or fewer)"
+        )
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Second names of shared parameters -> their first: {"head.weight": "embed.tokens.weight"}."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    owners = {name: first.setdefault(id(parameter), name) for name, parameter in named}
+    return {name: owner for name, owner in owners.items() if name != owner}
+
+
+def _check_tensors(source: WeightFile, blueprint: nn.Module) -> None:
+    """Raise FileError unless the names and shapes are those of the model."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in blueprint.state_dict().items()}
+    required = shapes.keys() - _aliases(blueprint).keys()
+    missing = [name for name in shapes if name in required and name not in source.tensors]
+    extra = [name for name in source.tensors if name not in shapes]
+    if missing:
+        raise FileError(
+            f"{source.path}: lacks {len(missing)} of {len(required)} tensors ({_listed(missing)})",
+            f"It holds others instead: {_listed(extra)}." if extra else "",
+        )
+    if extra:
+        raise FileError(
+            f"{source.path}: holds {len(extra)} tensors that the model of {CONFIG} does not have "
+            f"({_listed(extra)})"
+        )
+    for name, info in source.tensors.items():
+        if info.shape != shapes[name]:
+            raise _wrong_shape(f"{source.path}: {name}", info.shape, shapes[name])
+
+
+def _wrong_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> FileError:
+    transposed = len(found) == 2 and found == expected[::-1]
+    return FileError(
+        f"{where} has shape {list(found)} (expected {list(expected)})",
+        "It looks transposed, as GPT-2's Conv1D is; store it as (outputs, inputs)."
+        if transposed
+        else f"{CONFIG} implies that shape: is it of the same model?",
+    )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(short(name) for name in names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown}, ..."
+
+
+def _check_memory(
+    source: WeightFile, blueprint: nn.Module, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise CapacityError unless what is stored, converted and tabulated fits at once."""
+    stored = _nbytes(source.tensors.values())
+    kept = device.type == "cpu"  # then a weight of the right dtype is used as it was read
+    made = sum(
+        math.prod(info.shape) * dtype.itemsize
+        for info in source.tensors.values()
+        if not (kept and info.dtype == dtype)
+    )
+    tables = sum(module.table.nbytes for module in blueprint.modules() if isinstance(module, Table))
+    where = str(source.path.parent)
+    # Making a table takes about two more of its size for a moment.
+    require_memory(where, stored + 3 * tables + (made if kept else 0), CPU)
+    if not kept:
+        require_memory(where, made + tables, device)
+
+
+def _nbytes(tensors: Iterable[TensorInfo]) -> int:
+    return sum(math.prod(info.shape) * info.dtype.itemsize for info in tensors)
+
+
+# --- from the file into the model
+
+
+def _read(source: WeightFile, blueprint: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """The tensors without the second names of shared ones, and the SHA-256 of the file."""
+    weights, sha256 = source.read()
+    for alias, owner in _aliases(blueprint).items():
+        twin = weights.pop(alias, None)
+        if twin is not None and not _same_bytes(twin, weights[owner]):
+            raise FileError(
+                f"{source.path}: {alias} differs from {owner} (expected the same values, as "
+                f"{CONFIG} ties them)",
+                "Set tied to false to keep both, or leave the head out of the file.",
+            )
+    return weights, sha256
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    # As bytes, because NaN differs from itself.
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _check_finite(
+    path: Path, stored: Mapping[str, Tensor], weights: Mapping[str, Tensor], kind: type[Exception]
+) -> None:
+    """Raise `kind` for NaN or infinity in the file, UsageError if only the conversion made it."""
+    counts = {name: _count_bad(tensor) for name, tensor in weights.items()}
+    bad = [name for name, count in counts.items() if count]
+    if not bad:
+        return
+    from_file = [name for name in bad if _count_bad(stored[name])]
+    if not from_file:
+        dtype = str(weights[bad[0]].dtype).removeprefix("torch.")
+        raise UsageError(
+            f"--dtype {dtype}: {counts[bad[0]]} values of {bad[0]} are beyond its range",
+            "Use --dtype float32 or bfloat16.",
+        )
+    first = from_file[0]
+    more = f", and so do {len(from_file) - 1} more tensors" if from_file[1:] else ""
+    raise kind(f"{path}: {first} holds {_count_bad(stored[first])} NaN or infinite values{more}")
+
+
+def _count_bad(tensor: Tensor) -> int:
+    return tensor.numel() - int(torch.isfinite(tensor).sum())
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Makes what torch.empty makes, which is every weight, without memory; tables are computed.
+
+    So nothing is drawn at random, neither for the time it takes nor for the generator's state.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.empty:
+            return func(*args, **{**(kwargs or {}), "device": "meta"})
+        return func(*args, **(kwargs or {}))
+
+
+def _assemble(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
+    """A model that takes over `weights` without a copy, shared parameters shared again."""
+    with _WeightsOnMeta():
+        model = build_model(config)
+    aliases = _aliases(model)
+    shared = {alias: weights[owner] for alias, owner in aliases.items()}
+    model.load_state_dict({**weights, **shared}, assign=True)
+    for alias, owner in aliases.items():
+        module, _, name = alias.rpartition(".")
+        setattr(model.get_submodule(module), name, model.get_parameter(owner))
+    return model

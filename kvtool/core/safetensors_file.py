@@ -1,0 +1,201 @@
+"""A safetensors file, whose header is checked to the last byte before any tensor is read.
+
+The format: 8 bytes of length N (little-endian), N bytes of JSON, then the tensors' bytes in one
+gapless run (https://github.com/huggingface/safetensors#format). The library of that name parses the
+header too, but its errors name no tensor, and sizes would not be known before its allocation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from kvtool.errors import FileError
+from kvtool.files import require_file
+
+LARGEST_HEADER = 100_000_000  # bytes, as in the reference implementation
+MOST_DIMENSIONS = 8  # bounds the work on a shape of a million numbers; weights have one or two
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+}
+DAMAGED = "Download or copy it again."
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor; `begin` and `end` count bytes from the header's end."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsFile:
+    """The checked header of a file, and its tensors on demand.
+
+    Raises FileError, here for a damaged header or a size that contradicts it, and in `read` for a
+    file that changed in between.
+    """
+
+    def __init__(self, path: Path) -> None:
+        require_file(path, "weights")
+        self.path = path
+        with _opened(path) as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            self._prefix = _read_prefix(file, size, path)
+        spec = _parse(self._prefix[8:], path)
+        self.tensors = {name: _tensor_info(name, entry, path) for name, entry in spec.items()}
+        _check_layout(self.tensors, len(self._prefix), size, path)
+
+    def read(self) -> tuple[dict[str, Tensor], str]:
+        """All tensors as stored, on the CPU, and the SHA-256 of the file in hexadecimal.
+
+        One pass over the file yields both, so that the digest is of the very bytes loaded.
+        """
+        found = {}
+        with _opened(self.path) as file:
+            # A training run may have replaced the file since its header was checked.
+            if file.read(len(self._prefix)) != self._prefix:
+                raise FileError(f"{self.path}: changed while it was read", "Try again.")
+            digest = hashlib.sha256(self._prefix)
+            for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
+                buffer = torch.empty(info.end - info.begin, dtype=torch.uint8)
+                if file.readinto(buffer.numpy().data) != len(buffer):
+                    raise FileError(f"{self.path}: became shorter while it was read", "Try again.")
+                digest.update(buffer.numpy().data)
+                found[name] = buffer.view(info.dtype).view(info.shape)
+        return found, digest.hexdigest()
+
+
+def short(name: str, length: int = 80) -> str:
+    """A name or value from a file, cut where it would flood an error message."""
+    return name if len(name) <= length else f"{name[:length]}..."
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read_prefix(file: BinaryIO, size: int, path: Path) -> bytes:
+    """The length and the header that it announces, as bytes."""
+    length_bytes = file.read(8)
+    length = int.from_bytes(length_bytes, "little")
+    if length_bytes.startswith(b"PK\x03\x04") and length > LARGEST_HEADER:
+        raise FileError(
+            f"{path}: is a zip archive (expected safetensors)",
+            "If torch.save wrote it, name it model.pt.",
+        )
+    if len(length_bytes) < 8 or length > size - 8:
+        found = f"{size} bytes, expected {8 + max(length, 2)} or more"
+        raise FileError(f"{path}: is cut short or no safetensors file ({found})", DAMAGED)
+    if length > LARGEST_HEADER:
+        raise FileError(
+            f"{path}: has a header of {length} bytes (expected {LARGEST_HEADER} or fewer)"
+        )
+    return length_bytes + file.read(length)
+
+
+def _parse(header: bytes, path: Path) -> dict[str, Any]:
+    """The header without its metadata."""
+    try:
+        # Python's parser would take the last of two equal names, and NaN for a number.
+        found = json.loads(header.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: its header is not valid JSON ({error})", DAMAGED) from error
+    if not isinstance(found, dict):
+        raise FileError(f"{path}: its header holds a {type(found).__name__} (expected an object)")
+    metadata = found.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileError(f"{path}: __metadata__ in its header is not an object of strings")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"{short(twice)} occurs twice")
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
+    where = f"{path}: {short(name)}"
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise FileError(f"{where} is not described by dtype, shape and data_offsets", DAMAGED)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FileError(
+            f"{where} has dtype {short(str(dtype))} (expected one of {', '.join(DTYPES)})",
+            "Weights are floating-point numbers.",
+        )
+    if not _whole_numbers(shape) or len(shape) > MOST_DIMENSIONS:
+        raise FileError(
+            f"{where} has shape {short(str(shape))} "
+            f"(expected up to {MOST_DIMENSIONS} whole numbers, none negative)"
+        )
+    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FileError(
+            f"{where} has data_offsets {short(str(offsets))} (expected two rising whole numbers)"
+        )
+    begin, end = offsets
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != nbytes:
+        raise FileError(
+            f"{where} has {_digits(end - begin)} bytes "
+            f"(expected {_digits(nbytes)} for {short(str(shape))} of {dtype})",
+            DAMAGED,
+        )
+    return TensorInfo(DTYPES[dtype], tuple(shape), begin, end)
+
+
+def _whole_numbers(value: Any) -> bool:
+    # bool is a subclass of int, and `true` is no size.
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _digits(number: int) -> str:
+    """A number from a file, however long; Python refuses to print more than 4,300 digits."""
+    return str(number) if number < 2**64 else "more than 2^64"
+
+
+def _check_layout(tensors: dict[str, TensorInfo], start: int, size: int, path: Path) -> None:
+    """Every byte behind the header, which ends at `start`, belongs to exactly one tensor."""
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))
+    needed = start + max((info.end for info in tensors.values()), default=0)
+    if needed > size:
+        raise FileError(f"{path}: is cut short ({size} bytes, expected {_digits(needed)})", DAMAGED)
+    position = 0
+    for name, info in ordered:
+        if info.begin != position:
+            what = "overlaps the tensor before it" if info.begin < position else "follows a gap"
+            raise FileError(
+                f"{path}: {short(name)} {what} (starts at {info.begin}, expected {position})",
+                DAMAGED,
+            )
+        position = info.end
+    if needed < size:
+        raise FileError(f"{path}: has {size - needed} bytes after the last tensor", DAMAGED)
