@@ -97,9 +97,11 @@ def test_the_ground_files_import_nothing_heavy(name: str) -> None:
     assert not roots & HEAVY
 
 
-def test_ui_imports_nothing_heavy() -> None:
+def test_ui_imports_nothing_heavy_but_matplotlib_to_draw() -> None:
     for path in files_in("ui"):
         roots = {found.partition(".")[0] for found in imports_of(path)}
+        assert not roots & (HEAVY - {"matplotlib"}), path.name
+        roots = {found.partition(".")[0] for found in imports_of(path, top_level_only=True)}
         assert not roots & HEAVY, path.name
 
 

@@ -115,7 +115,9 @@ def run(settings: Settings, out: Output) -> Report:
     )
 
 
-def check_fits(settings: Settings, lengths: list[int], config: Any, device: Any, dtype: Any) -> None:
+def check_fits(
+    settings: Settings, lengths: list[int], config: Any, device: Any, dtype: Any
+) -> None:
     """Raise CapacityError if the longest run exceeds the context or the memory."""
     from kvtool.core.cache import CacheSpec
     from kvtool.core.machine import require_memory

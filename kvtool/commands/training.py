@@ -14,8 +14,8 @@ from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
+    from kvtool.core.models import Model
     from kvtool.core.train import Position, Task
 
 LENGTH = "How long"
@@ -100,9 +100,7 @@ VocabSize = Annotated[
 ]
 BatchTokens = Annotated[
     int,
-    typer.Option(
-        "--batch-tokens", metavar="N", help="Tokens per step.", rich_help_panel=OPTIMIZER
-    ),
+    typer.Option("--batch-tokens", metavar="N", help="Tokens per step.", rich_help_panel=OPTIMIZER),
 ]
 LearningRate = Annotated[
     float, typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=OPTIMIZER)
@@ -130,9 +128,7 @@ WeightDecay = Annotated[
 ]
 Amp = Annotated[
     bool,
-    typer.Option(
-        "--amp", help="Multiply in bfloat16 (autocast).", rich_help_panel=OPTIMIZER
-    ),
+    typer.Option("--amp", help="Multiply in bfloat16 (autocast).", rich_help_panel=OPTIMIZER),
 ]
 
 
@@ -152,9 +148,7 @@ class Trained:
     exit_code: int = 0
 
     @classmethod
-    def of(
-        cls, at: Position, model: nn.Module, best: Path, scores: list[dict[str, Any]]
-    ) -> Trained:
+    def of(cls, at: Position, model: Model, best: Path, scores: list[dict[str, Any]]) -> Trained:
         """The report of a run that ended at `at`."""
         parameters = sum(p.numel() for p in model.parameters())
         return cls(
@@ -188,9 +182,7 @@ def device_of(run: RunConfig) -> torch.device:
     return prepare(run)[0]
 
 
-def train(
-    model: nn.Module, task: Task, config: TrainConfig, description: str, out: Output
-) -> Position:
+def train(model: Model, task: Task, config: TrainConfig, description: str, out: Output) -> Position:
     """Train within config.out, show how it goes, and draw the loss."""
     from kvtool.core.runs import RunFolder
     from kvtool.core.train import Trainer
@@ -216,7 +208,8 @@ def show_trained(report: Trained, out: Output) -> None:
     rate = report.tokens / report.seconds if report.seconds else 0.0
     out.text(
         f"{report.steps:,} steps, {report.tokens:,} tokens in {report.seconds:,.0f} s "
-        f"({rate:,.0f} tokens/s), {report.parameters:,} parameters; best at step {report.best_step:,}"
+        f"({rate:,.0f} tokens/s), {report.parameters:,} parameters; "
+        f"best at step {report.best_step:,}"
     )
     out.text(f"checkpoint: {report.best}   loss curve: {report.best.parent / 'loss.png'}")
     out.hint(f"kvtool generate --model {report.best}")

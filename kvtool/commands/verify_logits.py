@@ -81,8 +81,8 @@ class Report:
             )
         top1 = sum(row["same_top1"] for row in self.positions)
         return (
-            f"rounding only: {n} positions agree with {self.against} to {self.worst_float64:.1e} in "
-            f"float64; top token the same at {top1} of {n} in {self.dtype}"
+            f"rounding only: {n} positions agree with {self.against} to {self.worst_float64:.1e} "
+            f"in float64; top token the same at {top1} of {n} in {self.dtype}"
         )
 
     def rows(self) -> list[dict[str, Any]]:

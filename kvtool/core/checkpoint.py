@@ -163,7 +163,7 @@ def _blueprint(config: ModelConfig, source: WeightFile) -> Model:
             f"{source.path.parent / CONFIG}: implies a tensor of {largest} values "
             f"(expected {LARGEST_TENSOR} or fewer)"
         )
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutWeights():  # the tables go without memory too
         return build_model(config)
 
 
@@ -280,23 +280,27 @@ def _count_bad(tensor: Tensor) -> int:
     return tensor.numel() - int(torch.isfinite(tensor).sum())
 
 
-class _WeightsOnMeta(TorchFunctionMode):
-    """Makes what torch.empty makes, which is every weight, without memory; tables are computed.
+class _WithoutWeights(TorchFunctionMode):
+    """Gives what torch.empty makes, which is every weight, no memory and no values.
 
-    So nothing is drawn at random, neither for the time it takes nor for the generator's state.
+    Tables are computed as ever. Nothing is drawn at random: that would take time and move the
+    generator's state, and on the meta device it imports torch's compiler, which takes a second.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
         if func is torch.empty:
-            return func(*args, **{**(kwargs or {}), "device": "meta"})
-        return func(*args, **(kwargs or {}))
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def _assemble(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
     """A model that takes over `weights` without a copy, shared parameters shared again."""
-    with _WeightsOnMeta():
+    with _WithoutWeights():
         model = build_model(config)
     aliases = _aliases(model)
     shared = {alias: weights[owner] for alias, owner in aliases.items()}

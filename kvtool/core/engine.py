@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kvtool.config import ModelConfig
 from kvtool.core.cache import Cache
 from kvtool.core.cache.cross import CrossCache
+from kvtool.core.models import Model
 from kvtool.core.sampling import Sampler
 from kvtool.core.text import BOS
 from kvtool.errors import CapacityError
 
 
 def feed(
-    model: nn.Module,
+    model: Model,
     cache: Cache,
     ids: Tensor,
     source: CrossCache | None = None,
@@ -35,7 +34,7 @@ def feed(
     return logits
 
 
-def begin(model: nn.Module, ids: Tensor) -> tuple[Tensor, CrossCache | None]:
+def begin(model: Model, ids: Tensor) -> tuple[Tensor, CrossCache | None]:
     """Where decoding starts from `ids` (B,P): the tokens themselves, or for an encoder-decoder the
     start token (B,1) and the encoded source."""
     if not model.config.n_encoder_layers:
@@ -56,7 +55,7 @@ def check_context(n_prompt: int, n_new: int, context: int) -> None:
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module,
+    model: Model,
     prompt: Tensor,
     cache: Cache,
     n_new: int,
@@ -69,7 +68,7 @@ def generate(
     context is too short, and CheckFailed if logits are not finite.
     """
     n_prompt = prompt.shape[1]
-    check_context(n_prompt, n_new, cast(ModelConfig, model.config).context)
+    check_context(n_prompt, n_new, model.config.context)
     ids = prompt.new_empty(prompt.shape[0], n_prompt + n_new)
     ids[:, :n_prompt] = prompt
     for end in range(n_prompt, n_prompt + n_new):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvtool.core import checkpoint
+from kvtool.core.cache import Step
+from kvtool.core.models import Model
 from kvtool.core.text import Tokenizer
 from kvtool.errors import FileError
 
@@ -31,13 +33,13 @@ class LMScore:
 
 
 def split_text(text: str) -> tuple[str, str]:
-    """The first 90 % of the characters to train on and the rest to measure with, as nanoGPT does."""
+    """The first 90 % of the characters, to train on, and the rest to measure with, as nanoGPT."""
     cut = int(0.9 * len(text))
     return text[:cut], text[cut:]
 
 
 @torch.inference_mode()
-def score_text(model: nn.Module, tokenizer: Tokenizer, ids: Tensor, context: int) -> LMScore:
+def score_text(model: Model, tokenizer: Tokenizer, ids: Tensor, context: int) -> LMScore:
     """Predict every token of `ids` (n,) but the first, each from half a context or more before it.
 
     Windows of `context` tokens overlap by half, and only the first one's early tokens see less.
@@ -58,11 +60,21 @@ def score_text(model: nn.Module, tokenizer: Tokenizer, ids: Tensor, context: int
     return LMScore(total / n_tokens, total / math.log(2) / n_chars, n_tokens, n_chars)
 
 
+class Blocks(NamedTuple):
+    """One batch: where each block (rows,) begins in the text, the position that its first token is
+    given, and the length of all."""
+
+    starts: Tensor
+    offsets: Tensor
+    length: int
+
+
 class LanguageModelling:
     """The training task over one text; an epoch draws about as many tokens as the text has.
 
     Each batch holds `batch_tokens` tokens in blocks of one length, a part of the context or the
-    whole of it: short ones are cheap, long ones teach late positions.
+    whole of it. Only long blocks reach late positions by themselves, and those are few: so short
+    ones are also placed there, or late tokens would be predicted worse than early ones.
     """
 
     score_name = "bits_per_char"
@@ -90,46 +102,51 @@ class LanguageModelling:
     def _check(self) -> None:
         if len(self.valid_ids) < 2:
             raise FileError(
-                f"--data: the text is too short ({len(self.train_ids) + len(self.valid_ids)} tokens)",
+                f"--data: the text is too short (found {len(self.train_ids)} tokens to train on "
+                f"and {len(self.valid_ids)} to measure with)",
                 "Its last 10 % must hold two tokens or more, to measure with.",
             )
         self.lengths = [n for n in self.lengths if n < len(self.train_ids)]
         if not self.lengths:
             raise FileError(
-                f"--data: the text is too short ({len(self.train_ids)} tokens to train on, expected "
-                f"more than {max(1, self.context // SHARES[0])})"
+                f"--data: the text is too short ({len(self.train_ids)} tokens to train on, "
+                f"expected more than {max(1, self.context // SHARES[0])})"
             )
 
-    def batches(self, epoch: int) -> Sequence[Tensor]:
-        """The starts of the blocks (rows,) of each batch, and in the last element their length."""
+    def batches(self, epoch: int) -> Sequence[Blocks]:
+        """Blocks drawn at random; half of them stand at random positions of the context."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        n_batches = max(1, len(self.train_ids) // self.batch_tokens)
+
+        def draw(below: int, n: int) -> Tensor:
+            return torch.randint(below, (n,), generator=generator)
+
         found = []
-        for _ in range(n_batches):
-            pick = int(torch.randint(len(self.lengths), (1,), generator=generator))
-            length = self.lengths[pick]
+        for _ in range(max(1, len(self.train_ids) // self.batch_tokens)):
+            length = self.lengths[int(draw(len(self.lengths), 1))]
             rows = max(1, self.batch_tokens // length)
-            starts = torch.randint(len(self.train_ids) - length, (rows,), generator=generator)
-            found.append(torch.cat([starts, torch.tensor([length])]))
+            offsets = draw(self.context - length + 1, rows) * draw(2, rows)
+            found.append(Blocks(draw(len(self.train_ids) - length, rows), offsets, length))
         return found
 
-    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
-        starts, length = batch[:-1], int(batch[-1])
-        columns = torch.arange(length + 1)
-        blocks = self.train_ids[(starts[:, None] + columns).to(self.train_ids.device)]
-        logits = model(blocks[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), blocks[:, 1:].flatten())
-        return loss, length * len(starts)
+    def loss(self, model: Model, batch: Blocks) -> tuple[Tensor, int]:
+        device = self.train_ids.device
+        columns = torch.arange(batch.length + 1)
+        ids = self.train_ids[(batch.starts[:, None] + columns).to(device)]
+        positions = (batch.offsets[:, None] + columns[:-1]).to(device)
+        step = Step.full(*positions.shape, device=device)
+        logits = model(ids[:, :-1], replace(step, q_pos=positions, k_pos=positions))
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        return loss, positions.numel()
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: Model) -> dict[str, float]:
         score = self.score(model)
         return {"bits_per_char": score.bits_per_char, "nats_per_token": score.nats_per_token}
 
-    def score(self, model: nn.Module) -> LMScore:
+    def score(self, model: Model) -> LMScore:
         """The score on the last 10 % of the text."""
         return score_text(model, self.tokenizer, self.valid_ids, self.context)
 
-    def save(self, folder: Path, model: nn.Module) -> str:
+    def save(self, folder: Path, model: Model) -> str:
         return checkpoint.save(folder, model, self.tokenizer)
 
     def facts(self) -> dict[str, Any]:

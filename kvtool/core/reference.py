@@ -1,7 +1,7 @@
 """Reference logits: made by the NumPy oracle, kept in a file, compared position by position.
 
-A file holds, for prompts 0, 1 and so on, `ids.N` (T,) and `logits.N` (T,V). In a .safetensors file the
-metadata has `text.N` too. `ids` and `logits` alone are prompt 0.
+A file holds, for prompts 0, 1 and so on, `ids.N` (T,) and `logits.N` (T,V). In a .safetensors file
+the metadata has `text.N` too. `ids` and `logits` alone are prompt 0.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import safetensors
 import safetensors.numpy
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvtool.core import oracle
 from kvtool.core.engine import check_context
+from kvtool.core.models import Model
 from kvtool.core.verify import spacing
 from kvtool.errors import FileError, UsageError
 from kvtool.files import require_file, write_durable
@@ -31,7 +32,7 @@ PRECISION = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2}
 
 @dataclass(frozen=True)
 class Reference:
-    """The right logits (T,V) after each of the tokens `ids` (T,); `text` is None if not recorded."""
+    """The right logits (T,V) after each of the tokens `ids` (T,); `text` may not be recorded."""
 
     ids: list[int]
     logits: np.ndarray
@@ -113,7 +114,8 @@ def _load_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 def _load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (safetensors.SafetensorError, OSError, TypeError) as error:
         raise FileError(f"{path}: is not a safetensors file ({error})") from error
 
@@ -125,7 +127,9 @@ def _reference(
     if logits is None:
         raise FileError(f"{path}: logits.{n} is missing, and ids.{n} is there")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or not len(ids):
-        raise FileError(f"{path}: ids.{n} is {ids.dtype} {list(ids.shape)} (expected whole numbers [T])")
+        raise FileError(
+            f"{path}: ids.{n} is {ids.dtype} {list(ids.shape)} (expected whole numbers [T])"
+        )
     if logits.ndim != 2 or logits.shape[0] != len(ids) or logits.dtype.name not in PRECISION:
         raise FileError(
             f"{path}: logits.{n} is {logits.dtype} {list(logits.shape)} "
@@ -142,7 +146,8 @@ def check_fits(references: Sequence[Reference], config: Any) -> None:
         vocab = reference.logits.shape[1]
         if vocab != config.vocab_size:
             raise FileError(
-                f"--reference: logits.{n} are over {vocab} tokens (the model has {config.vocab_size})",
+                f"--reference: logits.{n} are over {vocab} tokens "
+                f"(the model has {config.vocab_size})",
                 "Take the reference that was made for this model.",
             )
         if min(reference.ids) < 0 or max(reference.ids) >= vocab:
@@ -151,9 +156,7 @@ def check_fits(references: Sequence[Reference], config: Any) -> None:
 
 
 @torch.inference_mode()
-def compare(
-    model: nn.Module, precise: nn.Module, references: Sequence[Reference]
-) -> list[Position]:
+def compare(model: Model, precise: Model, references: Sequence[Reference]) -> list[Position]:
     """Every position of every reference; `precise` is the same model in float64."""
     device = next(model.parameters()).device
     found = []

@@ -1,9 +1,9 @@
 """The folder of one training run: who works in it, what it was started with, and where it stands.
 
-    run.json               settings, data and tokenizer; a resumed run must agree with all of it
-    log.jsonl              one line for every logged step and evaluation
-    best/ last/            checkpoints: the best by dev score, and the newest
-    state-STEP-SHA.pt      what a resumed run needs; the last two are kept
+run.json               settings, data and tokenizer; a resumed run must agree with all of it
+log.jsonl              one line for every logged step and evaluation
+best/ last/            checkpoints: the best by dev score, and the newest
+state-STEP-SHA.pt      what a resumed run needs; the last two are kept
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ class RunFolder:
             match = STATE.fullmatch(path.name)
             if match and hashlib.sha256(data).hexdigest().startswith(match[2]):
                 return torch.load(io.BytesIO(data), weights_only=True)
-            self._warn(f"{path}: is damaged (its SHA-256 is not {match and match[2]}...); going back")
+            self._warn(
+                f"{path}: is damaged (its SHA-256 is not {match and match[2]}...); going back"
+            )
         if states:
             raise FileError(f"--out {self.path}: every state in it is damaged", "Start a new run.")
         return None

@@ -52,7 +52,9 @@ class Tokenizer:
         # Text that spells "<pad>" is text: only we put special tokens anywhere.
         inner.encode_special_tokens = True
         spec = json.loads(inner.to_str())
-        self.kind = _PRE_TOKENIZER_KINDS.get((spec["pre_tokenizer"] or {}).get("type"), "other")
+        self.kind = _PRE_TOKENIZER_KINDS.get(
+            str((spec["pre_tokenizer"] or {}).get("type")), "other"
+        )
         self.vocab_size: int = inner.get_vocab_size()
         self.has_specials = all(inner.token_to_id(name) == i for i, name in enumerate(SPECIALS))
 
@@ -106,7 +108,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once."""
-        return [found.ids for found in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+        return [
+            found.ids for found in self._inner.encode_batch(list(texts), add_special_tokens=False)
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are left out, and broken UTF-8 becomes U+FFFD."""
@@ -126,7 +130,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of tokens as they come; an incomplete character waits for the tokens that complete it."""
+    """Text of tokens as they come; an incomplete character waits for those that complete it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvtool.core.cache import CacheSpec, cache_class, make_cache
 from kvtool.core.engine import begin, generate
+from kvtool.core.models import Model
 from kvtool.core.sampling import Sampler
 
 
@@ -42,11 +43,11 @@ class Cell:
 class Workload:
     """Greedy generation from prompts (B,P): sources, for an encoder-decoder."""
 
-    model: nn.Module
+    model: Model
     prompt: Tensor
 
     def run(self, kind: str, length: int) -> tuple[float, int]:
-        """Generate `length` tokens a row, prompt and allocation included -> seconds, cache bytes."""
+        """Generate `length` tokens a row, prompt and allocation included -> seconds, bytes."""
         device = self.prompt.device
         started = _now(device)
         with torch.inference_mode():
@@ -85,16 +86,18 @@ def measure(
 ) -> list[Cell]:
     """Time every kind at every length, `repeats` times or until `budget` seconds are spent.
 
-    A round visits every cell once, kinds side by side, so that a slow minute of the machine hits all
-    of them; the shortest runs come first. A cell whose run would not fit any more is passed over: it
-    keeps fewer samples, or none.
+    A round visits every cell once, kinds side by side, so that a slow minute of the machine hits
+    all of them; the shortest runs come first. A cell whose run would not fit any more is passed
+    over: it keeps fewer samples, or none.
     """
     deadline = time.perf_counter() + budget
     for kind in kinds:
         workload.run(kind, min(lengths[0], 10))  # warm-up: allocator, thread pool, code paths
         workload.run(kind, min(lengths[0], 10))
     cells = [
-        Cell(kind, n, bytes_predicted=workload.predicted(kind, n)) for n in lengths for kind in kinds
+        Cell(kind, n, bytes_predicted=workload.predicted(kind, n))
+        for n in lengths
+        for kind in kinds
     ]
     for _ in range(repeats):
         for cell in cells:
@@ -131,7 +134,7 @@ def crossover(cells: Sequence[Cell], kind: str) -> float | None:
     """The length from which on a kind is faster than no cache, at all longer measured lengths.
 
     Interpolated between the last length at which it is not and the next, on a logarithmic scale of
-    length; the shortest measured length if it is faster everywhere; None if not even at the longest.
+    length; the shortest measured length if it is faster everywhere; None if not at the longest.
     """
     found = [(c.length, s) for c, s in speedups(cells) if c.cache == kind and s is not None]
     if not found or found[-1][1] <= 1:

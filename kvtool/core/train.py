@@ -1,7 +1,7 @@
 """The training loop: one for every task, resumable at any step to the same bytes.
 
-What a step does depends on (seed, step) alone: the order of the data, the dropout, the schedule. So a
-state needs no random generator in it, and a run that was killed continues as if it had not been.
+What a step does depends on (seed, step) alone: the order of the data, the dropout, the schedule. So
+a state needs no random generator in it, and a run that was killed continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.config import TrainConfig
+from kvtool.core.models import Model
 from kvtool.core.runs import RunFolder
 from kvtool.errors import CheckFailed
 
@@ -29,7 +30,7 @@ FLOOR = 0.05  # of the peak learning rate, reached at the end
 
 
 def learning_rate(peak: float, warmup: int, step: int, done: float) -> float:
-    """Linear from 0 over the first `warmup` steps, then a cosine to FLOOR * peak (Loshchilov 2017)."""
+    """Linear from 0 over `warmup` steps, then a cosine to FLOOR * peak (Loshchilov 2017)."""
     rise = min(1.0, (step + 1) / max(warmup, 1))
     fall = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
     return peak * min(rise, fall)
@@ -43,13 +44,13 @@ class Task(Protocol):
     def batches(self, epoch: int) -> Sequence[Any]:
         """All batches of an epoch, in order; the same at every call."""
 
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    def loss(self, model: Model, batch: Any) -> tuple[Tensor, int]:
         """The mean loss per token, in nats, and the number of tokens."""
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: Model) -> dict[str, float]:
         """Figures on held-out data, `score_name` among them; the model is in eval mode."""
 
-    def save(self, folder: Path, model: nn.Module) -> str:
+    def save(self, folder: Path, model: Model) -> str:
         """Write a checkpoint folder; returns the SHA-256 of its weights."""
 
     def facts(self) -> dict[str, Any]:
@@ -84,7 +85,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         task: Task,
         config: TrainConfig,
         folder: RunFolder,

@@ -1,4 +1,4 @@
-"""From source to target with an encoder-decoder: padding, batched decoding, and the training task."""
+"""From source to target with an encoder-decoder: padding, batched decoding, the training task."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvtool.core import checkpoint
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.engine import generate
-from kvtool.core.models.seq2seq import Seq2Seq
+from kvtool.core.models import Model
 from kvtool.core.pairs import Pair, Splits
 from kvtool.core.sampling import Sampler
 from kvtool.core.scoring import Score, score_sequences
@@ -51,7 +51,7 @@ def check_sources(sources: Sequence[Ids], context: int, first: int = 0) -> None:
 
 @torch.inference_mode()
 def decode(
-    model: Seq2Seq, source: CrossCache, kind: str, n_new: int, sampler: Sampler
+    model: Model, source: CrossCache, kind: str, n_new: int, sampler: Sampler
 ) -> Iterator[Tensor]:
     """Tokens (B,) of the targets as they are chosen, EOS included; ends when all rows have ended.
 
@@ -72,7 +72,7 @@ def decode(
 
 @torch.inference_mode()
 def translate(
-    model: Seq2Seq, sources: Sequence[Ids], max_tokens: int = 0, kind: str = "dynamic"
+    model: Model, sources: Sequence[Ids], max_tokens: int = 0, kind: str = "dynamic"
 ) -> list[list[int]]:
     """The greedy target of each source, without special tokens, in the order of the sources.
 
@@ -127,7 +127,7 @@ class Translation:
         self.dev = splits.valid[:: max(1, len(splits.valid) // DEV_SAMPLE)]
 
     def _encode(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
-        """Ids of each source with each of its targets, EOS at the target's end. Raises FileError."""
+        """Ids of each source with each of its targets, EOS at the end. Raises FileError."""
         flat = [(pair.source, target) for pair in pairs for target in pair.targets]
         sources = self.source_tokenizer.encode_batch([source for source, _ in flat])
         targets = self.tokenizer.encode_batch([target for _, target in flat])
@@ -136,14 +136,15 @@ class Translation:
             longest = max(len(source), len(target) + 1)
             if longest > self.context or not source:
                 raise FileError(
-                    f"--data: {text[0][:40]!r} makes {longest} tokens (the model holds {self.context})",
+                    f"--data: {text[0][:40]!r} makes {longest} tokens "
+                    f"(the model holds {self.context})",
                     f"Give --context {longest} or more, or leave the pair out.",
                 )
             rows.append((source, [*target, EOS]))
         return rows
 
     def batches(self, epoch: int) -> Sequence[list[int]]:
-        """Indices of pairs; a batch's padded tokens, source and target, are at most batch_tokens."""
+        """Indices of pairs; a batch's padded tokens, of both sides, are at most batch_tokens."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.rows), generator=generator).tolist()
         order.sort(key=lambda i: (len(self.rows[i][1]), len(self.rows[i][0])))  # ties stay shuffled
@@ -161,8 +162,7 @@ class Translation:
         shuffled = torch.randperm(len(found), generator=generator).tolist()
         return [found[i] for i in shuffled]
 
-    def loss(self, model: nn.Module, batch: list[int]) -> tuple[Tensor, int]:
-        assert isinstance(model, Seq2Seq)
+    def loss(self, model: Model, batch: list[int]) -> tuple[Tensor, int]:
         source, mask = pad([self.rows[i][0] for i in batch], self.device)
         target, real = pad([self.rows[i][1] for i in batch], self.device)
         shifted = F.pad(target[:, :-1], (1, 0), value=BOS)
@@ -174,23 +174,22 @@ class Translation:
         )
         return loss, int(mask.sum() + real.sum())
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: Model) -> dict[str, float]:
         score = self.score(model, self.dev)
         return {"per": score.per, "wer": score.wer}
 
-    def score(self, model: nn.Module, pairs: Sequence[Pair]) -> Score:
+    def score(self, model: Model, pairs: Sequence[Pair]) -> Score:
         """Error rates of greedy decoding: whole targets, and their tokens."""
-        assert isinstance(model, Seq2Seq)
         sources = self.source_tokenizer.encode_batch([pair.source for pair in pairs])
         hypotheses = [self._units(self.tokenizer.decode(ids)) for ids in translate(model, sources)]
         references = [[self._units(text) for text in pair.targets] for pair in pairs]
         return score_sequences(references, hypotheses)
 
     def _units(self, text: str) -> list[str]:
-        """What is counted: blank-separated symbols or words, or characters for the char tokenizer."""
+        """What is counted: blank-separated symbols or words; characters for the char tokenizer."""
         return list(text) if self.tokenizer.kind == "char" else text.split()
 
-    def save(self, folder: Path, model: nn.Module) -> str:
+    def save(self, folder: Path, model: Model) -> str:
         return checkpoint.save(folder, model, self.tokenizer, self.source_tokenizer)
 
     def facts(self) -> dict[str, Any]:

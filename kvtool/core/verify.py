@@ -1,8 +1,8 @@
 """Are cached and uncached logits the same? Both arms get equal ids, in two precisions.
 
-Rounding shrinks with the precision and a bug does not: in float64 a right cache is left with a gap of
-about 1e-15, a wrong one with the gap that it had. So the float64 run decides, and no tolerance has to
-fit the working format.
+Rounding shrinks with the precision and a bug does not: in float64 a right cache is left with a gap
+of about 1e-15, a wrong one with the gap that it had. So the float64 run decides, and no tolerance
+has to fit the working format.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvtool.core.cache import Cache, CacheSpec, Step, cache_class
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.engine import begin, check_context, feed
+from kvtool.core.models import Model
 from kvtool.errors import CheckFailed
 
 ROUNDING_64 = 1e-12  # between right caches (about 1e-15) and everything else (1e-9 and more)
@@ -53,13 +54,13 @@ class Verdict:
 
 @torch.inference_mode()
 def uncached(
-    model: nn.Module, prompt: Tensor, n_new: int, ids: Tensor | None = None
+    model: Model, prompt: Tensor, n_new: int, ids: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """The reference: each step computes the whole sequence again, the encoder included.
 
     No cache class is involved. prompt (1,P) is the source of an encoder-decoder. Step 0 yields the
-    logits (P,V) of the whole prompt, the others (1,V). The tokens fed are those of `ids` (1,P+N), or
-    without it the likeliest ones. Returns the logits of every step, and the ids (1,P+N).
+    logits (P,V) of the whole prompt, the others (1,V). The tokens fed are those of `ids` (1,P+N),
+    or without it the likeliest ones. Returns the logits of every step, and the ids (1,P+N).
     Raises CapacityError, and CheckFailed if logits are not finite.
     """
     tokens, source = begin(model, prompt)
@@ -71,7 +72,9 @@ def uncached(
             _, source = begin(model, prompt)
         logits = model(tokens, source=source, last=step > 0)
         if not bool(logits.isfinite().all()):
-            raise CheckFailed(f"step {step}: the logits are not finite", "Look for NaN in the weights.")
+            raise CheckFailed(
+                f"step {step}: the logits are not finite", "Look for NaN in the weights."
+            )
         found.append(logits[0])
         end = n_start + step
         token = logits[:, -1:].argmax(-1) if ids is None else ids[:, end : end + 1]
@@ -81,7 +84,7 @@ def uncached(
 
 @torch.inference_mode()
 def cached(
-    model: nn.Module, prompt: Tensor, ids: Tensor, make: Callable[[CacheSpec], Cache]
+    model: Model, prompt: Tensor, ids: Tensor, make: Callable[[CacheSpec], Cache]
 ) -> list[Tensor]:
     """The logits of the same steps with a cache: the prompt at once, then token by token."""
     weight = next(model.parameters())
@@ -114,7 +117,7 @@ def spacing(value: float, dtype: torch.dtype) -> float:
 class Check:
     """Judges caches of one model: the two uncached runs are made once and shared by all kinds."""
 
-    def __init__(self, model: nn.Module, prompt: Tensor, n_new: int) -> None:
+    def __init__(self, model: Model, prompt: Tensor, n_new: int) -> None:
         """prompt (1,P); n_new tokens are generated. Raises CapacityError, CheckFailed."""
         self.model = model
         self.prompt = prompt
@@ -139,7 +142,7 @@ class Check:
         return Verdict(kind, verdict, working, exact, wrong[0] if wrong else None)
 
     def control(self) -> Verdict:
-        """Judge a cache with a planted bug: a check that does not call this a bug is worth nothing."""
+        """Judge a cache with a planted bug: a check that calls this right is worth nothing."""
         return self.judge("planted bug", LostKey)
 
 

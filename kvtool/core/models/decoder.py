@@ -10,6 +10,7 @@ from kvtool.core.attention import CrossAttention, SelfAttention
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.layers import MLP, Linear, TokenEmbedding, make_norm
+from kvtool.core.models.base import Model
 from kvtool.core.rope import Rotary
 
 
@@ -54,12 +55,8 @@ def make_rotary(config: ModelConfig) -> Rotary | None:
     return Rotary(config.context, config.head_dim, config.rope_theta)
 
 
-class Decoder(nn.Module):
-    """A decoder-only Transformer, or with `cross` the decoding half of an encoder-decoder.
-
-    A function of (weights, tokens, step, cache, source): it holds no state between calls, so the
-    same object runs cached and uncached side by side.
-    """
+class Decoder(Model):
+    """A decoder-only Transformer, or with `cross` the decoding half of an encoder-decoder."""
 
     def __init__(self, config: ModelConfig, cross: bool = False) -> None:
         super().__init__()
@@ -80,11 +77,6 @@ class Decoder(nn.Module):
         source: CrossCache | None = None,
         last: bool = False,
     ) -> Tensor:
-        """tokens (B,T) -> logits (B,T,V), or (B,1,V) of the last token alone with `last`.
-
-        Without `step` the tokens are whole sequences, each token seeing itself and those before it.
-        With a cache, `step` is what `cache.begin(T)` returned.
-        """
         if step is None:
             batch, n = tokens.shape
             step = Step.full(batch, n, tokens.device)

@@ -13,6 +13,7 @@ from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.layers import TokenEmbedding, make_norm
+from kvtool.core.models.base import Model
 from kvtool.core.models.decoder import Block, Decoder, make_rotary
 
 
@@ -37,7 +38,7 @@ class Encoder(nn.Module):
         return self.norm(x)
 
 
-class Seq2Seq(nn.Module):
+class Seq2Seq(Model):
     """An encoder, and a decoder that attends to it.
 
     Decoding is `source = encode(...)` once, then `forward(tokens, step, cache, source)`, the same

@@ -1,0 +1,36 @@
+"""What the rest of kvtool relies on in a model, whatever its family."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kvtool.config import ModelConfig
+from kvtool.core.cache import Cache, Step
+from kvtool.core.cache.cross import CrossCache
+from kvtool.core.kernels import DEFAULT, Kernels
+
+
+class Model(nn.Module):
+    """A function of (weights, tokens, step, cache, source) that holds no state between calls, so
+    one object runs cached and uncached side by side."""
+
+    config: ModelConfig
+
+    def forward(
+        self,
+        tokens: Tensor,
+        step: Step | None = None,
+        cache: Cache | None = None,
+        source: CrossCache | None = None,
+        last: bool = False,
+    ) -> Tensor:
+        """tokens (B,T) -> logits (B,T,V), or (B,1,V) of the last token alone with `last`.
+
+        Without `step` the tokens are whole sequences, each token seeing itself and those before it.
+        With a cache, `step` is what `cache.begin(T)` returned. Encoder-decoders need `source`.
+        """
+        raise NotImplementedError
+
+    def encode(self, tokens: Tensor, mask: Tensor, kernels: Kernels = DEFAULT) -> CrossCache:
+        """Read sources (B,S), mask (B,S) bool with True = real. Encoder-decoders only."""
+        raise NotImplementedError("a decoder-only model has no encoder")
