@@ -146,9 +146,8 @@ def show(report: Report, out: Output) -> None:
     """The table and the conclusion."""
     columns = [
         Column("cache", "left", key=True),
-        Column("steps"),
-        Column("identical"),
-        Column("first differs"),
+        Column("identical steps"),
+        Column("first other"),
         Column("max ULP"),
         Column(f"gap {report.dtype}"),
         Column("gap float64"),
@@ -157,10 +156,9 @@ def show(report: Report, out: Output) -> None:
     rows = [
         [
             row.cache,
-            str(row.steps),
-            str(row.identical_steps),
+            f"{row.identical_steps} of {row.steps}",
             "-" if row.first_difference is None else str(row.first_difference),
-            f"{row.max_ulp:.3g}",
+            f"{row.max_ulp:,.1f}" if row.max_ulp < 1e5 else f"{row.max_ulp:.0e}",
             f"{row.gap:.1e}",
             f"{row.gap_float64:.1e}",
             words(row),

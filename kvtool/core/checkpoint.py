@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kvtool.config import ModelConfig
-from kvtool.core.layers import Table
 from kvtool.core.machine import require_memory
 from kvtool.core.models import Model, build_model
 from kvtool.core.safetensors_file import TensorInfo, short
@@ -91,14 +90,15 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     config = _read_config(folder)
     tokenizer, source_tokenizer = _read_tokenizers(folder, config)
     source = open_weights(folder)
-    blueprint = _blueprint(config, source)
-    _check_tensors(source, blueprint)
-    _check_memory(source, blueprint, device, dtype)
-    stored, sha256 = _read(source, blueprint)
+    model = _empty_model(config, source)
+    _check_tensors(source, model)
+    _check_memory(source, config, device, dtype)
+    stored, sha256 = _read(source, model)
     weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
     _check_finite(source.path, stored, weights, CheckFailed if check else FileError)
-    model = _assemble(config, weights).to(device).eval()
-    return Checkpoint(model, config, tokenizer, source_tokenizer, folder, sha256)
+    _fill(model, weights)
+    # The weights are there already; the tables follow them.
+    return Checkpoint(model.to(device).eval(), config, tokenizer, source_tokenizer, folder, sha256)
 
 
 def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -107,10 +107,10 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     A head that shares the embedding's weights is left out. Raises FileError and CapacityError.
     """
     source = open_weights(folder)
-    blueprint = _blueprint(config, source)
-    _check_tensors(source, blueprint)
+    model = _empty_model(config, source)
+    _check_tensors(source, model)
     require_memory(str(source.path), _nbytes(source.tensors.values()), CPU)
-    return _read(source, blueprint)[0]
+    return _read(source, model)[0]
 
 
 # --- the small files
@@ -144,11 +144,30 @@ def _read_tokenizer(path: Path, field: str, embedded: int) -> Tokenizer:
 # --- what must be there
 
 
-def _blueprint(config: ModelConfig, source: WeightFile) -> Model:
-    """The model without memory for its weights, which says their names and shapes.
+class _WithoutWeights(TorchFunctionMode):
+    """Gives what torch.empty makes, which is every weight, no memory and no values.
+
+    Tables are computed as ever: on the meta device torch.arange and normal_ would import torch's
+    compiler, which takes a second. Nothing is drawn, so the generator's state stays as it was.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
+        if func is torch.empty:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _empty_model(config: ModelConfig, source: WeightFile) -> Model:
+    """The model with all its parts but the weights, whose names and shapes it says.
 
     Raises FileError for a configuration that would make even that expensive.
     """
+    where = source.path.parent / CONFIG
     n_layers = config.n_layers + config.n_encoder_layers
     # A thousand tensors are cheap, and then the usual message names what is missing.
     if n_layers * TENSORS_PER_LAYER > max(len(source.tensors), 1000):
@@ -160,11 +179,18 @@ def _blueprint(config: ModelConfig, source: WeightFile) -> Model:
     largest = config.d_model * max(config.d_model, longest)
     if largest > LARGEST_TENSOR:
         raise FileError(
-            f"{source.path.parent / CONFIG}: implies a tensor of {largest} values "
-            f"(expected {LARGEST_TENSOR} or fewer)"
+            f"{where}: implies a tensor of {largest} values (expected {LARGEST_TENSOR} or fewer)"
         )
-    with torch.device("meta"), _WithoutWeights():  # the tables go without memory too
+    # Making a table takes about two more of its size for a moment.
+    require_memory(f"{where}: context {config.context}", 3 * _table_bytes(config), CPU)
+    with _WithoutWeights():
         return build_model(config)
+
+
+def _table_bytes(config: ModelConfig) -> int:
+    """Of the float64 tables of positions, which no file holds and so no file's size bounds."""
+    width = {"sinusoidal": config.d_model, "rotary": config.head_dim}.get(config.positions, 0)
+    return (2 if config.n_encoder_layers else 1) * config.context * width * 8
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -175,10 +201,10 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return {name: owner for name, owner in owners.items() if name != owner}
 
 
-def _check_tensors(source: WeightFile, blueprint: nn.Module) -> None:
+def _check_tensors(source: WeightFile, model: nn.Module) -> None:
     """Raise FileError unless the names and shapes are those of the model."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in blueprint.state_dict().items()}
-    required = shapes.keys() - _aliases(blueprint).keys()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    required = shapes.keys() - _aliases(model).keys()
     missing = [name for name in shapes if name in required and name not in source.tensors]
     extra = [name for name in source.tensors if name not in shapes]
     if missing:
@@ -212,22 +238,20 @@ def _listed(names: list[str]) -> str:
 
 
 def _check_memory(
-    source: WeightFile, blueprint: nn.Module, device: torch.device, dtype: torch.dtype
+    source: WeightFile, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Raise CapacityError unless what is stored, converted and tabulated fits at once."""
+    """Raise CapacityError unless the weights fit, as stored and as converted at once."""
     stored = _nbytes(source.tensors.values())
-    kept = device.type == "cpu"  # then a weight of the right dtype is used as it was read
+    on_cpu = device.type == "cpu"  # then a weight of the right dtype is used as it was read
     made = sum(
         math.prod(info.shape) * dtype.itemsize
         for info in source.tensors.values()
-        if not (kept and info.dtype == dtype)
+        if not (on_cpu and info.dtype == dtype)
     )
-    tables = sum(module.table.nbytes for module in blueprint.modules() if isinstance(module, Table))
-    where = str(source.path.parent)
-    # Making a table takes about two more of its size for a moment.
-    require_memory(where, stored + 3 * tables + (made if kept else 0), CPU)
-    if not kept:
-        require_memory(where, made + tables, device)
+    where = str(source.path)
+    require_memory(where, stored + (made if on_cpu else 0), CPU)
+    if not on_cpu:
+        require_memory(where, made + _table_bytes(config), device)
 
 
 def _nbytes(tensors: Iterable[TensorInfo]) -> int:
@@ -237,10 +261,10 @@ def _nbytes(tensors: Iterable[TensorInfo]) -> int:
 # --- from the file into the model
 
 
-def _read(source: WeightFile, blueprint: nn.Module) -> tuple[dict[str, Tensor], str]:
+def _read(source: WeightFile, model: nn.Module) -> tuple[dict[str, Tensor], str]:
     """The tensors without the second names of shared ones, and the SHA-256 of the file."""
     weights, sha256 = source.read()
-    for alias, owner in _aliases(blueprint).items():
+    for alias, owner in _aliases(model).items():
         twin = weights.pop(alias, None)
         if twin is not None and not _same_bytes(twin, weights[owner]):
             raise FileError(
@@ -280,32 +304,11 @@ def _count_bad(tensor: Tensor) -> int:
     return tensor.numel() - int(torch.isfinite(tensor).sum())
 
 
-class _WithoutWeights(TorchFunctionMode):
-    """Gives what torch.empty makes, which is every weight, no memory and no values.
-
-    Tables are computed as ever. Nothing is drawn at random: that would take time and move the
-    generator's state, and on the meta device it imports torch's compiler, which takes a second.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.init.normal_:
-            return kwargs["tensor"]
-        if func is torch.empty:
-            kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
-
-
-def _assemble(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
-    """A model that takes over `weights` without a copy, shared parameters shared again."""
-    with _WithoutWeights():
-        model = build_model(config)
+def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Make `weights` the model's own, without a copy, and share again what was shared."""
     aliases = _aliases(model)
     shared = {alias: weights[owner] for alias, owner in aliases.items()}
     model.load_state_dict({**weights, **shared}, assign=True)
     for alias, owner in aliases.items():
         module, _, name = alias.rpartition(".")
         setattr(model.get_submodule(module), name, model.get_parameter(owner))
-    return model

@@ -133,7 +133,7 @@ class LanguageModelling:
         columns = torch.arange(batch.length + 1)
         ids = self.train_ids[(batch.starts[:, None] + columns).to(device)]
         positions = (batch.offsets[:, None] + columns[:-1]).to(device)
-        step = Step.full(*positions.shape, device=device)
+        step = Step.full(len(ids), batch.length, device=device)
         logits = model(ids[:, :-1], replace(step, q_pos=positions, k_pos=positions))
         loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
         return loss, positions.numel()

@@ -152,9 +152,7 @@ class Trainer:
     def _epoch(self, wanted: Callable[[], int]) -> None:
         batches = self.task.batches(self.at.epoch)
         while self.at.batch < len(batches):
-            started = time.perf_counter()
             self._step(batches[self.at.batch])
-            self.at.seconds += time.perf_counter() - started
             if self.at.batch == len(batches):
                 self.at.epoch, self.at.batch = self.at.epoch + 1, 0
             last = self._done() >= 1.0
@@ -170,6 +168,7 @@ class Trainer:
 
     def _step(self, batch: Any) -> None:
         at, config = self.at, self.config
+        started = time.perf_counter()
         torch.manual_seed(config.seed * 1_000_003 + at.step)
         rate = learning_rate(config.lr, config.warmup, at.step, self._done())
         for group in self.optimizer.param_groups:
@@ -188,6 +187,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
         at.step, at.batch, at.tokens = at.step + 1, at.batch + 1, at.tokens + n_tokens
+        at.seconds += time.perf_counter() - started
         self._report(value, rate, float(norm))
 
     def _report(self, loss: float, rate: float, norm: float) -> None:
