@@ -1,4 +1,4 @@
-"""Models that others wrote, filled with kvtool's weights: witnesses that kvtool computes the same."""
+"""Models that others wrote, filled with kvtool's weights, to witness what kvtool computes."""
 
 from __future__ import annotations
 
