@@ -217,9 +217,10 @@ def _check_tensors(source: WeightFile, model: nn.Module) -> None:
             f"{source.path}: holds {len(extra)} tensors that the model of {CONFIG} does not have "
             f"({_listed(extra)})"
         )
-    for name, info in source.tensors.items():
-        if info.shape != shapes[name]:
-            raise _wrong_shape(f"{source.path}: {name}", info.shape, shapes[name])
+    for name, expected in shapes.items():
+        found = source.tensors[name].shape if name in source.tensors else expected
+        if found != expected:
+            raise _wrong_shape(f"{source.path}: {name}", found, expected)
 
 
 def _wrong_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> FileError:
@@ -293,7 +294,7 @@ def _check_finite(
         dtype = str(weights[bad[0]].dtype).removeprefix("torch.")
         raise UsageError(
             f"--dtype {dtype}: {counts[bad[0]]} values of {bad[0]} are beyond its range",
-            "Use --dtype float32 or bfloat16.",
+            "Use a --dtype of more range, such as float32 or float64.",
         )
     first = from_file[0]
     more = f", and so do {len(from_file) - 1} more tensors" if from_file[1:] else ""

@@ -167,7 +167,7 @@ def _unpickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything, from EOFError to KeyError
         # torch's text is left out: it recommends weights_only=False, which runs the file's code.
-        refused = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
+        refused = isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error)
         if refused or "TorchScript" in str(error):
             raise FileError(
                 f"{path}: holds code objects, which kvtool never runs (expected tensors)",
