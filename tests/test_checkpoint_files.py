@@ -447,6 +447,25 @@ def test_a_damaged_pickle_is_refused_without_advice_to_run_it(weights: Path, mod
             assert "weights_only" not in message
 
 
+def test_a_pickle_with_a_wrong_byte_is_refused_or_loads(tmp_path: Path, model: Model) -> None:
+    (tmp_path / WEIGHTS).unlink()
+    path = tmp_path / "model.pt"
+    torch.save(model.state_dict(), path)
+    whole = path.read_bytes()
+    refused = set()
+    with open(path, "r+b", buffering=0) as file:
+        for i in range(len(whole) - 1200, len(whole), 3):  # the table of contents
+            file.seek(i)
+            file.write(bytes([whole[i] ^ 0xFF]))
+            try:
+                load(tmp_path)
+            except FileError as error:
+                refused.add(type(error.__cause__).__name__)
+            file.seek(i)
+            file.write(whole[i : i + 1])
+    assert refused >= {"BadZipFile", "UnicodeDecodeError"}
+
+
 def test_a_pickle_that_inflates_beyond_the_memory_is_refused_before_it_is_opened(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

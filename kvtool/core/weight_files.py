@@ -154,10 +154,12 @@ class PickledFile:
 def _unpacked_size(path: Path) -> int:
     """In bytes. torch.load also inflates, so that a small file can stand for any amount."""
     try:
+        if not zipfile.is_zipfile(path):
+            return path.stat().st_size  # the format before torch 1.6, or damaged: torch.load tells
         with zipfile.ZipFile(path) as archive:
             return sum(info.file_size for info in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, OSError):
-        return path.stat().st_size  # the format before torch 1.6, or damaged: torch.load tells
+    except Exception as error:  # BadZipFile, but also UnicodeDecodeError, struct.error and others
+        raise _damaged_pickle(path, error) from error
 
 
 def _unpickle(path: Path) -> Any:
@@ -173,10 +175,14 @@ def _unpickle(path: Path) -> Any:
                 f"{path}: holds code objects, which kvtool never runs (expected tensors)",
                 "Save a state_dict or safetensors.",
             ) from error
-        raise FileError(
-            f"{path}: is damaged or no PyTorch file ({type(error).__name__})",
-            "Save a state_dict or safetensors.",
-        ) from error
+        raise _damaged_pickle(path, error) from error
+
+
+def _damaged_pickle(path: Path, error: Exception) -> FileError:
+    return FileError(
+        f"{path}: is damaged or no PyTorch file ({type(error).__name__})",
+        "Save a state_dict or safetensors.",
+    )
 
 
 def _checked_state(found: Any, path: Path) -> dict[str, Tensor]:
