@@ -2,7 +2,8 @@
 
 Rounding shrinks with the precision and a bug does not: in float64 a right cache is left with a gap
 of about 1e-15, a wrong one with the gap that it had. So the float64 run decides, and no tolerance
-has to fit the working format.
+has to be tuned. Other kernels may serve the working format, and a bug be in them alone: there a
+cache must not be further from the float64 run than the uncached run, which has the same rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from kvtool.core.models import Model
 from kvtool.errors import CheckFailed
 
 ROUNDING_64 = 1e-12  # between right caches (about 1e-15) and everything else (1e-9 and more)
+# How much further a right cache may be from float64 than the uncached run: 2.0 was the most in 144
+# tiny models in each of float32, bfloat16 and float16.
+NOISE = 10
 
 IDENTICAL, ROUNDING, BUG, VACUOUS = "identical", "rounding", "bug", "vacuous"
 
@@ -45,7 +49,7 @@ class Verdict:
     verdict: str
     working: Gap
     float64: Gap
-    first_wrong: int | None  # the first step at which the float64 run differs by more than rounding
+    first_wrong: int | None  # the first step that differs by more than rounding
 
     @property
     def right(self) -> bool:
@@ -94,18 +98,30 @@ def cached(
     return [feed(model, cache, ids[:, :end], source, last=end > ends[0])[0] for end in ends]
 
 
-def compare(found: list[Tensor], expected: list[Tensor]) -> tuple[Gap, list[float]]:
-    """The gap between two runs, and each step's own max |a - b| / max |b of all|. NaN is inf."""
-    scale = max(float(b.abs().max()) for b in expected) or 1.0
-    gaps, ulps, same = [], [], []
-    for a, b in zip(found, expected, strict=True):
-        same.append(bool(torch.equal(a, b)))
-        difference = float((a.double() - b.double()).abs().max())
-        difference = math.inf if math.isnan(difference) else difference
-        gaps.append(difference / scale)
-        ulps.append(difference / spacing(float(b.abs().max()), b.dtype))
+def compare(found: list[Tensor], expected: list[Tensor]) -> Gap:
+    """The gap between two runs in one format. NaN counts as infinite."""
+    scale = _largest(expected)
+    same = [bool(torch.equal(a, b)) for a, b in zip(found, expected, strict=True)]
+    gaps = distances(found, expected)
+    ulps = [
+        gap * scale / spacing(float(b.abs().max()), b.dtype)
+        for gap, b in zip(gaps, expected, strict=True)
+    ]
     first = same.index(False) if False in same else None
-    return Gap(len(same), sum(same), first, max(gaps), max(ulps)), gaps
+    return Gap(len(same), sum(same), first, max(gaps), max(ulps))
+
+
+def distances(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """Each step's max |a - b|, over max |b| of all steps. NaN counts as infinite."""
+    scale = _largest(expected)
+    differences = [
+        float((a.double() - b.double()).abs().max()) for a, b in zip(found, expected, strict=True)
+    ]
+    return [math.inf if math.isnan(d) else d / scale for d in differences]
+
+
+def _largest(logits: list[Tensor]) -> float:
+    return max(float(b.abs().max()) for b in logits) or 1.0
 
 
 def spacing(value: float, dtype: torch.dtype) -> float:
@@ -125,14 +141,21 @@ class Check:
         self._model64 = copy.deepcopy(model).double()
         self._expected, self.ids = uncached(model, prompt, n_new)
         self._expected64, _ = uncached(self._model64, prompt, n_new, self.ids)
+        noise = max(distances(self._expected, self._expected64))
+        self._limit = NOISE * max(noise, torch.finfo(self._expected[0].dtype).eps)
 
     def judge(self, kind: str, make: Callable[[CacheSpec], Cache] | None = None) -> Verdict:
         """Run a kind of cache in both precisions; `make` stands in for the registered class."""
         make = make or cache_class(kind)
-        working, _ = compare(cached(self.model, self.prompt, self.ids, make), self._expected)
+        found = cached(self.model, self.prompt, self.ids, make)
         found64 = cached(self._model64, self.prompt, self.ids, make)
-        exact, gaps = compare(found64, self._expected64)
-        wrong = [step for step, gap in enumerate(gaps) if gap > ROUNDING_64]
+        working, exact = compare(found, self._expected), compare(found64, self._expected64)
+        gaps = zip(
+            distances(found64, self._expected64),
+            distances(found, self._expected64),
+            strict=True,
+        )
+        wrong = [i for i, (gap, low) in enumerate(gaps) if gap > ROUNDING_64 or low > self._limit]
         if wrong:
             verdict = BUG
         elif getattr(make, "recompute", False) or self.n_new < 2:
