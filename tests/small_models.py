@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from cli_probe import Ran
+from kvtool.app import build_command
 from kvtool.config import ModelConfig
 from kvtool.core import checkpoint
 from kvtool.core.models import Model, build_model
 from kvtool.core.text import Tokenizer
+from kvtool.registry import COMMANDS, load
 
 TEXT = "To be, or not to be, that is the question.\n"
 WORDS = ["abacus", "beach", "cabbage", "fig", "jail", "kvtool", "mop", "quartz", "sly", "wren"]
 PHONES = [" ".join(word.upper()) for word in WORDS]
-COMMANDS = ["generate", "verify-logits", "verify-cache", "bench"]
 
 SIZES: dict[str, Any] = {"n_layers": 2, "d_model": 16, "n_heads": 4, "d_ff": 24, "context": 64}
 
@@ -77,3 +78,14 @@ def answer(ran: Ran, code: int = 0) -> dict[str, Any]:
 
 def _refuse(name: str) -> None:
     raise AssertionError(f"the document holds {name}")
+
+
+def explains_every_option(ran: Ran, command: str) -> bool:
+    """Whether the help page `ran` names each flag of a command, on lines that fit 60 columns."""
+    params = build_command(command, load(COMMANDS, command)).params
+    flags = {flag for param in params for flag in param.opts}
+    assert len(flags) > 10 and (ran.code, ran.err) == (0, "")
+    words = ran.out.replace(",", " ").split()
+    assert max(map(len, ran.out.splitlines())) <= 60
+    assert flags <= set(words), flags - set(words)
+    return True

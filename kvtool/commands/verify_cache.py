@@ -93,13 +93,20 @@ class Report:
             return "nothing was checked: no kind of cache was given that stores anything"
         if self.bugs:
             parts = [f"{row.cache} from step {row.first_wrong_step}" for row in self.bugs]
-            return f"bug: the cached logits are wrong, also in float64 ({', '.join(parts)})"
+            return f"bug: the cached logits are wrong, {self.where_wrong} ({', '.join(parts)})"
         steps = self.judged[0].steps
         same = all(row.verdict == "identical" for row in self.judged)
         what = "identical, bit for bit" if same else "rounding only"
         kinds = len(self.judged)
         caches = "1 kind of cache" if kinds == 1 else f"{kinds} kinds of cache"
         return f"{what}: {caches} over {steps} steps, no bug; the planted bug was found"
+
+    @property
+    def where_wrong(self) -> str:
+        from kvtool.core.verify import ROUNDING_64
+
+        low_only = all(row.gap_float64 <= ROUNDING_64 for row in self.bugs)
+        return f"in {self.dtype} alone" if low_only else "also in float64"
 
     def rows(self) -> list[dict[str, Any]]:
         return [vars(row) for row in [*self.kinds, self.control]]
@@ -114,6 +121,7 @@ def run(settings: Settings, out: Output) -> Report:
 
     from kvtool.core import checkpoint
     from kvtool.core.machine import prepare
+    from kvtool.core.translation import check_sources
     from kvtool.core.verify import Check
 
     device, dtype = prepare(settings.run)
@@ -122,6 +130,8 @@ def run(settings: Settings, out: Output) -> Report:
     default = SOURCE_PROMPT if loaded.source_tokenizer else DEFAULT_PROMPT
     ids = reader.encode(default if settings.prompt is None else settings.prompt)
     check_prompt(ids)
+    if loaded.source_tokenizer is not None:
+        check_sources([ids], loaded.config.context)
     with out.progress("uncached", total=len(settings.caches) + 2) as bar:
         check = Check(loaded.model, torch.tensor([ids], device=device), settings.tokens)
         bar.advance()
