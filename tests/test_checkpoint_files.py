@@ -253,6 +253,25 @@ def test_a_cut_in_the_tensors_is_reported_with_both_sizes(weights: Path) -> None
     assert f"is cut short ({n - 1} bytes, expected {n})" in refusal(weights.parent)
 
 
+def test_tensors_may_lie_in_any_order_and_differ_in_format(tmp_path: Path, model: Model) -> None:
+    path = tmp_path / WEIGHTS
+    tensors = safetensors.torch.load(path.read_bytes())  # load_file would map what we overwrite
+    tensors["norm.weight"] = tensors["norm.weight"].double()
+    header, data = {}, b""
+    for name in sorted(tensors, reverse=True):
+        part = tensors[name].numpy().tobytes()
+        dtype = "F64" if name == "norm.weight" else "F32"
+        offsets = [len(data), len(data) + len(part)]
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        data += part
+    put_together(path, dict(sorted(header.items())), data)
+    found, digest = SafetensorsFile(path).read()
+    assert same(found, tensors)
+    assert digest == files.sha256(path)
+    assert same(dict(load(tmp_path).state_dict()), dict(model.state_dict()))
+
+
 def test_long_names_do_not_flood_the_message(weights: Path) -> None:
     put_together(weights, {"x" * 10_000: 5})
     assert len(refusal(weights.parent)) < 1000

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from kvtool.errors import FileError
-from kvtool.files import require_file
 
 LARGEST_HEADER = 100_000_000  # bytes, as in the reference implementation
 MOST_DIMENSIONS = 8  # bounds the work on a shape of a million numbers; weights have one or two
@@ -44,14 +43,13 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """The checked header of a file, and its tensors on demand.
+    """The checked header of the regular file `path`, and its tensors on demand.
 
     Raises FileError, here for a damaged header or a size that contradicts it, and in `read` for a
     file that changed in between.
     """
 
     def __init__(self, path: Path) -> None:
-        require_file(path, "weights")
         self.path = path
         with _opened(path) as file:
             size = file.seek(0, 2)
@@ -104,7 +102,7 @@ def _read_prefix(file: BinaryIO, size: int, path: Path) -> bytes:
             f"{path}: is a zip archive (expected safetensors)",
             "If torch.save wrote it, name it model.pt.",
         )
-    if len(length_bytes) < 8 or length > size - 8:
+    if length > size - 8:  # also of a file too short for a length
         found = f"{size} bytes, expected {8 + max(length, 2)} or more"
         raise FileError(f"{path}: is cut short or no safetensors file ({found})", DAMAGED)
     if length > LARGEST_HEADER:
