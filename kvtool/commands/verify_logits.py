@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kvtool.config import RunConfig
-from kvtool.errors import UsageError
+from kvtool.errors import FileError, UsageError
 from kvtool.registry import choose
 from kvtool.ui import options as o
 from kvtool.ui.output import Output, present
@@ -41,6 +42,19 @@ class Settings:
         elif self.prompt is not None or self.save_reference is not None:
             flag = "--prompt" if self.prompt is not None else "--save-reference"
             raise UsageError(f"{flag}: needs --against numpy", "A file has its own prompts.")
+        if self.save_reference is not None:
+            check_destination(self.save_reference)
+
+
+def check_destination(path: Path) -> None:
+    """Refuse a --save-reference that could not be written, before the work that it is meant for."""
+    if path.suffix != ".safetensors":
+        found = path.suffix or "no suffix"
+        raise UsageError(f"--save-reference {path}: {found} (expected .safetensors)")
+    if path.is_dir():
+        raise FileError(f"--save-reference {path}: is a folder (expected a file)")
+    if not path.parent.is_dir():
+        raise FileError(f"--save-reference {path}: the folder {path.parent} does not exist")
 
 
 @dataclass
@@ -58,8 +72,13 @@ class Report:
         return max(row["gap_float64"] for row in self.positions)
 
     @property
+    def not_finite(self) -> list[dict[str, Any]]:
+        return [row for row in self.positions if not math.isfinite(row["max_difference"])]
+
+    @property
     def right(self) -> bool:
-        return self.worst_float64 <= self.tolerance_float64 and self.tokens_agree
+        exact = self.worst_float64 <= self.tolerance_float64
+        return exact and self.tokens_agree and not self.not_finite
 
     @property
     def exit_code(self) -> int:
@@ -71,13 +90,16 @@ class Report:
         n = len(self.positions)
         if not self.tokens_agree:
             return "mismatch: the tokenizer makes other tokens of the reference's text"
-        if not self.right:
-            wrong = [r for r in self.positions if not r["gap_float64"] <= self.tolerance_float64]
-            first = wrong[0]
+        wrong = [r for r in self.positions if not r["gap_float64"] <= self.tolerance_float64]
+        if wrong:
             return (
                 f"mismatch: {len(wrong)} of {n} positions are wrong, also in float64 (gap "
-                f"{self.worst_float64:.1e}), first at prompt {first['prompt']}, position "
-                f"{first['position']}"
+                f"{self.worst_float64:.1e}), first at {place(wrong[0])}"
+            )
+        if bad := self.not_finite:
+            return (
+                f"mismatch: {len(bad)} of {n} positions are not finite in {self.dtype}, first at "
+                f"{place(bad[0])}"
             )
         top1 = sum(row["same_top1"] for row in self.positions)
         return (
@@ -92,6 +114,10 @@ class Report:
         return {**vars(self), "worst_float64": self.worst_float64, "conclusion": self.conclusion}
 
 
+def place(row: dict[str, Any]) -> str:
+    return f"prompt {row['prompt']}, position {row['position']}"
+
+
 def run(settings: Settings, out: Output) -> Report:
     """Compare the model, in the working dtype and in float64, with the reference."""
     import copy
@@ -101,9 +127,10 @@ def run(settings: Settings, out: Output) -> Report:
 
     device, dtype = prepare(settings.run)
     loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
+    reference.check_decoder(loaded.config)
     tokenizer = loaded.tokenizer
     if settings.against is None:
-        path = settings.reference or loaded.path / REFERENCE_NAME
+        path = settings.reference or own_reference(loaded.path)
         references, name = reference.load(path), path.name
     else:
         weights = checkpoint.load_weights(loaded.path, loaded.config)
@@ -125,6 +152,17 @@ def run(settings: Settings, out: Output) -> Report:
     return Report(positions, agree, tolerance, name, settings.run.dtype)
 
 
+def own_reference(folder: Path) -> Path:
+    """The reference that a checkpoint brings along. Raises FileError if there is none."""
+    path = folder / REFERENCE_NAME
+    if not path.exists():
+        raise FileError(
+            f"{path}: not found, so the model has no reference of its own",
+            "Give --reference FILE, or --against numpy to compute one now.",
+        )
+    return path
+
+
 def show(report: Report, out: Output) -> None:
     """A row per position and the conclusion."""
     columns = [
@@ -141,7 +179,7 @@ def show(report: Report, out: Output) -> None:
         [
             str(row["prompt"]),
             str(row["position"]),
-            repr(row["piece"])[1:-1],
+            repr(row["piece"]),  # with its quotes, or a blank would not be seen
             f"{row['max_difference']:.1e}",
             f"{row['ulps']:.3g}",
             f"{row['gap_float64']:.1e}",
@@ -197,7 +235,7 @@ def command(
 
     Exit code 0: the same up to rounding; 1: not; 2: a reference that does not fit the model.
 
-      kvtool verify-logits --against numpy --prompt "Hear me speak."
+      kvtool verify-logits --against numpy --prompt "Hear me."
     """
     out = Output(as_json, output_file, quiet, verbose)
     run_config = RunConfig(model, device, dtype, threads, seed)

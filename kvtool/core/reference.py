@@ -6,6 +6,7 @@ the metadata has `text.N` too. `ids` and `logits` alone are prompt 0.
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.core import oracle
-from kvtool.core.engine import check_context
 from kvtool.core.models import Model
 from kvtool.core.verify import spacing
-from kvtool.errors import FileError, UsageError
-from kvtool.files import require_file, write_durable
+from kvtool.core.weight_files import refuse_lookalike
+from kvtool.errors import CapacityError, FileError, UsageError
+from kvtool.files import write_durable
 
 # How far a float64 run may be from a reference stored in a format, over the largest logit.
 PRECISION = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2}
+ARRAY = re.compile(r"(?:ids|logits)\.(0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,34 @@ class Position:
 def make_reference(
     weights: Mapping[str, Tensor], config: Any, prompts: Sequence[tuple[str, list[int]]]
 ) -> list[Reference]:
-    """What the NumPy oracle says, in float64. Raises UsageError for an encoder-decoder."""
-    if config.n_encoder_layers:
-        raise UsageError(
-            "--model: is an encoder-decoder (expected a decoder-only model)",
-            "The NumPy oracle knows decoder-only models; use verify-cache.",
-        )
+    """What the NumPy oracle says, in float64.
+
+    Raises UsageError for an encoder-decoder or an empty prompt, CapacityError for one too long.
+    """
+    check_decoder(config)
     arrays = {name: tensor.double().cpu().numpy() for name, tensor in weights.items()}
     found = []
     for text, ids in prompts:
         if not ids:
             raise UsageError("--prompt: is empty (expected 1 token or more)")
-        check_context(len(ids), 0, config.context)
+        check_length("--prompt", len(ids), config.context)
         found.append(Reference(ids, oracle.logits(arrays, config, ids), text))
     return found
+
+
+def check_decoder(config: Any) -> None:
+    """Raise UsageError for an encoder-decoder, whose logits depend on a source too."""
+    if config.n_encoder_layers:
+        raise UsageError(
+            "--model: is an encoder-decoder (expected a decoder-only model)",
+            "Reference logits are of decoder-only models; use verify-cache.",
+        )
+
+
+def check_length(where: str, n_tokens: int, context: int) -> None:
+    """Raise CapacityError for more tokens than the model holds."""
+    if n_tokens > context:
+        raise CapacityError(f"{where}: is {n_tokens} tokens long (the model holds {context})")
 
 
 def save(path: Path, references: Sequence[Reference]) -> None:
@@ -88,7 +104,7 @@ def save(path: Path, references: Sequence[Reference]) -> None:
 
 def load(path: Path) -> list[Reference]:
     """Read a .safetensors or .npz file of references. Raises FileError."""
-    require_file(path, "reference logits")
+    refuse_lookalike(path, "reference logits")
     if path.suffix == ".npz":
         arrays, texts = _load_npz(path)
     elif path.suffix == ".safetensors":
@@ -97,17 +113,25 @@ def load(path: Path) -> list[Reference]:
         found = path.suffix or "no suffix"
         raise FileError(f"--reference {path}: {found} (expected .safetensors or .npz)")
     arrays = {f"{name}.0" if name in ("ids", "logits") else name: a for name, a in arrays.items()}
-    numbers = sorted(int(name[4:]) for name in arrays if name[:4] == "ids." and name[4:].isdigit())
+    numbers = sorted({int(match[1]) for name in arrays if (match := ARRAY.fullmatch(name))})
     if not numbers:
         raise FileError(f"{path}: holds no references (expected ids.0 and logits.0)")
-    return [_reference(path, arrays, texts, n) for n in numbers]
+    references = [_reference(path, arrays, texts, n) for n in numbers]
+    formats = {reference.logits.dtype.name for reference in references}
+    if len(formats) > 1:  # the coarsest would decide how exact the others have to be
+        raise FileError(f"{path}: holds logits of {' and '.join(sorted(formats))} (expected one)")
+    return references
 
 
 def _load_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    if not zipfile.is_zipfile(path):
+        raise FileError(f"{path}: is not an .npz file")
     try:
         with np.load(path, allow_pickle=False) as file:  # a pickle could run code
             return {name: file[name] for name in file.files}, {}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds between them
         raise FileError(f"{path}: is not an .npz file of plain arrays ({error})") from error
 
 
@@ -116,16 +140,18 @@ def _load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
         with safetensors.safe_open(path, framework="np") as file:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (safetensors.SafetensorError, OSError, TypeError) as error:
+    except (safetensors.SafetensorError, OSError, TypeError, AttributeError) as error:
+        # The last two are about formats that NumPy does not have, such as bfloat16.
         raise FileError(f"{path}: is not a safetensors file ({error})") from error
 
 
 def _reference(
     path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, str], n: int
 ) -> Reference:
-    ids, logits = arrays[f"ids.{n}"], arrays.get(f"logits.{n}")
-    if logits is None:
-        raise FileError(f"{path}: logits.{n} is missing, and ids.{n} is there")
+    ids, logits = arrays.get(f"ids.{n}"), arrays.get(f"logits.{n}")
+    if ids is None or logits is None:
+        missing, there = ("ids", "logits") if ids is None else ("logits", "ids")
+        raise FileError(f"{path}: {missing}.{n} is missing, and {there}.{n} is there")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or not len(ids):
         raise FileError(
             f"{path}: ids.{n} is {ids.dtype} {list(ids.shape)} (expected whole numbers [T])"
@@ -141,7 +167,8 @@ def _reference(
 
 
 def check_fits(references: Sequence[Reference], config: Any) -> None:
-    """Raise FileError where a reference is of another vocabulary, or longer than the context."""
+    """Raise FileError where a reference is of another vocabulary, CapacityError where it is longer
+    than the context."""
     for n, reference in enumerate(references):
         vocab = reference.logits.shape[1]
         if vocab != config.vocab_size:
@@ -152,7 +179,7 @@ def check_fits(references: Sequence[Reference], config: Any) -> None:
             )
         if min(reference.ids) < 0 or max(reference.ids) >= vocab:
             raise FileError(f"--reference: ids.{n} are not all within 0 to {vocab - 1}")
-        check_context(len(reference.ids), 0, config.context)
+        check_length(f"--reference: ids.{n}", len(reference.ids), config.context)
 
 
 @torch.inference_mode()
