@@ -266,9 +266,10 @@ def test_one_wrong_logit_is_seen_at_its_position_alone(model: Model, right: Refe
     assert abs(wrong.max_difference - 100) < 1e-4 and not wrong.same_top1 and wrong.kl > 1
 
 
-def test_a_logit_that_is_not_a_number_is_infinitely_wrong(right: Reference) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_logit_that_is_not_finite_is_infinitely_wrong(right: Reference, value: float) -> None:
     broken = random_model(positions="rotary", n_kv_heads=2)
     with torch.no_grad():
-        broken.norm.weight[0] = float("nan")
+        broken.norm.weight[0] = value
     rows = reference.compare(broken, broken.double(), [right])
     assert all(row.max_difference == row.gap_float64 == float("inf") for row in rows)

@@ -120,7 +120,7 @@ def place(row: dict[str, Any]) -> str:
 
 def run(settings: Settings, out: Output) -> Report:
     """Compare the model, in the working dtype and in float64, with the reference."""
-    import copy
+    import torch
 
     from kvtool.core import checkpoint, reference
     from kvtool.core.machine import prepare
@@ -143,7 +143,8 @@ def run(settings: Settings, out: Output) -> Report:
         out.note(f"written to {settings.save_reference}")
     reference.check_fits(references, loaded.config)
     agree = all(r.text is None or tokenizer.encode(r.text) == r.ids for r in references)
-    precise = copy.deepcopy(loaded.model).double()
+    # Loaded again: a model rounded to bfloat16 first would be another one in float64 too.
+    precise = checkpoint.load(settings.run.model, device, torch.float64, check=True).model
     positions = [
         {**vars(row), "piece": tokenizer.decode([row.token])}
         for row in reference.compare(loaded.model, precise, references)

@@ -6,6 +6,7 @@ the metadata has `text.N` too. `ids` and `logits` alone are prompt 0.
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -219,4 +220,4 @@ def _position(
 
 def _largest(difference: Tensor) -> float:
     """max |difference|, where NaN counts as infinite."""
-    return float(difference.abs().nan_to_num(nan=float("inf")).max())
+    return float(difference.abs().nan_to_num(nan=math.inf, posinf=math.inf).max())
