@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvtool.config import RunConfig, check_float, check_int
-from kvtool.errors import UsageError
+from kvtool.errors import CapacityError, FileError, UsageError
 from kvtool.files import read_text, write_durable
 from kvtool.ui import options as o
 from kvtool.ui.output import Output, present
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 200
 SAMPLING = "Choosing tokens"
+LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would also split at form feeds and others
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Settings:
     top_k: int
     top_p: float
     cache: str
+    text_file: Path | None = None  # --output, if it is a .txt
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -56,6 +59,16 @@ class Settings:
         named = [flag for flag, value in given.items() if value is not None]
         if len(named) > 1:
             raise UsageError(f"{named[0]}: contradicts {named[1]}", "Give one of them.")
+        if self.text_file is not None:
+            check_text_file(self.text_file)
+
+
+def check_text_file(path: Path) -> None:
+    """Refuse a .txt file that could not be written, before the work that it is meant for."""
+    if path.is_dir():
+        raise FileError(f"--output {path}: is a folder (expected a file)")
+    if not path.parent.is_dir():
+        raise FileError(f"--output {path}: the folder {path.parent} does not exist")
 
 
 @dataclass
@@ -93,17 +106,17 @@ def run(settings: Settings, out: Output) -> Generated:
     device, dtype = prepare(settings.run)
     loaded = checkpoint.load(settings.run.model, device, dtype)
     if not prompts.lines and loaded.source_tokenizer is not None:
-        prompts = Prompts(prompts.texts[0].splitlines(), lines=True)
+        prompts = Prompts(lines_of(prompts.texts[0]), lines=True)
     generator = Generator(loaded, settings, device, dtype)
     encoded = [generator.encode(text, i) for i, text in enumerate(prompts.texts)]  # check all first
     started = time.perf_counter()
     results = []
     for text, ids in zip(prompts.texts, encoded, strict=True):
         results.append(generator.one(text, ids, out if settings.input_file is None else None))
-        if settings.input_file is not None and out.output_file is None:
-            out.stream(one_line(results[-1].text) + "\n")
-        elif settings.input_file is None:
+        if settings.input_file is None:
             out.stream("\n")
+        elif out.output_file is None and settings.text_file is None:
+            out.stream(one_line(results[-1].text) + "\n")
     seconds = time.perf_counter() - started
     n_new = sum(result.new_tokens for result in results)
     return Generated(results, seconds, n_new / seconds, settings.cache, generator.cache_bytes)
@@ -120,10 +133,12 @@ class Prompts:
 def read_prompts(settings: Settings) -> Prompts:
     """Find the prompts. Raises UsageError where there are none, FileError for a bad file."""
     if settings.input_file is not None:
-        lines = read_text(settings.input_file, "a file of prompts").splitlines()
+        lines = lines_of(read_text(settings.input_file, "a file of prompts"))
         empty = next((i for i, line in enumerate(lines, start=1) if not line), None)
         if empty is not None:
             raise UsageError(f"{settings.input_file}: line {empty}: is empty (expected a prompt)")
+        if not lines:
+            raise UsageError(f"{settings.input_file}: holds no line (expected prompts)")
         return Prompts(lines, lines=True)
     if settings.prompt is not None:
         return Prompts([non_empty(settings.prompt, "--prompt")], lines=False)
@@ -131,6 +146,12 @@ def read_prompts(settings: Settings) -> Prompts:
         text = read_text(settings.prompt_file, "a prompt")
         return Prompts([non_empty(text.removesuffix("\n"), str(settings.prompt_file))], lines=False)
     return Prompts([non_empty(read_stdin().removesuffix("\n"), "stdin")], lines=False)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, without their ends."""
+    lines = LINE_END.split(text)
+    return lines if lines[-1] else lines[:-1]
 
 
 def read_stdin() -> str:
@@ -186,9 +207,17 @@ class Generator:
             ids = self.loaded.source_tokenizer.encode(text)
             check_sources([ids], context, first=index)
             check_context(1, self.n_new(ids), context)
-        else:
-            ids = self.loaded.tokenizer.encode(text)
+            return ids
+        ids = self.loaded.tokenizer.encode(text)
+        try:
+            if not ids:  # blanks are no token of a word tokenizer
+                raise CapacityError(f"the prompt holds no token (found {text!r})")
             check_context(len(ids), self.n_new(ids), context)
+        except CapacityError as error:
+            if self.settings.input_file is None:
+                raise
+            where = f"{self.settings.input_file}: line {index + 1}"
+            raise CapacityError(f"{where}: {error.message}", error.hint) from error
         return ids
 
     def n_new(self, ids: list[int]) -> int:
@@ -273,7 +302,12 @@ def command(
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option("--max-tokens", metavar="N", help="Stop after N tokens."),
+        typer.Option(
+            "--max-tokens",
+            metavar="N",
+            show_default="200, or what the model holds",
+            help="Stop after N tokens.",
+        ),
     ] = None,
     cache: o.Cache = "dynamic",
     temperature: Annotated[
@@ -344,12 +378,15 @@ def command(
         top_k=top_k,
         top_p=top_p,
         cache=cache,
+        text_file=output_file if plain else None,
     )
 
-    def finish(report: Generated, out: Output) -> None:
-        if plain and output_file is not None:
+    def work(settings: Settings, out: Output) -> Generated:
+        report = run(settings, out)
+        if settings.text_file is not None:
             lines = [one_line(result.text) + "\n" for result in report.results]
-            write_durable(output_file, "".join(lines).encode())
-        show(report, out)
+            write_durable(settings.text_file, "".join(lines).encode())
+            out.note(f"written to {settings.text_file}")
+        return report
 
-    present("generate", settings, run, finish, out)
+    present("generate", settings, work, show, out)

@@ -1,0 +1,375 @@
+"""kvtool generate, as a user meets it."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli_probe import Ran, refused
+from kvtool.commands.generate import one_line
+from kvtool.core import checkpoint
+from kvtool.core.text import Tokenizer
+from kvtool.registry import CACHES
+from kvtool.ui.output import Output
+from small_models import (
+    WORDS,
+    answer,
+    change_weights,
+    explains_every_option,
+    random_model,
+    save_decoder,
+    save_seq2seq,
+    with_nan,
+)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("decoder"), positions="rotary")
+
+
+@pytest.fixture(scope="module")
+def seq2seq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_seq2seq(tmp_path_factory.mktemp("seq2seq"))
+
+
+@pytest.fixture
+def generate(kv: Callable[..., Ran], decoder: Path) -> Callable[..., Ran]:
+    def call(*args: str, model: Path = decoder) -> Ran:
+        return kv("--model", str(model), "--threads", "1", *args, command="generate")
+
+    return call
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """Put bytes on stdin."""
+
+    def put(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    return put
+
+
+def texts(ran: Ran) -> list[str]:
+    return [result["text"] for result in answer(ran)["results"]]
+
+
+# The text
+
+
+def test_stdout_is_the_text_and_the_document_holds_the_same(generate: Callable[..., Ran]) -> None:
+    words = ["--prompt", "To be", "--max-tokens", "40"]
+    shown, document = generate(*words), answer(generate(*words, "--json"))
+    (result,) = document["results"]
+    assert shown.out == result["text"] + "\n"
+    assert document["schema"] == "kvtool.generate/1"
+    assert (result["prompt"], result["prompt_tokens"], result["new_tokens"]) == ("To be", 3, 40)
+    assert not result["ended"]
+    assert document["settings"]["run"]["seed"] == 0 and document["cache_bytes"] > 0
+    assert "40 tokens in" in shown.err and "dynamic cache" in shown.err
+
+
+def test_text_is_shown_as_it_comes(
+    generate: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: list[str] = []
+    monkeypatch.setattr(Output, "stream", lambda self, text: pieces.append(text))
+    generate("--prompt", "To be", "--max-tokens", "40")
+    monkeypatch.undo()
+    assert len([piece for piece in pieces if piece]) > 10
+    assert "".join(pieces) == generate("--prompt", "To be", "--max-tokens", "40").out
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(
+    generate: Callable[..., Ran],
+) -> None:
+    words = ["--prompt", "To be", "--max-tokens", "30", "--seed"]
+    assert generate(*words, "7").out == generate(*words, "7").out
+    assert generate(*words, "7").out != generate(*words, "8").out
+
+
+def test_a_result_does_not_depend_on_those_before_it(
+    generate: Callable[..., Ran], tmp_path: Path
+) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("first\nTo be\n")
+    alone = texts(generate("--prompt", "To be", "--max-tokens", "20", "--json"))
+    assert texts(generate("--input", str(path), "--max-tokens", "20", "--json"))[1:] == alone
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_the_greedy_text_is_the_same_with_every_cache(
+    generate: Callable[..., Ran], dtype: str
+) -> None:
+    words = ["--prompt", "To be", "--max-tokens", "50", "--temperature", "0", "--dtype", dtype]
+    found = {kind: generate(*words, "--cache", kind).out for kind in CACHES}
+    if dtype in ("float32", "float64"):  # in the others rounding may choose another token
+        assert len(set(found.values())) == 1
+    assert all(len(text) > 10 for text in found.values())
+
+
+def test_the_greedy_token_is_the_likeliest(generate: Callable[..., Ran], decoder: Path) -> None:
+    loaded = checkpoint.load(str(decoder), torch.device("cpu"), torch.float32)
+    ids = loaded.tokenizer.encode("To be")
+    with torch.inference_mode():
+        for _ in range(12):
+            ids.append(int(loaded.model(torch.tensor([ids]))[0, -1].argmax()))
+    expected = loaded.tokenizer.decode(ids[3:])
+    words = ["--max-tokens", "12", "--json", "--prompt", "To be"]
+    assert texts(generate(*words, "--temperature", "0")) == [expected]
+    assert texts(generate(*words, "--top-k", "1")) == [expected]
+    assert texts(generate(*words, "--top-p", "1e-9")) == [expected]
+
+
+def test_without_max_tokens_the_context_is_filled_and_not_exceeded(
+    generate: Callable[..., Ran],
+) -> None:
+    (result,) = answer(generate("--prompt", "x" * 60, "--json"))["results"]
+    assert (result["prompt_tokens"], result["new_tokens"]) == (60, 4)
+
+
+def test_a_model_that_marks_an_end_stops_there(
+    generate: Callable[..., Ran], tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.train("char", WORDS)
+    model = random_model(vocab_size=tokenizer.vocab_size, tied=False)
+    with torch.no_grad():  # every logit is 0, but the end's
+        model.norm.weight.zero_()
+        model.norm.bias.fill_(1.0)
+        model.head.weight.zero_()
+        model.head.weight[tokenizer.eos_id] = 9.0
+    checkpoint.save(tmp_path, model, tokenizer)
+    (result,) = answer(generate("--prompt", "fig", "--json", model=tmp_path))["results"]
+    assert (result["text"], result["new_tokens"], result["ended"]) == ("", 1, True)
+
+
+# Where prompts come from
+
+
+def test_a_prompt_is_the_same_from_every_source(
+    generate: Callable[..., Ran], stdin: Callable[[bytes], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_bytes("\ufeffTo be,\nÖ\n".encode())
+    words = ["--json", "--max-tokens", "9"]
+    given = answer(generate(*words, "--prompt", "To be,\nÖ"))["results"]
+    assert answer(generate(*words, "--prompt-file", str(path)))["results"] == given
+    stdin(path.read_bytes())
+    assert answer(generate(*words))["results"] == given
+
+
+def test_a_real_pipe_is_read(decoder: Path) -> None:
+    command = [sys.executable, "-m", "kvtool", "generate", "--model", str(decoder), "--json"]
+    done = subprocess.run(
+        [*command, "--max-tokens", "3"], input=b"To be", capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["results"][0]["prompt"] == "To be"
+
+
+def test_a_terminal_on_stdin_and_no_prompt_is_refused_and_does_not_hang(
+    generate: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    assert refused(generate()).startswith("--prompt: is missing (stdin is a terminal)")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert refused(generate()).startswith("--prompt: is missing")
+
+
+def test_the_results_of_a_file_are_one_a_line_in_order(
+    generate: Callable[..., Ran], tmp_path: Path
+) -> None:
+    path = tmp_path / "in.txt"
+    path.write_bytes(b"one\r\ntwo\nt\x0c\x1c\n")
+    words = ["--input", str(path), "--max-tokens", "60", "--temperature", "3"]
+    shown, document = generate(*words), answer(generate(*words, "--json"))
+    assert [r["prompt"] for r in document["results"]] == ["one", "two", "t\x0c\x1c"]
+    found = [result["text"] for result in document["results"]]
+    assert any("\n" in text for text in found)
+    lines = shown.out.removesuffix("\n").split("\n")
+    assert lines == [one_line(text) for text in found]
+    assert one_line("a\\n\r\n") == "a\\\\n\\r\\n"
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".csv", ".md"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_results_go_to_a_file_and_then_not_to_stdout_too(
+    generate: Callable[..., Ran], tmp_path: Path, suffix: str, as_json: bool
+) -> None:
+    path, out = tmp_path / "in.txt", tmp_path / f"out{suffix}"
+    path.write_text("one\ntwo\n")
+    words = ["--input", str(path), "--max-tokens", "5", "--top-k", "1"]
+    found = texts(generate(*words, "--json"))
+    ran = generate(*words, "--output", str(out), *(["--json"] if as_json else []))
+    assert ran.code == 0 and f"written to {out}" in ran.err
+    assert (ran.out == "") != as_json
+    content = out.read_text(encoding="utf-8")
+    if suffix == ".txt":
+        assert len(content.splitlines()) == len(found) == 2
+    elif suffix == ".json":
+        assert [result["text"] for result in json.loads(content)["results"]] == found
+    else:
+        assert "new_tokens" in content and "two" in content
+
+
+def test_quiet_leaves_stderr_empty(generate: Callable[..., Ran]) -> None:
+    assert generate("-q", "--prompt", "To be", "--max-tokens", "3").err == ""
+
+
+def test_the_help_explains_every_option(
+    kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert explains_every_option(kv("-h", command="generate"), "generate")
+
+
+# Encoder-decoders
+
+
+def test_each_line_on_stdin_is_a_source(
+    generate: Callable[..., Ran], seq2seq: Path, stdin: Callable[[bytes], None]
+) -> None:
+    stdin(b"jail\r\nfig\nmop")
+    found = answer(generate("--json", model=seq2seq))["results"]
+    assert [result["prompt"] for result in found] == ["jail", "fig", "mop"]
+    stdin(b"jail\nfig\nmop\n")
+    assert generate(model=seq2seq).out.split("\n") == [*(result["text"] for result in found), ""]
+
+
+def test_a_target_is_the_same_from_every_source_and_cache(
+    generate: Callable[..., Ran], seq2seq: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("jail\n")
+    found = [texts(generate("--input", str(path), "--json", model=seq2seq))]
+    found += [
+        texts(generate("--prompt", "jail", "--cache", kind, "--json", model=seq2seq))
+        for kind in CACHES
+    ]
+    assert all(result == found[0] for result in found) and found[0] != [""]
+
+
+def test_a_source_that_the_model_cannot_read_is_named_by_its_line(
+    generate: Callable[..., Ran], seq2seq: Path, stdin: Callable[[bytes], None]
+) -> None:
+    stdin(b"jail\n\nfig\n")
+    assert refused(generate(model=seq2seq)).startswith("source 2: is empty")
+    stdin(b"jail\n" + b"a" * 65)
+    message = refused(generate(model=seq2seq))
+    assert message.startswith("source 2: is 65 tokens long (the model holds 64)")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--max-tokens 0", "--max-tokens: 0 is too small"),
+        ("--max-tokens -1", "--max-tokens: -1 is too small"),
+        ("--max-tokens 1000000000", "the prompt is 2 tokens and 1000000000 more"),
+        (
+            "--max-tokens 63",
+            "the prompt is 2 tokens and 63 more were asked for (the model holds 64)",
+        ),
+        ("--temperature -1", "--temperature: -1.0 is out of range"),
+        ("--temperature nan", "--temperature: nan is out of range"),
+        ("--temperature inf", "--temperature: inf is out of range"),
+        ("--top-p 0", "--top-p: 0.0 is out of range"),
+        ("--top-p 1.1", "--top-p: 1.1 is out of range"),
+        ("--top-k -1", "--top-k: -1 is too small"),
+        ("--top-k 261", "--top-k: 261 is above the vocabulary of 260"),
+        ("--seed -1", "--seed: -1 is too small"),
+        ("--cache paged", "--cache: 'paged' is not known"),
+        ("--device cuda", "--device cuda: there is no CUDA device here"),
+        ("--dtype float8", "--dtype: 'float8' is not known"),
+        ("--output a.xyz", "--output a.xyz: unknown format"),
+        ("--output no/a.txt", "--output no/a.txt: the folder"),
+        ("--output no/a.json", "--output no/a.json: the folder"),
+        ("--prompt-file a.txt", "--prompt: contradicts --prompt-file"),
+        ("--input a.txt", "--prompt: contradicts --input"),
+    ],
+)
+def test_wrong_usage_is_exit_2_and_one_line(
+    generate: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused(generate("--prompt", "hi", *words.split())).startswith(message)
+
+
+def test_an_output_that_is_a_folder_is_refused_before_any_work(
+    generate: Callable[..., Ran], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").mkdir()
+    message = refused(generate("--prompt", "hi", "--output", str(tmp_path / "a.txt")))
+    assert message.endswith("a.txt: is a folder (expected a file)")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(
+    generate: Callable[..., Ran],
+) -> None:
+    message = refused(generate("--prompt", "x" * 65))
+    assert "the prompt is 65 tokens" in message and "(the model holds 64)" in message
+
+
+def test_an_empty_prompt_is_refused_wherever_it_is_from(
+    generate: Callable[..., Ran], stdin: Callable[[bytes], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "in.txt"
+    assert refused(generate("--prompt", "")) == "--prompt: is empty (expected a prompt)"
+    stdin(b"\n")
+    assert refused(generate()) == "stdin: is empty (expected a prompt)"
+    path.write_bytes(b"\n")
+    assert refused(generate("--prompt-file", str(path))) == f"{path}: is empty (expected a prompt)"
+    assert refused(generate("--input", str(path))).startswith(f"{path}: line 1: is empty")
+    path.write_bytes(b"")
+    assert "is empty, 0 bytes" in refused(generate("--input", str(path)))
+    path.write_bytes(b"\xef\xbb\xbf")
+    assert refused(generate("--input", str(path))).startswith(f"{path}: holds no line")
+    assert "not found" in refused(generate("--input", str(tmp_path / "none.txt")))
+
+
+def test_a_line_that_does_not_fit_is_named(generate: Callable[..., Ran], tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("one\n" + "x" * 70 + "\n")
+    message = refused(generate("--input", str(path), "--max-tokens", "9"))
+    assert message.startswith(f"{path}: line 2: the prompt is 70 tokens and 9 more were asked for")
+
+
+def test_a_prompt_without_a_token_is_refused(generate: Callable[..., Ran], tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train("word", WORDS)
+    checkpoint.save(tmp_path, random_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    message = refused(generate("--prompt", "  ", model=tmp_path))
+    assert message == "the prompt holds no token (found '  ')"
+
+
+def test_bytes_that_are_not_utf8_are_refused_with_their_place(
+    generate: Callable[..., Ran], stdin: Callable[[bytes], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "in.txt"
+    path.write_bytes(b"ab\xffc\n")
+    stdin(path.read_bytes())
+    for words in ([], ["--prompt-file", str(path)], ["--input", str(path)]):
+        message = refused(generate(*words))
+        assert "is not UTF-8 (byte 0xff at offset 2)" in message
+
+
+def test_nan_weights_are_exit_2_and_name_the_tensor(
+    generate: Callable[..., Ran], decoder: Path, tmp_path: Path
+) -> None:
+    message = refused(
+        generate("--prompt", "hi", model=change_weights(decoder, tmp_path / "nan", with_nan))
+    )
+    assert "layers.0.mlp.up.weight holds 1 NaN" in message
