@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,3 +41,43 @@ def kv(probe_command: None, capsys: pytest.CaptureFixture[str]) -> Callable[...,
         return Ran(code, captured.out, captured.err)
 
     return call
+
+
+# --- pytest-benchmark. These hooks are here because it loads a baseline before tests/benchmarks
+# is looked at.
+
+MACHINE = ("machine", "system", "python_implementation", "python_version")
+COMMIT = ("id", "time", "dirty")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Find the baselines of pyproject.toml from whatever folder pytest is started in."""
+    storage = config.option.benchmark_storage
+    if f"--benchmark-storage={storage}" in config.getini("addopts"):
+        config.option.benchmark_storage = str(config.rootpath / storage.removeprefix("file://"))
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Keep what explains a timing; the host's name and other private things are not saved."""
+    cpu = {key: machine_info["cpu"].get(key) for key in ("brand_raw", "arch", "count")}
+    kept = {key: machine_info[key] for key in MACHINE}
+    machine_info.clear()
+    machine_info.update(kept, cpu=cpu, torch=version("torch"))
+
+
+def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
+    """Without the names of branches and folders, and without git's error messages."""
+    for key in commit_info.keys() - COMMIT:
+        del commit_info[key]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_benchmark_compare_machine_info(benchmarksession: Any) -> Generator[None, object, object]:
+    """Its warning that machines differ names the storage relative to the current folder, and
+    fails if it is not below that: stand where it is."""
+    here = Path.cwd()
+    os.chdir(benchmarksession.storage.path.parent)
+    try:
+        return (yield)
+    finally:
+        os.chdir(here)

@@ -1,0 +1,42 @@
+"""One step of decoding, at several lengths of the sequence so far."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from kvtool import registry
+from kvtool.core.cache import CacheSpec, make_cache
+from kvtool.core.engine import feed
+from kvtool.core.models import Model
+
+LENGTHS = [16, 128, 512, 1000]
+
+
+@pytest.mark.benchmark(min_rounds=20, max_time=0.5)
+@pytest.mark.parametrize("kind", registry.CACHES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_step_gives_what_recomputing_gives(
+    benchmark: BenchmarkFixture, model: Model, kind: str, length: int
+) -> None:
+    """`length` tokens, of which the last is new; without a cache all are computed again."""
+    benchmark.group = f"one step at {length:4} tokens"  # in the order of numbers
+    benchmark.extra_info.update(kind=kind, length=length, tokens=1)
+    config = model.config
+    spec = CacheSpec.of(config, 1, config.context)
+    ids = torch.arange(length)[None] % config.vocab_size
+    cache = make_cache(kind, spec)
+    feed(model, cache, ids[:, :-1], last=True)
+
+    def step() -> Tensor:
+        cache.crop(length - 1)  # forgets the step before, which takes no time
+        return feed(model, cache, ids, last=True)
+
+    logits = benchmark(step)
+    assert cache.length == length
+    needed = type(cache).predict_nbytes(spec, length, prompt=length - 1)
+    assert cache.nbytes().allocated == needed
+    again = feed(model, make_cache("none", spec), ids)
+    torch.testing.assert_close(logits, again[:, -1:], rtol=1e-3, atol=1e-3)
