@@ -89,7 +89,7 @@ class WholeBuffer(StaticCache):
 
     def _place(self, start: int, n_new: int) -> Step:
         step = super()._place(start, n_new)
-        if not start:
+        if not start or step.mask is None:
             return step
         return dataclasses.replace(step, mask=torch.ones_like(step.mask))
 
