@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import struct
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from hypothesis import strategies as st
 
 from checkpoint_cases import TINY, load, put_together, refusal, same, saved, take_apart
 from kvtool import files
-from kvtool.core import checkpoint, machine, safetensors_file
+from kvtool.core import checkpoint, safetensors_file
 from kvtool.core.models import Model
 from kvtool.core.safetensors_file import SafetensorsFile
-from kvtool.errors import CapacityError, FileError, KvtoolError
+from kvtool.errors import FileError, KvtoolError
 
 QKV = "layers.0.attn.qkv.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -376,121 +374,3 @@ def test_a_damaged_shard_is_refused_under_its_own_name(weights: Path, model: Mod
     path = weights.parent / "part-1.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert "part-1.safetensors: is cut short" in refusal(weights.parent)
-
-
-# --- pickles
-
-
-class Code:
-    """Runs when it is unpickled."""
-
-    ran = False
-
-    def __reduce__(self) -> Any:
-        return setattr, (Code, "ran", True)
-
-
-@pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin"])
-@pytest.mark.parametrize("wrapper", ["", "state_dict", "model", "model_state_dict"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickled_state_dict_loads(
-    tmp_path: Path, model: Model, name: str, wrapper: str, zipped: bool
-) -> None:
-    state = {key: value for key, value in model.state_dict().items() if key != "head.weight"}
-    found = {wrapper: state, "step": 7} if wrapper else state
-    torch.save(found, tmp_path / name, _use_new_zipfile_serialization=zipped)
-    (tmp_path / WEIGHTS).unlink()
-    assert same(dict(load(tmp_path).state_dict()), dict(model.state_dict()))
-    digest = checkpoint.load(str(tmp_path), torch.device("cpu"), torch.float32).sha256
-    assert digest == files.sha256(tmp_path / name)
-
-
-def test_pickled_views_become_weights_of_their_own(tmp_path: Path, model: Model) -> None:
-    state = dict(model.state_dict())  # with the head, which shares the embedding's memory
-    state[QKV] = state[QKV].T.contiguous().T
-    state["norm.weight"] = torch.ones(1).expand(4)
-    torch.save(state, tmp_path / "model.pt")
-    (tmp_path / WEIGHTS).unlink()
-    loaded = load(tmp_path)
-    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
-    for parameter in loaded.parameters():
-        assert parameter.is_contiguous()
-        assert parameter.untyped_storage().nbytes() == parameter.nbytes
-
-
-@pytest.mark.parametrize("found", [{"a": Code()}, torch.nn.Linear(2, 2)], ids=["call", "module"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_pickle_is_refused_and_does_not_run(
-    weights: Path, found: Any, zipped: bool
-) -> None:
-    weights.unlink()
-    torch.save(found, weights.parent / "model.pt", _use_new_zipfile_serialization=zipped)
-    message = refusal(weights.parent)
-    assert "holds code objects, which kvtool never runs (expected tensors)" in message
-    assert message.endswith("Save a state_dict or safetensors.")
-    assert not Code.ran
-
-
-@pytest.mark.parametrize(
-    ("found", "message"),
-    [
-        (torch.zeros(2), "holds a Tensor (expected a state_dict)"),
-        ([1], "holds a list (expected a state_dict)"),
-        ({"a": 5}, "a is a int (expected a named tensor)"),
-        ({5: torch.zeros(2)}, "5 is a Tensor (expected a named tensor)"),
-        ({"a": torch.zeros(2, dtype=torch.int64)}, "a has dtype int64 (expected one of F32"),
-        ({"a": torch.zeros(2, dtype=torch.complex64)}, "a has dtype complex64"),
-        ({"a": torch.zeros(2, 2).to_sparse()}, "a is torch.sparse_coo on cpu (expected dense)"),
-        ({"a": torch.zeros(2, device="meta")}, "a is torch.strided on meta (expected dense)"),
-        ({}, "lacks 8 of 8 tensors"),
-    ],
-)
-def test_a_pickle_of_anything_but_weights_is_refused(
-    weights: Path, found: Any, message: str
-) -> None:
-    weights.unlink()
-    torch.save(found, weights.parent / "model.pt")
-    assert f"model.pt: {message}" in refusal(weights.parent)
-
-
-def test_a_damaged_pickle_is_refused_without_advice_to_run_it(weights: Path, model: Model) -> None:
-    weights.unlink()
-    for zipped in (True, False):
-        buffer = io.BytesIO()
-        torch.save(model.state_dict(), buffer, _use_new_zipfile_serialization=zipped)
-        whole = buffer.getvalue()
-        for n in range(1, len(whole), 97):
-            (weights.parent / "model.pt").write_bytes(whole[:n])
-            message = refusal(weights.parent)
-            assert "model.pt: is damaged or no PyTorch file (" in message
-            assert "weights_only" not in message
-
-
-def test_a_pickle_with_a_wrong_byte_is_refused_or_loads(tmp_path: Path, model: Model) -> None:
-    (tmp_path / WEIGHTS).unlink()
-    path = tmp_path / "model.pt"
-    torch.save(model.state_dict(), path)
-    whole = path.read_bytes()
-    refused = set()
-    with open(path, "r+b", buffering=0) as file:
-        for i in range(len(whole) - 1200, len(whole), 3):  # the table of contents
-            file.seek(i)
-            file.write(bytes([whole[i] ^ 0xFF]))
-            try:
-                load(tmp_path)
-            except FileError as error:
-                refused.add(type(error.__cause__).__name__)
-            file.seek(i)
-            file.write(whole[i : i + 1])
-    assert refused >= {"BadZipFile", "UnicodeDecodeError"}
-
-
-def test_a_pickle_that_inflates_beyond_the_memory_is_refused_before_it_is_opened(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights.unlink()
-    with zipfile.ZipFile(weights.parent / "model.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data/0", bytes(1_000_000))
-    assert (weights.parent / "model.pt").stat().st_size < 2000
-    monkeypatch.setattr(machine, "available_bytes", lambda device: 500_000)
-    assert "model.pt: needs 0.0 GiB" in refusal(weights.parent, CapacityError)

@@ -36,6 +36,8 @@ class Settings:
         check_int("--batch-size", self.batch_size, 1)
         check_int("--repeats", self.repeats, 1)
         check_float("--budget", self.budget, 0.0, open_low=True)
+        if self.plot is not None and self.plot.is_dir():
+            raise FileError(f"--plot {self.plot}: is a folder (expected a file)")
         if self.plot is not None and not self.plot.parent.is_dir():
             raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
 
@@ -123,11 +125,18 @@ def check_fits(
     from kvtool.core.machine import require_memory
 
     start = 1 if config.n_encoder_layers else settings.prompt_length
-    if start + lengths[-1] > config.context or settings.prompt_length > config.context:
+    longest_prompt = config.context if config.n_encoder_layers else config.context - 1
+    if settings.prompt_length > longest_prompt:
         raise CapacityError(
-            f"--lengths {lengths[-1]}: with a prompt of {settings.prompt_length} tokens is beyond "
-            f"the context (the model holds {config.context})",
-            f"The longest that fits is {max(config.context - start, 0)}.",
+            f"--prompt-length {settings.prompt_length}: is too long (the model holds "
+            f"{config.context} tokens)",
+            f"The longest that fits is {longest_prompt}.",
+        )
+    if start + lengths[-1] > config.context:
+        raise CapacityError(
+            f"--lengths {lengths[-1]}: with a prompt of {start} tokens is beyond the context (the "
+            f"model holds {config.context})",
+            f"The longest that fits is {config.context - start}.",
         )
     spec = CacheSpec.of(config, settings.batch_size, start + lengths[-1], dtype, device)
     require_memory("the caches", 2 * spec.capacity * spec.token_nbytes, device)
@@ -206,13 +215,15 @@ def pays_text(report: Report) -> str:
     """From which length on a cache is worth having."""
     if not report.pays_from:
         return "Add none to --caches to see what a cache buys."
-    shortest = report.measurements[0].length
     parts = []
     for kind, length in report.pays_from.items():
-        if length is None:
-            parts.append(f"{kind} does not pay at the lengths measured")
-        elif length == shortest:
-            parts.append(f"{kind} pays from the shortest length measured, {shortest} tokens")
+        compared = [r.length for r in report.measurements if r.cache == kind and r.speedup]
+        if not compared:
+            parts.append(f"{kind} was not measured beside no cache")
+        elif length is None:
+            parts.append(f"{kind} does not pay at {compared[-1]} tokens, the most measured")
+        elif length == compared[0]:
+            parts.append(f"{kind} pays from {compared[0]} tokens on, the fewest measured")
         else:
             parts.append(f"{kind} pays from about {length:.0f} tokens on")
     return "; ".join(parts) + "."
@@ -265,7 +276,7 @@ def command(
     quartiles (IQR); --json has every sample. Kinds are measured in turns, so that a slow moment of
     the machine hits all of them.
 
-      kvtool bench --lengths 10 50 100 500 1000 --plot latency.png
+      kvtool bench --lengths 10 100 1000 --plot latency.png
     """
     out = Output(as_json, output_file, quiet, verbose)
     settings = Settings(

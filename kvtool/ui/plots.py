@@ -93,7 +93,7 @@ def latency_plot(
     _log_axes(axes, sorted({n for points in series.values() for n, _ in points}))
     _mark_crossovers(axes, series, pays_from)
     axes.set_xlabel("generated tokens")
-    axes.set_ylabel("time to generate them all (median, band: all samples)")
+    axes.set_ylabel("time for all of them (band: all samples)")
     axes.legend(frameon=False, loc="upper left")
     save_figure(figure, path)
 
@@ -104,13 +104,27 @@ def _log_axes(axes: Any, lengths: Sequence[int]) -> None:
 
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(list(lengths)))
+    axes.xaxis.set_major_locator(FixedLocator(apart(lengths)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(FixedLocator([]))
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda s, _: seconds_text(s)))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def apart(lengths: Sequence[int]) -> list[int]:
+    """Those of the sorted `lengths` whose labels do not run into each other on a log axis.
+
+    >>> apart([1, 1000, 1001, 1002])
+    [1, 1002]
+    """
+    gap = (lengths[-1] / lengths[0]) ** (1 / 16)  # a label is about a sixteenth of the axis wide
+    kept = [lengths[-1]]
+    for length in reversed(lengths):
+        if length * gap <= kept[-1] and length < kept[-1]:
+            kept.append(length)
+    return kept[::-1]
 
 
 def seconds_text(seconds: float) -> str:
@@ -130,7 +144,7 @@ def _mark_crossovers(
         if length is None:
             continue
         if length == series[kind][0][0]:
-            notes.append(f"{kind} pays from {length:,.0f} tokens on, the shortest measured")
+            notes.append(f"{kind} pays from {length:,.0f} tokens on, the fewest measured")
             continue
         notes.append(f"{kind} pays from about {length:,.0f} tokens on")
         axes.axvline(length, color=COLOURS[i % len(COLOURS)], linestyle=":", linewidth=1.2)
