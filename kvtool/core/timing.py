@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -133,8 +134,8 @@ def speedups(cells: Sequence[Cell]) -> Iterator[tuple[Cell, float | None]]:
 def crossover(cells: Sequence[Cell], kind: str) -> float | None:
     """The length from which on a kind is faster than no cache, at all longer measured lengths.
 
-    Interpolated between the last length at which it is not and the next, on a logarithmic scale of
-    length; the shortest measured length if it is faster everywhere; None if not at the longest.
+    Interpolated between the last length at which it is not and the next, as if times were powers of
+    the length; the shortest measured length if it is faster everywhere; None if not at the longest.
     """
     found = [(c.length, s) for c, s in speedups(cells) if c.cache == kind and s is not None]
     if not found or found[-1][1] <= 1:
@@ -143,5 +144,5 @@ def crossover(cells: Sequence[Cell], kind: str) -> float | None:
     if not slower:
         return float(found[0][0])
     (n0, s0), (n1, s1) = found[slower[-1]], found[slower[-1] + 1]
-    part = (1 - s0) / (s1 - s0)
+    part = math.log(1 / s0) / math.log(s1 / s0)
     return float(n0 * (n1 / n0) ** part)

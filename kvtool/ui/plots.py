@@ -93,7 +93,7 @@ def latency_plot(
     _log_axes(axes, sorted({n for points in series.values() for n, _ in points}))
     _mark_crossovers(axes, series, pays_from)
     axes.set_xlabel("generated tokens")
-    axes.set_ylabel("time for all of them (band: all samples)")
+    axes.set_ylabel("median time (band: all samples)")
     axes.legend(frameon=False, loc="upper left")
     save_figure(figure, path)
 

@@ -1,0 +1,318 @@
+"""kvtool bench, as a user meets it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cli_probe import Ran, refused
+from kvtool import files
+from kvtool.commands import bench as command
+from kvtool.core import timing
+from small_models import (
+    answer,
+    change_weights,
+    explains_every_option,
+    save_decoder,
+    save_seq2seq,
+    with_nan,
+)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("decoder"), n_layers=1)
+
+
+@pytest.fixture
+def bench(kv: Callable[..., Ran], decoder: Path) -> Callable[..., Ran]:
+    """Run bench with two samples a row after a prompt of four tokens."""
+
+    def call(*args: str, model: Path = decoder) -> Ran:
+        given = ["--model", str(model), "--threads", "1"]
+        for flag, value in {"--repeats": "2", "--prompt-length": "4", "--lengths": "3"}.items():
+            given += [] if flag in args else [flag, value]
+        return kv(*given, *args, command="bench")
+
+    return call
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let a run take as long as `cost(kind, length)` says, in seconds, without running it."""
+
+    def make(cost: Callable[[str, int], float]) -> None:
+        clock = {"now": 0.0}
+
+        def run(self: timing.Workload, kind: str, length: int) -> tuple[float, int]:
+            clock["now"] += cost(kind, length)
+            return cost(kind, length), self.predicted(kind, length)
+
+        monkeypatch.setattr(timing.Workload, "run", run)
+        monkeypatch.setattr(timing, "_now", lambda device: clock["now"])
+        fake = type("Clock", (), {"perf_counter": staticmethod(lambda: clock["now"])})
+        monkeypatch.setattr(timing, "time", fake)
+
+    return make
+
+
+def cells(document: dict[str, Any]) -> list[tuple[int, str]]:
+    return [(row["length"], row["cache"]) for row in document["measurements"]]
+
+
+# The lengths
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--lengths 10 20 30",
+        "--lengths 10,20,30",
+        "--lengths 10 --lengths 20 --lengths 30",
+        "--lengths 10, 20 30",
+    ],
+)
+def test_lengths_may_be_written_in_every_habit(bench: Callable[..., Ran], words: str) -> None:
+    found = answer(bench(*words.split(), "--json", "--repeats", "1"))
+    assert cells(found) == [
+        (length, cache) for length in (10, 20, 30) for cache in ("none", "dynamic", "static")
+    ]
+    assert found["settings"]["lengths"] == [10, 20, 30]
+
+
+def test_the_exact_line_of_the_task_is_understood(
+    kv: Callable[..., Ran], decoder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / files.DEFAULT_MODEL).symlink_to(decoder)
+    monkeypatch.setattr(files, "weights_folder", lambda: tmp_path)
+    ran = kv("--lengths", "10", "20", "30", command="bench")
+    assert (ran.code, ran.err) == (0, "")
+    table = [line.split() for line in ran.out.splitlines() if line[:6].strip().isdigit()]
+    assert [row[0] for row in table] == ["10"] * 3 + ["20"] * 3 + ["30"] * 3
+
+
+def test_lengths_out_of_order_are_sorted_each_once_with_a_note(bench: Callable[..., Ran]) -> None:
+    ran = bench("--lengths", "9", "3", "9", "5", "--json", "--caches", "static")
+    assert cells(answer(ran)) == [(3, "static"), (5, "static"), (9, "static")]
+    assert ran.err == "lengths sorted, each once: 3 5 9\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lengths 0", "--lengths: 0 is not a length: must be 1 or more"),
+        ("--lengths 5 -5", "--lengths: -5 is not a length: must be 1 or more"),
+        ("--lengths ten", "--lengths: 'ten' is not a whole number"),
+        ("--lengths 10 2.5", "--lengths: '2.5' is not a whole number"),
+        ("--lengths", "--lengths: needs at least one value"),
+        ("--lengths 10 61", "--lengths 61: with a prompt of 4 tokens is beyond the context"),
+        ("--lengths 1000000000000", "--lengths"),
+        ("--prompt-length 64", "--prompt-length 64: is too long (the model holds 64 tokens)"),
+        ("--prompt-length 0", "--prompt-length: 0 is too small"),
+        ("--batch-size 0", "--batch-size: 0 is too small"),
+        ("--batch-size 2000000000", "the caches: needs "),
+        ("--repeats 0", "--repeats: 0 is too small"),
+        ("--budget 0", "--budget: 0.0 is out of range"),
+        ("--budget nan", "--budget: nan is out of range"),
+        ("--caches paged", "--caches: 'paged' is not known"),
+        ("--plot a.jpg", "--plot a.jpg: .jpg is not a plot format"),
+        ("--plot none/a.png", "--plot none/a.png: the folder none does not exist"),
+        ("--output a.xml", "--output a.xml: unknown format"),
+        ("--device cuda", "--device cuda: there is no CUDA device here"),
+    ],
+)
+def test_what_cannot_be_measured_is_exit_2_before_anything_runs(
+    bench: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("something ran")
+
+    monkeypatch.setattr(timing.Workload, "run", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused(bench(*words.split())).startswith(message)
+
+
+def test_the_longest_that_fits_runs(bench: Callable[..., Ran]) -> None:
+    assert bench("--lengths", "60", "--repeats", "1").code == 0
+    message = refused(bench("--lengths", "61"))
+    assert message.endswith("The longest that fits is 60.")
+
+
+def test_a_plot_or_document_onto_a_folder_is_refused_before_anything_runs(
+    bench: Callable[..., Ran], slow: Callable[..., None], tmp_path: Path
+) -> None:
+    slow(lambda kind, length: 1 / 0)
+    (tmp_path / "a.png").mkdir()
+    message = refused(bench("--plot", str(tmp_path / "a.png")))
+    assert message.endswith("a.png: is a folder (expected a file)")
+
+
+# What is measured
+
+
+def test_every_sample_is_in_the_document_with_what_follows_from_them(
+    bench: Callable[..., Ran],
+) -> None:
+    found = answer(bench("--json", "--repeats", "5", "--batch-size", "2"))
+    assert found["schema"] == "kvtool.bench/1"
+    assert found["settings"]["repeats"] == 5 and found["settings"]["run"]["threads"] == 1
+    assert found["environment"]["torch"] == torch.__version__
+    for row in found["measurements"]:
+        samples = sorted(row["samples_s"])
+        assert len(samples) == 5 and samples[0] > 0
+        assert row["median_s"] == samples[2]
+        assert row["iqr_s"] == samples[3] - samples[1]
+        assert row["tokens_per_s"] == 2 * 3 / samples[2]
+        assert row["bytes_measured"] == row["bytes_predicted"]
+    none, *others = found["measurements"]
+    assert none["speedup"] == 1.0
+    assert [r["speedup"] for r in others] == [none["median_s"] / r["median_s"] for r in others]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_the_bytes_follow_the_dtype(bench: Callable[..., Ran], dtype: str) -> None:
+    found = answer(bench("--json", "--dtype", dtype, "--caches", "static", "--repeats", "1"))
+    (row,) = found["measurements"]
+    width = torch.finfo(getattr(torch, dtype)).bits // 8
+    assert row["bytes_measured"] == row["bytes_predicted"] == 2 * (4 + 3) * 16 * width
+
+
+def test_an_encoder_decoder_is_measured_with_a_source(
+    bench: Callable[..., Ran], tmp_path: Path
+) -> None:
+    model = save_seq2seq(tmp_path)
+    found = answer(bench("--json", "--lengths", "3", "63", "--repeats", "1", model=model))
+    assert all(r["bytes_measured"] == r["bytes_predicted"] for r in found["measurements"])
+    message = refused(bench("--prompt-length", "65", model=model))
+    assert message.startswith("--prompt-length 65: is too long (the model holds 64 tokens)")
+    assert "with a prompt of 1 tokens" in refused(bench("--lengths", "64", model=model))
+
+
+def test_the_reports_have_a_row_for_every_cell(bench: Callable[..., Ran], tmp_path: Path) -> None:
+    for name in ("rows.csv", "rows.md"):
+        ran = bench("-q", "--output", str(tmp_path / name))
+        assert (ran.code, ran.err) == (0, "")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "rows.csv").read_text())))
+    assert [row["cache"] for row in rows] == ["none", "dynamic", "static"]
+    assert len((tmp_path / "rows.md").read_text().splitlines()) == 4 + 3
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_the_plot_is_written_and_said(
+    bench: Callable[..., Ran], tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"latency{suffix}"
+    ran = bench("--lengths", "3", "9", "--plot", str(path))
+    assert ran.code == 0 and f"plot: {path}" in ran.err
+    assert path.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+def test_the_table_fits_the_terminal(
+    bench: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = bench().out.splitlines()
+    assert max(len(line.rstrip()) for line in lines[:-1]) <= columns
+
+
+def test_nan_weights_are_exit_2(bench: Callable[..., Ran], decoder: Path, tmp_path: Path) -> None:
+    broken = change_weights(decoder, tmp_path / "nan", with_nan)
+    assert "holds 1 NaN" in refused(bench(model=broken))
+
+
+def test_the_help_explains_every_option(
+    kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert explains_every_option(kv("-h", command="bench"), "bench")
+
+
+# The budget
+
+
+def test_rows_that_the_budget_left_out_are_null_and_said(
+    bench: Callable[..., Ran], slow: Callable[..., None]
+) -> None:
+    slow(lambda kind, length: length * length / 100 if kind == "none" else 0.1)
+    words = ["--lengths", "5", "50", "--caches", "none", "static", "--budget", "5"]
+    ran = bench(*words, "--json")
+    found = answer(ran)
+    unmeasured = found["measurements"][2]
+    assert cells(found)[2] == (50, "none")
+    assert unmeasured["samples_s"] == []
+    names = ("median_s", "iqr_s", "tokens_per_s", "speedup", "bytes_measured")
+    assert [unmeasured[name] for name in names] == [None] * 5
+    assert unmeasured["bytes_predicted"] == 0
+    assert "not measured: none 50" in ran.err and "give a larger --budget" in ran.err
+    row = next(line for line in bench(*words).out.splitlines() if line.startswith("    50  none"))
+    assert row.split()[2:] == ["-", "-", "0", "-", "-", "-", "0"]
+
+
+def test_fewer_samples_than_asked_for_are_said(
+    bench: Callable[..., Ran], slow: Callable[..., None]
+) -> None:
+    slow(lambda kind, length: 1.0)
+    ran = bench("--caches", "none", "static", "--repeats", "9", "--budget", "12", "--json")
+    counts = [len(row["samples_s"]) for row in answer(ran)["measurements"]]
+    assert counts == [4, 4]
+    assert ran.err == "2 of 2 rows have fewer than 9 samples (--budget 12 s)\n"
+
+
+def test_nothing_measured_at_all_is_exit_1_and_draws_nothing(
+    bench: Callable[..., Ran], slow: Callable[..., None], tmp_path: Path
+) -> None:
+    slow(lambda kind, length: 1.0)
+    ran = bench("--budget", "0.001", "--plot", str(tmp_path / "a.png"))
+    assert ran.code == 1
+    assert "static was not measured beside no cache" in ran.out
+    assert "does not pay" not in ran.out
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_quiet_does_not_silence_the_warning(
+    bench: Callable[..., Ran], slow: Callable[..., None]
+) -> None:
+    slow(lambda kind, length: 1.0)
+    assert bench("-q", "--budget", "0.001").err.startswith("warning: --budget 0.001 s was spent")
+
+
+# What is concluded
+
+
+@pytest.mark.parametrize(
+    ("cost", "sentence"),
+    [
+        (lambda kind, n: n * n / 100 if kind == "none" else n / 10, "pays from about 10 tokens on"),
+        (lambda kind, n: 2 if kind == "none" else 1, "pays from 5 tokens on, the fewest measured"),
+        (
+            lambda kind, n: 1 if kind == "none" else 2,
+            "does not pay at 50 tokens, the most measured",
+        ),
+    ],
+)
+def test_the_last_line_says_where_a_cache_starts_to_pay(
+    bench: Callable[..., Ran],
+    slow: Callable[..., None],
+    cost: Callable[[str, int], float],
+    sentence: str,
+) -> None:
+    slow(cost)
+    ran = bench("--lengths", "5", "12", "50", "--caches", "none", "static", "--budget", "1000")
+    assert ran.out.splitlines()[-1] == f"static {sentence}."
+
+
+def test_without_none_nothing_is_said_about_paying(bench: Callable[..., Ran]) -> None:
+    ran = bench("--caches", "static", "--repeats", "1")
+    assert ran.out.splitlines()[-1] == "Add none to --caches to see what a cache buys."
+
+
+def test_a_dash_stands_for_what_is_not_known() -> None:
+    assert command.number(None, 1000, ",.1f") == "-"
+    assert command.number(0.5, 1, ".2f", "x") == "0.50x"

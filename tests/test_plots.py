@@ -1,0 +1,121 @@
+"""Pictures: real files of each format, with what was measured in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtool.errors import FileError
+from kvtool.ui import plots
+
+STARTS = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<?xml", ".pdf": b"%PDF-"}
+SERIES = {
+    "none": [(10, [0.01, 0.011]), (100, [0.2, 0.21]), (1000, [9.0])],
+    "static": [(10, [0.02, 0.021]), (100, [0.1, 0.14, 0.12])],
+}
+LOG: list[dict[str, Any]] = [
+    {"step": 1, "loss": 5.0},
+    {"step": 2, "loss": 4.0, "valid": {"bits_per_byte": 3.0}},
+    {"step": 3, "loss": 3.5},
+]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are saved, for looking at."""
+    seen: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: seen.append(figure))
+    return seen
+
+
+@pytest.mark.parametrize("suffix", [*STARTS, ".PNG"])
+def test_a_plot_is_a_real_file_of_its_format(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    plots.latency_plot(path, SERIES, {"static": 30.0})
+    assert path.read_bytes().startswith(STARTS[suffix.lower()])
+    plots.loss_plot(path, LOG, "bits_per_byte")
+    assert path.read_bytes().startswith(STARTS[suffix.lower()])
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_plot_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"none/a\.png: cannot be written"):
+        plots.latency_plot(tmp_path / "none" / "a.png", SERIES, {})
+
+
+def test_latency_is_drawn_as_medians_in_a_band_of_all_samples(figures: list[Any]) -> None:
+    plots.latency_plot(Path("a.png"), SERIES, {"static": 31.6})
+    (axes,) = figures[0].axes
+    drawn = {line.get_label(): line for line in axes.lines}
+    assert list(drawn["static cache"].get_xdata()) == [10, 100]
+    assert list(drawn["static cache"].get_ydata()) == pytest.approx([0.0205, 0.12])
+    assert list(drawn["no cache"].get_ydata()) == pytest.approx([0.0105, 0.205, 9.0])
+    band = axes.collections[1].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (0.02, 0.14)
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
+        "no cache",
+        "static cache",
+    }
+
+
+def test_the_length_from_which_on_a_cache_pays_is_marked_and_named(figures: list[Any]) -> None:
+    plots.latency_plot(Path("a.png"), SERIES, {"static": 31.6})
+    (axes,) = figures[0].axes
+    assert [line.get_xdata() for line in axes.lines if line.get_linestyle() == ":"] == [[31.6] * 2]
+    assert [text.get_text() for text in axes.texts] == ["static pays from about 32 tokens on"]
+
+
+def test_a_cache_that_pays_everywhere_or_nowhere_gets_no_line(figures: list[Any]) -> None:
+    plots.latency_plot(Path("a.png"), SERIES, {"static": 10.0})
+    plots.latency_plot(Path("a.png"), SERIES, {"static": None})
+    everywhere, nowhere = (figure.axes[0] for figure in figures)
+    assert not [line for line in (*everywhere.lines, *nowhere.lines) if line.get_linestyle() == ":"]
+    words = [text.get_text() for text in everywhere.texts]
+    assert words == ["static pays from 10 tokens on, the fewest measured"]
+    assert not nowhere.texts
+
+
+def test_one_length_of_one_kind_is_enough_for_a_plot(figures: list[Any]) -> None:
+    plots.latency_plot(Path("a.png"), {"static": [(10, [0.1])]}, {})
+    assert len(figures) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kept"),
+    [
+        ([10, 50, 100, 500, 1000], [10, 50, 100, 500, 1000]),
+        ([10, 20, 30], [10, 20, 30]),
+        ([5], [5]),
+        ([1, 1000, 1001, 1002], [1, 1002]),
+    ],
+)
+def test_labels_that_would_run_into_each_other_are_left_out(
+    lengths: list[int], kept: list[int], figures: list[Any]
+) -> None:
+    assert plots.apart(lengths) == kept
+    plots.latency_plot(Path("a.png"), {"none": [(n, [n / 10]) for n in lengths]}, {})
+    assert list(figures[0].axes[0].get_xticks()) == kept
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0005, "0.5 ms"), (0.5, "500 ms"), (1, "1 s"), (2.0, "2 s"), (5000, "5,000 s")],
+)
+def test_times_have_their_units(seconds: float, text: str) -> None:
+    assert plots.seconds_text(seconds) == text
+
+
+def test_a_loss_plot_shows_the_score_on_an_axis_of_its_own(figures: list[Any]) -> None:
+    plots.loss_plot(Path("a.png"), LOG, "bits_per_byte")
+    left, right = figures[0].axes
+    assert list(left.lines[0].get_ydata()) == [5.0, 4.0, 3.5]
+    assert list(right.lines[0].get_xdata()) == [2]
+    assert right.get_ylabel() == "held out: bits per byte"
+
+
+def test_a_training_without_a_step_leaves_no_plot(figures: list[Any]) -> None:
+    plots.loss_plot(Path("a.png"), [{"step": 0, "valid": {"x": 1.0}}], "x")
+    assert figures == []

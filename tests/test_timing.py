@@ -1,0 +1,212 @@
+"""Honest latencies: who is measured when, what the budget allows, and what the samples say."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kvtool.core import timing
+from kvtool.core.cache import make_cache
+from kvtool.core.timing import Cell, Workload, crossover, expected, measure, speedups
+from kvtool.registry import CACHES
+from small_models import random_model
+
+
+class Fake:
+    """A clock, and a workload that takes `cost(kind, length)` seconds of it."""
+
+    def __init__(self, cost: Callable[[str, int], float]) -> None:
+        self.now = 100.0
+        self.cost = cost
+        self.runs: list[tuple[str, int]] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def run(self, kind: str, length: int) -> tuple[float, int]:
+        seconds = self.cost(kind, length)
+        self.now += seconds
+        self.runs.append((kind, length))
+        return seconds, 1000 + length
+
+    def predicted(self, kind: str, length: int) -> int:
+        return 1000 + length
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake]:
+    def make(cost: Callable[[str, int], float] = lambda kind, length: length) -> Fake:
+        one = Fake(cost)
+        monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=one.perf_counter))
+        return one
+
+    return make
+
+
+def cells(**medians: list[float | None]) -> list[Cell]:
+    """Cells of kinds at lengths 10, 20, 40, 80 ... with one sample each, or none."""
+    return [
+        Cell(kind, 10 * 2**i, [] if seconds is None else [seconds])
+        for i in range(max(map(len, medians.values())))
+        for kind, row in medians.items()
+        for seconds in row[i : i + 1]
+    ]
+
+
+# Who is measured when
+
+
+def test_kinds_take_turns_and_the_shortest_come_first(fake: Callable[..., Fake]) -> None:
+    work = fake()
+    measure(work, [3, 20], ["none", "static"], repeats=2, budget=1e9)
+    warm_up = [("none", 3), ("none", 3), ("static", 3), ("static", 3)]
+    turn = [("none", 3), ("static", 3), ("none", 20), ("static", 20)]
+    assert work.runs == warm_up + turn + turn
+
+
+def test_warming_up_is_short_and_no_sample(fake: Callable[..., Fake]) -> None:
+    work = fake()
+    found = measure(work, [500], ["none"], repeats=1, budget=1e9)
+    assert work.runs == [("none", 10), ("none", 10), ("none", 500)]
+    assert found[0].samples == [500]
+
+
+def test_every_sample_is_kept_with_the_bytes(fake: Callable[..., Fake]) -> None:
+    found = measure(fake(), [3, 20], ["none", "static"], repeats=5, budget=1e9)
+    assert [(cell.cache, cell.length, cell.samples) for cell in found] == [
+        ("none", 3, [3] * 5),
+        ("static", 3, [3] * 5),
+        ("none", 20, [20] * 5),
+        ("static", 20, [20] * 5),
+    ]
+    assert all(c.bytes_measured == c.bytes_predicted == 1000 + c.length for c in found)
+
+
+def test_progress_counts_what_is_passed_over_too(fake: Callable[..., Fake]) -> None:
+    seen: list[Cell] = []
+    measure(fake(), [3, 20], ["none", "static"], 3, budget=13.0, progress=seen.append)
+    assert len(seen) == 2 * 2 * 3
+
+
+# The budget
+
+
+@pytest.mark.parametrize("budget", [0.5, 13.0, 30.0, 100.0, 300.0])
+def test_the_budget_is_never_exceeded_by_more_than_the_warm_up(
+    fake: Callable[..., Fake], budget: float
+) -> None:
+    work = fake(lambda kind, length: length**2 / 100 if kind == "none" else length / 10)
+    found = measure(work, [10, 20, 40, 80], ["none", "static"], 7, budget)
+    warm_up = 2 * (1 + 1)
+    assert work.now - 100.0 <= max(budget, warm_up)
+    assert all(len(cell.samples) <= 7 for cell in found)
+
+
+def test_a_length_that_would_not_fit_any_more_is_not_measured_and_the_shorter_are(
+    fake: Callable[..., Fake],
+) -> None:
+    work = fake(lambda kind, length: length**2 / 100)
+    found = measure(work, [10, 100], ["none"], repeats=3, budget=50.0)
+    assert [len(cell.samples) for cell in found] == [3, 0]
+    assert found[1].median is None and found[1].iqr is None
+
+
+def test_a_budget_spent_by_the_warm_up_measures_nothing(fake: Callable[..., Fake]) -> None:
+    found = measure(fake(), [10], ["none", "static"], repeats=3, budget=1.0)
+    assert [cell.samples for cell in found] == [[], []]
+
+
+def test_the_next_run_is_expected_to_take_the_slowest_so_far() -> None:
+    cell = Cell("none", 10, [3.0, 5.0, 4.0])
+    assert expected(cell, [cell]) == 5.0
+
+
+def test_a_longer_run_is_expected_to_take_the_square_of_the_nearest_shorter() -> None:
+    known = [Cell("none", 10, [1.0]), Cell("none", 20, [3.0, 2.0]), Cell("static", 40, [0.1])]
+    unknown = Cell("none", 80)
+    assert expected(unknown, [*known, unknown]) == 2.0 * 16
+    assert expected(Cell("dynamic", 80), known) == 0.0  # nothing is known: try
+
+
+# What the samples say
+
+
+def test_median_and_quartiles_are_those_of_the_samples() -> None:
+    cell = Cell("none", 10, [1.0, 9.0, 2.0, 3.0, 4.0])
+    assert (cell.median, cell.iqr) == (3.0, 2.0)
+    assert Cell("none", 10, [1.0, 2.0]).iqr is None
+    assert Cell("none", 10).median is None
+
+
+def test_a_speed_up_is_the_time_without_a_cache_over_the_time_with_it() -> None:
+    found = cells(none=[2.0, 8.0, None], static=[4.0, 2.0, 1.0])
+    assert [speedup for _, speedup in speedups(found)] == [1.0, 0.5, 1.0, 4.0, None, None]
+    assert [speedup for _, speedup in speedups(cells(static=[1.0, 2.0]))] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("none", "static", "length"),
+    [
+        ([1.0, 4.0], [2.0, 2.0], 10 * 2 ** (1 / 2)),  # 1 is midway between speed-ups 0.5 and 2
+        ([1.0, 16.0], [2.0, 4.0], 10 * 2 ** (1 / 3)),  # and a third of the way from 0.5 to 4
+        ([1.0, 4.0], [1.0, 2.0], 10.0),
+        ([2.0, 2.0, 8.0], [1.0, 4.0, 4.0], 20 * 2 ** (1 / 2)),  # slower again in between
+        ([2.0, 4.0], [1.0, 1.0], 10.0),
+        ([1.0, 1.0], [2.0, 1.0], None),  # as fast is not faster
+        ([4.0, 1.0], [2.0, 2.0], None),
+        ([1.0, 4.0, None], [2.0, 2.0, 2.0], 10 * 2 ** (1 / 2)),
+        ([None, None], [2.0, 2.0], None),
+    ],
+)
+def test_a_cache_pays_from_where_it_is_faster_at_every_longer_length(
+    none: list[float | None], static: list[float | None], length: float | None
+) -> None:
+    assert crossover(cells(none=none, static=static), "static") == pytest.approx(length)
+
+
+# The real workload
+
+
+@pytest.mark.parametrize("n_encoder_layers", [0, 1])
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize(("prompt", "length"), [(1, 1), (7, 20), (3, 90), (70, 1), (70, 60)])
+def test_the_predicted_bytes_are_those_that_were_allocated(
+    kind: str, n_encoder_layers: int, prompt: int, length: int
+) -> None:
+    model = random_model(
+        n_layers=1,
+        n_encoder_layers=n_encoder_layers,
+        source_vocab_size=23 * n_encoder_layers,
+        n_kv_heads=2,
+        context=160,
+    )
+    work = Workload(model, torch.ones(2, prompt, dtype=torch.long))
+    seconds, nbytes = work.run(kind, length)
+    assert seconds > 0
+    assert nbytes == work.predicted(kind, length)
+    assert (nbytes > 0) == (kind != "none")
+
+
+def test_prompt_and_allocation_are_part_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = types.SimpleNamespace(now=0.0)
+    model = random_model()
+    forward = type(model).forward
+
+    def slow_forward(self, tokens, *rest, **named):  # type: ignore[no-untyped-def]
+        clock.now += tokens.shape[1]
+        return forward(self, tokens, *rest, **named)
+
+    def slow_cache(*args):  # type: ignore[no-untyped-def]
+        clock.now += 1000
+        return make_cache(*args)
+
+    monkeypatch.setattr(type(model), "forward", slow_forward)
+    monkeypatch.setattr(timing, "make_cache", slow_cache)
+    fake = types.SimpleNamespace(perf_counter=lambda: clock.now)
+    monkeypatch.setattr(timing, "time", fake)
+    work = Workload(model, torch.ones(1, 5, dtype=torch.long))
+    assert work.run("static", 4)[0] == 1000 + 5 + 3
+    assert work.run("none", 4)[0] == 1000 + 5 + 6 + 7 + 8
