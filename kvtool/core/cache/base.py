@@ -137,7 +137,8 @@ class Cache(ABC):
     def reset(self, left_padding: Tensor | None = None) -> None:
         """Forget every token and start on new sequences, in the same memory."""
         self.length = 0  # committed tokens a row, left padding included
-        self.left_padding = left_padding
+        self._begun = 0  # tokens of the step that has begun and is not committed
+        self.left_padding = None if left_padding is None else left_padding.clone()
         self.batch = self.spec.batch
 
     def begin(self, n_new: int) -> Step:
@@ -151,7 +152,9 @@ class Cache(ABC):
                 f"need {start + n_new} (capacity {self.spec.capacity})",
                 "Make the cache larger, or generate fewer tokens.",
             )
-        return self._place(start, n_new)
+        step = self._place(start, n_new)
+        self._begun = n_new
+        return step
 
     @abstractmethod
     def _place(self, start: int, n_new: int) -> Step:
@@ -167,8 +170,16 @@ class Cache(ABC):
         return step.kernels.attention(q, keys, values, step.mask, step.causal)
 
     def commit(self, n_new: int) -> None:
-        """Make the last `n_new` written tokens part of the sequence; call it after all layers."""
+        """Make the first `n_new` tokens of the step part of the sequence; call it after all layers.
+
+        Raises UsageError beyond what the step has begun, or if rows or length have changed since.
+        """
+        if not 0 <= n_new <= self._begun:
+            raise UsageError(
+                f"{self.kind} cache was given {self._begun} tokens to write, cannot commit {n_new}"
+            )
         self.length = n_new if self.recompute else self.length + n_new
+        self._begun = 0
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens. Raises UsageError beyond what is held."""
@@ -177,9 +188,18 @@ class Cache(ABC):
                 f"{self.kind} cache holds {self.length} tokens, cannot crop to {length}"
             )
         self.length = length
+        self._begun = 0
 
     def select(self, rows: Tensor) -> None:
-        """Continue from the histories of `rows` (n,), in that order; repeats are allowed."""
+        """Continue from the histories of `rows` (n,), in that order; repeats are allowed.
+
+        Raises UsageError for a row that is not there.
+        """
+        if bool(((rows < 0) | (rows >= self.batch)).any()):
+            raise UsageError(
+                f"{self.kind} cache cannot select rows {rows.tolist()} (it holds {self.batch})"
+            )
+        self._begun = 0
         if self.left_padding is not None:
             self.left_padding = self.left_padding.index_select(0, rows)
         self.batch = rows.shape[0]
@@ -197,6 +217,10 @@ class Cache(ABC):
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
         """Bytes of keys and values that the kind allocates to hold `length` tokens, of which the
         first `prompt` arrive at once and the others one by one."""
+
+    def _padding_nbytes(self) -> int:
+        """Bytes of the counts of left padding."""
+        return 0 if self.left_padding is None else self.left_padding.untyped_storage().nbytes()
 
     def _positions(self, start: int, end: int) -> Tensor:
         """Absolute positions of storage columns start..end-1 -> (B, end - start)."""

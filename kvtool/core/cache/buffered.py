@@ -36,7 +36,7 @@ class BufferedCache(Cache):
 
     @property
     def _columns(self) -> int:
-        return self._keys[0].shape[2]
+        return self._values[-1].shape[2]  # the last to grow: if memory ran out, all grow again
 
     def _reserve(self, length: int) -> None:
         """Make sure that `length` columns exist."""
@@ -50,12 +50,14 @@ class BufferedCache(Cache):
         self._reserve(end)
         pos = self._positions(0, reach := self._reach(end))
         q_pos = pos[:, start:end]
-        if reach > end:
+        if reach > end or self.compilable:  # strides count for a compiled step too
             pos = pos.clone()
             pos[:, end:] = EMPTY
         causal = start == 0 and reach == end and self.left_padding is None
         # One new token sees every filled column; without empty ones or padding nothing is masked.
-        free = causal or (n_new == 1 and reach == end and self.left_padding is None)
+        # A compilable kind keeps the mask, or the last token of a block would be compiled anew.
+        all_seen = n_new == 1 and reach == end and self.left_padding is None
+        free = causal or (all_seen and not self.compilable)
         mask = None if free else visible(q_pos, pos)
         slots = torch.arange(start, end, device=self.spec.device)
         return Step(q_pos, pos, slots, mask, causal, self.spec.kernels)
@@ -76,9 +78,7 @@ class BufferedCache(Cache):
     def nbytes(self) -> Bytes:
         token = self.spec.token_nbytes // self.spec.batch * self.batch
         allocated = sum(t.untyped_storage().nbytes() for t in (*self._keys, *self._values))
-        padding = self.left_padding
-        if padding is not None:
-            allocated += padding.untyped_storage().nbytes()
+        allocated += self._padding_nbytes()
         return Bytes(allocated, self.length * token, self._reach(self.length + 1) * token)
 
 

@@ -55,6 +55,6 @@ class DynamicCache(BufferedCache):
         columns = min(GRAIN, spec.capacity)
         if prompt > columns:
             columns = cls._grown(columns, prompt, spec.capacity)
-        while columns < length:
+        while columns < min(length, spec.capacity):
             columns = cls._grown(columns, columns + 1, spec.capacity)
         return columns * spec.token_nbytes

@@ -32,7 +32,7 @@ class NoCache(Cache):
         )
 
     def nbytes(self) -> Bytes:
-        return Bytes(0, 0, 0)
+        return Bytes(self._padding_nbytes(), 0, 0)
 
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:

@@ -28,6 +28,7 @@ class Model(nn.Module):
 
         Without `step` the tokens are whole sequences, each token seeing itself and those before it.
         With a cache, `step` is what `cache.begin(T)` returned. Encoder-decoders need `source`.
+        Raises ValueError without them.
         """
         raise NotImplementedError
 

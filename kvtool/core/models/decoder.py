@@ -78,6 +78,8 @@ class Decoder(Model):
         last: bool = False,
     ) -> Tensor:
         if step is None:
+            if cache is not None:
+                raise ValueError("a cache needs the step that its begin() returned")
             batch, n = tokens.shape
             step = Step.full(batch, n, tokens.device)
         x = self.embed(tokens, step.q_pos)
