@@ -55,7 +55,8 @@ class Tokenizer:
         self.kind = _PRE_TOKENIZER_KINDS.get(
             str((spec["pre_tokenizer"] or {}).get("type")), "other"
         )
-        self.vocab_size: int = inner.get_vocab_size()
+        # A vocabulary may have gaps, and the embedding needs a row for the largest id.
+        self.vocab_size: int = max(inner.get_vocab().values(), default=-1) + 1
         self.has_specials = all(inner.token_to_id(name) == i for i, name in enumerate(SPECIALS))
 
     @classmethod
@@ -64,7 +65,8 @@ class Tokenizer:
     ) -> Tokenizer:
         """Learn a vocabulary from texts; `vocab_size` bounds it for bpe alone.
 
-        Raises UsageError for an unknown kind or texts without a single token.
+        Raises UsageError for an unknown kind, for bpe too small a vocabulary, and for the others
+        texts without a single token.
         """
         choose(kind, KINDS, "--tokenizer")
         inner = _train_bpe(texts, vocab_size, specials) if kind == "bpe" else _count(kind, texts)
@@ -78,9 +80,10 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise FileError(f"{path}: is not a tokenizer ({error})") from error
-        if not inner.get_vocab_size():
+        tokenizer = cls(inner)
+        if not tokenizer.vocab_size:
             raise FileError(f"{path}: is a tokenizer without a vocabulary")
-        return cls(inner)
+        return tokenizer
 
     def save(self, path: Path) -> None:
         """Write a tokenizer.json, durably. Raises FileError."""
@@ -102,15 +105,18 @@ class Tokenizer:
         Raises UsageError where an unknown piece has no token at all.
         """
         try:
-            return self._inner.encode(text, add_special_tokens=False).ids
+            return self._as_text(self._inner.encode(text, add_special_tokens=False).ids)
         except Exception as error:  # the library raises bare Exception
             raise UsageError(f"the text cannot be encoded ({error})") from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once."""
-        return [
-            found.ids for found in self._inner.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        found = self._inner.encode_batch(list(texts), add_special_tokens=False)
+        return [self._as_text(encoding.ids) for encoding in found]
+
+    def _as_text(self, ids: list[int]) -> list[int]:
+        """`ids` of a text: a vocabulary of whole pieces finds a piece "<eos>" among SPECIALS."""
+        return [UNK if i < UNK else i for i in ids] if self.has_specials else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are left out, and broken UTF-8 becomes U+FFFD."""
@@ -155,15 +161,15 @@ class TextStream:
 def guess_kind(texts: Sequence[str]) -> str:
     """The kind that suits one side of a list of pairs.
 
-    symbol for a small inventory of blank-separated pieces (phones), char for single short words,
-    bpe for everything else.
+    char for single words, but for a few, symbol for a small inventory of blank-separated pieces
+    (phones), bpe for everything else.
     """
     pieces = [text.split() for text in texts]
     n_pieces = sum(map(len, pieces))
     inventory = {piece for row in pieces for piece in row}
-    if n_pieces > len(texts) and len(inventory) <= 256:
-        return "symbol"
-    return "char" if n_pieces <= 1.2 * len(texts) else "bpe"
+    if n_pieces <= 1.2 * len(texts):
+        return "char"
+    return "symbol" if len(inventory) <= 256 else "bpe"
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int, specials: bool) -> tokenizers.Tokenizer:
