@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -29,8 +27,8 @@ class Sampler:
     def __call__(self, logits: Tensor, index: int = 0) -> Tensor:
         """logits (B,V) -> tokens (B,). Raises CheckFailed, naming step `index`, if not finite."""
         best, token = logits.max(dim=-1)
-        # argmax over NaN returns an index silently; max hands the NaN on, and so does the sum.
-        if not math.isfinite(float(best.sum())):
+        # argmax over NaN returns an index silently; max hands the NaN on.
+        if not bool(best.isfinite().all()):
             raise CheckFailed(
                 f"step {index}: the logits are not finite",
                 "Look for NaN in the weights, or run with --dtype float32.",
@@ -44,11 +42,13 @@ class Sampler:
         return torch.multinomial(probs, 1, generator=self._generator)[:, 0]
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """The probabilities drawn from: logits (B,V) -> (B,V)."""
-        logits = logits.float() / self.temperature
+        """The probabilities drawn from: logits (B,V) -> (B,V) float32."""
+        logits = logits.double()
+        # The likeliest becomes 0, which no temperature takes beyond what a number can hold.
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
-            floor = logits.topk(self.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < floor, float("-inf"))
+            kept = logits.topk(self.top_k, dim=-1)  # not all that equal the last: ties are common
+            logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
         probs = logits.softmax(-1)
         if self.top_p < 1.0:
             ordered, order = probs.sort(dim=-1, descending=True)
@@ -56,4 +56,4 @@ class Sampler:
             drop = ordered.cumsum(-1) - ordered >= self.top_p
             probs = probs.masked_fill(drop.scatter(-1, order, drop), 0.0)
             probs = probs / probs.sum(-1, keepdim=True)
-        return probs
+        return probs.float()

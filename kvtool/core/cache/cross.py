@@ -31,4 +31,6 @@ class CrossCache:
 
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(t.untyped_storage().nbytes() for pair in self.layers for t in pair)
+        storages = (t.untyped_storage() for pair in self.layers for t in pair)
+        # Keys and values are halves of one projection, and share its memory.
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -1,0 +1,134 @@
+"""The mask rule, and attention as its formula says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvtool.core.cache import EMPTY
+from kvtool.core.kernels import DEFAULT, reference_attention, visible
+
+E = EMPTY  # short, for the tables
+
+
+def seen(q_pos: list[int], k_pos: list[int], window: int = 0, sinks: int = 0) -> list[str]:
+    """A row of x (sees) and . (does not) for each query."""
+    mask = visible(torch.tensor([q_pos]), torch.tensor([k_pos]), window, sinks)
+    assert mask.shape == (1, 1, len(q_pos), len(k_pos))
+    return ["".join("x" if cell else "." for cell in row) for row in mask[0, 0].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("q_pos", "k_pos", "expected"),
+    [
+        ([0, 1, 2], [0, 1, 2], ["x..", "xx.", "xxx"]),
+        ([2], [0, 1, 2], ["xxx"]),
+        ([1, 2], [0, 1, 2], ["xx.", "xxx"]),  # not aligned at the top left
+        ([3], [2, 4, 0, 3, 1], ["x.xxx"]),  # position decides, not the column
+        ([1, 2], [0, 1, 2, E, E], ["xx...", "xxx.."]),
+        ([1], [E, 1, E, 0], [".x.x"]),
+    ],
+)
+def test_a_query_sees_its_own_position_and_those_before(
+    q_pos: list[int], k_pos: list[int], expected: list[str]
+) -> None:
+    assert seen(q_pos, k_pos) == expected
+    assert seen(q_pos, k_pos, window=9) == expected
+    assert seen(q_pos, k_pos, sinks=9) == expected
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_padding_sees_itself_and_nobody_else_sees_it(window: int) -> None:
+    found = seen([-2, -1, 0, 1], [-2, -1, 0, 1, E], window)
+    assert found == ["x....", ".x...", "..x..", "..xx." if window != 1 else "...x."]
+
+
+@pytest.mark.parametrize(
+    ("window", "sinks", "expected"),
+    [
+        (1, 0, ["x....", ".x...", "..x..", "...x.", "....x"]),
+        (2, 0, ["x....", "xx...", ".xx..", "..xx.", "...xx"]),
+        (4, 0, ["x....", "xx...", "xxx..", "xxxx.", ".xxxx"]),
+        (5, 0, ["x....", "xx...", "xxx..", "xxxx.", "xxxxx"]),
+        (1, 1, ["x....", "xx...", "x.x..", "x..x.", "x...x"]),
+        (2, 2, ["x....", "xx...", "xxx..", "xxxx.", "xx.xx"]),
+        (1, 9, ["x....", "xx...", "xxx..", "xxxx.", "xxxxx"]),
+    ],
+)
+def test_a_window_counts_the_query_itself_and_sinks_stay_behind_it(
+    window: int, sinks: int, expected: list[str]
+) -> None:
+    assert seen([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], window, sinks) == expected
+    ring = seen([4], [3, 4, 0, 1, 2], window, sinks)[0]  # the same columns, after a wrap
+    assert ring == expected[4][3:] + expected[4][:3]
+
+
+def test_sinks_are_positions_and_neither_padding_nor_empty_columns() -> None:
+    assert seen([3], [-2, -1, 0, 1, 2, 3, E], window=1, sinks=2) == ["..xx.x."]
+
+
+def test_each_row_of_a_batch_has_its_own_rule() -> None:
+    q_pos, k_pos = torch.tensor([[1], [0]]), torch.tensor([[0, 1], [-1, 0]])
+    assert visible(q_pos, k_pos)[:, 0, 0].tolist() == [[True, True], [False, True]]
+
+
+def random_qkv(n_kv_heads: int, n_queries: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n_kv_heads)
+    sizes = [(2, 4, n_queries, 8), (2, n_kv_heads, 6, 8), (2, n_kv_heads, 6, 8)]
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes)
+    return q, k, v
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)  # sums of 8 or fewer terms
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+def test_attention_follows_its_formula_for_every_grouping_of_heads(n_kv_heads: int) -> None:
+    q, k, v = random_qkv(n_kv_heads, 3)
+    k_pos = torch.tensor([[0, 1, 2, 3, 4, 5], [-2, -1, 0, 1, 2, 3]])
+    mask = visible(k_pos[:, 3:], k_pos)
+    close(DEFAULT.attention(q, k, v, mask, False), reference_attention(q, k, v, mask, False))
+    close(DEFAULT.attention(q, k, v, None, False), reference_attention(q, k, v, None, False))
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+def test_causal_attention_equals_the_mask_rule(n_kv_heads: int) -> None:
+    q, k, v = random_qkv(n_kv_heads, 6)
+    positions = torch.arange(6).expand(2, 6)
+    masked = DEFAULT.attention(q, k, v, visible(positions, positions), False)
+    close(DEFAULT.attention(q, k, v, None, True), masked)
+    close(reference_attention(q, k, v, None, True), masked)
+
+
+def test_the_reference_is_attention_worked_by_hand() -> None:
+    """One query of width 4 scores its two keys with 0 and 2 ln 3 / sqrt 4: weights 1/4 and 3/4."""
+    q = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]])
+    k = torch.zeros(1, 1, 2, 4, dtype=torch.float64)
+    k[0, 0, 1, 0] = 2 * torch.tensor(3.0, dtype=torch.float64).log()
+    v = torch.tensor([[[[4.0, 0, 0, 8], [0, 4.0, 0, 8]]]])
+    close(reference_attention(q, k, v, None, False)[0, 0, 0], torch.tensor([1, 3, 0, 8]).double())
+
+
+def test_a_padding_query_is_not_nan() -> None:
+    q, k, v = random_qkv(2, 6)
+    positions = torch.arange(-3, 3).expand(2, 6)
+    for attention in (DEFAULT.attention, reference_attention):
+        found = attention(q, k, v, visible(positions, positions), False)
+        assert bool(found.isfinite().all())
+        close(found[:, :2, :3], v[:, :1, :3].expand(2, 2, 3, 8))  # each saw itself alone
+
+
+@pytest.mark.parametrize("n_queries", [1, 5])
+def test_causal_is_refused_where_it_would_be_aligned_wrongly(n_queries: int) -> None:
+    q, k, v = random_qkv(4, n_queries)
+    with pytest.raises(ValueError, match=rf"as many queries as keys \({n_queries}, 6\)"):
+        DEFAULT.attention(q, k, v, None, True)
+
+
+def test_a_linear_layer_is_the_one_of_torch() -> None:
+    x, weight, bias = torch.randn(2, 3, 5), torch.randn(4, 5), torch.randn(4)
+    assert DEFAULT.linear(x, weight, bias).equal(F.linear(x, weight, bias))
+    assert DEFAULT.linear(x, weight, None).equal(F.linear(x, weight))
