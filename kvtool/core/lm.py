@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvtool.core import checkpoint
 from kvtool.core.cache import Step
+from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
 from kvtool.core.text import Tokenizer
 from kvtool.errors import FileError
@@ -115,7 +116,7 @@ class LanguageModelling:
 
     def batches(self, epoch: int) -> Sequence[Blocks]:
         """Blocks drawn at random; half of them stand at random positions of the context."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
 
         def draw(below: int, n: int) -> Tensor:
             return torch.randint(below, (n,), generator=generator)

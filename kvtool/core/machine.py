@@ -21,6 +21,11 @@ def prepare(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
+def derived_seed(seed: int, index: int) -> int:
+    """The seed of the step or epoch `index` of a run; it fits into 63 bits, as torch requires."""
+    return (seed * 1_000_003 + index) % 2**63
+
+
 def choose_device(name: str) -> torch.device:
     """ "auto" is the GPU if there is one. Raises DeviceError rather than take another device."""
     has_cuda = torch.cuda.is_available()
@@ -61,8 +66,8 @@ def require_memory(what: str, needed: int, device: torch.device) -> None:
     available = available_bytes(device)
     if available is not None and needed > available:
         raise CapacityError(
-            f"{what}: needs {needed / 2**30:.1f} GiB ({available / 2**30:.1f} GiB available)",
-            "Use a smaller --dtype, fewer tokens or a smaller batch.",
+            f"{what}: needs {needed / 2**30:.3g} GiB ({available / 2**30:.3g} GiB available)",
+            "Free memory, use a smaller --dtype, or ask for less.",
         )
 
 
@@ -82,6 +87,8 @@ def _cgroup() -> int | None:
     try:
         limit = (folder / "memory.max").read_text(encoding="ascii").strip()
         used = (folder / "memory.current").read_text(encoding="ascii").strip()
-        return int(limit) - int(used)  # "max" means no limit
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        # The page cache counts as used, and is given back when it is needed.
+        return int(limit) - int(used) + int(stat.get("file", 0))  # "max" means no limit
     except (OSError, ValueError):
         return None

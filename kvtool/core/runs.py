@@ -3,7 +3,7 @@
 run.json               settings, data and tokenizer; a resumed run must agree with all of it
 log.jsonl              one line for every logged step and evaluation
 best/ last/            checkpoints: the best by dev score, and the newest
-state-STEP-SHA.pt      what a resumed run needs; the last two are kept
+state-STEP-SHA.pt      what a resumed run needs; the last two are kept, and any that is damaged
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from kvtool.errors import FileError
 from kvtool.files import read_json_object, write_durable, write_json
 
 KEPT = 2
+LOCK, RUN, LOG = ".lock", "run.json", "log.jsonl"
+DAMAGED = ".damaged"
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what a killed write_durable leaves behind
 STATE = re.compile(r"state-(\d{9})-([0-9a-f]{16})\.pt")
 
 
@@ -37,59 +40,85 @@ class RunFolder:
     def __init__(self, path: Path, resume: bool, warn: Callable[[str], None]) -> None:
         self.path = path
         self._warn = warn
-        self._prepare(resume)
-        self._lock = self._take_lock()
-
-    def _prepare(self, resume: bool) -> None:
+        self._lock: io.TextIOWrapper | None = None
+        names = self._names(make=not resume)
+        # Any other folder is somebody else's: it is refused without a trace.
+        if names & {LOCK, RUN} or not (names or resume):
+            self._lock = self._take_lock()
+            self._remove_unfinished()
+            names = self._names()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            names = {entry.name for entry in self.path.iterdir()} - {".lock"}
+            self._check(names - {LOCK}, resume)
+        except FileError:
+            self.__exit__()
+            raise
+
+    def _names(self, make: bool = False) -> set[str]:
+        try:
+            if make:
+                self.path.mkdir(parents=True, exist_ok=True)
+            return {entry.name for entry in self.path.iterdir()}
+        except FileNotFoundError:
+            return set()
         except OSError as error:
             raise FileError(f"--out {self.path}: cannot be written ({error.strerror})") from error
+
+    def _check(self, names: set[str], resume: bool) -> None:
         if names and not resume:
             raise FileError(
-                f"--out {self.path}: is not empty (found {sorted(names)[0]})",
+                f"--out {self.path}: is not empty (found {min(names)})",
                 "Give --resume to go on with that run, or another folder.",
             )
-        if resume and not (self.path / "run.json").is_file():
+        if resume and RUN not in names:
             raise FileError(f"--out {self.path}: holds no run to resume", "Leave out --resume.")
 
     def _take_lock(self) -> io.TextIOWrapper:
         import fcntl
 
         try:
-            lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+            lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise FileError(f"--out {self.path}: cannot be written ({error.strerror})") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             lock.seek(0)
             pid = lock.read().strip() or "unknown"
             lock.close()
             raise FileError(
                 f"--out {self.path}: in use by pid {pid}", "Wait for it, or use another folder."
             ) from error
+        except OSError as error:
+            lock.close()
+            raise FileError(f"--out {self.path}: cannot be locked ({error.strerror})") from error
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         return lock
 
+    def _remove_unfinished(self) -> None:
+        for folder in (self.path, self.path / "best", self.path / "last"):
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                if TEMPORARY.fullmatch(entry.name):
+                    with contextlib.suppress(OSError):
+                        entry.unlink()
+
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def agree(self, facts: dict[str, Any]) -> None:
         """Record what the run is started with, or raise FileError where a resumed one differs."""
-        path = self.path / "run.json"
+        path = self.path / RUN
         if not path.exists():
             write_json(path, facts)
             return
-        before = read_json_object(path, "the settings of a run")
-        for name in sorted(before.keys() | facts.keys()):
-            old, new = before.get(name), facts.get(name)
+        before, now = _flat(read_json_object(path, "the settings of a run")), _flat(facts)
+        for name in sorted(before.keys() | now.keys()):
+            old, new = before.get(name), now.get(name)
             if old != new:
                 raise FileError(
                     f"--resume: {name} was {old!r} and is now {new!r}",
@@ -110,20 +139,20 @@ class RunFolder:
                 old.unlink()
 
     def load_state(self) -> dict[str, Any] | None:
-        """The newest state whose SHA-256 is right; damaged ones are left where they are.
+        """The newest state whose SHA-256 is right; damaged ones before it are set aside.
 
         None if no state was ever written. Raises FileError if all are damaged.
         """
-        states = self._states()
-        for path in states:
-            data = path.read_bytes()
-            match = STATE.fullmatch(path.name)
-            if match and hashlib.sha256(data).hexdigest().startswith(match[2]):
+        damaged: list[Path] = []
+        for path in self._states():
+            data = _intact(path)
+            if data is not None:
+                for bad in damaged:  # else they would be counted among those that are kept
+                    os.replace(bad, f"{bad}{DAMAGED}")
                 return torch.load(io.BytesIO(data), weights_only=True)
-            self._warn(
-                f"{path}: is damaged (its SHA-256 is not {match and match[2]}...); going back"
-            )
-        if states:
+            damaged.append(path)
+            self._warn(f"{path}: is damaged (its SHA-256 is not that of its name); going back")
+        if damaged:
             raise FileError(f"--out {self.path}: every state in it is damaged", "Start a new run.")
         return None
 
@@ -135,24 +164,51 @@ class RunFolder:
     # --- the log
 
     def log(self, **fields: Any) -> None:
-        """Append one line to log.jsonl."""
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(fields) + "\n")
+        """Append one line to log.jsonl. Raises FileError, and ValueError on NaN."""
+        line = json.dumps(fields, allow_nan=False)
+        try:
+            with open(self.path / LOG, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            message = f"{self.path / LOG}: cannot be written ({error.strerror})"
+            raise FileError(message) from error
 
     def rewind_log(self, step: int) -> None:
         """Forget the lines of steps after `step`, and a line that a crash cut short."""
-        kept = [line for line in self.read_log() if line["step"] <= step]
-        if kept or (self.path / "log.jsonl").exists():
+        if (self.path / LOG).exists():
+            kept = [line for line in self.read_log() if line["step"] <= step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_durable(self.path / "log.jsonl", text.encode())
+            write_durable(self.path / LOG, text.encode())
 
     def read_log(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl, without those that a crash or a person has spoilt."""
         return list(self._log_lines())
 
     def _log_lines(self) -> Iterator[dict[str, Any]]:
-        path = self.path / "log.jsonl"
+        path = self.path / LOG
         if not path.exists():
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+                fields = json.loads(line)
+                if isinstance(fields, dict) and isinstance(fields.get("step"), int):
+                    yield fields
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """{"model": {"d_model": 16}} -> {"model.d_model": 16}, to name what differs."""
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        inside = value.items() if isinstance(value, Mapping) else None
+        flat.update({f"{name}.{key}": part for key, part in inside} if inside else {name: value})
+    return flat
+
+
+def _intact(path: Path) -> bytes | None:
+    """The bytes of a state, or None if they cannot be read or are not those that were written."""
+    match = STATE.fullmatch(path.name)
+    with contextlib.suppress(OSError):
+        data = path.read_bytes()
+        if match and hashlib.sha256(data).hexdigest().startswith(match[2]):
+            return data
+    return None

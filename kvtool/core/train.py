@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.config import TrainConfig
+from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
 from kvtool.core.runs import RunFolder
 from kvtool.errors import CheckFailed
@@ -111,7 +113,7 @@ class Trainer:
         )
 
     def run(self) -> Position:
-        """Train to the end. Raises CheckFailed on a loss that is not finite."""
+        """Train to the end. Raises CheckFailed on a loss, gradient or score that is not finite."""
         self.folder.agree(self._facts())
         self._restore()
         with stopping() as wanted:
@@ -133,17 +135,16 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.at = Position(**state["position"])
         self.folder.rewind_log(self.at.step)
+        self.watcher.advance(self.at.step)
         self.say(f"resumed at step {self.at.step:,}")
 
     def _done(self) -> float:
         at = self.at
         return self.config.length.done(at.step, at.epoch, at.seconds, self._steps_per_epoch)
 
-    @property
+    @cached_property
     def _steps_per_epoch(self) -> int:
-        if not hasattr(self, "_n_batches"):
-            self._n_batches = len(self.task.batches(0))
-        return self._n_batches
+        return len(self.task.batches(0))
 
     def _finished(self) -> bool:
         patience = self.config.patience
@@ -169,26 +170,31 @@ class Trainer:
     def _step(self, batch: Any) -> None:
         at, config = self.at, self.config
         started = time.perf_counter()
-        torch.manual_seed(config.seed * 1_000_003 + at.step)
+        torch.manual_seed(derived_seed(config.seed, at.step))
         rate = learning_rate(config.lr, config.warmup, at.step, self._done())
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
             loss, n_tokens = self.task.loss(self.model, batch)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise CheckFailed(
-                f"step {at.step}: the loss is {value}",
-                f"Lower --lr (now {config.lr:g}); the last good checkpoint is kept.",
-            )
+        value = self._finite("loss", float(loss.detach()), at.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        length = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        norm = self._finite("gradient's norm", float(length), at.step + 1)
         self.optimizer.step()
         at.step, at.batch, at.tokens = at.step + 1, at.batch + 1, at.tokens + n_tokens
         at.seconds += time.perf_counter() - started
-        self._report(value, rate, float(norm))
+        self._report(value, rate, norm)
+
+    def _finite(self, what: str, value: float, step: int) -> float:
+        """Return `value`, or raise CheckFailed before it gets into the weights or a state."""
+        if not math.isfinite(value):
+            raise CheckFailed(
+                f"step {step}: the {what} is {value}",
+                f"Lower --lr (now {self.config.lr:g}); the last good checkpoint is kept.",
+            )
+        return value
 
     def _report(self, loss: float, rate: float, norm: float) -> None:
         at = self.at
@@ -209,8 +215,10 @@ class Trainer:
     @torch.inference_mode()
     def _evaluate(self) -> None:
         self.model.eval()
-        figures = self.task.evaluate(self.model)
-        at, score = self.at, figures[self.task.score_name]
+        at, figures = self.at, self.task.evaluate(self.model)
+        for name, value in figures.items():
+            self._finite(name.replace("_", " "), value, at.step)
+        score = figures[self.task.score_name]
         self.folder.log(step=at.step, valid=figures, seconds=round(at.seconds, 3))
         better = score < at.best_score
         at.stale = 0 if better else at.stale + 1

@@ -14,6 +14,7 @@ from kvtool.core import checkpoint
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.engine import generate
+from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
 from kvtool.core.pairs import Pair, Splits
 from kvtool.core.sampling import Sampler
@@ -145,7 +146,7 @@ class Translation:
 
     def batches(self, epoch: int) -> Sequence[list[int]]:
         """Indices of pairs; a batch's padded tokens, of both sides, are at most batch_tokens."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.rows), generator=generator).tolist()
         order.sort(key=lambda i: (len(self.rows[i][1]), len(self.rows[i][0])))  # ties stay shuffled
         found: list[list[int]] = []
