@@ -7,14 +7,16 @@ trial is forked from a process that has computed nothing yet.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,12 @@ from kvtool.core.models import Model, build_model
 from kvtool.core.runs import RunFolder
 from kvtool.core.text import Tokenizer
 from kvtool.core.train import Position, Trainer
+from kvtool.errors import KvtoolError
 from kvtool.ui.progress import Progress
 
 TEXT = "ab ba abba " * 40
 STEPS, EVAL_EVERY = 12, 4
 WEIGHTS = "model.safetensors"
-KILLED = 137  # as a shell reports SIGKILL
 
 
 class Hook(Progress):
@@ -83,9 +85,20 @@ def trainer(
     return kind(model(settings.seed), learn, settings, folder, watcher or Progress(), say)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Several would only get into each other's way."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(kept)
+
+
 def train(out: Path, warn: Callable[[str], None] = lambda _: None, **changes: Any) -> Position:
     """Train in `out`; `changes` are for the trainer and its TrainConfig."""
-    with RunFolder(out, changes.get("resume", False), warn) as folder:
+    with one_thread(), RunFolder(out, changes.get("resume", False), warn) as folder:
         return trainer(folder, out, **changes).run()
 
 
@@ -109,30 +122,19 @@ def outcome(out: Path) -> dict[str, Any]:
 # --- ways to die
 
 
-def kill_now() -> None:
+def kill_now(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def nth(n: int, act: Callable[..., object], original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original`, but its n-th call (from 1) is `act`."""
-    calls = 0
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return (act if calls == n else original)(*args, **kwargs)
-
-    return call
-
-
-def die(*_: object, **__: object) -> None:
-    kill_now()
 
 
 def die_halfway(handle: int) -> None:
     """A torn write: half of what was written reaches the disk."""
     os.ftruncate(handle, os.fstat(handle).st_size // 2)
     kill_now()
+
+
+def find_disk_full(handle: int) -> None:
+    os.ftruncate(handle, os.fstat(handle).st_size // 2)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def plain_write(path: Path, data: bytes) -> None:
@@ -143,35 +145,43 @@ def plain_write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_in_place() -> None:
-    """Have every module write its files that way."""
-    for module in (files, runs, checkpoint, text):
-        module.write_durable = plain_write  # type: ignore[attr-defined]
+def nth(n: int, act: Callable[..., object], original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, but its n-th call (from 1) is `act`."""
+    calls = itertools.count(1)
+
+    def call(*args: Any) -> Any:
+        return (act if next(calls) == n else original)(*args)
+
+    return call
 
 
 def arm(death: str, n: int) -> None:
-    """Make this process die at its n-th step, torn write, rename; or have its n-th write fail."""
-    if death == "torn write":
-        os.fsync = nth(2 * n - 1, die_halfway, os.fsync)  # a file, its folder, a file, ...
+    """Have this process die at its n-th write, torn, or at its n-th rename, or run out of disk."""
+    nth_file = 2 * n - 1  # a file is synced, its folder, the next file, ...
+    if death in ("torn write", "torn writes"):
+        os.fsync = nth(nth_file, die_halfway, os.fsync)
+    elif death == "full disk":
+        os.fsync = nth(nth_file, find_disk_full, os.fsync)
     elif death == "rename":
-        os.replace = nth(n, die, os.replace)
+        os.replace = nth(n, kill_now, os.replace)
     elif death == "plain write":
-        write_in_place()
         os.fsync = nth(n, die_halfway, os.fsync)
+        for module in (files, runs, checkpoint, text):
+            module.write_durable = plain_write  # type: ignore[attr-defined]
 
 
 def child(work: Callable[[], object], patience: float = 60.0) -> int:
     """Fork, work, and return the exit code; after `patience` seconds the child is killed."""
     pid = os.fork()
     if not pid:
-        with contextlib.suppress(BaseException):
-            code = 1
-            try:
-                work()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-        os._exit(code)
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
     end = time.monotonic() + patience
     while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
         if time.monotonic() > end:
@@ -183,33 +193,44 @@ def child(work: Callable[[], object], patience: float = 60.0) -> int:
 def unreadable(out: Path) -> list[str]:
     """Which of the checkpoints that a run has written so far cannot be loaded."""
     found = []
-    for name in ("best", "last"):
-        if (out / name / WEIGHTS).exists():
+    for folder in (out / "best", out / "last"):
+        if (folder / WEIGHTS).exists():
             try:
-                checkpoint.load(str(out / name), torch.device("cpu"), torch.float32)
-            except files.FileError as error:
+                checkpoint.load(str(folder), torch.device("cpu"), torch.float32)
+            except KvtoolError as error:
                 found.append(str(error))
     return found
 
 
-def play(trial: dict[str, Any]) -> dict[str, Any]:
-    """Train until death, look at what is left, and train to the end."""
-    out = Path(trial["out"])
-    death, n = trial["death"], trial["n"]
+def play(death: str, n: float, out: Path) -> dict[str, Any]:
+    """Train until death, with "torn writes" again and again; look at what is left; train on."""
 
     def work() -> None:
-        arm(death, n)
-        train(out, watcher=Hook(n, kill_now) if death == "step" else None)
+        arm(death, int(n))
+        watcher = Hook(int(n), kill_now) if death == "step" else None
+        train(out, watcher=watcher, resume=(out / runs.RUN).exists())
 
-    first = child(work, n if death == "seconds" else 60.0)
-    broken = unreadable(out)
-    second = child(lambda: train(out, resume=(out / runs.RUN).exists()))
-    return {"first": first, "unreadable": broken, "second": second}
+    broken: list[str] = []
+    codes: list[int] = []
+    while not codes or (death == "torn writes" and codes[-1] and len(codes) < STEPS):
+        codes.append(child(work, n if death == "seconds" else 60.0))
+        broken += unreadable(out)
+    ended = child(lambda: train(out, resume=(out / runs.RUN).exists()))
+    return {"codes": codes, "unreadable": broken, "ended": ended}
 
 
 def main(plan: str) -> None:
+    """Play all trials; the `n` of death by "seconds" is a part of what a whole run takes."""
     torch.set_num_threads(1)
-    print(json.dumps([play(trial) for trial in json.loads(Path(plan).read_text())]))
+    torch.optim.AdamW(model().parameters())  # imports much, and computes nothing yet
+    started = time.monotonic()
+    child(lambda: train(Path(plan).parent / "timed"))
+    whole = time.monotonic() - started
+    results = []
+    for trial in json.loads(Path(plan).read_text()):
+        n = trial["n"] * whole if trial["death"] == "seconds" else trial["n"]
+        results.append(play(trial["death"], n, Path(trial["out"])))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
