@@ -45,12 +45,12 @@ def score_text(model: Model, tokenizer: Tokenizer, ids: Tensor, context: int) ->
 
     Windows of `context` tokens overlap by half, and only the first one's early tokens see less.
     """
-    half = max(context // 2, 1)
+    size, half = max(context, 2), max(context // 2, 1)  # a window of 1 would predict nothing
     total = 0.0
     done = 1  # the first token is given
     start = 0
     while done < len(ids):
-        end = min(start + context, len(ids))
+        end = min(start + size, len(ids))
         window = ids[start:end]
         logits = model(window[None, :-1])[0, done - start - 1 :]
         total += float(F.cross_entropy(logits.double(), window[done - start :], reduction="sum"))

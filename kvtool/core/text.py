@@ -126,6 +126,13 @@ class Tokenizer:
         """Each token's own text, for comparing token by token."""
         return [self._inner.id_to_token(i) or "" for i in self._plain(ids)]
 
+    def units(self, text: str) -> list[str]:
+        """What a score counts: characters, symbols, words and punctuation, or, for subwords and
+        bytes, what blanks separate."""
+        if self.kind in ("bpe", "other"):
+            return text.split()
+        return [piece for piece, _ in _SPLITTERS[self.kind]().pre_tokenize_str(text)]
+
     def stream(self) -> TextStream:
         """A decoder of ids that arrive one by one."""
         return TextStream(self)

@@ -77,8 +77,8 @@ def translate(
 ) -> list[list[int]]:
     """The greedy target of each source, without special tokens, in the order of the sources.
 
-    max_tokens 0: as many as the context holds, at most twice the source and 20. Sources of similar
-    length are decoded together. Raises CapacityError.
+    max_tokens 0: as `target_limit` says for each source. Sources of similar length are decoded
+    together, and each target is what it would be alone. Raises CapacityError.
     """
     context, device = model.config.context, next(model.parameters()).device
     check_sources(sources, context)
@@ -87,10 +87,11 @@ def translate(
     for first in range(0, len(order), DECODING_BATCH):
         rows = order[first : first + DECODING_BATCH]
         ids, mask = pad([sources[i] for i in rows], device)
-        limit = max_tokens or target_limit(ids.shape[1], context)
-        steps = list(decode(model, model.encode(ids, mask), kind, limit, Sampler()))
-        for i, tokens in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
-            targets[i] = tokens[: tokens.index(EOS)] if EOS in tokens else tokens
+        limits = [max_tokens or target_limit(len(sources[i]), context) for i in rows]
+        steps = list(decode(model, model.encode(ids, mask), kind, max(limits), Sampler()))
+        chosen = torch.stack(steps, dim=1).tolist()
+        for i, limit, tokens in zip(rows, limits, chosen, strict=True):
+            targets[i] = tokens[: min(limit, tokens.index(EOS) if EOS in tokens else limit)]
     return targets
 
 
@@ -126,38 +127,43 @@ class Translation:
         self.device = device
         self.rows = self._encode(splits.train)
         self.dev = splits.valid[:: max(1, len(splits.valid) // DEV_SAMPLE)]
+        for pairs, name in ((splits.valid, splits.valid_name), (splits.test, splits.test_name)):
+            texts = [pair.source for pair in pairs]
+            for text, source in zip(texts, source_tokenizer.encode_batch(texts), strict=True):
+                self._check_length(name, text, len(source))
 
     def _encode(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
         """Ids of each source with each of its targets, EOS at the end. Raises FileError."""
         flat = [(pair.source, target) for pair in pairs for target in pair.targets]
         sources = self.source_tokenizer.encode_batch([source for source, _ in flat])
         targets = self.tokenizer.encode_batch([target for _, target in flat])
-        rows = []
         for text, source, target in zip(flat, sources, targets, strict=True):
-            longest = max(len(source), len(target) + 1)
-            if longest > self.context or not source:
-                raise FileError(
-                    f"--data: {text[0][:40]!r} makes {longest} tokens "
-                    f"(the model holds {self.context})",
-                    f"Give --context {longest} or more, or leave the pair out.",
-                )
-            rows.append((source, [*target, EOS]))
-        return rows
+            self._check_length(self.splits.name, text[0], max(len(source), len(target) + 1))
+        return [(source, [*target, EOS]) for source, target in zip(sources, targets, strict=True)]
+
+    def _check_length(self, where: str, text: str, n: int) -> None:
+        """Raise FileError before any work for a source or target that the model cannot hold."""
+        if n > self.context:
+            raise FileError(
+                f"{where}: {text[:40]!r} makes {n} tokens (the model holds {self.context})",
+                f"Give --context {n} or more, or leave it out.",
+            )
 
     def batches(self, epoch: int) -> Sequence[list[int]]:
-        """Indices of pairs; a batch's padded tokens, of both sides, are at most batch_tokens."""
+        """Indices of pairs; a batch's padded tokens, of both sides, are at most batch_tokens, but
+        for a pair that alone has more."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.rows), generator=generator).tolist()
         order.sort(key=lambda i: (len(self.rows[i][1]), len(self.rows[i][0])))  # ties stay shuffled
         found: list[list[int]] = []
         batch: list[int] = []
-        longest = 0
+        n_source = n_target = 0  # of the longest of the batch
         for i in order:
-            width = sum(map(len, self.rows[i]))
-            longest = max(longest, width)
-            if batch and longest * (len(batch) + 1) > self.batch_tokens:
+            source, target = map(len, self.rows[i])
+            n_source, n_target = max(n_source, source), max(n_target, target)
+            if batch and (n_source + n_target) * (len(batch) + 1) > self.batch_tokens:
                 found.append(batch)
-                batch, longest = [], width
+                batch, n_source, n_target = [], source, target
             batch.append(i)
         found.append(batch)
         shuffled = torch.randperm(len(found), generator=generator).tolist()
@@ -180,15 +186,12 @@ class Translation:
         return {"per": score.per, "wer": score.wer}
 
     def score(self, model: Model, pairs: Sequence[Pair]) -> Score:
-        """Error rates of greedy decoding: whole targets, and their tokens."""
+        """Error rates of greedy decoding: whole targets, and their units."""
         sources = self.source_tokenizer.encode_batch([pair.source for pair in pairs])
-        hypotheses = [self._units(self.tokenizer.decode(ids)) for ids in translate(model, sources)]
-        references = [[self._units(text) for text in pair.targets] for pair in pairs]
+        units = self.tokenizer.units
+        hypotheses = [units(self.tokenizer.decode(ids)) for ids in translate(model, sources)]
+        references = [[units(text) for text in pair.targets] for pair in pairs]
         return score_sequences(references, hypotheses)
-
-    def _units(self, text: str) -> list[str]:
-        """What is counted: blank-separated symbols or words; characters for the char tokenizer."""
-        return list(text) if self.tokenizer.kind == "char" else text.split()
 
     def save(self, folder: Path, model: Model) -> str:
         return checkpoint.save(folder, model, self.tokenizer, self.source_tokenizer)

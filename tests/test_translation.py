@@ -1,0 +1,321 @@
+"""Translation: batches, the loss, decoding many sources at once, and scores."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kvtool.core import checkpoint, translation
+from kvtool.core.models import Model
+from kvtool.core.pairs import Pair, Splits
+from kvtool.core.runs import RunFolder
+from kvtool.core.sampling import Sampler
+from kvtool.core.text import BOS, EOS, KINDS, PAD, Tokenizer
+from kvtool.core.train import Trainer
+from kvtool.core.translation import Translation, check_sources, decode, pad, target_limit, translate
+from kvtool.errors import CapacityError, FileError, KvtoolError
+from kvtool.registry import CACHES
+from kvtool.ui.progress import Progress
+from small_models import random_model
+from training_cases import config, one_thread
+
+CPU = torch.device("cpu")
+CONTEXT = 32
+VOCAB = 11
+words = random.Random(0)
+PAIRS = tuple(
+    Pair(word, (" ".join(word.upper()), " ".join(reversed(word.upper())))[: 1 + n % 2])
+    for n in range(60)
+    for word in ["".join(words.choices("abcdef", k=words.randint(1, 9)))]
+)
+
+
+@pytest.fixture(autouse=True)
+def calm() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def splits(
+    train: Sequence[Pair] = PAIRS, valid: Sequence[Pair] = PAIRS[:5], test: Sequence[Pair] = ()
+) -> Splits:
+    return Splits(tuple(train), tuple(valid), tuple(test), "train.tsv", "hash", "v.tsv", "t.tsv")
+
+
+def task(parts: Splits | None = None, kinds: str = "char symbol", **changes: Any) -> Translation:
+    parts = parts or splits()
+    texts = [p.source for p in parts.train], [t for p in parts.train for t in p.targets]
+    source, target = map(Tokenizer.train, kinds.split(), texts, (300, 300))
+    given = {"context": CONTEXT, "batch_tokens": 80, "smoothing": 0.1, "seed": 0, **changes}
+    return Translation(parts, source, target, device=CPU, **given)
+
+
+def model(seed: int = 0, **changes: Any) -> Model:
+    """In float64, so that no choice between two tokens depends on the order of a sum."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "source_vocab_size": VOCAB,
+        "n_encoder_layers": 1,
+        "n_layers": 1,
+        "tied": False,
+    }
+    return random_model(seed, torch.float64, **{**sizes, "context": CONTEXT, **changes})
+
+
+def sources(n: int = 30, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(4, VOCAB) for _ in range(draw.randint(1, 12))] for _ in range(n)]
+
+
+# Batches
+
+
+@pytest.mark.parametrize("batch_tokens", [30, 80, 400, 10**6])
+def test_an_epoch_has_every_pair_once_in_batches_of_bounded_size(batch_tokens: int) -> None:
+    subject = task(batch_tokens=batch_tokens)
+    for epoch in range(5):
+        batches = subject.batches(epoch)
+        assert sorted(i for batch in batches for i in batch) == list(range(90))
+        for batch in batches:
+            sides = zip(*(subject.rows[i] for i in batch), strict=True)
+            padded = sum(len(batch) * max(map(len, side)) for side in sides)
+            assert padded <= batch_tokens
+
+
+def test_a_pair_larger_than_a_batch_is_a_batch_of_its_own() -> None:
+    assert [len(batch) for batch in task(batch_tokens=1).batches(0)] == [1] * 90
+
+
+def test_a_batch_holds_pairs_of_similar_length() -> None:
+    subject = task(batch_tokens=200)
+    lengths = [sorted(len(subject.rows[i][1]) for i in batch) for batch in subject.batches(0)]
+    lengths.sort()
+    assert all(one[-1] <= other[0] for one, other in pairwise(lengths))
+
+
+def test_batches_depend_on_seed_and_epoch_alone() -> None:
+    subject = task()
+    first = subject.batches(3)
+    torch.manual_seed(99)
+    subject.batches(4)
+    assert subject.batches(3) == first == task().batches(3)
+    assert subject.batches(4) != first != task(seed=1).batches(3)
+    assert task(seed=2**63 - 1).batches(0)
+
+
+# Padding and the loss
+
+
+def test_padding_stands_behind_and_is_masked() -> None:
+    ids, mask = pad([[7, 8, 9], [5]], CPU)
+    assert ids.tolist() == [[7, 8, 9], [5, PAD, PAD]]
+    assert mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("positions", ["sinusoidal", "rotary"])
+def test_the_loss_of_a_pair_is_the_same_beside_longer_ones(
+    smoothing: float, positions: str
+) -> None:
+    subject, network = task(smoothing=smoothing), model(positions=positions)
+    batch = max(subject.batches(0), key=lambda rows: len({len(subject.rows[i][1]) for i in rows}))
+    batch = [*batch, max(range(90), key=lambda i: len(subject.rows[i][0]))]
+    with torch.no_grad():
+        loss, n = subject.loss(network, batch)
+        alone = [subject.loss(network, [i]) for i in batch]
+    lengths = [len(subject.rows[i][1]) for i in batch]
+    assert len(set(lengths)) > 1 and n == sum(size for _, size in alone)
+    mean = sum(float(one) * n for (one, _), n in zip(alone, lengths, strict=True)) / sum(lengths)
+    assert float(loss) == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_loss_is_smoothed_cross_entropy_of_the_shifted_target() -> None:
+    subject, network = task(smoothing=0.25), model()
+    source, target = subject.rows[3]
+    with torch.no_grad():
+        found, n = subject.loss(network, [3])
+        encoded = network.encode(torch.tensor([source]), torch.ones(1, len(source), dtype=bool))
+        logits = network(torch.tensor([[BOS, *target[:-1]]]), source=encoded)[0]
+    costs = -F.log_softmax(logits, -1)
+    right = costs[range(len(target)), target]
+    assert target[-1] == EOS and n == len(source) + len(target)
+    expected = float((0.75 * right + 0.25 * costs.mean(-1)).mean())
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_many_sources_at_once_give_the_targets_of_each_alone_in_any_order(kind: str) -> None:
+    network, given = model(7), sources()
+    together = translate(network, given, kind=kind)
+    assert together == [translate(network, [ids], kind="none")[0] for ids in given]
+    lengths = [len(ids) for ids in together]
+    limits = [target_limit(len(ids), CONTEXT) for ids in given]
+    ended = [n < limit for n, limit in zip(lengths, limits, strict=True)]
+    assert any(ended) and not all(ended)  # both ways to end are tried
+    order = random.Random(1).sample(range(len(given)), len(given))
+    assert translate(network, [given[i] for i in order], kind=kind) == [together[i] for i in order]
+
+
+def test_more_sources_than_are_decoded_together_give_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, given = model(7), sources()
+    expected = translate(network, given)
+    monkeypatch.setattr(translation, "DECODING_BATCH", 7)
+    assert translate(network, given) == expected
+    assert translate(network, []) == []
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3, CONTEXT - 1])
+def test_a_target_ends_before_eos_or_at_the_limit(max_tokens: int) -> None:
+    network, given = model(7), sources()
+    targets = translate(network, given, max_tokens)
+    assert all(EOS not in ids and len(ids) <= max_tokens for ids in targets)
+    longest = translate(network, given, CONTEXT - 1)
+    assert targets == [ids[:max_tokens] for ids in longest]
+
+
+def test_a_row_that_has_ended_yields_eos_until_the_last_has() -> None:
+    network, given = model(7), sources()
+
+    def chosen(rows: Sequence[int]) -> list[list[int]]:
+        encoded = network.encode(*pad([given[i] for i in rows], CPU))
+        steps = decode(network, encoded, "dynamic", CONTEXT - 1, Sampler())
+        return torch.stack(list(steps), dim=1).tolist()
+
+    found = chosen(range(len(given)))
+    ends = [row.index(EOS) if EOS in row else CONTEXT for row in found]
+    assert all(set(row[end:]) <= {EOS} for row, end in zip(found, ends, strict=True))
+    early = [i for i, end in enumerate(ends) if end < 20]
+    assert early and len(chosen(early)[0]) == max(ends[i] for i in early) + 1
+
+
+@pytest.mark.parametrize(("n", "context", "limit"), [(1, 99, 22), (10, 99, 40), (50, 99, 98)])
+def test_a_target_may_be_twice_its_source_and_twenty_but_fits(
+    n: int, context: int, limit: int
+) -> None:
+    assert target_limit(n, context) == limit
+
+
+def test_more_tokens_than_the_context_holds_are_refused() -> None:
+    with pytest.raises(CapacityError, match="the model holds 32"):
+        translate(model(), [[4]], CONTEXT)
+
+
+@pytest.mark.parametrize(("source", "said"), [([], "is empty"), ([4] * 33, "is 33 tokens long")])
+def test_a_source_that_the_model_cannot_hold_is_refused_by_its_number(
+    source: list[int], said: str
+) -> None:
+    with pytest.raises(CapacityError, match=f"source 2: {said}"):
+        translate(model(), [[4] * 32, source])
+    with pytest.raises(CapacityError, match=f"source 12: {said}"):
+        check_sources([[4], source], CONTEXT, first=10)
+
+
+# The task
+
+
+LONG = Pair("a" * 33, ("A",))
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (splits([*PAIRS, LONG]), "train.tsv: 'aaaaaaaaaa.*' makes 33 tokens"),
+        (splits([*PAIRS, Pair("ab", ("A " * 32,))]), "train.tsv: 'ab' makes 33 tokens"),
+        (splits(valid=[LONG]), "v.tsv: 'aaaaaaaaaa.*' makes 33 tokens"),
+        (splits(test=[PAIRS[0], LONG]), "t.tsv: 'aaaaaaaaaa.*' makes 33 tokens"),
+    ],
+    ids=["source", "target with its end", "dev", "test"],
+)
+def test_what_the_model_cannot_hold_is_refused_before_any_training(
+    parts: Splits, said: str
+) -> None:
+    with pytest.raises(FileError, match=rf"{said} \(the model holds 32\)\. Give --context 33"):
+        task(parts)
+
+
+def test_what_just_fits_is_taken() -> None:
+    subject = task(splits([*PAIRS, Pair("a" * 32, ("A " * 31,))]))
+    assert tuple(map(len, subject.rows[-1])) == (32, 32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_right_answer_has_no_errors_whatever_the_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    texts = ["Don't  panic!", "a b c", "naïve?! (no)"]
+    pairs = [Pair(text, ("something else", text)) for text in texts]
+    subject = task(splits(pairs, pairs), f"{kind} {kind}")
+    right = subject.tokenizer.encode_batch(texts)
+    monkeypatch.setattr(translation, "translate", lambda *_: right)
+    score = subject.score(model(), pairs)
+    assert (score.wer, score.per) == (0, 0)
+
+
+def test_unknown_words_of_a_reference_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = task(splits([Pair("a", ("the cat",))]), "char word")
+    monkeypatch.setattr(
+        translation, "translate", lambda *_: subject.tokenizer.encode_batch(["the"])
+    )
+    score = subject.score(model(), [Pair("a", ("the dog",))])
+    assert (score.wer, score.per) == (100, 50)
+
+
+def test_a_large_dev_set_is_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(translation, "DEV_SAMPLE", 10)
+    assert task(splits(valid=PAIRS[:40])).dev == PAIRS[:40:4]
+    assert task(splits(valid=PAIRS[:9])).dev == PAIRS[:9]
+
+
+def test_its_facts_tell_data_tokenizers_and_batches_apart() -> None:
+    facts = task().facts()
+    assert facts == task().facts() and facts["task"] == "train-seq2seq"
+    assert task(smoothing=0.2).facts() == {**facts, "label_smoothing": 0.2}
+    other = task(kinds="bpe symbol").facts()
+    assert {name for name in facts if facts[name] != other[name]} == {"source_tokenizer_sha256"}
+
+
+def test_twenty_pairs_are_learned_by_heart_and_the_best_checkpoint_knows_them(
+    tmp_path: Path,
+) -> None:
+    pairs = tuple(Pair(pair.source, pair.targets[:1]) for pair in PAIRS[:20])
+    subject = task(splits(pairs, pairs), batch_tokens=200)
+    sizes = {
+        "vocab_size": subject.tokenizer.vocab_size,
+        "source_vocab_size": subject.source_tokenizer.vocab_size,
+        "n_encoder_layers": 1,
+        "n_layers": 1,
+        "d_model": 32,
+        "d_ff": 64,
+        "context": CONTEXT,
+    }
+    network = random_model(**sizes).float()
+    before = subject.score(network, pairs).wer
+    settings = config(tmp_path, steps=240, eval_every=80, lr=0.01, warmup=20)
+    with RunFolder(tmp_path, False, print) as folder:
+        Trainer(network, subject, settings, folder, Progress(), print).run()
+    best = checkpoint.load(str(tmp_path / "best"), CPU, torch.float32)
+    assert before == 100 and subject.score(best.model, pairs).wer == 0
+    assert subject.evaluate(best.model) == {"per": 0, "wer": 0}
+    assert best.source_tokenizer is not None
+    ids = translate(best.model, best.source_tokenizer.encode_batch([pairs[0].source]))
+    assert best.tokenizer.decode(ids[0]) == pairs[0].targets[0]
+
+
+def test_what_cannot_be_decoded_is_an_error_of_kvtool() -> None:
+    network = model()
+    with torch.no_grad():
+        next(network.parameters()).fill_(float("nan"))
+    with pytest.raises(KvtoolError, match="not finite"):
+        translate(network, [[4, 5]])
