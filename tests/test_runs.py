@@ -177,9 +177,16 @@ def test_a_resumed_run_with_other_settings_is_refused_by_their_name(
 def test_a_difference_inside_a_setting_is_named_and_one_that_is_gone_too(tmp_path: Path) -> None:
     with opened(tmp_path) as folder:
         folder.agree({"model": {"d_model": 16, "norm": "rms"}, "tokenizer_sha256": "a"})
+        folder.agree({"tokenizer_sha256": "a", "model": {"norm": "rms", "d_model": 16}})
         for facts, said in (
-            ({"model": {"d_model": 32, "norm": "rms"}}, "model.d_model was 16 and is now 32"),
-            ({"model": {"d_model": 16}}, "model.norm was 'rms' and is now None"),
+            (
+                {"model": {"d_model": 32, "norm": "rms"}},
+                "model.d_model was 16 and is now 32, tokenizer_sha256 was 'a' and is now None",
+            ),
+            (
+                {"model": {"d_model": 16}, "tokenizer_sha256": "a"},
+                "model.norm was 'rms' and is now None",
+            ),
             ({"model": {"d_model": 16, "norm": "rms"}}, "tokenizer_sha256 was 'a' and is now None"),
         ):
             assert refusal(folder.agree, facts).startswith(f"--resume: {said}. ")

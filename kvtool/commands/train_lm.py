@@ -107,6 +107,7 @@ def command(
     out = Output(as_json, output_file, quiet, verbose)
     if data is None:
         raise UsageError("--data: is missing", "Give a text file, e.g. --data input.txt.")
+    check_int("--vocab-size", vocab_size, 1)
     settings = Settings(
         data=data,
         run=RunConfig(device=device, threads=threads, seed=seed),

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from kvtool.core.translation import Translation
 
 TOKENIZERS = ("auto", "char", "symbol", "word", "bpe")
+# What an error of a whole target and one of its units are called, by the target's tokenizer: a
+# target spelt in characters or phones is a word, and any other is a sentence.
+ERRORS = {"char": ("WER %", "CER %"), "symbol": ("WER %", "PER %")}
+SENTENCE_ERRORS = ("SER %", "WER %")
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,13 @@ def score_row(
     """Decode all of a held-out part, and name what the score is of."""
     out.note(f"decoding {len(pairs):,} {part} sources")
     score = task.score(model, pairs)
-    unit = "CER %" if task.tokenizer.kind == "char" else "PER %"
+    whole, unit = ERRORS.get(task.tokenizer.kind, SENTENCE_ERRORS)
     return {
         "part": part,
         "data": name,
         "sources": score.n,
         "decoding": "greedy",
-        "WER %": score.wer,
+        whole: score.wer,
         unit: score.per,
     }
 
@@ -188,6 +192,8 @@ def command(
       kvtool train-seq2seq --data pairs.tsv --epochs 20 --out runs/mine
     """
     out = Output(as_json, output_file, quiet, verbose)
+    check_int("--decoder-layers", decoder_layers, 1)
+    check_int("--vocab-size", vocab_size, 1)
     settings = Settings(
         data=data,
         valid=valid,

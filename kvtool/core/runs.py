@@ -117,13 +117,16 @@ class RunFolder:
             write_json(path, facts)
             return
         before, now = _flat(read_json_object(path, "the settings of a run")), _flat(facts)
-        for name in sorted(before.keys() | now.keys()):
-            old, new = before.get(name), now.get(name)
-            if old != new:
-                raise FileError(
-                    f"--resume: {name} was {old!r} and is now {new!r}",
-                    "Resume with the settings, data and tokenizer that the run was started with.",
-                )
+        changed = [
+            f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
+        if changed:
+            raise FileError(
+                f"--resume: {', '.join(changed)}",
+                "Resume with the settings, data and tokenizer that the run was started with.",
+            )
 
     # --- state: all or nothing
 
