@@ -1,0 +1,164 @@
+"""The device, the number format, the threads, and how much memory there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvtool.config import DTYPES, RunConfig
+from kvtool.core import machine
+from kvtool.errors import CapacityError, DeviceError
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    kept = torch.get_num_threads()
+    yield
+    torch.set_num_threads(kept)
+
+
+class Files:
+    """What the kernel would say of memory; a file that is not given does not exist."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
+        self.texts = texts
+        monkeypatch.setattr(Path, "read_text", lambda path, **_: self.read(path))
+
+    def read(self, path: Path) -> str:
+        try:
+            return self.texts[path.name.replace(".", "_")]
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, "No such file", str(path)) from None
+
+
+MEMINFO = "MemTotal:       16000000 kB\nMemFree:  5 kB\nMemAvailable:    8388608 kB\n"
+LIMITED = {"memory_max": f"{4 * GIB}\n", "memory_current": f"{3 * GIB}\n"}
+STAT = f"anon {GIB}\nfile {GIB}\nshmem 0\n"
+
+
+# Device, format, threads
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_was_asked_for_is_what_is_used(dtype: str) -> None:
+    device, found = machine.prepare(RunConfig(device="cpu", dtype=dtype, threads=1))
+    assert (device, found) == (CPU, getattr(torch, dtype)) and torch.get_num_threads() == 1
+
+
+def test_without_a_number_of_threads_it_stays_as_it_is() -> None:
+    torch.set_num_threads(1)
+    machine.prepare(RunConfig(device="cpu"))
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 - 1])
+def test_random_numbers_begin_at_the_seed(seed: int) -> None:
+    config = RunConfig(device="cpu", seed=seed)
+    machine.prepare(config)
+    first = torch.rand(3)
+    machine.prepare(config)
+    assert torch.equal(first, torch.rand(3))
+    machine.prepare(dataclasses.replace(config, seed=1))
+    assert not torch.equal(first, torch.rand(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "has_cuda", "found"),
+    [("auto", False, "cpu"), ("cpu", False, "cpu"), ("auto", True, "cuda"), ("cpu", True, "cpu"),
+     ("cuda", True, "cuda")],
+)  # fmt: skip
+def test_auto_is_the_gpu_if_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, has_cuda: bool, found: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    assert machine.choose_device(name) == torch.device(found)
+
+
+def test_a_missing_gpu_is_never_replaced_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match=r"--device cuda: .*\(found cpu\)\. Use --device cpu"):
+        machine.prepare(RunConfig(device="cuda"))
+
+
+def test_a_format_that_the_device_cannot_compute_with_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("\"layer_norm\" not implemented for 'Half'\nmore")
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", fail)
+    with pytest.raises(DeviceError) as caught:
+        machine.prepare(RunConfig(device="cpu", dtype="float16"))
+    assert str(caught.value) == (
+        "--dtype float16: cpu cannot compute with it (\"layer_norm\" not implemented for 'Half'). "
+        "Use --dtype float32."
+    )
+
+
+# Seeds
+
+
+def test_seeds_of_steps_are_what_torch_takes_and_all_different() -> None:
+    seeds = [machine.derived_seed(seed, i) for seed in (0, 1, 2**63 - 1) for i in range(1000)]
+    assert len(set(seeds)) == len(seeds) and 0 <= min(seeds) <= max(seeds) < 2**63
+    assert machine.derived_seed(3, 5) == 3_000_014  # runs of before stay what they were
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
+
+
+# Memory
+
+
+def test_memory_is_what_the_kernel_calls_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    Files(monkeypatch, meminfo=MEMINFO)
+    assert machine.available_bytes(CPU) == 8 * GIB
+
+
+def test_a_container_has_what_its_limit_leaves_and_its_page_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Files(monkeypatch, meminfo=MEMINFO, memory_stat=STAT, **LIMITED)
+    assert machine.available_bytes(CPU) == 2 * GIB
+
+
+def test_a_container_without_a_limit_has_what_the_machine_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Files(monkeypatch, meminfo=MEMINFO, memory_stat=STAT, **{**LIMITED, "memory_max": "max\n"})
+    assert machine.available_bytes(CPU) == 8 * GIB
+
+
+@pytest.mark.parametrize("texts", [{}, {"meminfo": "MemAvailable: much kB\n"}, {"meminfo": ""}])
+def test_where_nobody_says_how_much_there_is_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, texts: dict[str, str]
+) -> None:
+    Files(monkeypatch, **texts)
+    assert machine.available_bytes(CPU) is None
+    machine.require_memory("weights", 2**60, CPU)
+
+
+def test_more_memory_than_there_is_is_refused_with_both_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Files(monkeypatch, meminfo=MEMINFO)
+    machine.require_memory("weights", 8 * GIB, CPU)
+    with pytest.raises(CapacityError, match=r"^weights: needs 8\.5 GiB \(8 GiB available\)\. "):
+        machine.require_memory("weights", int(8.5 * GIB), CPU)
+
+
+def test_this_machine_says_how_much_memory_it_has() -> None:
+    available = machine.available_bytes(CPU)
+    assert available is None or 2**20 < available < 2**50
+
+
+def test_a_gpu_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 80 * GIB))
+    assert machine.available_bytes(torch.device("cuda")) == 5
