@@ -161,6 +161,14 @@ def test_every_position_of_the_context_and_every_token_is_trained() -> None:
     assert targets == set(range(1, len(task.train_ids)))
 
 
+def test_half_of_the_short_blocks_stand_at_random_positions() -> None:
+    task = lm()
+    batches = [batch for epoch in range(40) for batch in task.batches(epoch)]
+    offsets = torch.cat([batch.offsets for batch in batches if batch.length == 4]).tolist()
+    assert 0.4 < sum(offset > 0 for offset in offsets) / len(offsets) < 0.6
+    assert set(offsets) == set(range(32 - 4 + 1))
+
+
 def test_an_epoch_draws_about_as_many_tokens_as_the_text_has() -> None:
     task = lm()
     drawn = sum(len(batch.starts) * batch.length for batch in task.batches(0))

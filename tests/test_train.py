@@ -298,8 +298,10 @@ def test_a_second_ctrl_c_takes_effect_at_once(tmp_path: Path) -> None:
 
 def test_ctrl_c_stays_ignored_where_it_was_and_handlers_come_back(tmp_path: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    at = train(tmp_path, watcher=Hook(6, lambda: os.kill(os.getpid(), signal.SIGINT)))
-    assert at.step == STEPS
+    said: list[str] = []
+    hook = Hook(6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    at = train(tmp_path, watcher=hook, say=said.append)
+    assert at.step == STEPS and not any("stopped" in line for line in said)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     assert signal.getsignal(signal.SIGTERM) is _terminate
 

@@ -83,10 +83,21 @@ def test_an_epoch_has_every_pair_once_in_batches_of_bounded_size(batch_tokens: i
     for epoch in range(5):
         batches = subject.batches(epoch)
         assert sorted(i for batch in batches for i in batch) == list(range(90))
-        for batch in batches:
-            sides = zip(*(subject.rows[i] for i in batch), strict=True)
-            padded = sum(len(batch) * max(map(len, side)) for side in sides)
-            assert padded <= batch_tokens
+        assert max(padded(subject, batch) for batch in batches) <= batch_tokens
+
+
+def padded(subject: Translation, batch: list[int]) -> int:
+    """Tokens of a batch, both sides with their padding."""
+    sides = zip(*(subject.rows[i] for i in batch), strict=True)
+    return sum(len(batch) * max(map(len, side)) for side in sides)
+
+
+@pytest.mark.parametrize("batch_tokens", range(70, 200, 13))
+def test_the_bound_holds_where_long_sources_have_short_targets(batch_tokens: int) -> None:
+    pairs = [Pair("a" * (1 + 7 * n % 31), (" ".join("A" * (1 + n % 4)),)) for n in range(60)]
+    subject = task(splits(pairs), batch_tokens=batch_tokens)
+    sizes = [padded(subject, batch) for batch in subject.batches(0)]
+    assert 0.6 * batch_tokens < sum(sizes) / len(sizes) <= max(sizes) <= batch_tokens
 
 
 def test_a_pair_larger_than_a_batch_is_a_batch_of_its_own() -> None:
@@ -96,6 +107,8 @@ def test_a_pair_larger_than_a_batch_is_a_batch_of_its_own() -> None:
 def test_a_batch_holds_pairs_of_similar_length() -> None:
     subject = task(batch_tokens=200)
     lengths = [sorted(len(subject.rows[i][1]) for i in batch) for batch in subject.batches(0)]
+    shortest = [row[0] for row in lengths]
+    assert shortest != sorted(shortest)  # the batches themselves are shuffled
     lengths.sort()
     assert all(one[-1] <= other[0] for one, other in pairwise(lengths))
 
