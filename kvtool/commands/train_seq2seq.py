@@ -49,6 +49,8 @@ class Settings:
 
 def run(settings: Settings, out: Output) -> t.Trained:
     """Train, then decode all held-out sources with the best checkpoint."""
+    import torch
+
     from kvtool.core import checkpoint
     from kvtool.core.models import build_model
     from kvtool.core.pairs import load_data
@@ -73,13 +75,12 @@ def run(settings: Settings, out: Output) -> t.Trained:
     )
     model = build_model(config).to(device)
     at = t.train(model, task, settings.train, "train-seq2seq", out)
-    best = settings.train.out / "best"
-    best_model = checkpoint.load(str(best), device, next(model.parameters()).dtype).model
+    best = checkpoint.load(str(settings.train.out / "best"), device, torch.float32)
     parts = [("dev", splits.valid_name, splits.valid), ("test", splits.test_name, splits.test)]
     scores = [
-        score_row(task, best_model, part, name, pairs, out) for part, name, pairs in parts if pairs
+        score_row(task, best.model, part, name, pairs, out) for part, name, pairs in parts if pairs
     ]
-    return t.Trained.of(at, model, best, scores)
+    return t.Trained.of(at, best, scores)
 
 
 def make_tokenizers(settings: Settings, splits: Splits) -> tuple[Tokenizer, Tokenizer]:

@@ -15,6 +15,7 @@ from kvtool.ui.output import Output
 if TYPE_CHECKING:
     import torch
 
+    from kvtool.core.checkpoint import Checkpoint
     from kvtool.core.models import Model
     from kvtool.core.train import Position, Task
 
@@ -148,12 +149,12 @@ class Trained:
     exit_code: int = 0
 
     @classmethod
-    def of(cls, at: Position, model: Model, best: Path, scores: list[dict[str, Any]]) -> Trained:
+    def of(cls, at: Position, best: Checkpoint, scores: list[dict[str, Any]]) -> Trained:
         """The report of a run that ended at `at`."""
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = sum(p.numel() for p in best.model.parameters())
         return cls(
-            at.step, at.epoch, at.tokens, at.seconds, parameters, at.best_step, best,
-            at.best_sha256, scores,
+            at.step, at.epoch, at.tokens, at.seconds, parameters, at.best_step, best.path,
+            best.sha256, scores,
         )  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
