@@ -81,11 +81,14 @@ class ModelConfig:
             check_int(FLAGS.get(name, name), getattr(self, name), 1)
         check_int("--encoder-layers", self.n_encoder_layers, 0)
         check_int("source_vocab_size", self.source_vocab_size, 1 if self.n_encoder_layers else 0)
+        for name in ("bias", "tied"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name}: {getattr(self, name)!r} is not true or false")
         choose(self.positions, POSITIONS, "--positions")
         choose(self.norm, NORMS, "--norm")
         choose(self.activation, ACTIVATIONS, "--activation")
         check_float("norm_eps", self.norm_eps, 0.0, 1.0, open_low=True)
-        check_float("rope_theta", self.rope_theta, 1.0)
+        check_float("rope_theta", self.rope_theta, 1.0, 1e30)
         check_float("--dropout", self.dropout, 0.0, 0.99)
         self._check_heads()
 
@@ -132,6 +135,8 @@ class ModelConfig:
         unknown = sorted(set(data) - known - {"model_type"})
         if unknown:
             raise FileError(f"{where}: unknown field {unknown[0]!r} would change the model")
+        if "vocab_size" not in data:
+            raise FileError(f"{where}: vocab_size is missing")
         try:
             config = cls(**{key: value for key, value in data.items() if key in known})
         except (TypeError, UsageError) as error:

@@ -126,7 +126,7 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON file that holds one object. Raises FileError with the line of a syntax error."""
     try:
         data = json.loads(read_text(path, what))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(data, dict):
         raise FileError(f"{path}: holds a {type(data).__name__} (expected a JSON object)")
@@ -154,6 +154,13 @@ def model_folder(name: str) -> Path:
     """The folder of a checkpoint: `name` as a path, or as a shipped model. Raises FileError."""
     name = name or DEFAULT_MODEL
     path = Path(name)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"--model {name[:60]}: cannot be opened ({reason})") from error
     if not path.is_dir() and name in shipped_models():
         return weights_folder() / name
     if not path.exists():

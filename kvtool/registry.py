@@ -36,7 +36,7 @@ def choose(value: str, choices: list[str] | tuple[str, ...], flag: str) -> str:
     """Return `value` if it is one of `choices`; else raise UsageError with the nearest name."""
     if value in choices:
         return value
-    near = difflib.get_close_matches(value, choices, n=1)
+    near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"Choose one of: {', '.join(choices)}."
     raise UsageError(f"{flag}: {value!r} is not known (expected one of {', '.join(choices)})", hint)
 

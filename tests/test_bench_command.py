@@ -35,7 +35,7 @@ def bench(kv: Callable[..., Ran], decoder: Path) -> Callable[..., Ran]:
     """Run bench with two samples a row after a prompt of four tokens."""
 
     def call(*args: str, model: Path = decoder) -> Ran:
-        given = ["--model", str(model), "--threads", "1"]
+        given = ["--model", str(model), "--threads", "1", "--device", "cpu"]
         for flag, value in {"--repeats": "2", "--prompt-length": "4", "--lengths": "3"}.items():
             given += [] if flag in args else [flag, value]
         return kv(*given, *args, command="bench")

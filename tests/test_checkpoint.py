@@ -218,7 +218,7 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_read(
     monkeypatch.setattr(SafetensorsFile, "read", unread)
     monkeypatch.setattr(machine, "available_bytes", lambda device: 300_000)
     message = refusal(tmp_path, CapacityError, dtype=torch.float64)
-    assert "model.safetensors: needs 0.0 GiB (0.0 GiB available)" in message
+    assert "model.safetensors: needs 0.000771 GiB (0.000279 GiB available)" in message
 
 
 def test_unknown_memory_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +305,10 @@ def test_a_stored_head_must_equal_the_embedding_it_is_tied_to(tmp_path: Path) ->
         ({"d_model": -1}, "too small"),
         ({"n_heads": 3}, "do not divide"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"tied": "no"}, "tied: 'no' is not true or false"),
+        ({"bias": []}, "bias: [] is not true or false"),
+        ({"positions": 5}, "--positions: 5 is not known"),
+        ({"rope_theta": 10**400}, "rope_theta: 1000"),
     ],
 )
 def test_a_config_bomb_costs_nothing(
@@ -314,13 +318,19 @@ def test_a_config_bomb_costs_nothing(
     assert message in refusal(folder)
 
 
+def test_a_number_of_too_many_digits_is_refused(folder: Path) -> None:
+    """Python turns no text of more than 4,300 digits into a number, and says so in ValueError."""
+    (folder / "config.json").write_text('{"d_ff": 1' + "0" * 5000 + "}")
+    assert "config.json: is not valid JSON" in refusal(folder)
+
+
 def test_a_context_beyond_the_memory_is_refused_before_its_table_is_made(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_config(folder, context=2**31 - 1)
     monkeypatch.setattr(machine, "available_bytes", lambda device: 2**36)
     message = refusal(folder, CapacityError)
-    assert "config.json: context 2147483647: needs 192.0 GiB (64.0 GiB available)" in message
+    assert "config.json: context 2147483647: needs 192 GiB (64 GiB available)" in message
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])

@@ -43,7 +43,9 @@ def seq2seq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def generate(kv: Callable[..., Ran], decoder: Path) -> Callable[..., Ran]:
     def call(*args: str, model: Path = decoder) -> Ran:
-        return kv("--model", str(model), "--threads", "1", *args, command="generate")
+        return kv(
+            "--model", str(model), "--threads", "1", "--device", "cpu", *args, command="generate"
+        )
 
     return call
 

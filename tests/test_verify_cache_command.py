@@ -44,7 +44,7 @@ def check(kv: Callable[..., Ran], decoder: str) -> Callable[..., Ran]:
     """Run verify-cache on a decoder, 8 tokens after a short prompt."""
 
     def call(*args: str, model: str = decoder) -> Ran:
-        given = ["--model", model, "--threads", "1"]
+        given = ["--model", model, "--threads", "1", "--device", "cpu"]
         given += [] if "--tokens" in args else ["--tokens", "8"]
         given += [] if "--prompt" in args else ["--prompt", PROMPT]
         return kv(*given, *args, command="verify-cache")

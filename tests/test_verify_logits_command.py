@@ -36,7 +36,16 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def verify(kv: Callable[..., Ran], decoder: Path) -> Callable[..., Ran]:
     def call(*args: str, model: Path = decoder) -> Ran:
-        return kv("--model", str(model), "--threads", "1", *args, command="verify-logits")
+        return kv(
+            "--model",
+            str(model),
+            "--threads",
+            "1",
+            "--device",
+            "cpu",
+            *args,
+            command="verify-logits",
+        )
 
     return call
 
