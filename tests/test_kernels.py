@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.core.cache import EMPTY
@@ -128,7 +127,7 @@ def test_causal_is_refused_where_it_would_be_aligned_wrongly(n_queries: int) -> 
         DEFAULT.attention(q, k, v, None, True)
 
 
-def test_a_linear_layer_is_the_one_of_torch() -> None:
-    x, weight, bias = torch.randn(2, 3, 5), torch.randn(4, 5), torch.randn(4)
-    assert DEFAULT.linear(x, weight, bias).equal(F.linear(x, weight, bias))
-    assert DEFAULT.linear(x, weight, None).equal(F.linear(x, weight))
+def test_layers_follow_one_another() -> None:
+    x, layer = torch.randn(2, 3, 5), torch.nn.Linear(5, 4)
+    assert DEFAULT.rows(x, layer, torch.exp).equal(layer(x).exp())
+    assert DEFAULT.rows(x) is x

@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
         self.out = Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, step: Step, cache: Cache | None, rotary: Rotary | None) -> Tensor:
-        parts = self.qkv(x, step.kernels).split(self.widths, dim=-1)
+        parts = step.kernels.rows(x, self.qkv).split(self.widths, dim=-1)
         q, k, v = (split_heads(part, self.head_dim) for part in parts)
         if rotary is not None:
             q, k = rotary(q, step.q_pos), rotary(k, step.q_pos)
@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
             y = step.kernels.attention(q, k, v, step.mask, step.causal)
         else:
             y = cache.attend(self.layer, q, k, v, step)
-        return self.out(merge_heads(y), step.kernels)
+        return step.kernels.rows(merge_heads(y), self.out)
 
 
 class CrossAttention(nn.Module):
@@ -62,10 +62,10 @@ class CrossAttention(nn.Module):
 
     def project(self, memory: Tensor, kernels: Kernels = DEFAULT) -> tuple[Tensor, Tensor]:
         """Keys and values of an encoded source (B,S,d) -> twice (B,Hkv,S,D)."""
-        k, v = self.kv(memory, kernels).chunk(2, dim=-1)
+        k, v = kernels.rows(memory, self.kv).chunk(2, dim=-1)
         return split_heads(k, self.head_dim), split_heads(v, self.head_dim)
 
     def forward(self, x: Tensor, source: CrossCache, kernels: Kernels = DEFAULT) -> Tensor:
-        q = split_heads(self.q(x, kernels), self.head_dim)
+        q = split_heads(kernels.rows(x, self.q), self.head_dim)
         y = source.attend(self.layer, q, kernels)
-        return self.out(merge_heads(y), kernels)
+        return kernels.rows(merge_heads(y), self.out)

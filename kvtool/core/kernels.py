@@ -1,25 +1,29 @@
-"""The two operations whose rounding depends on shapes: a linear layer and attention.
+"""The two kinds of work whose rounding depends on shapes: layers that see one token, and attention.
 
 Models and caches reach both through one `Kernels` object that travels in the `Step`, so the same
-model can run with PyTorch's kernels or with others whose results do not depend on shapes.
+model can run with PyTorch's kernels or with others whose results do not depend on shapes. Adding,
+multiplying and casting elements need no kernels: IEEE 754 fixes their every bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Layer = Callable[[Tensor], Tensor]
+
 
 class Kernels(Protocol):
-    """How a linear layer and an attention are computed."""
+    """How layers are applied to tokens, and how an attention is computed."""
 
     name: str
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(..., in), (out, in), (out,) -> (..., out)"""
+    def rows(self, x: Tensor, *layers: Layer) -> Tensor:
+        """Apply layers that look at one token each, one after another: (B,T,in) -> (B,T,out)"""
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
@@ -32,8 +36,10 @@ class DefaultKernels:
 
     name = "default"
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
+    def rows(self, x: Tensor, *layers: Layer) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        return x
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool

@@ -10,20 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
-from kvtool.core.kernels import DEFAULT, Kernels
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose product is computed by the given kernels; initialised at std 1/sqrt(in)."""
+    """nn.Linear, initialised at std 1/sqrt(in)."""
 
     def reset_parameters(self) -> None:
         # Smaller weights hide cache bugs: attention is then nearly uniform whatever the positions.
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, kernels: Kernels = DEFAULT) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -53,14 +49,14 @@ class MLP(nn.Module):
         self.up = Linear(config.d_model, gates * config.d_ff, bias=config.bias)
         self.down = Linear(config.d_ff, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor, kernels: Kernels = DEFAULT) -> Tensor:
-        x = self.up(x, kernels)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
         if self.activation == "swiglu":
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
         else:
             x = ACTIVATION[self.activation](x)
-        return self.down(x, kernels)
+        return self.down(x)
 
 
 class Table(nn.Module):

@@ -39,10 +39,11 @@ class Block(nn.Module):
         source: CrossCache | None = None,
         rotary: Rotary | None = None,
     ) -> Tensor:
-        x = x + self._drop(self.attn(self.norm1(x), step, cache, rotary))
+        rows = step.kernels.rows
+        x = x + self._drop(self.attn(rows(x, self.norm1), step, cache, rotary))
         if self.cross is not None and self.norm_cross is not None and source is not None:
-            x = x + self._drop(self.cross(self.norm_cross(x), source, step.kernels))
-        return x + self._drop(self.mlp(self.norm2(x), step.kernels))
+            x = x + self._drop(self.cross(rows(x, self.norm_cross), source, step.kernels))
+        return x + self._drop(rows(x, self.norm2, self.mlp))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -86,5 +87,4 @@ class Decoder(Model):
         x = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
         for block in self.layers:
             x = block(x, step, cache, source, self.rotary)
-        x = self.norm(x[:, -1:] if last else x)
-        return self.head(x, step.kernels)
+        return step.kernels.rows(x[:, -1:] if last else x, self.norm, self.head)

@@ -35,7 +35,7 @@ class Encoder(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
         for block in self.layers:
             x = block(x, step, rotary=self.rotary)
-        return self.norm(x)
+        return kernels.rows(x, self.norm)
 
 
 class Seq2Seq(Model):
