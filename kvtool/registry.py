@@ -1,4 +1,4 @@
-"""The three tables: adding a cache kind, a model family or a command is one file and one line here.
+"""The tables: adding a cache kind, kernels, a model family or a command is a file and a line here.
 
 Values are "module:attribute" text, so that reading the table imports nothing.
 """
@@ -15,6 +15,11 @@ CACHES = {
     "none": "kvtool.core.cache.none:NoCache",
     "dynamic": "kvtool.core.cache.dynamic:DynamicCache",
     "static": "kvtool.core.cache.static:StaticCache",
+}
+
+KERNELS = {
+    "default": "kvtool.core.kernels:DefaultKernels",
+    "exact": "kvtool.core.exact:ExactKernels",
 }
 
 MODELS = {

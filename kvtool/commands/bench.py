@@ -30,6 +30,7 @@ class Settings:
     repeats: int
     budget: float
     plot: Path | None
+    kernels: str = "default"
 
     def __post_init__(self) -> None:
         check_int("--prompt-length", self.prompt_length, 1)
@@ -65,6 +66,7 @@ class Report:
     pays_from: dict[str, float | None]
     batch_size: int
     prompt_length: int
+    kernels: str
     seconds: float
 
     @property
@@ -82,6 +84,7 @@ def run(settings: Settings, out: Output) -> Report:
     import torch
 
     from kvtool.core import checkpoint, timing
+    from kvtool.core.kernels import make_kernels
     from kvtool.core.machine import prepare
 
     lengths = sorted(set(settings.lengths))
@@ -101,7 +104,7 @@ def run(settings: Settings, out: Output) -> Report:
             bar.advance()
 
         cells = timing.measure(
-            timing.Workload(loaded.model, prompt),
+            timing.Workload(loaded.model, prompt, make_kernels(settings.kernels)),
             lengths,
             settings.caches,
             settings.repeats,
@@ -113,7 +116,12 @@ def run(settings: Settings, out: Output) -> Report:
     pays = {kind: timing.crossover(cells, kind) for kind in kinds if "none" in settings.caches}
     tell_missing(rows, settings, out)
     return Report(
-        rows, pays, settings.batch_size, settings.prompt_length, time.perf_counter() - started
+        rows,
+        pays,
+        settings.batch_size,
+        settings.prompt_length,
+        settings.kernels,
+        time.perf_counter() - started,
     )
 
 
@@ -202,6 +210,8 @@ def show(report: Report, out: Output) -> None:
         for row in report.measurements
     ]
     title = f"Time to generate, prompt of {report.prompt_length}, batch of {report.batch_size}"
+    if report.kernels != "default":
+        title += f", {report.kernels} kernels"
     out.table(title, columns, rows)
     out.text(pays_text(report))
 
@@ -259,6 +269,7 @@ def command(
         ),
     ] = 150.0,
     plot: o.Plot = None,
+    kernels: o.Kernels = "default",
     model: o.Model = "",
     device: o.Device = "auto",
     dtype: o.Dtype = "float32",
@@ -288,6 +299,7 @@ def command(
         repeats=repeats,
         budget=budget,
         plot=plot,
+        kernels=kernels,
     )
 
     def work(settings: Settings, out: Output) -> Report:

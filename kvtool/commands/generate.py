@@ -42,6 +42,7 @@ class Settings:
     top_k: int
     top_p: float
     cache: str
+    kernels: str = "default"
     text_file: Path | None = None  # --output, if it is a .txt
 
     def __post_init__(self) -> None:
@@ -257,12 +258,15 @@ class Generator:
 
         from kvtool.core import engine
         from kvtool.core.cache import CacheSpec, make_cache
+        from kvtool.core.kernels import make_kernels
 
+        kernels = make_kernels(self.settings.kernels)
         model, config = self.loaded.model, self.loaded.config
         with torch.inference_mode():
-            prompt, source = engine.begin(model, torch.tensor([ids], device=self.device))
+            start = torch.tensor([ids], device=self.device)
+            prompt, source = engine.begin(model, start, kernels)
         n_new = self.n_new(ids)
-        spec = CacheSpec.of(config, 1, prompt.shape[1] + n_new, self.dtype, self.device)
+        spec = CacheSpec.of(config, 1, prompt.shape[1] + n_new, self.dtype, self.device, kernels)
         cache = make_cache(self.settings.cache, spec)
         for token in engine.generate(model, prompt, cache, n_new, self.sampler(), source):
             yield token
@@ -310,6 +314,7 @@ def command(
         ),
     ] = None,
     cache: o.Cache = "dynamic",
+    kernels: o.Kernels = "default",
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -378,6 +383,7 @@ def command(
         top_k=top_k,
         top_p=top_p,
         cache=cache,
+        kernels=kernels,
         text_file=output_file if plain else None,
     )
 

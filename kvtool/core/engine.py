@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvtool.core.cache import Cache
 from kvtool.core.cache.cross import CrossCache
+from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model
 from kvtool.core.sampling import Sampler
 from kvtool.core.text import BOS
@@ -34,12 +35,15 @@ def feed(
     return logits
 
 
-def begin(model: Model, ids: Tensor) -> tuple[Tensor, CrossCache | None]:
+def begin(
+    model: Model, ids: Tensor, kernels: Kernels = DEFAULT
+) -> tuple[Tensor, CrossCache | None]:
     """Where decoding starts from `ids` (B,P): the tokens themselves, or for an encoder-decoder the
-    start token (B,1) and the encoded source."""
+    start token (B,1) and the encoded source. `kernels` serve the encoder; a cache's spec has those
+    of the decoder."""
     if not model.config.n_encoder_layers:
         return ids, None
-    source = model.encode(ids, torch.ones_like(ids, dtype=torch.bool))
+    source = model.encode(ids, torch.ones_like(ids, dtype=torch.bool), kernels)
     return ids.new_full((ids.shape[0], 1), BOS), source
 
 

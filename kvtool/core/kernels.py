@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool import registry
+
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -54,6 +56,12 @@ class DefaultKernels:
 
 
 DEFAULT = DefaultKernels()
+
+
+def make_kernels(name: str) -> Kernels:
+    """The registered kernels of that name. Raises UsageError for an unknown one."""
+    registry.choose(name, tuple(registry.KERNELS), "--kernels")
+    return registry.load(registry.KERNELS, name)()
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvtool.core.cache import CacheSpec, cache_class, make_cache
 from kvtool.core.engine import begin, generate
+from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model
 from kvtool.core.sampling import Sampler
 
@@ -46,13 +47,14 @@ class Workload:
 
     model: Model
     prompt: Tensor
+    kernels: Kernels = DEFAULT
 
     def run(self, kind: str, length: int) -> tuple[float, int]:
         """Generate `length` tokens a row, prompt and allocation included -> seconds, bytes."""
         device = self.prompt.device
         started = _now(device)
         with torch.inference_mode():
-            prompt, source = begin(self.model, self.prompt)
+            prompt, source = begin(self.model, self.prompt, self.kernels)
         cache = make_cache(kind, self._spec(prompt.shape[1] + length))
         for _ in generate(self.model, prompt, cache, length, Sampler(), source):
             pass
@@ -68,7 +70,7 @@ class Workload:
     def _spec(self, capacity: int) -> CacheSpec:
         batch, device = self.prompt.shape[0], self.prompt.device
         dtype = next(self.model.parameters()).dtype
-        return CacheSpec.of(self.model.config, batch, capacity, dtype, device)
+        return CacheSpec.of(self.model.config, batch, capacity, dtype, device, self.kernels)
 
 
 def _now(device: torch.device) -> float:

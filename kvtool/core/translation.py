@@ -14,6 +14,7 @@ from kvtool.core import checkpoint
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.engine import generate
+from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
 from kvtool.core.pairs import Pair, Splits
@@ -52,7 +53,12 @@ def check_sources(sources: Sequence[Ids], context: int, first: int = 0) -> None:
 
 @torch.inference_mode()
 def decode(
-    model: Model, source: CrossCache, kind: str, n_new: int, sampler: Sampler
+    model: Model,
+    source: CrossCache,
+    kind: str,
+    n_new: int,
+    sampler: Sampler,
+    kernels: Kernels = DEFAULT,
 ) -> Iterator[Tensor]:
     """Tokens (B,) of the targets as they are chosen, EOS included; ends when all rows have ended.
 
@@ -60,7 +66,7 @@ def decode(
     """
     batch, device = source.mask.shape[0], source.mask.device
     dtype = next(model.parameters()).dtype
-    cache = make_cache(kind, CacheSpec.of(model.config, batch, 1 + n_new, dtype, device))
+    cache = make_cache(kind, CacheSpec.of(model.config, batch, 1 + n_new, dtype, device, kernels))
     start = torch.full((batch, 1), BOS, device=device)
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     for token in generate(model, start, cache, n_new, sampler, source):
@@ -73,7 +79,11 @@ def decode(
 
 @torch.inference_mode()
 def translate(
-    model: Model, sources: Sequence[Ids], max_tokens: int = 0, kind: str = "dynamic"
+    model: Model,
+    sources: Sequence[Ids],
+    max_tokens: int = 0,
+    kind: str = "dynamic",
+    kernels: Kernels = DEFAULT,
 ) -> list[list[int]]:
     """The greedy target of each source, without special tokens, in the order of the sources.
 
@@ -88,7 +98,8 @@ def translate(
         rows = order[first : first + DECODING_BATCH]
         ids, mask = pad([sources[i] for i in rows], device)
         limits = [max_tokens or target_limit(len(sources[i]), context) for i in rows]
-        steps = list(decode(model, model.encode(ids, mask), kind, max(limits), Sampler()))
+        source = model.encode(ids, mask, kernels)
+        steps = list(decode(model, source, kind, max(limits), Sampler(), kernels))
         chosen = torch.stack(steps, dim=1).tolist()
         for i, limit, tokens in zip(rows, limits, chosen, strict=True):
             targets[i] = tokens[: min(limit, tokens.index(EOS) if EOS in tokens else limit)]

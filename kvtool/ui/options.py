@@ -15,7 +15,7 @@ import typer
 from kvtool.config import DEVICES, DTYPES
 from kvtool.errors import UsageError
 from kvtool.files import shipped_models
-from kvtool.registry import CACHES, choose
+from kvtool.registry import CACHES, KERNELS, choose
 from kvtool.ui.lists import length, list_option
 
 MACHINE = "Model and machine"
@@ -38,6 +38,10 @@ def cache_kind(text: str, flag: str) -> str:
 
 def _cache(value: str) -> str:
     return cache_kind(value, "--cache")
+
+
+def _kernels(value: str) -> str:
+    return choose(value, list(KERNELS), "--kernels")
 
 
 def utf8_text(value: str | None) -> str | None:
@@ -142,6 +146,16 @@ Cache = Annotated[
         help=f"The cache kind: {', '.join(CACHES)}.",
         callback=_cache,
         autocompletion=_complete(lambda: list(CACHES)),
+    ),
+]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        "--kernels",
+        metavar="|".join(KERNELS),
+        help="exact: slower, but cached and uncached logits are equal bit for bit.",
+        callback=_kernels,
+        autocompletion=_complete(lambda: list(KERNELS)),
     ),
 ]
 Caches = Annotated[
