@@ -82,9 +82,12 @@ def tokens(batch: int, n: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def full(model: Model, ids: Tensor, padding: Tensor | None) -> Tensor:
+def full(
+    model: Model, ids: Tensor, padding: Tensor | None, window: int = 0, sinks: int = 0
+) -> Tensor:
     """The logits (B,T,V) of one pass over everything; no cache is involved."""
-    return model(ids, Step.full(*ids.shape, left_padding=padding))
+    step = Step.full(*ids.shape, left_padding=padding, window=window, sinks=sinks)
+    return model(ids, step)
 
 
 @torch.no_grad()
@@ -111,10 +114,10 @@ def agree(
     held: int = 0,
 ) -> None:
     """Feed `ids` to a cache that should hold the first `held` of them, and compare the logits of
-    real tokens with those of one full pass."""
+    real tokens with those of one full pass under the same window."""
     require(cache.length == held, f"{promise}: length is {cache.length}, not {held}")
     found = advance(subject.model, cache, ids, chunk)
-    expected = full(subject.model, ids, padding)[:, held:]
+    expected = full(subject.model, ids, padding, cache.window, cache.sinks)[:, held:]
     shift = 0 if padding is None else padding[:, None]
     padded = (torch.arange(held, ids.shape[1]) - shift < 0).expand(expected.shape[:2])
     difference = (found - expected).masked_fill(padded[..., None], 0.0)
@@ -179,6 +182,11 @@ def owned(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     for part in thing if isinstance(thing, (list, tuple, set)) else inside:
         if not isinstance(part, (type, str)):
             yield from owned(part, seen)
+
+
+def options(make: Make) -> dict[str, Any]:
+    """The options that a `functools.partial` gives to a kind."""
+    return getattr(make, "keywords", {})
 
 
 def storage_nbytes(cache: Cache) -> int:

@@ -6,7 +6,9 @@ A cache is an argument of the model, never a part of it. `begin` and `commit` ar
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -88,14 +90,21 @@ class Step:
         device: torch.device | None = None,
         left_padding: Tensor | None = None,
         kernels: Kernels = DEFAULT,
+        window: int = 0,
+        sinks: int = 0,
     ) -> Step:
-        """A whole sequence at once, from position 0 and without a cache."""
+        """A whole sequence at once, from position 0 and without a cache.
+
+        window, sinks: as `visible`; what a cache that keeps no more has to be compared with.
+        """
         slots = torch.arange(n, device=device)
         q_pos = slots.expand(batch, n)
-        if left_padding is None:
+        if left_padding is None and (not window or n <= window):
             return cls(q_pos, q_pos, slots, None, True, kernels)
-        q_pos = q_pos - left_padding[:, None]
-        return cls(q_pos, q_pos, slots, visible(q_pos, q_pos), False, kernels)
+        if left_padding is not None:
+            q_pos = q_pos - left_padding[:, None]
+        mask = visible(q_pos, q_pos, window, sinks)
+        return cls(q_pos, q_pos, slots, mask, False, kernels)
 
     @classmethod
     def bidirectional(cls, mask: Tensor, kernels: Kernels = DEFAULT) -> Step:
@@ -127,7 +136,10 @@ class Cache(ABC):
     kind: ClassVar[str]
     exact: ClassVar[bool] = True  # stored keys and values are what the model computed
     compilable: ClassVar[bool] = False  # fixed addresses and no host sync in write and attend
+    small: ClassVar[Mapping[str, int]] = {}  # options with which a short check makes it do all
     recompute: ClassVar[bool] = False  # holds nothing: must be given the whole sequence each time
+    window: int = 0  # how many positions a token sees, its own included; 0: all before it
+    sinks: int = 0  # and how many of the first ones, always
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
         """An empty cache; left_padding (B,) counts the padding tokens at the start of each row."""
@@ -204,9 +216,22 @@ class Cache(ABC):
             self.left_padding = self.left_padding.index_select(0, rows)
         self.batch = rows.shape[0]
 
+    def vacuous(self) -> str | None:
+        """Why results equal to those without a cache would prove nothing; None if they do."""
+        if self.recompute:
+            return "it stores nothing: every step computes the whole sequence again"
+        return None
+
+    def fork(self) -> Cache:
+        """A cache that holds the same tokens and goes its own way from here."""
+        return copy.deepcopy(self)
+
     @abstractmethod
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of the committed k, v (B,Hkv,S,D) of a layer, and their positions (B,S)."""
+        """Copies of the committed k, v (B,Hkv,S,D) of a layer, and their positions (B,S).
+
+        EMPTY is the position of a column that holds nothing in that row.
+        """
 
     @abstractmethod
     def nbytes(self) -> Bytes:

@@ -1,0 +1,217 @@
+"""A cache that forgets: the first few tokens, the last few, and nothing in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvtool.config import check_int
+from kvtool.core.cache.base import EMPTY, Bytes, CacheSpec, Step
+from kvtool.core.cache.buffered import BufferedCache
+from kvtool.core.kernels import visible
+from kvtool.errors import CacheOpUnsupported
+
+
+class SlidingCache(BufferedCache):
+    """Keeps the first `sinks` positions of each row, and the last `window`: what `visible` shows.
+
+    A window without the first tokens, which draw much attention, makes a model fail (StreamingLLM,
+    Xiao 2023). Positions stay absolute and are not numbered anew within the cache, as they are
+    there: so the logits are those of one pass under the same window, and `capacity` still bounds
+    the length of the text, not only what is held.
+
+    Columns: the sinks, then the tokens from number `_first` on in order of arrival. When they reach
+    the end, the last `window - 1 + slack` are moved to the start, which an eighth of a window of
+    spare columns makes rare; a ring would move nothing, but hand out its columns in another order.
+    Before the first move the columns of the sinks are empty and are not handed out.
+
+        window=2, sinks=1, two columns behind the sink, after tokens 0 to 3:
+        0 -> [ |0 ]    1 -> [ |0 1]    2 -> [0|1 2]    3 -> [0|2 3]
+
+    A step that has more tokens than fit is held apart until it is committed, so its tokens see
+    all that they should, and an error costs nothing. Until then it takes the memory of all its
+    tokens: a long prompt needs less in pieces.
+
+    `slack` more tokens are held, so that the last `slack` can always be cropped.
+    """
+
+    kind: ClassVar[str] = "sliding"
+    small: ClassVar[Mapping[str, int]] = {"window": 5, "sinks": 1, "slack": 4}
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        left_padding: Tensor | None = None,
+        window: int = 256,
+        sinks: int = 4,
+        slack: int = 0,
+    ) -> None:
+        """Raises UsageError for a window below 1, or negative sinks or slack."""
+        check_int("window", window, 1)
+        check_int("sinks", sinks, 0)
+        check_int("slack", slack, 0)
+        self.window, self.sinks, self.slack = window, sinks, slack
+        self._kept = window - 1 + slack  # tokens that remain when others are evicted
+        columns = columns_for(spec.capacity, window, sinks, slack)
+        self._n_sinks = sinks if columns < spec.capacity else 0  # else nothing is ever evicted
+        self._room = columns - self._n_sinks
+        super().__init__(spec, left_padding)
+
+    def _first_columns(self) -> int:
+        return self._n_sinks + self._room
+
+    def reset(self, left_padding: Tensor | None = None) -> None:
+        super().reset(left_padding)
+        self._first = 0  # the number of the first token behind the sinks
+        self._furthest = 0  # where that has been at most
+        self._set_aside: list[tuple[Tensor, Tensor]] = []  # (buffer, what it should hold)
+        if self._keys[0].shape[0] != self.batch:  # select had changed the number of rows
+            self._allocate(self.batch, self._columns)
+
+    def _place(self, start: int, n_new: int) -> Step:
+        end = start + n_new
+        self._set_aside = []
+        if end - self._first > self._room and start - self._first > self._kept:
+            held = slice(self._n_sinks, self._n_sinks + start - self._first)
+            self._evict([(b, b[:, :, held]) for b in (*self._keys, *self._values)])
+        k_pos = self._held_positions(end)
+        q_pos = k_pos[:, -n_new:]
+        sinks_held = self._first == 0 or self._first >= self._n_sinks
+        all_in_window = end - self._first <= self.window and sinks_held
+        plain = all_in_window and self.left_padding is None
+        causal = plain and start == 0
+        free = causal or (plain and n_new == 1)
+        mask = None if free else visible(q_pos, k_pos, self.window, self.sinks)
+        slots = torch.arange(start, end, device=self.spec.device) - self._first + self._n_sinks
+        return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        begin = 0 if self._first else self._n_sinks
+        end = begin + step.k_pos.shape[1]
+        keys, values = self._keys[layer], self._values[layer]
+        if end <= self._columns:
+            keys.index_copy_(2, step.slots, k)
+            values.index_copy_(2, step.slots, v)
+            return keys[:, :, begin:end], values[:, :, begin:end]
+        held = slice(begin, end - k.shape[2])
+        whole = [
+            torch.cat([buffer[:, :, held], new], dim=2) for buffer, new in ((keys, k), (values, v))
+        ]
+        after_sinks = self._n_sinks - begin
+        self._set_aside += zip((keys, values), (t[:, :, after_sinks:] for t in whole), strict=True)
+        return whole[0], whole[1]
+
+    def commit(self, n_new: int) -> None:
+        super().commit(n_new)
+        if self._set_aside or self.length - self._first > self._room:
+            self._evict(self._set_aside)
+        self._set_aside = []
+
+    def _evict(self, contents: list[tuple[Tensor, Tensor]]) -> None:
+        """Keep the last tokens, and the sinks among the others. `contents` has for each buffer the
+        tokens from `_first` on, (B,Hkv,n,D); they may be its own columns."""
+        first = max(self._first, self.length - self._kept)
+        column = self._sink_tokens() - self._first
+        leaves = ((column >= 0) & (column < first - self._first))[:, None, :, None]
+        # Nothing reads the new sinks before `_first` has changed, and nothing is allocated after
+        # the first token has moved: if memory runs out, all is as before.
+        for buffer, content in contents:
+            sinks = buffer[:, :, : self._n_sinks]
+            index = column.clamp(0, content.shape[2] - 1)[:, None, :, None]
+            sinks.copy_(torch.where(leaves, content.take_along_dim(index, dim=2), sinks))
+        tokens = slice(first - self._first, self.length - self._first)
+        goal = slice(self._n_sinks, self._n_sinks + self.length - first)
+        moved = torch.empty_like(self._keys[0][:, :, goal])
+        for buffer, content in contents:
+            buffer[:, :, goal] = moved.copy_(content[:, :, tokens])  # the two may overlap
+        self._first = first
+        self._furthest = max(self._furthest, first)
+
+    def _sink_tokens(self) -> Tensor:
+        """The number of the token that belongs into each sink column -> (B, n_sinks)."""
+        sinks = torch.arange(self._n_sinks, device=self.spec.device).expand(self.batch, -1)
+        return sinks if self.left_padding is None else sinks + self.left_padding[:, None]
+
+    def _held_positions(self, end: int) -> Tensor:
+        """The positions of the columns that are handed out when tokens up to `end` are there."""
+        tokens = self._positions(self._first, end)
+        if not self._first:
+            return tokens
+        sinks = torch.arange(self._n_sinks, device=self.spec.device)
+        there = self._sink_tokens() < self._first
+        return torch.cat([torch.where(there, sinks, EMPTY), tokens], dim=1)
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens.
+
+        Raises UsageError beyond what is held, and CacheOpUnsupported if a token that the next one
+        would see has been evicted.
+        """
+        if 0 <= length < self.length and self._first:
+            padding = self._least_padding()  # of the row that needs the most
+            needed = max(length - self.window + 1 - padding, self.sinks)
+            if needed < min(self._first, length) - padding:
+                raise CacheOpUnsupported(
+                    self.kind,
+                    f"crop to {length}",
+                    f"it needs position {needed} and holds from {self._first - padding}",
+                    f"Make it with slack={self.length - length}, or crop before that is evicted.",
+                )
+        super().crop(length)
+        self._set_aside = []
+        self._first = min(self._first, length)
+
+    def _least_padding(self) -> int:
+        return 0 if self.left_padding is None else int(self.left_padding.min())
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self._set_aside = []
+        for buffers in (self._keys, self._values):
+            for layer, old in enumerate(buffers):
+                buffers[layer] = old.index_select(0, rows)
+
+    def vacuous(self) -> str | None:
+        if self._furthest - self._least_padding() > self.sinks:
+            return None
+        return f"the window of {self.window} never evicted a token ({self.length} tokens held)"
+
+    def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        positions = self._held_positions(self.length).clone()
+        begin = 0 if self._first else self._n_sinks
+        held = slice(begin, begin + positions.shape[1])
+        keys, values = self._keys[layer][:, :, held], self._values[layer][:, :, held]
+        return keys.clone(), values.clone(), positions
+
+    def nbytes(self) -> Bytes:
+        token = self.spec.token_nbytes // self.spec.batch  # of one row
+        live = int((self._held_positions(self.length) != EMPTY).sum())
+        buffers = [*self._keys, *self._values, *(content for _, content in self._set_aside)]
+        allocated = sum(t.untyped_storage().nbytes() for t in buffers) + self._padding_nbytes()
+        read = self.length + 1 - self._first
+        if read > self._room:
+            read = self._kept + 1
+        if read <= self.length:
+            read += self._n_sinks
+        return Bytes(allocated, live * token, read * self.batch * token)
+
+    @classmethod
+    def predict_nbytes(
+        cls,
+        spec: CacheSpec,
+        length: int,
+        prompt: int = 1,
+        window: int = 256,
+        sinks: int = 4,
+        slack: int = 0,
+    ) -> int:
+        return columns_for(spec.capacity, window, sinks, slack) * spec.token_nbytes
+
+
+def columns_for(capacity: int, window: int, sinks: int, slack: int) -> int:
+    """How many columns a sliding cache has: a token to write and `spare` more beside those kept."""
+    spare = -(-window // 8) - 1
+    return min(sinks + window + slack + spare, capacity)
