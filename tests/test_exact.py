@@ -1,0 +1,316 @@
+"""Exact kernels: cached logits are those of one uncached pass, bit for bit.
+
+The uncached arm is `model(ids, Step.full(...))`: layer by layer over the whole sequence, with no
+cache class in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvtool.core.cache import CacheSpec, Step, make_cache
+from kvtool.core.cache.static import StaticCache
+from kvtool.core.engine import feed
+from kvtool.core.exact import EXACT, KEY_BLOCK, ExactKernels
+from kvtool.core.kernels import DEFAULT, DefaultKernels, Kernels, reference_attention, visible
+from kvtool.core.models import Model
+from small_models import random_model
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# Blocks as narrow as this make a short sequence fill several, the last one in part.
+NARROW = ExactKernels(key_block=16)
+PADDING = torch.tensor([0, 3, 17])  # of each row: none, some, more than a block
+N = 53  # tokens
+CAPACITY = 61
+SHAPES: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "odd": {"d_model": 6, "n_heads": 3, "d_ff": 7, "positions": "learned", "bias": False},
+    "grouped": {
+        "d_model": 24,
+        "n_kv_heads": 2,
+        "d_ff": 10,
+        "positions": "rotary",
+        "activation": "swiglu",
+        "norm": "rmsnorm",
+        "vocab_size": 260,
+        "tied": False,
+    },
+}
+DEFAULT_SIZE: dict[str, Any] = {
+    "vocab_size": 1024,
+    "d_model": 256,
+    "n_heads": 8,
+    "d_ff": 1024,
+    "context": 1152,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread_without_gradients() -> Iterator[None]:
+    """Many small products are slow on several threads beside other work; one test takes two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(before)
+
+
+def random_ids(vocab_size: int, *shape: int) -> Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(7))
+
+
+def chunks(n: int, how: str) -> list[int]:
+    """Lengths of the steps in which n tokens are fed."""
+    if how == "at once":
+        return [n]
+    if how == "one by one":
+        return [1] * n
+    generator = torch.Generator().manual_seed(n)
+    cuts = sorted({n, *torch.randint(1, n, (n // 6,), generator=generator).tolist()})
+    return [end - start for start, end in zip([0, *cuts], cuts, strict=False)]
+
+
+def cached(
+    model: Model,
+    ids: Tensor,
+    kernels: Kernels,
+    kind: str = "dynamic",
+    how: str = "one by one",
+    padding: Tensor | None = None,
+    capacity: int = CAPACITY,
+) -> Tensor:
+    """The logits of every token, each from the step that brought it."""
+    dtype = next(model.parameters()).dtype
+    spec = CacheSpec.of(model.config, ids.shape[0], capacity, dtype, kernels=kernels)
+    cache, found, end = make_cache(kind, spec, padding), [], 0
+    for n in chunks(ids.shape[1], how):
+        end += n
+        logits = feed(model, cache, ids[:, :end])
+        found.append(logits[:, -n:])  # without a cache the earlier ones come again
+    return torch.cat(found, dim=1)
+
+
+def uncached(model: Model, ids: Tensor, kernels: Kernels, padding: Tensor | None = None) -> Tensor:
+    return model(ids, Step.full(*ids.shape, left_padding=padding, kernels=kernels))
+
+
+# Cached and uncached
+
+
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["alone", "padded"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_split_gives_the_bits_of_one_uncached_pass(
+    dtype: torch.dtype, shape: str, padding: Tensor | None
+) -> None:
+    model = random_model(0, dtype, **SHAPES[shape])
+    ids = random_ids(model.config.vocab_size, 1 if padding is None else len(padding), N)
+    expected = uncached(model, ids, NARROW, padding)
+    assert bool(expected.isfinite().all())
+    for kind in ("dynamic", "static"):
+        for how in ("at once", "one by one", "at random"):
+            assert cached(model, ids, NARROW, kind, how, padding).equal(expected), (kind, how)
+
+
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["alone", "padded"])
+def test_computing_everything_again_gives_the_same_bits(padding: Tensor | None) -> None:
+    model = random_model()
+    ids = random_ids(23, 1 if padding is None else len(padding), 24)
+    expected = uncached(model, ids, NARROW, padding)
+    assert cached(model, ids, NARROW, "none", padding=padding).equal(expected)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_thousand_steps_of_the_default_size_are_identical(dtype: torch.dtype, kind: str) -> None:
+    model = random_model(0, dtype, **DEFAULT_SIZE)
+    ids = random_ids(1024, 1, 1000)
+    found = cached(model, ids, EXACT, kind, capacity=1151)
+    same = (found == uncached(model, ids, EXACT)).all(-1)
+    assert int(same.sum()) == 1000
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_threads_share_the_work_without_a_trace(dtype: torch.dtype) -> None:
+    """Products of this width are split between them."""
+    torch.set_num_threads(2)
+    model = random_model(0, dtype, **{**DEFAULT_SIZE, "n_layers": 1})
+    ids = random_ids(1024, 2, 40)
+    expected = uncached(model, ids, NARROW, PADDING[1:])
+    for kind, how in (("dynamic", "one by one"), ("static", "at random")):
+        assert cached(model, ids, NARROW, kind, how, PADDING[1:]).equal(expected)
+    alone = cached(model, ids[1:], NARROW, padding=PADDING[2:])
+    assert alone.equal(expected[1:])
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        DEFAULT,
+        type("DefaultRows", (ExactKernels,), {"rows": DefaultKernels.rows})(),
+        type("DefaultAttention", (ExactKernels,), {"attention": DefaultKernels.attention})(),
+    ],
+    ids=lambda kernels: type(kernels).__name__,
+)
+def test_without_exact_kernels_the_same_comparison_finds_rounding(kernels: Kernels) -> None:
+    """So it can fail; and neither half of the exact kernels is enough."""
+    model = random_model(0, **DEFAULT_SIZE)
+    ids = random_ids(1024, 1, 50)
+    found, expected = cached(model, ids, kernels), uncached(model, ids, kernels)
+    assert not found.equal(expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lost_column_is_no_rounding_even_so() -> None:
+    model = random_model()
+    ids = random_ids(23, 1, N)
+    spec = CacheSpec.of(model.config, 1, CAPACITY, kernels=NARROW)
+    cache = make_cache("static", spec)
+    feed(model, cache, ids[:, :-1])
+    assert isinstance(cache, StaticCache)
+    cache._values[0][:, :, 2] = 0.0
+    assert not feed(model, cache, ids)[:, -1].equal(uncached(model, ids, NARROW)[:, -1])
+
+
+# Encoder-decoders
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "rotary"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_encoder_decoder_is_exact_too(dtype: torch.dtype, positions: str) -> None:
+    """The source of each row is longer than a block; the encoder runs again for the other arm."""
+    sizes: dict[str, Any] = {"n_encoder_layers": 2, "source_vocab_size": 31, "n_kv_heads": 2}
+    model = random_model(0, dtype, positions=positions, **sizes)
+    source, ids = random_ids(31, 3, 21), random_ids(23, 3, 40)
+    real = torch.arange(21) < torch.tensor([21, 17, 4])[:, None]
+    spec = CacheSpec.of(model.config, 3, CAPACITY, dtype, kernels=NARROW)
+    cache, cross = make_cache("static", spec), model.encode(source, real, NARROW)
+    found = [feed(model, cache, ids[:, :end], cross) for end in range(1, 41)]
+    again = model.encode(source, real, NARROW)
+    expected = model(ids, Step.full(3, 40, kernels=NARROW), source=again)
+    assert torch.cat(found, dim=1).equal(expected)
+    for row, n in enumerate([21, 17, 4]):  # without the padding of its source
+        one = model.encode(source[row : row + 1, :n], real[row : row + 1, :n], NARROW)
+        alone = model(ids[row : row + 1], Step.full(1, 40, kernels=NARROW), source=one)
+        assert alone.equal(expected[row : row + 1])
+
+
+# What else is there
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_the_same_whatever_else_is_in_the_batch(dtype: torch.dtype) -> None:
+    model = random_model(0, dtype)
+    ids = random_ids(23, 3, N)
+    expected = cached(model, ids, NARROW, "static", "at random", PADDING)
+    for row in range(3):
+        rows = slice(row, row + 1)
+        alone = cached(model, ids[rows], NARROW, padding=PADDING[rows])
+        assert alone.equal(expected[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_that_hold_nothing_change_no_bit(dtype: torch.dtype) -> None:
+    model = random_model(0, dtype)
+    ids = random_ids(23, 2, N)
+    cache = make_cache("static", CacheSpec.of(model.config, 2, CAPACITY, dtype, kernels=NARROW))
+    assert isinstance(cache, StaticCache)
+    for buffer in (*cache._keys, *cache._values):
+        buffer.fill_(torch.finfo(dtype).max)
+    found = [feed(model, cache, ids[:, :end]) for end in range(1, N + 1)]
+    assert torch.cat(found, dim=1).equal(uncached(model, ids, NARROW))
+
+
+# Attention by itself
+
+
+def random_qkv(
+    n_kv_heads: int, n_queries: int, n_keys: int, dtype: torch.dtype, head_dim: int = 8
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n_keys)
+    sizes = [(2, 4, n_queries), (2, n_kv_heads, n_keys), (2, n_kv_heads, n_keys)]
+    q, k, v = (torch.randn(*size, head_dim, generator=generator) for size in sizes)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def allowed(q: Tensor, k: Tensor, v: Tensor) -> float:
+    """What rounding may add up to: D terms a score, S terms a sum, then one cast to the format."""
+    eps = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
+    largest = float((q.double() @ k.double().repeat_interleave(4 // k.shape[1], 1).mT).abs().max())
+    sums = 2 * (q.shape[3] * largest + k.shape[2] + 8) * eps
+    return float(v.abs().max()) * (sums + torch.finfo(q.dtype).eps)
+
+
+@pytest.mark.parametrize("kernels", [NARROW, EXACT], ids=["narrow", "default"])
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_follows_its_formula(
+    dtype: torch.dtype, n_kv_heads: int, kernels: ExactKernels
+) -> None:
+    q, k, v = random_qkv(n_kv_heads, 3, 40, dtype)
+    positions = torch.stack([torch.arange(40), torch.arange(40) - 5])
+    window = visible(positions[:, -3:], positions, window=9)
+    broadcast = (positions >= 0)[:, None, None]
+    for mask in (None, visible(positions[:, -3:], positions), window, broadcast):
+        found = kernels.attention(q, k, v, mask, False)
+        expected = reference_attention(q, k, v, mask, False)
+        assert (found.dtype, found.shape) == (dtype, q.shape)
+        assert float((found.double() - expected).abs().max()) < allowed(q, k, v)
+    q, k, v = random_qkv(n_kv_heads, 40, 40, dtype)
+    found, expected = (
+        kernels.attention(q, k, v, None, True),
+        reference_attention(q, k, v, None, True),
+    )
+    assert float((found.double() - expected).abs().max()) < allowed(q, k, v)
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 6, 16, 24, 32, 48])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_keys_stand_in_memory_does_not_matter(dtype: torch.dtype, head_dim: int) -> None:
+    """Dense, inside longer buffers of odd lengths, token by token, and at an odd address."""
+    n = KEY_BLOCK + 3
+    q, k, v = random_qkv(2, 1, n, dtype, head_dim)
+    expected = EXACT.attention(q, k, v, None, False)
+
+    def buffered(x: Tensor, extra: int, offset: int) -> Tensor:
+        flat = torch.zeros(2 * 2 * (n + extra) * head_dim + offset, dtype=dtype)
+        inner = flat[offset:].view(2, 2, n + extra, head_dim)[:, :, :n]
+        return inner.copy_(x)
+
+    for extra, offset in ((0, 1), (1, 0), (17, 0), (64, 0), (64, 16), (5, 3)):
+        moved = (buffered(x, extra, offset) for x in (k, v))
+        assert EXACT.attention(q, *moved, None, False).equal(expected), (extra, offset)
+    by_token = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    assert EXACT.attention(q, *by_token, None, False).equal(expected)
+
+
+def test_a_padding_query_is_not_nan_and_blocks_without_a_key_add_nothing() -> None:
+    q, k, v = random_qkv(2, 40, 40, torch.float32)
+    positions = torch.arange(-20, 20).expand(2, 40)  # the first block is all padding
+    found = NARROW.attention(q, k, v, visible(positions, positions), False)
+    assert found[:, :2, :20].equal(v[:, :1, :20].expand(2, 2, 20, 8))  # each saw itself alone
+    assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("n_queries", [1, 5])
+def test_causal_is_refused_where_it_would_be_aligned_wrongly(n_queries: int) -> None:
+    q, k, v = random_qkv(4, n_queries, 6, torch.float32)
+    with pytest.raises(ValueError, match=rf"as many queries as keys \({n_queries}, 6\)"):
+        EXACT.attention(q, k, v, None, True)
+
+
+def test_layers_follow_one_another_and_see_one_token_each() -> None:
+    x, layer, seen = torch.randn(2, 3, 5), torch.nn.Linear(5, 4), []
+
+    def spy(token: Tensor) -> Tensor:
+        seen.append((tuple(token.shape), token.storage_offset()))
+        return token
+
+    found = EXACT.rows(x, spy, layer, torch.exp)
+    torch.testing.assert_close(found, layer(x).exp())
+    assert seen == [((1, 1, 5), 0)] * 6
