@@ -15,6 +15,7 @@ from cli_probe import Ran, refused
 from kvtool import files
 from kvtool.commands import bench as command
 from kvtool.core import timing
+from kvtool.core.kernels import DefaultKernels
 from small_models import (
     answer,
     change_weights,
@@ -121,6 +122,7 @@ def test_lengths_out_of_order_are_sorted_each_once_with_a_note(bench: Callable[.
         ("--budget 0", "--budget: 0.0 is out of range"),
         ("--budget nan", "--budget: nan is out of range"),
         ("--caches paged", "--caches: 'paged' is not known"),
+        ("--kernels fast", "--kernels: 'fast' is not known (expected one of default, exact)"),
         ("--plot a.jpg", "--plot a.jpg: .jpg is not a plot format"),
         ("--plot none/a.png", "--plot none/a.png: the folder none does not exist"),
         ("--output a.xml", "--output a.xml: unknown format"),
@@ -192,6 +194,22 @@ def test_an_encoder_decoder_is_measured_with_a_source(
     message = refused(bench("--prompt-length", "65", model=model))
     assert message.startswith("--prompt-length 65: is too long (the model holds 64 tokens)")
     assert "with a prompt of 1 tokens" in refused(bench("--lengths", "64", model=model))
+
+
+@pytest.mark.parametrize("save", [save_decoder, save_seq2seq])
+def test_exact_kernels_are_measured_with_and_without_a_cache(
+    bench: Callable[..., Ran],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    save: Callable[[Path], Path],
+) -> None:
+    monkeypatch.delattr(DefaultKernels, "rows")  # not asked for anything
+    monkeypatch.delattr(DefaultKernels, "attention")
+    given = ["--kernels", "exact", "--caches", "none", "static"]
+    found = answer(bench("--json", *given, model=save(tmp_path)))
+    assert found["settings"]["kernels"] == found["kernels"] == "exact"
+    assert [len(row["samples_s"]) for row in found["measurements"]] == [2, 2]
+    assert "batch of 1, exact kernels" in bench(*given, model=tmp_path).out
 
 
 def test_the_reports_have_a_row_for_every_cell(bench: Callable[..., Ran], tmp_path: Path) -> None:

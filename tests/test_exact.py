@@ -282,11 +282,15 @@ def test_where_keys_stand_in_memory_does_not_matter(dtype: torch.dtype, head_dim
         inner = flat[offset:].view(2, 2, n + extra, head_dim)[:, :, :n]
         return inner.copy_(x)
 
-    for extra, offset in ((0, 1), (1, 0), (17, 0), (64, 0), (64, 16), (5, 3)):
-        moved = (buffered(x, extra, offset) for x in (k, v))
-        assert EXACT.attention(q, *moved, None, False).equal(expected), (extra, offset)
-    by_token = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
-    assert EXACT.attention(q, *by_token, None, False).equal(expected)
+    places = [(0, 1), (1, 0), (17, 0), (64, 0), (64, 16), (5, 3)]
+    moved = [[buffered(x, extra, offset) for x in (k, v)] for extra, offset in places]
+    moved.append([x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)])
+    for keys, values in moved:
+        assert EXACT.attention(q, keys, values, None, False).equal(expected)
+        for block in EXACT._blocks(keys[1], torch.promote_types(dtype, torch.float32)):
+            matrix, *inner = block.stride()  # this BLAS would not mind; another one may
+            assert block.data_ptr() % 64 == matrix * block.itemsize % 64 == 0
+            assert inner == [head_dim, 1]
 
 
 def test_a_padding_query_is_not_nan_and_blocks_without_a_key_add_nothing() -> None:

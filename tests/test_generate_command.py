@@ -15,6 +15,7 @@ import torch
 from cli_probe import Ran, refused
 from kvtool.commands.generate import one_line
 from kvtool.core import checkpoint
+from kvtool.core.kernels import DefaultKernels
 from kvtool.core.text import Tokenizer
 from kvtool.registry import CACHES
 from kvtool.ui.output import Output
@@ -116,6 +117,27 @@ def test_the_greedy_text_is_the_same_with_every_cache(
     if dtype in ("float32", "float64"):  # in the others rounding may choose another token
         assert len(set(found.values())) == 1
     assert all(len(text) > 10 for text in found.values())
+
+
+@pytest.mark.parametrize("folder", ["decoder", "seq2seq"])
+def test_exact_kernels_choose_the_same_tokens_with_every_cache_in_every_format(
+    generate: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    folder: str,
+) -> None:
+    """Even where rounding would tell the caches apart; and the default kernels are never asked."""
+    monkeypatch.delattr(DefaultKernels, "rows")
+    monkeypatch.delattr(DefaultKernels, "attention")
+    words = ["--prompt", "jail", "--max-tokens", "40", "--temperature", "0", "--kernels", "exact"]
+    for dtype in ("bfloat16", "float16", "float32"):
+        found = {}
+        for kind in ("none", "dynamic", "static"):
+            given = [*words, "--json", "--dtype", dtype, "--cache", kind]
+            document = answer(generate(*given, model=request.getfixturevalue(folder)))
+            assert document["settings"]["kernels"] == "exact"
+            found[kind] = document["results"]
+        assert found["none"] == found["dynamic"] == found["static"]
 
 
 def test_the_greedy_token_is_the_likeliest(generate: Callable[..., Ran], decoder: Path) -> None:
@@ -295,6 +317,10 @@ def test_a_source_that_the_model_cannot_read_is_named_by_its_line(
         ("--top-k 261", "--top-k: 261 is above the vocabulary of 260"),
         ("--seed -1", "--seed: -1 is too small"),
         ("--cache paged", "--cache: 'paged' is not known"),
+        (
+            "--kernels exakt",
+            "--kernels: 'exakt' is not known (expected one of default, exact). Did you mean exact?",
+        ),
         ("--device cuda", "--device cuda: there is no CUDA device here"),
         ("--dtype float8", "--dtype: 'float8' is not known"),
         ("--output a.xyz", "--output a.xyz: unknown format"),

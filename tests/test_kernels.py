@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvtool import registry
 from kvtool.core.cache import EMPTY
-from kvtool.core.kernels import DEFAULT, reference_attention, visible
+from kvtool.core.kernels import DEFAULT, make_kernels, reference_attention, visible
+from kvtool.errors import UsageError
 
 E = EMPTY  # short, for the tables
 
@@ -125,6 +127,13 @@ def test_causal_is_refused_where_it_would_be_aligned_wrongly(n_queries: int) -> 
     q, k, v = random_qkv(4, n_queries)
     with pytest.raises(ValueError, match=rf"as many queries as keys \({n_queries}, 6\)"):
         DEFAULT.attention(q, k, v, None, True)
+
+
+@pytest.mark.parametrize("name", registry.KERNELS)
+def test_kernels_are_made_by_name(name: str) -> None:
+    assert make_kernels(name).name == name
+    with pytest.raises(UsageError, match=f"--kernels: '{name}s' is not known"):
+        make_kernels(f"{name}s")
 
 
 def test_layers_follow_one_another() -> None:

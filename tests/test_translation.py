@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from kvtool.core import checkpoint, translation
+from kvtool.core.exact import EXACT
+from kvtool.core.kernels import DefaultKernels
 from kvtool.core.models import Model
 from kvtool.core.pairs import Pair, Splits
 from kvtool.core.runs import RunFolder
@@ -177,6 +179,18 @@ def test_many_sources_at_once_give_the_targets_of_each_alone_in_any_order(kind: 
     assert any(ended) and not all(ended)  # both ways to end are tried
     order = random.Random(1).sample(range(len(given)), len(given))
     assert translate(network, [given[i] for i in order], kind=kind) == [together[i] for i in order]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exact_kernels_give_each_source_its_target_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """In bfloat16 too, where rounding by the size of the batch may choose another token."""
+    monkeypatch.delattr(DefaultKernels, "rows")  # not asked for anything
+    monkeypatch.delattr(DefaultKernels, "attention")
+    network, given = model(7).to(dtype), sources()[::4]
+    together = translate(network, given, kernels=EXACT)
+    assert together == [translate(network, [ids], kernels=EXACT)[0] for ids in given]
 
 
 def test_more_sources_than_are_decoded_together_give_the_same(
