@@ -1,0 +1,252 @@
+"""`kvtool.verify`: the whole check of any decoder from Python, and the evidence in words."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtool import registry
+from kvtool.core.models import Model
+from kvtool.core.verify.check import MAIN, Checked, check_model, control, main_case
+from kvtool.core.verify.compare import Gap
+from kvtool.core.verify.judge import BUG, UNSUPPORTED, Case, Finding, Judge
+from kvtool.core.verify.scenarios import PREFILL, SCENARIOS
+from kvtool.core.verify.subject import Session, Start
+from kvtool.core.verify.target import TargetSession, TargetSubject
+from kvtool.core.verify.target_doctor import examine
+from kvtool.errors import UsageError
+
+OWN = "own"  # the kernels of a decoder that brings its own
+CONTROL_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found: true if all that was checked is right, something was, and the planted bug was
+    found. str() is the evidence."""
+
+    name: str
+    dtype: str
+    checked: tuple[Checked, ...]
+    control: Finding
+    guess: str = ""  # how an nn.Module was called
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        return tuple(checked.finding for checked in self.checked)
+
+    @property
+    def judged(self) -> tuple[Checked, ...]:
+        """All but what is beyond a subject's abilities, and kinds of cache that store nothing."""
+        return tuple(c for c in self.checked if c.stores and _ran(c.finding))
+
+    @property
+    def wrong(self) -> tuple[Checked, ...]:
+        """What was judged and is not right."""
+        return tuple(
+            c for c in self.checked if c.stores and not c.finding.right and _ran(c.finding)
+        )
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.judged) and not self.wrong and self.control.verdict == BUG
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.ok else 1
+
+    @property
+    def conclusion(self) -> str:
+        """The verdict in one line."""
+        n_judged = len(self.judged)
+        if self.wrong:
+            first = self.wrong[0].finding
+            step = "" if first.first_wrong is None else f" from step {first.first_wrong} on"
+            where = f"{first.verdict}: {first.scenario}{step}"
+            return f"{where} ({len(self.wrong)} of {n_judged} scenarios not right)"
+        if not n_judged:
+            return "nothing was checked"
+        if self.control.verdict != BUG:
+            return "the check failed: it did not report the bug that was planted to test it"
+        return f"right: {n_judged} of {n_judged} scenarios; the planted bug was found"
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}, {self.dtype}"]
+        if self.guess:
+            lines.append(self.guess)
+        cache = None
+        for checked in self.checked:
+            if checked.cache not in (cache, self.name):
+                lines.append(f"{checked.cache}:")
+            cache = checked.cache
+            lines.extend(evidence(checked.finding, self.dtype))
+        return "\n".join([*lines, self.conclusion])
+
+
+def evidence(finding: Finding, dtype: str) -> list[str]:
+    """A finding in a few lines: the verdict, the gaps, where, and what."""
+    step = "" if finding.first_wrong is None else f" at step {finding.first_wrong}"
+    text = f"{finding.verdict}{step}" + (f": {finding.evidence}" if finding.evidence else "")
+    gaps = ((finding.working, dtype), (finding.float64, "float64"), (finding.promoted, "promoted"))
+    shown = ", ".join(f"{gap.relative:.1e} {name}" for gap, name in gaps if isinstance(gap, Gap))
+    if finding.right and finding.working is not None:
+        text += f" ({finding.working.identical} of {finding.working.steps} steps identical"
+        text += f"; gap {shown})"
+        shown = ""
+    lines = [f"  {finding.scenario:<16} {text}"]
+    more = (("gap", shown), ("where", finding.diagnosis.place), ("what", finding.diagnosis.hint))
+    return lines + [f"  {'':<16} {name}: {words}" for name, words in more if words]
+
+
+def verify(
+    model: Any,
+    *,
+    ids: Tensor | Sequence[int] | None = None,
+    scenarios: Sequence[str] | None = None,
+    tokens: int = 64,
+    dtype: torch.dtype | None = None,
+    caches: Sequence[str] | None = None,
+    vocab_size: int = 0,
+    context: int = 0,
+) -> Report:
+    """Compare a decoder's cached with its uncached logits: bug or rounding, where, and what.
+
+    model: a model of kvtool's, an nn.Module, or an object with full and step as documented in
+    kvtool.core.verify.target. It is not changed: a copy of it is checked.
+    ids: what to decode (N,) or (1,N), the last `tokens` of it one by one, at most half; else they
+    are random. scenarios: names of SCENARIOS, all by default. dtype: the working format, the
+    model's own by default. caches: kinds for a model of kvtool's, all by default. vocab_size,
+    context: of another decoder, where they cannot be found.
+    Raises UsageError for what cannot be called, CheckFailed for logits that are not finite.
+    """
+    for name in scenarios or ():
+        registry.choose(name, tuple(SCENARIOS), "scenarios")
+    names = list(scenarios or SCENARIOS)
+    if isinstance(model, Model):
+        kinds = list(registry.CACHES) if caches is None else list(caches)
+        model = copy.deepcopy(model).eval()
+        return _verify_own(model.to(dtype) if dtype else model, ids, names, tokens, kinds)
+    if caches is not None:
+        raise UsageError("caches: only models of kvtool's can be given a kind of cache")
+    subject = TargetSubject(_copied(model), type(model).__name__, vocab_size, context)
+    if dtype is not None:
+        subject = subject.to(dtype)
+    main = decode_case(subject.vocab_size, subject.context, ids, tokens, subject.device)
+    checked = tuple(check_target(subject, names, main))
+    planted = target_control(subject, main)
+    return Report(subject.name, _name(subject.dtype), checked, planted, subject.guess)
+
+
+def check_target(
+    subject: TargetSubject,
+    scenarios: Sequence[str],
+    main: Case,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Iterator[Checked]:
+    """Judge the user's decoder in all scenarios, in that order. Raises CheckFailed."""
+    judge = Judge(subject, examine)
+    for scenario in scenarios:
+        tell(scenario)
+        case = main if scenario == MAIN else Case(SCENARIOS[scenario])
+        yield Checked(subject.name, OWN, True, judge.judge(case, thorough=scenario == MAIN))
+
+
+def decode_case(
+    vocab_size: int,
+    context: int,
+    ids: Tensor | Sequence[int] | None = None,
+    tokens: int = 64,
+    device: torch.device | str = "cpu",
+) -> Case:
+    """The scenario `decode` on ids, or on random ones: the last `tokens` of them one by one.
+
+    Raises UsageError for ids that the decoder does not have, or too many of them.
+    """
+    if ids is None:
+        length = min(PREFILL + tokens, context)
+        generator = torch.Generator().manual_seed(0)
+        given = torch.randint(vocab_size, (1, length), generator=generator)
+        return Case(SCENARIOS[MAIN], given.to(device), PREFILL if length > PREFILL else length // 2)
+    given = torch.as_tensor(ids, device=device)
+    given = given[None] if given.dim() == 1 else given
+    n = given.shape[-1]
+    if given.dim() != 2 or given.shape[0] != 1 or given.is_floating_point() or n < 2:
+        shape = tuple(given.shape)
+        raise UsageError(f"ids: {shape} of {given.dtype} (expected whole numbers (N,), 2 or more)")
+    if n > context:
+        raise UsageError(f"ids: {n} are too many (the decoder holds {context})")
+    unknown = given[(given < 0) | (given >= vocab_size)].tolist()
+    if unknown:
+        raise UsageError(f"ids: {unknown[0]} is none of the decoder's {vocab_size}")
+    return Case(SCENARIOS[MAIN], given.long(), n - max(1, min(tokens, n // 2)))
+
+
+def target_control(subject: TargetSubject, main: Case) -> Finding:
+    """Judge the decoder with a planted bug: a check that calls this right is worth nothing."""
+    given = main.given
+    if given is not None:
+        given = given[:, : main.n_prompt + CONTROL_STEPS]
+    case = Case(main.scenario, given, main.n_prompt)
+    return Judge(subject.with_session(WrongToken)).judge(case)
+
+
+class WrongToken(TargetSession):
+    """A session that stores another first token than it was fed."""
+
+    def __init__(self, subject: TargetSubject, start: Start) -> None:
+        super().__init__(subject, start)
+        self.right: Session | None = TargetSession(subject, start)
+
+    def feed(self, ids: Tensor) -> Tensor:
+        if self.right is None:
+            return super().feed(ids)
+        # The first step answers rightly, so that the bug has to be found in what was stored.
+        found, self.right = self.right.feed(ids), None
+        wrong = ids.clone()
+        wrong[:, 0] = (wrong[:, 0] + 1) % self.subject.vocab_size
+        super().feed(wrong)
+        return found
+
+
+def _verify_own(
+    model: Model,
+    ids: Tensor | Sequence[int] | None,
+    scenarios: Sequence[str],
+    tokens: int,
+    caches: Sequence[str],
+) -> Report:
+    config, weight = model.config, next(model.parameters())
+    if config.n_encoder_layers:
+        case = decode_case(config.source_vocab_size, config.context, ids, 1, weight.device)
+        assert case.given is not None
+        main = main_case(model, case.given, min(tokens, config.context - 1))
+    else:
+        main = decode_case(config.vocab_size, config.context, ids, tokens, weight.device)
+    checked = tuple(check_model(model, caches, ["default"], scenarios, main))
+    planted = control(model, main)
+    return Report(type(model).__name__, _name(weight.dtype), checked, planted)
+
+
+def _ran(finding: Finding) -> bool:
+    """Whether a scenario was played: one that is beyond a subject was not."""
+    return finding.verdict != UNSUPPORTED or finding.working is not None
+
+
+def _copied(model: Any) -> Any:
+    """A copy, so that the user's model keeps its mode; itself if it cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except (TypeError, RuntimeError):
+        return model
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,26 @@
+"""For the tests of a decoder: an assertion that shows the evidence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvtool.errors import CheckFailed
+
+
+def assert_cache_matches(model: Any, ids: Any = None, **options: Any) -> None:
+    """Raise AssertionError, with all the evidence, unless a decoder's cache is right.
+
+    model, ids and options as for kvtool.verify.
+
+    >>> def test_my_cache():
+    ...     assert_cache_matches(my_decoder.build())
+    """
+    __tracebackhide__ = True  # pytest then points at the test, not here
+    from kvtool.core.verify.api import verify
+
+    try:
+        report = verify(model, ids=ids, **options)
+    except CheckFailed as error:
+        raise AssertionError(str(error)) from error
+    if not report.ok:
+        raise AssertionError(str(report))
