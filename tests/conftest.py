@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Before torch is loaded. Models here are tiny: a second thread would only be waited for, and on a
+# busy machine for long. Tests of threads set their number themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import signal
 import sys
 import types

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,10 @@ from kvtool import registry
 from kvtool.commands.verify_cache import Report, Row
 from kvtool.core import verify
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.registry import CACHES
+from kvtool.core.verify.compare import Gap
+from kvtool.core.verify.judge import Finding
+from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.registry import CACHES, KERNELS
 from planted_bugs import LowStorage, OtherLayer, WrongBelowFloat64
 from small_models import (
     answer,
@@ -27,6 +32,7 @@ from small_models import (
 )
 
 PROMPT = "Hear me speak."
+EXAMPLE = Path(__file__).parent.parent / "docs" / "my_decoder.py"
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +62,69 @@ def check(kv: Callable[..., Ran], decoder: str) -> Callable[..., Ran]:
 
 
 def test_right_caches_get_exit_0_and_a_sentence(check: Callable[..., Ran]) -> None:
-    ran = check()
+    ran = check("--scenarios", "decode")
     assert ran.code == 0
-    rows = [line.split() for line in ran.out.splitlines() if " of 8 " in line]
-    assert [row[0] for row in rows] == [*CACHES, "planted"]
-    assert ran.out.splitlines()[-1] == (
-        "✓ rounding only: 2 kinds of cache over 8 steps, no bug; the planted bug was found"
-    )
+    rows = [line.split() for line in ran.out.splitlines() if " of 8 " in line or " of 9 " in line]
+    assert [row[:2] for row in rows] == [
+        *([kind, kernels] for kind in CACHES for kernels in KERNELS),
+        ["planted", "bug"],
+    ]
+    assert "; the planted bug was found" in ran.out.splitlines()[-1]
+
+
+def test_exact_kernels_are_identical_in_every_scenario(check: Callable[..., Ran]) -> None:
+    ran = check("--caches", "dynamic", "static", "--kernels", "exact")
+    assert ran.code == 0
+    steps = re.search(r"✓ exact kernels: (\d+) of (\d+) steps identical, bit for bit", ran.out)
+    assert steps is not None and steps[1] == steps[2]
+    found = answer(check("--json", "--caches", "dynamic", "static", "--kernels", "exact"))
+    verdicts = {row["verdict"] for row in found["checks"]}
+    assert verdicts == {"identical", "unsupported"}
+    assert {row["max_ulp"] for row in found["checks"]} == {0.0}
+
+
+def test_there_is_a_row_for_every_cache_kernels_and_scenario(check: Callable[..., Ran]) -> None:
+    found = answer(check("--json", "--tokens", "4"))
+    assert [(row["cache"], row["kernels"], row["scenario"]) for row in found["checks"]] == [
+        (kind, kernels, name) for kind in CACHES for kernels in KERNELS for name in SCENARIOS
+    ]
+
+
+def test_rows_that_came_out_alike_are_one_line_unless_v_is_given(check: Callable[..., Ran]) -> None:
+    options = ("--caches", "static", "--kernels", "default")
+    short, long = check(*options), check(*options, "-v")
+    assert short.code == long.code == 0
+    assert "more" in short.out and "permuted" not in short.out
+    assert all(name in long.out for name in SCENARIOS)
+
+
+def test_scenarios_are_listed_and_misspelt_ones_are_corrected(check: Callable[..., Ran]) -> None:
+    ran = check("--scenarios", "help")
+    assert ran.code == 0
+    assert all(name in ran.out for name in SCENARIOS)
+    message = refused(check("--scenarios", "cropp"))
+    assert message.startswith("--scenarios: 'cropp' is not known")
+    assert message.endswith("Did you mean crop?")
+
+
+def test_a_scenario_beyond_the_context_is_unsupported_and_not_an_error(
+    kv: Callable[..., Ran], tmp_path: Path
+) -> None:
+    model = str(save_decoder(tmp_path / "short", context=20))
+    ran = kv("--model", model, "--prompt", "ab", "--tokens", "4", "--json", command="verify-cache")
+    rows = {row["scenario"]: row for row in answer(ran)["checks"] if row["cache"] == "static"}
+    assert rows["decode"]["right"]
+    assert rows["chunks"]["verdict"] == "unsupported"
+    assert rows["chunks"]["evidence"].endswith("tokens of context (the model holds 20)")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_every_dtype_is_judged(check: Callable[..., Ran], dtype: str) -> None:
-    found = answer(check("--dtype", dtype, "--json"))
+    found = answer(check("--dtype", dtype, "--json", "--scenarios", "decode", "crop"))
     assert found["dtype"] == found["settings"]["run"]["dtype"] == dtype
-    verdicts = {row["cache"]: row["verdict"] for row in found["kinds"]}
-    assert verdicts.pop("none") == "vacuous"
-    assert set(verdicts) == set(CACHES) - {"none"}
-    assert set(verdicts.values()) <= {"identical", "rounding"}
+    verdicts = {(row["cache"], row["verdict"]) for row in found["checks"]}
+    assert {verdict for cache, verdict in verdicts if cache == "none"} == {"vacuous"}
+    assert {verdict for cache, verdict in verdicts if cache != "none"} <= {"identical", "rounding"}
     assert found["control"]["verdict"] == "bug"
 
 
@@ -81,7 +133,11 @@ def test_an_encoder_decoder_is_judged_from_a_source(
 ) -> None:
     found = answer(check("--json", "--prompt", "jail", model=seq2seq))
     assert found["prompt_tokens"] == 4
-    assert {row["verdict"] for row in found["kinds"]} <= {"vacuous", "identical", "rounding"}
+    assert all(row["right"] for row in found["checks"] if row["verdict"] in ("bug", "error"))
+    sources = [row for row in found["checks"] if row["scenario"] == "two-sources"]
+    assert {row["verdict"] for row in sources if row["kernels"] == "exact" and row["stores"]} == {
+        "identical"
+    }
     assert found["control"]["first_wrong_step"] == 1
 
 
@@ -89,30 +145,30 @@ def test_without_a_prompt_there_is_one_that_suits_the_model(
     kv: Callable[..., Ran], decoder: str, seq2seq: str
 ) -> None:
     for model in (decoder, seq2seq):
-        ran = kv("--model", model, "--tokens", "4", "--json", command="verify-cache")
-        assert answer(ran)["prompt_tokens"] > 1
+        given = ("--model", model, "--tokens", "4", "--scenarios", "decode")
+        assert answer(kv(*given, "--json", command="verify-cache"))["prompt_tokens"] > 1
 
 
 def test_the_document_and_the_table_hold_the_same_rows(
     check: Callable[..., Ran], tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.csv"
-    found = answer(check("--json", "--output", str(path)))
+    found = answer(check("--json", "--output", str(path), "--scenarios", "decode", "fork"))
     assert found["schema"] == "kvtool.verify-cache/1"
     assert found["exit_code"] == 0
     rows = list(csv.DictReader(io.StringIO(path.read_text())))
-    assert [row["cache"] for row in rows] == [*CACHES, "planted bug"]
+    assert len(rows) == len(CACHES) * len(KERNELS) * 2 + 1
     assert [int(row["identical_steps"]) for row in rows] == [
-        row["identical_steps"] for row in [*found["kinds"], found["control"]]
+        row["identical_steps"] for row in [*found["checks"], found["control"]]
     ]
 
 
 def test_markdown_has_a_line_for_every_cache(check: Callable[..., Ran], tmp_path: Path) -> None:
     path = tmp_path / "rows.md"
-    assert check("-q", "--output", str(path)).err == ""
+    assert check("-q", "--output", str(path), "--scenarios", "decode").err == ""
     lines = path.read_text().splitlines()
     assert lines[0] == "# kvtool verify-cache"
-    assert len(lines) == 4 + len(CACHES) + 1
+    assert len(lines) == 4 + len(CACHES) * len(KERNELS) + 1
 
 
 @pytest.mark.parametrize("columns", [80, 60])
@@ -125,6 +181,13 @@ def test_the_table_fits_the_terminal(
     assert any(line.split()[-2:] == ["step", "1"] for line in lines)
 
 
+def test_the_gap_by_step_is_drawn(check: Callable[..., Ran], tmp_path: Path) -> None:
+    path = tmp_path / "gap.png"
+    ran = check("--plot", str(path), "--scenarios", "decode")
+    assert ran.code == 0 and f"plot: {path}" in ran.err
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_help_explains_every_option(
     kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,29 +198,61 @@ def test_the_help_explains_every_option(
 # Bugs
 
 
-@pytest.mark.parametrize("mutant", [OtherLayer, LowStorage, WrongBelowFloat64])
+@pytest.mark.parametrize(
+    ("mutant", "last", "line"),
+    [
+        (OtherLayer, "bug, step 1 in decode", "what: past values are read from layer 0"),
+        (LowStorage, "precision lost, step 1 in decode", "below the model's own format"),
+        (WrongBelowFloat64, "bug, step 1 in decode", "wrong in float32 alone"),
+    ],
+)
 def test_a_bug_in_a_registered_kind_gets_exit_1_and_its_step(
-    check: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, mutant: type[DynamicCache]
+    check: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
+    mutant: type[DynamicCache],
+    last: str,
+    line: str,
 ) -> None:
     monkeypatch.setitem(registry.CACHES, "dynamic", f"planted_bugs:{mutant.__name__}")
-    ran = check()
+    ran = check("--caches", "dynamic", "--kernels", "default", "--scenarios", "decode", "crop")
     assert ran.code == 1
-    last = ran.out.splitlines()[-1]
-    where = "in float32 alone" if mutant is WrongBelowFloat64 else "also in float64"
-    assert last == f"✗ bug: the cached logits are wrong, {where} (dynamic from step 1)"
+    assert ran.out.splitlines()[-1].startswith(f"✗ dynamic: {last}")
+    assert line in " ".join(ran.out.split())
+
+
+def test_a_bug_is_located_in_words_and_in_json(
+    check: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.CACHES, "dynamic", "planted_bugs:OtherLayer")
+    options = ("--caches", "dynamic", "--kernels", "default", "--scenarios", "decode")
+    assert "where: layer 1, stored V (of tokens 0-13)" in check(*options).out
+    row = answer(check(*options, "--json"), code=1)["checks"][0]
+    assert (row["layer"], row["part"], row["first_wrong_step"]) == (1, "stored V", 1)
+    assert row["hint"] == "past values are read from layer 0 in every layer"
+    assert row["gap"] > 1e-3 and row["gap_float64"] > 1e-3 and row["gap_promoted"] > 1e-3
 
 
 def test_a_bug_whose_gap_is_infinite_is_null_in_json(
     check: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(registry.CACHES, "static", "planted_bugs:NaNBehind")
-    found = answer(check("--json", "--caches", "static"), code=1)
-    assert found["kinds"][0]["gap"] is None
-    assert found["kinds"][0]["verdict"] == "bug"
+    options = ("--caches", "static", "--kernels", "default", "--scenarios", "decode")
+    found = answer(check("--json", *options), code=1)
+    assert found["checks"][0]["gap"] is None
+    assert found["checks"][0]["verdict"] == "bug"
+
+
+def test_a_kind_that_was_only_checked_in_vain_is_exit_1(
+    check: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DynamicCache, "vacuous", lambda self: "nothing was evicted")
+    ran = check("--caches", "dynamic", "--scenarios", "decode")
+    assert ran.code == 1
+    assert ran.out.splitlines()[-1] == "✗ nothing was checked of dynamic"
 
 
 def test_only_none_checks_nothing_and_is_exit_1(check: Callable[..., Ran]) -> None:
-    ran = check("--caches", "none")
+    ran = check("--caches", "none", "--scenarios", "decode")
     assert ran.code == 1
     assert "nothing cached" in ran.out
     assert ran.out.splitlines()[-1].startswith("✗ nothing was checked")
@@ -166,8 +261,8 @@ def test_only_none_checks_nothing_and_is_exit_1(check: Callable[..., Ran]) -> No
 def test_a_control_that_is_not_found_makes_the_check_fail(
     check: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "LostKey", DynamicCache)
-    ran = check()
+    monkeypatch.setattr(verify.check, "LostKey", DynamicCache)
+    ran = check("--scenarios", "decode")
     assert ran.code == 1
     assert ran.out.splitlines()[-1].startswith("✗ the check failed: it did not report the bug")
 
@@ -223,9 +318,47 @@ def test_a_source_longer_than_the_context_is_refused(
     assert message.startswith("source 1: is 65 tokens long (the model holds 64)")
 
 
-def test_a_row_is_worded_by_its_verdict() -> None:
-    right = Row("static", 8, 8, None, 0.0, 0.0, 0.0, "identical", None)
-    wrong = Row("static", 8, 1, 1, 9e5, 0.1, 0.1, "bug", 1)
-    report = Report([right], wrong, 3, "float32")
-    assert report.conclusion.startswith("identical, bit for bit: 1 kind of cache over 8 steps")
-    assert (report.exit_code, Report([wrong], wrong, 3, "float32").exit_code) == (0, 1)
+def test_the_conclusion_names_the_worst_and_counts_the_rest() -> None:
+    right = row_of("static", "identical", identical=8)
+    wrong = row_of("dynamic", "bug", identical=1)
+    control = row_of("planted bug", "bug", identical=1)
+    report = Report([right, wrong, replace(wrong, scenario="crop")], control, 3, "float32")
+    assert report.conclusion == "dynamic: bug, step 1 in decode and 1 more"
+    assert report.exit_code == 1
+    report = Report([right], control, 3, "float32")
+    assert report.conclusion.startswith("default kernels: 8 of 8 steps identical, bit for bit")
+    assert report.exit_code == 0
+
+
+def row_of(cache: str, verdict: str, identical: int) -> Row:
+    wrong = 1 if verdict == "bug" else None
+    gap = Gap(8, identical, wrong, 0.1 if wrong else 0.0, 9e5 if wrong else 0.0)
+    finding = Finding("decode", verdict, working=gap, float64=gap, first_wrong=wrong)
+    return Row.of(cache, "default", finding)
+
+
+# The user's own decoder, and the self-test
+
+
+def test_a_decoder_of_the_user_takes_no_prompt(check: Callable[..., Ran]) -> None:
+    ran = check("--target", f"{EXAMPLE}:build", "--prompt", "x")
+    assert refused(ran).startswith("--prompt: contradicts --target")
+
+
+def test_the_self_test_prints_what_was_planted_and_exits_by_it(
+    kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvtool.core.verify import selftest
+
+    few = tuple(m for m in selftest.MUTANTS if m.bug_class in (1, 12))[:4]
+    monkeypatch.setattr(selftest, "MUTANTS", few)
+    monkeypatch.setattr(selftest, "LOOKALIKES", selftest.LOOKALIKES[:2])
+    ran = kv("--self-test", "--device", "cpu", command="verify-cache")
+    assert ran.code == 0
+    assert ran.out.splitlines()[-1].startswith(f"✓ {len(few)} of {len(few)} planted bugs caught")
+    assert "0 of 2 right caches reported falsely" in ran.out
+    for name in ("ROUNDING_64", "NOISE"):
+        monkeypatch.setattr(f"kvtool.core.verify.judge.{name}", 1e30)
+    ran = kv("--self-test", "--device", "cpu", "--json", command="verify-cache")
+    found = answer(ran, code=1)
+    assert [o["caught"] for o in found["planted"]] == [False] * len(few)

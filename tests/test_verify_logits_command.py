@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -228,10 +229,13 @@ def test_another_tokenizer_is_a_mismatch(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--against torch", "--against: 'torch' is not known (expected one of numpy)"),
+        (
+            "--against torch",
+            "--against: 'torch' is not known (expected one of numpy, transformers)",
+        ),
         ("--against numpy --reference a.npz", "--reference: contradicts --against"),
-        ("--prompt x", "--prompt: needs --against numpy"),
-        ("--save-reference a.safetensors", "--save-reference: needs --against numpy"),
+        ("--prompt x", "--prompt: needs --against"),
+        ("--save-reference a.safetensors", "--save-reference: needs --against"),
         ("--against numpy --save-reference a.npz", "--save-reference a.npz: .npz (expected"),
         ("--against numpy --save-reference no/a.safetensors", "--save-reference no/a.safetensors:"),
         ("--against numpy --prompt=", "--prompt: is empty"),
@@ -244,6 +248,22 @@ def test_wrong_usage_is_exit_2(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert refused(verify(*words.split())).startswith(message)
+
+
+def test_a_model_of_transformers_agrees_with_the_oracle(verify: Callable[..., Ran]) -> None:
+    pytest.importorskip("transformers")
+    ran = verify("--against", "transformers", "--prompt", "To be")
+    assert ran.code == 0
+    assert "positions agree with transformers' model to" in ran.out
+
+
+def test_a_missing_transformers_is_named(
+    verify: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = refused(verify("--against", "transformers"))
+    assert message.startswith("--against transformers: transformers is not installed")
+    assert "pip install 'kvtool[hf]'" in message
 
 
 def test_a_prompt_longer_than_the_context_is_refused(verify: Callable[..., Ran]) -> None:

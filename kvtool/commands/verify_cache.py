@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvtool.commands import self_test as st
 from kvtool.config import RunConfig, check_int
+from kvtool.errors import FileError, UsageError
+from kvtool.registry import KERNELS, choose
 from kvtool.ui import options as o
+from kvtool.ui.lists import list_option
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
 
+if TYPE_CHECKING:
+    from kvtool.core.verify.judge import Finding
+
 DEFAULT_PROMPT = "To be, or not to be, that is the question:\n"
 SOURCE_PROMPT = "workbench"
+ALL_KERNELS = list(KERNELS)
+EVERY: list[str] = []  # scenarios
 
 
 @dataclass(frozen=True)
@@ -22,176 +32,398 @@ class Settings:
 
     run: RunConfig
     caches: list[str]
+    kernels: list[str]
+    scenarios: list[str]  # none: all
     tokens: int
     prompt: str | None
+    target: str | None = None
+    plot: Path | None = None
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2)
+        if self.plot is not None and not self.plot.parent.is_dir():
+            raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
 
 
 @dataclass
 class Row:
-    """One kind of cache against the uncached run. Steps count from 0, the prompt's own."""
+    """A kind of cache with some kernels in one scenario, against the uncached run.
+
+    Steps count the calls of the model from 0. A gap is the largest difference over the largest
+    logit; None was not needed for the verdict.
+    """
 
     cache: str
+    kernels: str
+    scenario: str
+    verdict: str
+    right: bool
+    evidence: str
     steps: int
     identical_steps: int
     first_difference: int | None
     max_ulp: float
-    gap: float
-    gap_float64: float
-    verdict: str
+    gap: float | None
+    gap_float64: float | None
+    gap_promoted: float | None
     first_wrong_step: int | None
+    layer: int | None
+    part: str
+    heads: list[int]
+    place: str
+    hint: str
+    gap_by_step: dict[str, list[float]]
+    stores: bool = True
 
     @classmethod
-    def of(cls, verdict: Any) -> Row:
-        working, exact = verdict.working, verdict.float64
+    def of(cls, cache: str, kernels: str, finding: Finding, stores: bool = True) -> Row:
+        working, exact, promoted = finding.working, finding.float64, finding.promoted
+        found = finding.diagnosis
         return cls(
-            cache=verdict.kind,
-            steps=working.steps,
-            identical_steps=working.identical,
-            first_difference=working.first,
-            max_ulp=working.ulps,
-            gap=working.relative,
-            gap_float64=exact.relative,
-            verdict=verdict.verdict,
-            first_wrong_step=verdict.first_wrong,
+            cache=cache,
+            kernels=kernels,
+            scenario=finding.scenario,
+            verdict=finding.verdict,
+            right=finding.right,
+            evidence=finding.evidence,
+            steps=working.steps if working else 0,
+            identical_steps=working.identical if working else 0,
+            first_difference=working.first if working else None,
+            max_ulp=working.ulps if working else 0.0,
+            gap=working.relative if working else None,
+            gap_float64=exact.relative if exact else None,
+            gap_promoted=promoted.relative if promoted else None,
+            first_wrong_step=finding.first_wrong,
+            layer=found.layer,
+            part=found.part,
+            heads=list(found.heads),
+            place=found.place,
+            hint=found.hint,
+            gap_by_step=finding.by_step,
+            stores=stores,
         )
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the check ran, and the answer is no."""
+        return not self.right and self.verdict not in ("unsupported", "vacuous")
+
+    def words(self) -> str:
+        """The verdict, as a table says it."""
+        if self.verdict == "vacuous" and not self.stores:
+            return "nothing cached"
+        step = self.first_wrong_step
+        if step is None or self.right:
+            return self.verdict
+        word = "precision lost" if self.verdict == "precision" else self.verdict
+        return f"{word}, step {step}"
 
 
 @dataclass
 class Report:
-    """What was found, and whether the check found the bug that was planted to test it."""
+    """All rows, and whether the check found the bug that was planted to test it."""
 
-    kinds: list[Row]
-    control: Row
+    checks: list[Row]
+    control: Row | None
     prompt_tokens: int
     dtype: str
+    seconds: float = 0.0
+    verbose: bool = field(default=False, repr=False)
 
     @property
     def bugs(self) -> list[Row]:
-        return [row for row in self.kinds if row.verdict == "bug"]
+        return [row for row in self.checks if row.wrong]
 
     @property
-    def judged(self) -> list[Row]:
-        return [row for row in self.kinds if row.verdict != "vacuous"]
+    def vacuous(self) -> list[str]:
+        """Kinds that store something, and were only checked in vain."""
+        kinds = dict.fromkeys(row.cache for row in self.checks if row.stores)
+        judged = {row.cache for row in self.checks if row.verdict not in ("vacuous", "unsupported")}
+        return [kind for kind in kinds if kind not in judged]
 
     @property
     def trustworthy(self) -> bool:
-        return self.control.verdict == "bug"
+        return self.control is None or self.control.verdict == "bug"
+
+    @property
+    def judged(self) -> list[Row]:
+        return [row for row in self.checks if row.right and row.stores]
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.judged and not self.bugs and self.trustworthy else 1
+        right = self.judged and not self.bugs and not self.vacuous and self.trustworthy
+        return 0 if right else 1
 
     @property
     def conclusion(self) -> str:
         """The last line, in words."""
         if not self.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
+        if self.bugs:
+            kinds = dict.fromkeys((row.cache, row.verdict) for row in self.bugs)
+            return "; ".join(f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds)
+        if self.vacuous:
+            return f"nothing was checked of {', '.join(self.vacuous)}"
         if not self.judged:
             return "nothing was checked: no kind of cache was given that stores anything"
-        if self.bugs:
-            parts = [f"{row.cache} from step {row.first_wrong_step}" for row in self.bugs]
-            return f"bug: the cached logits are wrong, {self.where_wrong} ({', '.join(parts)})"
-        steps = self.judged[0].steps
-        same = all(row.verdict == "identical" for row in self.judged)
-        what = "identical, bit for bit" if same else "rounding only"
-        kinds = len(self.judged)
-        caches = "1 kind of cache" if kinds == 1 else f"{kinds} kinds of cache"
-        return f"{what}: {caches} over {steps} steps, no bug; the planted bug was found"
+        kernels = dict.fromkeys(row.kernels for row in self.judged)
+        parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
+        control = "; the planted bug was found" if self.control else ""
+        return "; ".join(parts) + control
 
-    @property
-    def where_wrong(self) -> str:
-        from kvtool.core.verify import ROUNDING_64
+    def _worst(self, kind: str, verdict: str) -> str:
+        rows = [row for row in self.bugs if (row.cache, row.verdict) == (kind, verdict)]
+        names = list(dict.fromkeys(row.scenario for row in rows))
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"{rows[0].words()} in {names[0]}{more}"
 
-        low_only = all(row.gap_float64 <= ROUNDING_64 for row in self.bugs)
-        return f"in {self.dtype} alone" if low_only else "also in float64"
+    def _steps(self, kernels: str) -> str:
+        rows = [row for row in self.judged if row.kernels == kernels]
+        same, steps = sum(row.identical_steps for row in rows), sum(row.steps for row in rows)
+        if same == steps:
+            return f"{same:,} of {steps:,} steps identical, bit for bit"
+        loose = [row for row in rows if row.verdict != "identical"]
+        precise = all(row.verdict == "rounding" for row in loose)
+        what = "rounding only" if precise else "rounding, or the model's own precision"
+        return f"{what} ({same:,} of {steps:,} steps identical)"
 
     def rows(self) -> list[dict[str, Any]]:
-        return [vars(row) for row in [*self.kinds, self.control]]
+        flat = [*self.checks, *([self.control] if self.control else [])]
+        return [{k: v for k, v in vars(row).items() if k != "gap_by_step"} for row in flat]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "conclusion": self.conclusion}
+        fields = {key: value for key, value in vars(self).items() if key != "verbose"}
+        return {**fields, "exit_code": self.exit_code, "conclusion": self.conclusion}
 
 
 def run(settings: Settings, out: Output) -> Report:
-    """Judge every kind of cache against one pair of uncached runs."""
+    """Judge every kind of cache in every scenario, then a planted bug."""
+    import time
+
+    from kvtool.core.machine import prepare
+    from kvtool.core.verify.scenarios import SCENARIOS
+
+    names = settings.scenarios or list(SCENARIOS)
+    for name in names:
+        choose(name, list(SCENARIOS), "--scenarios")
+    started = time.perf_counter()
+    device, dtype = prepare(settings.run)
+    check = check_target if settings.target else check_model
+    report = check(settings, names, device, dtype, out)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def check_model(
+    settings: Settings, names: list[str], device: Any, dtype: Any, out: Output
+) -> Report:
+    """Check a checkpoint with kvtool's caches and kernels."""
     import torch
 
     from kvtool.core import checkpoint
-    from kvtool.core.machine import prepare
     from kvtool.core.translation import check_sources
-    from kvtool.core.verify import Check
+    from kvtool.core.verify import check
 
-    device, dtype = prepare(settings.run)
     loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
     reader = loaded.source_tokenizer or loaded.tokenizer
     default = SOURCE_PROMPT if loaded.source_tokenizer else DEFAULT_PROMPT
     ids = reader.encode(default if settings.prompt is None else settings.prompt)
-    check_prompt(ids)
-    if loaded.source_tokenizer is not None:
-        check_sources([ids], loaded.config.context)
-    with out.progress("uncached", total=len(settings.caches) + 2) as bar:
-        check = Check(loaded.model, torch.tensor([ids], device=device), settings.tokens)
-        bar.advance()
-        found = []
-        for kind in settings.caches:
-            bar.update(kind)
-            found.append(Row.of(check.judge(kind)))
-            bar.advance()
-        control = Row.of(check.control())
-    return Report(found, control, len(ids), settings.run.dtype)
-
-
-def check_prompt(ids: list[int]) -> None:
-    """Raise UsageError for a prompt without a token."""
-    from kvtool.errors import UsageError
-
     if not ids:
         raise UsageError("--prompt: is empty (expected 1 token or more)")
+    if loaded.source_tokenizer is not None:
+        check_sources([ids], loaded.config.context)
+    total = len(settings.caches) * len(settings.kernels) * len(names) + 1
+    with out.progress("verify-cache", total) as bar:
+        main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
+        rows = []
+        for found in check.check_model(
+            loaded.model, settings.caches, settings.kernels, names, main, bar.update
+        ):
+            rows.append(Row.of(found.cache, found.kernels, found.finding, found.stores))
+            bar.advance()
+        control = Row.of("planted bug", "default", check.control(loaded.model, main))
+    return Report(rows, control, len(ids), settings.run.dtype, verbose=out.verbose)
+
+
+def check_target(
+    settings: Settings, names: list[str], device: Any, dtype: Any, out: Output
+) -> Report:
+    """Check the user's own decoder, from a file of Python."""
+    from kvtool.core.verify import api
+    from kvtool.core.verify.target_file import target_subject
+
+    if settings.prompt is not None:
+        raise UsageError("--prompt: contradicts --target", "A decoder of yours is fed random ids.")
+    subject = target_subject(settings.target or "")
+    if subject.guess:
+        out.note(subject.guess)
+    main = api.decode_case(
+        subject.vocab_size, subject.context, None, settings.tokens, subject.device
+    )
+    with out.progress("verify-cache", len(names) + 1) as bar:
+        rows = []
+        for found in api.check_target(subject, names, main, bar.update):
+            rows.append(Row.of(found.cache, found.kernels, found.finding))
+            bar.advance()
+        control = Row.of("planted bug", "own", api.target_control(subject, main))
+    name = str(subject.dtype).removeprefix("torch.")
+    return Report(rows, control, main.n_prompt, name, verbose=out.verbose)
 
 
 def show(report: Report, out: Output) -> None:
-    """The table and the conclusion."""
+    """A row for each scenario, but one for all that came out alike; then every bug in words."""
     columns = [
         Column("cache", "left", key=True),
+        Column("kernels", "left", key=True),
+        Column("scenario", "left", key=True),
         Column("identical steps"),
-        Column("first other"),
         Column("max ULP"),
         Column(f"gap {report.dtype}"),
-        Column("gap float64"),
+        Column("float64"),
+        Column("promoted"),
         Column("verdict", "left"),
     ]
-    rows = [
-        [
-            row.cache,
-            f"{row.identical_steps} of {row.steps}",
-            "-" if row.first_difference is None else str(row.first_difference),
-            f"{row.max_ulp:,.1f}" if row.max_ulp < 1e5 else f"{row.max_ulp:.0e}",
-            f"{row.gap:.1e}",
-            f"{row.gap_float64:.1e}",
-            words(row),
-        ]
-        for row in [*report.kinds, report.control]
-    ]
+    rows = [table_row(group) for group in grouped(report)]
     out.table("Cached against uncached logits, the same tokens fed to both", columns, rows)
+    for rows in alike(report.bugs):
+        first, *others = rows
+        out.text(f"{first.cache}, {first.kernels} kernels, {first.scenario}: {first.words()}")
+        for label, text in (
+            ("", first.evidence),
+            ("where: ", first.place),
+            ("what: ", first.hint),
+            ("the same in: ", ", ".join(row.scenario for row in others)),
+        ):
+            if text:
+                out.text(f"  {label}{text}")
     out.verdict(report.exit_code == 0, report.conclusion)
 
 
-def words(row: Row) -> str:
-    """A verdict as the table says it."""
-    if row.verdict == "bug":
-        return f"bug, from step {row.first_wrong_step}"
-    return "nothing cached" if row.verdict == "vacuous" else row.verdict
+def alike(rows: list[Row]) -> list[list[Row]]:
+    """Bugs of one kind of cache and kernels that have one explanation; without one, each alone."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        single = "" if row.hint and not row.hint.startswith("none of") else row.scenario
+        groups.setdefault((row.cache, row.kernels, row.hint, single), []).append(row)
+    return list(groups.values())
+
+
+def grouped(report: Report) -> list[list[Row]]:
+    """Rows that a table shows as one: the same kind, kernels and good verdict. -v shows each."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    shown = [row for row in report.checks if report.verbose or row.verdict != "unsupported"]
+    for row in [*shown, *([report.control] if report.control else [])]:
+        single = row.scenario if report.verbose or row.wrong or row.scenario == "decode" else ""
+        groups.setdefault((row.cache, row.kernels, row.verdict, single), []).append(row)
+    return list(groups.values())
+
+
+def table_row(rows: list[Row]) -> list[str]:
+    """One line of the table for one row, or for several that came out alike."""
+    first = rows[0]
+    same, steps = sum(row.identical_steps for row in rows), sum(row.steps for row in rows)
+    return [
+        first.cache,
+        first.kernels,
+        first.scenario if len(rows) == 1 else f"{len(rows)} more",
+        f"{same:,} of {steps:,}" if steps else "-",
+        ulps(max(row.max_ulp for row in rows)) if steps else "-",
+        *(worst(rows, name) for name in ("gap", "gap_float64", "gap_promoted")),
+        first.words(),
+    ]
+
+
+def ulps(value: float) -> str:
+    return f"{value:,.1f}" if value < 1e5 else f"{value:.0e}"
+
+
+def worst(rows: list[Row], name: str) -> str:
+    """The largest of a gap, 0 if none differs, or a dash if it was not needed."""
+    gaps = [value for row in rows if (value := getattr(row, name)) is not None]
+    if not gaps:
+        return "-"
+    return f"{max(gaps):.1e}" if max(gaps) else "0"
+
+
+def draw(report: Report, path: Path) -> None:
+    """The plot of the gap by step in three precisions."""
+    from kvtool.ui.plots import gap_plot
+
+    panels: dict[str, dict[str, list[float]]] = {}
+    rows = [*report.checks, *([report.control] if report.control else [])]
+    for row in rows:
+        if row.scenario == "decode" and row.stores and row.gap_by_step:
+            lines = panels.setdefault(row.cache, {})
+            for name, gaps in row.gap_by_step.items():
+                working = f"{report.dtype}, {row.kernels} kernels"
+                lines[working if name == "working" else name] = gaps
+    gap_plot(path, panels)
+
+
+def show_scenarios(out: Output) -> None:
+    """What --scenarios help prints."""
+    from kvtool.core.verify.scenarios import SCENARIOS
+
+    rows = [[s.name, s.about, ", ".join(s.needs) or "-"] for s in SCENARIOS.values()]
+    columns = [
+        Column("scenario", "left", key=True),
+        Column("about", "left"),
+        Column("needs", "left"),
+    ]
+    out.table("Scenarios", columns, rows)
+
+
+def _scenario(text: str, flag: str) -> str:
+    return text
+
+
+def _kernels(text: str, flag: str) -> str:
+    return choose(text, list(KERNELS), flag)
 
 
 def command(
     caches: o.Caches = o.ALL_CACHES,
+    kernels: Annotated[
+        list[str],
+        list_option(
+            "--kernels",
+            element=_kernels,
+            example="default exact",
+            help=f"Kernels: {', '.join(KERNELS)}.",
+            metavar="KIND...",
+            unique=True,
+            complete=lambda: list(KERNELS),
+        ),
+    ] = ALL_KERNELS,
+    scenarios: Annotated[
+        list[str],
+        list_option(
+            "--scenarios",
+            element=_scenario,
+            example="decode crop",
+            help="What to do to a cache; 'help' lists them.",
+            metavar="NAME...",
+            unique=True,
+        ),
+    ] = EVERY,
     tokens: Annotated[
-        int, typer.Option("--tokens", metavar="N", help="Tokens to generate and compare.")
+        int,
+        typer.Option("--tokens", metavar="N", help="Tokens to compare behind the prompt (decode)."),
     ] = 128,
     prompt: o.Prompt = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="FILE.py:NAME",
+            help="Check your own decoder: an object, or a function that builds it.",
+        ),
+    ] = None,
+    self_test: Annotated[
+        bool,
+        typer.Option("--self-test", help="Plant every known bug, and see whether it is reported."),
+    ] = False,
+    plot: o.Plot = None,
     model: o.Model = "",
     device: o.Device = "auto",
     dtype: o.Dtype = "float32",
@@ -205,15 +437,32 @@ def command(
 ) -> None:
     """Compare cached with uncached logits, and say whether a difference is a bug or rounding.
 
-    Both arms are fed the same tokens; the uncached one computes the whole sequence again at every
-    step. Rounding all but vanishes in float64 and a bug stays, so the float64 run decides. A bug
+    Both arms are fed the same tokens; the uncached one computes whole sequences and touches no
+    cache. Rounding all but vanishes in float64 and a bug stays, so the float64 run decides. What
+    vanishes only when every cast to a lower type is promoted is a matter of precision. A bug
     planted on purpose must be found too.
 
     ULP: units in the last place of a step's largest logit. gap: the largest difference over the
     largest logit. Exit code 0: no bug; 1: a bug, or nothing was checked.
 
       kvtool verify-cache --caches static --tokens 256
+
+      kvtool verify-cache --target my_decoder.py:build
     """
     out = Output(as_json, output_file, quiet, verbose)
-    settings = Settings(RunConfig(model, device, dtype, threads, seed), caches, tokens, prompt)
-    present("verify-cache", settings, run, show, out)
+    if scenarios == ["help"]:
+        show_scenarios(out)
+        raise typer.Exit
+    machine = RunConfig(model, device, dtype, threads, seed)
+    if self_test:
+        present("verify-cache", st.Settings(machine), st.run, st.show, out)
+    settings = Settings(machine, caches, kernels, scenarios, tokens, prompt, target, plot)
+
+    def work(settings: Settings, out: Output) -> Report:
+        report = run(settings, out)
+        if settings.plot is not None:
+            draw(report, settings.plot)
+            out.note(f"plot: {settings.plot}")
+        return report
+
+    present("verify-cache", settings, work, show, out)

@@ -16,6 +16,7 @@ from kvtool.ui import options as o
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
 
+AGAINST = {"numpy": "the NumPy oracle", "transformers": "transformers' model"}
 REFERENCE_NAME = "reference.safetensors"
 PROMPTS = (
     "ROMEO:\nBut, soft! what light through yonder window breaks?",
@@ -36,12 +37,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.against is not None:
-            choose(self.against, ("numpy",), "--against")
+            choose(self.against, tuple(AGAINST), "--against")
             if self.reference is not None:
                 raise UsageError("--reference: contradicts --against", "Give one of them.")
         elif self.prompt is not None or self.save_reference is not None:
             flag = "--prompt" if self.prompt is not None else "--save-reference"
-            raise UsageError(f"{flag}: needs --against numpy", "A file has its own prompts.")
+            raise UsageError(f"{flag}: needs --against", "A file has its own prompts.")
         if self.save_reference is not None:
             check_destination(self.save_reference)
 
@@ -136,8 +137,9 @@ def run(settings: Settings, out: Output) -> Report:
         weights = checkpoint.load_weights(loaded.path, loaded.config)
         texts = PROMPTS if settings.prompt is None else (settings.prompt,)
         prompts = [(text, tokenizer.encode(text)) for text in texts]
-        references = reference.make_reference(weights, loaded.config, prompts)
-        name = "the NumPy oracle"
+        against = settings.against
+        references = reference.make_reference(weights, loaded.config, prompts, against)
+        name = AGAINST[against]
     if settings.save_reference is not None:
         reference.save(settings.save_reference, references)
         out.note(f"written to {settings.save_reference}")
@@ -207,8 +209,9 @@ def command(
         str | None,
         typer.Option(
             "--against",
-            metavar="numpy",
-            help="Compute the reference now, with the NumPy oracle in float64.",
+            metavar="|".join(AGAINST),
+            help="Compute the reference now in float64, by the NumPy oracle or a model of "
+            "transformers with the same weights.",
         ),
     ] = None,
     prompt: o.Prompt = None,
@@ -231,8 +234,9 @@ def command(
 ) -> None:
     """Compare the logits of a decoder with a reference, position by position.
 
-    The reference is a file, or what an independent NumPy implementation computes from the same
-    weights. The float64 run decides: right weights and right code leave about 1e-15.
+    The reference is a file, or what independent code computes from the same weights: a NumPy
+    implementation, or GPT-2 or Llama of transformers. The float64 run decides: right weights and
+    right code leave about 1e-15.
 
     Exit code 0: the same up to rounding; 1: not; 2: a reference that does not fit the model.
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from kvtool.core import oracle
 from kvtool.core.models import Model
-from kvtool.core.verify import spacing
+from kvtool.core.verify.compare import spacing
 from kvtool.core.weight_files import refuse_lookalike
 from kvtool.errors import CapacityError, FileError, UsageError
 from kvtool.files import write_durable
@@ -57,20 +58,29 @@ class Position:
 
 
 def make_reference(
-    weights: Mapping[str, Tensor], config: Any, prompts: Sequence[tuple[str, list[int]]]
+    weights: Mapping[str, Tensor],
+    config: Any,
+    prompts: Sequence[tuple[str, list[int]]],
+    against: str = "numpy",
 ) -> list[Reference]:
-    """What the NumPy oracle says, in float64.
+    """What the NumPy oracle says, or with `against` "transformers" a model of theirs, in float64.
 
-    Raises UsageError for an encoder-decoder or an empty prompt, CapacityError for one too long.
+    Raises UsageError for an encoder-decoder, an empty prompt or a model that transformers has not,
+    CapacityError for a prompt too long.
     """
     check_decoder(config)
     arrays = {name: tensor.double().cpu().numpy() for name, tensor in weights.items()}
+    compute: Callable[[list[int]], np.ndarray] = partial(oracle.logits, arrays, config)
+    if against == "transformers":
+        from kvtool.core import witness  # it is slow to import, and may not be installed
+
+        compute = partial(witness.witness_logits, witness.witness(arrays, config))
     found = []
     for text, ids in prompts:
         if not ids:
             raise UsageError("--prompt: is empty (expected 1 token or more)")
         check_length("--prompt", len(ids), config.context)
-        found.append(Reference(ids, oracle.logits(arrays, config, ids), text))
+        found.append(Reference(ids, compute(ids), text))
     return found
 
 

@@ -1,0 +1,98 @@
+"""The whole check of a model of ours: kinds of cache, kernels, scenarios, and a planted control."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kvtool import registry
+from kvtool.core.cache import Cache, CacheSpec, Step, cache_class, make_cache
+from kvtool.core.cache.dynamic import DynamicCache
+from kvtool.core.engine import begin, check_context, generate
+from kvtool.core.models import Model
+from kvtool.core.sampling import Sampler
+from kvtool.core.verify.doctor import examine
+from kvtool.core.verify.judge import Case, Finding, Judge
+from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.core.verify.subject import ModelSubject, Source
+
+MAIN = "decode"  # the scenario that is fed the prompt and its continuation
+CONTROL_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found for a kind of cache, with some kernels, in one scenario."""
+
+    cache: str
+    kernels: str
+    stores: bool  # a kind that stores nothing is there to be compared with
+    finding: Finding
+
+
+def main_case(model: Model, prompt: Tensor, n_new: int) -> Case:
+    """The scenario `decode` on a prompt (1,P) and the likeliest N tokens after it.
+
+    An encoder-decoder reads `prompt` as its source. All arms are fed the same ids, so where they
+    come from has no influence on the verdict. Raises CapacityError and CheckFailed.
+    """
+    ids, source = begin(model, prompt)
+    n_prompt = ids.shape[1]
+    check_context(n_prompt, n_new, model.config.context)
+    weight = next(model.parameters())
+    spec = CacheSpec.of(model.config, 1, n_prompt + n_new, weight.dtype, weight.device)
+    steps = generate(model, ids, make_cache("dynamic", spec), n_new - 1, Sampler(), source)
+    given = torch.cat([ids, *(token[:, None] for token in steps)], dim=1)
+    read = None if source is None else Source(prompt, torch.ones_like(prompt, dtype=torch.bool))
+    return Case(SCENARIOS[MAIN], given, n_prompt, read)
+
+
+def small(kind: str) -> Callable[[CacheSpec, Tensor | None], Cache]:
+    """How to make a cache of a registered kind that does all that it does in a short check."""
+    found = cache_class(kind)
+    return partial(found, **found.small) if found.small else found
+
+
+def check_model(
+    model: Model,
+    caches: Sequence[str],
+    kernels: Sequence[str],
+    scenarios: Sequence[str],
+    main: Case,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Iterator[Checked]:
+    """Judge every kind with all kernels in all scenarios, in that order. Raises CheckFailed."""
+    for kind in caches:
+        for name in kernels:
+            chosen = registry.load(registry.KERNELS, name)()
+            judge = Judge(ModelSubject(model, small(kind), kind, chosen), examine)
+            for scenario in scenarios:
+                tell(f"{kind}, {name} kernels, {scenario}")
+                case = main if scenario == MAIN else Case(SCENARIOS[scenario])
+                finding = judge.judge(case, thorough=scenario == MAIN and name == "default")
+                yield Checked(kind, name, not cache_class(kind).recompute, finding)
+
+
+def control(model: Model, main: Case) -> Finding:
+    """Judge a cache with a planted bug: a check that calls this right is worth nothing."""
+    given = main.given
+    if given is not None:
+        given = given[:, : main.n_prompt + CONTROL_STEPS]
+    return Judge(ModelSubject(model, LostKey, "planted bug"), examine).judge(
+        replace(main, given=given)
+    )
+
+
+class LostKey(DynamicCache):
+    """A cache that loses the first token's key in its last layer: small, and wrong."""
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        keys, values = super().write(layer, k, v, step)
+        if self.length > 0 and layer == self.spec.n_layers - 1:
+            keys = keys.clone()
+            keys[:, :, 0] = 0.0
+        return keys, values

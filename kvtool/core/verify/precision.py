@@ -1,0 +1,39 @@
+"""Runs in which nothing is computed or stored below float64, whatever the code asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+LOWER = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Promote(TorchDispatchMode):
+    """Replaces every lower floating type that an operation is asked for by float64.
+
+    A model in float64 may still cast: a softmax in float32, keys stored in bfloat16. Under this
+    mode such casts do nothing, so a difference that came from them vanishes, and a bug stays.
+
+    >>> with Promote():
+    ...     torch.ones(2, dtype=torch.float64).bfloat16().dtype
+    torch.float64
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_dtype, args), tree_map(_dtype, kwargs or {})
+        made = func(*args, **kwargs)
+        if any(isinstance(arg, Tensor) for arg in args):
+            return made
+        return tree_map(_made, made)  # a factory without a dtype made the default one
+
+
+def _dtype(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in LOWER else value
+
+
+def _made(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.dtype in LOWER else value

@@ -1,0 +1,192 @@
+"""What can be checked: something that computes whole sequences, and decodes them with a cache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kvtool.core.cache import Cache, CacheSpec, Step
+from kvtool.core.cache.cross import CrossCache
+from kvtool.core.engine import feed
+from kvtool.core.kernels import DEFAULT, Kernels
+from kvtool.core.models import Model
+
+# What a subject may be able to do; a scenario names those that it needs.
+ABILITIES = ("batch", "padding", "crop", "select", "reset", "fork", "capacity", "source", "window")
+
+
+class Source(NamedTuple):
+    """What an encoder-decoder reads: ids (B,S), and mask (B,S) bool with True = a real token."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a session begins: rows, room for tokens, left padding (B,) if any, and the source."""
+
+    batch: int
+    capacity: int
+    padding: Tensor | None = None
+    source: Source | None = None
+
+
+class Session(Protocol):
+    """One run of a decoder with its cache. Only what its subject is able to do need be there."""
+
+    def feed(self, ids: Tensor) -> Tensor:
+        """The next tokens of each row (B,n) -> their logits (B,n,V)."""
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens, left padding included."""
+
+    def select(self, rows: Tensor) -> None:
+        """Go on from the histories of `rows` (n,), in that order."""
+
+    def reset(self, start: Start) -> None:
+        """Forget everything and begin again on the same cache object."""
+
+    def fork(self) -> Session:
+        """A second session that holds the same tokens and goes its own way."""
+
+    def vacuous(self) -> str | None:
+        """Why equal logits would prove nothing about the cache, if so."""
+
+
+class Subject(Protocol):
+    """A decoder under test; `abilities` are of ABILITIES."""
+
+    name: str
+    abilities: frozenset[str]
+    vocab_size: int
+    source_vocab_size: int
+    context: int
+    window: int  # tokens that a query sees, its own included; 0: all
+    dtype: torch.dtype
+    device: torch.device
+
+    def full(self, ids: Tensor, start: Start) -> Tensor:
+        """Whole sequences (B,T) in one pass that no cache takes part in -> logits (B,T,V)."""
+
+    def start(self, start: Start) -> Session:
+        """An empty session."""
+
+    def to(self, dtype: torch.dtype) -> Subject:
+        """The same mathematics in another format."""
+
+
+Make = Callable[[CacheSpec, "Tensor | None"], Cache]
+
+
+class ModelSession:
+    """A model of ours with one of our caches."""
+
+    def __init__(self, subject: ModelSubject, start: Start) -> None:
+        self.subject = subject
+        model = subject.model
+        spec = CacheSpec.of(
+            model.config,
+            start.batch,
+            start.capacity,
+            subject.dtype,
+            subject.device,
+            subject.kernels,
+        )
+        self.cache = subject.make(spec, start.padding)
+        self.source = self.encode(start)
+        self.ids = torch.empty(start.batch, 0, dtype=torch.long, device=subject.device)
+
+    def encode(self, start: Start) -> CrossCache | None:
+        return self.subject.encode(start)
+
+    def feed(self, ids: Tensor) -> Tensor:
+        self.ids = torch.cat([self.ids, ids], dim=1)
+        logits = feed(self.subject.model, self.cache, self.ids, self.source)
+        return logits[:, -ids.shape[1] :]
+
+    def crop(self, length: int) -> None:
+        self.cache.crop(length)
+        self.ids = self.ids[:, :length]
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.select(rows)
+        self.ids = self.ids[rows]
+        if self.source is not None:
+            self.source = self.source.select(rows)
+
+    def reset(self, start: Start) -> None:
+        self.cache.reset(start.padding)
+        self.source = self.encode(start)
+        self.ids = self.ids.new_empty(start.batch, 0)
+
+    def fork(self) -> ModelSession:
+        other = copy.copy(self)
+        other.cache = self.cache.fork()
+        return other
+
+    def vacuous(self) -> str | None:
+        return self.cache.vacuous()
+
+
+class ModelSubject:
+    """A model of ours with a kind of cache and kernels; `make` builds the cache."""
+
+    def __init__(
+        self,
+        model: Model,
+        make: Make,
+        name: str,
+        kernels: Kernels = DEFAULT,
+        session: Callable[[ModelSubject, Start], Session] = ModelSession,
+    ) -> None:
+        self.model = model
+        self.make = make
+        self.name = name
+        self.kernels = kernels
+        self.session = session
+        weight = next(model.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
+        self.vocab_size = model.config.vocab_size
+        self.source_vocab_size = model.config.source_vocab_size
+        self.context = model.config.context
+        probe = make(CacheSpec.of(model.config, 1, 1, self.dtype, self.device), None)
+        self.window, self.sinks = probe.window, probe.sinks
+        abilities = {"batch", "padding", "crop", "select", "reset", "fork", "capacity"}
+        if model.config.n_encoder_layers:
+            abilities = (abilities - {"padding"}) | {"source"}
+        if self.window:
+            abilities.add("window")
+        self.abilities = frozenset(abilities)
+
+    def encode(self, start: Start) -> CrossCache | None:
+        """The encoded source of a session, for a model that reads one."""
+        if start.source is None:
+            return None
+        return self.model.encode(start.source.ids, start.source.mask, self.kernels)
+
+    def full(self, ids: Tensor, start: Start) -> Tensor:
+        step = Step.full(
+            *ids.shape, ids.device, start.padding, self.kernels, self.window, self.sinks
+        )
+        return self.model(ids, step, source=self.encode(start))
+
+    def start(self, start: Start) -> Session:
+        return self.session(self, start)
+
+    def with_kernels(self, kernels: Kernels) -> ModelSubject:
+        """The same subject, computed by other kernels."""
+        return ModelSubject(self.model, self.make, self.name, kernels, self.session)
+
+    def with_session(self, session: Callable[[ModelSubject, Start], Session]) -> ModelSubject:
+        """The same subject, decoding in another way."""
+        return ModelSubject(self.model, self.make, self.name, self.kernels, session)
+
+    def to(self, dtype: torch.dtype) -> ModelSubject:
+        model = copy.deepcopy(self.model).to(dtype)
+        return ModelSubject(model, self.make, self.name, self.kernels, self.session)
