@@ -1,0 +1,189 @@
+"""What a planted bug is: where it is planted, where it must show, and what must be said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtool.config import ModelConfig
+from kvtool.core.cache import Step
+from kvtool.core.cache.buffered import BufferedCache
+from kvtool.core.cache.dynamic import DynamicCache
+from kvtool.core.kernels import DEFAULT, Kernels
+from kvtool.core.models import Model, build_model
+from kvtool.core.verify.subject import Make, ModelSession, ModelSubject, Session, Start
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 23,
+    "n_layers": 2,
+    "d_model": 16,
+    "n_heads": 4,
+    "d_ff": 24,
+    "context": 256,
+}
+SOURCE: dict[str, Any] = {"n_encoder_layers": 1, "source_vocab_size": 19}
+MODELS: dict[str, dict[str, Any]] = {
+    "sinusoidal": {},  # as many key-value heads as heads
+    "learned": {"positions": "learned", "n_kv_heads": 1, "tied": False, "bias": False},
+    "rotary": {"positions": "rotary", "n_kv_heads": 2, "norm": "rmsnorm"},
+    "rotary, one KV head": {"positions": "rotary", "n_kv_heads": 1, "activation": "swiglu"},
+    "rotary, three KV heads": {"positions": "rotary", "d_model": 24, "n_heads": 6, "n_kv_heads": 3},
+    "seq2seq": SOURCE,
+    "seq2seq, rotary": {**SOURCE, "positions": "rotary", "n_kv_heads": 2},
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> Model:
+    """The small model of that name, with the same random weights each time."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return build_model(ModelConfig(**{**SIZES, **MODELS[name]})).to(dtype).eval()
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A cache, kernels or a way of decoding, and the small model that it is tried on."""
+
+    name: str
+    make: Make = DynamicCache
+    session: Callable[[ModelSubject, Start], Session] = ModelSession
+    kernels: Kernels = DEFAULT
+    model: str = "rotary"
+    dtype: torch.dtype = torch.float32
+
+    def subject(self) -> ModelSubject:
+        model = build(self.model, self.dtype)
+        return ModelSubject(model, self.make, self.name, self.kernels, self.session)
+
+
+@dataclass(frozen=True)
+class Mutant(Planted):
+    """A bug, planted the way that it happened, and what the check must say of it."""
+
+    bug_class: int = 0  # a row of the table of real bugs; 0: none of them
+    seen_in: str = ""
+    scenario: str = "decode"
+    verdict: str = "bug"
+    step: int | None = 1  # the first that is wrong
+    layer: int | None = None
+    part: str = ""
+    hint: str | None = None  # of those that it must name; None: no hint is due
+
+
+@dataclass(frozen=True)
+class Lookalike(Planted):
+    """Right, although it looks suspicious: the check must not report it, in any scenario."""
+
+    why: str = ""
+    verdict: str = ""  # that some scenario must give; "": any that is right
+
+
+# The ways in which most of them are planted
+
+
+Change = Callable[[Step, int], Step]
+
+
+def stepping(change: Change, base: type[BufferedCache] = DynamicCache) -> type[BufferedCache]:
+    """A cache whose steps are changed; `change` is told how many tokens are held."""
+
+    class Changed(base):  # type: ignore[misc, valid-type]
+        def _place(self, start: int, n_new: int) -> Step:
+            return change(super()._place(start, n_new), start)
+
+    return Changed
+
+
+def moved(places: Callable[[Tensor, int], Tensor], base: type[BufferedCache] = DynamicCache) -> Any:
+    """A cache whose tokens stand at other positions: places(q_pos (B,T), tokens held)."""
+    return stepping(lambda step, held: replace(step, q_pos=places(step.q_pos, held)), base)
+
+
+def masked(rule: Callable[[Step], Tensor | None], base: type[BufferedCache] = DynamicCache) -> Any:
+    """A cache whose steps behind the first use another mask."""
+
+    def change(step: Step, held: int) -> Step:
+        return replace(step, mask=rule(step), causal=False) if held else step
+
+    return stepping(change, base)
+
+
+def seeing(
+    rule: Callable[[Tensor, Tensor], Tensor], base: type[BufferedCache] = DynamicCache
+) -> Any:
+    """The same by positions: rule(q (B,1,T,1), k (B,1,1,S)) -> bool."""
+    return masked(lambda step: rule(*sides(step)), base)
+
+
+def sides(step: Step) -> tuple[Tensor, Tensor]:
+    """The positions of a step's queries and keys, as (B,1,T,1) and (B,1,1,S)."""
+    return step.q_pos[:, None, :, None], step.k_pos[:, None, None, :]
+
+
+class DirectSession(ModelSession):
+    """A decode loop that trusts the length of its cache."""
+
+    def feed(self, ids: Tensor) -> Tensor:
+        n = ids.shape[1]
+        step = self.cache.begin(n)
+        logits = self.subject.model(ids, step, self.cache, self.source)
+        self.cache.commit(n)
+        return logits
+
+    def crop(self, length: int) -> None:
+        self.cache.crop(length)
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.select(rows)
+
+
+class LayerwiseCache(DynamicCache):
+    """Each layer concatenates its own keys and values, and knows how many it has: right by itself,
+    and made for being wrong in some layers only."""
+
+    def reset(self, left_padding: Tensor | None = None) -> None:
+        super().reset(left_padding)
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        if layer in self._held:
+            keys, values = self._held[layer]
+            k, v = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+        self._held[layer] = k, v
+        return k, v
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        keys, values = self.write(layer, k, v, step)
+        n, extra, mask = k.shape[2], keys.shape[2] - step.k_pos.shape[1], step.mask
+        if step.causal and extra:
+            mask = torch.ones(n, n, dtype=torch.bool, device=k.device).tril()[None, None]
+        if mask is not None and extra:  # what a layer has too much of comes first, and is seen
+            ones = mask.new_ones(*mask.shape[:3], extra)
+            mask = torch.cat([ones, mask], dim=3)
+        return step.kernels.attention(q, keys, values, mask, step.causal and not extra)
+
+    def crop(self, length: int) -> None:
+        n_lost = self.length - length
+        super().crop(length)
+        for layer, pair in self._held.items():
+            self._held[layer] = self.crop_layer(layer, pair, n_lost)
+
+    def crop_layer(self, layer: int, pair: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
+        """A layer without its last n tokens."""
+        keys, values = (t[:, :, : t.shape[2] - n] for t in pair)
+        return keys, values
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        for layer, (keys, values) in self._held.items():
+            self._held[layer] = self.select_layer(layer, keys, values, rows)
+
+    def select_layer(
+        self, layer: int, keys: Tensor, values: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The histories of `rows` in a layer."""
+        return keys[rows], values[rows]
