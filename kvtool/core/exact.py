@@ -55,6 +55,7 @@ class ExactKernels:
         if mask is not None:
             mask = F.pad(mask, (0, -n_keys % self.key_block))  # with False
             mask = mask.expand(batch, 1, n_queries, -1)
+            n_keys = mask.shape[3]
         queries = q.to(torch.promote_types(q.dtype, torch.float32)) * head_dim**-0.5
         found = []
         for row in range(batch):
@@ -62,7 +63,7 @@ class ExactKernels:
             for i in range(n_queries):
                 query = queries[row, :, i].reshape(n_kv_heads, n_heads // n_kv_heads, head_dim)
                 seen = None if mask is None else mask[row, 0, i]
-                n_seen = i + 1 if causal else n_keys  # blocks behind these would add zeros
+                n_seen = i + 1 if causal else n_keys  # blocks behind these would add nothing
                 found.append(self._attend(query, keys, values, n_seen, seen))
         y = torch.stack(found).view(batch, n_queries, n_heads, head_dim)
         return y.transpose(1, 2).to(q.dtype)
