@@ -15,6 +15,7 @@ CACHES = {
     "none": "kvtool.core.cache.none:NoCache",
     "dynamic": "kvtool.core.cache.dynamic:DynamicCache",
     "static": "kvtool.core.cache.static:StaticCache",
+    "sliding": "kvtool.core.cache.sliding:SlidingCache",
 }
 
 KERNELS = {

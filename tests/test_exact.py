@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core.cache import CacheSpec, Step, make_cache
+from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.engine import feed
 from kvtool.core.exact import EXACT, KEY_BLOCK, ExactKernels
@@ -133,6 +134,37 @@ def test_a_thousand_steps_of_the_default_size_are_identical(dtype: torch.dtype, 
     found = cached(model, ids, EXACT, kind, capacity=1151)
     same = (found == uncached(model, ids, EXACT)).all(-1)
     assert int(same.sum()) == 1000
+
+
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["alone", "padded"])
+@pytest.mark.parametrize("window", [1, 5, 9])
+def test_a_window_that_evicts_gives_the_bits_of_one_pass_under_it(
+    window: int, padding: Tensor | None
+) -> None:
+    """The cache holds other columns than the pass, and the same keys are seen in the same order."""
+    model = random_model(0, **SHAPES["grouped"])
+    ids = random_ids(model.config.vocab_size, 1 if padding is None else len(padding), N)
+    spec = CacheSpec.of(model.config, ids.shape[0], N, kernels=NARROW)
+    step = Step.full(*ids.shape, None, padding, NARROW, window, 2)
+    expected = model(ids, step)
+    for how in ("one by one", "at random"):
+        cache, found, end = SlidingCache(spec, padding, window, sinks=2), [], 0
+        for n in chunks(N, how):
+            end += n
+            found.append(feed(model, cache, ids[:, :end]))
+        real = torch.ones_like(ids, dtype=torch.bool) if padding is None else step.q_pos >= 0
+        assert torch.cat(found, dim=1)[real].equal(expected[real]), how
+        assert cache.vacuous() is None
+
+
+def test_the_bits_of_a_row_do_not_depend_on_its_padding() -> None:
+    model = random_model(0, **SHAPES["grouped"])
+    ids = random_ids(model.config.vocab_size, 1, N)
+    alone = uncached(model, ids, NARROW)
+    for n_padding in (1, 7, 20):
+        padded = torch.cat([ids[:, :1].expand(1, n_padding), ids], dim=1)
+        found = uncached(model, padded, NARROW, torch.tensor([n_padding]))
+        assert found[:, n_padding:].equal(alone), n_padding
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -299,6 +331,15 @@ def test_a_padding_query_is_not_nan_and_blocks_without_a_key_add_nothing() -> No
     found = NARROW.attention(q, k, v, visible(positions, positions), False)
     assert found[:, :2, :20].equal(v[:, :1, :20].expand(2, 2, 20, 8))  # each saw itself alone
     assert bool(found.isfinite().all())
+
+
+def test_a_query_without_a_key_is_nan_as_with_the_default_kernels() -> None:
+    q, k, v = random_qkv(2, 3, 6, torch.float32)
+    mask = torch.ones(2, 1, 3, 6, dtype=torch.bool)
+    mask[1, 0, 2] = False
+    found = NARROW.attention(q, k, v, mask, False)
+    assert bool(found[1, :, 2].isnan().all()) and bool(found[0].isfinite().all())
+    assert bool(found[1, :, :2].isfinite().all())
 
 
 @pytest.mark.parametrize("n_queries", [1, 5])

@@ -14,9 +14,10 @@ import torch
 
 from cli_probe import Ran, refused
 from kvtool import registry
-from kvtool.commands.verify_cache import Report, Row
+from kvtool.commands.verify_report import Report, Row
 from kvtool.core import verify
 from kvtool.core.cache.dynamic import DynamicCache
+from kvtool.core.verify.check import Checked
 from kvtool.core.verify.compare import Gap
 from kvtool.core.verify.judge import Finding
 from kvtool.core.verify.scenarios import SCENARIOS
@@ -135,9 +136,8 @@ def test_an_encoder_decoder_is_judged_from_a_source(
     assert found["prompt_tokens"] == 4
     assert all(row["right"] for row in found["checks"] if row["verdict"] in ("bug", "error"))
     sources = [row for row in found["checks"] if row["scenario"] == "two-sources"]
-    assert {row["verdict"] for row in sources if row["kernels"] == "exact" and row["stores"]} == {
-        "identical"
-    }
+    exact = [row for row in sources if row["kernels"] == "exact"]
+    assert {row["cache"] for row in exact if row["verdict"] == "identical"} == {"dynamic", "static"}
     assert found["control"]["first_wrong_step"] == 1
 
 
@@ -145,7 +145,7 @@ def test_without_a_prompt_there_is_one_that_suits_the_model(
     kv: Callable[..., Ran], decoder: str, seq2seq: str
 ) -> None:
     for model in (decoder, seq2seq):
-        given = ("--model", model, "--tokens", "4", "--scenarios", "decode")
+        given = ("--model", model, "--tokens", "4", "--caches", "static")
         assert answer(kv(*given, "--json", command="verify-cache"))["prompt_tokens"] > 1
 
 
@@ -178,7 +178,7 @@ def test_the_table_fits_the_terminal(
     monkeypatch.setenv("COLUMNS", str(columns))
     lines = check().out.splitlines()
     assert max(len(line.rstrip()) for line in lines[:-1]) <= columns
-    assert any(line.split()[-2:] == ["step", "1"] for line in lines)
+    assert any("bug, step 1" in line for line in lines)
 
 
 def test_the_gap_by_step_is_drawn(check: Callable[..., Ran], tmp_path: Path) -> None:
@@ -240,6 +240,15 @@ def test_a_bug_whose_gap_is_infinite_is_null_in_json(
     found = answer(check("--json", *options), code=1)
     assert found["checks"][0]["gap"] is None
     assert found["checks"][0]["verdict"] == "bug"
+
+
+def test_exact_kernels_that_are_not_exact_are_exit_1(
+    check: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.KERNELS, "exact", registry.KERNELS["default"])
+    ran = check("--caches", "static", "--kernels", "exact", "--scenarios", "decode")
+    assert ran.code == 1
+    assert ran.out.splitlines()[-1] == "✗ static: rounding, not exact in decode"
 
 
 def test_a_kind_that_was_only_checked_in_vain_is_exit_1(
@@ -334,7 +343,7 @@ def row_of(cache: str, verdict: str, identical: int) -> Row:
     wrong = 1 if verdict == "bug" else None
     gap = Gap(8, identical, wrong, 0.1 if wrong else 0.0, 9e5 if wrong else 0.0)
     finding = Finding("decode", verdict, working=gap, float64=gap, first_wrong=wrong)
-    return Row.of(cache, "default", finding)
+    return Row.of(Checked(cache, "default", True, finding))
 
 
 # The user's own decoder, and the self-test

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from kvtool.commands import self_test as st
+from kvtool.commands.verify_report import Report, Row
 from kvtool.config import RunConfig, check_int
 from kvtool.errors import FileError, UsageError
 from kvtool.registry import KERNELS, choose
@@ -16,9 +19,6 @@ from kvtool.ui import options as o
 from kvtool.ui.lists import list_option
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
-
-if TYPE_CHECKING:
-    from kvtool.core.verify.judge import Finding
 
 DEFAULT_PROMPT = "To be, or not to be, that is the question:\n"
 SOURCE_PROMPT = "workbench"
@@ -43,157 +43,6 @@ class Settings:
         check_int("--tokens", self.tokens, 2)
         if self.plot is not None and not self.plot.parent.is_dir():
             raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
-
-
-@dataclass
-class Row:
-    """A kind of cache with some kernels in one scenario, against the uncached run.
-
-    Steps count the calls of the model from 0. A gap is the largest difference over the largest
-    logit; None was not needed for the verdict.
-    """
-
-    cache: str
-    kernels: str
-    scenario: str
-    verdict: str
-    right: bool
-    evidence: str
-    steps: int
-    identical_steps: int
-    first_difference: int | None
-    max_ulp: float
-    gap: float | None
-    gap_float64: float | None
-    gap_promoted: float | None
-    first_wrong_step: int | None
-    layer: int | None
-    part: str
-    heads: list[int]
-    place: str
-    hint: str
-    gap_by_step: dict[str, list[float]]
-    stores: bool = True
-
-    @classmethod
-    def of(cls, cache: str, kernels: str, finding: Finding, stores: bool = True) -> Row:
-        working, exact, promoted = finding.working, finding.float64, finding.promoted
-        found = finding.diagnosis
-        return cls(
-            cache=cache,
-            kernels=kernels,
-            scenario=finding.scenario,
-            verdict=finding.verdict,
-            right=finding.right,
-            evidence=finding.evidence,
-            steps=working.steps if working else 0,
-            identical_steps=working.identical if working else 0,
-            first_difference=working.first if working else None,
-            max_ulp=working.ulps if working else 0.0,
-            gap=working.relative if working else None,
-            gap_float64=exact.relative if exact else None,
-            gap_promoted=promoted.relative if promoted else None,
-            first_wrong_step=finding.first_wrong,
-            layer=found.layer,
-            part=found.part,
-            heads=list(found.heads),
-            place=found.place,
-            hint=found.hint,
-            gap_by_step=finding.by_step,
-            stores=stores,
-        )
-
-    @property
-    def wrong(self) -> bool:
-        """Whether the check ran, and the answer is no."""
-        return not self.right and self.verdict not in ("unsupported", "vacuous")
-
-    def words(self) -> str:
-        """The verdict, as a table says it."""
-        if self.verdict == "vacuous" and not self.stores:
-            return "nothing cached"
-        step = self.first_wrong_step
-        if step is None or self.right:
-            return self.verdict
-        word = "precision lost" if self.verdict == "precision" else self.verdict
-        return f"{word}, step {step}"
-
-
-@dataclass
-class Report:
-    """All rows, and whether the check found the bug that was planted to test it."""
-
-    checks: list[Row]
-    control: Row | None
-    prompt_tokens: int
-    dtype: str
-    seconds: float = 0.0
-    verbose: bool = field(default=False, repr=False)
-
-    @property
-    def bugs(self) -> list[Row]:
-        return [row for row in self.checks if row.wrong]
-
-    @property
-    def vacuous(self) -> list[str]:
-        """Kinds that store something, and were only checked in vain."""
-        kinds = dict.fromkeys(row.cache for row in self.checks if row.stores)
-        judged = {row.cache for row in self.checks if row.verdict not in ("vacuous", "unsupported")}
-        return [kind for kind in kinds if kind not in judged]
-
-    @property
-    def trustworthy(self) -> bool:
-        return self.control is None or self.control.verdict == "bug"
-
-    @property
-    def judged(self) -> list[Row]:
-        return [row for row in self.checks if row.right and row.stores]
-
-    @property
-    def exit_code(self) -> int:
-        right = self.judged and not self.bugs and not self.vacuous and self.trustworthy
-        return 0 if right else 1
-
-    @property
-    def conclusion(self) -> str:
-        """The last line, in words."""
-        if not self.trustworthy:
-            return "the check failed: it did not report the bug that was planted to test it"
-        if self.bugs:
-            kinds = dict.fromkeys((row.cache, row.verdict) for row in self.bugs)
-            return "; ".join(f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds)
-        if self.vacuous:
-            return f"nothing was checked of {', '.join(self.vacuous)}"
-        if not self.judged:
-            return "nothing was checked: no kind of cache was given that stores anything"
-        kernels = dict.fromkeys(row.kernels for row in self.judged)
-        parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
-        control = "; the planted bug was found" if self.control else ""
-        return "; ".join(parts) + control
-
-    def _worst(self, kind: str, verdict: str) -> str:
-        rows = [row for row in self.bugs if (row.cache, row.verdict) == (kind, verdict)]
-        names = list(dict.fromkeys(row.scenario for row in rows))
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return f"{rows[0].words()} in {names[0]}{more}"
-
-    def _steps(self, kernels: str) -> str:
-        rows = [row for row in self.judged if row.kernels == kernels]
-        same, steps = sum(row.identical_steps for row in rows), sum(row.steps for row in rows)
-        if same == steps:
-            return f"{same:,} of {steps:,} steps identical, bit for bit"
-        loose = [row for row in rows if row.verdict != "identical"]
-        precise = all(row.verdict == "rounding" for row in loose)
-        what = "rounding only" if precise else "rounding, or the model's own precision"
-        return f"{what} ({same:,} of {steps:,} steps identical)"
-
-    def rows(self) -> list[dict[str, Any]]:
-        flat = [*self.checks, *([self.control] if self.control else [])]
-        return [{k: v for k, v in vars(row).items() if k != "gap_by_step"} for row in flat]
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = {key: value for key, value in vars(self).items() if key != "verbose"}
-        return {**fields, "exit_code": self.exit_code, "conclusion": self.conclusion}
 
 
 def run(settings: Settings, out: Output) -> Report:
@@ -239,9 +88,10 @@ def check_model(
         for found in check.check_model(
             loaded.model, settings.caches, settings.kernels, names, main, bar.update
         ):
-            rows.append(Row.of(found.cache, found.kernels, found.finding, found.stores))
+            rows.append(Row.of(found))
             bar.advance()
-        control = Row.of("planted bug", "default", check.control(loaded.model, main))
+        planted = check.control(loaded.model, main)
+    control = Row.of(check.Checked("planted bug", "default", True, planted))
     return Report(rows, control, len(ids), settings.run.dtype, verbose=out.verbose)
 
 
@@ -255,19 +105,24 @@ def check_target(
     if settings.prompt is not None:
         raise UsageError("--prompt: contradicts --target", "A decoder of yours is fed random ids.")
     subject = target_subject(settings.target or "")
+    if settings.run.dtype != "float32":  # the default leaves a decoder as it is
+        subject = subject.to(dtype)
     if subject.guess:
         out.note(subject.guess)
+    name = Path(subject.name).name
     main = api.decode_case(
         subject.vocab_size, subject.context, None, settings.tokens, subject.device
     )
-    with out.progress("verify-cache", len(names) + 1) as bar:
+    # What the decoder prints must not get between the results.
+    with redirect_stdout(sys.stderr), out.progress("verify-cache", len(names) + 1) as bar:
         rows = []
         for found in api.check_target(subject, names, main, bar.update):
-            rows.append(Row.of(found.cache, found.kernels, found.finding))
+            rows.append(Row.of(replace(found, cache=name)))
             bar.advance()
-        control = Row.of("planted bug", "own", api.target_control(subject, main))
-    name = str(subject.dtype).removeprefix("torch.")
-    return Report(rows, control, main.n_prompt, name, verbose=out.verbose)
+        planted = api.target_control(subject, main)
+    control = Row.of(api.Checked("planted bug", api.OWN, True, planted))
+    computed = str(subject.dtype).removeprefix("torch.")
+    return Report(rows, control, main.n_prompt, computed, verbose=out.verbose)
 
 
 def show(report: Report, out: Output) -> None:
@@ -276,17 +131,16 @@ def show(report: Report, out: Output) -> None:
         Column("cache", "left", key=True),
         Column("kernels", "left", key=True),
         Column("scenario", "left", key=True),
+        Column("verdict", "left"),
         Column("identical steps"),
         Column("max ULP"),
         Column(f"gap {report.dtype}"),
         Column("float64"),
         Column("promoted"),
-        Column("verdict", "left"),
     ]
     rows = [table_row(group) for group in grouped(report)]
     out.table("Cached against uncached logits, the same tokens fed to both", columns, rows)
-    for rows in alike(report.bugs):
-        first, *others = rows
+    for first, *others in alike(report.bugs):
         out.text(f"{first.cache}, {first.kernels} kernels, {first.scenario}: {first.words()}")
         for label, text in (
             ("", first.evidence),
@@ -326,10 +180,10 @@ def table_row(rows: list[Row]) -> list[str]:
         first.cache,
         first.kernels,
         first.scenario if len(rows) == 1 else f"{len(rows)} more",
+        first.words(),
         f"{same:,} of {steps:,}" if steps else "-",
         ulps(max(row.max_ulp for row in rows)) if steps else "-",
         *(worst(rows, name) for name in ("gap", "gap_float64", "gap_promoted")),
-        first.words(),
     ]
 
 

@@ -4,15 +4,13 @@ Floating point adds in an order that PyTorch chooses by the shape of the whole c
 other bits alone than among others. Here every call has a shape that the model alone decides:
 
 - `rows`: each token goes through its layers by itself, in fresh memory.
-- `attention`: each query meets blocks of `key_block` keys, counted from column 0; the last block is
-  padded and masked. First the maximum over all blocks (exact in any order), then the sums of the
-  exponentials and of the values, block after block. A block that is masked as a whole adds zeros,
-  so it does not matter how many of them follow.
+- `attention`: each query meets the keys that it sees, and no others, in blocks of `key_block`; the
+  last block is padded and masked. First the maximum over all blocks (exact in any order), then the
+  sums of the exponentials and of the values, block after block.
 
-So a token's logits are the same in every split of its sequence into steps and beside any other
-rows, by construction, on one machine with one number of threads. It takes a cache that keeps each
-key in the column that it has in the whole sequence; docs/exact.md says what others could do, and
-what it costs.
+So a token's logits are the same in every split of its sequence into steps, behind any padding and
+beside any other rows, by construction, on one machine with one number of threads. A cache must hand
+out its columns in the order of their positions; docs/exact.md says what it costs.
 """
 
 from __future__ import annotations
@@ -52,19 +50,21 @@ class ExactKernels:
         n_kv_heads, n_keys = k.shape[1:3]
         if causal and n_queries != n_keys:
             raise ValueError(f"causal needs as many queries as keys ({n_queries}, {n_keys})")
-        if mask is not None:
-            mask = F.pad(mask, (0, -n_keys % self.key_block))  # with False
-            mask = mask.expand(batch, 1, n_queries, -1)
-            n_keys = mask.shape[3]
         queries = q.to(torch.promote_types(q.dtype, torch.float32)) * head_dim**-0.5
         found = []
         for row in range(batch):
-            keys, values = (self._blocks(x[row], queries.dtype) for x in (k, v))
+            stored = self._blocks(k[row], queries.dtype), self._blocks(v[row], queries.dtype)
             for i in range(n_queries):
                 query = queries[row, :, i].reshape(n_kv_heads, n_heads // n_kv_heads, head_dim)
-                seen = None if mask is None else mask[row, 0, i]
-                n_seen = i + 1 if causal else n_keys  # blocks behind these would add nothing
-                found.append(self._attend(query, keys, values, n_seen, seen))
+                n_seen = i + 1 if causal else n_keys
+                keys, values = stored
+                if mask is not None:
+                    seen = mask[row % mask.shape[0], 0, i % mask.shape[2]].nonzero()[:, 0]
+                    n_seen = len(seen)
+                    if n_seen and int(seen[-1]) >= n_seen:  # there are gaps
+                        keys = self._blocks(k[row, :, seen], queries.dtype)
+                        values = self._blocks(v[row, :, seen], queries.dtype)
+                found.append(self._attend(query, keys, values, n_seen))
         y = torch.stack(found).view(batch, n_queries, n_heads, head_dim)
         return y.transpose(1, 2).to(q.dtype)
 
@@ -80,18 +80,13 @@ class ExactKernels:
             blocks.append(block)
         return blocks
 
-    def _attend(
-        self, q: Tensor, keys: list[Tensor], values: list[Tensor], n_seen: int, seen: Tensor | None
-    ) -> Tensor:
-        """One query of each head, (Hkv,G,D) and scaled, over the first `n_seen` columns -> same.
-
-        seen (columns,) bool, or None if nothing else is masked.
-        """
+    def _attend(self, q: Tensor, keys: list[Tensor], values: list[Tensor], n_seen: int) -> Tensor:
+        """One query of each head, (Hkv,G,D) and scaled, over the first `n_seen` keys -> same."""
+        if not n_seen:
+            return q * float("nan")  # as the default kernels
         scores = []
         for start, key in zip(range(0, n_seen, self.key_block), keys, strict=False):
             score = torch.bmm(q, key.mT)  # (Hkv,G,key_block)
-            if seen is not None:
-                score.masked_fill_(~seen[start : start + self.key_block], float("-inf"))
             if n_seen < start + self.key_block:
                 score[..., n_seen - start :] = float("-inf")
             scores.append(score)

@@ -33,6 +33,7 @@ def witness(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Any:
         ) from error
     llama = (config.positions, config.norm, config.activation) == ("rotary", "rmsnorm", "swiglu")
     plain = config.norm == "layernorm" and config.activation in ACTIVATIONS
+    build: Any
     if llama:
         build, described, state = transformers.LlamaForCausalLM, _llama_config, _llama_state
     elif plain and config.positions != "rotary" and config.n_kv_heads == config.n_heads:

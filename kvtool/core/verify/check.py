@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from kvtool.core.engine import begin, check_context, generate
 from kvtool.core.models import Model
 from kvtool.core.sampling import Sampler
 from kvtool.core.verify.doctor import examine
-from kvtool.core.verify.judge import Case, Finding, Judge
+from kvtool.core.verify.judge import ROUNDING, Case, Finding, Judge
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import ModelSubject, Source
 
@@ -32,6 +33,12 @@ class Checked:
     kernels: str
     stores: bool  # a kind that stores nothing is there to be compared with
     finding: Finding
+    exact: bool = False  # equality to the last bit was promised
+
+    @property
+    def right(self) -> bool:
+        """Whether the cache kept what it promises."""
+        return self.finding.right and not (self.exact and self.finding.verdict == ROUNDING)
 
 
 def main_case(model: Model, prompt: Tensor, n_new: int) -> Case:
@@ -53,7 +60,7 @@ def main_case(model: Model, prompt: Tensor, n_new: int) -> Case:
 
 def small(kind: str) -> Callable[[CacheSpec, Tensor | None], Cache]:
     """How to make a cache of a registered kind that does all that it does in a short check."""
-    found = cache_class(kind)
+    found: Any = cache_class(kind)
     return partial(found, **found.small) if found.small else found
 
 
@@ -74,7 +81,9 @@ def check_model(
                 tell(f"{kind}, {name} kernels, {scenario}")
                 case = main if scenario == MAIN else Case(SCENARIOS[scenario])
                 finding = judge.judge(case, thorough=scenario == MAIN and name == "default")
-                yield Checked(kind, name, not cache_class(kind).recompute, finding)
+                found = cache_class(kind)
+                exact = name == "exact" and found.exact
+                yield Checked(kind, name, not found.recompute, finding, exact)
 
 
 def control(model: Model, main: Case) -> Finding:

@@ -171,9 +171,9 @@ class ModelSubject:
         return self.model.encode(start.source.ids, start.source.mask, self.kernels)
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
-        step = Step.full(
-            *ids.shape, ids.device, start.padding, self.kernels, self.window, self.sinks
-        )
+        batch, n = ids.shape
+        seen = (self.window, self.sinks)
+        step = Step.full(batch, n, ids.device, start.padding, self.kernels, *seen)
         return self.model(ids, step, source=self.encode(start))
 
     def start(self, start: Start) -> Session:

@@ -1,0 +1,163 @@
+"""What verify-cache found: a row for each kind of cache, kernels and scenario, and what they say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvtool.core.verify.check import Checked
+
+
+@dataclass
+class Row:
+    """A kind of cache with some kernels in one scenario, against the uncached run.
+
+    Steps count the calls of the model from 0. A gap is the largest difference over the largest
+    logit; None was not needed for the verdict.
+    """
+
+    cache: str
+    kernels: str
+    scenario: str
+    verdict: str
+    right: bool
+    evidence: str
+    steps: int
+    identical_steps: int
+    first_difference: int | None
+    max_ulp: float
+    gap: float | None
+    gap_float64: float | None
+    gap_promoted: float | None
+    first_wrong_step: int | None
+    layer: int | None
+    part: str
+    heads: list[int]
+    place: str
+    hint: str
+    gap_by_step: dict[str, list[float]]
+    stores: bool = True
+
+    @classmethod
+    def of(cls, checked: Checked) -> Row:
+        finding = checked.finding
+        working, exact, promoted = finding.working, finding.float64, finding.promoted
+        found = finding.diagnosis
+        return cls(
+            cache=checked.cache,
+            kernels=checked.kernels,
+            scenario=finding.scenario,
+            verdict=finding.verdict,
+            right=checked.right,
+            evidence=finding.evidence,
+            steps=working.steps if working else 0,
+            identical_steps=working.identical if working else 0,
+            first_difference=working.first if working else None,
+            max_ulp=working.ulps if working else 0.0,
+            gap=working.relative if working else None,
+            gap_float64=exact.relative if exact else None,
+            gap_promoted=promoted.relative if promoted else None,
+            first_wrong_step=finding.first_wrong,
+            layer=found.layer,
+            part=found.part,
+            heads=list(found.heads),
+            place=found.place,
+            hint=found.hint,
+            gap_by_step=finding.by_step,
+            stores=checked.stores,
+        )
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the check ran, and the answer is no."""
+        return not self.right and self.verdict not in ("unsupported", "vacuous")
+
+    def words(self) -> str:
+        """The verdict, as a table says it."""
+        if self.verdict == "vacuous" and not self.stores:
+            return "nothing cached"
+        step = self.first_wrong_step
+        if self.verdict == "rounding" and not self.right:
+            return "rounding, not exact"
+        if step is None or self.right:
+            return self.verdict
+        word = "precision lost" if self.verdict == "precision" else self.verdict
+        return f"{word}, step {step}"
+
+
+@dataclass
+class Report:
+    """All rows, and whether the check found the bug that was planted to test it."""
+
+    checks: list[Row]
+    control: Row | None
+    prompt_tokens: int
+    dtype: str
+    seconds: float = 0.0
+    verbose: bool = field(default=False, repr=False)
+
+    @property
+    def bugs(self) -> list[Row]:
+        return [row for row in self.checks if row.wrong]
+
+    @property
+    def vacuous(self) -> list[str]:
+        """Kinds that store something, and were only checked in vain."""
+        kinds = dict.fromkeys(row.cache for row in self.checks if row.stores)
+        judged = {row.cache for row in self.checks if row.verdict not in ("vacuous", "unsupported")}
+        return [kind for kind in kinds if kind not in judged]
+
+    @property
+    def trustworthy(self) -> bool:
+        return self.control is None or self.control.verdict == "bug"
+
+    @property
+    def judged(self) -> list[Row]:
+        return [row for row in self.checks if row.right and row.stores]
+
+    @property
+    def exit_code(self) -> int:
+        right = self.judged and not self.bugs and not self.vacuous and self.trustworthy
+        return 0 if right else 1
+
+    @property
+    def conclusion(self) -> str:
+        """The last line, in words."""
+        if not self.trustworthy:
+            return "the check failed: it did not report the bug that was planted to test it"
+        if self.bugs:
+            kinds = dict.fromkeys((row.cache, row.verdict) for row in self.bugs)
+            return "; ".join(f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds)
+        if self.vacuous:
+            return f"nothing was checked of {', '.join(self.vacuous)}"
+        if not self.judged:
+            return "nothing was checked: no kind of cache was given that stores anything"
+        kernels = dict.fromkeys(row.kernels for row in self.judged)
+        parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
+        control = "; the planted bug was found" if self.control else ""
+        return "; ".join(parts) + control
+
+    def _worst(self, kind: str, verdict: str) -> str:
+        rows = [row for row in self.bugs if (row.cache, row.verdict) == (kind, verdict)]
+        names = list(dict.fromkeys(row.scenario for row in rows))
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"{rows[0].words()} in {names[0]}{more}"
+
+    def _steps(self, kernels: str) -> str:
+        rows = [row for row in self.judged if row.kernels == kernels]
+        same, steps = sum(row.identical_steps for row in rows), sum(row.steps for row in rows)
+        if same == steps:
+            return f"{same:,} of {steps:,} steps identical, bit for bit"
+        loose = [row for row in rows if row.verdict != "identical"]
+        precise = all(row.verdict == "rounding" for row in loose)
+        what = "rounding only" if precise else "rounding, or the model's own precision"
+        return f"{what} ({same:,} of {steps:,} steps identical)"
+
+    def rows(self) -> list[dict[str, Any]]:
+        flat = [*self.checks, *([self.control] if self.control else [])]
+        return [{k: v for k, v in vars(row).items() if k != "gap_by_step"} for row in flat]
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {key: value for key, value in vars(self).items() if key != "verbose"}
+        return {**fields, "exit_code": self.exit_code, "conclusion": self.conclusion}
