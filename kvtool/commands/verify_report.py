@@ -1,4 +1,4 @@
-"""What verify-cache found: a row for each kind of cache, kernels and scenario, and what they say."""
+"""What verify-cache found: a row for each cache, kernels and scenario, and what they say."""
 
 from __future__ import annotations
 

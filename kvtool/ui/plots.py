@@ -150,7 +150,8 @@ def _mark_crossovers(
         axes.axvline(length, color=COLOURS[i % len(COLOURS)], linestyle=":", linewidth=1.2)
     if notes:
         text = "\n".join(notes)
-        axes.text(0.98, 0.03, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=8.5)
+        place = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "fontsize": 8.5}
+        axes.text(0.98, 0.03, text, **place, backgroundcolor="white")
 
 
 NOTHING = 1e-18  # where a gap of exactly 0 is drawn on a log axis

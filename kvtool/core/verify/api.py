@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvtool import registry
 from kvtool.core.models import Model
-from kvtool.core.verify.check import MAIN, Checked, check_model, control, main_case
+from kvtool.core.verify.check import MAIN, Checked, beginning, check_model, control, main_case
 from kvtool.core.verify.compare import Gap
 from kvtool.core.verify.judge import BUG, UNSUPPORTED, Case, Finding, Judge
 from kvtool.core.verify.scenarios import PREFILL, SCENARIOS
@@ -22,7 +22,6 @@ from kvtool.core.verify.target_doctor import examine
 from kvtool.errors import UsageError
 
 OWN = "own"  # the kernels of a decoder that brings its own
-CONTROL_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -191,11 +190,7 @@ def decode_case(
 
 def target_control(subject: TargetSubject, main: Case) -> Finding:
     """Judge the decoder with a planted bug: a check that calls this right is worth nothing."""
-    given = main.given
-    if given is not None:
-        given = given[:, : main.n_prompt + CONTROL_STEPS]
-    case = Case(main.scenario, given, main.n_prompt)
-    return Judge(subject.with_session(WrongToken)).judge(case)
+    return Judge(subject.with_session(WrongToken)).judge(beginning(main))
 
 
 class WrongToken(TargetSession):
