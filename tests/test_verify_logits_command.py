@@ -115,7 +115,10 @@ def test_a_float32_npz_is_compared_as_exactly_as_it_is_stored(
     path = tmp_path / "r.npz"
     np.savez(path, ids=right.ids, logits=right.logits.astype(np.float32))
     found = answer(verify("--reference", str(path), "--json"))
-    assert 1e-12 < found["worst_float64"] < found["tolerance_float64"] == 1e-5
+    assert 1e-12 < found["worst_float64"] < found["tolerance_float64"] < 5e-6
+    np.savez(path, ids=right.ids, logits=(right.logits * (1 + 1e-5)).astype(np.float32))
+    found = answer(verify("--reference", str(path), "--json"), code=1)
+    assert found["conclusion"].startswith("mismatch: ")
 
 
 def test_the_reports_hold_a_row_for_every_position(

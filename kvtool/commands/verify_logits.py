@@ -151,7 +151,7 @@ def run(settings: Settings, out: Output) -> Report:
         {**vars(row), "piece": tokenizer.decode([row.token])}
         for row in reference.compare(loaded.model, precise, references)
     ]
-    tolerance = max(reference.PRECISION[r.logits.dtype.name] for r in references)
+    tolerance = reference.allowance(precise, references)
     return Report(positions, agree, tolerance, name, settings.run.dtype)
 
 

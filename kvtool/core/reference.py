@@ -6,6 +6,7 @@ the metadata has `text.N` too. `ids` and `logits` alone are prompt 0.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import zipfile
@@ -24,13 +25,13 @@ from torch import Tensor
 
 from kvtool.core import oracle
 from kvtool.core.models import Model
-from kvtool.core.verify.compare import spacing
+from kvtool.core.verify.compare import distances, spacing
+from kvtool.core.verify.judge import NOISE, ROUNDING_64
 from kvtool.core.weight_files import refuse_lookalike
 from kvtool.errors import CapacityError, FileError, UsageError
 from kvtool.files import write_durable
 
-# How far a float64 run may be from a reference stored in a format, over the largest logit.
-PRECISION = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2}
+FORMATS = ("float64", "float32", "float16")  # of reference logits
 ARRAY = re.compile(r"(?:ids|logits)\.(0|[1-9][0-9]*)")
 
 
@@ -167,10 +168,10 @@ def _reference(
         raise FileError(
             f"{path}: ids.{n} is {ids.dtype} {list(ids.shape)} (expected whole numbers [T])"
         )
-    if logits.ndim != 2 or logits.shape[0] != len(ids) or logits.dtype.name not in PRECISION:
+    if logits.ndim != 2 or logits.shape[0] != len(ids) or logits.dtype.name not in FORMATS:
         raise FileError(
             f"{path}: logits.{n} is {logits.dtype} {list(logits.shape)} "
-            f"(expected {', '.join(PRECISION)} [{len(ids)}, V])"
+            f"(expected {', '.join(FORMATS)} [{len(ids)}, V])"
         )
     if not np.isfinite(logits).all():
         raise FileError(f"{path}: logits.{n} holds NaN or infinities")
@@ -207,6 +208,26 @@ def compare(model: Model, precise: Model, references: Sequence[Reference]) -> li
                 _position(n, position, token, working[position], exact[position], right[position])
             )
     return found
+
+
+@torch.inference_mode()
+def allowance(precise: Model, references: Sequence[Reference]) -> float:
+    """How far a float64 run may be from right references, over the largest logit.
+
+    Only rounding may lie between it and float64 references. Those of a lower format may have been
+    computed in it: then NOISE times as far as the model's own run in that format, or one unit.
+    """
+    name = references[0].logits.dtype.name
+    if name == "float64":
+        return ROUNDING_64
+    dtype = getattr(torch, name)
+    lower = copy.deepcopy(precise).to(dtype)
+    device = next(precise.parameters()).device
+    noise = torch.finfo(dtype).eps
+    for reference in references:
+        ids = torch.tensor([reference.ids], device=device)
+        noise = max(noise, *distances([lower(ids)], [precise(ids)]))
+    return NOISE * noise
 
 
 def _position(
