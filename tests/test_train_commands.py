@@ -131,11 +131,13 @@ def test_pairs_are_learned_with_every_tokenizer_and_a_test_file_is_scored(
     test = tmp_path / "test.tsv"
     test.write_text("".join(f"{word}{word}\tA B\n" for word in WORDS[:3]))
     document = answer(seq2seq("--tokenizer", kind, "--test", str(test), "--json"))
-    dev, scored = document["scores"]
+    dev, scored, searched = document["scores"]
     assert (dev["part"], dev["sources"]) == ("dev", 1) and "index % 20 = 19" in dev["data"]
     assert (scored["part"], scored["sources"], scored["data"]) == ("test", 3, str(test))
-    for row in (dev, scored):
-        assert list(row)[-2:] == list(errors) and row["decoding"] == "greedy"
+    decodings = [row["decoding"] for row in document["scores"]]
+    assert decodings == ["greedy", "greedy", "beam 4"]
+    for row in (dev, scored, searched):
+        assert list(row)[-2:] == list(errors)
         assert all(row[error] >= 0 for error in errors)
     assert document["schema"] == "kvtool.train-seq2seq/1"
 

@@ -38,12 +38,14 @@ class Settings:
     model: ModelConfig
     batch_tokens: int
     label_smoothing: float
+    beams: int
     train: TrainConfig
 
     def __post_init__(self) -> None:
         choose(self.tokenizer, TOKENIZERS, "--tokenizer")
         check_int("--batch-tokens", self.batch_tokens, 1)
         check_float("--label-smoothing", self.label_smoothing, 0.0, 0.99)
+        check_int("--beams", self.beams, 1, 1000)
         check_int("--encoder-layers", self.model.n_encoder_layers, 1)
 
 
@@ -77,8 +79,12 @@ def run(settings: Settings, out: Output) -> t.Trained:
     at = t.train(model, task, settings.train, "train-seq2seq", out)
     best = checkpoint.load(str(settings.train.out / "best"), device, torch.float32)
     parts = [("dev", splits.valid_name, splits.valid), ("test", splits.test_name, splits.test)]
+    beams = [1, settings.beams] if settings.beams > 1 else [1]
     scores = [
-        score_row(task, best.model, part, name, pairs, out) for part, name, pairs in parts if pairs
+        score_row(task, best.model, part, name, pairs, n, out)
+        for part, name, pairs in parts
+        if pairs
+        for n in (beams if part == "test" else [1])
     ]
     return t.Trained.of(at, best, scores)
 
@@ -96,17 +102,26 @@ def make_tokenizers(settings: Settings, splits: Splits) -> tuple[Tokenizer, Toke
 
 
 def score_row(
-    task: Translation, model: Any, part: str, name: str, pairs: tuple[Pair, ...], out: Output
+    task: Translation,
+    model: Any,
+    part: str,
+    name: str,
+    pairs: tuple[Pair, ...],
+    beams: int,
+    out: Output,
 ) -> dict[str, Any]:
     """Decode all of a held-out part, and name what the score is of."""
-    out.note(f"decoding {len(pairs):,} {part} sources")
-    score = task.score(model, pairs)
+    from kvtool.core.beam import Beam
+
+    decoding = "greedy" if beams == 1 else f"beam {beams}"
+    out.note(f"decoding {len(pairs):,} {part} sources, {decoding}")
+    score = task.score(model, pairs, None if beams == 1 else Beam(beams))
     whole, unit = ERRORS.get(task.tokenizer.kind, SENTENCE_ERRORS)
     return {
         "part": part,
         "data": name,
         "sources": score.n,
-        "decoding": "greedy",
+        "decoding": decoding,
         whole: score.wer,
         unit: score.per,
     }
@@ -174,6 +189,14 @@ def command(
         ),
     ] = 0.1,
     amp: t.Amp = False,
+    beams: Annotated[
+        int,
+        typer.Option(
+            "--beams",
+            metavar="N",
+            help="Score the test part by beam search too, at the end (1: greedy only).",
+        ),
+    ] = 4,
     device: o.Device = "auto",
     threads: o.Threads = 0,
     seed: o.Seed = 0,
@@ -214,6 +237,7 @@ def command(
         ),
         batch_tokens=batch_tokens,
         label_smoothing=label_smoothing,
+        beams=beams,
         train=TrainConfig(
             out=out_folder,
             length=t.train_length(steps, epochs, minutes),

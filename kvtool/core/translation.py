@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.core import checkpoint
+from kvtool.core.beam import Beam, Hypothesis, beam_search
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.engine import generate
@@ -90,20 +91,51 @@ def translate(
     max_tokens 0: as `target_limit` says for each source. Sources of similar length are decoded
     together, and each target is what it would be alone. Raises CapacityError.
     """
-    context, device = model.config.context, next(model.parameters()).device
-    check_sources(sources, context)
-    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     targets: list[list[int]] = [[] for _ in sources]
-    for first in range(0, len(order), DECODING_BATCH):
-        rows = order[first : first + DECODING_BATCH]
-        ids, mask = pad([sources[i] for i in rows], device)
-        limits = [max_tokens or target_limit(len(sources[i]), context) for i in rows]
+    for rows, ids, mask, limits in _batches(model, sources, max_tokens, DECODING_BATCH):
         source = model.encode(ids, mask, kernels)
         steps = list(decode(model, source, kind, max(limits), Sampler(), kernels))
         chosen = torch.stack(steps, dim=1).tolist()
         for i, limit, tokens in zip(rows, limits, chosen, strict=True):
             targets[i] = tokens[: min(limit, tokens.index(EOS) if EOS in tokens else limit)]
     return targets
+
+
+@torch.inference_mode()
+def search(
+    model: Model,
+    sources: Sequence[Ids],
+    beam: Beam,
+    max_tokens: int = 0,
+    kind: str = "dynamic",
+    kernels: Kernels = DEFAULT,
+    tell: Callable[[int], None] = lambda nbytes: None,
+) -> list[list[Hypothesis]]:
+    """The best targets of each source by beam search, in the order of the sources; else as
+    `translate`. `tell` is given the bytes of the caches."""
+    found: list[list[Hypothesis]] = [[] for _ in sources]
+    size = max(1, DECODING_BATCH // beam.size)
+    for rows, ids, mask, limits in _batches(model, sources, max_tokens, size):
+        source = model.encode(ids, mask, kernels)
+        start = torch.full((len(rows), 1), BOS, device=ids.device)
+        best = beam_search(model, start, kind, limits, beam, EOS, source, kernels, tell)
+        for i, hypotheses in zip(rows, best, strict=True):
+            found[i] = hypotheses
+    return found
+
+
+def _batches(
+    model: Model, sources: Sequence[Ids], max_tokens: int, size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor, list[int]]]:
+    """Sources of similar length together, padded: their indices, ids and mask (B,S), and how long
+    each target may become. Raises CapacityError before the first."""
+    context, device = model.config.context, next(model.parameters()).device
+    check_sources(sources, context)
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    for first in range(0, len(order), size):
+        rows = order[first : first + size]
+        ids, mask = pad([sources[i] for i in rows], device)
+        yield rows, ids, mask, [max_tokens or target_limit(len(sources[i]), context) for i in rows]
 
 
 def target_limit(n_source: int, context: int) -> int:
@@ -196,11 +228,15 @@ class Translation:
         score = self.score(model, self.dev)
         return {"per": score.per, "wer": score.wer}
 
-    def score(self, model: Model, pairs: Sequence[Pair]) -> Score:
-        """Error rates of greedy decoding: whole targets, and their units."""
+    def score(self, model: Model, pairs: Sequence[Pair], beam: Beam | None = None) -> Score:
+        """Error rates of greedy decoding, or of beam search: whole targets, and their units."""
         sources = self.source_tokenizer.encode_batch([pair.source for pair in pairs])
         units = self.tokenizer.units
-        hypotheses = [units(self.tokenizer.decode(ids)) for ids in translate(model, sources)]
+        if beam is None:
+            targets = translate(model, sources)
+        else:
+            targets = [best[0].ids for best in search(model, sources, beam)]
+        hypotheses = [units(self.tokenizer.decode(ids)) for ids in targets]
         references = [[units(text) for text in pair.targets] for pair in pairs]
         return score_sequences(references, hypotheses)
 

@@ -1,0 +1,184 @@
+"""What generate does with one checkpoint: draw, take the likeliest, or search with beams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvtool.errors import CapacityError, UsageError
+from kvtool.ui.output import Output
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvtool.commands.generate import Settings
+    from kvtool.core.beam import Beam, Hypothesis
+    from kvtool.core.checkpoint import Checkpoint
+    from kvtool.core.sampling import Sampler
+
+DEFAULT_TOKENS = 200
+
+
+@dataclass
+class Result:
+    """One prompt and what was made of it."""
+
+    prompt: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    ended: bool  # by the model, not by --max-tokens
+    rank: int = 1  # among the --n-best of a prompt
+    log_prob: float | None = None  # nats, of beam search
+    score: float | None = None  # log_prob with the length penalty
+
+
+class Generator:
+    """One checkpoint and one way of choosing tokens, for any number of prompts."""
+
+    def __init__(
+        self, loaded: Checkpoint, settings: Settings, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.loaded = loaded
+        self.settings = settings
+        self.device = device
+        self.dtype = dtype
+        self.cache_bytes = 0
+        if settings.top_k > loaded.config.vocab_size:
+            raise UsageError(
+                f"--top-k: {settings.top_k} is above the vocabulary of {loaded.config.vocab_size}"
+            )
+
+    def encode(self, text: str, index: int) -> list[int]:
+        """Token ids of a prompt, after checking that everything fits. Raises CapacityError."""
+        from kvtool.core.engine import check_context
+        from kvtool.core.translation import check_sources
+
+        context = self.loaded.config.context
+        if self.loaded.source_tokenizer is not None:
+            ids = self.loaded.source_tokenizer.encode(text)
+            check_sources([ids], context, first=index)
+            check_context(1, self.n_new(ids), context)
+            return ids
+        ids = self.loaded.tokenizer.encode(text)
+        try:
+            if not ids:  # blanks are no token of a word tokenizer
+                raise CapacityError(f"the prompt holds no token (found {text!r})")
+            check_context(len(ids), self.n_new(ids), context)
+        except CapacityError as error:
+            if self.settings.input_file is None:
+                raise
+            where = f"{self.settings.input_file}: line {index + 1}"
+            raise CapacityError(f"{where}: {error.message}", error.hint) from error
+        return ids
+
+    def n_new(self, ids: list[int]) -> int:
+        """How many tokens to generate at most."""
+        from kvtool.core.translation import target_limit
+
+        if self.settings.max_tokens is not None:
+            return self.settings.max_tokens
+        context = self.loaded.config.context
+        if self.loaded.source_tokenizer is not None:
+            return target_limit(len(ids), context)
+        return max(1, min(DEFAULT_TOKENS, context - len(ids)))
+
+    def one(self, text: str, ids: list[int], out: Output | None) -> Result:
+        """Generate from one prompt, streaming to `out`."""
+        emit: Callable[[str], None] = out.stream if out is not None else lambda text: None
+        if out is not None and out.interactive and self.loaded.source_tokenizer is None:
+            out.text(text, style="dim", end="")
+        eos = self.loaded.tokenizer.eos_id
+        stream = self.loaded.tokenizer.stream()
+        made: list[int] = []
+        pieces: list[str] = []
+        for token in self.tokens(ids):
+            made.append(int(token))
+            if made[-1] == eos:
+                break
+            pieces.append(stream.step(made[-1]))
+            emit(pieces[-1])
+        pieces.append(stream.finish())
+        emit(pieces[-1])
+        ended = bool(made) and made[-1] == eos
+        return Result(text, "".join(pieces), len(ids), len(made), ended)
+
+    @property
+    def greedy_pairs(self) -> bool:
+        """Whether sources can be decoded in batches: nothing is drawn, and each ends by itself."""
+        return self.loaded.source_tokenizer is not None and not self.settings.temperature
+
+    def together(self, texts: list[str], encoded: list[list[int]]) -> list[Result]:
+        """All prompts by beam search, or by the same with a beam of one, which is greedy: sources
+        in batches, other prompts one by one."""
+        from kvtool.core.beam import Beam
+        from kvtool.core.kernels import make_kernels
+        from kvtool.core.translation import search
+
+        s = self.settings
+        kernels, beam = make_kernels(s.kernels), Beam(s.beams, s.length_penalty, s.n_best)
+        if self.loaded.source_tokenizer is not None:
+            limit = s.max_tokens or 0
+            model = self.loaded.model
+            found = search(model, encoded, beam, limit, s.cache, kernels, self._used)
+        else:
+            found = [self._continue(ids, beam, kernels) for ids in encoded]
+        return [
+            Result(
+                text,
+                self.loaded.tokenizer.decode(hypothesis.ids),
+                len(ids),
+                len(hypothesis.ids) + hypothesis.ended,
+                hypothesis.ended,
+                rank,
+                hypothesis.log_prob if s.beams > 1 else None,
+                hypothesis.score if s.beams > 1 else None,
+            )
+            for text, ids, hypotheses in zip(texts, encoded, found, strict=True)
+            for rank, hypothesis in enumerate(hypotheses, start=1)
+        ]
+
+    def _continue(self, ids: list[int], beam: Beam, kernels: Any) -> list[Hypothesis]:
+        import torch
+
+        from kvtool.core.beam import beam_search
+
+        prompt, kind = torch.tensor([ids], device=self.device), self.settings.cache
+        eos = self.loaded.tokenizer.eos_id
+        limits = [self.n_new(ids)]
+        model = self.loaded.model
+        return beam_search(model, prompt, kind, limits, beam, eos, None, kernels, self._used)[0]
+
+    def _used(self, nbytes: int) -> None:
+        self.cache_bytes = max(self.cache_bytes, nbytes)
+
+    def tokens(self, ids: list[int]) -> Any:
+        """The tokens that follow `ids`, each a tensor (1,)."""
+        import torch
+
+        from kvtool.core import engine
+        from kvtool.core.cache import CacheSpec, make_cache
+        from kvtool.core.kernels import make_kernels
+
+        kernels = make_kernels(self.settings.kernels)
+        model, config = self.loaded.model, self.loaded.config
+        with torch.inference_mode():
+            start = torch.tensor([ids], device=self.device)
+            prompt, source = engine.begin(model, start, kernels)
+        n_new = self.n_new(ids)
+        spec = CacheSpec.of(config, 1, prompt.shape[1] + n_new, self.dtype, self.device, kernels)
+        cache = make_cache(self.settings.cache, spec)
+        for token in engine.generate(model, prompt, cache, n_new, self.sampler(), source):
+            yield token
+            self._used(cache.nbytes().allocated + (source.nbytes() if source else 0))
+
+    def sampler(self) -> Sampler:
+        """A fresh sampler, so that a prompt's result does not depend on those before it."""
+        from kvtool.core.sampling import Sampler
+
+        s = self.settings
+        temperature = s.temperature
+        if temperature is None:
+            temperature = 0.0 if self.loaded.source_tokenizer is not None else 0.8
+        return Sampler(temperature, s.top_k, s.top_p, s.run.seed)
