@@ -217,6 +217,7 @@ class TrainConfig:
     eval_every: int = 500  # steps; a state is saved then too
     patience: int = 0  # evaluations without a better score before stopping; 0: never stop early
     amp: bool = False  # bfloat16 autocast
+    average: int = 0  # evaluations whose weights are averaged, and scored too; 0: none
     seed: int = 0
     resume: bool = False
 
@@ -227,3 +228,4 @@ class TrainConfig:
         check_float("--weight-decay", self.weight_decay, 0.0)
         check_int("--eval-every", self.eval_every, 1)
         check_int("--patience", self.patience, 0)
+        check_int("--average", self.average, 0, 100)

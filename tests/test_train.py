@@ -254,6 +254,31 @@ def test_a_run_may_be_stopped_again_and_again(tmp_path: Path, unbroken: dict[str
     assert outcome(tmp_path) == unbroken
 
 
+def test_the_mean_of_the_last_weights_is_scored_and_saved_if_it_is_better(tmp_path: Path) -> None:
+    train(tmp_path, learn=Scores(5.0, 4.0, 1.0, 9.0, 8.0), average=3)
+    scored = [
+        (line["step"], name)
+        for line in outcome(tmp_path)["log"]
+        for name in ("valid", "averaged")
+        if name in line
+    ]
+    assert scored == [(4, "valid"), (8, "valid"), (8, "averaged"), (12, "valid"), (12, "averaged")]
+    with RunFolder(tmp_path, True, lambda _: None) as folder:
+        state = folder.load_state()
+    assert state is not None and state["position"]["best_step"] == 8
+    first, second, _ = state["recent"]
+    best = checkpoint.load(str(tmp_path / "best"), CPU, torch.float32).model.state_dict()
+    for name, weight in best.items():
+        torch.testing.assert_close(weight, (first[name] + second[name]) / 2)
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_a_stopped_run_that_averages_goes_on_to_the_same_bytes(tmp_path: Path, step: int) -> None:
+    train(tmp_path / "whole", average=2)
+    stop_and_resume(tmp_path / "stopped", step, average=2)
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
 def test_a_finished_run_that_is_resumed_stays_as_it_is(
     tmp_path: Path, unbroken: dict[str, Any]
 ) -> None:

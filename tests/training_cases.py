@@ -115,6 +115,9 @@ def outcome(out: Path) -> dict[str, Any]:
     for _, moments in sorted(state.pop("optimizer")["state"].items()):
         for tensor in moments.values():
             digest.update(tensor.numpy().tobytes())
+    for weights_then in state.pop("recent"):
+        for _, tensor in sorted(weights_then.items()):
+            digest.update(tensor.numpy().tobytes())
     del state["model"]  # the same as last/
     return {**weights, "log": log, "optimizer": digest.hexdigest(), **state}
 

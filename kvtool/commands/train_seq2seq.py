@@ -188,6 +188,7 @@ def command(
             rich_help_panel=t.OPTIMIZER,
         ),
     ] = 0.1,
+    average: t.Average = 0,
     amp: t.Amp = False,
     beams: Annotated[
         int,
@@ -247,6 +248,7 @@ def command(
             weight_decay=weight_decay,
             eval_every=eval_every,
             patience=patience,
+            average=average,
             amp=amp,
             seed=seed,
             resume=resume,

@@ -127,6 +127,15 @@ WeightDecay = Annotated[
         "--weight-decay", metavar="X", help="AdamW's weight decay.", rich_help_panel=OPTIMIZER
     ),
 ]
+Average = Annotated[
+    int,
+    typer.Option(
+        "--average",
+        metavar="N",
+        help="At each evaluation, also score the mean of the last N weights (0: no).",
+        rich_help_panel=OPTIMIZER,
+    ),
+]
 Amp = Annotated[
     bool,
     typer.Option("--amp", help="Multiply in bfloat16 (autocast).", rich_help_panel=OPTIMIZER),

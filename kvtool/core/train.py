@@ -6,6 +6,7 @@ a state needs no random generator in it, and a run that was killed continues as 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import signal
@@ -101,6 +102,7 @@ class Trainer:
         self.watcher = watcher
         self.say = say
         self.at = Position()
+        self.recent: list[dict[str, Tensor]] = []  # weights at the last evaluations, to average
         self.device = next(model.parameters()).device
         matrices = [p for p in model.parameters() if p.ndim > 1]
         rest = [p for p in model.parameters() if p.ndim <= 1]
@@ -134,6 +136,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.at = Position(**state["position"])
+        self.recent = state["recent"]
         self.folder.rewind_log(self.at.step)
         self.watcher.advance(self.at.step)
         self.say(f"resumed at step {self.at.step:,}")
@@ -214,19 +217,43 @@ class Trainer:
 
     @torch.inference_mode()
     def _evaluate(self) -> None:
-        self.model.eval()
-        at, figures = self.at, self.task.evaluate(self.model)
-        for name, value in figures.items():
-            self._finite(name.replace("_", " "), value, at.step)
-        score = figures[self.task.score_name]
-        self.folder.log(step=at.step, valid=figures, seconds=round(at.seconds, 3))
-        better = score < at.best_score
+        """Score the weights, and their average with those of the evaluations before."""
+        at = self.at
+        models = {"valid": self.model}
+        if (averaged := self._averaged()) is not None:
+            models["averaged"] = averaged
+        better = False
+        for name, model in models.items():
+            model.eval()
+            figures = self.task.evaluate(model)
+            for figure, value in figures.items():
+                self._finite(figure.replace("_", " "), value, at.step)
+            self.folder.log(step=at.step, **{name: figures}, seconds=round(at.seconds, 3))
+            score = figures[self.task.score_name]
+            best = score < at.best_score
+            better = better or best
+            if best:
+                sha256 = self.task.save(self.folder.path / "best", model)
+                at.best_score, at.best_step, at.best_sha256 = score, at.step, sha256
+            words = ", ".join(f"{figure} {value:.4g}" for figure, value in figures.items())
+            of = "" if name == "valid" else f", average of {len(self.recent)}"
+            self.say(f"step {at.step:,}{of}: {words}{' (best)' if best else ''}")
         at.stale = 0 if better else at.stale + 1
-        if better:
-            sha256 = self.task.save(self.folder.path / "best", self.model)
-            at.best_score, at.best_step, at.best_sha256 = score, at.step, sha256
-        words = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.say(f"step {at.step:,}: {words}{' (best)' if better else ''}")
+
+    def _averaged(self) -> Model | None:
+        """The model with the mean of its weights at the last evaluations, this one included; it
+        ends less far to one side than any of them (Vaswani 2017, 6.1). None if it is only one."""
+        if self.config.average < 2:
+            return None
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.recent = [*self.recent, weights][-self.config.average :]
+        if len(self.recent) < 2:
+            return None
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(
+            {name: torch.stack([w[name] for w in self.recent]).mean(0) for name in weights}
+        )
+        return model
 
     def _save(self) -> None:
         self.task.save(self.folder.path / "last", self.model)
@@ -234,6 +261,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "position": dataclasses.asdict(self.at),
+            "recent": self.recent,
         }
         self.folder.save_state(self.at.step, state)
 
