@@ -20,9 +20,9 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.verify.check import Checked
 from kvtool.core.verify.compare import Gap
 from kvtool.core.verify.judge import Finding
+from kvtool.core.verify.mutants.contents import ReadsLayerZero, StoresLower, WrongBelowFloat64
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.registry import CACHES, KERNELS
-from planted_bugs import LowStorage, OtherLayer, WrongBelowFloat64
 from small_models import (
     answer,
     change_weights,
@@ -33,6 +33,7 @@ from small_models import (
 )
 
 PROMPT = "Hear me speak."
+MUTANTS = "kvtool.core.verify.mutants"
 EXAMPLE = Path(__file__).parent.parent / "docs" / "my_decoder.py"
 
 
@@ -201,8 +202,8 @@ def test_the_help_explains_every_option(
 @pytest.mark.parametrize(
     ("mutant", "last", "line"),
     [
-        (OtherLayer, "bug, step 1 in decode", "what: past values are read from layer 0"),
-        (LowStorage, "precision lost, step 1 in decode", "below the model's own format"),
+        (ReadsLayerZero, "bug, step 1 in decode", "what: past values are read from layer 0"),
+        (StoresLower, "precision lost, step 1 in decode", "below the model's own format"),
         (WrongBelowFloat64, "bug, step 1 in decode", "wrong in float32 alone"),
     ],
 )
@@ -213,7 +214,7 @@ def test_a_bug_in_a_registered_kind_gets_exit_1_and_its_step(
     last: str,
     line: str,
 ) -> None:
-    monkeypatch.setitem(registry.CACHES, "dynamic", f"planted_bugs:{mutant.__name__}")
+    monkeypatch.setitem(registry.CACHES, "dynamic", f"{MUTANTS}.contents:{mutant.__name__}")
     ran = check("--caches", "dynamic", "--kernels", "default", "--scenarios", "decode", "crop")
     assert ran.code == 1
     assert ran.out.splitlines()[-1].startswith(f"✗ dynamic: {last}")
@@ -223,7 +224,7 @@ def test_a_bug_in_a_registered_kind_gets_exit_1_and_its_step(
 def test_a_bug_is_located_in_words_and_in_json(
     check: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(registry.CACHES, "dynamic", "planted_bugs:OtherLayer")
+    monkeypatch.setitem(registry.CACHES, "dynamic", f"{MUTANTS}.contents:ReadsLayerZero")
     options = ("--caches", "dynamic", "--kernels", "default", "--scenarios", "decode")
     assert "where: layer 1, stored V (of tokens 0-13)" in check(*options).out
     row = answer(check(*options, "--json"), code=1)["checks"][0]
@@ -235,7 +236,7 @@ def test_a_bug_is_located_in_words_and_in_json(
 def test_a_bug_whose_gap_is_infinite_is_null_in_json(
     check: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(registry.CACHES, "static", "planted_bugs:NaNBehind")
+    monkeypatch.setitem(registry.CACHES, "static", f"{MUTANTS}.slots:NaNBehind")
     options = ("--caches", "static", "--kernels", "default", "--scenarios", "decode")
     found = answer(check("--json", *options), code=1)
     assert found["checks"][0]["gap"] is None
