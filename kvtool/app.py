@@ -148,7 +148,9 @@ def run(args: list[str]) -> int:
         # rich turns a closed pipe into SystemExit(1), which here would read as "a mismatch"
         if isinstance(error.__context__, BrokenPipeError):
             return _close_pipe()
-        raise
+        # Whoever ends the process from within, the user's own decoder say: nothing was finished.
+        stopped = KvtoolError(f"the work was ended from within (SystemExit: {error.code})")
+        return _report(stopped, args)
     except Exception as error:
         known = explain_machine(error)
         if known is None:

@@ -170,6 +170,11 @@ def model_folder(name: str) -> Path:
         raise FileError(
             f"--model {name}: not found", hint or f"Give a folder, or one of: {', '.join(known)}."
         )
+    if (path / "best" / "config.json").is_file() and not (path / "config.json").exists():
+        raise FileError(
+            f"--model {name}: is the folder of a run (expected a checkpoint)",
+            f"Give its best: {path / 'best'}.",
+        )
     if not path.is_dir():
         raise FileError(
             f"--model {name}: is a file (expected a checkpoint folder)",

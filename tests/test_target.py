@@ -21,10 +21,10 @@ from decoder_shapes import (
     judged,
     length,
 )
-from kvtool.core.verify.hypotheses import UNKNOWN
 from kvtool.core.verify.judge import BUG, ERROR, PRECISION, ROUNDING, VACUOUS
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target import TargetSubject
+from kvtool.core.verify.target_doctor import UNNAMED
 from kvtool.errors import UsageError
 
 
@@ -79,7 +79,7 @@ MODULE_BUGS = {
     Forgetful: (0, "layer 0, blocks.0.attention.out: its input is wrong, and the output of "
                 "blocks.0.attention.qkv before it is right", "the past is not read"),
     StalePast: (1, "blocks.1.attention.out: its input is wrong, and the output of "
-                "blocks.1.attention.qkv before it is right, head 1", UNKNOWN),
+                "blocks.1.attention.qkv before it is right, head 1", UNNAMED),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from kvtool.ui.tables import Column
 
 DEFAULT_PROMPT = "To be, or not to be, that is the question:\n"
 SOURCE_PROMPT = "workbench"
+DEFAULT_TOKENS = 128
 ALL_KERNELS = list(KERNELS)
 EVERY: list[str] = []  # scenarios
 
@@ -41,6 +43,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2)
+        if self.target is not None:
+            open_options = {
+                "--model": self.run.model,
+                "--caches": self.caches != o.ALL_CACHES,
+                "--kernels": self.kernels != ALL_KERNELS,
+                "--prompt": self.prompt is not None,
+            }
+            refuse(open_options, "--target", "Your decoder has its own, and is fed random ids.")
         if self.plot is not None and not self.plot.parent.is_dir():
             raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
 
@@ -57,7 +67,7 @@ def run(settings: Settings, out: Output) -> Report:
         choose(name, list(SCENARIOS), "--scenarios")
     started = time.perf_counter()
     device, dtype = prepare(settings.run)
-    check = check_target if settings.target else check_model
+    check = check_model if settings.target is None else check_target
     report = check(settings, names, device, dtype, out)
     report.seconds = time.perf_counter() - started
     return report
@@ -92,7 +102,14 @@ def check_model(
             bar.advance()
         planted = check.control(loaded.model, main)
     control = Row.of(check.Checked("planted bug", "default", True, planted))
-    return Report(rows, control, len(ids), settings.run.dtype, verbose=out.verbose)
+    resolved = {
+        "model": str(loaded.path),
+        "sha256": loaded.sha256,
+        "device": str(device),
+        "prompt": default if settings.prompt is None else settings.prompt,
+        "scenarios": names,
+    }
+    return Report(rows, control, len(ids), settings.run.dtype, resolved, verbose=out.verbose)
 
 
 def check_target(
@@ -102,19 +119,20 @@ def check_target(
     from kvtool.core.verify import api
     from kvtool.core.verify.target_file import target_subject
 
-    if settings.prompt is not None:
-        raise UsageError("--prompt: contradicts --target", "A decoder of yours is fed random ids.")
     subject = target_subject(settings.target or "")
     if settings.run.dtype != "float32":  # the default leaves a decoder as it is
         subject = subject.to(dtype)
     if subject.guess:
         out.note(subject.guess)
     name = Path(subject.name).name
-    main = api.decode_case(
-        subject.vocab_size, subject.context, None, settings.tokens, subject.device
-    )
-    # What the decoder prints must not get between the results.
-    with redirect_stdout(sys.stderr), out.progress("verify-cache", len(names) + 1) as bar:
+    sizes = (subject.vocab_size, subject.context)
+    main = api.decode_case(*sizes, None, settings.tokens, subject.device)
+    if main.given is not None and main.given.shape[1] < main.n_prompt + settings.tokens:
+        n = main.given.shape[1] - main.n_prompt
+        out.note(f"--tokens {settings.tokens}: {n}, since the decoder holds {subject.context}")
+    # What the decoder prints, hundreds of times, must not get between the results.
+    said = sys.stderr if out.verbose else io.StringIO()
+    with redirect_stdout(said), out.progress("verify-cache", len(names) + 1) as bar:
         rows = []
         for found in api.check_target(subject, names, main, bar.update):
             rows.append(Row.of(replace(found, cache=name)))
@@ -122,7 +140,8 @@ def check_target(
         planted = api.target_control(subject, main)
     control = Row.of(api.Checked("planted bug", api.OWN, True, planted))
     computed = str(subject.dtype).removeprefix("torch.")
-    return Report(rows, control, main.n_prompt, computed, verbose=out.verbose)
+    resolved = {"called": subject.guess, "device": str(subject.device), "scenarios": names}
+    return Report(rows, control, main.n_prompt, computed, resolved, verbose=out.verbose)
 
 
 def show(report: Report, out: Output) -> None:
@@ -134,7 +153,7 @@ def show(report: Report, out: Output) -> None:
         Column("verdict", "left"),
         Column("identical steps"),
         Column("max ULP"),
-        Column(f"gap {report.dtype}"),
+        Column("gap" if report.dtype == "float64" else f"gap {report.dtype}"),
         Column("float64"),
         Column("promoted"),
     ]
@@ -150,15 +169,20 @@ def show(report: Report, out: Output) -> None:
         ):
             if text:
                 out.text(f"  {label}{text}")
+    if report.exit_code and not report.bugs:
+        vain = [row for row in report.checks if row.evidence and row.stores and not row.right]
+        for text in dict.fromkeys(f"{row.cache}: {row.evidence}" for row in vain):
+            out.text(text)
     out.verdict(report.exit_code == 0, report.conclusion)
 
 
 def alike(rows: list[Row]) -> list[list[Row]]:
-    """Bugs of one kind of cache and kernels that have one explanation; without one, each alone."""
+    """Bugs of one kind of cache and kernels with one explanation, or without one in one place."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        single = "" if row.hint and not row.hint.startswith("none of") else row.scenario
-        groups.setdefault((row.cache, row.kernels, row.hint, single), []).append(row)
+        known = row.hint and not row.hint.startswith("none of")
+        key = row.hint if known else f"{row.verdict} {row.place}"
+        groups.setdefault((row.cache, row.kernels, key), []).append(row)
     return list(groups.values())
 
 
@@ -214,6 +238,13 @@ def draw(report: Report, path: Path) -> None:
     gap_plot(path, panels)
 
 
+def refuse(given: dict[str, Any], flag: str, hint: str) -> None:
+    """Raise UsageError for the first option that was given although `flag` makes no use of it."""
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"{name}: contradicts {flag}", hint)
+
+
 def show_scenarios(out: Output) -> None:
     """What --scenarios help prints."""
     from kvtool.core.verify.scenarios import SCENARIOS
@@ -263,7 +294,7 @@ def command(
     tokens: Annotated[
         int,
         typer.Option("--tokens", metavar="N", help="Tokens to compare behind the prompt (decode)."),
-    ] = 128,
+    ] = DEFAULT_TOKENS,
     prompt: o.Prompt = None,
     target: Annotated[
         str | None,
@@ -304,12 +335,24 @@ def command(
       kvtool verify-cache --target my_decoder.py:build
     """
     out = Output(as_json, output_file, quiet, verbose)
-    if scenarios == ["help"]:
+    if scenarios == ["help"] and not self_test:
         show_scenarios(out)
         raise typer.Exit
     machine = RunConfig(model, device, dtype, threads, seed)
     if self_test:
-        present("verify-cache", st.Settings(machine), st.run, st.show, out)
+        given = {
+            "--caches": caches != o.ALL_CACHES,
+            "--kernels": kernels != ALL_KERNELS,
+            "--scenarios": scenarios,
+            "--tokens": tokens != DEFAULT_TOKENS,
+            "--prompt": prompt is not None,
+            "--target": target is not None,
+            "--plot": plot,
+            "--model": model,
+            "--dtype": dtype != "float32",
+        }
+        refuse(given, "--self-test", "It has models, caches and tokens of its own.")
+        present("verify-cache.self-test", st.Settings(machine), st.run, st.show, out)
     settings = Settings(machine, caches, kernels, scenarios, tokens, prompt, target, plot)
 
     def work(settings: Settings, out: Output) -> Report:

@@ -94,6 +94,7 @@ class Report:
     control: Row | None
     prompt_tokens: int
     dtype: str
+    resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
     seconds: float = 0.0
     verbose: bool = field(default=False, repr=False)
 
@@ -110,7 +111,7 @@ class Report:
 
     @property
     def trustworthy(self) -> bool:
-        return self.control is None or self.control.verdict == "bug"
+        return self.control is None or self.control.wrong
 
     @property
     def judged(self) -> list[Row]:
@@ -124,11 +125,11 @@ class Report:
     @property
     def conclusion(self) -> str:
         """The last line, in words."""
-        if not self.trustworthy:
-            return "the check failed: it did not report the bug that was planted to test it"
         if self.bugs:
             kinds = dict.fromkeys((row.cache, row.verdict) for row in self.bugs)
             return "; ".join(f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds)
+        if not self.trustworthy:
+            return "the check failed: it did not report the bug that was planted to test it"
         if self.vacuous:
             return f"nothing was checked of {', '.join(self.vacuous)}"
         if not self.judged:
@@ -136,7 +137,12 @@ class Report:
         kernels = dict.fromkeys(row.kernels for row in self.judged)
         parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
         control = "; the planted bug was found" if self.control else ""
-        return "; ".join(parts) + control
+        return "; ".join(parts + self._in_vain()) + control
+
+    def _in_vain(self) -> list[str]:
+        """Scenarios that proved nothing, of kinds that others did prove right."""
+        rows = [row for row in self.checks if row.stores and row.verdict == "vacuous"]
+        return [f"{row.cache}, {row.scenario}: proved nothing" for row in rows]
 
     def _worst(self, kind: str, verdict: str) -> str:
         rows = [row for row in self.bugs if (row.cache, row.verdict) == (kind, verdict)]

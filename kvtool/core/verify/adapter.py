@@ -186,7 +186,10 @@ class ModuleDecoder:
         assert method is not None  # else it is among `unable`
         try:
             changed = method(*args) if method.__self__ is cache else method(cache, *args)
-        except Exception as error:  # found by its name: that it refuses breaks no promise
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # found by its name: that it refuses breaks no promise
             raise NotImplementedError(f"{type(error).__name__}: {first_line(error)}") from error
         return cache if changed is None else changed
 
@@ -233,7 +236,10 @@ def adapt(module: Any, name: str, device: torch.device) -> ModuleDecoder:
         decoder = ModuleDecoder(module, plan)
         try:
             gap = _gap(decoder, ids)
-        except Exception as error:  # a module may raise anything: then it is not called like that
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a module may raise anything: then it is not called like that
             tried.setdefault(str(plan), f"{type(error).__name__}: {first_line(error)}")
             continue
         runs.append((gap, decoder))
@@ -330,7 +336,7 @@ def _completed(decoder: ModuleDecoder, ids: Tensor) -> ModuleDecoder:
         bare = ModuleDecoder(module, replace(plan, position=""))
         try:
             gap = _gap(bare, ids)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             decoder.note = f"without {plan.position} it raises {type(error).__name__}"
         else:
             if not gap <= AGREES < math.inf and _gap(decoder, ids) <= AGREES:

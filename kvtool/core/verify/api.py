@@ -14,7 +14,7 @@ from kvtool import registry
 from kvtool.core.models import Model
 from kvtool.core.verify.check import MAIN, Checked, beginning, check_model, control, main_case
 from kvtool.core.verify.compare import Gap
-from kvtool.core.verify.judge import BUG, UNSUPPORTED, Case, Finding, Judge
+from kvtool.core.verify.judge import UNSUPPORTED, VACUOUS, Case, Finding, Judge
 from kvtool.core.verify.scenarios import PREFILL, SCENARIOS
 from kvtool.core.verify.subject import Session, Start
 from kvtool.core.verify.target import TargetSession, TargetSubject
@@ -53,7 +53,12 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return bool(self.judged) and not self.wrong and self.control.verdict == BUG
+        return bool(self.judged) and not self.wrong and self.trustworthy
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether the planted bug was called wrong."""
+        return not self.control.right and _ran(self.control) and self.control.verdict != VACUOUS
 
     def __bool__(self) -> bool:
         return self.ok
@@ -73,7 +78,7 @@ class Report:
             return f"{where} ({len(self.wrong)} of {n_judged} scenarios not right)"
         if not n_judged:
             return "nothing was checked"
-        if self.control.verdict != BUG:
+        if not self.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
         return f"right: {n_judged} of {n_judged} scenarios; the planted bug was found"
 
@@ -174,7 +179,10 @@ def decode_case(
         generator = torch.Generator().manual_seed(0)
         given = torch.randint(vocab_size, (1, length), generator=generator)
         return Case(SCENARIOS[MAIN], given.to(device), PREFILL if length > PREFILL else length // 2)
-    given = torch.as_tensor(ids, device=device)
+    try:
+        given = torch.as_tensor(ids, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"ids: {ids!r} are no ids (expected whole numbers (N,))") from error
     given = given[None] if given.dim() == 1 else given
     n = given.shape[-1]
     if given.dim() != 2 or given.shape[0] != 1 or given.is_floating_point() or n < 2:

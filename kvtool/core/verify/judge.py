@@ -55,7 +55,7 @@ class Played:
     expected: list[Tensor] = field(default_factory=list)
     unrefused: int | None = None
     vacuous: str | None = None
-    raised: tuple[int, Exception] | None = None  # by the cached arm, and at which step
+    raised: tuple[int, BaseException] | None = None  # by the cached arm, and at which step
 
 
 class Diagnosis(NamedTuple):
@@ -99,7 +99,7 @@ def play(subject: Subject, case: Case, promote: tuple[bool, bool] = (False, Fals
     with Promote() if promote[0] else contextlib.nullcontext():
         try:
             case.scenario.play(run)
-        except Exception as error:  # a subject may raise anything: that is its result
+        except (Exception, SystemExit) as error:  # a subject may raise anything: that is its result
             played.raised = (run.n_steps, error)
     played.unrefused = run.unrefused
     played.vacuous = next(filter(None, (s.vacuous() for s in run.sessions)), None)
@@ -218,6 +218,8 @@ class Judge:
         return replace(finding, verdict=IDENTICAL if same else ROUNDING)
 
     def _wrong(self, case: Case, finding: Finding, step: int, exact: Played) -> Finding:
+        if text := _random(self.double):
+            return replace(finding, verdict=ERROR, evidence=text, first_wrong=step)
         if text := self.not_causal():
             return replace(finding, verdict=NOT_CAUSAL, evidence=text, first_wrong=step)
         gap = finding.promoted.relative if finding.promoted else float("nan")
@@ -262,7 +264,7 @@ def _raised(scenario: Scenario, played: Played) -> Finding:
     return Finding(scenario.name, ERROR, words, first_wrong=step)
 
 
-def _not_in_float64(finding: Finding, error: Exception) -> Finding:
+def _not_in_float64(finding: Finding, error: BaseException) -> Finding:
     """Without a float64 run only identical logits can be judged."""
     if finding.verdict == VACUOUS or finding.working is None:
         return finding
@@ -272,12 +274,24 @@ def _not_in_float64(finding: Finding, error: Exception) -> Finding:
     return replace(finding, verdict=UNSUPPORTED, evidence=f"{text}{_first_line(error)})")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:160]
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@torch.inference_mode()
+def _random(subject: Subject) -> str:
+    """Whether two uncached passes over the same tokens differ: then nothing can be compared."""
+    run = Run(subject)
+    start, ids = run.begin(), run.draw(1, 10)
+    gap = max(distances([subject.full(ids, start)], [subject.full(ids, start)]))
+    if gap <= ROUNDING_64:
+        return ""
+    same = "two uncached passes over the same tokens differ"
+    return f"{same} ({gap:.1e}): is dropout on, or noise added?"
 
 
 @torch.inference_mode()

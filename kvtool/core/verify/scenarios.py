@@ -178,7 +178,7 @@ class Lane:
         self.run.n_steps += 1
         try:
             self.session.feed(self.run.draw(self.start.batch, 1))
-        except Exception:  # whatever the subject raises: that it does is what counts
+        except (Exception, SystemExit):  # whatever the subject raises: that it does is what counts
             return
         self.run.unrefused = step
 
@@ -334,11 +334,12 @@ def _crop(run: Run) -> None:
 
 def _two_sources(run: Run) -> None:
     lane = run.lane(batch=2)
+    n = STEPS + 2 * run.subject.window
     lane.feed(1)
-    lane.each(STEPS)
+    lane.each(n)
     lane.reset(run.begin(batch=2, source=1))
     lane.feed(1)
-    lane.each(STEPS)
+    lane.each(n)
 
 
 SCENARIOS = {

@@ -180,7 +180,7 @@ class TargetSubject:
         try:
             logits = self.whole(ids)
             found, _ = self._after(ids)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             text = f"{self.name}: {type(error).__name__}: {first_line(error)}"
             raise UsageError(
                 text, "full(ids) and step(ids, state) are called as documented."
@@ -205,7 +205,7 @@ class TargetSubject:
             try:
                 self.whole(torch.zeros(1, middle, dtype=torch.long, device=self.device))
                 low = middle
-            except Exception:  # whatever it raises: it cannot take that many
+            except (Exception, SystemExit):  # whatever it raises: it cannot take that many
                 high = middle - 1
         return low
 
@@ -220,7 +220,7 @@ class TargetSubject:
             found.add("batch")
             if getattr(self.decoder, "takes_padding", False):
                 found.add("padding")
-        except Exception:  # whatever it raises: it takes no batch
+        except (Exception, SystemExit):  # whatever it raises: it takes no batch
             pass
         try:
             _, state = self._after(ids[:1])
@@ -230,7 +230,7 @@ class TargetSubject:
                 for leaf in contents(copy.deepcopy(state))
             ):
                 found.add("fork")
-        except Exception:
+        except (Exception, SystemExit):
             pass
         return frozenset(found)
 

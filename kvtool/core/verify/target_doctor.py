@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core.verify.compare import distances
-from kvtool.core.verify.hypotheses import HEALED, UNKNOWN
+from kvtool.core.verify.hypotheses import HEALED
 from kvtool.core.verify.hypotheses.positions import ByStep, NotAdvanced, OneTooFar, OneTooNear
 from kvtool.core.verify.judge import Case, Diagnosis, Played
 from kvtool.core.verify.scenarios import Stopped
@@ -25,6 +25,9 @@ from kvtool.core.verify.target import TargetSession, TargetSubject
 from kvtool.core.verify.target_trace import Index, Spot, Trace, Watch, first_difference
 
 BEYOND = 6  # steps behind the first wrong one that a hypothesis has to reproduce too
+
+# Masks of a decoder of unknown make cannot be changed from outside.
+UNNAMED = "none of the wrong positions and pasts that can be tried from outside reproduces it"
 
 
 def examine(subject: TargetSubject, case: Case, step: int, played: Played) -> Diagnosis:
@@ -285,7 +288,7 @@ def explain(
 ) -> str:
     """The bug that reproduces the wrong logits `found`, by step, of a float64 subject.
 
-    found may end before the scenario does. Returns UNKNOWN if nothing reproduces them.
+    found may end before the scenario does. Returns UNNAMED if nothing reproduces them.
     """
 
     def reproduces(history: type[History], log: list[Fed]) -> bool:
@@ -297,7 +300,7 @@ def explain(
     if reproduces(History, log):
         return in_words(wanted, log)
     names = [history.hint for history in HISTORIES if reproduces(history, [])]
-    return "; or: ".join(dict.fromkeys(names)) or UNKNOWN
+    return "; or: ".join(dict.fromkeys(names)) or UNNAMED
 
 
 def _decode(subject: TargetSubject, case: Case, n_steps: int) -> list[Tensor]:

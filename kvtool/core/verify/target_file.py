@@ -53,7 +53,8 @@ def load_target(spec: str) -> Any:
 def _imported(path: Path) -> ModuleType:
     """Run a file as `python FILE` would: what lies beside it can be imported."""
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "there is no such file"
+        other = "is no file of text" if path.exists() else "there is no such file"
+        problem = "is a folder" if path.is_dir() else other
         raise FileError(f"{path}: {problem}", f"{FLAG} takes FILE.py:NAME.")
     name = path.stem if path.stem not in sys.modules else f"kvtool_target_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
