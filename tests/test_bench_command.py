@@ -334,3 +334,9 @@ def test_without_none_nothing_is_said_about_paying(bench: Callable[..., Ran]) ->
 def test_a_dash_stands_for_what_is_not_known() -> None:
     assert command.number(None, 1000, ",.1f") == "-"
     assert command.number(0.5, 1, ".2f", "x") == "0.50x"
+
+
+def test_the_document_names_what_was_left_open(bench: Callable[..., Ran], decoder: Path) -> None:
+    resolved = answer(bench("--json", "--lengths", "3", "2"))["resolved"]
+    assert (resolved["model"], resolved["device"]) == (str(decoder), "cpu")
+    assert resolved["lengths"] == [2, 3] and len(resolved["sha256"]) == 64

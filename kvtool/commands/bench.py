@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +68,7 @@ class Report:
     prompt_length: int
     kernels: str
     seconds: float
+    resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
 
     @property
     def exit_code(self) -> int:
@@ -115,6 +116,12 @@ def run(settings: Settings, out: Output) -> Report:
     kinds = [kind for kind in settings.caches if kind != "none"]
     pays = {kind: timing.crossover(cells, kind) for kind in kinds if "none" in settings.caches}
     tell_missing(rows, settings, out)
+    resolved = {
+        "model": str(loaded.path),
+        "sha256": loaded.sha256,
+        "device": str(device),
+        "lengths": lengths,
+    }
     return Report(
         rows,
         pays,
@@ -122,6 +129,7 @@ def run(settings: Settings, out: Output) -> Report:
         settings.prompt_length,
         settings.kernels,
         time.perf_counter() - started,
+        resolved,
     )
 
 
