@@ -50,3 +50,8 @@ class CacheOpUnsupported(KvtoolError):
         super().__init__(f"{kind} cache cannot {op}: {why}", hint)
         self.kind = kind
         self.op = op
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [""])[0][:160]

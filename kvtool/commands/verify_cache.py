@@ -15,7 +15,7 @@ from kvtool.commands import self_test as st
 from kvtool.commands.verify_report import Report, Row
 from kvtool.config import RunConfig, check_int
 from kvtool.errors import FileError, UsageError
-from kvtool.registry import KERNELS, choose
+from kvtool.registry import choose
 from kvtool.ui import options as o
 from kvtool.ui.lists import list_option
 from kvtool.ui.output import Output, present
@@ -24,7 +24,6 @@ from kvtool.ui.tables import Column
 DEFAULT_PROMPT = "To be, or not to be, that is the question:\n"
 SOURCE_PROMPT = "workbench"
 DEFAULT_TOKENS = 128
-ALL_KERNELS = list(KERNELS)
 EVERY: list[str] = []  # scenarios
 
 
@@ -47,7 +46,7 @@ class Settings:
             open_options = {
                 "--model": self.run.model,
                 "--caches": self.caches != o.ALL_CACHES,
-                "--kernels": self.kernels != ALL_KERNELS,
+                "--kernels": self.kernels != o.ALL_KERNELS,
                 "--prompt": self.prompt is not None,
             }
             refuse(open_options, "--target", "Your decoder has its own, and is fed random ids.")
@@ -116,6 +115,7 @@ def check_target(
     settings: Settings, names: list[str], device: Any, dtype: Any, out: Output
 ) -> Report:
     """Check the user's own decoder, from a file of Python."""
+    from kvtool.core.machine import dtype_name
     from kvtool.core.verify import api
     from kvtool.core.verify.target_file import target_subject
 
@@ -139,8 +139,8 @@ def check_target(
             bar.advance()
         planted = api.target_control(subject, main)
     control = Row.of(api.Checked("planted bug", api.OWN, True, planted))
-    computed = str(subject.dtype).removeprefix("torch.")
     resolved = {"called": subject.guess, "device": str(subject.device), "scenarios": names}
+    computed = dtype_name(subject.dtype)
     return Report(rows, control, main.n_prompt, computed, resolved, verbose=out.verbose)
 
 
@@ -262,24 +262,9 @@ def _scenario(text: str, flag: str) -> str:
     return text
 
 
-def _kernels(text: str, flag: str) -> str:
-    return choose(text, list(KERNELS), flag)
-
-
 def command(
     caches: o.Caches = o.ALL_CACHES,
-    kernels: Annotated[
-        list[str],
-        list_option(
-            "--kernels",
-            element=_kernels,
-            example="default exact",
-            help=f"Kernels: {', '.join(KERNELS)}.",
-            metavar="KIND...",
-            unique=True,
-            complete=lambda: list(KERNELS),
-        ),
-    ] = ALL_KERNELS,
+    kernels: o.KernelsList = o.ALL_KERNELS,
     scenarios: Annotated[
         list[str],
         list_option(
@@ -342,7 +327,7 @@ def command(
     if self_test:
         given = {
             "--caches": caches != o.ALL_CACHES,
-            "--kernels": kernels != ALL_KERNELS,
+            "--kernels": kernels != o.ALL_KERNELS,
             "--scenarios": scenarios,
             "--tokens": tokens != DEFAULT_TOKENS,
             "--prompt": prompt is not None,

@@ -14,7 +14,7 @@ from kvtool.core.engine import check_context, feed
 from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.machine import require_memory
 from kvtool.core.models import Model
-from kvtool.errors import CheckFailed
+from kvtool.core.sampling import require_finite
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,7 @@ def beam_search(
     while search.active:
         logits = feed(model, cache, search.ids, source, last=True)[:, -1]
         tell(cache.nbytes().allocated + (source.nbytes() if source else 0))
-        if not bool(logits.isfinite().all()):
-            raise CheckFailed(
-                f"step {search.n_made}: the logits are not finite",
-                "Look for NaN in the weights, or run with --dtype float32.",
-            )
+        require_finite(logits, search.n_made)
         rows = search.advance(logits)
         if search.active:
             cache.select(rows)

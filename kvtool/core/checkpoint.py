@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kvtool.config import ModelConfig
-from kvtool.core.machine import require_memory
+from kvtool.core.machine import dtype_name, require_memory
 from kvtool.core.models import Model, build_model
 from kvtool.core.safetensors_file import TensorInfo, short
 from kvtool.core.text import Tokenizer
@@ -291,7 +291,7 @@ def _check_finite(
         return
     from_file = [name for name in bad if _count_bad(stored[name])]
     if not from_file:
-        dtype = str(weights[bad[0]].dtype).removeprefix("torch.")
+        dtype = dtype_name(weights[bad[0]].dtype)
         raise UsageError(
             f"--dtype {dtype}: {counts[bad[0]]} values of {bad[0]} are beyond its range",
             "Use a --dtype of more range, such as float32 or float64.",

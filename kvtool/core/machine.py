@@ -21,6 +21,11 @@ def prepare(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A number format as --dtype spells it: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def derived_seed(seed: int, index: int) -> int:
     """The seed of the step or epoch `index` of a run; it fits into 63 bits, as torch requires."""
     return (seed * 1_000_003 + index) % 2**63
@@ -45,7 +50,7 @@ def _probe(device: torch.device, dtype: torch.dtype) -> None:
         q = x.reshape(1, 1, 2, 4)
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     except (RuntimeError, TypeError) as error:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         reason = str(error).splitlines()[0]
         raise DeviceError(
             f"--dtype {name}: {device.type} cannot compute with it ({reason})",

@@ -8,6 +8,15 @@ from torch import Tensor
 from kvtool.errors import CheckFailed
 
 
+def require_finite(logits: Tensor, step: int) -> None:
+    """Raise CheckFailed, naming `step`, unless all are finite."""
+    if not bool(logits.isfinite().all()):
+        raise CheckFailed(
+            f"step {step}: the logits are not finite",
+            "Look for NaN in the weights, or run with --dtype float32.",
+        )
+
+
 class Sampler:
     """Greedy at temperature 0, otherwise random among the likeliest tokens.
 
@@ -28,11 +37,7 @@ class Sampler:
         """logits (B,V) -> tokens (B,). Raises CheckFailed, naming step `index`, if not finite."""
         best, token = logits.max(dim=-1)
         # argmax over NaN returns an index silently; max hands the NaN on.
-        if not bool(best.isfinite().all()):
-            raise CheckFailed(
-                f"step {index}: the logits are not finite",
-                "Look for NaN in the weights, or run with --dtype float32.",
-            )
+        require_finite(best, index)
         return token if self.temperature == 0 else self._draw(logits)
 
     def _draw(self, logits: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ MACHINE = "Model and machine"
 REPORT = "Output"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 ALL_CACHES = list(CACHES)
+ALL_KERNELS = list(KERNELS)
 
 
 def _complete(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
@@ -40,8 +41,13 @@ def _cache(value: str) -> str:
     return cache_kind(value, "--cache")
 
 
+def kernels_kind(text: str, flag: str) -> str:
+    """One registered kind of kernels. Raises UsageError with the nearest name."""
+    return choose(text, list(KERNELS), flag)
+
+
 def _kernels(value: str) -> str:
-    return choose(value, list(KERNELS), "--kernels")
+    return kernels_kind(value, "--kernels")
 
 
 def utf8_text(value: str | None) -> str | None:
@@ -168,6 +174,18 @@ Caches = Annotated[
         metavar="KIND...",
         unique=True,
         complete=lambda: list(CACHES),
+    ),
+]
+KernelsList = Annotated[
+    list[str],
+    list_option(
+        "--kernels",
+        element=kernels_kind,
+        example="default exact",
+        help=f"Kernels: {', '.join(KERNELS)}.",
+        metavar="KIND...",
+        unique=True,
+        complete=lambda: list(KERNELS),
     ),
 ]
 Lengths = Annotated[

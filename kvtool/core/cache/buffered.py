@@ -24,6 +24,17 @@ class BufferedCache(Cache):
         self._allocate(spec.batch, self._first_columns())
         super().__init__(spec, left_padding)
 
+    def reset(self, left_padding: Tensor | None = None) -> None:
+        super().reset(left_padding)
+        if self._keys[0].shape[0] != self.batch:  # select had changed the number of rows
+            self._allocate(self.batch, self._columns)
+
+    def _gather_rows(self, rows: Tensor) -> None:
+        """Let new buffers hold the histories of `rows`, as many as there are."""
+        for buffers in (self._keys, self._values):
+            for layer, old in enumerate(buffers):
+                buffers[layer] = torch.index_select(old, 0, rows)
+
     def _first_columns(self) -> int:
         """How many columns a new cache has."""
         return self.spec.capacity

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kvtool.core.cache.base import CacheSpec
@@ -20,11 +19,6 @@ class DynamicCache(BufferedCache):
     """
 
     kind: ClassVar[str] = "dynamic"
-
-    def reset(self, left_padding: Tensor | None = None) -> None:
-        super().reset(left_padding)
-        if self._keys[0].shape[0] != self.batch:  # select had changed the number of rows
-            self._allocate(self.batch, self._columns)
 
     def _first_columns(self) -> int:
         return min(GRAIN, self.spec.capacity)
@@ -46,9 +40,7 @@ class DynamicCache(BufferedCache):
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
-        for buffers in (self._keys, self._values):
-            for layer, old in enumerate(buffers):
-                buffers[layer] = torch.index_select(old, 0, rows)
+        self._gather_rows(rows)
 
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:

@@ -68,8 +68,6 @@ class SlidingCache(BufferedCache):
         self._first = 0  # the number of the first token behind the sinks
         self._furthest = 0  # where that has been at most
         self._set_aside: list[tuple[Tensor, Tensor]] = []  # (buffer, what it should hold)
-        if self._keys[0].shape[0] != self.batch:  # select had changed the number of rows
-            self._allocate(self.batch, self._columns)
 
     def _place(self, start: int, n_new: int) -> Step:
         end = start + n_new
@@ -170,9 +168,7 @@ class SlidingCache(BufferedCache):
     def select(self, rows: Tensor) -> None:
         super().select(rows)
         self._set_aside = []
-        for buffers in (self._keys, self._values):
-            for layer, old in enumerate(buffers):
-                buffers[layer] = old.index_select(0, rows)
+        self._gather_rows(rows)
 
     def vacuous(self) -> str | None:
         if self._furthest - self._least_padding() > self.sinks:

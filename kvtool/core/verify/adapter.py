@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtool.errors import UsageError
+from kvtool.errors import UsageError, first_line
 
 CACHES = (
     "past_key_values", "kv_cache", "kv_caches", "cache", "caches", "past_kv", "past_kvs", "past",
@@ -298,11 +298,6 @@ def read(answer: Any, cache: str) -> tuple[Tensor, Any, str]:
         how = "(logits, cache)" if len(answer) == 2 else "(logits, ..., cache)"
         return answer[0], rest[0] if rest else None, how
     raise TypeError(f"it answered with a {type(answer).__name__} in which there are no logits")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [""])[0][:160]
 
 
 def _gap(decoder: ModuleDecoder, ids: Tensor) -> float:

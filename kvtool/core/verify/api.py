@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvtool import registry
+from kvtool.core.machine import dtype_name
 from kvtool.core.models import Model
 from kvtool.core.verify.check import MAIN, Checked, beginning, check_model, control, main_case
 from kvtool.core.verify.compare import Gap
@@ -146,7 +147,7 @@ def verify(
     main = decode_case(subject.vocab_size, subject.context, ids, tokens, subject.device)
     checked = tuple(check_target(subject, names, main))
     planted = target_control(subject, main)
-    return Report(subject.name, _name(subject.dtype), checked, planted, subject.guess)
+    return Report(subject.name, dtype_name(subject.dtype), checked, planted, subject.guess)
 
 
 def check_target(
@@ -235,7 +236,7 @@ def _verify_own(
         main = decode_case(config.vocab_size, config.context, ids, tokens, weight.device)
     checked = tuple(check_model(model, caches, ["default"], scenarios, main))
     planted = control(model, main)
-    return Report(type(model).__name__, _name(weight.dtype), checked, planted)
+    return Report(type(model).__name__, dtype_name(weight.dtype), checked, planted)
 
 
 def _ran(finding: Finding) -> bool:
@@ -249,7 +250,3 @@ def _copied(model: Any) -> Any:
         return copy.deepcopy(model)
     except (TypeError, RuntimeError):
         return model
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool import registry
 from kvtool.core.cache import Cache, CacheSpec, Step, cache_class, make_cache
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.engine import begin, check_context, generate
+from kvtool.core.kernels import make_kernels
 from kvtool.core.models import Model
 from kvtool.core.sampling import Sampler
 from kvtool.core.verify.doctor import examine
@@ -75,8 +75,8 @@ def check_model(
     """Judge every kind with all kernels in all scenarios, in that order. Raises CheckFailed."""
     for kind in caches:
         for name in kernels:
-            chosen = registry.load(registry.KERNELS, name)()
-            judge = Judge(ModelSubject(model, small(kind), kind, chosen), examine)
+            subject = ModelSubject(model, small(kind), kind, make_kernels(name))
+            judge = Judge(subject, examine)
             found = cache_class(kind)
             for scenario in scenarios:
                 tell(f"{kind}, {name} kernels, {scenario}")

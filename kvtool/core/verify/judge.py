@@ -16,11 +16,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kvtool.core.machine import dtype_name
 from kvtool.core.verify.compare import Gap, compare, distances
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.scenarios import Run, Scenario, TooShort
 from kvtool.core.verify.subject import Source, Subject
-from kvtool.errors import CacheOpUnsupported, CheckFailed
+from kvtool.errors import CacheOpUnsupported, CheckFailed, first_line
 
 ROUNDING_64 = 1e-12  # between right caches (about 1e-15) and everything else (1e-9 and more)
 # How much further a right cache may be from float64 than the uncached run: 2.0 was the most in 144
@@ -210,7 +211,7 @@ class Judge:
                 return _precision(finding, exact, best, wrong64[0])
         low = _beyond_noise(played, exact)
         if low is not None:
-            text = f"right in float64, wrong in {_name(self.subject.dtype)} alone"
+            text = f"right in float64, wrong in {dtype_name(self.subject.dtype)} alone"
             return replace(finding, verdict=BUG, evidence=text, first_wrong=low)
         if finding.verdict == VACUOUS or finding.working is None:
             return finding
@@ -260,7 +261,7 @@ def _raised(scenario: Scenario, played: Played) -> Finding:
     step, error = played.raised
     if isinstance(error, (CacheOpUnsupported, TooShort)):
         return Finding(scenario.name, UNSUPPORTED, str(error))
-    words = f"step {step} raised {type(error).__name__}: {_first_line(error)}"
+    words = f"step {step} raised {type(error).__name__}: {first_line(error)}"
     return Finding(scenario.name, ERROR, words, first_wrong=step)
 
 
@@ -271,15 +272,7 @@ def _not_in_float64(finding: Finding, error: BaseException) -> Finding:
     if finding.working.identical == finding.working.steps:
         return finding
     text = f"cannot run in float64, which would decide ({type(error).__name__}: "
-    return replace(finding, verdict=UNSUPPORTED, evidence=f"{text}{_first_line(error)})")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return replace(finding, verdict=UNSUPPORTED, evidence=f"{text}{first_line(error)})")
 
 
 @torch.inference_mode()

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvtool.core.verify.adapter import adapt, first_line
+from kvtool.core.verify.adapter import adapt
 from kvtool.core.verify.scenarios import PREFILL, STEPS
 from kvtool.core.verify.subject import Start
-from kvtool.errors import CacheOpUnsupported, UsageError
+from kvtool.errors import CacheOpUnsupported, UsageError, first_line
 
 NEEDED = 2 * (PREFILL + STEPS)  # tokens that the longest scenario feeds, and some more
 HISTORY = 24  # tokens over which the work of a step is compared with that of a pass

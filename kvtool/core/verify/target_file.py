@@ -14,9 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from kvtool.core.verify.adapter import first_line
 from kvtool.core.verify.target import TargetSubject, is_decoder
-from kvtool.errors import FileError, UsageError
+from kvtool.errors import FileError, UsageError, first_line
 
 FLAG = "--target"
 
