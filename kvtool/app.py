@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvtool import __version__
+from kvtool.config import follows
 from kvtool.errors import KvtoolError
 from kvtool.registry import COMMANDS, choose, load
 from kvtool.ui.help import HelpPage
@@ -174,13 +175,15 @@ def _invoke(args: list[str]) -> int:
 def _report(error: KvtoolError, args: list[str]) -> int:
     if "--debug" in args:
         traceback.print_exc()
-    show_error(error)
+    if not follows():
+        show_error(error)
     return error.exit_code
 
 
 def _stop(word: str, code: int) -> int:
     with contextlib.suppress(OSError):
-        print(f"kvtool: {word}", file=sys.stderr, flush=True)
+        if not follows():
+            print(f"kvtool: {word}", file=sys.stderr, flush=True)
     return code
 
 

@@ -6,6 +6,7 @@ Sizes are checked when an object is made, so that a bad value is refused before 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,17 @@ POSITIONS = ("sinusoidal", "learned", "rotary")
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu")
 LARGEST_SIZE = 2**31 - 1
+
+
+def process_rank() -> tuple[int, int]:
+    """Which process this is, and of how many, where torchrun started several; else (0, 1)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def follows() -> bool:
+    """Whether another process talks for this one."""
+    rank, size = process_rank()
+    return size > 1 and rank > 0
 
 
 def check_int(flag: str, value: object, low: int, high: int = LARGEST_SIZE) -> None:

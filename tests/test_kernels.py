@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool import registry
 from kvtool.core.cache import EMPTY
-from kvtool.core.kernels import DEFAULT, make_kernels, reference_attention, visible
+from kvtool.core.kernels import (
+    DEFAULT,
+    attention_by_products,
+    make_kernels,
+    reference_attention,
+    visible,
+)
 from kvtool.errors import UsageError
 
 E = EMPTY  # short, for the tables
@@ -120,6 +127,25 @@ def test_a_padding_query_is_not_nan() -> None:
         found = attention(q, k, v, visible(positions, positions), False)
         assert bool(found.isfinite().all())
         close(found[:, :2, :3], v[:, :1, :3].expand(2, 2, 3, 8))  # each saw itself alone
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("rule", ["causal", "mask", "none"])
+def test_attention_by_products_follows_the_formula_too(n_kv_heads: int, rule: str) -> None:
+    q, k, v = (t.float() for t in random_qkv(n_kv_heads, 6))
+    positions = torch.arange(-2, 4).expand(2, 6)
+    mask = visible(positions, positions) if rule == "mask" else None
+    found = attention_by_products(q, k, v, mask, rule == "causal")
+    expected = reference_attention(q, k, v, mask, rule == "causal")
+    assert (found - expected).abs().max() < 1e-6
+
+
+def test_training_in_bfloat16_on_a_cpu_goes_by_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (t.bfloat16() for t in random_qkv(2, 6))
+    fused = DEFAULT.attention(q, k, v, None, True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # calling it would fail
+    found = DEFAULT.attention(q.requires_grad_(), k, v, None, True)
+    assert (found - fused).abs().max() < 0.02 and found.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("n_queries", [1, 5])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvtool.config import POSITIONS, ModelConfig
 from kvtool.core.cache import Step
-from kvtool.core.layers import Linear, sinusoids
+from kvtool.core.layers import Dropout, Linear, sinusoids
 from kvtool.core.models import Model, build_model
 from kvtool.core.models.seq2seq import Seq2Seq
 from kvtool.core.rope import Rotary
@@ -235,6 +235,15 @@ def test_dropout_works_in_training_alone() -> None:
     model.train()
     assert not model(TARGET).equal(model(TARGET))
     assert plain(TARGET).equal(plain(TARGET))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_the_share_it_was_told_and_keeps_the_mean(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    dropped = Dropout(0.3).train()(torch.ones(100, 50, 41, dtype=dtype))
+    assert float((dropped == 0).double().mean()) == pytest.approx(0.3, abs=0.005)
+    assert float(dropped.double().mean()) == pytest.approx(1.0, abs=0.01)
+    assert len(dropped.unique()) == 2 and dropped.dtype is dtype
 
 
 def test_the_encoder_drops_too() -> None:

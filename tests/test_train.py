@@ -58,8 +58,8 @@ class Spoilt:
         self.left -= self.what == what
         return self.what == what and self.left == 0
 
-    def loss(self, model: Any, batch: Any) -> tuple[Any, int]:
-        loss, n = self.inner.loss(model, batch)
+    def loss(self, model: Any, batch: Any, share: Any) -> tuple[Any, int]:
+        loss, n = self.inner.loss(model, batch, share)
         if self.now("loss"):
             return loss * float("nan"), n
         return (loss + (loss - loss).sqrt() if self.now("gradient's norm") else loss), n

@@ -107,7 +107,7 @@ def command(
 
       kvtool train-lm --data input.txt --steps 1000 --out runs/mine
     """
-    out = Output(as_json, output_file, quiet, verbose)
+    out = t.output(as_json, output_file, quiet, verbose)
     if data is None:
         raise UsageError("--data: is missing", "Give a text file, e.g. --data input.txt.")
     check_int("--vocab-size", vocab_size, 1)

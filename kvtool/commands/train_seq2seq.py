@@ -216,7 +216,7 @@ def command(
 
       kvtool train-seq2seq --data pairs.tsv --epochs 20 --out runs/mine
     """
-    out = Output(as_json, output_file, quiet, verbose)
+    out = t.output(as_json, output_file, quiet, verbose)
     check_int("--decoder-layers", decoder_layers, 1)
     check_int("--vocab-size", vocab_size, 1)
     settings = Settings(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvtool.config import ModelConfig, RunConfig, TrainConfig, TrainLength
+from kvtool.config import ModelConfig, RunConfig, TrainConfig, TrainLength, follows
 from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
@@ -182,31 +184,58 @@ def with_vocab(config: ModelConfig, target: int, source: int = 0) -> ModelConfig
     return dataclasses.replace(config, vocab_size=target, source_vocab_size=source)
 
 
+def output(as_json: bool, output_file: Path | None, quiet: bool, verbose: bool) -> Output:
+    """Where words go; those of a process that follows another go nowhere."""
+    if follows():
+        return Output(quiet=True)
+    return Output(as_json, output_file, quiet, verbose)
+
+
 def device_of(run: RunConfig) -> torch.device:
     """Where to train. Raises UsageError for a number format that training does not use."""
+    import torch
+
     from kvtool.core.machine import prepare
     from kvtool.errors import UsageError
 
     if run.dtype != "float32":
         raise UsageError(f"--dtype {run.dtype}: training keeps float32 weights", "Use --amp.")
-    return prepare(run)[0]
+    device = prepare(run)[0]
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
 
 
 def train(model: Model, task: Task, config: TrainConfig, description: str, out: Output) -> Position:
-    """Train within config.out, show how it goes, and draw the loss."""
+    """Train within config.out, show how it goes, and draw the loss.
+
+    Of the processes of a team, only the leader returns.
+    """
     from kvtool.core.runs import RunFolder
+    from kvtool.core.team import joined
     from kvtool.core.train import Trainer
     from kvtool.ui.plots import loss_plot
 
-    with RunFolder(config.out, config.resume, out.warn) as folder:
+    with joined(next(model.parameters()).device) as team, contextlib.ExitStack() as stack:
+        folder: RunFolder | None = None
+
+        def open_folder() -> None:
+            nonlocal folder
+            folder = stack.enter_context(RunFolder(config.out, config.resume, out.warn))
+
+        team.lead(open_folder)
         length = config.length
         total = length.steps or (length.epochs or 0) * len(task.batches(0)) or None
         with out.progress(description, total) as bar:
-            trainer = Trainer(model, task, config, folder, bar, out.note)
+            trainer = Trainer(model, task, config, folder, bar, out.note, team)
             try:
                 position = trainer.run()
             finally:
-                loss_plot(config.out / "loss.png", folder.read_log(), task.score_name)
+                if folder is not None:
+                    loss_plot(config.out / "loss.png", folder.read_log(), task.score_name)
+    if not team.leads:
+        raise typer.Exit()
     return position
 
 

@@ -50,9 +50,29 @@ class DefaultKernels:
         if causal and q.shape[2] != k.shape[2]:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
         grouped = q.shape[1] != k.shape[1]
+        if q.requires_grad and q.dtype is torch.bfloat16 and q.device.type == "cpu":
+            return attention_by_products(q, k, v, mask, causal)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
+
+
+def attention_by_products(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+) -> Tensor:
+    """Attention as two batched products with a float32 softmax between (Vaswani 2017, eq. 1).
+
+    Shapes as `Kernels.attention`. To train in bfloat16 on a CPU: the backward pass of PyTorch's
+    fused attention takes 2 to 8 times as long there (docs/training.md).
+    """
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B,H,T,S)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 DEFAULT = DefaultKernels()

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from kvtool.core import checkpoint
 from kvtool.core.cache import Step
+from kvtool.core.layers import deal_rows
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
+from kvtool.core.team import WHOLE, Share
 from kvtool.core.text import Tokenizer
 from kvtool.errors import FileError
 
@@ -129,15 +131,18 @@ class LanguageModelling:
             found.append(Blocks(draw(len(self.train_ids) - length, rows), offsets, length))
         return found
 
-    def loss(self, model: Model, batch: Blocks) -> tuple[Tensor, int]:
+    def loss(self, model: Model, batch: Blocks, share: Share = WHOLE) -> tuple[Tensor, int]:
         device = self.train_ids.device
+        rows = share.rows(len(batch.starts))
+        deal_rows(model, rows, len(batch.starts))
         columns = torch.arange(batch.length + 1)
-        ids = self.train_ids[(batch.starts[:, None] + columns).to(device)]
-        positions = (batch.offsets[:, None] + columns[:-1]).to(device)
+        ids = self.train_ids[(batch.starts[rows, None] + columns).to(device)]
+        positions = (batch.offsets[rows, None] + columns[:-1]).to(device)
         step = Step.full(len(ids), batch.length, device=device)
         logits = model(ids[:, :-1], replace(step, q_pos=positions, k_pos=positions))
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-        return loss, positions.numel()
+        wanted = ids[:, 1:].flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted, reduction="sum")
+        return loss / (len(batch.starts) * batch.length), positions.numel()
 
     def evaluate(self, model: Model) -> dict[str, float]:
         score = self.score(model)

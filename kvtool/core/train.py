@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from kvtool.config import TrainConfig
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
 from kvtool.core.runs import RunFolder
+from kvtool.core.team import ALONE, Share, Team
 from kvtool.errors import CheckFailed
 
 LOG_EVERY = 10  # steps
@@ -47,8 +48,9 @@ class Task(Protocol):
     def batches(self, epoch: int) -> Sequence[Any]:
         """All batches of an epoch, in order; the same at every call."""
 
-    def loss(self, model: Model, batch: Any) -> tuple[Tensor, int]:
-        """The mean loss per token, in nats, and the number of tokens."""
+    def loss(self, model: Model, batch: Any, share: Share = ...) -> tuple[Tensor, int]:
+        """What the rows of `share` add to the batch's mean loss per token, in nats, and how many
+        tokens they have."""
 
     def evaluate(self, model: Model) -> dict[str, float]:
         """Figures on held-out data, `score_name` among them; the model is in eval mode."""
@@ -83,27 +85,44 @@ class Position:
     stale: int = 0  # evaluations since the best
 
 
+class Loss(nn.Module):
+    """The loss of a team's share as a module: gradients are averaged where a module's forward is
+    wrapped, and an encoder-decoder's work is not all in its own."""
+
+    def __init__(self, model: Model, task: Task, share: Share) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.share = share
+
+    def forward(self, batch: Any) -> tuple[Tensor, int]:
+        return self.task.loss(self.model, batch, self.share)
+
+
 class Trainer:
-    """Trains `model` on `task` within a run folder."""
+    """Trains `model` on `task` within a run folder, which the team's leader alone has."""
 
     def __init__(
         self,
         model: Model,
         task: Task,
         config: TrainConfig,
-        folder: RunFolder,
+        folder: RunFolder | None,
         watcher: Watcher,
         say: Callable[[str], None],
+        team: Team = ALONE,
     ) -> None:
         self.model = model
         self.task = task
         self.config = config
-        self.folder = folder
+        self.team = team
+        self.folder = cast(RunFolder, folder)
         self.watcher = watcher
         self.say = say
         self.at = Position()
         self.recent: list[dict[str, Tensor]] = []  # weights at the last evaluations, to average
         self.device = next(model.parameters()).device
+        self.loss = team.wrap(Loss(model, task, team.share))
         matrices = [p for p in model.parameters() if p.ndim > 1]
         rest = [p for p in model.parameters() if p.ndim <= 1]
         groups = [
@@ -116,11 +135,18 @@ class Trainer:
 
     def run(self) -> Position:
         """Train to the end. Raises CheckFailed on a loss, gradient or score that is not finite."""
-        self.folder.agree(self._facts())
+        self.team.lead(lambda: self.folder.agree(self._facts()))
         self._restore()
-        with stopping() as wanted:
-            while not self._finished():
-                self._epoch(wanted)
+        # torchrun passes on a Ctrl-C that its processes have had already.
+        with stopping(insist=not self.team.alone) as wanted:
+            number = 0
+            while not number and not self._finished():
+                number = self._epoch(wanted)
+            if number:
+                self.team.lead(self._save)
+        if number:
+            self.say(f"stopped at step {self.at.step:,}; go on with --resume")
+            signal.raise_signal(number)
         return self.at
 
     def _facts(self) -> dict[str, Any]:
@@ -129,17 +155,20 @@ class Trainer:
         return {**settings, "model": self.model.config.to_dict(), **self.task.facts()}
 
     def _restore(self) -> None:
-        state = self.folder.load_state() if self.config.resume else None
+        state = self.team.lead(self._read_state)
         if state is None:
-            self.folder.rewind_log(-1)
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.at = Position(**state["position"])
         self.recent = state["recent"]
-        self.folder.rewind_log(self.at.step)
         self.watcher.advance(self.at.step)
         self.say(f"resumed at step {self.at.step:,}")
+
+    def _read_state(self) -> dict[str, Any] | None:
+        state = self.folder.load_state() if self.config.resume else None
+        self.folder.rewind_log(-1 if state is None else state["position"]["step"])
+        return state
 
     def _done(self) -> float:
         at = self.at
@@ -153,7 +182,8 @@ class Trainer:
         patience = self.config.patience
         return self._done() >= 1.0 or bool(patience and self.at.stale >= patience)
 
-    def _epoch(self, wanted: Callable[[], int]) -> None:
+    def _epoch(self, wanted: Callable[[], int]) -> int:
+        """Train to the end of the epoch or of all; the signal that stops the team before, or 0."""
         batches = self.task.batches(self.at.epoch)
         while self.at.batch < len(batches):
             self._step(batches[self.at.batch])
@@ -161,14 +191,11 @@ class Trainer:
                 self.at.epoch, self.at.batch = self.at.epoch + 1, 0
             last = self._done() >= 1.0
             if last or self.at.step % self.config.eval_every == 0:
-                self._evaluate()
-                self._save()
-            if number := wanted():
-                self._save()
-                self.say(f"stopped at step {self.at.step:,}; go on with --resume")
-                signal.raise_signal(number)
-            if self._finished() or self.at.batch == 0:
-                return
+                self.at = self.team.lead(self._evaluate)
+            number = int(max(row[0] for row in self.team.gather(wanted())))
+            if number or self._finished() or self.at.batch == 0:
+                return number
+        return 0
 
     def _step(self, batch: Any) -> None:
         at, config = self.at, self.config
@@ -179,15 +206,17 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
-            loss, n_tokens = self.task.loss(self.model, batch)
-        value = self._finite("loss", float(loss.detach()), at.step + 1)
+            loss, n = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * self.team.share.of).backward()  # the team takes the mean of the gradients
+        parts = self.team.gather(float(loss.detach()), n)
+        value = self._finite("loss", sum(part[0] for part in parts), at.step + 1)
         length = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         norm = self._finite("gradient's norm", float(length), at.step + 1)
         self.optimizer.step()
-        at.step, at.batch, at.tokens = at.step + 1, at.batch + 1, at.tokens + n_tokens
-        at.seconds += time.perf_counter() - started
+        at.step, at.batch = at.step + 1, at.batch + 1
+        at.tokens += sum(int(part[1]) for part in parts)
+        at.seconds += self.team.gather(time.perf_counter() - started)[0][0]
         self._report(value, rate, norm)
 
     def _finite(self, what: str, value: float, step: int) -> float:
@@ -204,7 +233,7 @@ class Trainer:
         speed = at.tokens / at.seconds if at.seconds else 0.0
         self.watcher.update(loss=loss, tok_s=round(speed))
         self.watcher.advance()
-        if at.step % LOG_EVERY == 0 or at.step == 1:
+        if self.team.leads and (at.step % LOG_EVERY == 0 or at.step == 1):
             self.folder.log(
                 step=at.step,
                 epoch=at.epoch,
@@ -216,8 +245,8 @@ class Trainer:
             )
 
     @torch.inference_mode()
-    def _evaluate(self) -> None:
-        """Score the weights, and their average with those of the evaluations before."""
+    def _evaluate(self) -> Position:
+        """Score the weights, and their average with those of the evaluations before; save."""
         at = self.at
         models = {"valid": self.model}
         if (averaged := self._averaged()) is not None:
@@ -239,6 +268,8 @@ class Trainer:
             of = "" if name == "valid" else f", average of {len(self.recent)}"
             self.say(f"step {at.step:,}{of}: {words}{' (best)' if best else ''}")
         at.stale = 0 if better else at.stale + 1
+        self._save()
+        return at
 
     def _averaged(self) -> Model | None:
         """The model with the mean of its weights at the last evaluations, this one included; it
@@ -267,10 +298,10 @@ class Trainer:
 
 
 @contextmanager
-def stopping() -> Iterator[Callable[[], int]]:
+def stopping(insist: bool = False) -> Iterator[Callable[[], int]]:
     """Within, Ctrl-C and SIGTERM only leave their number, so that a step can be finished and saved.
 
-    A second Ctrl-C takes effect at once.
+    A second Ctrl-C takes effect at once, unless `insist`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
@@ -286,7 +317,8 @@ def stopping() -> Iterator[Callable[[], int]]:
 
     def handle(number: int, frame: object) -> None:
         received.append(number)
-        restore()
+        if not insist:
+            restore()
 
     for number in before:
         signal.signal(number, handle)

@@ -16,11 +16,13 @@ from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.engine import generate
 from kvtool.core.kernels import DEFAULT, Kernels
+from kvtool.core.layers import deal_rows
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
 from kvtool.core.pairs import Pair, Splits
 from kvtool.core.sampling import Sampler
 from kvtool.core.scoring import Score, score_sequences
+from kvtool.core.team import WHOLE, Share
 from kvtool.core.text import BOS, EOS, PAD, Tokenizer
 from kvtool.errors import CapacityError, FileError
 
@@ -212,17 +214,22 @@ class Translation:
         shuffled = torch.randperm(len(found), generator=generator).tolist()
         return [found[i] for i in shuffled]
 
-    def loss(self, model: Model, batch: list[int]) -> tuple[Tensor, int]:
+    def loss(self, model: Model, batch: list[int], share: Share = WHOLE) -> tuple[Tensor, int]:
         source, mask = pad([self.rows[i][0] for i in batch], self.device)
         target, real = pad([self.rows[i][1] for i in batch], self.device)
+        n_targets = real.sum()
+        rows = share.rows(len(batch))
+        deal_rows(model, rows, len(batch))
+        source, mask, target, real = (part[rows] for part in (source, mask, target, real))
         shifted = F.pad(target[:, :-1], (1, 0), value=BOS)
         logits = model(shifted, source=model.encode(source, mask))
         loss = F.cross_entropy(
             logits.flatten(0, 1).float(),
             target.masked_fill(~real, -100).flatten(),
             label_smoothing=self.smoothing,
+            reduction="sum",
         )
-        return loss, int(mask.sum() + real.sum())
+        return loss / n_targets, int(mask.sum() + real.sum())
 
     def evaluate(self, model: Model) -> dict[str, float]:
         score = self.score(model, self.dev)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
 from kvtool.core.attention import CrossAttention, SelfAttention
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.layers import MLP, Linear, TokenEmbedding, make_norm
+from kvtool.core.layers import MLP, Dropout, Linear, TokenEmbedding, make_norm
 from kvtool.core.models.base import Model
 from kvtool.core.rope import Rotary
 
@@ -23,7 +22,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, cross: bool = False) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout = Dropout(config.dropout)
         self.norm1 = make_norm(config)
         self.attn = SelfAttention(config, layer)
         self.norm_cross = make_norm(config) if cross else None
@@ -40,13 +39,10 @@ class Block(nn.Module):
         rotary: Rotary | None = None,
     ) -> Tensor:
         rows = step.kernels.rows
-        x = x + self._drop(self.attn(rows(x, self.norm1), step, cache, rotary))
+        x = x + self.dropout(self.attn(rows(x, self.norm1), step, cache, rotary))
         if self.cross is not None and self.norm_cross is not None and source is not None:
-            x = x + self._drop(self.cross(rows(x, self.norm_cross), source, step.kernels))
-        return x + self._drop(rows(x, self.norm2, self.mlp))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+            x = x + self.dropout(self.cross(rows(x, self.norm_cross), source, step.kernels))
+        return x + self.dropout(rows(x, self.norm2, self.mlp))
 
 
 def make_rotary(config: ModelConfig) -> Rotary | None:
@@ -63,6 +59,7 @@ class Decoder(Model):
         super().__init__()
         self.config = config
         self.embed = TokenEmbedding(config, config.vocab_size)
+        self.dropout = Dropout(config.dropout)
         self.rotary = make_rotary(config)
         self.layers = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layers))
         self.norm = make_norm(config)
@@ -83,8 +80,7 @@ class Decoder(Model):
                 raise ValueError("a cache needs the step that its begin() returned")
             batch, n = tokens.shape
             step = Step.full(batch, n, tokens.device)
-        x = self.embed(tokens, step.q_pos)
-        x = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        x = self.dropout(self.embed(tokens, step.q_pos))
         for block in self.layers:
             x = block(x, step, cache, source, self.rotary)
         return step.kernels.rows(x[:, -1:] if last else x, self.norm, self.head)

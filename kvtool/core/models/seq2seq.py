@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
@@ -12,7 +11,7 @@ from kvtool.core.attention import CrossAttention
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.kernels import DEFAULT, Kernels
-from kvtool.core.layers import TokenEmbedding, make_norm
+from kvtool.core.layers import Dropout, TokenEmbedding, make_norm
 from kvtool.core.models.base import Model
 from kvtool.core.models.decoder import Block, Decoder, make_rotary
 
@@ -24,6 +23,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = TokenEmbedding(config, config.source_vocab_size)
+        self.dropout = Dropout(config.dropout)
         self.rotary = make_rotary(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_encoder_layers))
         self.norm = make_norm(config)
@@ -31,8 +31,7 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor, kernels: Kernels = DEFAULT) -> Tensor:
         """tokens (B,S), mask (B,S) bool with True = real -> (B,S,d)"""
         step = Step.bidirectional(mask, kernels)
-        x = self.embed(tokens, step.q_pos)
-        x = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        x = self.dropout(self.embed(tokens, step.q_pos))
         for block in self.layers:
             x = block(x, step, rotary=self.rotary)
         return kernels.rows(x, self.norm)

@@ -1,0 +1,103 @@
+"""One process that trains, or several that train one model together on torch.distributed.
+
+`torchrun --nproc-per-node 2 -m kvtool train-seq2seq ...` starts the processes and tells each who it
+is. Every step's batch is dealt out by rows; the first process, the leader, alone evaluates, writes
+and talks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from kvtool.config import process_rank
+from kvtool.errors import KvtoolError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of every batch that one process learns from: the `index`-th of `of`."""
+
+    index: int = 0
+    of: int = 1
+
+    def rows(self, n: int) -> slice:
+        """This share's rows of a batch of `n`; all shares together are the batch."""
+        return slice(self.index * n // self.of, (self.index + 1) * n // self.of)
+
+
+WHOLE = Share()
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run, this one among them. Alone, every method is trivial."""
+
+    share: Share = WHOLE
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process evaluates, writes and talks for all."""
+        return self.share.index == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.share.of == 1
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """`module`, whose gradients are then the mean over the team after every backward pass."""
+        return module if self.alone else nn.parallel.DistributedDataParallel(module)
+
+    def gather(self, *values: float) -> list[tuple[float, ...]]:
+        """The values that each process gave, in the order of the team."""
+        if self.alone:
+            return [values]
+        mine = torch.tensor(values, dtype=torch.float64, device=_device())
+        rows = [torch.empty_like(mine) for _ in range(self.share.of)]
+        dist.all_gather(rows, mine)
+        return [tuple(row.tolist()) for row in rows]
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """What `work` returns, or raises of KvtoolError, in the leader: the same for all."""
+        if self.alone:
+            return work()
+        outcome: list[object] = [None]
+        if self.leads:
+            try:
+                outcome = [work()]
+            except KvtoolError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], KvtoolError):
+            raise outcome[0]
+        return cast(T, outcome[0])
+
+
+ALONE = Team()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Team]:
+    """The team that torchrun started, while the block runs: over NCCL on GPUs, else gloo."""
+    share = Share(*process_rank())
+    if share.of == 1:
+        yield ALONE
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Team(share)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    """Where the team's backend wants its tensors."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

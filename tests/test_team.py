@@ -1,0 +1,151 @@
+"""Several processes that train one model: what they learn, write, say and do when they are stopped.
+
+Started by torchrun's own module, as users start them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvtool.core import runs
+from kvtool.core.layers import Dropout, deal_rows
+from kvtool.core.team import ALONE, Share
+from kvtool.files import sha256
+
+WORDS = [f"{a}{b}{c}" for a in "abcdef" for b in "xyz" for c in "aeiou"]
+SIZES = ["--d-model", "16", "--heads", "2", "--context", "32", "--dropout", "0.3"]
+SETTINGS = [*SIZES, "--device", "cpu", "--batch-tokens", "200", "--lr", "0.01", "--warmup", "5"]
+STEPS = 30
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="module")
+def tsv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.tsv"
+    path.write_text("".join(f"{word}\t{' '.join(reversed(word.upper()))}\n" for word in WORDS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def start(tsv: Path) -> Start:
+    def call(out: Path, *args: str, processes: int = 2) -> subprocess.Popen[str]:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        given = ["--data", str(tsv), "--out", str(out), *SETTINGS, "--eval-every", "10", *args]
+        return subprocess.Popen(
+            [sys.executable, *launch, "-m", "kvtool", "train-seq2seq", *given],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    return call
+
+
+def log(out: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / runs.LOG).read_text().splitlines()]
+    return [line for line in lines if kind in line]
+
+
+def state_names(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir() if runs.STATE.fullmatch(path.name))
+
+
+@pytest.fixture(scope="module")
+def two(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A run of two processes: its folder, and what the user read."""
+    out = tmp_path_factory.mktemp("runs") / "two"
+    process = start(out, "--steps", str(STEPS))
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return out, stdout, stderr
+
+
+def test_two_processes_learn_what_one_does(
+    start: Start, two: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    process = start(tmp_path / "one", "--steps", str(STEPS), processes=1)
+    assert process.wait(timeout=120) == 0, process.communicate()[1]
+    found, expected = (log(out, "loss") for out in (two[0], tmp_path / "one"))
+    assert [line["tokens"] for line in found] == [line["tokens"] for line in expected]
+    for name in ("loss", "grad_norm", "lr"):
+        values = [line[name] for line in expected]
+        assert [line[name] for line in found] == pytest.approx(values, rel=1e-4)
+    assert len(found) == 4 and found[-1]["loss"] < 0.8 * found[0]["loss"]
+
+
+def test_one_process_talks_and_writes_for_all(two: tuple[Path, str, str]) -> None:
+    out, stdout, stderr = two
+    assert stdout.count("best checkpoint") == stdout.count("30 steps") == 1
+    assert stderr.count("step 30:") == stderr.count("tokens: char") == 1
+    assert [line["step"] for line in log(out, "valid")] == [10, 20, 30]
+    assert len(state_names(out)) == runs.KEPT
+
+
+def test_a_stopped_team_saves_the_step_and_goes_on_to_the_same_bytes(
+    start: Start, two: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(out, "--steps", str(STEPS))
+    wait_for(lambda: (out / runs.LOG).exists() and len(log(out, "valid")) >= 1, process)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it to both
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0 and stderr.count("go on with --resume") == 1
+    assert stderr.count("kvtool: terminated") == 1
+    at = max(state_names(out))
+    assert int(at.split("-")[1]) < STEPS
+    process = start(out, "--steps", str(STEPS), "--resume")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0 and stderr.count("resumed at step") == 1
+    name = Path("last") / "model.safetensors"
+    assert sha256(out / name) == sha256(two[0] / name)
+
+
+def test_an_error_of_the_leader_is_one_line_and_ends_all(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").touch()
+    process = start(tmp_path, "--steps", "5")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert stderr.count("kvtool: error:") == stderr.count("is not empty (found holiday.jpg)") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 60
+    while not ready() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+@pytest.mark.parametrize("n", [1, 2, 6, 20])
+def test_shares_are_the_batch_row_by_row(n: int, of: int) -> None:
+    rows = [row for i in range(of) for row in range(n)[Share(i, of).rows(n)]]
+    assert rows == list(range(n))
+
+
+def test_dropout_of_a_share_is_that_of_its_rows_in_the_whole() -> None:
+    drop = Dropout(0.4).train()
+    x = torch.randn(7, 5, 3)
+    torch.manual_seed(1)
+    whole = drop(x)
+    for share in (Share(0, 3), Share(1, 3), Share(2, 3)):
+        rows = share.rows(7)
+        deal_rows(drop, rows, 7)
+        torch.manual_seed(1)
+        assert drop(x[rows]).equal(whole[rows])
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    assert ALONE.leads and ALONE.alone and ALONE.gather(1.0, 2.0) == [(1.0, 2.0)]
+    assert ALONE.lead(lambda: "done") == "done"
