@@ -1,0 +1,178 @@
+"""A training step of train-seq2seq's default model, beside the same of torch.nn.Transformer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+
+from kvtool.config import ModelConfig
+from kvtool.core.layers import sinusoids
+from kvtool.core.models import build_model
+from kvtool.core.models.seq2seq import Seq2Seq
+from kvtool.core.pairs import load_cmudict
+from kvtool.core.text import BOS, Tokenizer
+from kvtool.core.translation import Translation, pad
+
+PAIRS = 4000  # of the dictionary
+BATCH_TOKENS = 2048
+SMOOTHING = 0.1
+Loss = Callable[[list[int]], Tensor]
+
+
+class Peer(nn.Module):
+    """nn.Transformer between embeddings and head, as its users write it, with our weights.
+
+    It drops where a Seq2Seq does, and besides at attention's weights and within MLPs.
+    """
+
+    def __init__(self, model: Seq2Seq) -> None:
+        super().__init__()
+        c = model.config
+        sides = model.encoder, model.decoder
+        self.tables = nn.ModuleList(
+            nn.Embedding.from_pretrained(side.embed.tokens.weight.detach().clone(), freeze=False)
+            for side in sides
+        )
+        self.register_buffer("positions", sinusoids(c.context, c.d_model).float())
+        self.dropout = nn.Dropout(c.dropout)
+        self.body = nn.Transformer(
+            c.d_model, c.n_heads, c.n_encoder_layers, c.n_layers, c.d_ff, c.dropout, "gelu",
+            batch_first=True, norm_first=True,
+        )  # fmt: skip
+        for ours, theirs in zip(sides, (self.body.encoder, self.body.decoder), strict=True):
+            theirs.norm.load_state_dict(ours.norm.state_dict())
+            for block, layer in zip(ours.layers, theirs.layers, strict=True):
+                layer.load_state_dict(renamed(block.state_dict()))
+
+    def forward(self, source: Tensor, absent: Tensor, target: Tensor) -> Tensor:
+        x, y = (
+            self.dropout(table(ids) * math.sqrt(table.embedding_dim) + self.positions[: len(ids.T)])
+            for table, ids in zip(self.tables, (source, target), strict=True)
+        )
+        causal = nn.Transformer.generate_square_subsequent_mask(y.shape[1])
+        y = self.body(
+            x, y, tgt_mask=causal, tgt_is_causal=True,
+            src_key_padding_mask=absent, memory_key_padding_mask=absent,
+        )  # fmt: skip
+        return F.linear(y, self.tables[1].weight)
+
+
+def renamed(block: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of one of our blocks under the names of nn.Transformer's layers."""
+    found = {}
+    last_norm = "norm3" if "cross.q.weight" in block else "norm2"
+    for part in ("weight", "bias"):
+        found[f"self_attn.in_proj_{part}"] = block[f"attn.qkv.{part}"]
+        found[f"self_attn.out_proj.{part}"] = block[f"attn.out.{part}"]
+        found[f"linear1.{part}"] = block[f"mlp.up.{part}"]
+        found[f"linear2.{part}"] = block[f"mlp.down.{part}"]
+        found[f"norm1.{part}"] = block[f"norm1.{part}"]
+        found[f"{last_norm}.{part}"] = block[f"norm2.{part}"]
+        if last_norm == "norm3":
+            found[f"norm2.{part}"] = block[f"norm_cross.{part}"]
+            both = block[f"cross.q.{part}"], block[f"cross.kv.{part}"]
+            found[f"multihead_attn.in_proj_{part}"] = torch.cat(both)
+            found[f"multihead_attn.out_proj.{part}"] = block[f"cross.out.{part}"]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def with_gradients(one_thread_without_gradients: None) -> Iterator[None]:
+    with torch.inference_mode(False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def task() -> Translation:
+    splits = load_cmudict()
+    splits = replace(splits, train=splits.train[:PAIRS], valid=splits.valid[:10], test=())
+    source = Tokenizer.train("char", [pair.source for pair in splits.train])
+    target = Tokenizer.train("symbol", [x for pair in splits.train for x in pair.targets])
+    cpu = torch.device("cpu")
+    return Translation(splits, source, target, 256, BATCH_TOKENS, SMOOTHING, 0, cpu)
+
+
+def pair_of_losses(task: Translation, dropout: float) -> list[tuple[nn.Module, Loss]]:
+    """Our model and its peer with the same weights, and the loss of each for a batch."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        task.tokenizer.vocab_size,
+        n_layers=1,
+        n_encoder_layers=1,
+        source_vocab_size=task.source_tokenizer.vocab_size,
+        context=256,
+        dropout=dropout,
+    )
+    model = build_model(config)
+    assert isinstance(model, Seq2Seq)
+    peer = Peer(model)
+
+    def theirs(batch: list[int]) -> Tensor:
+        source, mask = pad([task.rows[i][0] for i in batch], task.device)
+        target, real = pad([task.rows[i][1] for i in batch], task.device)
+        logits = peer(source, ~mask, F.pad(target[:, :-1], (1, 0), value=BOS))
+        wanted = target.masked_fill(~real, -100)
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), wanted.flatten(), label_smoothing=SMOOTHING
+        )
+
+    return [(model, lambda batch: task.loss(model, batch)[0]), (peer, theirs)]
+
+
+def trainer(module: nn.Module, loss: Loss, amp: bool) -> Callable[[list[int]], float]:
+    """One optimizer step on a batch, as Trainer does it; returns the loss."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+
+    def step(batch: list[int]) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            value = loss(batch)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        return float(value.detach())
+
+    return step
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # nn.Transformer, of its own default
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+def test_a_training_step_learns_what_nn_transformer_does(
+    benchmark: BenchmarkFixture, task: Translation, amp: bool, dropout: float
+) -> None:
+    """In turns with its step, so that a slow moment hits both."""
+    benchmark.group = f"a training step of {BATCH_TOKENS} tokens"
+    both = (ours, our_loss), (theirs, their_loss) = pair_of_losses(task, dropout)
+    batches = list(task.batches(0))
+    with torch.no_grad():
+        losses = [float(loss(batches[0])) for module, loss in both if module.eval()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    mine, other = trainer(ours.train(), our_loss, amp), trainer(theirs.train(), their_loss, amp)
+    times: list[float] = []
+    turn = iter(batches * 9)
+
+    def other_first() -> Any:
+        batch = next(turn)
+        started = time.perf_counter()
+        other(batch)
+        times.append(time.perf_counter() - started)
+        return (batch,), {}
+
+    loss = benchmark.pedantic(mine, setup=other_first, rounds=20, warmup_rounds=2)
+    assert 0 < loss < 2 * losses[0]
+    if not benchmark.disabled:
+        ratio = median(times[2:]) / benchmark.stats.stats.median
+        benchmark.extra_info.update(
+            kind="training", length=BATCH_TOKENS, tokens=BATCH_TOKENS, nn_transformer_times=ratio
+        )
