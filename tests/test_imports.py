@@ -13,7 +13,16 @@ import pytest
 import kvtool
 
 PACKAGE = Path(kvtool.__file__).parent
-HEAVY = {"torch", "matplotlib", "transformers", "numpy", "safetensors", "tokenizers", "rapidfuzz"}
+HEAVY = {
+    "torch",
+    "matplotlib",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "rapidfuzz",
+    "sacrebleu",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -1,12 +1,14 @@
-"""Word error rate and phone error rate against one or several references."""
+"""Error rates, BLEU and chrF against one or several references."""
 
 from __future__ import annotations
+
+from math import exp
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtool.core.scoring import Score, score_sequences, score_texts
+from kvtool.core.scoring import Score, detokenize, score_sequences, score_translations
 from kvtool.errors import UsageError
 
 steady = settings(derandomize=True, deadline=None, database=None)
@@ -67,11 +69,6 @@ def test_tokens_are_compared_whole():
     assert (score.n_edits, score.n_reference_tokens) == (1, 2)
 
 
-def test_texts_are_compared_by_their_characters():
-    score = score_texts([("ein Hund",), ("zwei", "Katzen")], ["ein  Hund", "Katze"])
-    assert score == Score(n=2, n_wrong=2, n_edits=2, n_reference_tokens=14)
-
-
 @steady
 @given(REFERENCES, st.lists(PHONES, max_size=8))
 def test_both_rates_are_zero_exactly_if_some_reference_is_equal(references, hypothesis):
@@ -110,7 +107,7 @@ def test_nothing_to_score_is_a_usage_error():
     with pytest.raises(UsageError, match="nothing to score"):
         score_sequences([], [])
     with pytest.raises(UsageError, match="nothing to score"):
-        score_texts([], [])
+        score_translations([], [])
 
 
 @pytest.mark.parametrize(
@@ -131,5 +128,84 @@ def test_a_str_is_not_taken_for_a_sequence_of_its_characters():
         score_sequences([(("B", "Z"),)], ["B Z"])
     with pytest.raises(TypeError, match="item 0: a str"):
         score_sequences([("AH", "B")], [("AH", "B")])
-    with pytest.raises(TypeError, match="item 1: the references are one str"):
-        score_texts([("a",), "bc"], ["a", "bc"])
+
+
+# Translations
+
+
+def test_bleu_is_the_mean_of_the_precisions_of_one_to_four_words():
+    score = score_translations([("the cat sat on a mat",)], ["the cat sat on the mat"])
+    assert score.figures["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** (1 / 4))
+
+
+def test_an_output_that_equals_any_reference_is_right():
+    references = [("a b c d",), ("k l m n o", "e f g h", "p q r s t u")]
+    for right in references[1]:
+        score = score_translations(references, ["a b c d", right])
+        assert score.n == 2
+        assert score.figures == pytest.approx({"bleu": 100, "bleu_lc": 100, "chrf": 100})
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_references_of_unequal_number_are_all_used_and_a_missing_one_is_none_at_all(order):
+    references = [("a b c d e f g h i",), ("p q r s t", "k l m n o")][::order]
+    score = score_translations(references, ["a b c d", "k l m n o"][::order])
+    # All n-grams are right: what is left is the penalty of 9 words for 14. To the four words of the
+    # short output, a missing reference taken for an empty one would be closer in length than 9.
+    assert score.figures["bleu"] == pytest.approx(100 * exp(1 - 14 / 9))
+    assert all(signature.startswith("nrefs:var|") for signature in score.signatures.values())
+
+
+def test_case_counts_but_for_the_figure_that_leaves_it_out():
+    score = score_translations([("Ein Hund läuft im Schnee.",)], ["ein hund läuft im schnee."])
+    assert score.figures["bleu_lc"] == pytest.approx(100)
+    assert score.figures["bleu"] < 60 and score.figures["chrf"] < 90
+
+
+def test_signatures_say_how_each_figure_was_measured():
+    signatures = score_translations([("a",)], ["a"]).signatures
+    assert list(signatures) == ["bleu", "bleu_lc", "chrf"]
+    form = "nrefs:1|case:{}|eff:no|tok:13a|smooth:exp|version:"
+    assert signatures["bleu"].startswith(form.format("mixed"))
+    assert signatures["bleu_lc"].startswith(form.format("lc"))
+    assert signatures["chrf"].startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+
+
+def test_blanks_round_punctuation_cost_nothing_and_nothing_is_said_of_them(caplog):
+    spaced, text = "Ein Mann , der ( wohl ) schläft .", "Ein Mann, der (wohl) schläft."
+    score = score_translations([(text,)] * 200, [spaced] * 200)
+    assert score.figures == pytest.approx({"bleu": 100, "bleu_lc": 100, "chrf": 100})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("spaced", "text"),
+    [
+        ("she doesn ' t , it ’ s hers", "she doesn't , it’s hers"),
+        ("a T - Shirt - und - Hemd", "a T-Shirt-und-Hemd"),
+        ("1 , 000 men , 2 . 5 m", "1,000 men , 2.5 m"),
+        ("the end . A 3 - legged dog . 4", "the end . A 3 - legged dog . 4"),
+        ("", ""),
+    ],
+)
+def test_only_punctuation_inside_words_and_numbers_joins_them_again(spaced, text):
+    assert detokenize(spaced) == text
+
+
+def test_outputs_of_nothing_score_nothing():
+    score = score_translations([("a b c d",), ("e",)], ["", ""])
+    assert score.figures == {"bleu": 0, "bleu_lc": 0, "chrf": 0}
+
+
+@pytest.mark.parametrize(
+    ("references", "hypotheses", "error", "message"),
+    [
+        ([("a",)], ["a", "b"], ValueError, "2 hypotheses for 1 lists"),
+        ([("a",), ()], ["a", "b"], ValueError, "item 1: no reference"),
+        ([("a", "")], ["a"], ValueError, "item 0: an empty reference"),
+        ([("a",), "bc"], ["a", "bc"], TypeError, "item 1: the references are one str"),
+    ],
+)
+def test_translations_that_cannot_be_compared_are_refused(references, hypotheses, error, message):
+    with pytest.raises(error, match=message):
+        score_translations(references, hypotheses)

@@ -116,17 +116,17 @@ def test_the_document_has_the_scores_the_settings_and_the_weights(
 
 
 @pytest.mark.parametrize(
-    ("kind", "errors"),
+    ("kind", "figures"),
     [
-        ("auto", ("WER %", "PER %")),
-        ("char", ("WER %", "CER %")),
-        ("symbol", ("WER %", "PER %")),
-        ("word", ("SER %", "WER %")),
-        ("bpe", ("SER %", "WER %")),
+        ("auto", ["WER %", "PER %"]),
+        ("char", ["WER %", "CER %"]),
+        ("symbol", ["WER %", "PER %"]),
+        ("word", ["BLEU", "BLEU lc", "chrF", "signatures"]),
+        ("bpe", ["BLEU", "BLEU lc", "chrF", "signatures"]),
     ],
 )
 def test_pairs_are_learned_with_every_tokenizer_and_a_test_file_is_scored(
-    seq2seq: Command, tmp_path: Path, kind: str, errors: tuple[str, str]
+    seq2seq: Command, tmp_path: Path, kind: str, figures: list[str]
 ) -> None:
     test = tmp_path / "test.tsv"
     test.write_text("".join(f"{word}{word}\tA B\n" for word in WORDS[:3]))
@@ -137,9 +137,30 @@ def test_pairs_are_learned_with_every_tokenizer_and_a_test_file_is_scored(
     decodings = [row["decoding"] for row in document["scores"]]
     assert decodings == ["greedy", "greedy", "beam 4"]
     for row in (dev, scored, searched):
-        assert list(row)[-2:] == list(errors)
-        assert all(row[error] >= 0 for error in errors)
+        assert list(row) == ["part", "data", "sources", "decoding", *figures]
+        assert all(row[name] >= 0 for name in figures if name != "signatures")
+        assert list(row.get("signatures", figures[:3])) == figures[:3]
     assert document["schema"] == "kvtool.train-seq2seq/1"
+
+
+def test_translations_are_scored_by_bleu_and_its_signatures_stand_once_under_the_table(
+    seq2seq: Command, tmp_path: Path
+) -> None:
+    pairs, test = tmp_path / "pairs.tsv", tmp_path / "test.tsv"
+    pairs.write_text("".join(f"{word}\tdas ist {word} und gut\n" for word in WORDS))
+    test.write_text("ox\tdas ist ox und gut\nup\tdas ist up und gut\nup\tso ist das eben\n")
+    ran = seq2seq("--tokenizer", "bpe", "--data", str(pairs), "--test", str(test))
+    assert ran.code == 0, ran.err
+    assert "step 3: bleu " in ran.err
+    table, *under = ran.out.split("BLEU|")
+    assert all(name in table for name in ("BLEU", "BLEU lc", "chrF")) and "nrefs" not in table
+    assert len(under) == 2 and ran.out.count("nrefs:1|") == ran.out.count("nrefs:var|") == 3
+    assert under[0].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    lines = ran.out.splitlines()
+    ends = [line[line.rindex(" (") :] for line in lines if "|version:" in line]
+    assert ends == [" (dev)"] * 3 + [" (test)"] * 3
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert list(json.loads(log[-1])["valid"]) == ["bleu", "bleu_lc", "chrf"]
 
 
 def test_quiet_leaves_the_result_alone_and_a_file_takes_the_document(

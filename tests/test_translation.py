@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -277,26 +278,60 @@ def test_what_just_fits_is_taken() -> None:
     assert tuple(map(len, subject.rows[-1])) == (32, 32)
 
 
+def answered(monkeypatch: pytest.MonkeyPatch, subject: Translation, *texts: str) -> None:
+    """Have every model give these targets."""
+    ids = subject.tokenizer.encode_batch(texts)
+    monkeypatch.setattr(translation, "translate", lambda *_: ids)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_right_answer_has_no_errors_whatever_the_tokenizer(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    texts = ["Don't  panic!", "a b c", "naïve?! (no)"]
-    pairs = [Pair(text, ("something else", text)) for text in texts]
+    texts = ["Don't  panic, it's 1,000.5!", "a b c", "naïve?! (no) well-known"]
+    pairs = [Pair(text, ("something else", text)[n % 2 :]) for n, text in enumerate(texts)]
     subject = task(splits(pairs, pairs), f"{kind} {kind}")
-    right = subject.tokenizer.encode_batch(texts)
-    monkeypatch.setattr(translation, "translate", lambda *_: right)
-    score = subject.score(model(), pairs)
-    assert (score.wer, score.per) == (0, 0)
+    answered(monkeypatch, subject, *texts)
+    figures = subject.evaluate(model())
+    if kind in ("char", "symbol"):
+        assert figures == {"per": 0, "wer": 0}
+    else:
+        assert figures == pytest.approx({"bleu": 100, "bleu_lc": 100, "chrf": 100})
 
 
-def test_unknown_words_of_a_reference_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = task(splits([Pair("a", ("the cat",))]), "char word")
-    monkeypatch.setattr(
-        translation, "translate", lambda *_: subject.tokenizer.encode_batch(["the"])
-    )
-    score = subject.score(model(), [Pair("a", ("the dog",))])
-    assert (score.wer, score.per) == (100, 50)
+@pytest.mark.parametrize("kind", ["symbol", "word"])
+def test_unknown_words_of_a_reference_are_errors(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    subject = task(splits([Pair("a", ("the old cat sat down",))]), f"char {kind}")
+    answered(monkeypatch, subject, "the old cat sat")
+    figures = subject.score(model(), [Pair("a", ("the old cat sat outside",))]).figures
+    if kind == "symbol":
+        assert figures == {"per": 20, "wer": 100}
+    else:
+        assert figures["bleu"] == pytest.approx(100 * math.exp(1 - 5 / 4))
+
+
+SENTENCES = [Pair("a", ("one two three",)), Pair("b", ("one", "one two three four"))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "valid", "name"),
+    [
+        ("char", SENTENCES, "per"),
+        ("symbol", SENTENCES, "per"),
+        ("word", SENTENCES, "bleu"),
+        ("bpe", SENTENCES, "bleu"),
+        ("bpe", SENTENCES[:1], "chrf"),  # no four words: BLEU would be 0 for ever
+    ],
+)
+def test_text_is_judged_by_bleu_and_symbols_by_their_error_rate(
+    kind: str, valid: Sequence[Pair], name: str
+) -> None:
+    subject = task(splits(SENTENCES, valid), f"char {kind}")
+    assert (subject.score_name, subject.higher_is_better) == (name, name != "per")
+    sizes = {"vocab_size": subject.tokenizer.vocab_size}
+    assert name in subject.evaluate(model(**sizes))
 
 
 def test_a_large_dev_set_is_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,13 +363,12 @@ def test_twenty_pairs_are_learned_by_heart_and_the_best_checkpoint_knows_them(
         "context": CONTEXT,
     }
     network = random_model(**sizes).float()
-    before = subject.score(network, pairs).wer
+    before = subject.evaluate(network)["wer"]
     settings = config(tmp_path, steps=240, eval_every=80, lr=0.01, warmup=20)
     with RunFolder(tmp_path, False, print) as folder:
         Trainer(network, subject, settings, folder, Progress(), print).run()
     best = checkpoint.load(str(tmp_path / "best"), CPU, torch.float32)
-    assert before == 100 and subject.score(best.model, pairs).wer == 0
-    assert subject.evaluate(best.model) == {"per": 0, "wer": 0}
+    assert before == 100 and subject.evaluate(best.model) == {"per": 0, "wer": 0}
     assert best.source_tokenizer is not None
     ids = translate(best.model, best.source_tokenizer.encode_batch([pairs[0].source]))
     assert best.tokenizer.decode(ids[0]) == pairs[0].targets[0]

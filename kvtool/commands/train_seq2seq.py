@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from kvtool.core.translation import Translation
 
 TOKENIZERS = ("auto", "char", "symbol", "word", "bpe")
-# What an error of a whole target and one of its units are called, by the target's tokenizer: a
-# target spelt in characters or phones is a word, and any other is a sentence.
-ERRORS = {"char": ("WER %", "CER %"), "symbol": ("WER %", "PER %")}
-SENTENCE_ERRORS = ("SER %", "WER %")
+# What the figures of a score are called, by the target's tokenizer: a target spelt in characters or
+# phones is a word, and any other is text.
+COLUMNS = {
+    "char": {"wer": "WER %", "per": "CER %"},
+    "symbol": {"wer": "WER %", "per": "PER %"},
+}
+TEXT_COLUMNS = {"bleu": "BLEU", "bleu_lc": "BLEU lc", "chrf": "chrF"}
 
 
 @dataclass(frozen=True)
@@ -116,15 +119,12 @@ def score_row(
     decoding = "greedy" if beams == 1 else f"beam {beams}"
     out.note(f"decoding {len(pairs):,} {part} sources, {decoding}")
     score = task.score(model, pairs, None if beams == 1 else Beam(beams))
-    whole, unit = ERRORS.get(task.tokenizer.kind, SENTENCE_ERRORS)
-    return {
-        "part": part,
-        "data": name,
-        "sources": score.n,
-        "decoding": decoding,
-        whole: score.wer,
-        unit: score.per,
-    }
+    columns = TEXT_COLUMNS if task.is_text else COLUMNS[task.tokenizer.kind]
+    row: dict[str, Any] = {"part": part, "data": name, "sources": score.n, "decoding": decoding}
+    row.update({column: score.figures[figure] for figure, column in columns.items()})
+    if score.signatures:
+        row["signatures"] = {columns[figure]: text for figure, text in score.signatures.items()}
+    return row
 
 
 def command(

@@ -241,9 +241,11 @@ def train(model: Model, task: Task, config: TrainConfig, description: str, out: 
 
 def show_trained(report: Trained, out: Output) -> None:
     """The final table and where to find the model."""
-    names = list(dict.fromkeys(name for row in report.scores for name in row))
+    names = dict.fromkeys(name for row in report.scores for name in row if name != "signatures")
     rows = [[_cell(row.get(name)) for name in names] for row in report.scores]
     out.table("best checkpoint", list(names), rows)
+    for line in _signatures(report.scores):
+        out.text(line)
     rate = report.tokens / report.seconds if report.seconds else 0.0
     out.text(
         f"{report.steps:,} steps, {report.tokens:,} tokens in {report.seconds:,.0f} s "
@@ -252,6 +254,15 @@ def show_trained(report: Trained, out: Output) -> None:
     )
     out.text(f"checkpoint: {report.best}   loss curve: {report.best.parent / 'loss.png'}")
     out.hint(f"kvtool generate --model {report.best}")
+
+
+def _signatures(scores: list[dict[str, Any]]) -> list[str]:
+    """How each figure was measured, in sacreBLEU's form, and of which parts."""
+    parts: dict[str, dict[str, None]] = {}
+    for row in scores:
+        for name, signature in row.get("signatures", {}).items():
+            parts.setdefault(f"{name}|{signature}", {})[row["part"]] = None
+    return [f"{signature} ({', '.join(of)})" for signature, of in parts.items()]
 
 
 def _cell(value: Any) -> str:

@@ -81,6 +81,7 @@ class LanguageModelling:
     """
 
     score_name = "bits_per_char"
+    higher_is_better = False
 
     def __init__(
         self,

@@ -1,18 +1,23 @@
-"""How far output sequences are from the right ones: word error rate and phone error rate.
+"""How far outputs are from the right ones: error rates of sequences, BLEU and chrF of translations.
 
-Imports no torch. The same counts over characters score plain text.
+Imports no torch.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from rapidfuzz.distance import Levenshtein
 
 from kvtool.errors import UsageError
 
 Tokens = Sequence[str]
+
+# What 13a does not part from a word or number, where it stands in one.
+_INNER = re.compile(r"(?<=[^\W\d]) ([-'’]) (?=[^\W\d])|(?<=\d) ([.,]) (?=\d)")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,15 @@ class Score:
         """Edits per reference token, in percent; above 100 if outputs are much too long."""
         return 100 * self.n_edits / self.n_reference_tokens
 
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"per": self.per, "wer": self.wer}
+
+    @property
+    def signatures(self) -> dict[str, str]:
+        """None: counts of errors have no settings."""
+        return {}
+
     def __add__(self, other: Score) -> Score:
         return Score(
             self.n + other.n,
@@ -45,6 +59,19 @@ class Score:
             self.n_edits + other.n_edits,
             self.n_reference_tokens + other.n_reference_tokens,
         )
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """BLEU (Papineni 2002), BLEU of lowercased text, and chrF (Popović 2015) of a corpus.
+
+    `figures` has each by its name, bleu, bleu_lc or chrf, from 0 to 100, higher is better;
+    `signatures` has by the same names what sacreBLEU needs to repeat it (Post 2018).
+    """
+
+    n: int
+    figures: dict[str, float]
+    signatures: dict[str, str]
 
 
 def score_sequences(references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]) -> Score:
@@ -60,10 +87,7 @@ def score_sequences(references: Sequence[Sequence[Tokens]], hypotheses: Sequence
     Raises UsageError if there is nothing to score, ValueError if the two do not pair up or a
     reference is missing or empty, TypeError if a str stands where a sequence of tokens should.
     """
-    if len(references) != len(hypotheses):
-        raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} lists of references")
-    if not hypotheses:
-        raise UsageError("nothing to score (0 sequences, expected 1 or more)")
+    _check_pairing(references, hypotheses)
     n_wrong = n_edits = n_tokens = 0
     for index, (right, hypothesis) in enumerate(zip(references, hypotheses, strict=True)):
         edits, length = _closest(index, right, hypothesis)
@@ -73,19 +97,60 @@ def score_sequences(references: Sequence[Sequence[Tokens]], hypotheses: Sequence
     return Score(len(hypotheses), n_wrong, n_edits, n_tokens)
 
 
-def score_texts(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Score:
-    """`score_sequences` over characters (Unicode code points, spaces included).
+def score_translations(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> TextScore:
+    """Compare each detokenized hypothesis with all its references by sacreBLEU, tokenizer 13a.
 
-    `wer` counts the texts that are not right to the last character, `per` is the character error
-    rate, both in percent. Raises the same errors.
+    `references[i]` are all the right texts for `hypotheses[i]`, as many as there are. A hypothesis
+    may be empty, a reference may not.
+
+    Raises UsageError if there is nothing to score, ValueError if the two do not pair up or a
+    reference is missing or empty, TypeError if one str stands where several references should.
     """
+    _check_pairing(references, hypotheses)
     for index, texts in enumerate(references):
-        if isinstance(texts, str):
-            raise TypeError(f"item {index}: the references are one str (expected several)")
-    return score_sequences(
-        [[list(text) for text in texts] for texts in references],
-        [list(text) for text in hypotheses],
-    )
+        _check_references(index, texts)
+    from sacrebleu.metrics import BLEU, CHRF  # takes 0.1 s, and only text needs it
+
+    # Stream k has the k-th reference of every source. None is no reference; "" would be an empty
+    # one, and the closest in length to many a short hypothesis.
+    streams = list(zip_longest(*references))
+    # force: no warning of text that looks tokenized.
+    metrics = {
+        "bleu": BLEU(force=True),
+        "bleu_lc": BLEU(lowercase=True, force=True),
+        "chrf": CHRF(),
+    }
+    figures = {
+        name: float(metric.corpus_score(hypotheses, streams).score)
+        for name, metric in metrics.items()
+    }
+    signatures = {name: str(metric.get_signature()) for name, metric in metrics.items()}
+    return TextScore(len(hypotheses), figures, signatures)
+
+
+def detokenize(text: str) -> str:
+    """Undo the blanks round punctuation inside words and numbers: hyphens, apostrophes, points.
+
+    Sentence punctuation keeps its blanks: 13a puts them into hypotheses and references alike.
+
+    >>> detokenize("1 . 5 T - shirts , aren ' t they ?")
+    "1.5 T-shirts , aren't they ?"
+    """
+    return _INNER.sub(lambda match: match[1] or match[2], text)
+
+
+def _check_pairing(references: Sequence[object], hypotheses: Sequence[object]) -> None:
+    if len(references) != len(hypotheses):
+        raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} lists of references")
+    if not hypotheses:
+        raise UsageError("nothing to score (0 sequences, expected 1 or more)")
+
+
+def _check_references(index: int, references: Sequence[Tokens]) -> None:
+    if isinstance(references, str):
+        raise TypeError(f"item {index}: the references are one str (expected several)")
+    if not references or not all(len(tokens) for tokens in references):
+        raise ValueError(f"item {index}: {'an empty' if references else 'no'} reference")
 
 
 def _closest(index: int, references: Sequence[Tokens], hypothesis: Tokens) -> tuple[int, int]:
@@ -93,8 +158,7 @@ def _closest(index: int, references: Sequence[Tokens], hypothesis: Tokens) -> tu
     # A str is a sequence too, and would be compared by its characters without a word.
     if isinstance(hypothesis, str) or any(isinstance(tokens, str) for tokens in references):
         raise TypeError(f"item {index}: a str (expected a sequence of tokens)")
-    if not references or not all(len(tokens) for tokens in references):
-        raise ValueError(f"item {index}: {'an empty' if references else 'no'} reference")
+    _check_references(index, references)
     edits, minus_length = min(
         (Levenshtein.distance(tokens, hypothesis), -len(tokens)) for tokens in references
     )

@@ -43,7 +43,13 @@ def learning_rate(peak: float, warmup: int, step: int, done: float) -> float:
 class Task(Protocol):
     """What is learned: data in batches, a loss, and a score on held-out data."""
 
-    score_name: str  # of the figure in `evaluate` that decides; lower is better
+    @property
+    def score_name(self) -> str:
+        """Of the figure in `evaluate` that decides."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether it is a score to raise, as BLEU is, or one to lower, as an error rate."""
 
     def batches(self, epoch: int) -> Sequence[Any]:
         """All batches of an epoch, in order; the same at every call."""
@@ -79,7 +85,7 @@ class Position:
     batch: int = 0  # of the epoch
     tokens: int = 0
     seconds: float = 0.0
-    best_score: float = math.inf
+    best_score: float | None = None  # None before the first evaluation
     best_step: int = 0
     best_sha256: str = ""
     stale: int = 0  # evaluations since the best
@@ -259,7 +265,7 @@ class Trainer:
                 self._finite(figure.replace("_", " "), value, at.step)
             self.folder.log(step=at.step, **{name: figures}, seconds=round(at.seconds, 3))
             score = figures[self.task.score_name]
-            best = score < at.best_score
+            best = self._is_better(score)
             better = better or best
             if best:
                 sha256 = self.task.save(self.folder.path / "best", model)
@@ -270,6 +276,12 @@ class Trainer:
         at.stale = 0 if better else at.stale + 1
         self._save()
         return at
+
+    def _is_better(self, score: float) -> bool:
+        best = self.at.best_score
+        if best is None:
+            return True
+        return score > best if self.task.higher_is_better else score < best
 
     def _averaged(self) -> Model | None:
         """The model with the mean of its weights at the last evaluations, this one included; it

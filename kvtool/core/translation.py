@@ -21,7 +21,13 @@ from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
 from kvtool.core.pairs import Pair, Splits
 from kvtool.core.sampling import Sampler
-from kvtool.core.scoring import Score, score_sequences
+from kvtool.core.scoring import (
+    Score,
+    TextScore,
+    detokenize,
+    score_sequences,
+    score_translations,
+)
 from kvtool.core.team import WHOLE, Share
 from kvtool.core.text import BOS, EOS, PAD, Tokenizer
 from kvtool.errors import CapacityError, FileError
@@ -147,9 +153,8 @@ def target_limit(n_source: int, context: int) -> int:
 
 class Translation:
     """The training task over pairs: batches of similar length, label-smoothed cross-entropy
-    (Szegedy 2016), and the error rate of real greedy decoding."""
-
-    score_name = "per"
+    (Szegedy 2016), and scores of real greedy decoding: error rates of targets spelt in characters
+    or symbols, BLEU and chrF of any other text."""
 
     def __init__(
         self,
@@ -172,10 +177,23 @@ class Translation:
         self.device = device
         self.rows = self._encode(splits.train)
         self.dev = splits.valid[:: max(1, len(splits.valid) // DEV_SAMPLE)]
+        self.is_text = tokenizer.kind not in ("char", "symbol")
         for pairs, name in ((splits.valid, splits.valid_name), (splits.test, splits.test_name)):
             texts = [pair.source for pair in pairs]
             for text, source in zip(texts, source_tokenizer.encode_batch(texts), strict=True):
                 self._check_length(name, text, len(source))
+
+    @property
+    def score_name(self) -> str:
+        if not self.is_text:
+            return "per"
+        # BLEU is 0, however right the outputs are, where no target has four words.
+        long = any(len(target.split()) >= 4 for pair in self.dev for target in pair.targets)
+        return "bleu" if long else "chrf"
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.is_text
 
     def _encode(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
         """Ids of each source with each of its targets, EOS at the end. Raises FileError."""
@@ -232,20 +250,25 @@ class Translation:
         return loss / n_targets, int(mask.sum() + real.sum())
 
     def evaluate(self, model: Model) -> dict[str, float]:
-        score = self.score(model, self.dev)
-        return {"per": score.per, "wer": score.wer}
+        return self.score(model, self.dev).figures
 
-    def score(self, model: Model, pairs: Sequence[Pair], beam: Beam | None = None) -> Score:
-        """Error rates of greedy decoding, or of beam search: whole targets, and their units."""
+    def score(
+        self, model: Model, pairs: Sequence[Pair], beam: Beam | None = None
+    ) -> Score | TextScore:
+        """Scores of greedy decoding, or of beam search, against all targets of each source."""
         sources = self.source_tokenizer.encode_batch([pair.source for pair in pairs])
-        units = self.tokenizer.units
         if beam is None:
             targets = translate(model, sources)
         else:
             targets = [best[0].ids for best in search(model, sources, beam)]
-        hypotheses = [units(self.tokenizer.decode(ids)) for ids in targets]
+        texts = [self.tokenizer.decode(ids) for ids in targets]
+        if self.is_text:
+            if self.tokenizer.kind == "word":
+                texts = [detokenize(text) for text in texts]
+            return score_translations([pair.targets for pair in pairs], texts)
+        units = self.tokenizer.units
         references = [[units(text) for text in pair.targets] for pair in pairs]
-        return score_sequences(references, hypotheses)
+        return score_sequences(references, [units(text) for text in texts])
 
     def save(self, folder: Path, model: Model) -> str:
         return checkpoint.save(folder, model, self.tokenizer, self.source_tokenizer)
