@@ -72,8 +72,9 @@ class Spoilt:
 class Scores:
     """A task whose held-out scores are given."""
 
-    def __init__(self, *scores: float) -> None:
+    def __init__(self, *scores: float, higher: bool = False) -> None:
         self.inner, self.scores = task(), iter(scores)
+        self.higher_is_better = higher
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -188,24 +189,42 @@ def test_a_length_is_given_in_one_unit(given: dict[str, Any]) -> None:
         TrainLength(**given)
 
 
+@pytest.mark.parametrize(
+    ("higher", "given"), [(False, (3.0, 2.0, 2.5, 2.0, 1.0)), (True, (0.0, 2.0, 1.5, 2.0, 3.0))]
+)
 def test_training_stops_when_the_score_has_not_improved_and_the_best_is_kept(
-    tmp_path: Path,
+    tmp_path: Path, higher: bool, given: tuple[float, ...]
 ) -> None:
-    scores = Scores(3.0, 2.0, 2.5, 2.0, 1.0)
+    scores = Scores(*given, higher=higher)
     at = train(tmp_path / "a", learn=scores, steps=100, patience=2)
     assert (at.step, at.best_step, at.best_score, at.stale) == (16, 8, 2.0, 2)
     best, last = (tmp_path / "a" / name / WEIGHTS for name in ("best", "last"))
     assert best.read_bytes() != last.read_bytes()
-    again = train(tmp_path / "a", learn=Scores(), steps=100, patience=2, resume=True)
+    again = train(tmp_path / "a", learn=Scores(higher=higher), steps=100, patience=2, resume=True)
     assert again == at
 
 
-def test_patience_is_not_renewed_by_a_stop(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("higher", "before", "after"), [(False, (3.0, 2.0, 2.5), 2.1), (True, (1.0, 2.0, 1.5), 1.9)]
+)
+def test_patience_is_not_renewed_by_a_stop(
+    tmp_path: Path, higher: bool, before: tuple[float, ...], after: float
+) -> None:
     changes = {"steps": 100, "patience": 2}
     hook = Hook(13, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, learn=Scores(3.0, 2.0, 2.5), watcher=hook, **changes)
-    assert train(tmp_path, learn=Scores(2.1, 1.0), resume=True, **changes).step == 16
+        train(tmp_path, learn=Scores(*before, higher=higher), watcher=hook, **changes)
+    later = Scores(after, 2.0, higher=higher)
+    at = train(tmp_path, learn=later, resume=True, **changes)
+    assert (at.step, at.best_step, at.best_score) == (16, 8, 2.0)
+
+
+@pytest.mark.parametrize("higher", [False, True])
+def test_the_first_score_is_the_best_so_far_even_after_a_stop(tmp_path: Path, higher: bool) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, watcher=Hook(2, lambda: os.kill(os.getpid(), signal.SIGINT)), steps=4)
+    at = train(tmp_path, learn=Scores(0.0, higher=higher), resume=True, steps=4)
+    assert (at.best_step, at.best_score) == (4, 0.0) and (tmp_path / "best" / WEIGHTS).is_file()
 
 
 # The same bytes
