@@ -7,7 +7,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 BASELINE := tests/baselines/0001_baseline.json
 
-.PHONY: demo test lint bench baseline clean help
+.PHONY: demo test crash lint bench baseline clean help
 .NOTPARALLEL: # all share .venv
 
 demo: .venv/installed ## check the caches, then measure them and plot out/bench.png
@@ -17,6 +17,9 @@ demo: .venv/installed ## check the caches, then measure them and plot out/bench.
 
 test: .venv/installed-test ## run the tests, each benchmark once and untimed
 	$(PYTEST) -q --benchmark-disable
+
+crash: .venv/installed-test ## kill training 50 times at random, resume, compare the bytes
+	$(PYTEST) -v --benchmark-disable --kills 50 tests/test_crash.py
 
 lint: .venv/installed-dev ## check style and types
 	$(BIN)/ruff check .

@@ -48,6 +48,12 @@ def kv(probe_command: None, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     return call
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills", type=int, default=0, help="trials of tests/test_crash.py at random moments"
+    )
+
+
 # --- pytest-benchmark. These hooks are here because it loads a baseline before tests/benchmarks
 # is looked at.
 

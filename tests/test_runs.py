@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,11 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-import training_cases
 from kvtool.core import runs
 from kvtool.core.runs import RunFolder
 from kvtool.errors import FileError
-from kvtool.files import PACKAGE
 from training_cases import STEPS, outcome, task, train
 
 
@@ -307,76 +304,3 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with opened(tmp_path) as folder:
         (tmp_path / "log.jsonl").mkdir()
         assert "log.jsonl: cannot be written (Is a directory)" in refusal(folder.log, step=1)
-
-
-# Crashes: whatever is killed, at whatever moment, ends up with the bytes of a run that was not
-
-Trial = tuple[str, float]
-N_WRITES = 22  # run.json; then at each of 3 evaluations 3 files of best/, 3 of last/, and the state
-TRIALS: list[Trial] = [
-    *(("step", step) for step in range(1, STEPS + 1, 2)),
-    *(("torn write", n) for n in range(1, N_WRITES + 1)),
-    *(("rename", n) for n in range(1, N_WRITES + 1, 4)),
-    *(("full disk", n) for n in range(1, N_WRITES + 1, 4)),
-    ("torn writes", 9),  # the one after a state
-    *(("seconds", part) for part in (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)),
-]
-UNSAFE: list[Trial] = [("plain write", n) for n in range(1, N_WRITES + 1, 3)]
-WHOLE: Trial = ("torn write", N_WRITES + 1)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[Trial, dict[str, Any]]:
-    """All trials, played by one process that imports torch once, and what each has left."""
-    folder = tmp_path_factory.mktemp("lab")
-    trials = [WHOLE, *TRIALS, *UNSAFE]
-    plan = [
-        {"out": str(folder / str(i)), "death": death, "n": n} for i, (death, n) in enumerate(trials)
-    ]
-    (folder / "plan.json").write_text(json.dumps(plan))
-    ran = subprocess.run(
-        [sys.executable, training_cases.__file__, str(folder / "plan.json")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
-    )
-    assert ran.returncode == 0, ran.stderr
-    results = json.loads(ran.stdout)
-    for result, trial in zip(results, plan, strict=True):
-        result["outcome"] = outcome(Path(trial["out"])) if result["ended"] == 0 else None
-        result["left"] = [path.name for path in Path(trial["out"]).rglob(".*.tmp")]
-    return dict(zip(trials, results, strict=True))
-
-
-def survives(trial: Trial, lab: dict[Trial, dict[str, Any]]) -> bool:
-    """The crash check: no checkpoint was ever broken, and nothing tells that there was a crash."""
-    found = lab[trial]
-    return (
-        found["unreadable"] == []
-        and found["left"] == []
-        and found["outcome"] == lab[WHOLE]["outcome"] is not None
-    )
-
-
-@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: f"{trial[0]} {trial[1]}")
-def test_a_run_that_dies_at_any_moment_ends_with_the_same_bytes(
-    lab: dict[Trial, dict[str, Any]], trial: Trial
-) -> None:
-    codes = lab[trial]["codes"]
-    if trial[0] == "torn writes":
-        assert codes == [-signal.SIGKILL] * 2 + [0]
-    elif trial[0] != "seconds":  # by the clock, it may have ended before
-        assert codes == [1 if trial[0] == "full disk" else -signal.SIGKILL]
-    assert survives(trial, lab), lab[trial]
-
-
-def test_the_trials_reach_the_last_write_of_a_run(lab: dict[Trial, dict[str, Any]]) -> None:
-    assert lab[WHOLE]["codes"] == [0] and survives(WHOLE, lab)
-
-
-def test_files_that_are_written_in_place_are_caught_by_that_check(
-    lab: dict[Trial, dict[str, Any]],
-) -> None:
-    assert all(lab[trial]["codes"] == [-signal.SIGKILL] for trial in UNSAFE)
-    assert sum(not survives(trial, lab) for trial in UNSAFE) > len(UNSAFE) // 2

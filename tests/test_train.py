@@ -22,7 +22,18 @@ from kvtool.core.runs import RunFolder
 from kvtool.core.train import FLOOR, LOG_EVERY, Trainer, learning_rate
 from kvtool.errors import CheckFailed, UsageError
 from kvtool.ui.progress import Progress
-from training_cases import EVAL_EVERY, STEPS, WEIGHTS, Hook, outcome, task, train, trainer
+from training_cases import (
+    EVAL_EVERY,
+    STEPS,
+    WEIGHTS,
+    Forgetful,
+    Hook,
+    Unseeded,
+    outcome,
+    task,
+    train,
+    trainer,
+)
 
 CPU = torch.device("cpu")
 
@@ -81,22 +92,6 @@ class Scores:
 
     def evaluate(self, model: Any) -> dict[str, float]:
         return {"bits_per_char": next(self.scores)}
-
-
-class Forgetful(Trainer):
-    """A planted bug: the optimizer's moments do not survive a stop."""
-
-    def _restore(self) -> None:
-        super()._restore()
-        self.optimizer.state.clear()
-
-
-class Unseeded(Trainer):
-    """A planted bug: random numbers go on from wherever the generator is."""
-
-    def _step(self, batch: Any) -> None:
-        with patch("torch.manual_seed"):
-            super()._step(batch)
 
 
 def stop_and_resume(out: Path, step: int, number: int = signal.SIGINT, **changes: Any) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -48,6 +50,27 @@ class Hook(Progress):
         self.left -= 1
         if self.left == 0:
             self.act()
+
+
+class Forgetful(Trainer):
+    """A planted bug: the optimizer's moments do not survive a stop."""
+
+    def _restore(self) -> None:
+        super()._restore()
+        self.optimizer.state.clear()
+
+
+class Unseeded(Trainer):
+    """A planted bug: random numbers go on from wherever the generator is."""
+
+    def _step(self, batch: Any) -> None:
+        with patch("torch.manual_seed"):
+            super()._step(batch)
+
+
+TRAINERS: dict[str, type[Trainer]] = {
+    kind.__name__: kind for kind in (Trainer, Forgetful, Unseeded)
+}
 
 
 def task(data: str = TEXT, seed: int = 0) -> LanguageModelling:
@@ -194,8 +217,12 @@ def child(work: Callable[[], object], patience: float = 60.0) -> int:
 
 
 def unreadable(out: Path) -> list[str]:
-    """Which of the checkpoints that a run has written so far cannot be loaded."""
+    """Which of the checkpoints and states that a run has written so far cannot be loaded."""
     found = []
+    for path in out.iterdir() if out.exists() else ():
+        match = runs.STATE.fullmatch(path.name)
+        if match and not files.sha256(path).startswith(match[2]):
+            found.append(f"{path.name}: is not what was written")
     for folder in (out / "best", out / "last"):
         if (folder / WEIGHTS).exists():
             try:
@@ -205,21 +232,28 @@ def unreadable(out: Path) -> list[str]:
     return found
 
 
-def play(death: str, n: float, out: Path) -> dict[str, Any]:
+def play(death: str, n: float, out: Path, trainer: str) -> dict[str, Any]:
     """Train until death, with "torn writes" again and again; look at what is left; train on."""
 
     def work() -> None:
         arm(death, int(n))
         watcher = Hook(int(n), kill_now) if death == "step" else None
-        train(out, watcher=watcher, resume=(out / runs.RUN).exists())
+        train_on(watcher)
+
+    def train_on(watcher: Progress | None = None) -> None:
+        train(out, kind=TRAINERS[trainer], watcher=watcher, resume=(out / runs.RUN).exists())
 
     broken: list[str] = []
     codes: list[int] = []
-    while not codes or (death == "torn writes" and codes[-1] and len(codes) < STEPS):
+    while True:
         codes.append(child(work, n if death == "seconds" else 60.0))
         broken += unreadable(out)
-    ended = child(lambda: train(out, resume=(out / runs.RUN).exists()))
-    return {"codes": codes, "unreadable": broken, "ended": ended}
+        if death == "seconds" and codes == [0]:  # it was over before its time
+            shutil.rmtree(out)
+            codes, n = [], 0.8 * n
+        elif death != "torn writes" or not codes[-1] or len(codes) == STEPS:
+            break
+    return {"codes": codes, "unreadable": broken, "ended": child(train_on)}
 
 
 def main(plan: str) -> None:
@@ -232,7 +266,7 @@ def main(plan: str) -> None:
     results = []
     for trial in json.loads(Path(plan).read_text()):
         n = trial["n"] * whole if trial["death"] == "seconds" else trial["n"]
-        results.append(play(trial["death"], n, Path(trial["out"])))
+        results.append(play(trial["death"], n, Path(trial["out"]), trial["trainer"]))
     print(json.dumps(results))
 
 
