@@ -20,6 +20,7 @@ DEVICES = ("auto", "cpu", "cuda")
 POSITIONS = ("sinusoidal", "learned", "rotary")
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu")
+SCHEDULES = ("cosine", "inverse-sqrt", "constant")
 LARGEST_SIZE = 2**31 - 1
 
 
@@ -222,6 +223,7 @@ class TrainConfig:
     out: Path
     length: TrainLength
     lr: float = 2e-3
+    schedule: str = "cosine"  # of the learning rate, after its warm-up
     warmup: int = 200  # steps
     clip: float = 1.0  # norm of all gradients together
     weight_decay: float = 0.01
@@ -235,6 +237,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_float("--lr", self.lr, 0.0, open_low=True)
+        choose(self.schedule, SCHEDULES, "--schedule")
         check_int("--warmup", self.warmup, 0)
         check_float("--clip", self.clip, 0.0, open_low=True)
         check_float("--weight-decay", self.weight_decay, 0.0)

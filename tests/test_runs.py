@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import torch
 from kvtool.core import runs
 from kvtool.core.runs import RunFolder
 from kvtool.errors import FileError
-from training_cases import STEPS, outcome, task, train
+from training_cases import STEPS, Hook, outcome, task, train
 
 
 def silent(_: str) -> None:
@@ -156,6 +157,7 @@ def test_what_a_killed_write_left_is_cleared_away_and_does_not_count(tmp_path: P
     ("changes", "said"),
     [
         ({"lr": 0.02}, "lr was 0.01 and is now 0.02"),
+        ({"schedule": "constant"}, "schedule was 'cosine' and is now 'constant'"),
         ({"steps": 13}, "length.steps was 12 and is now 13"),
         ({"seed": 1}, "seed was 0 and is now 1"),
         ({"learn": task("ba" * 200)}, "data_sha256 was '"),
@@ -187,6 +189,20 @@ def test_a_difference_inside_a_setting_is_named_and_one_that_is_gone_too(tmp_pat
             ({"model": {"d_model": 16, "norm": "rms"}}, "tokenizer_sha256 was 'a' and is now None"),
         ):
             assert refusal(folder.agree, facts).startswith(f"--resume: {said}. ")
+
+
+def test_a_run_from_before_a_setting_was_there_is_resumed_with_what_it_did(tmp_path: Path) -> None:
+    hook = Hook(6, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "old", watcher=hook)
+    path = tmp_path / "old" / "run.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k not in runs.BEFORE}))
+    message = refusal(train, tmp_path / "old", resume=True, schedule="constant")
+    assert "schedule was 'cosine' and is now 'constant'" in message
+    train(tmp_path / "old", resume=True)
+    train(tmp_path / "new")
+    assert outcome(tmp_path / "old") == outcome(tmp_path / "new")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"lr": 0.01'])

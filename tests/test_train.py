@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kvtool.app import Terminated, _terminate
-from kvtool.config import TrainLength
+from kvtool.config import SCHEDULES, TrainLength
 from kvtool.core import checkpoint
 from kvtool.core.runs import RunFolder
 from kvtool.core.train import FLOOR, LOG_EVERY, Trainer, learning_rate
@@ -115,8 +115,38 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_twentieth_of_it() ->
     assert learning_rate(2.0, 10, 50, 0.5) == pytest.approx(2.0 * (FLOOR + (1 - FLOOR) / 2))
 
 
-def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
-    assert learning_rate(2.0, 0, 0, 0.0) == learning_rate(2.0, 1, 0, 0.0) == 2.0
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_warm_up_the_first_step_has_the_peak_rate(schedule: str) -> None:
+    assert [learning_rate(2.0, warmup, 0, 0.0, schedule) for warmup in (0, 1)] == [2.0, 2.0]
+
+
+def test_the_inverse_square_root_peaks_at_the_end_of_warm_up() -> None:
+    rates = [learning_rate(2.0, 10, step, step / 100, "inverse-sqrt") for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
+    assert max(rates) == rates[9] == 2.0
+    assert rates[39] == pytest.approx(1.0)  # four times the steps, half the rate
+    # Vaswani 2017, 5.3, with warm-up 10 and scaled to this peak
+    formula = [min(n**-0.5, n * 10**-1.5) for n in range(1, 101)]
+    assert rates == pytest.approx([2.0 * value / formula[9] for value in formula])
+
+
+def test_a_constant_rate_stays_at_its_peak() -> None:
+    rates = [learning_rate(2.0, 4, step, step / 8, "constant") for step in range(8)]
+    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_schedule_is_what_the_optimizer_gets_and_survives_a_stop(
+    tmp_path: Path, schedule: str
+) -> None:
+    train(tmp_path / "whole", schedule=schedule)
+    stop_and_resume(tmp_path / "stopped", 6, schedule=schedule)
+    whole = outcome(tmp_path / "whole")
+    assert whole == outcome(tmp_path / "stopped")
+    rates = {line["step"]: line["lr"] for line in whole["log"] if "lr" in line}
+    assert rates == {
+        n: learning_rate(0.01, 4, n - 1, (n - 1) / STEPS, schedule) for n in (1, LOG_EVERY)
+    }
 
 
 def test_a_repeated_text_is_learned(tmp_path: Path) -> None:

@@ -264,6 +264,7 @@ BOTH = [
     (["--context", "0"], "--context: 0 is too small"),
     (["--dropout", "1"], "--dropout: 1.0 is out of range (expected 0 or more and 0.99 or less)"),
     (["--positions", "rotory"], "Did you mean rotary?"),
+    (["--schedule", "cosinus"], "Did you mean cosine?"),
     (["--clip", "0"], "--clip: 0.0 is out of range"),
     (["--warmup", "-1"], "--warmup: -1 is too small"),
     (["--weight-decay", "-1"], "--weight-decay: -1.0 is out of range"),

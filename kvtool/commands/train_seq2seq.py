@@ -177,6 +177,7 @@ def command(
     batch_tokens: t.BatchTokens = 2048,
     lr: t.LearningRate = 2e-3,
     warmup: t.Warmup = 100,
+    schedule: t.Schedule = "cosine",
     clip: t.Clip = 1.0,
     weight_decay: t.WeightDecay = 0.01,
     label_smoothing: Annotated[
@@ -243,6 +244,7 @@ def command(
             out=out_folder,
             length=t.train_length(steps, epochs, minutes),
             lr=lr,
+            schedule=schedule,
             warmup=warmup,
             clip=clip,
             weight_decay=weight_decay,

@@ -113,7 +113,16 @@ Warmup = Annotated[
     typer.Option(
         "--warmup",
         metavar="N",
-        help="Steps in which the learning rate rises; a cosine follows.",
+        help="Steps in which the learning rate rises to its peak.",
+        rich_help_panel=OPTIMIZER,
+    ),
+]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        "--schedule",
+        metavar="KIND",
+        help="How the rate falls after warm-up: cosine, inverse-sqrt or constant.",
         rich_help_panel=OPTIMIZER,
     ),
 ]

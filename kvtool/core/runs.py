@@ -27,6 +27,8 @@ KEPT = 2
 LOCK, RUN, LOG = ".lock", "run.json", "log.jsonl"
 DAMAGED = ".damaged"
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what a killed write_durable leaves behind
+# What runs did that were started before the setting was there.
+BEFORE = {"average": 0, "schedule": "cosine"}
 STATE = re.compile(r"state-(\d{9})-([0-9a-f]{16})\.pt")
 
 
@@ -116,7 +118,9 @@ class RunFolder:
         if not path.exists():
             write_json(path, facts)
             return
-        before, now = _flat(read_json_object(path, "the settings of a run")), _flat(facts)
+        now = _flat(facts)
+        before = {name: value for name, value in BEFORE.items() if name in now}
+        before |= _flat(read_json_object(path, "the settings of a run"))
         changed = [
             f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
             for name in sorted(before.keys() | now.keys())

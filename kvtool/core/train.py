@@ -33,11 +33,19 @@ LOG_EVERY = 10  # steps
 FLOOR = 0.05  # of the peak learning rate, reached at the end
 
 
-def learning_rate(peak: float, warmup: int, step: int, done: float) -> float:
-    """Linear from 0 over `warmup` steps, then a cosine to FLOOR * peak (Loshchilov 2017)."""
-    rise = min(1.0, (step + 1) / max(warmup, 1))
-    fall = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
-    return peak * min(rise, fall)
+def learning_rate(
+    peak: float, warmup: int, step: int, done: float, schedule: str = "cosine"
+) -> float:
+    """Linear from 0 over `warmup` steps, then a schedule: a cosine to FLOOR * peak at the end
+    (Loshchilov 2017), the inverse square root of the step (Vaswani 2017, 5.3), or constant."""
+    warmup = max(warmup, 1)
+    rise = min(1.0, (step + 1) / warmup)
+    if schedule == "cosine":
+        fall = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
+        return peak * min(rise, fall)
+    if schedule == "inverse-sqrt":
+        return peak * min(rise, math.sqrt(warmup / (step + 1)))
+    return peak * rise
 
 
 class Task(Protocol):
@@ -167,7 +175,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.at = Position(**state["position"])
-        self.recent = state["recent"]
+        self.recent = state.get("recent", [])  # a run from before --average has none
         self.watcher.advance(self.at.step)
         self.say(f"resumed at step {self.at.step:,}")
 
@@ -207,7 +215,7 @@ class Trainer:
         at, config = self.at, self.config
         started = time.perf_counter()
         torch.manual_seed(derived_seed(config.seed, at.step))
-        rate = learning_rate(config.lr, config.warmup, at.step, self._done())
+        rate = learning_rate(config.lr, config.warmup, at.step, self._done(), config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
