@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.engine import feed
 from kvtool.core.models import Model
+from kvtool.core.quantization import Quantization
 from small_models import random_model
 
 Make = Callable[[CacheSpec, "Tensor | None"], Cache]
@@ -83,10 +84,17 @@ def tokens(batch: int, n: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def full(
-    model: Model, ids: Tensor, padding: Tensor | None, window: int = 0, sinks: int = 0
+    model: Model,
+    ids: Tensor,
+    padding: Tensor | None,
+    window: int = 0,
+    sinks: int = 0,
+    quantization: Quantization | None = None,
 ) -> Tensor:
     """The logits (B,T,V) of one pass over everything; no cache is involved."""
-    step = Step.full(*ids.shape, left_padding=padding, window=window, sinks=sinks)
+    step = Step.full(
+        *ids.shape, left_padding=padding, window=window, sinks=sinks, quantization=quantization
+    )
     return model(ids, step)
 
 
@@ -114,10 +122,11 @@ def agree(
     held: int = 0,
 ) -> None:
     """Feed `ids` to a cache that should hold the first `held` of them, and compare the logits of
-    real tokens with those of one full pass under the same window."""
+    real tokens with those of one full pass under the same window, that quantizes the same way."""
     require(cache.length == held, f"{promise}: length is {cache.length}, not {held}")
     found = advance(subject.model, cache, ids, chunk)
-    expected = full(subject.model, ids, padding, cache.window, cache.sinks)[:, held:]
+    seen = (cache.window, cache.sinks, cache.quantization)
+    expected = full(subject.model, ids, padding, *seen)[:, held:]
     shift = 0 if padding is None else padding[:, None]
     padded = (torch.arange(held, ids.shape[1]) - shift < 0).expand(expected.shape[:2])
     difference = (found - expected).masked_fill(padded[..., None], 0.0)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvtool.config import ModelConfig
 from kvtool.core.kernels import DEFAULT, Kernels, visible
+from kvtool.core.quantization import Quantization
 from kvtool.errors import CapacityError, UsageError
 
 EMPTY = -(2**30)  # the position of a key column that holds nothing; no padding is that long
@@ -69,7 +70,8 @@ class Step:
     """Where the tokens of one forward pass stand, and which keys they may see.
 
     q_pos (B,T): absolute position of each new token, negative = left padding.
-    k_pos (B,S): absolute position held by each key column, EMPTY = nothing.
+    k_pos (B,S): absolute position held by each key column, EMPTY = nothing. If a position is there
+        twice, quantized and exactly, `mask` lets each query see one of the two.
     slots (T,): the storage column of each new token.
     mask (B,1,T,S) bool, or None if every query sees every column (or `causal`).
     causal: T == S, in order, and nothing else is masked.
@@ -81,6 +83,7 @@ class Step:
     mask: Tensor | None
     causal: bool
     kernels: Kernels = DEFAULT
+    quantization: Quantization | None = None  # of a pass without a cache, if it has any
 
     @classmethod
     def full(
@@ -92,19 +95,27 @@ class Step:
         kernels: Kernels = DEFAULT,
         window: int = 0,
         sinks: int = 0,
+        quantization: Quantization | None = None,
     ) -> Step:
         """A whole sequence at once, from position 0 and without a cache.
 
-        window, sinks: as `visible`; what a cache that keeps no more has to be compared with.
+        window, sinks, quantization: of the cache that this is to be compared with. One that keeps
+        no more than a window, or rounds what it keeps, cannot give what a pass without them does.
         """
         slots = torch.arange(n, device=device)
         q_pos = slots.expand(batch, n)
-        if left_padding is None and (not window or n <= window):
+        n_quantized = 0 if quantization is None else quantization.settled(n - 1)
+        if left_padding is None and (not window or n <= window) and not n_quantized:
             return cls(q_pos, q_pos, slots, None, True, kernels)
         if left_padding is not None:
             q_pos = q_pos - left_padding[:, None]
-        mask = visible(q_pos, q_pos, window, sinks)
-        return cls(q_pos, q_pos, slots, mask, False, kernels)
+        if quantization is None or not n_quantized:
+            mask = visible(q_pos, q_pos, window, sinks)
+            return cls(q_pos, q_pos, slots, mask, False, kernels)
+        k_pos = torch.cat([q_pos[:, :n_quantized], q_pos], dim=1)
+        met = quantization.meets(range(n), range(n_quantized), range(n)).to(slots.device)
+        mask = visible(q_pos, k_pos, window, sinks) & met
+        return cls(q_pos, k_pos, slots, mask, False, kernels, quantization)
 
     @classmethod
     def bidirectional(cls, mask: Tensor, kernels: Kernels = DEFAULT) -> Step:
@@ -138,6 +149,7 @@ class Cache(ABC):
     compilable: ClassVar[bool] = False  # fixed addresses and no host sync in write and attend
     small: ClassVar[Mapping[str, int]] = {}  # options with which a short check makes it do all
     recompute: ClassVar[bool] = False  # holds nothing: must be given the whole sequence each time
+    quantization: Quantization | None = None  # how tokens are rounded, and by when
     window: int = 0  # how many positions a token sees, its own included; 0: all before it
     sinks: int = 0  # and how many of the first ones, always
 

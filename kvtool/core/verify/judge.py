@@ -211,12 +211,24 @@ class Judge:
                 return _precision(finding, exact, best, wrong64[0])
         low = _beyond_noise(played, exact)
         if low is not None:
+            low = _beyond_noise(played, exact, self._by_codes(case, exact))
+        if low is not None:
             text = f"right in float64, wrong in {dtype_name(self.subject.dtype)} alone"
             return replace(finding, verdict=BUG, evidence=text, first_wrong=low)
         if finding.verdict == VACUOUS or finding.working is None:
             return finding
         same = finding.working.identical == finding.working.steps
         return replace(finding, verdict=IDENTICAL if same else ROUNDING)
+
+    def _by_codes(self, case: Case, exact: Played) -> float:
+        """How far a quantizer moves the logits, all its codes together; 0 without one.
+
+        Where a value lies between two codes, rounding decides, and the other code is no bug.
+        """
+        plain = self.double.unrounded()
+        if plain is None:
+            return 0.0
+        return max(distances(play(plain, case).expected, exact.expected))
 
     def _wrong(self, case: Case, finding: Finding, step: int, exact: Played) -> Finding:
         if text := _random(self.double):
@@ -240,10 +252,11 @@ def _precision(finding: Finding, exact: Played, best: Played, step: int) -> Find
     return replace(finding, verdict=PRECISION, evidence=text, first_wrong=step, lossy=True)
 
 
-def _beyond_noise(played: Played, exact: Played) -> int | None:
-    """The first step at which the cached arm is further from float64 than rounding explains."""
+def _beyond_noise(played: Played, exact: Played, least: float = 0.0) -> int | None:
+    """The first step at which the cached arm is further from float64 than rounding explains, or
+    than `least`."""
     noise = max(distances(played.expected, exact.expected))
-    limit = NOISE * max(noise, torch.finfo(played.expected[0].dtype).eps)
+    limit = max(least, NOISE * max(noise, torch.finfo(played.expected[0].dtype).eps))
     gaps = distances(played.found, exact.expected)
     return next((i for i, gap in enumerate(gaps) if not gap <= limit), None)
 

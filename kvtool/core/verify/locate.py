@@ -246,13 +246,22 @@ def _stored(
             gap = (found[row, :, seen] - expected[row, :, right]).abs().amax(-1)  # (Hkv, S)
             wrong = ~(gap <= TOLERANCE * scale(expected))
             heads.update(wrong.any(1).nonzero()[:, 0].tolist())
-            places.update(right[wrong.any(0)].tolist())
+            places.update(_tokens(full, right[wrong.any(0)]))
         if heads:
             every = len(heads) == found.shape[1]
             detail = f"of {'token' if len(places) == 1 else 'tokens'} {ranges(sorted(places))}"
             shown = () if every else tuple(sorted(heads))
             return Place(None, f"{cross}stored {part.upper()}", shown, detail)
     return None
+
+
+def _tokens(full: Record, columns: Tensor) -> list[int]:
+    """The numbers of the tokens in these columns of an uncached pass. If it quantizes, some are
+    there twice: what comes first is quantized, and everything follows exactly."""
+    if full.step is None or full.k is None:
+        return columns.tolist()
+    n_quantized = full.k.shape[2] - full.step.q_pos.shape[1]
+    return [c - n_quantized if c >= n_quantized else c for c in columns.tolist()]
 
 
 def _output(cached: Record, full: Record, columns: slice, cross: str) -> Place | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.cross import CrossCache
+from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.engine import feed
 from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model
@@ -79,6 +80,9 @@ class Subject(Protocol):
 
     def to(self, dtype: torch.dtype) -> Subject:
         """The same mathematics in another format."""
+
+    def unrounded(self) -> Subject | None:
+        """The same decoder with a cache that rounds nothing, if this one's does."""
 
 
 Make = Callable[[CacheSpec, "Tensor | None"], Cache]
@@ -157,6 +161,7 @@ class ModelSubject:
         self.context = model.config.context
         probe = make(CacheSpec.of(model.config, 1, 1, self.dtype, self.device), None)
         self.window, self.sinks = probe.window, probe.sinks
+        self.quantization = probe.quantization
         abilities = {"batch", "padding", "crop", "select", "reset", "fork", "capacity"}
         if model.config.n_encoder_layers:
             abilities = (abilities - {"padding"}) | {"source"}
@@ -172,7 +177,7 @@ class ModelSubject:
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
         batch, n = ids.shape
-        seen = (self.window, self.sinks)
+        seen = (self.window, self.sinks, self.quantization)
         step = Step.full(batch, n, ids.device, start.padding, self.kernels, *seen)
         return self.model(ids, step, source=self.encode(start))
 
@@ -186,6 +191,11 @@ class ModelSubject:
     def with_session(self, session: Callable[[ModelSubject, Start], Session]) -> ModelSubject:
         """The same subject, decoding in another way."""
         return ModelSubject(self.model, self.make, self.name, self.kernels, session)
+
+    def unrounded(self) -> ModelSubject | None:
+        if self.quantization is None:
+            return None
+        return ModelSubject(self.model, DynamicCache, self.name, self.kernels)
 
     def to(self, dtype: torch.dtype) -> ModelSubject:
         model = copy.deepcopy(self.model).to(dtype)

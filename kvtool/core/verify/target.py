@@ -166,6 +166,9 @@ class TargetSubject:
         other.session = session
         return other
 
+    def unrounded(self) -> None:
+        """A cache of the user's is compared with what the user's decoder computes, as it is."""
+
     def to(self, dtype: torch.dtype) -> TargetSubject:
         """Raises what the decoder raises, NotImplementedError if it holds nothing to convert."""
         other = copy.copy(self)

@@ -1,0 +1,309 @@
+"""Caches that keep old keys and values in a few bits, and the newest exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvtool.config import check_int
+from kvtool.core.cache.base import Bytes, CacheSpec, Step
+from kvtool.core.cache.buffered import BufferedCache
+from kvtool.core.kernels import visible
+from kvtool.core.quantization import Quantization
+from kvtool.errors import CacheOpUnsupported, UsageError
+
+GROUP, RESIDUAL = 32, 32  # KIVI has groups of 32 and keeps up to 128, for longer texts
+
+
+class Packed:
+    """Quantized keys, or values, of a layer: codes of `bits` bits, scales and zero points.
+
+    Along dimension `dim` of (rows,Hkv,columns,D), 2 (tokens) or 3 (channels), `size` entries share
+    a scale and a zero point. Of 4 bits, two tokens that follow each other share a byte.
+    """
+
+    def __init__(self, like: Tensor, columns: int, bits: int, dim: int, size: int) -> None:
+        """Room for `columns` tokens as those in `like` (rows,Hkv,1,D): whole groups."""
+        self.bits, self.dim, self.size = bits, dim, size
+        self.per_byte = 8 // bits
+        rows, heads, _, width = like.shape
+        codes = (rows, heads, columns // self.per_byte, width)
+        self.codes = like.new_zeros(codes, dtype=torch.uint8)
+        shape = [rows, heads, columns, width]
+        shape[dim : dim + 1] = [shape[dim] // size, 1]
+        self.scale, self.low = like.new_zeros(shape), like.new_zeros(shape)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.codes, self.scale, self.low
+
+    def write(self, start: int, x: Tensor, padding: Tensor | None = None) -> None:
+        """Quantize x (rows,Hkv,n,D), whole groups, into the columns from `start` on.
+
+        padding (rows,n) bool: tokens that have no part in the range of a group.
+        """
+        folded = x.to(_wide(x)).unflatten(self.dim, (-1, self.size))
+        low, high = self._range(folded, padding)
+        levels = 2**self.bits - 1
+        scale = ((high - low) / levels).to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
+        codes = ((folded - low) / scale.to(folded.dtype)).round_().clamp_(0, levels)
+        codes = codes.to(torch.uint8).flatten(self.dim, self.dim + 1)
+        if self.per_byte == 2:
+            codes = codes[:, :, 0::2] | codes[:, :, 1::2] << 4
+        _put(self.codes, start // self.per_byte, codes)
+        first = start // self.size if self.dim == 2 else start
+        _put(self.scale, first, scale)
+        _put(self.low, first, low.to(x.dtype))
+
+    def _range(self, folded: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The least and the largest of what shares a scale."""
+        if padding is None or self.dim == 3:  # a value of padding has a scale of its own
+            return folded.aminmax(dim=self.dim + 1, keepdim=True)
+        groups = padding.unflatten(1, (-1, self.size))[:, None, :, :, None]
+        left_out = groups & ~groups.all(3, keepdim=True)
+        low = folded.masked_fill(left_out, torch.inf).amin(3, keepdim=True)
+        return low, folded.masked_fill(left_out, -torch.inf).amax(3, keepdim=True)
+
+    def read(self, n: int) -> Tensor:
+        """The first n columns, whole groups, as they are met -> (rows,Hkv,n,D)."""
+        codes = self.codes[:, :, : n // self.per_byte]
+        if self.per_byte == 2:
+            codes = torch.stack([codes & 15, codes >> 4], dim=3).flatten(2, 3)
+        first = slice(n // self.size if self.dim == 2 else n)
+        scale, low = self.scale[:, :, first], self.low[:, :, first]
+        wide = codes.to(_wide(scale)).unflatten(self.dim, (-1, self.size))
+        wide = wide.mul_(scale).add_(low)
+        return wide.to(scale.dtype).flatten(self.dim, self.dim + 1)
+
+    def gather(self, rows: Tensor) -> None:
+        """Let new tensors hold `rows` of these."""
+        self.codes, self.scale, self.low = (t.index_select(0, rows) for t in self.tensors)
+
+
+class QuantizedCache(BufferedCache):
+    """Rounds keys by channel over `group` tokens, and values by token over channels, as soon as a
+    group is full and `residual` newer tokens are there (KIVI, Liu 2024, arXiv 2402.02750).
+
+    What a token meets is said by `Quantization` and depends on its place alone: in a step of many
+    tokens a key may be met exactly by the first of them, and quantized by the last. Such a key is
+    handed out twice, and the mask tells which of the two a query sees.
+
+        group=2, residual=1, Q quantized and . exact; the token that comes next meets
+        0 -> [.]   1 -> [. .]   2 -> [. . .]   3 -> [Q Q . .]   4 -> [Q Q . . .]
+
+    Codes are in `_packed` from column 0 on, and exact tokens in `_keys` and `_values` from token
+    number `_first` on. A token is rounded once, from its exact value, when its group is; what is
+    stored does not depend on the steps. Padding has no part in the range of a group, but shifts
+    where groups begin: behind other padding a text is rounded otherwise.
+
+    A group that has been rounded cannot be made exact again, so a crop must leave `residual` tokens
+    behind all that is quantized. With `slack` the last tokens are kept exactly beside their codes,
+    so that up to `slack` can be cropped always.
+    """
+
+    exact: ClassVar[bool] = False
+    small: ClassVar[Mapping[str, int]] = {"group": 4, "residual": 2, "slack": 4}
+    bits: ClassVar[int]
+    quantization: Quantization
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        left_padding: Tensor | None = None,
+        group: int = GROUP,
+        residual: int = RESIDUAL,
+        slack: int = 0,
+    ) -> None:
+        """Raises UsageError for a group that does not fill bytes, or negative residual or slack."""
+        check_int("group", group, 1)
+        check_int("residual", residual, 0)
+        check_int("slack", slack, 0)
+        if group * self.bits % 8:
+            raise UsageError(f"group: {group} tokens of {self.bits} bits do not fill bytes")
+        self.slack = slack
+        self.quantization = Quantization(self.bits, group, residual)
+        super().__init__(spec, left_padding)
+
+    def _first_columns(self) -> int:
+        return exact_columns(self.spec.capacity, self.quantization, self.slack)
+
+    def _allocate(self, batch: int, columns: int) -> None:
+        super()._allocate(batch, columns)
+        q, n = self.quantization, self.quantization.settled(self.spec.capacity)
+        channels = q.channels(self.spec.head_dim)
+        self._packed = [
+            (
+                Packed(k[:, :, :1], n, q.bits, 2, q.group),
+                Packed(v[:, :, :1], n, q.bits, 3, channels),
+            )
+            for k, v in zip(self._keys, self._values, strict=True)
+        ]
+
+    def reset(self, left_padding: Tensor | None = None) -> None:
+        super().reset(left_padding)
+        self._first = 0  # the number of the first token that is held exactly
+        self._longest = 0  # the most tokens that were committed
+        self._set_aside: list[tuple[Tensor, Tensor]] = []  # (buffer, the exact tokens from _first)
+
+    def _place(self, start: int, n_new: int) -> Step:
+        self._set_aside = []
+        end, settled = start + n_new, self.quantization.settled
+        first, last = settled(start), settled(end - 1)  # of the first new token, and of the last
+        k_pos = torch.cat([self._positions(0, last), self._positions(first, end)], dim=1)
+        q_pos = k_pos[:, -n_new:]
+        causal = start == 0 and not last and self.left_padding is None
+        free = causal or (n_new == 1 and self.left_padding is None)
+        mask = None
+        if not free:
+            met = self.quantization.meets(range(start, end), range(last), range(first, end))
+            mask = visible(q_pos, k_pos) & met.to(self.spec.device)
+        slots = torch.arange(start, end, device=self.spec.device) - self._first
+        return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        start, settled = self.length, self.quantization.settled
+        end = start + k.shape[2]
+        first, last, full = settled(start), settled(end - 1), settled(end)
+        padding = None if self.left_padding is None else self._positions(first, full) < 0
+        buffers = self._keys[layer], self._values[layer]
+        met = []
+        for buffer, packed, new in zip(buffers, self._packed[layer], (k, v), strict=True):
+            exact = self._with(buffer, new, step)[:, :, first - self._first :]
+            if full > first:  # columns that nothing reads before they are committed
+                packed.write(first, exact[:, :, : full - first], padding)
+            met.append(torch.cat([packed.read(last), exact], dim=2) if last else exact)
+        return met[0], met[1]
+
+    def _with(self, buffer: Tensor, new: Tensor, step: Step) -> Tensor:
+        """All exact tokens from `_first` on, the new ones too; set aside if they do not fit."""
+        held = self.length - self._first
+        end = held + new.shape[2]
+        if end <= self._columns:
+            return buffer.index_copy_(2, step.slots, new)[:, :, :end]
+        whole = torch.cat([buffer[:, :, :held], new], dim=2)
+        self._set_aside.append((buffer, whole))
+        return whole
+
+    def commit(self, n_new: int) -> None:
+        super().commit(n_new)
+        self._longest = max(self._longest, self.length)
+        first = max(self._first, self.quantization.settled(max(self.length - self.slack, 0)))
+        contents = self._set_aside or [(b, b) for b in (*self._keys, *self._values)]
+        if self._set_aside or first > self._first:
+            tokens = slice(first - self._first, self.length - self._first)
+            # Nothing is allocated after a token has moved: if memory runs out, all is as before.
+            moved = torch.empty_like(contents[0][1][:, :, tokens])
+            for buffer, content in contents:
+                moved.copy_(content[:, :, tokens])  # the two may overlap
+                buffer[:, :, : moved.shape[2]] = moved
+        self._first = first
+        self._set_aside = []
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens.
+
+        Raises UsageError beyond what is held, and CacheOpUnsupported if a token that the next one
+        would meet exactly has only been kept quantized.
+        """
+        if 0 <= length < self.length:
+            needed = self.quantization.settled(length)
+            if needed < min(self._first, length):
+                raise CacheOpUnsupported(
+                    self.kind,
+                    f"crop to {length}",
+                    f"it needs token {needed} exactly, and holds those before {self._first} "
+                    "quantized",
+                    f"Make it with slack={self._longest - length}, or crop before that is rounded.",
+                )
+        super().crop(length)
+        self._set_aside = []
+        self._first = min(self._first, length)
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self._set_aside = []
+        self._gather_rows(rows)
+        for packed in (part for pair in self._packed for part in pair):
+            packed.gather(rows)
+
+    def vacuous(self) -> str | None:
+        padding = 0 if self.left_padding is None else int(self.left_padding.min())
+        met = self.quantization.settled(max(self._longest - 1, 0))  # by the last token
+        if met > padding:
+            return None
+        return f"no token met a quantized one ({self._longest} tokens held at most)"
+
+    def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        n = self.quantization.settled(self.length)
+        exact = slice(n - self._first, self.length - self._first)
+        buffers = self._keys[layer], self._values[layer]
+        keys, values = (
+            torch.cat([packed.read(n), buffer[:, :, exact]], dim=2) if n else buffer[:, :, exact]
+            for packed, buffer in zip(self._packed[layer], buffers, strict=True)
+        )
+        return keys.clone(), values.clone(), self._positions(0, self.length).clone()
+
+    def nbytes(self) -> Bytes:
+        q, token = self.quantization, self.spec.token_nbytes // self.spec.batch  # of one row
+        n = q.settled(self.length)
+        codes = packed_nbytes(self.spec, n, q) // self.spec.batch
+        packed = [t for pair in self._packed for part in pair for t in part.tensors]
+        buffers = [*self._keys, *self._values, *packed, *(whole for _, whole in self._set_aside)]
+        allocated = sum(t.untyped_storage().nbytes() for t in buffers) + self._padding_nbytes()
+        live = codes + (self.length - n) * token
+        return Bytes(allocated, live * self.batch, (live + token) * self.batch)
+
+    @classmethod
+    def predict_nbytes(
+        cls,
+        spec: CacheSpec,
+        length: int,
+        prompt: int = 1,
+        group: int = GROUP,
+        residual: int = RESIDUAL,
+        slack: int = 0,
+    ) -> int:
+        q = Quantization(cls.bits, group, residual)
+        exact = exact_columns(spec.capacity, q, slack) * spec.token_nbytes
+        return exact + packed_nbytes(spec, q.settled(spec.capacity), q)
+
+
+class Int8Cache(QuantizedCache):
+    """Codes of 8 bits."""
+
+    kind: ClassVar[str] = "int8"
+    bits: ClassVar[int] = 8
+
+
+class Int4Cache(QuantizedCache):
+    """Codes of 4 bits, two to a byte."""
+
+    kind: ClassVar[str] = "int4"
+    bits: ClassVar[int] = 4
+
+
+def exact_columns(capacity: int, q: Quantization, slack: int) -> int:
+    """How many exact tokens there is room for: all that a group waits for, and one to write."""
+    return min(q.residual + slack + q.group, capacity)
+
+
+def packed_nbytes(spec: CacheSpec, n: int, q: Quantization) -> int:
+    """Bytes of n quantized tokens, whole groups, over all layers and rows."""
+    codes = 2 * n * spec.head_dim * q.bits // 8
+    key_scales = n // q.group * spec.head_dim
+    value_scales = n * (spec.head_dim // q.channels(spec.head_dim))
+    scales = 2 * (key_scales + value_scales) * spec.dtype.itemsize  # and zero points
+    return (codes + scales) * spec.n_kv_heads * spec.n_layers * spec.batch
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """What codes are computed in: float32 or above."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _put(goal: Tensor, start: int, new: Tensor) -> None:
+    """Store new (rows,Hkv,n,...) in columns from `start` on; a column that is not there raises."""
+    goal.narrow(2, start, new.shape[2]).copy_(new)

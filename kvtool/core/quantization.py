@@ -1,0 +1,83 @@
+"""What a quantized cache makes of keys and values, and which tokens meet them so.
+
+This is the mathematics alone, for a pass over whole sequences: it packs and stores nothing, and no
+cache takes part. core/cache/quantized.py stores codes, and has to give the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Asymmetric quantization as in KIVI (Liu 2024, arXiv 2402.02750).
+
+    Of `group` tokens that follow each other, each channel of the keys has a scale and a zero point
+    of its own; values have them for each token, over `group` channels (over all of a head that
+    `group` does not divide). Codes have `bits` bits.
+
+    A token with n others before it in its row, padding included, meets the first `settled(n)` of
+    them quantized, and the others and itself exactly. So what it meets depends on its place alone,
+    never on the steps in which a cache was filled.
+    """
+
+    bits: int
+    group: int
+    residual: int  # of the newest tokens, this many are not quantized yet, or more
+
+    def settled(self, n: int) -> int:
+        """How many of n tokens are quantized: whole groups, all but the newest `residual`."""
+        return max(n - self.residual, 0) // self.group * self.group
+
+    def meets(
+        self, tokens: Sequence[int], quantized: Sequence[int], exact: Sequence[int]
+    ) -> Tensor:
+        """Which columns each token meets -> (T,Q+E) bool, on the CPU.
+
+        All are numbers in order of arrival: of the tokens (T), of the columns that hold quantized
+        keys (Q), and of those behind them that hold exact ones (E).
+        """
+        settled = torch.tensor([self.settled(n) for n in tokens])[:, None]
+        return torch.cat([torch.tensor(quantized) < settled, torch.tensor(exact) >= settled], dim=1)
+
+    def channels(self, head_dim: int) -> int:
+        """How many channels of a value share a scale."""
+        return head_dim if head_dim % self.group else self.group
+
+    def both(self, k: Tensor, v: Tensor, q_pos: Tensor) -> tuple[Tensor, Tensor]:
+        """All that the tokens of a whole pass meet, k, v (B,Hkv,T,D) -> (B,Hkv,Q+T,D): what is
+        settled when the last one comes, quantized, and then everything exactly."""
+        n = self.settled(k.shape[2] - 1)
+        keys, values = self.rounded(k[:, :, :n], v[:, :, :n], q_pos[:, :n])
+        return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+
+    def rounded(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B,Hkv,T,D) of whole groups at positions (B,T), quantized and back."""
+        groups, channels = (-1, self.group), (-1, self.channels(v.shape[3]))
+        padding = (positions < 0).unflatten(1, groups)[:, None, :, :, None]  # (B,1,T/G,G,1)
+        keys = self._rounded(k.unflatten(2, groups), 3, padding)
+        values = self._rounded(v.unflatten(3, channels), 4)
+        return keys.flatten(2, 3), values.flatten(3, 4)
+
+    def _rounded(self, x: Tensor, dim: int, padding: Tensor | None = None) -> Tensor:
+        """x in 2**bits equal steps from the least to the largest along `dim`; padding, which
+        nobody sees, has no part in these two."""
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        least, largest = exact, exact
+        if padding is not None:
+            padding = padding & ~padding.all(dim, keepdim=True)
+            least, largest = (
+                exact.masked_fill(padding, torch.inf),
+                exact.masked_fill(padding, -torch.inf),
+            )
+        low, high = least.amin(dim, keepdim=True), largest.amax(dim, keepdim=True)
+        levels = 2**self.bits - 1
+        # A scale is kept in the format of the model. Of equal values it must not become 0.
+        scale = ((high - low) / levels).to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
+        codes = ((exact - low) / scale.to(exact.dtype)).round().clamp(0, levels)
+        return (codes * scale.to(exact.dtype) + low).to(x.dtype)
