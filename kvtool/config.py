@@ -234,6 +234,7 @@ class TrainConfig:
     average: int = 0  # evaluations whose weights are averaged, and scored too; 0: none
     seed: int = 0
     resume: bool = False
+    tensorboard: bool = False  # events beside the log
 
     def __post_init__(self) -> None:
         check_float("--lr", self.lr, 0.0, open_low=True)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,18 @@ def test_what_means_nothing_is_refused_in_one_line_before_anything_is_written(
     either: Command, tmp_path: Path, args: list[str], said: str
 ) -> None:
     assert said in refused(either("--quiet", *args))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_is_refused_where_it_is_not_installed_before_any_work(
+    either: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    message = refused(either("--quiet", "--tensorboard", "--data", "nowhere.txt"))
+    assert message.startswith("--tensorboard: TensorBoard cannot be used (")
+    assert message.endswith("). Install it with pip install tensorboard.")
     assert not (tmp_path / "run").exists()
 
 

@@ -39,7 +39,7 @@ def run(settings: Settings, out: Output) -> t.Trained:
     from kvtool.core.models import build_model
     from kvtool.core.text import Tokenizer
 
-    device = t.device_of(settings.run)
+    device = t.device_of(settings.run, settings.train)
     text = read_text(settings.data, "a text to train on")
     tokenizer = Tokenizer.train(
         "bpe", [split_text(text)[0]], settings.model.vocab_size, specials=False
@@ -69,6 +69,7 @@ def command(
     ] = None,
     out_folder: t.OutFolder = Path("runs/lm"),
     resume: t.Resume = False,
+    tensorboard: t.TensorBoard = False,
     steps: t.Steps = None,
     epochs: t.Epochs = None,
     minutes: t.Minutes = None,
@@ -139,6 +140,7 @@ def command(
             amp=amp,
             seed=seed,
             resume=resume,
+            tensorboard=tensorboard,
         ),
     )
     present("train-lm", settings, run, t.show_trained, out)

@@ -61,7 +61,7 @@ def run(settings: Settings, out: Output) -> t.Trained:
     from kvtool.core.pairs import load_data
     from kvtool.core.translation import Translation
 
-    device = t.device_of(settings.run)
+    device = t.device_of(settings.run, settings.train)
     splits = load_data(settings.data, settings.valid, settings.test)
     for note in splits.notes:
         out.note(note)
@@ -151,6 +151,7 @@ def command(
     ] = "auto",
     out_folder: t.OutFolder = Path("runs/seq2seq"),
     resume: t.Resume = False,
+    tensorboard: t.TensorBoard = False,
     steps: t.Steps = None,
     epochs: t.Epochs = None,
     minutes: t.Minutes = None,
@@ -254,6 +255,7 @@ def command(
             amp=amp,
             seed=seed,
             resume=resume,
+            tensorboard=tensorboard,
         ),
     )
     present("train-seq2seq", settings, run, t.show_trained, out)

@@ -33,6 +33,9 @@ OutFolder = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run in --out, with the same settings.")
 ]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Show the log in TensorBoard too: DIR/tensorboard.")
+]
 Steps = Annotated[
     int | None,
     typer.Option("--steps", metavar="N", help="Stop after N steps.", rich_help_panel=LENGTH),
@@ -200,15 +203,19 @@ def output(as_json: bool, output_file: Path | None, quiet: bool, verbose: bool) 
     return Output(as_json, output_file, quiet, verbose)
 
 
-def device_of(run: RunConfig) -> torch.device:
-    """Where to train. Raises UsageError for a number format that training does not use."""
+def device_of(run: RunConfig, config: TrainConfig) -> torch.device:
+    """Where to train. Raises UsageError for a number format that training does not use, and for
+    --tensorboard where that is not installed: before any work."""
     import torch
 
     from kvtool.core.machine import prepare
+    from kvtool.core.runs import event_writer
     from kvtool.errors import UsageError
 
     if run.dtype != "float32":
         raise UsageError(f"--dtype {run.dtype}: training keeps float32 weights", "Use --amp.")
+    if config.tensorboard:
+        event_writer()
     device = prepare(run)[0]
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

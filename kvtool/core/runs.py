@@ -3,6 +3,7 @@
 run.json               settings, data and tokenizer; a resumed run must agree with all of it
 log.jsonl              one line for every logged step and evaluation
 best/ last/            checkpoints: the best by dev score, and the newest
+tensorboard/           the log again, for TensorBoard, if it was asked for
 state-STEP-SHA.pt      what a resumed run needs; the last two are kept, and any that is damaged
 """
 
@@ -20,11 +21,11 @@ from typing import Any
 
 import torch
 
-from kvtool.errors import FileError
+from kvtool.errors import FileError, UsageError, first_line
 from kvtool.files import read_json_object, write_durable, write_json
 
 KEPT = 2
-LOCK, RUN, LOG = ".lock", "run.json", "log.jsonl"
+LOCK, RUN, LOG, EVENTS = ".lock", "run.json", "log.jsonl", "tensorboard"
 DAMAGED = ".damaged"
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what a killed write_durable leaves behind
 # What runs did that were started before the setting was there.
@@ -43,6 +44,7 @@ class RunFolder:
         self.path = path
         self._warn = warn
         self._lock: io.TextIOWrapper | None = None
+        self._events: Any = None
         names = self._names(make=not resume)
         # Any other folder is somebody else's: it is refused without a trace.
         if names & {LOCK, RUN} or not (names or resume):
@@ -109,6 +111,8 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._events is not None:
+            self._events.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -179,6 +183,7 @@ class RunFolder:
         except OSError as error:
             message = f"{self.path / LOG}: cannot be written ({error.strerror})"
             raise FileError(message) from error
+        self._show(fields)
 
     def rewind_log(self, step: int) -> None:
         """Forget the lines of steps after `step`, and a line that a crash cut short."""
@@ -186,6 +191,33 @@ class RunFolder:
             kept = [line for line in self.read_log() if line["step"] <= step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_durable(self.path / LOG, text.encode())
+
+    def open_events(self, step: int) -> None:
+        """Show the log in TensorBoard too, from now on; what it shows of steps after `step` goes.
+
+        A folder without events gets those of the log so far. Raises UsageError where TensorBoard is
+        not installed, and FileError.
+        """
+        folder = self.path / EVENTS
+        past = [] if folder.exists() else self.read_log()
+        try:
+            self._events = event_writer()(str(folder), purge_step=step + 1)
+        except OSError as error:
+            raise FileError(f"{folder}: cannot be written ({error.strerror})") from error
+        for fields in past:
+            self._show(fields)
+
+    def _show(self, fields: Mapping[str, Any]) -> None:
+        if self._events is None:
+            return
+        figures = {f"train/{n}": fields[n] for n in ("loss", "lr", "grad_norm") if n in fields}
+        if fields.get("tokens") and fields["seconds"]:
+            figures["train/tokens_per_s"] = fields["tokens"] / fields["seconds"]
+        for part in ("valid", "averaged"):
+            figures |= {f"{part}/{name}": value for name, value in fields.get(part, {}).items()}
+        for name, value in figures.items():
+            self._events.add_scalar(name, value, fields["step"])
+        self._events.flush()  # or a kill would take the last two minutes with it
 
     def read_log(self) -> list[dict[str, Any]]:
         """The lines of log.jsonl, without those that a crash or a person has spoilt."""
@@ -200,6 +232,18 @@ class RunFolder:
                 fields = json.loads(line)
                 if isinstance(fields, dict) and isinstance(fields.get("step"), int):
                     yield fields
+
+
+def event_writer() -> Any:
+    """torch's SummaryWriter. Raises UsageError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(
+            f"--tensorboard: TensorBoard cannot be used ({first_line(error)})",
+            "Install it with pip install tensorboard.",
+        ) from error
+    return SummaryWriter
 
 
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class Trainer:
 
     def _facts(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.config)
-        del settings["out"], settings["resume"]
+        del settings["out"], settings["resume"], settings["tensorboard"]
         return {**settings, "model": self.model.config.to_dict(), **self.task.facts()}
 
     def _restore(self) -> None:
@@ -181,7 +181,10 @@ class Trainer:
 
     def _read_state(self) -> dict[str, Any] | None:
         state = self.folder.load_state() if self.config.resume else None
-        self.folder.rewind_log(-1 if state is None else state["position"]["step"])
+        step = -1 if state is None else state["position"]["step"]
+        self.folder.rewind_log(step)
+        if self.config.tensorboard:
+            self.folder.open_events(step)
         return state
 
     def _done(self) -> float:
