@@ -16,6 +16,8 @@ CACHES = {
     "dynamic": "kvtool.core.cache.dynamic:DynamicCache",
     "static": "kvtool.core.cache.static:StaticCache",
     "sliding": "kvtool.core.cache.sliding:SlidingCache",
+    "int8": "kvtool.core.cache.quantized:Int8Cache",
+    "int4": "kvtool.core.cache.quantized:Int4Cache",
 }
 
 KERNELS = {
