@@ -18,6 +18,7 @@ CACHES = {
     "sliding": "kvtool.core.cache.sliding:SlidingCache",
     "int8": "kvtool.core.cache.quantized:Int8Cache",
     "int4": "kvtool.core.cache.quantized:Int4Cache",
+    "paged": "kvtool.core.cache.paged:PagedCache",
 }
 
 KERNELS = {

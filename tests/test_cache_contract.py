@@ -35,6 +35,7 @@ from helpers import (
 from kvtool import registry
 from kvtool.core.cache import EMPTY, Cache, CacheSpec, Step, cache_class
 from kvtool.core.cache.none import NoCache
+from kvtool.core.cache.paged import PagedCache
 from kvtool.core.cache.quantized import Int4Cache, Int8Cache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.kernels import visible
@@ -49,6 +50,8 @@ WINDOWS = {
     "sliding-9-no-sinks": partial(SlidingCache, window=9, sinks=0),
     "sliding-1": partial(SlidingCache, window=1, sinks=1, slack=1),
 }
+# Pages so small that a row has many; one token fills the smallest, so none is filled in part.
+PAGES = {"paged-3": partial(PagedCache, page=3), "paged-1": partial(PagedCache, page=1)}
 # Groups so small that some are full by then.
 GROUPS = {
     "int4-4": partial(Int4Cache, group=4, residual=2),
@@ -56,7 +59,7 @@ GROUPS = {
     "int8-3": partial(Int8Cache, group=3, residual=1),
     "int8-8-slack-2": partial(Int8Cache, group=8, residual=0, slack=2),
 }
-MAKES: dict[str, Make] = {kind: cache_class(kind) for kind in KINDS} | WINDOWS | GROUPS
+MAKES: dict[str, Make] = {kind: cache_class(kind) for kind in KINDS} | WINDOWS | PAGES | GROUPS
 COMPILABLE = [kind for kind in KINDS if cache_class(kind).compilable]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -243,7 +246,7 @@ def check_select_continues_from_each_rows_history(make: Make, case: Case) -> Non
     subject = Subject(case)
     for rows in map(torch.tensor, selections(case.batch)):
         ids, padding = subject.ids[:, :7], subject.padding
-        cache = subject.filled(make, 7, 20)
+        cache = subject.filled(make, 7, 80)  # room for all rows where they share it
         promise = f"I6, select({rows.tolist()})"
         try:
             cache.select(rows)

@@ -316,7 +316,7 @@ def test_a_source_that_the_model_cannot_read_is_named_by_its_line(
         ("--top-k -1", "--top-k: -1 is too small"),
         ("--top-k 261", "--top-k: 261 is above the vocabulary of 260"),
         ("--seed -1", "--seed: -1 is too small"),
-        ("--cache paged", "--cache: 'paged' is not known"),
+        ("--cache ring", "--cache: 'ring' is not known"),
         (
             "--kernels exakt",
             "--kernels: 'exakt' is not known (expected one of default, exact). Did you mean exact?",

@@ -1,0 +1,304 @@
+"""A cache in pages: memory is handed out a page at a time, and equal pasts are held once."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvtool.config import check_int
+from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
+from kvtool.core.kernels import visible
+from kvtool.errors import CapacityError
+
+PAGE = 16  # tokens
+
+
+class Pool:
+    """Pages for the rows of a cache and of its forks, with a count of the rows that use each.
+
+    Page p of a layer is `keys[layer][p]` and `values[layer][p]`, each (page,Hkv,D). A page that
+    nobody uses is free: `n_live + n_free == n_pages` at every moment.
+    """
+
+    def __init__(self, spec: CacheSpec, page: int, n_pages: int) -> None:
+        shape = (n_pages, page, spec.n_kv_heads, spec.head_dim)
+        self.keys = [
+            torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(spec.n_layers)
+        ]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.n_pages = n_pages
+        self.users = [0] * n_pages
+        self._free = list(range(n_pages))[::-1]  # the next one last
+
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def n_live(self) -> int:
+        return sum(n > 0 for n in self.users)
+
+    def take(self, n: int, sources: list[int]) -> list[int]:
+        """`n` free pages for one row each, the first of them copies of `sources`."""
+        taken = self._free[len(self._free) - n :][::-1]
+        if sources:
+            goals, old = (
+                torch.tensor(pages, device=self.keys[0].device)
+                for pages in (taken[: len(sources)], sources)
+            )
+            for buffer in (*self.keys, *self.values):
+                buffer.index_copy_(0, goals, buffer.index_select(0, old))
+        # Only now, when memory for the copies has not run out.
+        del self._free[len(self._free) - n :]
+        self.share(taken)
+        return taken
+
+    def share(self, pages: list[int]) -> None:
+        """Count one more row that uses each page."""
+        for page in pages:
+            self.users[page] += 1
+
+    def drop(self, pages: list[int]) -> None:
+        """Count one row less that uses each page; nobody's are free."""
+        for page in pages:
+            self.users[page] -= 1
+            if not self.users[page]:
+                self._free.append(page)
+
+    def drop_all(self, table: list[list[int]]) -> None:
+        """Empty every row of a table."""
+        for row in table:
+            self.drop(row)
+            row.clear()
+
+
+@dataclass(frozen=True)
+class PagedStep(Step):
+    """slots (B,T): where in the pool each new token is stored, counted in tokens.
+
+    pages (B,n): the pages of each row, in the order of their tokens; None if the step's own tokens
+    are the first, and so all that there is to read.
+    """
+
+    pages: Tensor | None = None
+
+
+class PagedCache(Cache):
+    """Pages of `page` tokens from one pool, and a table of each row's pages (vLLM, Kwon 2023).
+
+    A row takes a page when its tokens reach it. `select` and `fork` copy tables, not tokens; a page
+    that is filled in part and used by several rows is copied before one of them writes to it. One
+    table serves all layers.
+
+        page=2; two rows, three tokens each: [0 1] [2 3], one page in two is half empty
+        select([0, 0]):  [0 1] [0 1]    pages 2 and 3 are free
+        one more token:  [0 2] [0 1]    page 1 was copied to 2, then each row wrote to its own
+
+    The pool has `pages` pages: by default as many as the rows need to reach the capacity when they
+    share nothing, and those of `rows` rows at least. Rows that `select` adds and forks draw on the
+    same pool. A fork gives back its pages when it is reset, or when its last reference goes.
+
+    PyTorch's attention needs keys side by side, so each layer of a step that has a past gathers its
+    rows' pages into new tensors, and drops them after use. vLLM's kernel reads pages in place.
+    """
+
+    kind: ClassVar[str] = "paged"
+    compilable: ClassVar[bool] = True
+    small: ClassVar[Mapping[str, int]] = {"page": 4, "rows": 2}
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        left_padding: Tensor | None = None,
+        page: int = PAGE,
+        rows: int = 1,
+        pages: int = 0,
+    ) -> None:
+        """Raises UsageError for a page or rows below 1, or a negative number of pages."""
+        check_int("page", page, 1)
+        check_int("rows", rows, 1)
+        check_int("pages", pages, 0)
+        self.page = page
+        self.pool = Pool(spec, page, pages or pages_for(spec, page, rows))
+        self._keep_table([])
+        super().__init__(spec, left_padding)
+
+    def _keep_table(self, table: list[list[int]]) -> None:
+        """Let `table` be the pages of each row, until the end of this object."""
+        self._table = table  # changed in place only
+        weakref.finalize(self, self.pool.drop_all, table).atexit = False
+
+    def reset(self, left_padding: Tensor | None = None) -> None:
+        super().reset(left_padding)
+        self.pool.drop_all(self._table)
+        self._table[:] = [[] for _ in range(self.batch)]
+        self._most_pages = 0  # that a row has had
+
+    def _trim(self) -> None:
+        """Forget what is not committed, and give back its pages."""
+        self._begun = 0
+        n = self._n_pages(self.length)
+        for row in self._table:
+            self.pool.drop(row[n:])
+            del row[n:]
+
+    def _n_pages(self, length: int) -> int:
+        return -(-length // self.page)
+
+    def _place(self, start: int, n_new: int) -> Step:
+        self._trim()
+        end, device = start + n_new, self.spec.device
+        self._make_room(start, end)
+        pages = torch.tensor(self._table, device=device)  # (B,n)
+        numbers = torch.arange(start, end, device=device)
+        slots = self._slots(pages, numbers)
+        q_pos = self._positions(start, end)
+        if not start:
+            mask = None if self.left_padding is None else visible(q_pos, q_pos)
+            return PagedStep(q_pos, q_pos, slots, mask, mask is None, self.spec.kernels)
+        k_pos = self._positions(0, pages.shape[1] * self.page).clone()
+        k_pos[:, end:] = EMPTY
+        mask = visible(q_pos, k_pos)  # always there, or a full page would be compiled anew
+        return PagedStep(q_pos, k_pos, slots, mask, False, self.spec.kernels, pages=pages)
+
+    def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
+        """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""
+        return pages[:, numbers // self.page] * self.page + numbers % self.page
+
+    def _make_room(self, start: int, end: int) -> None:
+        """Give each row pages of its own for tokens start..end-1. Raises CapacityError."""
+        shared = self._shared_by_others() if start % self.page else []
+        n_more = self._n_pages(end) - self._n_pages(start)  # for each row
+        n_needed = len(shared) + n_more * self.batch
+        if n_needed > self.pool.n_free:
+            raise CapacityError(
+                f"{self.kind} cache has run out of pages: {start} tokens held in {self.batch} rows "
+                f"and {end - start} new ones need {n_needed} more pages of {self.page} tokens "
+                f"({self.pool.n_free} of {self.pool.n_pages} are free)",
+                "Make it with more rows or pages, or let go of rows and forks.",
+            )
+        taken = self.pool.take(n_needed, [row[-1] for row in shared])
+        for row in shared:
+            self.pool.drop(row[-1:])
+            row[-1] = taken.pop(0)
+        for i, row in enumerate(self._table):
+            row += taken[i * n_more : (i + 1) * n_more]
+        self._most_pages = max(self._most_pages, self._n_pages(end))
+
+    def _shared_by_others(self) -> list[list[int]]:
+        """The rows whose last page must be copied before they write to it: of those that share one
+        with nobody else, the last may keep it."""
+        found = []
+        users = {row[-1]: self.pool.users[row[-1]] for row in self._table}
+        for row in self._table:
+            if users[row[-1]] > 1:
+                users[row[-1]] -= 1
+                found.append(row)
+        return found
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        assert isinstance(step, PagedStep)
+        buffers = self.pool.keys[layer], self.pool.values[layer]
+        for buffer, new in zip(buffers, (k, v), strict=True):
+            tokens = new.transpose(1, 2).flatten(0, 1)  # (B*T,Hkv,D)
+            buffer.flatten(0, 1).index_copy_(0, step.slots.flatten(), tokens)
+        if step.pages is None:
+            return k, v
+        return self._gather(buffers[0], step.pages), self._gather(buffers[1], step.pages)
+
+    def _gather(self, buffer: Tensor, pages: Tensor) -> Tensor:
+        """The contents of pages (B,n), side by side -> (B,Hkv,n*page,D)"""
+        batch, n = pages.shape
+        found = buffer.index_select(0, pages.flatten())
+        return found.view(batch, n * self.page, *buffer.shape[2:]).transpose(1, 2)
+
+    def commit(self, n_new: int) -> None:
+        super().commit(n_new)
+        self._trim()
+
+    def crop(self, length: int) -> None:
+        super().crop(length)
+        self._trim()
+
+    def select(self, rows: Tensor) -> None:
+        """Continue from the histories of `rows`, in that order: none of their tokens is copied.
+
+        More rows than before are welcome, as long as there are pages for what they will write.
+        """
+        super().select(rows)
+        self._trim()
+        picked = [list(self._table[row]) for row in rows.tolist()]
+        for row in picked:
+            self.pool.share(row)
+        self.pool.drop_all(self._table)
+        self._table[:] = picked
+
+    def fork(self) -> PagedCache:
+        """A cache that shares the pages of all committed tokens, and goes its own way from here."""
+        other = copy.copy(self)
+        n = self._n_pages(self.length)
+        other._keep_table([row[:n] for row in self._table])
+        for row in other._table:
+            other.pool.share(row)
+        other._begun = 0
+        return other
+
+    def __deepcopy__(self, memo: object) -> PagedCache:
+        return self.fork()
+
+    def vacuous(self) -> str | None:
+        if self._most_pages > 1:
+            return None
+        return f"no row needed a second page of {self.page} tokens ({self.length} tokens held)"
+
+    def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        n = self._n_pages(self.length)
+        table = [row[:n] for row in self._table]
+        pages = torch.tensor(table, dtype=torch.long, device=self.spec.device)
+        keys, values = (
+            self._gather(buffers[layer], pages)[:, :, : self.length].clone()
+            for buffers in (self.pool.keys, self.pool.values)
+        )
+        return keys, values, self._positions(0, self.length).clone()
+
+    def nbytes(self) -> Bytes:
+        """What the cache occupies now. A fork tells of the same pool; what rows share counts once.
+
+        A step reads its pages twice: to gather them, which takes the memory of a layer's rows for a
+        moment, and to attend.
+        """
+        token = self.spec.token_nbytes // self.spec.batch  # of one row
+        buffers = (*self.pool.keys, *self.pool.values)
+        allocated = sum(t.untyped_storage().nbytes() for t in buffers) + self._padding_nbytes()
+        n = self._n_pages(self.length)
+        filled = {
+            page: min(self.page, self.length - i * self.page)
+            for row in self._table
+            for i, page in enumerate(row[:n])
+        }
+        read = 2 * self._n_pages(self.length + 1) * self.page * self.batch
+        return Bytes(allocated, sum(filled.values()) * token, read * token)
+
+    @classmethod
+    def predict_nbytes(
+        cls,
+        spec: CacheSpec,
+        length: int,
+        prompt: int = 1,
+        page: int = PAGE,
+        rows: int = 1,
+        pages: int = 0,
+    ) -> int:
+        n_pages = pages or pages_for(spec, page, rows)
+        return n_pages * page * (spec.token_nbytes // spec.batch)
+
+
+def pages_for(spec: CacheSpec, page: int, rows: int = 1) -> int:
+    """How many pages all rows of the spec, and `rows` at least, need when they share nothing."""
+    return max(spec.batch, rows) * -(-spec.capacity // page)
