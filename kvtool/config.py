@@ -113,7 +113,7 @@ class ModelConfig:
             )
         if self.n_heads % self.n_kv_heads:
             raise UsageError(
-                f"--kv-heads: {self.n_kv_heads} key-value heads do not divide {self.n_heads} heads"
+                f"--n-kv-heads: {self.n_kv_heads} key-value heads do not divide {self.n_heads} heads"
             )
         if self.positions == "rotary" and self.head_dim % 2:
             raise UsageError(
@@ -163,7 +163,7 @@ FLAGS = {
     "n_layers": "--layers",
     "d_model": "--d-model",
     "n_heads": "--heads",
-    "n_kv_heads": "--kv-heads",
+    "n_kv_heads": "--n-kv-heads",
     "d_ff": "--d-ff",
     "context": "--context",
 }

@@ -13,8 +13,8 @@ import torch
 
 from cli_probe import Ran, refused
 from kvtool import files
-from kvtool.commands import bench as command
-from kvtool.core import timing
+from kvtool.commands.bench_report import number
+from kvtool.core import timing, traffic
 from kvtool.core.kernels import DefaultKernels
 from small_models import (
     answer,
@@ -29,6 +29,12 @@ from small_models import (
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_decoder(tmp_path_factory.mktemp("decoder"), n_layers=1)
+
+
+@pytest.fixture(autouse=True)
+def small_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the memory's speed quickly, if not well."""
+    monkeypatch.setattr(traffic, "LARGE", 2**20)
 
 
 @pytest.fixture
@@ -51,12 +57,13 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def make(cost: Callable[[str, int], float]) -> None:
         clock = {"now": 0.0}
 
-        def run(self: timing.Workload, kind: str, length: int) -> tuple[float, int]:
+        def run(self: timing.Workload, kind: str, length: int) -> timing.Run:
             clock["now"] += cost(kind, length)
-            return cost(kind, length), self.predicted(kind, length)
+            seconds, nbytes = cost(kind, length), self.predicted(kind, length)
+            return timing.Run(seconds, 0.0, seconds, seconds / length, nbytes, nbytes)
 
         monkeypatch.setattr(timing.Workload, "run", run)
-        monkeypatch.setattr(timing, "_now", lambda device: clock["now"])
+        monkeypatch.setattr(timing, "now", lambda device: clock["now"])
         fake = type("Clock", (), {"perf_counter": staticmethod(lambda: clock["now"])})
         monkeypatch.setattr(timing, "time", fake)
 
@@ -121,7 +128,7 @@ def test_lengths_out_of_order_are_sorted_each_once_with_a_note(bench: Callable[.
         ("--repeats 0", "--repeats: 0 is too small"),
         ("--budget 0", "--budget: 0.0 is out of range"),
         ("--budget nan", "--budget: nan is out of range"),
-        ("--caches paged", "--caches: 'paged' is not known"),
+        ("--caches turbo", "--caches: 'turbo' is not known"),
         ("--kernels fast", "--kernels: 'fast' is not known (expected one of default, exact)"),
         ("--plot a.jpg", "--plot a.jpg: .jpg is not a plot format"),
         ("--plot none/a.png", "--plot none/a.png: the folder none does not exist"),
@@ -236,8 +243,9 @@ def test_the_table_fits_the_terminal(
     bench: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    lines = bench().out.splitlines()
-    assert max(len(line.rstrip()) for line in lines[:-1]) <= columns
+    tables = bench("--caches", "none", "sliding").out.partition("Memory was read")[0]
+    assert "perplexity" in " ".join(tables.split())
+    assert max(len(line.rstrip()) for line in tables.splitlines()) <= columns
 
 
 def test_nan_weights_are_exit_2(bench: Callable[..., Ran], decoder: Path, tmp_path: Path) -> None:
@@ -250,6 +258,58 @@ def test_the_help_explains_every_option(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     assert explains_every_option(kv("-h", command="bench"), "bench")
+
+
+# Depth, heads, and what is lost
+
+
+def test_at_a_depth_only_decoding_is_timed(bench: Callable[..., Ran]) -> None:
+    found = answer(bench("--depth", "20", "--json"))
+    assert (found["depth"], found["settings"]["depth"]) == (20, 20)
+    for row in found["measurements"]:
+        assert row["prefill_s"] > 0 and row["token_s"] > 0
+    stored = 2 * 16 * 4 * (20 + 1 + 3)  # the first is what reading the 20 gave
+    assert found["measurements"][2]["bytes_measured"] == stored
+    assert "Time to decode behind 20 tokens, batch of 1" in bench("--depth", "20").out
+    message = refused(bench("--depth", "62"))
+    assert message.startswith("--lengths 3: with a prompt of 63 tokens is beyond the context")
+    assert refused(bench("--depth", "0")).startswith("--depth: 0 is too small")
+    assert refused(bench("--depth", "64")).startswith("--depth 64: is too long")
+
+
+def test_fewer_key_value_heads_need_fewer_bytes_and_random_weights(
+    bench: Callable[..., Ran],
+) -> None:
+    ran = bench("--n-kv-heads", "1", "--json", "--caches", "static")
+    whole = answer(bench("--json", "--caches", "static"))["measurements"][0]
+    assert answer(ran)["measurements"][0]["bytes_measured"] * 4 == whole["bytes_measured"]
+    assert "random weights: those of decoder" in ran.err and "4 key-value heads, not 1" in ran.err
+    assert "random weights" not in bench("--n-kv-heads", "4").err
+    assert "3 key-value heads do not divide" in refused(bench("--n-kv-heads", "3"))
+
+
+def test_a_token_reads_the_weights_and_what_the_cache_holds(bench: Callable[..., Ran]) -> None:
+    none, static = answer(bench("--json", "--caches", "none", "static"))["measurements"]
+    assert none["token_bytes"] is None
+    assert static["token_bytes"] > static["bytes_measured"] > 0
+
+
+def test_a_lossy_kind_is_measured_on_a_text_or_on_the_models_own(
+    bench: Callable[..., Ran], tmp_path: Path
+) -> None:
+    kinds = ["--caches", "dynamic", "sliding", "--json"]
+    (quality,) = answer(bench(*kinds))["quality"].items()
+    assert quality[0] == "sliding" and quality[1]["n_tokens"] == 63
+    text = tmp_path / "verse.txt"
+    text.write_text("ab" * 500)
+    found = answer(bench(*kinds, "--text", str(text)))["quality"]["sliding"]
+    assert found["text"] == f"{text}, last 10 %" and found["n_tokens"] == 98
+    assert "Quality on 98 tokens" in bench(*kinds[:-1], "--text", str(text)).out
+    text.write_text("ab")
+    assert "its last tenth is 1 tokens (expected 2 or more)" in refused(
+        bench(*kinds, "--text", str(text))
+    )
+    assert "not found" in refused(bench(*kinds, "--text", str(tmp_path / "none")))
 
 
 # The budget
@@ -289,7 +349,7 @@ def test_nothing_measured_at_all_is_exit_1_and_draws_nothing(
     slow(lambda kind, length: 1.0)
     ran = bench("--budget", "0.001", "--plot", str(tmp_path / "a.png"))
     assert ran.code == 1
-    assert "static was not measured beside no cache" in ran.out
+    assert "dynamic and static were not measured beside no cache" in ran.out
     assert "does not pay" not in ran.out
     assert not (tmp_path / "a.png").exists()
 
@@ -332,8 +392,8 @@ def test_without_none_nothing_is_said_about_paying(bench: Callable[..., Ran]) ->
 
 
 def test_a_dash_stands_for_what_is_not_known() -> None:
-    assert command.number(None, 1000, ",.1f") == "-"
-    assert command.number(0.5, 1, ".2f", "x") == "0.50x"
+    assert number(None, 1000, ",.1f") == "-"
+    assert number(0.5, 1, ".2f", "x") == "0.50x"
 
 
 def test_the_document_names_what_was_left_open(bench: Callable[..., Ran], decoder: Path) -> None:

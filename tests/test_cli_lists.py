@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from cli_probe import LENGTHS, Ran, lengths_of, refused
 from kvtool import app
+from kvtool.registry import CACHES
 from kvtool.ui import lists, options
 
 pytestmark = pytest.mark.usefixtures("probe_command")
@@ -32,6 +33,26 @@ def test_every_habit_of_writing_a_list_means_the_same(kv: Callable[..., Ran], wo
     assert lengths_of(kv(*words.split(), "--json")) == [10, 50, 100]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("16-1024*2", [16, 32, 64, 128, 256, 512, 1024]),
+        ("10-50+20", [10, 30, 50]),
+        ("3-5", [3, 4, 5]),
+        ("10-99*3 200", [10, 30, 90, 200]),
+        ("7-7*9,8", [7, 8]),
+    ],
+)
+def test_a_range_stands_for_its_lengths(
+    kv: Callable[..., Ran], words: str, expected: list[int]
+) -> None:
+    assert lengths_of(kv("--json", "--lengths", *words.split())) == expected
+
+
+def test_all_stands_for_every_kind_of_cache(kv: Callable[..., Ran]) -> None:
+    assert json.loads(kv("--json", "--caches", "all").out)["caches"] == list(CACHES)
+
+
 def test_a_list_that_is_not_given_keeps_its_default(kv: Callable[..., Ran]) -> None:
     assert lengths_of(kv("--json")) == LENGTHS
 
@@ -47,6 +68,12 @@ def test_names_in_a_list_are_taken_once_and_lengths_as_they_come(kv: Callable[..
     [
         ("--lengths 10 ten", "--lengths: 'ten' is not a whole number"),
         ("--lengths 10,ten,50", "--lengths: 'ten' is not a whole number"),
+        ("--lengths 50-10", "--lengths: 50-10 is empty (expected the smaller length first)"),
+        ("--lengths 1-9*1", "--lengths: 1-9*1 never ends (expected *2 or more, or +1 or more)"),
+        ("--lengths 1-9+0", "--lengths: 1-9+0 never ends (expected *2 or more, or +1 or more)"),
+        ("--lengths 0-9", "--lengths: 0 is not a length: must be 1 or more"),
+        ("--lengths 1-9999", "--lengths: 1-9999 is more than 1,000 lengths. Try 1-9999*2."),
+        ("--lengths 1-9/2", "--lengths: '1-9/2' is not a whole number"),
         ("--lengths 1.5", "--lengths: '1.5' is not a whole number"),
         ("--lengths -5", "--lengths: -5 is not a length: must be 1 or more"),
         ("--lengths 10 -5 50", "--lengths: -5 is not a length: must be 1 or more"),

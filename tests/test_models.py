@@ -257,9 +257,9 @@ def test_the_encoder_drops_too() -> None:
     ("changes", "message"),
     [
         ({"n_heads": 3}, "--heads: 3 heads do not divide --d-model 256"),
-        ({"n_kv_heads": 3}, "--kv-heads: 3 key-value heads do not divide 8 heads"),
-        ({"n_kv_heads": 16}, "--kv-heads: 16 key-value heads do not divide 8 heads"),
-        ({"n_kv_heads": -1}, "--kv-heads: -1 is too small"),
+        ({"n_kv_heads": 3}, "--n-kv-heads: 3 key-value heads do not divide 8 heads"),
+        ({"n_kv_heads": 16}, "--n-kv-heads: 16 key-value heads do not divide 8 heads"),
+        ({"n_kv_heads": -1}, "--n-kv-heads: -1 is too small"),
         ({"n_heads": 0}, "--heads: 0 is too small"),
         ({"d_model": 0}, "--d-model: 0 is too small"),
         ({"d_ff": -3}, "--d-ff: -3 is too small"),

@@ -15,6 +15,7 @@ SERIES = {
     "none": [(10, [0.01, 0.011]), (100, [0.2, 0.21]), (1000, [9.0])],
     "static": [(10, [0.02, 0.021]), (100, [0.1, 0.14, 0.12])],
 }
+MEMORY = {"static": [(10, 2048), (100, 20480)]}
 LOG: list[dict[str, Any]] = [
     {"step": 1, "loss": 5.0},
     {"step": 2, "loss": 4.0, "valid": {"bits_per_byte": 3.0}},
@@ -33,7 +34,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.mark.parametrize("suffix", [*STARTS, ".PNG"])
 def test_a_plot_is_a_real_file_of_its_format(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
-    plots.latency_plot(path, SERIES, {"static": 30.0})
+    plots.bench_plot(path, SERIES, MEMORY, {"static": 30.0})
     assert path.read_bytes().startswith(STARTS[suffix.lower()])
     plots.loss_plot(path, LOG, "bits_per_byte")
     assert path.read_bytes().startswith(STARTS[suffix.lower()])
@@ -42,12 +43,12 @@ def test_a_plot_is_a_real_file_of_its_format(tmp_path: Path, suffix: str) -> Non
 
 def test_a_plot_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"none/a\.png: cannot be written"):
-        plots.latency_plot(tmp_path / "none" / "a.png", SERIES, {})
+        plots.bench_plot(tmp_path / "none" / "a.png", SERIES, MEMORY, {})
 
 
 def test_latency_is_drawn_as_medians_in_a_band_of_all_samples(figures: list[Any]) -> None:
-    plots.latency_plot(Path("a.png"), SERIES, {"static": 31.6})
-    (axes,) = figures[0].axes
+    plots.bench_plot(Path("a.png"), SERIES, MEMORY, {"static": 31.6})
+    axes = figures[0].axes[0]
     drawn = {line.get_label(): line for line in axes.lines}
     assert list(drawn["static cache"].get_xdata()) == [10, 100]
     assert list(drawn["static cache"].get_ydata()) == pytest.approx([0.0205, 0.12])
@@ -61,16 +62,25 @@ def test_latency_is_drawn_as_medians_in_a_band_of_all_samples(figures: list[Any]
     }
 
 
+def test_memory_is_drawn_beside_it_for_the_kinds_that_store_something(figures: list[Any]) -> None:
+    plots.bench_plot(Path("a.png"), SERIES, MEMORY, {})
+    (line,) = figures[0].axes[1].lines
+    assert (line.get_label(), list(line.get_ydata())) == ("static cache", [2048, 20480])
+    assert line.get_color() == figures[0].axes[0].lines[1].get_color()
+    plots.bench_plot(Path("a.png"), {"none": SERIES["none"]}, {}, {})
+    assert len(figures[1].axes) == 1
+
+
 def test_the_length_from_which_on_a_cache_pays_is_marked_and_named(figures: list[Any]) -> None:
-    plots.latency_plot(Path("a.png"), SERIES, {"static": 31.6})
-    (axes,) = figures[0].axes
+    plots.bench_plot(Path("a.png"), SERIES, MEMORY, {"static": 31.6})
+    axes = figures[0].axes[0]
     assert [line.get_xdata() for line in axes.lines if line.get_linestyle() == ":"] == [[31.6] * 2]
     assert [text.get_text() for text in axes.texts] == ["static pays from about 32 tokens on"]
 
 
 def test_a_cache_that_pays_everywhere_or_nowhere_gets_no_line(figures: list[Any]) -> None:
-    plots.latency_plot(Path("a.png"), SERIES, {"static": 10.0})
-    plots.latency_plot(Path("a.png"), SERIES, {"static": None})
+    plots.bench_plot(Path("a.png"), SERIES, MEMORY, {"static": 10.0})
+    plots.bench_plot(Path("a.png"), SERIES, MEMORY, {"static": None})
     everywhere, nowhere = (figure.axes[0] for figure in figures)
     assert not [line for line in (*everywhere.lines, *nowhere.lines) if line.get_linestyle() == ":"]
     words = [text.get_text() for text in everywhere.texts]
@@ -79,7 +89,7 @@ def test_a_cache_that_pays_everywhere_or_nowhere_gets_no_line(figures: list[Any]
 
 
 def test_one_length_of_one_kind_is_enough_for_a_plot(figures: list[Any]) -> None:
-    plots.latency_plot(Path("a.png"), {"static": [(10, [0.1])]}, {})
+    plots.bench_plot(Path("a.png"), {"static": [(10, [0.1])]}, {"static": [(10, 9)]}, {})
     assert len(figures) == 1
 
 
@@ -96,7 +106,7 @@ def test_labels_that_would_run_into_each_other_are_left_out(
     lengths: list[int], kept: list[int], figures: list[Any]
 ) -> None:
     assert plots.apart(lengths) == kept
-    plots.latency_plot(Path("a.png"), {"none": [(n, [n / 10]) for n in lengths]}, {})
+    plots.bench_plot(Path("a.png"), {"none": [(n, [n / 10]) for n in lengths]}, {}, {})
     assert list(figures[0].axes[0].get_xticks()) == kept
 
 
@@ -106,6 +116,13 @@ def test_labels_that_would_run_into_each_other_are_left_out(
 )
 def test_times_have_their_units(seconds: float, text: str) -> None:
     assert plots.seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(512, "512 B"), (2048, "2 KiB"), (3 * 2**20, "3 MiB"), (5 * 2**30, "5 GiB")]
+)
+def test_sizes_have_their_units(n: int, text: str) -> None:
+    assert plots.bytes_text(n) == text
 
 
 def test_a_loss_plot_shows_the_score_on_an_axis_of_its_own(figures: list[Any]) -> None:

@@ -10,9 +10,14 @@ import torch
 
 from kvtool.core import timing
 from kvtool.core.cache import make_cache
-from kvtool.core.timing import Cell, Workload, crossover, expected, measure, speedups
+from kvtool.core.timing import Cell, Run, Workload, crossover, expected, measure, speedups
 from kvtool.registry import CACHES
 from small_models import random_model
+
+
+def taking(seconds: float, nbytes: int = 0) -> Run:
+    """A run of that many seconds, a quarter of them before the first token."""
+    return Run(seconds, seconds / 4, seconds * 3 / 4, None, nbytes, 0)
 
 
 class Fake:
@@ -26,11 +31,11 @@ class Fake:
     def perf_counter(self) -> float:
         return self.now
 
-    def run(self, kind: str, length: int) -> tuple[float, int]:
+    def run(self, kind: str, length: int) -> Run:
         seconds = self.cost(kind, length)
         self.now += seconds
         self.runs.append((kind, length))
-        return seconds, 1000 + length
+        return taking(seconds, nbytes=1000 + length)
 
     def predicted(self, kind: str, length: int) -> int:
         return 1000 + length
@@ -49,7 +54,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake]:
 def cells(**medians: list[float | None]) -> list[Cell]:
     """Cells of kinds at lengths 10, 20, 40, 80 ... with one sample each, or none."""
     return [
-        Cell(kind, 10 * 2**i, [] if seconds is None else [seconds])
+        Cell(kind, 10 * 2**i, [] if seconds is None else [taking(seconds)])
         for i in range(max(map(len, medians.values())))
         for kind, row in medians.items()
         for seconds in row[i : i + 1]
@@ -120,12 +125,37 @@ def test_a_budget_spent_by_the_warm_up_measures_nothing(fake: Callable[..., Fake
 
 
 def test_the_next_run_is_expected_to_take_the_slowest_so_far() -> None:
-    cell = Cell("none", 10, [3.0, 5.0, 4.0])
+    cell = Cell(
+        "none",
+        10,
+        [
+            taking(s)
+            for s in (
+                3.0,
+                5.0,
+                4.0,
+            )
+        ],
+    )
     assert expected(cell, [cell]) == 5.0
 
 
 def test_a_longer_run_is_expected_to_take_the_square_of_the_nearest_shorter() -> None:
-    known = [Cell("none", 10, [1.0]), Cell("none", 20, [3.0, 2.0]), Cell("static", 40, [0.1])]
+    known = [
+        Cell("none", 10, [taking(s) for s in (1.0,)]),
+        Cell(
+            "none",
+            20,
+            [
+                taking(s)
+                for s in (
+                    3.0,
+                    2.0,
+                )
+            ],
+        ),
+        Cell("static", 40, [taking(s) for s in (0.1,)]),
+    ]
     unknown = Cell("none", 80)
     assert expected(unknown, [*known, unknown]) == 2.0 * 16
     assert expected(Cell("dynamic", 80), known) == 0.0  # nothing is known: try
@@ -135,9 +165,35 @@ def test_a_longer_run_is_expected_to_take_the_square_of_the_nearest_shorter() ->
 
 
 def test_median_and_quartiles_are_those_of_the_samples() -> None:
-    cell = Cell("none", 10, [1.0, 9.0, 2.0, 3.0, 4.0])
+    cell = Cell(
+        "none",
+        10,
+        [
+            taking(s)
+            for s in (
+                1.0,
+                9.0,
+                2.0,
+                3.0,
+                4.0,
+            )
+        ],
+    )
     assert (cell.median, cell.iqr) == (3.0, 2.0)
-    assert Cell("none", 10, [1.0, 2.0]).iqr is None
+    assert (
+        Cell(
+            "none",
+            10,
+            [
+                taking(s)
+                for s in (
+                    1.0,
+                    2.0,
+                )
+            ],
+        ).iqr
+        is None
+    )
     assert Cell("none", 10).median is None
 
 
@@ -184,10 +240,11 @@ def test_the_predicted_bytes_are_those_that_were_allocated(
         context=160,
     )
     work = Workload(model, torch.ones(2, prompt, dtype=torch.long))
-    seconds, nbytes = work.run(kind, length)
-    assert seconds > 0
-    assert nbytes == work.predicted(kind, length)
-    assert (nbytes > 0) == (kind != "none")
+    run = work.run(kind, length)
+    assert run.seconds == run.prefill_s + run.decode_s > 0
+    assert run.nbytes == work.predicted(kind, length)
+    assert (run.nbytes > 0) == (run.read > 0) == (kind != "none")
+    assert (run.token_s is None) == (length == 1)
 
 
 def test_prompt_and_allocation_are_part_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,5 +265,9 @@ def test_prompt_and_allocation_are_part_of_a_sample(monkeypatch: pytest.MonkeyPa
     fake = types.SimpleNamespace(perf_counter=lambda: clock.now)
     monkeypatch.setattr(timing, "time", fake)
     work = Workload(model, torch.ones(1, 5, dtype=torch.long))
-    assert work.run("static", 4)[0] == 1000 + 5 + 3
-    assert work.run("none", 4)[0] == 1000 + 5 + 6 + 7 + 8
+    static, none = work.run("static", 4), work.run("none", 4)
+    assert (static.seconds, static.prefill_s, static.token_s) == (1000 + 5 + 3, 1000 + 5, 1)
+    assert (none.seconds, none.prefill_s, none.token_s) == (1000 + 5 + 6 + 7 + 8, 1000 + 5, 8)
+    at_depth = Workload(model, torch.ones(1, 5, dtype=torch.long), decode_only=True)
+    assert at_depth.run("static", 4).seconds == 4  # behind the first, which reading gave
+    assert at_depth.run("none", 2).seconds == 6 + 7

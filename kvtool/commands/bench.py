@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvtool.commands import bench_compare
+from kvtool.commands.bench_compare import Limit
+from kvtool.commands.bench_report import Report, Row, draw, number, show
+from kvtool.commands.bench_subject import check_fits, load_model, qualities, read_ids
 from kvtool.config import RunConfig, check_float, check_int
-from kvtool.errors import CapacityError, FileError
+from kvtool.errors import FileError, UsageError
+from kvtool.files import write_durable
 from kvtool.ui import options as o
+from kvtool.ui.documents import document, jsonable, to_json
+from kvtool.ui.environment import environment
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
 
+if TYPE_CHECKING:
+    from kvtool.core.checkpoint import Checkpoint
+    from kvtool.core.timing import Cell
+
 LENGTHS = [10, 50, 100, 500, 1000]
 CACHES = ["none", "dynamic", "static"]
+PROMPT_LENGTH = 32
+COMPARE = "Against an earlier run"
 
 
 @dataclass(frozen=True)
@@ -31,147 +44,139 @@ class Settings:
     budget: float
     plot: Path | None
     kernels: str = "default"
+    depth: int | None = None
+    n_kv_heads: int = 0
+    text: Path | None = None
+    save: str | None = None
+    compare: str | None = None
+    fail_if: tuple[Limit, ...] = ()
+    force: bool = False
 
     def __post_init__(self) -> None:
         check_int("--prompt-length", self.prompt_length, 1)
         check_int("--batch-size", self.batch_size, 1)
         check_int("--repeats", self.repeats, 1)
+        check_int("--n-kv-heads", self.n_kv_heads, 0)
         check_float("--budget", self.budget, 0.0, open_low=True)
+        if self.depth is not None:
+            check_int("--depth", self.depth, 1)
         if self.plot is not None and self.plot.is_dir():
             raise FileError(f"--plot {self.plot}: is a folder (expected a file)")
         if self.plot is not None and not self.plot.parent.is_dir():
             raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
-
-
-@dataclass
-class Row:
-    """One kind of cache at one length; None was not measured."""
-
-    length: int
-    cache: str
-    median_s: float | None
-    iqr_s: float | None
-    tokens_per_s: float | None
-    speedup: float | None
-    bytes_predicted: int
-    bytes_measured: int | None
-    samples_s: list[float]
-
-
-@dataclass
-class Report:
-    """All rows, and from which length on each kind is faster than no cache."""
-
-    measurements: list[Row]
-    pays_from: dict[str, float | None]
-    batch_size: int
-    prompt_length: int
-    kernels: str
-    seconds: float
-    resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
+        if self.fail_if and self.compare is None:
+            raise UsageError("--fail-if: needs a run to compare with", "Give --compare NAME.")
+        if self.save is not None:
+            bench_compare.place(self.save)
 
     @property
-    def exit_code(self) -> int:
-        return 0 if any(row.samples_s for row in self.measurements) else 1
-
-    def rows(self) -> list[dict[str, Any]]:
-        return [vars(row) for row in self.measurements]
+    def start(self) -> tuple[str, int]:
+        """How many tokens are there before those that are counted, and which option says so."""
+        return (
+            ("--prompt-length", self.prompt_length)
+            if self.depth is None
+            else ("--depth", self.depth)
+        )
 
 
 def run(settings: Settings, out: Output) -> Report:
-    """Measure within the budget, then draw."""
+    """Measure within the budget, and compare with the baseline."""
     import time
 
     import torch
 
-    from kvtool.core import checkpoint, timing
+    from kvtool.core import timing
     from kvtool.core.kernels import make_kernels
     from kvtool.core.machine import prepare
+    from kvtool.core.traffic import read_bandwidth, weights_read
 
+    baseline = bench_compare.load(settings.compare) if settings.compare is not None else None
     lengths = sorted(set(settings.lengths))
     if lengths != settings.lengths:
         out.note(f"lengths sorted, each once: {' '.join(map(str, lengths))}")
     device, dtype = prepare(settings.run)
-    loaded = checkpoint.load(settings.run.model, device, dtype)
-    check_fits(settings, lengths, loaded.config, device, dtype)
-    vocab = loaded.config.source_vocab_size or loaded.config.vocab_size
-    prompt = torch.randint(vocab, (settings.batch_size, settings.prompt_length)).to(device)
+    loaded, model = load_model(settings, device, dtype, out)
+    check_fits(settings, lengths, model.config, device, dtype)
+    facts = facts_of(settings, loaded, lengths, str(device))
+    if baseline is not None:
+        check_comparable(settings, baseline, facts, out)
+    text = read_ids(settings, loaded, device)
+    vocab = model.config.source_vocab_size or model.config.vocab_size
+    prompt = torch.randint(vocab, (settings.batch_size, settings.start[1])).to(device)
     started = time.perf_counter()
+    bandwidth = read_bandwidth(device)
+    decode_only = settings.depth is not None
+    work = timing.Workload(model, prompt, make_kernels(settings.kernels), decode_only)
     total = settings.repeats * len(lengths) * len(settings.caches)
     with out.progress("bench", total) as bar:
 
-        def advance(cell: timing.Cell) -> None:
+        def advance(cell: Cell) -> None:
             bar.update(f"{cell.cache} {cell.length}")
             bar.advance()
 
         cells = timing.measure(
-            timing.Workload(loaded.model, prompt, make_kernels(settings.kernels)),
-            lengths,
-            settings.caches,
-            settings.repeats,
-            settings.budget,
-            advance,
+            work, lengths, settings.caches, settings.repeats, settings.budget, advance
         )
-    rows = [row_of(cell, speedup, settings) for cell, speedup in timing.speedups(cells)]
+    weights = weights_read(model)
+    rows = [
+        Row.of(cell, speedup, settings.batch_size, weights)
+        for cell, speedup in timing.speedups(cells)
+    ]
     kinds = [kind for kind in settings.caches if kind != "none"]
-    pays = {kind: timing.crossover(cells, kind) for kind in kinds if "none" in settings.caches}
+    report = Report(
+        rows,
+        {kind: timing.crossover(cells, kind) for kind in kinds if "none" in settings.caches},
+        settings.batch_size,
+        settings.prompt_length,
+        settings.depth,
+        settings.kernels,
+        bandwidth,
+        qualities(settings, model, text, lengths[-1]),
+        time.perf_counter() - started,
+        facts["resolved"],
+    )
     tell_missing(rows, settings, out)
+    if baseline is not None:
+        report.changes, report.regressions = bench_compare.compare(
+            baseline, report.rows(), settings.fail_if
+        )
+    return report
+
+
+def facts_of(
+    settings: Settings, loaded: Checkpoint, lengths: list[int], device: str
+) -> dict[str, Any]:
+    """What the document of this run will say of the conditions, before anything is measured."""
     resolved = {
         "model": str(loaded.path),
         "sha256": loaded.sha256,
-        "device": str(device),
+        "device": device,
         "lengths": lengths,
     }
-    return Report(
-        rows,
-        pays,
-        settings.batch_size,
-        settings.prompt_length,
-        settings.kernels,
-        time.perf_counter() - started,
-        resolved,
-    )
+    return {
+        "environment": environment(),
+        "settings": jsonable(settings),
+        "resolved": resolved,
+        "prompt_length": settings.prompt_length,
+        "depth": settings.depth,
+        "batch_size": settings.batch_size,
+    }
 
 
-def check_fits(
-    settings: Settings, lengths: list[int], config: Any, device: Any, dtype: Any
+def check_comparable(
+    settings: Settings, baseline: dict[str, Any], facts: dict[str, Any], out: Output
 ) -> None:
-    """Raise CapacityError if the longest run exceeds the context or the memory."""
-    from kvtool.core.cache import CacheSpec
-    from kvtool.core.machine import require_memory
-
-    start = 1 if config.n_encoder_layers else settings.prompt_length
-    longest_prompt = config.context if config.n_encoder_layers else config.context - 1
-    if settings.prompt_length > longest_prompt:
-        raise CapacityError(
-            f"--prompt-length {settings.prompt_length}: is too long (the model holds "
-            f"{config.context} tokens)",
-            f"The longest that fits is {longest_prompt}.",
+    """Say what differs from the baseline's conditions; raise FileError where a verdict is wanted
+    all the same."""
+    different = bench_compare.differences(baseline, facts)
+    if not different:
+        return
+    if settings.fail_if and not settings.force:
+        raise FileError(
+            f"--compare {settings.compare}: times are not comparable ({'; '.join(different)})",
+            "Save a run of this machine and these settings, or give --force.",
         )
-    if start + lengths[-1] > config.context:
-        raise CapacityError(
-            f"--lengths {lengths[-1]}: with a prompt of {start} tokens is beyond the context (the "
-            f"model holds {config.context})",
-            f"The longest that fits is {config.context - start}.",
-        )
-    spec = CacheSpec.of(config, settings.batch_size, start + lengths[-1], dtype, device)
-    require_memory("the caches", 2 * spec.capacity * spec.token_nbytes, device)
-
-
-def row_of(cell: Any, speedup: float | None, settings: Settings) -> Row:
-    """A cell of measurements as the report gives it."""
-    n_tokens = settings.batch_size * cell.length
-    return Row(
-        length=cell.length,
-        cache=cell.cache,
-        median_s=cell.median,
-        iqr_s=cell.iqr,
-        tokens_per_s=n_tokens / cell.median if cell.median else None,
-        speedup=speedup,
-        bytes_predicted=cell.bytes_predicted,
-        bytes_measured=cell.bytes_measured if cell.samples else None,
-        samples_s=cell.samples,
-    )
+    out.warn(f"--compare {settings.compare}: not the same conditions: {'; '.join(different)}")
 
 
 def tell_missing(rows: list[Row], settings: Settings, out: Output) -> None:
@@ -190,72 +195,25 @@ def tell_missing(rows: list[Row], settings: Settings, out: Output) -> None:
         )
 
 
-def show(report: Report, out: Output) -> None:
-    """The table, and where a cache starts to pay."""
-    columns = [
-        Column("tokens", key=True),
-        Column("cache", "left", key=True),
-        Column("median ms"),
-        Column("IQR ms"),
-        Column("samples"),
-        Column("tokens/s"),
-        Column("speed-up"),
-        Column("cache KiB"),
-        Column("predicted KiB"),
-    ]
-    rows = [
-        [
-            str(row.length),
-            row.cache,
-            number(row.median_s, 1000, ",.1f"),
-            number(row.iqr_s, 1000, ",.1f"),
-            str(len(row.samples_s)),
-            number(row.tokens_per_s, 1, ",.0f"),
-            number(row.speedup, 1, ".2f", "x"),
-            number(row.bytes_measured, 1 / 1024, ",.0f"),
-            number(row.bytes_predicted, 1 / 1024, ",.0f"),
+def show_all(report: Report, out: Output) -> None:
+    """What was measured, and what has changed since the baseline."""
+    show(report, out)
+    if report.changes:
+        columns = [Column("tokens", key=True), Column("cache", "left", key=True)]
+        columns += [Column("before ms"), Column("now ms"), Column("change")]
+        rows = [
+            [
+                str(change.length),
+                change.cache,
+                number(change.before_s, 1000, ",.1f"),
+                number(change.now_s, 1000, ",.1f"),
+                f"{change.now_s / change.before_s - 1:+.1%}",
+            ]
+            for change in report.changes
         ]
-        for row in report.measurements
-    ]
-    title = f"Time to generate, prompt of {report.prompt_length}, batch of {report.batch_size}"
-    if report.kernels != "default":
-        title += f", {report.kernels} kernels"
-    out.table(title, columns, rows)
-    out.text(pays_text(report))
-
-
-def number(value: float | None, scale: float, form: str, unit: str = "") -> str:
-    """A figure for the table; a dash for what was not measured."""
-    return "-" if value is None else f"{value * scale:{form}}{unit}"
-
-
-def pays_text(report: Report) -> str:
-    """From which length on a cache is worth having."""
-    if not report.pays_from:
-        return "Add none to --caches to see what a cache buys."
-    parts = []
-    for kind, length in report.pays_from.items():
-        compared = [r.length for r in report.measurements if r.cache == kind and r.speedup]
-        if not compared:
-            parts.append(f"{kind} was not measured beside no cache")
-        elif length is None:
-            parts.append(f"{kind} does not pay at {compared[-1]} tokens, the most measured")
-        elif length == compared[0]:
-            parts.append(f"{kind} pays from {compared[0]} tokens on, the fewest measured")
-        else:
-            parts.append(f"{kind} pays from about {length:.0f} tokens on")
-    return "; ".join(parts) + "."
-
-
-def draw(report: Report, path: Path) -> None:
-    """The plot of latency against length."""
-    from kvtool.ui.plots import latency_plot
-
-    series: dict[str, list[tuple[int, list[float]]]] = {}
-    for row in report.measurements:
-        if row.samples_s:
-            series.setdefault(row.cache, []).append((row.length, row.samples_s))
-    latency_plot(path, series, report.pays_from)
+        out.table("Medians against the baseline", columns, rows)
+    for sentence in report.regressions:
+        out.verdict(False, sentence)
 
 
 def command(
@@ -263,7 +221,15 @@ def command(
     caches: o.Caches = CACHES,
     prompt_length: Annotated[
         int, typer.Option("--prompt-length", metavar="N", help="Tokens of the prompt.")
-    ] = 32,
+    ] = PROMPT_LENGTH,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            "--depth",
+            metavar="N",
+            help="Time decoding alone, behind N tokens that are read first.",
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", metavar="N", help="Sequences side by side.")
     ] = 1,
@@ -277,7 +243,59 @@ def command(
         ),
     ] = 150.0,
     plot: o.Plot = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="Measure lossy kinds on the last tenth of this text, not on the model's own.",
+        ),
+    ] = None,
     kernels: o.Kernels = "default",
+    n_kv_heads: Annotated[
+        int,
+        typer.Option(
+            "--n-kv-heads",
+            metavar="N",
+            show_default="the model's",
+            help="Key-value heads; other than the model's, its weights are random.",
+        ),
+    ] = 0,
+    save: Annotated[
+        str | None,
+        typer.Option(
+            "--save",
+            metavar="NAME",
+            help=f"Keep this run in {bench_compare.FOLDER}.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            metavar="NAME|FILE",
+            help="Show what has changed since a run that was kept.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = None,
+    fail_if: Annotated[
+        list[str],
+        typer.Option(
+            "--fail-if",
+            metavar="FIELD:LIMIT",
+            help="Exit 1 if a row is slower than before by more: median:10% or min:0.5 (seconds).",
+            rich_help_panel=COMPARE,
+        ),
+    ] = [],  # noqa: B006
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Compare although machine or settings differ.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = False,
     model: o.Model = "",
     device: o.Device = "auto",
     dtype: o.Dtype = "float32",
@@ -308,6 +326,13 @@ def command(
         budget=budget,
         plot=plot,
         kernels=kernels,
+        depth=depth,
+        n_kv_heads=n_kv_heads,
+        text=text,
+        save=save,
+        compare=compare,
+        fail_if=tuple(map(Limit.parse, fail_if)),
+        force=force,
     )
 
     def work(settings: Settings, out: Output) -> Report:
@@ -315,6 +340,10 @@ def command(
         if settings.plot is not None and report.exit_code == 0:
             draw(report, settings.plot)
             out.note(f"plot: {settings.plot}")
+        if settings.save is not None:
+            path = bench_compare.place(settings.save)
+            write_durable(path, to_json(document("bench", settings, report)).encode())
+            out.note(f"saved: {path}")
         return report
 
-    present("bench", settings, work, show, out)
+    present("bench", settings, work, show_all, out)

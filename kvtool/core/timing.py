@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,24 +20,42 @@ from kvtool.core.models import Model
 from kvtool.core.sampling import Sampler
 
 
+class Run(NamedTuple):
+    """One generation: seconds, and bytes at its end."""
+
+    seconds: float  # what a sample is: all of it, or after a depth the decoding alone
+    prefill_s: float  # until the first token was chosen, allocation included
+    decode_s: float  # from then to the last token
+    token_s: float | None  # a token's time at the end: the median of the last tenth of them
+    nbytes: int  # that the cache owns
+    read: int  # bytes of keys and values that the next token would read
+
+
 @dataclass
 class Cell:
     """One kind of cache at one length: what was measured, in seconds and bytes."""
 
     cache: str
     length: int  # tokens generated
-    samples: list[float] = field(default_factory=list)
-    bytes_measured: int = 0
+    runs: list[Run] = field(default_factory=list)
     bytes_predicted: int = 0
 
     @property
+    def samples(self) -> list[float]:
+        return [run.seconds for run in self.runs]
+
+    @property
+    def bytes_measured(self) -> int:
+        return self.runs[-1].nbytes if self.runs else 0
+
+    @property
     def median(self) -> float | None:
-        return statistics.median(self.samples) if self.samples else None
+        return statistics.median(self.samples) if self.runs else None
 
     @property
     def iqr(self) -> float | None:
         """The distance between the quartiles; None below three samples."""
-        if len(self.samples) < 3:
+        if len(self.runs) < 3:
             return None
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return high - low
@@ -43,29 +63,44 @@ class Cell:
 
 @dataclass(frozen=True)
 class Workload:
-    """Greedy generation from prompts (B,P): sources, for an encoder-decoder."""
+    """Greedy generation from prompts (B,P): sources, for an encoder-decoder.
+
+    With `decode_only`, reading the prompt is no part of a sample: decoding at a depth.
+    """
 
     model: Model
     prompt: Tensor
     kernels: Kernels = DEFAULT
+    decode_only: bool = False
 
-    def run(self, kind: str, length: int) -> tuple[float, int]:
-        """Generate `length` tokens a row, prompt and allocation included -> seconds, bytes."""
+    def run(self, kind: str, length: int) -> Run:
+        """Generate `length` tokens a row; with decode_only, after a first one that is not timed."""
         device = self.prompt.device
-        started = _now(device)
+        started = now(device)
         with torch.inference_mode():
             prompt, source = begin(self.model, self.prompt, self.kernels)
-        cache = make_cache(kind, self._spec(prompt.shape[1] + length))
-        for _ in generate(self.model, prompt, cache, length, Sampler(), source):
-            pass
-        seconds = _now(device) - started
-        return seconds, cache.nbytes().allocated
+        n_new = length + self.decode_only
+        cache = make_cache(kind, self._spec(prompt.shape[1] + n_new))
+        tokens = generate(self.model, prompt, cache, n_new, Sampler(), source)
+        stamps = [now(device) for _ in tokens]
+        prefill, decode = stamps[0] - started, stamps[-1] - stamps[0]
+        last = [b - a for a, b in pairwise(stamps[-max(2, n_new // 10) :])]
+        held = cache.nbytes()
+        return Run(
+            decode if self.decode_only else prefill + decode,
+            prefill,
+            decode,
+            statistics.median(last) if last else None,
+            held.allocated,
+            held.read_per_step,
+        )
 
     def predicted(self, kind: str, length: int) -> int:
         """Bytes of keys and values that the kind should need; the last token is never stored."""
         n_start = 1 if self.model.config.n_encoder_layers else self.prompt.shape[1]
-        spec = self._spec(n_start + length)
-        return cache_class(kind).predict_nbytes(spec, n_start + length - 1, n_start)
+        n_new = length + self.decode_only
+        spec = self._spec(n_start + n_new)
+        return cache_class(kind).predict_nbytes(spec, n_start + n_new - 1, n_start)
 
     def _spec(self, capacity: int) -> CacheSpec:
         batch, device = self.prompt.shape[0], self.prompt.device
@@ -73,7 +108,8 @@ class Workload:
         return CacheSpec.of(self.model.config, batch, capacity, dtype, device, self.kernels)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -105,8 +141,7 @@ def measure(
     for _ in range(repeats):
         for cell in cells:
             if time.perf_counter() + expected(cell, cells) <= deadline:
-                seconds, cell.bytes_measured = workload.run(cell.cache, cell.length)
-                cell.samples.append(seconds)
+                cell.runs.append(workload.run(cell.cache, cell.length))
             progress(cell)
     return cells
 
@@ -116,13 +151,14 @@ def expected(cell: Cell, cells: Sequence[Cell]) -> float:
 
     Without a cache the work grows with the square of the length, so that is what is assumed.
     """
-    if cell.samples:
-        return max(cell.samples)
-    shorter = [c for c in cells if c.cache == cell.cache and c.samples and c.length <= cell.length]
+    if cell.runs:
+        return max(run.prefill_s + run.decode_s for run in cell.runs)
+    shorter = [c for c in cells if c.cache == cell.cache and c.runs and c.length <= cell.length]
     if not shorter:
         return 0.0
     near = shorter[-1]
-    return min(near.samples) * (cell.length / near.length) ** 2
+    least = min(run.prefill_s + run.decode_s for run in near.runs)
+    return least * (cell.length / near.length) ** 2
 
 
 def speedups(cells: Sequence[Cell]) -> Iterator[tuple[Cell, float | None]]:

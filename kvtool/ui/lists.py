@@ -17,8 +17,11 @@ from typer.core import TyperCommand
 from kvtool.config import check_int
 from kvtool.errors import UsageError
 
-Element = Callable[[str, str], Any]  # (text, flag) -> value; raises UsageError naming the flag
+# (text, flag) -> a value, or a list of values; raises UsageError naming the flag
+Element = Callable[[str, str], Any]
 
+RANGE = re.compile(r"(\d+)-(\d+)(?:([+*])(\d+))?")
+MOST_IN_RANGE = 1000
 NEGATIVE_NUMBER = re.compile(r"-\.?\d")
 OPEN_LIST = "kvtool.open_list"
 
@@ -76,7 +79,9 @@ def parse_elements(flag: str, values: Iterable[Any], element: Element, example: 
         if not isinstance(value, str):
             found.append(value)
             continue
-        found += [element(piece.strip(), flag) for piece in value.split(",") if piece.strip()]
+        for piece in filter(None, map(str.strip, value.split(","))):
+            one = element(piece, flag)
+            found += one if isinstance(one, list) else [one]
     if "" in values or (values and not found):  # "" is what repeat_flags makes of a bare flag
         raise UsageError(f"{flag}: needs at least one value, e.g. {flag} {example}")
     return found
@@ -98,6 +103,37 @@ def length(text: str, flag: str) -> int:
         raise UsageError(f"{flag}: {value} is not a length: must be 1 or more")
     check_int(flag, value, 1)
     return value
+
+
+def lengths(text: str, flag: str) -> list[int]:
+    """Parse a number of tokens, or a range of them, as llama-bench writes ranges.
+
+    >>> lengths("16-128*2", "--lengths")
+    [16, 32, 64, 128]
+    >>> lengths("10-40+10", "--lengths")
+    [10, 20, 30, 40]
+
+    Raises UsageError, also for a range that is empty, never ends, or has over MOST_IN_RANGE values.
+    """
+    match = RANGE.fullmatch(text)
+    if match is None:
+        return [length(text, flag)]
+    first, last = length(match[1], flag), length(match[2], flag)
+    by = int(match[4] or 1)
+    if first > last:
+        raise UsageError(f"{flag}: {text} is empty (expected the smaller length first)")
+    if by < (2 if match[3] == "*" else 1):
+        raise UsageError(f"{flag}: {text} never ends (expected *2 or more, or +1 or more)")
+    found: list[int] = []
+    while first <= last:
+        if len(found) == MOST_IN_RANGE:
+            raise UsageError(
+                f"{flag}: {text} is more than {MOST_IN_RANGE:,} lengths",
+                f"Try {match[1]}-{match[2]}*2.",
+            )
+        found.append(first)
+        first = first * by if match[3] == "*" else first + by
+    return found
 
 
 class ListCommand(TyperCommand):

@@ -16,7 +16,7 @@ from kvtool.config import DEVICES, DTYPES
 from kvtool.errors import UsageError
 from kvtool.files import shipped_models
 from kvtool.registry import CACHES, KERNELS, choose
-from kvtool.ui.lists import length, list_option
+from kvtool.ui.lists import lengths, list_option
 
 MACHINE = "Model and machine"
 REPORT = "Output"
@@ -35,6 +35,11 @@ def _complete(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
 def cache_kind(text: str, flag: str) -> str:
     """One registered cache kind. Raises UsageError with the nearest name."""
     return choose(text, list(CACHES), flag)
+
+
+def cache_kinds(text: str, flag: str) -> list[str]:
+    """One registered cache kind, or "all" of them. Raises UsageError with the nearest name."""
+    return list(CACHES) if text == "all" else [cache_kind(text, flag)]
 
 
 def _cache(value: str) -> str:
@@ -62,11 +67,11 @@ def utf8_text(value: str | None) -> str | None:
         raise UsageError(f"--prompt: is not UTF-8 ({found})", "Convert it to UTF-8.") from error
 
 
-def plot_file(value: Path | None) -> Path | None:
+def plot_file(param: typer.CallbackParam, value: Path | None) -> Path | None:
     """The path of a plot, if its suffix is one that can be drawn. Raises UsageError."""
     if value is not None and value.suffix.lower() not in PLOT_SUFFIXES:
-        found = value.suffix or "no suffix"
-        raise UsageError(f"--plot {value}: {found} is not a plot format", "Use .png, .svg or .pdf.")
+        where, found = f"{param.opts[0]} {value}", value.suffix or "no suffix"
+        raise UsageError(f"{where}: {found} is not a plot format", "Use .png, .svg or .pdf.")
     return value
 
 
@@ -168,9 +173,9 @@ Caches = Annotated[
     list[str],
     list_option(
         "--caches",
-        element=cache_kind,
+        element=cache_kinds,
         example="none static",
-        help=f"Cache kinds: {', '.join(CACHES)}.",
+        help=f"Cache kinds: {', '.join(CACHES)}; or all.",
         metavar="KIND...",
         unique=True,
         complete=lambda: list(CACHES),
@@ -192,9 +197,9 @@ Lengths = Annotated[
     list[int],
     list_option(
         "--lengths",
-        element=length,
+        element=lengths,
         example="10 50 100",
-        help="Sequence lengths, in tokens.",
+        help="Sequence lengths, in tokens; 16-1024*2 and 10-50+10 are ranges.",
     ),
 ]
 Prompt = Annotated[

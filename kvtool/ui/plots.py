@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,10 +21,14 @@ def new_figure(width: float = 7.2, height: float = 4.4) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -64,43 +68,74 @@ def loss_plot(path: Path, log: Sequence[Mapping[str, Any]], score_name: str) -> 
     save_figure(figure, path)
 
 
-def latency_plot(
+def bench_plot(
     path: Path,
-    series: Mapping[str, Sequence[tuple[int, Sequence[float]]]],
+    times: Mapping[str, Sequence[tuple[int, Sequence[float]]]],
+    memory: Mapping[str, Sequence[tuple[int, int]]],
     pays_from: Mapping[str, float | None],
 ) -> None:
-    """Median latency and its samples' spread against the number of generated tokens, by cache kind.
+    """Two panels against the number of generated tokens, a line a kind: the median latency with its
+    samples' spread, and the bytes that the cache occupies.
 
-    `series` has (length, samples in seconds) for each kind; `pays_from` the lengths from which on a
-    kind is faster than no cache, marked where they lie between two measured lengths.
+    `times` has (length, samples in seconds) for each kind, `memory` (length, bytes) for those that
+    store something; `pays_from` the lengths from which on a kind is faster than no cache, marked
+    where they lie between two measured lengths.
     """
-    figure, axes = new_figure()
-    for i, (kind, points) in enumerate(series.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        lengths = [n for n, _ in points]
-        medians = [median(samples) for _, samples in points]
-        axes.fill_between(
-            lengths,
+    from matplotlib.figure import Figure
+
+    n_panels = 2 if memory else 1
+    figure = Figure(figsize=(6.2 * n_panels, 4.6), layout="constrained")
+    left, *right = figure.subplots(1, n_panels, squeeze=False)[0]
+    ticks = sorted({n for points in times.values() for n, _ in points})
+    for axes in (left, *right):
+        _plain(axes)
+        axes.set_xlabel("generated tokens")
+    style = {kind: i for i, kind in enumerate(times)}
+    for kind, points in times.items():
+        medians = [(n, median(samples)) for n, samples in points]
+        _line(left, style[kind], "no cache" if kind == "none" else f"{kind} cache", medians)
+        left.fill_between(
+            [n for n, _ in points],
             [min(samples) for _, samples in points],
             [max(samples) for _, samples in points],
-            color=colour,
+            color=COLOURS[style[kind] % len(COLOURS)],
             alpha=0.15,
             linewidth=0,
         )
-        label = "no cache" if kind == "none" else f"{kind} cache"
-        marker = MARKERS[i % len(MARKERS)]
-        axes.plot(lengths, medians, marker + "-", color=colour, markersize=5, label=label)
-    _log_axes(axes, sorted({n for points in series.values() for n, _ in points}))
-    _mark_crossovers(axes, series, pays_from)
-    axes.set_xlabel("generated tokens")
-    axes.set_ylabel("median time (band: all samples)")
-    axes.legend(frameon=False, loc="upper left")
+    _log_axes(left, ticks, seconds_text)
+    _mark_crossovers(left, times, pays_from)
+    left.set_ylabel("median time (band: all samples)")
+    left.legend(frameon=False, loc="upper left")
+    for axes in right:
+        for kind, sizes in memory.items():
+            # Thinner ones on top: kinds that need the same memory stay visible.
+            width = 1.5 + 0.9 * (len(memory) - 1 - list(memory).index(kind))
+            _line(axes, style[kind], f"{kind} cache", sizes, linewidth=width)
+        _log_axes(axes, ticks, bytes_text, base=2)
+        axes.set_ylabel("memory of the cache")
     save_figure(figure, path)
 
 
-def _log_axes(axes: Any, lengths: Sequence[int]) -> None:
-    """Logarithmic axes whose ticks are the measured lengths, and times with their units."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+def _line(
+    axes: Any, i: int, label: str, points: Sequence[tuple[int, float]], linewidth: float = 1.5
+) -> None:
+    """The line of the i-th kind, in its colour and with its marker."""
+    marker, colour = MARKERS[i % len(MARKERS)], COLOURS[i % len(COLOURS)]
+    look = {"color": colour, "markersize": 5, "linewidth": linewidth}
+    axes.plot(*zip(*points, strict=True), marker + "-", label=label, **look)
+
+
+def _log_axes(
+    axes: Any, lengths: Sequence[int], unit: Callable[[float], str], base: int = 10
+) -> None:
+    """Logarithmic axes whose ticks are the measured lengths, and values with their units."""
+    from matplotlib.ticker import (
+        FixedLocator,
+        FuncFormatter,
+        LogLocator,
+        NullFormatter,
+        NullLocator,
+    )
 
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -108,9 +143,10 @@ def _log_axes(axes: Any, lengths: Sequence[int]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(FixedLocator([]))
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda s, _: seconds_text(s)))
+    axes.yaxis.set_major_locator(LogLocator(base, subs=(1.0, 2.0, 5.0) if base == 10 else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def apart(lengths: Sequence[int]) -> list[int]:
@@ -130,6 +166,15 @@ def apart(lengths: Sequence[int]) -> list[int]:
 def seconds_text(seconds: float) -> str:
     """A time with its unit: 500 ms, 2 s."""
     return f"{seconds:,.6g} s" if seconds >= 1 else f"{seconds * 1000:,.4g} ms"
+
+
+def bytes_text(n: float) -> str:
+    """A size with its unit: 512 KiB, 2 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            break
+        n /= 1024
+    return f"{n:,.3g} {unit}"
 
 
 def _mark_crossovers(

@@ -1,0 +1,73 @@
+"""What a lossy cache costs in accuracy: its predictions beside those of one that loses nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvtool.core.cache import Cache, CacheSpec, make_cache
+from kvtool.core.engine import feed, generate
+from kvtool.core.models import Model
+from kvtool.core.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Predictions of every next token of a text, with a kind of cache and without a loss."""
+
+    kl: float  # nats a token, KL(lossless || this kind)
+    same_top1: float  # part of the tokens whose likeliest successor is the same
+    perplexity: float  # of the text's tokens
+    lossless_perplexity: float
+    n_tokens: int
+
+
+def loses(cache: Cache) -> bool:
+    """Whether a kind of cache changes what is predicted, beyond rounding."""
+    return not cache.exact or bool(cache.window)
+
+
+@torch.inference_mode()
+def measure_quality(model: Model, kind: str, ids: Tensor, block: int) -> Quality:
+    """Predict each token of `ids` (n,) from those before it in its block of `block` tokens.
+
+    A block is fed at once: what a token sees does not depend on that, whatever the kind.
+    """
+    kl = same = lossy = lossless = 0.0
+    n = 0
+    for piece in ids.split(block):
+        if len(piece) < 2:
+            continue
+        found, full = (_log_probs(model, name, piece) for name in (kind, "dynamic"))
+        wanted = piece[1:, None]
+        kl += float(F.kl_div(found, full, log_target=True, reduction="sum"))
+        same += float((found.argmax(-1) == full.argmax(-1)).sum())
+        lossy -= float(found.gather(1, wanted).sum())
+        lossless -= float(full.gather(1, wanted).sum())
+        n += len(wanted)
+    return Quality(kl / n, same / n, math.exp(lossy / n), math.exp(lossless / n), n)
+
+
+def own_text(model: Model, n_tokens: int, seed: int) -> Tensor:
+    """Tokens (n,) that the model itself would say, to measure on where there is no text."""
+    device = next(model.parameters()).device
+    start = torch.zeros(1, 1, dtype=torch.long, device=device)
+    spec = _spec(model, n_tokens)
+    sampler = Sampler(temperature=1.0, seed=seed)
+    tokens = generate(model, start, make_cache("dynamic", spec), n_tokens - 1, sampler)
+    return torch.cat([start[0], *tokens])
+
+
+def _log_probs(model: Model, kind: str, ids: Tensor) -> Tensor:
+    """Log probabilities (n-1,V), float64, of what follows each token of `ids` (n,) but the last."""
+    cache = make_cache(kind, _spec(model, len(ids)))
+    return feed(model, cache, ids[None, :-1])[0].double().log_softmax(-1)
+
+
+def _spec(model: Model, capacity: int) -> CacheSpec:
+    weight = next(model.parameters())
+    return CacheSpec.of(model.config, 1, capacity, weight.dtype, weight.device)

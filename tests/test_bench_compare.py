@@ -1,0 +1,167 @@
+"""bench against an earlier run: what is kept, what is comparable, and what is a regression."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli_probe import Ran, refused
+from kvtool.commands.bench_compare import FOLDER, Limit, compare, differences
+from kvtool.core import timing, traffic
+from kvtool.errors import UsageError
+from small_models import answer, save_decoder
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("decoder"), n_layers=1)
+
+
+@pytest.fixture
+def pace(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Seconds that a run takes, by kind; nothing is run."""
+    seconds = {"none": 2.0, "static": 1.0}
+
+    def run(self: timing.Workload, kind: str, length: int) -> timing.Run:
+        return timing.Run(seconds[kind], 0.0, seconds[kind], seconds[kind] / length, 8, 8)
+
+    monkeypatch.setattr(timing.Workload, "run", run)
+    return seconds
+
+
+@pytest.fixture
+def bench(
+    kv: Callable[..., Ran], decoder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Ran]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(traffic, "LARGE", 2**20)
+
+    def call(*args: str) -> Ran:
+        given = ["--model", str(decoder), "--threads", "1", "--device", "cpu", "--lengths", "3"]
+        given += ["--caches", "none", "static", "--repeats", "3"]
+        return kv(*given, *args, command="bench")
+
+    return call
+
+
+def test_a_run_is_kept_as_its_document_and_found_by_name_and_by_path(
+    bench: Callable[..., Ran], pace: dict[str, float]
+) -> None:
+    ran = bench("--save", "quiet-day", "--json")
+    path = FOLDER / "quiet-day.json"
+    assert f"saved: {path}" in ran.err
+    assert json.loads(path.read_text()) == answer(ran)
+    pace["static"] = 1.5
+    for name in ("quiet-day", str(path)):
+        found = answer(bench("--compare", name, "--json"))
+        assert [(c["cache"], c["before_s"], c["now_s"]) for c in found["changes"]] == [
+            ("none", 2.0, 2.0),
+            ("static", 1.0, 1.5),
+        ]
+    table = [line.split() for line in bench("--compare", "quiet-day").out.splitlines()]
+    assert ["3", "static", "1,000.0", "1,500.0", "+50.0%"] in table
+
+
+@pytest.mark.parametrize(
+    ("limits", "slower", "code"),
+    [
+        (["median:10%"], 1.05, 0),
+        (["median:10%"], 1.2, 1),
+        (["min:0.1"], 1.05, 0),
+        (["min:0.1"], 1.2, 1),
+        (["median:50%", "max:10%"], 1.2, 1),
+        (["mean:10%"], 0.5, 0),  # faster is no regression
+        ([], 9.0, 0),
+    ],
+)
+def test_a_row_that_is_slower_by_more_than_the_limit_is_exit_1(
+    bench: Callable[..., Ran], pace: dict[str, float], limits: list[str], slower: float, code: int
+) -> None:
+    bench("--save", "before")
+    pace["static"] *= slower
+    given = [word for limit in limits for word in ("--fail-if", limit)]
+    ran = bench("--compare", "before", *given)
+    assert ran.code == code
+    assert ("static at 3 tokens:" in ran.out) == bool(code)
+    assert "none at 3 tokens" not in ran.out
+
+
+def test_other_conditions_are_said_and_give_no_verdict_without_force(
+    bench: Callable[..., Ran], pace: dict[str, float]
+) -> None:
+    bench("--save", "before")
+    path = FOLDER / "before.json"
+    content = json.loads(path.read_text())
+    content["environment"]["cpu"], content["settings"]["run"]["dtype"] = "Abacus", "float16"
+    path.write_text(json.dumps(content))
+    said = "processor was Abacus and is "
+    ran = bench("--compare", "before")
+    assert ran.code == 0 and said in ran.err and "number format was float16" in ran.err
+    assert said in refused(bench("--compare", "before", "--fail-if", "min:1%"))
+    pace["static"] = 9.0
+    assert bench("--compare", "before", "--fail-if", "min:1%", "--force").code == 1
+
+
+def test_a_limit_that_no_row_could_be_held_against_is_exit_1(
+    bench: Callable[..., Ran], pace: dict[str, float]
+) -> None:
+    bench("--save", "before")
+    path = FOLDER / "before.json"
+    path.write_text(path.read_text().replace('"length": 3', '"length": 4'))
+    ran = bench("--compare", "before", "--fail-if", "min:1%")
+    assert ran.code == 1 and "no row was measured both times" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--compare zzz", "--compare zzz: not found. Save a run with --save."),
+        ("--compare damaged", ".benchmarks/kvtool/damaged.json: is not valid JSON"),
+        ("--compare other", ".benchmarks/kvtool/other.json: is not a run of bench (schema 'x/1'"),
+        ("--compare rows", ".benchmarks/kvtool/rows.json: its measurements are damaged"),
+        ("--save a/b", "--save: 'a/b' is not a name"),
+        ("--fail-if min:1%", "--fail-if: needs a run to compare with"),
+        ("--compare rows --fail-if fast", "--fail-if: 'fast' is not a limit"),
+        ("--compare rows --fail-if min:-1", "--fail-if: 'min:-1' is not a limit"),
+        ("--compare rows --fail-if width:1%", "--fail-if: 'width:1%' is not a limit"),
+    ],
+)
+def test_a_baseline_or_limit_that_means_nothing_is_exit_2(
+    bench: Callable[..., Ran], pace: dict[str, float], words: str, message: str
+) -> None:
+    FOLDER.mkdir(parents=True)
+    (FOLDER / "damaged.json").write_text('{"schema": ')
+    (FOLDER / "other.json").write_text('{"schema": "x/1"}')
+    (FOLDER / "rows.json").write_text('{"schema": "kvtool.bench/1", "measurements": [3]}')
+    assert refused(bench(*words.split())).startswith(message)
+
+
+def test_a_folder_that_cannot_be_made_is_exit_2_before_anything_runs(
+    bench: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing.Workload, "run", None)  # calling it would fail
+    FOLDER.parent.touch()
+    assert refused(bench("--save", "a")).startswith("--save: .benchmarks/kvtool cannot be made (")
+
+
+def test_limits_are_read_as_pytest_benchmark_writes_them() -> None:
+    assert Limit.parse("median:10%") == Limit("median", 10.0, True)
+    assert Limit.parse("min:0.25") == Limit("min", 0.25, False)
+    with pytest.raises(UsageError):
+        Limit.parse("median")
+
+
+def test_what_is_missing_from_a_baseline_differs() -> None:
+    facts: dict[str, Any] = {"environment": {"cpu": "A", "threads": 2}, "depth": None}
+    assert differences(facts, facts) == []
+    assert differences({"environment": {"cpu": "A"}}, facts) == ["threads was None and is 2"]
+
+
+def test_rows_that_one_run_did_not_measure_are_left_out() -> None:
+    before = {"measurements": [{"length": 1, "cache": "none", "samples_s": []}]}
+    now = [{"length": 1, "cache": "none", "samples_s": [1.0]}]
+    assert compare(before, now, ())[0] == []
