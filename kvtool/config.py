@@ -113,7 +113,8 @@ class ModelConfig:
             )
         if self.n_heads % self.n_kv_heads:
             raise UsageError(
-                f"--n-kv-heads: {self.n_kv_heads} key-value heads do not divide {self.n_heads} heads"
+                f"--n-kv-heads: {self.n_kv_heads} key-value heads do not divide "
+                f"{self.n_heads} heads"
             )
         if self.positions == "rotary" and self.head_dim % 2:
             raise UsageError(
@@ -230,7 +231,7 @@ class TrainConfig:
     beta2: float = 0.98
     eval_every: int = 500  # steps; a state is saved then too
     patience: int = 0  # evaluations without a better score before stopping; 0: never stop early
-    amp: bool = False  # bfloat16 autocast
+    amp: bool | None = False  # bfloat16 autocast; None: where the hardware multiplies in it
     average: int = 0  # evaluations whose weights are averaged, and scored too; 0: none
     seed: int = 0
     resume: bool = False

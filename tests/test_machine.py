@@ -162,3 +162,17 @@ def test_this_machine_says_how_much_memory_it_has() -> None:
 def test_a_gpu_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 80 * GIB))
     assert machine.available_bytes(torch.device("cuda")) == 5
+
+
+def test_a_processor_with_the_instructions_multiplies_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for features, has in (
+        ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": False}, False),
+        ({}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda f=features: f, raising=False)
+        assert machine.multiplies_bfloat16(CPU) is has
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as before PyTorch 2.11
+    assert machine.multiplies_bfloat16(CPU) is False

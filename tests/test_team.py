@@ -25,7 +25,18 @@ from kvtool.files import sha256
 
 WORDS = [f"{a}{b}{c}" for a in "abcdef" for b in "xyz" for c in "aeiou"]
 SIZES = ["--d-model", "16", "--heads", "2", "--context", "32", "--dropout", "0.3"]
-SETTINGS = [*SIZES, "--device", "cpu", "--batch-tokens", "200", "--lr", "0.01", "--warmup", "5"]
+SETTINGS = [
+    *SIZES,
+    "--no-amp",
+    "--device",
+    "cpu",
+    "--batch-tokens",
+    "200",
+    "--lr",
+    "0.01",
+    "--warmup",
+    "5",
+]
 STEPS = 30
 Start = Callable[..., "subprocess.Popen[str]"]
 

@@ -15,13 +15,14 @@ import pytest
 
 from cli_probe import Ran, refused
 from kvtool.app import _terminate
+from kvtool.core import machine
 from kvtool.core.train import Trainer
 from kvtool.files import sha256
 from small_models import answer, explains_every_option
 
 SIZES = ["--d-model", "16", "--heads", "2", "--context", "32", "--dropout", "0"]
 PLACE = ["--device", "cpu", "--threads", "1"]
-FAST = [*SIZES, *PLACE, "--steps", "3", "--batch-tokens", "64", "--warmup", "1"]
+FAST = [*SIZES, *PLACE, "--no-amp", "--steps", "3", "--batch-tokens", "64", "--warmup", "1"]
 LM = [*FAST, "--layers", "1", "--vocab-size", "260"]
 WORDS = [f"{a}{b}{a}" for a in "abcdef" for b in "xyz"] + ["an", "ox", "we", "go", "up", "is"]
 Command = Callable[..., Ran]
@@ -371,3 +372,24 @@ def test_one_pair_is_enough_and_it_is_said_what_the_score_is_of(
     ran = seq2seq("--data", str(path))
     assert ran.code == 0, ran.err
     assert "1 blank line skipped" in ran.err and "dev scores are on the training data" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("words", "has", "amp"),
+    [([], True, True), ([], False, False), (["--amp"], False, True), (["--no-amp"], True, False)],
+)
+def test_products_are_in_bfloat16_where_the_hardware_has_them_or_as_asked(
+    kv: Command,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    has: bool,
+    amp: bool,
+) -> None:
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda device: has)
+    given = [word for word in LM if word != "--no-amp"]
+    out = tmp_path / "run"
+    ran = kv("--data", str(text), "--out", str(out), *given, *words, command="train-lm")
+    assert ran.code == 0
+    assert json.loads((out / "run.json").read_text())["amp"] is amp

@@ -92,7 +92,7 @@ def command(
     clip: t.Clip = 1.0,
     weight_decay: t.WeightDecay = 0.1,
     average: t.Average = 0,
-    amp: t.Amp = False,
+    amp: t.Amp = None,
     device: o.Device = "auto",
     threads: o.Threads = 0,
     seed: o.Seed = 0,

@@ -191,7 +191,7 @@ def command(
         ),
     ] = 0.1,
     average: t.Average = 0,
-    amp: t.Amp = False,
+    amp: t.Amp = None,
     beams: Annotated[
         int,
         typer.Option(

@@ -151,8 +151,13 @@ Average = Annotated[
     ),
 ]
 Amp = Annotated[
-    bool,
-    typer.Option("--amp", help="Multiply in bfloat16 (autocast).", rich_help_panel=OPTIMIZER),
+    bool | None,
+    typer.Option(
+        "--amp/--no-amp",
+        show_default="where the hardware does",
+        help="Multiply in bfloat16 (autocast).",
+        rich_help_panel=OPTIMIZER,
+    ),
 ]
 
 
@@ -213,7 +218,9 @@ def device_of(run: RunConfig, config: TrainConfig) -> torch.device:
     from kvtool.errors import UsageError
 
     if run.dtype != "float32":
-        raise UsageError(f"--dtype {run.dtype}: training keeps float32 weights", "Use --amp.")
+        raise UsageError(
+            f"--dtype {run.dtype}: training keeps float32 weights", "Leave it out, or give --amp."
+        )
     if config.tensorboard:
         event_writer()
     device = prepare(run)[0]
@@ -228,12 +235,16 @@ def train(model: Model, task: Task, config: TrainConfig, description: str, out: 
 
     Of the processes of a team, only the leader returns.
     """
+    from kvtool.core.machine import multiplies_bfloat16
     from kvtool.core.runs import RunFolder
     from kvtool.core.team import joined
     from kvtool.core.train import Trainer
     from kvtool.ui.plots import loss_plot
 
-    with joined(next(model.parameters()).device) as team, contextlib.ExitStack() as stack:
+    device = next(model.parameters()).device
+    if config.amp is None:
+        config = dataclasses.replace(config, amp=multiplies_bfloat16(device))
+    with joined(device) as team, contextlib.ExitStack() as stack:
         folder: RunFolder | None = None
 
         def open_folder() -> None:

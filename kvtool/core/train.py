@@ -222,7 +222,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(config.amp)):
             loss, n = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         (loss * self.team.share.of).backward()  # the team takes the mean of the gradients
