@@ -68,16 +68,18 @@ class Quantization:
         """x in 2**bits equal steps from the least to the largest along `dim`; padding, which
         nobody sees, has no part in these two."""
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        least, largest = exact, exact
+        least = largest = exact
         if padding is not None:
             padding = padding & ~padding.all(dim, keepdim=True)
-            least, largest = (
-                exact.masked_fill(padding, torch.inf),
-                exact.masked_fill(padding, -torch.inf),
-            )
+            least = exact.masked_fill(padding, torch.inf)
+            largest = exact.masked_fill(padding, -torch.inf)
         low, high = least.amin(dim, keepdim=True), largest.amax(dim, keepdim=True)
         levels = 2**self.bits - 1
-        # A scale is kept in the format of the model. Of equal values it must not become 0.
-        scale = ((high - low) / levels).to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
-        codes = ((exact - low) / scale.to(exact.dtype)).round().clamp(0, levels)
-        return (codes * scale.to(exact.dtype) + low).to(x.dtype)
+        # Kept in the format of the model: rounded up, or the last level would not reach the
+        # largest. Of equal values it must not become 0.
+        scale = ((high - low) / levels).to(x.dtype)
+        short = scale.to(exact.dtype) * levels < high - low
+        scale = torch.where(short, scale.nextafter(scale.new_tensor(torch.inf)), scale)
+        scale = scale.clamp(min=torch.finfo(x.dtype).tiny).to(exact.dtype)
+        codes = ((exact - low) / scale).round().clamp(0, levels)
+        return (codes * scale + low).to(x.dtype)

@@ -48,7 +48,7 @@ class Packed:
         folded = x.to(_wide(x)).unflatten(self.dim, (-1, self.size))
         low, high = self._range(folded, padding)
         levels = 2**self.bits - 1
-        scale = ((high - low) / levels).to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
+        scale = _scale(high - low, levels, x.dtype)
         codes = ((folded - low) / scale.to(folded.dtype)).round_().clamp_(0, levels)
         codes = codes.to(torch.uint8).flatten(self.dim, self.dim + 1)
         if self.per_byte == 2:
@@ -302,6 +302,14 @@ def packed_nbytes(spec: CacheSpec, n: int, q: Quantization) -> int:
 def _wide(x: Tensor) -> torch.dtype:
     """What codes are computed in: float32 or above."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _scale(extent: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
+    """The least number of a format that is not 0 and reaches over `extent` in `levels` steps."""
+    scale = (extent / levels).to(dtype)
+    next_one = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    scale = torch.where(scale.to(extent.dtype) * levels < extent, next_one, scale)
+    return scale.clamp_(min=torch.finfo(dtype).tiny)
 
 
 def _put(goal: Tensor, start: int, new: Tensor) -> None:
