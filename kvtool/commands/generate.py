@@ -5,20 +5,25 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvtool.commands.generator import Generator, Result
 from kvtool.commands.prompts import Prompts, lines_of, read_prompts
 from kvtool.config import RunConfig, check_float, check_int
-from kvtool.errors import FileError, UsageError
+from kvtool.errors import UsageError
 from kvtool.files import write_durable
 from kvtool.ui import options as o
+from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output, present
+
+if TYPE_CHECKING:
+    from kvtool.core.checkpoint import Checkpoint
 
 SAMPLING = "Choosing tokens"
 SEARCH = "Beam search"
+ATTENTION = "Attention of encoder-decoders"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Settings:
     length_penalty: float = 0.6
     n_best: int = 1
     text_file: Path | None = None  # --output, if it is a .txt
+    attention_plot: Path | None = None
+    attention_layer: int | None = None  # None: the last
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -66,15 +73,15 @@ class Settings:
         if len(named) > 1:
             raise UsageError(f"{named[0]}: contradicts {named[1]}", "Give one of them.")
         if self.text_file is not None:
-            check_text_file(self.text_file)
-
-
-def check_text_file(path: Path) -> None:
-    """Refuse a .txt file that could not be written, before the work that it is meant for."""
-    if path.is_dir():
-        raise FileError(f"--output {path}: is a folder (expected a file)")
-    if not path.parent.is_dir():
-        raise FileError(f"--output {path}: the folder {path.parent} does not exist")
+            check_writable(self.text_file, "--output")
+        if self.attention_plot is not None:
+            check_writable(self.attention_plot, "--attention-plot")
+        if self.attention_layer is not None:
+            check_int("--attention-layer", self.attention_layer, 1)
+            if self.attention_plot is None:
+                raise UsageError(
+                    "--attention-layer: nothing is drawn", "Give --attention-plot FILE as well."
+                )
 
 
 @dataclass
@@ -89,7 +96,10 @@ class Generated:
     exit_code: int = 0
 
     def rows(self) -> list[dict[str, Any]]:
-        return [vars(result) for result in self.results]
+        return [result.row() for result in self.results]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "results": self.rows()}
 
 
 def run(settings: Settings, out: Output) -> Generated:
@@ -102,6 +112,8 @@ def run(settings: Settings, out: Output) -> Generated:
     loaded = checkpoint.load(settings.run.model, device, dtype)
     if not prompts.lines and loaded.source_tokenizer is not None:
         prompts = Prompts(lines_of(prompts.texts[0]), lines=True)
+    if settings.attention_plot is not None:
+        check_attention(settings, loaded, len(prompts.texts))
     generator = Generator(loaded, settings, device, dtype)
     encoded = [generator.encode(text, i) for i, text in enumerate(prompts.texts)]  # check all first
     started = time.perf_counter()
@@ -118,8 +130,63 @@ def run(settings: Settings, out: Output) -> Generated:
             else:
                 tell(results[-1], settings, out)
     seconds = time.perf_counter() - started
+    if settings.attention_plot is not None:
+        draw(settings.attention_plot, settings, loaded, encoded[0], results[0])
+        out.note(f"plot: {settings.attention_plot}")
     n_new = sum(result.new_tokens for result in results)
     return Generated(results, seconds, n_new / seconds, settings.cache, generator.cache_bytes)
+
+
+def check_attention(settings: Settings, loaded: Checkpoint, n_sources: int) -> None:
+    """Raise UsageError if there is no attention over a source to draw, or more than one source."""
+    n_layers = loaded.config.n_layers
+    if loaded.source_tokenizer is None:
+        raise UsageError(
+            f"--attention-plot: {loaded.path} is a decoder-only model, which reads no source",
+            "Give --model an encoder-decoder, of train-seq2seq for example.",
+        )
+    if (settings.attention_layer or 1) > n_layers:
+        raise UsageError(
+            f"--attention-layer: {settings.attention_layer} is too large (the decoder's layers are "
+            f"1 to {n_layers})"
+        )
+    if n_sources > 1:
+        raise UsageError(
+            f"--attention-plot: draws one source (found {n_sources})", "Give one with --prompt."
+        )
+
+
+def draw(
+    path: Path, settings: Settings, loaded: Checkpoint, source: list[int], result: Result
+) -> None:
+    """The plot of what each token of `result`, the best of its source, read from the source."""
+    from kvtool.core.attention_maps import cross_attention_weights, labels, visible
+    from kvtool.core.kernels import make_kernels
+    from kvtool.ui.heat_maps import attention_plot
+
+    assert loaded.source_tokenizer is not None
+    n_layers = loaded.config.n_layers
+    layer = settings.attention_layer or n_layers
+    kernels = make_kernels(settings.kernels)
+    weights = cross_attention_weights(loaded.model, source, result.ids, layer - 1, kernels)
+    model = "/".join(loaded.path.resolve().parts[-2:])  # a run's checkpoints are best and last
+    title = f"{model}, cross-attention of decoder layer {layer} of {n_layers}"
+    attention_plot(
+        path,
+        weights.tolist(),
+        labels(loaded.source_tokenizer, source),
+        labels(loaded.tokenizer, result.ids),
+        [title, f"{shorten(visible(result.prompt))} → {shorten(visible(result.text))}"],
+    )
+
+
+def shorten(text: str, width: int = 60) -> str:
+    """The start of `text`.
+
+    >>> shorten("To be, or not to be", 10)
+    'To be, or…'
+    """
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
 def tell(result: Result, settings: Settings, out: Output) -> None:
@@ -221,6 +288,27 @@ def command(
             rich_help_panel=SEARCH,
         ),
     ] = 1,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--attention-plot",
+            metavar="FILE",
+            help="Draw what each token of the (best) target read from the source, a map a head: "
+            ".png, .svg or .pdf. For one source.",
+            callback=o.plot_file,
+            rich_help_panel=ATTENTION,
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            "--attention-layer",
+            metavar="N",
+            show_default="the last",
+            help="Which decoder layer to draw, from 1.",
+            rich_help_panel=ATTENTION,
+        ),
+    ] = None,
     model: o.Model = "",
     device: o.Device = "auto",
     dtype: o.Dtype = "float32",
@@ -266,6 +354,8 @@ def command(
         length_penalty=length_penalty,
         n_best=n_best,
         text_file=output_file if plain else None,
+        attention_plot=plot,
+        attention_layer=layer,
     )
 
     def work(settings: Settings, out: Output) -> Generated:

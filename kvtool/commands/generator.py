@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import CapacityError, UsageError
@@ -32,6 +32,11 @@ class Result:
     rank: int = 1  # among the --n-best of a prompt
     log_prob: float | None = None  # nats, of beam search
     score: float | None = None  # log_prob with the length penalty
+    ids: list[int] = field(default_factory=list)  # of the new tokens, the end token included
+
+    def row(self) -> dict[str, Any]:
+        """What a document says of it."""
+        return {name: value for name, value in vars(self).items() if name != "ids"}
 
 
 class Generator:
@@ -102,7 +107,7 @@ class Generator:
         pieces.append(stream.finish())
         emit(pieces[-1])
         ended = bool(made) and made[-1] == eos
-        return Result(text, "".join(pieces), len(ids), len(made), ended)
+        return Result(text, "".join(pieces), len(ids), len(made), ended, ids=made)
 
     @property
     def greedy_pairs(self) -> bool:
@@ -114,6 +119,7 @@ class Generator:
         in batches, other prompts one by one."""
         from kvtool.core.beam import Beam
         from kvtool.core.kernels import make_kernels
+        from kvtool.core.text import EOS
         from kvtool.core.translation import search
 
         s = self.settings
@@ -134,6 +140,7 @@ class Generator:
                 rank,
                 hypothesis.log_prob if s.beams > 1 else None,
                 hypothesis.score if s.beams > 1 else None,
+                [*hypothesis.ids, *[EOS] * hypothesis.ended],
             )
             for text, ids, hypotheses in zip(texts, encoded, found, strict=True)
             for rank, hypothesis in enumerate(hypotheses, start=1)

@@ -108,11 +108,16 @@ def reference_attention(
 
     Shapes as `Kernels.attention`; the result is float64.
     """
-    groups = q.shape[1] // k.shape[1]
-    k, v = (t.double().repeat_interleave(groups, dim=1) for t in (k, v))
+    v = v.double().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return reference_weights(q, k, mask, causal) @ v
+
+
+def reference_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """The weights of that attention, how much each query takes of each key: (B,H,T,S), float64."""
+    k = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q.double() @ k.mT / q.shape[-1] ** 0.5  # (B,H,T,S)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1) @ v
+    return scores.softmax(-1)

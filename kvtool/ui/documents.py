@@ -134,6 +134,11 @@ def check_destination(path: Path, flag: str = "--output") -> None:
             f"{flag} {path}: unknown format (found {found}, expected {', '.join(SUFFIXES)})",
             f"Try {flag} {path.with_suffix('.json') if path.name else 'result.json'}.",
         )
+    check_writable(path, flag)
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Raise FileError for a file that could not be written, whatever its format."""
     if path.is_dir():
         raise FileError(f"{flag} {path}: is a folder (expected a file)")
     folder = Path(os.path.realpath(path)).parent
