@@ -83,10 +83,12 @@ class PagedStep(Step):
     """slots (B,T): where in the pool each new token is stored, counted in tokens.
 
     pages (B,n): the pages of each row, in the order of their tokens; None if the step's own tokens
-    are the first, and so all that there is to read.
+        are the first, and so all that there is to read.
+    empty (page,1,1) bool: the columns of the last page that hold nothing yet.
     """
 
     pages: Tensor | None = None
+    empty: Tensor | None = None
 
 
 class PagedCache(Cache):
@@ -165,7 +167,9 @@ class PagedCache(Cache):
         k_pos = self._positions(0, pages.shape[1] * self.page).clone()
         k_pos[:, end:] = EMPTY
         mask = visible(q_pos, k_pos)  # always there, or a full page would be compiled anew
-        return PagedStep(q_pos, k_pos, slots, mask, False, self.spec.kernels, pages=pages)
+        seen = (q_pos, k_pos, slots, mask, False, self.spec.kernels)
+        empty = (k_pos[0, -self.page :] == EMPTY)[:, None, None]
+        return PagedStep(*seen, pages=pages, empty=empty)
 
     def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
         """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""
@@ -208,9 +212,13 @@ class PagedCache(Cache):
         for buffer, new in zip(buffers, (k, v), strict=True):
             tokens = new.transpose(1, 2).flatten(0, 1)  # (B*T,Hkv,D)
             buffer.flatten(0, 1).index_copy_(0, step.slots.flatten(), tokens)
-        if step.pages is None:
+        if step.pages is None or step.empty is None:
             return k, v
-        return self._gather(buffers[0], step.pages), self._gather(buffers[1], step.pages)
+        keys, values = (self._gather(buffer, step.pages) for buffer in buffers)
+        for found in (keys, values):
+            # Other sequences may have left NaN there, which no mask keeps out: 0 x NaN is NaN.
+            found[:, :, -self.page :].transpose(1, 2).masked_fill_(step.empty, 0.0)
+        return keys, values
 
     def _gather(self, buffer: Tensor, pages: Tensor) -> Tensor:
         """The contents of pages (B,n), side by side -> (B,Hkv,n*page,D)"""

@@ -1,0 +1,467 @@
+"""What pages promise beyond the contract: who shares them, when they are copied and given back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from collections import Counter
+from functools import partial
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import CASES, Subject, addresses, agree, storage_nbytes, tokens, write
+from kvtool.core.beam import Beam, beam_search
+from kvtool.core.cache import EMPTY, CacheSpec
+from kvtool.core.cache.dynamic import DynamicCache
+from kvtool.core.cache.paged import PagedCache, pages_for
+from kvtool.core.engine import feed
+from kvtool.core.exact import EXACT
+from kvtool.errors import CapacityError, UsageError
+from small_models import random_model
+from test_cache_kinds import compilations
+
+PLAIN, PADDED = CASES[0], CASES[3]  # padded by 2, 0 and 5
+SPEC = CacheSpec(2, 3, 2, 4, 24, torch.float64)
+FOURS = partial(PagedCache, page=4)
+
+
+def tables(cache: PagedCache) -> list[list[int]]:
+    return [list(row) for row in cache._table]
+
+
+def check_pages(*caches: PagedCache) -> None:
+    """I11: live + free = pool, and each page counts the rows that use it."""
+    pool = caches[0].pool
+    used = Counter(page for cache in caches for row in cache._table for page in row)
+    assert pool.users == [used[page] for page in range(pool.n_pages)]
+    assert sorted([*pool._free, *used]) == list(range(pool.n_pages))
+    assert pool.n_live + pool.n_free == pool.n_pages
+    for cache in caches:
+        assert all(len(set(row)) == len(row) for row in cache._table)
+
+
+def put(cache: PagedCache, values: list[list[float]], commit: int) -> None:
+    """Write a token with keys and values of each number, and commit the first few of each row."""
+    step = cache.begin(len(values[0]))
+    new = torch.tensor(values, dtype=torch.float64)[:, None, :, None].expand(-1, 2, -1, 4)
+    for layer in range(2):
+        cache.write(layer, new + layer, -new - layer, step)
+    cache.commit(commit)
+
+
+def check_contents(cache: PagedCache, rows: list[list[float]]) -> None:
+    for layer in range(2):
+        keys, values, positions = cache.snapshot(layer)
+        assert keys[:, 0, :, 0].tolist() == [[x + layer for x in row] for row in rows]
+        assert torch.equal(values, -keys) and keys.eq(keys[:, :1, :, :1]).all()
+        assert positions.tolist() == [list(range(len(rows[0])))] * len(rows)
+
+
+# --- I11
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_live_and_free_pages_are_the_pool_at_every_moment(seed: int) -> None:
+    """A family of forks, against plain lists of the tokens of each row."""
+    rng, number = random.Random(seed), count(1)
+    page = rng.choice([1, 2, 3, 5])
+    caches = [PagedCache(SPEC, page=page, pages=5 + 24 // page)]
+    held: list[list[list[float]]] = [[[], [], []]]
+    refused = 0
+    for _ in range(150):
+        i = rng.randrange(len(caches))
+        cache, rows = caches[i], held[i]
+        operation = rng.choice(["put"] * 5 + ["begin", "crop", "select", "fork", "drop", "reset"])
+        if operation in ("put", "begin"):
+            new = [[float(next(number)) for _ in range(n)] for n in [rng.randint(1, 4)] * len(rows)]
+            commit = rng.randint(0, len(new[0])) if operation == "put" else 0
+            before = tables(cache)
+            try:
+                if operation == "put":
+                    put(cache, new, commit)
+                    held[i] = [row + more[:commit] for row, more in zip(rows, new, strict=True)]
+                else:
+                    cache.begin(len(new[0]))
+            except CapacityError:
+                refused += 1
+                n = -(-len(rows[0]) // page)
+                assert [row[:n] for row in tables(cache)] == [row[:n] for row in before]
+        elif operation == "crop":
+            length = rng.randint(0, len(rows[0]))
+            cache.crop(length)
+            held[i] = [row[:length] for row in rows]
+        elif operation == "select":
+            picked = [rng.randrange(len(rows)) for _ in range(rng.randint(1, 4))]
+            cache.select(torch.tensor(picked))
+            held[i] = [list(rows[row]) for row in picked]
+        elif operation == "fork" and len(caches) < 4:
+            caches.append(cache.fork())
+            held.append([list(row) for row in rows])
+        elif operation == "drop" and len(caches) > 1:
+            del caches[i], held[i]
+        elif operation == "reset":
+            cache.reset()
+            held[i] = [[], [], []]
+        del cache  # or else a dropped fork would live on
+        check_pages(*caches)
+        for j, expected in enumerate(held):
+            check_contents(caches[j], expected)
+    assert refused
+    for cache in caches:
+        cache.reset()
+    assert caches[0].pool.n_free == caches[0].pool.n_pages
+
+
+def test_a_row_takes_a_page_when_its_tokens_reach_it() -> None:
+    cache, live = FOURS(SPEC), []
+    for _ in range(9):
+        write(cache, 1)
+        live.append(cache.pool.n_live)
+    assert live == [3] * 4 + [6] * 4 + [9]
+    cache.crop(5)
+    assert cache.pool.n_live == 6
+    cache.crop(4)
+    assert cache.pool.n_live == 3
+
+
+def test_pages_of_tokens_that_are_not_committed_go_back() -> None:
+    cache = FOURS(SPEC)
+    write(cache, 20, commit=False)
+    assert cache.pool.n_live == 15
+    write(cache, 1, commit=False)  # starts over
+    assert cache.pool.n_live == 3
+    write(cache, 20, commit=False)
+    cache.commit(5)
+    assert cache.pool.n_live == 6
+    write(cache, 9, commit=False)
+    cache.select(torch.tensor([0]))
+    assert cache.pool.n_live == 2
+
+
+# --- sharing, and copies on write
+
+
+def test_select_copies_no_token_and_a_write_only_pages_that_are_filled_in_part() -> None:
+    cache = FOURS(dataclasses.replace(SPEC, batch=1), rows=4)
+    write(cache, 10)
+    cache.select(torch.tensor([0, 0, 0, 0]))
+    assert cache.pool.n_live == 3 and len(set(map(tuple, cache._table))) == 1
+    third = cache._table[0][2]
+    write(cache, 1)
+    assert cache.pool.n_live == 2 + 4
+    assert [row[2] for row in cache._table].count(third) == 1  # one of the rows keeps it
+    assert [row[:2] for row in cache._table] == [cache._table[0][:2]] * 4
+    write(cache, 1)
+    assert cache.pool.n_live == 2 + 4
+    cache.select(torch.tensor([3, 3, 1, 0]))  # now all pages are full
+    assert cache.pool.n_live == 2 + 3
+    write(cache, 1)
+    assert cache.pool.n_live == 2 + 3 + 4
+    cache.select(torch.tensor([2]))
+    assert cache.pool.n_live == 4
+    check_pages(cache)
+
+
+def test_a_page_copied_for_one_fork_is_not_copied_for_the_last_that_has_it() -> None:
+    cache = FOURS(dataclasses.replace(SPEC, batch=1), rows=2)
+    write(cache, 2, 1.0)
+    before = tables(cache)
+    fork = cache.fork()
+    write(cache, 1, 2.0)
+    assert tables(cache) != before and tables(fork) == before
+    write(fork, 1, 3.0)
+    assert tables(fork) == before and cache.pool.n_live == 2
+    for one, last in ((cache, 2.0), (fork, 3.0)):
+        assert one.snapshot(1)[0][0, 0, :, 0].tolist() == [1.0, 1.0, last]
+
+
+def test_a_shared_page_that_was_cropped_into_is_copied_too() -> None:
+    cache = FOURS(dataclasses.replace(SPEC, batch=1), rows=2)
+    write(cache, 8, 1.0)
+    fork = cache.fork()
+    cache.crop(5)
+    write(cache, 1, 2.0)
+    assert fork.snapshot(0)[0][0, 0, :, 0].tolist() == [1.0] * 8
+    assert cache.snapshot(0)[0][0, 0, :, 0].tolist() == [1.0] * 5 + [2.0]
+    check_pages(cache, fork)
+
+
+@pytest.mark.parametrize("case", [PLAIN, PADDED], ids=str)
+@pytest.mark.parametrize("held", [6, 8])  # a page filled in part, and none
+def test_a_fork_and_what_it_was_forked_from_go_their_own_ways(case: Any, held: int) -> None:
+    subject = Subject(case, 20)
+    cache = subject.cache(partial(FOURS, rows=20))
+    agree("before", subject, cache, subject.ids[:, :held], subject.padding, 3)
+    fork = cache.fork()
+    as_they_are = torch.arange(case.batch)
+    rows = as_they_are.flip(0)
+    turned = fork.fork()
+    turned.select(rows)
+    histories = [(cache, as_they_are), (fork, as_they_are), (turned, rows)]
+    ids = [subject.ids[:, :held][picked] for _, picked in histories]
+    for seed, n in enumerate((1, 3, 1, 2)):  # by turns
+        for i, (one, picked) in enumerate(histories):
+            more = torch.cat([ids[i], tokens(case.batch, n, 10 * seed + i)], dim=1)
+            padding = None if subject.padding is None else subject.padding[picked]
+            agree(f"fork {i}", subject, one, more, padding, n, ids[i].shape[1])
+            ids[i] = more
+    check_pages(cache, fork, turned)  # type: ignore[arg-type]
+
+
+def test_a_fork_in_the_middle_of_a_step_has_what_was_committed() -> None:
+    cache = FOURS(SPEC, pages=40)
+    put(cache, [[1.0, 2.0]] * 3, 2)
+    step = cache.begin(5)
+    fork = cache.fork()
+    check_pages(cache, fork)
+    assert [len(row) for row in fork._table] == [1, 1, 1]
+    with pytest.raises(UsageError):
+        fork.commit(1)
+    put(fork, [[7.0]] * 3, 1)
+    new = torch.full((3, 2, 5, 4), 9.0, dtype=torch.float64)
+    for layer in range(2):
+        cache.write(layer, new + layer, -new - layer, step)
+    cache.commit(5)
+    check_contents(fork, [[1.0, 2.0, 7.0]] * 3)
+    check_contents(cache, [[1.0, 2.0] + [9.0] * 5] * 3)
+    check_pages(cache, fork)
+
+
+# --- who frees a fork
+
+
+def test_a_forks_pages_go_back_with_its_last_reference() -> None:
+    cache = FOURS(SPEC, rows=9)
+    write(cache, 6)
+    forks = [cache.fork(), copy.deepcopy(cache)]
+    for fork in forks:
+        write(fork, 5)
+    assert cache.pool.n_live == 6 + 2 * 6  # each: a copy of a page, and a new one, in 3 rows
+    again = fork
+    del fork
+    forks.clear()
+    check_pages(cache, again)
+    assert cache.pool.n_live == 6 + 6
+    del again
+    check_pages(cache)
+    assert cache.pool.n_live == 6
+
+
+def test_a_reset_gives_a_forks_pages_back_at_once() -> None:
+    cache = FOURS(SPEC, rows=6)
+    write(cache, 6)
+    fork = cache.fork()
+    write(fork, 5)
+    fork.reset()
+    assert cache.pool.n_live == 6 and fork.length == 0
+    check_pages(cache, fork)
+
+
+def test_a_fork_outlives_the_cache_that_it_was_forked_from() -> None:
+    cache = FOURS(SPEC, rows=6)
+    put(cache, [[1.0, 2.0, 3.0, 4.0, 5.0]] * 3, 5)
+    fork = cache.fork()
+    put(cache, [[6.0]] * 3, 1)
+    del cache
+    check_pages(fork)
+    put(fork, [[7.0]] * 3, 1)
+    check_contents(fork, [[1.0, 2.0, 3.0, 4.0, 5.0, 7.0]] * 3)
+    assert fork.pool.n_live == 6
+
+
+# --- no pages left
+
+
+def test_a_pool_without_pages_refuses_with_the_numbers_and_changes_nothing() -> None:
+    subject = Subject(PLAIN)
+    cache: Any = subject.cache(partial(PagedCache, page=4, pages=5))
+    agree("before", subject, cache, subject.ids[:, :6], None, 6)
+    with pytest.raises(CapacityError) as caught:
+        cache.begin(3)
+    assert caught.value.message == (
+        "paged cache has run out of pages: 6 tokens held in 2 rows and 3 new ones need 2 more "
+        "pages of 4 tokens (1 of 5 are free)"
+    )
+    assert "pages" in caught.value.hint
+    check_pages(cache)
+    fork = cache.fork()
+    with pytest.raises(CapacityError, match=r"need 2 more .*1 of 5 are free"):
+        fork.begin(1)  # its two rows share their last pages with the cache
+    check_pages(cache, fork)
+    del fork
+    agree("after refusals", subject, cache, subject.ids[:, :8], None, 2, 6)
+    cache.select(torch.tensor([1]))
+    agree("one row", subject, cache, subject.ids[1:], None, 3, 8)
+
+
+def test_a_copy_for_which_there_is_no_memory_leaves_all_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    subject = Subject(PLAIN)
+    cache: Any = subject.cache(partial(FOURS, rows=4))
+    agree("before", subject, cache, subject.ids[:, :6], None, 6)
+    fork = cache.fork()
+    before, select, calls = tables(cache), Tensor.index_select, count(1)
+
+    def limited(self: Tensor, *args: Any) -> Tensor:
+        if next(calls) == 3:
+            raise MemoryError
+        return select(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Tensor, "index_select", limited)
+        cache.begin(2)
+    assert tables(cache) == before
+    check_pages(cache, fork)
+    for one in (cache, fork):
+        agree("after MemoryError", subject, one, subject.ids, None, 2, 6)
+
+
+def test_settings_that_mean_nothing_are_refused() -> None:
+    for settings in ({"page": 0}, {"rows": 0}, {"pages": -1}, {"page": 1.5}):
+        with pytest.raises(UsageError, match=next(iter(settings))):
+            PagedCache(SPEC, **settings)  # type: ignore[arg-type]
+
+
+# --- what they cost
+
+
+def test_forks_of_a_long_prompt_take_a_page_each() -> None:
+    spec = CacheSpec(2, 1, 2, 4, 1100)
+    paged, dynamic = PagedCache(spec, rows=2), DynamicCache(spec)
+    for cache in (paged, dynamic):
+        write(cache, 1000)
+    live, allocated = paged.nbytes().live, paged.nbytes().allocated
+    forks = [paged.fork() for _ in range(20)]
+    assert paged.pool.n_live == 63
+    for fork in forks:
+        write(fork, 1)
+    assert paged.pool.n_live == 63 + 20
+    assert paged.nbytes() == (allocated, live, 2 * 63 * 16 * spec.token_nbytes)
+    copies = [dynamic.fork().nbytes().allocated for _ in range(20)]
+    page = 16 * spec.token_nbytes
+    assert 20 * page < sum(copies) / 50
+
+
+def test_bytes_count_shared_tokens_once_and_the_whole_pool() -> None:
+    cache = FOURS(dataclasses.replace(SPEC, batch=1), torch.tensor([1]), rows=3)
+    token = cache.spec.token_nbytes
+    write(cache, 6)
+    assert cache.nbytes().live == 6 * token
+    cache.select(torch.tensor([0, 0, 0]))
+    assert cache.nbytes().live == 6 * token
+    write(cache, 1)
+    assert cache.nbytes().live == (4 + 3 * 3) * token
+    assert cache.nbytes().allocated == 3 * 6 * 4 * token + 3 * 8 == storage_nbytes(cache)
+    fork = cache.fork()
+    assert fork.nbytes() == cache.nbytes()
+    assert {t.data_ptr() for t in fork.pool.keys} == {t.data_ptr() for t in cache.pool.keys}
+    # Pages are gathered, and what was gathered is read: 2 pages for the 8th token, 3 for the 9th.
+    assert cache.nbytes().read_per_step == 2 * 3 * 8 * token
+    write(cache, 1)
+    assert cache.nbytes().read_per_step == 2 * 3 * 12 * token
+
+
+def test_beams_share_the_prompt_and_find_what_others_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = random_model(0, torch.float64), []
+    prompt = tokens(1, 40, 3)
+
+    def make(kind: str, spec: CacheSpec) -> PagedCache:
+        made.append(FOURS(spec))
+        return made[-1]
+
+    live: list[int] = []
+    expected = beam_search(model, prompt, "dynamic", [9], Beam(4, n_best=4))
+    with monkeypatch.context() as patch:
+        patch.setattr("kvtool.core.beam.make_cache", make)
+        tell = lambda nbytes: live.append(made[0].pool.n_live)  # noqa: E731
+        found = beam_search(model, prompt, "paged", [9], Beam(4, n_best=4), tell=tell)
+    assert [h.ids for h in found[0]] == [h.ids for h in expected[0]]
+    # The prompt is fed to all rows; from the first selection on, one copy of it is held.
+    assert live[0] == 4 * 10 and max(live[1:]) <= 10 + 4 * 3
+    check_pages(made[0])
+
+
+# --- what is read
+
+
+def test_exact_kernels_give_the_bits_of_one_pass_from_pages_in_any_order() -> None:
+    for page, dtype in ((1, torch.float32), (3, torch.float32), (16, torch.bfloat16)):
+        model = random_model(0, dtype, positions="rotary", n_kv_heads=2)
+        spec = CacheSpec.of(model.config, 3, 40, dtype, kernels=EXACT)
+        cache = PagedCache(spec, page=page, rows=6)
+        ids = tokens(3, 40, 1)
+        with torch.no_grad():
+            feed(model, cache, ids[:, :9])
+            cache.select(rows := torch.tensor([2, 2, 0]))
+            fork, ids = cache.fork(), torch.cat([ids[rows, :9], ids[:, 9:]], dim=1)
+            found = [feed(model, cache, ids[:, :end]) for end in (10, 11, 17, 18, 33)]
+            other = torch.cat([ids[:, :9], tokens(3, 5, 2)], dim=1)
+            branch = feed(model, fork, other)
+            found += [feed(model, cache, ids[:, :end]) for end in range(34, 41)]
+            dynamic = DynamicCache(spec)
+            expected = feed(model, dynamic, ids)
+            dynamic.crop(9)
+            assert torch.cat(found, dim=1).equal(expected[:, 9:]), page
+            assert branch.equal(feed(model, dynamic, other)), page
+        assert all(row != list(range(row[0], row[0] + len(row))) for row in cache._table)
+
+
+def test_what_others_left_in_a_page_is_not_read_not_even_nan() -> None:
+    subject = Subject(PADDED, 20)
+    cache: Any = subject.cache(partial(FOURS, rows=6))
+    fork = cache.fork()
+    write(fork, 20, float("nan"))
+    write(cache, 10, float("inf"), commit=False)
+    del fork
+    agree("beside NaN", subject, cache, subject.ids, subject.padding, [5, 6, 7, 13, 14, 20])
+
+
+def test_a_first_step_reads_its_own_tokens_and_no_page() -> None:
+    cache = FOURS(SPEC)
+    k, v = torch.rand(2, 3, 2, 6, 4, dtype=torch.float64).unbind()
+    step = cache.begin(6)
+    assert step.causal and cache.write(0, k, v, step) == (k, v)
+    assert step.k_pos.shape[1] == 6 and step.slots.shape == (3, 6)
+    cache.commit(6)
+    step = cache.begin(1)
+    keys, _ = cache.write(0, k[:, :, :1], v[:, :, :1], step)
+    assert keys.shape == (3, 2, 8, 4) and torch.equal(keys[:, :, :6], k)
+    assert step.k_pos[0].tolist() == [0, 1, 2, 3, 4, 5, 6, EMPTY]
+
+
+def test_a_slot_that_does_not_exist_is_an_error_and_not_a_lost_token() -> None:
+    cache = FOURS(SPEC)
+    step = cache.begin(1)
+    k = torch.zeros(3, 2, 1, 4, dtype=torch.float64)
+    beyond = step.slots + 4 * cache.pool.n_pages
+    with pytest.raises((IndexError, RuntimeError)):
+        cache.write(0, k, k, dataclasses.replace(step, slots=beyond))
+    with pytest.raises((IndexError, RuntimeError)):
+        cache.write(0, k[:2], k[:2], step)  # other rows
+    with pytest.raises(RuntimeError):
+        cache.write(0, k.float(), k.float(), step)  # another format
+
+
+def test_a_paged_cache_is_compiled_once_for_all_steps_of_a_page() -> None:
+    subject = Subject(PLAIN)
+    for page, times in ((12, 1), (4, 2)):  # columns 0..11; 0..7 and 0..11
+        cache = subject.cache(partial(PagedCache, page=page))
+        before = addresses(cache)
+        assert compilations(subject, cache) == times
+        assert addresses(cache) == before
+
+
+def test_a_check_in_which_no_row_has_two_pages_says_that_it_proves_nothing() -> None:
+    cache = PagedCache(SPEC)
+    write(cache, 16)
+    assert cache.vacuous() == "no row needed a second page of 16 tokens (16 tokens held)"
+    write(cache, 1)
+    cache.crop(0)
+    assert cache.vacuous() is None
+    assert PagedCache.small["page"] < 11 and pages_for(SPEC, 5) == 3 * 5
