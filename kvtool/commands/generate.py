@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvtool.commands.attention_plot import check_attention, draw
 from kvtool.commands.generator import Generator, Result
 from kvtool.commands.prompts import Prompts, lines_of, read_prompts
 from kvtool.config import RunConfig, check_float, check_int
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 SAMPLING = "Choosing tokens"
 SEARCH = "Beam search"
+CACHE_FILES = "A long prompt, computed once"
 ATTENTION = "Attention of encoder-decoders"
 
 
@@ -46,6 +48,8 @@ class Settings:
     text_file: Path | None = None  # --output, if it is a .txt
     attention_plot: Path | None = None
     attention_layer: int | None = None  # None: the last
+    save_cache: Path | None = None
+    load_cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -76,6 +80,12 @@ class Settings:
             check_writable(self.text_file, "--output")
         if self.attention_plot is not None:
             check_writable(self.attention_plot, "--attention-plot")
+        if self.save_cache is not None:
+            check_writable(self.save_cache, "--save-cache")
+        for flag, path in (("--save-cache", self.save_cache), ("--load-cache", self.load_cache)):
+            other = "--input" if self.input_file is not None else "--beams"
+            if path is not None and (self.input_file is not None or self.beams > 1):
+                raise UsageError(f"{flag}: contradicts {other}", "It serves one prompt.")
         if self.attention_layer is not None:
             check_int("--attention-layer", self.attention_layer, 1)
             if self.attention_plot is None:
@@ -93,6 +103,7 @@ class Generated:
     tokens_per_second: float
     cache: str
     cache_bytes: int  # the largest, keys and values of a source included
+    reused_tokens: int = 0  # of the prompt, from --load-cache
     exit_code: int = 0
 
     def rows(self) -> list[dict[str, Any]]:
@@ -115,6 +126,7 @@ def run(settings: Settings, out: Output) -> Generated:
     if settings.attention_plot is not None:
         check_attention(settings, loaded, len(prompts.texts))
     generator = Generator(loaded, settings, device, dtype)
+    prepare_cache_files(settings, loaded, generator)
     encoded = [generator.encode(text, i) for i, text in enumerate(prompts.texts)]  # check all first
     started = time.perf_counter()
     if settings.beams > 1 or (settings.input_file is not None and generator.greedy_pairs):
@@ -133,60 +145,42 @@ def run(settings: Settings, out: Output) -> Generated:
     if settings.attention_plot is not None:
         draw(settings.attention_plot, settings, loaded, encoded[0], results[0])
         out.note(f"plot: {settings.attention_plot}")
+    tell_cache_files(settings, generator, len(encoded[0]), out)
     n_new = sum(result.new_tokens for result in results)
-    return Generated(results, seconds, n_new / seconds, settings.cache, generator.cache_bytes)
-
-
-def check_attention(settings: Settings, loaded: Checkpoint, n_sources: int) -> None:
-    """Raise UsageError if there is no attention over a source to draw, or more than one source."""
-    n_layers = loaded.config.n_layers
-    if loaded.source_tokenizer is None:
-        raise UsageError(
-            f"--attention-plot: {loaded.path} is a decoder-only model, which reads no source",
-            "Give --model an encoder-decoder, of train-seq2seq for example.",
-        )
-    if (settings.attention_layer or 1) > n_layers:
-        raise UsageError(
-            f"--attention-layer: {settings.attention_layer} is too large (the decoder's layers are "
-            f"1 to {n_layers})"
-        )
-    if n_sources > 1:
-        raise UsageError(
-            f"--attention-plot: draws one source (found {n_sources})", "Give one with --prompt."
-        )
-
-
-def draw(
-    path: Path, settings: Settings, loaded: Checkpoint, source: list[int], result: Result
-) -> None:
-    """The plot of what each token of `result`, the best of its source, read from the source."""
-    from kvtool.core.attention_maps import cross_attention_weights, labels, visible
-    from kvtool.core.kernels import make_kernels
-    from kvtool.ui.heat_maps import attention_plot
-
-    assert loaded.source_tokenizer is not None
-    n_layers = loaded.config.n_layers
-    layer = settings.attention_layer or n_layers
-    kernels = make_kernels(settings.kernels)
-    weights = cross_attention_weights(loaded.model, source, result.ids, layer - 1, kernels)
-    model = "/".join(loaded.path.resolve().parts[-2:])  # a run's checkpoints are best and last
-    title = f"{model}, cross-attention of decoder layer {layer} of {n_layers}"
-    attention_plot(
-        path,
-        weights.tolist(),
-        labels(loaded.source_tokenizer, source),
-        labels(loaded.tokenizer, result.ids),
-        [title, f"{shorten(visible(result.prompt))} → {shorten(visible(result.text))}"],
+    return Generated(
+        results,
+        seconds,
+        n_new / seconds,
+        settings.cache,
+        generator.cache_bytes,
+        generator.reused,
     )
 
 
-def shorten(text: str, width: int = 60) -> str:
-    """The start of `text`.
+def prepare_cache_files(settings: Settings, loaded: Checkpoint, generator: Generator) -> None:
+    """Read --load-cache, and refuse before any work what cannot be saved or loaded."""
+    if settings.load_cache is None and settings.save_cache is None:
+        return
+    if loaded.source_tokenizer is not None:
+        flag = "--save-cache" if settings.load_cache is None else "--load-cache"
+        raise UsageError(
+            f"{flag}: {loaded.path} is an encoder-decoder, whose cache holds no prompt",
+            "Give --model a decoder-only model.",
+        )
+    if settings.save_cache is not None:
+        generator.check_saving()
+    if settings.load_cache is not None:
+        generator.load_prompt(settings.load_cache)
 
-    >>> shorten("To be, or not to be", 10)
-    'To be, or…'
-    """
-    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+def tell_cache_files(settings: Settings, generator: Generator, n_prompt: int, out: Output) -> None:
+    """Say what came from a file and what went into one."""
+    if settings.load_cache is not None:
+        out.note(f"{generator.reused} of {n_prompt} prompt tokens from {settings.load_cache}")
+        if not generator.reused:
+            out.warn(f"--load-cache {settings.load_cache}: the prompt does not start as that one")
+    if settings.save_cache is not None:
+        out.note(f"the prompt's cache: {settings.save_cache}")
 
 
 def tell(result: Result, settings: Settings, out: Output) -> None:
@@ -309,6 +303,24 @@ def command(
             rich_help_panel=ATTENTION,
         ),
     ] = None,
+    save_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-cache",
+            metavar="FILE",
+            help="Keep the prompt's keys and values, so that it need not be computed again.",
+            rich_help_panel=CACHE_FILES,
+        ),
+    ] = None,
+    load_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--load-cache",
+            metavar="FILE",
+            help="Take from such a file what the prompt has in common with that one.",
+            rich_help_panel=CACHE_FILES,
+        ),
+    ] = None,
     model: o.Model = "",
     device: o.Device = "auto",
     dtype: o.Dtype = "float32",
@@ -356,6 +368,8 @@ def command(
         text_file=output_file if plain else None,
         attention_plot=plot,
         attention_layer=layer,
+        save_cache=save_cache,
+        load_cache=load_cache,
     )
 
     def work(settings: Settings, out: Output) -> Generated:

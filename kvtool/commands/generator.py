@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import CapacityError, UsageError
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from kvtool.commands.generate import Settings
     from kvtool.core.beam import Beam, Hypothesis
+    from kvtool.core.cache import Cache, CacheSpec
+    from kvtool.core.cache_file import SavedCache
     from kvtool.core.checkpoint import Checkpoint
     from kvtool.core.sampling import Sampler
 
@@ -45,11 +48,16 @@ class Generator:
     def __init__(
         self, loaded: Checkpoint, settings: Settings, device: torch.device, dtype: torch.dtype
     ) -> None:
+        from kvtool.core.kernels import make_kernels
+
         self.loaded = loaded
         self.settings = settings
         self.device = device
         self.dtype = dtype
+        self.kernels = make_kernels(settings.kernels)
         self.cache_bytes = 0
+        self.saved: SavedCache | None = None
+        self.reused = 0  # tokens of the prompt that came from it
         if settings.top_k > loaded.config.vocab_size:
             raise UsageError(
                 f"--top-k: {settings.top_k} is above the vocabulary of {loaded.config.vocab_size}"
@@ -118,18 +126,17 @@ class Generator:
         """All prompts by beam search, or by the same with a beam of one, which is greedy: sources
         in batches, other prompts one by one."""
         from kvtool.core.beam import Beam
-        from kvtool.core.kernels import make_kernels
         from kvtool.core.text import EOS
         from kvtool.core.translation import search
 
         s = self.settings
-        kernels, beam = make_kernels(s.kernels), Beam(s.beams, s.length_penalty, s.n_best)
+        kernels, beam = self.kernels, Beam(s.beams, s.length_penalty, s.n_best)
         if self.loaded.source_tokenizer is not None:
             limit = s.max_tokens or 0
             model = self.loaded.model
             found = search(model, encoded, beam, limit, s.cache, kernels, self._used)
         else:
-            found = [self._continue(ids, beam, kernels) for ids in encoded]
+            found = [self._continue(ids, beam) for ids in encoded]
         return [
             Result(
                 text,
@@ -146,7 +153,7 @@ class Generator:
             for rank, hypothesis in enumerate(hypotheses, start=1)
         ]
 
-    def _continue(self, ids: list[int], beam: Beam, kernels: Any) -> list[Hypothesis]:
+    def _continue(self, ids: list[int], beam: Beam) -> list[Hypothesis]:
         import torch
 
         from kvtool.core.beam import beam_search
@@ -155,30 +162,59 @@ class Generator:
         eos = self.loaded.tokenizer.eos_id
         limits = [self.n_new(ids)]
         model = self.loaded.model
-        return beam_search(model, prompt, kind, limits, beam, eos, None, kernels, self._used)[0]
+        found = beam_search(model, prompt, kind, limits, beam, eos, None, self.kernels, self._used)
+        return found[0]
 
     def _used(self, nbytes: int) -> None:
         self.cache_bytes = max(self.cache_bytes, nbytes)
+
+    def check_saving(self) -> None:
+        """Raise CacheOpUnsupported if the kind of cache is one that cannot be saved."""
+        from kvtool.core.cache_file import require_whole
+
+        require_whole(self._new_cache(self._spec(1)), "be saved")
+
+    def load_prompt(self, path: Path) -> None:
+        """Take what is known of prompts from a saved cache. Raises FileError."""
+        from kvtool.core.cache_file import load_cache, require_whole
+
+        spec = self._spec(1)
+        require_whole(self._new_cache(spec), "be filled from a file")
+        self.saved = load_cache(path, spec, self.loaded.sha256)
 
     def tokens(self, ids: list[int]) -> Any:
         """The tokens that follow `ids`, each a tensor (1,)."""
         import torch
 
         from kvtool.core import engine
-        from kvtool.core.cache import CacheSpec, make_cache
-        from kvtool.core.kernels import make_kernels
+        from kvtool.core.cache_file import common_prefix, save_cache
 
-        kernels = make_kernels(self.settings.kernels)
-        model, config = self.loaded.model, self.loaded.config
         with torch.inference_mode():
             start = torch.tensor([ids], device=self.device)
-            prompt, source = engine.begin(model, start, kernels)
+            prompt, source = engine.begin(self.loaded.model, start, self.kernels)
         n_new = self.n_new(ids)
-        spec = CacheSpec.of(config, 1, prompt.shape[1] + n_new, self.dtype, self.device, kernels)
-        cache = make_cache(self.settings.cache, spec)
-        for token in engine.generate(model, prompt, cache, n_new, self.sampler(), source):
-            yield token
+        cache = self._new_cache(self._spec(prompt.shape[1] + n_new))
+        if self.saved is not None:
+            # The last token is always computed: its logits are what comes next.
+            self.reused = min(common_prefix(self.saved.ids, ids), len(ids) - 1)
+            self.saved.fill(cache, self.reused)
+        steps = engine.generate(self.loaded.model, prompt, cache, n_new, self.sampler(), source)
+        for i, token in enumerate(steps):
+            if i == 0 and self.settings.save_cache is not None:
+                save_cache(self.settings.save_cache, cache, ids, self.loaded.sha256)
             self._used(cache.nbytes().allocated + (source.nbytes() if source else 0))
+            yield token
+
+    def _spec(self, capacity: int) -> CacheSpec:
+        from kvtool.core.cache import CacheSpec
+
+        config = self.loaded.config
+        return CacheSpec.of(config, 1, capacity, self.dtype, self.device, self.kernels)
+
+    def _new_cache(self, spec: CacheSpec) -> Cache:
+        from kvtool.core.cache import make_cache
+
+        return make_cache(self.settings.cache, spec)
 
     def sampler(self) -> Sampler:
         """A fresh sampler, so that a prompt's result does not depend on those before it."""

@@ -55,7 +55,7 @@ class SafetensorsFile:
             size = file.seek(0, 2)
             file.seek(0)
             self._prefix = _read_prefix(file, size, path)
-        spec = _parse(self._prefix[8:], path)
+        spec, self.metadata = _parse(self._prefix[8:], path)
         self.tensors = {name: _tensor_info(name, entry, path) for name, entry in spec.items()}
         _check_layout(self.tensors, len(self._prefix), size, path)
 
@@ -112,8 +112,8 @@ def _read_prefix(file: BinaryIO, size: int, path: Path) -> bytes:
     return length_bytes + file.read(length)
 
 
-def _parse(header: bytes, path: Path) -> dict[str, Any]:
-    """The header without its metadata."""
+def _parse(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the header says of tensors, and its metadata."""
     try:
         # Python's parser would take the last of two equal names, and NaN for a number.
         found = json.loads(header.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
@@ -124,7 +124,7 @@ def _parse(header: bytes, path: Path) -> dict[str, Any]:
     metadata = found.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileError(f"{path}: __metadata__ in its header is not an object of strings")
-    return found
+    return found, metadata
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

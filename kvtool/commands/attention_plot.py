@@ -1,0 +1,65 @@
+"""generate --attention-plot: what may be drawn, and the drawing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvtool.commands.generator import Result
+from kvtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtool.commands.generate import Settings
+    from kvtool.core.checkpoint import Checkpoint
+
+
+def check_attention(settings: Settings, loaded: Checkpoint, n_sources: int) -> None:
+    """Raise UsageError if there is no attention over a source to draw, or more than one source."""
+    n_layers = loaded.config.n_layers
+    if loaded.source_tokenizer is None:
+        raise UsageError(
+            f"--attention-plot: {loaded.path} is a decoder-only model, which reads no source",
+            "Give --model an encoder-decoder, of train-seq2seq for example.",
+        )
+    if (settings.attention_layer or 1) > n_layers:
+        raise UsageError(
+            f"--attention-layer: {settings.attention_layer} is too large (the decoder's layers are "
+            f"1 to {n_layers})"
+        )
+    if n_sources > 1:
+        raise UsageError(
+            f"--attention-plot: draws one source (found {n_sources})", "Give one with --prompt."
+        )
+
+
+def draw(
+    path: Path, settings: Settings, loaded: Checkpoint, source: list[int], result: Result
+) -> None:
+    """The plot of what each token of `result`, the best of its source, read from the source."""
+    from kvtool.core.attention_maps import cross_attention_weights, labels, visible
+    from kvtool.core.kernels import make_kernels
+    from kvtool.ui.heat_maps import attention_plot
+
+    assert loaded.source_tokenizer is not None
+    n_layers = loaded.config.n_layers
+    layer = settings.attention_layer or n_layers
+    kernels = make_kernels(settings.kernels)
+    weights = cross_attention_weights(loaded.model, source, result.ids, layer - 1, kernels)
+    model = "/".join(loaded.path.resolve().parts[-2:])  # a run's checkpoints are best and last
+    title = f"{model}, cross-attention of decoder layer {layer} of {n_layers}"
+    attention_plot(
+        path,
+        weights.tolist(),
+        labels(loaded.source_tokenizer, source),
+        labels(loaded.tokenizer, result.ids),
+        [title, f"{shorten(visible(result.prompt))} → {shorten(visible(result.text))}"],
+    )
+
+
+def shorten(text: str, width: int = 60) -> str:
+    """The start of `text`.
+
+    >>> shorten("To be, or not to be", 10)
+    'To be, or…'
+    """
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
