@@ -8,9 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Codes(NamedTuple):
+    """Whole numbers from 0 on, and what turns them into values again; all in float32 or above."""
+
+    codes: Tensor
+    scale: Tensor
+    low: Tensor  # the zero point: what code 0 means
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        return (self.codes * self.scale + self.low).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -58,13 +70,18 @@ class Quantization:
 
     def rounded(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B,Hkv,T,D) of whole groups at positions (B,T), quantized and back."""
+        keys, values = self.codes(k, v, positions)
+        return keys.decoded(k.dtype).flatten(2, 3), values.decoded(v.dtype).flatten(3, 4)
+
+    def codes(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Codes, Codes]:
+        """Codes of keys (B,Hkv,T/G,G,D) and of values (B,Hkv,T,D/C,C), C channels each."""
         groups, channels = (-1, self.group), (-1, self.channels(v.shape[3]))
         padding = (positions < 0).unflatten(1, groups)[:, None, :, :, None]  # (B,1,T/G,G,1)
-        keys = self._rounded(k.unflatten(2, groups), 3, padding)
-        values = self._rounded(v.unflatten(3, channels), 4)
-        return keys.flatten(2, 3), values.flatten(3, 4)
+        return self.encoded(k.unflatten(2, groups), 3, padding), self.encoded(
+            v.unflatten(3, channels), 4
+        )
 
-    def _rounded(self, x: Tensor, dim: int, padding: Tensor | None = None) -> Tensor:
+    def encoded(self, x: Tensor, dim: int, padding: Tensor | None = None) -> Codes:
         """x in 2**bits equal steps from the least to the largest along `dim`; padding, which
         nobody sees, has no part in these two."""
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -81,5 +98,4 @@ class Quantization:
         short = scale.to(exact.dtype) * levels < high - low
         scale = torch.where(short, scale.nextafter(scale.new_tensor(torch.inf)), scale)
         scale = scale.clamp(min=torch.finfo(x.dtype).tiny).to(exact.dtype)
-        codes = ((exact - low) / scale).round().clamp(0, levels)
-        return (codes * scale + low).to(x.dtype)
+        return Codes(((exact - low) / scale).round().clamp(0, levels), scale, low)

@@ -108,6 +108,7 @@ class QuantizedCache(BufferedCache):
     small: ClassVar[Mapping[str, int]] = {"group": 4, "residual": 2, "slack": 4}
     bits: ClassVar[int]
     quantization: Quantization
+    _packed: list[tuple[Packed, Packed]]  # keys and values of each layer
 
     def __init__(
         self,

@@ -18,7 +18,10 @@ from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model
 
 # What a subject may be able to do; a scenario names those that it needs.
-ABILITIES = ("batch", "padding", "crop", "select", "reset", "fork", "capacity", "source", "window")
+ABILITIES = (
+    "batch", "padding", "crop", "select", "reset", "fork", "capacity", "source", "window",
+    "quantized", "pages",
+)  # fmt: skip
 
 
 class Source(NamedTuple):
@@ -161,12 +164,16 @@ class ModelSubject:
         self.context = model.config.context
         probe = make(CacheSpec.of(model.config, 1, 1, self.dtype, self.device), None)
         self.window, self.sinks = probe.window, probe.sinks
-        self.quantization = probe.quantization
+        self.quantization, self.page = probe.quantization, probe.page
         abilities = {"batch", "padding", "crop", "select", "reset", "fork", "capacity"}
         if model.config.n_encoder_layers:
             abilities = (abilities - {"padding"}) | {"source"}
         if self.window:
             abilities.add("window")
+        if self.quantization is not None:
+            abilities.add("quantized")
+        if self.page:
+            abilities.add("pages")
         self.abilities = frozenset(abilities)
 
     def encode(self, start: Start) -> CrossCache | None:

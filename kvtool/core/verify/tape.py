@@ -9,6 +9,7 @@ No class of kvtool.core.cache that stores anything takes part.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kvtool.core.cache import Step
 from kvtool.core.kernels import DEFAULT
+from kvtool.core.quantization import Quantization
 from kvtool.core.verify.subject import ModelSubject, Start
 
 ZERO = -1  # the instance of a column that holds zeros
@@ -139,6 +141,21 @@ class Tape:
         """Keys ("k") or values ("v") of the columns (B,S,Hkv,D), as they are met."""
         return held
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """How old keys and values are rounded."""
+        return self.subject.quantization
+
+    def rounded(
+        self, quantization: Quantization, k: Tensor, v: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (B,Hkv,n,D) of quantized columns at positions (B,n), as they are met."""
+        return quantization.rounded(k, v, positions)
+
+    def rounded_for(self, end: int) -> Sequence[int]:
+        """The places of the new tokens, up to `end`, by which they meet others rounded."""
+        return range(end - self.n_new, end)
+
     # Attention, called by the model in place of a cache's
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
@@ -152,9 +169,26 @@ class Tape:
         values = self.store.get("v", layer, [[c.value for c in row] for row in rows])
         keys = self.met("k", layer, keys, rows).transpose(1, 2)
         values = self.met("v", layer, values, rows).transpose(1, 2)
-        mask = [[self._seen(b, i, row, filler) for i in range(self.n_new)]
+        seen = [[self._seen(b, i, row, filler) for i in range(self.n_new)]
                 for b, row in enumerate(rows)]  # fmt: skip
-        return self.attention(q, keys, values, torch.tensor(mask, device=q.device)[:, None])
+        mask = torch.tensor(seen, device=q.device)[:, None]
+        if self.quantization is not None:
+            keys, values, mask = self._quantized(self.quantization, keys, values, mask, rows)
+        return self.attention(q, keys, values, mask)
+
+    def _quantized(
+        self, by: Quantization, k: Tensor, v: Tensor, mask: Tensor, rows: list[list[Column]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with quantized columns in front, each met in place of its exact one."""
+        width = k.shape[2]
+        if not (n := by.settled(width - 1)):
+            return k, v, mask
+        at = torch.tensor([[c.at for c in row[:n]] for row in rows], device=k.device)
+        keys, values = self.rounded(by, k[:, :, :n], v[:, :, :n], at)
+        tokens = self.rounded_for(width)
+        met = by.meets(tokens, range(n), range(width)).to(mask.device)
+        mask = torch.cat([mask[..., :n], mask], dim=3) & met
+        return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), mask
 
     def _seen(self, row: int, i: int, columns: list[Column], filler: Column) -> list[bool]:
         query, first = self.new[row][i], len(columns) - self.n_new

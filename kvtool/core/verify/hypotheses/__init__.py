@@ -10,7 +10,9 @@ from torch import Tensor
 from kvtool.core.verify.compare import distances
 from kvtool.core.verify.hypotheses.contents import CONTENTS
 from kvtool.core.verify.hypotheses.masks import MASKS
+from kvtool.core.verify.hypotheses.pages import PAGES
 from kvtool.core.verify.hypotheses.positions import POSITIONS
+from kvtool.core.verify.hypotheses.quantized import QUANTIZED
 from kvtool.core.verify.hypotheses.rollback import ROLLBACK
 from kvtool.core.verify.hypotheses.windows import WINDOWS
 from kvtool.core.verify.judge import Case
@@ -24,7 +26,7 @@ NOT_A_NUMBER = (
     "NaN is read: a mask does not keep out what unwritten memory holds (0 x NaN is NaN), "
     "and a token that sees no key gives NaN"
 )
-HYPOTHESES = (*POSITIONS, *MASKS, *WINDOWS, *ROLLBACK, *CONTENTS)
+HYPOTHESES = (*POSITIONS, *MASKS, *WINDOWS, *ROLLBACK, *PAGES, *QUANTIZED, *CONTENTS)
 
 
 @torch.inference_mode()
@@ -41,7 +43,10 @@ def explain(
         return NOT_A_NUMBER
     if not reproduces(Tape, subject, case, expected):
         return UNKNOWN  # this model's attention is not what the tape knows
-    there = {*case.scenario.needs, *({"window", "source"} & subject.abilities)}
+    there = {
+        *case.scenario.needs,
+        *({"window", "source", "quantized", "pages"} & subject.abilities),
+    }
     names = [
         tape.hint
         for tape in HYPOTHESES

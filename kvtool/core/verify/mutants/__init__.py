@@ -6,7 +6,9 @@ from kvtool.core.verify.mutants.contents import CONTENTS
 from kvtool.core.verify.mutants.lookalikes import LOOKALIKES
 from kvtool.core.verify.mutants.masks import MASKS
 from kvtool.core.verify.mutants.mutant import Lookalike, Mutant, Planted
+from kvtool.core.verify.mutants.pages import PAGES
 from kvtool.core.verify.mutants.positions import POSITIONS
+from kvtool.core.verify.mutants.quantized import QUANTIZED
 from kvtool.core.verify.mutants.rollback import ROLLBACK
 from kvtool.core.verify.mutants.slots import SLOTS
 from kvtool.core.verify.mutants.sources import SOURCES
@@ -14,5 +16,5 @@ from kvtool.core.verify.mutants.windows import WINDOWS
 
 __all__ = ["LOOKALIKES", "MUTANTS", "Lookalike", "Mutant", "Planted"]
 
-ALL = (*POSITIONS, *MASKS, *WINDOWS, *ROLLBACK, *SLOTS, *SOURCES, *CONTENTS)
+ALL = (*POSITIONS, *MASKS, *WINDOWS, *ROLLBACK, *SLOTS, *SOURCES, *PAGES, *QUANTIZED, *CONTENTS)
 MUTANTS = tuple(sorted(ALL, key=lambda mutant: mutant.bug_class or 99))  # unlisted ones last

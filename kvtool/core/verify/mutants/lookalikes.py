@@ -11,6 +11,7 @@ from torch import Tensor
 from kvtool.core.cache import CacheSpec, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
+from kvtool.core.cache.quantized import Int4Cache, Int8Cache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.exact import EXACT
@@ -126,6 +127,15 @@ LOOKALIKES = (
     Lookalike(
         "a sliding window that can crop", partial(SlidingCache, window=5, sinks=0, slack=3),
         model="sinusoidal", why="it is compared under the same window",
+    ),
+    Lookalike(
+        "keys and values in 4 bits", partial(Int4Cache, group=4, residual=2),
+        why="it is compared with a pass that rounds the same way",
+    ),
+    Lookalike(
+        "8 bits in bfloat16", partial(Int8Cache, group=4, residual=0, slack=4),
+        model="seq2seq", dtype=torch.bfloat16,
+        why="where a value lies between two codes, rounding chooses",
     ),
     Lookalike(
         "float32 softmax in bfloat16", kernels=LowSoftmax(), dtype=torch.bfloat16,
