@@ -152,6 +152,7 @@ class Cache(ABC):
     quantization: Quantization | None = None  # how tokens are rounded, and by when
     window: int = 0  # how many positions a token sees, its own included; 0: all before it
     sinks: int = 0  # and how many of the first ones, always
+    page: int = 0  # tokens of a page; 0: columns are not in pages
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
         """An empty cache; left_padding (B,) counts the padding tokens at the start of each row."""
