@@ -292,7 +292,7 @@ class SourceNotSelected(Tape):
 
 class ForkShares(Tape):
     hint = "forks share their storage: one continuation overwrites the other's tokens"
-    needs = ("fork",)
+    needs: tuple[str, ...] = ("fork",)
     parts: tuple[str, ...] = ("key", "value")
 
     def _begin(self, start: Start) -> None:
