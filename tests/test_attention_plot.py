@@ -23,7 +23,14 @@ from kvtool.core.kernels import DEFAULT
 from kvtool.core.models import Model
 from kvtool.core.text import BOS, EOS, PAD, UNK, Tokenizer
 from kvtool.ui import heat_maps
-from small_models import PHONES, answer, random_model, save_decoder, save_seq2seq
+from small_models import (
+    PHONES,
+    answer,
+    change_weights,
+    random_model,
+    save_decoder,
+    save_seq2seq,
+)
 
 SOURCE = [4, 9, 16, 5, 4, 11]
 TARGET = [9, 10, 11, 12, EOS]
@@ -280,6 +287,23 @@ def test_the_target_drawn_is_the_one_that_was_chosen(
         f"jail → {best['text']}",
     ]
     given_once = expected(seq2seq, "jail", best["text"], layer - 1, best["ended"])
+    torch.testing.assert_close(weights, given_once, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("beams", "n_phones"), [("1", 6), ("4", 5)])
+def test_the_end_of_the_target_has_a_row(
+    generate: Callable[..., Ran], drawn: list[Any], tmp_path: Path, beams: str, n_phones: int
+) -> None:
+    def likely_to_end(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights["decoder.embed.tokens.weight"][EOS] *= 3
+        return weights
+
+    model = change_weights(save_seq2seq(tmp_path / "a", 18), tmp_path / "b", likely_to_end)
+    given = ("--prompt", "wren", "--attention-plot", "a.png", "--beams", beams, "--json")
+    (result,) = answer(generate(*given, model=model))["results"]
+    ((weights, _, target, _),) = drawn
+    assert target == [*result["text"].split(), "<eos>"] and len(target) == n_phones + 1
+    given_once = expected(model, "wren", result["text"], 1, ended=True)
     torch.testing.assert_close(weights, given_once, rtol=0, atol=1e-12)
 
 
