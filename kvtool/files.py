@@ -78,6 +78,9 @@ def require_file(path: Path, what: str) -> Path:
     try:
         info = path.stat()
     except FileNotFoundError:
+        if path.is_symlink():
+            lost = f"{path}: is a link to {os.readlink(path)}, which does not exist"
+            raise FileError(f"{lost} (expected {what})") from None
         raise FileError(f"{path}: {what} not found", nearest(path)) from None
     except OSError as error:
         raise FileError(f"{path}: {what} cannot be opened ({error.strerror})") from error
@@ -94,8 +97,10 @@ def nearest(path: Path) -> str:
     """Name the files beside `path` with the most similar names in a sentence; "" for none."""
     try:
         names = sorted(entry.name for entry in path.parent.iterdir())
-    except OSError:
+    except FileNotFoundError:
         return f"The folder {path.parent} does not exist either." if str(path.parent) != "." else ""
+    except OSError:
+        return ""
     close = difflib.get_close_matches(path.name, names, n=3)
     found = " or ".join(str(path.parent / name) for name in close)
     return f"Did you mean {found}?" if close else ""

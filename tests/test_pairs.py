@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import errno
 import gzip
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -221,6 +224,10 @@ def test_one_row_is_a_file(tsv):
         (b"version https://git-lfs.github.com/spec/v1\n", ": is a Git LFS pointer "),
         (b"<!DOCTYPE HTML>\n<title>404</title>\n", ": is an HTML page "),
         (lzma.compress(b"a\tb\n"), ": is an xz archive "),
+        (bz2.compress(b"a\tb\n"), ": is a bzip2 archive "),
+        (gzip.compress(gzip.compress(rows(9))), ": is a gzip file in a gzip file "),
+        (b"%PDF-1.7\n%\xe2\xe3\n", ": is a PDF document "),
+        ("a\tb\n".encode("utf-32"), ": is UTF-32 text "),
     ],
 )
 def test_a_bad_file_is_refused_with_its_line_and_offset(tsv, data, message):
@@ -291,7 +298,7 @@ def test_sources_are_counted_after_merging(tsv):
     assert splits.train[0].targets == ("t0", "other")
 
 
-@pytest.mark.parametrize(("n", "count"), [(1, "1 source "), (19, "19 sources ")])
+@pytest.mark.parametrize(("n", "count"), [(1, "1 source is too"), (19, "19 sources are too")])
 def test_too_few_sources_are_their_own_dev_set_and_a_note_says_so(tsv, n, count):
     splits = load_data(str(tsv(rows(n))))
     assert splits.valid == splits.train and len(splits.train) == n
@@ -359,5 +366,30 @@ def test_data_that_is_not_there_is_refused_with_the_nearest_name(tsv, tmp_path):
         load_data(str(tmp_path / "zzz"))
     with pytest.raises(FileError, match="a TSV file not found"):
         load_data("cmudict", test=tmp_path / "zzz")
+    with pytest.raises(FileError, match=r"not found\. The folder .*none does not exist either"):
+        load_data(str(tmp_path / "none" / "train.tsv"))
+    with pytest.raises(FileError, match=r"not found\. Give a file"):
+        load_data(str(tmp_path / "train.tsv" / "train.tsv"))
     with pytest.raises(UsageError, match="--data: is empty"):
         load_data("")
+
+
+def test_a_link_to_nowhere_is_refused_as_what_it_is(tmp_path):
+    (tmp_path / "a.tsv").symlink_to("b.tsv")
+    message = r"a\.tsv: is a link to b\.tsv, which does not exist \(expected a TSV file\)$"
+    for given_as in (
+        {"data": str(tmp_path / "a.tsv")},
+        {"data": "cmudict", "test": tmp_path / "a.tsv"},
+    ):
+        with pytest.raises(FileError, match=message):
+            load_data(**given_as)
+
+
+def test_a_file_that_may_not_be_seen_is_not_called_missing(tmp_path, monkeypatch):
+    def deny(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "lstat", deny)
+    monkeypatch.setattr(Path, "stat", deny)
+    with pytest.raises(FileError, match=r"cannot be opened \(Permission denied\)$"):
+        load_data(str(tmp_path / "a.tsv"))

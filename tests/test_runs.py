@@ -22,7 +22,7 @@ import torch
 from kvtool.core import runs
 from kvtool.core.runs import RunFolder
 from kvtool.errors import FileError
-from training_cases import STEPS, Hook, outcome, task, train
+from training_cases import STEPS, TEXT, Hook, outcome, task, train
 
 
 def silent(_: str) -> None:
@@ -82,7 +82,9 @@ def test_where_there_is_no_run_there_is_nothing_to_resume(tmp_path: Path, exists
 def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path, resume: bool) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert f"--out {out}: cannot be written (" in refusal(opened, out, resume=resume)
+        message = refusal(opened, out, resume=resume)
+        assert message.startswith(f"--out {out}: cannot be written (")
+        assert message.endswith("). Give a folder, not a file.")
 
 
 @pytest.fixture
@@ -151,6 +153,32 @@ def test_what_a_killed_write_left_is_cleared_away_and_does_not_count(tmp_path: P
     assert left == {".notes.tmp"}
 
 
+@pytest.mark.parametrize("before", [None, [], [".lock"], ["holiday.jpg"], ["run.json", ".lock"]])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_probe_refuses_what_opening_would_and_leaves_no_trace(
+    tmp_path: Path, before: list[str] | None, resume: bool
+) -> None:
+    out = tmp_path / "a" / "b"
+    if before is not None:
+        out.mkdir(parents=True)
+        for name in before:
+            (out / name).touch()
+    there = sorted(tmp_path.rglob("*"))
+    try:
+        RunFolder.probe(out, resume)
+        said = ""
+    except FileError as error:
+        said = str(error)
+    assert sorted(tmp_path.rglob("*")) == there
+    assert said == (refusal(opened, out, resume) if said else "")
+    if not said:
+        opened(out, resume).__exit__()
+
+
+def test_a_probe_sees_who_uses_the_folder(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    assert f"in use by pid {holder.pid}." in refusal(RunFolder.probe, tmp_path, False)
+
+
 # What it agrees to
 
 
@@ -172,6 +200,16 @@ def test_a_resumed_run_with_other_settings_is_refused_by_their_name(
     message = refusal(train, tmp_path, resume=True, **changes)
     assert message.startswith(f"--resume: {said}") and "Resume with the settings" in message
     assert outcome(tmp_path) == before
+
+
+def test_changed_data_are_told_by_the_start_of_their_hash(tmp_path: Path) -> None:
+    train(tmp_path, steps=1)
+    message = refusal(train, tmp_path, steps=1, resume=True, learn=task("ba" * 200))
+    before, now = (task(text).facts()["data_sha256"][:8] for text in (TEXT, "ba" * 200))
+    assert message == (
+        f"--resume: data_sha256 was '{before}...' and is now '{now}...'. "
+        "Resume with the settings, data and tokenizer that the run was started with."
+    )
 
 
 def test_a_difference_inside_a_setting_is_named_and_one_that_is_gone_too(tmp_path: Path) -> None:

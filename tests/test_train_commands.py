@@ -305,6 +305,17 @@ def test_tensorboard_is_refused_where_it_is_not_installed_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_folder_that_cannot_be_used_is_refused_before_the_data_are_read(
+    either: Command, tmp_path: Path, resume: list[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "holiday.jpg").touch()
+    said = "holds no run to resume" if resume else "is not empty (found holiday.jpg)"
+    ran = either(*resume, "--data", "nowhere.txt")
+    assert f"--out {tmp_path / 'run'}: {said}" in refused(ran)
+
+
 def test_a_text_is_needed_and_room_for_all_bytes(kv: Command, lm: Command) -> None:
     assert refused(kv(*LM, command="train-lm")).startswith("--data: is missing. Give a text file")
     assert refused(lm("--vocab-size", "255")).startswith("--vocab-size: 255 is too small")

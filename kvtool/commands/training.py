@@ -209,12 +209,12 @@ def output(as_json: bool, output_file: Path | None, quiet: bool, verbose: bool) 
 
 
 def device_of(run: RunConfig, config: TrainConfig) -> torch.device:
-    """Where to train. Raises UsageError for a number format that training does not use, and for
-    --tensorboard where that is not installed: before any work."""
+    """Where to train. Raises before any work, or data is read, what would end the run later: for a
+    number format that training does not use, for --out, and where TensorBoard is not installed."""
     import torch
 
     from kvtool.core.machine import prepare
-    from kvtool.core.runs import event_writer
+    from kvtool.core.runs import RunFolder, event_writer
     from kvtool.errors import UsageError
 
     if run.dtype != "float32":
@@ -223,6 +223,8 @@ def device_of(run: RunConfig, config: TrainConfig) -> torch.device:
         )
     if config.tensorboard:
         event_writer()
+    if not follows():
+        RunFolder.probe(config.out, config.resume)
     device = prepare(run)[0]
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

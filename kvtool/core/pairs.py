@@ -30,14 +30,19 @@ TEST_REMAINDERS = (17, 18)
 
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # all but the tab
 _HEADER_NAMES = {"source", "src", "input", "word", "target", "tgt", "output", "pronunciation"}
+_UNPACK, _CONVERT = "Unpack it first.", "Convert it to UTF-8 first."
 _NOT_TSV = {
-    b"version https://git-lfs": "a Git LFS pointer",
-    b"<!doctype html": "an HTML page",
-    b"PK\x03\x04": "a zip archive",
-    b"\xfd7zXZ\x00": "an xz archive",
-    b"\x28\xb5\x2f\xfd": "a zstd archive",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
+    b"version https://git-lfs": ("a Git LFS pointer", "Get the file itself with git lfs pull."),
+    b"<!doctype html": ("an HTML page", ""),
+    b"%PDF-": ("a PDF document", ""),
+    b"PK\x03\x04": ("a zip archive", _UNPACK),
+    b"\x1f\x8b": ("a gzip file in a gzip file", _UNPACK),
+    b"BZh91AY&SY": ("a bzip2 archive", _UNPACK),
+    b"\xfd7zXZ\x00": ("an xz archive", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("a zstd archive", _UNPACK),
+    b"\xff\xfe\x00\x00": ("UTF-32 text", _CONVERT),  # before UTF-16, which it begins like
+    b"\xff\xfe": ("UTF-16 text", _CONVERT),
+    b"\xfe\xff": ("UTF-16 text", _CONVERT),
 }
 
 
@@ -199,13 +204,17 @@ def _data_path(data: str) -> Path:
     if not data:
         raise UsageError("--data: is empty", f"Give a TSV file, or {CMUDICT}.")
     path = Path(data)
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
         close = difflib.get_close_matches(data, [CMUDICT])
         hint = f"Did you mean {CMUDICT}?" if close else nearest(path)
         raise FileError(
             f"--data {data}: not found",
             hint or f"Give a file with source TAB target on each line, or {CMUDICT}.",
-        )
+        ) from None
+    except OSError:
+        pass  # whoever reads it will say why it cannot be
     return path
 
 
@@ -220,8 +229,9 @@ def _split_tsv(path: Path, hold_out: bool, notes: list[str]) -> Splits:
         )
     elif hold_out:
         valid_name = f"{path}, the training data"
+        are = "is" if len(train) == 1 else "are"
         notes.append(
-            f"{path}: {_count(len(train), 'source')} are too few to hold some out "
+            f"{path}: {_count(len(train), 'source')} {are} too few to hold some out "
             f"(expected {SPLIT_MODULUS} or more), so the dev scores are on the training data"
         )
     return Splits(train, valid, (), name, sha256="", valid_name=valid_name, test_name="")
@@ -284,9 +294,9 @@ def _decompress(path: Path, raw: bytes) -> bytes:
 
 def _decode(path: Path, data: bytes) -> str:
     start = data[:32].lower()
-    for magic, what in _NOT_TSV.items():
+    for magic, (what, hint) in _NOT_TSV.items():
         if start.startswith(magic.lower()):
-            raise FileError(f"{path}: is {what} (expected UTF-8 text, source TAB target)")
+            raise FileError(f"{path}: is {what} (expected UTF-8 text, source TAB target)", hint)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -294,7 +304,7 @@ def _decode(path: Path, data: bytes) -> str:
         raise FileError(
             f"{path}: line {line}: is not UTF-8 "
             f"(byte 0x{data[error.start]:02x} at offset {error.start})",
-            "Convert it to UTF-8 first.",
+            _CONVERT,
         ) from error
 
 

@@ -57,6 +57,17 @@ class RunFolder:
             self.__exit__()
             raise
 
+    @classmethod
+    def probe(cls, path: Path, resume: bool) -> None:
+        """Raise what opening it would raise, before there is any work to lose; leaves no trace."""
+        absent = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
+        locked_before = os.path.exists(path / LOCK)
+        with cls(path, resume, lambda _: None), contextlib.suppress(OSError):
+            if not locked_before:
+                (path / LOCK).unlink()
+            for folder in absent:
+                folder.rmdir()
+
     def _names(self, make: bool = False) -> set[str]:
         try:
             if make:
@@ -65,7 +76,11 @@ class RunFolder:
         except FileNotFoundError:
             return set()
         except OSError as error:
-            raise FileError(f"--out {self.path}: cannot be written ({error.strerror})") from error
+            is_file = isinstance(error, (FileExistsError, NotADirectoryError))
+            raise FileError(
+                f"--out {self.path}: cannot be written ({error.strerror})",
+                "Give a folder, not a file." if is_file else "",
+            ) from error
 
     def _check(self, names: set[str], resume: bool) -> None:
         if names and not resume:
@@ -126,7 +141,7 @@ class RunFolder:
         before = {name: value for name, value in BEFORE.items() if name in now}
         before |= _flat(read_json_object(path, "the settings of a run"))
         changed = [
-            f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+            f"{name} was {_short(before.get(name))} and is now {_short(now.get(name))}"
             for name in sorted(before.keys() | now.keys())
             if before.get(name) != now.get(name)
         ]
@@ -253,6 +268,12 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
         inside = value.items() if isinstance(value, Mapping) else None
         flat.update({f"{name}.{key}": part for key, part in inside} if inside else {name: value})
     return flat
+
+
+def _short(value: Any) -> str:
+    """A setting in a message; of a hash, enough to tell two apart."""
+    text = repr(value)
+    return text if len(text) < 40 else f"{text[:9]}...{text[-1]}"
 
 
 def _intact(path: Path) -> bytes | None:
