@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -359,84 +358,3 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with opened(tmp_path) as folder:
         (tmp_path / "log.jsonl").mkdir()
         assert "log.jsonl: cannot be written (Is a directory)" in refusal(folder.log, step=1)
-
-
-# TensorBoard
-
-Shown = dict[str, list[tuple[str, int, float]]]
-
-
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
-    """What a TensorBoard would show of each folder: tags, steps and values."""
-    folders: Shown = {}
-
-    class SummaryWriter:
-        def __init__(self, folder: str, purge_step: int) -> None:
-            Path(folder).mkdir(exist_ok=True)
-            self.folder = folder
-            folders[folder] = [event for event in folders.get(folder, []) if event[1] < purge_step]
-
-        def add_scalar(self, tag: str, value: float, step: int) -> None:
-            folders[self.folder].append((tag, step, value))
-
-        def flush(self) -> None: ...
-
-        def close(self) -> None: ...
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return folders
-
-
-def logged(out: Path) -> list[tuple[str, int, float]]:
-    """The log of a run as events."""
-    events = []
-    for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
-        figures = {f"valid/{name}": value for name, value in line.get("valid", {}).items()}
-        if "loss" in line:
-            figures = {f"train/{name}": line[name] for name in ("loss", "lr", "grad_norm")}
-            figures["train/tokens_per_s"] = line["tokens"] / line["seconds"]
-        events += [(name, line["step"], value) for name, value in figures.items()]
-    return events
-
-
-def stop_at(step: int) -> Hook:
-    return Hook(step, lambda: signal.raise_signal(signal.SIGINT))
-
-
-def fail_at(step: int) -> Hook:
-    return Hook(step, lambda: [].pop())
-
-
-def test_tensorboard_shows_the_log_and_changes_nothing(tmp_path: Path, shown: Shown) -> None:
-    train(tmp_path / "a", tensorboard=True)
-    train(tmp_path / "b")
-    assert list(shown) == [str(tmp_path / "a" / "tensorboard")]
-    events = shown[str(tmp_path / "a" / "tensorboard")]
-    assert events == logged(tmp_path / "a")
-    assert {tag for tag, *_ in events} == {
-        *(f"train/{name}" for name in ("loss", "lr", "grad_norm", "tokens_per_s")),
-        "valid/bits_per_char",
-        "valid/nats_per_token",
-    }
-    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
-    assert not (tmp_path / "b" / "tensorboard").exists()
-
-
-@pytest.mark.parametrize("watcher", [stop_at, fail_at])
-@pytest.mark.parametrize("first", [True, False])
-def test_a_resumed_run_shows_each_event_once_those_from_before_it_was_asked_for_too(
-    tmp_path: Path, shown: Shown, watcher: Callable[[int], Hook], first: bool
-) -> None:
-    with pytest.raises((KeyboardInterrupt, IndexError)):
-        train(tmp_path, watcher=watcher(11), tensorboard=first)
-    train(tmp_path, resume=True, tensorboard=True)
-    assert sorted(shown[str(tmp_path / "tensorboard")]) == sorted(logged(tmp_path))
-
-
-def test_a_folder_of_events_that_cannot_be_made_is_named(tmp_path: Path, shown: Shown) -> None:
-    with opened(tmp_path) as folder:
-        (tmp_path / "tensorboard").touch()
-        assert f"{tmp_path / 'tensorboard'}: cannot be written" in refusal(folder.open_events, 0)
