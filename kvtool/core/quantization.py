@@ -96,6 +96,7 @@ class Quantization:
         # largest. Of equal values it must not become 0.
         scale = ((high - low) / levels).to(x.dtype)
         short = scale.to(exact.dtype) * levels < high - low
-        scale = torch.where(short, scale.nextafter(scale.new_tensor(torch.inf)), scale)
-        scale = scale.clamp(min=torch.finfo(x.dtype).tiny).to(exact.dtype)
+        info = torch.finfo(x.dtype)
+        larger = (scale.to(exact.dtype) * (1 + info.eps)).to(x.dtype)
+        scale = torch.where(short, larger, scale).clamp(min=info.tiny).to(exact.dtype)
         return Codes(((exact - low) / scale).round().clamp(0, levels), scale, low)

@@ -306,11 +306,12 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _scale(extent: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
-    """The least number of a format that is not 0 and reaches over `extent` in `levels` steps."""
+    """What reaches over `extent` in `levels` steps, kept in a format: rounded up, and never 0."""
+    info = torch.finfo(dtype)
     scale = (extent / levels).to(dtype)
-    next_one = torch.nextafter(scale, torch.full_like(scale, torch.inf))
-    scale = torch.where(scale.to(extent.dtype) * levels < extent, next_one, scale)
-    return scale.clamp_(min=torch.finfo(dtype).tiny)
+    larger = (scale.to(extent.dtype) * (1 + info.eps)).to(dtype)
+    scale = torch.where(scale.to(extent.dtype) * levels < extent, larger, scale)
+    return scale.clamp_(min=info.tiny)
 
 
 def _put(goal: Tensor, start: int, new: Tensor) -> None:
