@@ -6,6 +6,7 @@ Values are "module:attribute" text, so that reading the table imports nothing.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +20,14 @@ CACHES = {
     "int8": "kvtool.core.cache.quantized:Int8Cache",
     "int4": "kvtool.core.cache.quantized:Int4Cache",
     "paged": "kvtool.core.cache.paged:PagedCache",
+}
+
+# What a user may choose of a kind: `sliding:window=64:sinks=4`, or --window 64 --sinks 4.
+CACHE_SETTINGS = {
+    "sliding": ("window", "sinks"),
+    "int8": ("group", "residual"),
+    "int4": ("group", "residual"),
+    "paged": ("page",),
 }
 
 KERNELS = {
@@ -48,6 +57,37 @@ def choose(value: str, choices: list[str] | tuple[str, ...], flag: str) -> str:
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"Choose one of: {', '.join(choices)}."
     raise UsageError(f"{flag}: {value!r} is not known (expected one of {', '.join(choices)})", hint)
+
+
+def split_kind(text: str, flag: str = "--cache") -> tuple[str, dict[str, int]]:
+    """A kind of cache and its settings: "paged:page=8" -> ("paged", {"page": 8}).
+
+    Raises UsageError for an unknown kind or setting, and for a value that is no whole number.
+    """
+    name, *pairs = text.split(":")
+    choose(name, tuple(CACHES), flag)
+    known = CACHE_SETTINGS.get(name, ())
+    settings = {}
+    for pair in pairs:
+        setting, _, value = pair.partition("=")
+        if setting not in known:
+            has = f"expected one of {', '.join(known)}" if known else "it has none"
+            raise UsageError(f"{flag}: {name} has no setting {setting!r} ({has})")
+        if not (value.isascii() and value.isdigit()) or len(value) > 9:
+            raise UsageError(f"{flag}: {setting}: {value!r} is not a whole number")
+        settings[setting] = int(value)
+    return name, settings
+
+
+def with_settings(kind: str, given: Mapping[str, int | None]) -> str:
+    """`kind` with those of the given settings that its kind has and its text does not say; None is
+    not given."""
+    name, settings = split_kind(kind)
+    for key in CACHE_SETTINGS.get(name, ()):
+        value = given.get(key)
+        if value is not None:
+            settings.setdefault(key, value)
+    return ":".join([name, *(f"{key}={value}" for key, value in settings.items())])
 
 
 def load(table: dict[str, str], name: str) -> Any:

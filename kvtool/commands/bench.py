@@ -252,6 +252,11 @@ def command(
         ),
     ] = None,
     kernels: o.Kernels = "default",
+    window: o.Window = None,
+    sinks: o.Sinks = None,
+    group: o.Group = None,
+    residual: o.Residual = None,
+    page: o.Page = None,
     n_kv_heads: Annotated[
         int,
         typer.Option(
@@ -319,7 +324,9 @@ def command(
     settings = Settings(
         run=RunConfig(model, device, dtype, threads, seed),
         lengths=lengths,
-        caches=caches,
+        caches=o.kinds_with_settings(
+            caches, window=window, sinks=sinks, group=group, residual=residual, page=page
+        ),
         prompt_length=prompt_length,
         batch_size=batch_size,
         repeats=repeats,

@@ -227,6 +227,11 @@ def command(
     ] = None,
     cache: o.Cache = "dynamic",
     kernels: o.Kernels = "default",
+    window: o.Window = None,
+    sinks: o.Sinks = None,
+    group: o.Group = None,
+    residual: o.Residual = None,
+    page: o.Page = None,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -360,7 +365,9 @@ def command(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        cache=cache,
+        cache=o.kinds_with_settings(
+            [cache], window=window, sinks=sinks, group=group, residual=residual, page=page
+        )[0],
         kernels=kernels,
         beams=beams,
         length_penalty=length_penalty,

@@ -45,7 +45,7 @@ class Settings:
         if self.target is not None:
             open_options = {
                 "--model": self.run.model,
-                "--caches": self.caches != o.ALL_CACHES,
+                "--caches": self.caches != o.ALL_CACHES,  # and their settings
                 "--kernels": self.kernels != o.ALL_KERNELS,
                 "--prompt": self.prompt is not None,
             }
@@ -265,6 +265,11 @@ def _scenario(text: str, flag: str) -> str:
 def command(
     caches: o.Caches = o.ALL_CACHES,
     kernels: o.KernelsList = o.ALL_KERNELS,
+    window: o.Window = None,
+    sinks: o.Sinks = None,
+    group: o.Group = None,
+    residual: o.Residual = None,
+    page: o.Page = None,
     scenarios: Annotated[
         list[str],
         list_option(
@@ -338,7 +343,10 @@ def command(
         }
         refuse(given, "--self-test", "It has models, caches and tokens of its own.")
         present("verify-cache.self-test", st.Settings(machine), st.run, st.show, out)
-    settings = Settings(machine, caches, kernels, scenarios, tokens, prompt, target, plot)
+    chosen = o.kinds_with_settings(
+        caches, window=window, sinks=sinks, group=group, residual=residual, page=page
+    )
+    settings = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot)
 
     def work(settings: Settings, out: Output) -> Report:
         report = run(settings, out)

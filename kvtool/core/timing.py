@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvtool.core.cache import CacheSpec, cache_class, make_cache
+from kvtool.core.cache import CacheSpec, make_cache, predicted_nbytes
 from kvtool.core.engine import begin, generate
 from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model
@@ -100,7 +100,7 @@ class Workload:
         n_start = 1 if self.model.config.n_encoder_layers else self.prompt.shape[1]
         n_new = length + self.decode_only
         spec = self._spec(n_start + n_new)
-        return cache_class(kind).predict_nbytes(spec, n_start + n_new - 1, n_start)
+        return predicted_nbytes(kind, spec, n_start + n_new - 1, n_start)
 
     def _spec(self, capacity: int) -> CacheSpec:
         batch, device = self.prompt.shape[0], self.prompt.device

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kvtool.config import DEVICES, DTYPES
+from kvtool.config import DEVICES, DTYPES, check_int
 from kvtool.errors import UsageError
 from kvtool.files import shipped_models
-from kvtool.registry import CACHES, KERNELS, choose
+from kvtool.registry import CACHE_SETTINGS, CACHES, KERNELS, choose, split_kind, with_settings
 from kvtool.ui.lists import lengths, list_option
 
 MACHINE = "Model and machine"
+KIND = "Settings of cache kinds"
 REPORT = "Output"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 ALL_CACHES = list(CACHES)
@@ -33,8 +34,9 @@ def _complete(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
 
 
 def cache_kind(text: str, flag: str) -> str:
-    """One registered cache kind. Raises UsageError with the nearest name."""
-    return choose(text, list(CACHES), flag)
+    """One registered cache kind, perhaps with settings. Raises UsageError with the nearest name."""
+    split_kind(text, flag)
+    return text
 
 
 def cache_kinds(text: str, flag: str) -> list[str]:
@@ -149,6 +151,40 @@ Debug = Annotated[
     typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=REPORT),
 ]
 
+
+def kinds_with_settings(kinds: list[str], **given: int | None) -> list[str]:
+    """Kinds of caches with what --window and its like say of them. Raises UsageError for an option
+    that none of the kinds has."""
+    names = list(dict.fromkeys(split_kind(kind)[0] for kind in kinds))
+    for name, value in given.items():
+        if value is not None:
+            check_int(f"--{name}", value, 0)
+        if value is not None and not any(name in CACHE_SETTINGS.get(kind, ()) for kind in names):
+            owners = [kind for kind, settings in CACHE_SETTINGS.items() if name in settings]
+            raise UsageError(
+                f"--{name}: no setting of {', '.join(names)}",
+                f"It belongs to {' and '.join(owners)}.",
+            )
+    return [with_settings(kind, given) for kind in kinds]
+
+
+def _setting(name: str, help: str) -> Any:
+    return typer.Option(
+        f"--{name}", metavar="N", help=help, show_default=False, rich_help_panel=KIND
+    )
+
+
+Window = Annotated[
+    int | None, _setting("window", "sliding: how many tokens are seen, the newest included (256).")
+]
+Sinks = Annotated[int | None, _setting("sinks", "sliding: how many first tokens are kept (4).")]
+Group = Annotated[
+    int | None, _setting("group", "int8, int4: tokens, or channels, that share a scale (32).")
+]
+Residual = Annotated[
+    int | None, _setting("residual", "int8, int4: the newest tokens stay exact, at least (32).")
+]
+Page = Annotated[int | None, _setting("page", "paged: tokens of a page (16).")]
 Cache = Annotated[
     str,
     typer.Option(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtool import registry
 from kvtool.core.cache import Cache, CacheSpec, Step, cache_class, make_cache
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.engine import begin, check_context, generate
@@ -59,9 +60,11 @@ def main_case(model: Model, prompt: Tensor, n_new: int) -> Case:
 
 
 def small(kind: str) -> Callable[[CacheSpec, Tensor | None], Cache]:
-    """How to make a cache of a registered kind that does all that it does in a short check."""
+    """How to make a cache of a registered kind that does all that it does in a short check, but for
+    settings that the kind comes with."""
     found: Any = cache_class(kind)
-    return partial(found, **found.small) if found.small else found
+    settings = {**found.small, **registry.split_kind(kind)[1]}
+    return partial(found, **settings) if settings else found
 
 
 def check_model(
