@@ -465,3 +465,13 @@ def test_a_check_in_which_no_row_has_two_pages_says_that_it_proves_nothing() -> 
     cache.crop(0)
     assert cache.vacuous() is None
     assert PagedCache.small["page"] < 11 and pages_for(SPEC, 5) == 3 * 5
+
+
+def test_the_example_of_the_documentation_is_what_happens() -> None:
+    cache = PagedCache(dataclasses.replace(SPEC, batch=2), page=2)
+    write(cache, 3)
+    assert cache._table == [[0, 1], [2, 3]]
+    cache.select(torch.tensor([0, 0]))
+    assert cache._table == [[0, 1], [0, 1]] and not cache.pool.users[2] + cache.pool.users[3]
+    write(cache, 1)
+    assert cache._table == [[0, 3], [0, 1]]

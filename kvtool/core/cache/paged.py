@@ -100,7 +100,7 @@ class PagedCache(Cache):
 
         page=2; two rows, three tokens each: [0 1] [2 3], one page in two is half empty
         select([0, 0]):  [0 1] [0 1]    pages 2 and 3 are free
-        one more token:  [0 2] [0 1]    page 1 was copied to 2, then each row wrote to its own
+        one more token:  [0 3] [0 1]    page 1 was copied to 3, then each row wrote to its own
 
     The pool has `pages` pages: by default as many as the rows need to reach the capacity when they
     share nothing, and those of `rows` rows at least. Rows that `select` adds and forks draw on the
