@@ -15,6 +15,8 @@ from kvtool.core.cache import Bytes, Cache, CacheSpec, Step, cache_class, make_c
 from kvtool.core.cache.base import EMPTY
 from kvtool.core.cache.dynamic import GRAIN, DynamicCache
 from kvtool.core.cache.static import StaticCache
+from kvtool.core.verify.mutants.mutant import Mutant
+from kvtool.core.verify.mutants.quantized import QUANTIZED
 from kvtool.errors import CacheOpUnsupported, CapacityError, UsageError
 from planted_bugs import MUTANTS, WholeBuffer
 from test_cache_contract import KINDS
@@ -207,6 +209,16 @@ def test_a_broken_promise_is_caught_and_named(check: Any, broken: Make, said: st
 def test_every_planted_bug_breaks_parity(name: str) -> None:
     with pytest.raises(AssertionError, match=r"^I1, steps to .* differ by"):
         contract.check_any_split_equals_one_pass(MUTANTS[name][0], PLAIN)
+
+
+@pytest.mark.parametrize("mutant", QUANTIZED[:-1], ids=lambda mutant: mutant.name)
+def test_every_planted_bug_of_a_quantizer_breaks_a_promise(mutant: Mutant) -> None:
+    check, number = {
+        "crop": (contract.check_crop_equals_never_having_gone_on, "I5"),
+        "permuted": (contract.check_select_continues_from_each_rows_history, "I6"),
+    }.get(mutant.scenario, (contract.check_any_split_equals_one_pass, "I1"))
+    with pytest.raises(AssertionError, match=f"^{number}, .* differ by"):
+        check(mutant.make, PADDED)
 
 
 @pytest.mark.parametrize("broken", [CropsOneTooFew, SelectsKeysOnly, ResetKeepsThePadding])

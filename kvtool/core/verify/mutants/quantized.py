@@ -124,6 +124,11 @@ def small(kind: type[QuantizedCache], **changes: int) -> Any:
 class NoResidual(Int8Cache):
     """Behind the prompt, groups are rounded as soon as they are full."""
 
+    def _allocate(self, batch: int, columns: int) -> None:
+        right, self.quantization = self.quantization, replace(self.quantization, residual=0)
+        super()._allocate(batch, columns)  # with room for what it rounds too early
+        self.quantization = right
+
     def begin(self, n_new: int) -> Step:
         if self.length:
             self.quantization = replace(self.quantization, residual=0)
