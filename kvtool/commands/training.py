@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvtool.config import ModelConfig, RunConfig, TrainConfig, TrainLength, follows
+from kvtool.config import (
+    ACTIVATIONS,
+    NORMS,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    TrainLength,
+    follows,
+)
 from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
@@ -76,6 +84,29 @@ DModel = Annotated[
 ]
 Heads = Annotated[
     int, typer.Option("--heads", metavar="N", help="Attention heads.", rich_help_panel=MODEL)
+]
+KvHeads = Annotated[
+    int,
+    typer.Option(
+        "--n-kv-heads",
+        metavar="N",
+        show_default="as many as heads",
+        help="Key-value heads; fewer are shared by groups of heads, and make the cache smaller.",
+        rich_help_panel=MODEL,
+    ),
+]
+Norm = Annotated[
+    str,
+    typer.Option("--norm", metavar="KIND", help=f"{' or '.join(NORMS)}.", rich_help_panel=MODEL),
+]
+Activation = Annotated[
+    str,
+    typer.Option(
+        "--activation",
+        metavar="KIND",
+        help=f"{', '.join(ACTIVATIONS[:-1])} or {ACTIVATIONS[-1]}.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Context = Annotated[
     int,
