@@ -20,8 +20,10 @@ DEVICES = ("auto", "cpu", "cuda")
 POSITIONS = ("sinusoidal", "learned", "rotary")
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu")
+ROPE_SCALINGS = ("linear", "llama3", "yarn")
 SCHEDULES = ("cosine", "inverse-sqrt", "constant")
 LARGEST_SIZE = 2**31 - 1
+N_ADDED = 8  # the last fields of ModelConfig, which came after the first checkpoints
 
 
 def process_rank() -> tuple[int, int]:
@@ -58,6 +60,47 @@ def check_float(
         raise UsageError(f"{flag}: {value} is out of range (expected {bound}{limit})")
 
 
+def check_bool(flag: str, value: object) -> None:
+    """Raise UsageError, naming `flag`, unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{flag}: {value!r} is not true or false")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary angles are slowed down for a context longer than the first one trained on.
+
+    linear (kaiokendev 2023) divides every rate by `factor`; llama3 (Llama 3.1) only those that turn
+    less than `low` times within `original_context` tokens, and none that turns more than `high`
+    times; yarn (Peng 2023) likewise between `beta_slow` and `beta_fast` turns, and multiplies
+    queries and keys by `attention_factor`.
+    """
+
+    kind: str
+    factor: float
+    original_context: int = 1  # tokens
+    low: float = 1.0
+    high: float = 4.0
+    beta_slow: float = 1.0
+    beta_fast: float = 32.0
+    truncate: bool = True  # yarn: the ramp begins and ends at whole dimensions
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        choose(self.kind, ROPE_SCALINGS, "rope_scaling")
+        check_int("rope_scaling.original_context", self.original_context, 1)
+        positive = ("factor", "low", "high", "beta_slow", "beta_fast", "attention_factor")
+        for name in positive:
+            check_float(f"rope_scaling.{name}", getattr(self, name), 0.0, 1e30, open_low=True)
+        check_bool("rope_scaling.truncate", self.truncate)
+        for below, above in (("low", "high"), ("beta_slow", "beta_fast")):
+            least, most = getattr(self, below), getattr(self, above)
+            if not least < most:
+                raise UsageError(
+                    f"rope_scaling.{above}: {most} is too small (expected above {below}, {least})"
+                )
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that fixes a model's mathematics and the shapes of its weights.
@@ -83,6 +126,15 @@ class ModelConfig:
     tied: bool = True  # the logits head shares the weights of the token embedding
     rope_theta: float = 10_000.0
     dropout: float = 0.0  # training only
+    # Not written where they are the default: see `to_dict`.
+    head_size: int = 0  # 0: d_model / n_heads
+    qk_norm: bool = False  # RMSNorm of each query and key, before it is rotated
+    qkv_bias: bool | None = None  # None: as `bias`; so for the next two
+    out_bias: bool | None = None
+    mlp_bias: bool | None = None
+    window: int = 0  # positions that a token sees, its own included; 0: all before it
+    first_window_layer: int = 0  # layers before it see all
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         if not self.n_kv_heads:
@@ -94,19 +146,24 @@ class ModelConfig:
             check_int(FLAGS.get(name, name), getattr(self, name), 1)
         check_int("--encoder-layers", self.n_encoder_layers, 0)
         check_int("source_vocab_size", self.source_vocab_size, 1 if self.n_encoder_layers else 0)
-        for name in ("bias", "tied"):
-            if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{name}: {getattr(self, name)!r} is not true or false")
+        for name in ("bias", "tied", "qk_norm"):
+            check_bool(name, getattr(self, name))
+        for name in ("qkv_bias", "out_bias", "mlp_bias"):
+            if getattr(self, name) is not None:
+                check_bool(name, getattr(self, name))
         choose(self.positions, POSITIONS, "--positions")
         choose(self.norm, NORMS, "--norm")
         choose(self.activation, ACTIVATIONS, "--activation")
         check_float("norm_eps", self.norm_eps, 0.0, 1.0, open_low=True)
         check_float("rope_theta", self.rope_theta, 1.0, 1e30)
         check_float("--dropout", self.dropout, 0.0, 0.99)
+        check_int("head_size", self.head_size, 0)
         self._check_heads()
+        self._check_window()
+        self._check_scaling()
 
     def _check_heads(self) -> None:
-        if self.d_model % self.n_heads:
+        if not self.head_size and self.d_model % self.n_heads:
             raise UsageError(
                 f"--heads: {self.n_heads} heads do not divide --d-model {self.d_model}",
                 "Choose a width that is a multiple of the number of heads.",
@@ -123,9 +180,28 @@ class ModelConfig:
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise UsageError(f"--positions: sinusoidal needs an even width (found {self.d_model})")
 
+    def _check_window(self) -> None:
+        check_int("window", self.window, 0)
+        check_int("first_window_layer", self.first_window_layer, 0, self.n_layers)
+        if self.window and self.n_encoder_layers:
+            raise UsageError("window: is for decoder-only models")
+
+    def _check_scaling(self) -> None:
+        if self.rope_scaling is None:
+            return
+        if not isinstance(self.rope_scaling, RopeScaling):
+            raise UsageError(f"rope_scaling: {self.rope_scaling!r} is not an object")
+        if self.positions != "rotary":
+            raise UsageError(f"rope_scaling: contradicts --positions {self.positions}")
+
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.head_size or self.d_model // self.n_heads
+
+    def has_bias(self, part: str) -> bool:
+        """Whether the linear layers of "qkv", "out" or "mlp" have one."""
+        own = getattr(self, f"{part}_bias")
+        return self.bias if own is None else own
 
     @property
     def kind(self) -> str:
@@ -133,7 +209,11 @@ class ModelConfig:
         return "seq2seq" if self.n_encoder_layers else "decoder"
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model_type": f"kvtool-{self.kind}", **dataclasses.asdict(self)}
+        """What config.json holds: fields that older files lack only if they say something."""
+        added = {f.name: f.default for f in dataclasses.fields(self)[-N_ADDED:]}
+        values = dataclasses.asdict(self)
+        kept = {k: v for k, v in values.items() if k not in added or v != added[k]}
+        return {"model_type": f"kvtool-{self.kind}", **kept}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> ModelConfig:
@@ -151,8 +231,11 @@ class ModelConfig:
             raise FileError(f"{where}: unknown field {unknown[0]!r} would change the model")
         if "vocab_size" not in data:
             raise FileError(f"{where}: vocab_size is missing")
+        values = {key: value for key, value in data.items() if key in known}
         try:
-            config = cls(**{key: value for key, value in data.items() if key in known})
+            if isinstance(scaling := values.get("rope_scaling"), Mapping):
+                values["rope_scaling"] = RopeScaling(**scaling)
+            config = cls(**values)
         except (TypeError, UsageError) as error:
             raise FileError(f"{where}: {error}") from error
         if f"kvtool-{config.kind}" != kind:

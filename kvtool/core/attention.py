@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.kernels import DEFAULT, Kernels
-from kvtool.core.layers import Linear
+from kvtool.core.layers import Linear, make_head_norm
 from kvtool.core.rope import Rotary
 
 
@@ -33,12 +34,24 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         kv_width = config.n_kv_heads * config.head_dim
-        self.widths = [config.d_model, kv_width, kv_width]
-        self.qkv = Linear(config.d_model, sum(self.widths), bias=config.bias)
-        self.out = Linear(config.d_model, config.d_model, bias=config.bias)
+        self.widths = [config.n_heads * config.head_dim, kv_width, kv_width]
+        self.qkv = Linear(config.d_model, sum(self.widths), bias=config.has_bias("qkv"))
+        self.q_norm = make_head_norm(config) if config.qk_norm else None
+        self.k_norm = make_head_norm(config) if config.qk_norm else None
+        self.out = Linear(self.widths[0], config.d_model, bias=config.has_bias("out"))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of each token, side by side: (B,T,d) -> (B,T,(H+2*Hkv)*D)"""
+        qkv = self.qkv(x)
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        q, k, v = qkv.split(self.widths, dim=-1)
+        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        return torch.cat([q, k, v], dim=-1)
 
     def forward(self, x: Tensor, step: Step, cache: Cache | None, rotary: Rotary | None) -> Tensor:
-        parts = step.kernels.rows(x, self.qkv).split(self.widths, dim=-1)
+        parts = step.kernels.rows(x, self.project).split(self.widths, dim=-1)
         q, k, v = (split_heads(part, self.head_dim) for part in parts)
         if rotary is not None:
             q, k = rotary(q, step.q_pos), rotary(k, step.q_pos)
@@ -58,9 +71,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        self.q = Linear(config.d_model, config.d_model, bias=config.bias)
-        self.kv = Linear(config.d_model, 2 * config.n_kv_heads * config.head_dim, bias=config.bias)
-        self.out = Linear(config.d_model, config.d_model, bias=config.bias)
+        width, kv_width = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
+        self.q = Linear(config.d_model, width, bias=config.has_bias("qkv"))
+        self.kv = Linear(config.d_model, 2 * kv_width, bias=config.has_bias("qkv"))
+        self.out = Linear(width, config.d_model, bias=config.has_bias("out"))
 
     def project(self, memory: Tensor, kernels: Kernels = DEFAULT) -> tuple[Tensor, Tensor]:
         """Keys and values of an encoded source (B,S,d) -> twice (B,Hkv,S,D)."""

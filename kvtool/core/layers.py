@@ -29,6 +29,11 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
+def make_head_norm(config: ModelConfig) -> nn.Module:
+    """RMSNorm over one head's queries or keys (Henry 2020, as in Qwen3)."""
+    return nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
+
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -46,8 +51,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         gates = 2 if config.activation == "swiglu" else 1
-        self.up = Linear(config.d_model, gates * config.d_ff, bias=config.bias)
-        self.down = Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.up = Linear(config.d_model, gates * config.d_ff, bias=config.has_bias("mlp"))
+        self.down = Linear(config.d_ff, config.d_model, bias=config.has_bias("mlp"))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)

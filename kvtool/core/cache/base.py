@@ -117,6 +117,21 @@ class Step:
         mask = visible(q_pos, k_pos, window, sinks) & met
         return cls(q_pos, k_pos, slots, mask, False, kernels, quantization)
 
+    def within(self, window: int) -> Step:
+        """The same step where a token sees `window` positions, its own included; 0: all before it.
+
+        The window is the model's; a cache may have its own, and a query sees what both let it see.
+        """
+        if not window or (self.causal and self.q_pos.shape[1] <= window):
+            return self
+        if self.causal or self.mask is None:
+            mask = visible(self.q_pos, self.k_pos, window)
+        else:
+            near = self.q_pos[:, :, None] - self.k_pos[:, None] < window
+            mask = self.mask & near[:, None]
+        where = (self.q_pos, self.k_pos, self.slots)
+        return Step(*where, mask, False, self.kernels, self.quantization)
+
     @classmethod
     def bidirectional(cls, mask: Tensor, kernels: Kernels = DEFAULT) -> Step:
         """An encoder's pass: every token sees the real ones; mask (B,S) bool, True = real."""

@@ -49,7 +49,7 @@ def make_rotary(config: ModelConfig) -> Rotary | None:
     """The rotation of queries and keys, where the configuration asks for one."""
     if config.positions != "rotary":
         return None
-    return Rotary(config.context, config.head_dim, config.rope_theta)
+    return Rotary(config.context, config.head_dim, config.rope_theta, config.rope_scaling)
 
 
 class Decoder(Model):
@@ -81,6 +81,8 @@ class Decoder(Model):
             batch, n = tokens.shape
             step = Step.full(batch, n, tokens.device)
         x = self.dropout(self.embed(tokens, step.q_pos))
-        for block in self.layers:
-            x = block(x, step, cache, source, self.rotary)
+        near = step.within(self.config.window)
+        for i, block in enumerate(self.layers):
+            seen = near if i >= self.config.first_window_layer else step
+            x = block(x, seen, cache, source, self.rotary)
         return step.kernels.rows(x[:, -1:] if last else x, self.norm, self.head)
