@@ -189,7 +189,7 @@ def alike(rows: list[Row]) -> list[list[Row]]:
 def grouped(report: Report) -> list[list[Row]]:
     """Rows that a table shows as one: the same kind, kernels and good verdict. -v shows each."""
     groups: dict[tuple[str, ...], list[Row]] = {}
-    shown = [row for row in report.checks if report.verbose or row.verdict != "unsupported"]
+    shown = [row for row in report.checks if report.verbose or not row.beyond]
     for row in [*shown, *([report.control] if report.control else [])]:
         single = row.scenario if report.verbose or row.wrong or row.scenario == "decode" else ""
         groups.setdefault((row.cache, row.kernels, row.verdict, single), []).append(row)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvtool.core.verify.check import Checked
+    from kvtool.core.verify.outcome import Outcome, Summary
 
 
 @dataclass
@@ -69,14 +70,27 @@ class Row:
         )
 
     @property
+    def outcome(self) -> Outcome:
+        from kvtool.core.verify.outcome import outcome
+
+        return outcome(self.verdict, self.right, self.stores, played=self.steps > 0)
+
+    @property
     def wrong(self) -> bool:
-        """Whether the check ran, and the answer is no."""
-        return not self.right and self.verdict not in ("unsupported", "vacuous")
+        """Whether the check ran, and the answer is no, or cannot be given."""
+        return self.outcome.wrong
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the subject cannot do this, and says so."""
+        return self.verdict == "unsupported" and not self.wrong
 
     def words(self) -> str:
         """The verdict, as a table says it."""
         if self.verdict == "vacuous" and not self.stores:
             return "nothing cached"
+        if self.verdict == "unsupported" and self.wrong:
+            return "undecided"
         step = self.first_wrong_step
         if self.verdict == "rounding" and not self.right:
             return "rounding, not exact"
@@ -99,28 +113,27 @@ class Report:
     verbose: bool = field(default=False, repr=False)
 
     @property
+    def summary(self) -> Summary[Row]:
+        from kvtool.core.verify.outcome import Summary
+
+        return Summary(self.checks, self.control.outcome if self.control else None)
+
+    @property
     def bugs(self) -> list[Row]:
-        return [row for row in self.checks if row.wrong]
+        return self.summary.wrong
 
     @property
     def vacuous(self) -> list[str]:
         """Kinds that store something, and were only checked in vain."""
-        kinds = dict.fromkeys(row.cache for row in self.checks if row.stores)
-        judged = {row.cache for row in self.checks if row.verdict not in ("vacuous", "unsupported")}
-        return [kind for kind in kinds if kind not in judged]
-
-    @property
-    def trustworthy(self) -> bool:
-        return self.control is None or self.control.wrong
+        return self.summary.in_vain
 
     @property
     def judged(self) -> list[Row]:
-        return [row for row in self.checks if row.right and row.stores]
+        return self.summary.right
 
     @property
     def exit_code(self) -> int:
-        right = self.judged and not self.bugs and not self.vacuous and self.trustworthy
-        return 0 if right else 1
+        return 0 if self.summary.ok else 1
 
     @property
     def conclusion(self) -> str:
@@ -128,7 +141,7 @@ class Report:
         if self.bugs:
             kinds = dict.fromkeys((row.cache, row.verdict) for row in self.bugs)
             return "; ".join(f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds)
-        if not self.trustworthy:
+        if not self.summary.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
         if self.vacuous:
             return f"nothing was checked of {', '.join(self.vacuous)}"
@@ -141,7 +154,7 @@ class Report:
 
     def _in_vain(self) -> list[str]:
         """Scenarios that proved nothing, of kinds that others did prove right."""
-        rows = [row for row in self.checks if row.stores and row.verdict == "vacuous"]
+        rows = self.summary.nothing
         return [f"{row.cache}, {row.scenario}: proved nothing" for row in rows]
 
     def _worst(self, kind: str, verdict: str) -> str:

@@ -15,7 +15,8 @@ from kvtool.core.machine import dtype_name
 from kvtool.core.models import Model
 from kvtool.core.verify.check import MAIN, Checked, beginning, check_model, control, main_case
 from kvtool.core.verify.compare import Gap
-from kvtool.core.verify.judge import UNSUPPORTED, VACUOUS, Case, Finding, Judge
+from kvtool.core.verify.judge import Case, Finding, Judge
+from kvtool.core.verify.outcome import Outcome, Summary
 from kvtool.core.verify.scenarios import PREFILL, SCENARIOS
 from kvtool.core.verify.subject import Session, Start
 from kvtool.core.verify.target import TargetSession, TargetSubject
@@ -41,25 +42,28 @@ class Report:
         return tuple(checked.finding for checked in self.checked)
 
     @property
+    def summary(self) -> Summary[Checked]:
+        control = Checked("planted bug", OWN, True, self.control)
+        return Summary(self.checked, control.outcome)
+
+    @property
     def judged(self) -> tuple[Checked, ...]:
         """All but what is beyond a subject's abilities, and kinds of cache that store nothing."""
-        return tuple(c for c in self.checked if c.stores and _ran(c.finding))
+        return tuple(c for c in self.checked if c.outcome != Outcome.SKIPPED)
 
     @property
     def wrong(self) -> tuple[Checked, ...]:
         """What was judged and is not right."""
-        return tuple(
-            c for c in self.checked if c.stores and not c.finding.right and _ran(c.finding)
-        )
+        return tuple(self.summary.wrong)
 
     @property
     def ok(self) -> bool:
-        return bool(self.judged) and not self.wrong and self.trustworthy
+        return self.summary.ok
 
     @property
     def trustworthy(self) -> bool:
         """Whether the planted bug was called wrong."""
-        return not self.control.right and _ran(self.control) and self.control.verdict != VACUOUS
+        return self.summary.trustworthy
 
     def __bool__(self) -> bool:
         return self.ok
@@ -71,17 +75,20 @@ class Report:
     @property
     def conclusion(self) -> str:
         """The verdict in one line."""
-        n_judged = len(self.judged)
+        n_judged, n_right = len(self.judged), len(self.summary.right)
         if self.wrong:
             first = self.wrong[0].finding
             step = "" if first.first_wrong is None else f" from step {first.first_wrong} on"
             where = f"{first.verdict}: {first.scenario}{step}"
             return f"{where} ({len(self.wrong)} of {n_judged} scenarios not right)"
-        if not n_judged:
+        if not n_right:
             return "nothing was checked"
+        if in_vain := self.summary.in_vain:
+            return f"nothing was checked of {', '.join(in_vain)}"
         if not self.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
-        return f"right: {n_judged} of {n_judged} scenarios; the planted bug was found"
+        more = f", {n_judged - n_right} proved nothing" if n_right < n_judged else ""
+        return f"right: {n_right} of {n_judged} scenarios{more}; the planted bug was found"
 
     def __str__(self) -> str:
         lines = [f"{self.name}, {self.dtype}"]
@@ -237,11 +244,6 @@ def _verify_own(
     checked = tuple(check_model(model, caches, ["default"], scenarios, main))
     planted = control(model, main)
     return Report(type(model).__name__, dtype_name(weight.dtype), checked, planted)
-
-
-def _ran(finding: Finding) -> bool:
-    """Whether a scenario was played: one that is beyond a subject was not."""
-    return finding.verdict != UNSUPPORTED or finding.working is not None
 
 
 def _copied(model: Any) -> Any:

@@ -18,7 +18,8 @@ from kvtool.core.kernels import make_kernels
 from kvtool.core.models import Model
 from kvtool.core.sampling import Sampler
 from kvtool.core.verify.doctor import examine
-from kvtool.core.verify.judge import ROUNDING, Case, Finding, Judge
+from kvtool.core.verify.judge import Case, Finding, Judge
+from kvtool.core.verify.outcome import ROUNDING, Outcome, outcome
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import ModelSubject, Source
 
@@ -40,6 +41,11 @@ class Checked:
     def right(self) -> bool:
         """Whether the cache kept what it promises."""
         return self.finding.right and not (self.exact and self.finding.verdict == ROUNDING)
+
+    @property
+    def outcome(self) -> Outcome:
+        played = self.finding.working is not None
+        return outcome(self.finding.verdict, self.right, self.stores, played)
 
 
 def main_case(model: Model, prompt: Tensor, n_new: int) -> Case:

@@ -18,6 +18,16 @@ from torch import Tensor
 
 from kvtool.core.machine import dtype_name
 from kvtool.core.verify.compare import Gap, compare, distances
+from kvtool.core.verify.outcome import (
+    BUG,
+    ERROR,
+    IDENTICAL,
+    NOT_CAUSAL,
+    PRECISION,
+    ROUNDING,
+    UNSUPPORTED,
+    VACUOUS,
+)
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.scenarios import Run, Scenario, TooShort
 from kvtool.core.verify.subject import Source, Subject
@@ -28,8 +38,6 @@ ROUNDING_64 = 1e-12  # between right caches (about 1e-15) and everything else (1
 # tiny models in each of float32, bfloat16 and float16.
 NOISE = 10
 
-IDENTICAL, ROUNDING, PRECISION, BUG = "identical", "rounding", "precision", "bug"
-NOT_CAUSAL, VACUOUS, ERROR, UNSUPPORTED = "not-causal", "vacuous", "error", "unsupported"
 RIGHT = (IDENTICAL, ROUNDING)
 
 

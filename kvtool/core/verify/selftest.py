@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from kvtool.core.verify.doctor import examine
-from kvtool.core.verify.judge import UNSUPPORTED, Case, Finding, Judge
+from kvtool.core.verify.judge import Case, Finding, Judge
 from kvtool.core.verify.mutants import LOOKALIKES, MUTANTS, Lookalike, Mutant
+from kvtool.core.verify.outcome import UNSUPPORTED
 from kvtool.core.verify.scenarios import SCENARIOS
 
 

@@ -1,0 +1,89 @@
+"""What findings come to: right, wrong, or nothing proved; and whether the check can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, Protocol, TypeVar
+
+IDENTICAL, ROUNDING, PRECISION, BUG = "identical", "rounding", "precision", "bug"
+NOT_CAUSAL, VACUOUS, ERROR, UNSUPPORTED = "not-causal", "vacuous", "error", "unsupported"
+
+
+class Outcome(Enum):
+    """What a verdict says of a cache."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    UNDECIDED = "undecided"  # it differs, and cannot run in float64, which would decide
+    NOTHING = "nothing"  # it was played, and equality would prove nothing
+    SKIPPED = "skipped"  # beyond the subject, or a kind that stores nothing, to compare with
+
+    @property
+    def wrong(self) -> bool:
+        """Wrong, or may be: a difference that nothing can judge is no pass."""
+        return self in (Outcome.WRONG, Outcome.UNDECIDED)
+
+
+def outcome(verdict: str, right: bool, stores: bool, played: bool) -> Outcome:
+    """What a finding says of a cache that `stores` something or does not; `played` to its end."""
+    if not stores and (right or verdict == VACUOUS):
+        return Outcome.SKIPPED
+    if verdict == UNSUPPORTED:
+        return Outcome.UNDECIDED if played else Outcome.SKIPPED
+    if verdict == VACUOUS:
+        return Outcome.NOTHING
+    return Outcome.RIGHT if right else Outcome.WRONG
+
+
+class Check(Protocol):
+    """A kind of cache in a scenario."""
+
+    @property
+    def cache(self) -> str: ...
+    @property
+    def stores(self) -> bool: ...
+    @property
+    def outcome(self) -> Outcome: ...
+
+
+C = TypeVar("C", bound=Check)
+
+
+@dataclass(frozen=True)
+class Summary(Generic[C]):
+    """All checks, and what came of the bug that was planted to test them; None: there was none."""
+
+    checks: Sequence[C]
+    control: Outcome | None
+
+    @property
+    def right(self) -> list[C]:
+        return [check for check in self.checks if check.outcome == Outcome.RIGHT]
+
+    @property
+    def wrong(self) -> list[C]:
+        return [check for check in self.checks if check.outcome.wrong]
+
+    @property
+    def nothing(self) -> list[C]:
+        """What was played, and proved nothing."""
+        return [check for check in self.checks if check.outcome == Outcome.NOTHING]
+
+    @property
+    def in_vain(self) -> list[str]:
+        """Kinds that store something, and of which nothing is known."""
+        kinds = dict.fromkeys(check.cache for check in self.checks if check.stores)
+        known = {check.cache for check in (*self.right, *self.wrong)}
+        return [kind for kind in kinds if kind not in known]
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether the planted bug was called wrong."""
+        return self.control in (None, Outcome.WRONG)
+
+    @property
+    def ok(self) -> bool:
+        """Something is right, nothing wrong, no kind was checked in vain, and the bug was found."""
+        return bool(self.right) and not self.wrong and not self.in_vain and self.trustworthy
