@@ -1,0 +1,308 @@
+"""Models of transformers with its own caches as subjects.
+
+The way to call them is known, so nothing is guessed: the uncached arm is one pass with
+use_cache=False, the cached one is given a cache as `generate` would make it. Only what keeps its
+state in another way (xlnet, rwkv) is called as kvtool.core.verify.adapter finds it out.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvtool.core.verify.adapter import ModuleDecoder, Plan, State, adapt
+from kvtool.core.verify.api import OWN, decode_case, target_control
+from kvtool.core.verify.check import MAIN, Checked
+from kvtool.core.verify.judge import UNSUPPORTED, Case, Finding, Judge
+from kvtool.core.verify.precision import Promote
+from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.core.verify.target import NEEDED, TargetSubject
+from kvtool.core.verify.target_doctor import examine
+from kvtool.core.verify.tiny import hushed, known_types, loop_over_experts, tiny_model
+from kvtool.errors import CacheOpUnsupported, FileError, UsageError, first_line
+
+KINDS = {
+    "dynamic": "DynamicCache, with the sliding and linear layers that the configuration asks for",
+    "static": "StaticCache, of as many tokens as there is room for",
+    "quantized": "QuantizedCache, its codes replaced by exact values",
+    "own": "what the model itself keeps, where it takes none of these",
+}
+PARAMETERS = ("past_key_values", "cache_params")  # of a forward, that take these caches
+BACKENDS = ("quanto", "hqq", "fp8")  # of QuantizedCache; the first that is installed counts
+LONGEST_WINDOW = 512  # tokens: a longer one is not passed, since every scenario would have to
+CONTEXT = 4096  # tokens, where a configuration does not say
+CONTEXT_NAMES = (
+    "max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx",
+    "context_length",
+)  # fmt: skip
+INSTALL = "Install it with: pip install 'kvtool[hf]'"
+
+
+@dataclass
+class HubDecoder(ModuleDecoder):
+    """A model of transformers and a kind of cache: a decoder of kvtool.core.verify.target."""
+
+    kind: str = "dynamic"
+    words: Tensor = field(default_factory=lambda: torch.empty(0))  # the ids that mean no more
+
+    def full(self, ids: Tensor, padding: Tensor | None = None) -> Tensor:
+        return super().full(self.words[ids], padding)
+
+    def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+        return super().step(self.words[ids], state)
+
+    def _initial(self, batch: int, capacity: int) -> Any:
+        if self.kind == "own":
+            return super()._initial(batch, capacity)
+        return make_cache(self.kind, self.module.config, capacity)
+
+    def _places(self, ids: Tensor, past: int, padding: Tensor | None) -> dict[str, Any]:
+        found = super()._places(ids, past, padding)
+        if past and self.plan.cache == "cache_params":  # `generate` gives it to the prompt alone
+            found.pop("attention_mask", None)
+        return found
+
+    def to(self, dtype: torch.dtype) -> HubDecoder:
+        return replace(self, module=converted(self.module, dtype))
+
+    def _change(self, op: str, cache: Any, *args: Any) -> Any:
+        if op == "select" and self.kind != "own":  # as beam search does
+            cache.reorder_cache(*args)
+            return cache
+        return super()._change(op, cache, *args)
+
+
+class TransformersSubject(TargetSubject):
+    """A model of transformers with one kind of its caches.
+
+    Raises CacheOpUnsupported if the model does not take that kind, UsageError if it does not run.
+    """
+
+    def __init__(self, model: Any, kind: str) -> None:
+        words = ordinary_ids(model.config)
+        with hushed(), torch.inference_mode():
+            decoder = hub_decoder(model, kind, words.to(model.device))
+            super().__init__(decoder, kind, len(words), context(model.config))
+        if kind == "own":
+            return
+        layers = getattr(make_cache("dynamic", model.config, NEEDED), "layers", [])
+        windows = [w for layer in layers if (w := getattr(layer, "sliding_window", None))]
+        if windows and max(windows) <= LONGEST_WINDOW:
+            self.window = max(windows)
+            self.abilities |= {"window"}
+        if kind == "static" and any(not getattr(layer, "is_sliding", False) for layer in layers):
+            self.abilities |= {"capacity"}
+
+    def to(self, dtype: torch.dtype) -> TransformersSubject:
+        other = copy.copy(self)
+        other.decoder, other.dtype = self.decoder.to(dtype), dtype
+        return other
+
+
+def hub_decoder(model: Any, kind: str, words: Tensor) -> HubDecoder:
+    """The way to call a model with a kind of cache. Raises CacheOpUnsupported if it takes none."""
+    names = inspect.signature(model.forward).parameters
+    parameter = next((name for name in PARAMETERS if name in names), "")
+    takes = bool(parameter) and model._supports_default_dynamic_cache()
+    if kind == "own":
+        if takes:
+            raise CacheOpUnsupported(kind, "be checked", "the model takes DynamicCache, as given")
+        found = vars(adapted(model))
+        return HubDecoder(**found, kind=kind, words=words)
+    if not takes:
+        why = "the model keeps its state in another way" if parameter else "forward takes no cache"
+        raise CacheOpUnsupported(kind, "be used", why)
+    if kind == "static" and not getattr(model, "_can_compile_fullgraph", True):
+        why = "transformers declares none for this model (_can_compile_fullgraph is False)"
+        raise CacheOpUnsupported(kind, "be used", why)
+    try:
+        make_cache(kind, model.config, NEEDED)
+    except Exception as error:  # a backend that is missing, layers of which it has no kind
+        raise CacheOpUnsupported(kind, "be made", first_line(error)) from error
+    plan = Plan(
+        cache=parameter,
+        initial=f"a {kind} cache",
+        flag="use_cache" if "use_cache" in names or takes_any(model.forward) else "",
+        position="position_ids" if "position_ids" in names else "",
+        form="rows",
+    )
+    unable = ("crop",) if kind == "static" else ()
+    return HubDecoder(model, plan, unable, "attention_mask" in names, kind=kind, words=words)
+
+
+def converted(model: Any, dtype: torch.dtype) -> Any:
+    """A copy of a model in another format; in float64 its tables too are computed in float64.
+
+    Rotary frequencies and decays that were rounded to float32 may enter the two arms in different
+    ways, and differ in what looks like a bug.
+    """
+    if dtype == torch.float64:
+        try:
+            return _built_in_float64(model)
+        except Exception:  # a model that is not made from its configuration alone
+            pass
+    return copy.deepcopy(model).to(dtype)
+
+
+def _built_in_float64(model: Any) -> Any:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Promote(), hushed(), torch.random.fork_rng(devices=[]):
+            other = type(model)(copy.deepcopy(model.config)).to(model.device)
+    finally:
+        torch.set_default_dtype(default)
+    given, tables = dict(model.named_parameters()), dict(model.named_buffers())
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            weight.copy_(given[name])
+        for name, table in other.named_buffers():
+            known = tables[name]
+            if table.shape != known.shape or not torch.equal(table.to(known.dtype), known):
+                table.resize_(known.shape).copy_(known)
+    return other.to(torch.float64).eval()
+
+
+def adapted(model: Any) -> ModuleDecoder:
+    """Raises CacheOpUnsupported if no way to call it with a state of its own runs."""
+    try:
+        return adapt(model, "own", model.device)
+    except UsageError as error:
+        raise CacheOpUnsupported("own", "be found", error.message) from error
+
+
+def takes_any(forward: Callable[..., Any]) -> bool:
+    """Whether a function takes any keyword."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+
+
+def make_cache(kind: str, config: Any, capacity: int) -> Any:
+    """A cache of transformers for a model. Raises what it raises."""
+    from transformers import DynamicCache, QuantizedCache, StaticCache
+
+    text = config.get_text_config(decoder=True)
+    if kind == "dynamic":
+        return DynamicCache(config=text)
+    if kind == "static":
+        return StaticCache(config=text, max_cache_len=capacity)
+    backend = quantized_backend()
+    settings = {} if backend == "fp8" else {"residual_length": 8, "q_group_size": 16}
+    cache = QuantizedCache(backend, text, **settings)
+    for layer in cache.layers:
+        hold_exactly(layer, paired=backend == "fp8")
+    return cache
+
+
+def quantized_backend() -> str:
+    """The first backend of QuantizedCache that is installed."""
+    from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+    installed = {"quanto": is_optimum_quanto_available(), "hqq": is_hqq_available(), "fp8": True}
+    return next(name for name in BACKENDS if installed[name])
+
+
+def hold_exactly(layer: Any, paired: bool) -> None:
+    """Let a quantized layer keep the values themselves as its codes: transformers has no uncached
+    pass that rounds alike, but all else that the layer does must be right to rounding."""
+    layer._quantize = (lambda tensor, scale=None: (tensor, 1.0)) if paired else _as_it_is
+    layer._dequantize = (lambda codes: codes[0]) if paired else _as_it_is
+
+
+def _as_it_is(tensor: Tensor, axis: int = 0) -> Tensor:
+    return tensor
+
+
+def ordinary_ids(config: Any) -> Tensor:
+    """The ids (N,) that are words: images, padding and the like would change what a model does."""
+    special = {
+        value
+        for part in (config, *(p for p in vars(config).values() if hasattr(p, "get_text_config")))
+        for name, given in vars(part).items()
+        if name.endswith(("_token_id", "_token_index"))
+        for value in (given if isinstance(given, (list, tuple)) else [given])
+    }
+    size = config.get_text_config(decoder=True).vocab_size
+    return torch.tensor([i for i in range(size) if i not in special])
+
+
+def context(config: Any) -> int:
+    """How many tokens a model takes."""
+    text = config.get_text_config(decoder=True)
+    found = (getattr(text, name, None) for name in CONTEXT_NAMES)
+    return next((n for n in found if isinstance(n, int) and n > 0), CONTEXT)
+
+
+# The model, and the check
+
+
+def load_model(name: str, seed: int = 0) -> tuple[Any, str]:
+    """The model in a saved folder, or a tiny random one of a type; and what is special about it.
+
+    Nothing is downloaded, and no code that lies beside the weights is run. Raises UsageError and
+    FileError.
+    """
+    need_transformers()
+    if name in known_types() or not Path(name).exists():
+        return tiny_model(name, seed)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with hushed():
+            model = AutoModelForCausalLM.from_pretrained(
+                name, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        raise FileError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
+    loop_over_experts(model)
+    return model.eval(), ""
+
+
+def need_transformers() -> None:
+    """Raises UsageError if transformers is not installed."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--impl transformers: transformers is not installed", INSTALL) from error
+
+
+def check_transformers(
+    model: nn.Module,
+    kinds: Sequence[str],
+    scenarios: Sequence[str],
+    tokens: int,
+    asked: bool = False,
+    diagnose: bool = True,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Iterator[Checked]:
+    """Judge a model with kinds of transformers' caches in all scenarios, then a planted bug.
+
+    What cannot be used is one finding for its kind, and counts only if it was `asked` for.
+    `diagnose` locates bugs, which takes longer than to find them. Raises CheckFailed.
+    """
+    planted = None
+    for kind in kinds:
+        try:
+            subject = TransformersSubject(model, kind)
+        except (CacheOpUnsupported, UsageError) as error:
+            yield Checked(kind, OWN, asked, Finding("all", UNSUPPORTED, error.message))
+            continue
+        sizes = (subject.vocab_size, subject.context)
+        main = decode_case(*sizes, None, tokens, subject.device)
+        judge = Judge(subject, examine if diagnose else None)
+        for scenario in scenarios:
+            tell(f"{kind}, {scenario}")
+            case = main if scenario == MAIN else Case(SCENARIOS[scenario])
+            with hushed():
+                finding = judge.judge(case, thorough=scenario == MAIN)
+            yield Checked(kind, OWN, True, finding)
+        with hushed():
+            planted = planted or target_control(subject, main)
+    if planted is not None:
+        yield Checked("planted bug", OWN, True, planted)
