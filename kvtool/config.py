@@ -22,6 +22,7 @@ NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu")
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
 SCHEDULES = ("cosine", "inverse-sqrt", "constant")
+OWN_TYPES = ("kvtool-decoder", "kvtool-seq2seq")
 LARGEST_SIZE = 2**31 - 1
 N_ADDED = 8  # the last fields of ModelConfig, which came after the first checkpoints
 
@@ -220,10 +221,10 @@ class ModelConfig:
         """Read what `to_dict` wrote; `where` names the file in errors. Raises FileError."""
         known = {field.name for field in dataclasses.fields(cls)}
         kind = data.get("model_type")
-        if kind not in ("kvtool-decoder", "kvtool-seq2seq"):
+        if kind not in OWN_TYPES:
             raise FileError(
                 f"{where}: model_type {kind!r} is not supported "
-                "(expected kvtool-decoder or kvtool-seq2seq)",
+                f"(expected {' or '.join(OWN_TYPES)})",
                 "Point --model at a folder written by kvtool.",
             )
         unknown = sorted(set(data) - known - {"model_type"})

@@ -304,7 +304,7 @@ def test_a_stored_head_must_equal_the_embedding_it_is_tied_to(tmp_path: Path) ->
         ({"vocab_size": 0}, "too small"),
         ({"d_model": -1}, "too small"),
         ({"n_heads": 3}, "do not divide"),
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"model_type": "bert"}, "model_type 'bert' is not supported"),
         ({"tied": "no"}, "tied: 'no' is not true or false"),
         ({"bias": []}, "bias: [] is not true or false"),
         ({"positions": 5}, "--positions: 5 is not known"),

@@ -102,19 +102,19 @@ class Generator:
         emit: Callable[[str], None] = out.stream if out is not None else lambda text: None
         if out is not None and out.interactive and self.loaded.source_tokenizer is None:
             out.text(text, style="dim", end="")
-        eos = self.loaded.tokenizer.eos_id
+        ends = self.loaded.tokenizer.end_ids
         stream = self.loaded.tokenizer.stream()
         made: list[int] = []
         pieces: list[str] = []
         for token in self.tokens(ids):
             made.append(int(token))
-            if made[-1] == eos:
+            if made[-1] in ends:
                 break
             pieces.append(stream.step(made[-1]))
             emit(pieces[-1])
         pieces.append(stream.finish())
         emit(pieces[-1])
-        ended = bool(made) and made[-1] == eos
+        ended = bool(made) and made[-1] in ends
         return Result(text, "".join(pieces), len(ids), len(made), ended, ids=made)
 
     @property
@@ -159,10 +159,10 @@ class Generator:
         from kvtool.core.beam import beam_search
 
         prompt, kind = torch.tensor([ids], device=self.device), self.settings.cache
-        eos = self.loaded.tokenizer.eos_id
+        ends = self.loaded.tokenizer.end_ids
         limits = [self.n_new(ids)]
         model = self.loaded.model
-        found = beam_search(model, prompt, kind, limits, beam, eos, None, self.kernels, self._used)
+        found = beam_search(model, prompt, kind, limits, beam, ends, None, self.kernels, self._used)
         return found[0]
 
     def _used(self, nbytes: int) -> None:

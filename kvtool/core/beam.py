@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,16 +47,17 @@ def beam_search(
     kind: str,
     limits: Sequence[int],
     beam: Beam,
-    eos: int | None = None,
+    eos: int | Collection[int] | None = None,
     source: CrossCache | None = None,
     kernels: Kernels = DEFAULT,
     tell: Callable[[int], None] = lambda nbytes: None,
 ) -> list[list[Hypothesis]]:
     """The best continuations of each prompt (S,P), at most `limits[s]` tokens long, best first.
 
-    A prompt is done when `beam.size` of its continuations have ended, or at its limit; its rows
-    then leave the batch. `tell` is given the bytes of the cache after each step. Raises
-    CapacityError before any work if the context is too short, CheckFailed if logits are not finite.
+    `eos` ends a continuation; there may be several such tokens. A prompt is done when `beam.size`
+    of its continuations have ended, or at its limit; its rows then leave the batch. `tell` is given
+    the bytes of the cache after each step. Raises CapacityError before any work if the context is
+    too short, CheckFailed if logits are not finite.
     """
     check_context(prompt.shape[1], max(limits), model.config.context)
     search = _Search(prompt, limits, beam, eos)
@@ -83,8 +84,15 @@ def beam_search(
 class _Search:
     """The rows of all prompts that are not done: `beam.size` of the first, then of the next."""
 
-    def __init__(self, prompt: Tensor, limits: Sequence[int], beam: Beam, eos: int | None) -> None:
-        self.beam, self.eos, self.limits = beam, eos, limits
+    def __init__(
+        self,
+        prompt: Tensor,
+        limits: Sequence[int],
+        beam: Beam,
+        eos: int | Collection[int] | None,
+    ) -> None:
+        self.beam, self.limits = beam, limits
+        self.ends = frozenset({eos} if isinstance(eos, int) else eos or ())
         self.n_prompt = prompt.shape[1]
         self.n_made = 0
         self.active = list(range(len(limits)))
@@ -99,8 +107,9 @@ class _Search:
         """Take logits (R,V) of the rows -> the rows to go on from, one for each that is left."""
         n, size, n_vocab = len(self.active), self.beam.size, logits.shape[1]
         found = self.log_probs[..., None] + logits.double().log_softmax(-1).view(n, size, n_vocab)
-        # Each of `size` rows can end once, so twice as many candidates leave enough that do not.
-        best = found.flatten(1).topk(min(2 * size, size * n_vocab), dim=1)
+        # Each of `size` rows can end in each way once: so many more leave enough that do not.
+        n_best = min((1 + max(len(self.ends), 1)) * size, size * n_vocab)
+        best = found.flatten(1).topk(n_best, dim=1)
         self.n_made += 1
         rows, tokens, log_probs, left = [], [], [], []
         for i, prompt in enumerate(self.active):
@@ -130,7 +139,7 @@ class _Search:
         going: list[tuple[int, int, float]] = []
         for rank, (value, index) in enumerate(zip(values, indices, strict=True)):
             row, token = i * size + index // n_vocab, index % n_vocab
-            if token == self.eos:
+            if token in self.ends:
                 if rank < size and value > float("-inf"):
                     self._finish(prompt, row, None, value)
             elif len(going) < size:

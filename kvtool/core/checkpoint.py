@@ -4,6 +4,7 @@
     model.safetensors   the weights, without a logits head that shares the embedding's
     tokenizer.json      of a decoder-only model; an encoder-decoder has source.json and target.json
 
+A folder of Hugging Face is read too, if its model_type is one of `families`.
 Everything is checked before it costs memory or time: sizes, then names and shapes, then memory.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +23,24 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kvtool.config import ModelConfig
+from kvtool.config import OWN_TYPES, ModelConfig
+from kvtool.core.families import FAMILIES, Family, end_ids
 from kvtool.core.machine import dtype_name, require_memory
 from kvtool.core.models import Model, build_model
-from kvtool.core.safetensors_file import TensorInfo, short
-from kvtool.core.text import Tokenizer
-from kvtool.core.weight_files import WEIGHTS, WeightFile, open_weights, refuse_lookalike
+from kvtool.core.safetensors_file import TensorInfo
+from kvtool.core.text import NoTokenizer, Tokenizer
+from kvtool.core.weight_files import (
+    WEIGHTS,
+    WeightFile,
+    open_weights,
+    refuse_lookalike,
+    require_tensors,
+)
 from kvtool.errors import CheckFailed, FileError, UsageError
 from kvtool.files import model_folder, read_json_object, write_durable, write_json
 
 CONFIG = "config.json"
 TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
-NAMES_SHOWN = 10
 TENSORS_PER_LAYER = 6  # of the smallest layer: two norms, qkv, out, up, down
 LARGEST_TENSOR = 2**48  # values; torch counts bytes in 63 bits, and no file holds this many
 CPU = torch.device("cpu")
@@ -87,9 +95,9 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     FileError, or CheckFailed with `check`, for a command whose verdict is about them.
     """
     folder = model_folder(name)
-    config = _read_config(folder)
-    tokenizer, source_tokenizer = _read_tokenizers(folder, config)
-    source = open_weights(folder)
+    config, family = _read_config(folder)
+    tokenizer, source_tokenizer = _read_tokenizers(folder, config, family)
+    source = _open(folder, config, family)
     model = _empty_model(config, source)
     _check_tensors(source, model)
     _check_memory(source, config, device, dtype)
@@ -106,7 +114,8 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
     A head that shares the embedding's weights is left out. Raises FileError and CapacityError.
     """
-    source = open_weights(folder)
+    family = _read_config(folder)[1] if os.path.lexists(folder / CONFIG) else None
+    source = _open(folder, config, family)
     model = _empty_model(config, source)
     _check_tensors(source, model)
     require_memory(str(source.path), _nbytes(source.tensors.values()), CPU)
@@ -116,13 +125,33 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 # --- the small files
 
 
-def _read_config(folder: Path) -> ModelConfig:
+def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
+    """What config.json says, and whose names the weights have; None: kvtool's own."""
     path = folder / CONFIG
     refuse_lookalike(path, "a configuration")
-    return ModelConfig.from_dict(read_json_object(path, "a configuration"), str(path))
+    data = read_json_object(path, "a configuration")
+    kind = data.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is not None:
+        return family.config(data, str(path)), family
+    if kind not in OWN_TYPES:
+        raise FileError(
+            f"{path}: model_type {kind!r} is not supported "
+            f"(expected one of {', '.join((*OWN_TYPES, *FAMILIES))})",
+            "kvtool never runs code from a checkpoint.",
+        )
+    return ModelConfig.from_dict(data, str(path)), None
 
 
-def _read_tokenizers(folder: Path, config: ModelConfig) -> tuple[Tokenizer, Tokenizer | None]:
+def _read_tokenizers(
+    folder: Path, config: ModelConfig, family: Family | None
+) -> tuple[Tokenizer, Tokenizer | None]:
+    if family is not None:
+        if not os.path.lexists(folder / TOKENIZER):
+            return NoTokenizer(folder / TOKENIZER), None
+        tokenizer = _read_tokenizer(folder / TOKENIZER, "vocab_size", config.vocab_size)
+        ends = end_ids(folder, read_json_object(folder / CONFIG, "a configuration"))
+        return tokenizer.as_it_is(ends), None
     if not config.n_encoder_layers:
         return _read_tokenizer(folder / TOKENIZER, "vocab_size", config.vocab_size), None
     source = _read_tokenizer(folder / SOURCE, "source_vocab_size", config.source_vocab_size)
@@ -162,11 +191,15 @@ class _WithoutWeights(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _empty_model(config: ModelConfig, source: WeightFile) -> Model:
-    """The model with all its parts but the weights, whose names and shapes it says.
+def _open(folder: Path, config: ModelConfig, family: Family | None) -> WeightFile:
+    """The weights in `folder`, under our names. Raises FileError."""
+    source = open_weights(folder)
+    _check_sizes(config, source)
+    return source if family is None else family.weights(source, config)
 
-    Raises FileError for a configuration that would make even that expensive.
-    """
+
+def _check_sizes(config: ModelConfig, source: WeightFile) -> None:
+    """Raise FileError for a configuration whose model would be expensive without its weights."""
     where = source.path.parent / CONFIG
     n_layers = config.n_layers + config.n_encoder_layers
     # A thousand tensors are cheap, and then the usual message names what is missing.
@@ -176,11 +209,19 @@ def _empty_model(config: ModelConfig, source: WeightFile) -> Model:
             f"{n_layers * TENSORS_PER_LAYER} or more for the {n_layers} layers of {CONFIG})"
         )
     longest = max(config.vocab_size, config.source_vocab_size, config.d_ff, config.context)
-    largest = config.d_model * max(config.d_model, longest)
+    largest = config.d_model * max(config.d_model, longest, config.n_heads * config.head_dim)
     if largest > LARGEST_TENSOR:
         raise FileError(
             f"{where}: implies a tensor of {largest} values (expected {LARGEST_TENSOR} or fewer)"
         )
+
+
+def _empty_model(config: ModelConfig, source: WeightFile) -> Model:
+    """The model with all its parts but the weights, whose names and shapes it says.
+
+    Raises CapacityError for tables of positions that do not fit into memory.
+    """
+    where = source.path.parent / CONFIG
     # Making a table takes about two more of its size for a moment.
     require_memory(f"{where}: context {config.context}", 3 * _table_bytes(config), CPU)
     with _WithoutWeights():
@@ -204,38 +245,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 def _check_tensors(source: WeightFile, model: nn.Module) -> None:
     """Raise FileError unless the names and shapes are those of the model."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    required = shapes.keys() - _aliases(model).keys()
-    missing = [name for name in shapes if name in required and name not in source.tensors]
-    extra = [name for name in source.tensors if name not in shapes]
-    if missing:
-        raise FileError(
-            f"{source.path}: lacks {len(missing)} of {len(required)} tensors ({_listed(missing)})",
-            f"It holds others instead: {_listed(extra)}." if extra else "",
-        )
-    if extra:
-        raise FileError(
-            f"{source.path}: holds {len(extra)} tensors that the model of {CONFIG} does not have "
-            f"({_listed(extra)})"
-        )
-    for name, expected in shapes.items():
-        found = source.tensors[name].shape if name in source.tensors else expected
-        if found != expected:
-            raise _wrong_shape(f"{source.path}: {name}", found, expected)
-
-
-def _wrong_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> FileError:
-    transposed = len(found) == 2 and found == expected[::-1]
-    return FileError(
-        f"{where} has shape {list(found)} (expected {list(expected)})",
-        "It looks transposed, as GPT-2's Conv1D is; store it as (outputs, inputs)."
-        if transposed
-        else f"{CONFIG} implies that shape: is it of the same model?",
-    )
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(short(name) for name in names[:NAMES_SHOWN])
-    return shown if len(names) <= NAMES_SHOWN else f"{shown}, ..."
+    require_tensors(source.path, source.tensors, shapes, _aliases(model).keys())
 
 
 def _check_memory(

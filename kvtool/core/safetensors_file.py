@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F64": torch.float64,
 }
+# Constants that versions of transformers stored beside the weights: masks and rotary rates.
+BUFFERS = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
+BUFFER_DTYPES = {**DTYPES, "BOOL": torch.bool, "U8": torch.uint8}
 DAMAGED = "Download or copy it again."
 
 
@@ -145,7 +149,8 @@ def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise FileError(f"{where} is not described by dtype, shape and data_offsets", DAMAGED)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    known = BUFFER_DTYPES if BUFFERS.search(name) else DTYPES
+    if not isinstance(dtype, str) or dtype not in known:
         raise FileError(
             f"{where} has dtype {short(str(dtype))} (expected one of {', '.join(DTYPES)})",
             "Weights are floating-point numbers.",
@@ -160,14 +165,14 @@ def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
             f"{where} has data_offsets {short(str(offsets))} (expected two rising whole numbers)"
         )
     begin, end = offsets
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    nbytes = math.prod(shape) * known[dtype].itemsize
     if end - begin != nbytes:
         raise FileError(
             f"{where} has {_digits(end - begin)} bytes "
             f"(expected {_digits(nbytes)} for {short(str(shape))} of {dtype})",
             DAMAGED,
         )
-    return TensorInfo(DTYPES[dtype], tuple(shape), begin, end)
+    return TensorInfo(known[dtype], tuple(shape), begin, end)
 
 
 def _whole_numbers(value: Any) -> bool:

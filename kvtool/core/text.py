@@ -58,6 +58,8 @@ class Tokenizer:
         # A vocabulary may have gaps, and the embedding needs a row for the largest id.
         self.vocab_size: int = max(inner.get_vocab().values(), default=-1) + 1
         self.has_specials = all(inner.token_to_id(name) == i for i, name in enumerate(SPECIALS))
+        self.end_ids = frozenset({EOS} if self.has_specials else ())  # each ends a text
+        self._frames = False  # whether its own rules put special tokens around a text
 
     @classmethod
     def train(
@@ -96,22 +98,29 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends a text, if the tokenizer has one."""
-        return EOS if self.has_specials else None
+        """The token that ends a text, if there is just one."""
+        return next(iter(self.end_ids)) if len(self.end_ids) == 1 else None
+
+    def as_it_is(self, end_ids: frozenset[int]) -> Tokenizer:
+        """Follow the file's own rules, such as a first token before every text, with none of
+        SPECIALS; `end_ids` end a text. Returns itself."""
+        self.has_specials, self.end_ids, self._frames = False, end_ids, True
+        return self
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without any special token; what is unknown is UNK.
+        """Token ids of `text`, with special tokens only by rules of the file (`as_it_is`); what is
+        unknown is UNK.
 
         Raises UsageError where an unknown piece has no token at all.
         """
         try:
-            return self._as_text(self._inner.encode(text, add_special_tokens=False).ids)
+            return self._as_text(self._inner.encode(text, add_special_tokens=self._frames).ids)
         except Exception as error:  # the library raises bare Exception
             raise UsageError(f"the text cannot be encoded ({error})") from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once."""
-        found = self._inner.encode_batch(list(texts), add_special_tokens=False)
+        found = self._inner.encode_batch(list(texts), add_special_tokens=self._frames)
         return [self._as_text(encoding.ids) for encoding in found]
 
     def _as_text(self, ids: list[int]) -> list[int]:
@@ -140,6 +149,21 @@ class Tokenizer:
     def _plain(self, ids: Iterable[int]) -> list[int]:
         floor = len(SPECIALS) if self.has_specials else 0
         return [i for i in ids if i >= floor]
+
+
+class NoTokenizer(Tokenizer):
+    """In place of the file `path`, which is not there: a model can be run, but not on text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(tokenizers.Tokenizer(models.BPE()))
+        self.path = path
+
+    def encode(self, text: str) -> list[int]:
+        """Raises FileError."""
+        raise FileError(
+            f"{self.path}: not found, and text needs a tokenizer",
+            "Put the model's tokenizer.json there; bench and verify-cache do without.",
+        )
 
 
 class TextStream:

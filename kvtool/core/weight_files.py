@@ -11,6 +11,7 @@ import os
 import pickle
 import warnings
 import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,13 +19,21 @@ import torch
 from torch import Tensor
 
 from kvtool.core.machine import require_memory
-from kvtool.core.safetensors_file import DTYPES, SafetensorsFile, TensorInfo, short
+from kvtool.core.safetensors_file import (
+    BUFFER_DTYPES,
+    BUFFERS,
+    DTYPES,
+    SafetensorsFile,
+    TensorInfo,
+    short,
+)
 from kvtool.errors import FileError
 from kvtool.files import nearest, read_json_object, require_file, sha256
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("model.pt", "pytorch_model.bin")
+NAMES_SHOWN = 10
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights
 
 # What a download may leave in place of the file. Neither can start a valid file of ours.
@@ -74,6 +83,47 @@ def refuse_lookalike(path: Path, what: str) -> None:
 def _open_safetensors(path: Path) -> SafetensorsFile:
     refuse_lookalike(path, "weights")
     return SafetensorsFile(path)
+
+
+def require_tensors(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    shapes: Mapping[str, tuple[int, ...]],
+    optional: Collection[str],
+) -> None:
+    """Raise FileError unless `tensors` are those of `shapes`; the `optional` ones may be absent."""
+    required = [name for name in shapes if name not in optional]
+    missing = [name for name in required if name not in tensors]
+    extra = [name for name in tensors if name not in shapes]
+    if missing:
+        raise FileError(
+            f"{path}: lacks {len(missing)} of {len(required)} tensors ({_listed(missing)})",
+            f"It holds others instead: {_listed(extra)}." if extra else "",
+        )
+    if extra:
+        raise FileError(
+            f"{path}: holds {len(extra)} tensors that the model of config.json does not have "
+            f"({_listed(extra)})"
+        )
+    for name, expected in shapes.items():
+        found = tensors[name].shape if name in tensors else expected
+        if found != expected:
+            raise _wrong_shape(f"{path}: {name}", found, expected)
+
+
+def _wrong_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> FileError:
+    transposed = len(found) == 2 and found == expected[::-1]
+    return FileError(
+        f"{where} has shape {list(found)} (expected {list(expected)})",
+        "It looks transposed: GPT-2's own matrices are (inputs, outputs), all others the reverse."
+        if transposed
+        else "config.json implies that shape: is it of the same model?",
+    )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(short(name) for name in names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown}, ..."
 
 
 class ShardedFile:
@@ -198,7 +248,8 @@ def _checked_state(found: Any, path: Path) -> dict[str, Tensor]:
             raise FileError(f"{where} is a {type(tensor).__name__} (expected a named tensor)")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise FileError(f"{where} is {tensor.layout} on {tensor.device} (expected dense)")
-        if tensor.dtype not in DTYPES.values():
+        known = BUFFER_DTYPES if BUFFERS.search(name) else DTYPES
+        if tensor.dtype not in known.values():
             raise FileError(
                 f"{where} has dtype {str(tensor.dtype).removeprefix('torch.')} "
                 f"(expected one of {', '.join(DTYPES)})",
