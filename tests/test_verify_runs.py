@@ -12,10 +12,13 @@ from torch import Tensor
 from kvtool.core.cache import Step, base
 from kvtool.core.models import Model
 from kvtool.core.verify import subject as subjects
+from kvtool.core.verify.api import decode_case
+from kvtool.core.verify.check import check_model, control
 from kvtool.core.verify.judge import BUG, Case, Judge, play
 from kvtool.core.verify.scenarios import SCENARIOS, Run
 from kvtool.core.verify.selftest import one_thread
-from kvtool.core.verify.subject import ModelSession, Start
+from kvtool.core.verify.subject import Formats, ModelSession, Start
+from small_models import random_model
 from verify_subjects import MODELS, judged, subject
 
 
@@ -143,6 +146,24 @@ def test_a_subject_that_was_judged_is_as_it_was() -> None:
         Judge(one).judge(Case(SCENARIOS[scenario]))
     after = one.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_all_kinds_and_the_planted_bug_share_one_float64_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    formats = Formats(random_model(context=64))
+    converted: list[Any] = []
+
+    def noted(model: Model, dtype: torch.dtype) -> Any:
+        converted.append(dtype)
+        return torch.nn.Module.to(model, dtype)
+
+    monkeypatch.setattr(Model, "to", noted)
+    case = decode_case(formats.model.config.vocab_size, 64, tokens=3)
+    found = list(check_model(formats, ["dynamic", "int8"], ["default", "exact"], ["decode"], case))
+    assert [c.finding.float64 is not None for c in found] == [True, False, True, False]
+    assert control(formats, case).verdict == BUG
+    assert converted == [torch.float64]
 
 
 def test_a_session_that_is_reset_reads_the_new_source() -> None:

@@ -81,6 +81,7 @@ def check_model(
     from kvtool.core import checkpoint
     from kvtool.core.translation import check_sources
     from kvtool.core.verify import check
+    from kvtool.core.verify.subject import Formats
 
     loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
     reader = loaded.source_tokenizer or loaded.tokenizer
@@ -94,12 +95,13 @@ def check_model(
     with out.progress("verify-cache", total) as bar:
         main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
         rows = []
+        formats = Formats(loaded.model)
         for found in check.check_model(
-            loaded.model, settings.caches, settings.kernels, names, main, bar.update
+            formats, settings.caches, settings.kernels, names, main, bar.update
         ):
             rows.append(Row.of(found))
             bar.advance()
-        planted = check.control(loaded.model, main)
+        planted = check.control(formats, main)
     control = Row.of(check.Checked("planted bug", "default", True, planted))
     resolved = {
         "model": str(loaded.path),

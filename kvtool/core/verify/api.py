@@ -18,7 +18,7 @@ from kvtool.core.verify.compare import Gap
 from kvtool.core.verify.judge import Case, Finding, Judge
 from kvtool.core.verify.outcome import Outcome, Summary
 from kvtool.core.verify.scenarios import PREFILL, SCENARIOS
-from kvtool.core.verify.subject import Session, Start
+from kvtool.core.verify.subject import Formats, Session, Start
 from kvtool.core.verify.target import TargetSession, TargetSubject
 from kvtool.core.verify.target_doctor import examine
 from kvtool.errors import UsageError
@@ -241,8 +241,9 @@ def _verify_own(
         main = main_case(model, case.given, min(tokens, config.context - 1))
     else:
         main = decode_case(config.vocab_size, config.context, ids, tokens, weight.device)
-    checked = tuple(check_model(model, caches, ["default"], scenarios, main))
-    planted = control(model, main)
+    formats = Formats(model)
+    checked = tuple(check_model(formats, caches, ["default"], scenarios, main))
+    planted = control(formats, main)
     return Report(type(model).__name__, dtype_name(weight.dtype), checked, planted)
 
 

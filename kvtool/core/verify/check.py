@@ -21,7 +21,7 @@ from kvtool.core.verify.doctor import examine
 from kvtool.core.verify.judge import Case, Finding, Judge
 from kvtool.core.verify.outcome import ROUNDING, Outcome, outcome
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import ModelSubject, Source
+from kvtool.core.verify.subject import Formats, ModelSubject, Source
 
 MAIN = "decode"  # the scenario that is fed the prompt and its continuation
 FEW = 24  # steps that are enough for a control
@@ -74,7 +74,7 @@ def small(kind: str) -> Callable[[CacheSpec, Tensor | None], Cache]:
 
 
 def check_model(
-    model: Model,
+    formats: Formats,
     caches: Sequence[str],
     kernels: Sequence[str],
     scenarios: Sequence[str],
@@ -84,7 +84,8 @@ def check_model(
     """Judge every kind with all kernels in all scenarios, in that order. Raises CheckFailed."""
     for kind in caches:
         for name in kernels:
-            subject = ModelSubject(model, small(kind), kind, make_kernels(name))
+            given = (small(kind), kind, make_kernels(name))
+            subject = ModelSubject(formats.model, *given, formats=formats)
             judge = Judge(subject, examine)
             found = cache_class(kind)
             for scenario in scenarios:
@@ -96,10 +97,10 @@ def check_model(
                 yield Checked(kind, name, not found.recompute, finding, name == "exact")
 
 
-def control(model: Model, main: Case) -> Finding:
+def control(formats: Formats, main: Case) -> Finding:
     """Judge a cache with a planted bug: a check that calls this right is worth nothing."""
-    judge = Judge(ModelSubject(model, LostKey, "planted bug"), examine)
-    return judge.judge(beginning(main))
+    subject = ModelSubject(formats.model, LostKey, "planted bug", formats=formats)
+    return Judge(subject, examine).judge(beginning(main))
 
 
 def beginning(case: Case) -> Case:

@@ -18,6 +18,7 @@ class Gap(NamedTuple):
     first: int | None  # the first step that is not
     relative: float  # max |a - b| / max |b| over everything
     ulps: float  # max |a - b| of a step, in units of the spacing at its largest |b|
+    by_step: tuple[float, ...] = ()  # `distances`
 
 
 def compare(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Gap:
@@ -30,7 +31,7 @@ def compare(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Gap:
         for gap, b in zip(gaps, expected, strict=True)
     ]
     first = same.index(False) if False in same else None
-    return Gap(len(same), sum(same), first, max(gaps), max(ulps))
+    return Gap(len(same), sum(same), first, max(gaps), max(ulps), tuple(gaps))
 
 
 def distances(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:

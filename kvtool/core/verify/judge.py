@@ -90,11 +90,16 @@ class Finding:
     first_wrong: int | None = None  # the first step that differs by more than rounding
     lossy: bool = False  # precision that the cache alone loses, and nobody asked for
     diagnosis: Diagnosis = field(default_factory=Diagnosis)
-    by_step: dict[str, list[float]] = field(default_factory=dict)  # gaps, for a plot
 
     @property
     def right(self) -> bool:
         return self.verdict in RIGHT or (self.verdict == PRECISION and not self.lossy)
+
+    @property
+    def by_step(self) -> dict[str, list[float]]:
+        """The gap of each step in each precision that was computed, for a plot."""
+        gaps = {"working": self.working, "float64": self.float64, "promoted": self.promoted}
+        return {name: list(gap.by_step) for name, gap in gaps.items() if gap is not None}
 
 
 @torch.inference_mode()
@@ -172,12 +177,7 @@ class Judge:
         if played.raised is not None:
             return _raised(scenario, played)
         working = compare(played.found, played.expected)
-        finding = Finding(
-            scenario.name,
-            IDENTICAL,
-            working=working,
-            by_step={"working": distances(played.found, played.expected)},
-        )
+        finding = Finding(scenario.name, IDENTICAL, working=working)
         if played.unrefused is not None:
             text = "a token beyond the capacity was accepted (an error was expected)"
             return replace(finding, verdict=BUG, evidence=text, first_wrong=played.unrefused)
@@ -197,26 +197,18 @@ class Judge:
             return _not_in_float64(finding, exact.raised[1])
         if not all(bool(logits.isfinite().all()) for logits in exact.expected):
             return _not_in_float64(finding, ArithmeticError("its logits are not finite there"))
-        gaps64 = distances(exact.found, exact.expected)
-        finding = replace(
-            finding,
-            float64=compare(exact.found, exact.expected),
-            by_step={**finding.by_step, "float64": gaps64},
-        )
-        wrong64 = [i for i, gap in enumerate(gaps64) if not gap <= ROUNDING_64]
-        if thorough or wrong64:
+        gap64 = compare(exact.found, exact.expected)
+        finding = replace(finding, float64=gap64)
+        wrong64 = _first_wrong(gap64)
+        if thorough or wrong64 is not None:
             best = play(self.double, case, (True, True))
-            gaps = distances(best.found, best.expected)
-            finding = replace(
-                finding,
-                promoted=compare(best.found, best.expected),
-                by_step={**finding.by_step, "promoted": gaps},
-            )
-            wrong = [i for i, gap in enumerate(gaps) if not gap <= ROUNDING_64]
-            if wrong:
-                return self._wrong(case, finding, wrong[0], exact)
-            if wrong64:
-                return _precision(finding, exact, best, wrong64[0])
+            promoted = compare(best.found, best.expected)
+            finding = replace(finding, promoted=promoted)
+            wrong = _first_wrong(promoted)
+            if wrong is not None:
+                return self._wrong(case, finding, wrong, exact)
+            if wrong64 is not None:
+                return _precision(finding, exact, best, wrong64)
         low = _beyond_noise(played, exact)
         if low is not None:
             low = _beyond_noise(played, exact, self._by_codes(case, exact))
@@ -247,6 +239,11 @@ class Judge:
         text = f"the gap stays in float64 ({gap:.1e})"
         found = self.doctor(self.double, case, step, exact) if self.doctor else Diagnosis()
         return replace(finding, verdict=BUG, evidence=text, first_wrong=step, diagnosis=found)
+
+
+def _first_wrong(gap: Gap) -> int | None:
+    """The first step that differs in float64 by more than rounding."""
+    return next((i for i, step in enumerate(gap.by_step) if not step <= ROUNDING_64), None)
 
 
 def _precision(finding: Finding, exact: Played, best: Played, step: int) -> Finding:

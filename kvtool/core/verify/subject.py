@@ -141,8 +141,24 @@ class ModelSession:
         return self.cache.vacuous()
 
 
+class Formats:
+    """A model in other formats: each is converted once, for all that ask."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._made = {next(model.parameters()).dtype: model}
+
+    def to(self, dtype: torch.dtype) -> Model:
+        if dtype not in self._made:
+            self._made[dtype] = copy.deepcopy(self.model).to(dtype)
+        return self._made[dtype]
+
+
 class ModelSubject:
-    """A model of ours with a kind of cache and kernels; `make` builds the cache."""
+    """A model of ours with a kind of cache and kernels; `make` builds the cache.
+
+    formats: where other subjects of the same model find its copies too.
+    """
 
     def __init__(
         self,
@@ -151,8 +167,10 @@ class ModelSubject:
         name: str,
         kernels: Kernels = DEFAULT,
         session: Callable[[ModelSubject, Start], Session] = ModelSession,
+        formats: Formats | None = None,
     ) -> None:
         self.model = model
+        self.formats = formats or Formats(model)
         self.make = make
         self.name = name
         self.kernels = kernels
@@ -193,11 +211,11 @@ class ModelSubject:
 
     def with_kernels(self, kernels: Kernels) -> ModelSubject:
         """The same subject, computed by other kernels."""
-        return ModelSubject(self.model, self.make, self.name, kernels, self.session)
+        return ModelSubject(self.model, self.make, self.name, kernels, self.session, self.formats)
 
     def with_session(self, session: Callable[[ModelSubject, Start], Session]) -> ModelSubject:
         """The same subject, decoding in another way."""
-        return ModelSubject(self.model, self.make, self.name, self.kernels, session)
+        return ModelSubject(self.model, self.make, self.name, self.kernels, session, self.formats)
 
     def unrounded(self) -> ModelSubject | None:
         if self.quantization is None:
@@ -205,5 +223,5 @@ class ModelSubject:
         return ModelSubject(self.model, DynamicCache, self.name, self.kernels)
 
     def to(self, dtype: torch.dtype) -> ModelSubject:
-        model = copy.deepcopy(self.model).to(dtype)
+        model = self.formats.to(dtype)
         return ModelSubject(model, self.make, self.name, self.kernels, self.session)
