@@ -30,6 +30,14 @@ CACHE_SETTINGS = {
     "paged": ("page",),
 }
 
+# Caches of transformers, which verify-cache --impl transformers judges.
+TRANSFORMERS_CACHES = {
+    "dynamic": "DynamicCache, with the sliding and linear layers that the configuration asks for",
+    "static": "StaticCache, for as many tokens as there is room for",
+    "quantized": "QuantizedCache, its codes replaced by exact values",
+    "own": "what the model itself keeps, where it takes none of these",
+}
+
 KERNELS = {
     "default": "kvtool.core.kernels:DefaultKernels",
     "exact": "kvtool.core.exact:ExactKernels",

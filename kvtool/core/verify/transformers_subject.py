@@ -28,12 +28,6 @@ from kvtool.core.verify.target_doctor import examine
 from kvtool.core.verify.tiny import hushed, known_types, loop_over_experts, tiny_model
 from kvtool.errors import CacheOpUnsupported, FileError, UsageError, first_line
 
-KINDS = {
-    "dynamic": "DynamicCache, with the sliding and linear layers that the configuration asks for",
-    "static": "StaticCache, of as many tokens as there is room for",
-    "quantized": "QuantizedCache, its codes replaced by exact values",
-    "own": "what the model itself keeps, where it takes none of these",
-}
 PARAMETERS = ("past_key_values", "cache_params")  # of a forward, that take these caches
 BACKENDS = ("quanto", "hqq", "fp8")  # of QuantizedCache; the first that is installed counts
 LONGEST_WINDOW = 512  # tokens: a longer one is not passed, since every scenario would have to

@@ -1,0 +1,168 @@
+"""Every model type that transformers knows, each judged in a process of its own.
+
+A type that hangs, crashes or eats the memory ends its process, and not the sweep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvtool.core.verify.outcome import (
+    BUG,
+    ERROR,
+    IDENTICAL,
+    NOT_CAUSAL,
+    PRECISION,
+    ROUNDING,
+    UNSUPPORTED,
+    VACUOUS,
+)
+from kvtool.errors import FileError
+
+NOT_BUILT = "not built"  # the model, by its default configuration or for want of a package
+VERDICTS = (
+    IDENTICAL, ROUNDING, PRECISION, BUG, NOT_CAUSAL, VACUOUS, UNSUPPORTED, ERROR, NOT_BUILT,
+)  # fmt: skip
+JUDGED = (IDENTICAL, ROUNDING, PRECISION, BUG, NOT_CAUSAL)  # a verdict, good or bad
+PRELOADED = [
+    "kvtool.core.verify.sweep_worker",
+    "kvtool.core.verify.transformers_subject",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+]
+ALONE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+MEMORY = 4 << 30  # bytes that a process may take
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What one type came to; gaps are those of its worst finding, None if not needed."""
+
+    type: str
+    verdict: str
+    right: bool
+    reason: str = ""
+    gap: float | None = None
+    gap_float64: float | None = None
+    gap_promoted: float | None = None
+    seconds: float = 0.0
+    by_cache: dict[str, str] = dataclasses.field(default_factory=dict)  # its worst verdict
+
+    @property
+    def judged(self) -> bool:
+        return self.verdict in JUDGED
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process is asked to do."""
+
+    type: str
+    caches: tuple[str, ...]
+    scenarios: tuple[str, ...]
+    tokens: int
+    seed: int
+    memory: int = MEMORY
+
+
+def sweep(
+    types: Sequence[str],
+    task: Callable[[str], Task],
+    seconds: float,
+    results: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Iterator[Swept]:
+    """Judge one type after the other, each for at most `seconds`.
+
+    results: a file of JSON lines; what stands in it is not judged again, and each result is
+    appended as soon as it is there. Raises FileError if it cannot be read or written.
+    """
+    known = {} if results is None else read_results(results)
+    for name in types:
+        tell(name)
+        found = known.get(name)
+        if found is None:
+            found = judge_type(task(name), seconds)
+            if results is not None:
+                append_result(results, found)
+        yield found
+
+
+def judge_type(task: Task, seconds: float) -> Swept:
+    """Run one type in a process of its own, with one thread and no network."""
+    from kvtool.core.verify.sweep_worker import answer
+
+    os.environ.update(ALONE)  # of the server too, which starts with the first type
+    started = time.perf_counter()
+    receiver, sender = _processes().Pipe(duplex=False)
+    process = _processes().Process(target=answer, args=(task, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(seconds):
+            found: Swept = receiver.recv()
+        else:
+            found = Swept(task.type, ERROR, False, f"took longer than {seconds:g} s")
+    except EOFError:
+        process.join()
+        reason = f"its process ended without an answer (code {process.exitcode})"
+        found = Swept(task.type, ERROR, False, reason)
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    return dataclasses.replace(found, seconds=time.perf_counter() - started)
+
+
+@functools.cache
+def _processes() -> Any:
+    """Processes forked from one that has imported everything, where the system can fork."""
+    ways = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
+    if "forkserver" in ways:
+        multiprocessing.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def read_results(path: Path) -> dict[str, Swept]:
+    """The results in a file, by type; none if it does not exist. Raises FileError.
+
+    A last line that was cut off in the middle does not count.
+    """
+    if not path.exists():
+        return {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: cannot be read ({error})") from error
+    found: dict[str, Swept] = {}
+    for i, line in enumerate(lines):
+        try:
+            swept = Swept(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            if i == len(lines) - 1:
+                continue
+            hint = "--resume takes a file that a sweep wrote."
+            raise FileError(f"{path}: line {i + 1} is no result of a sweep", hint) from error
+        found[swept.type] = swept
+    return found
+
+
+def append_result(path: Path, swept: Swept) -> None:
+    """Add a line to a file of results, behind what was cut off if anything was."""
+    line: dict[str, Any] = dataclasses.asdict(swept)
+    try:
+        cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size
+        with path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if cut else "") + json.dumps(line) + "\n")
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror})") from error

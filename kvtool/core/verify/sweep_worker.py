@@ -1,0 +1,125 @@
+"""The process of a sweep that judges one type."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+
+from kvtool.core.verify.check import Checked
+from kvtool.core.verify.outcome import (
+    BUG,
+    ERROR,
+    IDENTICAL,
+    NOT_CAUSAL,
+    PRECISION,
+    ROUNDING,
+    UNSUPPORTED,
+    VACUOUS,
+    Outcome,
+)
+from kvtool.core.verify.sweep import NOT_BUILT, Swept, Task
+from kvtool.errors import CheckFailed, UsageError, first_line
+
+PLANTED = "planted bug"
+# The worst first. A model that is not causal has wrong logits too, and that is why.
+UNTRUSTWORTHY = "the check did not report the bug that was planted to test it"
+ORDER = (NOT_CAUSAL, BUG, ERROR, PRECISION, ROUNDING, IDENTICAL, VACUOUS, UNSUPPORTED)
+
+
+def limit_memory(n_bytes: int) -> None:
+    """Let an allocation beyond that fail, where the system can."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
+    except (ImportError, ValueError, OSError):  # Windows has none; others may have a lower one
+        pass
+
+
+def judge(task: Task) -> Swept:
+    """Build the type's tiny model, and judge it with every kind of cache that it takes."""
+    from kvtool.core.verify.tiny import tiny_model
+    from kvtool.core.verify.transformers_subject import check_transformers
+
+    try:
+        model, note = tiny_model(task.type, task.seed)
+    except UsageError as error:
+        reason = error.message.removeprefix(f"{task.type}: ")
+        return Swept(task.type, NOT_BUILT, False, reason)
+    try:
+        checked = list(
+            check_transformers(model, task.caches, task.scenarios, task.tokens, diagnose=False)
+        )
+        swept = summary(task.type, checked, note)
+        if swept.verdict == BUG:  # to locate one takes longer than to find all
+            worst = worst_of(checked)
+            again = check_transformers(model, [worst.cache], [worst.finding.scenario], task.tokens)
+            place = next(iter(again)).finding.diagnosis.place
+            swept = dataclasses.replace(swept, reason=joined(swept.reason, place))
+        return swept
+    except (CheckFailed, UsageError) as error:
+        return Swept(task.type, ERROR, False, joined(note, error.message))
+    except (Exception, SystemExit) as error:  # a model may raise anything: that is its result
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return Swept(task.type, ERROR, False, joined(note, reason))
+
+
+def summary(name: str, checked: Sequence[Checked], note: str = "") -> Swept:
+    """What the findings for all kinds of caches and scenarios come to, the planted bug included."""
+    judged = [c for c in checked if c.cache != PLANTED]
+    played = [c for c in judged if c.outcome != Outcome.SKIPPED]
+    by_cache = {c.cache: worst_of([d for d in judged if d.cache == c.cache]) for c in judged}
+    verdicts = {cache: worst.finding.verdict for cache, worst in by_cache.items()}
+    if not played:
+        reasons = dict.fromkeys(c.finding.evidence for c in judged)
+        return Swept(name, UNSUPPORTED, False, joined(note, *list(reasons)[-1:]), by_cache=verdicts)
+    worst = worst_of(played)
+    found, right = worst.finding, worst.outcome == Outcome.RIGHT
+    working, double, promoted = (
+        gap and gap.relative for gap in (found.working, found.float64, found.promoted)
+    )
+    if right and checked[-1].outcome != Outcome.WRONG:
+        found, right = dataclasses.replace(found, verdict=ERROR, evidence=UNTRUSTWORTHY), False
+    reason = joined(note, "" if right else explained(worst, found.evidence, played))
+    return Swept(name, found.verdict, right, reason, working, double, promoted, by_cache=verdicts)
+
+
+def worst_of(checked: Sequence[Checked]) -> Checked:
+    """The first of those whose verdict is the worst; what cannot be decided is worse than right."""
+
+    def rank(c: Checked) -> tuple[bool, int]:
+        return c.outcome not in (Outcome.WRONG, Outcome.UNDECIDED), ORDER.index(c.finding.verdict)
+
+    return min(checked, key=rank)
+
+
+def explained(worst: Checked, evidence: str, played: Sequence[Checked]) -> str:
+    """Which scenarios came out like the worst, and why."""
+    verdict = worst.finding.verdict
+    alike = [c for c in played if c.finding.verdict == verdict and c.outcome == worst.outcome]
+    if len(alike) == len(played):
+        return evidence
+    names = ", ".join(dict.fromkeys(c.finding.scenario for c in alike))
+    caches = ", ".join(dict.fromkeys(c.cache for c in alike))
+    return f"{caches} in {names}: {evidence}"
+
+
+def joined(*parts: str) -> str:
+    return "; ".join(filter(None, parts))
+
+
+def answer(task: Task, sender: Connection) -> None:
+    """What the process runs: judge the type, and send what it came to."""
+    import torch
+
+    limit_memory(task.memory)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # also what is written below Python
+        os.dup2(nowhere, stream)
+    sender.send(judge(task))
+    sender.close()
