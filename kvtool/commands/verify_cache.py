@@ -84,9 +84,9 @@ def check_model(
     from kvtool.core.verify.subject import Formats
 
     loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
-    reader = loaded.source_tokenizer or loaded.tokenizer
     default = SOURCE_PROMPT if loaded.source_tokenizer else DEFAULT_PROMPT
-    ids = reader.encode(default if settings.prompt is None else settings.prompt)
+    prompt = default if settings.prompt is None and loaded.reads_text else settings.prompt
+    ids = checkpoint.prompt_ids(loaded, prompt)
     if not ids:
         raise UsageError("--prompt: is empty (expected 1 token or more)")
     if loaded.source_tokenizer is not None:
@@ -107,7 +107,7 @@ def check_model(
         "model": str(loaded.path),
         "sha256": loaded.sha256,
         "device": str(device),
-        "prompt": default if settings.prompt is None else settings.prompt,
+        "prompt": prompt,
         "scenarios": names,
     }
     return Report(rows, control, len(ids), settings.run.dtype, resolved, verbose=out.verbose)
@@ -148,16 +148,17 @@ def check_target(
 
 def show(report: Report, out: Output) -> None:
     """A row for each scenario, but one for all that came out alike; then every bug in words."""
+    spare = not report.verbose
     columns = [
-        Column("cache", "left", key=True),
+        Column("cache", "left", key=True, by_word=True),
         Column("kernels", "left", key=True),
         Column("scenario", "left", key=True),
         Column("verdict", "left"),
         Column("identical steps"),
-        Column("max ULP"),
-        Column("gap" if report.dtype == "float64" else f"gap {report.dtype}"),
-        Column("float64"),
-        Column("promoted"),
+        Column("max ULP", spare=3 * spare),
+        Column("gap" if report.dtype == "float64" else f"gap {report.dtype}", spare=2 * spare),
+        Column("float64", spare=1 * spare),
+        Column("promoted", spare=4 * spare),
     ]
     rows = [table_row(group) for group in grouped(report)]
     out.table("Cached against uncached logits, the same tokens fed to both", columns, rows)
@@ -206,7 +207,7 @@ def table_row(rows: list[Row]) -> list[str]:
         first.cache,
         first.kernels,
         first.scenario if len(rows) == 1 else f"{len(rows)} more",
-        first.words(),
+        first.words(short=True),
         f"{same:,} of {steps:,}" if steps else "-",
         ulps(max(row.max_ulp for row in rows)) if steps else "-",
         *(worst(rows, name) for name in ("gap", "gap_float64", "gap_promoted")),

@@ -57,6 +57,11 @@ class Checkpoint:
     path: Path
     sha256: str  # of model.safetensors
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether it came with a tokenizer; a folder of Hugging Face may have none."""
+        return not isinstance(self.tokenizer, NoTokenizer)
+
 
 def save(
     folder: Path, model: Model, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None = None
@@ -107,6 +112,15 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     _fill(model, weights)
     # The weights are there already; the tables follow them.
     return Checkpoint(model.to(device).eval(), config, tokenizer, source_tokenizer, folder, sha256)
+
+
+def prompt_ids(loaded: Checkpoint, text: str | None) -> list[int]:
+    """Token ids of `text`; of None, ids from all over the vocabulary. Raises FileError for text
+    without a tokenizer."""
+    if text is not None:
+        return (loaded.source_tokenizer or loaded.tokenizer).encode(text)
+    n, n_vocab = min(12, max(loaded.config.context // 4, 1)), loaded.config.vocab_size
+    return [(2 * i + 1) * n_vocab // (2 * n) for i in range(n)]
 
 
 def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
