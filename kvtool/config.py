@@ -194,6 +194,8 @@ class ModelConfig:
             raise UsageError(f"rope_scaling: {self.rope_scaling!r} is not an object")
         if self.positions != "rotary":
             raise UsageError(f"rope_scaling: contradicts --positions {self.positions}")
+        if self.rope_scaling.kind == "yarn" and self.rope_theta <= 1.0:
+            raise UsageError(f"rope_theta: {self.rope_theta} is too small for yarn")
 
     @property
     def head_dim(self) -> int:
@@ -209,8 +211,13 @@ class ModelConfig:
         """The model's name in registry.MODELS."""
         return "seq2seq" if self.n_encoder_layers else "decoder"
 
+    def plain(self) -> ModelConfig:
+        """The same without what the added fields say."""
+        added = {f.name: f.default for f in dataclasses.fields(self)[-N_ADDED:]}
+        return dataclasses.replace(self, **added)
+
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds: fields that older files lack only if they say something."""
+        """What config.json holds: added fields only if they say something."""
         added = {f.name: f.default for f in dataclasses.fields(self)[-N_ADDED:]}
         values = dataclasses.asdict(self)
         kept = {k: v for k, v in values.items() if k not in added or v != added[k]}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtool.errors import FileError
+from kvtool.hub import cache_folder, cached_snapshot
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -156,7 +157,8 @@ DEFAULT_MODEL = "shakespeare-2l"
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a checkpoint: `name` as a path, or as a shipped model. Raises FileError."""
+    """The folder of a checkpoint: `name` as a path, as a shipped model, or as a repository that is
+    in Hugging Face's cache. Raises FileError."""
     name = name or DEFAULT_MODEL
     path = Path(name)
     try:
@@ -169,12 +171,10 @@ def model_folder(name: str) -> Path:
     if not path.is_dir() and name in shipped_models():
         return weights_folder() / name
     if not path.exists():
-        known = shipped_models()
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {close[0]}?" if close else nearest(path)
-        raise FileError(
-            f"--model {name}: not found", hint or f"Give a folder, or one of: {', '.join(known)}."
-        )
+        snapshot = cached_snapshot(name)
+        if snapshot is None:
+            raise _no_model(name, path)
+        return snapshot
     if (path / "best" / "config.json").is_file() and not (path / "config.json").exists():
         raise FileError(
             f"--model {name}: is the folder of a run (expected a checkpoint)",
@@ -186,3 +186,16 @@ def model_folder(name: str) -> Path:
             "A checkpoint is a folder with config.json, model.safetensors and tokenizer.json.",
         )
     return path
+
+
+def _no_model(name: str, path: Path) -> FileError:
+    known = shipped_models()
+    if close := difflib.get_close_matches(name, known, n=1):
+        return FileError(f"--model {name}: not found", f"Did you mean {close[0]}?")
+    if name.count("/") == 1 and not path.parent.exists():  # as the hub names repositories
+        return FileError(
+            f"--model {name}: is neither a folder nor in the cache {cache_folder()}",
+            f"kvtool downloads nothing; if it is on the hub: hf download {name}",
+        )
+    hint = nearest(path) or f"Give a folder, or one of: {', '.join(known)}."
+    return FileError(f"--model {name}: not found", hint)

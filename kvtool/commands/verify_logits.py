@@ -138,7 +138,7 @@ def run(settings: Settings, out: Output) -> Report:
         texts = PROMPTS if settings.prompt is None else (settings.prompt,)
         prompts = [(text, tokenizer.encode(text)) for text in texts]
         against = settings.against
-        references = reference.make_reference(weights, loaded.config, prompts, against)
+        references = reference.make_reference(weights, loaded.config, prompts, against, loaded.path)
         name = AGAINST[against]
     if settings.save_reference is not None:
         reference.save(settings.save_reference, references)

@@ -5,12 +5,13 @@ has no cache, no batch and no tricks: one sequence goes in whole, the logits of 
 out. Where this file and the torch model differ by more than rounding, one of them is wrong.
 
 Letters behind the shapes: T tokens, V vocabulary, d model width, F MLP width, H query heads,
-Hkv key-value heads, D = d / H head width.
+Hkv key-value heads, D head width (d / H unless the configuration says otherwise).
 
 Sources: Vaswani et al. 2017 (attention, sinusoids); Xiong et al. 2020 (pre-norm blocks);
 Ba et al. 2016 (LayerNorm); Zhang and Sennrich 2019 (RMSNorm); Hendrycks and Gimpel 2016 (GELU);
 Shazeer 2020 (SwiGLU); Su et al. 2021 (rotary positions); Ainslie et al. 2023 (grouped queries);
-Press and Wolf 2017 (tied embeddings).
+Press and Wolf 2017 (tied embeddings); Henry et al. 2020 (norms of queries and keys); Beltagy et al.
+2020 (windows); Peng et al. 2023 (YaRN).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kvtool.config import ModelConfig
+from kvtool.config import ModelConfig, RopeScaling
 from kvtool.errors import FileError
 
 Weights = Mapping[str, np.ndarray]
@@ -40,9 +41,9 @@ def logits(weights: Weights, config: ModelConfig, ids: Sequence[int]) -> np.ndar
     x = embed(weights, config, tokens)  # (T, d)
     for i in range(config.n_layers):
         layer = f"layers.{i}"
-        x = x + attention(
-            weights, config, f"{layer}.attn", norm(weights, config, f"{layer}.norm1", x)
-        )
+        window = config.window if i >= config.first_window_layer else 0
+        normal = norm(weights, config, f"{layer}.norm1", x)
+        x = x + attention(weights, config, f"{layer}.attn", normal, window)
         x = x + mlp(weights, config, f"{layer}.mlp", norm(weights, config, f"{layer}.norm2", x))
     head = "embed.tokens.weight" if config.tied else "head.weight"
     return norm(weights, config, "norm", x) @ _float64(weights, head).T  # (T, d) @ (d, V)
@@ -66,6 +67,8 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer = f"layers.{i}"
         shapes |= _norm_shapes(config, f"{layer}.norm1")
         shapes |= _linear_shapes(config, f"{layer}.attn.qkv", n_qkv, d)
+        if config.qk_norm:
+            shapes |= {f"{layer}.attn.{x}_norm.weight": (width,) for x in "qk"}
         shapes |= _linear_shapes(config, f"{layer}.attn.out", d, config.n_heads * width)
         shapes |= _norm_shapes(config, f"{layer}.norm2")
         shapes |= _linear_shapes(config, f"{layer}.mlp.up", n_up, d)
@@ -116,50 +119,94 @@ def norm(weights: Weights, config: ModelConfig, name: str, x: np.ndarray) -> np.
     weight = _float64(weights, f"{name}.weight")  # (d,)
     if config.norm == "layernorm":
         x = x - x.mean(axis=-1, keepdims=True)  # now the mean of squares is the variance
-    unit = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + config.norm_eps)
+    y = unit(x, config.norm_eps) * weight
     if config.norm == "layernorm" and config.bias:
-        return unit * weight + _float64(weights, f"{name}.bias")
-    return unit * weight
+        return y + _float64(weights, f"{name}.bias")
+    return y
 
 
-def attention(weights: Weights, config: ModelConfig, name: str, x: np.ndarray) -> np.ndarray:
+def unit(x: np.ndarray, eps: float) -> np.ndarray:
+    """Divide each row by the root of its mean square: (..., n) -> (..., n)."""
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+
+
+def attention(
+    weights: Weights, config: ModelConfig, name: str, x: np.ndarray, window: int = 0
+) -> np.ndarray:
     """Let every token gather from itself and the tokens before it: (T, d) -> (T, d).
 
     Head by head, softmax(q k^T / sqrt(D)) v with the future masked (Vaswani et al. 2017, section
     3.2). With fewer key-value heads, H / Hkv neighbouring query heads share one (Ainslie et al.
-    2023): query head h reads key-value head h // (H / Hkv).
+    2023): query head h reads key-value head h // (H / Hkv). With qk_norm, each query and key is
+    first brought to unit size and rescaled (Henry et al. 2020).
     """
     n_q, n_kv, width = config.n_heads, config.n_kv_heads, config.head_dim
     qkv = _linear(weights, config, f"{name}.qkv", x)  # (T, (H + 2 Hkv) D)
     heads = qkv.reshape(len(x), n_q + 2 * n_kv, width).swapaxes(0, 1)  # (H + 2 Hkv, T, D)
     q, k, v = heads[:n_q], heads[n_q : n_q + n_kv], heads[n_q + n_kv :]  # (H or Hkv, T, D)
+    if config.qk_norm:
+        q = unit(q, config.norm_eps) * _float64(weights, f"{name}.q_norm.weight")
+        k = unit(k, config.norm_eps) * _float64(weights, f"{name}.k_norm.weight")
     if config.positions == "rotary":
-        q, k = rotate(q, config.rope_theta), rotate(k, config.rope_theta)
+        turn = (config.rope_theta, config.rope_scaling)
+        q, k = rotate(q, *turn), rotate(k, *turn)
     group = n_q // n_kv
-    gathered = [attend(q[h], k[h // group], v[h // group]) for h in range(n_q)]  # H times (T, D)
+    gathered = [attend(q[h], k[h // group], v[h // group], window) for h in range(n_q)]  # (T, D)
     return _linear(weights, config, f"{name}.out", np.concatenate(gathered, axis=-1))
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Attend causally in one head: q, k, v (T, D) -> (T, D)."""
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int = 0) -> np.ndarray:
+    """Attend causally in one head, to the last `window` tokens if it is not 0: (T, D) -> (T, D)."""
     scores = q @ k.T / math.sqrt(q.shape[-1])  # (T, T): row = query, column = key
-    future = np.triu(np.ones(scores.shape, dtype=bool), k=1)  # column > row
-    return softmax(np.where(future, -np.inf, scores)) @ v
+    distance = np.arange(len(q))[:, None] - np.arange(len(k))  # in tokens, to the past
+    hidden = (distance < 0) | (distance >= window if window else False)
+    return softmax(np.where(hidden, -np.inf, scores)) @ v
 
 
-def rotate(x: np.ndarray, theta: float) -> np.ndarray:
+def rotate(x: np.ndarray, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
     """Turn each vector by its position: (..., T, D) -> (..., T, D) (Su et al. 2021).
 
     Coordinates i and i + D/2 form a plane (the half-split order of GPT-NeoX and Llama), and the
     vector at position t turns in it by t theta^(-2i/D). A dot product of two turned vectors then
-    depends on their positions only through the difference.
+    depends on their positions only through the difference. Scaling slows the turning down, and with
+    YaRN makes the vector longer.
     """
     length, width = x.shape[-2:]
     speed = theta ** (-np.arange(0, width, 2) / width)  # radians per position, (D/2,)
+    if scaling is not None:
+        kept = share_kept(scaling, theta, speed)
+        speed = speed * (kept + (1.0 - kept) / scaling.factor)
+        x = x * scaling.attention_factor
     angle = np.arange(length)[:, None] * speed  # (T, D/2)
     cos, sin = np.cos(angle), np.sin(angle)
     a, b = x[..., : width // 2], x[..., width // 2 :]  # (..., T, D/2)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def share_kept(scaling: RopeScaling, theta: float, speed: np.ndarray) -> np.ndarray:
+    """How much of each plane's speed is kept, from 0 (divided by the factor) to 1: (D/2,) -> same.
+
+    A plane that turns r times in the original context L keeps, with llama3, (r - low) / (high -
+    low). With YaRN the share falls linearly with the plane's number i, from 1 at the plane that
+    turns beta_fast times to 0 at the one that turns beta_slow times, where turning r times means
+    theta^(-2i/D) L = 2 pi r (Peng et al. 2023, section 3.2).
+    """
+    length, n_planes = scaling.original_context, len(speed)
+    if scaling.kind == "linear":
+        return np.zeros(n_planes)
+    if scaling.kind == "llama3":
+        turns = speed * length / (2 * math.pi)
+        return np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+    ends = [
+        n_planes * math.log(length / (2 * math.pi * turns), theta)
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    ]
+    if scaling.truncate:  # outwards, to whole planes
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    first, last = max(ends[0], 0), min(ends[1], 2 * n_planes - 1)  # as in YaRN's own code
+    if first == last:
+        last += 0.001  # a step
+    return 1.0 - np.clip((np.arange(n_planes) - first) / (last - first), 0.0, 1.0)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -226,14 +273,19 @@ def _float64(weights: Weights, name: str) -> np.ndarray:
 def _linear(weights: Weights, config: ModelConfig, name: str, x: np.ndarray) -> np.ndarray:
     """Apply y = W x + b to every row: (T, in) -> (T, out)."""
     y = x @ _float64(weights, f"{name}.weight").T
-    return y + _float64(weights, f"{name}.bias") if config.bias else y
+    return y + _float64(weights, f"{name}.bias") if _has_bias(config, name) else y
+
+
+def _has_bias(config: ModelConfig, name: str) -> bool:
+    part = name.rpartition(".")[2]
+    return config.has_bias({"up": "mlp", "down": "mlp"}.get(part, part))
 
 
 def _linear_shapes(
     config: ModelConfig, name: str, n_out: int, n_in: int
 ) -> dict[str, tuple[int, ...]]:
     weight: dict[str, tuple[int, ...]] = {f"{name}.weight": (n_out, n_in)}
-    return weight | ({f"{name}.bias": (n_out,)} if config.bias else {})
+    return weight | ({f"{name}.bias": (n_out,)} if _has_bias(config, name) else {})
 
 
 def _norm_shapes(config: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:

@@ -63,11 +63,13 @@ def make_reference(
     config: Any,
     prompts: Sequence[tuple[str, list[int]]],
     against: str = "numpy",
+    folder: Path | None = None,
 ) -> list[Reference]:
     """What the NumPy oracle says, or with `against` "transformers" a model of theirs, in float64.
 
-    Raises UsageError for an encoder-decoder, an empty prompt or a model that transformers has not,
-    CapacityError for a prompt too long.
+    folder: where the weights are from; if it is one of Hugging Face, their model is made of what is
+    in it. Raises UsageError for an encoder-decoder, an empty prompt or a model that transformers
+    has not, CapacityError for a prompt too long.
     """
     check_decoder(config)
     arrays = {name: tensor.double().cpu().numpy() for name, tensor in weights.items()}
@@ -75,7 +77,8 @@ def make_reference(
     if against == "transformers":
         from kvtool.core import witness  # it is slow to import, and may not be installed
 
-        compute = partial(witness.witness_logits, witness.witness(arrays, config))
+        own = None if folder is None else witness.folder_witness(folder)
+        compute = partial(witness.witness_logits, own or witness.witness(arrays, config))
     found = []
     for text, ids in prompts:
         if not ids:

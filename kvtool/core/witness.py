@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,13 @@ import torch
 
 from kvtool.config import ModelConfig
 from kvtool.core import oracle
+from kvtool.core.families import FAMILIES
+from kvtool.core.families.weights import HEAD
+from kvtool.core.safetensors_file import BUFFERS
 from kvtool.core.verify.precision import Promote
+from kvtool.core.weight_files import open_weights
 from kvtool.errors import UsageError
+from kvtool.files import read_json_object
 
 Arrays = dict[str, np.ndarray]
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
@@ -24,6 +30,53 @@ def witness(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Any:
     Added positions, layer norm and a plain MLP make a GPT-2, rotary positions, RMSNorm and SwiGLU a
     Llama. Raises UsageError for other mixtures, and if transformers is not installed.
     """
+    transformers = _transformers()
+    llama = (config.positions, config.norm, config.activation) == ("rotary", "rmsnorm", "swiglu")
+    plain = config.norm == "layernorm" and config.activation in ACTIVATIONS
+    build: Any
+    if config != config.plain():
+        raise _no_model()
+    if llama:
+        build, described, state = transformers.LlamaForCausalLM, _llama_config, _llama_state
+    elif plain and config.positions != "rotary" and config.n_kv_heads == config.n_heads:
+        build, described, state = transformers.GPT2LMHeadModel, _gpt2_config, _gpt2_state
+    else:
+        raise _no_model()
+    with Promote():  # tables of rotary angles are made now
+        model = build(described(transformers, config)).double().eval()
+    fill(model, state(weights, config))
+    return model
+
+
+def folder_witness(folder: Path) -> Any | None:
+    """The model of transformers in float64 for a folder of `families`, by its own configuration and
+    its tensors' own names, so that kvtool's reading of both is checked too; None for others.
+
+    Raises UsageError if transformers is not installed.
+    """
+    data = read_json_object(folder / "config.json", "a configuration")
+    if data.get("model_type") not in FAMILIES:
+        return None
+    transformers = _transformers()
+    config = transformers.CONFIG_MAPPING[data["model_type"]].from_dict(data)
+    with Promote():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    tensors = open_weights(folder).read()[0]
+    prefix = f"{model.base_model_prefix}."
+    if any(name.startswith(prefix) for name in tensors):
+        prefix = ""
+    if config.tie_word_embeddings:
+        tensors.pop(HEAD, None)  # equal to the embedding, or loading would have failed
+    state = {
+        name if name == HEAD else prefix + name: tensor.double().numpy()
+        for name, tensor in tensors.items()
+        if not BUFFERS.search(name)
+    }
+    fill(model, state)
+    return model
+
+
+def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
@@ -31,23 +84,15 @@ def witness(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Any:
             "--against transformers: transformers is not installed",
             "pip install 'kvtool[hf]', or use --against numpy.",
         ) from error
-    llama = (config.positions, config.norm, config.activation) == ("rotary", "rmsnorm", "swiglu")
-    plain = config.norm == "layernorm" and config.activation in ACTIVATIONS
-    build: Any
-    if llama:
-        build, described, state = transformers.LlamaForCausalLM, _llama_config, _llama_state
-    elif plain and config.positions != "rotary" and config.n_kv_heads == config.n_heads:
-        build, described, state = transformers.GPT2LMHeadModel, _gpt2_config, _gpt2_state
-    else:
-        raise UsageError(
-            "--against transformers: this mixture of positions, norm, activation and heads is "
-            "neither GPT-2's nor Llama's",
-            "Use --against numpy.",
-        )
-    with Promote():  # tables of rotary angles are made now
-        model = build(described(transformers, config)).double().eval()
-    fill(model, state(weights, config))
-    return model
+    return transformers
+
+
+def _no_model() -> UsageError:
+    return UsageError(
+        "--against transformers: this mixture of positions, norm, activation and heads is "
+        "neither GPT-2's nor Llama's",
+        "Use --against numpy.",
+    )
 
 
 def witness_logits(model: Any, ids: list[int]) -> np.ndarray:

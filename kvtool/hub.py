@@ -1,0 +1,48 @@
+"""Models that Hugging Face's tools have put into their cache; nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from kvtool.errors import FileError
+
+REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{7,64}")
+
+
+def cache_folder() -> Path:
+    """Where that cache is: HF_HUB_CACHE, or HF_HOME/hub, or ~/.cache/huggingface/hub."""
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]).expanduser()
+    general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(general, "huggingface")
+    return Path(home).expanduser() / "hub"
+
+
+def cached_snapshot(name: str) -> Path | None:
+    """The folder of the newest main revision of `org/name` that is in the cache; None if the
+    repository is not there, or `name` cannot be one.
+
+    Raises FileError for a repository that is there without that revision.
+    """
+    # No "--", "..", or trailing ".": the hub allows none, and folders are named after the rest.
+    if not REPOSITORY.fullmatch(name) or "--" in name or ".." in name or name.endswith("."):
+        return None
+    folder = cache_folder() / f"models--{name.replace('/', '--')}"
+    if not folder.is_dir():
+        return None
+    reference = folder / "refs" / "main"
+    hint = f"Complete it with: hf download {name}"
+    try:
+        commit = reference.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        raise FileError(f"--model {name}: {reference} cannot be read", hint) from None
+    if not COMMIT.fullmatch(commit):
+        raise FileError(f"--model {name}: {reference} names no commit", hint)
+    snapshot = folder / "snapshots" / commit
+    if not snapshot.is_dir():
+        raise FileError(f"--model {name}: {snapshot} is not in the cache", hint)
+    return snapshot
