@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
 import kvtool
 from cli_probe import Ran, refused
@@ -163,6 +165,25 @@ def test_a_table_never_cuts_a_number(
 def test_a_table_too_wide_for_the_screen_goes_on_below_with_its_keys() -> None:
     assert tables.split([6, 8, 8, 8], keys=[0], width=26) == [[0, 1, 2], [0, 3]]
     assert tables.split([6, 8, 8, 8], keys=[0, 1], width=5) == [[0, 1, 2], [0, 1, 3]]
+
+
+def test_spare_columns_make_room_before_a_table_is_split() -> None:
+    columns = [
+        tables.Column("kind", "left", key=True, by_word=True),
+        tables.Column("first", spare=1),
+        tables.Column("second", spare=2),
+        tables.Column("third"),
+    ]
+    rows = [["planted bug", "1", "2", "3"]]
+
+    def shown(width: int) -> list[str]:
+        parts = list(tables.build_table("", columns, rows, width))
+        found = [str(c.header) for p in parts if isinstance(p, Table) for c in p.columns]
+        return [*found, *(str(p) for p in parts if isinstance(p, Text) and str(p))]
+
+    assert shown(29) == ["kind", "first", "second", "third"]
+    assert shown(28) == ["kind", "first", "third", "(no room for second)"]
+    assert shown(20) == ["kind", "third", "(no room for first, second)"]
 
 
 def test_json_mode_keeps_stdout_free_of_words(capsys: pytest.CaptureFixture[str]) -> None:

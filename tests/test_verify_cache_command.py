@@ -181,6 +181,10 @@ def test_the_table_fits_the_terminal(
     lines = check().out.splitlines()
     assert max(len(line.rstrip()) for line in lines[:-1]) <= columns
     assert any("bug, step 1" in line for line in lines)
+    left_out = {80: "(no room for promoted)", 60: "(no room for max ULP, gap float32, promoted)"}
+    assert left_out[columns] in lines
+    assert sum("kernels" in line and "verdict" in line for line in lines) == 1
+    assert sum(line.startswith("cache ") for line in check("-v").out.splitlines()) > 1
 
 
 def test_the_gap_by_step_is_drawn(check: Callable[..., Ran], tmp_path: Path) -> None:
@@ -265,7 +269,7 @@ def test_a_kind_that_was_only_checked_in_vain_is_exit_1(
 def test_only_none_checks_nothing_and_is_exit_1(check: Callable[..., Ran]) -> None:
     ran = check("--caches", "none", "--scenarios", "decode")
     assert ran.code == 1
-    assert "nothing cached" in ran.out
+    assert "no cache" in ran.out
     assert ran.out.splitlines()[-1].startswith("✗ nothing was checked")
 
 
@@ -346,6 +350,12 @@ def row_of(cache: str, verdict: str, identical: int) -> Row:
     gap = Gap(8, identical, wrong, 0.1 if wrong else 0.0, 9e5 if wrong else 0.0)
     finding = Finding("decode", verdict, working=gap, float64=gap, first_wrong=wrong)
     return Row.of(Checked(cache, "default", True, finding))
+
+
+def test_a_step_of_lost_precision_fits_the_table() -> None:
+    lost = replace(row_of("static", "bug", identical=1), verdict="precision", first_wrong_step=123)
+    assert lost.words() == "precision lost, step 123"
+    assert lost.words(short=True) == "lossy, step 123"
 
 
 def test_the_folder_of_a_run_is_told_from_its_checkpoint(

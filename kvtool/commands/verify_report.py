@@ -85,18 +85,21 @@ class Row:
         """Whether the subject cannot do this, and says so."""
         return self.verdict == "unsupported" and not self.wrong
 
-    def words(self) -> str:
-        """The verdict, as a table says it."""
+    def words(self, short: bool = False) -> str:
+        """The verdict, as a sentence says it, or short for a table."""
         if self.verdict == "vacuous" and not self.stores:
-            return "nothing cached"
+            return "no cache" if short else "nothing cached"
         if self.verdict == "unsupported" and self.wrong:
             return "undecided"
         step = self.first_wrong_step
         if self.verdict == "rounding" and not self.right:
-            return "rounding, not exact"
+            return "not exact" if short else "rounding, not exact"
         if step is None or self.right:
             return self.verdict
-        word = "precision lost" if self.verdict == "precision" else self.verdict
+        if self.verdict == "not-causal" and short:
+            return self.verdict
+        lost = "lossy" if short else "precision lost"
+        word = lost if self.verdict == "precision" else self.verdict
         return f"{word}, step {step}"
 
 

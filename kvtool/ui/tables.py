@@ -20,13 +20,17 @@ PROSE = 16  # a column of words is not squeezed below this
 class Column:
     """A heading and the side its cells stand at. Numbers stand right and never wrap.
 
-    A `key` column says what a row is about; it is repeated when a table is split.
+    A `key` column says what a row is about; it is repeated when a table is split. A `spare` one is
+    left out before it comes to that, the highest number first. `by_word`: texts may be squeezed to
+    their longest word.
     """
 
     name: str
     justify: Literal["left", "right", "center"] = "right"
     key: bool = False
     style: str = ""
+    spare: int = 0
+    by_word: bool = False
 
 
 def build_table(
@@ -48,10 +52,18 @@ def build_table(
         yield Text("(no rows)", style="dim")
         return
     widths = [floor(column, [row[i] for row in rows]) for i, column in enumerate(named)]
+    left_out = spared(named, widths, width)
+    kept = [i for i in range(len(named)) if i not in left_out]
+    note = ", ".join(named[i].name for i in left_out)
+    named, widths = [named[i] for i in kept], [widths[i] for i in kept]
+    rows = [[row[i] for i in kept] for row in rows]
     keys = [i for i, column in enumerate(named) if column.key] or [0]
     for chosen in split(widths, keys, width):
         part = [[row[i] for i in chosen] for row in rows]
         yield _grid([named[i] for i in chosen], part, width, encoding)
+        if note:
+            yield Text(f"(no room for {note})", style="dim")
+            note = ""
         yield Text()
 
 
@@ -61,7 +73,22 @@ def floor(column: Column, cells: Sequence[str]) -> int:
     widest = max((cell_len(cell) for cell in cells), default=0)
     if column.justify == "right":
         return max([widest, *map(cell_len, column.name.split())], default=0)
-    return max([min(widest, PROSE), *words], default=0)
+    return max([0 if column.by_word else min(widest, PROSE), *words], default=0)
+
+
+def spared(columns: Sequence[Column], widths: Sequence[int], width: int) -> list[int]:
+    """The columns to leave out so that one table of `width` holds the rest, as far as they may be.
+
+    >>> spared([Column("a"), Column("b", spare=1), Column("c", spare=2)], [6, 8, 8], width=20)
+    [2]
+    """
+    order = sorted((i for i, c in enumerate(columns) if c.spare), key=lambda i: -columns[i].spare)
+    spare = width - sum(widths) - GAP * (len(widths) - 1)
+    out: list[int] = []
+    while spare < 0 and order:
+        out.append(order.pop(0))
+        spare += widths[out[-1]] + GAP
+    return sorted(out)
 
 
 def split(widths: Sequence[int], keys: Sequence[int], width: int) -> list[list[int]]:
