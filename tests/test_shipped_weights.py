@@ -11,10 +11,11 @@ import torch
 from kvtool import app
 from kvtool.core import checkpoint, oracle, reference
 from kvtool.core.witness import witness, witness_logits
-from kvtool.files import DEFAULT_MODEL, sha256, weights_folder
+from kvtool.files import DEFAULT_MODEL, sha256, shipped_models, weights_folder
 from oracle_cases import gap
 
 FOLDER = weights_folder() / DEFAULT_MODEL
+G2P = "g2p-1x1"
 README = (weights_folder() / "README.md").read_text(encoding="utf-8")
 
 
@@ -34,11 +35,18 @@ def references() -> list[reference.Reference]:
     return reference.load(FOLDER / "reference.safetensors")
 
 
-def test_every_file_has_the_checksum_that_the_readme_gives() -> None:
-    given = dict(re.findall(r"`([\w.]+)` \| `([0-9a-f]{64})`", README))
-    files = {path.name for path in FOLDER.iterdir()}
+@pytest.mark.parametrize("name", shipped_models())
+def test_every_file_has_the_checksum_that_the_readme_gives(name: str) -> None:
+    section = README.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    given = dict(re.findall(r"`([\w.]+)` \| `([0-9a-f]{64})`", section))
+    folder = weights_folder() / name
+    files = {path.name for path in folder.iterdir()}
     assert given.keys() == files
-    assert {name: sha256(FOLDER / name) for name in files} == given
+    assert {name: sha256(folder / name) for name in files} == given
+
+
+def test_two_models_are_shipped() -> None:
+    assert shipped_models() == [G2P, DEFAULT_MODEL]
 
 
 def test_the_weights_are_small_and_the_context_holds_a_thousand_tokens() -> None:
@@ -46,6 +54,7 @@ def test_the_weights_are_small_and_the_context_holds_a_thousand_tokens() -> None
     config = checkpoint.load("", torch.device("cpu"), torch.float32).config
     assert (config.n_layers, config.d_model, config.n_heads) == (2, 256, 8)
     assert config.context >= 1152
+    assert (weights_folder() / G2P / "model.safetensors").stat().st_size <= 8_000_000
 
 
 def test_its_tokenizer_loses_nothing(shipped: checkpoint.Checkpoint) -> None:
@@ -91,3 +100,28 @@ def test_verify_logits_agrees_with_the_shipped_reference(capsys: pytest.CaptureF
 def test_verify_cache_finds_no_bug_in_the_shipped_model(capsys: pytest.CaptureFixture) -> None:
     assert app.run(["verify-cache", "--tokens", "24"]) == 0
     assert "the planted bug was found" in capsys.readouterr().out
+
+
+def test_the_shipped_encoder_decoder_pronounces(capsys: pytest.CaptureFixture) -> None:
+    words = {"transformer": "T R AE N S F AO R M ER", "cache": "K AE SH", "bench": "B EH N CH"}
+    for word, phones in words.items():
+        assert app.run(["generate", "--model", G2P, "--prompt", word, "-q"]) == 0
+        assert capsys.readouterr().out == phones + "\n"
+
+
+def test_verify_cache_finds_no_bug_in_the_shipped_encoder_decoder(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    words = [
+        "--model",
+        G2P,
+        "--tokens",
+        "8",
+        "--caches",
+        "static",
+        "--scenarios",
+        "decode",
+        "chunks",
+    ]
+    assert app.run(["verify-cache", *words]) == 0
+    assert "bit for bit; the planted bug was found" in capsys.readouterr().out
