@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -129,8 +129,7 @@ class Step:
         else:
             near = self.q_pos[:, :, None] - self.k_pos[:, None] < window
             mask = self.mask & near[:, None]
-        where = (self.q_pos, self.k_pos, self.slots)
-        return Step(*where, mask, False, self.kernels, self.quantization)
+        return replace(self, mask=mask, causal=False)
 
     @classmethod
     def bidirectional(cls, mask: Tensor, kernels: Kernels = DEFAULT) -> Step:

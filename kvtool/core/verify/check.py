@@ -99,7 +99,8 @@ def check_model(
 
 def control(formats: Formats, main: Case) -> Finding:
     """Judge a cache with a planted bug: a check that calls this right is worth nothing."""
-    subject = ModelSubject(formats.model, LostKey, "planted bug", formats=formats)
+    make = partial(LostKey, seen=formats.model.config.window)
+    subject = ModelSubject(formats.model, make, "planted bug", formats=formats)
     return Judge(subject, examine).judge(beginning(main))
 
 
@@ -111,11 +112,18 @@ def beginning(case: Case) -> Case:
 
 
 class LostKey(DynamicCache):
-    """A cache that loses the first token's key in its last layer: small, and wrong."""
+    """A cache that loses the first token's key in its last layer: small, and wrong.
+
+    `seen`: of a model that sees only so many tokens, the first of those that the next one sees.
+    """
+
+    def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None, seen: int = 0) -> None:
+        super().__init__(spec, left_padding)
+        self.seen = seen
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         keys, values = super().write(layer, k, v, step)
         if self.length > 0 and layer == self.spec.n_layers - 1:
             keys = keys.clone()
-            keys[:, :, 0] = 0.0
+            keys[:, :, max(self.length + 1 - self.seen, 0) if self.seen else 0] = 0.0
         return keys, values
