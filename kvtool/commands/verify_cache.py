@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from kvtool.commands import self_test as st
+from kvtool.commands import sweep as sw
+from kvtool.commands import verify_transformers as vt
 from kvtool.commands.verify_report import Report, Row
 from kvtool.config import RunConfig, check_int
 from kvtool.errors import FileError, UsageError
@@ -261,12 +263,13 @@ def show_scenarios(out: Output) -> None:
     out.table("Scenarios", columns, rows)
 
 
-def _scenario(text: str, flag: str) -> str:
+def _text(text: str, flag: str) -> str:
     return text
 
 
 def command(
-    caches: o.Caches = o.ALL_CACHES,
+    impl: vt.Impl = vt.IMPLEMENTATIONS[0],
+    caches: vt.Caches = o.ALL_CACHES,
     kernels: o.KernelsList = o.ALL_KERNELS,
     window: o.Window = None,
     sinks: o.Sinks = None,
@@ -277,7 +280,7 @@ def command(
         list[str],
         list_option(
             "--scenarios",
-            element=_scenario,
+            element=_text,
             example="decode crop",
             help="What to do to a cache; 'help' lists them.",
             metavar="NAME...",
@@ -302,6 +305,10 @@ def command(
         typer.Option("--self-test", help="Plant every known bug, and see whether it is reported."),
     ] = False,
     plot: o.Plot = None,
+    sweep: vt.Sweep = False,
+    types: vt.Types = vt.EVERY,
+    time_limit: vt.TimeLimit = sw.TIME_LIMIT,
+    resume: vt.Resume = None,
     model: o.Model = "",
     device: o.Device = "auto",
     dtype: o.Dtype = "float32",
@@ -326,6 +333,8 @@ def command(
       kvtool verify-cache --caches static --tokens 256
 
       kvtool verify-cache --target my_decoder.py:build
+
+      kvtool verify-cache --impl transformers --model qwen3
     """
     out = Output(as_json, output_file, quiet, verbose)
     if scenarios == ["help"] and not self_test:
@@ -346,6 +355,29 @@ def command(
         }
         refuse(given, "--self-test", "It has models, caches and tokens of its own.")
         present("verify-cache.self-test", st.Settings(machine), st.run, st.show, out)
+    choose(impl, vt.IMPLEMENTATIONS, "--impl")
+    for_sweep = {"--types": types, "--resume": resume, "--time-limit": time_limit != sw.TIME_LIMIT}
+    if impl == "transformers":
+        refuse(
+            {
+                "--target": target is not None,
+                "--kernels": kernels != o.ALL_KERNELS,
+                "--prompt": prompt is not None,
+                "--plot": plot,
+                "--window and its like": (window, sinks, group, residual, page) != (None,) * 5,
+                **({"--model": model, "--dtype": dtype != "float32"} if sweep else for_sweep),
+            },
+            "--impl transformers" + (" --sweep" if sweep else ""),
+            "Random ids are fed to models of transformers.",
+        )
+        kinds = [] if caches == o.ALL_CACHES else caches
+        n_tokens = sw.TOKENS if tokens == DEFAULT_TOKENS else tokens
+        if sweep:
+            asked = sw.Settings(machine, types, kinds, scenarios, n_tokens, time_limit, resume)
+            present("verify-cache.sweep", asked, sw.run, sw.show, out)
+        one = vt.Settings(machine, kinds, scenarios, tokens)
+        present("verify-cache", one, vt.run, show, out)
+    refuse({"--sweep": sweep, **for_sweep}, "--impl kvtool", "Add --impl transformers.")
     chosen = o.kinds_with_settings(
         caches, window=window, sinks=sinks, group=group, residual=residual, page=page
     )

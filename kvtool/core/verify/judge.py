@@ -195,7 +195,9 @@ class Judge:
             return _not_in_float64(finding, error)
         if exact.raised is not None:
             return _not_in_float64(finding, exact.raised[1])
-        if not all(bool(logits.isfinite().all()) for logits in exact.expected):
+        if not _finite(exact):  # a mask of float64's least number, cast to float32, is -inf
+            exact = play(self.double, case, (True, True))
+        if not _finite(exact):
             return _not_in_float64(finding, ArithmeticError("its logits are not finite there"))
         gap64 = compare(exact.found, exact.expected)
         finding = replace(finding, float64=gap64)
@@ -264,6 +266,10 @@ def _beyond_noise(played: Played, exact: Played, least: float = 0.0) -> int | No
     limit = max(least, NOISE * max(noise, torch.finfo(played.expected[0].dtype).eps))
     gaps = distances(played.found, exact.expected)
     return next((i for i, gap in enumerate(gaps) if not gap <= limit), None)
+
+
+def _finite(played: Played) -> bool:
+    return all(bool(logits.isfinite().all()) for logits in played.expected)
 
 
 def _check_finite(played: Played) -> None:

@@ -75,7 +75,7 @@ def summary(name: str, checked: Sequence[Checked], note: str = "") -> Swept:
     verdicts = {cache: worst.finding.verdict for cache, worst in by_cache.items()}
     if not played:
         reasons = dict.fromkeys(c.finding.evidence for c in judged)
-        return Swept(name, UNSUPPORTED, False, joined(note, *list(reasons)[-1:]), by_cache=verdicts)
+        return Swept(name, UNSUPPORTED, False, joined(note, *list(reasons)[:1]), by_cache=verdicts)
     worst = worst_of(played)
     found, right = worst.finding, worst.outcome == Outcome.RIGHT
     working, double, promoted = (

@@ -52,7 +52,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"linear_num_value_heads", HEADS),
     (r"linear_num_key_heads", 2),
     (r"(n|num|swa_num|num_query)_(attention_)?(heads?|groups)|.*attention_heads", HEADS),
-    (r"index(er)?_n_heads", HEADS),
+    (r"index(er)?_n_heads", 32),  # their scores pass a relu: of 4, many are 0, and none the largest
     (r".*(inter|interm)mediate.*|.*ffn_dim|d_ff|dff|dim_ff|d_inner|n_inner|.*ffn_hidden_size", 128),
     (r"mlp_dim|feed_forward_size|moe_latent_size|router_hidden_size", 128),
     (r"(.*_)?hidden_size(_global|_per_layer_input)?|d_model|n_embd|emb_dim|embedding_dim", 64),
@@ -70,6 +70,7 @@ NEEDED = {  # of what some configurations leave open
     "head_dim": 16, "num_key_value_heads": HEADS, "n_routed_experts": 8, "num_experts_per_tok": 2,
     "n_shared_experts": 1,
 }  # fmt: skip
+NOISE = 0.1  # std of what is drawn for vectors of zeros
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 INDEXES = re.compile(r".*(_layers|_ids|_idxs|_indices)")  # lists of the numbers of layers
 DERIVED = ("model_type", "architectures", "transformers_version", "_name_or_path")
@@ -98,7 +99,7 @@ def tiny_model(model_type: str, seed: int = 0, decoder: bool = True) -> Tiny:
     names = known_types()
     if model_type not in names:
         near = difflib.get_close_matches(model_type, names, n=1)
-        hint = f"Did you mean {near[0]}?" if near else "--types help lists them."
+        hint = f"Did you mean {near[0]}?" if near else "Give a folder, or a type such as llama."
         raise UsageError(f"{model_type}: is no model type that transformers knows", hint)
     with hushed(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -300,16 +301,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
 def randomize(model: nn.Module) -> None:
     """Draw all weights anew at std 1/sqrt(fan in): at the usual 0.02 a bug moves no logit.
 
-    Vectors stay as they are: norms, biases, decays.
+    Vectors stay as they are (norms, decays) but for a little noise in those that are 0 (biases,
+    gates): a choice of the largest has no answer where all are alike.
     """
     drawn: set[int] = set()
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if weight.dim() < 2 or weight.numel() == max(weight.shape) or id(weight) in drawn:
-                continue
-            if KEPT_PARAMETERS.fullmatch(name) or not weight.is_floating_point():
+            if id(weight) in drawn or not weight.is_floating_point() or not weight.numel():
                 continue
             drawn.add(id(weight))
+            if weight.numel() == max(weight.shape, default=1):
+                if not weight.any():
+                    weight.normal_(0.0, NOISE)
+                continue
+            if KEPT_PARAMETERS.fullmatch(name):
+                continue
             weight.normal_(0.0, 1.0 / math.sqrt(fan_in(module, weight)))
 
 

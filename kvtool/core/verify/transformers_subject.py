@@ -22,6 +22,7 @@ from kvtool.core.verify.api import OWN, decode_case, target_control
 from kvtool.core.verify.check import MAIN, Checked
 from kvtool.core.verify.judge import UNSUPPORTED, Case, Finding, Judge
 from kvtool.core.verify.precision import Promote
+from kvtool.core.verify.scenarios import PREFILL as PREFILL
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.target import NEEDED, TargetSubject
 from kvtool.core.verify.target_doctor import examine
@@ -36,6 +37,7 @@ CONTEXT_NAMES = (
     "max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx",
     "context_length",
 )  # fmt: skip
+ALL = "all"  # scenarios
 INSTALL = "Install it with: pip install 'kvtool[hf]'"
 
 
@@ -258,12 +260,13 @@ def load_model(name: str, seed: int = 0) -> tuple[Any, str]:
     return model.eval(), ""
 
 
-def need_transformers() -> None:
-    """Raises UsageError if transformers is not installed."""
+def need_transformers() -> str:
+    """The version of transformers. Raises UsageError if it is not installed."""
     try:
-        import transformers  # noqa: F401
+        import transformers
     except ImportError as error:
         raise UsageError("--impl transformers: transformers is not installed", INSTALL) from error
+    return str(transformers.__version__)
 
 
 def check_transformers(
@@ -285,7 +288,7 @@ def check_transformers(
         try:
             subject = TransformersSubject(model, kind)
         except (CacheOpUnsupported, UsageError) as error:
-            yield Checked(kind, OWN, asked, Finding("all", UNSUPPORTED, error.message))
+            yield Checked(kind, OWN, asked, Finding(ALL, UNSUPPORTED, error.message))
             continue
         sizes = (subject.vocab_size, subject.context)
         main = decode_case(*sizes, None, tokens, subject.device)

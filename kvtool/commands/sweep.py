@@ -1,0 +1,159 @@
+"""kvtool verify-cache --impl transformers --sweep: every model type that transformers knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvtool.commands.verify_transformers import chosen_scenarios
+from kvtool.config import RunConfig, check_float, check_int
+from kvtool.errors import FileError
+from kvtool.registry import TRANSFORMERS_CACHES, choose
+from kvtool.ui.output import Output
+from kvtool.ui.tables import Column
+
+if TYPE_CHECKING:
+    from kvtool.core.verify.sweep import Swept
+
+TIME_LIMIT = 60.0  # seconds
+TOKENS = 32  # of the scenario decode, enough to tell
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for; no types: all of them, no caches: all that a model takes."""
+
+    run: RunConfig
+    types: list[str]
+    caches: list[str]
+    scenarios: list[str]
+    tokens: int = TOKENS
+    time_limit: float = TIME_LIMIT
+    resume: Path | None = None
+    impl: str = "transformers"
+    sweep: bool = True
+
+    def __post_init__(self) -> None:
+        check_int("--tokens", self.tokens, 2)
+        check_float("--time-limit", self.time_limit, 0.0, 1e6, open_low=True)
+        for kind in self.caches:
+            choose(kind, tuple(TRANSFORMERS_CACHES), "--caches")
+        if self.resume is not None and not self.resume.parent.is_dir():
+            where = f"--resume {self.resume}"
+            raise FileError(f"{where}: the folder {self.resume.parent} does not exist")
+
+
+@dataclass
+class Report:
+    """A result for each type."""
+
+    types: list[Swept]
+    transformers: str
+    seconds: float
+    resolved: dict[str, Any] = field(default_factory=dict)
+    verbose: bool = field(default=False, repr=False)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many types came to each verdict, in the order in which they are told."""
+        from kvtool.core.verify.sweep import VERDICTS
+
+        found = Counter(swept.verdict for swept in self.types)
+        return {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
+
+    @property
+    def wrong(self) -> list[Swept]:
+        return [s for s in self.types if not s.right and (s.judged or s.verdict == "error")]
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if any(s.right for s in self.types) and not self.wrong else 1
+
+    @property
+    def conclusion(self) -> str:
+        judged = sum(swept.judged for swept in self.types)
+        parts = [f"{n} {verdict}" for verdict, n in self.counts.items()]
+        n = len(self.types)
+        return f"{n} types of transformers {self.transformers}, {judged} judged: {', '.join(parts)}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                **dataclasses.asdict(s),
+                "by_cache": ", ".join(f"{k} {v}" for k, v in s.by_cache.items()),
+            }
+            for s in self.types
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "transformers": self.transformers,
+            "types": [dataclasses.asdict(swept) for swept in self.types],
+            "counts": self.counts,
+            "seconds": self.seconds,
+            "resolved": self.resolved,
+            "conclusion": self.conclusion,
+        }
+
+
+def run(settings: Settings, out: Output) -> Report:
+    """Judge each type in a process of its own; what --resume's file has is not judged again."""
+    from kvtool.core.verify import sweep
+    from kvtool.core.verify.tiny import known_types
+    from kvtool.core.verify.transformers_subject import need_transformers
+
+    version = need_transformers()
+    types = known_types()
+    for name in settings.types:
+        choose(name, types, "--types")
+    types = settings.types or types
+    scenarios = tuple(chosen_scenarios(settings.scenarios))
+    caches = tuple(settings.caches or TRANSFORMERS_CACHES)
+    started = time.perf_counter()
+    found = []
+
+    def task(name: str) -> sweep.Task:
+        return sweep.Task(name, caches, scenarios, settings.tokens, settings.run.seed)
+
+    with out.progress("sweep", len(types)) as bar:
+        for swept in sweep.sweep(types, task, settings.time_limit, settings.resume, bar.update):
+            found.append(swept)
+            bar.advance()
+            out.detail(
+                f"{swept.type}: {swept.verdict}" + (f", {swept.reason}" if swept.reason else "")
+            )
+    resolved = {"caches": caches, "scenarios": scenarios, "memory_limit": sweep.MEMORY}
+    return Report(found, version, time.perf_counter() - started, resolved, out.verbose)
+
+
+def show(report: Report, out: Output) -> None:
+    """A row for each type, and the sums."""
+    columns = [
+        Column("type", "left", key=True),
+        Column("verdict", "left"),
+        Column("gap"),
+        Column("float64"),
+        Column("promoted"),
+        Column("seconds"),
+        Column("reason", "left"),
+    ]
+    rows = [
+        [
+            s.type,
+            s.verdict,
+            *(figure(gap) for gap in (s.gap, s.gap_float64, s.gap_promoted)),
+            f"{s.seconds:.0f}",
+            s.reason or "-",
+        ]
+        for s in report.types
+    ]
+    out.table("Cached against uncached logits, tiny random models", columns, rows)
+    out.verdict(report.exit_code == 0, report.conclusion)
+
+
+def figure(gap: float | None) -> str:
+    return "-" if gap is None else (f"{gap:.1e}" if gap else "0")
