@@ -103,7 +103,7 @@ def bench_plot(
             linewidth=0,
         )
     _log_axes(left, ticks, seconds_text)
-    _mark_crossovers(left, times, pays_from)
+    _mark_crossovers(figure, left, times, pays_from)
     left.set_ylabel("median time (band: all samples)")
     left.legend(frameon=False, loc="upper left")
     for axes in right:
@@ -178,25 +178,30 @@ def bytes_text(n: float) -> str:
 
 
 def _mark_crossovers(
+    figure: Any,
     axes: Any,
     series: Mapping[str, Sequence[tuple[int, Sequence[float]]]],
     pays_from: Mapping[str, float | None],
 ) -> None:
-    """A line at each length from which on a kind pays; in words if that is all measured lengths."""
-    notes = []
+    """A line at each length from which on a kind pays, and words below; for kinds that pay at all
+    measured lengths, words alone."""
+    everywhere, notes = [], []
     for i, kind in enumerate(series):
         length = pays_from.get(kind)
         if length is None:
             continue
         if length == series[kind][0][0]:
-            notes.append(f"{kind} pays from {length:,.0f} tokens on, the fewest measured")
+            everywhere.append(kind)
             continue
         notes.append(f"{kind} pays from about {length:,.0f} tokens on")
         axes.axvline(length, color=COLOURS[i % len(COLOURS)], linestyle=":", linewidth=1.2)
+    if everywhere:
+        first = series[everywhere[0]][0][0]
+        verb = "pays" if len(everywhere) == 1 else "pay"
+        what = f"{', '.join(everywhere)} {verb} from {first:,.0f} tokens on, the fewest measured"
+        notes.insert(0, what)
     if notes:
-        text = "\n".join(notes)
-        place = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "fontsize": 8.5}
-        axes.text(0.98, 0.03, text, **place, backgroundcolor="white")
+        figure.supxlabel("; ".join(notes), fontsize=8.5)
 
 
 NOTHING = 1e-18  # where a gap of exactly 0 is drawn on a log axis
