@@ -213,12 +213,12 @@ class ModelConfig:
 
     def plain(self) -> ModelConfig:
         """The same without what the added fields say."""
-        added = {f.name: f.default for f in dataclasses.fields(self)[-N_ADDED:]}
+        added: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self)[-N_ADDED:]}
         return dataclasses.replace(self, **added)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: added fields only if they say something."""
-        added = {f.name: f.default for f in dataclasses.fields(self)[-N_ADDED:]}
+        added: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self)[-N_ADDED:]}
         values = dataclasses.asdict(self)
         kept = {k: v for k, v in values.items() if k not in added or v != added[k]}
         return {"model_type": f"kvtool-{self.kind}", **kept}

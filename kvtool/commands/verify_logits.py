@@ -135,8 +135,10 @@ def run(settings: Settings, out: Output) -> Report:
         references, name = reference.load(path), path.name
     else:
         weights = checkpoint.load_weights(loaded.path, loaded.config)
-        texts = PROMPTS if settings.prompt is None else (settings.prompt,)
-        prompts = [(text, tokenizer.encode(text)) for text in texts]
+        texts: tuple[str | None, ...] = (settings.prompt,)
+        if settings.prompt is None and loaded.reads_text:
+            texts = PROMPTS
+        prompts = [(text, checkpoint.prompt_ids(loaded, text)) for text in texts]
         against = settings.against
         references = reference.make_reference(weights, loaded.config, prompts, against, loaded.path)
         name = AGAINST[against]

@@ -61,7 +61,7 @@ class Position:
 def make_reference(
     weights: Mapping[str, Tensor],
     config: Any,
-    prompts: Sequence[tuple[str, list[int]]],
+    prompts: Sequence[tuple[str | None, list[int]]],
     against: str = "numpy",
     folder: Path | None = None,
 ) -> list[Reference]:

@@ -165,6 +165,10 @@ class NoTokenizer(Tokenizer):
             "Put the model's tokenizer.json there; bench and verify-cache do without.",
         )
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """The ids themselves."""
+        return " ".join(map(str, ids))
+
 
 class TextStream:
     """Text of tokens as they come; an incomplete character waits for those that complete it."""

@@ -17,9 +17,10 @@ _HARMLESS = {
     "how to run": "_attn_implementation _attn_implementation_autoset chunk_size_feed_forward "
     "gradient_checkpointing output_attentions output_hidden_states pretraining_tp "
     "reorder_and_upcast_attn return_dict return_dict_in_generate tf_legacy_loss torchscript "
-    "use_bfloat16 use_cache",
+    "output_past use_bfloat16 use_cache xla_device",
     "training and other tasks": "attention_dropout attn_pdrop classifier_dropout embd_pdrop "
-    "hidden_dropout id2label initializer_range label2id num_labels problem_type resid_pdrop "
+    "_num_labels hidden_dropout id2label initializer_range label2id num_labels problem_type "
+    "resid_pdrop predict_special_tokens n_special "
     "summary_activation summary_first_dropout summary_proj_to_labels summary_type "
     "summary_use_proj",
     "token ids (`end_ids` reads eos_token_id)": "bos_token_id decoder_start_token_id eos_token_id "

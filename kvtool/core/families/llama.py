@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvtool.config import ModelConfig
+from kvtool.config import ModelConfig, check_int
 from kvtool.core.families.fields import Fields, head_size
 from kvtool.core.families.rope import rotation
 from kvtool.core.families.weights import HEAD, NameMap, Stored
@@ -87,17 +87,17 @@ def _window_of_some_layers(f: Fields) -> dict[str, int]:
         window = 0
     if layers is not None:
         first = _first_sliding(layers, n_layers, window)
-    if not window or not isinstance(first, int) or first >= n_layers:
+    check_int("max_window_layers", first, 0)
+    if not window or first >= n_layers:
         return {}
-    if first < 0:
-        raise UsageError(f"max_window_layers: {first} is too small (expected 0 or more)")
     return {"window": window, "first_window_layer": first}
 
 
 def _first_sliding(layers: Any, n_layers: int, window: int) -> int:
     """The number of the first layer with a window. Raises UsageError if a later one has none."""
     kinds = ("full_attention", "sliding_attention")
-    if not isinstance(layers, list) or len(layers) != n_layers or set(layers) - set(kinds):
+    known = isinstance(layers, list) and all(kind in kinds for kind in layers)
+    if not known or len(layers) != n_layers:
         raise UsageError(f"layer_types: expected {n_layers} of {' and '.join(kinds)}")
     first = layers.index(kinds[1]) if kinds[1] in layers else n_layers
     if kinds[0] in layers[first:]:
