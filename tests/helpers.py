@@ -2,7 +2,7 @@
 
 A check raises AssertionError where a cache breaks its promise, beginning with the number that
 DESIGN.md gives it. test_cache_contract.py runs the checks over every registered kind, and
-test_cache_kinds.py over broken ones, which they must catch.
+test_cache_controls.py over broken ones, which they must catch.
 """
 
 from __future__ import annotations
@@ -219,3 +219,24 @@ def write(cache: Cache, n: int, value: float = 0.0, commit: bool = True) -> None
         cache.write(layer, held, held, step)
     if commit:
         cache.commit(n)
+
+
+def compilations(subject: Subject, cache: Cache) -> int:
+    """How often the model is compiled for one-token steps to the end, twice."""
+    count = 0
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        nonlocal count
+        count += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = torch.compile(subject.model, backend=backend, fullgraph=True, dynamic=False)
+    for _ in range(2):
+        cache.reset()
+        with torch.no_grad():
+            feed(subject.model, cache, tokens(2, 5, 0))
+            for _ in range(7):
+                model(tokens(2, 1, 0), cache.begin(1), cache)
+                cache.commit(1)
+    return count

@@ -11,60 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import (
-    CASES,
-    Subject,
-    addresses,
-    advance,
-    agree,
-    break_off,
-    full,
-    storage_nbytes,
-    write,
-)
+from helpers import Subject, advance, full, storage_nbytes, write
 from kvtool.config import ModelConfig
-from kvtool.core.cache import Cache, CacheSpec, Step, cache_class
-from kvtool.core.cache.quantized import Int4Cache, Int8Cache, Packed, QuantizedCache
+from kvtool.core.cache import CacheSpec, Step, cache_class
+from kvtool.core.cache.quantized import Int4Cache, Packed, QuantizedCache
 from kvtool.core.quantization import Quantization
-from kvtool.errors import CacheOpUnsupported, UsageError
-
-PLAIN, PADDED = CASES[0], CASES[3]  # padded by 2, 0 and 5
-SPEC = CacheSpec(2, 3, 2, 8, 200, torch.float64)
-PADDING = torch.tensor([2, 0, 5])
-KINDS = ("int8", "int4")
-small4 = partial(Int4Cache, group=4, residual=2)
-small8 = partial(Int8Cache, group=4, residual=2)
-every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def random(spec: CacheSpec, n: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values (B,Hkv,n,D) of each layer, with channels and tokens of different sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (2, spec.batch, spec.n_kv_heads, n, spec.head_dim)
-    found = []
-    for _ in range(spec.n_layers):
-        k, v = torch.randn(shape, generator=generator, dtype=torch.float64)
-        k *= torch.logspace(-1, 1, spec.head_dim, dtype=torch.float64)
-        v *= torch.logspace(1, -1, n, dtype=torch.float64)[:, None]
-        found.append((k.to(spec.dtype), v.to(spec.dtype)))
-    return found
-
-
-def put(cache: Cache, pairs: list[tuple[Tensor, Tensor]], ends: list[int]) -> None:
-    """Write and commit the columns up to each of the ends."""
-    for end in ends:
-        start = cache.length
-        step = cache.begin(end - start)
-        for layer, pair in enumerate(pairs):
-            cache.write(layer, *(t[:, :, start:end] for t in pair), step)
-        cache.commit(end - start)
-
-
-def filled(make: Any, n: int, spec: CacheSpec = SPEC, padding: Tensor | None = None) -> Any:
-    cache = make(spec, padding)
-    put(cache, random(spec, n), [n])
-    return cache
-
+from kvtool.errors import UsageError
+from quantized_cases import (
+    KINDS,
+    PADDING,
+    PLAIN,
+    SPEC,
+    every_kind,
+    filled,
+    put,
+    random,
+    small4,
+    small8,
+)
 
 # --- which tokens are met how
 
@@ -286,118 +250,6 @@ def test_a_group_is_rounded_once_from_exact_values(
     put(cache, random(SPEC, 30), [1, 2, 13, 14, 22, 23, 30])
     columns = [c for start, end in told[:: 2 * 2] for c in range(start, end)]
     assert columns == list(range(28)), "two layers, keys and values, each column in turn"
-
-
-# --- going back
-
-
-def test_a_crop_that_leaves_the_residual_behind_what_is_quantized_is_honoured() -> None:
-    subject = Subject(PLAIN, 30)
-    for length in (9, 10, 11, 12, 13):
-        cache = subject.filled(small4, 13)  # 8 are quantized
-        if length < 10:
-            with pytest.raises(CacheOpUnsupported):
-                cache.crop(length)
-            continue
-        cache.crop(length)
-        agree("crop", subject, cache, subject.ids, None, 3, length)
-
-
-def test_a_refused_crop_names_the_token_and_the_slack_that_would_do() -> None:
-    cache = filled(small4, 13)
-    with pytest.raises(CacheOpUnsupported) as caught:
-        cache.crop(7)
-    assert caught.value.message == (
-        "int4 cache cannot crop to 7: it needs token 4 exactly, and holds those before 8 quantized"
-    )
-    assert caught.value.hint == "Make it with slack=6, or crop before that is rounded."
-    assert cache.length == 13
-    subject = Subject(PLAIN, 30)
-    enough = subject.filled(partial(Int4Cache, group=4, residual=2, slack=6), 13)
-    enough.crop(7)
-    agree("the hint", subject, enough, subject.ids, None, 2, 7)
-
-
-@pytest.mark.parametrize("slack", [1, 3, 4, 9])
-@pytest.mark.parametrize("case", [PLAIN, PADDED], ids=str)
-def test_slack_allows_that_many_tokens_to_be_taken_back_at_any_length(
-    case: Any, slack: int
-) -> None:
-    subject = Subject(case, 40)
-    make = partial(Int4Cache, group=4, residual=2, slack=slack)
-    for n in range(slack, 24):
-        cache = subject.filled(make, n) if n else subject.cache(make)
-        cache.crop(n - slack)
-        assert cache.nbytes().allocated == storage_nbytes(cache)
-        agree("slack", subject, cache, subject.ids[:, :30], subject.padding, 5, n - slack)
-
-
-def test_without_a_residual_a_crop_to_the_end_of_a_group_needs_nothing_exactly() -> None:
-    subject = Subject(PLAIN, 30)
-    for length in (0, 4, 8):
-        cache = subject.filled(partial(Int4Cache, group=4, residual=0), 14)
-        cache.crop(length)
-        agree("crop", subject, cache, subject.ids, None, 3, length)
-    cache = subject.filled(partial(Int4Cache, group=4, residual=0), 14)
-    for length in (3, 7, 11):
-        with pytest.raises(CacheOpUnsupported, match="needs token"):
-            cache.crop(length)
-
-
-# --- broken steps and parts of steps
-
-
-@pytest.mark.parametrize("case", [PLAIN, PADDED], ids=str)
-@pytest.mark.parametrize("start", [0, 1, 9, 20])
-def test_any_part_of_a_chunk_can_be_committed(case: Any, start: int) -> None:
-    for part in (0, 1, 3, 11, 12):
-        subject = Subject(case, 40)
-        cache = subject.filled(small4, start) if start else subject.cache(small4)
-        with torch.no_grad():
-            step = cache.begin(12)
-            subject.model(subject.ids[:, start : start + 12], step, cache)
-        cache.commit(part)
-        promise = f"{part} of 12 tokens after {start}"
-        agree(promise, subject, cache, subject.ids, subject.padding, 3, start + part)
-
-
-def test_a_prompt_is_held_apart_until_it_is_committed_and_nothing_moves_to_another_address() -> (
-    None
-):
-    cache = filled(small8, 20)
-    before, where = cache.nbytes().allocated, addresses(cache)
-    write(cache, 30, 2.0, commit=False)
-    assert cache.nbytes().allocated == storage_nbytes(cache) > before
-    cache.commit(30)
-    write(cache, 1)
-    assert cache.nbytes().allocated == storage_nbytes(cache) == before
-    assert addresses(cache) == where
-
-
-def test_a_broken_step_leaves_codes_as_they_were() -> None:
-    subject = Subject(PLAIN, 40)
-    cache = subject.filled(small4, 13)
-    before = [t.clone() for t in cache.snapshot(0)]
-    for n in (14, 21, 40):
-        break_off(subject, cache, subject.ids[:, :n].flip(1), subject.model.norm)
-        assert all(map(torch.equal, before, cache.snapshot(0)))
-    agree("after broken steps", subject, cache, subject.ids, None, 4, 13)
-
-
-def test_a_commit_that_runs_out_of_memory_has_moved_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cache = filled(small4, 13)
-    write(cache, 3, commit=False)
-    before = [t.clone() for t in (*cache._keys, *cache._values)]
-
-    def fail(*args: Any, **kwargs: Any) -> Tensor:
-        raise MemoryError
-
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(torch, "empty_like", fail)
-        cache.commit(3)
-    assert all(map(torch.equal, before, (*cache._keys, *cache._values)))
 
 
 # --- what it costs
