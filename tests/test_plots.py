@@ -137,6 +137,20 @@ def test_a_loss_plot_shows_the_score_on_an_axis_of_its_own(figures: list[Any]) -
     assert right.get_ylabel() == "held out: bits per byte"
 
 
+def test_the_score_of_averaged_weights_is_a_line_of_its_own(figures: list[Any]) -> None:
+    log = [*LOG, {"step": 2, "averaged": {"bits_per_byte": 2.5}}, {"step": 3, "valid": {"per": 1}}]
+    plots.loss_plot(Path("a.png"), log[:-1], "bits_per_byte")
+    right = figures[0].axes[1]
+    assert [list(line.get_ydata()) for line in right.lines] == [[3.0], [2.5]]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == [
+        "held out",
+        "held out, averaged weights",
+    ]
+    plots.loss_plot(Path("a.png"), [LOG[0], log[-1]], "per")
+    assert figures[1].axes[1].get_ylabel() == "held out: PER"
+    assert figures[1].axes[1].get_legend() is None
+
+
 def test_a_training_without_a_step_leaves_no_plot(figures: list[Any]) -> None:
     plots.loss_plot(Path("a.png"), [{"step": 0, "valid": {"x": 1.0}}], "x")
     assert figures == []

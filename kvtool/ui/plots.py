@@ -39,9 +39,9 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def loss_plot(path: Path, log: Sequence[Mapping[str, Any]], score_name: str) -> None:
-    """The training loss and the held-out score against steps; nothing if there is no step yet."""
+    """The training loss and the held-out score against steps, that of averaged weights too, if
+    there is one; nothing if there is no step yet."""
     steps = [row for row in log if "loss" in row]
-    scores = [row for row in log if "valid" in row]
     if not steps:
         return
     figure, axes = new_figure()
@@ -50,21 +50,25 @@ def loss_plot(path: Path, log: Sequence[Mapping[str, Any]], score_name: str) -> 
         [row["loss"] for row in steps],
         color=COLOURS[1],
         linewidth=1,
-        label="training loss",
     )
     axes.set_xlabel("step")
     axes.set_ylabel("training loss, nats per token", color=COLOURS[1])
-    if scores:
+    _value_axis(axes, "{:g}".format)
+    series = {"held out": "valid", "held out, averaged weights": "averaged"}
+    scores = {
+        label: [(row["step"], row[kind][score_name]) for row in log if kind in row]
+        for label, kind in series.items()
+    }
+    if scores["held out"]:
         right = axes.twinx()
         right.spines["top"].set_visible(False)
-        right.plot(
-            [row["step"] for row in scores],
-            [row["valid"][score_name] for row in scores],
-            color=COLOURS[2],
-            marker="o",
-            markersize=4,
-        )
-        right.set_ylabel(f"held out: {score_name.replace('_', ' ')}", color=COLOURS[2])
+        for i, (label, points) in enumerate(scores.items()):
+            if points:
+                _line(right, 2 + 3 * i, label, points, linewidth=1.5 - 0.5 * i)
+        name = score_name.upper() if len(score_name) <= 4 else score_name.replace("_", " ")
+        right.set_ylabel(f"held out: {name}", color=COLOURS[2])
+        if scores["held out, averaged weights"]:
+            right.legend(frameon=False, loc="upper right")
     save_figure(figure, path)
 
 
@@ -132,9 +136,7 @@ def _log_axes(
     from matplotlib.ticker import (
         FixedLocator,
         FuncFormatter,
-        LogLocator,
         NullFormatter,
-        NullLocator,
     )
 
     axes.set_xscale("log")
@@ -143,6 +145,14 @@ def _log_axes(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(FixedLocator([]))
+    _value_axis(axes, unit, base)
+
+
+def _value_axis(axes: Any, unit: Callable[[float], str], base: int = 10) -> None:
+    """A logarithmic axis of values with their units."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(base, subs=(1.0, 2.0, 5.0) if base == 10 else (1.0,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
