@@ -189,16 +189,9 @@ class Judge:
 
     def _three(self, case: Case, finding: Finding, played: Played, thorough: bool) -> Finding:
         """Decide by the float64 run, and by the promoted one where that is not enough."""
-        try:
-            exact = play(self.double, case)
-        except (RuntimeError, NotImplementedError) as error:
-            return _not_in_float64(finding, error)
-        if exact.raised is not None:
-            return _not_in_float64(finding, exact.raised[1])
-        if not _finite(exact):  # a mask of float64's least number, cast to float32, is -inf
-            exact = play(self.double, case, (True, True))
-        if not _finite(exact):
-            return _not_in_float64(finding, ArithmeticError("its logits are not finite there"))
+        exact = self._exact(case)
+        if isinstance(exact, BaseException):
+            return _not_in_float64(finding, exact)
         gap64 = compare(exact.found, exact.expected)
         finding = replace(finding, float64=gap64)
         wrong64 = _first_wrong(gap64)
@@ -221,6 +214,27 @@ class Judge:
             return finding
         same = finding.working.identical == finding.working.steps
         return replace(finding, verdict=IDENTICAL if same else ROUNDING)
+
+    def _exact(self, case: Case) -> Played | BaseException:
+        """The float64 run; the promoted one, where a cast to float32 does not fit its weights, or
+        makes -inf of a mask of float64's least number. The error, if neither can be."""
+        first: BaseException | None = None
+        for promote in ((False, False), (True, True)):
+            error: BaseException
+            try:
+                exact = play(self.double, case, promote)
+            except (RuntimeError, NotImplementedError) as raised:
+                error = raised
+            else:
+                if exact.raised is not None:
+                    error = exact.raised[1]
+                elif _finite(exact):
+                    return exact
+                else:
+                    error = ArithmeticError("its logits are not finite there")
+            first = first or error
+        assert first is not None
+        return first
 
     def _by_codes(self, case: Case, exact: Played) -> float:
         """How far a quantizer moves the logits, all its codes together; 0 without one.
@@ -304,7 +318,8 @@ def _random(subject: Subject) -> str:
     """Whether two uncached passes over the same tokens differ: then nothing can be compared."""
     run = Run(subject)
     start, ids = run.begin(), run.draw(1, 10)
-    gap = max(distances([subject.full(ids, start)], [subject.full(ids, start)]))
+    with Promote():
+        gap = max(distances([subject.full(ids, start)], [subject.full(ids, start)]))
     if gap <= ROUNDING_64:
         return ""
     same = "two uncached passes over the same tokens differ"

@@ -56,6 +56,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(inter|interm)mediate.*|.*ffn_dim|d_ff|dff|dim_ff|d_inner|n_inner|.*ffn_hidden_size", 128),
     (r"mlp_dim|feed_forward_size|moe_latent_size|router_hidden_size", 128),
     (r"(.*_)?hidden_size(_global|_per_layer_input)?|d_model|n_embd|emb_dim|embedding_dim", 64),
+    (r"adapter_(in|out)(put)?_(dim|size)", 64),
     (r"lru_width|.*embed(ding)?_(proj_)?(dim|size)|embedding_size|mamba_d_ssm|dim_model_base", 64),
     (r".*experts_per_tok(en)?|moe_(topk|top_k|k)|zero_expert_num", 2),
     (r"n_group|num_expert_group|n_groups|mamba_n_?groups", 2),
@@ -113,7 +114,7 @@ def tiny_model(model_type: str, seed: int = 0, decoder: bool = True) -> Tiny:
             ) from error
         randomize(model)
         loop_over_experts(model)
-    return Tiny(model.eval(), note)
+    return Tiny(model.eval().requires_grad_(False), note)
 
 
 def loop_over_experts(model: Any) -> None:
@@ -280,7 +281,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
-    "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "dots3_note_text": {"head_dim": 24},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},

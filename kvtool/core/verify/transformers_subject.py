@@ -257,7 +257,7 @@ def load_model(name: str, seed: int = 0) -> tuple[Any, str]:
     except Exception as error:
         raise FileError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
     loop_over_experts(model)
-    return model.eval(), ""
+    return model.eval().requires_grad_(False), ""
 
 
 def need_transformers() -> str:
