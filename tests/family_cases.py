@@ -1,0 +1,155 @@
+"""Tiny folders of Hugging Face, made by transformers: each family, and each option that counts."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from kvtool.core import checkpoint
+from kvtool.core.checkpoint import Checkpoint
+from kvtool.core.verify.precision import Promote
+from kvtool.errors import FileError, KvtoolError
+
+VOCAB, CONTEXT, WIDTH = 61, 48, 32
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCAB,
+    "n_positions": CONTEXT,
+    "n_embd": WIDTH,
+    "n_layer": 2,
+    "n_head": 4,
+}
+SIZES = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": CONTEXT,
+    "hidden_size": WIDTH,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA, MISTRAL = {"model_type": "llama", **SIZES}, {"model_type": "mistral", **SIZES}
+QWEN2 = {"model_type": "qwen2", **SIZES}
+QWEN3 = {"model_type": "qwen3", **SIZES, "head_dim": 12}
+
+
+def turned(rope_type: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 500.0, **fields}}
+
+
+YARN = {"factor": 3.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LATER_LAYERS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+
+CASES: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2,
+    "gpt2, untied head": {**GPT2, "tie_word_embeddings": False},
+    "gpt2, n_inner": {**GPT2, "n_inner": 40, "layer_norm_epsilon": 1e-3},
+    "gpt2, exact gelu": {**GPT2, "activation_function": "gelu"},
+    "gpt2, relu": {**GPT2, "activation_function": "relu"},
+    "llama": LLAMA,
+    "llama, tied head": {**LLAMA, "tie_word_embeddings": True},
+    "llama, one KV head, eps": {**LLAMA, "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
+    "llama, biases": {**LLAMA, "attention_bias": True, "mlp_bias": True},
+    "llama, bias of the MLP": {**LLAMA, "mlp_bias": True},
+    "llama, wide heads": {**LLAMA, "head_dim": 12},
+    "llama, theta": {**LLAMA, **turned("default")},
+    "llama, linear": {**LLAMA, **turned("linear", factor=4.0)},
+    "llama, dynamic": {**LLAMA, **turned("dynamic", factor=4.0)},
+    "llama, llama3": {**LLAMA, **turned("llama3", **LLAMA3)},
+    "llama, yarn": {**LLAMA, **turned("yarn", **YARN)},
+    "llama, yarn of 48": {**LLAMA, **turned("yarn", factor=2.0)},
+    "llama, yarn, betas": {**LLAMA, **turned("yarn", **YARN, beta_fast=8.0, beta_slow=0.5)},
+    "llama, yarn, no truncation": {**LLAMA, **turned("yarn", **YARN, truncate=False)},
+    "llama, yarn, attention factor": {**LLAMA, **turned("yarn", **YARN, attention_factor=1.3)},
+    "llama, yarn, mscale": {
+        **LLAMA, **turned("yarn", **YARN, mscale=0.7, mscale_all_dim=0.3)
+    },
+    "mistral, window": {**MISTRAL, "sliding_window": 7},
+    "mistral, no window": {**MISTRAL, "sliding_window": None},
+    "qwen2": QWEN2,
+    "qwen2, tied head": {**QWEN2, "tie_word_embeddings": True},
+    "qwen2, window in all layers": {**QWEN2, **LATER_LAYERS, "max_window_layers": 0},
+    "qwen2, window in later layers": {**QWEN2, **LATER_LAYERS},
+    "qwen3": QWEN3,
+    "qwen3, biases and window": {**QWEN3, **LATER_LAYERS, "attention_bias": True},
+}  # fmt: skip
+
+
+def build(fields: dict[str, Any]) -> Any:
+    """transformers' model in float64 whose weights have deviation 1/sqrt(d), biases too."""
+    fields = copy.deepcopy(fields)  # transformers adds to rope_parameters
+    config = transformers.CONFIG_MAPPING[fields.pop("model_type")](
+        **fields, bos_token_id=0, eos_token_id=1
+    )
+    with Promote():  # tables of rotary angles are made now
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            is_norm = name.endswith("weight") and parameter.ndim == 1
+            parameter.copy_(drawn * WIDTH**-0.5 + is_norm)
+    return model
+
+
+def save(model: Any, folder: Path, **options: Any) -> Path:
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def expected(model: Any, ids: Tensor) -> Tensor:
+    """Logits of one uncached pass in which nothing is computed below float64."""
+    with torch.no_grad(), Promote():
+        return model(ids, use_cache=False).logits
+
+
+def tokens(n: int = CONTEXT, batch: int = 2) -> Tensor:
+    return torch.randint(VOCAB, (batch, n), generator=torch.Generator().manual_seed(1))
+
+
+def load(folder: Path) -> Checkpoint:
+    return checkpoint.load(str(folder), torch.device("cpu"), torch.float64)
+
+
+def found(folder: Path, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return load(folder).model(ids)
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def edit(
+    folder: Path, change: Callable[[dict[str, Any]], object], name: str = "config.json"
+) -> Path:
+    """Change a JSON file of a folder in place."""
+    data = json.loads((folder / name).read_text())
+    change(data)
+    (folder / name).write_text(json.dumps(data))
+    return folder
+
+
+def refusal(folder: Path, kind: type[KvtoolError] = FileError) -> str:
+    """The one line that loading ends with."""
+    try:
+        load(folder)
+    except kind as error:
+        text = str(error)
+        assert "\n" not in text
+        return text
+    raise AssertionError(f"{folder} was loaded")

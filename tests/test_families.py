@@ -1,0 +1,328 @@
+"""Folders of Hugging Face: the same logits as transformers', and caches that hold on them.
+
+1e-12 is rounding in float64 through three layers; what is measured is about 2e-15.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cli_probe import Ran
+from family_cases import (
+    CASES,
+    CONTEXT,
+    GPT2,
+    LLAMA,
+    LLAMA3,
+    YARN,
+    build,
+    edit,
+    expected,
+    found,
+    gap,
+    load,
+    save,
+    tokens,
+    turned,
+)
+from helpers import advance
+from kvtool import registry
+from kvtool.config import ModelConfig
+from kvtool.core import checkpoint, engine, oracle
+from kvtool.core.cache import CacheSpec, Step, make_cache
+from kvtool.core.kernels import make_kernels
+from kvtool.core.models import build_model
+from kvtool.core.sampling import Sampler
+from kvtool.core.text import Tokenizer
+from small_models import answer
+
+Made = Callable[[str], tuple[Any, Path]]
+every_case = pytest.mark.parametrize("case", CASES)
+# One of each family, and what a cache could get wrong: windows, lengthened keys, odd head widths.
+TELLING = (
+    "gpt2", "llama, yarn", "mistral, window", "qwen2, window in later layers",
+    "qwen3, biases and window",
+)  # fmt: skip
+SMALL = {"sliding": "sliding:window=9:sinks=2", "int8": "int8:group=4:residual=4"}
+SMALL |= {"int4": "int4:group=4:residual=4", "paged": "paged:page=4"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A case's model of transformers, and the folder that it was saved in."""
+    kept: dict[str, tuple[Any, Path]] = {}
+
+    def make(case: str) -> tuple[Any, Path]:
+        if case not in kept:
+            model = build(CASES[case])
+            kept[case] = model, save(model, tmp_path_factory.mktemp("family"))
+        return kept[case]
+
+    return make
+
+
+# --- the same mathematics
+
+
+@every_case
+def test_logits_agree_with_transformers_over_the_whole_context(case: str, made: Made) -> None:
+    model, folder = made(case)
+    ids = tokens(CONTEXT)
+    assert gap(found(folder, ids), expected(model, ids)) < 1e-12
+
+
+@every_case
+def test_the_numpy_oracle_agrees_with_transformers(case: str, made: Made) -> None:
+    model, folder = made(case)
+    config, ids = load(folder).config, tokens(CONTEXT)
+    weights = {n: w.numpy() for n, w in checkpoint.load_weights(folder, config).items()}
+    logits = torch.from_numpy(oracle.logits(weights, config, ids[0].tolist()))
+    assert gap(logits, expected(model, ids)[0]) < 1e-12
+
+
+@every_case
+def test_greedy_tokens_are_those_that_transformers_generates(case: str, made: Made) -> None:
+    model, folder = made(case)
+    prompt, n_new = tokens(9), 16
+    model.generation_config.eos_token_id = None
+    theirs = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=n_new,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    ours = load(folder).model
+    spec = CacheSpec.of(ours.config, 2, 9 + n_new, torch.float64)
+    steps = engine.generate(ours, prompt, make_cache("dynamic", spec), n_new, Sampler(0.0))
+    assert torch.equal(torch.stack(list(steps), dim=1), theirs[:, 9:])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama, linear",
+        "llama, llama3",
+        "llama, yarn",
+        "mistral, window",
+        "qwen2, window in later layers",
+    ],
+)
+def test_an_option_that_agrees_is_not_idle(case: str, made: Made) -> None:
+    """Without it the logits differ, so that agreement says something."""
+    model, folder = made(case)
+    loaded, ids = load(folder), tokens(CONTEXT)
+    without = replace(loaded.config, rope_scaling=None, window=0, first_window_layer=0)
+    plain = build_model(without).double().eval()
+    plain.load_state_dict(loaded.model.state_dict())
+    with torch.no_grad():
+        assert gap(plain(ids), expected(model, ids)) > 1e-3
+
+
+def test_only_later_layers_have_the_window_of_qwen2(made: Made) -> None:
+    config = load(made("qwen2, window in later layers")[1]).config
+    assert (config.window, config.first_window_layer, config.n_layers) == (6, 1, 3)
+
+
+# --- caches
+
+
+@pytest.mark.parametrize("kernels", registry.KERNELS)
+@pytest.mark.parametrize("kind", registry.CACHES)
+@pytest.mark.parametrize("case", TELLING)
+def test_every_cache_kind_gives_the_logits_of_one_pass(
+    case: str, kind: str, kernels: str, made: Made
+) -> None:
+    """Under the same window and rounding of keys, and with exact kernels bit for bit."""
+    model, ids = load(made(case)[1]).model, tokens(20)
+    used = make_kernels(kernels)
+    spec = CacheSpec.of(model.config, 2, 20, torch.float64, kernels=used)
+    cache = make_cache(SMALL.get(kind, kind), spec)
+    seen = (cache.window, cache.sinks, cache.quantization)
+    for chunk in (1, 7):
+        cache.reset()
+        cached = advance(model, cache, ids, chunk)
+        with torch.no_grad():
+            uncached = model(ids, Step.full(2, 20, None, None, used, *seen))
+        difference = gap(cached, uncached)
+        assert difference == 0.0 if kernels == "exact" else difference < 1e-12
+
+
+@pytest.mark.parametrize("case", TELLING)
+def test_verify_cache_finds_the_planted_bug_and_no_other(
+    case: str, made: Made, kv: Callable[..., Ran]
+) -> None:
+    folder = str(made(case)[1])
+    args = "--caches dynamic paged --kernels default exact --scenarios decode padded"
+    args = f"--model {folder} --tokens 8 --threads 1 --json {args}"
+    document = answer(kv(*args.split(), command="verify-cache"))
+    verdicts = {row["verdict"] for row in document["checks"]}
+    assert verdicts <= {"rounding", "identical"}, verdicts
+    assert document["control"]["verdict"] == "bug"
+
+
+@pytest.mark.parametrize("case", ["gpt2, untied head", "llama, yarn, mscale", "qwen3"])
+@pytest.mark.parametrize("against", ["numpy", "transformers"])
+def test_verify_logits_agrees_with_both_witnesses(
+    case: str, against: str, made: Made, kv: Callable[..., Ran]
+) -> None:
+    args = f"--model {made(case)[1]} --against {against} --threads 1 --json"
+    document = answer(kv(*args.split(), command="verify-logits"))
+    assert document["worst_float64"] < 1e-13
+
+
+# --- other forms of the same folder
+
+
+def test_shards_are_the_same_model(tmp_path: Path, made: Made) -> None:
+    model, _ = made("qwen3")
+    save(model, tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-0000?-of-0000?.safetensors"))) >= 3
+    ids = tokens(12)
+    assert gap(found(tmp_path, ids), expected(model, ids)) < 1e-12
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama, tied head"])
+def test_a_model_saved_without_a_head_has_names_without_a_prefix(
+    case: str, tmp_path: Path, made: Made
+) -> None:
+    model, folder = made(case)
+    save(model.base_model, tmp_path)
+    assert found(tmp_path, tokens(9)).equal(found(folder, tokens(9)))
+
+
+@pytest.mark.parametrize(
+    ("case", "old"),
+    [
+        ("llama", {}),
+        ("llama, theta", {"rope_theta": 500.0}),
+        ("llama, linear", {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4}}),
+        (
+            "llama, llama3",
+            {"rope_theta": 500, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        ),
+        ("llama, yarn", {"rope_theta": 500.0, "rope_scaling": {"type": "yarn", **YARN}}),
+    ],
+)
+def test_the_old_spelling_of_rotary_positions_says_the_same(
+    case: str, old: dict[str, Any], tmp_path: Path, made: Made
+) -> None:
+    _, folder = made(case)
+    copied = _copy(folder, tmp_path)
+    edit(copied, lambda data: (data.pop("rope_parameters"), data.update(old)))
+    assert load(copied).config == load(folder).config
+
+
+@pytest.mark.parametrize(
+    "pattern", [["full_attention"] * 3, ["full_attention", *["sliding_attention"] * 2]]
+)
+def test_layer_types_say_which_layers_have_the_window(
+    pattern: list[str], tmp_path: Path, made: Made
+) -> None:
+    copied = _copy(made("qwen2, window in later layers")[1], tmp_path)
+    edit(copied, lambda data: data.update(layer_types=pattern, max_window_layers=3))
+    config, n_full = load(copied).config, pattern.count("full_attention")
+    assert (config.window, config.first_window_layer) == ((6, n_full) if n_full < 3 else (0, 0))
+
+
+def test_a_window_as_wide_as_the_context_is_none(tmp_path: Path, made: Made) -> None:
+    copied = _copy(made("mistral, window")[1], tmp_path)
+    edit(copied, lambda data: data.update(sliding_window=CONTEXT))
+    assert load(copied).config.window == 0
+
+
+def _copy(folder: Path, target: Path) -> Path:
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+# --- kvtool's own form
+
+
+def test_a_model_of_every_option_survives_being_saved_as_kvtools_own(
+    tmp_path: Path, made: Made
+) -> None:
+    for case in TELLING:
+        loaded = load(made(case)[1])
+        checkpoint.save(tmp_path, loaded.model, Tokenizer.train("char", ["abc"]))
+        again = load(tmp_path)
+        assert again.config == loaded.config
+        with torch.no_grad():
+            assert again.model(tokens(9)).equal(loaded.model(tokens(9)))
+
+
+def test_files_without_the_added_fields_stay_as_they_were() -> None:
+    plain = ModelConfig(vocab_size=9, positions="rotary")
+    assert list(plain.to_dict())[-2:] == ["rope_theta", "dropout"]
+    assert "qk_norm" in replace(plain, qk_norm=True).to_dict()
+    assert plain.plain() == plain and replace(plain, qk_norm=True, window=3).plain() == plain
+    named = [field.name for field in fields(ModelConfig)]
+    assert named[named.index("dropout") + 1] == "head_size"
+
+
+# --- text
+
+
+def with_tokenizer(folder: Path, target: Path, **generation: Any) -> Path:
+    """A copy with a tokenizer whose rule is a first token before every text."""
+    _copy(folder, target)
+    letters = Tokenizer.train("char", ["abcdefghij klmnopqrstuvwxyz"])
+    spec = json.loads(letters._inner.to_str())
+    begin = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    spec["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text],
+        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [1], "tokens": ["<bos>"]}},
+    }
+    (target / "tokenizer.json").write_text(json.dumps(spec))
+    if generation:
+        (target / "generation_config.json").write_text(json.dumps(generation))
+    return target
+
+
+def test_text_is_framed_as_the_folders_tokenizer_says(tmp_path: Path, made: Made) -> None:
+    tokenizer = load(with_tokenizer(made("llama")[1], tmp_path)).tokenizer
+    ids = tokenizer.encode("cab")
+    assert ids[0] == 1 and len(ids) == 4
+    assert tokenizer.encode_batch(["cab"]) == [ids]
+    assert tokenizer.end_ids == {1}  # what config.json says
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_each_end_token_of_generation_config_ends_a_text(
+    beams: int, tmp_path: Path, made: Made, kv: Callable[..., Ran]
+) -> None:
+    folder = with_tokenizer(made("llama")[1], tmp_path)
+    args = f"--model {folder} --prompt cab --temperature 0 --max-tokens 12 --json --threads 1"
+    args = f"{args} --beams {beams}"
+    edit(folder, lambda data: data.update(eos_token_id=None), "generation_config.json")
+    edit(folder, lambda data: data.update(eos_token_id=None))
+    (free,) = answer(kv(*args.split(), command="generate"))["results"]
+    assert (free["new_tokens"], free["ended"]) == (12, False)
+    ends = list(range(30))  # some of the likeliest are among so many
+    edit(folder, lambda data: data.update(eos_token_id=ends), "generation_config.json")
+    (ended,) = answer(kv(*args.split(), command="generate"))["results"]
+    assert ended["ended"] and ended["new_tokens"] < 12
+
+
+@pytest.mark.parametrize("fields", [GPT2, {**LLAMA, **turned("linear", factor=2.0)}])
+def test_only_text_needs_a_tokenizer(
+    fields: dict[str, Any], tmp_path: Path, kv: Callable[..., Ran]
+) -> None:
+    folder = save(build(fields), tmp_path)
+    ran = kv(*f"--model {folder} --prompt x".split(), command="generate")
+    assert ran.code == 2 and "tokenizer.json: not found, and text needs a tokenizer" in ran.err
+    ran = kv(*f"--model {folder} --against numpy --prompt x".split(), command="verify-logits")
+    assert ran.code == 2 and "text needs a tokenizer" in ran.err
+    bench = f"--model {folder} --lengths 2 --repeats 1 --caches none,dynamic --threads 1 --json"
+    assert answer(kv(*bench.split(), command="bench"))["schema"] == "kvtool.bench/1"

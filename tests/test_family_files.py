@@ -1,0 +1,342 @@
+"""Folders of Hugging Face that are damaged, hostile or of models that kvtool has not."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from cli_probe import Ran
+from family_cases import CASES, CONTEXT, build, edit, found, load, refusal, save, tokens
+from kvtool.core.families.fields import HARMLESS, NEUTRAL
+from kvtool.errors import CapacityError, FileError
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each kind that the tests change copies of."""
+    cases = (
+        "gpt2",
+        "llama",
+        "llama, tied head",
+        "llama, yarn",
+        "mistral, window",
+        "qwen2",
+        "qwen3",
+    )
+    return {c: save(build(CASES[c]), tmp_path_factory.mktemp("family")) for c in cases}
+
+
+@pytest.fixture
+def copy(originals: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    return lambda case: Path(shutil.copytree(originals[case], tmp_path / "model"))
+
+
+def set_to(**fields: Any) -> Change:
+    return lambda data: data.update(fields)
+
+
+def turn_to(**fields: Any) -> Change:
+    return lambda data: data["rope_parameters"].update(fields)
+
+
+# --- fields that are not understood
+
+REFUSED: list[tuple[str, Change, str]] = [
+    ("llama", set_to(clever_gate=True), "unknown field 'clever_gate' (found 'True') might change"),
+    ("llama", set_to(sliding_window=8), "unknown field 'sliding_window'"),
+    ("llama", set_to(auto_map={"AutoModel": "x.Y"}), "unknown field 'auto_map'"),
+    ("llama", set_to(quantization_config={"bits": 4}), "unknown field 'quantization_config'"),
+    ("llama", set_to(partial_rotary_factor=0.5), "partial_rotary_factor: 0.5 is not supported"),
+    ("llama", set_to(rope_interleaved=True), "rope_interleaved: True is not supported"),
+    ("llama", set_to(hidden_act="gelu"), "hidden_act: 'gelu' is not supported (expected one of"),
+    ("llama", set_to(hidden_act=["silu"]), "hidden_act: ['silu'] is not supported"),
+    ("llama", set_to(attention_bias=1), "attention_bias: 1 is not true or false"),
+    ("llama", lambda data: data.pop("hidden_size"), "hidden_size is missing"),
+    ("llama", set_to(hidden_size=0), "hidden_size: 0 is too small"),
+    ("llama", set_to(hidden_size=-1), "hidden_size: -1 is too small"),
+    ("llama", set_to(hidden_size=2**62), "hidden_size: 4611686018427387904 is too large"),
+    ("llama", set_to(hidden_size="32"), "hidden_size: '32' is not a whole number"),
+    ("llama", set_to(rms_norm_eps=float("nan")), "rms_norm_eps: nan is out of range"),
+    ("llama", set_to(head_dim=7), "head_dim: 7 is odd"),
+    ("llama", set_to(num_key_value_heads=3), "num_key_value_heads: 3 do not divide 4"),
+    ("llama", set_to(head_dim=None, num_attention_heads=5), "5 heads do not divide hidden_size 32"),
+    ("gpt2", set_to(n_head=5), "n_head: 5 heads do not divide n_embd 32"),
+    ("gpt2", set_to(activation_function="mish"), "activation_function: 'mish' is not supported"),
+    ("gpt2", set_to(scale_attn_weights=False), "scale_attn_weights: False is not supported"),
+    (
+        "gpt2",
+        set_to(scale_attn_by_inverse_layer_idx=True),
+        "scale_attn_by_inverse_layer_idx: True is not supported",
+    ),
+    ("gpt2", set_to(add_cross_attention=True), "add_cross_attention: True is not supported"),
+    ("gpt2", set_to(pruned_heads={"0": [1]}), "pruned_heads: {'0': [1]} is not supported"),
+    ("mistral, window", set_to(sliding_window=0), "sliding_window: 0 is too small"),
+    ("qwen2", set_to(layer_types=None, max_window_layers="1"), "max_window_layers: '1'"),
+    ("qwen2", set_to(layer_types=["full_attention"]), "layer_types: expected 3 of"),
+    ("qwen2", set_to(layer_types=[["x"]] * 3), "layer_types: expected 3 of"),
+    ("qwen2", set_to(layer_types=["sliding_attention"] * 3), "sliding_window is not used"),
+    (
+        "qwen2",
+        set_to(
+            use_sliding_window=True,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        "layer_types: layer 1 has no window after one that has",
+    ),
+    ("llama, yarn", turn_to(rope_type="longrope"), "rope_type: 'longrope' is not supported"),
+    ("llama, yarn", turn_to(rope_type="linear"), "unknown field 'original_max_position_embedd"),
+    ("llama, yarn", turn_to(type="linear"), "rope_type: 'yarn' contradicts type 'linear'"),
+    ("llama, yarn", turn_to(factor="4"), "factor: '4' is not a number"),
+    ("llama, yarn", turn_to(factor=-2.0), "factor: -2.0 is out of range"),
+    ("llama, yarn", turn_to(beta_fast=0.5), "rope_scaling.beta_fast: 0.5 is too small"),
+    ("llama, yarn", turn_to(rope_theta=1.0), "rope_theta: 1.0 is too small for yarn"),
+    ("llama, yarn", turn_to(partial_rotary_factor=0.5), "partial_rotary_factor: 0.5"),
+    ("llama, yarn", set_to(rope_theta=7.0), "rope_theta: 7 contradicts 500.0"),
+    ("llama, yarn", set_to(rope_scaling={"type": "linear"}), "rope_scaling: contradicts rope_para"),
+    ("llama", set_to(rope_parameters="fast"), "rope_parameters: 'fast' is not an object"),
+    ("llama", set_to(rope_parameters={"rope_type": "llama3"}), "is missing"),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "message"), REFUSED, ids=[r[2] for r in REFUSED])
+def test_a_field_that_could_change_the_model_is_named(
+    case: str, change: Change, message: str, copy: Callable[[str], Path]
+) -> None:
+    folder = edit(copy(case), change)
+    said = refusal(folder)
+    assert said.startswith(f"{folder / 'config.json'}: ") and message in said
+
+
+def test_fields_that_change_nothing_are_passed_over(copy: Callable[[str], Path]) -> None:
+    folder = copy("llama")
+    before = load(folder).config
+    harmless = dict.fromkeys(HARMLESS - {"model_type", "eos_token_id"}, "anything")
+    edit(folder, set_to(**harmless, **NEUTRAL, unknown_but_null=None))
+    assert load(folder).config == before
+
+
+def test_an_unknown_model_type_is_answered_with_the_known_ones(
+    copy: Callable[[str], Path], kv: Callable[..., Ran]
+) -> None:
+    folder = edit(copy("llama"), set_to(model_type="mamba"))
+    ran = kv("--model", str(folder), command="bench")
+    assert ran.code == 2 and ran.err.count("\n") == 1
+    names = "kvtool-decoder, kvtool-seq2seq, gpt2, llama, mistral, qwen2, qwen3"
+    assert f"model_type 'mamba' is not supported (expected one of {names})" in ran.err
+    for odd in (None, 3, ["gpt2"], {}):
+        assert "is not supported" in refusal(edit(folder, set_to(model_type=odd)))
+
+
+def test_an_end_token_that_is_no_token_is_refused(copy: Callable[[str], Path]) -> None:
+    folder = copy("llama")
+    (folder / "tokenizer.json").write_text((_shipped() / "tokenizer.json").read_text())
+    edit(folder, set_to(vocab_size=61, eos_token_id=[2, "x"]), "generation_config.json")
+    said = refusal(folder)
+    assert "tokens (expected 61 or fewer, the vocab_size of config.json)" in said
+
+
+def _shipped() -> Path:
+    return Path(__file__).parent.parent / "weights" / "shakespeare-2l"
+
+
+# --- tensors
+
+Tensors = dict[str, torch.Tensor]
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], object]) -> Path:
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path)
+    return folder
+
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+C_FC = "transformer.h.0.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("llama", lambda t: t.pop(K_PROJ), f"lacks 1 of 30 tensors ({K_PROJ})"),
+        ("llama", lambda t: t.pop("lm_head.weight"), "lacks 1 of 30 tensors (lm_head.weight)"),
+        ("llama", lambda t: t.update({"x.bias": torch.zeros(3)}), "does not have (x.bias)"),
+        (
+            "llama",
+            lambda t: t.update({K_PROJ: torch.zeros(32, 16)}),
+            f"{K_PROJ} has shape [32, 16] (expected [16, 32]). It looks transposed",
+        ),
+        (
+            "gpt2",
+            lambda t: t.update({C_FC: t[C_FC].T.contiguous()}),
+            f"{C_FC} has shape [128, 32] (expected [32, 128]). It looks transposed",
+        ),
+        (
+            "llama, tied head",
+            lambda t: t.update({"lm_head.weight": torch.zeros(61, 32, dtype=torch.float64)}),
+            "head.weight differs from embed.tokens.weight",
+        ),
+        ("qwen2", lambda t: t.pop("model.layers.0.self_attn.q_proj.bias"), "q_proj.bias)"),
+        ("qwen3", lambda t: t.pop("model.layers.2.self_attn.k_norm.weight"), "k_norm.weight)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named_as_the_file_names_them(
+    case: str, change: Callable[[Tensors], object], message: str, copy: Callable[[str], Path]
+) -> None:
+    assert message in refusal(rewrite(copy(case), change))
+
+
+@pytest.mark.parametrize(
+    ("case", "buffers"),
+    [
+        (
+            "gpt2",
+            {
+                "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+                "transformer.h.1.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+                "transformer.h.1.attn.masked_bias": torch.tensor(-1e4),
+            },
+        ),
+        ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    ],
+)
+def test_masks_and_rates_beside_the_weights_are_passed_over(
+    case: str, buffers: Tensors, copy: Callable[[str], Path]
+) -> None:
+    folder = copy(case)
+    before = found(folder, tokens(5))
+    assert found(rewrite(folder, lambda t: t.update(buffers)), tokens(5)).equal(before)
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert found(folder, tokens(5)).equal(before)
+
+
+def test_weights_of_half_the_size_are_the_same_numbers(copy: Callable[[str], Path]) -> None:
+    """bfloat16 in the file and float64 at work, as usual for checkpoints of this kind."""
+    folder = copy("qwen2")
+    rounded = {k: t.bfloat16() for k, t in _tensors(folder).items()}
+    safetensors.torch.save_file(rounded, folder / "model.safetensors")
+    state = load(folder).model.state_dict()
+    rows = torch.cat([rounded[f"model.layers.0.self_attn.{x}_proj.bias"] for x in "qkv"])
+    assert state["layers.0.attn.qkv.bias"].equal(rows.double())
+
+
+def _tensors(folder: Path) -> Tensors:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+# --- hostile folders
+
+
+@pytest.mark.parametrize(
+    ("field", "kind"),
+    [
+        ("num_hidden_layers", FileError),
+        ("vocab_size", FileError),
+        ("intermediate_size", FileError),
+        ("num_attention_heads", FileError),
+        ("max_position_embeddings", CapacityError),
+    ],
+)
+def test_sizes_that_no_file_holds_are_refused_before_anything_is_built(
+    field: str, kind: type[Exception], copy: Callable[[str], Path]
+) -> None:
+    with pytest.raises(kind):
+        load(edit(copy("llama"), set_to(**{field: 2**31 - 1})))
+
+
+@pytest.fixture
+def sharded(originals: dict[str, Path], tmp_path: Path) -> Path:
+    return save(build(CASES["llama"]), tmp_path / "shards", max_shard_size="50KB")
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/passwd", "a/b", "..", "a\\b"])
+def test_an_index_leads_to_no_other_folder(
+    place: str, sharded: Path, opened: Callable[[], list[str]]
+) -> None:
+    shutil.copy(next(sharded.glob("*.safetensors")), sharded.parent / "outside.safetensors")
+    edit(sharded, lambda data: data["weight_map"].update({K_PROJ: place}), INDEX)
+    opened()
+    assert f"places {K_PROJ} in" in refusal(sharded)
+    assert all(path.startswith(str(sharded)) for path in opened())
+
+
+def test_a_shard_that_is_not_there_is_named(sharded: Path) -> None:
+    missing = sorted(sharded.glob("*.safetensors"))[1]
+    missing.unlink()
+    assert str(missing) in refusal(sharded)
+
+
+def test_a_tensor_that_is_not_in_its_shard_is_named(sharded: Path) -> None:
+    shards = sorted(path.name for path in sharded.glob("*.safetensors"))
+
+    def move(data: dict[str, Any]) -> None:
+        places = data["weight_map"]
+        places[K_PROJ] = next(name for name in shards if name != places[K_PROJ])
+
+    assert K_PROJ in refusal(edit(sharded, move, INDEX))
+
+
+_log: list[str] | None = None
+
+
+def _listen(event: str, args: tuple[Any, ...]) -> None:
+    if _log is not None and event == "open" and isinstance(args[0], (str, bytes)):
+        _log.append(args[0] if isinstance(args[0], str) else args[0].decode())
+    elif _log is not None and event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen"):
+        _log.append(event)
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[[], list[str]]]:
+    """What this process has opened since the last call, apart from Python's own files and what says
+    how much memory there is; a connection or a process counts as well."""
+    global _log
+    if not getattr(_listen, "added", False):
+        sys.addaudithook(_listen)  # for good: hooks cannot be taken back
+        _listen.added = True  # type: ignore[attr-defined]
+    _log = []
+
+    def since() -> list[str]:
+        global _log
+        paths, _log = _log or [], []
+        package = str(Path(__file__).parent.parent / "kvtool")
+        own = (sys.prefix, sys.base_prefix, package, "/proc/", "/sys/fs/cgroup/")
+        return [path for path in paths if not path.startswith(own)]
+
+    yield since
+    _log = None
+
+
+@pytest.mark.parametrize("case", ["gpt2", "qwen3"])
+def test_loading_opens_nothing_outside_the_folder(
+    case: str, copy: Callable[[str], Path], opened: Callable[[], list[str]]
+) -> None:
+    folder = copy(case)
+    opened()
+    load(folder)
+    paths = opened()
+    assert {"config.json", "model.safetensors"} <= {Path(path).name for path in paths}
+    assert [path for path in paths if not path.startswith(str(folder))] == []
+
+
+def test_a_context_beyond_the_models_is_refused(
+    copy: Callable[[str], Path], kv: Callable[..., Ran]
+) -> None:
+    ran = kv("--model", str(copy("gpt2")), "--lengths", str(CONTEXT), command="bench")
+    assert ran.code == 2 and f"the model holds {CONTEXT}" in ran.err
