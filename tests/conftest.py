@@ -48,6 +48,17 @@ def kv(probe_command: None, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     return call
 
 
+@pytest.fixture
+def signals_as_in_the_app() -> Iterator[None]:
+    """Handlers as `kvtool` sets them."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, app._terminate)
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills", type=int, default=0, help="trials of tests/test_crash.py at random moments"

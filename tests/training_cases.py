@@ -25,6 +25,7 @@ from unittest.mock import patch
 import torch
 
 from kvtool import files
+from kvtool.app import Terminated
 from kvtool.config import ModelConfig, TrainConfig, TrainLength
 from kvtool.core import checkpoint, runs, text
 from kvtool.core.lm import LanguageModelling
@@ -230,6 +231,30 @@ def unreadable(out: Path) -> list[str]:
             except KvtoolError as error:
                 found.append(str(error))
     return found
+
+
+class Scores:
+    """A task whose held-out scores are given."""
+
+    def __init__(self, *scores: float, higher: bool = False) -> None:
+        self.inner, self.scores = task(), iter(scores)
+        self.higher_is_better = higher
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        return {"bits_per_char": next(self.scores)}
+
+
+def stop_and_resume(out: Path, step: int, number: int = signal.SIGINT, **changes: Any) -> None:
+    """Train, send a signal to ourselves in a step, and train to the end."""
+    try:
+        train(out, watcher=Hook(step, lambda: os.kill(os.getpid(), number)), **changes)
+    except (KeyboardInterrupt, Terminated):
+        train(out, resume=True, **changes)
+    else:
+        raise AssertionError(f"the signal in step {step} did not stop it")
 
 
 def play(death: str, n: float, out: Path, trainer: str) -> dict[str, Any]:
