@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+import bench_cases
+from bench_cases import cells
 from cli_probe import Ran, refused
 from kvtool import files
 from kvtool.commands.bench_report import number
-from kvtool.core import timing, traffic
+from kvtool.core import timing
 from kvtool.core.kernels import DefaultKernels
 from small_models import (
     answer,
@@ -25,53 +27,12 @@ from small_models import (
     with_nan,
 )
 
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_decoder(tmp_path_factory.mktemp("decoder"), n_layers=1)
-
-
-@pytest.fixture(autouse=True)
-def small_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure the memory's speed quickly, if not well."""
-    monkeypatch.setattr(traffic, "LARGE", 2**20)
-
-
-@pytest.fixture
-def bench(kv: Callable[..., Ran], decoder: Path) -> Callable[..., Ran]:
-    """Run bench with two samples a row after a prompt of four tokens."""
-
-    def call(*args: str, model: Path = decoder) -> Ran:
-        given = ["--model", str(model), "--threads", "1", "--device", "cpu"]
-        for flag, value in {"--repeats": "2", "--prompt-length": "4", "--lengths": "3"}.items():
-            given += [] if flag in args else [flag, value]
-        return kv(*given, *args, command="bench")
-
-    return call
-
-
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let a run take as long as `cost(kind, length)` says, in seconds, without running it."""
-
-    def make(cost: Callable[[str, int], float]) -> None:
-        clock = {"now": 0.0}
-
-        def run(self: timing.Workload, kind: str, length: int) -> timing.Run:
-            clock["now"] += cost(kind, length)
-            seconds, nbytes = cost(kind, length), self.predicted(kind, length)
-            return timing.Run(seconds, 0.0, seconds, seconds / length, nbytes, nbytes)
-
-        monkeypatch.setattr(timing.Workload, "run", run)
-        monkeypatch.setattr(timing, "now", lambda device: clock["now"])
-        fake = type("Clock", (), {"perf_counter": staticmethod(lambda: clock["now"])})
-        monkeypatch.setattr(timing, "time", fake)
-
-    return make
-
-
-def cells(document: dict[str, Any]) -> list[tuple[int, str]]:
-    return [(row["length"], row["cache"]) for row in document["measurements"]]
+decoder, small_array, bench, slow = (
+    bench_cases.decoder,
+    bench_cases.small_array,
+    bench_cases.bench,
+    bench_cases.slow,
+)
 
 
 # The lengths
@@ -310,85 +271,6 @@ def test_a_lossy_kind_is_measured_on_a_text_or_on_the_models_own(
         bench(*kinds, "--text", str(text))
     )
     assert "not found" in refused(bench(*kinds, "--text", str(tmp_path / "none")))
-
-
-# The budget
-
-
-def test_rows_that_the_budget_left_out_are_null_and_said(
-    bench: Callable[..., Ran], slow: Callable[..., None]
-) -> None:
-    slow(lambda kind, length: length * length / 100 if kind == "none" else 0.1)
-    words = ["--lengths", "5", "50", "--caches", "none", "static", "--budget", "5"]
-    ran = bench(*words, "--json")
-    found = answer(ran)
-    unmeasured = found["measurements"][2]
-    assert cells(found)[2] == (50, "none")
-    assert unmeasured["samples_s"] == []
-    names = ("median_s", "iqr_s", "tokens_per_s", "speedup", "bytes_measured")
-    assert [unmeasured[name] for name in names] == [None] * 5
-    assert unmeasured["bytes_predicted"] == 0
-    assert "not measured: none 50" in ran.err and "give a larger --budget" in ran.err
-    row = next(line for line in bench(*words).out.splitlines() if line.startswith("    50  none"))
-    assert row.split()[2:] == ["-", "-", "0", "-", "-", "-", "0"]
-
-
-def test_fewer_samples_than_asked_for_are_said(
-    bench: Callable[..., Ran], slow: Callable[..., None]
-) -> None:
-    slow(lambda kind, length: 1.0)
-    ran = bench("--caches", "none", "static", "--repeats", "9", "--budget", "12", "--json")
-    counts = [len(row["samples_s"]) for row in answer(ran)["measurements"]]
-    assert counts == [4, 4]
-    assert ran.err == "2 of 2 rows have fewer than 9 samples (--budget 12 s)\n"
-
-
-def test_nothing_measured_at_all_is_exit_1_and_draws_nothing(
-    bench: Callable[..., Ran], slow: Callable[..., None], tmp_path: Path
-) -> None:
-    slow(lambda kind, length: 1.0)
-    ran = bench("--budget", "0.001", "--plot", str(tmp_path / "a.png"))
-    assert ran.code == 1
-    assert "dynamic and static were not measured beside no cache" in ran.out
-    assert "does not pay" not in ran.out
-    assert not (tmp_path / "a.png").exists()
-
-
-def test_quiet_does_not_silence_the_warning(
-    bench: Callable[..., Ran], slow: Callable[..., None]
-) -> None:
-    slow(lambda kind, length: 1.0)
-    assert bench("-q", "--budget", "0.001").err.startswith("warning: --budget 0.001 s was spent")
-
-
-# What is concluded
-
-
-@pytest.mark.parametrize(
-    ("cost", "sentence"),
-    [
-        (lambda kind, n: n * n / 100 if kind == "none" else n / 10, "pays from about 10 tokens on"),
-        (lambda kind, n: 2 if kind == "none" else 1, "pays from 5 tokens on, the fewest measured"),
-        (
-            lambda kind, n: 1 if kind == "none" else 2,
-            "does not pay at 50 tokens, the most measured",
-        ),
-    ],
-)
-def test_the_last_line_says_where_a_cache_starts_to_pay(
-    bench: Callable[..., Ran],
-    slow: Callable[..., None],
-    cost: Callable[[str, int], float],
-    sentence: str,
-) -> None:
-    slow(cost)
-    ran = bench("--lengths", "5", "12", "50", "--caches", "none", "static", "--budget", "1000")
-    assert ran.out.splitlines()[-1] == f"static {sentence}."
-
-
-def test_without_none_nothing_is_said_about_paying(bench: Callable[..., Ran]) -> None:
-    ran = bench("--caches", "static", "--repeats", "1")
-    assert ran.out.splitlines()[-1] == "Add none to --caches to see what a cache buys."
 
 
 def test_a_dash_stands_for_what_is_not_known() -> None:

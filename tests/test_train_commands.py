@@ -6,66 +6,27 @@ import json
 import os
 import signal
 import struct
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cli_probe import Ran, refused
+import training_commands as commands
+from cli_probe import refused
 from kvtool.app import _terminate
 from kvtool.core import machine
 from kvtool.core.train import Trainer
 from kvtool.files import sha256
 from small_models import answer, explains_every_option
+from training_commands import LM, PLACE, WORDS, Command
 
-SIZES = ["--d-model", "16", "--heads", "2", "--context", "32", "--dropout", "0"]
-PLACE = ["--device", "cpu", "--threads", "1"]
-FAST = [*SIZES, *PLACE, "--no-amp", "--steps", "3", "--batch-tokens", "64", "--warmup", "1"]
-LM = [*FAST, "--layers", "1", "--vocab-size", "260"]
-WORDS = [f"{a}{b}{a}" for a in "abcdef" for b in "xyz"] + ["an", "ox", "we", "go", "up", "is"]
-Command = Callable[..., Ran]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "verse.txt"
-    path.write_text("".join(f"{i} men went to mow, went to mow a meadow.\n" for i in range(460)))
-    assert 18_000 < path.stat().st_size < 22_000
-    return path
-
-
-@pytest.fixture(scope="module")
-def tsv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "pairs.tsv"
-    path.write_text("".join(f"{word}\t{' '.join(word.upper())}\n" for word in WORDS))
-    return path
-
-
-@pytest.fixture
-def lm(kv: Command, text: Path, tmp_path: Path) -> Command:
-    """Run train-lm on the verse; later arguments take the place of earlier ones."""
-
-    def call(*args: str) -> Ran:
-        given = ["--data", str(text), "--out", str(tmp_path / "run"), *LM]
-        return kv(*given, *args, command="train-lm")
-
-    return call
-
-
-@pytest.fixture
-def seq2seq(kv: Command, tsv: Path, tmp_path: Path) -> Command:
-    def call(*args: str) -> Ran:
-        given = ["--data", str(tsv), "--out", str(tmp_path / "run"), *FAST, "--vocab-size", "300"]
-        return kv(*given, *args, command="train-seq2seq")
-
-    return call
-
-
-@pytest.fixture(params=["lm", "seq2seq"])
-def either(request: pytest.FixtureRequest) -> Command:
-    return request.getfixturevalue(request.param)
+text, tsv, lm, seq2seq, either = (
+    commands.text,
+    commands.tsv,
+    commands.lm,
+    commands.seq2seq,
+    commands.either,
+)
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
@@ -249,130 +210,6 @@ def test_a_loss_that_explodes_ends_with_1_and_names_the_step(lm: Command, tmp_pa
     assert "is nan" in ran.err or "is inf" in ran.err
     assert "Lower --lr (now 1e+30); the last good checkpoint is kept." in ran.err
     assert (tmp_path / "run" / "loss.png").is_file()
-
-
-# What is refused, before anything is written
-
-BOTH = [
-    (["--lr", "0"], "--lr: 0.0 is out of range (expected above 0)"),
-    (["--lr", "nan"], "--lr: nan is out of range"),
-    (["--lr", "fast"], "--lr: 'fast' is not a number"),
-    (["--steps", "0"], "--steps: 0 is too small (expected 1 or more)"),
-    (["--steps", "1.5"], "--steps: '1.5' is not a whole number"),
-    (["--minutes", "1"], "--steps, --epochs, --minutes: give one (found --steps and --minutes)"),
-    (["--heads", "3"], "--heads: 3 heads do not divide --d-model 16"),
-    (["--heads", "0"], "--heads: 0 is too small"),
-    (["--d-model", "-8"], "--d-model: -8 is too small"),
-    (["--context", "0"], "--context: 0 is too small"),
-    (["--dropout", "1"], "--dropout: 1.0 is out of range (expected 0 or more and 0.99 or less)"),
-    (["--positions", "rotory"], "Did you mean rotary?"),
-    (["--schedule", "cosinus"], "Did you mean cosine?"),
-    (["--clip", "0"], "--clip: 0.0 is out of range"),
-    (["--warmup", "-1"], "--warmup: -1 is too small"),
-    (["--weight-decay", "-1"], "--weight-decay: -1.0 is out of range"),
-    (["--eval-every", "0"], "--eval-every: 0 is too small"),
-    (["--patience", "-1"], "--patience: -1 is too small"),
-    (["--batch-tokens", "0"], "--batch-tokens: 0 is too small"),
-    (["--vocab-size", "0"], "--vocab-size: 0 is too small"),
-    (["--seed", "-1"], "--seed: -1 is too small"),
-    (["--device", "gpu"], "--device: 'gpu' is not known"),
-    (["--data", "nowhere.txt"], "nowhere.txt"),
-    (["--data", "/dev/null"], "/dev/null: is not a regular file"),
-    (["--data", "."], "is a folder"),
-    (["--output", "report.doc"], "--output report.doc: unknown format"),
-    (["--out", "/dev/null/run"], "--out /dev/null/run: cannot be written (Not a directory)"),
-    (["--resume"], "holds no run to resume. Leave out --resume."),
-]
-
-
-@pytest.mark.parametrize(("args", "said"), BOTH, ids=lambda value: "".join(value)[:24])
-def test_what_means_nothing_is_refused_in_one_line_before_anything_is_written(
-    either: Command, tmp_path: Path, args: list[str], said: str
-) -> None:
-    assert said in refused(either("--quiet", *args))
-    assert not (tmp_path / "run").exists()
-
-
-def test_tensorboard_is_refused_where_it_is_not_installed_before_any_work(
-    either: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    message = refused(either("--quiet", "--tensorboard", "--data", "nowhere.txt"))
-    assert message.startswith("--tensorboard: TensorBoard cannot be used (")
-    assert message.endswith("). Install it with pip install tensorboard.")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("resume", [[], ["--resume"]])
-def test_a_folder_that_cannot_be_used_is_refused_before_the_data_are_read(
-    either: Command, tmp_path: Path, resume: list[str]
-) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "holiday.jpg").touch()
-    said = "holds no run to resume" if resume else "is not empty (found holiday.jpg)"
-    ran = either(*resume, "--data", "nowhere.txt")
-    assert f"--out {tmp_path / 'run'}: {said}" in refused(ran)
-
-
-def test_a_text_is_needed_and_room_for_all_bytes(kv: Command, lm: Command) -> None:
-    assert refused(kv(*LM, command="train-lm")).startswith("--data: is missing. Give a text file")
-    assert refused(lm("--vocab-size", "255")).startswith("--vocab-size: 255 is too small")
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "is empty, 0 bytes"),
-        (b"good\nb\xffd\n", "is not UTF-8 (byte 0xff at offset 6)"),
-        (b"short", "the text is too short"),
-    ],
-)
-def test_a_text_that_cannot_be_learned_from_is_refused(
-    lm: Command, tmp_path: Path, content: bytes, said: str
-) -> None:
-    path = tmp_path / "bad.txt"
-    path.write_bytes(content)
-    assert said in refused(lm("--data", str(path)))
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"a\tb\n" * 16 + b"lonely\n", "pairs.tsv: line 17: 1 field, need 2"),
-        (b"a\tb\nc\t\xe9\n", "line 2: is not UTF-8 (byte 0xe9 at offset 6)"),
-        (b"", "is empty, 0 bytes"),
-        (b"\n\n", "holds no pairs (2 blank lines"),
-        (b"a\tb\n" + b"x" * 33 + b"\tc\n", "makes 33 tokens (the model holds 32)"),
-    ],
-)
-@pytest.mark.parametrize("flag", ["--data", "--valid", "--test"])
-def test_pairs_that_cannot_be_read_are_refused_wherever_they_are(
-    seq2seq: Command, tmp_path: Path, content: bytes, said: str, flag: str
-) -> None:
-    path = tmp_path / "pairs.tsv"
-    path.write_bytes(content)
-    assert said in refused(seq2seq("--quiet", "--tokenizer", "char", flag, str(path)))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (["--tokenizer", "chars"], "Did you mean char?"),
-        (["--label-smoothing", "1"], "--label-smoothing: 1.0 is out of range"),
-        (["--encoder-layers", "0"], "--encoder-layers: 0 is too small (expected 1 or more)"),
-        (["--decoder-layers", "0"], "--decoder-layers: 0 is too small"),
-        (["--data", ""], "--data: is empty"),
-        (["--data", "cmudit"], "Did you mean cmudict?"),
-        (["--tokenizer", "bpe", "--vocab-size", "9"], "--vocab-size: 9 is too small"),
-    ],
-)
-def test_what_means_nothing_for_pairs_is_refused(
-    seq2seq: Command, args: list[str], said: str
-) -> None:
-    assert said in refused(seq2seq("--quiet", *args))
 
 
 def test_one_pair_is_enough_and_it_is_said_what_the_score_is_of(

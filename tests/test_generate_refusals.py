@@ -1,0 +1,130 @@
+"""What kvtool generate refuses, in one line and before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate_cases
+from cli_probe import Ran, refused
+from kvtool.core import checkpoint
+from kvtool.core.text import Tokenizer
+from small_models import WORDS, change_weights, random_model, with_nan
+
+decoder, seq2seq, generate, stdin = (
+    generate_cases.decoder,
+    generate_cases.seq2seq,
+    generate_cases.generate,
+    generate_cases.stdin,
+)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--max-tokens 0", "--max-tokens: 0 is too small"),
+        ("--max-tokens -1", "--max-tokens: -1 is too small"),
+        ("--max-tokens 1000000000", "the prompt is 2 tokens and 1000000000 more"),
+        (
+            "--max-tokens 63",
+            "the prompt is 2 tokens and 63 more were asked for (the model holds 64)",
+        ),
+        ("--temperature -1", "--temperature: -1.0 is out of range"),
+        ("--temperature nan", "--temperature: nan is out of range"),
+        ("--temperature inf", "--temperature: inf is out of range"),
+        ("--top-p 0", "--top-p: 0.0 is out of range"),
+        ("--top-p 1.1", "--top-p: 1.1 is out of range"),
+        ("--top-k -1", "--top-k: -1 is too small"),
+        ("--top-k 261", "--top-k: 261 is above the vocabulary of 260"),
+        ("--seed -1", "--seed: -1 is too small"),
+        ("--cache ring", "--cache: 'ring' is not known"),
+        (
+            "--kernels exakt",
+            "--kernels: 'exakt' is not known (expected one of default, exact). Did you mean exact?",
+        ),
+        ("--device cuda", "--device cuda: there is no CUDA device here"),
+        ("--dtype float8", "--dtype: 'float8' is not known"),
+        ("--output a.xyz", "--output a.xyz: unknown format"),
+        ("--output no/a.txt", "--output no/a.txt: the folder"),
+        ("--output no/a.json", "--output no/a.json: the folder"),
+        ("--prompt-file a.txt", "--prompt: contradicts --prompt-file"),
+        ("--input a.txt", "--prompt: contradicts --input"),
+    ],
+)
+def test_wrong_usage_is_exit_2_and_one_line(
+    generate: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused(generate("--prompt", "hi", *words.split())).startswith(message)
+
+
+def test_an_output_that_is_a_folder_is_refused_before_any_work(
+    generate: Callable[..., Ran], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").mkdir()
+    message = refused(generate("--prompt", "hi", "--output", str(tmp_path / "a.txt")))
+    assert message.endswith("a.txt: is a folder (expected a file)")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(
+    generate: Callable[..., Ran],
+) -> None:
+    message = refused(generate("--prompt", "x" * 65))
+    assert "the prompt is 65 tokens" in message and "(the model holds 64)" in message
+
+
+def test_an_empty_prompt_is_refused_wherever_it_is_from(
+    generate: Callable[..., Ran], stdin: Callable[[bytes], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "in.txt"
+    assert refused(generate("--prompt", "")) == "--prompt: is empty (expected a prompt)"
+    stdin(b"\n")
+    assert refused(generate()) == "stdin: is empty (expected a prompt)"
+    path.write_bytes(b"\n")
+    assert refused(generate("--prompt-file", str(path))) == f"{path}: is empty (expected a prompt)"
+    assert refused(generate("--input", str(path))).startswith(f"{path}: line 1: is empty")
+    path.write_bytes(b"")
+    assert "is empty, 0 bytes" in refused(generate("--input", str(path)))
+    path.write_bytes(b"\xef\xbb\xbf")
+    assert refused(generate("--input", str(path))).startswith(f"{path}: holds no line")
+    assert "not found" in refused(generate("--input", str(tmp_path / "none.txt")))
+
+
+def test_a_line_that_does_not_fit_is_named(generate: Callable[..., Ran], tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("one\n" + "x" * 70 + "\n")
+    message = refused(generate("--input", str(path), "--max-tokens", "9"))
+    assert message.startswith(f"{path}: line 2: the prompt is 70 tokens and 9 more were asked for")
+
+
+def test_a_prompt_without_a_token_is_refused(generate: Callable[..., Ran], tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train("word", WORDS)
+    checkpoint.save(tmp_path, random_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    message = refused(generate("--prompt", "  ", model=tmp_path))
+    assert message == "the prompt holds no token (found '  ')"
+
+
+def test_bytes_that_are_not_utf8_are_refused_with_their_place(
+    generate: Callable[..., Ran], stdin: Callable[[bytes], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "in.txt"
+    path.write_bytes(b"ab\xffc\n")
+    stdin(path.read_bytes())
+    for words in ([], ["--prompt-file", str(path)], ["--input", str(path)]):
+        message = refused(generate(*words))
+        assert "is not UTF-8 (byte 0xff at offset 2)" in message
+
+
+def test_nan_weights_are_exit_2_and_name_the_tensor(
+    generate: Callable[..., Ran], decoder: Path, tmp_path: Path
+) -> None:
+    message = refused(
+        generate("--prompt", "hi", model=change_weights(decoder, tmp_path / "nan", with_nan))
+    )
+    assert "layers.0.mlp.up.weight holds 1 NaN" in message
