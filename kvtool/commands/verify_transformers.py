@@ -130,7 +130,9 @@ def run(settings: Settings, out: Output) -> Report:
             bar.advance()
             if found.finding.scenario == hub.ALL and (settings.caches or out.verbose):
                 out.note(f"{found.cache}: {found.finding.evidence}")
-    control = rows.pop() if rows and rows[-1].cache == PLANTED else None
+    if all(row.scenario == hub.ALL for row in rows):
+        raise UsageError(f"--model {settings.run.model}: {rows[0].evidence}")
+    control = rows.pop() if rows[-1].cache == PLANTED else None
     resolved = {
         "architecture": type(model).__name__,
         "built": note,

@@ -1,0 +1,252 @@
+"""Models and caches of transformers as subjects of verify-cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from cli_probe import Ran, refused
+from kvtool.core.verify import tiny
+from kvtool.core.verify.check import Checked
+from kvtool.core.verify.judge import BUG, NOT_CAUSAL, UNSUPPORTED
+from kvtool.core.verify.outcome import Outcome
+from kvtool.core.verify.tiny import tiny_config, tiny_model
+from kvtool.core.verify.transformers_subject import (
+    TransformersSubject,
+    check_transformers,
+    load_model,
+    ordinary_ids,
+)
+from kvtool.errors import FileError, UsageError
+from kvtool.registry import TRANSFORMERS_CACHES
+
+FEW = ("decode", "chunks", "padded", "permuted", "reset")
+
+
+def check(
+    model: Any, kinds: Sequence[str] = ("dynamic",), scenarios: Sequence[str] = FEW
+) -> dict[tuple[str, str], Checked]:
+    """What is found for a model, by kind of cache and scenario."""
+    found = check_transformers(model, kinds, scenarios, 8, diagnose=False)
+    return {(c.cache, c.finding.scenario): c for c in found}
+
+
+def verdicts(found: dict[tuple[str, str], Checked], cache: str = "dynamic") -> dict[str, str]:
+    return {s: c.finding.verdict for (kind, s), c in found.items() if kind == cache}
+
+
+# The tiny models
+
+
+def test_a_tiny_model_keeps_one_layer_of_each_kind_and_the_ratio_of_its_heads() -> None:
+    config, _ = tiny_config("gemma3_text")
+    assert sorted(config.layer_types) == ["full_attention", "sliding_attention"]
+    assert config.num_hidden_layers == 2 and config.sliding_window == tiny.WINDOW
+    grouped, _ = tiny_config("mistral")
+    assert (grouped.num_attention_heads, grouped.num_key_value_heads) == (4, 2)
+
+
+def test_weights_are_drawn_large_enough_for_a_bug_to_show() -> None:
+    layer = tiny_model("llama").model.model.layers[0]
+    for weight in (layer.self_attn.q_proj.weight, layer.mlp.down_proj.weight):
+        assert float(weight.std()) == pytest.approx(weight.shape[1] ** -0.5, rel=0.1)
+    assert bool((layer.input_layernorm.weight == 1).all())  # a norm stays what it is
+
+
+def test_the_same_seed_gives_the_same_model_and_leaves_other_random_numbers_alone() -> None:
+    torch.manual_seed(5)
+    one = tiny_model("gpt2", seed=3).model.state_dict()
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+    other = tiny_model("gpt2", seed=3).model.state_dict()
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    third = tiny_model("gpt2", seed=4).model.state_dict()
+    assert not torch.equal(one["lm_head.weight"], third["lm_head.weight"])
+
+
+def test_ids_with_a_meaning_of_their_own_are_not_fed() -> None:
+    model = tiny_model("gemma3").model
+    words = ordinary_ids(model.config).tolist()
+    assert model.config.image_token_id not in words and model.config.boi_token_index not in words
+    assert model.config.text_config.pad_token_id not in words and len(words) > 100
+
+
+def test_an_unknown_type_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UsageError, match=r"lama: .*Did you mean llama\?"):
+        load_model("lama")
+
+
+def test_a_type_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiny.SPECIAL, "gpt2", {"n_embd": 63})
+    with pytest.raises(UsageError, match=r"gpt2: could not build \(ValueError"):
+        tiny_model("gpt2")
+
+
+# Right caches
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mixtral"])
+def test_right_caches_are_called_right(model_type: str) -> None:
+    found = check(tiny_model(model_type).model, ("dynamic", "static", "quantized"))
+    judged = {c.outcome for (cache, _), c in found.items() if cache != "planted bug"}
+    assert judged == {Outcome.RIGHT}
+    assert found["planted bug", "decode"].finding.verdict == BUG
+
+
+def test_sliding_layers_are_checked_beyond_their_window() -> None:
+    model = tiny_model("mistral").model
+    found = check(model, ("dynamic", "static"), ("window", "padded"))
+    for kind in ("dynamic", "static"):
+        assert TransformersSubject(model, kind).window == tiny.WINDOW
+        assert found[kind, "window"].outcome == Outcome.RIGHT
+        assert found[kind, "padded"].outcome == Outcome.RIGHT
+
+
+def test_a_full_static_cache_must_refuse_another_token() -> None:
+    found = check(tiny_model("gpt2").model, ("dynamic", "static"), ("overflow",))
+    assert found["static", "overflow"].outcome == Outcome.RIGHT
+    assert found["dynamic", "overflow"].finding.verdict == UNSUPPORTED
+
+
+def test_a_state_space_model_is_judged_with_its_state() -> None:
+    found = check(tiny_model("mamba").model, ("dynamic",), ("decode", "permuted", "reset", "crop"))
+    assert {found["dynamic", s].outcome for s in ("decode", "permuted", "reset")} == {Outcome.RIGHT}
+    assert found["dynamic", "crop"].finding.verdict == UNSUPPORTED
+    assert "activate_past_recording" in found["dynamic", "crop"].finding.evidence
+
+
+def test_an_encoder_is_not_causal_unless_it_is_built_as_a_decoder() -> None:
+    encoder = tiny_model("bert", decoder=False)
+    assert set(verdicts(check(encoder.model, scenarios=("decode",))).values()) == {NOT_CAUSAL}
+    decoder = tiny_model("bert")
+    assert decoder.note == "built with is_decoder=True"
+    assert check(decoder.model)["dynamic", "decode"].outcome == Outcome.RIGHT
+
+
+def test_tables_that_were_rounded_to_float32_are_no_bug() -> None:
+    found = check(tiny_model("minimax").model, ("own",), ("decode", "chunks"))
+    assert found["own", "decode"].outcome == found["own", "chunks"].outcome == Outcome.RIGHT
+
+
+# Kinds that cannot be used
+
+
+def test_a_kind_that_cannot_be_used_says_why() -> None:
+    found = check(tiny_model("mistral").model, tuple(TRANSFORMERS_CACHES), ("decode",))
+    assert "only full attention layers" in found["quantized", "all"].finding.evidence
+    assert "takes DynamicCache" in found["own", "all"].finding.evidence
+    encoder = check(tiny_model("bert").model, ("static",), ("decode",))
+    assert "transformers declares none" in encoder["static", "all"].finding.evidence
+
+
+# Planted bugs
+
+
+@pytest.mark.parametrize(
+    ("layer", "method", "kind", "scenario"),
+    [
+        ("DynamicLayer", "reorder_cache", "dynamic", "permuted"),
+        ("DynamicLayer", "crop", "dynamic", "crop"),
+        ("StaticLayer", "reorder_cache", "static", "permuted"),
+        ("CacheLayerMixin", "reset", "static", "reset"),
+    ],
+)
+def test_an_operation_that_does_nothing_is_reported(
+    layer: str, method: str, kind: str, scenario: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import cache_utils
+
+    model = tiny_model("llama").model
+    assert check(model, (kind,), (scenario,))[kind, scenario].outcome == Outcome.RIGHT
+    monkeypatch.setattr(getattr(cache_utils, layer), method, lambda *args: None)
+    found = check(model, (kind,), ("decode", scenario))
+    assert found[kind, scenario].outcome == Outcome.WRONG
+    assert found[kind, "decode"].outcome == Outcome.RIGHT
+
+
+def test_a_window_that_forgets_a_token_too_many_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    right = DynamicSlidingWindowLayer.update
+
+    def forgetful(self: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = right(self, keys, values, *args, **kwargs)
+        if self.keys.shape[-2] == self.sliding_window - 1:
+            self.keys[:, :, 0] = 0.0
+        return answer
+
+    monkeypatch.setattr(DynamicSlidingWindowLayer, "update", forgetful)
+    found = check(tiny_model("mistral").model, scenarios=("window",))
+    assert found["dynamic", "window"].finding.verdict == BUG
+
+
+# The command
+
+
+@pytest.fixture
+def verify(kv: Callable[..., Ran]) -> Callable[..., Ran]:
+    def call(*args: str) -> Ran:
+        given = ["--impl", "transformers", "--tokens", "8", "--device", "cpu"]
+        return kv(*given, *args, command="verify-cache")
+
+    return call
+
+
+def test_a_saved_folder_is_checked_with_the_kinds_asked_for(
+    tmp_path: Path, verify: Callable[..., Ran]
+) -> None:
+    tiny_model("gpt2").model.save_pretrained(tmp_path)
+    ran = verify("--model", str(tmp_path), "--caches", "static", "--scenarios", "decode", "--json")
+    assert ran.code == 0
+    report = json.loads(ran.out)
+    assert {row["cache"] for row in report["checks"]} == {"static"}
+    assert report["resolved"]["architecture"] == "GPT2LMHeadModel"
+
+
+def test_the_verdict_is_printed_and_kinds_that_cannot_be_used_do_not_count(
+    verify: Callable[..., Ran],
+) -> None:
+    ran = verify("--model", "mistral", "--scenarios", "decode")
+    assert ran.code == 0
+    assert "rounding only" in ran.out and "the planted bug was found" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((), "needs --model"),
+        (("--model", "llama", "--caches", "paged"), "'paged' is not known"),
+        (("--model", "llama", "--types", "llama"), "--types: contradicts"),
+        (("--model", "llama", "--kernels", "exact"), "--kernels: contradicts"),
+        (("--model", "mistral", "--caches", "quantized"), "only full attention"),
+        (("--model", "openai-gpt"), "forward takes no cache"),
+    ],
+)
+def test_what_means_nothing_is_refused(
+    args: tuple[str, ...], words: str, verify: Callable[..., Ran]
+) -> None:
+    assert words in refused(verify(*args, "-q"))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=str(tmp_path)):
+        load_model(str(tmp_path))
+
+
+def test_without_transformers_it_says_what_to_install(
+    verify: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = refused(verify("--model", "llama"))
+    assert "transformers is not installed" in message and "kvtool[hf]" in message
