@@ -40,6 +40,7 @@ PRELOADED = [
     "transformers.models.auto.modeling_auto",
 ]
 ALONE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+BEGINNING = '{"type": "'  # of a line of results
 MEMORY = 4 << 30  # bytes that a process may take
 
 
@@ -141,16 +142,16 @@ def read_results(path: Path) -> dict[str, Swept]:
     if not path.exists():
         return {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path}: cannot be read ({error})") from error
     found: dict[str, Swept] = {}
     for i, line in enumerate(lines):
+        if i == len(lines) - 1 and line.startswith(BEGINNING[: len(line)]):
+            continue  # nothing, or what was cut off
         try:
             swept = Swept(**json.loads(line))
         except (ValueError, TypeError) as error:
-            if i == len(lines) - 1:
-                continue
             hint = "--resume takes a file that a sweep wrote."
             raise FileError(f"{path}: line {i + 1} is no result of a sweep", hint) from error
         found[swept.type] = swept
@@ -158,11 +159,12 @@ def read_results(path: Path) -> dict[str, Swept]:
 
 
 def append_result(path: Path, swept: Swept) -> None:
-    """Add a line to a file of results, behind what was cut off if anything was."""
-    line: dict[str, Any] = dataclasses.asdict(swept)
+    """Add a line to a file of results, in place of one that was cut off. Raises FileError."""
+    line = json.dumps(dataclasses.asdict(swept)) + "\n"
     try:
-        cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size
-        with path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if cut else "") + json.dumps(line) + "\n")
+        with path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line.encode())
     except OSError as error:
         raise FileError(f"{path}: cannot be written ({error.strerror})") from error
