@@ -152,6 +152,19 @@ def check_a_cache_without_columns_says_so(make: Make, case: Case) -> None:
     require("it stores none" in str(error), f"I13: snapshot: {error}")
 
 
+def check_any_part_of_a_chunk_is_committed(make: Make, case: Case, start: int) -> None:
+    """The first tokens of a step of 12 that begins at `start`, as after speculative decoding."""
+    for part in (0, 1, 3, 11, 12):
+        subject = Subject(case, 40)
+        cache = subject.filled(make, start) if start else subject.cache(make)
+        with torch.no_grad():
+            step = cache.begin(12)
+            subject.model(subject.ids[:, start : start + 12], step, cache)
+        cache.commit(part)
+        promise = f"{part} of 12 tokens after {start}"
+        agree(promise, subject, cache, subject.ids, subject.padding, 3, start + part)
+
+
 def check_unused_columns_do_not_leak(make: Make, case: Case) -> None:
     subject = Subject(case)
     for held in (0, 5, 11):

@@ -76,15 +76,7 @@ def test_without_a_residual_a_crop_to_the_end_of_a_group_needs_nothing_exactly()
 @pytest.mark.parametrize("case", [PLAIN, PADDED], ids=str)
 @pytest.mark.parametrize("start", [0, 1, 9, 20])
 def test_any_part_of_a_chunk_can_be_committed(case: Any, start: int) -> None:
-    for part in (0, 1, 3, 11, 12):
-        subject = Subject(case, 40)
-        cache = subject.filled(small4, start) if start else subject.cache(small4)
-        with torch.no_grad():
-            step = cache.begin(12)
-            subject.model(subject.ids[:, start : start + 12], step, cache)
-        cache.commit(part)
-        promise = f"{part} of 12 tokens after {start}"
-        agree(promise, subject, cache, subject.ids, subject.padding, 3, start + part)
+    check_any_part_of_a_chunk_is_committed(small4, case, start)
 
 
 def test_a_prompt_is_held_apart_until_it_is_committed_and_nothing_moves_to_another_address() -> (

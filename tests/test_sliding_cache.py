@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cache_checks import check_any_part_of_a_chunk_is_committed
 from helpers import (
     CASES,
     Subject,
@@ -150,15 +151,7 @@ def test_a_chunk_is_held_apart_until_it_is_committed() -> None:
 @pytest.mark.parametrize("case", [PLAIN, PADDED], ids=str)
 @pytest.mark.parametrize("start", [0, 1, 9, 20])
 def test_any_part_of_a_chunk_can_be_committed(case: Any, start: int) -> None:
-    for part in (0, 1, 3, 11, 12):
-        subject = Subject(case, 40)
-        cache = subject.filled(small, start) if start else subject.cache(small)
-        with torch.no_grad():
-            step = cache.begin(12)
-            subject.model(subject.ids[:, start : start + 12], step, cache)
-        cache.commit(part)
-        promise = f"{part} of 12 tokens after {start}"
-        agree(promise, subject, cache, subject.ids, subject.padding, 3, start + part)
+    check_any_part_of_a_chunk_is_committed(small, case, start)
 
 
 def test_a_broken_step_costs_no_token_that_crop_has_been_promised() -> None:
