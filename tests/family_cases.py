@@ -72,7 +72,9 @@ CASES: dict[str, dict[str, Any]] = {
     "llama, yarn": {**LLAMA, **turned("yarn", **YARN)},
     "llama, yarn of 48": {**LLAMA, **turned("yarn", factor=2.0)},
     "llama, yarn, betas": {**LLAMA, **turned("yarn", **YARN, beta_fast=8.0, beta_slow=0.5)},
-    "llama, yarn, no truncation": {**LLAMA, **turned("yarn", **YARN, truncate=False)},
+    "llama, yarn, no truncation": {
+        **LLAMA, **turned("yarn", **YARN, truncate=False, beta_slow=0.1)
+    },
     "llama, yarn, attention factor": {**LLAMA, **turned("yarn", **YARN, attention_factor=1.3)},
     "llama, yarn, mscale": {
         **LLAMA, **turned("yarn", **YARN, mscale=0.7, mscale_all_dim=0.3)
