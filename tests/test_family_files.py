@@ -14,6 +14,9 @@ import torch
 
 from cli_probe import Ran
 from family_cases import CASES, CONTEXT, build, edit, found, load, refusal, save, tokens
+from family_configs import PUBLISHED
+from kvtool.config import RopeScaling
+from kvtool.core.families import FAMILIES
 from kvtool.core.families.fields import HARMLESS, NEUTRAL
 from kvtool.errors import CapacityError, FileError
 
@@ -115,6 +118,21 @@ def test_a_field_that_could_change_the_model_is_named(
     folder = edit(copy(case), change)
     said = refusal(folder)
     assert said.startswith(f"{folder / 'config.json'}: ") and message in said
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt2", {"head_dim": 64, "d_ff": 3072, "tied": True, "activation": "gelu_tanh"}),
+        ("SmolLM2", {"head_dim": 64, "n_kv_heads": 3, "rope_theta": 1e5, "rope_scaling": None}),
+        ("Llama 3.2", {"context": 131072, "rope_scaling": RopeScaling("llama3", 32.0, 8192)}),
+        ("Qwen2.5", {"window": 0, "qkv_bias": True, "out_bias": None, "rope_theta": 1e6}),
+    ],
+)
+def test_configurations_are_read_as_published(name: str, expected: dict[str, Any]) -> None:
+    data = PUBLISHED[name]
+    config = FAMILIES[data["model_type"]].config(data, "config.json")
+    assert {field: getattr(config, field) for field in expected} == expected
 
 
 def test_fields_that_change_nothing_are_passed_over(copy: Callable[[str], Path]) -> None:
