@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cache_checks import check_any_part_of_a_chunk_is_committed
 from helpers import Subject, addresses, agree, break_off, storage_nbytes, write
 from kvtool.core.cache.quantized import Int4Cache
 from kvtool.errors import CacheOpUnsupported
