@@ -292,6 +292,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
                        "indexer_kv_heads": 1, "indexer_n_heads": HEADS},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds_dim": (16, 48)},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4,
               "attention_hidden_size": 128, "attention_head_dim": 32},

@@ -297,7 +297,7 @@ def check_transformers(
             tell(f"{kind}, {scenario}")
             case = main if scenario == MAIN else Case(SCENARIOS[scenario])
             with hushed():
-                finding = judge.judge(case, thorough=scenario == MAIN)
+                finding = judge.judge(case, thorough=scenario == MAIN and planted is None)
             yield Checked(kind, OWN, True, finding)
         with hushed():
             planted = planted or target_control(subject, main)
