@@ -174,5 +174,8 @@ def test_a_training_step_learns_what_nn_transformer_does(
     if not benchmark.disabled:
         ratio = median(times[2:]) / benchmark.stats.stats.median
         benchmark.extra_info.update(
-            kind="training", length=BATCH_TOKENS, tokens=BATCH_TOKENS, nn_transformer_times=ratio
+            kind="bfloat16" if amp else "float32",
+            length=BATCH_TOKENS,
+            tokens=BATCH_TOKENS,
+            nn_transformer_times=ratio,
         )
