@@ -62,7 +62,10 @@ def check(kv: Callable[..., Ran], decoder: str) -> Callable[..., Ran]:
 # What it says
 
 
-def test_right_caches_get_exit_0_and_a_sentence(check: Callable[..., Ran]) -> None:
+def test_right_caches_get_exit_0_and_a_sentence(
+    check: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     ran = check("--scenarios", "decode")
     assert ran.code == 0
     rows = [line.split() for line in ran.out.splitlines() if " of 8 " in line or " of 9 " in line]
@@ -276,7 +279,7 @@ def test_only_none_checks_nothing_and_is_exit_1(check: Callable[..., Ran]) -> No
 def test_a_control_that_is_not_found_makes_the_check_fail(
     check: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify.check, "LostKey", DynamicCache)
+    monkeypatch.setattr(verify.check.LostKey, "write", DynamicCache.write)
     ran = check("--scenarios", "decode")
     assert ran.code == 1
     assert ran.out.splitlines()[-1].startswith("✗ the check failed: it did not report the bug")
