@@ -47,11 +47,16 @@ class HubDecoder(ModuleDecoder):
 
     kind: str = "dynamic"
     words: Tensor = field(default_factory=lambda: torch.empty(0))  # the ids that mean no more
+    mask_length: int = 0  # that a mask is filled up to
 
     def full(self, ids: Tensor, padding: Tensor | None = None) -> Tensor:
+        self.mask_length = 0
         return super().full(self.words[ids], padding)
 
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+        # As `generate` does it: where positions come from the mask, it is as long as the cache.
+        by_mask = self.kind == "static" and hasattr(self.module.base_model, "build_alibi_tensor")
+        self.mask_length = state.room if by_mask else 0
         return super().step(self.words[ids], state)
 
     def _initial(self, batch: int, capacity: int) -> Any:
@@ -63,6 +68,9 @@ class HubDecoder(ModuleDecoder):
         found = super()._places(ids, past, padding)
         if past and self.plan.cache == "cache_params":  # `generate` gives it to the prompt alone
             found.pop("attention_mask", None)
+        if (mask := found.get("attention_mask")) is not None:
+            missing = max(self.mask_length - mask.shape[1], 0)
+            found["attention_mask"] = nn.functional.pad(mask, (0, missing))
         return found
 
     def to(self, dtype: torch.dtype) -> HubDecoder:
