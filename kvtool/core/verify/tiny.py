@@ -108,9 +108,9 @@ def tiny_model(model_type: str, seed: int = 0, decoder: bool = True) -> Tiny:
             config, note = tiny_config(model_type, decoder)
             model = _classes(model_type)[1]._from_config(config)
         except (Exception, SystemExit) as error:
-            last = " ".join(str(error).split())[-160:]
+            said = " ".join(str(error).split())[:200]
             raise UsageError(
-                f"{model_type}: could not build ({type(error).__name__}: {last})"
+                f"{model_type}: could not build ({type(error).__name__}: {said})"
             ) from error
         randomize(model)
         loop_over_experts(model)
