@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from cli_probe import LENGTHS, Ran, lengths_of, refused
-from kvtool import app
+from kvtool import app, registry
 from kvtool.registry import CACHES
-from kvtool.ui import lists, options
+from kvtool.ui import lists
 
 pytestmark = pytest.mark.usefixtures("probe_command")
 
@@ -95,7 +95,7 @@ def test_a_bad_element_is_named(
     kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, words: str, message: str
 ) -> None:
     three = dict.fromkeys(("none", "dynamic", "static"), "")
-    monkeypatch.setattr(options, "CACHES", three)
+    monkeypatch.setattr(registry, "CACHES", three)
     assert refused(kv(*words.split())) == message
 
 

@@ -22,7 +22,7 @@ def test_ulps_count_the_spacing_at_the_largest_logit_of_the_step() -> None:
 
 def test_equal_runs_have_no_first_difference() -> None:
     logits = [torch.ones(1, 3), torch.zeros(1, 3)]
-    assert compare(logits, logits) == (2, 2, None, 0.0, 0.0)
+    assert compare(logits, logits) == (2, 2, None, 0.0, 0.0, (0.0, 0.0))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
