@@ -115,6 +115,9 @@ def test_a_full_static_cache_must_refuse_another_token() -> None:
     found = check(tiny_model("gpt2").model, ("dynamic", "static"), ("overflow",))
     assert found["static", "overflow"].outcome == Outcome.RIGHT
     assert found["dynamic", "overflow"].finding.verdict == UNSUPPORTED
+    for endless in ("mistral", "mamba2"):  # rings and states have room for any number
+        found = check(tiny_model(endless).model, ("static",), ("decode", "overflow"))
+        assert found["static", "overflow"].finding.verdict == UNSUPPORTED
 
 
 def test_a_state_space_model_is_judged_with_its_state() -> None:

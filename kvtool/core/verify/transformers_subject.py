@@ -96,12 +96,11 @@ class TransformersSubject(TargetSubject):
             super().__init__(decoder, kind, len(words), context(model.config))
         if kind == "own":
             return
-        layers = getattr(make_cache("dynamic", model.config, NEEDED), "layers", [])
-        windows = [w for layer in layers if (w := getattr(layer, "sliding_window", None))]
+        windows, full = reach(model.config)
         if windows and max(windows) <= LONGEST_WINDOW:
             self.window = max(windows)
             self.abilities |= {"window"}
-        if kind == "static" and any(not getattr(layer, "is_sliding", False) for layer in layers):
+        if kind == "static" and full:
             self.abilities |= {"capacity"}
 
     def to(self, dtype: torch.dtype) -> TransformersSubject:
@@ -202,6 +201,19 @@ def make_cache(kind: str, config: Any, capacity: int) -> Any:
     for layer in cache.layers:
         hold_exactly(layer, paired=backend == "fp8")
     return cache
+
+
+def reach(config: Any) -> tuple[list[int], bool]:
+    """The windows of a model's layers, and whether a layer's room ends: no state's or ring's does."""
+    from transformers.cache_utils import StaticLayer
+
+    layers = make_cache("dynamic", config, NEEDED).layers
+    windows = [window for layer in layers if (window := getattr(layer, "sliding_window", None))]
+    try:
+        static = make_cache("static", config, NEEDED).layers
+    except Exception:  # layers of which there is no static kind
+        return windows, False
+    return windows, any(isinstance(s, StaticLayer) and not s.is_sliding for s in static)
 
 
 def quantized_backend() -> str:
