@@ -204,7 +204,7 @@ def make_cache(kind: str, config: Any, capacity: int) -> Any:
 
 
 def reach(config: Any) -> tuple[list[int], bool]:
-    """The windows of a model's layers, and whether a layer's room ends: no state's or ring's does."""
+    """The windows of a model's layers, and whether room ends in one: no state's or ring's does."""
     from transformers.cache_utils import StaticLayer
 
     layers = make_cache("dynamic", config, NEEDED).layers
