@@ -89,10 +89,10 @@ def qualities(
 ) -> dict[str, dict[str, Any]]:
     """What each kind that loses something costs in accuracy, on --text or on the model's own."""
     from kvtool.core.cache import CacheSpec, make_cache
-    from kvtool.core.quality import loses, measure_quality, own_text
+    from kvtool.core.quality import measure_quality, own_text
 
     spec = CacheSpec.of(model.config, 1, 1)
-    lossy = [kind for kind in settings.caches if loses(make_cache(kind, spec))]
+    lossy = [kind for kind in settings.caches if make_cache(kind, spec).loses]
     if not lossy or model.config.n_encoder_layers:
         return {}
     source = f"{settings.text}, last 10 %" if settings.text else "the model's own text"

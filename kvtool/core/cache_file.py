@@ -116,6 +116,6 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 def require_whole(cache: Cache, op: str) -> None:
     """Raise CacheOpUnsupported for a kind that does not store all that the model computed."""
-    if not cache.exact or cache.recompute or cache.window:
+    if cache.loses or cache.recompute:
         why = "it does not store all that the model computed"
         raise CacheOpUnsupported(cache.kind, op, why, "Use --cache dynamic, static or paged.")

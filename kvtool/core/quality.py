@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.core.cache import Cache, CacheSpec, make_cache
+from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.engine import feed, generate
 from kvtool.core.models import Model
 from kvtool.core.sampling import Sampler
@@ -24,11 +24,6 @@ class Quality:
     perplexity: float  # of the text's tokens
     lossless_perplexity: float
     n_tokens: int
-
-
-def loses(cache: Cache) -> bool:
-    """Whether a kind of cache changes what is predicted, beyond rounding."""
-    return not cache.exact or bool(cache.window)
 
 
 @torch.inference_mode()

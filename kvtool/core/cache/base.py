@@ -243,6 +243,11 @@ class Cache(ABC):
             self.left_padding = self.left_padding.index_select(0, rows)
         self.batch = rows.shape[0]
 
+    @property
+    def loses(self) -> bool:
+        """Whether it changes what is predicted, beyond rounding."""
+        return not self.exact or bool(self.window)
+
     def vacuous(self) -> str | None:
         """Why results equal to those without a cache would prove nothing; None if they do."""
         if self.recompute:
