@@ -22,7 +22,6 @@ from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
 
 if TYPE_CHECKING:
-    from kvtool.core.checkpoint import Checkpoint
     from kvtool.core.timing import Cell
 
 LENGTHS = [10, 50, 100, 500, 1000]
@@ -97,9 +96,14 @@ def run(settings: Settings, out: Output) -> Report:
     device, dtype = prepare(settings.run)
     loaded, model = load_model(settings, device, dtype, out)
     check_fits(settings, lengths, model.config, device, dtype)
-    facts = facts_of(settings, loaded, lengths, str(device))
+    resolved = {
+        "model": str(loaded.path),
+        "sha256": loaded.sha256,
+        "device": str(device),
+        "lengths": lengths,
+    }
     if baseline is not None:
-        check_comparable(settings, baseline, facts, out)
+        check_comparable(settings, baseline, conditions(settings, resolved), out)
     text = read_ids(settings, loaded, device)
     vocab = model.config.source_vocab_size or model.config.vocab_size
     prompt = torch.randint(vocab, (settings.batch_size, settings.start[1])).to(device)
@@ -133,7 +137,7 @@ def run(settings: Settings, out: Output) -> Report:
         bandwidth,
         qualities(settings, model, text, lengths[-1]),
         time.perf_counter() - started,
-        facts["resolved"],
+        resolved,
     )
     tell_missing(rows, settings, out)
     if baseline is not None:
@@ -143,16 +147,8 @@ def run(settings: Settings, out: Output) -> Report:
     return report
 
 
-def facts_of(
-    settings: Settings, loaded: Checkpoint, lengths: list[int], device: str
-) -> dict[str, Any]:
-    """What the document of this run will say of the conditions, before anything is measured."""
-    resolved = {
-        "model": str(loaded.path),
-        "sha256": loaded.sha256,
-        "device": device,
-        "lengths": lengths,
-    }
+def conditions(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
+    """What the document of this run will say of them, before anything is measured."""
     return {
         "environment": environment(),
         "settings": jsonable(settings),
