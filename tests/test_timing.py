@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from kvtool.core import timing
 from kvtool.core.cache import make_cache
-from kvtool.core.timing import Cell, Run, Workload, crossover, expected, measure, speedups
+from kvtool.core.timing import Cell, Lane, Run, Workload, crossover, expected, speedups
 from kvtool.registry import CACHES
 from small_models import random_model
 
@@ -39,6 +40,12 @@ class Fake:
 
     def predicted(self, kind: str, length: int) -> int:
         return 1000 + length
+
+
+def measure(
+    work: timing.Work, lengths: list[int], kinds: list[str], *rest: float, **named: Any
+) -> list[Cell]:
+    return timing.measure([Lane(kind, work) for kind in kinds], lengths, *rest, **named)
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvtool.commands import bench_compare
+from kvtool.commands import bench_compare, bench_peers
 from kvtool.commands.bench_compare import Limit
-from kvtool.commands.bench_report import Report, Row, draw, number, show
+from kvtool.commands.bench_report import Report, Row, draw, label, number, show
 from kvtool.commands.bench_subject import check_fits, load_model, qualities, read_ids
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.errors import FileError, UsageError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 LENGTHS = [10, 50, 100, 500, 1000]
 CACHES = ["none", "dynamic", "static"]
+IMPL = [bench_peers.KVTOOL]
 PROMPT_LENGTH = 32
 COMPARE = "Against an earlier run"
 
@@ -50,6 +51,7 @@ class Settings:
     compare: str | None = None
     fail_if: tuple[Limit, ...] = ()
     force: bool = False
+    impl: tuple[str, ...] = (bench_peers.KVTOOL,)
 
     def __post_init__(self) -> None:
         check_int("--prompt-length", self.prompt_length, 1)
@@ -65,6 +67,7 @@ class Settings:
             raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
         if self.fail_if and self.compare is None:
             raise UsageError("--fail-if: needs a run to compare with", "Give --compare NAME.")
+        bench_peers.check(self.impl, self.caches, self.kernels)
         if self.save is not None:
             bench_compare.place(self.save)
 
@@ -101,35 +104,38 @@ def run(settings: Settings, out: Output) -> Report:
         "sha256": loaded.sha256,
         "device": str(device),
         "lengths": lengths,
+        **bench_peers.facts(settings),
     }
     if baseline is not None:
         check_comparable(settings, baseline, conditions(settings, resolved), out)
     text = read_ids(settings, loaded, device)
     vocab = model.config.source_vocab_size or model.config.vocab_size
     prompt = torch.randint(vocab, (settings.batch_size, settings.start[1])).to(device)
-    started = time.perf_counter()
-    bandwidth = read_bandwidth(device)
     decode_only = settings.depth is not None
     work = timing.Workload(model, prompt, make_kernels(settings.kernels), decode_only)
-    total = settings.repeats * len(lengths) * len(settings.caches)
-    with out.progress("bench", total) as bar:
+    lanes = bench_peers.make_lanes(settings, loaded, work, resolved, out)
+    several = len(settings.impl) > 1
+    started = time.perf_counter()
+    bandwidth = read_bandwidth(device)
+    with out.progress("bench", settings.repeats * len(lengths) * len(lanes)) as bar:
 
         def advance(cell: Cell) -> None:
-            bar.update(f"{cell.cache} {cell.length}")
+            bar.update(f"{label(cell.impl, cell.cache, several)} {cell.length}")
             bar.advance()
 
-        cells = timing.measure(
-            work, lengths, settings.caches, settings.repeats, settings.budget, advance
-        )
+        cells = timing.measure(lanes, lengths, settings.repeats, settings.budget, advance)
     weights = weights_read(model)
     rows = [
         Row.of(cell, speedup, settings.batch_size, weights)
         for cell, speedup in timing.speedups(cells)
     ]
-    kinds = [kind for kind in settings.caches if kind != "none"]
     report = Report(
         rows,
-        {kind: timing.crossover(cells, kind) for kind in kinds if "none" in settings.caches},
+        {
+            label(impl, kind, several): timing.crossover(cells, kind, impl)
+            for kind, _, impl in lanes
+            if kind != "none" and "none" in settings.caches
+        },
         settings.batch_size,
         settings.prompt_length,
         settings.depth,
@@ -139,7 +145,7 @@ def run(settings: Settings, out: Output) -> Report:
         time.perf_counter() - started,
         resolved,
     )
-    tell_missing(rows, settings, out)
+    tell_missing(report, settings, out)
     if baseline is not None:
         report.changes, report.regressions = bench_compare.compare(
             baseline, report.rows(), settings.fail_if
@@ -175,9 +181,10 @@ def check_comparable(
     out.warn(f"--compare {settings.compare}: not the same conditions: {'; '.join(different)}")
 
 
-def tell_missing(rows: list[Row], settings: Settings, out: Output) -> None:
+def tell_missing(report: Report, settings: Settings, out: Output) -> None:
     """Say which cells the budget left with fewer samples than asked for."""
-    none = [f"{row.cache} {row.length}" for row in rows if not row.samples_s]
+    rows = report.measurements
+    none = [f"{report.name(row)} {row.length}" for row in rows if not row.samples_s]
     if none:
         out.warn(
             f"--budget {settings.budget:g} s was spent: not measured: {', '.join(none)}; "
@@ -200,7 +207,7 @@ def show_all(report: Report, out: Output) -> None:
         rows = [
             [
                 str(change.length),
-                change.cache,
+                report.name(change),
                 number(change.before_s, 1000, ",.1f"),
                 number(change.now_s, 1000, ",.1f"),
                 f"{change.now_s / change.before_s - 1:+.1%}",
@@ -215,6 +222,7 @@ def show_all(report: Report, out: Output) -> None:
 def command(
     lengths: o.Lengths = LENGTHS,
     caches: o.Caches = CACHES,
+    impl: bench_peers.Impls = IMPL,
     prompt_length: Annotated[
         int, typer.Option("--prompt-length", metavar="N", help="Tokens of the prompt.")
     ] = PROMPT_LENGTH,
@@ -336,6 +344,7 @@ def command(
         compare=compare,
         fail_if=tuple(map(Limit.parse, fail_if)),
         force=force,
+        impl=tuple(impl),
     )
 
     def work(settings: Settings, out: Output) -> Report:

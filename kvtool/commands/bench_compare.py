@@ -34,7 +34,9 @@ SAME = {
     "prompt": ("prompt_length",),
     "depth": ("depth",),
     "batch": ("batch_size",),
+    "transformers": ("resolved", "transformers"),  # its version
 }
+OF_SOME = {"transformers"}  # what only some runs have: one without it has no rows to compare
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Change:
     """One kind at one length, then and now."""
 
     length: int
+    impl: str
     cache: str
     before_s: float  # medians
     now_s: float
@@ -105,12 +108,14 @@ def load(text: str) -> dict[str, Any]:
     return content
 
 
-def samples_of(content: Mapping[str, Any]) -> dict[tuple[int, str], list[float]]:
-    """Seconds of each length and kind."""
-    return {
-        (int(row["length"]), str(row["cache"])): [float(s) for s in row["samples_s"]]
-        for row in content["measurements"]
-    }
+def samples_of(content: Mapping[str, Any]) -> dict[tuple[int, str, str], list[float]]:
+    """Seconds of each length, implementation and kind."""
+    return {_key(row): [float(s) for s in row["samples_s"]] for row in content["measurements"]}
+
+
+def _key(row: Mapping[str, Any]) -> tuple[int, str, str]:
+    # Runs that were kept before there was a choice are kvtool's.
+    return int(row["length"]), str(row.get("impl", "kvtool")), str(row["cache"])
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -118,7 +123,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     for what, place in SAME.items():
         old, new = _at(before, place), _at(now, place)
-        if old != new:
+        if old != new and not (what in OF_SOME and None in (old, new)):
             found.append(f"{what} was {old} and is {new}")
     return found
 
@@ -136,16 +141,17 @@ def compare(
     old = samples_of(before)
     changes, regressions = [], []
     for row in now:
-        length, cache, samples = row["length"], row["cache"], row["samples_s"]
-        then = old.get((length, cache))
+        length, impl, cache = key = _key(row)
+        then, samples = old.get(key), row["samples_s"]
         if not then or not samples:
             continue
-        changes.append(Change(length, cache, median(then), median(samples)))
+        changes.append(Change(length, impl, cache, median(then), median(samples)))
         for limit in limits:
             if limit.exceeded(then, samples):
                 was, is_now = (FIELDS[limit.field](values) for values in (then, samples))
+                whose = "" if impl == "kvtool" else f"{impl} "
                 regressions.append(
-                    f"{cache} at {length} tokens: {limit.field} {was * 1000:,.1f} -> "
+                    f"{whose}{cache} at {length} tokens: {limit.field} {was * 1000:,.1f} -> "
                     f"{is_now * 1000:,.1f} ms ({is_now / was - 1:+.0%})"
                 )
     if limits and not changes:

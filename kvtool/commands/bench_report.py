@@ -20,12 +20,13 @@ class Row:
     """One kind of cache at one length; None was not measured."""
 
     length: int
+    impl: str
     cache: str
     median_s: float | None
     iqr_s: float | None
     tokens_per_s: float | None
     speedup: float | None
-    bytes_predicted: int
+    bytes_predicted: int | None
     bytes_measured: int | None
     prefill_s: float | None
     token_s: float | None  # one more token, at this length
@@ -35,9 +36,10 @@ class Row:
     @classmethod
     def of(cls, cell: Cell, speedup: float | None, batch: int, weights: int) -> Row:
         """A cell of measurements as the report gives it."""
-        cached = bool(cell.runs and cell.runs[-1].read)
+        read = cell.runs[-1].read if cell.runs else None
         return cls(
             length=cell.length,
+            impl=cell.impl,
             cache=cell.cache,
             median_s=cell.median,
             iqr_s=cell.iqr,
@@ -47,7 +49,7 @@ class Row:
             bytes_measured=cell.bytes_measured if cell.runs else None,
             prefill_s=middle(run.prefill_s for run in cell.runs),
             token_s=middle(run.token_s for run in cell.runs),
-            token_bytes=weights + cell.runs[-1].read if cached else None,
+            token_bytes=weights + read if read else None,
             samples_s=cell.samples,
         )
 
@@ -57,7 +59,7 @@ class Report:
     """All rows, and what follows from them."""
 
     measurements: list[Row]
-    pays_from: dict[str, float | None]  # the length from which on a kind beats no cache
+    pays_from: dict[str, float | None]  # `name` -> the length from which on it beats no cache
     batch_size: int
     prompt_length: int
     depth: int | None
@@ -77,6 +79,19 @@ class Report:
     def rows(self) -> list[dict[str, Any]]:
         return [vars(row) for row in self.measurements]
 
+    @property
+    def impls(self) -> list[str]:
+        """The implementations that there are."""
+        return list(dict.fromkeys(row.impl for row in self.measurements))
+
+    def name(self, row: Row | Change) -> str:
+        """Its kind of cache, and of which implementation if there are several."""
+        return label(row.impl, row.cache, len(self.impls) > 1)
+
+
+def label(impl: str, cache: str, several: bool) -> str:
+    return f"{impl} {cache}" if several else cache
+
 
 def middle(values: Iterable[float | None]) -> float | None:
     """The median of those that are there."""
@@ -88,21 +103,24 @@ def middle(values: Iterable[float | None]) -> float | None:
 
 def show(report: Report, out: Output) -> None:
     """The tables, and in words which cache pays, is fastest and smallest."""
+    several = len(report.impls) > 1
     columns = [
         Column("tokens", key=True),
         Column("cache", "left", key=True),
+        *[Column("impl", "left", key=True)] * several,
         Column("median ms"),
         Column("IQR ms"),
         Column("samples"),
         Column("tokens/s"),
         Column("speed-up"),
         Column("cache KiB"),
-        Column("predicted KiB"),
+        Column("predicted KiB", spare=int(several)),
     ]
     rows = [
         [
             str(row.length),
             row.cache,
+            *[row.impl] * several,
             number(row.median_s, 1000, ",.1f"),
             number(row.iqr_s, 1000, ",.1f"),
             str(len(row.samples_s)),
@@ -116,8 +134,9 @@ def show(report: Report, out: Output) -> None:
     out.table(title(report), columns, rows)
     show_tokens(report, out)
     out.text(pays_text(report))
-    if best := best_text(report):
-        out.text(best)
+    for sentence in (best_text(report), versus_text(report)):
+        if sentence:
+            out.text(sentence)
 
 
 def title(report: Report) -> str:
@@ -125,17 +144,21 @@ def title(report: Report) -> str:
     if report.depth is not None:
         what = f"Time to decode behind {report.depth} tokens"
     kernels = "" if report.kernels == "default" else f", {report.kernels} kernels"
+    if kernels and len(report.impls) > 1:
+        kernels += " of kvtool"
     return f"{what}, batch of {report.batch_size}{kernels}"
 
 
 def show_tokens(report: Report, out: Output) -> None:
     """One token more at the longest length of each kind: its time, what it reads, and how well a
     lossy kind predicts."""
-    longest = {row.cache: row for row in report.measurements if row.token_s}
+    longest = {(row.cache, row.impl): row for row in report.measurements if row.token_s}
     if not longest:
         return
+    several = len(report.impls) > 1
     columns = [
         Column("cache", "left", key=True),
+        *[Column("impl", "left", key=True)] * several,
         Column("tokens"),
         Column("prefill ms"),
         Column("one more ms"),
@@ -146,10 +169,11 @@ def show_tokens(report: Report, out: Output) -> None:
     if report.quality:
         columns += [Column("KL nats"), Column("perplexity")]
     rows = []
-    for kind, row in longest.items():
+    for row in longest.values():
         rate = row.token_bytes / row.token_s if row.token_bytes and row.token_s else None
         cells = [
-            kind,
+            row.cache,
+            *[row.impl] * several,
             str(row.length),
             number(row.prefill_s, 1000, ",.1f"),
             number(row.token_s, 1000, ",.3f"),
@@ -158,7 +182,7 @@ def show_tokens(report: Report, out: Output) -> None:
             number(rate, 100 / report.bandwidth, ".0f"),
         ]
         if report.quality:
-            found = report.quality.get(kind, {})
+            found = report.quality.get(row.cache, {})
             cells += [
                 number(found.get("kl"), 1, ".2g"),
                 number(found.get("perplexity"), 1, ".2f"),
@@ -185,7 +209,8 @@ def pays_text(report: Report) -> str:
         return "Add none to --caches to see what a cache buys."
     groups: dict[tuple[str, str], list[str]] = {}
     for kind, length in report.pays_from.items():
-        compared = [r.length for r in report.measurements if r.cache == kind and r.speedup]
+        rows = [row for row in report.measurements if report.name(row) == kind]
+        compared = [row.length for row in rows if row.speedup]
         if not compared:
             said = "was|were", "not measured beside no cache"
         elif length is None:
@@ -220,12 +245,36 @@ def best_text(report: Report) -> str:
     rows = by_length[max(lengths)]
     fastest = min(rows, key=lambda row: row.median_s or 0)
     least = min(row.bytes_measured or 0 for row in rows)
-    smallest = listed([row.cache for row in rows if row.bytes_measured == least])
+    smallest = listed([report.name(row) for row in rows if row.bytes_measured == least])
     return (
-        f"At {max(lengths):,} tokens {fastest.cache} is fastest here "
+        f"At {max(lengths):,} tokens {report.name(fastest)} is fastest here "
         f"({number(fastest.tokens_per_s, 1, ',.0f')} tokens/s), and {smallest} smallest "
         f"({least / 1024:,.0f} KiB)."
     )
+
+
+def versus_text(report: Report) -> str:
+    """By how much one implementation is faster than the other with each kind, at the longest length
+    at which both were measured; "" of a single one."""
+    if len(report.impls) < 2:
+        return ""
+    medians = {(r.length, r.cache, r.impl): r.median_s for r in report.measurements if r.median_s}
+    one, other = report.impls
+    both = [(n, kind) for n, kind, impl in medians if impl == one and (n, kind, other) in medians]
+    if not both:
+        return f"{one} and {other} were not measured beside each other."
+    longest = max(both)[0]
+    factors: dict[tuple[str, str], list[str]] = {}
+    for kind in (kind for n, kind in both if n == longest):
+        ratio = medians[longest, kind, other] / medians[longest, kind, one]
+        order = (one, other) if ratio >= 1 else (other, one)
+        how = "without a cache" if kind == "none" else f"with {kind}"
+        factors.setdefault(order, []).append(f"{max(ratio, 1 / ratio):.2f} {how}")
+    said = [
+        f"{faster} is faster than {slower} by a factor of {listed(found)}"
+        for (faster, slower), found in factors.items()
+    ]
+    return f"At {longest:,} tokens {'; '.join(said)}."
 
 
 def draw(report: Report, path: Path) -> None:
@@ -236,7 +285,7 @@ def draw(report: Report, path: Path) -> None:
     memory: dict[str, list[tuple[int, int]]] = {}
     for row in report.measurements:
         if row.samples_s:
-            times.setdefault(row.cache, []).append((row.length, row.samples_s))
+            times.setdefault(report.name(row), []).append((row.length, row.samples_s))
             if row.bytes_measured:
-                memory.setdefault(row.cache, []).append((row.length, row.bytes_measured))
+                memory.setdefault(report.name(row), []).append((row.length, row.bytes_measured))
     bench_plot(path, times, memory, report.pays_from)

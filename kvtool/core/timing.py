@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,25 @@ class Run(NamedTuple):
     decode_s: float  # from then to the last token
     token_s: float | None  # a token's time at the end: the median of the last tenth of them
     nbytes: int  # that the cache owns
-    read: int  # bytes of keys and values that the next token would read
+    read: int | None  # bytes of keys and values that the next token would read; None: not known
+
+
+class Work(Protocol):
+    """What can be timed: one implementation of one model."""
+
+    def run(self, kind: str, length: int) -> Run:
+        """Generate `length` tokens a row with a kind of cache."""
+
+    def predicted(self, kind: str, length: int) -> int | None:
+        """Bytes that the kind should need for that; None: nothing is predicted."""
+
+
+class Lane(NamedTuple):
+    """Who is timed: a kind of cache of an implementation."""
+
+    kind: str
+    work: Work
+    impl: str = "kvtool"
 
 
 @dataclass
@@ -38,7 +56,8 @@ class Cell:
     cache: str
     length: int  # tokens generated
     runs: list[Run] = field(default_factory=list)
-    bytes_predicted: int = 0
+    bytes_predicted: int | None = 0
+    impl: str = "kvtool"
 
     @property
     def samples(self) -> list[float]:
@@ -116,32 +135,32 @@ def now(device: torch.device) -> float:
 
 
 def measure(
-    workload: Workload,
+    lanes: Sequence[Lane],
     lengths: Sequence[int],
-    kinds: Sequence[str],
     repeats: int,
     budget: float,
     progress: Callable[[Cell], None] = lambda cell: None,
 ) -> list[Cell]:
-    """Time every kind at every length, `repeats` times or until `budget` seconds are spent.
+    """Time every lane at every length, `repeats` times or until `budget` seconds are spent.
 
-    A round visits every cell once, kinds side by side, so that a slow minute of the machine hits
+    A round visits every cell once, lanes side by side, so that a slow minute of the machine hits
     all of them; the shortest runs come first. A cell whose run would not fit any more is passed
     over: it keeps fewer samples, or none.
     """
     deadline = time.perf_counter() + budget
-    for kind in kinds:
-        workload.run(kind, min(lengths[0], 10))  # warm-up: allocator, thread pool, code paths
-        workload.run(kind, min(lengths[0], 10))
-    cells = [
-        Cell(kind, n, bytes_predicted=workload.predicted(kind, n))
+    for kind, work, _ in lanes:
+        work.run(kind, min(lengths[0], 10))  # warm-up: allocator, thread pool, code paths
+        work.run(kind, min(lengths[0], 10))
+    visits = [
+        (work, Cell(kind, n, bytes_predicted=work.predicted(kind, n), impl=impl))
         for n in lengths
-        for kind in kinds
+        for kind, work, impl in lanes
     ]
+    cells = [cell for _, cell in visits]
     for _ in range(repeats):
-        for cell in cells:
+        for work, cell in visits:
             if time.perf_counter() + expected(cell, cells) <= deadline:
-                cell.runs.append(workload.run(cell.cache, cell.length))
+                cell.runs.append(work.run(cell.cache, cell.length))
             progress(cell)
     return cells
 
@@ -153,7 +172,8 @@ def expected(cell: Cell, cells: Sequence[Cell]) -> float:
     """
     if cell.runs:
         return max(run.prefill_s + run.decode_s for run in cell.runs)
-    shorter = [c for c in cells if c.cache == cell.cache and c.runs and c.length <= cell.length]
+    lane = [c for c in cells if (c.impl, c.cache) == (cell.impl, cell.cache)]
+    shorter = [c for c in lane if c.runs and c.length <= cell.length]
     if not shorter:
         return 0.0
     near = shorter[-1]
@@ -162,20 +182,22 @@ def expected(cell: Cell, cells: Sequence[Cell]) -> float:
 
 
 def speedups(cells: Sequence[Cell]) -> Iterator[tuple[Cell, float | None]]:
-    """Each cell with the time of no cache at that length over its own."""
-    base = {cell.length: cell.median for cell in cells if cell.cache == "none"}
+    """Each cell with the time of no cache, at that length and of its implementation, over its
+    own."""
+    base = {(cell.impl, cell.length): cell.median for cell in cells if cell.cache == "none"}
     for cell in cells:
-        reference = base.get(cell.length)
+        reference = base.get((cell.impl, cell.length))
         yield cell, reference / cell.median if reference and cell.median else None
 
 
-def crossover(cells: Sequence[Cell], kind: str) -> float | None:
+def crossover(cells: Sequence[Cell], kind: str, impl: str = "kvtool") -> float | None:
     """The length from which on a kind is faster than no cache, at all longer measured lengths.
 
     Interpolated between the last length at which it is not and the next, as if times were powers of
     the length; the shortest measured length if it is faster everywhere; None if not at the longest.
     """
-    found = [(c.length, s) for c, s in speedups(cells) if c.cache == kind and s is not None]
+    of_lane = [(c, s) for c, s in speedups(cells) if (c.impl, c.cache) == (impl, kind)]
+    found = [(c.length, s) for c, s in of_lane if s is not None]
     if not found or found[-1][1] <= 1:
         return None
     slower = [i for i, (_, speedup) in enumerate(found) if speedup <= 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,30 +23,47 @@ from kvtool.files import read_json_object
 
 Arrays = dict[str, np.ndarray]
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+# What asks for a model of transformers, and what to do where there is none.
+AGAINST, IMPL = "--against transformers", "--impl transformers"
+OTHERWISE = {
+    AGAINST: "Use --against numpy.",
+    IMPL: "Leave it out, or give --model a folder of Hugging Face.",
+}
 
 
-def witness(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Any:
-    """A model of transformers in float64 that holds `weights`, kvtool's own by name.
+def witness(
+    weights: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float64,
+    flag: str = AGAINST,
+) -> Any:
+    """A model of transformers in `dtype` that holds `weights`, kvtool's own by name.
 
     Added positions, layer norm and a plain MLP make a GPT-2, rotary positions, RMSNorm and SwiGLU a
-    Llama. Raises UsageError for other mixtures, and if transformers is not installed.
+    Llama. Raises UsageError, naming `flag`, for other mixtures and if transformers is not
+    installed.
     """
     transformers = _transformers()
     llama = (config.positions, config.norm, config.activation) == ("rotary", "rmsnorm", "swiglu")
     plain = config.norm == "layernorm" and config.activation in ACTIVATIONS
-    build: Any
-    if config != config.plain():
-        raise _no_model()
+    if config != config.plain() or config.n_encoder_layers:
+        raise _no_model(flag)
     if llama:
-        build, described, state = transformers.LlamaForCausalLM, _llama_config, _llama_state
+        described, state = _llama_config(transformers, config), _llama_state
     elif plain and config.positions != "rotary" and config.n_kv_heads == config.n_heads:
-        build, described, state = transformers.GPT2LMHeadModel, _gpt2_config, _gpt2_state
+        described, state = _gpt2_config(transformers, config), _gpt2_state
     else:
-        raise _no_model()
-    with Promote():  # tables of rotary angles are made now
-        model = build(described(transformers, config)).double().eval()
+        raise _no_model(flag)
+    model = _empty(transformers, described, dtype)
     fill(model, state(weights, config))
     return model
+
+
+def _empty(transformers: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model of a configuration of transformers, in float64 with tables of that precision."""
+    # Tables of rotary angles are made now: in float32, if nobody asks for more.
+    with Promote() if dtype == torch.float64 else contextlib.nullcontext():
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def folder_witness(folder: Path) -> Any | None:
@@ -59,8 +77,7 @@ def folder_witness(folder: Path) -> Any | None:
         return None
     transformers = _transformers()
     config = transformers.CONFIG_MAPPING[data["model_type"]].from_dict(data)
-    with Promote():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    model = _empty(transformers, config, torch.float64)
     tensors = open_weights(folder).read()[0]
     prefix = f"{model.base_model_prefix}."
     if any(name.startswith(prefix) for name in tensors):
@@ -87,11 +104,11 @@ def _transformers() -> Any:
     return transformers
 
 
-def _no_model() -> UsageError:
+def _no_model(flag: str) -> UsageError:
     return UsageError(
-        "--against transformers: this mixture of positions, norm, activation and heads is "
-        "neither GPT-2's nor Llama's",
-        "Use --against numpy.",
+        f"{flag}: this mixture of positions, norm, activation and heads is neither GPT-2's nor "
+        "Llama's",
+        OTHERWISE[flag],
     )
 
 

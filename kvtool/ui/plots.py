@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvtool.files import write_durable
 
@@ -83,7 +83,8 @@ def bench_plot(
 
     `times` has (length, samples in seconds) for each kind, `memory` (length, bytes) for those that
     store something; `pays_from` the lengths from which on a kind is faster than no cache, marked
-    where they lie between two measured lengths.
+    where they lie between two measured lengths. Kinds of several implementations are named after
+    both, "kvtool static": a colour is a kind, a dashed line with hollow marks the second one's.
     """
     from matplotlib.figure import Figure
 
@@ -94,39 +95,67 @@ def bench_plot(
     for axes in (left, *right):
         _plain(axes)
         axes.set_xlabel("generated tokens")
-    style = {kind: i for i, kind in enumerate(times)}
+    looks = _looks(list(times))
     for kind, points in times.items():
         medians = [(n, median(samples)) for n, samples in points]
-        _line(left, style[kind], "no cache" if kind == "none" else f"{kind} cache", medians)
+        _line(left, looks[kind].colour, _series(kind), medians, dashed=looks[kind].dashed)
         left.fill_between(
             [n for n, _ in points],
             [min(samples) for _, samples in points],
             [max(samples) for _, samples in points],
-            color=COLOURS[style[kind] % len(COLOURS)],
+            color=COLOURS[looks[kind].colour % len(COLOURS)],
             alpha=0.15,
             linewidth=0,
         )
     _log_axes(left, ticks, seconds_text)
-    _mark_crossovers(figure, left, times, pays_from)
+    _mark_crossovers(figure, left, times, pays_from, looks)
     left.set_ylabel("median time (band: all samples)")
     left.legend(frameon=False, loc="upper left")
     for axes in right:
         for kind, sizes in memory.items():
             # Thinner ones on top: kinds that need the same memory stay visible.
             width = 1.5 + 0.9 * (len(memory) - 1 - list(memory).index(kind))
-            _line(axes, style[kind], f"{kind} cache", sizes, linewidth=width)
+            _line(axes, looks[kind].colour, _series(kind), sizes, width, looks[kind].dashed)
         _log_axes(axes, ticks, bytes_text, base=2)
         axes.set_ylabel("memory of the cache")
     save_figure(figure, path)
 
 
+class _Look(NamedTuple):
+    colour: int
+    dashed: bool
+
+
+def _looks(names: Sequence[str]) -> dict[str, _Look]:
+    """How each series is drawn: a colour for its kind, and dashed from the second implementation
+    on."""
+    parts = {name: name.rpartition(" ") for name in names}
+    kinds = list(dict.fromkeys(kind for *_, kind in parts.values()))
+    first = next(iter(parts.values()))[0] if parts else ""
+    return {n: _Look(kinds.index(kind), impl != first) for n, (impl, _, kind) in parts.items()}
+
+
+def _series(name: str) -> str:
+    """What the legend calls it."""
+    impl, _, kind = name.rpartition(" ")
+    what = "no cache" if kind == "none" else f"{kind} cache"
+    return f"{impl}, {what}" if impl else what
+
+
 def _line(
-    axes: Any, i: int, label: str, points: Sequence[tuple[int, float]], linewidth: float = 1.5
+    axes: Any,
+    i: int,
+    label: str,
+    points: Sequence[tuple[int, float]],
+    linewidth: float = 1.5,
+    dashed: bool = False,
 ) -> None:
     """The line of the i-th kind, in its colour and with its marker."""
     marker, colour = MARKERS[i % len(MARKERS)], COLOURS[i % len(COLOURS)]
-    look = {"color": colour, "markersize": 5, "linewidth": linewidth}
-    axes.plot(*zip(*points, strict=True), marker + "-", label=label, **look)
+    look: dict[str, Any] = {"color": colour, "markersize": 5, "linewidth": linewidth}
+    if dashed:
+        look |= {"markerfacecolor": "white", "linestyle": "--"}
+    axes.plot(*zip(*points, strict=True), marker=marker, label=label, **look)
 
 
 def _log_axes(
@@ -192,11 +221,12 @@ def _mark_crossovers(
     axes: Any,
     series: Mapping[str, Sequence[tuple[int, Sequence[float]]]],
     pays_from: Mapping[str, float | None],
+    looks: Mapping[str, _Look],
 ) -> None:
     """A line at each length from which on a kind pays, and words below; for kinds that pay at all
     measured lengths, words alone."""
     everywhere, notes = [], []
-    for i, kind in enumerate(series):
+    for kind in series:
         length = pays_from.get(kind)
         if length is None:
             continue
@@ -204,7 +234,8 @@ def _mark_crossovers(
             everywhere.append(kind)
             continue
         notes.append(f"{kind} pays from about {length:,.0f} tokens on")
-        axes.axvline(length, color=COLOURS[i % len(COLOURS)], linestyle=":", linewidth=1.2)
+        colour = COLOURS[looks[kind].colour % len(COLOURS)]
+        axes.axvline(length, color=colour, linestyle=":", linewidth=1.2)
     if everywhere:
         first = series[everywhere[0]][0][0]
         verb = "pays" if len(everywhere) == 1 else "pay"

@@ -267,17 +267,26 @@ def load_model(name: str, seed: int = 0) -> tuple[Any, str]:
     need_transformers()
     if name in known_types() or not Path(name).exists():
         return tiny_model(name, seed)
+    model = read_folder(name)
+    loop_over_experts(model)
+    return model, ""
+
+
+def read_folder(folder: str | Path, **options: Any) -> Any:
+    """What transformers itself reads from a saved folder; `options` are of its from_pretrained.
+
+    Nothing is downloaded, and no code that lies beside the weights is run. Raises FileError.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
         with hushed():
             model = AutoModelForCausalLM.from_pretrained(
-                name, local_files_only=True, trust_remote_code=False
+                str(folder), local_files_only=True, trust_remote_code=False, **options
             )
     except Exception as error:
-        raise FileError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
-    loop_over_experts(model)
-    return model.eval().requires_grad_(False), ""
+        raise FileError(f"{folder}: {type(error).__name__}: {first_line(error)}") from error
+    return model.eval().requires_grad_(False)
 
 
 def need_transformers() -> str:
