@@ -35,6 +35,7 @@ class SelfAttention(nn.Module):
         self.head_dim = config.head_dim
         kv_width = config.n_kv_heads * config.head_dim
         self.widths = [config.n_heads * config.head_dim, kv_width, kv_width]
+        self.n_heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
         self.qkv = Linear(config.d_model, sum(self.widths), bias=config.has_bias("qkv"))
         self.q_norm = make_head_norm(config) if config.qk_norm else None
         self.k_norm = make_head_norm(config) if config.qk_norm else None
@@ -51,8 +52,8 @@ class SelfAttention(nn.Module):
         return torch.cat([q, k, v], dim=-1)
 
     def forward(self, x: Tensor, step: Step, cache: Cache | None, rotary: Rotary | None) -> Tensor:
-        parts = step.kernels.rows(x, self.project).split(self.widths, dim=-1)
-        q, k, v = (split_heads(part, self.head_dim) for part in parts)
+        heads = split_heads(step.kernels.rows(x, self.project), self.head_dim)  # (B,H+2*Hkv,T,D)
+        q, k, v = heads.split(self.n_heads, dim=1)
         if rotary is not None:
             q, k = rotary(q, step.q_pos), rotary(k, step.q_pos)
         if cache is None:

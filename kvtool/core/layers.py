@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,20 @@ from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
 
+LARGE = 2**19  # weights of a layer; sharing smaller ones among threads gains nothing
 
-class Linear(nn.Linear):
+
+class Plain(nn.Module):
+    """A module that is called without a look for hooks, which would take as long as a small layer.
+
+    For what works token by token. `Block` and attention take hooks: core.verify.locate hangs there.
+    """
+
+    def __call__(self, *args: Any) -> Any:
+        return self.forward(*args)
+
+
+class Linear(Plain, nn.Linear):
     """nn.Linear, initialised at std 1/sqrt(in)."""
 
     def reset_parameters(self) -> None:
@@ -21,17 +34,70 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == self.in_features and self._shared_by_threads():
+            return by_threads(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+    def _shared_by_threads(self) -> bool:
+        """Whether several threads should take parts of the weights, for one token."""
+        return (
+            self.weight.numel() >= LARGE
+            and self.weight.stride(0) == 1
+            and self.weight.device.type == "cpu"
+            and torch.get_num_threads() > 1
+            and not self.out_features % torch.get_num_threads()
+        )
+
+
+def by_threads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` for one token, each thread with its own columns of the result.
+
+    PyTorch has one thread multiply a single row, and so leaves memory bandwidth unused. As a batch
+    of products it goes to all of them: 1.5 to 1.7 times as fast with two (docs/performance.md).
+    weight (out,in) as `lay_out_for_decoding` leaves it, out a multiple of the threads.
+    """
+    n = torch.get_num_threads()
+    parts = weight.mT.unflatten(1, (n, -1)).transpose(0, 1)  # (n,in,out/n), no copy
+    y = x.reshape(1, 1, -1).expand(n, 1, -1) @ parts  # (n,1,out/n)
+    y = y.view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+class LayerNorm(Plain, nn.LayerNorm):
+    """nn.LayerNorm (Ba 2016)."""
+
+
+class RMSNorm(Plain, nn.RMSNorm):
+    """nn.RMSNorm (Zhang 2019)."""
+
+
+def lay_out_for_decoding(model: nn.Module) -> None:
+    """Reorder the weights of linear layers in memory, so that one token goes through them sooner.
+
+    Values and shapes stay: a weight (out,in) that is as wide as it is high, or wider, is stored
+    column by column. A processor then adds up scaled columns, all of them read in order, where it
+    would else take a dot product with each short row: 1.2 to 2.5 times as fast for a single token
+    in float32 (docs/performance.md). Other types have kernels of their own, which like rows.
+    """
+    for module in model.modules():
+        if not isinstance(module, nn.Linear) or module.out_features < module.in_features:
+            continue
+        weight = module.weight
+        if weight.dtype is torch.float32 and weight.device.type == "cpu":
+            weight.data = weight.data.t().contiguous().t()
+
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """LayerNorm (Ba 2016) or RMSNorm (Zhang 2019) over the width of the model."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
-    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+        return RMSNorm(config.d_model, eps=config.norm_eps)
+    return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
 def make_head_norm(config: ModelConfig) -> nn.Module:
     """RMSNorm over one head's queries or keys (Henry 2020, as in Qwen3)."""
-    return nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+    return RMSNorm(config.head_dim, eps=config.norm_eps)
 
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
@@ -41,7 +107,7 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class MLP(nn.Module):
+class MLP(Plain):
     """The feed-forward network of a block: (B,T,d) -> (B,T,d), each token by itself.
 
     swiglu (Shazeer 2020) has a gate beside the activation: `up` then yields 2 * d_ff, gate first.
@@ -64,7 +130,7 @@ class MLP(nn.Module):
         return self.down(x)
 
 
-class Dropout(nn.Module):
+class Dropout(Plain):
     """While training, zeroes elements with probability p and scales the others up (Srivastava
     2014): (B,T,d) -> (B,T,d).
 
@@ -80,8 +146,7 @@ class Dropout(nn.Module):
         self.first = self.total = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = round(self.p * 2**16)
-        if not self.training or not dropped:
+        if not self.training or not (dropped := round(self.p * 2**16)):
             return x
         shape = (self.total or x.shape[0], *x.shape[1:])
         words = torch.empty(-(-math.prod(shape) // 4), dtype=torch.int64, device=x.device)
@@ -97,7 +162,7 @@ def deal_rows(model: nn.Module, rows: slice, total: int) -> None:
             module.first, module.total = rows.start, total
 
 
-class Table(nn.Module):
+class Table(Plain):
     """A constant looked up by position, (context, width), in float64 whatever the model's dtype.
 
     It is no part of a checkpoint. Rounding happens once, at the look-up, to the caller's dtype.
@@ -127,7 +192,7 @@ def sinusoids(context: int, width: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(context, width)
 
 
-class TokenEmbedding(nn.Module):
+class TokenEmbedding(Plain):
     """Tokens and their positions -> (B,T,d).
 
     Sinusoidal positions are added to embeddings scaled by sqrt(d) (Vaswani 2017, 3.4); learned ones
@@ -138,7 +203,7 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, config.d_model)
         sinusoidal = config.positions == "sinusoidal"
-        self.scale = math.sqrt(config.d_model) if sinusoidal else 1.0
+        self.scale = math.sqrt(config.d_model)
         self.table = Table(sinusoids(config.context, config.d_model)) if sinusoidal else None
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.context, config.d_model) if learned else None
@@ -147,9 +212,9 @@ class TokenEmbedding(nn.Module):
             nn.init.normal_(self.positions.weight, std=config.d_model**-0.5)
 
     def forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        x = self.tokens(tokens) * self.scale
+        x = F.embedding(tokens, self.tokens.weight)
         if self.table is not None:
-            x = x + self.table(pos, x.dtype)
+            return x * self.scale + self.table(pos, x.dtype)
         if self.positions is not None:
-            x = x + self.positions(pos.clamp(min=0))
+            return x + F.embedding(pos.clamp(min=0), self.positions.weight)
         return x

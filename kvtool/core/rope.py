@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvtool.config import RopeScaling
-from kvtool.core.layers import Table
+from kvtool.core.layers import Plain, Table
 
 
-class Rotary(nn.Module):
+class Rotary(Plain):
     """Rotates halves of a head against each other (Su 2021, in GPT-NeoX's and Llama's layout)."""
 
     def __init__(

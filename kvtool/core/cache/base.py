@@ -281,7 +281,10 @@ class Cache(ABC):
 
     def _positions(self, start: int, end: int) -> Tensor:
         """Absolute positions of storage columns start..end-1 -> (B, end - start)."""
-        columns = torch.arange(start, end, device=self.spec.device)
+        return self._at(torch.arange(start, end, device=self.spec.device))
+
+    def _at(self, columns: Tensor) -> Tensor:
+        """Absolute positions of the tokens that arrive as number `columns` (n,) -> (B,n)."""
         if self.left_padding is None:
-            return columns.expand(self.batch, end - start)
+            return columns.expand(self.batch, -1)
         return columns - self.left_padding[:, None]

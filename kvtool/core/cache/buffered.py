@@ -59,7 +59,9 @@ class BufferedCache(Cache):
     def _place(self, start: int, n_new: int) -> Step:
         end = start + n_new
         self._reserve(end)
-        pos = self._positions(0, reach := self._reach(end))
+        reach = self._reach(end)
+        columns = torch.arange(reach, device=self.spec.device)
+        pos = self._at(columns)
         q_pos = pos[:, start:end]
         if reach > end or self.compilable:  # strides count for a compiled step too
             pos = pos.clone()
@@ -70,15 +72,17 @@ class BufferedCache(Cache):
         all_seen = n_new == 1 and reach == end and self.left_padding is None
         free = causal or (all_seen and not self.compilable)
         mask = None if free else visible(q_pos, pos)
-        slots = torch.arange(start, end, device=self.spec.device)
-        return Step(q_pos, pos, slots, mask, causal, self.spec.kernels)
+        return Step(q_pos, pos, columns[start:end], mask, causal, self.spec.kernels)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         # index_copy_ refuses a column that does not exist; a slice assignment would store nothing.
-        keys = self._keys[layer][: self.batch].index_copy_(2, step.slots, k)
-        values = self._values[layer][: self.batch].index_copy_(2, step.slots, v)
+        keys, values = self._keys[layer], self._values[layer]
+        if self.batch < keys.shape[0]:
+            keys, values = keys[: self.batch], values[: self.batch]
+        keys.index_copy_(2, step.slots, k)
+        values.index_copy_(2, step.slots, v)
         reach = step.k_pos.shape[1]
-        return keys[:, :, :reach], values[:, :, :reach]
+        return keys.narrow(2, 0, reach), values.narrow(2, 0, reach)
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = (
