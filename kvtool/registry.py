@@ -38,6 +38,9 @@ TRANSFORMERS_CACHES = {
     "own": "what the model itself keeps, where it takes none of these",
 }
 
+# Kinds of its models, in the order in which a sweep judges them; a type may be both.
+TRANSFORMERS_MODELS = {"causal": "causal language models", "seq2seq": "encoder-decoders"}
+
 KERNELS = {
     "default": "kvtool.core.kernels:DefaultKernels",
     "exact": "kvtool.core.exact:ExactKernels",

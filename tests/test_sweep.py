@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ def finding(verdict: str, scenario: str = "decode", cache: str = "dynamic") -> C
 CONTROL = finding("bug", cache="planted bug")
 
 
-def task(name: str, **changes: int) -> Task:
+def task(name: str, **changes: Any) -> Task:
     return Task(name, ("dynamic",), ("decode", "chunks"), 8, 0, **changes)
 
 
@@ -121,9 +122,26 @@ def test_what_a_file_of_results_has_is_not_judged_again(
         return BUGGY
 
     monkeypatch.setattr(sweep, "judge_type", judged)
-    assert list(sweep.sweep(["gpt2", "mamba"], task, 60.0, path)) == [RIGHT, BUGGY]
+    tasks = [task("gpt2"), task("mamba")]
+    assert list(sweep.sweep(tasks, 60.0, path)) == [RIGHT, BUGGY]
     assert asked == ["mamba"]
     assert list(read_results(path).values()) == [RIGHT, BUGGY]
+
+
+def test_a_type_that_is_both_kinds_of_model_has_a_result_of_each(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    decoder = Swept("bart", "rounding", True)
+    whole = Swept("bart", "bug", False, kind="seq2seq")
+    append_result(path, decoder)
+    append_result(path, whole)
+    tasks = [task("bart", kind=kind) for kind in ("seq2seq", "causal")]
+    assert list(sweep.sweep(tasks, 60.0, path)) == [whole, decoder]
+
+
+def test_a_result_that_says_no_kind_is_of_a_causal_model(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    path.write_text('{"type": "gpt2", "verdict": "rounding", "right": true}\n')
+    assert list(read_results(path)) == [("gpt2", "causal")]
 
 
 def test_a_line_that_was_cut_off_is_judged_again_and_spoils_nothing(tmp_path: Path) -> None:
@@ -131,7 +149,7 @@ def test_a_line_that_was_cut_off_is_judged_again_and_spoils_nothing(tmp_path: Pa
     append_result(path, RIGHT)
     whole = path.read_text()
     path.write_text(whole + whole[:20])
-    assert list(read_results(path)) == ["gpt2"]
+    assert list(read_results(path)) == [("gpt2", "causal")]
     append_result(path, BUGGY)
     assert list(read_results(path).values()) == [RIGHT, BUGGY]
     append_result(path, ABSENT)
@@ -143,7 +161,7 @@ def test_a_file_that_no_sweep_wrote_is_refused_and_left_alone(tmp_path: Path) ->
     for text in ("something else\nand more\n", "something else"):
         path.write_text(text)
         with pytest.raises(FileError, match="line 1 is no result of a sweep"):
-            list(sweep.sweep(["gpt2"], task, 60.0, path))
+            list(sweep.sweep([task("gpt2")], 60.0, path))
         assert path.read_text() == text
 
 
@@ -166,8 +184,29 @@ def swept(kv: Callable[..., Ran], tmp_path: Path) -> Callable[..., Ran]:
 def test_a_sweep_lists_its_types_and_counts_its_verdicts(swept: Callable[..., Ran]) -> None:
     ran = swept("--types", "gpt2", "mamba", "gemma3n")
     assert ran.code == 1  # there is a bug
-    assert "3 types of transformers" in ran.out
-    assert "2 judged: 1 rounding, 1 bug, 1 not built" in " ".join(ran.out.split())
+    said = " ".join(ran.out.split())
+    assert "3 causal language models, 2 judged: 1 rounding, 1 bug, 1 not built" in said
+
+
+def test_encoder_decoders_have_a_table_and_counts_of_their_own(
+    swept: Callable[..., Ran], tmp_path: Path
+) -> None:
+    for known in (
+        Swept("bart", "rounding", True),
+        Swept("bart", "precision", True, kind="seq2seq"),
+    ):
+        append_result(tmp_path / "sweep.jsonl", known)
+    ran = swept("--types", "gpt2", "bart")
+    said = " ".join(ran.out.split())
+    assert "2 causal language models, 2 judged: 2 rounding; 1 encoder-decoders, 1 judged" in said
+    tables = ran.out.split("tiny random encoder-decoders")
+    assert "gpt2" in tables[0] and "gpt2" not in tables[1].split("transformers ")[0]
+    report = json.loads(swept("--types", "gpt2", "bart", "--json").out)
+    assert report["counts"] == {"rounding": 2, "precision": 1}
+    by_kind = {"causal": {"rounding": 2}, "seq2seq": {"precision": 1}}
+    assert report["counts_by_kind"] == by_kind
+    kinds = [(swept["type"], swept["kind"]) for swept in report["types"]]
+    assert kinds == [("gpt2", "causal"), ("bart", "causal"), ("bart", "seq2seq")]
 
 
 def test_a_sweep_without_a_bug_exits_0_and_one_that_judged_nothing_1(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvtool.commands.verify_transformers import chosen_scenarios
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.errors import FileError
-from kvtool.registry import TRANSFORMERS_CACHES, choose
+from kvtool.registry import TRANSFORMERS_CACHES, TRANSFORMERS_MODELS, choose
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
 
@@ -58,12 +59,16 @@ class Report:
     verbose: bool = field(default=False, repr=False)
 
     @property
+    def kinds(self) -> dict[str, list[Swept]]:
+        """The types by kind of model; kinds of which there is none are left out."""
+        kinds = dict.fromkeys(TRANSFORMERS_MODELS)
+        found = {kind: [s for s in self.types if s.kind == kind] for kind in kinds}
+        return {kind: types for kind, types in found.items() if types}
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many types came to each verdict, in the order in which they are told."""
-        from kvtool.core.verify.sweep import VERDICTS
-
-        found = Counter(swept.verdict for swept in self.types)
-        return {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
+        return counted(self.types)
 
     @property
     def wrong(self) -> list[Swept]:
@@ -75,10 +80,12 @@ class Report:
 
     @property
     def conclusion(self) -> str:
-        judged = sum(swept.judged for swept in self.types)
-        parts = [f"{n} {verdict}" for verdict, n in self.counts.items()]
-        n = len(self.types)
-        return f"{n} types of transformers {self.transformers}, {judged} judged: {', '.join(parts)}"
+        sums = []
+        for kind, types in self.kinds.items():
+            judged = sum(swept.judged for swept in types)
+            parts = ", ".join(f"{n} {verdict}" for verdict, n in counted(types).items())
+            sums.append(f"{len(types)} {TRANSFORMERS_MODELS[kind]}, {judged} judged: {parts}")
+        return f"transformers {self.transformers}: {'; '.join(sums)}"
 
     def rows(self) -> list[dict[str, Any]]:
         return [
@@ -94,10 +101,19 @@ class Report:
             "transformers": self.transformers,
             "types": [dataclasses.asdict(swept) for swept in self.types],
             "counts": self.counts,
+            "counts_by_kind": {kind: counted(types) for kind, types in self.kinds.items()},
             "seconds": self.seconds,
             "resolved": self.resolved,
             "conclusion": self.conclusion,
         }
+
+
+def counted(types: Sequence[Swept]) -> dict[str, int]:
+    """How many of some types came to each verdict that there is among them."""
+    from kvtool.core.verify.sweep import VERDICTS
+
+    found = Counter(swept.verdict for swept in types)
+    return {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
 
 
 def run(settings: Settings, out: Output) -> Report:
@@ -107,20 +123,23 @@ def run(settings: Settings, out: Output) -> Report:
     from kvtool.core.verify.transformers_subject import need_transformers
 
     version = need_transformers()
-    types = known_types()
+    known = {kind: known_types(kind) for kind in TRANSFORMERS_MODELS}
     for name in settings.types:
-        choose(name, types, "--types")
-    types = settings.types or types
+        choose(name, sorted(set().union(*known.values())), "--types")
     scenarios = tuple(chosen_scenarios(settings.scenarios))
     caches = tuple(settings.caches or TRANSFORMERS_CACHES)
     started = time.perf_counter()
     found = []
 
-    def task(name: str) -> sweep.Task:
-        return sweep.Task(name, caches, scenarios, settings.tokens, settings.run.seed)
-
-    with out.progress("sweep", len(types)) as bar:
-        for swept in sweep.sweep(types, task, settings.time_limit, settings.resume, bar.update):
+    given = (caches, scenarios, settings.tokens, settings.run.seed)
+    tasks = [
+        sweep.Task(name, *given, kind=kind)
+        for kind, types in known.items()
+        for name in settings.types or types
+        if name in types
+    ]
+    with out.progress("sweep", len(tasks)) as bar:
+        for swept in sweep.sweep(tasks, settings.time_limit, settings.resume, bar.update):
             found.append(swept)
             bar.advance()
             out.detail(
@@ -131,7 +150,7 @@ def run(settings: Settings, out: Output) -> Report:
 
 
 def show(report: Report, out: Output) -> None:
-    """A row for each type, and the sums."""
+    """A table for each kind of model with a row for each type, and the sums."""
     columns = [
         Column("type", "left", key=True),
         Column("verdict", "left"),
@@ -141,17 +160,19 @@ def show(report: Report, out: Output) -> None:
         Column("seconds"),
         Column("reason", "left"),
     ]
-    rows = [
-        [
-            s.type,
-            s.verdict,
-            *(figure(gap) for gap in (s.gap, s.gap_float64, s.gap_promoted)),
-            f"{s.seconds:.0f}",
-            s.reason or "-",
+    for kind, types in report.kinds.items():
+        rows = [
+            [
+                s.type,
+                s.verdict,
+                *(figure(gap) for gap in (s.gap, s.gap_float64, s.gap_promoted)),
+                f"{s.seconds:.0f}",
+                s.reason or "-",
+            ]
+            for s in types
         ]
-        for s in report.types
-    ]
-    out.table("Cached against uncached logits, tiny random models", columns, rows)
+        title = f"Cached against uncached logits, tiny random {TRANSFORMERS_MODELS[kind]}"
+        out.table(title, columns, rows)
     out.verdict(report.exit_code == 0, report.conclusion)
 
 

@@ -37,7 +37,8 @@ Impl = Annotated[
     typer.Option(
         "--impl",
         metavar="|".join(IMPLEMENTATIONS),
-        help="Whose models and caches. Of transformers, --model is a saved folder or a type.",
+        help="Whose models and caches. Of transformers, --model is a saved folder or a type; of a "
+        "type that has both, such as bart, it is the encoder-decoder, and --sweep judges both.",
     ),
 ]
 Caches = Annotated[
@@ -116,7 +117,7 @@ def run(settings: Settings, out: Output) -> Report:
     kinds = settings.caches or list(TRANSFORMERS_CACHES)
     if note:
         out.note(note)
-    if "quantized" in kinds:
+    if "quantized" in kinds and not model.config.is_encoder_decoder:
         out.note(
             "quantized: judged with exact values in place of its codes, backend "
             f"{hub.quantized_backend()}"
@@ -124,7 +125,13 @@ def run(settings: Settings, out: Output) -> Report:
     rows: list[Row] = []
     with out.progress("verify-cache", len(kinds) * len(names) + 1) as bar:
         for found in hub.check_transformers(
-            model, kinds, names, settings.tokens, bool(settings.caches), tell=bar.update
+            model,
+            kinds,
+            names,
+            settings.tokens,
+            bool(settings.caches),
+            tell=bar.update,
+            remark=out.note,
         ):
             rows.append(Row.of(found))
             bar.advance()

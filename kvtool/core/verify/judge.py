@@ -65,6 +65,7 @@ class Played:
     unrefused: int | None = None
     vacuous: str | None = None
     raised: tuple[int, BaseException] | None = None  # by the cached arm, and at which step
+    promoted: bool = False  # both arms ran without lower types
 
 
 class Diagnosis(NamedTuple):
@@ -115,7 +116,7 @@ def play(subject: Subject, case: Case, promote: tuple[bool, bool] = (False, Fals
             case.scenario.play(run)
         except (Exception, SystemExit) as error:  # a subject may raise anything: that is its result
             played.raised = (run.n_steps, error)
-    played.unrefused = run.unrefused
+    played.unrefused, played.promoted = run.unrefused, all(promote)
     played.vacuous = next(filter(None, (s.vacuous() for s in run.sessions)), None)
     answers: dict[int, tuple[Tensor, ...]] = {}
     with Promote() if promote[1] else contextlib.nullcontext():
@@ -253,7 +254,10 @@ class Judge:
             return replace(finding, verdict=NOT_CAUSAL, evidence=text, first_wrong=step)
         gap = finding.promoted.relative if finding.promoted else float("nan")
         text = f"the gap stays in float64 ({gap:.1e})"
-        found = self.doctor(self.double, case, step, exact) if self.doctor else Diagnosis()
+        found = Diagnosis()
+        if self.doctor is not None:
+            with Promote() if exact.promoted else contextlib.nullcontext():
+                found = self.doctor(self.double, case, step, exact)
         return replace(finding, verdict=BUG, evidence=text, first_wrong=step, diagnosis=found)
 
 

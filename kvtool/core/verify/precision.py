@@ -23,6 +23,17 @@ class Promote(TorchDispatchMode):
     torch.float64
     """
 
+    def __enter__(self) -> Promote:
+        # What whole numbers become beside a Python float: 1.0 - mask.
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        torch.set_default_dtype(self._default)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(_dtype, args), tree_map(_dtype, kwargs or {})
         made = func(*args, **kwargs)

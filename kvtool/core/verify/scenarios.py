@@ -4,7 +4,7 @@ goes wrong in practice."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -110,7 +110,8 @@ class Run:
             return None
         if self.source is not None and batch == 1 and number == 0:
             return self.source
-        lengths = torch.tensor([5 + 3 * number + 2 * row for row in range(batch)])
+        least = 5 + 3 * number + self.subject.window
+        lengths = torch.tensor([least + 2 * row for row in range(batch)])
         width = int(lengths.max())
         generator = torch.Generator().manual_seed(100 + number)
         ids = torch.randint(self.subject.source_vocab_size, (batch, width), generator=generator)
@@ -189,13 +190,7 @@ class Lane:
     def select(self, rows: list[int]) -> None:
         picked = torch.tensor(rows, device=self.run.subject.device)
         self.session.select(picked)
-        padding, source = self.start.padding, self.start.source
-        self.start = replace(
-            self.start,
-            batch=len(rows),
-            padding=None if padding is None else padding[picked],
-            source=None if source is None else Source(source.ids[picked], source.mask[picked]),
-        )
+        self.start = self.start.select(picked)
         self._go_on(self.segment.history[picked])
 
     def reset(self, start: Start) -> None:
@@ -333,11 +328,11 @@ def _crop(run: Run) -> None:
 
 
 def _two_sources(run: Run) -> None:
-    lane = run.lane(batch=2)
+    lane = run.lane(batch=2, source=1)
     n = STEPS + 2 * run.subject.window
     lane.feed(1)
     lane.each(n)
-    lane.reset(run.begin(batch=2, source=1))
+    lane.reset(run.begin(batch=2))  # a shorter one: what stays of the first would lie behind it
     lane.feed(1)
     lane.each(n)
 

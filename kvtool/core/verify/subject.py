@@ -40,6 +40,12 @@ class Start:
     padding: Tensor | None = None
     source: Source | None = None
 
+    def select(self, rows: Tensor) -> Start:
+        """How sessions on `rows` (n,) of it begin, in that order."""
+        padding = None if self.padding is None else self.padding[rows]
+        source = self.source and Source(self.source.ids[rows], self.source.mask[rows])
+        return Start(len(rows), self.capacity, padding, source)
+
 
 class Session(Protocol):
     """One run of a decoder with its cache. Only what its subject is able to do need be there."""

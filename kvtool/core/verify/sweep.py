@@ -35,7 +35,7 @@ VERDICTS = (
 JUDGED = (IDENTICAL, ROUNDING, PRECISION, BUG, NOT_CAUSAL)  # a verdict, good or bad
 PRELOADED = [
     "kvtool.core.verify.sweep_worker",
-    "kvtool.core.verify.transformers_subject",
+    "kvtool.core.verify.seq2seq_subject",
     "transformers.generation.utils",
     "transformers.models.auto.modeling_auto",
 ]
@@ -57,6 +57,7 @@ class Swept:
     gap_promoted: float | None = None
     seconds: float = 0.0
     by_cache: dict[str, str] = dataclasses.field(default_factory=dict)  # its worst verdict
+    kind: str = "causal"  # of TRANSFORMERS_MODELS
 
     @property
     def judged(self) -> bool:
@@ -73,11 +74,11 @@ class Task:
     tokens: int
     seed: int
     memory: int = MEMORY
+    kind: str = "causal"
 
 
 def sweep(
-    types: Sequence[str],
-    task: Callable[[str], Task],
+    tasks: Sequence[Task],
     seconds: float,
     results: Path | None = None,
     tell: Callable[[str], None] = lambda text: None,
@@ -88,18 +89,18 @@ def sweep(
     appended as soon as it is there. Raises FileError if it cannot be read or written.
     """
     known = {} if results is None else read_results(results)
-    for name in types:
-        tell(name)
-        found = known.get(name)
+    for task in tasks:
+        tell(task.type)
+        found = known.get((task.type, task.kind))
         if found is None:
-            found = judge_type(task(name), seconds)
+            found = judge_type(task, seconds)
             if results is not None:
                 append_result(results, found)
         yield found
 
 
-def judge_type(task: Task, seconds: float) -> Swept:
-    """Run one type in a process of its own, with one thread and no network."""
+def judge_type(task: Task, limit: float) -> Swept:
+    """Run one type in a process of its own for `limit` seconds, with one thread and no network."""
     from kvtool.core.verify.sweep_worker import answer
 
     os.environ.update(ALONE)  # of the server too, which starts with the first type
@@ -109,10 +110,10 @@ def judge_type(task: Task, seconds: float) -> Swept:
     process.start()
     sender.close()
     try:
-        if receiver.poll(seconds):
+        if receiver.poll(limit):
             found: Swept = receiver.recv()
         else:
-            found = Swept(task.type, ERROR, False, f"took longer than {seconds:g} s")
+            found = Swept(task.type, ERROR, False, f"took longer than {limit:g} s")
     except EOFError:
         process.join()
         reason = f"its process ended without an answer (code {process.exitcode})"
@@ -121,7 +122,8 @@ def judge_type(task: Task, seconds: float) -> Swept:
         process.kill()
         process.join()
         receiver.close()
-    return dataclasses.replace(found, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return dataclasses.replace(found, seconds=seconds, kind=task.kind)
 
 
 @functools.cache
@@ -134,8 +136,8 @@ def _processes() -> Any:
     return context
 
 
-def read_results(path: Path) -> dict[str, Swept]:
-    """The results in a file, by type; none if it does not exist. Raises FileError.
+def read_results(path: Path) -> dict[tuple[str, str], Swept]:
+    """The results in a file, by type and kind; none if it does not exist. Raises FileError.
 
     A last line that was cut off in the middle does not count.
     """
@@ -145,7 +147,7 @@ def read_results(path: Path) -> dict[str, Swept]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path}: cannot be read ({error})") from error
-    found: dict[str, Swept] = {}
+    found: dict[tuple[str, str], Swept] = {}
     for i, line in enumerate(lines):
         if i == len(lines) - 1 and line.startswith(BEGINNING[: len(line)]):
             continue  # nothing, or what was cut off
@@ -154,7 +156,7 @@ def read_results(path: Path) -> dict[str, Swept]:
         except (ValueError, TypeError) as error:
             hint = "--resume takes a file that a sweep wrote."
             raise FileError(f"{path}: line {i + 1} is no result of a sweep", hint) from error
-        found[swept.type] = swept
+        found[swept.type, swept.kind] = swept
     return found
 
 

@@ -45,14 +45,15 @@ def judge(task: Task) -> Swept:
     from kvtool.core.verify.transformers_subject import check_transformers
 
     try:
-        model, note = tiny_model(task.type, task.seed)
+        model, note = tiny_model(task.type, task.seed, kind=task.kind)
     except UsageError as error:
         reason = error.message.removeprefix(f"{task.type}: ")
         return Swept(task.type, NOT_BUILT, False, reason)
+    remarks: list[str] = []
     try:
-        checked = list(
-            check_transformers(model, task.caches, task.scenarios, task.tokens, diagnose=False)
-        )
+        given = (model, task.caches, task.scenarios, task.tokens)
+        checked = list(check_transformers(*given, diagnose=False, remark=remarks.append))
+        note = joined(note, *remarks)
         swept = summary(task.type, checked, note)
         if swept.verdict == BUG:  # to locate one takes longer than to find all
             worst = worst_of(checked)

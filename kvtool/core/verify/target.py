@@ -74,7 +74,7 @@ class TargetSession:
         self.ids = self.ids[rows]
 
     def reset(self, start: Start) -> None:
-        self._change("reset")
+        self._change("reset", *self.subject.anew(start))
         self._begin(start)
 
     def _change(self, op: str, *args: Any) -> None:
@@ -109,7 +109,7 @@ class TargetSubject:
             module.eval()
         with torch.inference_mode():
             self.device = _device(given)
-            self.decoder = given if is_decoder(given) else adapt(given, name, self.device)
+            self.decoder: Any = given if is_decoder(given) else adapt(given, name, self.device)
             self.vocab_size, self.dtype = self._probe(vocab_size or _number(given, ("vocab_size",)))
             self.context = context or _number(given, CONTEXT_NAMES) or self._longest()
             self.abilities = self._abilities()
@@ -127,17 +127,18 @@ class TargetSubject:
 
     # Calls
 
-    def whole(self, ids: Tensor, padding: Tensor | None = None) -> Tensor:
+    def whole(self, ids: Tensor, start: Start | None = None) -> Tensor:
         """One call of full: (B,T) -> (B,T,V), or (B,1,V) from a decoder that answers the last."""
+        padding = None if start is None else start.padding
         logits = self.decoder.full(ids) if padding is None else self.decoder.full(ids, padding)
         return shaped(logits, ids, "full")
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
-        logits = self.whole(ids, start.padding)
+        logits = self.whole(ids, start)
         if logits.shape[1] == ids.shape[1]:
             return logits
         ends = range(1, ids.shape[1] + 1)
-        return torch.cat([self.whole(ids[:, :end], start.padding) for end in ends], dim=1)
+        return torch.cat([self.whole(ids[:, :end], start) for end in ends], dim=1)
 
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
         """(B,n) -> (B,n,V) or (B,1,V), and the next state."""
@@ -154,6 +155,10 @@ class TargetSubject:
         if start.padding is None:
             return make(start.batch, start.capacity)
         return make(start.batch, start.capacity, start.padding)
+
+    def anew(self, start: Start) -> tuple[Any, ...]:
+        """What the decoder's reset is told besides the state."""
+        return ()
 
     def start(self, start: Start) -> Any:
         return self.session(self, start)

@@ -76,7 +76,7 @@ def locate(
     batch, n = answer.found.shape[:2]
     whole = Watch()
     with whole.on(subject.decoder):
-        subject.whole(segment.history, segment.start.padding)
+        subject.whole(segment.history, segment.start)
     spot = first_difference(watch.trace, whole.trace, answer.first, n, subject.decoder)
     return spot, lookups(watch.trace, batch, n)
 
@@ -139,7 +139,7 @@ class History:
         read = self.read(n)
         given = {index: read[..., 1 + i] for i, index in enumerate(self.wanted)}
         with Watch(given).on(self.subject.decoder):
-            return self.subject.whole(read[..., 0], self.start.padding)[:, -n:]
+            return self.subject.whole(read[..., 0], self.start)[:, -n:]
 
     def asked(self, ids: Tensor) -> Tensor:
         """What the lookups are asked for when the user's session is fed the ids: (B,n,K)."""
@@ -184,7 +184,7 @@ class History:
         self.tokens = self.tokens[:, :length]
 
     def pick(self, rows: Tensor) -> None:
-        self.tokens = self.tokens[rows]
+        self.tokens, self.start = self.tokens[rows], self.start.select(rows)
 
     def begin_again(self, start: Start) -> None:
         self.begin(start)

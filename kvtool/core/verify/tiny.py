@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
 import io
 import itertools
 import logging
@@ -22,7 +23,9 @@ import torch
 from torch import nn
 
 from kvtool.errors import UsageError
+from kvtool.registry import TRANSFORMERS_MODELS
 
+CAUSAL, SEQ2SEQ = TRANSFORMERS_MODELS  # kinds of models
 ORDINARY = 128  # ids that are words: special ones lie beyond them
 VOCABULARY = 192
 WINDOW = 8  # of attention, in tokens
@@ -35,8 +38,9 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"num_(hidden_|encoder_|decoder_)?layers|n_layers?|(en|de)coder_layers|depth|num_blocks", 2),
     (r"num_layers_per_stack|num_global_layers|num_dense_layers|first_k_dense_replace", 1),
     (r".*_layer_period|.*sliding_window_pattern|.*every_n_layers|.*_interval|layer_group_size", 2),
+    (r".*_sparse_step", 2),
     (r".*_layer_offset", 1),
-    (r"sliding_window(_size)?|window_size|attention_window_size|keep_window_size", WINDOW),
+    (r"sliding_window(_size)?|(attention_|keep_)?window(_size)?|local_radius", WINDOW),
     (r"attention_chunk_size|local_attention|local_attention_window_len", 2 * WINDOW),
     (r"(mamba_|max_inference_)?chunk_?size|block_size", WINDOW),
     (r".*attn_chunk_length|index_block_size", 4),
@@ -64,7 +68,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"num_shared_experts|n_shared_experts|moe_num_shared_experts|num_mem_blocks", 1),
     (r"(n|num|moe_num)_(routed_|local_)?experts", 8),
     (r"rel_extent|index_local_blocks", 32),
-    (r"max_window_layers", 1),
+    (r"max_window_layers|num_sparse_(en|de)coder_layers", 1),
 )  # fmt: skip
 PATTERNS = tuple((re.compile(name), most) for name, most in SIZES)
 NEEDED = {  # of what some configurations leave open
@@ -85,28 +89,39 @@ class Tiny(NamedTuple):
     note: str
 
 
-def known_types() -> list[str]:
-    """The model types of which the installed transformers has a causal language model, sorted."""
+@functools.cache
+def known_types(kind: str = CAUSAL) -> tuple[str, ...]:
+    """The model types of which the installed transformers has a causal language model, sorted; or
+    of which it has an encoder-decoder that reads and writes text."""
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto
 
-    return sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if kind == CAUSAL:
+        return tuple(sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    names = sorted(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+    return tuple(n for n in names if getattr(CONFIG_MAPPING[n], "is_encoder_decoder", False))
 
 
-def tiny_model(model_type: str, seed: int = 0, decoder: bool = True) -> Tiny:
-    """A small random causal language model of a type; `decoder` sets is_decoder where there is one.
+def kind_of(model_type: str) -> str:
+    """What a type means where nobody says which: the encoder-decoder, if there is one."""
+    return SEQ2SEQ if model_type in known_types(SEQ2SEQ) else CAUSAL
+
+
+def tiny_model(model_type: str, seed: int = 0, decoder: bool = True, kind: str = CAUSAL) -> Tiny:
+    """A small random model of a type; `decoder` sets is_decoder where a causal one has it.
 
     Raises UsageError for a type that is not known, or that cannot be built.
     """
-    names = known_types()
-    if model_type not in names:
+    if model_type not in known_types(kind):
+        names = sorted({*known_types(), *known_types(SEQ2SEQ)})
         near = difflib.get_close_matches(model_type, names, n=1)
         hint = f"Did you mean {near[0]}?" if near else "Give a folder, or a type such as llama."
         raise UsageError(f"{model_type}: is no model type that transformers knows", hint)
     with hushed(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            config, note = tiny_config(model_type, decoder)
-            model = _classes(model_type)[1]._from_config(config)
+            config, note = tiny_config(model_type, decoder, kind)
+            model = _classes(model_type, kind)[1]._from_config(config)
         except (Exception, SystemExit) as error:
             said = " ".join(str(error).split())[:200]
             raise UsageError(
@@ -123,18 +138,18 @@ def loop_over_experts(model: Any) -> None:
         model.set_experts_implementation("eager")
 
 
-def tiny_config(model_type: str, decoder: bool = True) -> tuple[Any, str]:
+def tiny_config(model_type: str, decoder: bool = True, kind: str = CAUSAL) -> tuple[Any, str]:
     """The default configuration of a type, shrunk, and what is special about it."""
-    kind, model_class = _classes(model_type)
+    made, model_class = _classes(model_type, kind)
     try:
-        default = kind().to_dict()
+        default = made().to_dict()
     except Exception:  # a default that its own validation refuses: the class says less, but enough
-        default = {k: v for k, v in vars(kind).items() if isinstance(v, (int, float, dict, list))}
+        default = {k: v for k, v in vars(made).items() if isinstance(v, (int, float, dict, list))}
     fields = shrunk(default)
     note = ""
-    if decoder and fields.get("is_decoder") is False:
+    if decoder and kind == CAUSAL and fields.get("is_decoder") is False:
         fields["is_decoder"], note = True, "built with is_decoder=True"
-    config = kind(**fields)
+    config = made(**fields)
     expected = model_class.config_class
     if expected is not None and not isinstance(config, expected):  # the decoder is a part of it
         parts = [part for part in vars(config).values() if isinstance(part, expected)]
@@ -142,12 +157,20 @@ def tiny_config(model_type: str, decoder: bool = True) -> tuple[Any, str]:
     return config, note
 
 
-def _classes(model_type: str) -> tuple[Any, Any]:
-    """The classes of a type's configuration and of its causal language model."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+def _classes(model_type: str, kind: str = CAUSAL) -> tuple[Any, Any]:
+    """The classes of a type's configuration and of its model."""
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    )
 
-    kind: Any = CONFIG_MAPPING[model_type]
-    return kind, MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    made: Any = CONFIG_MAPPING[model_type]
+    mappings = {
+        CAUSAL: MODEL_FOR_CAUSAL_LM_MAPPING,
+        SEQ2SEQ: MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    }
+    return made, mappings[kind][made]
 
 
 def shrunk(fields: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,13 @@ from kvtool.core.verify.scenarios import PREFILL as PREFILL
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.target import NEEDED, TargetSubject
 from kvtool.core.verify.target_doctor import examine
-from kvtool.core.verify.tiny import hushed, known_types, loop_over_experts, tiny_model
+from kvtool.core.verify.tiny import (
+    hushed,
+    kind_of,
+    known_types,
+    loop_over_experts,
+    tiny_model,
+)
 from kvtool.errors import CacheOpUnsupported, FileError, UsageError, first_line
 
 PARAMETERS = ("past_key_values", "cache_params")  # of a forward, that take these caches
@@ -34,8 +40,8 @@ BACKENDS = ("quanto", "hqq", "fp8")  # of QuantizedCache; the first that is inst
 LONGEST_WINDOW = 512  # tokens: a longer one is not passed, since every scenario would have to
 CONTEXT = 4096  # tokens, where a configuration does not say
 CONTEXT_NAMES = (
-    "max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx",
-    "context_length",
+    "max_decoder_position_embeddings", "max_position_embeddings", "n_positions",
+    "max_target_positions", "max_seq_len", "n_ctx", "context_length",
 )  # fmt: skip
 ALL = "all"  # scenarios
 INSTALL = "Install it with: pip install 'kvtool[hf]'"
@@ -94,14 +100,21 @@ class TransformersSubject(TargetSubject):
         with hushed(), torch.inference_mode():
             decoder = hub_decoder(model, kind, words.to(model.device))
             super().__init__(decoder, kind, len(words), context(model.config))
-        if kind == "own":
-            return
-        windows, full = reach(model.config)
+        if kind != "own":
+            self.limit(model.config, kind)
+
+    def limit(self, config: Any, kind: str) -> None:
+        """Find out whether its layers see all, and whether its room ends."""
+        windows, full = reach(config)
         if windows and max(windows) <= LONGEST_WINDOW:
             self.window = max(windows)
             self.abilities |= {"window"}
         if kind == "static" and full:
             self.abilities |= {"capacity"}
+
+    def remark(self) -> str:
+        """What is to be known beside the verdicts."""
+        return ""
 
     def to(self, dtype: torch.dtype) -> TransformersSubject:
         other = copy.copy(self)
@@ -235,8 +248,11 @@ def _as_it_is(tensor: Tensor, axis: int = 0) -> Tensor:
     return tensor
 
 
-def ordinary_ids(config: Any) -> Tensor:
-    """The ids (N,) that are words: images, padding and the like would change what a model does."""
+def ordinary_ids(config: Any, size: int = 0) -> Tensor:
+    """The ids (N,) that are words: images, padding and the like would change what a model does.
+
+    size: of the vocabulary, if it is not the one of what the model writes.
+    """
     special = {
         value
         for part in (config, *(p for p in vars(config).values() if hasattr(p, "get_text_config")))
@@ -244,7 +260,7 @@ def ordinary_ids(config: Any) -> Tensor:
         if name.endswith(("_token_id", "_token_index"))
         for value in (given if isinstance(given, (list, tuple)) else [given])
     }
-    size = config.get_text_config(decoder=True).vocab_size
+    size = size or config.get_text_config(decoder=True).vocab_size
     return torch.tensor([i for i in range(size) if i not in special])
 
 
@@ -265,8 +281,9 @@ def load_model(name: str, seed: int = 0) -> tuple[Any, str]:
     FileError.
     """
     need_transformers()
-    if name in known_types() or not Path(name).exists():
-        return tiny_model(name, seed)
+    kind = kind_of(name)
+    if name in known_types(kind) or not Path(name).exists():
+        return tiny_model(name, seed, kind=kind)
     model = read_folder(name)
     loop_over_experts(model)
     return model, ""
@@ -277,13 +294,14 @@ def read_folder(folder: str | Path, **options: Any) -> Any:
 
     Nothing is downloaded, and no code that lies beside the weights is run. Raises FileError.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    local = {"local_files_only": True, "trust_remote_code": False}
     try:
         with hushed():
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False, **options
-            )
+            config = AutoConfig.from_pretrained(str(folder), **local)
+            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model = auto.from_pretrained(str(folder), **local, **options)
     except Exception as error:
         raise FileError(f"{folder}: {type(error).__name__}: {first_line(error)}") from error
     return model.eval().requires_grad_(False)
@@ -298,6 +316,15 @@ def need_transformers() -> str:
     return str(transformers.__version__)
 
 
+def subject_of(model: Any, kind: str) -> TransformersSubject:
+    """A model of either kind as a subject. Raises what TransformersSubject raises."""
+    if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+        return TransformersSubject(model, kind)
+    from kvtool.core.verify.seq2seq_subject import EncoderDecoderSubject  # made of this module
+
+    return EncoderDecoderSubject(model, kind)
+
+
 def check_transformers(
     model: nn.Module,
     kinds: Sequence[str],
@@ -306,19 +333,23 @@ def check_transformers(
     asked: bool = False,
     diagnose: bool = True,
     tell: Callable[[str], None] = lambda text: None,
+    remark: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Checked]:
     """Judge a model with kinds of transformers' caches in all scenarios, then a planted bug.
 
     What cannot be used is one finding for its kind, and counts only if it was `asked` for.
-    `diagnose` locates bugs, which takes longer than to find them. Raises CheckFailed.
+    `diagnose` locates bugs, which takes longer than to find them. `remark` is told what is to be
+    known beside the verdicts. Raises CheckFailed.
     """
     planted = None
     for kind in kinds:
         try:
-            subject = TransformersSubject(model, kind)
+            subject = subject_of(model, kind)
         except (CacheOpUnsupported, UsageError) as error:
             yield Checked(kind, OWN, asked, Finding(ALL, UNSUPPORTED, error.message))
             continue
+        if planted is None and (text := subject.remark()):
+            remark(text)
         sizes = (subject.vocab_size, subject.context)
         main = decode_case(*sizes, None, tokens, subject.device)
         judge = Judge(subject, examine if diagnose else None)
