@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,12 +73,20 @@ def test_json_is_one_document_with_settings_and_without_nan(kv: Callable[..., Ra
     assert {"torch", "commit", "cores", "threads", "cpu", "python"} <= set(found["environment"])
 
 
+def test_a_document_tells_the_peak_of_memory(kv: Callable[..., Ran]) -> None:
+    before = json.loads(kv("--json").out)["peak_bytes"]
+    held = b"x" * (before + 2**24)  # more than there was: the peak must rise
+    assert json.loads(kv("--json").out)["peak_bytes"] >= len(held)
+
+
 def test_results_go_to_stdout_and_talk_to_stderr(kv: Callable[..., Ran]) -> None:
     ran = kv()
     assert ran.out.splitlines()[-1] == "✓ all of them [really]"
     assert ran.err == "working\nhint: try more\n"
     assert kv("-q").err == ""
-    assert kv("-v").err == "working\nin detail\nhint: try more\n"
+    *talk, peak = kv("-v").err.splitlines()
+    assert talk == ["working", "in detail", "hint: try more"]
+    assert re.fullmatch(r"peak memory: [\d,]+ MiB", peak)
     assert kv("-q").out == ran.out
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvtool.errors import FileError, UsageError
-from kvtool.ui.environment import environment
+from kvtool.ui.environment import environment, peak_memory
 
 SUFFIXES = (".json", ".csv", ".md")
 
@@ -64,6 +64,7 @@ def document(command: str, settings: Any, report: Report) -> dict[str, Any]:
         "schema": f"kvtool.{command}/1",
         "settings": jsonable(settings),
         "environment": jsonable(environment()),
+        "peak_bytes": peak_memory(),
         "exit_code": report.exit_code,
         **jsonable(to_dict() if to_dict else report),
     }

@@ -45,6 +45,17 @@ def cpu_name() -> str | None:
     return platform.processor() or None
 
 
+def peak_memory() -> int | None:
+    """Bytes of main memory that this process has held at most; None where nobody counts them."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    # In kilobytes on Linux and in bytes on macOS (getrusage(2) of each).
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def cores() -> int | None:
     """How many processors this process may use, which in a container is fewer than there are."""
     if hasattr(os, "sched_getaffinity"):

@@ -18,6 +18,7 @@ from rich.text import Text
 from kvtool.errors import UsageError
 from kvtool.files import write_durable
 from kvtool.ui.documents import Report, check_destination, document, render, to_json
+from kvtool.ui.environment import peak_memory
 from kvtool.ui.progress import Progress, open_progress
 from kvtool.ui.tables import Column, build_table
 
@@ -135,4 +136,6 @@ def present(
         show(report, out)
     if out.output_file is not None:
         out.note(f"written to {out.output_file}")
+    if peak := peak_memory():
+        out.detail(f"peak memory: {peak / 2**20:,.0f} MiB")
     raise typer.Exit(report.exit_code)
