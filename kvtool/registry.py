@@ -101,6 +101,11 @@ def with_settings(kind: str, given: Mapping[str, int | None]) -> str:
     return ":".join([name, *(f"{key}={value}" for key, value in settings.items())])
 
 
+def with_own_window(kind: str, window: int) -> str:
+    """`kind` with the model's own `window`, if it has one, where its text says none."""
+    return with_settings(kind, {"window": window or None})
+
+
 def load(table: dict[str, str], name: str) -> Any:
     """Import and return the object that `table` lists under `name`. Raises KeyError."""
     module, attribute = table[name].split(":")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from kvtool.commands.bench_subject import check_fits, load_model, qualities, rea
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.errors import FileError, UsageError
 from kvtool.files import write_durable
+from kvtool.registry import with_own_window
 from kvtool.ui import options as o
 from kvtool.ui.documents import document, jsonable, to_json
 from kvtool.ui.environment import environment
@@ -98,6 +99,8 @@ def run(settings: Settings, out: Output) -> Report:
         out.note(f"lengths sorted, each once: {' '.join(map(str, lengths))}")
     device, dtype = prepare(settings.run)
     loaded, model = load_model(settings, device, dtype, out)
+    caches = [with_own_window(kind, model.config.window) for kind in settings.caches]
+    settings = replace(settings, caches=list(dict.fromkeys(caches)))
     check_fits(settings, lengths, model.config, device, dtype)
     resolved = {
         "model": str(loaded.path),

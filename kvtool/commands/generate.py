@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from kvtool.commands.prompts import Prompts, lines_of, read_prompts
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.errors import UsageError
 from kvtool.files import write_durable
+from kvtool.registry import with_own_window
 from kvtool.ui import options as o
 from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output, present
@@ -121,6 +122,7 @@ def run(settings: Settings, out: Output) -> Generated:
     prompts = read_prompts(settings.prompt, settings.prompt_file, settings.input_file)
     device, dtype = prepare(settings.run)
     loaded = checkpoint.load(settings.run.model, device, dtype)
+    settings = replace(settings, cache=with_own_window(settings.cache, loaded.config.window))
     if not prompts.lines and loaded.source_tokenizer is not None:
         prompts = Prompts(lines_of(prompts.texts[0]), lines=True)
     if settings.attention_plot is not None:

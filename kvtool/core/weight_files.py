@@ -11,7 +11,7 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from kvtool.errors import FileError
 from kvtool.files import nearest, read_json_object, require_file, sha256
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 PICKLES = ("model.pt", "pytorch_model.bin")
 NAMES_SHOWN = 10
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights
@@ -60,10 +60,12 @@ def open_weights(folder: Path) -> WeightFile:
     if os.path.lexists(folder / WEIGHTS):
         return _open_safetensors(folder / WEIGHTS)
     if os.path.lexists(folder / INDEX):
-        return ShardedFile(folder / INDEX)
+        return ShardedFile(folder / INDEX, _open_safetensors)
     for name in PICKLES:
         if os.path.lexists(folder / name):
             return PickledFile(folder / name)
+    if os.path.lexists(folder / PICKLED_INDEX):
+        return ShardedFile(folder / PICKLED_INDEX, PickledFile)
     raise FileError(f"{folder / WEIGHTS}: weights not found", nearest(folder / WEIGHTS))
 
 
@@ -127,18 +129,17 @@ def _listed(names: list[str]) -> str:
 
 
 class ShardedFile:
-    """Several safetensors files, and an index that says which tensor is in which."""
+    """Several files that `open_shard` opens, and an index that says which tensor is in which."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, open_shard: Callable[[Path], WeightFile]) -> None:
         self.path = path
         refuse_lookalike(path, "an index of weights")
         places = _weight_map(path)
         names = sorted(set(places.values()))
-        self._shards = [_open_safetensors(path.parent / name) for name in names]
+        self._shards = [open_shard(path.parent / name) for name in names]
         self.tensors: dict[str, TensorInfo] = {}
         for name, shard in zip(names, self._shards, strict=True):
-            listed = {tensor for tensor, place in places.items() if place == name}
-            _check_shard(path, name, listed, set(shard.tensors))
+            _check_shard(path, name, places, set(shard.tensors))
             self.tensors |= shard.tensors
 
     def read(self) -> tuple[dict[str, Tensor], str]:
@@ -167,12 +168,17 @@ def _weight_map(path: Path) -> dict[str, str]:
     return places
 
 
-def _check_shard(index: Path, shard: str, listed: set[str], held: set[str]) -> None:
+def _check_shard(index: Path, shard: str, places: Mapping[str, str], held: set[str]) -> None:
+    listed = {tensor for tensor, place in places.items() if place == shard}
     if listed - held:
         tensor = min(listed - held)
         raise FileError(f"{index}: places {short(tensor)} in {shard}, which does not hold it")
     if held - listed:
         tensor = min(held - listed)
+        if tensor in places:
+            raise FileError(
+                f"{index}: places {short(tensor)} in {places[tensor]}, but {shard} holds one too"
+            )
         raise FileError(f"{index}: does not list {short(tensor)}, which {shard} holds")
 
 

@@ -176,7 +176,11 @@ def _setting(name: str, help: str) -> Any:
 
 
 Window = Annotated[
-    int | None, _setting("window", "sliding: how many tokens are seen, the newest included (256).")
+    int | None,
+    _setting(
+        "window",
+        "sliding: how many tokens are seen, the newest included (the model's own window, or 256).",
+    ),
 ]
 Sinks = Annotated[int | None, _setting("sinks", "sliding: how many first tokens are kept (4).")]
 Group = Annotated[

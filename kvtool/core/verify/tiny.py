@@ -358,11 +358,16 @@ def fan_in(module: nn.Module, weight: torch.Tensor) -> int:
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
     """Without the warnings and bars of transformers."""
+    from transformers.utils import logging as bars
+
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, shown = logger.level, bars.is_progress_bar_enabled()
     logger.setLevel(logging.CRITICAL)
+    bars.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)
+        if shown:
+            bars.enable_progress_bar()
