@@ -23,7 +23,7 @@ from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
 
 if TYPE_CHECKING:
-    from kvtool.core.timing import Cell
+    from kvtool.core.timing import Cell, Lane
 
 LENGTHS = [10, 50, 100, 500, 1000]
 CACHES = ["none", "dynamic", "static"]
@@ -120,13 +120,7 @@ def run(settings: Settings, out: Output) -> Report:
     several = len(settings.impl) > 1
     started = time.perf_counter()
     bandwidth = read_bandwidth(device)
-    with out.progress("bench", settings.repeats * len(lengths) * len(lanes)) as bar:
-
-        def advance(cell: Cell) -> None:
-            bar.update(f"{label(cell.impl, cell.cache, several)} {cell.length}")
-            bar.advance()
-
-        cells = timing.measure(lanes, lengths, settings.repeats, settings.budget, advance)
+    cells = measure(settings, lanes, lengths, out)
     weights = weights_read(model)
     rows = [
         Row.of(cell, speedup, settings.batch_size, weights)
@@ -154,6 +148,20 @@ def run(settings: Settings, out: Output) -> Report:
             baseline, report.rows(), settings.fail_if
         )
     return report
+
+
+def measure(settings: Settings, lanes: list[Lane], lengths: list[int], out: Output) -> list[Cell]:
+    """Time every lane at every length, behind a bar."""
+    from kvtool.core import timing
+
+    several = len(settings.impl) > 1
+    with out.progress("bench", settings.repeats * len(lengths) * len(lanes)) as bar:
+
+        def advance(cell: Cell) -> None:
+            bar.update(f"{label(cell.impl, cell.cache, several)} {cell.length}")
+            bar.advance()
+
+        return timing.measure(lanes, lengths, settings.repeats, settings.budget, advance)
 
 
 def conditions(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +333,13 @@ def command(
     quartiles (IQR); --json has every sample. Kinds are measured in turns, so that a slow moment of
     the machine hits all of them.
 
+    --impl kvtool transformers measures transformers' generate beside ours, on the same weights and
+    with caches that it makes itself; what its loop does around the model is part of its time.
+    First, both must generate the same tokens in float32. Nothing is compiled.
+
       kvtool bench --lengths 10 100 1000 --plot latency.png
+
+      kvtool bench --impl kvtool transformers --caches dynamic
     """
     out = Output(as_json, output_file, quiet, verbose)
     settings = Settings(

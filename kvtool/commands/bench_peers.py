@@ -32,8 +32,8 @@ Impls = Annotated[
         "--impl",
         element=implementation,
         example="kvtool transformers",
-        help="Whose code runs the model: kvtool, transformers (its generate, all of its loop "
-        f"included; kinds {', '.join(KINDS)}), or both in turns.",
+        help=f"Whose code runs the model: kvtool, transformers (kinds {', '.join(KINDS)}), or both "
+        "in turns.",
         metavar="NAME...",
         unique=True,
         complete=lambda: list(IMPLEMENTATIONS),
