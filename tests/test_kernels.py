@@ -166,3 +166,18 @@ def test_layers_follow_one_another() -> None:
     x, layer = torch.randn(2, 3, 5), torch.nn.Linear(5, 4)
     assert DEFAULT.rows(x, layer, torch.exp).equal(layer(x).exp())
     assert DEFAULT.rows(x) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_of_a_half_format_is_computed_in_float32(
+    dtype: torch.dtype, masked: bool
+) -> None:
+    """So the result is the exact one, rounded once."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 8).to(dtype) for heads, n in ((4, 1), (2, 50), (2, 50)))
+    mask = (torch.arange(50) % 3 > 0).expand(2, 1, 1, 50) if masked else None
+    found = DEFAULT.attention(q, k, v, mask, False)
+    assert found.dtype is dtype
+    exact = reference_attention(q, k, v, mask, False)
+    assert ((found.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps).all()

@@ -15,7 +15,7 @@ from kvtool.core.rope import Rotary
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """(B,T,H*D) -> (B,H,T,D)"""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cache: Cache | None, rotary: Rotary | None) -> Tensor:
         heads = split_heads(step.kernels.rows(x, self.project), self.head_dim)  # (B,H+2*Hkv,T,D)
-        q, k, v = heads.split(self.n_heads, dim=1)
+        q, k, v = heads.split_with_sizes(self.n_heads, dim=1)
         if rotary is not None:
             q, k = rotary(q, step.q_pos), rotary(k, step.q_pos)
         if cache is None:

@@ -35,13 +35,18 @@ class ExactKernels:
 
     def rows(self, x: Tensor, *layers: Layer) -> Tensor:
         batch, n, width = x.shape
+        if batch * n == 1:
+            x = x.clone(memory_format=torch.contiguous_format)
+            for layer in layers:
+                x = layer(x)
+            return x
         found = []
         for token in x.reshape(batch * n, 1, 1, width).unbind():
             token = token.clone()
             for layer in layers:
                 token = layer(token)
             found.append(token)
-        return found[0] if len(found) == 1 else torch.cat(found).view(batch, n, -1)
+        return torch.cat(found).view(batch, n, -1)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool

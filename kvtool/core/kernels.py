@@ -50,8 +50,12 @@ class DefaultKernels:
         if causal and q.shape[2] != k.shape[2]:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
         grouped = q.shape[1] != k.shape[1]
-        if q.requires_grad and q.dtype is torch.bfloat16 and q.device.type == "cpu":
-            return attention_by_products(q, k, v, mask, causal)
+        if q.dtype.itemsize < 4 and q.device.type == "cpu":
+            if q.requires_grad and q.dtype is torch.bfloat16:
+                return attention_by_products(q, k, v, mask, causal)
+            if q.shape[2] == 1:  # PyTorch's kernel takes 2 to 4 times as long for one query
+                y = self.attention(q.float(), k.float(), v.float(), mask, causal)
+                return y.to(q.dtype)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )

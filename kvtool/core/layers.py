@@ -67,6 +67,9 @@ def by_threads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class LayerNorm(Plain, nn.LayerNorm):
     """nn.LayerNorm (Ba 2016)."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
 
 class RMSNorm(Plain, nn.RMSNorm):
     """nn.RMSNorm (Zhang 2019)."""
