@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from cli_probe import Ran
 from kvtool.core.verify.check import Checked
-from kvtool.core.verify.judge import BUG, PRECISION, ROUNDING, UNSUPPORTED, VACUOUS
+from kvtool.core.verify.judge import BUG, NOT_CAUSAL, PRECISION, ROUNDING, UNSUPPORTED, VACUOUS
 from kvtool.core.verify.outcome import Outcome
 from kvtool.core.verify.seq2seq_subject import EncoderDecoderSubject
 from kvtool.core.verify.subject import Source, Start
@@ -223,9 +223,22 @@ def test_a_mask_of_the_source_that_is_dropped_behind_the_prompt_is_found(
 
 
 def test_an_encoder_decoder_without_a_mask_in_its_cached_prompt_is_reported() -> None:
-    found = check(built("fsmt"), scenarios=("token-by-token", "decode"))
+    found = check(built("fsmt"), scenarios=("token-by-token", "decode"), diagnose=True)
     assert found["dynamic", "token-by-token"].outcome == Outcome.RIGHT
-    assert found["dynamic", "decode"].finding.verdict == BUG
+    wrong = found["dynamic", "decode"].finding
+    assert wrong.verdict == BUG
+    assert "decoder.layers.0.self_attn" in wrong.diagnosis.place  # found without lower types
+
+
+def test_a_step_that_does_not_see_the_padding_of_its_prompt_is_reported() -> None:
+    found = check(built("led"), scenarios=("decode", "padded"))
+    assert found["dynamic", "decode"].outcome == Outcome.RIGHT
+    assert found["dynamic", "padded"].finding.verdict == BUG
+
+
+def test_a_model_that_overflows_in_float64_is_judged_without_lower_types() -> None:
+    found = check(built("prophetnet"), scenarios=("token-by-token",))
+    assert found["dynamic", "token-by-token"].finding.verdict == NOT_CAUSAL
 
 
 # The command

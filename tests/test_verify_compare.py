@@ -57,3 +57,14 @@ def test_promoted_casts_lose_nothing(low: torch.dtype) -> None:
         assert torch.zeros(2).dtype == torch.zeros(2, dtype=low).dtype == torch.float64
         assert third.long().dtype == torch.int64
     assert third.to(low).dtype == low
+
+
+def test_a_mask_of_whole_numbers_is_not_promoted_to_float32_alone() -> None:
+    least = torch.finfo(torch.float64).min
+    mask = torch.tensor([1, 0])
+    with Promote():
+        assert ((1.0 - mask) * least).tolist() == [0.0, least]
+    assert ((1.0 - mask) * least).isnan().any()  # as it was before: 0 times infinity
+    with pytest.raises(ZeroDivisionError), Promote():
+        raise ZeroDivisionError
+    assert torch.zeros(1).dtype == torch.float32
