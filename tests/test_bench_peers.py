@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -265,6 +266,17 @@ def test_behind_a_depth_only_the_decoding_is_a_sample(folders: Callable[[str], P
     deep = TransformersGenerate(model, ours.prompt, decode_only=True).run("dynamic", 5)
     assert deep.seconds == deep.decode_s
     assert deep.nbytes - whole.nbytes == whole.nbytes // (9 + 5 - 1)  # one token more
+
+
+def test_the_first_token_ends_the_prefill_and_the_last_the_decoding(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that ticks each time it is read: at the start, with the prompt, with each token."""
+    ours, model = pair(folders("gpt2"))
+    ticks = itertools.count(1.0)
+    monkeypatch.setattr(peers, "now", lambda device: next(ticks))
+    found = TransformersGenerate(model, ours.prompt).run("dynamic", 5)
+    assert (found.prefill_s, found.decode_s, found.token_s) == (2.0, 4.0, 1.0)
 
 
 def test_the_table_names_the_implementations_and_the_end_compares_them(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -113,8 +113,16 @@ def test_text_continues_as_with_transformers(
     assert result["text"] == expected_text(folder, 12)
 
 
+@pytest.fixture
+def bars() -> Iterator[None]:
+    """transformers as it is by itself: it tells how far it is."""
+    transformers.utils.logging.enable_progress_bar()
+    yield
+    transformers.utils.logging.disable_progress_bar()
+
+
 def test_every_cache_is_timed_on_it_and_transformers_beside(
-    kv: Callable[..., Ran], folder: Path
+    kv: Callable[..., Ran], folder: Path, bars: None
 ) -> None:
     words = f"--model {folder} --lengths 3 5 --repeats 1 --prompt-length 4 --threads 1 --json"
     ran = kv(*words.split(), "--caches", "all", "--impl", "kvtool,transformers", command="bench")
@@ -125,7 +133,8 @@ def test_every_cache_is_timed_on_it_and_transformers_beside(
     assert all(len(row["samples_s"]) == 1 for row in document["measurements"])
     assert document["resolved"]["architecture"] == "LlamaForCausalLM"
     assert "LlamaForCausalLM: the same 16 greedy tokens as kvtool in float32" in ran.err
-    assert "Loading" not in ran.err  # transformers' own bars
+    assert "Loading" not in ran.err
+    assert transformers.utils.logging.is_progress_bar_enabled()
     alone = answer(kv(*words.split(), command="bench"))
     assert {row["impl"] for row in alone["measurements"]} == {"kvtool"}
 

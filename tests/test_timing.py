@@ -166,6 +166,7 @@ def test_a_longer_run_is_expected_to_take_the_square_of_the_nearest_shorter() ->
     unknown = Cell("none", 80)
     assert expected(unknown, [*known, unknown]) == 2.0 * 16
     assert expected(Cell("dynamic", 80), known) == 0.0  # nothing is known: try
+    assert expected(Cell("static", 80, impl="transformers"), known) == 0.0
 
 
 # What the samples say
