@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import bench_cases
@@ -134,6 +135,19 @@ def test_models_that_transformers_has_not_are_exit_2_with_a_way_out(
         assert message.endswith("Leave it out, or give --model a folder of Hugging Face.")
 
 
+def test_weights_that_transformers_does_not_read_are_exit_2(
+    bench: Callable[..., Ran], folders: Callable[[str], Path]
+) -> None:
+    folder = folders("gpt2")
+    weights = folder / "model.safetensors"
+    torch.save(safetensors.torch.load_file(weights), folder / "model.pt")
+    weights.unlink()
+    assert bench(model=folder).code == 0
+    message = refused(bench(*BOTH, model=folder))
+    assert message.startswith(f"--impl transformers: {folder}: OSError: ")
+    assert message.endswith("model.safetensors and pytorch_model.bin, whole or in shards.")
+
+
 def test_without_transformers_the_message_says_what_to_install(
     bench: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +243,13 @@ def test_tokens_that_part_at_a_tie_are_told_and_others_are_an_error(
     monkeypatch.setattr(TransformersGenerate, "tokens", changed)
     with pytest.raises(CheckFailed, match="17 of 32 greedy tokens as kvtool, up to two tokens"):
         agreement(ours, theirs, ["static"])
+    monkeypatch.setattr(
+        TransformersGenerate,
+        "tokens",
+        lambda self, kind, n: (changed if kind == "none" else real)(self, kind, n),
+    )
+    with pytest.raises(CheckFailed, match="17 of 32"):  # one wrong kind among right ones
+        agreement(ours, theirs, ["dynamic", "none", "static"])
     logits = torch.tensor([[[0.0, 2.0, 1.0], [4.0, 1.0, 3.0]]])
     assert peers._first_differences(torch.tensor([[1, 0]]), torch.tensor([[1, 2]]), logits) == (
         1,

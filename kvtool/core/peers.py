@@ -25,7 +25,7 @@ from kvtool.core.verify import transformers_subject as hub
 from kvtool.core.verify.compare import distances
 from kvtool.core.verify.tiny import hushed
 from kvtool.core.witness import IMPL, witness
-from kvtool.errors import CheckFailed
+from kvtool.errors import CheckFailed, FileError
 from kvtool.files import read_json_object
 
 COMPARED_PROMPT, COMPARED = 32, 16  # tokens of a prompt, and behind it, that both must agree in
@@ -140,7 +140,13 @@ def load_peer(source: Path | None, model: Model) -> Any:
         f"{IMPL}: a second model", n_weights * (weight.itemsize + for_check), weight.device
     )
     if source is not None:
-        return hub.read_folder(source, dtype=weight.dtype).to(weight.device)
+        try:
+            return hub.read_folder(source, dtype=weight.dtype).to(weight.device)
+        except FileError as error:
+            raise FileError(
+                f"{IMPL}: {error.message}",
+                "transformers reads model.safetensors and pytorch_model.bin, whole or in shards.",
+            ) from error
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     arrays = {name: t.detach().to("cpu", exact).numpy() for name, t in model.state_dict().items()}
     made = witness(arrays, model.config, weight.dtype, IMPL)
@@ -157,7 +163,7 @@ class Agreement:
     tokens: int  # compared, in all rows together
     same: int  # before a row's first difference, at the kind of cache where they are fewest
     gap: float  # between logits of one uncached pass, of the largest
-    margin: float | None  # of the two tokens' logits where the choices differ first, likewise
+    margin: float | None  # of the two tokens' logits where choices differ first, at most; likewise
 
     @property
     def right(self) -> bool:
@@ -196,7 +202,8 @@ def agreement(
         logits, others = model(ids), other(ids, use_cache=False).logits
     chosen = logits[:, prompt.shape[1] - 1 : -1]  # (B,n_new,V), from which our tokens were taken
     found = [_first_differences(tokens, peer.tokens(kind, n_new), chosen) for kind in kinds]
-    same, margin = min(found, key=lambda each: (each[0], -(each[1] or 0.0)))
+    same = min(n for n, _ in found)
+    margin = max((m for _, m in found if m is not None), default=None)
     (gap,) = distances([logits], [others])
     result = Agreement(tokens.numel(), same, gap, margin)
     if not result.right:
