@@ -244,6 +244,16 @@ def test_a_model_that_overflows_in_float64_is_judged_without_lower_types() -> No
 # The command
 
 
+def test_a_folder_is_read_as_the_kind_of_model_that_was_saved(tmp_path: Path) -> None:
+    decoder = tiny_model("bart").model
+    decoder.save_pretrained(tmp_path / "decoder")
+    assert type(load_model(str(tmp_path / "decoder"))[0]) is type(decoder)
+    speech = tiny_model("whisper").model  # it hears its source: its decoder alone is judged
+    speech.config.is_encoder_decoder = True
+    speech.save_pretrained(tmp_path / "speech")
+    assert type(load_model(str(tmp_path / "speech"))[0]) is type(speech)
+
+
 def test_a_saved_folder_of_an_encoder_decoder_is_checked(
     tmp_path: Path, kv: Callable[..., Ran]
 ) -> None:

@@ -103,6 +103,8 @@ def test_a_type_is_judged_in_a_process_that_may_run_out_of_memory_and_of_time() 
     assert (found.type, found.verdict, found.right) == ("gpt2", "rounding", True)
     starved = judge_type(task("gpt2", memory=1 << 20), 120.0)
     assert (starved.right, starved.judged) == (False, False)
+    both = judge_type(task("marian", kind="seq2seq"), 120.0)
+    assert (both.type, both.kind, both.verdict) == ("marian", "seq2seq", "rounding")
     late = judge_type(task("gpt2"), 0.01)
     assert (late.verdict, late.reason) == ("error", "took longer than 0.01 s")
 

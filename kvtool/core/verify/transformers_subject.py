@@ -27,6 +27,7 @@ from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.target import NEEDED, TargetSubject
 from kvtool.core.verify.target_doctor import examine
 from kvtool.core.verify.tiny import (
+    SEQ2SEQ,
     hushed,
     kind_of,
     known_types,
@@ -300,7 +301,8 @@ def read_folder(folder: str | Path, **options: Any) -> Any:
     try:
         with hushed():
             config = AutoConfig.from_pretrained(str(folder), **local)
-            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            whole = config.is_encoder_decoder and kind_of(config.model_type) == SEQ2SEQ
+            auto = AutoModelForSeq2SeqLM if whole else AutoModelForCausalLM
             model = auto.from_pretrained(str(folder), **local, **options)
     except Exception as error:
         raise FileError(f"{folder}: {type(error).__name__}: {first_line(error)}") from error
