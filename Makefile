@@ -7,7 +7,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 BASELINE := tests/baselines/0001_baseline.json
 
-.PHONY: demo test crash lint bench baseline clean help
+.PHONY: demo test crash lint bench baseline peers clean help
 .NOTPARALLEL: # all share .venv
 
 demo: .venv/installed ## check the caches, then measure them and plot out/bench.png
@@ -37,6 +37,10 @@ baseline: .venv/installed-test ## time the benchmarks and make that the baseline
 		--benchmark-storage=file://./out/baseline
 	mkdir -p $(dir $(BASELINE))
 	mv out/baseline/*/0001_baseline.json $(BASELINE)
+
+# llama.cpp takes part once `.venv/bin/pip install llama-cpp-python gguf` has built it.
+peers: .venv/installed-test ## time kvtool, transformers and llama.cpp in turns, into docs/peers.md
+	$(BIN)/python tests/benchmarks/peers/run.py
 
 clean: ## remove .venv and everything made by the other targets
 	rm -rf .venv out build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks

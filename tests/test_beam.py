@@ -127,7 +127,7 @@ def test_rows_of_a_prompt_that_is_done_leave_the_batch(
 
 def test_exact_kernels_give_the_same_log_probabilities_in_any_batch(model: Model) -> None:
     model = random_model(3, vocab_size=VOCAB, n_encoder_layers=1, source_vocab_size=9)
-    kernels = ExactKernels(16)
+    kernels = ExactKernels()
     ids, mask = torch.tensor([[5, 3, 8], [4, 2, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
     given = ([7, 7], Beam(3, n_best=3), EOS)
     both = beam_search(model, start(2), "static", *given, model.encode(ids, mask, kernels), kernels)

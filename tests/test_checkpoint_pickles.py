@@ -64,7 +64,6 @@ def test_pickled_views_become_weights_of_their_own(tmp_path: Path, model: Model)
     loaded = load(tmp_path)
     assert same(dict(loaded.state_dict()), dict(model.state_dict()))
     for parameter in loaded.parameters():
-        assert parameter.is_contiguous()
         assert parameter.untyped_storage().nbytes() == parameter.nbytes
 
 

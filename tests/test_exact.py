@@ -17,14 +17,13 @@ from kvtool.core.cache import CacheSpec, Step, make_cache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.engine import feed
-from kvtool.core.exact import EXACT, KEY_BLOCK, ExactKernels
+from kvtool.core.exact import EXACT, ExactKernels, aligned
 from kvtool.core.kernels import DEFAULT, DefaultKernels, Kernels, reference_attention, visible
 from kvtool.core.models import Model
 from small_models import random_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Blocks as narrow as this make a short sequence fill several, the last one in part.
-NARROW = ExactKernels(key_block=16)
 PADDING = torch.tensor([0, 3, 17])  # of each row: none, some, more than a block
 N = 53  # tokens
 CAPACITY = 61
@@ -111,19 +110,19 @@ def test_every_split_gives_the_bits_of_one_uncached_pass(
 ) -> None:
     model = random_model(0, dtype, **SHAPES[shape])
     ids = random_ids(model.config.vocab_size, 1 if padding is None else len(padding), N)
-    expected = uncached(model, ids, NARROW, padding)
+    expected = uncached(model, ids, EXACT, padding)
     assert bool(expected.isfinite().all())
     for kind in ("dynamic", "static"):
         for how in ("at once", "one by one", "at random"):
-            assert cached(model, ids, NARROW, kind, how, padding).equal(expected), (kind, how)
+            assert cached(model, ids, EXACT, kind, how, padding).equal(expected), (kind, how)
 
 
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["alone", "padded"])
 def test_computing_everything_again_gives_the_same_bits(padding: Tensor | None) -> None:
     model = random_model()
     ids = random_ids(23, 1 if padding is None else len(padding), 24)
-    expected = uncached(model, ids, NARROW, padding)
-    assert cached(model, ids, NARROW, "none", padding=padding).equal(expected)
+    expected = uncached(model, ids, EXACT, padding)
+    assert cached(model, ids, EXACT, "none", padding=padding).equal(expected)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -144,8 +143,8 @@ def test_a_window_that_evicts_gives_the_bits_of_one_pass_under_it(
     """The cache holds other columns than the pass, and the same keys are seen in the same order."""
     model = random_model(0, **SHAPES["grouped"])
     ids = random_ids(model.config.vocab_size, 1 if padding is None else len(padding), N)
-    spec = CacheSpec.of(model.config, ids.shape[0], N, kernels=NARROW)
-    step = Step.full(*ids.shape, None, padding, NARROW, window, 2)
+    spec = CacheSpec.of(model.config, ids.shape[0], N, kernels=EXACT)
+    step = Step.full(*ids.shape, None, padding, EXACT, window, 2)
     expected = model(ids, step)
     for how in ("one by one", "at random"):
         cache, found, end = SlidingCache(spec, padding, window, sinks=2), [], 0
@@ -160,10 +159,10 @@ def test_a_window_that_evicts_gives_the_bits_of_one_pass_under_it(
 def test_the_bits_of_a_row_do_not_depend_on_its_padding() -> None:
     model = random_model(0, **SHAPES["grouped"])
     ids = random_ids(model.config.vocab_size, 1, N)
-    alone = uncached(model, ids, NARROW)
+    alone = uncached(model, ids, EXACT)
     for n_padding in (1, 7, 20):
         padded = torch.cat([ids[:, :1].expand(1, n_padding), ids], dim=1)
-        found = uncached(model, padded, NARROW, torch.tensor([n_padding]))
+        found = uncached(model, padded, EXACT, torch.tensor([n_padding]))
         assert found[:, n_padding:].equal(alone), n_padding
 
 
@@ -173,10 +172,10 @@ def test_two_threads_share_the_work_without_a_trace(dtype: torch.dtype) -> None:
     torch.set_num_threads(2)
     model = random_model(0, dtype, **{**DEFAULT_SIZE, "n_layers": 1})
     ids = random_ids(1024, 2, 40)
-    expected = uncached(model, ids, NARROW, PADDING[1:])
+    expected = uncached(model, ids, EXACT, PADDING[1:])
     for kind, how in (("dynamic", "one by one"), ("static", "at random")):
-        assert cached(model, ids, NARROW, kind, how, PADDING[1:]).equal(expected)
-    alone = cached(model, ids[1:], NARROW, padding=PADDING[2:])
+        assert cached(model, ids, EXACT, kind, how, PADDING[1:]).equal(expected)
+    alone = cached(model, ids[1:], EXACT, padding=PADDING[2:])
     assert alone.equal(expected[1:])
 
 
@@ -201,12 +200,12 @@ def test_without_exact_kernels_the_same_comparison_finds_rounding(kernels: Kerne
 def test_a_lost_column_is_no_rounding_even_so() -> None:
     model = random_model()
     ids = random_ids(23, 1, N)
-    spec = CacheSpec.of(model.config, 1, CAPACITY, kernels=NARROW)
+    spec = CacheSpec.of(model.config, 1, CAPACITY, kernels=EXACT)
     cache = make_cache("static", spec)
     feed(model, cache, ids[:, :-1])
     assert isinstance(cache, StaticCache)
     cache._values[0][:, :, 2] = 0.0
-    assert not feed(model, cache, ids)[:, -1].equal(uncached(model, ids, NARROW)[:, -1])
+    assert not feed(model, cache, ids)[:, -1].equal(uncached(model, ids, EXACT)[:, -1])
 
 
 # Encoder-decoders
@@ -220,15 +219,15 @@ def test_an_encoder_decoder_is_exact_too(dtype: torch.dtype, positions: str) -> 
     model = random_model(0, dtype, positions=positions, **sizes)
     source, ids = random_ids(31, 3, 21), random_ids(23, 3, 40)
     real = torch.arange(21) < torch.tensor([21, 17, 4])[:, None]
-    spec = CacheSpec.of(model.config, 3, CAPACITY, dtype, kernels=NARROW)
-    cache, cross = make_cache("static", spec), model.encode(source, real, NARROW)
+    spec = CacheSpec.of(model.config, 3, CAPACITY, dtype, kernels=EXACT)
+    cache, cross = make_cache("static", spec), model.encode(source, real, EXACT)
     found = [feed(model, cache, ids[:, :end], cross) for end in range(1, 41)]
-    again = model.encode(source, real, NARROW)
-    expected = model(ids, Step.full(3, 40, kernels=NARROW), source=again)
+    again = model.encode(source, real, EXACT)
+    expected = model(ids, Step.full(3, 40, kernels=EXACT), source=again)
     assert torch.cat(found, dim=1).equal(expected)
     for row, n in enumerate([21, 17, 4]):  # without the padding of its source
-        one = model.encode(source[row : row + 1, :n], real[row : row + 1, :n], NARROW)
-        alone = model(ids[row : row + 1], Step.full(1, 40, kernels=NARROW), source=one)
+        one = model.encode(source[row : row + 1, :n], real[row : row + 1, :n], EXACT)
+        alone = model(ids[row : row + 1], Step.full(1, 40, kernels=EXACT), source=one)
         assert alone.equal(expected[row : row + 1])
 
 
@@ -239,10 +238,10 @@ def test_an_encoder_decoder_is_exact_too(dtype: torch.dtype, positions: str) -> 
 def test_a_row_is_the_same_whatever_else_is_in_the_batch(dtype: torch.dtype) -> None:
     model = random_model(0, dtype)
     ids = random_ids(23, 3, N)
-    expected = cached(model, ids, NARROW, "static", "at random", PADDING)
+    expected = cached(model, ids, EXACT, "static", "at random", PADDING)
     for row in range(3):
         rows = slice(row, row + 1)
-        alone = cached(model, ids[rows], NARROW, padding=PADDING[rows])
+        alone = cached(model, ids[rows], EXACT, padding=PADDING[rows])
         assert alone.equal(expected[rows])
 
 
@@ -250,12 +249,12 @@ def test_a_row_is_the_same_whatever_else_is_in_the_batch(dtype: torch.dtype) -> 
 def test_columns_that_hold_nothing_change_no_bit(dtype: torch.dtype) -> None:
     model = random_model(0, dtype)
     ids = random_ids(23, 2, N)
-    cache = make_cache("static", CacheSpec.of(model.config, 2, CAPACITY, dtype, kernels=NARROW))
+    cache = make_cache("static", CacheSpec.of(model.config, 2, CAPACITY, dtype, kernels=EXACT))
     assert isinstance(cache, StaticCache)
     for buffer in (*cache._keys, *cache._values):
         buffer.fill_(torch.finfo(dtype).max)
     found = [feed(model, cache, ids[:, :end]) for end in range(1, N + 1)]
-    assert torch.cat(found, dim=1).equal(uncached(model, ids, NARROW))
+    assert torch.cat(found, dim=1).equal(uncached(model, ids, EXACT))
 
 
 # Attention by itself
@@ -278,24 +277,21 @@ def allowed(q: Tensor, k: Tensor, v: Tensor) -> float:
     return float(v.abs().max()) * (sums + torch.finfo(q.dtype).eps)
 
 
-@pytest.mark.parametrize("kernels", [NARROW, EXACT], ids=["narrow", "default"])
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_follows_its_formula(
-    dtype: torch.dtype, n_kv_heads: int, kernels: ExactKernels
-) -> None:
+def test_attention_follows_its_formula(dtype: torch.dtype, n_kv_heads: int) -> None:
     q, k, v = random_qkv(n_kv_heads, 3, 40, dtype)
     positions = torch.stack([torch.arange(40), torch.arange(40) - 5])
     window = visible(positions[:, -3:], positions, window=9)
     broadcast = (positions >= 0)[:, None, None]
     for mask in (None, visible(positions[:, -3:], positions), window, broadcast):
-        found = kernels.attention(q, k, v, mask, False)
+        found = EXACT.attention(q, k, v, mask, False)
         expected = reference_attention(q, k, v, mask, False)
         assert (found.dtype, found.shape) == (dtype, q.shape)
         assert float((found.double() - expected).abs().max()) < allowed(q, k, v)
     q, k, v = random_qkv(n_kv_heads, 40, 40, dtype)
     found, expected = (
-        kernels.attention(q, k, v, None, True),
+        EXACT.attention(q, k, v, None, True),
         reference_attention(q, k, v, None, True),
     )
     assert float((found.double() - expected).abs().max()) < allowed(q, k, v)
@@ -305,7 +301,7 @@ def test_attention_follows_its_formula(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_where_keys_stand_in_memory_does_not_matter(dtype: torch.dtype, head_dim: int) -> None:
     """Dense, inside longer buffers of odd lengths, token by token, and at an odd address."""
-    n = KEY_BLOCK + 3
+    n = 259
     q, k, v = random_qkv(2, 1, n, dtype, head_dim)
     expected = EXACT.attention(q, k, v, None, False)
 
@@ -319,16 +315,16 @@ def test_where_keys_stand_in_memory_does_not_matter(dtype: torch.dtype, head_dim
     moved.append([x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)])
     for keys, values in moved:
         assert EXACT.attention(q, keys, values, None, False).equal(expected)
-        for block in EXACT._blocks(keys[1], torch.promote_types(dtype, torch.float32)):
-            matrix, *inner = block.stride()  # this BLAS would not mind; another one may
-            assert block.data_ptr() % 64 == matrix * block.itemsize % 64 == 0
-            assert inner == [head_dim, 1]
+        placed = aligned(keys[1], torch.promote_types(dtype, torch.float32))
+        matrix, *inner = placed.stride()  # this BLAS would not mind; another one may
+        assert placed.data_ptr() % 64 == matrix * placed.itemsize % 64 == 0
+        assert inner == [head_dim, 1]
 
 
-def test_a_padding_query_is_not_nan_and_blocks_without_a_key_add_nothing() -> None:
+def test_a_padding_query_is_not_nan_and_sees_itself_alone() -> None:
     q, k, v = random_qkv(2, 40, 40, torch.float32)
-    positions = torch.arange(-20, 20).expand(2, 40)  # the first block is all padding
-    found = NARROW.attention(q, k, v, visible(positions, positions), False)
+    positions = torch.arange(-20, 20).expand(2, 40)
+    found = EXACT.attention(q, k, v, visible(positions, positions), False)
     assert found[:, :2, :20].equal(v[:, :1, :20].expand(2, 2, 20, 8))  # each saw itself alone
     assert bool(found.isfinite().all())
 
@@ -337,7 +333,7 @@ def test_a_query_without_a_key_is_nan_as_with_the_default_kernels() -> None:
     q, k, v = random_qkv(2, 3, 6, torch.float32)
     mask = torch.ones(2, 1, 3, 6, dtype=torch.bool)
     mask[1, 0, 2] = False
-    found = NARROW.attention(q, k, v, mask, False)
+    found = EXACT.attention(q, k, v, mask, False)
     assert bool(found[1, :, 2].isnan().all()) and bool(found[0].isfinite().all())
     assert bool(found[1, :, :2].isfinite().all())
 

@@ -14,6 +14,7 @@ from kvtool.core.engine import check_context, feed
 from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.machine import require_memory
 from kvtool.core.models import Model
+from kvtool.core.models.flat import decoding_form
 from kvtool.core.sampling import require_finite
 
 
@@ -70,8 +71,9 @@ def beam_search(
     if source is not None:
         rows = torch.arange(len(limits), device=prompt.device).repeat_interleave(beam.size)
         source = source.select(rows)
+    decode = decoding_form(model)
     while search.active:
-        logits = feed(model, cache, search.ids, source, last=True)[:, -1]
+        logits = feed(decode, cache, search.ids, source, last=True)[:, -1]
         tell(cache.nbytes().allocated + (source.nbytes() if source else 0))
         require_finite(logits, search.n_made)
         rows = search.advance(logits)

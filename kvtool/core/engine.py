@@ -11,13 +11,14 @@ from kvtool.core.cache import Cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model
+from kvtool.core.models.flat import Decode, decoding_form
 from kvtool.core.sampling import Sampler
 from kvtool.core.text import BOS
 from kvtool.errors import CapacityError
 
 
 def feed(
-    model: Model,
+    model: Decode,
     cache: Cache,
     ids: Tensor,
     source: CrossCache | None = None,
@@ -26,7 +27,7 @@ def feed(
     """Run the tokens of `ids` (B,T), a whole history, that the cache does not hold yet.
 
     -> logits (B,n,V) of those n tokens, or (B,1,V) of the last one. Nothing is committed if the
-    model raises. Raises CapacityError.
+    model raises. In a loop, take the model's `decoding_form`. Raises CapacityError.
     """
     new = ids if cache.recompute else ids[:, cache.length :]
     step = cache.begin(new.shape[1])
@@ -75,7 +76,8 @@ def generate(
     check_context(n_prompt, n_new, model.config.context)
     ids = prompt.new_empty(prompt.shape[0], n_prompt + n_new)
     ids[:, :n_prompt] = prompt
+    decode = decoding_form(model)
     for end in range(n_prompt, n_prompt + n_new):
-        logits = feed(model, cache, ids[:, :end], source, last=True)
+        logits = feed(decode, cache, ids[:, :end], source, last=True)
         ids[:, end] = token = sampler(logits[:, -1], end - n_prompt)
         yield token

@@ -1,12 +1,12 @@
 """Kernels whose results do not depend on shapes: cached equals uncached, bit for bit.
 
 Floating point adds in an order that PyTorch chooses by the shape of the whole call, so a token gets
-other bits alone than among others. Here every call has a shape that the model alone decides:
+other bits alone than among others. Here every call has a shape that the model and the token's own
+place decide:
 
 - `rows`: each token goes through its layers by itself, in fresh memory.
-- `attention`: each query meets the keys that it sees, and no others, in blocks of `key_block`; the
-  last block is padded and masked. First the maximum over all blocks (exact in any order), then the
-  sums of the exponentials and of the values, block after block.
+- `attention`: each query meets the keys that it sees, and no others: as many as tokens stand before
+  it, whether they were computed just now or come from a cache.
 
 So a token's logits are the same in every split of its sequence into steps, behind any padding and
 beside any other rows, by construction, on one machine with one number of threads. A cache must hand
@@ -16,22 +16,18 @@ out its columns in the order of their positions; docs/exact.md says what it cost
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.core.kernels import Layer
 
-KEY_BLOCK = 256  # columns; docs/exact.md compares
 ALIGNMENT = 64  # bytes; where fresh memory begins, and vector code may take another path elsewhere
+COLUMNS = 16  # of at least 4 bytes fill whole units of ALIGNMENT, however wide a head is
 
 
 class ExactKernels:
-    """One token, one query and one block of keys at a time; attention in float32 or above."""
+    """One token and one query at a time; attention in float32 or above."""
 
     name = "exact"
-
-    def __init__(self, key_block: int = KEY_BLOCK) -> None:
-        self.key_block = key_block
 
     def rows(self, x: Tensor, *layers: Layer) -> Tensor:
         batch, n, width = x.shape
@@ -58,59 +54,47 @@ class ExactKernels:
         queries = q.to(torch.promote_types(q.dtype, torch.float32)) * head_dim**-0.5
         found = []
         for row in range(batch):
-            stored = self._blocks(k[row], queries.dtype), self._blocks(v[row], queries.dtype)
+            stored = aligned(k[row], queries.dtype), aligned(v[row], queries.dtype)
             for i in range(n_queries):
-                query = queries[row, :, i].reshape(n_kv_heads, n_heads // n_kv_heads, head_dim)
-                n_seen = i + 1 if causal else n_keys
+                query = queries[row, :, i].clone(memory_format=torch.contiguous_format)
+                query = query.view(n_kv_heads, -1, head_dim)
                 keys, values = stored
                 if mask is not None:
                     seen = mask[row % mask.shape[0], 0, i % mask.shape[2]].nonzero()[:, 0]
-                    n_seen = len(seen)
-                    if n_seen and int(seen[-1]) >= n_seen:  # there are gaps
-                        keys = self._blocks(k[row, :, seen], queries.dtype)
-                        values = self._blocks(v[row, :, seen], queries.dtype)
-                found.append(self._attend(query, keys, values, n_seen))
-        y = torch.stack(found).view(batch, n_queries, n_heads, head_dim)
-        return y.transpose(1, 2).to(q.dtype)
-
-    def _blocks(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """(Hkv,S,D) -> blocks (Hkv,key_block,D), zeros at the end, laid out like fresh tensors."""
-        blocks = []
-        for block in x.split(self.key_block, dim=1):
-            block = block.to(dtype)
-            if missing := self.key_block - block.shape[1]:
-                block = F.pad(block, (0, 0, 0, missing))
-            if not _like_fresh(block):
-                block = block.clone(memory_format=torch.contiguous_format)
-            blocks.append(block)
-        return blocks
-
-    def _attend(self, q: Tensor, keys: list[Tensor], values: list[Tensor], n_seen: int) -> Tensor:
-        """One query of each head, (Hkv,G,D) and scaled, over the first `n_seen` keys -> same."""
-        if not n_seen:
-            return q * float("nan")  # as the default kernels
-        scores = []
-        for start, key in zip(range(0, n_seen, self.key_block), keys, strict=False):
-            score = torch.bmm(q, key.mT)  # (Hkv,G,key_block)
-            if n_seen < start + self.key_block:
-                score[..., n_seen - start :] = float("-inf")
-            scores.append(score)
-        highest = scores[0].amax(-1, keepdim=True)
-        for score in scores[1:]:
-            highest = torch.maximum(highest, score.amax(-1, keepdim=True))
-        total, weight = torch.zeros_like(q), torch.zeros_like(highest)
-        for score, value in zip(scores, values, strict=False):
-            shares = score.sub_(highest).exp_()
-            total.baddbmm_(shares, value)
-            weight += shares.sum(-1, keepdim=True)
-        return total.div_(weight)
+                    keys, values = (_columns(x, seen) for x in stored)
+                elif causal:
+                    keys, values = keys[:, : i + 1], values[:, : i + 1]
+                found.append(_attend(query, keys, values))
+        y = found[0] if len(found) == 1 else torch.stack(found)
+        return y.view(batch, n_queries, n_heads, head_dim).transpose(1, 2).to(q.dtype)
 
 
-def _like_fresh(block: Tensor) -> bool:
-    """Whether each matrix of (N,S,D) is dense and begins where a fresh one might."""
-    matrix, row, column = block.stride()
-    begins = (block.storage_offset() * block.itemsize, matrix * block.itemsize)
-    return (row, column) == (block.shape[2], 1) and not any(at % ALIGNMENT for at in begins)
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One query of each head, (Hkv,G,D) and scaled, over keys and values (Hkv,S,D) -> as q."""
+    if not k.shape[1]:
+        return q * float("nan")  # as the default kernels
+    return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
+
+
+def _columns(x: Tensor, seen: Tensor) -> Tensor:
+    """Those columns of (H,S,D) whose numbers are `seen`, in ascending order, without a copy if they
+    are the first ones."""
+    n = len(seen)
+    if not n or int(seen[-1]) == n - 1:
+        return x[:, :n]
+    return aligned(x[:, seen], x.dtype)
+
+
+def aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(H,S,D) in `dtype` with dense matrices (S,D) that begin where fresh ones might, so that where
+    keys stand in memory changes nothing; a copy only if need be."""
+    x = x.to(dtype)
+    matrix, row, column = x.stride()
+    begins = (x.storage_offset() * x.itemsize, matrix * x.itemsize)
+    if (row, column) == (x.shape[2], 1) and not any(at % ALIGNMENT for at in begins):
+        return x
+    n_heads, n, head_dim = x.shape
+    return x.new_empty(n_heads, -(-n // COLUMNS) * COLUMNS, head_dim)[:, :n].copy_(x)
 
 
 EXACT = ExactKernels()

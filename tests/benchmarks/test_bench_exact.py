@@ -16,6 +16,7 @@ from kvtool.core.cache import CacheSpec, Step, make_cache
 from kvtool.core.engine import feed
 from kvtool.core.kernels import make_kernels
 from kvtool.core.models import Model
+from kvtool.core.models.flat import decoding_form
 
 LENGTHS = [10, 100, 500, 1000]
 MOST = 2.0  # times the default kernels' time; docs/exact.md has what was measured
@@ -29,11 +30,12 @@ def stepper(model: Model, kind: str, kernels: str, length: int) -> Callable[[], 
     """Decodes the last of `length` tokens, again and again."""
     spec = CacheSpec.of(model.config, 1, model.config.context, kernels=make_kernels(kernels))
     ids, cache = ids_for(model, length), make_cache(kind, spec)
-    feed(model, cache, ids[:, :-1], last=True)
+    decode = decoding_form(model)
+    feed(decode, cache, ids[:, :-1], last=True)
 
     def step() -> Tensor:
         cache.crop(length - 1)  # forgets the step before, which takes no time
-        return feed(model, cache, ids, last=True)
+        return feed(decode, cache, ids, last=True)
 
     return step
 

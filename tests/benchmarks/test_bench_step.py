@@ -11,6 +11,7 @@ from kvtool import registry
 from kvtool.core.cache import CacheSpec, Step, cache_class
 from kvtool.core.engine import feed
 from kvtool.core.models import Model
+from kvtool.core.models.flat import decoding_form
 
 LENGTHS = [16, 128, 512, 1000]
 
@@ -30,11 +31,12 @@ def test_a_step_gives_what_recomputing_gives(
     found = cache_class(kind)
     slack = {"slack": 1} if "slack" in found.small else {}  # so that the last token can be cropped
     cache = found(spec, **slack)
-    feed(model, cache, ids[:, :-1], last=True)
+    decode = decoding_form(model)
+    feed(decode, cache, ids[:, :-1], last=True)
 
     def step() -> Tensor:
         cache.crop(length - 1)  # forgets the step before, which takes no time
-        return feed(model, cache, ids, last=True)
+        return feed(decode, cache, ids, last=True)
 
     logits = benchmark(step)
     assert cache.length == length

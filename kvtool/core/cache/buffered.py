@@ -53,16 +53,17 @@ class BufferedCache(Cache):
         """Make sure that `length` columns exist."""
 
     def _reach(self, length: int) -> int:
-        """How many columns attention reads when `length` of them are filled."""
+        """How many columns a single token reads when `length` of them are filled."""
         return length
 
     def _place(self, start: int, n_new: int) -> Step:
         end = start + n_new
         self._reserve(end)
-        reach = self._reach(end)
+        # A step of several tokens has a shape of its own anyway, and a prompt is causal without blocks.
+        reach = self._reach(end) if n_new == 1 else end
         columns = torch.arange(reach, device=self.spec.device)
         pos = self._at(columns)
-        q_pos = pos[:, start:end]
+        q_pos = pos.narrow(1, start, n_new)
         if reach > end or self.compilable:  # strides count for a compiled step too
             pos = pos.clone()
             pos[:, end:] = EMPTY
@@ -72,7 +73,7 @@ class BufferedCache(Cache):
         all_seen = n_new == 1 and reach == end and self.left_padding is None
         free = causal or (all_seen and not self.compilable)
         mask = None if free else visible(q_pos, pos)
-        return Step(q_pos, pos, columns[start:end], mask, causal, self.spec.kernels)
+        return Step(q_pos, pos, columns.narrow(0, start, n_new), mask, causal, self.spec.kernels)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         # index_copy_ refuses a column that does not exist; a slice assignment would store nothing.

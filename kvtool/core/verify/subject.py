@@ -16,6 +16,7 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.engine import feed
 from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model
+from kvtool.core.models.flat import decoding_form
 
 # What a subject may be able to do; a scenario names those that it needs.
 ABILITIES = (
@@ -112,6 +113,7 @@ class ModelSession:
             subject.kernels,
         )
         self.cache = subject.make(spec, start.padding)
+        self.decode = decoding_form(model)
         self.source = self.encode(start)
         self.ids = torch.empty(start.batch, 0, dtype=torch.long, device=subject.device)
 
@@ -120,7 +122,7 @@ class ModelSession:
 
     def feed(self, ids: Tensor) -> Tensor:
         self.ids = torch.cat([self.ids, ids], dim=1)
-        logits = feed(self.subject.model, self.cache, self.ids, self.source)
+        logits = feed(self.decode, self.cache, self.ids, self.source)
         return logits[:, -ids.shape[1] :]
 
     def crop(self, length: int) -> None:

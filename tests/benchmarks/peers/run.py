@@ -1,0 +1,111 @@
+"""Time kvtool, transformers and llama.cpp on the same weights, and write the table and the figure.
+
+    make peers
+
+llama.cpp takes part if `pip install llama-cpp-python gguf` has been done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from figure import draw
+from measure import Series, make_model, make_series, measure
+
+from kvtool.ui.environment import environment
+
+DOCS = Path(__file__).parents[3] / "docs"
+LENGTHS = [10, 50, 100, 500, 1000]
+N_PROMPT = 8
+LONG_PROMPT = 1000  # tokens, of which the reading is timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--output", type=Path, default=DOCS)
+    asked = parser.parse_args()
+    found: dict[int, list[Series]] = {}
+    text = [introduction(asked.rounds)]
+    for threads in asked.threads:
+        torch.set_num_threads(threads)
+        found[threads] = one_count(threads, asked.lengths, asked.rounds)
+        reading = one_count(threads, [1], asked.rounds, LONG_PROMPT)
+        text.append(section(threads, found[threads], reading))
+        print(text[-1])
+    (asked.output / "peers.md").write_text("\n".join(text))
+    first = asked.threads[0]
+    draw(asked.output / "peers.png", found[first], first)
+
+
+def one_count(
+    threads: int, lengths: Sequence[int], rounds: int, n_prompt: int = N_PROMPT
+) -> list[Series]:
+    """All subjects with a number of threads, measured behind a prompt."""
+    model = make_model(n_prompt + max(lengths) + 32)
+    prompt = torch.randint(model.config.vocab_size, (1, n_prompt))
+    with tempfile.TemporaryDirectory() as folder:
+        series = make_series(model, prompt, threads, Path(folder))
+        measure(series, lengths, rounds, lambda text: print(text, file=sys.stderr))
+    return series
+
+
+def introduction(rounds: int) -> str:
+    """The conditions, in words."""
+    env = environment()
+    peers = ", ".join(f"{name} {installed(name)}" for name in ("transformers", "llama-cpp-python"))
+    return f"""# Beside the peers
+
+Written by `make peers`: the same random weights in GPT-2's form (2 layers, width 256, 8 heads,
+vocabulary 4,096, float32) in every program, batch 1, a prompt of {N_PROMPT} tokens, greedy. All
+generate the same tokens. Microseconds per token of a whole run, prompt and allocation included:
+medians of {rounds} rounds, in which the programs take turns; behind ± the distance between the
+quartiles. The floor is the time of one token's matrix products, and of reading its keys and
+values, each by itself.
+
+{env["cpu"]}, torch {env["torch"]}, {peers}.
+"""
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def section(threads: int, series: Sequence[Series], reading: Sequence[Series]) -> str:
+    """The tables for a number of threads."""
+    lengths = sorted(series[0].samples)
+    floor, ours = series[-1], series[0]
+    title = "one thread" if threads == 1 else f"{threads} threads"
+    lines = [f"## {title.capitalize()}", ""]
+    lines.append("| µs per token | " + " | ".join(f"n = {n:,}" for n in lengths) + " |")
+    lines.append("|---" * (len(lengths) + 1) + "|")
+    for each in series:
+        cells = [f"{each.median(n):,.0f} ± {each.iqr(n):,.0f}" for n in lengths]
+        lines.append(f"| {each.name} | " + " | ".join(cells) + " |")
+    lines += ["", "| times kvtool dynamic | " + " | ".join(f"n = {n:,}" for n in lengths) + " |"]
+    lines.append("|---" * (len(lengths) + 1) + "|")
+    for each in series[1:-1]:
+        cells = [f"{each.median(n) / ours.median(n):.2f}" for n in lengths]
+        lines.append(f"| {each.name} | " + " | ".join(cells) + " |")
+    cells = [f"{ours.median(n) / floor.median(n):.2f}" for n in lengths]
+    lines.append("| kvtool dynamic, times the floor | " + " | ".join(cells) + " |")
+    lines += ["", f"| a prompt of {LONG_PROMPT:,} tokens and the first token | ms |", "|---|---|"]
+    for each in reading[:-1]:
+        cell = f"{each.median(1) / 1000:,.1f} ± {each.iqr(1) / 1000:,.1f}"
+        lines.append(f"| {each.name} | {cell} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

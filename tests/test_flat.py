@@ -1,0 +1,126 @@
+"""The flat form of a decoding step: the modules' bits, and the modules where it does not apply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvtool import registry
+from kvtool.core import layers
+from kvtool.core.cache import CacheSpec, make_cache
+from kvtool.core.engine import begin, feed
+from kvtool.core.kernels import DEFAULT, make_kernels
+from kvtool.core.layers import Linear, lay_out_for_decoding
+from kvtool.core.models import Model
+from kvtool.core.models import flat as flat_module
+from kvtool.core.models.flat import decoding_form
+from small_models import random_model
+
+N, PROMPT = 12, 5
+SHAPES: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "learned": {"positions": "learned", "activation": "gelu_tanh", "bias": False, "tied": False},
+    "grouped": {"positions": "rotary", "n_kv_heads": 2, "norm": "rmsnorm", "activation": "swiglu"},
+    "with norms of heads": {"positions": "rotary", "qk_norm": True},
+    "windows": {"positions": "rotary", "window": 4, "first_window_layer": 1},
+    "pair": {"n_encoder_layers": 1, "source_vocab_size": 9},
+}
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def tokens(model: Model, batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(model.config.vocab_size, (batch, N), generator=generator)
+
+
+def decoded(model: Model, decode: Any, kernels: str, kind: str, batch: int) -> Tensor:
+    """The logits of a prompt and of the tokens behind it, one by one."""
+    ids = tokens(model, batch)
+    spec = CacheSpec.of(model.config, batch, N, kernels=make_kernels(kernels))
+    _, source = begin(model, ids[:, :4] % 9, spec.kernels)
+    cache = make_cache(kind, spec, torch.arange(batch) if batch > 1 else None)
+    ends = range(PROMPT, N + 1)
+    return torch.cat([feed(decode, cache, ids[:, :end], source) for end in ends], dim=1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kernels", registry.KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_its_logits_are_those_of_the_modules(shape: str, kernels: str, batch: int) -> None:
+    model = random_model(0, **SHAPES[shape])
+    lay_out_for_decoding(model)
+    decode = decoding_form(model)
+    assert decode is not model
+    for kind in ("dynamic", "static"):
+        by_modules = decoded(model, model, kernels, kind, batch)
+        assert decoded(model, decode, kernels, kind, batch).equal(by_modules)
+
+
+def test_large_layers_go_to_the_threads_as_in_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "LARGE", 1)
+    monkeypatch.setattr(flat_module, "LARGE", 1)
+    shared: list[Tensor] = []
+    real = layers.by_threads
+    monkeypatch.setattr(layers, "by_threads", lambda *a: shared.append(a[0]) or real(*a))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = random_model(0, vocab_size=24)
+        lay_out_for_decoding(model)
+        decoded(model, decoding_form(model), "default", "dynamic", 1)
+    finally:
+        torch.set_num_threads(before)
+    assert shared
+
+
+def test_single_tokens_do_not_call_the_decoder_and_longer_steps_do() -> None:
+    model = random_model(0)
+    decode = decoding_form(model)
+    called = []
+    model.register_forward_pre_hook(lambda _, args: called.append(args[0].shape[1]))
+    decoded(model, decode, "default", "dynamic", 1)
+    assert called == [PROMPT]
+
+
+class Doubled(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def watched(model: Model) -> None:
+    model.get_submodule("layers.1.attn").register_forward_hook(lambda *_: None)
+
+
+def replaced(model: Model) -> None:
+    model.get_submodule("layers.0.mlp").down = Doubled(24, 16)
+
+
+def overridden(model: Model) -> None:
+    model.get_submodule("norm").forward = lambda x: x
+
+
+def training(model: Model) -> None:
+    model.train()
+
+
+@pytest.mark.parametrize("change", [watched, replaced, overridden, training])
+def test_a_decoder_that_is_watched_or_changed_stays_as_it_is(change: Any) -> None:
+    model = random_model(0)
+    change(model)
+    assert decoding_form(model) is model
+
+
+def test_a_decoder_that_reads_a_source_asks_for_it() -> None:
+    model = random_model(0, **SHAPES["pair"])
+    cache = make_cache("dynamic", CacheSpec.of(model.config, 1, N, kernels=DEFAULT))
+    with pytest.raises(ValueError, match="needs the encoded source"):
+        feed(decoding_form(model), cache, tokens(model, 1)[:, :1])
