@@ -165,7 +165,8 @@ class LosesWhatDoesNotFit(Unlimited):
         for buffer, new in ((self._keys[layer], k), (self._values[layer], v)):
             room = buffer[:, :, start : start + new.shape[2]]
             room[:] = new[:, :, : room.shape[2]]
-        return self._keys[layer], self._values[layer]
+        reach = step.k_pos.shape[1]
+        return self._keys[layer][:, :, :reach], self._values[layer][:, :, :reach]
 
 
 # Which check must say which promise is broken.

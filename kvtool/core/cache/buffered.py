@@ -53,14 +53,14 @@ class BufferedCache(Cache):
         """Make sure that `length` columns exist."""
 
     def _reach(self, length: int) -> int:
-        """How many columns a single token reads when `length` of them are filled."""
+        """How many columns a step behind others reads when `length` of them are filled."""
         return length
 
     def _place(self, start: int, n_new: int) -> Step:
         end = start + n_new
         self._reserve(end)
-        # A step of several tokens has a shape of its own anyway, and a prompt is causal without blocks.
-        reach = self._reach(end) if n_new == 1 else end
+        # A prompt has a shape of its own anyway, and is causal if it reads nothing behind itself.
+        reach = end if start == 0 and n_new > 1 else self._reach(end)
         columns = torch.arange(reach, device=self.spec.device)
         pos = self._at(columns)
         q_pos = pos.narrow(1, start, n_new)

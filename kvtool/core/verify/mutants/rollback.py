@@ -53,11 +53,12 @@ class HighWater(StaticCache):
     def _place(self, start: int, n_new: int) -> Step:
         step = super()._place(start, n_new)
         end = start + n_new
-        assert step.mask is not None
-        mask = step.mask.clone()
-        mask[..., end : self.highest] = True
+        if step.mask is not None:
+            mask = step.mask.clone()
+            mask[..., end : self.highest] = True
+            step = replace(step, mask=mask)
         self.highest = max(self.highest, end)
-        return replace(step, mask=mask)
+        return step
 
 
 class StaleValue(StaticCache):

@@ -130,7 +130,7 @@ SLOTS = (
     ),
     Mutant(
         "NaN in unwritten slots", NaNBehind,
-        model="learned", bug_class=14, step=0, layer=0, part="attention output",
+        model="learned", bug_class=14, layer=0, part="attention output",
         hint=NOT_A_NUMBER,
     ),
     Mutant(
