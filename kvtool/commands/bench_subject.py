@@ -23,6 +23,7 @@ def load_model(
     import torch
 
     from kvtool.core import checkpoint
+    from kvtool.core.layers import lay_out_for_decoding
     from kvtool.core.models import build_model
 
     loaded = checkpoint.load(settings.run.model, device, dtype)
@@ -35,7 +36,9 @@ def load_model(
         f"not {settings.n_kv_heads}"
     )
     torch.manual_seed(settings.run.seed)
-    return loaded, build_model(smaller).to(device, dtype).eval()
+    model = build_model(smaller).to(device, dtype).eval()
+    lay_out_for_decoding(model)
+    return loaded, model
 
 
 def check_fits(
