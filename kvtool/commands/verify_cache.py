@@ -325,7 +325,8 @@ def command(
     Both arms are fed the same tokens; the uncached one computes whole sequences and touches no
     cache. Rounding all but vanishes in float64 and a bug stays, so the float64 run decides. What
     vanishes only when every cast to a lower type is promoted is a matter of precision. A bug
-    planted on purpose must be found too.
+    planted on purpose must be found too. Windows, groups and pages are small here, unless given, so
+    that short texts fill them.
 
     ULP: units in the last place of a step's largest logit. gap: the largest difference over the
     largest logit. Exit code 0: no bug; 1: a bug, or nothing was checked.
