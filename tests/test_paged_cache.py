@@ -172,10 +172,32 @@ def test_forks_of_a_long_prompt_take_a_page_each() -> None:
     for fork in forks:
         write(fork, 1)
     assert paged.pool.n_live == 63 + 20
-    assert paged.nbytes() == (allocated, live, 2 * 63 * 16 * spec.token_nbytes)
+    assert paged.nbytes() == (allocated, live, 63 * 16 * spec.token_nbytes)
+    assert forks[0].nbytes().read_per_step == 2 * 63 * 16 * spec.token_nbytes  # gathered first
     copies = [dynamic.fork().nbytes().allocated for _ in range(20)]
     page = 16 * spec.token_nbytes
     assert 20 * page < sum(copies) / 50
+
+
+def test_an_only_row_is_read_in_place_until_it_has_shared_a_page() -> None:
+    cache = FOURS(dataclasses.replace(SPEC, batch=1), None, rows=3)
+    write(cache, 6)
+
+    def in_place() -> bool:
+        step, s = cache.begin(1), cache.spec
+        new = torch.ones(cache.batch, s.n_kv_heads, 1, s.head_dim, dtype=s.dtype)
+        keys, _ = cache.write(0, new, new, step)
+        cache.commit(1)
+        return keys.untyped_storage().data_ptr() == cache.pool.keys[0].untyped_storage().data_ptr()
+
+    assert in_place()
+    cache.select(torch.tensor([0, 0]))
+    assert not in_place()
+    cache.select(torch.tensor([0]))  # whose last page is a copy at the end of the others
+    assert not in_place()
+    cache.reset()
+    write(cache, 6)
+    assert in_place()
 
 
 def test_bytes_count_shared_tokens_once_and_the_whole_pool() -> None:

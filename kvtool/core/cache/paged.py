@@ -27,7 +27,7 @@ class Pool:
     """
 
     def __init__(self, spec: CacheSpec, page: int, n_pages: int) -> None:
-        shape = (n_pages, page, spec.n_kv_heads, spec.head_dim)
+        shape = (spec.n_kv_heads, n_pages, page, spec.head_dim)
         self.keys = [
             torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(spec.n_layers)
         ]
@@ -53,7 +53,7 @@ class Pool:
                 for pages in (taken[: len(sources)], sources)
             )
             for buffer in (*self.keys, *self.values):
-                buffer.index_copy_(0, goals, buffer.index_select(0, old))
+                buffer.index_copy_(1, goals, buffer.index_select(1, old))
         # Only now, when memory for the copies has not run out.
         del self._free[len(self._free) - n :]
         self.share(taken)
@@ -84,10 +84,12 @@ class PagedStep(Step):
 
     pages (B,n): the pages of each row, in the order of their tokens; None if the step's own tokens
         are the first, and so all that there is to read.
-    empty (page,1,1) bool: the columns of the last page that hold nothing yet.
+    first: the first page of an only row whose pages follow one another in the pool, if they do.
+    empty (page,1) bool: the columns of the last page that hold nothing yet.
     """
 
     pages: Tensor | None = None
+    first: int | None = None
     empty: Tensor | None = None
 
 
@@ -106,8 +108,9 @@ class PagedCache(Cache):
     share nothing, and those of `rows` rows at least. Rows that `select` adds and forks draw on the
     same pool. A fork gives back its pages when it is reset, or when its last reference goes.
 
-    PyTorch's attention needs keys side by side, so each layer of a step that has a past gathers its
-    rows' pages into new tensors, and drops them after use. vLLM's kernel reads pages in place.
+    PyTorch's attention needs keys side by side. The pages of an only row that has not shared any
+    follow one another in the pool, and are read in place. Otherwise each layer of a step that has a
+    past gathers its rows' pages into new tensors, and drops them after use; vLLM's kernel need not.
     """
 
     kind: ClassVar[str] = "paged"
@@ -168,8 +171,13 @@ class PagedCache(Cache):
         k_pos[:, end:] = EMPTY
         mask = visible(q_pos, k_pos)  # always there, or a full page would be compiled anew
         seen = (q_pos, k_pos, slots, mask, False, self.spec.kernels)
-        empty = (k_pos[0, -self.page :] == EMPTY)[:, None, None]
-        return PagedStep(*seen, pages=pages, empty=empty)
+        empty = (k_pos[0, -self.page :] == EMPTY)[:, None]
+        return PagedStep(*seen, pages=pages, first=self._first_of_run(), empty=empty)
+
+    def _first_of_run(self) -> int | None:
+        row, *others = self._table
+        first = row[0]
+        return None if others or row != list(range(first, first + len(row))) else first
 
     def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
         """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""
@@ -210,21 +218,24 @@ class PagedCache(Cache):
         assert isinstance(step, PagedStep)
         buffers = self.pool.keys[layer], self.pool.values[layer]
         for buffer, new in zip(buffers, (k, v), strict=True):
-            tokens = new.transpose(1, 2).flatten(0, 1)  # (B*T,Hkv,D)
-            buffer.flatten(0, 1).index_copy_(0, step.slots.flatten(), tokens)
+            tokens = new.transpose(0, 1).flatten(1, 2)  # (Hkv,B*T,D)
+            buffer.flatten(1, 2).index_copy_(1, step.slots.flatten(), tokens)
         if step.pages is None or step.empty is None:
             return k, v
-        keys, values = (self._gather(buffer, step.pages) for buffer in buffers)
+        keys, values = (self._gather(buffer, step.pages, step.first) for buffer in buffers)
         for found in (keys, values):
-            # Other sequences may have left NaN there, which no mask keeps out: 0 x NaN is NaN.
-            found[:, :, -self.page :].transpose(1, 2).masked_fill_(step.empty, 0.0)
+            # Other sequences may have left NaN there, which no mask keeps out: 0 x NaN is NaN. If
+            # this is no copy, it is the row's own page, where nobody else reads.
+            found[:, :, -self.page :].masked_fill_(step.empty, 0.0)
         return keys, values
 
-    def _gather(self, buffer: Tensor, pages: Tensor) -> Tensor:
-        """The contents of pages (B,n), side by side -> (B,Hkv,n*page,D)"""
+    def _gather(self, buffer: Tensor, pages: Tensor, first: int | None = None) -> Tensor:
+        """The contents of pages (B,n), side by side -> (B,Hkv,n*page,D), no copy with `first`."""
         batch, n = pages.shape
-        found = buffer.index_select(0, pages.flatten())
-        return found.view(batch, n * self.page, *buffer.shape[2:]).transpose(1, 2)
+        if first is not None:
+            return buffer[:, first : first + n].flatten(1, 2)[None]
+        found = buffer.index_select(1, pages.flatten())  # (Hkv,B*n,page,D)
+        return found.view(buffer.shape[0], batch, n * self.page, buffer.shape[3]).transpose(0, 1)
 
     def commit(self, n_new: int) -> None:
         super().commit(n_new)
@@ -278,8 +289,8 @@ class PagedCache(Cache):
     def nbytes(self) -> Bytes:
         """What the cache occupies now. A fork tells of the same pool; what rows share counts once.
 
-        A step reads its pages twice: to gather them, which takes the memory of a layer's rows for a
-        moment, and to attend.
+        A step that gathers its pages reads them twice: for that, which takes the memory of a
+        layer's rows for a moment, and to attend.
         """
         token = self.spec.token_nbytes // self.spec.batch  # of one row
         buffers = (*self.pool.keys, *self.pool.values)
@@ -290,7 +301,8 @@ class PagedCache(Cache):
             for row in self._table
             for i, page in enumerate(row[:n])
         }
-        read = 2 * self._n_pages(self.length + 1) * self.page * self.batch
+        times = 1 if self.length and self._first_of_run() is not None else 2
+        read = times * self._n_pages(self.length + 1) * self.page * self.batch
         return Bytes(allocated, sum(filled.values()) * token, read * token)
 
     @classmethod

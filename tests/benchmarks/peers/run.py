@@ -1,4 +1,4 @@
-"""Time kvtool, transformers and llama.cpp on the same weights, and write the table and the figure.
+"""Time kvtool, transformers and llama.cpp on the same weights; write the tables and the figure.
 
     make peers
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,6 +44,8 @@ def main() -> None:
     (asked.output / "peers.md").write_text("\n".join(text))
     first = asked.threads[0]
     draw(asked.output / "peers.png", found[first], first)
+    if asked.output == DOCS:
+        refill(DOCS.parent / "README.md", found[first])
 
 
 def one_count(
@@ -84,27 +86,48 @@ def installed(name: str) -> str:
 
 def section(threads: int, series: Sequence[Series], reading: Sequence[Series]) -> str:
     """The tables for a number of threads."""
-    lengths = sorted(series[0].samples)
     floor, ours = series[-1], series[0]
-    title = "one thread" if threads == 1 else f"{threads} threads"
-    lines = [f"## {title.capitalize()}", ""]
-    lines.append("| µs per token | " + " | ".join(f"n = {n:,}" for n in lengths) + " |")
-    lines.append("|---" * (len(lengths) + 1) + "|")
-    for each in series:
-        cells = [f"{each.median(n):,.0f} ± {each.iqr(n):,.0f}" for n in lengths]
-        lines.append(f"| {each.name} | " + " | ".join(cells) + " |")
-    lines += ["", "| times kvtool dynamic | " + " | ".join(f"n = {n:,}" for n in lengths) + " |"]
-    lines.append("|---" * (len(lengths) + 1) + "|")
-    for each in series[1:-1]:
-        cells = [f"{each.median(n) / ours.median(n):.2f}" for n in lengths]
-        lines.append(f"| {each.name} | " + " | ".join(cells) + " |")
-    cells = [f"{ours.median(n) / floor.median(n):.2f}" for n in lengths]
-    lines.append("| kvtool dynamic, times the floor | " + " | ".join(cells) + " |")
-    lines += ["", f"| a prompt of {LONG_PROMPT:,} tokens and the first token | ms |", "|---|---|"]
-    for each in reading[:-1]:
-        cell = f"{each.median(1) / 1000:,.1f} ± {each.iqr(1) / 1000:,.1f}"
-        lines.append(f"| {each.name} | {cell} |")
-    return "\n".join(lines) + "\n"
+    title = "One thread" if threads == 1 else f"{threads} threads"
+    times = {
+        each.name: [f"{each.median(n):,.0f} ± {each.iqr(n):,.0f}" for n in each.samples]
+        for each in series
+    }
+    ratios = {
+        each.name: [f"{each.median(n) / ours.median(n):.2f}" for n in each.samples]
+        for each in series[1:-1]
+    }
+    ratios["kvtool dynamic, times the floor"] = [
+        f"{ours.median(n) / floor.median(n):.2f}" for n in ours.samples
+    ]
+    prompts = {
+        each.name: [f"{each.median(1) / 1000:,.1f} ± {each.iqr(1) / 1000:,.1f}"]
+        for each in reading[:-1]
+    }
+    lengths = [f"n = {n:,}" for n in ours.samples]
+    tables = [
+        table("µs per token", lengths, times),
+        table("times kvtool dynamic", lengths, ratios),
+        table(f"a prompt of {LONG_PROMPT:,} tokens and the first token", ["ms"], prompts),
+    ]
+    return "\n".join([f"## {title}\n", *tables])
+
+
+def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table of Markdown, with a name before each row."""
+    lines = [[title, *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *cells] for name, cells in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def refill(path: Path, series: Sequence[Series]) -> None:
+    """Put a short table between the marks of a document."""
+    rows = {each.name: [f"{each.median(n):,.0f}" for n in each.samples] for each in series}
+    lengths = [f"n = {n:,}" for n in series[0].samples]
+    before, mark, rest = path.read_text().partition("<!-- peers -->\n")
+    _, end, after = rest.partition("<!-- end of peers -->")
+    if not end:
+        raise SystemExit(f"{path}: has no marks for the table of peers")
+    path.write_text(f"{before}{mark}{table('µs per token', lengths, rows)}{end}{after}")
 
 
 if __name__ == "__main__":
