@@ -16,7 +16,7 @@ from helpers import Subject, addresses, agree, compilations, storage_nbytes, tok
 from kvtool.core.beam import Beam, beam_search
 from kvtool.core.cache import EMPTY, CacheSpec
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.cache.paged import PagedCache, pages_for
+from kvtool.core.cache.paged import PagedCache, PagedStep, pages_for
 from kvtool.core.engine import feed
 from kvtool.core.exact import EXACT
 from kvtool.errors import CapacityError, UsageError
@@ -196,8 +196,36 @@ def test_an_only_row_is_read_in_place_until_it_has_shared_a_page() -> None:
     cache.select(torch.tensor([0]))  # whose last page is a copy at the end of the others
     assert not in_place()
     cache.reset()
-    write(cache, 6)
-    assert in_place()
+    for _ in range(6):
+        assert in_place() or cache.length == 1
+    cache.crop(3)
+    for _ in range(10):
+        assert in_place(), cache.length
+
+
+def test_bytes_tell_whether_the_next_token_will_find_its_pages_in_place() -> None:
+    def pages_read(cache: PagedCache) -> int:
+        told = cache.nbytes().read_per_step
+        step = cache.begin(1)
+        assert isinstance(step, PagedStep) and step.pages is not None
+        assert cache.nbytes().read_per_step == told  # when it has begun, too
+        cache.commit(0)
+        read = step.pages.shape[1] * (2 if step.first is None else 1)
+        assert told == read * 4 * cache.spec.token_nbytes
+        return read
+
+    found = []
+    for length in (3, 6, 8):
+        cache = FOURS(dataclasses.replace(SPEC, batch=1), None, rows=3)
+        write(cache, length)
+        found.append([pages_read(cache)])
+        ahead = cache.fork()
+        write(ahead, 1)  # on a copy of the last page, or on the page behind it
+        found[-1].append(pages_read(cache))
+        level = cache.fork()  # shares the last page
+        found[-1].append(pages_read(cache))
+        assert level.length == length
+    assert found == [[1, 1, 1], [2, 2, 4], [3, 6, 6]]
 
 
 def test_bytes_count_shared_tokens_once_and_the_whole_pool() -> None:
@@ -326,4 +354,4 @@ def test_the_example_of_the_documentation_is_what_happens() -> None:
     cache.select(torch.tensor([0, 0]))
     assert cache._table == [[0, 1], [0, 1]] and not cache.pool.users[2] + cache.pool.users[3]
     write(cache, 1)
-    assert cache._table == [[0, 3], [0, 1]]
+    assert cache._table == [[0, 2], [0, 1]]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import weakref
+from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import neg
 from typing import ClassVar
 
 import torch
@@ -34,11 +36,16 @@ class Pool:
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.n_pages = n_pages
         self.users = [0] * n_pages
-        self._free = list(range(n_pages))[::-1]  # the next one last
+        self._free = list(range(n_pages))[::-1]  # the lowest last: it is taken next
 
     @property
     def n_free(self) -> int:
         return len(self._free)
+
+    @property
+    def next_free(self) -> list[int]:
+        """The page that is taken next, if there is one."""
+        return self._free[-1:]
 
     @property
     def n_live(self) -> int:
@@ -69,7 +76,7 @@ class Pool:
         for page in pages:
             self.users[page] -= 1
             if not self.users[page]:
-                self._free.append(page)
+                insort(self._free, page, key=neg)
 
     def drop_all(self, table: list[list[int]]) -> None:
         """Empty every row of a table."""
@@ -102,7 +109,7 @@ class PagedCache(Cache):
 
         page=2; two rows, three tokens each: [0 1] [2 3], one page in two is half empty
         select([0, 0]):  [0 1] [0 1]    pages 2 and 3 are free
-        one more token:  [0 3] [0 1]    page 1 was copied to 3, then each row wrote to its own
+        one more token:  [0 2] [0 1]    page 1 was copied to 2, then each row wrote to its own
 
     The pool has `pages` pages: by default as many as the rows need to reach the capacity when they
     share nothing, and those of `rows` rows at least. Rows that `select` adds and forks draw on the
@@ -172,12 +179,7 @@ class PagedCache(Cache):
         mask = visible(q_pos, k_pos)  # always there, or a full page would be compiled anew
         seen = (q_pos, k_pos, slots, mask, False, self.spec.kernels)
         empty = (k_pos[0, -self.page :] == EMPTY)[:, None]
-        return PagedStep(*seen, pages=pages, first=self._first_of_run(), empty=empty)
-
-    def _first_of_run(self) -> int | None:
-        row, *others = self._table
-        first = row[0]
-        return None if others or row != list(range(first, first + len(row))) else first
+        return PagedStep(*seen, pages=pages, first=_first_of_run(self._table), empty=empty)
 
     def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
         """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""
@@ -301,9 +303,18 @@ class PagedCache(Cache):
             for row in self._table
             for i, page in enumerate(row[:n])
         }
-        times = 1 if self.length and self._first_of_run() is not None else 2
+        times = 2 if _first_of_run(self._next_table()) is None else 1
         read = times * self._n_pages(self.length + 1) * self.page * self.batch
         return Bytes(allocated, sum(filled.values()) * token, read * token)
+
+    def _next_table(self) -> list[list[int]]:
+        """The pages that one more token of an only row will read, or those of more rows as now."""
+        if len(self._table) != 1:
+            return self._table
+        row, n = self._table[0], self._n_pages(self.length + 1)
+        if len(row) < n or self.pool.users[row[-1]] > 1:
+            row = row[: self.length // self.page] + self.pool.next_free
+        return [row[:n]]
 
     @classmethod
     def predict_nbytes(
@@ -317,6 +328,14 @@ class PagedCache(Cache):
     ) -> int:
         n_pages = pages or pages_for(spec, page, rows)
         return n_pages * page * (spec.token_nbytes // spec.batch)
+
+
+def _first_of_run(table: list[list[int]]) -> int | None:
+    """The first page of an only row whose pages follow one another, if they do."""
+    if len(table) != 1 or not table[0]:
+        return None
+    first, n = table[0][0], len(table[0])
+    return first if table[0] == list(range(first, first + n)) else None
 
 
 def pages_for(spec: CacheSpec, page: int, rows: int = 1) -> int:
