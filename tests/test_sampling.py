@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvtool.core.sampling import Sampler
+from kvtool.core.sampling import Sampler, require_finite
 from kvtool.errors import CheckFailed
 
 PROBS = torch.tensor([[0.5, 0.25, 0.15, 0.1]])
@@ -128,3 +128,16 @@ def test_a_large_batch_of_half_precision_logits_is_finite() -> None:
     """The sum of 256 logits of 300 is not, in float16."""
     logits = torch.full((256, 3), 300.0, dtype=torch.float16)
     assert Sampler()(logits).tolist() == [0] * 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_numbers_of_a_format_are_finite(dtype: torch.dtype, sign: int) -> None:
+    logits = torch.full((3, 4), sign * torch.finfo(dtype).max, dtype=dtype)
+    assert Sampler()(logits).tolist() == [0, 0, 0]
+    require_finite(logits, 0)
+    logits[1, 2] = float("nan")
+    with pytest.raises(CheckFailed, match="step 7"):
+        Sampler()(logits, 7)
+    with pytest.raises(CheckFailed, match="step 7"):
+        require_finite(logits, 7)
