@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from kvtool.core import checkpoint, layers
 from kvtool.core.layers import Linear, lay_out_for_decoding
+from kvtool.core.safetensors_file import SafetensorsFile
 from kvtool.core.text import Tokenizer
 from small_models import random_model
 
@@ -79,6 +81,30 @@ def test_a_loaded_checkpoint_is_laid_out_and_saved_as_it_was(tmp_path: Path) -> 
     loaded = checkpoint.load(str(tmp_path / "a"), cpu, torch.float32)
     assert columns_first(loaded.model.get_submodule("layers.0.mlp.up"))
     assert checkpoint.save(tmp_path / "b", loaded.model, tokenizer) == first
+
+
+def test_weights_are_not_held_as_they_were_read_while_they_are_laid_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a wide model would take nearly twice its memory for a moment."""
+    tokenizer = Tokenizer.train("char", ["abc"])
+    checkpoint.save(tmp_path, random_model(0, vocab_size=tokenizer.vocab_size), tokenizer)
+    read: list[weakref.ref[Tensor]] = []
+    held: list[bool] = []
+    real = SafetensorsFile.read
+
+    def read_and_watch(self: SafetensorsFile) -> tuple[dict[str, Tensor], str]:
+        weights, sha256 = real(self)
+        read.extend(map(weakref.ref, weights.values()))
+        return weights, sha256
+
+    def lay_out(model: torch.nn.Module) -> None:
+        held.extend(tensor() is not None for tensor in read)
+
+    monkeypatch.setattr(SafetensorsFile, "read", read_and_watch)
+    monkeypatch.setattr(checkpoint, "lay_out_for_decoding", lay_out)
+    checkpoint.load(str(tmp_path), torch.device("cpu"), torch.float32)
+    assert len(held) > 10 and not any(held)
 
 
 @pytest.mark.parametrize("bias", [True, False])
