@@ -18,6 +18,7 @@ from kvtool.core.layers import Linear, lay_out_for_decoding
 from kvtool.core.models import Model
 from kvtool.core.models import flat as flat_module
 from kvtool.core.models.flat import decoding_form
+from kvtool.core.models.seq2seq import Seq2Seq
 from small_models import random_model
 
 N, PROMPT = 12, 5
@@ -112,11 +113,56 @@ def training(model: Model) -> None:
     model.train()
 
 
-@pytest.mark.parametrize("change", [watched, replaced, overridden, training])
+def compiled(model: Model) -> None:
+    model.get_submodule("layers.0").compile(backend="eager")
+
+
+@pytest.mark.parametrize("change", [watched, replaced, overridden, training, compiled])
 def test_a_decoder_that_is_watched_or_changed_stays_as_it_is(change: Any) -> None:
     model = random_model(0)
     change(model)
     assert decoding_form(model) is model
+
+
+class Halved(Seq2Seq):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs) / 2
+
+
+def watched_around(model: Model) -> Model:
+    model.register_forward_hook(lambda *_: None)
+    return model
+
+
+def overridden_around(model: Model) -> Model:
+    model.forward = lambda *_: None  # type: ignore[assignment, return-value]
+    return model
+
+
+def subclassed(model: Model) -> Model:
+    return Halved(model.config).eval()
+
+
+def compiled_around(model: Model) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("change", [watched_around, overridden_around, subclassed, compiled_around])
+def test_what_is_around_a_decoder_is_not_passed_over(change: Any) -> None:
+    model = change(random_model(0, **SHAPES["pair"]))
+    assert decoding_form(model) is model
+
+
+def test_hooks_on_every_module_of_the_process_see_the_modules() -> None:
+    seen: list[str] = []
+    watch = torch.nn.modules.module.register_module_forward_hook
+    handle = watch(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        model = random_model(0)
+        decoded(model, decoding_form(model), "default", "dynamic", 1)
+    finally:
+        handle.remove()
+    assert seen.count("Decoder") == N - PROMPT + 1
 
 
 def test_a_decoder_that_reads_a_source_asks_for_it() -> None:

@@ -136,3 +136,24 @@ def test_what_threads_cannot_share_is_right_too(why: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(layers, "by_threads", lambda *_: pytest.fail("shared"))
     x = torch.randn(3 if why == "several tokens" else 1, 1, 24)
     torch.testing.assert_close(layer(x).double(), by_the_book(layer, x), rtol=0, atol=1e-6)
+
+
+def test_hooks_on_a_layer_are_called() -> None:
+    model, called = random_model(0), []
+    head = model.get_submodule("head")
+    handles = [
+        head.register_forward_pre_hook(lambda *_: called.append("before")),
+        head.register_forward_hook(lambda *_: called.append("after")),
+        model.get_submodule("norm").register_full_backward_pre_hook(
+            lambda *_: called.append("backward before")
+        ),
+        model.get_submodule("layers.0.mlp").register_full_backward_hook(
+            lambda *_: called.append("backward after")
+        ),
+    ]
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert called == ["before", "after", "backward before", "backward after"]
+    for handle in handles:
+        handle.remove()
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert len(called) == 4

@@ -16,12 +16,20 @@ LARGE = 2**19  # weights of a layer; sharing smaller ones among threads gains no
 
 
 class Plain(nn.Module):
-    """A module that is called without a look for hooks, which would take as long as a small layer.
+    """A module that is called without detours where none of its own hooks asks for one.
 
-    For what works token by token. `Block` and attention take hooks: core.verify.locate hangs there.
+    What nn.Module looks for at every call would take as long as a small layer. For what works token
+    by token; hooks on all modules of a process are not looked for.
     """
 
     def __call__(self, *args: Any) -> Any:
+        if (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+        ):
+            return super().__call__(*args)
         return self.forward(*args)
 
 

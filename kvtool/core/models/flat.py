@@ -31,14 +31,15 @@ from kvtool.core.layers import (
 )
 from kvtool.core.models.base import Model
 from kvtool.core.models.decoder import Block, Decoder
+from kvtool.core.models.seq2seq import Seq2Seq
 from kvtool.core.rope import Rotary
 
 Decode = Callable[[Tensor, Step, Cache, "CrossCache | None", bool], Tensor]
 
-# What a decoder is made of. A subclass may do something else, and is left to do it.
+# What a model is made of. A subclass may do something else, and is left to do it.
 KNOWN = {
-    Decoder, Block, SelfAttention, CrossAttention, Linear, LayerNorm, RMSNorm, MLP, Dropout, Rotary,
-    Table, TokenEmbedding, nn.Embedding, nn.ModuleList,
+    Seq2Seq, Decoder, Block, SelfAttention, CrossAttention, Linear, LayerNorm, RMSNorm, MLP,
+    Dropout, Rotary, Table, TokenEmbedding, nn.Embedding, nn.ModuleList,
 }  # fmt: skip
 
 
@@ -46,11 +47,13 @@ def decoding_form(model: Model) -> Decode:
     """`model`, called as `Model.forward`, but single tokens take the flat form where it has one.
 
     It is made for one loop: it keeps the weights that the model has now. A model that is watched by
-    hooks, or is no plain Decoder, is returned as it is.
+    hooks, compiled, or made of other modules than ours is returned as it is.
     """
-    decoder = getattr(model, "decoder", model)
-    if not isinstance(decoder, Decoder) or not all(map(_is_known, decoder.modules())):
+    decoder = model.decoder if isinstance(model, Seq2Seq) else model
+    watched = nn.modules.module._has_any_global_hook()  # such as torch's FlopCounterMode has
+    if watched or not all(map(_is_known, (model, *decoder.modules()))):
         return model
+    assert isinstance(decoder, Decoder)
     flat, reads = FlatDecoder(decoder), bool(model.config.n_encoder_layers)
 
     def decode(
@@ -64,8 +67,9 @@ def decoding_form(model: Model) -> Decode:
 
 
 def _is_known(module: nn.Module) -> bool:
-    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) in KNOWN and not watched and not module.training
+    watched = module._forward_hooks or module._forward_pre_hooks
+    replaced = "forward" in vars(module) or module._compiled_call_impl is not None
+    return type(module) in KNOWN and not (watched or replaced or module.training)
 
 
 class FlatBlock(NamedTuple):
