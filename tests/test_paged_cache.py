@@ -226,6 +226,9 @@ def test_bytes_tell_whether_the_next_token_will_find_its_pages_in_place() -> Non
         found[-1].append(pages_read(cache))
         assert level.length == length
     assert found == [[1, 1, 1], [2, 2, 4], [3, 6, 6]]
+    cache.begin(1)  # takes the page behind the fork's, is given up, and the fork's is free again
+    del ahead
+    assert pages_read(cache) == 3
 
 
 def test_bytes_count_shared_tokens_once_and_the_whole_pool() -> None:

@@ -311,10 +311,11 @@ class PagedCache(Cache):
         """The pages that one more token of an only row will read, or those of more rows as now."""
         if len(self._table) != 1:
             return self._table
-        row, n = self._table[0], self._n_pages(self.length + 1)
-        if len(row) < n or self.pool.users[row[-1]] > 1:
-            row = row[: self.length // self.page] + self.pool.next_free
-        return [row[:n]]
+        row, n_full = self._table[0], self.length // self.page
+        if self.length % self.page and self.pool.users[row[n_full]] == 1:
+            return [row[: n_full + 1]]
+        begun = row[self._n_pages(self.length) :]  # is given back first
+        return [row[:n_full] + sorted(self.pool.next_free + begun)[:1]]
 
     @classmethod
     def predict_nbytes(
