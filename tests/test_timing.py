@@ -258,17 +258,17 @@ def test_the_predicted_bytes_are_those_that_were_allocated(
 def test_prompt_and_allocation_are_part_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = types.SimpleNamespace(now=0.0)
     model = random_model()
-    forward = type(model).forward
+    forward = model.forward
 
-    def slow_forward(self, tokens, *rest, **named):  # type: ignore[no-untyped-def]
+    def slow_forward(tokens, *rest, **named):  # type: ignore[no-untyped-def]
         clock.now += tokens.shape[1]
-        return forward(self, tokens, *rest, **named)
+        return forward(tokens, *rest, **named)
 
     def slow_cache(*args):  # type: ignore[no-untyped-def]
         clock.now += 1000
         return make_cache(*args)
 
-    monkeypatch.setattr(type(model), "forward", slow_forward)
+    monkeypatch.setattr(model, "forward", slow_forward)
     monkeypatch.setattr(timing, "make_cache", slow_cache)
     fake = types.SimpleNamespace(perf_counter=lambda: clock.now)
     monkeypatch.setattr(timing, "time", fake)
