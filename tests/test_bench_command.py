@@ -15,9 +15,10 @@ import bench_cases
 from bench_cases import cells
 from cli_probe import Ran, refused
 from kvtool import files
-from kvtool.commands.bench_report import number
+from kvtool.commands.bench_report import Report, Row, draw, number
 from kvtool.core import timing
 from kvtool.core.kernels import DefaultKernels
+from kvtool.ui import plots
 from small_models import (
     answer,
     change_weights,
@@ -282,3 +283,22 @@ def test_the_document_names_what_was_left_open(bench: Callable[..., Ran], decode
     resolved = answer(bench("--json", "--lengths", "3", "2"))["resolved"]
     assert (resolved["model"], resolved["device"]) == (str(decoder), "cpu")
     assert resolved["lengths"] == [2, 3] and len(resolved["sha256"]) == 64
+
+
+def test_the_plot_marks_the_lengths_from_which_on_kinds_pay_and_says_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "bench_plot", lambda *args: drawn.append(args[3:]))
+    runs = {("none", 10): 1.0, ("none", 90): 9.0, ("static", 10): 2.0, ("static", 90): 3.0}
+    runs |= {("paged", 10): 0.5, ("paged", 90): 1.0}
+    made = [
+        timing.Cell(kind, n, [timing.Run(s, 0.0, s, None, 9, None)])
+        for (kind, n), s in runs.items()
+    ]
+    rows = [Row.of(cell, speedup, 1, 0) for cell, speedup in timing.speedups(made)]
+    pays = {"static": 31.6, "paged": 10.0}
+    report = Report(rows, pays, 1, 8, None, "default", 1e9, {}, 1.0, {})
+    draw(report, Path("a.png"))
+    said = "static pays from about 32 tokens on; paged pays from 10 tokens on, the fewest measured."
+    assert drawn == [({"static": 31.6}, said)]

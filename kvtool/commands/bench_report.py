@@ -288,4 +288,10 @@ def draw(report: Report, path: Path) -> None:
             times.setdefault(report.name(row), []).append((row.length, row.samples_s))
             if row.bytes_measured:
                 memory.setdefault(report.name(row), []).append((row.length, row.bytes_measured))
-    bench_plot(path, times, memory, report.pays_from)
+    # Those that lie between two measured lengths; the caption tells of the others.
+    marks = {
+        kind: length
+        for kind, length in report.pays_from.items()
+        if length is not None and length > times[kind][0][0]
+    }
+    bench_plot(path, times, memory, marks, pays_text(report) if report.pays_from else "")

@@ -76,15 +76,16 @@ def bench_plot(
     path: Path,
     times: Mapping[str, Sequence[tuple[int, Sequence[float]]]],
     memory: Mapping[str, Sequence[tuple[int, int]]],
-    pays_from: Mapping[str, float | None],
+    marks: Mapping[str, float],
+    caption: str = "",
 ) -> None:
     """Two panels against the number of generated tokens, a line a kind: the median latency with its
     samples' spread, and the bytes that the cache occupies.
 
     `times` has (length, samples in seconds) for each kind, `memory` (length, bytes) for those that
-    store something; `pays_from` the lengths from which on a kind is faster than no cache, marked
-    where they lie between two measured lengths. Kinds of several implementations are named after
-    both, "kvtool static": a colour is a kind, a dashed line with hollow marks the second one's.
+    store something; `marks` a length for some kinds, drawn as a line. Kinds of several
+    implementations are named after both, "kvtool static": a colour is a kind, a dashed line with
+    hollow marks the second one's.
     """
     from matplotlib.figure import Figure
 
@@ -108,7 +109,11 @@ def bench_plot(
             linewidth=0,
         )
     _log_axes(left, ticks, seconds_text)
-    _mark_crossovers(figure, left, times, pays_from, looks)
+    for kind, length in marks.items():
+        colour = COLOURS[looks[kind].colour % len(COLOURS)]
+        left.axvline(length, color=colour, linestyle=":", linewidth=1.2)
+    if caption:
+        figure.supxlabel(caption, fontsize=8.5, wrap=True)
     left.set_ylabel("median time (band: all samples)")
     left.legend(frameon=False, loc="upper left")
     for axes in right:
@@ -214,35 +219,6 @@ def bytes_text(n: float) -> str:
             break
         n /= 1024
     return f"{n:,.3g} {unit}"
-
-
-def _mark_crossovers(
-    figure: Any,
-    axes: Any,
-    series: Mapping[str, Sequence[tuple[int, Sequence[float]]]],
-    pays_from: Mapping[str, float | None],
-    looks: Mapping[str, _Look],
-) -> None:
-    """A line at each length from which on a kind pays, and words below; for kinds that pay at all
-    measured lengths, words alone."""
-    everywhere, notes = [], []
-    for kind in series:
-        length = pays_from.get(kind)
-        if length is None:
-            continue
-        if length == series[kind][0][0]:
-            everywhere.append(kind)
-            continue
-        notes.append(f"{kind} pays from about {length:,.0f} tokens on")
-        colour = COLOURS[looks[kind].colour % len(COLOURS)]
-        axes.axvline(length, color=colour, linestyle=":", linewidth=1.2)
-    if everywhere:
-        first = series[everywhere[0]][0][0]
-        verb = "pays" if len(everywhere) == 1 else "pay"
-        what = f"{', '.join(everywhere)} {verb} from {first:,.0f} tokens on, the fewest measured"
-        notes.insert(0, what)
-    if notes:
-        figure.supxlabel("; ".join(notes), fontsize=8.5)
 
 
 NOTHING = 1e-18  # where a gap of exactly 0 is drawn on a log axis
