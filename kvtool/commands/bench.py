@@ -117,22 +117,11 @@ def run(settings: Settings, out: Output) -> Report:
     decode_only = settings.depth is not None
     work = timing.Workload(model, prompt, make_kernels(settings.kernels), decode_only)
     lanes = bench_peers.make_lanes(settings, loaded, work, resolved, out)
-    several = len(settings.impl) > 1
     started = time.perf_counter()
     bandwidth = read_bandwidth(device)
     cells = measure(settings, lanes, lengths, out)
-    weights = weights_read(model)
-    rows = [
-        Row.of(cell, speedup, settings.batch_size, weights)
-        for cell, speedup in timing.speedups(cells)
-    ]
     report = Report(
-        rows,
-        {
-            label(impl, kind, several): timing.crossover(cells, kind, impl)
-            for kind, _, impl in lanes
-            if kind != "none" and "none" in settings.caches
-        },
+        *summary(settings, lanes, cells, weights_read(model)),
         settings.batch_size,
         settings.prompt_length,
         settings.depth,
@@ -148,6 +137,25 @@ def run(settings: Settings, out: Output) -> Report:
             baseline, report.rows(), settings.fail_if
         )
     return report
+
+
+def summary(
+    settings: Settings, lanes: list[Lane], cells: list[Cell], weights: int
+) -> tuple[list[Row], dict[str, float | None]]:
+    """The rows, and from which length on each kind pays; weights: bytes that a step reads."""
+    from kvtool.core import timing
+
+    rows = [
+        Row.of(cell, speedup, settings.batch_size, weights)
+        for cell, speedup in timing.speedups(cells)
+    ]
+    several = len(settings.impl) > 1
+    pays_from = {
+        label(impl, kind, several): timing.crossover(cells, kind, impl)
+        for kind, _, impl in lanes
+        if kind != "none" and "none" in settings.caches
+    }
+    return rows, pays_from
 
 
 def measure(settings: Settings, lanes: list[Lane], lengths: list[int], out: Output) -> list[Cell]:
