@@ -247,11 +247,11 @@ def test_products_are_in_bfloat16_where_the_hardware_has_them_or_as_asked(
 def test_the_parts_of_modern_decoders_can_be_trained_and_are_written_down(
     request: pytest.FixtureRequest, tmp_path: Path, command: str
 ) -> None:
-    words = "--n-kv-heads 1 --norm rmsnorm --activation swiglu --positions rotary"
+    words = "--n-kv-heads 1 --norm rmsnorm --activation swiglu --positions rotary --untied"
     assert request.getfixturevalue(command)(*words.split()).code == 0
     config = json.loads((tmp_path / "run" / "best" / "config.json").read_text())
-    found = [config[name] for name in ("n_kv_heads", "norm", "activation", "positions")]
-    assert found == [1, "rmsnorm", "swiglu", "rotary"]
+    names = ("n_kv_heads", "norm", "activation", "positions", "tied")
+    assert [config[name] for name in names] == [1, "rmsnorm", "swiglu", "rotary", False]
     assert "--norm: 'batch' is not known" in refused(
         request.getfixturevalue(command)("--norm", "batch", "--out", str(tmp_path / "b"))
     )

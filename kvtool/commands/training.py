@@ -108,6 +108,14 @@ Activation = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Tied = Annotated[
+    bool,
+    typer.Option(
+        "--tied/--untied",
+        help="Let the logits head share the weights of the token embedding.",
+        rich_help_panel=MODEL,
+    ),
+]
 Context = Annotated[
     int,
     typer.Option(
