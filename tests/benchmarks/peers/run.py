@@ -8,10 +8,11 @@ llama.cpp takes part if `pip install llama-cpp-python gguf` has been done.
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def one_count(
 def introduction(rounds: int) -> str:
     """The conditions, in words."""
     env = environment()
-    peers = ", ".join(f"{name} {installed(name)}" for name in ("transformers", "llama-cpp-python"))
+    peers = f"transformers {installed('transformers')}, llama-cpp-python {installed('llama_cpp')}"
     return f"""# Beside the peers
 
 Written by `make peers`: the same random weights in GPT-2's form (2 layers, width 256, 8 heads,
@@ -78,10 +79,10 @@ values, each by itself.
 
 
 def installed(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
+    """The version of a module, if it is there."""
+    if importlib.util.find_spec(name) is None:
         return "(not installed)"
+    return str(importlib.import_module(name).__version__)
 
 
 def section(threads: int, series: Sequence[Series], reading: Sequence[Series]) -> str:
