@@ -243,15 +243,25 @@ def test_products_are_in_bfloat16_where_the_hardware_has_them_or_as_asked(
     assert json.loads((out / "run.json").read_text())["amp"] is amp
 
 
+@pytest.mark.parametrize("given", [(), ("--tied",), ("--untied",)])
+@pytest.mark.parametrize(("command", "default"), [("lm", True), ("seq2seq", False)])
+def test_the_head_is_tied_as_asked_or_as_suits_the_task(
+    request: pytest.FixtureRequest, tmp_path: Path, command: str, default: bool, given: tuple[str]
+) -> None:
+    assert request.getfixturevalue(command)(*given).code == 0
+    config = json.loads((tmp_path / "run" / "best" / "config.json").read_text())
+    assert config["tied"] is (default if not given else given == ("--tied",))
+
+
 @pytest.mark.parametrize("command", ["lm", "seq2seq"])
 def test_the_parts_of_modern_decoders_can_be_trained_and_are_written_down(
     request: pytest.FixtureRequest, tmp_path: Path, command: str
 ) -> None:
-    words = "--n-kv-heads 1 --norm rmsnorm --activation swiglu --positions rotary --untied"
+    words = "--n-kv-heads 1 --norm rmsnorm --activation swiglu --positions rotary"
     assert request.getfixturevalue(command)(*words.split()).code == 0
     config = json.loads((tmp_path / "run" / "best" / "config.json").read_text())
-    names = ("n_kv_heads", "norm", "activation", "positions", "tied")
-    assert [config[name] for name in names] == [1, "rmsnorm", "swiglu", "rotary", False]
+    names = ("n_kv_heads", "norm", "activation", "positions")
+    assert [config[name] for name in names] == [1, "rmsnorm", "swiglu", "rotary"]
     assert "--norm: 'batch' is not known" in refused(
         request.getfixturevalue(command)("--norm", "batch", "--out", str(tmp_path / "b"))
     )

@@ -176,7 +176,7 @@ def command(
     positions: t.Positions = "sinusoidal",
     norm: t.Norm = "layernorm",
     activation: t.Activation = "gelu",
-    tied: t.Tied = True,
+    tied: t.Untied = False,
     dropout: t.Dropout = 0.1,
     vocab_size: t.VocabSize = 4096,
     batch_tokens: t.BatchTokens = 2048,

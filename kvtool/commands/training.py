@@ -108,13 +108,12 @@ Activation = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+TIED = "Let the logits head share the weights of the token embedding."
 Tied = Annotated[
-    bool,
-    typer.Option(
-        "--tied/--untied",
-        help="Let the logits head share the weights of the token embedding.",
-        rich_help_panel=MODEL,
-    ),
+    bool, typer.Option("--tied/--untied", help=TIED, show_default="tied", rich_help_panel=MODEL)
+]
+Untied = Annotated[
+    bool, typer.Option("--tied/--untied", help=TIED, show_default="untied", rich_help_panel=MODEL)
 ]
 Context = Annotated[
     int,
