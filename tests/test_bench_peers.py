@@ -348,15 +348,23 @@ def test_the_plot_has_a_line_for_each_implementation_and_kind(
 # Against an earlier run
 
 
-def test_a_run_is_compared_row_by_row_of_the_same_implementation(
+@pytest.fixture
+def words(
     bench: Callable[..., Ran],
     pace: dict[str, float],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-) -> None:
+) -> tuple[str, ...]:
+    """What was asked for in the run that is kept as "before"."""
     monkeypatch.chdir(tmp_path)
     words = (*BOTH, "--caches", "static")
     bench(*words, "--save", "before")
+    return words
+
+
+def test_a_run_is_compared_row_by_row_of_the_same_implementation(
+    bench: Callable[..., Ran], pace: dict[str, float], words: tuple[str, ...]
+) -> None:
     pace["transformers"] = 3.0
     found = answer(bench(*words, "--compare", "before", "--json"))
     assert [(c["impl"], c["before_s"], c["now_s"]) for c in found["changes"]] == [
@@ -374,14 +382,8 @@ def test_a_run_is_compared_row_by_row_of_the_same_implementation(
 
 
 def test_another_version_of_transformers_is_another_condition_and_old_runs_are_kvtools(
-    bench: Callable[..., Ran],
-    pace: dict[str, float],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    bench: Callable[..., Ran], words: tuple[str, ...]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = (*BOTH, "--caches", "static")
-    bench(*words, "--save", "before")
     path = FOLDER / "before.json"
     content = json.loads(path.read_text())
     version, content["resolved"]["transformers"] = content["resolved"]["transformers"], "4.0"

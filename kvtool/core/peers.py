@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -80,17 +78,8 @@ class TransformersGenerate:
             started = now(clock.device)
             _, cache = self._generate(kind, n_new, clock)
         stamps = clock.stamps[1:]  # the first is of the prompt, which generate hands on at once
-        prefill, decode = stamps[0] - started, stamps[-1] - stamps[0]
-        late = stamps[-max(2, n_new // 10) :]
-        last = [b - a for a, b in pairwise(late)]
-        return Run(
-            decode if self.decode_only else prefill + decode,
-            prefill,
-            decode,
-            median(last) if last else None,
-            0 if cache is None else cache_nbytes(cache),
-            None,
-        )
+        nbytes = 0 if cache is None else cache_nbytes(cache)
+        return Run.of(started, stamps, nbytes, decode_only=self.decode_only)
 
     def predicted(self, kind: str, length: int) -> int | None:
         """None: how transformers lays out its caches is not ours to predict."""

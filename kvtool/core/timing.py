@@ -30,6 +30,23 @@ class Run(NamedTuple):
     nbytes: int  # that the cache owns
     read: int | None  # bytes of keys and values that the next token would read; None: not known
 
+    @classmethod
+    def of(
+        cls,
+        started: float,
+        stamps: Sequence[float],
+        nbytes: int = 0,
+        read: int | None = None,
+        decode_only: bool = False,
+    ) -> Run:
+        """A run that began at `started` and had its tokens at `stamps`, in seconds."""
+        prefill, decode = stamps[0] - started, stamps[-1] - stamps[0]
+        last = [b - a for a, b in pairwise(stamps[-max(2, len(stamps) // 10) :])]
+        token = statistics.median(last) if last else None
+        return cls(
+            decode if decode_only else prefill + decode, prefill, decode, token, nbytes, read
+        )
+
 
 class Work(Protocol):
     """What can be timed: one implementation of one model."""
@@ -102,17 +119,8 @@ class Workload:
         cache = make_cache(kind, self._spec(prompt.shape[1] + n_new))
         tokens = generate(self.model, prompt, cache, n_new, Sampler(), source)
         stamps = [now(device) for _ in tokens]
-        prefill, decode = stamps[0] - started, stamps[-1] - stamps[0]
-        last = [b - a for a, b in pairwise(stamps[-max(2, n_new // 10) :])]
         held = cache.nbytes()
-        return Run(
-            decode if self.decode_only else prefill + decode,
-            prefill,
-            decode,
-            statistics.median(last) if last else None,
-            held.allocated,
-            held.read_per_step,
-        )
+        return Run.of(started, stamps, held.allocated, held.read_per_step, self.decode_only)
 
     def predicted(self, kind: str, length: int) -> int:
         """Bytes of keys and values that the kind should need; the last token is never stored."""

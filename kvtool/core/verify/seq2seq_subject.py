@@ -28,6 +28,7 @@ from kvtool.core.verify.transformers_subject import (
     TransformersSubject,
     context,
     ordinary_ids,
+    require_static,
 )
 from kvtool.errors import CacheOpUnsupported, first_line
 
@@ -231,9 +232,7 @@ def encoder_decoder(model: Any, kind: str) -> EncoderDecoder:
     names = inspect.signature(model.forward).parameters
     if kind == "own":
         raise CacheOpUnsupported(kind, "be checked", "the model takes EncoderDecoderCache")
-    if kind == STATIC and not getattr(model, "_can_compile_fullgraph", True):
-        why = "transformers declares none for this model (_can_compile_fullgraph is False)"
-        raise CacheOpUnsupported(kind, "be used", why)
+    require_static(model, kind)
     position = "decoder_position_ids" if "decoder_position_ids" in names else ""
     plan = Plan("past_key_values", f"a {kind} cache", 0, "use_cache", position, "rows")
     words, source_words = (

@@ -123,6 +123,13 @@ class TransformersSubject(TargetSubject):
         return other
 
 
+def require_static(model: Any, kind: str) -> None:
+    """Raise CacheOpUnsupported for a static cache where transformers declares none."""
+    if kind == "static" and not getattr(model, "_can_compile_fullgraph", True):
+        why = "transformers declares none for this model (_can_compile_fullgraph is False)"
+        raise CacheOpUnsupported(kind, "be used", why)
+
+
 def hub_decoder(model: Any, kind: str, words: Tensor) -> HubDecoder:
     """The way to call a model with a kind of cache. Raises CacheOpUnsupported if it takes none."""
     names = inspect.signature(model.forward).parameters
@@ -136,9 +143,7 @@ def hub_decoder(model: Any, kind: str, words: Tensor) -> HubDecoder:
     if not takes:
         why = "the model keeps its state in another way" if parameter else "forward takes no cache"
         raise CacheOpUnsupported(kind, "be used", why)
-    if kind == "static" and not getattr(model, "_can_compile_fullgraph", True):
-        why = "transformers declares none for this model (_can_compile_fullgraph is False)"
-        raise CacheOpUnsupported(kind, "be used", why)
+    require_static(model, kind)
     try:
         make_cache(kind, model.config, NEEDED)
     except Exception as error:  # a backend that is missing, layers of which it has no kind

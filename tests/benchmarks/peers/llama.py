@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -86,9 +84,7 @@ class LlamaCpp:
             stamps = [time.perf_counter() for _ in self._tokens(context, length)]
         finally:
             self.lib.llama_free(context)
-        prefill, decode = stamps[0] - started, stamps[-1] - stamps[0]
-        last = [b - a for a, b in pairwise(stamps[-max(2, length // 10) :])]
-        return Run(prefill + decode, prefill, decode, median(last) if last else None, 0, None)
+        return Run.of(started, stamps)
 
     def tokens(self, length: int) -> list[int]:
         """The tokens that it generates."""
