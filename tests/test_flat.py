@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from kvtool import registry
-from kvtool.core import layers
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.engine import begin, feed
 from kvtool.core.kernels import DEFAULT, make_kernels
-from kvtool.core.layers import Linear, lay_out_for_decoding
+from kvtool.core.layers import Linear
 from kvtool.core.models import Model
-from kvtool.core.models import flat as flat_module
 from kvtool.core.models.flat import decoding_form
 from kvtool.core.models.seq2seq import Seq2Seq
 from small_models import random_model
@@ -58,29 +56,11 @@ def decoded(model: Model, decode: Any, kernels: str, kind: str, batch: int) -> T
 @pytest.mark.parametrize("shape", SHAPES)
 def test_its_logits_are_those_of_the_modules(shape: str, kernels: str, batch: int) -> None:
     model = random_model(0, **SHAPES[shape])
-    lay_out_for_decoding(model)
     decode = decoding_form(model)
     assert decode is not model
     for kind in ("dynamic", "static"):
         by_modules = decoded(model, model, kernels, kind, batch)
         assert decoded(model, decode, kernels, kind, batch).equal(by_modules)
-
-
-def test_large_layers_go_to_the_threads_as_in_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "LARGE", 1)
-    monkeypatch.setattr(flat_module, "LARGE", 1)
-    shared: list[Tensor] = []
-    real = layers.by_threads
-    monkeypatch.setattr(layers, "by_threads", lambda *a: shared.append(a[0]) or real(*a))
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        model = random_model(0, vocab_size=24)
-        lay_out_for_decoding(model)
-        decoded(model, decoding_form(model), "default", "dynamic", 1)
-    finally:
-        torch.set_num_threads(before)
-    assert shared
 
 
 def test_single_tokens_do_not_call_the_decoder_and_longer_steps_do() -> None:

@@ -1,141 +1,246 @@
-"""Layers that see one token: the order of weights in memory, and the threads that share them."""
+"""Layers that see one token: what native code gives for a few, and who may watch them."""
 
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from kvtool.core import checkpoint, layers
-from kvtool.core.layers import Linear, lay_out_for_decoding
-from kvtool.core.safetensors_file import SafetensorsFile
-from kvtool.core.text import Tokenizer
-from small_models import random_model
+from kvtool.config import ACTIVATIONS, ModelConfig
+from kvtool.core import native
+from kvtool.core.kernels import DEFAULT, reference_attention
+from kvtool.core.layers import ACTIVATION, MLP, LayerNorm, Linear, RMSNorm
+from small_models import SIZES, random_model
 
-WIDE = 24, 96  # in, out
+FLOATS = [torch.float32, torch.float64]
+WIDTH = 37  # no multiple of a vector
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two threads, for layers of any size."""
-    monkeypatch.setattr(layers, "LARGE", 1)
+    monkeypatch.setattr(native, "LARGE", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
 
-def linear(n_in: int, n_out: int, bias: bool = True) -> Linear:
-    torch.manual_seed(0)
-    layer = Linear(n_in, n_out, bias=bias).requires_grad_(False)
+def linear(bias: bool = True) -> Linear:
+    layer = Linear(WIDTH, 53, bias=bias).requires_grad_(False)
     if bias:
         layer.bias.normal_()
     return layer
 
 
-def by_the_book(layer: Linear, x: Tensor) -> Tensor:
-    y = x.double() @ layer.weight.double().mT
-    return y if layer.bias is None else y + layer.bias.double()
+def norm(kind: type[LayerNorm | RMSNorm]) -> nn.Module:
+    layer = kind(WIDTH, eps=1e-5).requires_grad_(False)
+    for parameter in layer.parameters():
+        parameter.normal_()
+    return layer
 
 
-def columns_first(layer: torch.nn.Module) -> bool:
-    return layer.get_parameter("weight").stride(0) == 1
+def mlp(activation: str) -> MLP:
+    return MLP(ModelConfig(**SIZES, vocab_size=9, activation=activation))
 
 
-def test_weights_wider_than_high_are_stored_by_columns_and_keep_their_values() -> None:
-    model = random_model(0)
-    before = copy.deepcopy(model.state_dict())
-    lay_out_for_decoding(model)
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    block = model.get_submodule("layers.0")
-    assert columns_first(block.get_submodule("mlp.up"))
-    assert not columns_first(block.get_submodule("mlp.down"))
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": linear,
+    "linear without bias": lambda: linear(bias=False),
+    "layer norm": lambda: norm(LayerNorm),
+    "layer norm without bias": lambda: LayerNorm(WIDTH, bias=False),
+    "rms norm": lambda: norm(RMSNorm),
+}
 
 
-def test_a_tied_head_stays_tied() -> None:
-    model = random_model(0, tied=True)
-    lay_out_for_decoding(model)
-    assert model.get_parameter("head.weight") is model.get_parameter("embed.tokens.weight")
-    assert columns_first(model.get_submodule("head"))
+def by_pytorch(layer: nn.Module, x: Tensor) -> Tensor:
+    """In float64, by PyTorch's own function."""
+    layer, x = copy.deepcopy(layer).double(), x.double()
+    if isinstance(layer, Linear):
+        return F.linear(x, layer.weight, layer.bias)
+    if isinstance(layer, LayerNorm):
+        return F.layer_norm(x, (WIDTH,), layer.weight, layer.bias, layer.eps)
+    assert isinstance(layer, RMSNorm)
+    return F.rms_norm(x, (WIDTH,), layer.weight, layer.eps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_types_are_left_as_they_are(dtype: torch.dtype) -> None:
-    model = random_model(0, dtype)
-    lay_out_for_decoding(model)
-    assert not any(columns_first(m) for m in model.modules() if isinstance(m, Linear))
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The functions of native code that have been called."""
+    called: list[str] = []
+    kernels = native._loaded()
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            called.append(name)
+            return getattr(kernels, name)
+
+    monkeypatch.setattr(native, "_kernels", Watched)
+    return called
 
 
-def test_a_loaded_checkpoint_is_laid_out_and_saved_as_it_was(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.train("char", ["abc"])
-    model = random_model(0, vocab_size=tokenizer.vocab_size)
-    cpu = torch.device("cpu")
-    first = checkpoint.save(tmp_path / "a", model, tokenizer)
-    loaded = checkpoint.load(str(tmp_path / "a"), cpu, torch.float32)
-    assert columns_first(loaded.model.get_submodule("layers.0.mlp.up"))
-    assert checkpoint.save(tmp_path / "b", loaded.model, tokenizer) == first
-
-
-def test_weights_are_not_held_as_they_were_read_while_they_are_laid_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(), (1, 1), (4, 1), (2, 2), (5, 1)])
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_a_layer_of_few_tokens_and_of_more_is_right(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, served: list[str]
 ) -> None:
-    """Or a wide model would take nearly twice its memory for a moment."""
-    tokenizer = Tokenizer.train("char", ["abc"])
-    checkpoint.save(tmp_path, random_model(0, vocab_size=tokenizer.vocab_size), tokenizer)
-    read: list[weakref.ref[Tensor]] = []
-    held: list[bool] = []
-    real = SafetensorsFile.read
+    layer, x = LAYERS[name]().to(dtype), torch.randn(*shape, WIDTH, dtype=dtype)
+    y = layer(x)
+    assert bool(served) == (torch.Size(shape).numel() <= native.FEW or name == "rms norm")
+    assert y.shape[:-1] == shape
+    assert y.dtype is dtype
+    exact = 1e-13 if dtype is torch.float64 else 2e-6
+    torch.testing.assert_close(y.double(), by_pytorch(layer, x), rtol=0, atol=exact)
 
-    def read_and_watch(self: SafetensorsFile) -> tuple[dict[str, Tensor], str]:
-        weights, sha256 = real(self)
-        read.extend(map(weakref.ref, weights.values()))
-        return weights, sha256
 
-    def lay_out(model: torch.nn.Module) -> None:
-        held.extend(tensor() is not None for tensor in read)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@torch.no_grad()
+def test_an_activation_of_a_few_tokens_is_right(name: str, dtype: torch.dtype) -> None:
+    x = torch.cat([torch.linspace(-100, 100, 999), torch.linspace(-4, 4, 1001)]).to(dtype)
+    assert native.serves(x)
+    exact = 1e-13 if dtype is torch.float64 else 2e-6
+    torch.testing.assert_close(
+        mlp(name).activate(x).double(), ACTIVATION[name](x.double()), rtol=exact, atol=exact
+    )
 
-    monkeypatch.setattr(SafetensorsFile, "read", read_and_watch)
-    monkeypatch.setattr(checkpoint, "lay_out_for_decoding", lay_out)
-    checkpoint.load(str(tmp_path), torch.device("cpu"), torch.float32)
-    assert len(held) > 10 and not any(held)
+
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_a_row_has_the_same_bits_alone_and_among_others(name: str) -> None:
+    layer, x = LAYERS[name](), torch.randn(native.FEW, WIDTH)
+    together = layer(x)
+    for i, row in enumerate(x):
+        assert layer(row).equal(together[i])
+        strided = torch.randn(2, WIDTH, 3)
+        strided[1, :, 1] = row
+        assert layer(strided[1, :, 1]).equal(together[i])
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 1, 24)])
 @pytest.mark.usefixtures("two_threads")
-def test_one_token_is_shared_by_the_threads_and_right(
-    shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+@torch.no_grad()
+def test_threads_share_a_layer_and_change_no_bit(bias: bool, served: list[str]) -> None:
+    layer, x = linear(bias), torch.randn(3, 1, WIDTH)
+    by_two = layer(x)
+    assert "linear_by_threads" in served
+    torch.set_num_threads(1)
+    served.clear()
+    assert layer(x).equal(by_two)
+    assert served == ["linear"]
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *ACTIVATIONS])
+@torch.no_grad()
+def test_nan_and_infinity_come_through(name: str) -> None:
+    is_layer = name in LAYERS
+    layer = LAYERS[name]() if is_layer else mlp(name).activate
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(1, WIDTH if is_layer else 32)
+        x[0, 3] = bad
+        assert not layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize("n_groups", [1, 2, 6])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("mask", ["none", "a run", "some", "first"])
+@torch.no_grad()
+def test_one_query_of_few_rows_attends_rightly(
+    mask: str, dtype: torch.dtype, n_groups: int, served: list[str]
 ) -> None:
-    layer = linear(*WIDE, bias=bias)
-    lay_out_for_decoding(layer)
-    x = torch.randn(shape)
-    called = []
-    real = layers.by_threads
-    monkeypatch.setattr(layers, "by_threads", lambda *a: called.append(a) or real(*a))
-    y = layer(x)
-    assert len(called) == 1
-    assert y.shape == (*shape[:-1], WIDE[1])
-    torch.testing.assert_close(y.double(), by_the_book(layer, x), rtol=0, atol=1e-6)
+    q = torch.randn(2, 6, 1, 5, dtype=dtype)
+    k, v = (torch.randn(2, n_groups, 40, 5, dtype=dtype)[:, :, 3:32] for _ in range(2))
+    seen = {
+        "none": None,
+        "a run": (torch.arange(29) > 4) & (torch.arange(29) < 11),
+        "some": torch.arange(29) % 3 == 0,
+        "first": torch.arange(29) < 1,
+    }[mask]
+    seen = seen if seen is None else seen.expand(2, 1, 1, 29)
+    y = DEFAULT.attention(q, k, v, seen, False)
+    assert "attend" in served
+    exact = 1e-14 if dtype is torch.float64 else 1e-6
+    expected = reference_attention(q, k, v, seen, False)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=exact)
 
 
-@pytest.mark.parametrize("why", ["several tokens", "rows first", "odd width", "one thread"])
-@pytest.mark.usefixtures("two_threads")
-def test_what_threads_cannot_share_is_right_too(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = linear(24, 95 if why == "odd width" else 96)
-    if why != "rows first":
-        lay_out_for_decoding(layer)
-    if why == "one thread":
-        torch.set_num_threads(1)
-    monkeypatch.setattr(layers, "by_threads", lambda *_: pytest.fail("shared"))
-    x = torch.randn(3 if why == "several tokens" else 1, 1, 24)
-    torch.testing.assert_close(layer(x).double(), by_the_book(layer, x), rtol=0, atol=1e-6)
+@torch.no_grad()
+def test_a_query_that_sees_nothing_is_nan() -> None:
+    q, kv = torch.randn(1, 2, 1, 5), torch.randn(1, 2, 7, 5)
+    nobody = torch.zeros(1, 1, 1, 7, dtype=torch.bool)
+    assert DEFAULT.attention(q, kv, kv, nobody, False).isnan().all()
+
+
+@torch.no_grad()
+def test_a_key_far_below_the_others_has_no_weight() -> None:
+    q = torch.ones(1, 1, 1, 4)
+    k = torch.tensor([0.0, -500.0, 500.0]).view(1, 1, 3, 1).expand(1, 1, 3, 4)
+    v = torch.tensor([5.0, 7.0, 9.0]).view(1, 1, 3, 1).expand(1, 1, 3, 4)
+    assert DEFAULT.attention(q, k, v, None, False).unique().tolist() == [9.0]
+
+
+def frozen() -> Linear:
+    return linear()
+
+
+def trained() -> Linear:
+    return linear().requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (trained, torch.zeros(1, WIDTH)),
+        (frozen, torch.zeros(1, WIDTH, requires_grad=True)),
+        (lambda: frozen().bfloat16(), torch.zeros(1, WIDTH, dtype=torch.bfloat16)),
+        (lambda: frozen().to("meta"), torch.zeros(1, WIDTH, device="meta")),
+    ],
+    ids=["weights with gradients", "an input with gradients", "half format", "meta device"],
+)
+def test_what_native_code_cannot_do_is_left_to_pytorch(
+    layer: Callable[[], Linear], x: Tensor, served: list[str]
+) -> None:
+    y = layer()(x)
+    assert not served
+    assert (y.dtype, y.device) == (x.dtype, x.device)
+
+
+def test_gradients_of_one_token_are_those_of_pytorch() -> None:
+    layer, x = trained(), torch.randn(1, WIDTH, requires_grad=True)
+    layer(x).square().sum().backward()
+    expected = (2 * by_pytorch(layer, x) @ layer.weight.double()).float()
+    torch.testing.assert_close(x.grad, expected)
+
+
+@torch.no_grad()
+def test_who_watches_what_pytorch_does_misses_nothing(served: list[str]) -> None:
+    with FlopCounterMode(display=False) as counter:
+        frozen()(torch.zeros(1, WIDTH))
+    assert counter.get_total_flops() == 2 * WIDTH * 53
+    assert not served
+
+
+@torch.no_grad()
+def test_without_numba_everything_is_done_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = linear(), torch.randn(1, WIDTH)
+    with_numba = layer(x)
+    monkeypatch.setitem(__import__("sys").modules, "kvtool.core.numba_kernels", None)
+    monkeypatch.setattr(native, "_kernels", native._kernels.__wrapped__)
+    assert not native.serves(x)
+    torch.testing.assert_close(layer(x), with_numba)
 
 
 def test_hooks_on_a_layer_are_called() -> None:
@@ -156,4 +261,3 @@ def test_hooks_on_a_layer_are_called() -> None:
     for handle in handles:
         handle.remove()
     model(torch.tensor([[1, 2, 3]])).sum().backward()
-    assert len(called) == 4

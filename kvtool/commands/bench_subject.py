@@ -23,7 +23,6 @@ def load_model(
     import torch
 
     from kvtool.core import checkpoint
-    from kvtool.core.layers import lay_out_for_decoding
     from kvtool.core.models import build_model
 
     loaded = checkpoint.load(settings.run.model, device, dtype)
@@ -36,9 +35,7 @@ def load_model(
         f"not {settings.n_kv_heads}"
     )
     torch.manual_seed(settings.run.seed)
-    model = build_model(smaller).to(device, dtype).eval()
-    lay_out_for_decoding(model)
-    return loaded, model
+    return loaded, build_model(smaller).to(device, dtype).eval()
 
 
 def check_fits(

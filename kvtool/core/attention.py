@@ -43,7 +43,10 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values of each token, side by side: (B,T,d) -> (B,T,(H+2*Hkv)*D)"""
-        qkv = self.qkv(x)
+        return self.normalise(self.qkv(x))
+
+    def normalise(self, qkv: Tensor) -> Tensor:
+        """Norms of queries and keys, where there are any, in what `qkv` gave."""
         if self.q_norm is None or self.k_norm is None:
             return qkv
         q, k, v = qkv.split(self.widths, dim=-1)

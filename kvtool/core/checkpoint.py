@@ -25,7 +25,6 @@ from torch.overrides import TorchFunctionMode
 
 from kvtool.config import OWN_TYPES, ModelConfig
 from kvtool.core.families import FAMILIES, Family, end_ids
-from kvtool.core.layers import lay_out_for_decoding
 from kvtool.core.machine import dtype_name, require_memory
 from kvtool.core.models import Model, build_model
 from kvtool.core.safetensors_file import TensorInfo
@@ -111,8 +110,6 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
     _check_finite(source.path, stored, weights, CheckFailed if check else FileError)
     _fill(model, weights)
-    del stored, weights  # or each weight that is laid out would be there twice
-    lay_out_for_decoding(model)
     # The weights are there already; the tables follow them.
     return Checkpoint(model.to(device).eval(), config, tokenizer, source_tokenizer, folder, sha256)
 

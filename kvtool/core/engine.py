@@ -30,6 +30,14 @@ def feed(
     model raises. In a loop, take the model's `decoding_form`. Raises CapacityError.
     """
     new = ids if cache.recompute else ids[:, cache.length :]
+    return advance(model, cache, new, source, last)
+
+
+def advance(
+    model: Decode, cache: Cache, new: Tensor, source: CrossCache | None = None, last: bool = False
+) -> Tensor:
+    """One step: `new` (B,n) behind what the cache holds, or all tokens for a kind that recomputes
+    -> logits as `feed`. Raises CapacityError."""
     step = cache.begin(new.shape[1])
     logits = model(new, step, cache, source, last)
     cache.commit(new.shape[1])
@@ -58,7 +66,6 @@ def check_context(n_prompt: int, n_new: int, context: int) -> None:
         )
 
 
-@torch.inference_mode()
 def generate(
     model: Model,
     prompt: Tensor,
@@ -74,10 +81,10 @@ def generate(
     """
     n_prompt = prompt.shape[1]
     check_context(n_prompt, n_new, model.config.context)
-    ids = prompt.new_empty(prompt.shape[0], n_prompt + n_new)
-    ids[:, :n_prompt] = prompt
-    decode = decoding_form(model)
-    for end in range(n_prompt, n_prompt + n_new):
-        logits = feed(decode, cache, ids[:, :end], source, last=True)
-        ids[:, end] = token = sampler(logits[:, -1], end - n_prompt)
+    decode, new = decoding_form(model), prompt if cache.recompute else prompt[:, cache.length :]
+    for index in range(n_new):
+        with torch.inference_mode():  # not around the caller's part
+            logits = advance(decode, cache, new, source, last=True)
+            token = sampler(logits[:, -1], index)
+            new = torch.cat([new, token[:, None]], dim=1) if cache.recompute else token[:, None]
         yield token

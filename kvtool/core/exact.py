@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvtool.core import native
 from kvtool.core.kernels import Layer
 
 ALIGNMENT = 64  # bytes; where fresh memory begins, and vector code may take another path elsewhere
@@ -51,6 +52,8 @@ class ExactKernels:
         n_kv_heads, n_keys = k.shape[1:3]
         if causal and n_queries != n_keys:
             raise ValueError(f"causal needs as many queries as keys ({n_queries}, {n_keys})")
+        if native.can_read(q, k, v):
+            return native.attention(q, k, v, mask, causal)
         queries = q.to(torch.promote_types(q.dtype, torch.float32)) * head_dim**-0.5
         found = []
         for row in range(batch):

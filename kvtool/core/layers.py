@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
-
-LARGE = 2**19  # weights of a layer; sharing smaller ones among threads gains nothing
+from kvtool.core import native
 
 
 class Plain(nn.Module):
@@ -43,60 +42,40 @@ class Linear(Plain, nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == self.in_features and self._shared_by_threads():
-            return by_threads(x, self.weight, self.bias)
+        if native.serves(x, self.weight, self.bias):
+            return native.on_tensor(self.on_arrays(), x)
         return F.linear(x, self.weight, self.bias)
 
-    def _shared_by_threads(self) -> bool:
-        """Whether several threads should take parts of the weights, for one token."""
-        return (
-            self.weight.numel() >= LARGE
-            and self.weight.stride(0) == 1
-            and self.weight.device.type == "cpu"
-            and torch.get_num_threads() > 1
-            and not self.out_features % torch.get_num_threads()
-        )
-
-
-def by_threads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` for one token, each thread with its own columns of the result.
-
-    PyTorch has one thread multiply a single row, and so leaves memory bandwidth unused. As a batch
-    of products it goes to all of them: 1.5 to 1.7 times as fast with two (docs/performance.md).
-    weight (out,in) as `lay_out_for_decoding` leaves it, out a multiple of the threads.
-    """
-    n = torch.get_num_threads()
-    parts = weight.mT.unflatten(1, (n, -1)).transpose(0, 1)  # (n,in,out/n), no copy
-    y = x.reshape(1, 1, -1).expand(n, 1, -1) @ parts  # (n,1,out/n)
-    y = y.view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+    def on_arrays(self) -> native.ArrayLayer:
+        """The same for a few tokens, on arrays (n,in) -> (n,out)."""
+        return native.linear(self.weight, self.bias)
 
 
 class LayerNorm(Plain, nn.LayerNorm):
     """nn.LayerNorm (Ba 2016)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if native.serves(x, self.weight, self.bias):
+            return native.on_tensor(self.on_arrays(), x)
         return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+    def on_arrays(self) -> native.ArrayLayer:
+        """The same for a few tokens, on arrays (n,d) -> (n,d)."""
+        return native.layer_norm(self.weight, self.bias, self.eps)
 
 
 class RMSNorm(Plain, nn.RMSNorm):
     """nn.RMSNorm (Zhang 2019)."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        if native.can_read(x, self.weight):  # many tokens too: PyTorch takes several steps
+            return native.on_tensor(self.on_arrays(), x)
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
-def lay_out_for_decoding(model: nn.Module) -> None:
-    """Reorder the weights of linear layers in memory, so that one token goes through them sooner.
-
-    Values and shapes stay: a weight (out,in) that is as wide as it is high, or wider, is stored
-    column by column. A processor then adds up scaled columns, all of them read in order, where it
-    would else take a dot product with each short row: 1.2 to 2.5 times as fast for a single token
-    in float32 (docs/performance.md). Other types have kernels of their own, which like rows.
-    """
-    for module in model.modules():
-        if not isinstance(module, nn.Linear) or module.out_features < module.in_features:
-            continue
-        weight = module.weight
-        if weight.dtype is torch.float32 and weight.device.type == "cpu":
-            weight.data = weight.data.t().contiguous().t()
+    def on_arrays(self) -> native.ArrayLayer:
+        """The same on arrays (n,d) -> (n,d)."""
+        assert self.eps is not None
+        return native.rms_norm(self.weight, self.eps)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -106,7 +85,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
-def make_head_norm(config: ModelConfig) -> nn.Module:
+def make_head_norm(config: ModelConfig) -> RMSNorm:
     """RMSNorm over one head's queries or keys (Henry 2020, as in Qwen3)."""
     return RMSNorm(config.head_dim, eps=config.norm_eps)
 
@@ -115,6 +94,7 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "swiglu": lambda x: F.silu(x.chunk(2, dim=-1)[0]) * x.chunk(2, dim=-1)[1],
 }
 
 
@@ -132,13 +112,13 @@ class MLP(Plain):
         self.down = Linear(config.d_ff, config.d_model, bias=config.has_bias("mlp"))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        if self.activation == "swiglu":
-            gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
-        else:
-            x = ACTIVATION[self.activation](x)
-        return self.down(x)
+        return self.down(self.activate(self.up(x)))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """(...,d_ff), or with a gate (...,2*d_ff) -> (...,d_ff)"""
+        if native.serves(x):
+            return native.on_tensor(native.activation(self.activation), x)
+        return ACTIVATION[self.activation](x)
 
 
 class Dropout(Plain):

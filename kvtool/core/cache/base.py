@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
+from kvtool.core import native
 from kvtool.core.kernels import DEFAULT, Kernels, visible
+from kvtool.core.native import Array
 from kvtool.core.quantization import Quantization
 from kvtool.errors import CapacityError, UsageError
 
@@ -207,6 +210,17 @@ class Cache(ABC):
         """Store k, v (B,Hkv,T,D) and attend with q (B,H,T,D) -> (B,H,T,D)."""
         keys, values = self.write(layer, k, v, step)
         return step.kernels.attention(q, keys, values, step.mask, step.causal)
+
+    def attend_few(self, layer: int, qkv: Array, step: Step) -> Array:
+        """`attend` in native code for one token of few rows: qkv (B,H+2*Hkv,D), the queries first
+        -> (B,H,D)"""
+        n_stored = self.spec.n_kv_heads
+        q, *new = np.split(qkv, [-2 * n_stored, -n_stored], axis=1)
+        k, v = (torch.from_numpy(x)[:, :, None] for x in new)
+        keys, values = self.write(layer, k, v, step)
+        mask = None if step.mask is None else step.mask[:, 0, 0]
+        stored = native.Stored.of(keys), native.Stored.of(values)
+        return native.attend(q, *stored, n_stored, keys.shape[2], mask)
 
     def commit(self, n_new: int) -> None:
         """Make the first `n_new` tokens of the step part of the sequence; call it after all layers.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvtool.core import native
 from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
 from kvtool.core.kernels import visible
+from kvtool.core.native import Array
 
 
 class BufferedCache(Cache):
@@ -84,6 +86,22 @@ class BufferedCache(Cache):
         values.index_copy_(2, step.slots, v)
         reach = step.k_pos.shape[1]
         return keys.narrow(2, 0, reach), values.narrow(2, 0, reach)
+
+    def attend_few(self, layer: int, qkv: Array, step: Step) -> Array:
+        if type(self).write is not BufferedCache.write:
+            return super().attend_few(layer, qkv, step)
+        # `write` without PyTorch, whose calls would take longer than a short text's attention.
+        n, slot = self.spec.n_kv_heads, int(step.slots)
+        keys = self._stored(self._keys[layer], qkv[:, -2 * n : -n], slot)
+        values = self._stored(self._values[layer], qkv[:, -n:], slot)
+        mask = None if step.mask is None else step.mask[:, 0, 0]
+        return native.attend(qkv[:, : -2 * n], keys, values, n, step.k_pos.shape[1], mask)
+
+    def _stored(self, buffer: Tensor, new: Array, slot: int) -> native.Stored:
+        """A buffer, with `new` (B,Hkv,D) in a column of it."""
+        columns = buffer.numpy()
+        columns[: self.batch, :, slot] = new
+        return native.Stored(columns.reshape(-1), buffer.stride(0), buffer.stride(1))
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = (

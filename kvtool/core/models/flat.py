@@ -1,46 +1,41 @@
 """A decoding step written flat: what `Decoder.forward` does to one new token a row, in a few calls.
 
-Calling modules and looking up their weights takes as long as a third of a small model's products.
-The flat form does the same operations on the same tensors in the same order, so its logits are the
-modules' bit for bit; `verify-cache` compares it, as the cached arm, with the modules' whole pass.
+Calling modules and looking up their weights takes as long as a small model's products. The flat
+form does the same operations in the same order, so its logits are the modules' bit for bit;
+`verify-cache` compares it, as the cached arm, with the modules' whole pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.core import native
 from kvtool.core.attention import CrossAttention, SelfAttention, merge_heads, split_heads
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.kernels import Layer
-from kvtool.core.layers import (
-    ACTIVATION,
-    LARGE,
-    MLP,
-    Dropout,
-    LayerNorm,
-    Linear,
-    RMSNorm,
-    Table,
-    TokenEmbedding,
-)
+from kvtool.core.exact import ExactKernels
+from kvtool.core.kernels import DefaultKernels
+from kvtool.core.layers import MLP, Dropout, LayerNorm, Linear, RMSNorm, Table, TokenEmbedding
 from kvtool.core.models.base import Model
 from kvtool.core.models.decoder import Block, Decoder
 from kvtool.core.models.seq2seq import Seq2Seq
 from kvtool.core.rope import Rotary
 
 Decode = Callable[[Tensor, Step, Cache, "CrossCache | None", bool], Tensor]
+Layer = Callable[[Any], Any]  # of the vectors of one token a row: tensors (B,1,d) or arrays (B,d)
 
 # What a model is made of. A subclass may do something else, and is left to do it.
 KNOWN = {
     Seq2Seq, Decoder, Block, SelfAttention, CrossAttention, Linear, LayerNorm, RMSNorm, MLP,
     Dropout, Rotary, Table, TokenEmbedding, nn.Embedding, nn.ModuleList,
 }  # fmt: skip
+NATIVE_TOO = {DefaultKernels, ExactKernels}  # with these, few tokens take native code in modules
 
 
 def decoding_form(model: Model) -> Decode:
@@ -54,14 +49,16 @@ def decoding_form(model: Model) -> Decode:
     if watched or not all(map(_is_known, (model, *decoder.modules()))):
         return model
     assert isinstance(decoder, Decoder)
-    flat, reads = FlatDecoder(decoder), bool(model.config.n_encoder_layers)
+    reads, usual = bool(model.config.n_encoder_layers), FlatDecoder(decoder)
+    arrays = ArrayDecoder(decoder) if native.can_read(*decoder.parameters()) else None
 
     def decode(
         tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None, last: bool
     ) -> Tensor:
-        if tokens.shape[1] == 1 and (source is not None) == reads:
-            return flat(tokens, step, cache, source)
-        return model(tokens, step, cache, source, last)
+        if tokens.shape[1] > 1 or (source is not None) != reads:
+            return model(tokens, step, cache, source, last)
+        few = tokens.shape[0] <= native.FEW and type(step.kernels) in NATIVE_TOO
+        return (arrays if arrays and few else usual)(tokens, step, cache, source)
 
     return decode
 
@@ -73,7 +70,7 @@ def _is_known(module: nn.Module) -> bool:
 
 
 class FlatBlock(NamedTuple):
-    """A block's layers between its attentions, each a function of (B,1,width)."""
+    """A block's layers between its attentions."""
 
     first: tuple[Layer, ...]  # norm1, and the projection to queries, keys and values
     out: Layer
@@ -91,53 +88,137 @@ class FlatDecoder:
         self.head_dim, self.window = c.head_dim, c.window
         self.n_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
         self.first_window_layer = c.first_window_layer
-        self.blocks = [_flat_block(block) for block in decoder.layers if isinstance(block, Block)]
-        self.logits = _flat(decoder.norm), _flat(decoder.head)
+        self.blocks = [self._block(block) for block in decoder.layers if isinstance(block, Block)]
+        self.logits = self._layer(decoder.norm), self._layer(decoder.head)
 
     def __call__(
         self, tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None
     ) -> Tensor:
         """tokens (B,1) -> logits (B,1,V)"""
-        rows, near = step.kernels.rows, step.within(self.window)
-        x = self.embed(tokens, step.q_pos)
+        near, x = step.within(self.window), self._embedded(tokens, step)
         for i, block in enumerate(self.blocks):
-            heads = split_heads(rows(x, *block.first), self.head_dim)  # (B,H+2*Hkv,1,D)
-            q, k, v = heads.split_with_sizes(self.n_heads, dim=1)
-            if self.rotary is not None:
-                q, k = self.rotary(q, step.q_pos), self.rotary(k, step.q_pos)
-            y = cache.attend(i, q, k, v, near if i >= self.first_window_layer else step)
-            x = x + rows(merge_heads(y), block.out)
+            seen = near if i >= self.first_window_layer else step
+            y = self._attended(i, self._through(block.first, x, step), seen, cache)
+            x = x + self._through((block.out,), y, step)
             if block.cross_out is not None and source is not None:
-                y = source.attend(
-                    i, split_heads(rows(x, *block.cross), self.head_dim), step.kernels
-                )
-                x = x + rows(merge_heads(y), block.cross_out)
-            x = x + rows(x, *block.last)
-        return rows(x, *self.logits)
+                q = self._heads(self._through(block.cross, x, step))
+                y = self._merged(source.attend(i, q, step.kernels))
+                x = x + self._through((block.cross_out,), y, step)
+            x = x + self._through(block.last, x, step)
+        return self._result(self._through(self.logits, x, step))
+
+    def _attended(self, layer: int, qkv: Any, step: Step, cache: Cache) -> Any:
+        q, k, v = self._turned(self._heads(qkv), step)
+        return self._merged(cache.attend(layer, q, k, v, step))
+
+    def _turned(self, heads: Tensor, step: Step) -> tuple[Tensor, ...]:
+        """(B,H+2*Hkv,1,D) -> queries, keys and values, by their positions."""
+        q, k, v = heads.split_with_sizes(self.n_heads, dim=1)
+        if self.rotary is None:
+            return q, k, v
+        return self.rotary(q, step.q_pos), self.rotary(k, step.q_pos), v
+
+    def _block(self, block: Block) -> FlatBlock:
+        attn, cross, mlp, layer = block.attn, block.cross, block.mlp, self._layer
+        return FlatBlock(
+            (layer(block.norm1), layer(attn.qkv), *self._head_norms(attn)),
+            layer(attn.out),
+            (layer(block.norm_cross), layer(cross.q)) if cross and block.norm_cross else (),
+            layer(cross.out) if cross else None,
+            (layer(block.norm2), layer(mlp.up), self._activation(mlp), layer(mlp.down)),
+        )
+
+    def _layer(self, module: nn.Module) -> Layer:
+        """A layer as a function that has its weights at hand."""
+        if isinstance(module, LayerNorm):
+            shape, (scale, shift) = module.normalized_shape, (module.weight, module.bias)
+            return lambda x: torch.layer_norm(x, shape, scale, shift, module.eps)
+        if isinstance(module, Linear):
+            weight, bias = module.weight, module.bias
+            return lambda x: F.linear(x, weight, bias)
+        return module
+
+    def _head_norms(self, attn: SelfAttention) -> Sequence[Layer]:
+        return () if attn.q_norm is None else (attn.normalise,)
+
+    def _activation(self, mlp: MLP) -> Layer:
+        return mlp.activate
+
+    def _embedded(self, tokens: Tensor, step: Step) -> Any:
+        return self.embed(tokens, step.q_pos)
+
+    def _through(self, layers: Sequence[Layer], x: Any, step: Step) -> Any:
+        return step.kernels.rows(x, *layers)
+
+    def _heads(self, x: Any) -> Tensor:
+        """-> (B,heads,1,D)"""
+        return split_heads(x, self.head_dim)
+
+    def _merged(self, y: Tensor) -> Any:
+        """(B,heads,1,D) -> the vectors of tokens"""
+        return merge_heads(y)
+
+    def _result(self, x: Any) -> Tensor:
+        return x
 
 
-def _flat_block(block: Block) -> FlatBlock:
-    attn, cross, mlp = block.attn, block.cross, block.mlp
-    project = attn.project if attn.q_norm is not None else _flat(attn.qkv)
-    if mlp.activation == "swiglu":
-        network: tuple[Layer, ...] = (mlp,)
-    else:
-        network = _flat(mlp.up), ACTIVATION[mlp.activation], _flat(mlp.down)
-    return FlatBlock(
-        (_flat(block.norm1), project),
-        _flat(attn.out),
-        (_flat(block.norm_cross), _flat(cross.q)) if cross and block.norm_cross else (),
-        _flat(cross.out) if cross else None,
-        (_flat(block.norm2), *network),
-    )
+class ArrayDecoder(FlatDecoder):
+    """The same for a few rows, in native code."""
 
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder)
+        embed = decoder.embed
+        self.tokens = native.array(embed.tokens.weight)
+        self.positions = None if embed.positions is None else native.array(embed.positions.weight)
+        self.table = None if embed.table is None else native.array(embed.table.table)
 
-def _flat(module: nn.Module) -> Layer:
-    """A layer as a function that has its weights at hand."""
-    if isinstance(module, LayerNorm):
-        shape, scale, shift, eps = module.normalized_shape, module.weight, module.bias, module.eps
-        return lambda x: torch.layer_norm(x, shape, scale, shift, eps)
-    if isinstance(module, Linear) and module.weight.numel() < LARGE:
-        weight, bias = module.weight, module.bias
-        return lambda x: F.linear(x, weight, bias)
-    return module  # larger ones may go to several threads
+    def _layer(self, module: nn.Module) -> Layer:
+        assert isinstance(module, Linear | LayerNorm | RMSNorm)
+        return module.on_arrays()
+
+    def _head_norms(self, attn: SelfAttention) -> Sequence[Layer]:
+        if attn.q_norm is None or attn.k_norm is None:
+            return ()
+        norms = attn.q_norm.on_arrays(), attn.k_norm.on_arrays()
+
+        def normalise(qkv: Any) -> Any:
+            q, k, v = np.split(qkv, np.cumsum(attn.widths[:2]), axis=1)
+            q, k = (
+                norm(x.reshape(-1, self.head_dim)).reshape(len(x), -1)
+                for norm, x in zip(norms, (q, k), strict=True)
+            )
+            return np.concatenate([q, k, v], axis=1)
+
+        return (normalise,)
+
+    def _activation(self, mlp: MLP) -> Layer:
+        return native.activation(mlp.activation)
+
+    def _embedded(self, tokens: Tensor, step: Step) -> Any:
+        x = self.tokens.take(tokens.numpy()[:, 0], 0)  # (B,d)
+        pos = np.maximum(step.q_pos.numpy()[:, 0], 0)
+        if self.table is not None:
+            return x * self.embed.scale + self.table.take(pos, 0).astype(x.dtype)
+        return x if self.positions is None else x + self.positions.take(pos, 0)
+
+    def _attended(self, layer: int, qkv: Any, step: Step, cache: Cache) -> Any:
+        if type(cache).attend is not Cache.attend:
+            return super()._attended(layer, qkv, step, cache)
+        if self.rotary is not None:
+            qkv = torch.cat(self._turned(self._heads(qkv), step), dim=1).numpy()
+        y = cache.attend_few(layer, qkv.reshape(len(qkv), -1, self.head_dim), step)
+        return y.reshape(len(y), -1)
+
+    def _through(self, layers: Sequence[Layer], x: Any, step: Step) -> Any:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    def _heads(self, x: Any) -> Tensor:
+        return torch.from_numpy(x).view(x.shape[0], -1, 1, self.head_dim)
+
+    def _merged(self, y: Tensor) -> Any:
+        return y.numpy().reshape(y.shape[0], -1)
+
+    def _result(self, x: Any) -> Tensor:
+        return torch.from_numpy(x)[:, None]

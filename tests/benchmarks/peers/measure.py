@@ -18,7 +18,6 @@ from kvtool.config import ModelConfig
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.engine import generate
 from kvtool.core.kernels import make_kernels
-from kvtool.core.layers import lay_out_for_decoding
 from kvtool.core.models import Model, build_model
 from kvtool.core.peers import TransformersGenerate, load_peer
 from kvtool.core.sampling import Sampler
@@ -87,9 +86,7 @@ def make_model(context: int, dtype: torch.dtype = torch.float32) -> Model:
         vocab_size=4096, d_model=256, n_layers=2, n_heads=8, context=context,
         positions="learned", activation="gelu_tanh",
     )  # fmt: skip
-    model = build_model(config).to(dtype).eval().requires_grad_(False)
-    lay_out_for_decoding(model)
-    return model
+    return build_model(config).to(dtype).eval().requires_grad_(False)
 
 
 def make_series(model: Model, prompt: Tensor, threads: int, folder: Path) -> list[Series]:

@@ -1,0 +1,218 @@
+"""What decoding spends its time on, compiled by numba: loops over arrays, for one processor thread.
+
+Every function treats each row by itself, in an order that its width alone decides. So a token gets
+the same bits alone, among others, cached or not, in any memory and with any number of threads.
+All arrays are dense, of one type, float32 or float64.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+# Before numba loads its threads. They spin while they wait for each other, by default so long that
+# where another program has one's processor, a layer takes milliseconds.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+# Sums may be taken in several parts, or nothing could be vectorised; NaN and infinity stay.
+FAST = {"reassoc", "contract", "arcp", "nsz"}
+
+
+def compiled(parallel: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """numba.njit, kept on disk for the next process where there is a folder to write to."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        options: dict[str, Any] = {"fastmath": FAST, "nogil": True, "parallel": parallel}
+        options["error_model"] = "numpy"  # division by zero gives infinity, as in an array
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # neither beside this file nor at home
+            return numba.njit(**options)(function)
+
+    return decorate
+
+
+@compiled()
+def linear(x: Array, weight: Array, bias: Array | None, y: Array, first: int, last: int) -> None:
+    """Columns `first` to `last` of y (n,out) = x (n,in) times weight (out,in), plus bias (out,)"""
+    for i in range(first, last):
+        row = weight[i]
+        for n in range(x.shape[0]):  # inside, so that weights are read from memory once
+            total = row.dtype.type(0)
+            for j in range(row.shape[0]):
+                total += row[j] * x[n, j]
+            if bias is not None:
+                total += bias[i]
+            y[n, i] = total
+
+
+@compiled(parallel=True)
+def linear_by_threads(x: Array, weight: Array, bias: Array | None, y: Array, parts: int) -> None:
+    """`linear`, each of `parts` threads with its own columns."""
+    for part in numba.prange(parts):
+        width = weight.shape[0]
+        linear(x, weight, bias, y, width * part // parts, width * (part + 1) // parts)
+
+
+@compiled()
+def layer_norm(x: Array, scale: Array, shift: Array | None, eps: float, y: Array) -> None:
+    """y (n,d) = each row of x, its mean taken away and divided by its deviation (Ba 2016)."""
+    width = x.shape[1]
+    for n in range(x.shape[0]):
+        total = x.dtype.type(0)
+        for j in range(width):
+            total += x[n, j]
+        mean = total / x.dtype.type(width)
+        squares = x.dtype.type(0)
+        for j in range(width):
+            squares += (x[n, j] - mean) * (x[n, j] - mean)
+        factor = x.dtype.type(1 / np.sqrt(squares / x.dtype.type(width) + eps))
+        for j in range(width):
+            y[n, j] = (x[n, j] - mean) * factor * scale[j]
+            if shift is not None:
+                y[n, j] += shift[j]
+
+
+@compiled()
+def rms_norm(x: Array, scale: Array, eps: float, y: Array) -> None:
+    """y (n,d) = each row of x over the root of its mean square (Zhang 2019)."""
+    width = x.shape[1]
+    for n in range(x.shape[0]):
+        squares = x.dtype.type(0)
+        for j in range(width):
+            squares += x[n, j] * x[n, j]
+        factor = x.dtype.type(1 / np.sqrt(squares / x.dtype.type(width) + eps))
+        for j in range(width):
+            y[n, j] = x[n, j] * factor * scale[j]
+
+
+@compiled()
+def exponential(x: Array) -> None:
+    """x (n,) becomes e to its power; in float32 by 2**k * 2**f, |f| <= 1/2, the last by its Taylor
+    series, since neither NumPy's nor the C library's function would be vectorised here."""
+    if x.itemsize == 8:
+        for i in range(x.shape[0]):
+            x[i] = np.exp(x[i])
+        return
+    bits = x.view(np.int32)
+    for i in range(x.shape[0]):
+        t = x[i] * np.float32(1.4426950408889634)  # log2(e)
+        t = np.float32(-126) if t < np.float32(-126) else t
+        t = np.float32(127) if t > np.float32(127) else t
+        k = np.rint(t)
+        f = t - k
+        power = np.float32(1.5252734e-5)
+        power = power * f + np.float32(1.5403530e-4)
+        power = power * f + np.float32(1.3333558e-3)
+        power = power * f + np.float32(9.6181291e-3)
+        power = power * f + np.float32(5.5504109e-2)
+        power = power * f + np.float32(2.4022651e-1)
+        power = power * f + np.float32(6.9314718e-1)
+        x[i] = power * f + np.float32(1)
+        bits[i] += np.int32(k) << 23  # times 2**k
+
+
+@compiled()
+def sigmoid_times(x: Array, t: Array, y: Array) -> None:
+    """y (n,) = x / (1 + e**-t); t is used up."""
+    for i in range(t.shape[0]):
+        t[i] = -t[i]
+    exponential(t)
+    for i in range(t.shape[0]):
+        y[i] = x[i] / (t.dtype.type(1) + t[i])
+
+
+@compiled()
+def gelu_tanh(x: Array, y: Array) -> None:
+    """y (n,d) = GELU's approximation by tanh (Hendrycks 2016): (1 + tanh(u)) / 2 is 1 / (1 +
+    e**-2u)."""
+    one = x.dtype.type(1)
+    cubic, factor = x.dtype.type(0.044715), x.dtype.type(1.5957691216057308)  # 2 sqrt(2 / pi)
+    t = np.empty(x.shape[1], x.dtype)
+    for n in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            t[j] = factor * x[n, j] * (one + cubic * x[n, j] * x[n, j])
+        sigmoid_times(x[n], t, y[n])
+
+
+@compiled()
+def gelu(x: Array, y: Array) -> None:
+    """y (n,d) = x times the normal distribution's function (Hendrycks 2016)."""
+    half, one, root = x.dtype.type(0.5), x.dtype.type(1), x.dtype.type(0.7071067811865476)
+    for n in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            y[n, j] = half * x[n, j] * (one + math.erf(x[n, j] * root))
+
+
+@compiled()
+def swiglu(x: Array, y: Array) -> None:
+    """y (n,d) = silu of the first half of x (n,2d), times the second (Shazeer 2020)."""
+    width = y.shape[1]
+    for n in range(x.shape[0]):
+        sigmoid_times(x[n], x[n, :width].copy(), y[n])
+        for j in range(width):
+            y[n, j] *= x[n, width + j]
+
+
+@compiled()
+def attend(
+    q: Array,
+    k: Array,
+    k_at: int,
+    k_apart: int,
+    v: Array,
+    v_at: int,
+    v_apart: int,
+    n_groups: int,
+    n_keys: int,
+    y: Array,
+) -> None:
+    """One query of each head, q (H,D), over keys and values -> y (H,D), NaN if there are none.
+
+    k and v are memory, (n,), in which each head's (n_keys,D) is dense: the first begins `at`, the
+    next `apart` behind it. Heads of queries share `n_groups` heads of keys (Ainslie 2023).
+    """
+    n_heads, width = q.shape
+    scale = q.dtype.type(1 / np.sqrt(width))
+    scores = np.empty(n_keys, q.dtype)
+    for h in range(n_heads):
+        group = h * n_groups // n_heads
+        k_first, v_first = k_at + group * k_apart, v_at + group * v_apart
+        keys = k[k_first : k_first + n_keys * width].reshape(n_keys, width)
+        values = v[v_first : v_first + n_keys * width].reshape(n_keys, width)
+        query, result = q[h], y[h]
+        largest = q.dtype.type(-np.inf)
+        for i in range(n_keys):
+            score = q.dtype.type(0)
+            for j in range(width):
+                score += query[j] * keys[i, j]
+            scores[i] = score * scale
+        for i in range(n_keys):
+            largest = scores[i] if scores[i] > largest else largest
+        for i in range(n_keys):
+            scores[i] -= largest
+        exponential(scores)
+        total = q.dtype.type(0)
+        for i in range(n_keys):
+            total += scores[i]
+        result[:] = 0
+        for i in range(n_keys):
+            for j in range(width):
+                result[j] += scores[i] * values[i, j]
+        for j in range(width):
+            result[j] /= total
+
+
+def use_threads(n: int) -> int:
+    """Let numba use `n` threads, or as many as it has -> how many these are."""
+    n = min(n, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    numba.set_num_threads(n)
+    return n
