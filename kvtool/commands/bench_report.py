@@ -168,9 +168,10 @@ def show_tokens(report: Report, out: Output) -> None:
     ]
     if report.quality:
         columns += [Column("KL nats"), Column("perplexity")]
-    rows = []
+    rows, fastest = [], 0.0
     for row in longest.values():
         rate = row.token_bytes / row.token_s if row.token_bytes and row.token_s else None
+        fastest = max(fastest, rate or 0.0)
         cells = [
             row.cache,
             *[row.impl] * several,
@@ -190,6 +191,8 @@ def show_tokens(report: Report, out: Output) -> None:
         rows.append(cells)
     out.table("One more token at the longest length", columns, rows)
     out.text(f"Memory was read at {report.bandwidth * 1e-9:,.1f} GB/s in this run.")
+    if fastest > report.bandwidth:
+        out.text("What is read faster than that has stayed in the processor's own caches.")
     if report.quality:
         full = next(iter(report.quality.values()))
         out.text(

@@ -35,7 +35,7 @@ KNOWN = {
     Seq2Seq, Decoder, Block, SelfAttention, CrossAttention, Linear, LayerNorm, RMSNorm, MLP,
     Dropout, Rotary, Table, TokenEmbedding, nn.Embedding, nn.ModuleList,
 }  # fmt: skip
-NATIVE_TOO = {DefaultKernels, ExactKernels}  # with these, few tokens take native code in modules
+KERNELS = {DefaultKernels, ExactKernels}  # with which modules too use native code
 
 
 def decoding_form(model: Model) -> Decode:
@@ -57,8 +57,12 @@ def decoding_form(model: Model) -> Decode:
     ) -> Tensor:
         if tokens.shape[1] > 1 or (source is not None) != reads:
             return model(tokens, step, cache, source, last)
-        few = tokens.shape[0] <= native.FEW and type(step.kernels) in NATIVE_TOO
-        return (arrays if arrays and few else usual)(tokens, step, cache, source)
+        kernels = type(step.kernels)
+        # Modules take exact rows through native code however many there are.
+        few = tokens.shape[0] <= native.FEW or kernels is ExactKernels
+        return (arrays if arrays and few and kernels in KERNELS else usual)(
+            tokens, step, cache, source
+        )
 
     return decode
 
@@ -163,7 +167,7 @@ class FlatDecoder:
 
 
 class ArrayDecoder(FlatDecoder):
-    """The same for a few rows, in native code."""
+    """The same in native code, which is faster for a few rows."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)

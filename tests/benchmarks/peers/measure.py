@@ -12,12 +12,13 @@ from typing import Protocol
 
 import torch
 from llama import LlamaCpp, write_gguf
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvtool.config import ModelConfig
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.engine import generate
 from kvtool.core.kernels import make_kernels
+from kvtool.core.layers import Linear
 from kvtool.core.models import Model, build_model
 from kvtool.core.peers import TransformersGenerate, load_peer
 from kvtool.core.sampling import Sampler
@@ -55,13 +56,14 @@ class Floor:
     """What no decoder can avoid: the products of one token, and reading its keys and values.
 
     A run's token costs both, with keys and values of half the run's length. Both are timed by
-    themselves, the products with kvtool's layout of weights, the reading as a sum.
+    themselves: the products in kvtool's native code, which is faster than PyTorch's, the reading as
+    a sum.
     """
 
     def __init__(self, model: Model, n_prompt: int) -> None:
         c = model.config
-        self.layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        self.inputs = {m.in_features: torch.randn(1, 1, m.in_features) for m in self.layers}
+        layers = [m for m in model.modules() if isinstance(m, Linear)]
+        self.products = [(m.on_arrays(), torch.randn(1, m.in_features).numpy()) for m in layers]
         shape = 1, c.n_kv_heads, c.context, c.head_dim
         self.stored = [torch.randn(shape) for _ in range(2 * c.n_layers)]
         self.n_prompt = n_prompt
@@ -71,8 +73,8 @@ class Floor:
         with torch.inference_mode():
             started = time.perf_counter()
             for _ in range(length):
-                for layer in self.layers:
-                    layer(self.inputs[layer.in_features])
+                for layer, x in self.products:
+                    layer(x)
                 for tensor in self.stored:
                     tensor[:, :, :seen].sum()
             seconds = time.perf_counter() - started
