@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvtool import registry
+from kvtool.core import native
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.engine import begin, feed
 from kvtool.core.kernels import DEFAULT, make_kernels
@@ -51,7 +52,7 @@ def decoded(model: Model, decode: Any, kernels: str, kind: str, batch: int) -> T
     return torch.cat([feed(decode, cache, ids[:, :end], source) for end in ends], dim=1)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 6])
+@pytest.mark.parametrize("batch", [1, 3, native.FEW + 1])
 @pytest.mark.parametrize("kernels", registry.KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_its_logits_are_those_of_the_modules(shape: str, kernels: str, batch: int) -> None:

@@ -91,7 +91,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(), (1, 1), (4, 1), (2, 2), (5, 1)])
+@pytest.mark.parametrize("shape", [(), (1, 1), (4, 1), (2, 2), (native.FEW + 1, 1)])
 @pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
 def test_a_layer_of_few_tokens_and_of_more_is_right(
@@ -136,11 +136,11 @@ def test_a_row_has_the_same_bits_alone_and_among_others(name: str) -> None:
 def test_threads_share_a_layer_and_change_no_bit(bias: bool, served: list[str]) -> None:
     layer, x = linear(bias), torch.randn(3, 1, WIDTH)
     by_two = layer(x)
-    assert "linear_by_threads" in served
+    assert "use_threads" in served
     torch.set_num_threads(1)
     served.clear()
     assert layer(x).equal(by_two)
-    assert served == ["linear"]
+    assert served == ["product"]
 
 
 @pytest.mark.parametrize("name", [*LAYERS, *ACTIVATIONS])

@@ -29,6 +29,8 @@ class SelfAttention(nn.Module):
     With fewer key-value heads than heads, a group of query heads shares one (Ainslie 2023).
     """
 
+    by_rows = True  # of `project`, as in layers.Plain
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer

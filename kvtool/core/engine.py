@@ -82,8 +82,9 @@ def generate(
     n_prompt = prompt.shape[1]
     check_context(n_prompt, n_new, model.config.context)
     decode, new = decoding_form(model), prompt if cache.recompute else prompt[:, cache.length :]
+    without_gradients = torch.inference_mode()
     for index in range(n_new):
-        with torch.inference_mode():  # not around the caller's part
+        with without_gradients:  # but not around the caller's part
             logits = advance(decode, cache, new, source, last=True)
             token = sampler(logits[:, -1], index)
             new = torch.cat([new, token[:, None]], dim=1) if cache.recompute else token[:, None]

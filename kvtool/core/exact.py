@@ -15,6 +15,8 @@ out its columns in the order of their positions; docs/exact.md says what it cost
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,7 @@ class ExactKernels:
             for layer in layers:
                 x = layer(x)
             return x
-        # Native code treats each of its rows by itself.
-        few = native.FEW if native.can_read(x) and not torch.is_grad_enabled() else 1
+        few = native.FEW if _by_rows(layers) and native.can_read(x) else 1
         found = []
         for tokens in x.reshape(batch * n, 1, width).split(few):
             tokens = tokens.clone()
@@ -72,6 +73,13 @@ class ExactKernels:
                 found.append(_attend(query, keys, values))
         y = found[0] if len(found) == 1 else torch.stack(found)
         return y.view(batch, n_queries, n_heads, head_dim).transpose(1, 2).to(q.dtype)
+
+
+def _by_rows(layers: Sequence[Layer]) -> bool:
+    """Whether all are modules of ours, which leave few tokens to native code, and that treats each
+    row by itself."""
+    owners = (getattr(layer, "__self__", layer) for layer in layers)
+    return not torch.is_grad_enabled() and all(getattr(x, "by_rows", False) for x in owners)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,11 @@ class Plain(nn.Module):
 
     What nn.Module looks for at every call would take as long as a small layer. For what works token
     by token; hooks on all modules of a process are not looked for.
+
+    by_rows: for a few tokens native code is used where it can be, which treats each by itself.
     """
+
+    by_rows: ClassVar[bool] = False
 
     def __call__(self, *args: Any) -> Any:
         if (
@@ -35,6 +39,8 @@ class Plain(nn.Module):
 class Linear(Plain, nn.Linear):
     """nn.Linear, initialised at std 1/sqrt(in)."""
 
+    by_rows = True
+
     def reset_parameters(self) -> None:
         # Smaller weights hide cache bugs: attention is then nearly uniform whatever the positions.
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
@@ -48,11 +54,16 @@ class Linear(Plain, nn.Linear):
 
     def on_arrays(self) -> native.ArrayLayer:
         """The same for a few tokens, on arrays (n,in) -> (n,out)."""
-        return native.linear(self.weight, self.bias)
+        return native.linear(self.weights())
+
+    def weights(self) -> native.Weights:
+        return native.Weights.of(self.weight, self.bias)
 
 
 class LayerNorm(Plain, nn.LayerNorm):
     """nn.LayerNorm (Ba 2016)."""
+
+    by_rows = True
 
     def forward(self, x: Tensor) -> Tensor:
         if native.serves(x, self.weight, self.bias):
@@ -61,11 +72,16 @@ class LayerNorm(Plain, nn.LayerNorm):
 
     def on_arrays(self) -> native.ArrayLayer:
         """The same for a few tokens, on arrays (n,d) -> (n,d)."""
-        return native.layer_norm(self.weight, self.bias, self.eps)
+        return native.normalised(self.weights())
+
+    def weights(self) -> native.Norm:
+        return native.Norm.of(self.weight, self.bias, self.eps, centred=True)
 
 
 class RMSNorm(Plain, nn.RMSNorm):
     """nn.RMSNorm (Zhang 2019)."""
+
+    by_rows = True
 
     def forward(self, x: Tensor) -> Tensor:
         if native.can_read(x, self.weight):  # many tokens too: PyTorch takes several steps
@@ -74,8 +90,11 @@ class RMSNorm(Plain, nn.RMSNorm):
 
     def on_arrays(self) -> native.ArrayLayer:
         """The same on arrays (n,d) -> (n,d)."""
+        return native.normalised(self.weights())
+
+    def weights(self) -> native.Norm:
         assert self.eps is not None
-        return native.rms_norm(self.weight, self.eps)
+        return native.Norm.of(self.weight, None, self.eps, centred=False)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -103,6 +122,8 @@ class MLP(Plain):
 
     swiglu (Shazeer 2020) has a gate beside the activation: `up` then yields 2 * d_ff, gate first.
     """
+
+    by_rows = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

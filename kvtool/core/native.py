@@ -19,10 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvtool.config import ACTIVATIONS
+
 Array = NDArray[Any]
 ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row by itself
 
-FEW = 4  # rows; PyTorch is faster for many more
+FEW = 8  # rows; PyTorch is faster for many more
 LARGE = 2**18  # weights of a layer; to share fewer among threads gains little
 
 
@@ -65,43 +67,49 @@ def on_tensor(layer: ArrayLayer, x: Tensor) -> Tensor:
     return torch.from_numpy(layer(array(x).reshape(-1, x.shape[-1]))).view(*x.shape[:-1], -1)
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> ArrayLayer:
+class Weights(NamedTuple):
+    """Of a linear layer: weight (out,in), bias (out,)"""
+
+    weight: Array
+    bias: Array | None
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Weights:
+        return cls(array(weight), None if bias is None else array(bias))
+
+
+class Norm(NamedTuple):
+    """Of a LayerNorm, which is centred, or of an RMSNorm: scale and shift (d,)"""
+
+    centred: bool
+    scale: Array
+    shift: Array | None
+    eps: float
+
+    @classmethod
+    def of(cls, scale: Tensor, shift: Tensor | None, eps: float, centred: bool) -> Norm:
+        return cls(centred, array(scale), None if shift is None else array(shift), eps)
+
+
+def linear(weights: Weights) -> ArrayLayer:
     """`F.linear`. Large weights are shared by as many threads as PyTorch has."""
-    kernels = _loaded()
-    w, b, n_out = array(weight), None if bias is None else array(bias), weight.shape[0]
-    large = weight.numel() >= LARGE
+    kernel, n_out = _loaded().product, len(weights.weight)
 
     def layer(x: Array) -> Array:
-        y = np.empty((x.shape[0], n_out), x.dtype)
-        if large and (threads := torch.get_num_threads()) > 1:
-            kernels.linear_by_threads(x, w, b, y, kernels.use_threads(threads))
-        else:
-            kernels.linear(x, w, b, y, 0, n_out)
+        y = np.empty((len(x), n_out), x.dtype)
+        kernel(x, *weights, y, _threads(), LARGE)
         return y
 
     return layer
 
 
-def layer_norm(scale: Tensor, shift: Tensor | None, eps: float) -> ArrayLayer:
-    """`F.layer_norm` over the last dimension."""
-    kernels = _loaded()
-    a, b = array(scale), None if shift is None else array(shift)
+def normalised(norm: Norm) -> ArrayLayer:
+    """`F.layer_norm` or `F.rms_norm` over the last dimension."""
+    kernel = _loaded().normalise
 
     def layer(x: Array) -> Array:
         y = np.empty_like(x)
-        kernels.layer_norm(x, a, b, eps, y)
-        return y
-
-    return layer
-
-
-def rms_norm(scale: Tensor, eps: float) -> ArrayLayer:
-    """`F.rms_norm` over the last dimension."""
-    kernels, a = _loaded(), array(scale)
-
-    def layer(x: Array) -> Array:
-        y = np.empty_like(x)
-        kernels.rms_norm(x, a, eps, y)
+        kernel(x, *norm, y)
         return y
 
     return layer
@@ -110,17 +118,44 @@ def rms_norm(scale: Tensor, eps: float) -> ArrayLayer:
 def activation(name: str) -> ArrayLayer:
     """The activation of a feed-forward network, by its name in a ModelConfig; swiglu (n,2d) ->
     (n,d)."""
-    kernels = _loaded()
-    if name == "relu":
-        return lambda x: np.maximum(x, 0)
-    function, parts = getattr(kernels, name), 2 if name == "swiglu" else 1
+    kernel, number, parts = _loaded().activate, ACTIVATIONS.index(name), 1 + (name == "swiglu")
 
     def layer(x: Array) -> Array:
-        y = np.empty((x.shape[0], x.shape[1] // parts), x.dtype)
-        function(x, y)
+        y = np.empty((len(x), x.shape[1] // parts), x.dtype)
+        kernel(number, x, y)
         return y
 
     return layer
+
+
+def normed_linear(norm: Norm, weights: Weights) -> ArrayLayer:
+    """`normalised` and then `linear`, in one call."""
+    kernel, n_out = _loaded().normed_linear, len(weights.weight)
+
+    def layer(x: Array) -> Array:
+        y = np.empty((len(x), n_out), x.dtype)
+        kernel(x, *norm, *weights, y, _threads(), LARGE)
+        return y
+
+    return layer
+
+
+def normed_network(norm: Norm, up: Weights, name: str, down: Weights) -> ArrayLayer:
+    """`normalised` and then a feed-forward network with that activation, in one call."""
+    kernel, number = _loaded().normed_network, ACTIVATIONS.index(name)
+
+    def layer(x: Array) -> Array:
+        y = np.empty_like(x)
+        kernel(x, *norm, *up, number, *down, y, _threads(), LARGE)
+        return y
+
+    return layer
+
+
+def _threads() -> int:
+    """How many threads may share a layer: as many as PyTorch has."""
+    n = torch.get_num_threads()
+    return n if n == 1 else _loaded().use_threads(n)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -161,21 +196,28 @@ def attend(
 ) -> Array:
     """One query of each row and head, (B,H,D), over those of the first `n_keys` keys of `n_groups`
     heads that mask (B or 1,n_keys) lets it see -> (B,H,D), NaN where that is none."""
-    kernel, y, width = _loaded().attend, np.empty_like(q), q.shape[2]
-    first, masks = 0, None if mask is None else mask.numpy()
+    kernel, y = _loaded().attend, np.empty_like(q)
     for row in range(len(q)):
-        at = [(s.memory, row * s.row, s.head) for s in (k, v)]
-        if masks is not None:
-            seen = np.flatnonzero(masks[row % len(masks)])
-            n_keys, first = len(seen), seen[0] if len(seen) else 0
-            if n_keys and seen[-1] - first + 1 != n_keys:  # they do not follow one another
-                copies = (s.columns(row, n_groups, width, seen) for s in (k, v))
-                at, first = [(c.reshape(-1), 0, n_keys * width) for c in copies], 0
-        (keys, k_at, k_head), (values, v_at, v_head) = at
-        k_at, v_at = k_at + first * width, v_at + first * width
-        query = np.ascontiguousarray(q[row])
-        kernel(query, keys, k_at, k_head, values, v_at, v_head, n_groups, n_keys, y[row])
+        memory: tuple[Any, ...] = k.memory, row * k.row, k.head, v.memory, row * v.row, v.head
+        if mask is not None:
+            memory, n_keys = _seen(k, v, row, n_groups, q.shape[2], mask[row % len(mask)])
+        kernel(np.ascontiguousarray(q[row]), *memory, n_groups, n_keys, y[row])
     return y
+
+
+def _seen(
+    k: Stored, v: Stored, row: int, n_groups: int, width: int, mask: Tensor
+) -> tuple[tuple[Any, ...], int]:
+    """Where the keys and values are that mask (S,) lets a row see, and how many; copied if they do
+    not follow one another."""
+    numbers = np.flatnonzero(mask.numpy())
+    n = len(numbers)
+    first = int(numbers[0]) if n else 0
+    if n and numbers[-1] - first + 1 != n:
+        keys, values = (s.columns(row, n_groups, width, numbers).reshape(-1) for s in (k, v))
+        return (keys, 0, n * width, values, 0, n * width), n
+    k_at, v_at = (s.row * row + first * width for s in (k, v))
+    return (k.memory, k_at, k.head, v.memory, v_at, v.head), n
 
 
 def _loaded() -> ModuleType:

@@ -20,7 +20,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtool.config import ACTIVATIONS
+
 Array = NDArray[Any]
+GELU, GELU_TANH, SWIGLU = map(ACTIVATIONS.index, ("gelu", "gelu_tanh", "swiglu"))
 
 # Sums may be taken in several parts, or nothing could be vectorised; NaN and infinity stay.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -177,6 +180,68 @@ def add_values(w: Array, v: Array, y: Array) -> None:
     for i in range(whole, w.shape[0]):
         for j in range(y.shape[0]):
             y[j] += w[i] * v[i, j]
+
+
+@compiled()
+def normalise(
+    x: Array, centred: bool, scale: Array, shift: Array | None, eps: float, y: Array
+) -> None:
+    """`layer_norm` if centred, else `rms_norm`."""
+    if centred:
+        layer_norm(x, scale, shift, eps, y)
+    else:
+        rms_norm(x, scale, eps, y)
+
+
+@compiled()
+def activate(number: int, x: Array, y: Array) -> None:
+    """The activation of that number in config.ACTIVATIONS."""
+    if number == GELU:
+        gelu(x, y)
+    elif number == GELU_TANH:
+        gelu_tanh(x, y)
+    elif number == SWIGLU:
+        swiglu(x, y)
+    else:
+        for n in range(x.shape[0]):
+            for j in range(x.shape[1]):
+                y[n, j] = 0 if x[n, j] < 0 else x[n, j]
+
+
+@compiled()
+def product(
+    x: Array, weight: Array, bias: Array | None, y: Array, threads: int, large: int
+) -> None:
+    """`linear`, by several threads if there are `large` weights or more."""
+    if threads > 1 and weight.size >= large:
+        linear_by_threads(x, weight, bias, y, threads)
+    else:
+        linear(x, weight, bias, y, 0, weight.shape[0])
+
+
+@compiled()
+def normed_linear(
+    x: Array, centred: bool, scale: Array, shift: Array | None, eps: float,
+    weight: Array, bias: Array | None, y: Array, threads: int, large: int,
+) -> None:  # fmt: skip
+    """y (n,out) = `product` of normalised x (n,in)"""
+    normal = np.empty_like(x)
+    normalise(x, centred, scale, shift, eps, normal)
+    product(normal, weight, bias, y, threads, large)
+
+
+@compiled()
+def normed_network(
+    x: Array, centred: bool, scale: Array, shift: Array | None, eps: float,
+    up: Array, up_bias: Array | None, activation: int, down: Array, down_bias: Array | None,
+    y: Array, threads: int, large: int,
+) -> None:  # fmt: skip
+    """y (n,d) = the feed-forward network of normalised x (n,d)"""
+    wide = np.empty((x.shape[0], up.shape[0]), x.dtype)
+    normed_linear(x, centred, scale, shift, eps, up, up_bias, wide, threads, large)
+    active = np.empty((x.shape[0], down.shape[1]), x.dtype)
+    activate(activation, wide, active)
+    product(active, down, down_bias, y, threads, large)
 
 
 @compiled()

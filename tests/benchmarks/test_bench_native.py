@@ -23,7 +23,7 @@ def by_pytorch(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def by_native_code(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    layer = native.linear(weight, None)
+    layer = native.linear(native.Weights.of(weight, None))
     return lambda x: native.on_tensor(layer, x)
 
 

@@ -101,7 +101,8 @@ class BufferedCache(Cache):
         """A buffer, with `new` (B,Hkv,D) in a column of it."""
         columns = buffer.numpy()
         columns[: self.batch, :, slot] = new
-        return native.Stored(columns.reshape(-1), buffer.stride(0), buffer.stride(1))
+        head = columns.shape[2] * columns.shape[3]
+        return native.Stored(columns.reshape(-1), columns.shape[1] * head, head)
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = (

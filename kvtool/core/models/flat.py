@@ -8,6 +8,7 @@ form does the same operations in the same order, so its logits are the modules' 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache as once
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +50,7 @@ def decoding_form(model: Model) -> Decode:
     if watched or not all(map(_is_known, (model, *decoder.modules()))):
         return model
     assert isinstance(decoder, Decoder)
-    reads, usual = bool(model.config.n_encoder_layers), FlatDecoder(decoder)
+    reads, usual = bool(model.config.n_encoder_layers), once(lambda: FlatDecoder(decoder))
     arrays = ArrayDecoder(decoder) if native.can_read(*decoder.parameters()) else None
 
     def decode(
@@ -60,9 +61,8 @@ def decoding_form(model: Model) -> Decode:
         kernels = type(step.kernels)
         # Modules take exact rows through native code however many there are.
         few = tokens.shape[0] <= native.FEW or kernels is ExactKernels
-        return (arrays if arrays and few and kernels in KERNELS else usual)(
-            tokens, step, cache, source
-        )
+        form = arrays if arrays and few and kernels in KERNELS else usual()
+        return form(tokens, step, cache, source)
 
     return decode
 
@@ -76,11 +76,11 @@ def _is_known(module: nn.Module) -> bool:
 class FlatBlock(NamedTuple):
     """A block's layers between its attentions."""
 
-    first: tuple[Layer, ...]  # norm1, and the projection to queries, keys and values
+    first: Sequence[Layer]  # norm1, and the projection to queries, keys and values
     out: Layer
-    cross: tuple[Layer, ...]  # norm_cross, and the projection to queries; or nothing
+    cross: Sequence[Layer]  # norm_cross, and the projection to queries; or nothing
     cross_out: Layer | None
-    last: tuple[Layer, ...]  # norm2, and the feed-forward network
+    last: Sequence[Layer]  # norm2, and the feed-forward network
 
 
 class FlatDecoder:
@@ -93,7 +93,7 @@ class FlatDecoder:
         self.n_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
         self.first_window_layer = c.first_window_layer
         self.blocks = [self._block(block) for block in decoder.layers if isinstance(block, Block)]
-        self.logits = self._layer(decoder.norm), self._layer(decoder.head)
+        self.logits = self._normed(decoder.norm, decoder.head)
 
     def __call__(
         self, tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None
@@ -123,13 +123,13 @@ class FlatDecoder:
         return self.rotary(q, step.q_pos), self.rotary(k, step.q_pos), v
 
     def _block(self, block: Block) -> FlatBlock:
-        attn, cross, mlp, layer = block.attn, block.cross, block.mlp, self._layer
+        attn, cross = block.attn, block.cross
         return FlatBlock(
-            (layer(block.norm1), layer(attn.qkv), *self._head_norms(attn)),
-            layer(attn.out),
-            (layer(block.norm_cross), layer(cross.q)) if cross and block.norm_cross else (),
-            layer(cross.out) if cross else None,
-            (layer(block.norm2), layer(mlp.up), self._activation(mlp), layer(mlp.down)),
+            (*self._normed(block.norm1, attn.qkv), *self._head_norms(attn)),
+            self._layer(attn.out),
+            self._normed(block.norm_cross, cross.q) if cross and block.norm_cross else (),
+            self._layer(cross.out) if cross else None,
+            self._network(block.norm2, block.mlp),
         )
 
     def _layer(self, module: nn.Module) -> Layer:
@@ -142,11 +142,14 @@ class FlatDecoder:
             return lambda x: F.linear(x, weight, bias)
         return module
 
+    def _normed(self, norm: nn.Module, linear: Linear) -> Sequence[Layer]:
+        return self._layer(norm), self._layer(linear)
+
     def _head_norms(self, attn: SelfAttention) -> Sequence[Layer]:
         return () if attn.q_norm is None else (attn.normalise,)
 
-    def _activation(self, mlp: MLP) -> Layer:
-        return mlp.activate
+    def _network(self, norm: nn.Module, mlp: MLP) -> Sequence[Layer]:
+        return self._layer(norm), self._layer(mlp.up), mlp.activate, self._layer(mlp.down)
 
     def _embedded(self, tokens: Tensor, step: Step) -> Any:
         return self.embed(tokens, step.q_pos)
@@ -177,8 +180,17 @@ class ArrayDecoder(FlatDecoder):
         self.table = None if embed.table is None else native.array(embed.table.table)
 
     def _layer(self, module: nn.Module) -> Layer:
-        assert isinstance(module, Linear | LayerNorm | RMSNorm)
+        assert isinstance(module, Linear)
         return module.on_arrays()
+
+    def _normed(self, norm: nn.Module, linear: Linear) -> Sequence[Layer]:
+        assert isinstance(norm, LayerNorm | RMSNorm)
+        return (native.normed_linear(norm.weights(), linear.weights()),)
+
+    def _network(self, norm: nn.Module, mlp: MLP) -> Sequence[Layer]:
+        assert isinstance(norm, LayerNorm | RMSNorm)
+        up, down = mlp.up.weights(), mlp.down.weights()
+        return (native.normed_network(norm.weights(), up, mlp.activation, down),)
 
     def _head_norms(self, attn: SelfAttention) -> Sequence[Layer]:
         if attn.q_norm is None or attn.k_norm is None:
@@ -194,9 +206,6 @@ class ArrayDecoder(FlatDecoder):
             return np.concatenate([q, k, v], axis=1)
 
         return (normalise,)
-
-    def _activation(self, mlp: MLP) -> Layer:
-        return native.activation(mlp.activation)
 
     def _embedded(self, tokens: Tensor, step: Step) -> Any:
         x = self.tokens.take(tokens.numpy()[:, 0], 0)  # (B,d)
