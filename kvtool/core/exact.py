@@ -1,10 +1,11 @@
 """Kernels whose results do not depend on shapes: cached equals uncached, bit for bit.
 
 Floating point adds in an order that PyTorch chooses by the shape of the whole call, so a token gets
-other bits alone than among others. Here every call has a shape that the model and the token's own
+other bits alone than among others. Here every token has a computation that the model and its own
 place decide:
 
-- `rows`: each token goes through its layers by itself, in fresh memory.
+- `rows`: each token goes through its layers by itself, in native code, or where that cannot be used
+  (core/native.py) in calls of its own and in fresh memory.
 - `attention`: each query meets the keys that it sees, and no others: as many as tokens stand before
   it, whether they were computed just now or come from a cache.
 

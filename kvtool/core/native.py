@@ -196,7 +196,7 @@ def attend(
 ) -> Array:
     """One query of each row and head, (B,H,D), over those of the first `n_keys` keys of `n_groups`
     heads that mask (B or 1,n_keys) lets it see -> (B,H,D), NaN where that is none."""
-    kernel, y = _loaded().attend, np.empty_like(q)
+    kernel, y = _loaded().attend, np.empty(q.shape, q.dtype)
     for row in range(len(q)):
         memory: tuple[Any, ...] = k.memory, row * k.row, k.head, v.memory, row * v.row, v.head
         if mask is not None:

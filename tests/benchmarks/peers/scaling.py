@@ -19,6 +19,7 @@ from measure import make_model
 from kvtool.core.cache import Cache, CacheSpec, make_cache
 from kvtool.core.engine import feed
 from kvtool.core.models import Model
+from kvtool.core.models.flat import decoding_form
 from kvtool.core.traffic import weights_read
 
 STEPS = 24  # of which the median counts
@@ -67,10 +68,11 @@ def step_seconds(model: Model, kind: str, batch: int, depth: int) -> float:
     """The median time of a step of one token a row behind `depth` others."""
     cache = filled(model, kind, batch, depth)
     ids = torch.randint(model.config.vocab_size, (batch, depth + STEPS))
+    decode = decoding_form(model)
     times = []
     for end in range(depth + 1, depth + STEPS + 1):
         started = time.perf_counter()
-        feed(model, cache, ids[:, :end], last=True)
+        feed(decode, cache, ids[:, :end], last=True)
         times.append(time.perf_counter() - started)
     return median(times)
 
