@@ -243,6 +243,16 @@ def test_without_numba_everything_is_done_by_pytorch(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(layer(x), with_numba)
 
 
+@torch.no_grad()
+def test_a_command_that_decodes_little_does_not_load_it() -> None:
+    x = torch.randn(1, WIDTH)
+    with native.where_it_pays(native.PAYS - 1):
+        assert not native.serves(x)
+    with native.where_it_pays(native.PAYS):
+        assert native.serves(x)
+    assert native.serves(x)
+
+
 def test_hooks_on_a_layer_are_called() -> None:
     model, called = random_model(0), []
     head = model.get_submodule("head")

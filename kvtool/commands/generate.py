@@ -116,7 +116,7 @@ class Generated:
 
 def run(settings: Settings, out: Output) -> Generated:
     """Generate for every prompt, streaming to stdout."""
-    from kvtool.core import checkpoint
+    from kvtool.core import checkpoint, native
     from kvtool.core.machine import prepare
 
     prompts = read_prompts(settings.prompt, settings.prompt_file, settings.input_file)
@@ -131,18 +131,8 @@ def run(settings: Settings, out: Output) -> Generated:
     prepare_cache_files(settings, loaded, generator)
     encoded = [generator.encode(text, i) for i, text in enumerate(prompts.texts)]  # check all first
     started = time.perf_counter()
-    if settings.beams > 1 or (settings.input_file is not None and generator.greedy_pairs):
-        results = generator.together(prompts.texts, encoded)
-        for result in results:
-            tell(result, settings, out)
-    else:
-        results = []
-        for text, ids in zip(prompts.texts, encoded, strict=True):
-            results.append(generator.one(text, ids, out if settings.input_file is None else None))
-            if settings.input_file is None:
-                out.stream("\n")
-            else:
-                tell(results[-1], settings, out)
+    with native.where_it_pays(sum(map(generator.n_new, encoded))):
+        results = continue_all(settings, generator, prompts.texts, encoded, out)
     seconds = time.perf_counter() - started
     if settings.attention_plot is not None:
         draw(settings.attention_plot, settings, loaded, encoded[0], results[0])
@@ -157,6 +147,29 @@ def run(settings: Settings, out: Output) -> Generated:
         generator.cache_bytes,
         generator.reused,
     )
+
+
+def continue_all(
+    settings: Settings,
+    generator: Generator,
+    texts: list[str],
+    encoded: list[list[int]],
+    out: Output,
+) -> list[Result]:
+    """What follows each prompt, told as soon as it is known."""
+    if settings.beams > 1 or (settings.input_file is not None and generator.greedy_pairs):
+        results = generator.together(texts, encoded)
+        for result in results:
+            tell(result, settings, out)
+        return results
+    results = []
+    for text, ids in zip(texts, encoded, strict=True):
+        results.append(generator.one(text, ids, out if settings.input_file is None else None))
+        if settings.input_file is None:
+            out.stream("\n")
+        else:
+            tell(results[-1], settings, out)
+    return results
 
 
 def prepare_cache_files(settings: Settings, loaded: Checkpoint, generator: Generator) -> None:

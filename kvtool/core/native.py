@@ -9,7 +9,8 @@ a CPU, in float32 or float64, without gradients. All of them get the same bits.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row by itself
 
 FEW = 8  # rows; PyTorch is faster for many more
 LARGE = 2**18  # weights of a layer; to share fewer among threads gains little
+PAYS = 2000  # tokens to decode; loading takes 0.4 s, and a token gains 0.25 ms with small models
+
+_allowed = True
 
 
 @cache
@@ -37,6 +41,18 @@ def _kernels() -> ModuleType | None:
         return None
 
 
+@contextmanager
+def where_it_pays(n_tokens: int) -> Iterator[None]:
+    """For a command that decodes about `n_tokens`: without native code if loading it would take
+    longer than is gained."""
+    global _allowed
+    before, _allowed = _allowed, n_tokens >= PAYS
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
 def serves(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether x (...,in) holds few tokens, and `can_read` them and the parameters."""
     return x.numel() <= FEW * x.shape[-1] and can_read(x, *parameters)
@@ -45,7 +61,7 @@ def serves(x: Tensor, *parameters: Tensor | None) -> bool:
 def can_read(first: Tensor, *others: Tensor | None) -> bool:
     """Whether native code can work on these tensors, and may: it would be missed by gradients, by
     a compiler, and by a mode that watches or replaces what PyTorch does."""
-    if first.dtype not in (torch.float32, torch.float64):
+    if not _allowed or first.dtype not in (torch.float32, torch.float64):
         return False
     graded = torch.is_grad_enabled()
     for x in (first, *others):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle
 
 import pytest
@@ -27,6 +27,14 @@ def by_native_code(weight: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: native.on_tensor(layer, x)
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.benchmark(min_rounds=200, max_time=0.3)
 @pytest.mark.parametrize("make", [by_pytorch, by_native_code], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -34,12 +42,13 @@ def by_native_code(weight: Tensor) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def test_a_layer_of_few_tokens_is_multiplied(
     benchmark: BenchmarkFixture,
+    threads: int,
     rows: int,
     shape: tuple[int, int],
     make: Callable[[Tensor], Callable[[Tensor], Tensor]],
 ) -> None:
     """With weights in turns, so that none lies in the processor's second-level cache."""
-    benchmark.group = f"{rows} rows by {shape[0]} x {shape[1]}"
+    benchmark.group = f"{rows} rows by {shape[0]} x {shape[1]}, threads: {threads}"
     torch.manual_seed(0)
     x = torch.randn(rows, shape[0])
     weights = [
