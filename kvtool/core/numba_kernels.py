@@ -2,7 +2,8 @@
 
 Every function treats each row by itself, in an order that its width alone decides. So a token gets
 the same bits alone, among others, cached or not, in any memory and with any number of threads.
-All arrays are dense, of one type, float32 or float64.
+All arrays are dense, of one type, float32 or float64. A bias or shift of no elements is none: one
+form of each function to compile, and not two.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def compiled(parallel: bool = False) -> Callable[[Callable[..., None]], Callable
 
 
 @compiled()
-def linear(x: Array, weight: Array, bias: Array | None, y: Array, first: int, last: int) -> None:
+def linear(x: Array, weight: Array, bias: Array, y: Array, first: int, last: int) -> None:
     """Columns `first` to `last` of y (n,out) = x (n,in) times weight (out,in), plus bias (out,)"""
     for i in range(first, last):
         row = weight[i]
@@ -52,13 +53,13 @@ def linear(x: Array, weight: Array, bias: Array | None, y: Array, first: int, la
             total = row.dtype.type(0)
             for j in range(row.shape[0]):
                 total += row[j] * x[n, j]
-            if bias is not None:
+            if bias.size:
                 total += bias[i]
             y[n, i] = total
 
 
 @compiled(parallel=True)
-def linear_by_threads(x: Array, weight: Array, bias: Array | None, y: Array, parts: int) -> None:
+def linear_by_threads(x: Array, weight: Array, bias: Array, y: Array, parts: int) -> None:
     """`linear`, each of `parts` threads with its own columns."""
     for part in numba.prange(parts):
         width = weight.shape[0]
@@ -66,7 +67,7 @@ def linear_by_threads(x: Array, weight: Array, bias: Array | None, y: Array, par
 
 
 @compiled()
-def layer_norm(x: Array, scale: Array, shift: Array | None, eps: float, y: Array) -> None:
+def layer_norm(x: Array, scale: Array, shift: Array, eps: float, y: Array) -> None:
     """y (n,d) = each row of x, its mean taken away and divided by its deviation (Ba 2016)."""
     width = x.shape[1]
     for n in range(x.shape[0]):
@@ -80,7 +81,7 @@ def layer_norm(x: Array, scale: Array, shift: Array | None, eps: float, y: Array
         factor = x.dtype.type(1 / np.sqrt(squares / x.dtype.type(width) + eps))
         for j in range(width):
             y[n, j] = (x[n, j] - mean) * factor * scale[j]
-            if shift is not None:
+            if shift.size:
                 y[n, j] += shift[j]
 
 
@@ -183,9 +184,7 @@ def add_values(w: Array, v: Array, y: Array) -> None:
 
 
 @compiled()
-def normalise(
-    x: Array, centred: bool, scale: Array, shift: Array | None, eps: float, y: Array
-) -> None:
+def normalise(x: Array, centred: bool, scale: Array, shift: Array, eps: float, y: Array) -> None:
     """`layer_norm` if centred, else `rms_norm`."""
     if centred:
         layer_norm(x, scale, shift, eps, y)
@@ -209,9 +208,7 @@ def activate(number: int, x: Array, y: Array) -> None:
 
 
 @compiled()
-def product(
-    x: Array, weight: Array, bias: Array | None, y: Array, threads: int, large: int
-) -> None:
+def product(x: Array, weight: Array, bias: Array, y: Array, threads: int, large: int) -> None:
     """`linear`, by several threads if there are `large` weights or more."""
     if threads > 1 and weight.size >= large:
         linear_by_threads(x, weight, bias, y, threads)
@@ -221,8 +218,8 @@ def product(
 
 @compiled()
 def normed_linear(
-    x: Array, centred: bool, scale: Array, shift: Array | None, eps: float,
-    weight: Array, bias: Array | None, y: Array, threads: int, large: int,
+    x: Array, centred: bool, scale: Array, shift: Array, eps: float,
+    weight: Array, bias: Array, y: Array, threads: int, large: int,
 ) -> None:  # fmt: skip
     """y (n,out) = `product` of normalised x (n,in)"""
     normal = np.empty_like(x)
@@ -232,8 +229,8 @@ def normed_linear(
 
 @compiled()
 def normed_network(
-    x: Array, centred: bool, scale: Array, shift: Array | None, eps: float,
-    up: Array, up_bias: Array | None, activation: int, down: Array, down_bias: Array | None,
+    x: Array, centred: bool, scale: Array, shift: Array, eps: float,
+    up: Array, up_bias: Array, activation: int, down: Array, down_bias: Array,
     y: Array, threads: int, large: int,
 ) -> None:  # fmt: skip
     """y (n,d) = the feed-forward network of normalised x (n,d)"""
