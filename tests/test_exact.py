@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvtool.config import ModelConfig
 from kvtool.core.cache import CacheSpec, Step, make_cache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.engine import feed
 from kvtool.core.exact import EXACT, ExactKernels, aligned
 from kvtool.core.kernels import DEFAULT, DefaultKernels, Kernels, reference_attention, visible
+from kvtool.core.layers import MLP
 from kvtool.core.models import Model
 from small_models import random_model
 
@@ -355,3 +357,13 @@ def test_layers_follow_one_another_and_see_one_token_each() -> None:
     found = EXACT.rows(x, spy, layer, torch.exp)
     torch.testing.assert_close(found, layer(x).exp())
     assert seen == [((1, 1, 5), 0)] * 6
+
+
+def test_a_layer_of_another_kind_within_ours_sees_one_token_at_a_time() -> None:
+    mlp = MLP(ModelConfig(vocab_size=9, n_layers=1, d_model=16, n_heads=2, d_ff=24))
+    mlp.down = torch.nn.Linear(24, 16)  # type: ignore[assignment]
+    seen: list[int] = []
+    mlp.down.register_forward_hook(lambda _, args, y: seen.append(args[0].numel() // 24))
+    with torch.inference_mode():
+        EXACT.rows(torch.randn(2, 3, 16), mlp)
+    assert seen == [1] * 6

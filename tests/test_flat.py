@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from kvtool import registry
 from kvtool.core import native
 from kvtool.core.cache import CacheSpec, make_cache
-from kvtool.core.engine import begin, feed
+from kvtool.core.engine import begin, feed, generate
 from kvtool.core.kernels import DEFAULT, make_kernels
 from kvtool.core.layers import Linear
 from kvtool.core.models import Model
-from kvtool.core.models.flat import decoding_form
+from kvtool.core.models.flat import ArrayDecoder, decoding_form
 from kvtool.core.models.seq2seq import Seq2Seq
+from kvtool.core.sampling import Sampler
 from small_models import random_model
 
 N, PROMPT = 12, 5
@@ -26,6 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "learned": {"positions": "learned", "activation": "gelu_tanh", "bias": False, "tied": False},
     "grouped": {"positions": "rotary", "n_kv_heads": 2, "norm": "rmsnorm", "activation": "swiglu"},
     "with norms of heads": {"positions": "rotary", "qk_norm": True},
+    "norms of one stored head": {"positions": "rotary", "qk_norm": True, "n_kv_heads": 1},
     "windows": {"positions": "rotary", "window": 4, "first_window_layer": 1},
     "pair": {"n_encoder_layers": 1, "source_vocab_size": 9},
 }
@@ -73,6 +77,50 @@ def test_single_tokens_do_not_call_the_decoder_and_longer_steps_do() -> None:
     assert called == [PROMPT]
 
 
+def test_generate_takes_the_flat_form_though_weights_may_have_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called, real = [], ArrayDecoder.__call__
+    monkeypatch.setattr(ArrayDecoder, "__call__", lambda *a: called.append(1) or real(*a))
+    with torch.inference_mode(False), torch.enable_grad():
+        model = random_model(0)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        cache = make_cache("dynamic", CacheSpec.of(model.config, 1, N))
+        assert len(list(generate(model, tokens(model, 1)[:, :PROMPT], cache, 4, Sampler()))) == 4
+    assert len(called) == 3
+
+
+def test_who_asks_for_gradients_or_watches_later_gets_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        model = random_model(0)
+        decode = decoding_form(model)
+        monkeypatch.setattr(ArrayDecoder, "__call__", lambda *_: pytest.fail("native code"))
+        for mode in (torch.enable_grad(), FlopCounterMode(display=False)):
+            cache = make_cache("dynamic", CacheSpec.of(model.config, 1, N))
+            with mode:
+                feed(decode, cache, tokens(model, 1)[:, :1])
+
+
+@pytest.mark.parametrize("changes", [{"n_kv_heads": 2}, {"dtype": torch.float64}], ids=str)
+def test_a_cache_of_other_sizes_or_numbers_is_refused_as_by_the_modules(
+    changes: dict[str, Any],
+) -> None:
+    model = random_model(0)
+    spec = dataclasses.replace(CacheSpec.of(model.config, 1, N), **changes)
+    for decode in (model, decoding_form(model)):
+        with pytest.raises((RuntimeError, ValueError, IndexError)):
+            feed(decode, make_cache("dynamic", spec), tokens(model, 1)[:, :1])
+
+
+def test_a_negative_token_is_refused() -> None:
+    model = random_model(0)
+    cache = make_cache("dynamic", CacheSpec.of(model.config, 1, N))
+    with pytest.raises(IndexError, match="token -1"):
+        feed(decoding_form(model), cache, torch.tensor([[-1]]))
+
+
 class Doubled(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -90,6 +138,14 @@ def overridden(model: Model) -> None:
     model.get_submodule("norm").forward = lambda x: x
 
 
+def watched_backwards(model: Model) -> None:
+    model.get_submodule("norm").register_full_backward_hook(lambda *_: None)
+
+
+def another_activation(model: Model) -> None:
+    model.get_submodule("layers.0.mlp").activate = lambda x: x
+
+
 def training(model: Model) -> None:
     model.train()
 
@@ -98,7 +154,12 @@ def compiled(model: Model) -> None:
     model.get_submodule("layers.0").compile(backend="eager")
 
 
-@pytest.mark.parametrize("change", [watched, replaced, overridden, training, compiled])
+CHANGES = [
+    watched, watched_backwards, replaced, another_activation, overridden, training, compiled,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_decoder_that_is_watched_or_changed_stays_as_it_is(change: Any) -> None:
     model = random_model(0)
     change(model)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvtool.config import ACTIVATIONS, ModelConfig
@@ -241,6 +242,51 @@ def test_without_numba_everything_is_done_by_pytorch(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(native, "_kernels", native._kernels.__wrapped__)
     assert not native.serves(x)
     torch.testing.assert_close(layer(x), with_numba)
+
+
+@torch.no_grad()
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    for layer in (linear(), norm(LayerNorm), norm(RMSNorm)):
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(1, WIDTH + 1))
+    short = linear()
+    short.bias = nn.Parameter(torch.zeros(2))
+    with pytest.raises((RuntimeError, ValueError)):
+        short(torch.randn(1, WIDTH))
+    up, down = linear().weights(), Linear(54, 9).weights()
+    with pytest.raises(ValueError, match="53 inputs was given"):
+        native.normed_network(native.Norm.of(torch.ones(WIDTH), None, 0.1, True), up, "relu", down)
+    with pytest.raises(ValueError, match="37 inputs was given"):
+        linear().on_arrays()(torch.randn(1, 8).numpy())
+
+
+@torch.no_grad()
+def test_functions_of_torch_that_follow_what_is_computed_are_not_passed_over() -> None:
+    layer, x, t = linear(), torch.randn(1, WIDTH), torch.randn(1, WIDTH)
+    expected = t @ layer.weight.mT
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (t,))[1], expected)
+    with torch.enable_grad(), forward_ad.dual_level():
+        y = layer(forward_ad.make_dual(x, t))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype is torch.bfloat16
+
+
+@torch.no_grad()
+def test_no_tokens_and_no_keys_are_no_fault() -> None:
+    assert linear()(torch.empty(0, 1, WIDTH)).shape == (0, 1, 53)
+    q, none = torch.randn(1, 2, 1, 5), torch.empty(1, 2, 0, 5)
+    assert DEFAULT.attention(q, none, none, None, False).shape == q.shape
+
+
+@torch.no_grad()
+def test_numba_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(native._loaded(), "product", fails)
+    monkeypatch.setattr(native, "_kernels", native._kernels.__wrapped__)
+    assert not native.serves(torch.randn(1, WIDTH))
 
 
 @torch.no_grad()

@@ -48,7 +48,8 @@ class Linear(Plain, nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if native.serves(x, self.weight, self.bias):
+        fits = x.shape[-1] == self.in_features  # or PyTorch says what is wrong
+        if fits and native.serves(x, self.weight, self.bias):
             return native.on_tensor(self.on_arrays(), x)
         return F.linear(x, self.weight, self.bias)
 
@@ -66,7 +67,8 @@ class LayerNorm(Plain, nn.LayerNorm):
     by_rows = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if native.serves(x, self.weight, self.bias):
+        fits = self.weight is not None and x.shape[-1:] == self.weight.shape
+        if fits and native.serves(x, self.weight, self.bias):
             return native.on_tensor(self.on_arrays(), x)
         return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -84,7 +86,8 @@ class RMSNorm(Plain, nn.RMSNorm):
     by_rows = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if native.can_read(x, self.weight):  # many tokens too: PyTorch takes several steps
+        fits = self.weight is not None and x.shape[-1:] == self.weight.shape
+        if fits and self.eps is not None and native.can_read(x, self.weight):  # however many
             return native.on_tensor(self.on_arrays(), x)
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-
-from kvtool.config import ACTIVATIONS
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Array = NDArray[Any]
 ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row by itself
@@ -34,11 +33,14 @@ _allowed = True
 
 @cache
 def _kernels() -> ModuleType | None:
-    """The compiled functions; None where numba does not load, beside a newer NumPy for example."""
+    """The compiled functions; None where numba does not work, beside a newer NumPy for example."""
     try:
-        return importlib.import_module("kvtool.core.numba_kernels")
-    except ImportError:
+        kernels = importlib.import_module("kvtool.core.numba_kernels")
+        one = np.ones((1, 1), np.float32)
+        kernels.product(one, one, one[0], one.copy(), 1, LARGE)  # whether it compiles and loads
+    except Exception:  # of numba, of LLVM, of a file that it kept: PyTorch does all without it
         return None
+    return kernels
 
 
 @contextmanager
@@ -66,11 +68,36 @@ def can_read(first: Tensor, *others: Tensor | None) -> bool:
     graded = torch.is_grad_enabled()
     for x in (first, *others):
         if x is not None and (
-            x.dtype is not first.dtype or not x.is_cpu or (graded and x.requires_grad)
+            x.dtype is not first.dtype
+            or not x.is_cpu
+            or (graded and x.requires_grad)
+            or type(x) not in (Tensor, nn.Parameter)
         ):
             return False
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return not watched and _kernels() is not None
+    return not watched() and _kernels() is not None
+
+
+def watched() -> bool:
+    """Whether something would miss what PyTorch does not do: a compiler, a tracer, autocast, a
+    mode, a transform of functions, forward derivatives."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._functorch.peek_interpreter_stack()
+        or forward_ad._current_level >= 0
+    )
+
+
+def can_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether `attention` can do it: with queries and keys, and a mask as `Kernels` has it."""
+    sizes = k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]
+    masked = mask is None or (
+        mask.dtype is torch.bool and (mask.shape[1], mask.shape[3]) == (1, k.shape[2])
+    )
+    return sizes and masked and bool(q.numel() and k.numel()) and can_read(q, k, v)
 
 
 def array(tensor: Tensor) -> Array:
@@ -80,7 +107,8 @@ def array(tensor: Tensor) -> Array:
 
 def on_tensor(layer: ArrayLayer, x: Tensor) -> Tensor:
     """A layer of arrays applied to (...,in) -> (...,out)."""
-    return torch.from_numpy(layer(array(x).reshape(-1, x.shape[-1]))).view(*x.shape[:-1], -1)
+    y = layer(array(x).reshape(x.numel() // x.shape[-1], x.shape[-1]))
+    return torch.from_numpy(y).view(*x.shape[:-1], y.shape[1])
 
 
 class Weights(NamedTuple):
@@ -91,6 +119,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> Weights:
+        _require_width(weight, bias)
         return cls(array(weight), _or_empty(bias, weight))
 
 
@@ -104,7 +133,21 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, scale: Tensor, shift: Tensor | None, eps: float, centred: bool) -> Norm:
+        _require_width(scale, shift)
         return cls(centred, array(scale), _or_empty(shift, scale), eps)
+
+
+def _require_width(weight: Tensor, bias: Tensor | None) -> None:
+    """Compiled functions trust the shapes that they are given. Raises ValueError."""
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"weights of {len(weight)} outputs have a bias of shape {tuple(bias.shape)}"
+        )
+
+
+def _require_input(x: Array, width: int) -> None:
+    if x.ndim != 2 or x.shape[1] != width or not x.flags.c_contiguous:
+        raise ValueError(f"a layer of {width} inputs was given {x.shape}, or no dense array")
 
 
 def _or_empty(bias: Tensor | None, weight: Tensor) -> Array:
@@ -113,9 +156,10 @@ def _or_empty(bias: Tensor | None, weight: Tensor) -> Array:
 
 def linear(weights: Weights) -> ArrayLayer:
     """`F.linear`. Large weights are shared by as many threads as PyTorch has."""
-    kernel, n_out = _loaded().product, len(weights.weight)
+    kernel, (n_out, n_in) = _loaded().product, weights.weight.shape
 
     def layer(x: Array) -> Array:
+        _require_input(x, n_in)
         y = np.empty((len(x), n_out), x.dtype)
         kernel(x, *weights, y, _threads(), LARGE)
         return y
@@ -125,9 +169,10 @@ def linear(weights: Weights) -> ArrayLayer:
 
 def normalised(norm: Norm) -> ArrayLayer:
     """`F.layer_norm` or `F.rms_norm` over the last dimension."""
-    kernel = _loaded().normalise
+    kernel, width = _loaded().normalise, len(norm.scale)
 
     def layer(x: Array) -> Array:
+        _require_input(x, width)
         y = np.empty_like(x)
         kernel(x, *norm, y)
         return y
@@ -138,7 +183,8 @@ def normalised(norm: Norm) -> ArrayLayer:
 def activation(name: str) -> ArrayLayer:
     """The activation of a feed-forward network, by its name in a ModelConfig; swiglu (n,2d) ->
     (n,d)."""
-    kernel, number, parts = _loaded().activate, ACTIVATIONS.index(name), 1 + (name == "swiglu")
+    kernel, number = _loaded().activate, _loaded().ACTIVATIONS[name]
+    parts = 1 + (name == "swiglu")
 
     def layer(x: Array) -> Array:
         y = np.empty((len(x), x.shape[1] // parts), x.dtype)
@@ -150,9 +196,11 @@ def activation(name: str) -> ArrayLayer:
 
 def normed_linear(norm: Norm, weights: Weights) -> ArrayLayer:
     """`normalised` and then `linear`, in one call."""
-    kernel, n_out = _loaded().normed_linear, len(weights.weight)
+    kernel, (n_out, n_in) = _loaded().normed_linear, weights.weight.shape
+    _require_input(norm.scale[None], n_in)
 
     def layer(x: Array) -> Array:
+        _require_input(x, n_in)
         y = np.empty((len(x), n_out), x.dtype)
         kernel(x, *norm, *weights, y, _threads(), LARGE)
         return y
@@ -162,10 +210,14 @@ def normed_linear(norm: Norm, weights: Weights) -> ArrayLayer:
 
 def normed_network(norm: Norm, up: Weights, name: str, down: Weights) -> ArrayLayer:
     """`normalised` and then a feed-forward network with that activation, in one call."""
-    kernel, number = _loaded().normed_network, ACTIVATIONS.index(name)
+    kernel, number = _loaded().normed_network, _loaded().ACTIVATIONS[name]
+    (n_wide, n_in), n_out = up.weight.shape, len(down.weight)
+    _require_input(norm.scale[None], n_in)
+    _require_input(down.weight, n_wide // (1 + (name == "swiglu")))
 
     def layer(x: Array) -> Array:
-        y = np.empty_like(x)
+        _require_input(x, n_in)
+        y = np.empty((len(x), n_out), x.dtype)
         kernel(x, *norm, *up, number, *down, y, _threads(), LARGE)
         return y
 

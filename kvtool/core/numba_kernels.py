@@ -21,10 +21,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.config import ACTIVATIONS
-
 Array = NDArray[Any]
-GELU, GELU_TANH, SWIGLU = map(ACTIVATIONS.index, ("gelu", "gelu_tanh", "swiglu"))
+
+# Compiled into the functions: what numba keeps is made anew when this file changes, no other.
+GELU, GELU_TANH, RELU, SWIGLU = range(4)
+ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "swiglu": SWIGLU}
 
 # Sums may be taken in several parts, or nothing could be vectorised; NaN and infinity stay.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -194,7 +195,7 @@ def normalise(x: Array, centred: bool, scale: Array, shift: Array, eps: float, y
 
 @compiled()
 def activate(number: int, x: Array, y: Array) -> None:
-    """The activation of that number in config.ACTIVATIONS."""
+    """The activation of that number in ACTIVATIONS."""
     if number == GELU:
         gelu(x, y)
     elif number == GELU_TANH:

@@ -52,6 +52,7 @@ def decoding_form(model: Model) -> Decode:
     assert isinstance(decoder, Decoder)
     reads, usual = bool(model.config.n_encoder_layers), once(lambda: FlatDecoder(decoder))
     arrays = ArrayDecoder(decoder) if native.can_read(*decoder.parameters()) else None
+    stored = model.config.n_kv_heads, model.config.head_dim, decoder.head.weight.dtype
 
     def decode(
         tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None, last: bool
@@ -61,15 +62,22 @@ def decoding_form(model: Model) -> Decode:
         kernels = type(step.kernels)
         # Modules take exact rows through native code however many there are.
         few = tokens.shape[0] <= native.FEW or kernels is ExactKernels
-        form = arrays if arrays and few and kernels in KERNELS else usual()
-        return form(tokens, step, cache, source)
+        spec = cache.spec
+        if (
+            arrays and few and kernels in KERNELS
+            and (spec.n_kv_heads, spec.head_dim, spec.dtype) == stored
+            and not (torch.is_grad_enabled() or native.watched())
+        ):  # fmt: skip
+            return arrays(tokens, step, cache, source)
+        return usual()(tokens, step, cache, source)
 
     return decode
 
 
 def _is_known(module: nn.Module) -> bool:
     watched = module._forward_hooks or module._forward_pre_hooks
-    replaced = "forward" in vars(module) or module._compiled_call_impl is not None
+    watched = watched or module._backward_hooks or module._backward_pre_hooks
+    replaced = any(map(callable, vars(module).values()))
     return type(module) in KNOWN and not (watched or replaced or module.training)
 
 
@@ -200,7 +208,7 @@ class ArrayDecoder(FlatDecoder):
         def normalise(qkv: Any) -> Any:
             q, k, v = np.split(qkv, np.cumsum(attn.widths[:2]), axis=1)
             q, k = (
-                norm(x.reshape(-1, self.head_dim)).reshape(len(x), -1)
+                norm(np.ascontiguousarray(x.reshape(-1, self.head_dim))).reshape(len(x), -1)
                 for norm, x in zip(norms, (q, k), strict=True)
             )
             return np.concatenate([q, k, v], axis=1)
@@ -208,7 +216,10 @@ class ArrayDecoder(FlatDecoder):
         return (normalise,)
 
     def _embedded(self, tokens: Tensor, step: Step) -> Any:
-        x = self.tokens.take(tokens.numpy()[:, 0], 0)  # (B,d)
+        ids = tokens.numpy()[:, 0]
+        if min(ids.tolist()) < 0:  # which NumPy would count from the end
+            raise IndexError(f"token {ids.min()} is not in the vocabulary")
+        x = self.tokens.take(ids, 0)  # (B,d)
         pos = np.maximum(step.q_pos.numpy()[:, 0], 0)
         if self.table is not None:
             return x * self.embed.scale + self.table.take(pos, 0).astype(x.dtype)
