@@ -259,8 +259,13 @@ class Stored(NamedTuple):
 
     def columns(self, row: int, n_heads: int, width: int, numbers: Array) -> Array:
         """A copy (n_heads, len(numbers), width) of some columns of a row."""
-        at = row * self.row + numbers[:, None] * width + np.arange(width)
-        return self.memory[np.arange(n_heads)[:, None, None] * self.head + at]
+        size = self.memory.itemsize
+        shape = n_heads, int(numbers[-1]) + 1, width
+        strides = self.head * size, width * size, size
+        whole = np.ndarray(
+            shape, self.memory.dtype, self.memory.data, row * self.row * size, strides
+        )
+        return whole.take(numbers, axis=1)
 
 
 def attend(
