@@ -111,7 +111,8 @@ def test_a_layer_of_few_tokens_and_of_more_is_right(
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @torch.no_grad()
 def test_an_activation_of_a_few_tokens_is_right(name: str, dtype: torch.dtype) -> None:
-    x = torch.cat([torch.linspace(-100, 100, 999), torch.linspace(-4, 4, 1001)]).to(dtype)
+    ranges = torch.linspace(-100, 100, 999), torch.linspace(-4, 4, 999), torch.tensor([-1e18, 1e18])
+    x = torch.cat(ranges).to(dtype)
     assert native.serves(x)
     exact = 1e-13 if dtype is torch.float64 else 2e-6
     torch.testing.assert_close(
@@ -317,3 +318,14 @@ def test_hooks_on_a_layer_are_called() -> None:
     for handle in handles:
         handle.remove()
     model(torch.tensor([[1, 2, 3]])).sum().backward()
+
+
+def test_the_exponential_is_exact_to_rounding_and_ends_in_0_and_infinity() -> None:
+    x = torch.cat([torch.linspace(-87, 88, 100_001), torch.linspace(-1, 1, 10_001)])
+    y = x.numpy().copy()
+    native._loaded().exponential(y)
+    # An argument of 88 is rounded to 4e-6.
+    torch.testing.assert_close(torch.from_numpy(y).double(), x.double().exp(), rtol=8e-6, atol=0)
+    ends = torch.tensor([-torch.inf, -1e30, -90.0, 90.0, 1e30, torch.inf, torch.nan]).numpy()
+    native._loaded().exponential(ends)
+    assert str(ends.tolist()) == "[0.0, 0.0, 0.0, inf, inf, inf, nan]"

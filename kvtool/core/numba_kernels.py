@@ -110,8 +110,8 @@ def exponential(x: Array) -> None:
     bits = x.view(np.int32)
     for i in range(x.shape[0]):
         t = x[i] * np.float32(1.4426950408889634)  # log2(e)
-        t = np.float32(-126) if t < np.float32(-126) else t
-        t = np.float32(127) if t > np.float32(127) else t
+        t = np.float32(-127) if t < np.float32(-127) else t  # 1 with this exponent is 0,
+        t = np.float32(128) if t > np.float32(128) else t  # and with this one infinity
         k = np.rint(t)
         f = t - k
         power = np.float32(1.5252734e-5)
