@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -329,3 +332,17 @@ def test_the_exponential_is_exact_to_rounding_and_ends_in_0_and_infinity() -> No
     ends = torch.tensor([-torch.inf, -1e30, -90.0, 90.0, 1e30, torch.inf, torch.nan]).numpy()
     native._loaded().exponential(ends)
     assert str(ends.tolist()) == "[0.0, 0.0, 0.0, inf, inf, inf, nan]"
+
+
+def test_loading_and_sharing_leave_pytorch_its_number_of_threads() -> None:
+    code = (
+        "import torch; torch.set_num_threads(1); from kvtool.core import native\n"
+        "kernels = native._loaded(); native.LARGE = 1; seen = [torch.get_num_threads()]\n"
+        "layer = native.linear(native.Weights.of(torch.ones(8, 8), None))\n"
+        "for n in (2, 1, 2): torch.set_num_threads(n); layer(torch.ones(1, 8).numpy());"
+        " seen.append(torch.get_num_threads())\n"
+        "print(*seen)"
+    )
+    env = {**os.environ, "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert ran.stdout.split() == ["1", "2", "1", "2"], ran.stderr

@@ -34,12 +34,15 @@ _allowed = True
 @cache
 def _kernels() -> ModuleType | None:
     """The compiled functions; None where numba does not work, beside a newer NumPy for example."""
+    threads = torch.get_num_threads()
     try:
         kernels = importlib.import_module("kvtool.core.numba_kernels")
         one = np.ones((1, 1), np.float32)
         kernels.product(one, one, one[0], one.copy(), 1, LARGE)  # whether it compiles and loads
     except Exception:  # of numba, of LLVM, of a file that it kept: PyTorch does all without it
         return None
+    finally:
+        torch.set_num_threads(threads)  # numba starts its own, and OpenMP takes that for PyTorch's
     return kernels
 
 
