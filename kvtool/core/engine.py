@@ -81,10 +81,8 @@ def generate(
     """
     n_prompt = prompt.shape[1]
     check_context(n_prompt, n_new, model.config.context)
-    new = prompt if cache.recompute else prompt[:, cache.length :]
+    decode, new = decoding_form(model), prompt if cache.recompute else prompt[:, cache.length :]
     without_gradients = torch.inference_mode()
-    with without_gradients:  # in which alone weights may go through native code
-        decode = decoding_form(model)
     for index in range(n_new):
         with without_gradients:  # but not around the caller's part
             logits = advance(decode, cache, new, source, last=True)

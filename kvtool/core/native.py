@@ -64,9 +64,14 @@ def serves(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 def can_read(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether native code can work on these tensors, and may: it would be missed by gradients, by
-    a compiler, and by a mode that watches or replaces what PyTorch does."""
-    if not _allowed or first.dtype not in (torch.float32, torch.float64):
+    """Whether native code is there, and `numpy_can_read` these tensors."""
+    return _allowed and numpy_can_read(first, *others) and _kernels() is not None
+
+
+def numpy_can_read(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether arrays can stand for these tensors, and may: what is done to arrays is missed by
+    gradients, by a compiler, and by a mode that watches or replaces what PyTorch does."""
+    if first.dtype not in (torch.float32, torch.float64):
         return False
     graded = torch.is_grad_enabled()
     for x in (first, *others):
@@ -77,7 +82,7 @@ def can_read(first: Tensor, *others: Tensor | None) -> bool:
             or type(x) not in (Tensor, nn.Parameter)
         ):
             return False
-    return not watched() and _kernels() is not None
+    return not watched()
 
 
 def watched() -> bool:
@@ -164,7 +169,7 @@ def linear(weights: Weights) -> ArrayLayer:
     def layer(x: Array) -> Array:
         _require_input(x, n_in)
         y = np.empty((len(x), n_out), x.dtype)
-        kernel(x, *weights, y, _threads(), LARGE)
+        kernel(x, *weights, y, _threads(weights), LARGE)
         return y
 
     return layer
@@ -205,7 +210,7 @@ def normed_linear(norm: Norm, weights: Weights) -> ArrayLayer:
     def layer(x: Array) -> Array:
         _require_input(x, n_in)
         y = np.empty((len(x), n_out), x.dtype)
-        kernel(x, *norm, *weights, y, _threads(), LARGE)
+        kernel(x, *norm, *weights, y, _threads(weights), LARGE)
         return y
 
     return layer
@@ -221,14 +226,16 @@ def normed_network(norm: Norm, up: Weights, name: str, down: Weights) -> ArrayLa
     def layer(x: Array) -> Array:
         _require_input(x, n_in)
         y = np.empty((len(x), n_out), x.dtype)
-        kernel(x, *norm, *up, number, *down, y, _threads(), LARGE)
+        kernel(x, *norm, *up, number, *down, y, _threads(up, down), LARGE)
         return y
 
     return layer
 
 
-def _threads() -> int:
-    """How many threads may share a layer: as many as PyTorch has."""
+def _threads(*layers: Weights) -> int:
+    """How many threads share the large ones of these layers: as many as PyTorch has."""
+    if all(weights.weight.size < LARGE for weights in layers):
+        return 1
     n = torch.get_num_threads()
     return n if n == 1 else _loaded().use_threads(n)
 

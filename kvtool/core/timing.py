@@ -91,10 +91,7 @@ class Cell:
     @property
     def iqr(self) -> float | None:
         """The distance between the quartiles; None below three samples."""
-        if len(self.runs) < 3:
-            return None
-        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
-        return high - low
+        return iqr(self.samples) if len(self.runs) >= 3 else None
 
 
 @dataclass(frozen=True)
@@ -133,6 +130,12 @@ class Workload:
         batch, device = self.prompt.shape[0], self.prompt.device
         dtype = next(self.model.parameters()).dtype
         return CacheSpec.of(self.model.config, batch, capacity, dtype, device, self.kernels)
+
+
+def iqr(samples: Sequence[float]) -> float:
+    """The distance between the quartiles of two samples or more."""
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return high - low
 
 
 def now(device: torch.device) -> float:

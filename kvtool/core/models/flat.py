@@ -42,17 +42,20 @@ KERNELS = {DefaultKernels, ExactKernels}  # with which modules too use native co
 def decoding_form(model: Model) -> Decode:
     """`model`, called as `Model.forward`, but single tokens take the flat form where it has one.
 
-    It is made for one loop: it keeps the weights that the model has now. A model that is watched by
-    hooks, compiled, or made of other modules than ours is returned as it is.
+    It is made for one loop: it keeps the weights that the model has at its first single token. A
+    model that is watched by hooks, compiled, or made of other modules than ours is returned as it
+    is.
     """
     decoder = model.decoder if isinstance(model, Seq2Seq) else model
     watched = nn.modules.module._has_any_global_hook()  # such as torch's FlopCounterMode has
     if watched or not all(map(_is_known, (model, *decoder.modules()))):
         return model
     assert isinstance(decoder, Decoder)
-    reads, usual = bool(model.config.n_encoder_layers), once(lambda: FlatDecoder(decoder))
-    arrays = ArrayDecoder(decoder) if native.can_read(*decoder.parameters()) else None
+    reads = bool(model.config.n_encoder_layers)
     stored = model.config.n_kv_heads, model.config.head_dim, decoder.head.weight.dtype
+    usual = once(lambda: FlatDecoder(decoder))
+    # Asked where single tokens come: weights that need gradients are readable without them.
+    arrays = once(lambda: ArrayDecoder(decoder) if native.can_read(*decoder.parameters()) else None)
 
     def decode(
         tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None, last: bool
@@ -63,13 +66,10 @@ def decoding_form(model: Model) -> Decode:
         # Modules take exact rows through native code however many there are.
         few = tokens.shape[0] <= native.FEW or kernels is ExactKernels
         spec = cache.spec
-        if (
-            arrays and few and kernels in KERNELS
-            and (spec.n_kv_heads, spec.head_dim, spec.dtype) == stored
-            and not (torch.is_grad_enabled() or native.watched())
-        ):  # fmt: skip
-            return arrays(tokens, step, cache, source)
-        return usual()(tokens, step, cache, source)
+        fits = (spec.n_kv_heads, spec.head_dim, spec.dtype) == stored
+        unwatched = not (torch.is_grad_enabled() or native.watched())
+        form = arrays() if few and fits and unwatched and kernels in KERNELS else None
+        return (form or usual())(tokens, step, cache, source)
 
     return decode
 
@@ -201,19 +201,10 @@ class ArrayDecoder(FlatDecoder):
         return (native.normed_network(norm.weights(), up, mlp.activation, down),)
 
     def _head_norms(self, attn: SelfAttention) -> Sequence[Layer]:
-        if attn.q_norm is None or attn.k_norm is None:
+        if attn.q_norm is None:
             return ()
-        norms = attn.q_norm.on_arrays(), attn.k_norm.on_arrays()
-
-        def normalise(qkv: Any) -> Any:
-            q, k, v = np.split(qkv, np.cumsum(attn.widths[:2]), axis=1)
-            q, k = (
-                norm(np.ascontiguousarray(x.reshape(-1, self.head_dim))).reshape(len(x), -1)
-                for norm, x in zip(norms, (q, k), strict=True)
-            )
-            return np.concatenate([q, k, v], axis=1)
-
-        return (normalise,)
+        # On a tensor of the same memory: its norms are native code themselves.
+        return (lambda x: attn.normalise(torch.from_numpy(x)[:, None])[:, 0].numpy(),)
 
     def _embedded(self, tokens: Tensor, step: Step) -> Any:
         ids = tokens.numpy()[:, 0]

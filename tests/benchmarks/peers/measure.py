@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Protocol
 
 import torch
@@ -22,7 +22,7 @@ from kvtool.core.layers import Linear
 from kvtool.core.models import Model, build_model
 from kvtool.core.peers import TransformersGenerate, load_peer
 from kvtool.core.sampling import Sampler
-from kvtool.core.timing import Run, Workload
+from kvtool.core.timing import Run, Workload, iqr
 
 COMPARED = 32  # tokens that all subjects must agree in before anything is timed
 
@@ -48,8 +48,7 @@ class Series:
         return median(self.samples[length])
 
     def iqr(self, length: int) -> float:
-        low, _, high = quantiles(self.samples[length], n=4, method="inclusive")
-        return high - low
+        return iqr(self.samples[length])
 
 
 class Floor:
