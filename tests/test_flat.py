@@ -18,7 +18,8 @@ from kvtool.core.engine import begin, feed, generate
 from kvtool.core.kernels import DEFAULT, make_kernels
 from kvtool.core.layers import Linear
 from kvtool.core.models import Model
-from kvtool.core.models.flat import ArrayDecoder, decoding_form
+from kvtool.core.models.flat import decoding_form
+from kvtool.core.models.native_decoder import NativeDecoder
 from kvtool.core.models.seq2seq import Seq2Seq
 from kvtool.core.sampling import Sampler
 from small_models import random_model
@@ -68,26 +69,43 @@ def test_its_logits_are_those_of_the_modules(shape: str, kernels: str, batch: in
         assert decoded(model, decode, kernels, kind, batch).equal(by_modules)
 
 
-def test_single_tokens_do_not_call_the_decoder_and_longer_steps_do() -> None:
+@pytest.mark.parametrize(("batch", "by_the_decoder"), [(1, []), (2, [PROMPT])])
+def test_few_tokens_do_not_call_the_decoder_and_more_do(
+    batch: int, by_the_decoder: list[int]
+) -> None:
     model = random_model(0)
     decode = decoding_form(model)
     called = []
     model.register_forward_pre_hook(lambda _, args: called.append(args[0].shape[1]))
-    decoded(model, decode, "default", "dynamic", 1)
-    assert called == [PROMPT]
+    decoded(model, decode, "default", "dynamic", batch)
+    assert called == by_the_decoder
+
+
+def test_few_tokens_take_one_call_of_native_code_and_other_caches_one_a_layer_or_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, called, code = random_model(0), [], native.decoder_code()
+    for name in ("decode", "before_attention"):
+        real = getattr(code, name)
+        monkeypatch.setattr(code, name, lambda *a, n=name, r=real: called.append(n) or r(*a))
+    for kind, expected in (("static", ["decode"]), ("paged", ["before_attention"] * 2)):
+        called.clear()
+        cache = make_cache(kind, CacheSpec.of(model.config, 1, N))
+        feed(decoding_form(model), cache, tokens(model, 1)[:, :1])
+        assert called == expected
 
 
 def test_generate_takes_the_flat_form_though_weights_may_have_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    called, real = [], ArrayDecoder.__call__
-    monkeypatch.setattr(ArrayDecoder, "__call__", lambda *a: called.append(1) or real(*a))
+    called, real = [], NativeDecoder.at_once
+    monkeypatch.setattr(NativeDecoder, "at_once", lambda *a: called.append(1) or real(*a))
     with torch.inference_mode(False), torch.enable_grad():
         model = random_model(0)
         assert all(parameter.requires_grad for parameter in model.parameters())
         cache = make_cache("dynamic", CacheSpec.of(model.config, 1, N))
         assert len(list(generate(model, tokens(model, 1)[:, :PROMPT], cache, 4, Sampler()))) == 4
-    assert len(called) == 3
+    assert len(called) == 4
 
 
 def test_who_asks_for_gradients_or_watches_later_gets_pytorch(
@@ -96,7 +114,8 @@ def test_who_asks_for_gradients_or_watches_later_gets_pytorch(
     with torch.inference_mode(False), torch.no_grad():
         model = random_model(0)
         decode = decoding_form(model)
-        monkeypatch.setattr(ArrayDecoder, "__call__", lambda *_: pytest.fail("native code"))
+        for name in ("at_once", "by_layers"):
+            monkeypatch.setattr(NativeDecoder, name, lambda *_: pytest.fail("native code"))
         for mode in (torch.enable_grad(), FlopCounterMode(display=False)):
             cache = make_cache("dynamic", CacheSpec.of(model.config, 1, N))
             with mode:
@@ -157,6 +176,46 @@ def compiled(model: Model) -> None:
 CHANGES = [
     watched, watched_backwards, replaced, another_activation, overridden, training, compiled,
 ]  # fmt: skip
+
+
+def narrower(model: Model) -> None:
+    model.get_submodule("layers.0.mlp").down = Linear(20, 16)
+
+
+def without_a_position(model: Model) -> None:
+    positions = model.get_submodule("embed").positions
+    positions.weight = torch.nn.Parameter(positions.weight[:2])
+
+
+def with_more_heads(model: Model) -> None:
+    model.get_submodule("layers.1.attn").qkv = Linear(16, 96)
+
+
+@pytest.mark.parametrize("change", [narrower, without_a_position, with_more_heads])
+def test_layers_that_do_not_fit_together_are_refused_as_by_the_modules(change: Any) -> None:
+    model = random_model(0, **SHAPES["learned"])
+    change(model.requires_grad_(False))
+    for decode in (model, decoding_form(model)):
+        cache = make_cache("dynamic", CacheSpec.of(model.config, 1, N))
+        with pytest.raises((RuntimeError, IndexError)):
+            feed(decode, cache, tokens(model, 1)[:, :3])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "paged"])
+@pytest.mark.parametrize("shape", ["learned", "usual", "grouped"])
+def test_more_positions_than_there_are_and_unknown_tokens_are_refused(
+    shape: str, kind: str
+) -> None:
+    model = random_model(0, **SHAPES[shape])
+    context = model.config.context
+    for ids in ([[0] * context + [0]], [[model.config.vocab_size]], [[-1]]):
+        cache = make_cache(kind, CacheSpec.of(model.config, 1, context + 1))
+        decode = decoding_form(model)
+        given = torch.tensor(ids)
+        if given.shape[1] > 1:
+            feed(model, cache, given[:, :-1])
+        with pytest.raises(IndexError):
+            feed(decode, cache, given)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -11,7 +11,7 @@ from kvtool.core.cache import Cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model
-from kvtool.core.models.flat import Decode, decoding_form
+from kvtool.core.models.flat import Decode, DecodingForm, decoding_form
 from kvtool.core.sampling import Sampler
 from kvtool.core.text import BOS
 from kvtool.errors import CapacityError
@@ -38,6 +38,10 @@ def advance(
 ) -> Tensor:
     """One step: `new` (B,n) behind what the cache holds, or all tokens for a kind that recomputes
     -> logits as `feed`. Raises CapacityError."""
+    if isinstance(model, DecodingForm):
+        at_once = model.at_once(new, cache, source, last)
+        if at_once is not None:
+            return at_once
     step = cache.begin(new.shape[1])
     logits = model(new, step, cache, source, last)
     cache.commit(new.shape[1])
@@ -86,6 +90,7 @@ def generate(
     for index in range(n_new):
         with without_gradients:  # but not around the caller's part
             logits = advance(decode, cache, new, source, last=True)
-            token = sampler(logits[:, -1], index)
-            new = torch.cat([new, token[:, None]], dim=1) if cache.recompute else token[:, None]
+            token = sampler(logits.select(1, -1), index)
+            next_ids = token.unsqueeze(1)
+            new = torch.cat([new, next_ids], dim=1) if cache.recompute else next_ids
         yield token

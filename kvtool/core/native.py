@@ -130,6 +130,10 @@ class Weights(NamedTuple):
         _require_width(weight, bias)
         return cls(array(weight), _or_empty(bias, weight))
 
+    def record(self) -> tuple[int, ...]:
+        """As numba_decoder.LINEAR; the arrays must be kept."""
+        return _address(self.weight), _address(self.bias), *self.weight.shape
+
 
 class Norm(NamedTuple):
     """Of a LayerNorm, which is centred, or of an RMSNorm: scale (d,), shift (d,) or (0,)"""
@@ -143,6 +147,15 @@ class Norm(NamedTuple):
     def of(cls, scale: Tensor, shift: Tensor | None, eps: float, centred: bool) -> Norm:
         _require_width(scale, shift)
         return cls(centred, array(scale), _or_empty(shift, scale), eps)
+
+    def record(self) -> tuple[float, ...]:
+        """As numba_decoder.NORM; the arrays must be kept."""
+        scale, shift = _address(self.scale), _address(self.shift)
+        return scale, shift, len(self.scale), self.centred, self.eps
+
+
+def _address(x: Array) -> int:
+    return int(x.ctypes.data) if x.size else 0
 
 
 def _require_width(weight: Tensor, bias: Tensor | None) -> None:
@@ -169,7 +182,7 @@ def linear(weights: Weights) -> ArrayLayer:
     def layer(x: Array) -> Array:
         _require_input(x, n_in)
         y = np.empty((len(x), n_out), x.dtype)
-        kernel(x, *weights, y, _threads(weights), LARGE)
+        kernel(x, *weights, y, threads_for(weights.weight.size), LARGE)
         return y
 
     return layer
@@ -191,7 +204,7 @@ def normalised(norm: Norm) -> ArrayLayer:
 def activation(name: str) -> ArrayLayer:
     """The activation of a feed-forward network, by its name in a ModelConfig; swiglu (n,2d) ->
     (n,d)."""
-    kernel, number = _loaded().activate, _loaded().ACTIVATIONS[name]
+    kernel, number = _loaded().activate, number_of(name)
     parts = 1 + (name == "swiglu")
 
     def layer(x: Array) -> Array:
@@ -202,109 +215,62 @@ def activation(name: str) -> ArrayLayer:
     return layer
 
 
-def normed_linear(norm: Norm, weights: Weights) -> ArrayLayer:
-    """`normalised` and then `linear`, in one call."""
-    kernel, (n_out, n_in) = _loaded().normed_linear, weights.weight.shape
-    _require_input(norm.scale[None], n_in)
-
-    def layer(x: Array) -> Array:
-        _require_input(x, n_in)
-        y = np.empty((len(x), n_out), x.dtype)
-        kernel(x, *norm, *weights, y, _threads(weights), LARGE)
-        return y
-
-    return layer
-
-
-def normed_network(norm: Norm, up: Weights, name: str, down: Weights) -> ArrayLayer:
-    """`normalised` and then a feed-forward network with that activation, in one call."""
-    kernel, number = _loaded().normed_network, _loaded().ACTIVATIONS[name]
-    (n_wide, n_in), n_out = up.weight.shape, len(down.weight)
-    _require_input(norm.scale[None], n_in)
-    _require_input(down.weight, n_wide // (1 + (name == "swiglu")))
-
-    def layer(x: Array) -> Array:
-        _require_input(x, n_in)
-        y = np.empty((len(x), n_out), x.dtype)
-        kernel(x, *norm, *up, number, *down, y, _threads(up, down), LARGE)
-        return y
-
-    return layer
-
-
-def _threads(*layers: Weights) -> int:
-    """How many threads share the large ones of these layers: as many as PyTorch has."""
-    if all(weights.weight.size < LARGE for weights in layers):
-        return 1
-    n = torch.get_num_threads()
+def threads_for(n_read: int) -> int:
+    """How many threads share work that reads so many numbers: as many as PyTorch has, if these are
+    many."""
+    n = torch.get_num_threads() if n_read >= LARGE else 1
     return n if n == 1 else _loaded().use_threads(n)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """`Kernels.attention`, each query by itself over the keys that it sees, in their order."""
-    queries, keys, values = q.detach().numpy(), Stored.of(k), Stored.of(v)
-    found = []
-    for i in range(q.shape[2]):
-        seen = None if mask is None else mask[:, 0, i % mask.shape[2]]
-        n_keys = i + 1 if causal else k.shape[2]
-        found.append(attend(queries[:, :, i], keys, values, k.shape[1], n_keys, seen))
-    return torch.from_numpy(np.stack(found, axis=2))
+    n_groups, n_keys = k.shape[1:3]
+    threads = threads_for(2 * k[0].numel())
+    queries = array(q.transpose(1, 2))  # (B,T,H,D)
+    keys, values, y = Stored.of(k), Stored.of(v), np.empty_like(queries)
+    for row, i in np.ndindex(*queries.shape[:2]):
+        first, last, read = 0, i + 1 if causal else n_keys, (keys.row(row), values.row(row))
+        if mask is not None:
+            seen = mask[row % mask.shape[0], 0, i % mask.shape[2]].nonzero()[:, 0]
+            first, last = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
+            if last - first != len(seen):  # they do not follow one another
+                copies = [x[row : row + 1].index_select(2, seen) for x in (k, v)]
+                first, last = 0, len(seen)
+                read = Stored.of(copies[0]).row(0), Stored.of(copies[1]).row(0)
+        _loaded().attend(
+            queries[row, i], n_groups, *read[0], *read[1], first, last, y[row, i], threads, LARGE
+        )
+    return torch.from_numpy(y).transpose(1, 2)
 
 
 class Stored(NamedTuple):
-    """Keys or values (B,H,S,D) as memory (n,) in which each (S,D) is dense."""
+    """Where the memory of keys or values (B,G,S,D) is, which the tensor keeps."""
 
-    memory: Array
-    row: int  # how far one row begins behind the other
-    head: int  # and one head
+    tensor: Tensor
+    columns: int  # of a head, S or more
 
     @classmethod
     def of(cls, x: Tensor) -> Stored:
         """Copied only if a head's columns are not dense."""
-        if x.stride()[2:] != (x.shape[3], 1):
+        n, width = x.shape[2:]
+        if x.stride()[2:] != (width, 1) or x.stride(1) % width or x.stride(1) < n * width:
             x = x.contiguous()
-        row, head = x.stride()[:2]
-        size = (x.shape[0] - 1) * row + (x.shape[1] - 1) * head + x.shape[2] * x.shape[3]
-        return cls(x.as_strided((size,), (1,)).numpy(), row, head)
+        return cls(x, x.stride(1) // width)
 
-    def columns(self, row: int, n_heads: int, width: int, numbers: Array) -> Array:
-        """A copy (n_heads, len(numbers), width) of some columns of a row."""
-        size = self.memory.itemsize
-        shape = n_heads, int(numbers[-1]) + 1, width
-        strides = self.head * size, width * size, size
-        whole = np.ndarray(
-            shape, self.memory.dtype, self.memory.data, row * self.row * size, strides
-        )
-        return whole.take(numbers, axis=1)
+    def row(self, row: int) -> tuple[int, int]:
+        """The address of a row, (G,columns,D), and the number of columns."""
+        size = self.tensor.stride(0) * self.tensor.itemsize
+        return self.tensor.data_ptr() + row * size, self.columns
 
 
-def attend(
-    q: Array, k: Stored, v: Stored, n_groups: int, n_keys: int, mask: Tensor | None
-) -> Array:
-    """One query of each row and head, (B,H,D), over those of the first `n_keys` keys of `n_groups`
-    heads that mask (B or 1,n_keys) lets it see -> (B,H,D), NaN where that is none."""
-    kernel, y = _loaded().attend, np.empty(q.shape, q.dtype)
-    for row in range(len(q)):
-        memory: tuple[Any, ...] = k.memory, row * k.row, k.head, v.memory, row * v.row, v.head
-        if mask is not None:
-            memory, n_keys = _seen(k, v, row, n_groups, q.shape[2], mask[row % len(mask)])
-        kernel(np.ascontiguousarray(q[row]), *memory, n_groups, n_keys, y[row])
-    return y
+def number_of(activation: str) -> int:
+    """By which compiled functions know an activation."""
+    return int(_loaded().ACTIVATIONS[activation])
 
 
-def _seen(
-    k: Stored, v: Stored, row: int, n_groups: int, width: int, mask: Tensor
-) -> tuple[tuple[Any, ...], int]:
-    """Where the keys and values are that mask (S,) lets a row see, and how many; copied if they do
-    not follow one another."""
-    numbers = np.flatnonzero(mask.numpy())
-    n = len(numbers)
-    first = int(numbers[0]) if n else 0
-    if n and numbers[-1] - first + 1 != n:
-        keys, values = (s.columns(row, n_groups, width, numbers).reshape(-1) for s in (k, v))
-        return (keys, 0, n * width, values, 0, n * width), n
-    k_at, v_at = (s.row * row + first * width for s in (k, v))
-    return (k.memory, k_at, k.head, v.memory, v_at, v.head), n
+def decoder_code() -> ModuleType:
+    """The compiled functions of a whole step; ask `can_read` first."""
+    return importlib.import_module("kvtool.core.numba_decoder")
 
 
 def _loaded() -> ModuleType:

@@ -8,10 +8,12 @@ form of each function to compile, and not two.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 # Before numba loads its threads. They spin while they wait for each other, by default so long that
 # where another program has one's processor, a layer takes milliseconds.
@@ -19,23 +21,40 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numba
 import numpy as np
+from numba import carray, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Compiled into the functions: what numba keeps is made anew when this file changes, no other.
+# Compiled into the functions.
 GELU, GELU_TANH, RELU, SWIGLU = range(4)
 ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "swiglu": SWIGLU}
+
+# What is kept on disk refers to functions of numba's threads; and numba forgets to load these first
+# where the functions that it was made of came from disk themselves.
+numba.get_num_threads()
 
 # Sums may be taken in several parts, or nothing could be vectorised; NaN and infinity stay.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
-def compiled(parallel: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """numba.njit, kept on disk for the next process where there is a folder to write to."""
+# numba keeps a function until its own file changes; but one holds others, of another file.
+SOURCES = [Path(__file__), Path(__file__).with_name("numba_decoder.py")]
+VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:8]
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        options: dict[str, Any] = {"fastmath": FAST, "nogil": True, "parallel": parallel}
+
+def compiled(parallel: bool = False, fast: bool = True) -> Callable[[Function], Function]:
+    """numba.njit, kept on disk for the next process where there is a folder to write to.
+
+    fast: whether sums may be taken in another order, and a product and a sum be rounded once.
+    """
+
+    def decorate(function: Function) -> Function:
+        function.__qualname__ += VERSION
+        options: dict[str, Any] = {"nogil": True, "parallel": parallel}
+        options["fastmath"] = FAST if fast else False
         options["error_model"] = "numpy"  # division by zero gives infinity, as in an array
         try:
             return numba.njit(cache=True, **options)(function)
@@ -218,74 +237,96 @@ def product(x: Array, weight: Array, bias: Array, y: Array, threads: int, large:
 
 
 @compiled()
-def normed_linear(
-    x: Array, centred: bool, scale: Array, shift: Array, eps: float,
-    weight: Array, bias: Array, y: Array, threads: int, large: int,
-) -> None:  # fmt: skip
-    """y (n,out) = `product` of normalised x (n,in)"""
-    normal = np.empty_like(x)
-    normalise(x, centred, scale, shift, eps, normal)
-    product(normal, weight, bias, y, threads, large)
+def attend_head(query: Array, keys: Array, values: Array, result: Array) -> None:
+    """One query (D,) over keys and values (n,D) -> result (D,), NaN if there are none."""
+    n_keys, width = keys.shape
+    scale = query.dtype.type(1 / np.sqrt(width))
+    scores = np.empty(n_keys, query.dtype)
+    largest = query.dtype.type(-np.inf)
+    for i in range(n_keys):
+        score = query.dtype.type(0)
+        for j in range(width):
+            score += query[j] * keys[i, j]
+        scores[i] = score * scale
+    for i in range(n_keys):
+        largest = scores[i] if scores[i] > largest else largest
+    for i in range(n_keys):
+        scores[i] -= largest
+    exponential(scores)
+    total = query.dtype.type(0)
+    for i in range(n_keys):
+        total += scores[i]
+    add_values(scores, values, result)
+    for j in range(width):
+        result[j] /= total
+
+
+def typed_pointer(typing: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to numbers of the type of `like`, for carray."""
+    kind = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(address, like), generate
+
+
+pointer: Any = intrinsic(typed_pointer)
 
 
 @compiled()
-def normed_network(
-    x: Array, centred: bool, scale: Array, shift: Array, eps: float,
-    up: Array, up_bias: Array, activation: int, down: Array, down_bias: Array,
-    y: Array, threads: int, large: int,
+def vector(address: int, n: int, like: Array) -> Array:
+    """The n numbers at an address."""
+    return carray(pointer(address, like), (n,))
+
+
+@compiled()
+def columns_of(head: int, address: int, first: int, last: int, columns: int, like: Array) -> Array:
+    """Columns `first` to `last` of a head's keys or values (columns,D), with `like` (H,D)."""
+    width = like.shape[1]
+    at = address + (head * columns + first) * width * like.itemsize
+    return carray(pointer(at, like), (last - first, width))
+
+
+@compiled()
+def attend_heads(
+    q: Array, begin: int, end: int, n_groups: int, k: int, k_columns: int, v: int, v_columns: int,
+    first: int, last: int, y: Array,
 ) -> None:  # fmt: skip
-    """y (n,d) = the feed-forward network of normalised x (n,d)"""
-    wide = np.empty((x.shape[0], up.shape[0]), x.dtype)
-    normed_linear(x, centred, scale, shift, eps, up, up_bias, wide, threads, large)
-    active = np.empty((x.shape[0], down.shape[1]), x.dtype)
-    activate(activation, wide, active)
-    product(active, down, down_bias, y, threads, large)
+    """`attend` for the heads from `begin` to `end`."""
+    for h in range(begin, end):
+        group = h * n_groups // q.shape[0]
+        keys = columns_of(group, k, first, last, k_columns, q)
+        values = columns_of(group, v, first, last, v_columns, q)
+        attend_head(q[h], keys, values, y[h])
+
+
+@compiled(parallel=True)
+def attend_by_threads(
+    q: Array, parts: int, n_groups: int, k: int, k_columns: int, v: int, v_columns: int,
+    first: int, last: int, y: Array,
+) -> None:  # fmt: skip
+    """`attend`, each of `parts` threads with its own heads."""
+    for part in numba.prange(parts):
+        begin, end = q.shape[0] * part // parts, q.shape[0] * (part + 1) // parts
+        attend_heads(q, begin, end, n_groups, k, k_columns, v, v_columns, first, last, y)
 
 
 @compiled()
 def attend(
-    q: Array,
-    k: Array,
-    k_at: int,
-    k_apart: int,
-    v: Array,
-    v_at: int,
-    v_apart: int,
-    n_groups: int,
-    n_keys: int,
-    y: Array,
-) -> None:
+    q: Array, n_groups: int, k: int, k_columns: int, v: int, v_columns: int,
+    first: int, last: int, y: Array, threads: int, large: int,
+) -> None:  # fmt: skip
     """One query of each head, q (H,D), over keys and values -> y (H,D), NaN if there are none.
 
-    k and v are memory, (n,), in which each head's (n_keys,D) is dense: the first begins `at`, the
-    next `apart` behind it. Heads of queries share `n_groups` heads of keys (Ainslie 2023).
+    k and v are addresses of (n_groups,columns,D); the columns from `first` to `last` are read, by
+    several threads if they are `large` numbers or more. Heads of queries share heads of keys
+    (Ainslie 2023).
     """
-    n_heads, width = q.shape
-    scale = q.dtype.type(1 / np.sqrt(width))
-    scores = np.empty(n_keys, q.dtype)
-    for h in range(n_heads):
-        group = h * n_groups // n_heads
-        k_first, v_first = k_at + group * k_apart, v_at + group * v_apart
-        keys = k[k_first : k_first + n_keys * width].reshape(n_keys, width)
-        values = v[v_first : v_first + n_keys * width].reshape(n_keys, width)
-        query, result = q[h], y[h]
-        largest = q.dtype.type(-np.inf)
-        for i in range(n_keys):
-            score = q.dtype.type(0)
-            for j in range(width):
-                score += query[j] * keys[i, j]
-            scores[i] = score * scale
-        for i in range(n_keys):
-            largest = scores[i] if scores[i] > largest else largest
-        for i in range(n_keys):
-            scores[i] -= largest
-        exponential(scores)
-        total = q.dtype.type(0)
-        for i in range(n_keys):
-            total += scores[i]
-        add_values(scores, values, result)
-        for j in range(width):
-            result[j] /= total
+    if threads > 1 and 2 * n_groups * (last - first) * q.shape[1] >= large:
+        attend_by_threads(q, threads, n_groups, k, k_columns, v, v_columns, first, last, y)
+    else:
+        attend_heads(q, 0, q.shape[0], n_groups, k, k_columns, v, v_columns, first, last, y)
 
 
 def use_threads(n: int) -> int:

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
-from kvtool.core import native
 from kvtool.core.kernels import DEFAULT, Kernels, visible
 from kvtool.core.native import Array
 from kvtool.core.quantization import Quantization
@@ -142,6 +140,15 @@ class Step:
         return cls(q_pos, q_pos, slots, mask[:, None, None, :], False, kernels)
 
 
+class InPlace(NamedTuple):
+    """Where a step's tokens are stored, and those before them: in columns by order of arrival."""
+
+    start: int  # the column of the first new token
+    padding: Array  # (B,) the columns at the start of each row that hold none
+    addresses: Array  # (layers,2) of keys and values, (B,Hkv,columns,D) in the spec's dtype
+    columns: int
+
+
 class Bytes(NamedTuple):
     """Memory of a cache, in bytes."""
 
@@ -185,6 +192,13 @@ class Cache(ABC):
 
     def begin(self, n_new: int) -> Step:
         """Make room for `n_new` tokens a row and say where they stand. Raises CapacityError."""
+        start = self.make_room(n_new)
+        step = self._place(start, n_new)
+        self._begun = n_new
+        return step
+
+    def make_room(self, n_new: int) -> int:
+        """As `begin`, but only -> how many tokens stand before them."""
         start = 0 if self.recompute else self.length
         if n_new < 1:
             raise UsageError(f"a step needs 1 token or more (found {n_new})")
@@ -194,9 +208,7 @@ class Cache(ABC):
                 f"need {start + n_new} (capacity {self.spec.capacity})",
                 "Make the cache larger, or generate fewer tokens.",
             )
-        step = self._place(start, n_new)
-        self._begun = n_new
-        return step
+        return start
 
     @abstractmethod
     def _place(self, start: int, n_new: int) -> Step:
@@ -211,16 +223,10 @@ class Cache(ABC):
         keys, values = self.write(layer, k, v, step)
         return step.kernels.attention(q, keys, values, step.mask, step.causal)
 
-    def attend_few(self, layer: int, qkv: Array, step: Step) -> Array:
-        """`attend` in native code for one token of few rows: qkv (B,H+2*Hkv,D), the queries first
-        -> (B,H,D)"""
-        n_stored = self.spec.n_kv_heads
-        q, *new = np.split(qkv, [-2 * n_stored, -n_stored], axis=1)
-        k, v = (torch.from_numpy(x)[:, :, None] for x in new)
-        keys, values = self.write(layer, k, v, step)
-        mask = None if step.mask is None else step.mask[:, 0, 0]
-        stored = native.Stored.of(keys), native.Stored.of(values)
-        return native.attend(q, *stored, n_stored, keys.shape[2], mask)
+    def in_place(self, n_new: int) -> InPlace | None:
+        """As `begin`, for code that stores and reads by itself; None from a cache whose memory or
+        methods are not as that code expects. Raises CapacityError."""
+        return None
 
     def commit(self, n_new: int) -> None:
         """Make the first `n_new` tokens of the step part of the sequence; call it after all layers.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvtool.core import native
-from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
+from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, InPlace, Step
 from kvtool.core.kernels import visible
 from kvtool.core.native import Array
 
@@ -20,6 +22,7 @@ class BufferedCache(Cache):
 
     _keys: list[Tensor]
     _values: list[Tensor]
+    _addresses: Array | None  # (layers,2) of all these; None if they have been made anew
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
         self.spec = spec
@@ -33,6 +36,7 @@ class BufferedCache(Cache):
 
     def _gather_rows(self, rows: Tensor) -> None:
         """Let new buffers hold the histories of `rows`, as many as there are."""
+        self._addresses = None
         for buffers in (self._keys, self._values):
             for layer, old in enumerate(buffers):
                 buffers[layer] = torch.index_select(old, 0, rows)
@@ -42,7 +46,7 @@ class BufferedCache(Cache):
         return self.spec.capacity
 
     def _allocate(self, batch: int, columns: int) -> None:
-        s = self.spec
+        s, self._addresses = self.spec, None
         shape = (batch, s.n_kv_heads, columns, s.head_dim)
         self._keys = [torch.zeros(shape, dtype=s.dtype, device=s.device) for _ in range(s.n_layers)]
         self._values = [torch.zeros_like(k) for k in self._keys]
@@ -58,9 +62,13 @@ class BufferedCache(Cache):
         """How many columns a step behind others reads when `length` of them are filled."""
         return length
 
+    def make_room(self, n_new: int) -> int:
+        start = super().make_room(n_new)
+        self._reserve(start + n_new)
+        return start
+
     def _place(self, start: int, n_new: int) -> Step:
         end = start + n_new
-        self._reserve(end)
         # A prompt has a shape of its own anyway, and is causal if it reads nothing behind itself.
         reach = end if start == 0 and n_new > 1 else self._reach(end)
         columns = torch.arange(reach, device=self.spec.device)
@@ -87,22 +95,17 @@ class BufferedCache(Cache):
         reach = step.k_pos.shape[1]
         return keys.narrow(2, 0, reach), values.narrow(2, 0, reach)
 
-    def attend_few(self, layer: int, qkv: Array, step: Step) -> Array:
-        if getattr(self.write, "__func__", None) is not BufferedCache.write:  # another way to store
-            return super().attend_few(layer, qkv, step)
-        # `write` without PyTorch, whose calls would take longer than a short text's attention.
-        n, slot = self.spec.n_kv_heads, int(step.slots)
-        keys = self._stored(self._keys[layer], qkv[:, -2 * n : -n], slot)
-        values = self._stored(self._values[layer], qkv[:, -n:], slot)
-        mask = None if step.mask is None else step.mask[:, 0, 0]
-        return native.attend(qkv[:, : -2 * n], keys, values, n, step.k_pos.shape[1], mask)
-
-    def _stored(self, buffer: Tensor, new: Array, slot: int) -> native.Stored:
-        """A buffer, with `new` (B,Hkv,D) in a column of it."""
-        columns = buffer.numpy()
-        columns[: self.batch, :, slot] = new
-        head = columns.shape[2] * columns.shape[3]
-        return native.Stored(columns.reshape(-1), columns.shape[1] * head, head)
+    def in_place(self, n_new: int) -> InPlace | None:
+        if ways(type(self)) != WAYS or not NAMES.isdisjoint(vars(self)):
+            return None
+        start = self.make_room(n_new)
+        self._begun = n_new
+        if self._addresses is None:
+            buffers = zip(self._keys, self._values, strict=True)
+            self._addresses = np.array([(k.data_ptr(), v.data_ptr()) for k, v in buffers])
+        padding = None if self.left_padding is None else self.left_padding.numpy()
+        padding = np.zeros(self.batch, np.int64) if padding is None else padding
+        return InPlace(start, padding, self._addresses, self._columns)
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = (
@@ -115,6 +118,12 @@ class BufferedCache(Cache):
         allocated = sum(t.untyped_storage().nbytes() for t in (*self._keys, *self._values))
         allocated += self._padding_nbytes()
         return Bytes(allocated, self.length * token, self._reach(self.length + 1) * token)
+
+
+# Who has other ones, by inheritance or put in later, stores or reads in another way.
+NAMES = frozenset({"begin", "_place", "_positions", "_at", "write", "attend", "commit"})
+ways = attrgetter(*NAMES)
+WAYS = ways(BufferedCache)
 
 
 def round_up(n: int, block: int) -> int:

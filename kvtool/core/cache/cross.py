@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from kvtool.core.kernels import Kernels
+from kvtool.core.native import Array
+
+
+class InPlaceSource(NamedTuple):
+    """Where a source's keys and values are, and which of them each row sees."""
+
+    addresses: Array  # (layers,2) of keys and values, (B,Hkv,columns,D)
+    columns: int
+    seen: Array  # (B,2) the first column and the one behind the last
 
 
 @dataclass
@@ -19,10 +31,28 @@ class CrossCache:
     layers: list[tuple[Tensor, Tensor]]
     mask: Tensor
 
+    def __post_init__(self) -> None:
+        if not torch.is_grad_enabled():  # halves of a projection, which every step would gather
+            self.layers = [(k.contiguous(), v.contiguous()) for k, v in self.layers]
+
     def attend(self, layer: int, q: Tensor, kernels: Kernels) -> Tensor:
         """q (B,H,T,D) -> (B,H,T,D)"""
         k, v = self.layers[layer]
         return kernels.attention(q, k, v, self.mask[:, None, None, :], False)
+
+    def in_place(self) -> InPlaceSource | None:
+        """For code that reads memory itself; None if keys and values or what a row sees of them
+        do not stand side by side."""
+        pairs, mask = self.layers, self.mask.numpy()
+        if not all(x.is_contiguous() and x.shape == pairs[0][0].shape for kv in pairs for x in kv):
+            return None
+        n, columns = mask.sum(1), mask.shape[1]
+        first = mask.argmax(1) if columns else n
+        last = first + n
+        if any(not row[a:b].all() for row, a, b in zip(mask, first, last, strict=True)):
+            return None
+        addresses = np.array([(k.data_ptr(), v.data_ptr()) for k, v in pairs])
+        return InPlaceSource(addresses, columns, np.stack([first, last], axis=1))
 
     def select(self, rows: Tensor) -> CrossCache:
         """The sources of `rows` (n,), in that order; repeats are allowed."""

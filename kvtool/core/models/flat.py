@@ -1,35 +1,34 @@
-"""A decoding step written flat: what `Decoder.forward` does to one new token a row, in a few calls.
+"""A decoding step written flat: what `Decoder.forward` does to new tokens, in a few calls.
 
 Calling modules and looking up their weights takes as long as a small model's products. The flat
-form does the same operations in the same order, so its logits are the modules' bit for bit;
-`verify-cache` compares it, as the cached arm, with the modules' whole pass.
+forms do the same operations in the same order, so their logits are the modules' bit for bit;
+`verify-cache` compares them, as the cached arm, with the modules' whole pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache as once
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.core import native
 from kvtool.core.attention import CrossAttention, SelfAttention, merge_heads, split_heads
-from kvtool.core.cache import Cache, Step
+from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.exact import ExactKernels
-from kvtool.core.kernels import DefaultKernels
+from kvtool.core.kernels import DefaultKernels, Kernels
 from kvtool.core.layers import MLP, Dropout, LayerNorm, Linear, RMSNorm, Table, TokenEmbedding
 from kvtool.core.models.base import Model
 from kvtool.core.models.decoder import Block, Decoder
+from kvtool.core.models.native_decoder import NO_SOURCE, NativeDecoder, fits_together
 from kvtool.core.models.seq2seq import Seq2Seq
 from kvtool.core.rope import Rotary
 
 Decode = Callable[[Tensor, Step, Cache, "CrossCache | None", bool], Tensor]
-Layer = Callable[[Any], Any]  # of the vectors of one token a row: tensors (B,1,d) or arrays (B,d)
+Layer = Callable[[Tensor], Tensor]
 
 # What a model is made of. A subclass may do something else, and is left to do it.
 KNOWN = {
@@ -39,10 +38,10 @@ KNOWN = {
 KERNELS = {DefaultKernels, ExactKernels}  # with which modules too use native code
 
 
-def decoding_form(model: Model) -> Decode:
-    """`model`, called as `Model.forward`, but single tokens take the flat form where it has one.
+def decoding_form(model: Model) -> Model | DecodingForm:
+    """`model`, called as `Model.forward`, but few tokens take the flat form where it has one.
 
-    It is made for one loop: it keeps the weights that the model has at its first single token. A
+    It is made for one loop: it keeps the weights that the model has at its first few tokens. A
     model that is watched by hooks, compiled, or made of other modules than ours is returned as it
     is.
     """
@@ -51,27 +50,73 @@ def decoding_form(model: Model) -> Decode:
     if watched or not all(map(_is_known, (model, *decoder.modules()))):
         return model
     assert isinstance(decoder, Decoder)
-    reads = bool(model.config.n_encoder_layers)
-    stored = model.config.n_kv_heads, model.config.head_dim, decoder.head.weight.dtype
-    usual = once(lambda: FlatDecoder(decoder))
-    # Asked where single tokens come: weights that need gradients are readable without them.
-    arrays = once(lambda: ArrayDecoder(decoder) if native.can_read(*decoder.parameters()) else None)
+    return DecodingForm(model, decoder)
 
-    def decode(
-        tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None, last: bool
+
+class DecodingForm:
+    """A model whose few tokens are decoded in native code, and single ones of many rows in PyTorch
+    by a FlatDecoder."""
+
+    def __init__(self, model: Model, decoder: Decoder) -> None:
+        self.model, self.decoder, c = model, decoder, decoder.config
+        self.reads = bool(c.n_encoder_layers)
+        self.stored = c.n_layers, c.n_kv_heads, c.head_dim, decoder.head.weight.dtype
+        self._flat: FlatDecoder | None = None
+        self._native: NativeDecoder | None = None
+
+    def __call__(
+        self, tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None, last: bool
     ) -> Tensor:
-        if tokens.shape[1] > 1 or (source is not None) != reads:
-            return model(tokens, step, cache, source, last)
-        kernels = type(step.kernels)
-        # Modules take exact rows through native code however many there are.
-        few = tokens.shape[0] <= native.FEW or kernels is ExactKernels
-        spec = cache.spec
-        fits = (spec.n_kv_heads, spec.head_dim, spec.dtype) == stored
-        unwatched = not (torch.is_grad_enabled() or native.watched())
-        form = arrays() if few and fits and unwatched and kernels in KERNELS else None
-        return (form or usual())(tokens, step, cache, source)
+        if tokens.shape[1] > 1 or (source is not None) != self.reads:
+            return self.model(tokens, step, cache, source, last)
+        if not self._uses_native_code(tokens, step.kernels):
+            self._flat = self._flat or FlatDecoder(self.decoder)
+            return self._flat(tokens, step, cache, source)
+        place = NO_SOURCE if source is None else source.in_place()
+        if place is None or not self._fits(cache.spec):
+            return self.model(tokens, step, cache, source, last)
+        return self._native_form().by_layers(tokens, step, cache, place)
 
-    return decode
+    def at_once(
+        self, new: Tensor, cache: Cache, source: CrossCache | None, last: bool
+    ) -> Tensor | None:
+        """A whole step, `begin` and `commit` included, as `engine.advance`; None if it must be done
+        by parts. Raises CapacityError."""
+        batch, n = new.shape
+        if (source is not None) != self.reads or batch != cache.batch:
+            return None
+        if not (self._fits(cache.spec) and self._uses_native_code(new, cache.spec.kernels)):
+            return None
+        source_place = NO_SOURCE if source is None else source.in_place()
+        place = None if source_place is None else cache.in_place(n)
+        if place is None or source_place is None:
+            return None
+        logits = self._native_form().at_once(new, place, source_place, last)
+        cache.commit(n)
+        return logits
+
+    def _uses_native_code(self, tokens: Tensor, kernels: Kernels) -> bool:
+        """Whether modules would take these tokens through native code in all layers."""
+        kind = type(kernels)
+        # Exact kernels do so however many there are.
+        few = tokens.numel() <= native.FEW or (kind is ExactKernels and tokens.shape[1] == 1)
+        if not few or kind not in KERNELS or torch.is_grad_enabled():
+            return False
+        if self._native is not None:
+            return not native.watched()
+        # Asked where tokens come: weights that need gradients are readable without them.
+        return native.can_read(*self.decoder.parameters())
+
+    def _fits(self, spec: CacheSpec) -> bool:
+        """Whether a cache stores what the model computes, and the model is as its configuration
+        says."""
+        stored = spec.n_layers, spec.n_kv_heads, spec.head_dim, spec.dtype
+        return self.stored == stored and (self._native is not None or fits_together(self.decoder))
+
+    def _native_form(self) -> NativeDecoder:
+        if self._native is None:
+            self._native = NativeDecoder(self.decoder)
+        return self._native
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -101,44 +146,43 @@ class FlatDecoder:
         self.n_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
         self.first_window_layer = c.first_window_layer
         self.blocks = [self._block(block) for block in decoder.layers if isinstance(block, Block)]
-        self.logits = self._normed(decoder.norm, decoder.head)
+        self.logits = self._layers(decoder.norm, decoder.head)
 
     def __call__(
         self, tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None
     ) -> Tensor:
         """tokens (B,1) -> logits (B,1,V)"""
-        near, x = step.within(self.window), self._embedded(tokens, step)
+        near, x, rows = step.within(self.window), self.embed(tokens, step.q_pos), step.kernels.rows
         for i, block in enumerate(self.blocks):
             seen = near if i >= self.first_window_layer else step
-            y = self._attended(i, self._through(block.first, x, step), seen, cache)
-            x = x + self._through((block.out,), y, step)
+            q, k, v = self._turned(rows(x, *block.first), step)
+            x = x + rows(merge_heads(cache.attend(i, q, k, v, seen)), block.out)
             if block.cross_out is not None and source is not None:
-                q = self._heads(self._through(block.cross, x, step))
-                y = self._merged(source.attend(i, q, step.kernels))
-                x = x + self._through((block.cross_out,), y, step)
-            x = x + self._through(block.last, x, step)
-        return self._result(self._through(self.logits, x, step))
+                q = split_heads(rows(x, *block.cross), self.head_dim)
+                x = x + rows(merge_heads(source.attend(i, q, step.kernels)), block.cross_out)
+            x = x + rows(x, *block.last)
+        return rows(x, *self.logits)
 
-    def _attended(self, layer: int, qkv: Any, step: Step, cache: Cache) -> Any:
-        q, k, v = self._turned(self._heads(qkv), step)
-        return self._merged(cache.attend(layer, q, k, v, step))
-
-    def _turned(self, heads: Tensor, step: Step) -> tuple[Tensor, ...]:
-        """(B,H+2*Hkv,1,D) -> queries, keys and values, by their positions."""
-        q, k, v = heads.split_with_sizes(self.n_heads, dim=1)
+    def _turned(self, qkv: Tensor, step: Step) -> tuple[Tensor, ...]:
+        """(B,1,(H+2*Hkv)*D) -> queries, keys and values (B,heads,1,D), by their positions."""
+        q, k, v = split_heads(qkv, self.head_dim).split_with_sizes(self.n_heads, dim=1)
         if self.rotary is None:
             return q, k, v
         return self.rotary(q, step.q_pos), self.rotary(k, step.q_pos), v
 
     def _block(self, block: Block) -> FlatBlock:
-        attn, cross = block.attn, block.cross
+        attn, cross, mlp = block.attn, block.cross, block.mlp
+        head_norms = () if attn.q_norm is None else (attn.normalise,)
         return FlatBlock(
-            (*self._normed(block.norm1, attn.qkv), *self._head_norms(attn)),
+            (*self._layers(block.norm1, attn.qkv), *head_norms),
             self._layer(attn.out),
-            self._normed(block.norm_cross, cross.q) if cross and block.norm_cross else (),
+            self._layers(block.norm_cross, cross.q) if cross and block.norm_cross else (),
             self._layer(cross.out) if cross else None,
-            self._network(block.norm2, block.mlp),
+            (*self._layers(block.norm2, mlp.up), mlp.activate, self._layer(mlp.down)),
         )
+
+    def _layers(self, *modules: nn.Module) -> Sequence[Layer]:
+        return tuple(map(self._layer, modules))
 
     def _layer(self, module: nn.Module) -> Layer:
         """A layer as a function that has its weights at hand."""
@@ -149,91 +193,3 @@ class FlatDecoder:
             weight, bias = module.weight, module.bias
             return lambda x: F.linear(x, weight, bias)
         return module
-
-    def _normed(self, norm: nn.Module, linear: Linear) -> Sequence[Layer]:
-        return self._layer(norm), self._layer(linear)
-
-    def _head_norms(self, attn: SelfAttention) -> Sequence[Layer]:
-        return () if attn.q_norm is None else (attn.normalise,)
-
-    def _network(self, norm: nn.Module, mlp: MLP) -> Sequence[Layer]:
-        return self._layer(norm), self._layer(mlp.up), mlp.activate, self._layer(mlp.down)
-
-    def _embedded(self, tokens: Tensor, step: Step) -> Any:
-        return self.embed(tokens, step.q_pos)
-
-    def _through(self, layers: Sequence[Layer], x: Any, step: Step) -> Any:
-        return step.kernels.rows(x, *layers)
-
-    def _heads(self, x: Any) -> Tensor:
-        """-> (B,heads,1,D)"""
-        return split_heads(x, self.head_dim)
-
-    def _merged(self, y: Tensor) -> Any:
-        """(B,heads,1,D) -> the vectors of tokens"""
-        return merge_heads(y)
-
-    def _result(self, x: Any) -> Tensor:
-        return x
-
-
-class ArrayDecoder(FlatDecoder):
-    """The same in native code, which is faster for a few rows."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__(decoder)
-        embed = decoder.embed
-        self.tokens = native.array(embed.tokens.weight)
-        self.positions = None if embed.positions is None else native.array(embed.positions.weight)
-        self.table = None if embed.table is None else native.array(embed.table.table)
-
-    def _layer(self, module: nn.Module) -> Layer:
-        assert isinstance(module, Linear)
-        return module.on_arrays()
-
-    def _normed(self, norm: nn.Module, linear: Linear) -> Sequence[Layer]:
-        assert isinstance(norm, LayerNorm | RMSNorm)
-        return (native.normed_linear(norm.weights(), linear.weights()),)
-
-    def _network(self, norm: nn.Module, mlp: MLP) -> Sequence[Layer]:
-        assert isinstance(norm, LayerNorm | RMSNorm)
-        up, down = mlp.up.weights(), mlp.down.weights()
-        return (native.normed_network(norm.weights(), up, mlp.activation, down),)
-
-    def _head_norms(self, attn: SelfAttention) -> Sequence[Layer]:
-        if attn.q_norm is None:
-            return ()
-        # On a tensor of the same memory: its norms are native code themselves.
-        return (lambda x: attn.normalise(torch.from_numpy(x)[:, None])[:, 0].numpy(),)
-
-    def _embedded(self, tokens: Tensor, step: Step) -> Any:
-        ids = tokens.numpy()[:, 0]
-        if min(ids.tolist()) < 0:  # which NumPy would count from the end
-            raise IndexError(f"token {ids.min()} is not in the vocabulary")
-        x = self.tokens.take(ids, 0)  # (B,d)
-        pos = np.maximum(step.q_pos.numpy()[:, 0], 0)
-        if self.table is not None:
-            return x * self.embed.scale + self.table.take(pos, 0).astype(x.dtype)
-        return x if self.positions is None else x + self.positions.take(pos, 0)
-
-    def _attended(self, layer: int, qkv: Any, step: Step, cache: Cache) -> Any:
-        if getattr(cache.attend, "__func__", None) is not Cache.attend:  # a way of its own
-            return super()._attended(layer, qkv, step, cache)
-        if self.rotary is not None:
-            qkv = torch.cat(self._turned(self._heads(qkv), step), dim=1).numpy()
-        y = cache.attend_few(layer, qkv.reshape(len(qkv), -1, self.head_dim), step)
-        return y.reshape(len(y), -1)
-
-    def _through(self, layers: Sequence[Layer], x: Any, step: Step) -> Any:
-        for layer in layers:
-            x = layer(x)
-        return x
-
-    def _heads(self, x: Any) -> Tensor:
-        return torch.from_numpy(x).view(x.shape[0], -1, 1, self.head_dim)
-
-    def _merged(self, y: Tensor) -> Any:
-        return y.numpy().reshape(y.shape[0], -1)
-
-    def _result(self, x: Any) -> Tensor:
-        return torch.from_numpy(x)[:, None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from statistics import median
 from typing import Protocol
 
 import torch
+from floor import Floor
 from llama import LlamaCpp, write_gguf
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from kvtool.config import ModelConfig
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.engine import generate
 from kvtool.core.kernels import make_kernels
-from kvtool.core.layers import Linear
 from kvtool.core.models import Model, build_model
 from kvtool.core.peers import TransformersGenerate, load_peer
 from kvtool.core.sampling import Sampler
@@ -49,35 +48,6 @@ class Series:
 
     def iqr(self, length: int) -> float:
         return iqr(self.samples[length])
-
-
-class Floor:
-    """What no decoder can avoid: the products of one token, and reading its keys and values.
-
-    A run's token costs both, with keys and values of half the run's length. Both are timed by
-    themselves: the products in kvtool's native code, which is faster than PyTorch's, the reading as
-    a sum.
-    """
-
-    def __init__(self, model: Model, n_prompt: int) -> None:
-        c = model.config
-        layers = [m for m in model.modules() if isinstance(m, Linear)]
-        self.products = [(m.on_arrays(), torch.randn(1, m.in_features).numpy()) for m in layers]
-        shape = 1, c.n_kv_heads, c.context, c.head_dim
-        self.stored = [torch.randn(shape) for _ in range(2 * c.n_layers)]
-        self.n_prompt = n_prompt
-
-    def run(self, kind: str, length: int) -> Run:
-        seen = self.n_prompt + length // 2
-        with torch.inference_mode():
-            started = time.perf_counter()
-            for _ in range(length):
-                for layer, x in self.products:
-                    layer(x)
-                for tensor in self.stored:
-                    tensor[:, :, :seen].sum()
-            seconds = time.perf_counter() - started
-        return Run(seconds, 0.0, seconds, None, 0, None)
 
 
 def make_model(context: int, dtype: torch.dtype = torch.float32) -> Model:

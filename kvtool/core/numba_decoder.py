@@ -1,0 +1,230 @@
+"""A decoder's step as compiled code: from tokens to logits without coming back to Python.
+
+What stands between a small model's layers in Python takes as long as the layers. Here is the same
+mathematics as in models/decoder.py, in the same order, by the functions of numba_kernels.py; a
+model is handed over as records of addresses, so that one compiled form serves every depth and size.
+Who calls must keep alive what the addresses point to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from kvtool.core.numba_kernels import (
+    Array,
+    activate,
+    attend,
+    compiled,
+    normalise,
+    pointer,
+    product,
+    vector,
+)  # fmt: skip
+
+# A model as records of addresses and sizes. What is not there has the address 0.
+NORM = np.dtype(
+    [(name, np.int64) for name in ("scale", "shift", "width", "centred")] + [("eps", np.float64)]
+)
+LINEAR = np.dtype([(name, np.int64) for name in ("weight", "bias", "n_out", "n_in")])
+NORMS = ("norm1", "q_norm", "k_norm", "norm_cross", "norm2")
+LINEARS = ("qkv", "out", "cross_q", "cross_out", "up", "down")
+BLOCK = np.dtype(
+    [(name, NORM) for name in NORMS] + [(name, LINEAR) for name in LINEARS] + [("window", np.int64)]
+)
+SIZES = ("n_vocab", "context", "n_heads", "n_groups", "head_dim", "activation")
+TABLES = ("tokens", "positions", "sinusoids", "angles")  # the last two in float64
+MODEL = np.dtype(
+    [(name, np.int64) for name in (*TABLES, *SIZES)]
+    + [("scale", np.float64), ("norm", NORM), ("head", LINEAR)]
+)
+
+
+@compiled()
+def normed(norm: Any, x: Array, y: Array) -> None:
+    """y (n,d) = x (n,d) through the norm of a record."""
+    scale = vector(norm.scale, norm.width, x)
+    shift = vector(norm.shift, norm.width if norm.shift else 0, x)
+    normalise(x, norm.centred != 0, scale, shift, norm.eps, y)
+
+
+@compiled()
+def through(layer: Any, x: Array, y: Array, threads: int, large: int) -> None:
+    """y (n,out) = x (n,in) through the linear layer of a record."""
+    weight = carray(pointer(layer.weight, x), (layer.n_out, layer.n_in))
+    bias = vector(layer.bias, layer.n_out if layer.bias else 0, x)
+    product(x, weight, bias, y, threads, large)
+
+
+@compiled(fast=False)  # rounded after each operation, as PyTorch's are
+def embed(models: Array, tokens: Array, pos: Array, x: Array) -> bool:
+    """x (n,d) = tokens (n,) at positions (n,), those of padding negative -> whether all exist."""
+    model, width, size = models[0], x.shape[1], x.itemsize
+    for n in range(x.shape[0]):
+        at = max(pos[n], 0)
+        placed = model.positions or model.sinusoids or model.angles
+        if not 0 <= tokens[n] < model.n_vocab or (placed and at >= model.context):
+            return False
+        token = vector(model.tokens + tokens[n] * width * size, width, x)
+        if model.sinusoids:
+            wave = carray(pointer(model.sinusoids + at * width * 8, np.float64), (width,))
+            for j in range(width):
+                x[n, j] = token[j] * x.dtype.type(model.scale)
+                x[n, j] += x.dtype.type(wave[j])
+        elif model.positions:
+            position = vector(model.positions + at * width * size, width, x)
+            for j in range(width):
+                x[n, j] = token[j] + position[j]
+        else:
+            x[n] = token
+    return True
+
+
+@compiled(fast=False)
+def rotate(heads: Array, n_turned: int, angles: Array) -> None:
+    """Turn the first heads (H,D) of a token by cosines and sines (D,), in place (Su 2021)."""
+    half = heads.shape[1] // 2
+    for h in range(n_turned):
+        for j in range(half):
+            cos, sin = heads.dtype.type(angles[j]), heads.dtype.type(angles[half + j])
+            a, b = heads[h, j], heads[h, half + j]
+            heads[h, j] = a * cos - b * sin
+            heads[h, half + j] = b * cos + a * sin
+
+
+@compiled()
+def before_attention(
+    models: Array, blocks: Array, layer: int, x: Array, pos: Array, qkv: Array,
+    threads: int, large: int,
+) -> None:  # fmt: skip
+    """qkv (n,H+2*G,D) = the queries, keys and values of x (n,d) at positions (n,)"""
+    model, block = models[0], blocks[layer]
+    n_heads, n_turned, width = model.n_heads, model.n_heads + model.n_groups, model.head_dim
+    normal = np.empty_like(x)
+    normed(block.norm1, x, normal)
+    through(block.qkv, normal, qkv.reshape(x.shape[0], -1), threads, large)
+    for n in range(x.shape[0]):
+        if block.q_norm.scale:
+            before = qkv[n].copy()
+            normed(block.q_norm, before[:n_heads], qkv[n, :n_heads])
+            normed(block.k_norm, before[n_heads:n_turned], qkv[n, n_heads:n_turned])
+        if model.angles:
+            at = model.angles + max(pos[n], 0) * width * 8
+            rotate(qkv[n], n_turned, carray(pointer(at, np.float64), (width,)))
+
+
+@compiled()
+def add_through(layer: Any, y: Array, x: Array, threads: int, large: int) -> None:
+    """x (n,d) += y (n,in) through the linear layer of a record."""
+    out = np.empty_like(x)
+    through(layer, y, out, threads, large)
+    x += out
+
+
+@compiled()
+def read_source(
+    model: Any, block: Any, x: Array, k: int, v: int, columns: int, seen: Array,
+    threads: int, large: int,
+) -> None:  # fmt: skip
+    """x (n,d) += attention to a source: addresses of its keys and values (B,G,columns,D), of which
+    each row sees those from seen[row,0] to seen[row,1]."""
+    n, n_groups, width = x.shape[0], model.n_groups, model.head_dim
+    normal, q = np.empty_like(x), np.empty((n, model.n_heads, width), x.dtype)
+    normed(block.norm_cross, x, normal)
+    through(block.cross_q, normal, q.reshape(n, -1), threads, large)
+    y = np.empty_like(q)
+    for i in range(n):
+        row = i * seen.shape[0] // n
+        at = row * n_groups * columns * width * x.itemsize
+        first, last = seen[row, 0], seen[row, 1]
+        attend(q[i], n_groups, k + at, columns, v + at, columns, first, last, y[i], threads, large)
+    add_through(block.cross_out, y.reshape(n, -1), x, threads, large)
+
+
+@compiled()
+def after_attention(
+    models: Array, blocks: Array, layer: int, y: Array, x: Array,
+    source: Array, columns: int, seen: Array, threads: int, large: int,
+) -> None:  # fmt: skip
+    """x (n,d) += what attention gave, y (n,H,D); then what the source gives, if there is one; then
+    the feed-forward network. source (layers,2), columns and seen as in `read_source`, or (0,2)."""
+    model, block, n = models[0], blocks[layer], x.shape[0]
+    add_through(block.out, y.reshape(n, -1), x, threads, large)
+    if source.shape[0]:
+        k, v = source[layer, 0], source[layer, 1]
+        read_source(model, block, x, k, v, columns, seen, threads, large)
+    normal = np.empty_like(x)
+    normed(block.norm2, x, normal)
+    wide = np.empty((n, block.up.n_out), x.dtype)
+    through(block.up, normal, wide, threads, large)
+    active = np.empty((n, block.down.n_in), x.dtype)
+    activate(model.activation, wide, active)
+    add_through(block.down, active, x, threads, large)
+
+
+@compiled()
+def logits_of(models: Array, x: Array, logits: Array, threads: int, large: int) -> None:
+    """logits (n,V) of x (n,d)"""
+    normal = np.empty_like(x)
+    normed(models[0].norm, x, normal)
+    through(models[0].head, normal, logits, threads, large)
+
+
+@compiled()
+def store(qkv: Array, keys: Array, values: Array, slot: int) -> None:
+    """Keep keys and values of a token, (...,D) behind its queries, in a column of (G,columns,D)."""
+    n_groups = keys.shape[0]
+    n_heads = qkv.shape[0] - 2 * n_groups
+    for g in range(n_groups):
+        keys[g, slot] = qkv[n_heads + g]
+        values[g, slot] = qkv[n_heads + n_groups + g]
+
+
+@compiled()
+def decode(
+    models: Array, blocks: Array, tokens: Array,
+    start: int, padding: Array, stored: Array, columns: int,
+    source: Array, source_columns: int, seen: Array,
+    logits: Array, threads: int, large: int,
+) -> bool:  # fmt: skip
+    """A decoder's step: a few tokens of each row behind `start` others, of which `padding` (B,) are
+    none -> whether all tokens and positions exist.
+
+    tokens (n,), a row's together, n a multiple of B. stored (layers,2): addresses of keys and
+    values (B,G,columns,D). source as in `after_attention`. logits (n,V), or of each row's last
+    token (B,V).
+    """
+    model, n, batch = models[0], tokens.shape[0], padding.shape[0]
+    n_each, n_heads, n_groups, width = n // batch, model.n_heads, model.n_groups, model.head_dim
+    pos = np.empty(n, np.int64)
+    for i in range(n):
+        pos[i] = start + i % n_each - padding[i // n_each]
+    x = np.empty((n, model.head.n_in), logits.dtype)
+    if not embed(models, tokens, pos, x):
+        return False
+    qkv = np.empty((n, n_heads + 2 * n_groups, width), x.dtype)
+    y = np.empty((n, n_heads, width), x.dtype)
+    shape = n_groups, columns, width
+    for layer in range(blocks.shape[0]):
+        before_attention(models, blocks, layer, x, pos, qkv, threads, large)
+        for i in range(n):
+            row, slot = i // n_each, start + i % n_each
+            at = row * n_groups * columns * width * x.itemsize
+            k, v = stored[layer, 0] + at, stored[layer, 1] + at
+            store(qkv[i], carray(pointer(k, x), shape), carray(pointer(v, x), shape), slot)
+            first = padding[row] if pos[i] >= 0 else slot  # padding sees itself
+            if blocks[layer].window:
+                first = max(first, slot + 1 - blocks[layer].window)
+            q = qkv[i, :n_heads]
+            attend(q, n_groups, k, columns, v, columns, first, slot + 1, y[i], threads, large)
+        after_attention(models, blocks, layer, y, x, source, source_columns, seen, threads, large)
+    logits_of(
+        models,
+        x if logits.shape[0] == n else x[n_each - 1 :: n_each].copy(),
+        logits,
+        threads,
+        large,
+    )
+    return True
