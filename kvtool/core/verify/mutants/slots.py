@@ -130,7 +130,7 @@ SLOTS = (
     ),
     Mutant(
         "NaN in unwritten slots", NaNBehind,
-        model="learned", bug_class=14, scenario="chunks", layer=0, part="attention output",
+        model="learned", bug_class=14, scenario="growth", layer=0, part="attention output",
         hint=NOT_A_NUMBER,
     ),
     Mutant(
