@@ -12,7 +12,8 @@ from kvtool.core.cache.cross import CrossCache
 from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model
 from kvtool.core.models.flat import Decode, DecodingForm, decoding_form
-from kvtool.core.sampling import Sampler
+from kvtool.core.native import Array
+from kvtool.core.sampling import Sampler, likeliest
 from kvtool.core.text import BOS
 from kvtool.errors import CapacityError
 
@@ -38,14 +39,14 @@ def advance(
 ) -> Tensor:
     """One step: `new` (B,n) behind what the cache holds, or all tokens for a kind that recomputes
     -> logits as `feed`. Raises CapacityError."""
-    if isinstance(model, DecodingForm):
-        at_once = model.at_once(new, cache, source, last)
-        if at_once is not None:
-            return at_once
+    if isinstance(model, DecodingForm) and new.is_cpu and not torch.is_grad_enabled():
+        logits = model.at_once(new.numpy(), cache, source, last)
+        if logits is not None:
+            return torch.from_numpy(logits)
     step = cache.begin(new.shape[1])
-    logits = model(new, step, cache, source, last)
+    found = model(new, step, cache, source, last)
     cache.commit(new.shape[1])
-    return logits
+    return found
 
 
 def begin(
@@ -85,12 +86,37 @@ def generate(
     """
     n_prompt = prompt.shape[1]
     check_context(n_prompt, n_new, model.config.context)
-    decode, new = decoding_form(model), prompt if cache.recompute else prompt[:, cache.length :]
+    decode = decoding_form(model)
+    new: Tensor | Array = prompt if cache.recompute else prompt[:, cache.length :]
     without_gradients = torch.inference_mode()
     for index in range(n_new):
-        with without_gradients:  # but not around the caller's part
-            logits = advance(decode, cache, new, source, last=True)
-            token = sampler(logits.select(1, -1), index)
-            next_ids = token.unsqueeze(1)
-            new = torch.cat([new, next_ids], dim=1) if cache.recompute else next_ids
+        found = _likeliest_next(decode, cache, new, source, index) if sampler.greedy else None
+        if found is not None:
+            token, new = torch.from_numpy(found), found[:, None]
+        else:
+            with without_gradients:  # but not around the caller's part
+                ids = torch.as_tensor(new)
+                logits = advance(decode, cache, ids, source, last=True)
+                token = sampler(logits.select(1, -1), index)
+                new = token[:, None]
+                new = torch.cat([ids, new], dim=1) if cache.recompute else new
         yield token
+
+
+def _likeliest_next(
+    decode: Model | DecodingForm,
+    cache: Cache,
+    new: Tensor | Array,
+    source: CrossCache | None,
+    index: int,
+) -> Array | None:
+    """The greedy choice (B,) behind `new` (B,n) without PyTorch, whose part of a token apart from
+    layers takes as long as small layers; None where it cannot be."""
+    if not isinstance(decode, DecodingForm):
+        return None
+    if isinstance(new, Tensor):
+        if not new.is_cpu:
+            return None
+        new = new.numpy()
+    logits = decode.at_once(new, cache, source, last=True)
+    return None if logits is None else likeliest(logits[:, 0], index)

@@ -100,7 +100,7 @@ class RMSNorm(Plain, nn.RMSNorm):
         return native.Norm.of(self.weight, None, self.eps, centred=False)
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
+def make_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
     """LayerNorm (Ba 2016) or RMSNorm (Zhang 2019) over the width of the model."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.d_model, eps=config.norm_eps)

@@ -25,7 +25,9 @@ Array = NDArray[Any]
 ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row by itself
 
 FEW = 8  # rows; PyTorch is faster for many more
-LARGE = 2**18  # weights of a layer; to share fewer among threads gains little
+LARGE = (
+    2**17
+)  # numbers that a layer or an attention reads; to share fewer among threads gains little
 PAYS = 1000  # tokens to decode; loading takes 0.4 s, and a token gains 0.3 to 0.5 ms
 
 _allowed = True
@@ -130,10 +132,6 @@ class Weights(NamedTuple):
         _require_width(weight, bias)
         return cls(array(weight), _or_empty(bias, weight))
 
-    def record(self) -> tuple[int, ...]:
-        """As numba_decoder.LINEAR; the arrays must be kept."""
-        return _address(self.weight), _address(self.bias), *self.weight.shape
-
 
 class Norm(NamedTuple):
     """Of a LayerNorm, which is centred, or of an RMSNorm: scale (d,), shift (d,) or (0,)"""
@@ -147,15 +145,6 @@ class Norm(NamedTuple):
     def of(cls, scale: Tensor, shift: Tensor | None, eps: float, centred: bool) -> Norm:
         _require_width(scale, shift)
         return cls(centred, array(scale), _or_empty(shift, scale), eps)
-
-    def record(self) -> tuple[float, ...]:
-        """As numba_decoder.NORM; the arrays must be kept."""
-        scale, shift = _address(self.scale), _address(self.shift)
-        return scale, shift, len(self.scale), self.centred, self.eps
-
-
-def _address(x: Array) -> int:
-    return int(x.ctypes.data) if x.size else 0
 
 
 def _require_width(weight: Tensor, bias: Tensor | None) -> None:

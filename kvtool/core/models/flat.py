@@ -25,6 +25,7 @@ from kvtool.core.models.base import Model
 from kvtool.core.models.decoder import Block, Decoder
 from kvtool.core.models.native_decoder import NO_SOURCE, NativeDecoder, fits_together
 from kvtool.core.models.seq2seq import Seq2Seq
+from kvtool.core.native import Array
 from kvtool.core.rope import Rotary
 
 Decode = Callable[[Tensor, Step, Cache, "CrossCache | None", bool], Tensor]
@@ -69,7 +70,7 @@ class DecodingForm:
     ) -> Tensor:
         if tokens.shape[1] > 1 or (source is not None) != self.reads:
             return self.model(tokens, step, cache, source, last)
-        if not self._uses_native_code(tokens, step.kernels):
+        if torch.is_grad_enabled() or not self._uses_native_code(tokens, step.kernels):
             self._flat = self._flat or FlatDecoder(self.decoder)
             return self._flat(tokens, step, cache, source)
         place = NO_SOURCE if source is None else source.in_place()
@@ -78,10 +79,11 @@ class DecodingForm:
         return self._native_form().by_layers(tokens, step, cache, place)
 
     def at_once(
-        self, new: Tensor, cache: Cache, source: CrossCache | None, last: bool
-    ) -> Tensor | None:
-        """A whole step, `begin` and `commit` included, as `engine.advance`; None if it must be done
-        by parts. Raises CapacityError."""
+        self, new: Array, cache: Cache, source: CrossCache | None, last: bool
+    ) -> Array | None:
+        """A whole step, `begin` and `commit` included, as `engine.advance`, but of arrays and
+        without gradients: new (B,T) -> logits (B,T,V) or (B,1,V), None if it must be done by parts.
+        Raises CapacityError, and IndexError for a token or position that does not exist."""
         batch, n = new.shape
         if (source is not None) != self.reads or batch != cache.batch:
             return None
@@ -95,12 +97,13 @@ class DecodingForm:
         cache.commit(n)
         return logits
 
-    def _uses_native_code(self, tokens: Tensor, kernels: Kernels) -> bool:
+    def _uses_native_code(self, tokens: Array | Tensor, kernels: Kernels) -> bool:
         """Whether modules would take these tokens through native code in all layers."""
-        kind = type(kernels)
+        kind, (batch, n) = type(kernels), tokens.shape
         # Exact kernels do so however many there are.
-        few = tokens.numel() <= native.FEW or (kind is ExactKernels and tokens.shape[1] == 1)
-        if not few or kind not in KERNELS or torch.is_grad_enabled():
+        if kind not in KERNELS or not (
+            batch * n <= native.FEW or (kind is ExactKernels and n == 1)
+        ):
             return False
         if self._native is not None:
             return not native.watched()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -23,75 +21,51 @@ NO_SOURCE = InPlaceSource(np.empty((0, 2), np.int64), 0, np.empty((0, 2), np.int
 class NativeDecoder:
     """The step of a Decoder on the weights that it has now, which it keeps.
 
-    The same functions in the same order as the modules', so the same bits.
+    The same functions in the same order as the modules', so the same bits. For a decoder that
+    `fits_together` and whose weights `native.can_read`.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.code, self.config = native.decoder_code(), decoder.config
-        c = self.config
-        self.kept: list[Any] = []  # what the addresses point to
-        blocks = [block for block in decoder.layers if isinstance(block, Block)]
-        self.blocks = np.zeros(len(blocks), self.code.BLOCK)
-        for i, block in enumerate(blocks):
-            self._describe(self.blocks[i], block)
-            self.blocks[i]["window"] = c.window if i >= c.first_window_layer else 0
-        self.model = np.zeros(1, self.code.MODEL)
-        model, embed = self.model[0], decoder.embed
-        model["n_vocab"], model["context"] = len(embed.tokens.weight), c.context
-        model["n_heads"], model["n_groups"], model["head_dim"] = c.n_heads, c.n_kv_heads, c.head_dim
-        model["activation"] = native.number_of(c.activation)
-        model["scale"] = embed.scale
-        model["tokens"] = self._address(embed.tokens.weight)
-        if embed.positions is not None:
-            model["positions"] = self._address(embed.positions.weight)
-        if embed.table is not None:
-            model["sinusoids"] = self._address(embed.table.table)
-        if decoder.rotary is not None:
-            model["angles"] = self._address(decoder.rotary.table.table)
-        model["norm"], model["head"] = self._layer(decoder.norm), self._layer(decoder.head)
-        self.dtype = native.array(decoder.head.weight).dtype
-        self.n_logits = len(decoder.head.weight)
+        c, embed, head = decoder.config, decoder.embed, decoder.head
+        tables = (
+            embed.tokens.weight,
+            None if embed.positions is None else embed.positions.weight,
+            None if embed.table is None else embed.table.table,
+            None if decoder.rotary is None else decoder.rotary.table.table,
+        )
+        # What the addresses point to, also when a parameter is given other memory.
+        self.kept = [x.detach() for x in (*decoder.parameters(), *tables) if x is not None]
+        windows = [c.window if i >= c.first_window_layer else 0 for i in range(c.n_layers)]
+        blocks = [(*block_record(block), windows[i]) for i, block in enumerate(decoder.layers)]
+        self.blocks = np.array(blocks, self.code.BLOCK)
+        sizes = len(tables[0]), c.context, c.n_heads, c.n_kv_heads, c.head_dim
+        found = *sizes, native.number_of(c.activation), embed.scale
+        ends = norm_record(decoder.norm), linear_record(head)
+        self.model = np.array([(*map(_address, tables), *found, *ends)], self.code.MODEL)
+        self.dtype = native.array(head.weight).dtype
+        self.n_logits = len(head.weight)
         self.token_size = 2 * c.n_kv_heads * c.head_dim  # keys and values of a layer
-        self.largest = max(m.weight.numel() for m in decoder.modules() if isinstance(m, Linear))
+        self.largest = max(x.numel() for x in [*self.kept[1:], head.weight])
 
-    def _describe(self, record: Any, block: Block) -> None:
-        layers = {"norm1": block.norm1, "norm2": block.norm2, "norm_cross": block.norm_cross}
-        layers |= {"q_norm": block.attn.q_norm, "k_norm": block.attn.k_norm}
-        layers |= {"qkv": block.attn.qkv, "out": block.attn.out}
-        layers |= {"up": block.mlp.up, "down": block.mlp.down}
-        if block.cross is not None:
-            layers |= {"cross_q": block.cross.q, "cross_out": block.cross.out}
-        for name, layer in layers.items():
-            if layer is not None:
-                record[name] = self._layer(layer)
-
-    def _address(self, tensor: Tensor) -> int:
-        self.kept.append(native.array(tensor))
-        return int(self.kept[-1].ctypes.data)
-
-    def _layer(self, layer: nn.Module) -> tuple[float, ...]:
-        assert isinstance(layer, Linear | LayerNorm | RMSNorm)
-        self.kept.append(layer.weights())
-        return self.kept[-1].record()
-
-    def at_once(self, tokens: Tensor, place: InPlace, source: InPlaceSource, last: bool) -> Tensor:
+    def at_once(self, tokens: Array, place: InPlace, source: InPlaceSource, last: bool) -> Array:
         """The step of tokens (B,T), which are stored -> logits (B,T,V), or (B,1,V) of the last
         token alone. Raises IndexError for a token or position that does not exist."""
         batch, n = tokens.shape
-        ids, n_vocab = tokens.numpy().reshape(-1), self.n_logits
-        logits = np.empty((batch, 1 if last else n, n_vocab), self.dtype)
+        ids = np.ascontiguousarray(tokens, np.int64).reshape(-1)
+        logits = np.empty((batch * (1 if last else n), self.n_logits), self.dtype)
         threads = self._threads(self.token_size * (place.start + n))
-        known = self.code.decode(
-            self.model, self.blocks, ids, *place, *source, logits.reshape(-1, n_vocab), *threads
-        )
+        known = self.code.decode(self.model, self.blocks, ids, *place, *source, logits, *threads)
         self._require(known, ids)
-        return torch.from_numpy(logits)
+        return logits.reshape(batch, -1, self.n_logits)
 
     def by_layers(self, tokens: Tensor, step: Step, cache: Cache, source: InPlaceSource) -> Tensor:
         """The step of single tokens (B,1) -> logits (B,1,V), where a cache stores and attends in
         its own way. Raises as `at_once`."""
         c, batch, model = self.config, len(tokens), (self.model, self.blocks)
-        ids, pos = tokens.numpy().reshape(-1), step.q_pos.numpy().reshape(-1)
+        ids, pos = (
+            np.ascontiguousarray(x.numpy(), np.int64).reshape(-1) for x in (tokens, step.q_pos)
+        )
         x = np.empty((batch, c.d_model), self.dtype)
         self._require(self.code.embed(self.model, ids, pos, x), ids)
         near, threads = step.within(c.window), self._threads(0)
@@ -119,20 +93,57 @@ class NativeDecoder:
             raise IndexError(f"{what} unknown to the model")
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def linear_record(layer: Linear | None) -> tuple[int, ...]:
+    """As numba_decoder.LINEAR."""
+    if layer is None:
+        return 0, 0, 0, 0
+    return _address(layer.weight), _address(layer.bias), *layer.weight.shape
+
+
+def norm_record(norm: LayerNorm | RMSNorm | None) -> tuple[float, ...]:
+    """As numba_decoder.NORM."""
+    if norm is None:
+        return 0, 0, 0, 0, 0.0
+    centred = isinstance(norm, LayerNorm)
+    shift = _address(norm.bias) if isinstance(norm, LayerNorm) else 0
+    return _address(norm.weight), shift, len(norm.weight), centred, norm.eps or 0.0
+
+
+def block_record(block: nn.Module) -> tuple[tuple[float, ...], ...]:
+    """As the norms and layers of numba_decoder.BLOCK."""
+    assert isinstance(block, Block)
+    attn, mlp, cross = block.attn, block.mlp, block.cross
+    norms = block.norm1, attn.q_norm, attn.k_norm, block.norm_cross, block.norm2
+    of_cross = (None, None) if cross is None else (cross.q, cross.out)
+    layers = attn.qkv, attn.out, *of_cross, mlp.up, mlp.down
+    return *map(norm_record, norms), *map(linear_record, layers)
+
+
 def fits_together(decoder: Decoder) -> bool:
     """Whether each layer has the size that the configuration and its neighbours ask for: compiled
     code trusts them, and would read other memory."""
     c, embed = decoder.config, decoder.embed
-    tables = [(embed.tokens.weight, c.d_model)]
-    tables += [(embed.positions.weight, c.d_model)] if embed.positions is not None else []
-    tables += [(embed.table.table, c.d_model)] if embed.table is not None else []
-    tables += [(decoder.rotary.table.table, c.head_dim)] if decoder.rotary is not None else []
+    learned = None if embed.positions is None else embed.positions.weight
+    waves = None if embed.table is None else embed.table.table
+    angles = None if decoder.rotary is None else decoder.rotary.table.table
     return (
-        all(len(table) >= c.context or table is embed.tokens.weight for table, _ in tables)
-        and all(table.shape[1:] == (width,) for table, width in tables)
+        all(p.is_contiguous() for p in decoder.parameters())
+        and embed.tokens.weight.shape[1:] == (c.d_model,)
+        and (learned is None or learned.shape == (c.context, c.d_model))
+        and (waves is None or (waves.shape, waves.dtype) == ((c.context, c.d_model), torch.float64))
+        and (
+            angles is None
+            or (angles.shape, angles.dtype) == ((c.context, c.head_dim), torch.float64)
+        )
         and all(_block_fits(c, block) for block in decoder.layers if isinstance(block, Block))
         and _norm_fits(decoder.norm, c.d_model)
         and decoder.head.weight.shape[1:] == (c.d_model,)
+        and _bias_fits(decoder.head)
+        and len(decoder.layers) == c.n_layers
     )
 
 
@@ -146,6 +157,7 @@ def _block_fits(c: ModelConfig, block: Block) -> bool:
     norms += [(attn.q_norm, c.head_dim), (attn.k_norm, c.head_dim)]
     return (
         all(layer.weight.shape == (n_out, n_in) for layer, n_out, n_in in linears)
+        and all(_bias_fits(layer) for layer in (*(row[0] for row in linears), mlp.up, mlp.down))
         and all(norm is None or _norm_fits(norm, width) for norm, width in norms)
         and (attn.widths, attn.head_dim) == ([heads, stored, stored], c.head_dim)
         and mlp.activation == c.activation
@@ -154,6 +166,12 @@ def _block_fits(c: ModelConfig, block: Block) -> bool:
     )
 
 
-def _norm_fits(norm: nn.Module, width: int) -> bool:
-    weight = vars(norm)["_parameters"].get("weight")
-    return weight is not None and weight.shape == (width,) and norm.eps is not None
+def _bias_fits(layer: Linear | LayerNorm | RMSNorm) -> bool:
+    bias = layer._parameters.get("bias")
+    return bias is None or bias.shape == layer.weight.shape[:1]
+
+
+def _norm_fits(norm: LayerNorm | RMSNorm, width: int) -> bool:
+    scale = norm._parameters["weight"]
+    fits = scale is not None and scale.shape == (width,) and norm.eps is not None
+    return fits and _bias_fits(norm)

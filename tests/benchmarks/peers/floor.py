@@ -10,6 +10,7 @@ import numpy as np
 from kvtool.core import native
 from kvtool.core.layers import Linear
 from kvtool.core.models import Model
+from kvtool.core.models.native_decoder import linear_record
 from kvtool.core.numba_decoder import LINEAR, through
 from kvtool.core.numba_kernels import Array, compiled
 from kvtool.core.timing import Run
@@ -24,10 +25,11 @@ class Floor:
 
     def __init__(self, model: Model, n_prompt: int) -> None:
         c = model.config
-        self.kept = [m.weights() for m in model.modules() if isinstance(m, Linear)]
-        self.layers = np.array([w.record() for w in self.kept], LINEAR)
-        self.x = np.ones((1, max(w.weight.shape[1] for w in self.kept)), np.float32)
-        self.y = np.empty((1, max(w.weight.shape[0] for w in self.kept)), np.float32)
+        self.model = model  # keeps the weights
+        layers = [m for m in model.modules() if isinstance(m, Linear)]
+        self.layers = np.array([linear_record(layer) for layer in layers], LINEAR)
+        self.x = np.ones((1, max(layer.in_features for layer in layers)), np.float32)
+        self.y = np.empty((1, max(layer.out_features for layer in layers)), np.float32)
         shape = 2 * c.n_layers * c.n_kv_heads, c.context, c.head_dim
         self.stored = np.ones(shape, np.float32)
         self.n_prompt = n_prompt
