@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kvtool import registry
 from kvtool.core import native
 from kvtool.core.cache import CacheSpec, make_cache
+from kvtool.core.cache.dynamic import GRAIN
 from kvtool.core.engine import begin, feed, generate
 from kvtool.core.kernels import DEFAULT, make_kernels
 from kvtool.core.layers import Linear
@@ -93,6 +94,42 @@ def test_few_tokens_take_one_call_of_native_code_and_other_caches_one_a_layer_or
         cache = make_cache(kind, CacheSpec.of(model.config, 1, N))
         feed(decoding_form(model), cache, tokens(model, 1)[:, :1])
         assert called == expected
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_fork_reads_and_writes_its_own_memory(kind: str) -> None:
+    model, ids = random_model(0), tokens(random_model(0), 1)
+    other = torch.cat([ids[:, :PROMPT], (ids[:, PROMPT:] + 1) % model.config.vocab_size], dim=1)
+    cache, decode = make_cache(kind, CacheSpec.of(model.config, 1, N)), decoding_form(model)
+    feed(decode, cache, ids[:, :PROMPT])
+    fork = cache.fork()
+    for end in range(PROMPT + 1, N + 1):
+        for each, history in ((cache, ids), (fork, other)):
+            logits = feed(decode, each, history[:, :end])[:, -1]
+            torch.testing.assert_close(logits, model(history[:, :end])[:, -1])
+
+
+def test_layers_of_which_some_have_grown_when_memory_ran_out_are_read_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = random_model(0, context=GRAIN + 9)
+    decode, ids = decoding_form(model), torch.arange(GRAIN + 1)[None] % model.config.vocab_size
+    cache = make_cache("dynamic", CacheSpec.of(model.config, 1, GRAIN + 9))
+    feed(decode, cache, ids[:, :GRAIN])
+    made, real = [], Tensor.new_zeros
+
+    def new_zeros(old: Tensor, *args: Any) -> Tensor:
+        made.append(1)
+        if len(made) > 2:
+            raise MemoryError
+        return real(old, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Tensor, "new_zeros", new_zeros)
+        feed(decode, cache, ids)
+    cache.crop(GRAIN - 3)
+    logits = feed(decode, cache, ids[:, : GRAIN - 2])
+    torch.testing.assert_close(logits[:, -1], model(ids[:, : GRAIN - 2])[:, -1])
 
 
 def test_generate_takes_the_flat_form_though_weights_may_have_gradients(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, InPlace, Step
 from kvtool.core.kernels import visible
-from kvtool.core.native import Array
 
 
 class BufferedCache(Cache):
@@ -22,7 +21,6 @@ class BufferedCache(Cache):
 
     _keys: list[Tensor]
     _values: list[Tensor]
-    _addresses: Array | None  # (layers,2) of all these; None if they have been made anew
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
         self.spec = spec
@@ -36,7 +34,6 @@ class BufferedCache(Cache):
 
     def _gather_rows(self, rows: Tensor) -> None:
         """Let new buffers hold the histories of `rows`, as many as there are."""
-        self._addresses = None
         for buffers in (self._keys, self._values):
             for layer, old in enumerate(buffers):
                 buffers[layer] = torch.index_select(old, 0, rows)
@@ -46,7 +43,7 @@ class BufferedCache(Cache):
         return self.spec.capacity
 
     def _allocate(self, batch: int, columns: int) -> None:
-        s, self._addresses = self.spec, None
+        s = self.spec
         shape = (batch, s.n_kv_heads, columns, s.head_dim)
         self._keys = [torch.zeros(shape, dtype=s.dtype, device=s.device) for _ in range(s.n_layers)]
         self._values = [torch.zeros_like(k) for k in self._keys]
@@ -99,13 +96,14 @@ class BufferedCache(Cache):
         if ways(type(self)) != WAYS or not NAMES.isdisjoint(vars(self)):
             return None
         start = self.make_room(n_new)
+        if self._keys[0].shape[2] != self._columns:  # not all have grown when memory ran out
+            return None
         self._begun = n_new
-        if self._addresses is None:
-            buffers = zip(self._keys, self._values, strict=True)
-            self._addresses = np.array([(k.data_ptr(), v.data_ptr()) for k, v in buffers])
+        buffers = zip(self._keys, self._values, strict=True)
+        addresses = np.array([(k.data_ptr(), v.data_ptr()) for k, v in buffers])
         padding = None if self.left_padding is None else self.left_padding.numpy()
         padding = np.zeros(self.batch, np.int64) if padding is None else padding
-        return InPlace(start, padding, self._addresses, self._columns)
+        return InPlace(start, padding, addresses, self._columns)
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = (

@@ -31,7 +31,6 @@ class DynamicCache(BufferedCache):
     def _reserve(self, length: int) -> None:
         if length <= self._columns:
             return
-        self._addresses = None
         columns = self._grown(self._columns, length, self.spec.capacity)
         for buffers in (self._keys, self._values):
             for layer, old in enumerate(buffers):  # one by one: the peak is a layer, not two caches
