@@ -65,7 +65,7 @@ def test_its_logits_are_those_of_the_modules(shape: str, kernels: str, batch: in
     model = random_model(0, **SHAPES[shape])
     decode = decoding_form(model)
     assert decode is not model
-    for kind in ("dynamic", "static"):
+    for kind in ("dynamic", "static", "paged"):
         by_modules = decoded(model, model, kernels, kind, batch)
         assert decoded(model, decode, kernels, kind, batch).equal(by_modules)
 
@@ -89,14 +89,18 @@ def test_few_tokens_take_one_call_of_native_code_and_other_caches_one_a_layer_or
     for name in ("decode", "before_attention"):
         real = getattr(code, name)
         monkeypatch.setattr(code, name, lambda *a, n=name, r=real: called.append(n) or r(*a))
-    for kind, expected in (("static", ["decode"]), ("paged", ["before_attention"] * 2)):
+    for kind, expected in (
+        ("static", ["decode"]),
+        ("paged", ["decode"]),
+        ("int8", ["before_attention"] * 2),
+    ):
         called.clear()
         cache = make_cache(kind, CacheSpec.of(model.config, 1, N))
         feed(decoding_form(model), cache, tokens(model, 1)[:, :1])
         assert called == expected
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "paged"])
 def test_a_fork_reads_and_writes_its_own_memory(kind: str) -> None:
     model, ids = random_model(0), tokens(random_model(0), 1)
     other = torch.cat([ids[:, :PROMPT], (ids[:, PROMPT:] + 1) % model.config.vocab_size], dim=1)

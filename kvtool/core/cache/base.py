@@ -10,8 +10,10 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +22,10 @@ from kvtool.core.kernels import DEFAULT, Kernels, visible
 from kvtool.core.native import Array
 from kvtool.core.quantization import Quantization
 from kvtool.errors import CapacityError, UsageError
+
+# How a cache stores and reads.
+WAYS = frozenset({"begin", "_place", "_positions", "_at", "write", "attend", "commit"})
+ways = attrgetter(*WAYS)
 
 EMPTY = -(2**30)  # the position of a key column that holds nothing; no padding is that long
 
@@ -177,6 +183,7 @@ class Cache(ABC):
     window: int = 0  # how many positions a token sees, its own included; 0: all before it
     sinks: int = 0  # and how many of the first ones, always
     page: int = 0  # tokens of a page; 0: columns are not in pages
+    as_written: ClassVar[tuple[Any, ...]]  # the WAYS of a kind that has `in_place`
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
         """An empty cache; left_padding (B,) counts the padding tokens at the start of each row."""
@@ -227,6 +234,22 @@ class Cache(ABC):
         """As `begin`, for code that stores and reads by itself; None from a cache whose memory or
         methods are not as that code expects. Raises CapacityError."""
         return None
+
+    def _is_as_written(self) -> bool:
+        """Whether nobody has put other methods into it or its kind, which is none derived from one
+        that has `in_place`: what those do must not be passed over."""
+        as_written = vars(type(self)).get("as_written")
+        return as_written == ways(type(self)) and WAYS.isdisjoint(vars(self))
+
+    def _lay_open(
+        self, start: int, keys: list[Tensor], values: list[Tensor], columns: int, offset: int = 0
+    ) -> InPlace:
+        """Buffers of each layer whose first column is `offset` bytes behind their beginning."""
+        pairs = zip(keys, values, strict=True)
+        addresses = np.array([(k.data_ptr() + offset, v.data_ptr() + offset) for k, v in pairs])
+        padding = None if self.left_padding is None else self.left_padding.numpy()
+        padding = np.zeros(self.batch, np.int64) if padding is None else padding
+        return InPlace(start, padding, addresses, columns)
 
     def commit(self, n_new: int) -> None:
         """Make the first `n_new` tokens of the step part of the sequence; call it after all layers.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,17 +90,13 @@ class BufferedCache(Cache):
         return keys.narrow(2, 0, reach), values.narrow(2, 0, reach)
 
     def in_place(self, n_new: int) -> InPlace | None:
-        if ways(type(self)) != WAYS or not NAMES.isdisjoint(vars(self)):
+        if not self._is_as_written():
             return None
         start = self.make_room(n_new)
         if self._keys[0].shape[2] != self._columns:  # not all have grown when memory ran out
             return None
         self._begun = n_new
-        buffers = zip(self._keys, self._values, strict=True)
-        addresses = np.array([(k.data_ptr(), v.data_ptr()) for k, v in buffers])
-        padding = None if self.left_padding is None else self.left_padding.numpy()
-        padding = np.zeros(self.batch, np.int64) if padding is None else padding
-        return InPlace(start, padding, addresses, self._columns)
+        return self._lay_open(start, self._keys, self._values, self._columns)
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = (
@@ -116,12 +109,6 @@ class BufferedCache(Cache):
         allocated = sum(t.untyped_storage().nbytes() for t in (*self._keys, *self._values))
         allocated += self._padding_nbytes()
         return Bytes(allocated, self.length * token, self._reach(self.length + 1) * token)
-
-
-# Who has other ones, by inheritance or put in later, stores or reads in another way.
-NAMES = frozenset({"begin", "_place", "_positions", "_at", "write", "attend", "commit"})
-ways = attrgetter(*NAMES)
-WAYS = ways(BufferedCache)
 
 
 def round_up(n: int, block: int) -> int:

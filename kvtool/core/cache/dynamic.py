@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvtool.core.cache.base import CacheSpec
+from kvtool.core.cache.base import CacheSpec, ways
 from kvtool.core.cache.buffered import BufferedCache, round_up
 
 GRAIN = 64  # columns; growth is rounded up to a multiple of it
@@ -50,3 +50,6 @@ class DynamicCache(BufferedCache):
         while columns < min(length, spec.capacity):
             columns = cls._grown(columns, columns + 1, spec.capacity)
         return columns * spec.token_nbytes
+
+
+DynamicCache.as_written = ways(DynamicCache)

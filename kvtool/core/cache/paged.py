@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import check_int
-from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
+from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, InPlace, Step, ways
 from kvtool.core.kernels import visible
 from kvtool.errors import CapacityError
 
@@ -166,7 +166,7 @@ class PagedCache(Cache):
     def _place(self, start: int, n_new: int) -> Step:
         self._trim()
         end, device = start + n_new, self.spec.device
-        self._make_room(start, end)
+        self._take_pages(start, end)
         pages = torch.tensor(self._table, device=device)  # (B,n)
         numbers = torch.arange(start, end, device=device)
         slots = self._slots(pages, numbers)
@@ -181,11 +181,26 @@ class PagedCache(Cache):
         empty = (k_pos[0, -self.page :] == EMPTY)[:, None]
         return PagedStep(*seen, pages=pages, first=_first_of_run(self._table), empty=empty)
 
+    def in_place(self, n_new: int) -> InPlace | None:
+        """Of an only row whose pages follow one another, so that its tokens do."""
+        if len(self._table) != 1 or not self._is_as_written():
+            return None
+        start = self.make_room(n_new)
+        self._trim()
+        self._take_pages(start, start + n_new)
+        first = _first_of_run(self._table)
+        if first is None:
+            return None
+        self._begun = n_new
+        pool, token = self.pool, self.spec.head_dim * self.spec.dtype.itemsize
+        columns = pool.n_pages * self.page
+        return self._lay_open(start, pool.keys, pool.values, columns, first * self.page * token)
+
     def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
         """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""
         return pages[:, numbers // self.page] * self.page + numbers % self.page
 
-    def _make_room(self, start: int, end: int) -> None:
+    def _take_pages(self, start: int, end: int) -> None:
         """Give each row pages of its own for tokens start..end-1. Raises CapacityError."""
         shared = self._shared_by_others() if start % self.page else []
         n_more = self._n_pages(end) - self._n_pages(start)  # for each row
@@ -329,6 +344,9 @@ class PagedCache(Cache):
     ) -> int:
         n_pages = pages or pages_for(spec, page, rows)
         return n_pages * page * (spec.token_nbytes // spec.batch)
+
+
+PagedCache.as_written = ways(PagedCache)
 
 
 def _first_of_run(table: list[list[int]]) -> int | None:

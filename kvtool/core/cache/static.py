@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvtool.core.cache.base import CacheSpec
+from kvtool.core.cache.base import CacheSpec, ways
 from kvtool.core.cache.buffered import BufferedCache, round_up
 from kvtool.errors import CacheOpUnsupported
 
@@ -46,3 +46,6 @@ class StaticCache(BufferedCache):
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
         return spec.capacity * spec.token_nbytes
+
+
+StaticCache.as_written = ways(StaticCache)
