@@ -100,12 +100,11 @@ def test_few_tokens_take_one_call_of_native_code_and_other_caches_one_a_layer_or
         assert called == expected
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static", "paged"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "paged:rows=2,page=4"])
 def test_a_fork_reads_and_writes_its_own_memory(kind: str) -> None:
     model, ids = random_model(0), tokens(random_model(0), 1)
     other = torch.cat([ids[:, :PROMPT], (ids[:, PROMPT:] + 1) % model.config.vocab_size], dim=1)
-    decode, rows = decoding_form(model), {"rows": 2} if kind == "paged" else {}
-    cache = make_cache(kind, CacheSpec.of(model.config, 1, N), **rows)
+    cache, decode = make_cache(kind, CacheSpec.of(model.config, 1, N)), decoding_form(model)
     feed(decode, cache, ids[:, :PROMPT])
     fork = cache.fork()
     for end in range(PROMPT + 1, N + 1):
