@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvtool import registry
 from kvtool.core import native
-from kvtool.core.cache import CacheSpec, make_cache
-from kvtool.core.cache.dynamic import GRAIN
+from kvtool.core.cache import Cache, CacheSpec, make_cache
+from kvtool.core.cache.dynamic import GRAIN, DynamicCache
+from kvtool.core.cache.paged import PagedCache
+from kvtool.core.cache.static import StaticCache
 from kvtool.core.engine import begin, feed, generate
 from kvtool.core.kernels import DEFAULT, make_kernels
 from kvtool.core.layers import Linear
@@ -100,11 +103,11 @@ def test_few_tokens_take_one_call_of_native_code_and_other_caches_one_a_layer_or
         assert called == expected
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static", "paged:rows=2,page=4"])
-def test_a_fork_reads_and_writes_its_own_memory(kind: str) -> None:
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache, partial(PagedCache, page=4, rows=2)])
+def test_a_fork_reads_and_writes_its_own_memory(kind: Callable[[CacheSpec], Cache]) -> None:
     model, ids = random_model(0), tokens(random_model(0), 1)
     other = torch.cat([ids[:, :PROMPT], (ids[:, PROMPT:] + 1) % model.config.vocab_size], dim=1)
-    cache, decode = make_cache(kind, CacheSpec.of(model.config, 1, N)), decoding_form(model)
+    cache, decode = kind(CacheSpec.of(model.config, 1, N)), decoding_form(model)
     feed(decode, cache, ids[:, :PROMPT])
     fork = cache.fork()
     for end in range(PROMPT + 1, N + 1):
