@@ -213,30 +213,60 @@ def threads_for(n_read: int) -> int:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """`Kernels.attention`, each query by itself over the keys that it sees, in their order."""
-    n_groups, n_keys = k.shape[1:3]
-    threads = threads_for(2 * k[0].numel())
-    queries = array(q.transpose(1, 2))  # (B,T,H,D)
-    keys, values, y = Stored.of(k), Stored.of(v), np.empty_like(queries)
-    for row, i in np.ndindex(*queries.shape[:2]):
-        first, last, read = 0, i + 1 if causal else n_keys, (keys.row(row), values.row(row))
-        if mask is not None:
-            seen = mask[row % mask.shape[0], 0, i % mask.shape[2]].nonzero()[:, 0]
-            first, last = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
-            if last - first != len(seen):  # they do not follow one another
-                copies = [x[row : row + 1].index_select(2, seen) for x in (k, v)]
-                first, last = 0, len(seen)
-                read = Stored.of(copies[0]).row(0), Stored.of(copies[1]).row(0)
-        _loaded().attend(
-            queries[row, i], n_groups, *read[0], *read[1], first, last, y[row, i], threads, LARGE
-        )
+    batch, _, n_queries, _ = q.shape
+    queries, n_keys = array(q.transpose(1, 2)), k.shape[2]  # (B,T,H,D)
+    y = np.empty_like(queries)
+    if mask is None:
+        spans = np.zeros((batch, n_queries, 2), np.int64)
+        spans[:, :, 1] = np.arange(1, n_queries + 1) if causal else n_keys
+        _attend(queries, (k, v), spans, y)
+    else:
+        seen = mask[:, 0].expand(batch, n_queries, n_keys).numpy()
+        _attend_seen(queries, (k, v), seen, y)
     return torch.from_numpy(y).transpose(1, 2)
+
+
+def _attend_seen(q: Array, read: tuple[Tensor, Tensor], seen: Array, y: Array) -> None:
+    """`_attend` for what is True in seen (B,T,S)"""
+    spans = spans_of(seen)
+    if spans is not None:
+        _attend(q, read, spans, y)
+        return
+    for row, i in np.ndindex(*seen.shape[:2]):  # copies, or the columns would not be side by side
+        columns = torch.from_numpy(seen[row, i].nonzero()[0])
+        k, v = (x[row : row + 1].index_select(2, columns) for x in read)
+        span = np.array([[[0, len(columns)]]])
+        _attend(q[row, None, i, None], (k, v), span, y[row, None, i, None])
+
+
+def spans_of(seen: Array) -> Array | None:
+    """Where True begins and ends in each (...,n) -> (...,2); None if in one it is interrupted."""
+    n, first = seen.sum(-1), seen.argmax(-1)
+    last = seen.shape[-1] - seen[..., ::-1].argmax(-1)
+    if ((last - first != n) & (n > 0)).any():
+        return None
+    return np.stack([first, first + n], axis=-1)
+
+
+def _attend(q: Array, read: tuple[Tensor, Tensor], spans: Array, y: Array) -> None:
+    """Queries (B,T,H,D) over keys and values (B,G,S,D), each from spans[...,0] to spans[...,1] of
+    their columns -> y (B,T,H,D)"""
+    k, v = map(Stored.of, read)
+    batch, n_queries, n_heads, width = q.shape
+    flat = batch * n_queries, n_heads, width
+    n_groups = read[0].shape[1]
+    threads = threads_for(2 * n_groups * width * int((spans[..., 1] - spans[..., 0]).sum()))
+    _loaded().attend(
+        q.reshape(flat), n_queries, n_groups, k.place, v.place, spans.reshape(-1, 2),
+        y.reshape(flat), threads, LARGE,
+    )  # fmt: skip
 
 
 class Stored(NamedTuple):
     """Where the memory of keys or values (B,G,S,D) is, which the tensor keeps."""
 
     tensor: Tensor
-    columns: int  # of a head, S or more
+    place: tuple[int, int, int]  # its address, the bytes of a row, the columns of a head
 
     @classmethod
     def of(cls, x: Tensor) -> Stored:
@@ -244,12 +274,7 @@ class Stored(NamedTuple):
         n, width = x.shape[2:]
         if x.stride()[2:] != (width, 1) or x.stride(1) % width or x.stride(1) < n * width:
             x = x.contiguous()
-        return cls(x, x.stride(1) // width)
-
-    def row(self, row: int) -> tuple[int, int]:
-        """The address of a row, (G,columns,D), and the number of columns."""
-        size = self.tensor.stride(0) * self.tensor.itemsize
-        return self.tensor.data_ptr() + row * size, self.columns
+        return cls(x, (x.data_ptr(), x.stride(0) * x.itemsize, x.stride(1) // width))
 
 
 def number_of(activation: str) -> int:

@@ -134,12 +134,12 @@ def read_source(
     normal, q = np.empty_like(x), np.empty((n, model.n_heads, width), x.dtype)
     normed(block.norm_cross, x, normal)
     through(block.cross_q, normal, q.reshape(n, -1), threads, large)
-    y = np.empty_like(q)
+    n_each, row_bytes = n // seen.shape[0], n_groups * columns * width * x.itemsize
+    spans, y = np.empty((n, 2), np.int64), np.empty_like(q)
     for i in range(n):
-        row = i * seen.shape[0] // n
-        at = row * n_groups * columns * width * x.itemsize
-        first, last = seen[row, 0], seen[row, 1]
-        attend(q[i], n_groups, k + at, columns, v + at, columns, first, last, y[i], threads, large)
+        spans[i] = seen[i // n_each]
+    keys, values = (k, row_bytes, columns), (v, row_bytes, columns)
+    attend(q, n_each, n_groups, keys, values, spans, y, threads, large)
     add_through(block.cross_out, y.reshape(n, -1), x, threads, large)
 
 
@@ -173,16 +173,6 @@ def logits_of(models: Array, x: Array, logits: Array, threads: int, large: int) 
 
 
 @compiled()
-def store(qkv: Array, keys: Array, values: Array, slot: int) -> None:
-    """Keep keys and values of a token, (...,D) behind its queries, in a column of (G,columns,D)."""
-    n_groups = keys.shape[0]
-    n_heads = qkv.shape[0] - 2 * n_groups
-    for g in range(n_groups):
-        keys[g, slot] = qkv[n_heads + g]
-        values[g, slot] = qkv[n_heads + n_groups + g]
-
-
-@compiled()
 def decode(
     models: Array, blocks: Array, tokens: Array,
     start: int, padding: Array, stored: Array, columns: int,
@@ -198,33 +188,33 @@ def decode(
     """
     model, n, batch = models[0], tokens.shape[0], padding.shape[0]
     n_each, n_heads, n_groups, width = n // batch, model.n_heads, model.n_groups, model.head_dim
-    pos = np.empty(n, np.int64)
+    pos, spans = np.empty(n, np.int64), np.empty((n, 2), np.int64)
     for i in range(n):
         pos[i] = start + i % n_each - padding[i // n_each]
     x = np.empty((n, model.head.n_in), logits.dtype)
     if not embed(models, tokens, pos, x):
         return False
     qkv = np.empty((n, n_heads + 2 * n_groups, width), x.dtype)
-    y = np.empty((n, n_heads, width), x.dtype)
-    shape = n_groups, columns, width
+    q, y = np.empty((n, n_heads, width), x.dtype), np.empty((n, n_heads, width), x.dtype)
+    shape = batch, n_groups, columns, width
+    row_bytes = n_groups * columns * width * x.itemsize
     for layer in range(blocks.shape[0]):
         before_attention(models, blocks, layer, x, pos, qkv, threads, large)
+        k, v = stored[layer, 0], stored[layer, 1]
+        keys, values = carray(pointer(k, x), shape), carray(pointer(v, x), shape)
         for i in range(n):
             row, slot = i // n_each, start + i % n_each
-            at = row * n_groups * columns * width * x.itemsize
-            k, v = stored[layer, 0] + at, stored[layer, 1] + at
-            store(qkv[i], carray(pointer(k, x), shape), carray(pointer(v, x), shape), slot)
+            q[i] = qkv[i, :n_heads]
+            keys[row, :, slot] = qkv[i, n_heads : n_heads + n_groups]
+            values[row, :, slot] = qkv[i, n_heads + n_groups :]
             first = padding[row] if pos[i] >= 0 else slot  # padding sees itself
             if blocks[layer].window:
                 first = max(first, slot + 1 - blocks[layer].window)
-            q = qkv[i, :n_heads]
-            attend(q, n_groups, k, columns, v, columns, first, slot + 1, y[i], threads, large)
+            spans[i, 0], spans[i, 1] = first, slot + 1
+        k_at, v_at = (k, row_bytes, columns), (v, row_bytes, columns)
+        attend(q, n_each, n_groups, k_at, v_at, spans, y, threads, large)
         after_attention(models, blocks, layer, y, x, source, source_columns, seen, threads, large)
-    logits_of(
-        models,
-        x if logits.shape[0] == n else x[n_each - 1 :: n_each].copy(),
-        logits,
-        threads,
-        large,
-    )
+    if logits.shape[0] < n:
+        x = x[n_each - 1 :: n_each].copy()
+    logits_of(models, x, logits, threads, large)
     return True

@@ -1,4 +1,4 @@
-"""What decoding spends its time on, compiled by numba: loops over arrays, for one processor thread.
+"""What decoding spends its time on, compiled by numba: layers and attention as loops over arrays.
 
 Every function treats each row by itself, in an order that its width alone decides. So a token gets
 the same bits alone, among others, cached or not, in any memory and with any number of threads.
@@ -26,6 +26,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Place = tuple[int, int, int]  # of keys or values: an address, a row's bytes, a head's columns
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Compiled into the functions.
@@ -281,52 +282,59 @@ def vector(address: int, n: int, like: Array) -> Array:
 
 
 @compiled()
-def columns_of(head: int, address: int, first: int, last: int, columns: int, like: Array) -> Array:
-    """Columns `first` to `last` of a head's keys or values (columns,D), with `like` (H,D)."""
-    width = like.shape[1]
-    at = address + (head * columns + first) * width * like.itemsize
+def seen_of(stored: Place, row: int, group: int, first: int, last: int, like: Array) -> Array:
+    """Columns `first` to `last` of a row's and a head's keys or values, with queries `like`."""
+    address, row_bytes, columns = stored
+    width = like.shape[-1]
+    at = address + row * row_bytes + (group * columns + first) * width * like.itemsize
     return carray(pointer(at, like), (last - first, width))
 
 
 @compiled()
-def attend_heads(
-    q: Array, begin: int, end: int, n_groups: int, k: int, k_columns: int, v: int, v_columns: int,
-    first: int, last: int, y: Array,
+def attend_part(
+    q: Array, begin: int, end: int, n_each: int, n_groups: int, k: Place, v: Place, spans: Array,
+    y: Array,
 ) -> None:  # fmt: skip
-    """`attend` for the heads from `begin` to `end`."""
-    for h in range(begin, end):
-        group = h * n_groups // q.shape[0]
-        keys = columns_of(group, k, first, last, k_columns, q)
-        values = columns_of(group, v, first, last, v_columns, q)
-        attend_head(q[h], keys, values, y[h])
+    """`attend` for the heads from number `begin` to `end`, counted over all queries."""
+    n_heads = q.shape[1]
+    for number in range(begin, end):
+        i, h = number // n_heads, number % n_heads
+        group, first, last = h * n_groups // n_heads, spans[i, 0], spans[i, 1]
+        keys = seen_of(k, i // n_each, group, first, last, q)
+        values = seen_of(v, i // n_each, group, first, last, q)
+        attend_head(q[i, h], keys, values, y[i, h])
 
 
 @compiled(parallel=True)
 def attend_by_threads(
-    q: Array, parts: int, n_groups: int, k: int, k_columns: int, v: int, v_columns: int,
-    first: int, last: int, y: Array,
-) -> None:  # fmt: skip
+    q: Array, parts: int, n_each: int, n_groups: int, k: Place, v: Place, spans: Array, y: Array
+) -> None:
     """`attend`, each of `parts` threads with its own heads."""
     for part in numba.prange(parts):
-        begin, end = q.shape[0] * part // parts, q.shape[0] * (part + 1) // parts
-        attend_heads(q, begin, end, n_groups, k, k_columns, v, v_columns, first, last, y)
+        n = q.shape[0] * q.shape[1]
+        begin, end = n * part // parts, n * (part + 1) // parts
+        attend_part(q, begin, end, n_each, n_groups, k, v, spans, y)
 
 
 @compiled()
 def attend(
-    q: Array, n_groups: int, k: int, k_columns: int, v: int, v_columns: int,
-    first: int, last: int, y: Array, threads: int, large: int,
+    q: Array, n_each: int, n_groups: int, k: Place, v: Place, spans: Array, y: Array,
+    threads: int, large: int,
 ) -> None:  # fmt: skip
-    """One query of each head, q (H,D), over keys and values -> y (H,D), NaN if there are none.
+    """Queries of each head, q (n,H,D), `n_each` of a row, over keys and values -> y (n,H,D).
 
-    k and v are addresses of (n_groups,columns,D); the columns from `first` to `last` are read, by
-    several threads if they are `large` numbers or more. Heads of queries share heads of keys
-    (Ainslie 2023).
+    Query i sees the columns from spans[i,0] to spans[i,1]; NaN if these are none. k and v say where
+    (B,n_groups,columns,D) is. Several threads share `large` numbers to read or more. Heads of
+    queries share heads of keys (Ainslie 2023).
     """
-    if threads > 1 and 2 * n_groups * (last - first) * q.shape[1] >= large:
-        attend_by_threads(q, threads, n_groups, k, k_columns, v, v_columns, first, last, y)
+    n = q.shape[0]
+    seen = 0
+    for i in range(n):
+        seen += spans[i, 1] - spans[i, 0]
+    if threads > 1 and 2 * n_groups * q.shape[2] * seen >= large:
+        attend_by_threads(q, threads, n_each, n_groups, k, v, spans, y)
     else:
-        attend_heads(q, 0, q.shape[0], n_groups, k, k_columns, v, v_columns, first, last, y)
+        attend_part(q, 0, n * q.shape[1], n_each, n_groups, k, v, spans, y)
 
 
 def use_threads(n: int) -> int:

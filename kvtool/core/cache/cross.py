@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvtool.core import native
 from kvtool.core.kernels import Kernels
 from kvtool.core.native import Array
 
@@ -43,16 +44,13 @@ class CrossCache:
     def in_place(self) -> InPlaceSource | None:
         """For code that reads memory itself; None if keys and values or what a row sees of them
         do not stand side by side."""
-        pairs, mask = self.layers, self.mask.numpy()
-        if not all(x.is_contiguous() and x.shape == pairs[0][0].shape for kv in pairs for x in kv):
-            return None
-        n, columns = mask.sum(1), mask.shape[1]
-        first = mask.argmax(1) if columns else n
-        last = first + n
-        if any(not row[a:b].all() for row, a, b in zip(mask, first, last, strict=True)):
+        pairs, seen = self.layers, native.spans_of(self.mask.numpy())
+        first = pairs[0][0]
+        dense = all(x.is_contiguous() and x.shape == first.shape for kv in pairs for x in kv)
+        if seen is None or not dense:
             return None
         addresses = np.array([(k.data_ptr(), v.data_ptr()) for k, v in pairs])
-        return InPlaceSource(addresses, columns, np.stack([first, last], axis=1))
+        return InPlaceSource(addresses, first.shape[2], seen)
 
     def select(self, rows: Tensor) -> CrossCache:
         """The sources of `rows` (n,), in that order; repeats are allowed."""

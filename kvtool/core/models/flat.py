@@ -85,7 +85,7 @@ class DecodingForm:
         without gradients: new (B,T) -> logits (B,T,V) or (B,1,V), None if it must be done by parts.
         Raises CapacityError, and IndexError for a token or position that does not exist."""
         batch, n = new.shape
-        if (source is not None) != self.reads or batch != cache.batch:
+        if (source is not None) != self.reads or batch != cache.batch or not batch:
             return None
         if not (self._fits(cache.spec) and self._uses_native_code(new, cache.spec.kernels)):
             return None
