@@ -245,7 +245,7 @@ def test_a_bug_whose_gap_is_infinite_is_null_in_json(
     check: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(registry.CACHES, "static", f"{MUTANTS}.slots:NaNBehind")
-    options = ("--caches", "static", "--kernels", "default", "--scenarios", "chunks")
+    options = ("--caches", "static", "--kernels", "default", "--scenarios", "padded")
     found = answer(check("--json", *options), code=1)
     assert found["checks"][0]["gap"] is None
     assert found["checks"][0]["verdict"] == "bug"

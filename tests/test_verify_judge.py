@@ -151,7 +151,7 @@ def test_a_bug_in_the_prompt_alone_is_dated_to_step_0() -> None:
 
 
 def test_a_gap_that_is_not_a_number_counts_as_infinite() -> None:
-    found = judged(NaNBehind, "chunks")
+    found = judged(NaNBehind, "growth")
     assert found.verdict == BUG
     assert found.working.relative == found.float64.relative == float("inf")
 
