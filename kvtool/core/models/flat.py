@@ -101,9 +101,7 @@ class DecodingForm:
         """Whether modules would take these tokens through native code in all layers."""
         kind, (batch, n) = type(kernels), tokens.shape
         # Exact kernels do so however many there are.
-        if kind not in KERNELS or not (
-            batch * n <= native.FEW or (kind is ExactKernels and n == 1)
-        ):
+        if kind not in KERNELS or not (batch * n <= native.FEW or kind is ExactKernels):
             return False
         if self._native is not None:
             return not native.watched()
