@@ -164,3 +164,15 @@ def test_a_static_cache_is_compiled_once_for_all_steps() -> None:
     assert addresses(cache) == before
     by_blocks = subject.cache(lambda spec, padding: StaticCache(spec, padding, block=4))
     assert compilations(subject, by_blocks) == 2  # columns 0..7 and 0..11
+
+
+# --- left padding
+
+
+@pytest.mark.parametrize("padding", [[2], [1, 0, 1], [-1, 0], [0.5, 1.0]])
+def test_left_padding_is_a_number_of_tokens_for_each_row(padding: list[float]) -> None:
+    spec = dataclasses.replace(SPEC, batch=2)
+    with pytest.raises(UsageError, match="left padding must be"):
+        make_cache("dynamic", spec, torch.tensor(padding))
+    with pytest.raises(UsageError, match="left padding must be"):
+        make_cache("dynamic", spec).reset(torch.tensor(padding))

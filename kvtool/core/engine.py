@@ -39,8 +39,8 @@ def advance(
 ) -> Tensor:
     """One step: `new` (B,n) behind what the cache holds, or all tokens for a kind that recomputes
     -> logits as `feed`. Raises CapacityError."""
-    if isinstance(model, DecodingForm) and new.is_cpu and not torch.is_grad_enabled():
-        logits = model.at_once(new.numpy(), cache, source, last)
+    if isinstance(model, DecodingForm) and not torch.is_grad_enabled():
+        logits = model.at_once(new, cache, source, last)
         if logits is not None:
             return torch.from_numpy(logits)
     step = cache.begin(new.shape[1])
@@ -92,7 +92,7 @@ def generate(
     for index in range(n_new):
         found = _likeliest_next(decode, cache, new, source, index) if sampler.greedy else None
         if found is not None:
-            token, new = torch.from_numpy(found), found[:, None]
+            token, new = torch.from_numpy(found), found[:, None].copy()  # the caller's is its own
         else:
             with without_gradients:  # but not around the caller's part
                 ids = torch.as_tensor(new)
@@ -114,9 +114,5 @@ def _likeliest_next(
     layers takes as long as small layers; None where it cannot be."""
     if not isinstance(decode, DecodingForm):
         return None
-    if isinstance(new, Tensor):
-        if not new.is_cpu:
-            return None
-        new = new.numpy()
     logits = decode.at_once(new, cache, source, last=True)
     return None if logits is None else likeliest(logits[:, 0], index)

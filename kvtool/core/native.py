@@ -25,9 +25,7 @@ Array = NDArray[Any]
 ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row by itself
 
 FEW = 8  # rows; PyTorch is faster for many more
-LARGE = (
-    2**17
-)  # numbers that a layer or an attention reads; to share fewer among threads gains little
+LARGE = 2**17  # numbers that a layer or attention reads; to share fewer gains little
 PAYS = 1000  # tokens to decode; loading takes 0.4 s, and a token gains 0.3 to 0.5 ms
 
 _allowed = True
@@ -85,6 +83,11 @@ def numpy_can_read(first: Tensor, *others: Tensor | None) -> bool:
         ):
             return False
     return not watched()
+
+
+def away() -> bool:
+    """Whether a command does without native code, or something watches what PyTorch does."""
+    return not _allowed or watched()
 
 
 def watched() -> bool:
@@ -241,6 +244,8 @@ def _attend_seen(q: Array, read: tuple[Tensor, Tensor], seen: Array, y: Array) -
 
 def spans_of(seen: Array) -> Array | None:
     """Where True begins and ends in each (...,n) -> (...,2); None if in one it is interrupted."""
+    if not seen.shape[-1]:
+        return np.zeros((*seen.shape[:-1], 2), np.int64)
     n, first = seen.sum(-1), seen.argmax(-1)
     last = seen.shape[-1] - seen[..., ::-1].argmax(-1)
     if ((last - first != n) & (n > 0)).any():

@@ -41,9 +41,8 @@ numba.get_num_threads()
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
-# numba keeps a function until its own file changes; but one holds others, of another file.
-SOURCES = [Path(__file__), Path(__file__).with_name("numba_decoder.py")]
-VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:8]
+# numba keeps a function until its own file changes; but those of other files hold some of this one.
+VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def compiled(parallel: bool = False, fast: bool = True) -> Callable[[Function], Function]:
@@ -53,7 +52,8 @@ def compiled(parallel: bool = False, fast: bool = True) -> Callable[[Function], 
     """
 
     def decorate(function: Function) -> Function:
-        function.__qualname__ += VERSION
+        if function.__module__ != __name__:
+            function.__qualname__ += VERSION
         options: dict[str, Any] = {"nogil": True, "parallel": parallel}
         options["fastmath"] = FAST if fast else False
         options["error_model"] = "numpy"  # division by zero gives infinity, as in an array

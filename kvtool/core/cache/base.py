@@ -194,8 +194,18 @@ class Cache(ABC):
         """Forget every token and start on new sequences, in the same memory."""
         self.length = 0  # committed tokens a row, left padding included
         self._begun = 0  # tokens of the step that has begun and is not committed
-        self.left_padding = None if left_padding is None else left_padding.clone()
         self.batch = self.spec.batch
+        self.left_padding = None if left_padding is None else self._checked(left_padding)
+
+    def _checked(self, left_padding: Tensor) -> Tensor:
+        """A copy. Raises UsageError."""
+        wrong = left_padding.shape != (self.batch,) or left_padding.is_floating_point()
+        if wrong or (not left_padding.is_meta and bool((left_padding < 0).any())):
+            raise UsageError(
+                f"left padding must be a whole number >= 0 for each row (found {left_padding}, and "
+                f"{self.batch} rows)"
+            )
+        return left_padding.to(torch.long, copy=True)
 
     def begin(self, n_new: int) -> Step:
         """Make room for `n_new` tokens a row and say where they stand. Raises CapacityError."""
@@ -239,16 +249,28 @@ class Cache(ABC):
         """Whether nobody has put other methods into it or its kind, which is none derived from one
         that has `in_place`: what those do must not be passed over."""
         as_written = vars(type(self)).get("as_written")
-        return as_written == ways(type(self)) and WAYS.isdisjoint(vars(self))
+        return as_written == ways(type(self)) and not any(map(callable, vars(self).values()))
 
     def _lay_open(
-        self, start: int, keys: list[Tensor], values: list[Tensor], columns: int, offset: int = 0
-    ) -> InPlace:
-        """Buffers of each layer whose first column is `offset` bytes behind their beginning."""
+        self,
+        start: int,
+        n_new: int,
+        keys: list[Tensor],
+        values: list[Tensor],
+        columns: int,
+        offset: int = 0,
+    ) -> InPlace | None:
+        """The buffers of each layer, whose first column is `offset` bytes behind their beginning;
+        None unless they are alike and as the spec says."""
+        shape, dtype = keys[0].shape, self.spec.dtype
+        for x in (*keys, *values):
+            if x.shape != shape or x.dtype is not dtype or not x.is_contiguous():
+                return None
         pairs = zip(keys, values, strict=True)
         addresses = np.array([(k.data_ptr() + offset, v.data_ptr() + offset) for k, v in pairs])
         padding = None if self.left_padding is None else self.left_padding.numpy()
         padding = np.zeros(self.batch, np.int64) if padding is None else padding
+        self._begun = n_new
         return InPlace(start, padding, addresses, columns)
 
     def commit(self, n_new: int) -> None:

@@ -93,10 +93,10 @@ class BufferedCache(Cache):
         if not self._is_as_written():
             return None
         start = self.make_room(n_new)
-        if self._keys[0].shape[2] != self._columns:  # not all have grown when memory ran out
+        rows, n_groups, columns, width = self._keys[0].shape
+        if rows < self.batch or (n_groups, width) != (self.spec.n_kv_heads, self.spec.head_dim):
             return None
-        self._begun = n_new
-        return self._lay_open(start, self._keys, self._values, self._columns)
+        return self._lay_open(start, n_new, self._keys, self._values, columns)
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = (

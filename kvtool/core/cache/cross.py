@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core import native
+from kvtool.core.cache.base import CacheSpec
 from kvtool.core.kernels import Kernels
 from kvtool.core.native import Array
 
@@ -41,16 +42,25 @@ class CrossCache:
         k, v = self.layers[layer]
         return kernels.attention(q, k, v, self.mask[:, None, None, :], False)
 
-    def in_place(self) -> InPlaceSource | None:
-        """For code that reads memory itself; None if keys and values or what a row sees of them
-        do not stand side by side."""
-        pairs, seen = self.layers, native.spans_of(self.mask.numpy())
-        first = pairs[0][0]
-        dense = all(x.is_contiguous() and x.shape == first.shape for kv in pairs for x in kv)
-        if seen is None or not dense:
+    def in_place(self, spec: CacheSpec, batch: int) -> InPlaceSource | None:
+        """For code that reads memory by itself; None if this is not a source for `batch` rows of a
+        cache with that spec, or if what a row sees of it does not stand side by side."""
+        mask, pairs = self.mask, self.layers
+        as_written = type(self) is CrossCache and CrossCache.attend is ATTEND
+        if not as_written or "attend" in vars(self) or len(pairs) != spec.n_layers:
+            return None
+        if mask.dtype is not torch.bool or len(mask) != batch or not mask.is_cpu:
+            return None
+        shape = batch, spec.n_kv_heads, mask.shape[1], spec.head_dim
+        for x in (x for pair in pairs for x in pair):
+            alike = x.shape == shape and x.dtype is spec.dtype and x.is_cpu
+            if not alike or not x.is_contiguous():
+                return None
+        seen = native.spans_of(mask.numpy())
+        if seen is None:
             return None
         addresses = np.array([(k.data_ptr(), v.data_ptr()) for k, v in pairs])
-        return InPlaceSource(addresses, first.shape[2], seen)
+        return InPlaceSource(addresses, mask.shape[1], seen)
 
     def select(self, rows: Tensor) -> CrossCache:
         """The sources of `rows` (n,), in that order; repeats are allowed."""
@@ -62,3 +72,6 @@ class CrossCache:
         storages = (t.untyped_storage() for pair in self.layers for t in pair)
         # Keys and values are halves of one projection, and share its memory.
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+ATTEND = CrossCache.attend  # whoever replaces it is not passed over

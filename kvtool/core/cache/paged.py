@@ -191,10 +191,9 @@ class PagedCache(Cache):
         first = _first_of_run(self._table)
         if first is None:
             return None
-        self._begun = n_new
-        pool, token = self.pool, self.spec.head_dim * self.spec.dtype.itemsize
-        columns = pool.n_pages * self.page
-        return self._lay_open(start, pool.keys, pool.values, columns, first * self.page * token)
+        keys, values, columns = self.pool.keys, self.pool.values, self.pool.n_pages * self.page
+        offset = first * self.page * self.spec.head_dim * self.spec.dtype.itemsize
+        return self._lay_open(start, n_new, keys, values, columns, offset)
 
     def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
         """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""

@@ -8,7 +8,7 @@ forms do the same operations in the same order, so their logits are the modules'
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from kvtool.core import native
 from kvtool.core.attention import CrossAttention, SelfAttention, merge_heads, split_heads
-from kvtool.core.cache import Cache, CacheSpec, Step
-from kvtool.core.cache.cross import CrossCache
+from kvtool.core.cache import Cache, Step
+from kvtool.core.cache.cross import CrossCache, InPlaceSource
 from kvtool.core.exact import ExactKernels
 from kvtool.core.kernels import DefaultKernels, Kernels
 from kvtool.core.layers import MLP, Dropout, LayerNorm, Linear, RMSNorm, Table, TokenEmbedding
 from kvtool.core.models.base import Model
 from kvtool.core.models.decoder import Block, Decoder
-from kvtool.core.models.native_decoder import NO_SOURCE, NativeDecoder, fits_together
+from kvtool.core.models.native_decoder import NO_SOURCE, NativeDecoder, readable
 from kvtool.core.models.seq2seq import Seq2Seq
 from kvtool.core.native import Array
 from kvtool.core.rope import Rotary
@@ -31,12 +31,19 @@ from kvtool.core.rope import Rotary
 Decode = Callable[[Tensor, Step, Cache, "CrossCache | None", bool], Tensor]
 Layer = Callable[[Tensor], Tensor]
 
-# What a model is made of. A subclass may do something else, and is left to do it.
-KNOWN = {
-    Seq2Seq, Decoder, Block, SelfAttention, CrossAttention, Linear, LayerNorm, RMSNorm, MLP,
-    Dropout, Rotary, Table, TokenEmbedding, nn.Embedding, nn.ModuleList,
+# What a model is made of, and how each works. A subclass or a patch may do something else, and is
+# left to do it.
+KNOWN: dict[type, Any] = {
+    kind: kind.forward
+    for kind in (
+        Seq2Seq, Decoder, Block, SelfAttention, CrossAttention, Linear, LayerNorm, RMSNorm, MLP,
+        Dropout, Rotary, Table, TokenEmbedding, nn.Embedding, nn.ModuleList,
+    )
 }  # fmt: skip
-KERNELS = {DefaultKernels, ExactKernels}  # with which modules too use native code
+KERNELS: dict[type, Any] = {
+    kind: (kind.rows, kind.attention) for kind in (DefaultKernels, ExactKernels)
+}
+IDS = (torch.int64, torch.int32)
 
 
 def decoding_form(model: Model) -> Model | DecodingForm:
@@ -59,72 +66,95 @@ class DecodingForm:
     by a FlatDecoder."""
 
     def __init__(self, model: Model, decoder: Decoder) -> None:
-        self.model, self.decoder, c = model, decoder, decoder.config
-        self.reads = bool(c.n_encoder_layers)
-        self.stored = c.n_layers, c.n_kv_heads, c.head_dim, decoder.head.weight.dtype
+        self.model, self.decoder = model, decoder
+        self.reads = bool(decoder.config.n_encoder_layers)
         self._flat: FlatDecoder | None = None
         self._native: NativeDecoder | None = None
+        self._usual = True  # whether its layers are as configured, as far as is known
+        self._stored: tuple[object, ...] = ()  # what a cache of it stores
 
     def __call__(
         self, tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None, last: bool
     ) -> Tensor:
-        if tokens.shape[1] > 1 or (source is not None) != self.reads:
+        asks = (source is not None) != self.reads or not _are_usual(step.kernels)
+        if asks or tokens.shape[1] > 1:
             return self.model(tokens, step, cache, source, last)
-        if torch.is_grad_enabled() or not self._uses_native_code(tokens, step.kernels):
+        graded = torch.is_grad_enabled()
+        if graded or not (self._few(tokens, step.kernels) and self._reads_weights()):
             self._flat = self._flat or FlatDecoder(self.decoder)
             return self._flat(tokens, step, cache, source)
-        place = NO_SOURCE if source is None else source.in_place()
-        if place is None or not self._fits(cache.spec):
+        place, form = self._place(cache, source), self._native
+        if place is None or form is None or tokens.dtype not in IDS:
             return self.model(tokens, step, cache, source, last)
-        return self._native_form().by_layers(tokens, step, cache, place)
+        return form.by_layers(tokens, step, cache, place)
 
     def at_once(
-        self, new: Array, cache: Cache, source: CrossCache | None, last: bool
+        self, new: Array | Tensor, cache: Cache, source: CrossCache | None, last: bool
     ) -> Array | None:
-        """A whole step, `begin` and `commit` included, as `engine.advance`, but of arrays and
-        without gradients: new (B,T) -> logits (B,T,V) or (B,1,V), None if it must be done by parts.
-        Raises CapacityError, and IndexError for a token or position that does not exist."""
+        """A whole step, `begin` and `commit` included, as `engine.advance`, but without gradients:
+        new (B,T) -> logits (B,T,V) or (B,1,V), None if it must be done by parts. Raises
+        CapacityError, and IndexError for a token or position that does not exist."""
         batch, n = new.shape
-        if (source is not None) != self.reads or batch != cache.batch or not batch:
+        if batch != cache.batch or not batch or (source is not None) != self.reads:
             return None
-        if not (self._fits(cache.spec) and self._uses_native_code(new, cache.spec.kernels)):
+        kernels = cache.spec.kernels
+        if not (_are_usual(kernels) and self._few(new, kernels) and self._reads_weights()):
             return None
-        source_place = NO_SOURCE if source is None else source.in_place()
+        if isinstance(new, Tensor):
+            if new.dtype not in IDS or not new.is_cpu:
+                return None
+            new = new.numpy()
+        source_place, form = self._place(cache, source), self._native
         place = None if source_place is None else cache.in_place(n)
-        if place is None or source_place is None:
+        if form is None or place is None or source_place is None:
             return None
-        logits = self._native_form().at_once(new, place, source_place, last)
+        logits = form.at_once(new, place, source_place, last)
         cache.commit(n)
         return logits
 
-    def _uses_native_code(self, tokens: Array | Tensor, kernels: Kernels) -> bool:
-        """Whether modules would take these tokens through native code in all layers."""
-        kind, (batch, n) = type(kernels), tokens.shape
+    def _few(self, tokens: Array | Tensor, kernels: Kernels) -> bool:
+        """Whether modules too would take so many tokens through native code, now."""
+        batch, n = tokens.shape
         # Exact kernels do so however many there are.
-        if kind not in KERNELS or not (batch * n <= native.FEW or kind is ExactKernels):
-            return False
+        few = batch * n <= native.FEW or type(kernels) is ExactKernels
+        return few and not native.away()
+
+    def _reads_weights(self) -> bool:
+        """Whether native code can read the weights; its form is then there, unless there are other
+        layers than the configuration says, which are left to modules."""
         if self._native is not None:
-            return not native.watched()
+            return True
         # Asked where tokens come: weights that need gradients are readable without them.
-        return native.can_read(*self.decoder.parameters())
+        weight = self.decoder.head.weight
+        if not (native.can_read(weight) and native.can_read(*self.decoder.parameters())):
+            return False
+        self._usual = self._usual and readable(self.decoder)
+        if self._usual:
+            self._native, c = NativeDecoder(self.decoder), self.decoder.config
+            self._stored = c.n_layers, c.n_kv_heads, c.head_dim, weight.dtype, weight.device
+        return True
 
-    def _fits(self, spec: CacheSpec) -> bool:
-        """Whether a cache stores what the model computes, and the model is as its configuration
-        says."""
-        stored = spec.n_layers, spec.n_kv_heads, spec.head_dim, spec.dtype
-        return self.stored == stored and (self._native is not None or fits_together(self.decoder))
+    def _place(self, cache: Cache, source: CrossCache | None) -> InPlaceSource | None:
+        """Where a source is; None if native code can't read it, or the cache stores other things
+        than the model computes."""
+        s = cache.spec
+        if (s.n_layers, s.n_kv_heads, s.head_dim, s.dtype, s.device) != self._stored:
+            return None
+        return NO_SOURCE if source is None else source.in_place(s, cache.batch)
 
-    def _native_form(self) -> NativeDecoder:
-        if self._native is None:
-            self._native = NativeDecoder(self.decoder)
-        return self._native
+
+def _are_usual(kernels: Kernels) -> bool:
+    """Whether they are those with which modules, too, use native code."""
+    kind = type(kernels)
+    return KERNELS.get(kind) == (kind.rows, kind.attention) and not vars(kernels)
 
 
 def _is_known(module: nn.Module) -> bool:
     watched = module._forward_hooks or module._forward_pre_hooks
     watched = watched or module._backward_hooks or module._backward_pre_hooks
     replaced = any(map(callable, vars(module).values()))
-    return type(module) in KNOWN and not (watched or replaced or module.training)
+    known = KNOWN.get(type(module)) is type(module).forward
+    return known and not (watched or replaced or module.training)
 
 
 class FlatBlock(NamedTuple):

@@ -15,76 +15,93 @@ from kvtool.core.layers import LayerNorm, Linear, RMSNorm
 from kvtool.core.models.decoder import Block, Decoder
 from kvtool.core.native import Array
 
+AT_ONCE = 256  # tokens; a Ctrl-C waits for the end of a call
 NO_SOURCE = InPlaceSource(np.empty((0, 2), np.int64), 0, np.empty((0, 2), np.int64))
 
 
 class NativeDecoder:
     """The step of a Decoder on the weights that it has now, which it keeps.
 
-    The same functions in the same order as the modules', so the same bits. For a decoder that
-    `fits_together` and whose weights `native.can_read`.
+    The same functions in the same order as the modules', so the same bits. For a decoder that is
+    `readable`. Where the memory of its weights is moved, as share_memory does, make it anew.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.code, self.config = native.decoder_code(), decoder.config
         c, embed, head = decoder.config, decoder.embed, decoder.head
+        # What the addresses point to, also when a parameter is given another tensor.
+        self.kept = [tensor.detach() for tensor, _ in _weights(decoder) + _tables(decoder)]
+        windows = [c.window if i >= c.first_window_layer else 0 for i in range(c.n_layers)]
+        blocks = [(*block_record(block), windows[i]) for i, block in enumerate(decoder.layers)]
+        self.blocks = np.array(blocks, self.code.BLOCK)
         tables = (
             embed.tokens.weight,
             None if embed.positions is None else embed.positions.weight,
             None if embed.table is None else embed.table.table,
             None if decoder.rotary is None else decoder.rotary.table.table,
         )
-        # What the addresses point to, also when a parameter is given other memory.
-        self.kept = [x.detach() for x in (*decoder.parameters(), *tables) if x is not None]
-        windows = [c.window if i >= c.first_window_layer else 0 for i in range(c.n_layers)]
-        blocks = [(*block_record(block), windows[i]) for i, block in enumerate(decoder.layers)]
-        self.blocks = np.array(blocks, self.code.BLOCK)
-        sizes = len(tables[0]), c.context, c.n_heads, c.n_kv_heads, c.head_dim
+        sizes = len(embed.tokens.weight), c.context, c.n_heads, c.n_kv_heads, c.head_dim
         found = *sizes, native.number_of(c.activation), embed.scale
         ends = norm_record(decoder.norm), linear_record(head)
         self.model = np.array([(*map(_address, tables), *found, *ends)], self.code.MODEL)
         self.dtype = native.array(head.weight).dtype
         self.n_logits = len(head.weight)
         self.token_size = 2 * c.n_kv_heads * c.head_dim  # keys and values of a layer
-        self.largest = max(x.numel() for x in [*self.kept[1:], head.weight])
+        self.largest = max(m.weight.numel() for m in decoder.modules() if isinstance(m, Linear))
 
     def at_once(self, tokens: Array, place: InPlace, source: InPlaceSource, last: bool) -> Array:
         """The step of tokens (B,T), which are stored -> logits (B,T,V), or (B,1,V) of the last
         token alone. Raises IndexError for a token or position that does not exist."""
         batch, n = tokens.shape
-        ids = np.ascontiguousarray(tokens, np.int64).reshape(-1)
-        logits = np.empty((batch * (1 if last else n), self.n_logits), self.dtype)
-        threads = self._threads(self.token_size * (place.start + n))
-        known = self.code.decode(self.model, self.blocks, ids, *place, *source, logits, *threads)
-        self._require(known, ids)
-        return logits.reshape(batch, -1, self.n_logits)
+        width, found = max(AT_ONCE // batch, 1), []
+        for first in range(0, n, width):
+            ids = np.ascontiguousarray(tokens[:, first : first + width], np.int64).reshape(-1)
+            logits = np.empty((batch if last else len(ids), self.n_logits), self.dtype)
+            placed = place._replace(start=place.start + first)
+            read = batch * self.token_size * (placed.start + width), source
+            known = self.code.decode(
+                self.model, self.blocks, ids, *placed, *source, logits, *self._threads(*read)
+            )
+            self._require(known, ids)
+            found.append(logits.reshape(batch, -1, self.n_logits))
+        return found[-1] if last or len(found) == 1 else np.concatenate(found, axis=1)
 
     def by_layers(self, tokens: Tensor, step: Step, cache: Cache, source: InPlaceSource) -> Tensor:
         """The step of single tokens (B,1) -> logits (B,1,V), where a cache stores and attends in
         its own way. Raises as `at_once`."""
         c, batch, model = self.config, len(tokens), (self.model, self.blocks)
         ids, pos = (
-            np.ascontiguousarray(x.numpy(), np.int64).reshape(-1) for x in (tokens, step.q_pos)
+            np.ascontiguousarray(x.numpy(), np.int64).reshape(batch) for x in (tokens, step.q_pos)
         )
         x = np.empty((batch, c.d_model), self.dtype)
         self._require(self.code.embed(self.model, ids, pos, x), ids)
-        near, threads = step.within(c.window), self._threads(0)
+        near, threads = step.within(c.window), self._threads(0, source)
         n_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
         for i in range(c.n_layers):
             qkv = np.empty((batch, sum(n_heads), c.head_dim), self.dtype)
             self.code.before_attention(*model, i, x, pos, qkv, *threads)
             q, k, v = torch.from_numpy(qkv)[:, :, None].split_with_sizes(n_heads, dim=1)
             seen = near if i >= c.first_window_layer else step
-            y = native.array(cache.attend(i, q, k, v, seen)[:, :, 0])
+            y = self._given(cache.attend(i, q, k, v, seen), (batch, c.n_heads, 1, c.head_dim))
             self.code.after_attention(*model, i, y, x, *source, *threads)
         logits = np.empty((batch, 1, self.n_logits), self.dtype)
         self.code.logits_of(self.model, x, logits[:, 0], *threads)
         return torch.from_numpy(logits)
 
-    def _threads(self, n_read: int) -> tuple[int, int]:
+    def _threads(self, n_read: int, source: InPlaceSource) -> tuple[int, int]:
         """How many threads share what reads so many numbers or more: weights of a layer, or keys
-        and values, of which `n_read` are read."""
-        return native.threads_for(max(self.largest, n_read)), native.LARGE
+        and values, of which `n_read` are a step's own."""
+        of_source = len(source.seen) * source.columns * self.token_size
+        return native.threads_for(max(self.largest, n_read, of_source)), native.LARGE
+
+    def _given(self, y: Tensor, shape: tuple[int, ...]) -> Array:
+        """What a cache's attention gave, as (B,H,D). Raises ValueError."""
+        found = native.array(y)
+        if (found.shape, found.dtype) != (shape, self.dtype):
+            raise ValueError(
+                f"attention gave {tuple(y.shape)} {y.dtype} (expected {shape} {self.dtype})"
+            )
+        return found[:, :, 0]
 
     def _require(self, known: bool, ids: Array) -> None:
         if not known:
@@ -123,55 +140,77 @@ def block_record(block: nn.Module) -> tuple[tuple[float, ...], ...]:
     return *map(norm_record, norms), *map(linear_record, layers)
 
 
-def fits_together(decoder: Decoder) -> bool:
-    """Whether each layer has the size that the configuration and its neighbours ask for: compiled
-    code trusts them, and would read other memory."""
-    c, embed = decoder.config, decoder.embed
-    learned = None if embed.positions is None else embed.positions.weight
-    waves = None if embed.table is None else embed.table.table
-    angles = None if decoder.rotary is None else decoder.rotary.table.table
+def readable(decoder: Decoder) -> bool:
+    """Whether each layer is where, and has the size, that the configuration asks for, in memory
+    that native code can read. Compiled code trusts them, and would read other memory."""
+    c = decoder.config
+    usual = all(_is_usual(c, i, block) for i, block in enumerate(decoder.layers))
+    if not usual or len(decoder.layers) != c.n_layers or decoder.norm.eps is None:
+        return False
+    weights, tables = _weights(decoder), _tables(decoder)
     return (
-        all(p.is_contiguous() for p in decoder.parameters())
-        and embed.tokens.weight.shape[1:] == (c.d_model,)
-        and (learned is None or learned.shape == (c.context, c.d_model))
-        and (waves is None or (waves.shape, waves.dtype) == ((c.context, c.d_model), torch.float64))
-        and (
-            angles is None
-            or (angles.shape, angles.dtype) == ((c.context, c.head_dim), torch.float64)
-        )
-        and all(_block_fits(c, block) for block in decoder.layers if isinstance(block, Block))
-        and _norm_fits(decoder.norm, c.d_model)
-        and decoder.head.weight.shape[1:] == (c.d_model,)
-        and _bias_fits(decoder.head)
-        and len(decoder.layers) == c.n_layers
+        all(tensor.shape == shape and tensor.is_contiguous() for tensor, shape in weights + tables)
+        and all(table.dtype is torch.float64 and table.is_cpu for table, _ in tables)
+        and native.can_read(*(weight for weight, _ in weights))
     )
 
 
-def _block_fits(c: ModelConfig, block: Block) -> bool:
-    attn, mlp, cross = block.attn, block.mlp, block.cross
+def _is_usual(c: ModelConfig, i: int, block: nn.Module) -> bool:
+    """Whether a block has the parts that block i of the configuration has, with no other ways."""
+    if type(block) is not Block:
+        return False
+    attn, cross, norms = block.attn, block.cross, (block.norm1, block.norm2, block.norm_cross)
+    reads = bool(c.n_encoder_layers)
     heads, stored = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    up, down = mlp.up.weight.shape, mlp.down.weight.shape
-    linears = [(attn.qkv, heads + 2 * stored, c.d_model), (attn.out, c.d_model, heads)]
-    linears += [] if cross is None else [(cross.q, heads, c.d_model), (cross.out, c.d_model, heads)]
-    norms = [(norm, c.d_model) for norm in (block.norm1, block.norm2, block.norm_cross)]
-    norms += [(attn.q_norm, c.head_dim), (attn.k_norm, c.head_dim)]
     return (
-        all(layer.weight.shape == (n_out, n_in) for layer, n_out, n_in in linears)
-        and all(_bias_fits(layer) for layer in (*(row[0] for row in linears), mlp.up, mlp.down))
-        and all(norm is None or _norm_fits(norm, width) for norm, width in norms)
-        and (attn.widths, attn.head_dim) == ([heads, stored, stored], c.head_dim)
-        and mlp.activation == c.activation
-        and (up[1], up[0]) == (c.d_model, down[1] * (1 + (c.activation == "swiglu")))
-        and down[0] == c.d_model
+        (attn.layer, attn.head_dim, attn.widths) == (i, c.head_dim, [heads, stored, stored])
+        and (cross is not None) == (block.norm_cross is not None) == reads
+        and (cross is None or (cross.layer, cross.head_dim) == (i, c.head_dim))
+        and (attn.q_norm is not None) == (attn.k_norm is not None) == c.qk_norm
+        and block.mlp.activation == c.activation
+        and all(x is None or x.eps is not None for x in (*norms, attn.q_norm, attn.k_norm))
     )
 
 
-def _bias_fits(layer: Linear | LayerNorm | RMSNorm) -> bool:
-    bias = layer._parameters.get("bias")
-    return bias is None or bias.shape == layer.weight.shape[:1]
+def _tables(decoder: Decoder) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """The constants in float64, and the shapes that they must have."""
+    c, waves, rotary = decoder.config, decoder.embed.table, decoder.rotary
+    found: list[tuple[Tensor, tuple[int, ...]]] = []
+    found += [] if waves is None else [(waves.table, (c.context, c.d_model))]
+    found += [] if rotary is None else [(rotary.table.table, (c.context, c.head_dim))]
+    return found
 
 
-def _norm_fits(norm: LayerNorm | RMSNorm, width: int) -> bool:
-    scale = norm._parameters["weight"]
-    fits = scale is not None and scale.shape == (width,) and norm.eps is not None
-    return fits and _bias_fits(norm)
+def _weights(decoder: Decoder) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """All weights that are read, and the shapes that they must have."""
+    c, embed, head = decoder.config, decoder.embed, decoder.head
+    heads, stored = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    found: list[tuple[Tensor, tuple[int, ...]]] = []
+
+    def add(layer: nn.Module | None, *shape: int) -> None:
+        if layer is not None:
+            weight = layer.weight if isinstance(layer.weight, Tensor) else torch.empty(0)
+            bias = getattr(layer, "bias", None)
+            found.append((weight, shape))
+            found.extend([] if bias is None else [(bias, shape[:1])])
+
+    add(embed.tokens, len(embed.tokens.weight), c.d_model)
+    add(embed.positions, c.context, c.d_model)
+    for block in decoder.layers:
+        assert isinstance(block, Block)
+        attn, cross, mlp = block.attn, block.cross, block.mlp
+        for norm in (block.norm1, block.norm2, block.norm_cross):
+            add(norm, c.d_model)
+        for norm in (attn.q_norm, attn.k_norm):
+            add(norm, c.head_dim)
+        add(attn.qkv, heads + 2 * stored, c.d_model)
+        add(attn.out, c.d_model, heads)
+        if cross is not None:
+            add(cross.q, heads, c.d_model)
+            add(cross.out, c.d_model, heads)
+        wide = mlp.down.weight.shape[-1]
+        add(mlp.up, wide * (2 if c.activation == "swiglu" else 1), c.d_model)
+        add(mlp.down, c.d_model, wide)
+    add(decoder.norm, c.d_model)
+    add(head, len(head.weight), c.d_model)
+    return found
