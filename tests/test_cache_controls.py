@@ -90,7 +90,9 @@ class SelectsRowsThatAreGone(StaticCache):
 
 class ResetKeepsThePadding(DynamicCache):
     def reset(self, left_padding: Tensor | None = None) -> None:
-        super().reset(getattr(self, "left_padding", left_padding))
+        before = getattr(self, "left_padding", left_padding)
+        super().reset(left_padding)
+        self.left_padding = before
 
 
 class ResetsIntoNewMemory(DynamicCache):

@@ -50,7 +50,8 @@ class DefaultKernels:
         # is_causal aligns the mask at the top left: right only when T == S (pytorch #144858).
         if causal and q.shape[2] != k.shape[2]:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
-        if q.shape[0] * q.shape[2] <= native.FEW and native.can_attend(q, k, v, mask):
+        few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.FEW
+        if few and native.can_attend(q, k, v, mask):
             return native.attention(q, k, v, mask, causal)
         grouped = q.shape[1] != k.shape[1]
         if q.dtype.itemsize < 4 and q.device.type == "cpu":

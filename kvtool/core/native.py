@@ -26,7 +26,7 @@ ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row by itself
 
 FEW = 8  # rows; PyTorch is faster for many more
 LARGE = 2**17  # numbers that a layer or attention reads; to share fewer gains little
-PAYS = 1000  # tokens to decode; loading takes 0.4 s, and a token gains 0.3 to 0.5 ms
+PAYS = 500  # tokens to decode; loading takes 0.3 s, and a token gains 0.5 ms or more
 
 _allowed = True
 

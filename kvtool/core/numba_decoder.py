@@ -149,11 +149,11 @@ def after_attention(
     source: Array, columns: int, seen: Array, threads: int, large: int,
 ) -> None:  # fmt: skip
     """x (n,d) += what attention gave, y (n,H,D); then what the source gives, if there is one; then
-    the feed-forward network. source (layers,2), columns and seen as in `read_source`, or (0,2)."""
+    the feed-forward network. source (2,layers), columns and seen as in `read_source`, or (2,0)."""
     model, block, n = models[0], blocks[layer], x.shape[0]
     add_through(block.out, y.reshape(n, -1), x, threads, large)
-    if source.shape[0]:
-        k, v = source[layer, 0], source[layer, 1]
+    if source.shape[1]:
+        k, v = source[0, layer], source[1, layer]
         read_source(model, block, x, k, v, columns, seen, threads, large)
     normal = np.empty_like(x)
     normed(block.norm2, x, normal)
@@ -182,7 +182,7 @@ def decode(
     """A decoder's step: a few tokens of each row behind `start` others, of which `padding` (B,) are
     none -> whether all tokens and positions exist.
 
-    tokens (n,), a row's together, n a multiple of B. stored (layers,2): addresses of keys and
+    tokens (n,), a row's together, n a multiple of B. stored (2,layers): addresses of keys and
     values (B,G,columns,D). source as in `after_attention`. logits (n,V), or of each row's last
     token (B,V).
     """
@@ -200,7 +200,7 @@ def decode(
     row_bytes = n_groups * columns * width * x.itemsize
     for layer in range(blocks.shape[0]):
         before_attention(models, blocks, layer, x, pos, qkv, threads, large)
-        k, v = stored[layer, 0], stored[layer, 1]
+        k, v = stored[0, layer], stored[1, layer]
         keys, values = carray(pointer(k, x), shape), carray(pointer(v, x), shape)
         for i in range(n):
             row, slot = i // n_each, start + i % n_each

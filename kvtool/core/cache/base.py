@@ -151,7 +151,7 @@ class InPlace(NamedTuple):
 
     start: int  # the column of the first new token
     padding: Array  # (B,) the columns at the start of each row that hold none
-    addresses: Array  # (layers,2) of keys and values, (B,Hkv,columns,D) in the spec's dtype
+    addresses: Array  # (2,layers) of keys and values, (B,Hkv,columns,D) in the spec's dtype
     columns: int
 
 
@@ -184,6 +184,7 @@ class Cache(ABC):
     sinks: int = 0  # and how many of the first ones, always
     page: int = 0  # tokens of a page; 0: columns are not in pages
     as_written: ClassVar[tuple[Any, ...]]  # the WAYS of a kind that has `in_place`
+    _opened: tuple[Any, ...] = ()  # what `in_place` found: a shape, pointers, their addresses
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
         """An empty cache; left_padding (B,) counts the padding tokens at the start of each row."""
@@ -249,7 +250,7 @@ class Cache(ABC):
         """Whether nobody has put other methods into it or its kind, which is none derived from one
         that has `in_place`: what those do must not be passed over."""
         as_written = vars(type(self)).get("as_written")
-        return as_written == ways(type(self)) and not any(map(callable, vars(self).values()))
+        return as_written == ways(type(self)) and WAYS.isdisjoint(vars(self))
 
     def _lay_open(
         self,
@@ -262,15 +263,19 @@ class Cache(ABC):
     ) -> InPlace | None:
         """The buffers of each layer, whose first column is `offset` bytes behind their beginning;
         None unless they are alike and as the spec says."""
-        shape, dtype = keys[0].shape, self.spec.dtype
-        for x in (*keys, *values):
-            if x.shape != shape or x.dtype is not dtype or not x.is_contiguous():
-                return None
-        pairs = zip(keys, values, strict=True)
-        addresses = np.array([(k.data_ptr() + offset, v.data_ptr() + offset) for k, v in pairs])
-        padding = None if self.left_padding is None else self.left_padding.numpy()
-        padding = np.zeros(self.batch, np.int64) if padding is None else padding
+        padded = self.left_padding
+        if padded is not None and (padded.shape, padded.dtype) != ((self.batch,), torch.long):
+            return None
+        shape, pointers = keys[0].shape, [x.data_ptr() for x in (*keys, *values)]
+        if (shape, pointers) != self._opened[:2]:  # else they are those of the last time
+            dtype = self.spec.dtype
+            for x in (*keys, *values):
+                if x.shape != shape or x.dtype is not dtype or not x.is_contiguous():
+                    return None
+            self._opened = shape, pointers, np.array(pointers).reshape(2, -1)
         self._begun = n_new
+        padding = np.zeros(self.batch, np.int64) if padded is None else padded.numpy()
+        addresses = self._opened[2] + offset if offset else self._opened[2]
         return InPlace(start, padding, addresses, columns)
 
     def commit(self, n_new: int) -> None:

@@ -18,7 +18,7 @@ from kvtool.core.native import Array
 class InPlaceSource(NamedTuple):
     """Where a source's keys and values are, and which of them each row sees."""
 
-    addresses: Array  # (layers,2) of keys and values, (B,Hkv,columns,D)
+    addresses: Array  # (2,layers) of keys and values, (B,Hkv,columns,D)
     columns: int
     seen: Array  # (B,2) the first column and the one behind the last
 
@@ -59,7 +59,7 @@ class CrossCache:
         seen = native.spans_of(mask.numpy())
         if seen is None:
             return None
-        addresses = np.array([(k.data_ptr(), v.data_ptr()) for k, v in pairs])
+        addresses = np.array([[x.data_ptr() for x in each] for each in zip(*pairs, strict=True)])
         return InPlaceSource(addresses, mask.shape[1], seen)
 
     def select(self, rows: Tensor) -> CrossCache:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from kvtool.core import native
 from kvtool.core.attention import CrossAttention, SelfAttention, merge_heads, split_heads
-from kvtool.core.cache import Cache, Step
-from kvtool.core.cache.cross import CrossCache, InPlaceSource
+from kvtool.core.cache import Cache, CacheSpec, Step
+from kvtool.core.cache.cross import CrossCache
 from kvtool.core.exact import ExactKernels
 from kvtool.core.kernels import DefaultKernels, Kernels
 from kvtool.core.layers import MLP, Dropout, LayerNorm, Linear, RMSNorm, Table, TokenEmbedding
 from kvtool.core.models.base import Model
 from kvtool.core.models.decoder import Block, Decoder
-from kvtool.core.models.native_decoder import NO_SOURCE, NativeDecoder, readable
+from kvtool.core.models.native_decoder import NO_SOURCE, NativeDecoder
 from kvtool.core.models.seq2seq import Seq2Seq
 from kvtool.core.native import Array
 from kvtool.core.rope import Rotary
@@ -72,6 +72,7 @@ class DecodingForm:
         self._native: NativeDecoder | None = None
         self._usual = True  # whether its layers are as configured, as far as is known
         self._stored: tuple[object, ...] = ()  # what a cache of it stores
+        self._spec: CacheSpec | None = None  # the last that did
 
     def __call__(
         self, tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None, last: bool
@@ -83,10 +84,11 @@ class DecodingForm:
         if graded or not (self._few(tokens, step.kernels) and self._reads_weights()):
             self._flat = self._flat or FlatDecoder(self.decoder)
             return self._flat(tokens, step, cache, source)
-        place, form = self._place(cache, source), self._native
-        if place is None or form is None or tokens.dtype not in IDS:
+        place = NO_SOURCE if source is None else source.in_place(cache.spec, len(tokens))
+        fits = self._stores(cache.spec) and tokens.dtype in IDS
+        if self._native is None or place is None or not fits:
             return self.model(tokens, step, cache, source, last)
-        return form.by_layers(tokens, step, cache, place)
+        return self._native.by_layers(tokens, step, cache, place)
 
     def at_once(
         self, new: Array | Tensor, cache: Cache, source: CrossCache | None, last: bool
@@ -97,18 +99,21 @@ class DecodingForm:
         batch, n = new.shape
         if batch != cache.batch or not batch or (source is not None) != self.reads:
             return None
-        kernels = cache.spec.kernels
-        if not (_are_usual(kernels) and self._few(new, kernels) and self._reads_weights()):
+        if not (self._few(new, cache.spec.kernels) and self._reads_weights()):
             return None
+        if cache.spec is not self._spec:  # else asked before
+            if not _are_usual(cache.spec.kernels) or not self._stores(cache.spec):
+                return None
+            self._spec = cache.spec
         if isinstance(new, Tensor):
             if new.dtype not in IDS or not new.is_cpu:
                 return None
             new = new.numpy()
-        source_place, form = self._place(cache, source), self._native
+        source_place = NO_SOURCE if source is None else source.in_place(cache.spec, batch)
         place = None if source_place is None else cache.in_place(n)
-        if form is None or place is None or source_place is None:
+        if self._native is None or place is None or source_place is None:
             return None
-        logits = form.at_once(new, place, source_place, last)
+        logits = self._native.at_once(new, place, source_place, last)
         cache.commit(n)
         return logits
 
@@ -124,23 +129,20 @@ class DecodingForm:
         layers than the configuration says, which are left to modules."""
         if self._native is not None:
             return True
-        # Asked where tokens come: weights that need gradients are readable without them.
         weight = self.decoder.head.weight
-        if not (native.can_read(weight) and native.can_read(*self.decoder.parameters())):
-            return False
-        self._usual = self._usual and readable(self.decoder)
-        if self._usual:
-            self._native, c = NativeDecoder(self.decoder), self.decoder.config
-            self._stored = c.n_layers, c.n_kv_heads, c.head_dim, weight.dtype, weight.device
+        with torch.no_grad():  # who calls wants none, and weights that need gradients are readable
+            if not native.can_read(weight):
+                return False
+            if self._usual:
+                self._native, c = NativeDecoder.of(self.decoder), self.decoder.config
+                self._usual = self._native is not None
+                self._stored = c.n_layers, c.n_kv_heads, c.head_dim, weight.dtype, weight.device
         return True
 
-    def _place(self, cache: Cache, source: CrossCache | None) -> InPlaceSource | None:
-        """Where a source is; None if native code can't read it, or the cache stores other things
-        than the model computes."""
-        s = cache.spec
-        if (s.n_layers, s.n_kv_heads, s.head_dim, s.dtype, s.device) != self._stored:
-            return None
-        return NO_SOURCE if source is None else source.in_place(s, cache.batch)
+    def _stores(self, spec: CacheSpec) -> bool:
+        """Whether a cache stores what the model computes."""
+        stored = spec.n_layers, spec.n_kv_heads, spec.head_dim, spec.dtype, spec.device
+        return stored == self._stored
 
 
 def _are_usual(kernels: Kernels) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NoReturn
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -16,21 +19,38 @@ from kvtool.core.models.decoder import Block, Decoder
 from kvtool.core.native import Array
 
 AT_ONCE = 256  # tokens; a Ctrl-C waits for the end of a call
-NO_SOURCE = InPlaceSource(np.empty((0, 2), np.int64), 0, np.empty((0, 2), np.int64))
+NO_SOURCE = InPlaceSource(np.empty((2, 0), np.int64), 0, np.empty((0, 2), np.int64))
 
 
 class NativeDecoder:
     """The step of a Decoder on the weights that it has now, which it keeps.
 
-    The same functions in the same order as the modules', so the same bits. For a decoder that is
-    `readable`. Where the memory of its weights is moved, as share_memory does, make it anew.
+    The same functions in the same order as the modules', so the same bits. Where the memory of the
+    weights is moved, as share_memory does, make it anew.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    @classmethod
+    def of(cls, decoder: Decoder) -> NativeDecoder | None:
+        """None unless each layer is where, and has the size, that the configuration asks for, in
+        memory that native code can read. Compiled code trusts them, and would read other memory."""
+        c = decoder.config
+        usual = all(_is_usual(c, i, block) for i, block in enumerate(decoder.layers))
+        if not usual or len(decoder.layers) != c.n_layers or decoder.norm.eps is None:
+            return None
+        weights, tables = _weights(decoder), _tables(decoder)
+        for tensor, shape in weights + tables:
+            if tensor.shape != shape or not tensor.is_contiguous():
+                return None
+        fixed = all(table.dtype is torch.float64 and table.is_cpu for table, _ in tables)
+        if not fixed or not native.can_read(*(weight for weight, _ in weights)):
+            return None
+        return cls(decoder, [tensor for tensor, _ in weights + tables])
+
+    def __init__(self, decoder: Decoder, read: Sequence[Tensor]) -> None:
         self.code, self.config = native.decoder_code(), decoder.config
         c, embed, head = decoder.config, decoder.embed, decoder.head
         # What the addresses point to, also when a parameter is given another tensor.
-        self.kept = [tensor.detach() for tensor, _ in _weights(decoder) + _tables(decoder)]
+        self.kept = [tensor.detach() for tensor in read]
         windows = [c.window if i >= c.first_window_layer else 0 for i in range(c.n_layers)]
         blocks = [(*block_record(block), windows[i]) for i, block in enumerate(decoder.layers)]
         self.blocks = np.array(blocks, self.code.BLOCK)
@@ -47,24 +67,36 @@ class NativeDecoder:
         self.dtype = native.array(head.weight).dtype
         self.n_logits = len(head.weight)
         self.token_size = 2 * c.n_kv_heads * c.head_dim  # keys and values of a layer
-        self.largest = max(m.weight.numel() for m in decoder.modules() if isinstance(m, Linear))
+        layers = [self.blocks[name] for name in self.code.LINEARS] + [self.model["head"]]
+        self.largest = max(int((layer["n_out"] * layer["n_in"]).max()) for layer in layers)
 
     def at_once(self, tokens: Array, place: InPlace, source: InPlaceSource, last: bool) -> Array:
         """The step of tokens (B,T), which are stored -> logits (B,T,V), or (B,1,V) of the last
         token alone. Raises IndexError for a token or position that does not exist."""
         batch, n = tokens.shape
-        width, found = max(AT_ONCE // batch, 1), []
-        for first in range(0, n, width):
-            ids = np.ascontiguousarray(tokens[:, first : first + width], np.int64).reshape(-1)
-            logits = np.empty((batch if last else len(ids), self.n_logits), self.dtype)
-            placed = place._replace(start=place.start + first)
-            read = batch * self.token_size * (placed.start + width), source
-            known = self.code.decode(
-                self.model, self.blocks, ids, *placed, *source, logits, *self._threads(*read)
-            )
-            self._require(known, ids)
-            found.append(logits.reshape(batch, -1, self.n_logits))
-        return found[-1] if last or len(found) == 1 else np.concatenate(found, axis=1)
+        width = max(AT_ONCE // batch, 1)
+        parts = [
+            self._part(tokens[:, first : first + width], first, place, source, last)
+            for first in range(0, n, width)
+        ]
+        return parts[-1] if last or len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _part(
+        self, tokens: Array, first: int, place: InPlace, source: InPlaceSource, last: bool
+    ) -> Array:
+        """`at_once` for the tokens from number `first` on."""
+        batch, n = tokens.shape
+        start, padding, addresses, columns = place
+        start += first
+        ids = np.ascontiguousarray(tokens, np.int64).reshape(-1)
+        logits = np.empty((batch, 1 if last else n, self.n_logits), self.dtype)
+        known = self.code.decode(
+            self.model, self.blocks, ids, start, padding, addresses, columns, *source,
+            logits.reshape(-1, self.n_logits), *self._threads(batch * (start + n), source),
+        )  # fmt: skip
+        if not known:
+            self._refuse(ids)
+        return logits
 
     def by_layers(self, tokens: Tensor, step: Step, cache: Cache, source: InPlaceSource) -> Tensor:
         """The step of single tokens (B,1) -> logits (B,1,V), where a cache stores and attends in
@@ -74,7 +106,8 @@ class NativeDecoder:
             np.ascontiguousarray(x.numpy(), np.int64).reshape(batch) for x in (tokens, step.q_pos)
         )
         x = np.empty((batch, c.d_model), self.dtype)
-        self._require(self.code.embed(self.model, ids, pos, x), ids)
+        if not self.code.embed(self.model, ids, pos, x):
+            self._refuse(ids)
         near, threads = step.within(c.window), self._threads(0, source)
         n_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
         for i in range(c.n_layers):
@@ -88,11 +121,11 @@ class NativeDecoder:
         self.code.logits_of(self.model, x, logits[:, 0], *threads)
         return torch.from_numpy(logits)
 
-    def _threads(self, n_read: int, source: InPlaceSource) -> tuple[int, int]:
-        """How many threads share what reads so many numbers or more: weights of a layer, or keys
-        and values, of which `n_read` are a step's own."""
-        of_source = len(source.seen) * source.columns * self.token_size
-        return native.threads_for(max(self.largest, n_read, of_source)), native.LARGE
+    def _threads(self, n_seen: int, source: InPlaceSource) -> tuple[int, int]:
+        """How many threads share what reads so many numbers or more: the weights of a layer, or
+        keys and values of `n_seen` tokens, or of the source."""
+        n_seen = max(n_seen, len(source.seen) * source.columns)
+        return native.threads_for(max(self.largest, n_seen * self.token_size)), native.LARGE
 
     def _given(self, y: Tensor, shape: tuple[int, ...]) -> Array:
         """What a cache's attention gave, as (B,H,D). Raises ValueError."""
@@ -103,11 +136,10 @@ class NativeDecoder:
             )
         return found[:, :, 0]
 
-    def _require(self, known: bool, ids: Array) -> None:
-        if not known:
-            wrong = ids[(ids < 0) | (ids >= self.model[0]["n_vocab"])].tolist()
-            what = f"token {wrong[0]} is" if wrong else f"tokens beyond {self.config.context} are"
-            raise IndexError(f"{what} unknown to the model")
+    def _refuse(self, ids: Array) -> NoReturn:
+        wrong = ids[(ids < 0) | (ids >= self.model[0]["n_vocab"])].tolist()
+        what = f"token {wrong[0]} is" if wrong else f"tokens beyond {self.config.context} are"
+        raise IndexError(f"{what} unknown to the model")
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -138,21 +170,6 @@ def block_record(block: nn.Module) -> tuple[tuple[float, ...], ...]:
     of_cross = (None, None) if cross is None else (cross.q, cross.out)
     layers = attn.qkv, attn.out, *of_cross, mlp.up, mlp.down
     return *map(norm_record, norms), *map(linear_record, layers)
-
-
-def readable(decoder: Decoder) -> bool:
-    """Whether each layer is where, and has the size, that the configuration asks for, in memory
-    that native code can read. Compiled code trusts them, and would read other memory."""
-    c = decoder.config
-    usual = all(_is_usual(c, i, block) for i, block in enumerate(decoder.layers))
-    if not usual or len(decoder.layers) != c.n_layers or decoder.norm.eps is None:
-        return False
-    weights, tables = _weights(decoder), _tables(decoder)
-    return (
-        all(tensor.shape == shape and tensor.is_contiguous() for tensor, shape in weights + tables)
-        and all(table.dtype is torch.float64 and table.is_cpu for table, _ in tables)
-        and native.can_read(*(weight for weight, _ in weights))
-    )
 
 
 def _is_usual(c: ModelConfig, i: int, block: nn.Module) -> bool:

@@ -93,11 +93,13 @@ def agree(name: str, ours: Sequence[int], theirs: Sequence[int]) -> None:
 def measure(
     series: Sequence[Series], lengths: Sequence[int], rounds: int, say: Callable[[str], None]
 ) -> None:
-    """Each subject in turn at each length, round after round, after a short run to warm up."""
+    """Each subject in turn at each length, after a short run to warm up; each round begins with
+    another, since who comes first finds the processor's caches full of another's work."""
     for each in series:
         each.subject.run(each.kind, lengths[0])
     for i in range(rounds):
         for length in lengths:
-            for each in series:
+            first = i % len(series)
+            for each in (*series[first:], *series[:first]):
                 each.sample(length)
         say(f"round {i + 1} of {rounds}")

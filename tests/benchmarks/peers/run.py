@@ -70,9 +70,9 @@ def introduction(rounds: int) -> str:
 Written by `make peers`: the same random weights in GPT-2's form (2 layers, width 256, 8 heads,
 vocabulary 4,096, float32) in every program, batch 1, a prompt of {N_PROMPT} tokens, greedy. All
 generate the same tokens. Microseconds per token of a whole run, prompt and allocation included:
-medians of {rounds} rounds, in which the programs take turns; behind ± the distance between the
-quartiles. The floor is the time of one token's matrix products, and of reading its keys and
-values, each by itself.
+medians of {rounds} rounds, in which the programs take turns, another one first in each; behind ±
+the distance between the quartiles. The floor is the time of one token's matrix products, and of
+reading its keys and values, each in one call of compiled code.
 
 {env["cpu"]}, torch {env["torch"]}, {peers}.
 """
