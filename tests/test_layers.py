@@ -6,7 +6,9 @@ import copy
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from kvtool.config import ACTIVATIONS, ModelConfig
 from kvtool.core import native
 from kvtool.core.kernels import DEFAULT, reference_attention
 from kvtool.core.layers import ACTIVATION, MLP, LayerNorm, Linear, RMSNorm
+from kvtool.ui.output import Output
 from small_models import SIZES, random_model
 
 FLOATS = [torch.float32, torch.float64]
@@ -288,6 +291,32 @@ def test_numba_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(native._loaded(), "product", fails)
     monkeypatch.setattr(native, "_kernels", native._kernels.__wrapped__)
     assert not native.serves(torch.randn(1, WIDTH))
+
+
+def test_who_waits_for_the_compiler_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native, "PATIENCE", 0.01)
+    monkeypatch.setattr(native._loaded(), "product", lambda *_: time.sleep(0.3))
+    for quiet in (False, True):
+        Output(quiet=quiet)
+        native._kernels.__wrapped__()
+        told = capsys.readouterr().err
+        assert told == "" if quiet else told.startswith("compiling native code, once")
+
+
+def test_functions_kept_on_disk_are_found_whatever_was_compiled_first(tmp_path: Path) -> None:
+    """numba's own list of what to load first lacks what a function got from disk itself."""
+    parts = "numpy.ones((1, 1), 'f'), numpy.ones((1, 1), 'f'), numpy.ones(1, 'f')"
+    calls = (
+        f"k.linear_by_threads({parts}, numpy.ones((1, 1), 'f'), 1)",
+        f"k.product({parts}, numpy.ones((1, 1), 'f'), 1, 1)",
+    )
+    for call in (*calls, calls[1]):
+        code = f"import numpy, kvtool.core.numba_kernels as k; {call}"
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+        assert ran.returncode == 0, ran.stderr
 
 
 @torch.no_grad()

@@ -9,9 +9,11 @@ a CPU, in float32 or float64, without gradients. All of them get the same bits.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Timer
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -28,6 +30,9 @@ FEW = 8  # rows; PyTorch is faster for many more
 LARGE = 2**17  # numbers that a layer or attention reads; to share fewer gains little
 PAYS = 500  # tokens to decode; loading takes 0.3 s, and a token gains 0.5 ms or more
 
+PATIENCE = 5.0  # seconds without a word
+LOG = logging.getLogger("kvtool")
+
 _allowed = True
 
 
@@ -35,13 +40,18 @@ _allowed = True
 def _kernels() -> ModuleType | None:
     """The compiled functions; None where numba does not work, beside a newer NumPy for example."""
     threads = torch.get_num_threads()
+    waiting = Timer(PATIENCE, LOG.info, ["compiling native code, once after an installation ..."])
+    waiting.daemon = True
+    waiting.start()
     try:
         kernels = importlib.import_module("kvtool.core.numba_kernels")
         one = np.ones((1, 1), np.float32)
         kernels.product(one, one, one[0], one.copy(), 1, LARGE)  # whether it compiles and loads
+        decoder_code().load(np.float32)
     except Exception:  # of numba, of LLVM, of a file that it kept: PyTorch does all without it
         return None
     finally:
+        waiting.cancel()
         torch.set_num_threads(threads)  # numba starts its own, and OpenMP takes that for PyTorch's
     return kernels
 

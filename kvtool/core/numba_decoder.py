@@ -14,6 +14,7 @@ import numpy as np
 from numba import carray
 
 from kvtool.core.numba_kernels import (
+    RELU,
     Array,
     activate,
     attend,
@@ -218,3 +219,14 @@ def decode(
         x = x[n_each - 1 :: n_each].copy()
     logits_of(models, x, logits, threads, large)
     return True
+
+
+def load(dtype: type[np.floating[Any]]) -> None:
+    """Compile all that decodes numbers of that type, or read it from disk."""
+    ones, none = np.ones(1, dtype), np.empty((2, 0), np.int64)
+    at = ones.ctypes.data
+    ends = (at, 0, 1, 0, 1.0), (at, 0, 1, 1)
+    model = np.array([(at, 0, 0, 0, *[1] * len(SIZES[:-1]), RELU, 1.0, *ends)], MODEL)
+    zero, seen = np.zeros(1, np.int64), np.empty((0, 2), np.int64)
+    logits = np.empty((1, 1), dtype)
+    decode(model, np.empty(0, BLOCK), zero, 0, zero, none, 1, none, 1, seen, logits, 1, 1)

@@ -5,6 +5,7 @@ Commands return data and hand it to `present`; nothing else prints.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -49,6 +50,7 @@ class Output:
         self.verbose = verbose
         self._out = Console(highlight=False, markup=False, emoji=False)
         self._err = Console(highlight=False, markup=False, emoji=False, stderr=True)
+        Notes.take(self)
 
     @property
     def interactive(self) -> bool:
@@ -139,3 +141,20 @@ def present(
     if peak := peak_memory():
         out.detail(f"peak memory: {peak / 2**20:,.0f} MiB")
     raise typer.Exit(report.exit_code)
+
+
+class Notes(logging.Handler):
+    """What the core says of its own accord, as notes of the Output that was made last."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self.output = output
+
+    @classmethod
+    def take(cls, output: Output) -> None:
+        logger = logging.getLogger("kvtool")
+        logger.handlers = [cls(output)]
+        logger.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.output.note(record.getMessage())
