@@ -179,7 +179,7 @@ def test_one_query_of_few_rows_attends_rightly(
     }[mask]
     seen = seen if seen is None else seen.expand(2, 1, 1, 29)
     y = DEFAULT.attention(q, k, v, seen, False)
-    assert "attend" in served
+    assert ("attend_columns" if mask == "some" else "attend") in served
     exact = 1e-14 if dtype is torch.float64 else 1e-6
     expected = reference_attention(q, k, v, seen, False)
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=exact)

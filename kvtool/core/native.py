@@ -228,28 +228,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     """`Kernels.attention`, each query by itself over the keys that it sees, in their order."""
     batch, _, n_queries, _ = q.shape
     queries, n_keys = array(q.transpose(1, 2)), k.shape[2]  # (B,T,H,D)
-    y = np.empty_like(queries)
+    y, read = np.empty_like(queries), (Stored.of(k), Stored.of(v))
     if mask is None:
         spans = np.zeros((batch, n_queries, 2), np.int64)
         spans[:, :, 1] = np.arange(1, n_queries + 1) if causal else n_keys
-        _attend(queries, (k, v), spans, y)
+        _attend(queries, read, spans, y)
     else:
-        seen = mask[:, 0].expand(batch, n_queries, n_keys).numpy()
-        _attend_seen(queries, (k, v), seen, y)
+        _attend_seen(queries, read, mask[:, 0].expand(batch, n_queries, n_keys).numpy(), y)
     return torch.from_numpy(y).transpose(1, 2)
 
 
-def _attend_seen(q: Array, read: tuple[Tensor, Tensor], seen: Array, y: Array) -> None:
-    """`_attend` for what is True in seen (B,T,S)"""
+def _attend_seen(q: Array, read: tuple[Stored, Stored], seen: Array, y: Array) -> None:
+    """`_attend` over the columns that are True in seen (B,T,S)."""
     spans = spans_of(seen)
     if spans is not None:
         _attend(q, read, spans, y)
         return
-    for row, i in np.ndindex(*seen.shape[:2]):  # copies, or the columns would not be side by side
-        columns = torch.from_numpy(seen[row, i].nonzero()[0])
-        k, v = (x[row : row + 1].index_select(2, columns) for x in read)
-        span = np.array([[[0, len(columns)]]])
-        _attend(q[row, None, i, None], (k, v), span, y[row, None, i, None])
+    k, v = read
+    for row, i in np.ndindex(*seen.shape[:2]):
+        columns = seen[row, i].nonzero()[0]
+        _loaded().attend_columns(
+            q[row, i], row, k.tensor.shape[1], k.place, v.place, columns, y[row, i]
+        )
 
 
 def spans_of(seen: Array) -> Array | None:
@@ -263,13 +263,13 @@ def spans_of(seen: Array) -> Array | None:
     return np.stack([first, first + n], axis=-1)
 
 
-def _attend(q: Array, read: tuple[Tensor, Tensor], spans: Array, y: Array) -> None:
-    """Queries (B,T,H,D) over keys and values (B,G,S,D), each from spans[...,0] to spans[...,1] of
-    their columns -> y (B,T,H,D)"""
-    k, v = map(Stored.of, read)
+def _attend(q: Array, read: tuple[Stored, Stored], spans: Array, y: Array) -> None:
+    """Queries (B,T,H,D) over keys and values, each from spans[...,0] to spans[...,1] of their
+    columns -> y (B,T,H,D)"""
+    k, v = read
     batch, n_queries, n_heads, width = q.shape
     flat = batch * n_queries, n_heads, width
-    n_groups = read[0].shape[1]
+    n_groups = k.tensor.shape[1]
     threads = threads_for(2 * n_groups * width * int((spans[..., 1] - spans[..., 0]).sum()))
     _loaded().attend(
         q.reshape(flat), n_queries, n_groups, k.place, v.place, spans.reshape(-1, 2),

@@ -337,6 +337,27 @@ def attend(
         attend_part(q, 0, n * q.shape[1], n_each, n_groups, k, v, spans, y)
 
 
+@compiled()
+def attend_columns(
+    q: Array, row: int, n_groups: int, k: Place, v: Place, columns: Array, y: Array
+) -> None:
+    """`attend` for one query of a row, q (H,D), over the columns (n,) that are listed: copied, so
+    that they are side by side."""
+    n, (n_heads, width) = columns.shape[0], q.shape
+    keys, values = np.empty((n, width), q.dtype), np.empty((n, width), q.dtype)
+    for group in range(n_groups):
+        of_keys = k[0] + row * k[1] + group * k[2] * width * q.itemsize
+        of_values = v[0] + row * v[1] + group * v[2] * width * q.itemsize
+        for i in range(n):
+            behind = columns[i] * width * q.itemsize
+            key, value = vector(of_keys + behind, width, q), vector(of_values + behind, width, q)
+            for j in range(width):
+                keys[i, j] = key[j]
+                values[i, j] = value[j]
+        for h in range(group * n_heads // n_groups, (group + 1) * n_heads // n_groups):
+            attend_head(q[h], keys, values, y[h])
+
+
 def use_threads(n: int) -> int:
     """Let numba use `n` threads, or as many as it has -> how many these are."""
     n = min(n, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
