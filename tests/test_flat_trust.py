@@ -14,7 +14,7 @@ from kvtool.core.cache import Cache, CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.engine import feed, generate
-from kvtool.core.kernels import DEFAULT, DefaultKernels
+from kvtool.core.kernels import DEFAULT, DefaultKernels, make_kernels
 from kvtool.core.layers import Linear
 from kvtool.core.models import Model
 from kvtool.core.models.flat import decoding_form
@@ -264,8 +264,6 @@ def test_a_token_that_the_caller_writes_to_changes_none_after_it() -> None:
 
 
 def test_a_long_exact_prompt_goes_in_several_calls_to_the_same_bits() -> None:
-    from kvtool.core.kernels import make_kernels
-
     model = random_model(0, context=2 * AT_ONCE)
     spec = CacheSpec.of(model.config, 1, 2 * AT_ONCE, kernels=make_kernels("exact"))
     ids = torch.arange(AT_ONCE + 9)[None] % model.config.vocab_size

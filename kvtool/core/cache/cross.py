@@ -70,7 +70,7 @@ class CrossCache:
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         storages = (t.untyped_storage() for pair in self.layers for t in pair)
-        # Keys and values are halves of one projection, and share its memory.
+        # Where gradients are wanted they are halves of one projection, and share its memory.
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

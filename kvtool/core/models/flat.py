@@ -71,8 +71,7 @@ class DecodingForm:
         self._flat: FlatDecoder | None = None
         self._native: NativeDecoder | None = None
         self._usual = True  # whether its layers are as configured, as far as is known
-        self._stored: tuple[object, ...] = ()  # what a cache of it stores
-        self._spec: CacheSpec | None = None  # the last that did
+        self._spec: CacheSpec | None = None  # the last that `at_once` could serve
 
     def __call__(
         self, tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None, last: bool
@@ -85,10 +84,11 @@ class DecodingForm:
             self._flat = self._flat or FlatDecoder(self.decoder)
             return self._flat(tokens, step, cache, source)
         place = NO_SOURCE if source is None else source.in_place(cache.spec, len(tokens))
-        fits = self._stores(cache.spec) and tokens.dtype in IDS
-        if self._native is None or place is None or not fits:
+        form = self._native
+        fits = form is not None and form.stores_in(cache.spec) and tokens.dtype in IDS
+        if form is None or place is None or not fits:
             return self.model(tokens, step, cache, source, last)
-        return self._native.by_layers(tokens, step, cache, place)
+        return form.by_layers(tokens, step, cache, place)
 
     def at_once(
         self, new: Array | Tensor, cache: Cache, source: CrossCache | None, last: bool
@@ -101,8 +101,11 @@ class DecodingForm:
             return None
         if not (self._few(new, cache.spec.kernels) and self._reads_weights()):
             return None
+        form = self._native
+        if form is None:
+            return None
         if cache.spec is not self._spec:  # else asked before
-            if not _are_usual(cache.spec.kernels) or not self._stores(cache.spec):
+            if not _are_usual(cache.spec.kernels) or not form.stores_in(cache.spec):
                 return None
             self._spec = cache.spec
         if isinstance(new, Tensor):
@@ -111,9 +114,9 @@ class DecodingForm:
             new = new.numpy()
         source_place = NO_SOURCE if source is None else source.in_place(cache.spec, batch)
         place = None if source_place is None else cache.in_place(n)
-        if self._native is None or place is None or source_place is None:
+        if place is None or source_place is None:
             return None
-        logits = self._native.at_once(new, place, source_place, last)
+        logits = form.at_once(new, place, source_place, last)
         cache.commit(n)
         return logits
 
@@ -129,20 +132,13 @@ class DecodingForm:
         layers than the configuration says, which are left to modules."""
         if self._native is not None:
             return True
-        weight = self.decoder.head.weight
         with torch.no_grad():  # who calls wants none, and weights that need gradients are readable
-            if not native.can_read(weight):
+            if not native.can_read(self.decoder.head.weight):
                 return False
             if self._usual:
-                self._native, c = NativeDecoder.of(self.decoder), self.decoder.config
+                self._native = NativeDecoder.of(self.decoder)
                 self._usual = self._native is not None
-                self._stored = c.n_layers, c.n_kv_heads, c.head_dim, weight.dtype, weight.device
         return True
-
-    def _stores(self, spec: CacheSpec) -> bool:
-        """Whether a cache stores what the model computes."""
-        stored = spec.n_layers, spec.n_kv_heads, spec.head_dim, spec.dtype, spec.device
-        return stored == self._stored
 
 
 def _are_usual(kernels: Kernels) -> bool:

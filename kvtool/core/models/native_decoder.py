@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
 from kvtool.core import native
-from kvtool.core.cache import Cache, Step
+from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.base import InPlace
 from kvtool.core.cache.cross import InPlaceSource
 from kvtool.core.layers import LayerNorm, Linear, RMSNorm
@@ -65,10 +65,17 @@ class NativeDecoder:
         ends = norm_record(decoder.norm), linear_record(head)
         self.model = np.array([(*map(_address, tables), *found, *ends)], self.code.MODEL)
         self.dtype = native.array(head.weight).dtype
+        device = head.weight.device
+        self.stored = c.n_layers, c.n_kv_heads, c.head_dim, head.weight.dtype, device
         self.n_logits = len(head.weight)
         self.token_size = 2 * c.n_kv_heads * c.head_dim  # keys and values of a layer
         layers = [self.blocks[name] for name in self.code.LINEARS] + [self.model["head"]]
         self.largest = max(int((layer["n_out"] * layer["n_in"]).max()) for layer in layers)
+
+    def stores_in(self, spec: CacheSpec) -> bool:
+        """Whether a cache with that spec holds what the model computes."""
+        sizes = spec.n_layers, spec.n_kv_heads, spec.head_dim
+        return self.stored == (*sizes, spec.dtype, spec.device)
 
     def at_once(self, tokens: Array, place: InPlace, source: InPlaceSource, last: bool) -> Array:
         """The step of tokens (B,T), which are stored -> logits (B,T,V), or (B,1,V) of the last
