@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from threading import Timer
@@ -29,6 +29,9 @@ ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row by itself
 FEW = 8  # rows; PyTorch is faster for many more
 LARGE = 2**17  # numbers that a layer or attention reads; to share fewer gains little
 PAYS = 500  # tokens to decode; loading takes 0.3 s, and a token gains 0.5 ms or more
+
+COMPUTED = torch.float32, torch.float64  # all that native code does
+ATTENDED = *COMPUTED, torch.bfloat16  # keys and values, of which queries have the type
 
 PATIENCE = 5.0  # seconds without a word
 LOG = logging.getLogger("kvtool")
@@ -73,15 +76,20 @@ def serves(x: Tensor, *parameters: Tensor | None) -> bool:
     return x.numel() <= FEW * x.shape[-1] and can_read(x, *parameters)
 
 
-def can_read(first: Tensor, *others: Tensor | None) -> bool:
+def can_read(
+    first: Tensor, *others: Tensor | None, dtypes: Sequence[torch.dtype] = COMPUTED
+) -> bool:
     """Whether native code is there, and `numpy_can_read` these tensors."""
-    return _allowed and numpy_can_read(first, *others) and _kernels() is not None
+    return _allowed and numpy_can_read(first, *others, dtypes=dtypes) and _kernels() is not None
 
 
-def numpy_can_read(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether arrays can stand for these tensors, and may: what is done to arrays is missed by
-    gradients, by a compiler, and by a mode that watches or replaces what PyTorch does."""
-    if first.dtype not in (torch.float32, torch.float64):
+def numpy_can_read(
+    first: Tensor, *others: Tensor | None, dtypes: Sequence[torch.dtype] = COMPUTED
+) -> bool:
+    """Whether arrays can stand for these tensors, which are of one of `dtypes`, and may: what is
+    done to arrays is missed by gradients, by a compiler, and by a mode that watches or replaces
+    what PyTorch does."""
+    if first.dtype not in dtypes:
         return False
     graded = torch.is_grad_enabled()
     for x in (first, *others):
@@ -120,7 +128,8 @@ def can_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     masked = mask is None or (
         mask.dtype is torch.bool and (mask.shape[1], mask.shape[3]) == (1, k.shape[2])
     )
-    return sizes and masked and bool(q.numel() and k.numel()) and can_read(q, k, v)
+    there = bool(q.numel() and k.numel())
+    return sizes and masked and there and can_read(q, k, v, dtypes=ATTENDED)
 
 
 def array(tensor: Tensor) -> Array:
@@ -225,9 +234,11 @@ def threads_for(n_read: int) -> int:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """`Kernels.attention`, each query by itself over the keys that it sees, in their order."""
+    """`Kernels.attention`, each query by itself over the keys that it sees, in their order; in
+    bfloat16 all is computed in float32."""
     batch, _, n_queries, _ = q.shape
-    queries, n_keys = array(q.transpose(1, 2)), k.shape[2]  # (B,T,H,D)
+    computed = torch.promote_types(q.dtype, torch.float32)
+    queries, n_keys = array(q.transpose(1, 2).to(computed)), k.shape[2]  # (B,T,H,D)
     y, read = np.empty_like(queries), (Stored.of(k), Stored.of(v))
     if mask is None:
         spans = np.zeros((batch, n_queries, 2), np.int64)
@@ -235,7 +246,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
         _attend(queries, read, spans, y)
     else:
         _attend_seen(queries, read, mask[:, 0].expand(batch, n_queries, n_keys).numpy(), y)
-    return torch.from_numpy(y).transpose(1, 2)
+    return torch.from_numpy(y).transpose(1, 2).to(q.dtype)
 
 
 def _attend_seen(q: Array, read: tuple[Stored, Stored], seen: Array, y: Array) -> None:
@@ -281,7 +292,8 @@ class Stored(NamedTuple):
     """Where the memory of keys or values (B,G,S,D) is, which the tensor keeps."""
 
     tensor: Tensor
-    place: tuple[int, int, int]  # its address, the bytes of a row, the columns of a head
+    # Its address, the bytes of a row, the columns of a head, and an array of its type.
+    place: tuple[int, int, int, Array]
 
     @classmethod
     def of(cls, x: Tensor) -> Stored:
@@ -289,7 +301,8 @@ class Stored(NamedTuple):
         n, width = x.shape[2:]
         if x.stride()[2:] != (width, 1) or x.stride(1) % width or x.stride(1) < n * width:
             x = x.contiguous()
-        return cls(x, (x.data_ptr(), x.stride(0) * x.itemsize, x.stride(1) // width))
+        like = np.empty(0, np.uint16) if x.dtype is torch.bfloat16 else array(x.new_empty(0))
+        return cls(x, (x.data_ptr(), x.stride(0) * x.itemsize, x.stride(1) // width, like))
 
 
 def number_of(activation: str) -> int:

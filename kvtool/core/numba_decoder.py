@@ -139,7 +139,7 @@ def read_source(
     spans, y = np.empty((n, 2), np.int64), np.empty_like(q)
     for i in range(n):
         spans[i] = seen[i // n_each]
-    keys, values = (k, row_bytes, columns), (v, row_bytes, columns)
+    keys, values = (k, row_bytes, columns, x[0]), (v, row_bytes, columns, x[0])
     attend(q, n_each, n_groups, keys, values, spans, y, threads, large)
     add_through(block.cross_out, y.reshape(n, -1), x, threads, large)
 
@@ -212,7 +212,7 @@ def decode(
             if blocks[layer].window:
                 first = max(first, slot + 1 - blocks[layer].window)
             spans[i, 0], spans[i, 1] = first, slot + 1
-        k_at, v_at = (k, row_bytes, columns), (v, row_bytes, columns)
+        k_at, v_at = (k, row_bytes, columns, x[0]), (v, row_bytes, columns, x[0])
         attend(q, n_each, n_groups, k_at, v_at, spans, y, threads, large)
         after_attention(models, blocks, layer, y, x, source, source_columns, seen, threads, large)
     if logits.shape[0] < n:

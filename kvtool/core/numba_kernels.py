@@ -2,8 +2,8 @@
 
 Every function treats each row by itself, in an order that its width alone decides. So a token gets
 the same bits alone, among others, cached or not, in any memory and with any number of threads.
-All arrays are dense, of one type, float32 or float64. A bias or shift of no elements is none: one
-form of each function to compile, and not two.
+All arrays are dense, of one type, float32 or float64; keys and values may be bfloat16 besides, as
+uint16. A bias or shift of no elements is none: one form of each function to compile, and not two.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Place = tuple[int, int, int]  # of keys or values: an address, a row's bytes, a head's columns
+# Of keys or values: an address, a row's bytes, a head's columns, and an array of their type.
+Place = tuple[int, int, int, Array]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Compiled into the functions.
@@ -63,6 +65,34 @@ def compiled(parallel: bool = False, fast: bool = True) -> Callable[[Function], 
             return numba.njit(**options)(function)
 
     return decorate
+
+
+def typed_pointer(typing: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to numbers of the type of `like`, for carray."""
+    kind = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(address, like), generate
+
+
+pointer: Any = intrinsic(typed_pointer)
+
+
+def typed_number(typing: Any, x: Any) -> Any:
+    """A number as it is computed with: a bfloat16 is the upper half of a float32."""
+    if isinstance(x, types.Float):
+        return x(x), lambda context, builder, signature, args: args[0]
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.zext(args[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
+
+    return types.float32(x), generate
+
+
+number: Any = intrinsic(typed_number)
 
 
 @compiled()
@@ -194,14 +224,14 @@ def add_values(w: Array, v: Array, y: Array) -> None:
     whole = w.shape[0] // 8 * 8
     for i in range(0, whole, 8):  # together, or each would wait for y of the one before
         for j in range(y.shape[0]):
-            first = w[i] * v[i, j] + w[i + 1] * v[i + 1, j]
-            second = w[i + 2] * v[i + 2, j] + w[i + 3] * v[i + 3, j]
-            third = w[i + 4] * v[i + 4, j] + w[i + 5] * v[i + 5, j]
-            fourth = w[i + 6] * v[i + 6, j] + w[i + 7] * v[i + 7, j]
+            first = w[i] * number(v[i, j]) + w[i + 1] * number(v[i + 1, j])
+            second = w[i + 2] * number(v[i + 2, j]) + w[i + 3] * number(v[i + 3, j])
+            third = w[i + 4] * number(v[i + 4, j]) + w[i + 5] * number(v[i + 5, j])
+            fourth = w[i + 6] * number(v[i + 6, j]) + w[i + 7] * number(v[i + 7, j])
             y[j] += (first + second) + (third + fourth)
     for i in range(whole, w.shape[0]):
         for j in range(y.shape[0]):
-            y[j] += w[i] * v[i, j]
+            y[j] += w[i] * number(v[i, j])
 
 
 @compiled()
@@ -247,7 +277,7 @@ def attend_head(query: Array, keys: Array, values: Array, result: Array) -> None
     for i in range(n_keys):
         score = query.dtype.type(0)
         for j in range(width):
-            score += query[j] * keys[i, j]
+            score += query[j] * number(keys[i, j])
         scores[i] = score * scale
     for i in range(n_keys):
         largest = scores[i] if scores[i] > largest else largest
@@ -262,19 +292,6 @@ def attend_head(query: Array, keys: Array, values: Array, result: Array) -> None
         result[j] /= total
 
 
-def typed_pointer(typing: Any, address: Any, like: Any) -> Any:
-    """An address as a pointer to numbers of the type of `like`, for carray."""
-    kind = types.CPointer(like.dtype)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
-
-    return kind(address, like), generate
-
-
-pointer: Any = intrinsic(typed_pointer)
-
-
 @compiled()
 def vector(address: int, n: int, like: Array) -> Array:
     """The n numbers at an address."""
@@ -282,10 +299,9 @@ def vector(address: int, n: int, like: Array) -> Array:
 
 
 @compiled()
-def seen_of(stored: Place, row: int, group: int, first: int, last: int, like: Array) -> Array:
-    """Columns `first` to `last` of a row's and a head's keys or values, with queries `like`."""
-    address, row_bytes, columns = stored
-    width = like.shape[-1]
+def seen_of(stored: Place, row: int, group: int, first: int, last: int, width: int) -> Array:
+    """Columns `first` to `last` of a row's and a head's keys or values (columns,width)."""
+    address, row_bytes, columns, like = stored
     at = address + row * row_bytes + (group * columns + first) * width * like.itemsize
     return carray(pointer(at, like), (last - first, width))
 
@@ -300,8 +316,8 @@ def attend_part(
     for number in range(begin, end):
         i, h = number // n_heads, number % n_heads
         group, first, last = h * n_groups // n_heads, spans[i, 0], spans[i, 1]
-        keys = seen_of(k, i // n_each, group, first, last, q)
-        values = seen_of(v, i // n_each, group, first, last, q)
+        keys = seen_of(k, i // n_each, group, first, last, q.shape[2])
+        values = seen_of(v, i // n_each, group, first, last, q.shape[2])
         attend_head(q[i, h], keys, values, y[i, h])
 
 
@@ -344,16 +360,14 @@ def attend_columns(
     """`attend` for one query of a row, q (H,D), over the columns (n,) that are listed: copied, so
     that they are side by side."""
     n, (n_heads, width) = columns.shape[0], q.shape
-    keys, values = np.empty((n, width), q.dtype), np.empty((n, width), q.dtype)
+    keys, values = np.empty((n, width), k[3].dtype), np.empty((n, width), v[3].dtype)
     for group in range(n_groups):
-        of_keys = k[0] + row * k[1] + group * k[2] * width * q.itemsize
-        of_values = v[0] + row * v[1] + group * v[2] * width * q.itemsize
         for i in range(n):
-            behind = columns[i] * width * q.itemsize
-            key, value = vector(of_keys + behind, width, q), vector(of_values + behind, width, q)
+            key = seen_of(k, row, group, columns[i], columns[i] + 1, width)
+            value = seen_of(v, row, group, columns[i], columns[i] + 1, width)
             for j in range(width):
-                keys[i, j] = key[j]
-                values[i, j] = value[j]
+                keys[i, j] = key[0, j]
+                values[i, j] = value[0, j]
         for h in range(group * n_heads // n_groups, (group + 1) * n_heads // n_groups):
             attend_head(q[h], keys, values, y[h])
 
