@@ -202,6 +202,6 @@ def test_keys_in_bfloat16_are_attended_without_copies_of_them(
     mask = None if seen is None else seen.expand(2, 1, n_queries, 700)
     widened = DEFAULT.attention(q.float(), k.float(), v.float(), mask, False)
     monkeypatch.setattr(DEFAULT, "_one_query", None)  # which copies
-    monkeypatch.setattr(native, "threads_for", lambda n: native._loaded().use_threads(2))
+    monkeypatch.setattr(native, "threads_for", lambda n: native._loaded().MOST_THREADS)
     found = DEFAULT.attention(q, k, v, mask, False)
     assert found.dtype is torch.bfloat16 and found.equal(widened.bfloat16())

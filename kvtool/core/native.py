@@ -228,9 +228,9 @@ def activation(name: str) -> ArrayLayer:
 
 def threads_for(n_read: int) -> int:
     """How many threads share work that reads so many numbers: as many as PyTorch has, if these are
-    many."""
+    many and compiled code has so many."""
     n = torch.get_num_threads() if n_read >= LARGE else 1
-    return n if n == 1 else _loaded().use_threads(n)
+    return n if n == 1 else min(n, _loaded().MOST_THREADS)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

@@ -38,6 +38,10 @@ ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "swiglu": SWI
 # What is kept on disk refers to functions of numba's threads; and numba forgets to load these first
 # where the functions that it was made of came from disk themselves.
 numba.get_num_threads()
+MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+# How many of them share the loops that follow, at most those. numba's own function for it takes as
+# long as a small layer.
+use_threads: Any = types.ExternalFunction("set_num_threads", types.void(types.intc))
 
 # Sums may be taken in several parts, or nothing could be vectorised; NaN and infinity stay.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -112,6 +116,7 @@ def linear(x: Array, weight: Array, bias: Array, y: Array, first: int, last: int
 @compiled(parallel=True)
 def linear_by_threads(x: Array, weight: Array, bias: Array, y: Array, parts: int) -> None:
     """`linear`, each of `parts` threads with its own columns."""
+    use_threads(parts)
     for part in numba.prange(parts):
         width = weight.shape[0]
         linear(x, weight, bias, y, width * part // parts, width * (part + 1) // parts)
@@ -326,6 +331,7 @@ def attend_by_threads(
     q: Array, parts: int, n_each: int, n_groups: int, k: Place, v: Place, spans: Array, y: Array
 ) -> None:
     """`attend`, each of `parts` threads with its own heads."""
+    use_threads(parts)
     for part in numba.prange(parts):
         n = q.shape[0] * q.shape[1]
         begin, end = n * part // parts, n * (part + 1) // parts
@@ -370,10 +376,3 @@ def attend_columns(
                 values[i, j] = value[0, j]
         for h in range(group * n_heads // n_groups, (group + 1) * n_heads // n_groups):
             attend_head(q[h], keys, values, y[h])
-
-
-def use_threads(n: int) -> int:
-    """Let numba use `n` threads, or as many as it has -> how many these are."""
-    n = min(n, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    numba.set_num_threads(n)
-    return n

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
@@ -155,6 +155,17 @@ class InPlace(NamedTuple):
     columns: int
 
 
+def laid_open(
+    keys: Sequence[Tensor], values: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
+) -> Array | None:
+    """The addresses (2,layers) of keys and values, for code that reads memory by itself; None
+    unless all are dense, on the CPU, and of that shape and type."""
+    for x in (*keys, *values):
+        if x.shape != shape or x.dtype is not dtype or not x.is_cpu or not x.is_contiguous():
+            return None
+    return np.array([[x.data_ptr() for x in each] for each in (keys, values)])
+
+
 class Bytes(NamedTuple):
     """Memory of a cache, in bytes."""
 
@@ -184,7 +195,7 @@ class Cache(ABC):
     sinks: int = 0  # and how many of the first ones, always
     page: int = 0  # tokens of a page; 0: columns are not in pages
     as_written: ClassVar[tuple[Any, ...]]  # the WAYS of a kind that has `in_place`
-    _opened: tuple[Any, ...] = ()  # what `in_place` found: a shape, pointers, their addresses
+    _opened: tuple[Any, Array] | None = None  # what `in_place` found, and the addresses
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
         """An empty cache; left_padding (B,) counts the padding tokens at the start of each row."""
@@ -266,16 +277,15 @@ class Cache(ABC):
         padded = self.left_padding
         if padded is not None and (padded.shape, padded.dtype) != ((self.batch,), torch.long):
             return None
-        shape, pointers = keys[0].shape, [x.data_ptr() for x in (*keys, *values)]
-        if (shape, pointers) != self._opened[:2]:  # else they are those of the last time
-            dtype = self.spec.dtype
-            for x in (*keys, *values):
-                if x.shape != shape or x.dtype is not dtype or not x.is_contiguous():
-                    return None
-            self._opened = shape, pointers, np.array(pointers).reshape(2, -1)
+        found = keys[0].shape, [x.data_ptr() for x in (*keys, *values)]
+        if self._opened is None or found != self._opened[0]:
+            addresses = laid_open(keys, values, found[0], self.spec.dtype)
+            if addresses is None:
+                return None
+            self._opened = found, addresses
         self._begun = n_new
+        addresses = self._opened[1] + offset if offset else self._opened[1]
         padding = np.zeros(self.batch, np.int64) if padded is None else padded.numpy()
-        addresses = self._opened[2] + offset if offset else self._opened[2]
         return InPlace(start, padding, addresses, columns)
 
     def commit(self, n_new: int) -> None:

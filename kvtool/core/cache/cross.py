@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvtool.core import native
-from kvtool.core.cache.base import CacheSpec
+from kvtool.core.cache.base import CacheSpec, laid_open
 from kvtool.core.kernels import Kernels
 from kvtool.core.native import Array
 
@@ -52,14 +51,11 @@ class CrossCache:
         if mask.dtype is not torch.bool or len(mask) != batch or not mask.is_cpu:
             return None
         shape = batch, spec.n_kv_heads, mask.shape[1], spec.head_dim
-        for x in (x for pair in pairs for x in pair):
-            alike = x.shape == shape and x.dtype is spec.dtype and x.is_cpu
-            if not alike or not x.is_contiguous():
-                return None
+        keys, values = zip(*pairs, strict=True)
+        addresses = laid_open(keys, values, shape, spec.dtype)
         seen = native.spans_of(mask.numpy())
-        if seen is None:
+        if addresses is None or seen is None:
             return None
-        addresses = np.array([[x.data_ptr() for x in each] for each in zip(*pairs, strict=True)])
         return InPlaceSource(addresses, mask.shape[1], seen)
 
     def select(self, rows: Tensor) -> CrossCache:

@@ -81,12 +81,14 @@ class NativeDecoder:
         """The step of tokens (B,T), which are stored -> logits (B,T,V), or (B,1,V) of the last
         token alone. Raises IndexError for a token or position that does not exist."""
         batch, n = tokens.shape
+        if batch * n <= AT_ONCE:
+            return self._part(tokens, 0, place, source, last)
         width = max(AT_ONCE // batch, 1)
         parts = [
             self._part(tokens[:, first : first + width], first, place, source, last)
             for first in range(0, n, width)
         ]
-        return parts[-1] if last or len(parts) == 1 else np.concatenate(parts, axis=1)
+        return parts[-1] if last else np.concatenate(parts, axis=1)
 
     def _part(
         self, tokens: Array, first: int, place: InPlace, source: InPlaceSource, last: bool
@@ -96,14 +98,14 @@ class NativeDecoder:
         start, padding, addresses, columns = place
         start += first
         ids = np.ascontiguousarray(tokens, np.int64).reshape(-1)
-        logits = np.empty((batch, 1 if last else n, self.n_logits), self.dtype)
+        logits = np.empty((batch if last else batch * n, self.n_logits), self.dtype)
         known = self.code.decode(
-            self.model, self.blocks, ids, start, padding, addresses, columns, *source,
-            logits.reshape(-1, self.n_logits), *self._threads(batch * (start + n), source),
+            self.model, self.blocks, ids, start, padding, addresses, columns, *source, logits,
+            *self._threads(batch * (start + n), source),
         )  # fmt: skip
         if not known:
             self._refuse(ids)
-        return logits
+        return logits.reshape(batch, -1, self.n_logits)
 
     def by_layers(self, tokens: Tensor, step: Step, cache: Cache, source: InPlaceSource) -> Tensor:
         """The step of single tokens (B,1) -> logits (B,1,V), where a cache stores and attends in
