@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvtool import registry
 from kvtool.core import native
-from kvtool.core.cache import Cache, CacheSpec, make_cache
+from kvtool.core.cache import Cache, CacheSpec, cache_class, make_cache
 from kvtool.core.cache.dynamic import GRAIN, DynamicCache
 from kvtool.core.cache.paged import PagedCache
+from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.engine import begin, feed, generate
 from kvtool.core.kernels import DEFAULT, make_kernels
@@ -56,7 +57,8 @@ def decoded(model: Model, decode: Any, kernels: str, kind: str, batch: int) -> T
     ids = tokens(model, batch)
     spec = CacheSpec.of(model.config, batch, N, kernels=make_kernels(kernels))
     _, source = begin(model, ids[:, :4] % 9, spec.kernels)
-    cache = make_cache(kind, spec, torch.arange(batch) if batch > 1 else None)
+    padding = torch.arange(batch) if batch > 1 else None
+    cache = cache_class(kind)(spec, padding, **cache_class(kind).small)
     ends = range(PROMPT, N + 1)
     return torch.cat([feed(decode, cache, ids[:, :end], source) for end in ends], dim=1)
 
@@ -68,7 +70,7 @@ def test_its_logits_are_those_of_the_modules(shape: str, kernels: str, batch: in
     model = random_model(0, **SHAPES[shape])
     decode = decoding_form(model)
     assert decode is not model
-    for kind in ("dynamic", "static", "paged"):
+    for kind in registry.CACHES:
         by_modules = decoded(model, model, kernels, kind, batch)
         assert decoded(model, decode, kernels, kind, batch).equal(by_modules)
 
@@ -95,12 +97,40 @@ def test_few_tokens_take_one_call_of_native_code_and_other_caches_one_a_layer_or
     for kind, expected in (
         ("static", ["decode"]),
         ("paged", ["decode"]),
+        ("sliding", ["decode"]),
         ("int8", ["before_attention"] * 2),
     ):
         called.clear()
         cache = make_cache(kind, CacheSpec.of(model.config, 1, N))
         feed(decoding_form(model), cache, tokens(model, 1)[:, :1])
         assert called == expected
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("slack", [0, 3])
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (3, 2), (9, 4), (20, 3), (21, 11), (60, 2)])
+def test_a_window_and_sinks_are_read_in_place_through_evictions_and_crops(
+    monkeypatch: pytest.MonkeyPatch, window: int, sinks: int, slack: int, batch: int
+) -> None:
+    """Sinks among the others, beside them or apart; rows that begin behind padding; steps that
+    leave fewer than eight in each part."""
+    model, code, called = random_model(0, positions="rotary"), native.decoder_code(), []
+    real = code.decode
+    monkeypatch.setattr(code, "decode", lambda *a: called.append(len(a[2])) or real(*a))
+    ids = torch.randint(model.config.vocab_size, (batch, 70))
+    padding = torch.tensor([0, 2, 13])[:batch]
+    spec = CacheSpec.of(model.config, batch, 70, kernels=make_kernels("exact"))
+    own, other = (SlidingCache(spec, padding, window, sinks, slack) for _ in range(2))
+    decode, end = decoding_form(model), 0
+    for n in (1, 7, 1, 1, 6, 1, 1, 1, -3, 1, 1, 1, 1, 1, 1, 1, 20, 1, 1, 1, -2, 1, 1, 1, 1, 2, 1):
+        end += n if n > 0 else max(n, -slack)
+        if n < 0:
+            own.crop(end)
+            other.crop(end)
+        else:
+            by_form = feed(decode, own, ids[:, :end])
+            assert by_form.equal(feed(model, other, ids[:, :end])), end
+    assert called.count(batch) > 8
 
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache, partial(PagedCache, page=4, rows=2)])

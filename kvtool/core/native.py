@@ -281,10 +281,12 @@ def _attend(q: Array, read: tuple[Stored, Stored], spans: Array, y: Array) -> No
     batch, n_queries, n_heads, width = q.shape
     flat = batch * n_queries, n_heads, width
     n_groups = k.tensor.shape[1]
+    with_sinks = np.zeros((batch * n_queries, 4), np.int64)  # none
+    with_sinks[:, :2] = spans.reshape(-1, 2)
     threads = threads_for(2 * n_groups * width * int((spans[..., 1] - spans[..., 0]).sum()))
     _loaded().attend(
-        q.reshape(flat), n_queries, n_groups, k.place, v.place, spans.reshape(-1, 2),
-        y.reshape(flat), threads, LARGE,
+        q.reshape(flat), n_queries, n_groups, k.place, v.place, with_sinks, y.reshape(flat),
+        threads, LARGE,
     )  # fmt: skip
 
 

@@ -136,9 +136,9 @@ def read_source(
     normed(block.norm_cross, x, normal)
     through(block.cross_q, normal, q.reshape(n, -1), threads, large)
     n_each, row_bytes = n // seen.shape[0], n_groups * columns * width * x.itemsize
-    spans, y = np.empty((n, 2), np.int64), np.empty_like(q)
+    spans, y = np.zeros((n, 4), np.int64), np.empty_like(q)
     for i in range(n):
-        spans[i] = seen[i // n_each]
+        spans[i, :2] = seen[i // n_each]
     keys, values = (k, row_bytes, columns, x[0]), (v, row_bytes, columns, x[0])
     attend(q, n_each, n_groups, keys, values, spans, y, threads, large)
     add_through(block.cross_out, y.reshape(n, -1), x, threads, large)
@@ -174,9 +174,29 @@ def logits_of(models: Array, x: Array, logits: Array, threads: int, large: int) 
 
 
 @compiled()
+def spans_of_step(pos: Array, n_each: int, slot: int, window: int, sinks: Array) -> Array:
+    """Which columns each token at positions pos (n,) sees, as in `attend`: a row's first is stored
+    in column `slot`. From its position 0 on, or as many as the window (0: all), its own included;
+    and always the row's sinks (B,2), the columns from one to another."""
+    spans = np.zeros((pos.shape[0], 4), np.int64)
+    for i in range(pos.shape[0]):
+        row, last = i // n_each, slot + i % n_each + 1
+        n_seen = max(pos[i] + 1, 1)  # padding sees itself
+        n_seen = min(n_seen, window) if window else n_seen
+        first, begin, end = last - n_seen, sinks[row, 0], min(sinks[row, 1], last)
+        if pos[i] >= 0 and begin < end:
+            if end < first:
+                spans[i, 2], spans[i, 3] = begin, end
+            else:
+                first = begin
+        spans[i, 0], spans[i, 1] = first, last
+    return spans
+
+
+@compiled()
 def decode(
     models: Array, blocks: Array, tokens: Array,
-    start: int, padding: Array, stored: Array, columns: int,
+    start: int, padding: Array, stored: Array, columns: int, slot: int, window: int, sinks: Array,
     source: Array, source_columns: int, seen: Array,
     logits: Array, threads: int, large: int,
 ) -> bool:  # fmt: skip
@@ -184,12 +204,12 @@ def decode(
     none -> whether all tokens and positions exist.
 
     tokens (n,), a row's together, n a multiple of B. stored (2,layers): addresses of keys and
-    values (B,G,columns,D). source as in `after_attention`. logits (n,V), or of each row's last
-    token (B,V).
+    values (B,G,columns,D). slot, window and sinks as in `spans_of_step`, source as in
+    `after_attention`. logits (n,V), or of each row's last token (B,V).
     """
     model, n, batch = models[0], tokens.shape[0], padding.shape[0]
     n_each, n_heads, n_groups, width = n // batch, model.n_heads, model.n_groups, model.head_dim
-    pos, spans = np.empty(n, np.int64), np.empty((n, 2), np.int64)
+    pos = np.empty(n, np.int64)
     for i in range(n):
         pos[i] = start + i % n_each - padding[i // n_each]
     x = np.empty((n, model.head.n_in), logits.dtype)
@@ -204,14 +224,11 @@ def decode(
         k, v = stored[0, layer], stored[1, layer]
         keys, values = carray(pointer(k, x), shape), carray(pointer(v, x), shape)
         for i in range(n):
-            row, slot = i // n_each, start + i % n_each
+            row, column = i // n_each, slot + i % n_each
             q[i] = qkv[i, :n_heads]
-            keys[row, :, slot] = qkv[i, n_heads : n_heads + n_groups]
-            values[row, :, slot] = qkv[i, n_heads + n_groups :]
-            first = padding[row] if pos[i] >= 0 else slot  # padding sees itself
-            if blocks[layer].window:
-                first = max(first, slot + 1 - blocks[layer].window)
-            spans[i, 0], spans[i, 1] = first, slot + 1
+            keys[row, :, column] = qkv[i, n_heads : n_heads + n_groups]
+            values[row, :, column] = qkv[i, n_heads + n_groups :]
+        spans = spans_of_step(pos, n_each, slot, blocks[layer].window or window, sinks)
         k_at, v_at = (k, row_bytes, columns, x[0]), (v, row_bytes, columns, x[0])
         attend(q, n_each, n_groups, k_at, v_at, spans, y, threads, large)
         after_attention(models, blocks, layer, y, x, source, source_columns, seen, threads, large)
@@ -227,6 +244,6 @@ def load(dtype: type[np.floating[Any]]) -> None:
     at = ones.ctypes.data
     ends = (at, 0, 1, 0, 1.0), (at, 0, 1, 1)
     model = np.array([(at, 0, 0, 0, *[1] * len(SIZES[:-1]), RELU, 1.0, *ends)], MODEL)
-    zero, seen = np.zeros(1, np.int64), np.empty((0, 2), np.int64)
-    logits = np.empty((1, 1), dtype)
-    decode(model, np.empty(0, BLOCK), zero, 0, zero, none, 1, none, 1, seen, logits, 1, 1)
+    zero, pairs = np.zeros(1, np.int64), np.zeros((1, 2), np.int64)
+    logits, blocks = np.empty((1, 1), dtype), np.empty(0, BLOCK)
+    decode(model, blocks, zero, 0, zero, none, 1, 0, 0, pairs, none, 1, pairs, logits, 1, 1)

@@ -224,8 +224,7 @@ def swiglu(x: Array, y: Array) -> None:
 
 @compiled()
 def add_values(w: Array, v: Array, y: Array) -> None:
-    """y (D,) = the sum of the values v (n,D), each times its weight w (n,)."""
-    y[:] = 0
+    """y (D,) += the sum of the values v (n,D), each times its weight w (n,)."""
     whole = w.shape[0] // 8 * 8
     for i in range(0, whole, 8):  # together, or each would wait for y of the one before
         for j in range(y.shape[0]):
@@ -273,17 +272,29 @@ def product(x: Array, weight: Array, bias: Array, y: Array, threads: int, large:
 
 
 @compiled()
-def attend_head(query: Array, keys: Array, values: Array, result: Array) -> None:
-    """One query (D,) over keys and values (n,D) -> result (D,), NaN if there are none."""
-    n_keys, width = keys.shape
+def score(query: Array, keys: Array, scores: Array) -> None:
+    """scores (n,) of a query (D,) and keys (n,D)"""
+    width = keys.shape[1]
     scale = query.dtype.type(1 / np.sqrt(width))
-    scores = np.empty(n_keys, query.dtype)
-    largest = query.dtype.type(-np.inf)
-    for i in range(n_keys):
-        score = query.dtype.type(0)
+    for i in range(keys.shape[0]):
+        product = query.dtype.type(0)
         for j in range(width):
-            score += query[j] * number(keys[i, j])
-        scores[i] = score * scale
+            product += query[j] * number(keys[i, j])
+        scores[i] = product * scale
+
+
+@compiled()
+def attend_head(
+    query: Array, first_keys: Array, first_values: Array, keys: Array, values: Array, result: Array
+) -> None:
+    """One query (D,) over the first keys and values (m,D), m whole eights, and more of them (n,D)
+    -> result (D,), NaN if there are none: the same bits however they are divided."""
+    n_first, width = first_keys.shape
+    n_keys = n_first + keys.shape[0]
+    scores = np.empty(n_keys, query.dtype)
+    score(query, first_keys, scores[:n_first])
+    score(query, keys, scores[n_first:])
+    largest = query.dtype.type(-np.inf)
     for i in range(n_keys):
         largest = scores[i] if scores[i] > largest else largest
     for i in range(n_keys):
@@ -292,7 +303,9 @@ def attend_head(query: Array, keys: Array, values: Array, result: Array) -> None
     total = query.dtype.type(0)
     for i in range(n_keys):
         total += scores[i]
-    add_values(scores, values, result)
+    result[:] = 0
+    add_values(scores[:n_first], first_values, result)
+    add_values(scores[n_first:], values, result)
     for j in range(width):
         result[j] /= total
 
@@ -312,18 +325,35 @@ def seen_of(stored: Place, row: int, group: int, first: int, last: int, width: i
 
 
 @compiled()
+def sinks_apart(
+    stored: Place, row: int, group: int, span: Array, width: int
+) -> tuple[Array, Array]:
+    """What a query sees by its span as in `attend`: sinks, with as many of the others as make whole
+    eights, and the rest; without sinks all are the rest."""
+    others = seen_of(stored, row, group, span[0], span[1], width)
+    n_sinks = span[3] - span[2]
+    if not n_sinks:
+        return others[:0], others
+    sinks = seen_of(stored, row, group, span[2], span[3], width)
+    n_moved = min(-n_sinks % 8, others.shape[0])
+    first = np.empty((n_sinks + n_moved, width), others.dtype)
+    first[:n_sinks], first[n_sinks:] = sinks, others[:n_moved]
+    return first, others[n_moved:]
+
+
+@compiled()
 def attend_part(
     q: Array, begin: int, end: int, n_each: int, n_groups: int, k: Place, v: Place, spans: Array,
     y: Array,
 ) -> None:  # fmt: skip
     """`attend` for the heads from number `begin` to `end`, counted over all queries."""
     n_heads = q.shape[1]
-    for number in range(begin, end):
-        i, h = number // n_heads, number % n_heads
-        group, first, last = h * n_groups // n_heads, spans[i, 0], spans[i, 1]
-        keys = seen_of(k, i // n_each, group, first, last, q.shape[2])
-        values = seen_of(v, i // n_each, group, first, last, q.shape[2])
-        attend_head(q[i, h], keys, values, y[i, h])
+    for at in range(begin, end):
+        i, h = at // n_heads, at % n_heads
+        row, group = i // n_each, h * n_groups // n_heads
+        first_keys, keys = sinks_apart(k, row, group, spans[i], q.shape[2])
+        first_values, values = sinks_apart(v, row, group, spans[i], q.shape[2])
+        attend_head(q[i, h], first_keys, first_values, keys, values, y[i, h])
 
 
 @compiled(parallel=True)
@@ -345,14 +375,14 @@ def attend(
 ) -> None:  # fmt: skip
     """Queries of each head, q (n,H,D), `n_each` of a row, over keys and values -> y (n,H,D).
 
-    Query i sees the columns from spans[i,0] to spans[i,1]; NaN if these are none. k and v say where
-    (B,n_groups,columns,D) is. Several threads share `large` numbers to read or more. Heads of
-    queries share heads of keys (Ainslie 2023).
+    Query i sees the columns from spans[i,2] to spans[i,3], sinks, and then those from spans[i,0] to
+    spans[i,1]; NaN if there are none. k and v say where (B,n_groups,columns,D) is. Several threads
+    share `large` numbers to read or more. Heads of queries share heads of keys (Ainslie 2023).
     """
     n = q.shape[0]
     seen = 0
     for i in range(n):
-        seen += spans[i, 1] - spans[i, 0]
+        seen += spans[i, 1] - spans[i, 0] + spans[i, 3] - spans[i, 2]
     if threads > 1 and 2 * n_groups * q.shape[2] * seen >= large:
         attend_by_threads(q, threads, n_each, n_groups, k, v, spans, y)
     else:
@@ -375,4 +405,4 @@ def attend_columns(
                 keys[i, j] = key[0, j]
                 values[i, j] = value[0, j]
         for h in range(group * n_heads // n_groups, (group + 1) * n_heads // n_groups):
-            attend_head(q[h], keys, values, y[h])
+            attend_head(q[h], keys[:0], values[:0], keys, values, y[h])

@@ -149,10 +149,13 @@ class Step:
 class InPlace(NamedTuple):
     """Where a step's tokens are stored, and those before them: in columns by order of arrival."""
 
-    start: int  # the column of the first new token
-    padding: Array  # (B,) the columns at the start of each row that hold none
+    start: int  # how many tokens stand before the first new one
+    padding: Array  # (B,) how many at the start of each row are none
     addresses: Array  # (2,layers) of keys and values, (B,Hkv,columns,D) in the spec's dtype
     columns: int
+    slot: int  # the column of the first new token
+    window: int  # how many positions a token sees, its own included; 0: all before it
+    sinks: Array  # (B,2) and besides, the columns from one to another
 
 
 def laid_open(
@@ -270,12 +273,15 @@ class Cache(ABC):
         keys: list[Tensor],
         values: list[Tensor],
         columns: int,
+        slot: int,
         offset: int = 0,
+        sinks: Array | None = None,
     ) -> InPlace | None:
-        """The buffers of each layer, whose first column is `offset` bytes behind their beginning;
-        None unless they are alike and as the spec says."""
-        padded = self.left_padding
-        if padded is not None and (padded.shape, padded.dtype) != ((self.batch,), torch.long):
+        """The buffers of each layer, whose first column is `offset` bytes behind their beginning,
+        with the first new token in column `slot` and sinks as InPlace has them; None unless the
+        buffers are alike and as the spec says."""
+        padding = self._padding()
+        if padding is None:
             return None
         found = keys[0].shape, [x.data_ptr() for x in (*keys, *values)]
         if self._opened is None or found != self._opened[0]:
@@ -285,8 +291,16 @@ class Cache(ABC):
             self._opened = found, addresses
         self._begun = n_new
         addresses = self._opened[1] + offset if offset else self._opened[1]
-        padding = np.zeros(self.batch, np.int64) if padded is None else padded.numpy()
-        return InPlace(start, padding, addresses, columns)
+        sinks = np.zeros((self.batch, 2), np.int64) if sinks is None else sinks
+        return InPlace(start, padding, addresses, columns, slot, self.window, sinks)
+
+    def _padding(self) -> Array | None:
+        """How many tokens at the start of each row are none, (B,); None if that is not told."""
+        padded = self.left_padding
+        if padded is None:
+            return np.zeros(self.batch, np.int64)
+        told = (padded.shape, padded.dtype) == ((self.batch,), torch.long) and padded.is_cpu
+        return padded.numpy() if told else None
 
     def commit(self, n_new: int) -> None:
         """Make the first `n_new` tokens of the step part of the sequence; call it after all layers.

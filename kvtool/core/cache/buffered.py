@@ -93,10 +93,16 @@ class BufferedCache(Cache):
         if not self._is_as_written():
             return None
         start = self.make_room(n_new)
-        rows, n_groups, columns, width = self._keys[0].shape
-        if rows < self.batch or (n_groups, width) != (self.spec.n_kv_heads, self.spec.head_dim):
+        columns = self._sized()
+        if columns is None:
             return None
-        return self._lay_open(start, n_new, self._keys, self._values, columns)
+        return self._lay_open(start, n_new, self._keys, self._values, columns, start)
+
+    def _sized(self) -> int | None:
+        """How many columns there are; None unless the buffers are for the spec and all rows."""
+        rows, n_groups, columns, width = self._keys[0].shape
+        fits = (n_groups, width) == (self.spec.n_kv_heads, self.spec.head_dim)
+        return columns if fits and rows >= self.batch else None
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = (

@@ -193,7 +193,7 @@ class PagedCache(Cache):
             return None
         keys, values, columns = self.pool.keys, self.pool.values, self.pool.n_pages * self.page
         offset = first * self.page * self.spec.head_dim * self.spec.dtype.itemsize
-        return self._lay_open(start, n_new, keys, values, columns, offset)
+        return self._lay_open(start, n_new, keys, values, columns, start, offset)
 
     def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
         """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""

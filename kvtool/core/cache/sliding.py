@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvtool.config import check_int
-from kvtool.core.cache.base import EMPTY, Bytes, CacheSpec, Step
+from kvtool.core.cache.base import EMPTY, Bytes, CacheSpec, InPlace, Step, ways
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.kernels import visible
 from kvtool.errors import CacheOpUnsupported
@@ -71,10 +72,7 @@ class SlidingCache(BufferedCache):
 
     def _place(self, start: int, n_new: int) -> Step:
         end = start + n_new
-        self._set_aside = []
-        if end - self._first > self._room and start - self._first > self._kept:
-            held = slice(self._n_sinks, self._n_sinks + start - self._first)
-            self._evict([(b, b[:, :, held]) for b in (*self._keys, *self._values)])
+        self._make_way(start, n_new)
         k_pos = self._held_positions(end)
         q_pos = k_pos[:, -n_new:]
         sinks_held = self._first == 0 or self._first >= self._n_sinks
@@ -85,6 +83,29 @@ class SlidingCache(BufferedCache):
         mask = None if free else visible(q_pos, k_pos, self.window, self.sinks)
         slots = torch.arange(start, end, device=self.spec.device) - self._first + self._n_sinks
         return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
+
+    def _make_way(self, start: int, n_new: int) -> None:
+        """Evict what no token sees any more, if the new ones do not fit behind it."""
+        self._set_aside = []
+        if start + n_new - self._first > self._room and start - self._first > self._kept:
+            held = slice(self._n_sinks, self._n_sinks + start - self._first)
+            self._evict([(b, b[:, :, held]) for b in (*self._keys, *self._values)])
+
+    def in_place(self, n_new: int) -> InPlace | None:
+        """Unless the step's tokens are set aside, or sinks of a row stand in two places."""
+        if not self._is_as_written():
+            return None
+        start = self.make_room(n_new)
+        self._make_way(start, n_new)
+        columns, padding = self._sized(), self._padding()
+        if columns is None or padding is None or start + n_new - self._first > self._room:
+            return None
+        begin = np.zeros_like(padding) if self._first else self._n_sinks + padding
+        if self._first and padding.max() + self.sinks > self._first:
+            return None
+        slot, sinks = self._n_sinks + start - self._first, np.stack([begin, begin + self.sinks], 1)
+        opened = start, n_new, self._keys, self._values
+        return self._lay_open(*opened, columns, slot, sinks=sinks)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         begin = 0 if self._first else self._n_sinks
@@ -205,6 +226,9 @@ class SlidingCache(BufferedCache):
         slack: int = 0,
     ) -> int:
         return columns_for(spec.capacity, window, sinks, slack) * spec.token_nbytes
+
+
+SlidingCache.as_written = ways(SlidingCache)
 
 
 def columns_for(capacity: int, window: int, sinks: int, slack: int) -> int:

@@ -114,7 +114,7 @@ class DecodingForm:
             new = new.numpy()
         source_place = NO_SOURCE if source is None else source.in_place(cache.spec, batch)
         place = None if source_place is None else cache.in_place(n)
-        if place is None or source_place is None:
+        if place is None or source_place is None or (place.window and form.config.window):
             return None
         logits = form.at_once(new, place, source_place, last)
         cache.commit(n)

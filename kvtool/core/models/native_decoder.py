@@ -95,12 +95,12 @@ class NativeDecoder:
     ) -> Array:
         """`at_once` for the tokens from number `first` on."""
         batch, n = tokens.shape
-        start, padding, addresses, columns = place
-        start += first
+        start = place.start + first
+        place = place._replace(start=start, slot=place.slot + first) if first else place
         ids = np.ascontiguousarray(tokens, np.int64).reshape(-1)
         logits = np.empty((batch if last else batch * n, self.n_logits), self.dtype)
         known = self.code.decode(
-            self.model, self.blocks, ids, start, padding, addresses, columns, *source, logits,
+            self.model, self.blocks, ids, *place, *source, logits,
             *self._threads(batch * (start + n), source),
         )  # fmt: skip
         if not known:
