@@ -37,11 +37,12 @@ class Recorder(TorchDispatchMode):
 
         def play() -> Tensor:
             self.played += 1
-            for func, args, kwargs, out in calls:
-                found = func(*args, **kwargs)
-                for old, new in zip(tensors(out), tensors(found), strict=True):
-                    if old.data_ptr() != new.data_ptr():  # else a view, or written in place
-                        old.copy_(new)
+            with torch.inference_mode():  # a GPU asks for no mode before it writes
+                for func, args, kwargs, out in calls:
+                    found = func(*args, **kwargs)
+                    for old, new in zip(tensors(out), tensors(found), strict=True):
+                        if old.data_ptr() != new.data_ptr():  # else a view, or written in place
+                            old.copy_(new)
             return result
 
         return play

@@ -141,7 +141,7 @@ class Workload:
             return None
         prompt, source = self._begin()
         cache = make_cache(kind, self._spec(prompt.shape[1] + n_new))
-        if not cache.compilable:
+        if cache.memory() is None:
             return None
         for _ in generate(decode, prompt, cache, n_new, Sampler(), source):
             pass

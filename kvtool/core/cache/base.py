@@ -247,8 +247,9 @@ class Cache(ABC):
         return None
 
     def memory(self) -> list[Tensor] | None:
-        """The tensors that `write` and `attend` of a compilable kind reach beside those of a step,
-        for who plays a recording of them; None from a cache whose methods have been replaced."""
+        """The tensors that `write` and `attend` reach beside those of a step, for who plays a
+        recording of them; None from a kind that is not compilable, and from a cache whose methods
+        have been replaced."""
         return None
 
     def _is_as_written(self) -> bool:

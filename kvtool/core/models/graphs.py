@@ -100,7 +100,7 @@ class Graphs:
         memory = self._memory_of(tokens, step, cache, source)
         if memory is None:
             return decode(tokens, step, cache, source)
-        recordings, key = self._recordings_on(memory), _key(tokens, step, cache)
+        recordings, key = self._recordings_on(memory), _key(tokens, step)
         if key not in recordings:
             try:
                 recordings[key] = self._record(decode, tokens, step, cache, source)
@@ -120,7 +120,7 @@ class Graphs:
     ) -> list[Tensor] | None:
         """All that the step reads and writes beside its inputs; None if it cannot be recorded."""
         # Other kernels ask the device which keys are seen, and wait for the answer.
-        usual = cache.compilable and type(step.kernels) is DefaultKernels and not self._failed
+        usual = type(step.kernels) is DefaultKernels and not self._failed
         watched = native.watched() or torch.is_autocast_enabled(self.device.type)
         if not usual or watched or tokens.device != self.device:
             return None
@@ -148,7 +148,8 @@ class Graphs:
         with torch.inference_mode(False):  # or they could be written to in that mode alone
             inputs = [x.clone(memory_format=torch.contiguous_format) for x in _inputs(tokens, step)]
         names = [name for name, value in vars(step).items() if isinstance(value, Tensor)]
-        fixed = replace(step, **dict(zip(names, inputs[1:], strict=True)))
+        changes: dict[str, Any] = dict(zip(names, inputs[1:], strict=True))
+        fixed = replace(step, **changes)
         return Recording(inputs, self.capture(lambda: decode(inputs[0], fixed, cache, source)))
 
 
@@ -156,13 +157,12 @@ def _inputs(tokens: Tensor, step: Step) -> list[Tensor]:
     return [tokens, *(value for value in vars(step).values() if isinstance(value, Tensor))]
 
 
-def _key(tokens: Tensor, step: Step, cache: Cache) -> tuple[Any, ...]:
+def _key(tokens: Tensor, step: Step) -> tuple[Any, ...]:
     """What a step depends on beside numbers in memory: forms, Python's numbers, and by which
     kernels PyTorch computes."""
     cuda = torch.backends.cuda
     return (
         type(step),
-        cache.batch,
         *(
             (name, value.shape, value.dtype) if isinstance(value, Tensor) else (name, value)
             for name, value in (("tokens", tokens), *vars(step).items())
