@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cli_probe import Ran
 import graph_cases
+from cli_probe import Ran
 from graph_cases import KINDS, PROMPT, SHAPES, Capturing, Case, N, both
 from kvtool.core import timing
 from kvtool.core.cache import CacheSpec
@@ -31,7 +31,8 @@ by_pytorch, capturing = graph_cases.by_pytorch, graph_cases.capturing
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHORT = [
-    "--kernels", "default", "--tokens", "40", "--scenarios", "decode", "fork", "permuted", "padded",
+    "--device", "cpu", "--kernels", "default", "--tokens", "40",
+    "--scenarios", "decode", "fork", "permuted", "padded",
 ]  # fmt: skip
 
 
