@@ -337,7 +337,8 @@ def command(
 ) -> None:
     """Measure the time to generate n tokens without a cache and with each kind.
 
-    Prompt and allocation are part of the time. Rows give the median and the distance between the
+    Prompt and allocation are part of the time, but on a GPU not that of a static or paged cache,
+    whose steps are recorded by a run before it. Rows give the median and the distance between the
     quartiles (IQR); --json has every sample. Kinds are measured in turns, so that a slow moment of
     the machine hits all of them.
 

@@ -72,7 +72,7 @@ def check_context(n_prompt: int, n_new: int, context: int) -> None:
 
 
 def generate(
-    model: Model,
+    model: Model | DecodingForm,
     prompt: Tensor,
     cache: Cache,
     n_new: int,
@@ -81,8 +81,9 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue `prompt` (B,P) by `n_new` tokens, yielding each (B,) as it is chosen.
 
-    The caller stops the iteration to stop early. Raises CapacityError before any work if the
-    context is too short, and CheckFailed if logits are not finite.
+    The caller stops the iteration to stop early. Who generates again on the same cache, after a
+    reset, takes one `decoding_form`: it keeps what it has recorded. Raises CapacityError before any
+    work if the context is too short, and CheckFailed if logits are not finite.
     """
     n_prompt = prompt.shape[1]
     check_context(n_prompt, n_new, model.config.context)

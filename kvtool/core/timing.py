@@ -13,10 +13,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kvtool.core.cache import CacheSpec, make_cache, predicted_nbytes
+from kvtool.core.cache import Cache, CacheSpec, make_cache, predicted_nbytes
+from kvtool.core.cache.cross import CrossCache
 from kvtool.core.engine import begin, generate
 from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model
+from kvtool.core.models.flat import DecodingForm, decoding_form
 from kvtool.core.sampling import Sampler
 
 
@@ -107,17 +109,44 @@ class Workload:
     decode_only: bool = False
 
     def run(self, kind: str, length: int) -> Run:
-        """Generate `length` tokens a row; with decode_only, after a first one that is not timed."""
-        device = self.prompt.device
+        """Generate `length` tokens a row; with decode_only, after a first one that is not timed.
+
+        Where steps are recorded, a run that is not timed does that, and makes the cache.
+        """
+        device, n_new = self.prompt.device, length + self.decode_only
+        rehearsed = self._rehearse(kind, n_new)
         started = now(device)
-        with torch.inference_mode():
-            prompt, source = begin(self.model, self.prompt, self.kernels)
-        n_new = length + self.decode_only
-        cache = make_cache(kind, self._spec(prompt.shape[1] + n_new))
-        tokens = generate(self.model, prompt, cache, n_new, Sampler(), source)
+        prompt, source = self._begin()
+        if rehearsed is None:
+            cache = make_cache(kind, self._spec(prompt.shape[1] + n_new))
+            tokens = generate(self.model, prompt, cache, n_new, Sampler(), source)
+        else:
+            decode, cache, source = rehearsed
+            tokens = generate(decode, prompt, cache, n_new, Sampler(), source)
         stamps = [now(device) for _ in tokens]
         held = cache.nbytes()
         return Run.of(started, stamps, held.allocated, held.read_per_step, self.decode_only)
+
+    def _begin(self) -> tuple[Tensor, CrossCache | None]:
+        with torch.inference_mode():
+            return begin(self.model, self.prompt, self.kernels)
+
+    def _rehearse(
+        self, kind: str, n_new: int
+    ) -> tuple[DecodingForm, Cache, CrossCache | None] | None:
+        """Who has recorded the steps of such a run, on which cache, empty again, and on which
+        source, of the same contents as others will be; None where steps are not recorded."""
+        decode = decoding_form(self.model)
+        if not isinstance(decode, DecodingForm) or not decode.records:
+            return None
+        prompt, source = self._begin()
+        cache = make_cache(kind, self._spec(prompt.shape[1] + n_new))
+        if cache.memory() is None:
+            return None
+        for _ in generate(decode, prompt, cache, n_new, Sampler(), source):
+            pass
+        cache.reset()
+        return decode, cache, source
 
     def predicted(self, kind: str, length: int) -> int:
         """Bytes of keys and values that the kind should need; the last token is never stored."""

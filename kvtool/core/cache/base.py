@@ -260,6 +260,12 @@ class Cache(ABC):
         methods are not as that code expects. Raises CapacityError."""
         return None
 
+    def memory(self) -> list[Tensor] | None:
+        """The tensors that `write` and `attend` reach beside those of a step, for who plays a
+        recording of them; None from a kind that is not compilable, and from a cache whose methods
+        have been replaced."""
+        return None
+
     def _is_as_written(self) -> bool:
         """Whether nobody has put other methods into it or its kind, which is none derived from one
         that has `in_place`: what those do must not be passed over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -45,8 +46,7 @@ class CrossCache:
         """For code that reads memory by itself; None if this is not a source for `batch` rows of a
         cache with that spec, or if what a row sees of it does not stand side by side."""
         mask, pairs = self.mask, self.layers
-        as_written = type(self) is CrossCache and CrossCache.attend is ATTEND
-        if not as_written or "attend" in vars(self) or len(pairs) != spec.n_layers:
+        if not self._is_as_written() or len(pairs) != spec.n_layers:
             return None
         if mask.dtype is not torch.bool or len(mask) != batch or not mask.is_cpu:
             return None
@@ -57,6 +57,14 @@ class CrossCache:
         if addresses is None or seen is None:
             return None
         return InPlaceSource(addresses, mask.shape[1], seen)
+
+    def memory(self) -> list[Tensor] | None:
+        """All tensors that `attend` reads; None if that is another method than ours."""
+        return [self.mask, *chain(*self.layers)] if self._is_as_written() else None
+
+    def _is_as_written(self) -> bool:
+        ours = type(self) is CrossCache and CrossCache.attend is ATTEND
+        return ours and "attend" not in vars(self)
 
     def select(self, rows: Tensor) -> CrossCache:
         """The sources of `rows` (n,), in that order; repeats are allowed."""

@@ -195,6 +195,9 @@ class PagedCache(Cache):
         offset = first * self.page * self.spec.head_dim * self.spec.dtype.itemsize
         return self._lay_open(start, n_new, keys, values, columns, start, offset)
 
+    def memory(self) -> list[Tensor] | None:
+        return [*self.pool.keys, *self.pool.values] if self._is_as_written() else None
+
     def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
         """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""
         return pages[:, numbers // self.page] * self.page + numbers % self.page

@@ -43,6 +43,9 @@ class StaticCache(BufferedCache):
             filled = buffer[:, :, : self.length]
             filled[: self.batch] = filled.index_select(0, rows)  # a copy first: rows may overlap
 
+    def memory(self) -> list[Tensor] | None:
+        return [*self._keys, *self._values] if self._is_as_written() else None
+
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
         return spec.capacity * spec.token_nbytes

@@ -21,6 +21,7 @@ from kvtool.core.cache.cross import CrossCache
 from kvtool.core.exact import ExactKernels
 from kvtool.core.kernels import DefaultKernels, Kernels
 from kvtool.core.layers import MLP, Dropout, LayerNorm, Linear, RMSNorm, Table, TokenEmbedding
+from kvtool.core.models import graphs
 from kvtool.core.models.base import Model
 from kvtool.core.models.decoder import Block, Decoder
 from kvtool.core.models.native_decoder import NO_SOURCE, NativeDecoder
@@ -46,13 +47,15 @@ KERNELS: dict[type, Any] = {
 IDS = (torch.int64, torch.int32)
 
 
-def decoding_form(model: Model) -> Model | DecodingForm:
+def decoding_form(model: Model | DecodingForm) -> Model | DecodingForm:
     """`model`, called as `Model.forward`, but few tokens take the flat form where it has one.
 
     It is made for one loop: it keeps the weights that the model has at its first few tokens. A
     model that is watched by hooks, compiled, or made of other modules than ours is returned as it
     is.
     """
+    if isinstance(model, DecodingForm):
+        return model
     decoder = model.decoder if isinstance(model, Seq2Seq) else model
     watched = nn.modules.module._has_any_global_hook()  # such as torch's FlopCounterMode has
     if watched or not all(map(_is_known, (model, *decoder.modules()))):
@@ -63,12 +66,15 @@ def decoding_form(model: Model) -> Model | DecodingForm:
 
 class DecodingForm:
     """A model whose few tokens are decoded in native code, and single ones of many rows in PyTorch
-    by a FlatDecoder."""
+    by a FlatDecoder, on a GPU in recordings where the cache has a fixed place."""
 
     def __init__(self, model: Model, decoder: Decoder) -> None:
-        self.model, self.decoder = model, decoder
+        self.model, self.decoder, self.config = model, decoder, model.config
         self.reads = bool(decoder.config.n_encoder_layers)
         self._flat: FlatDecoder | None = None
+        device = decoder.head.weight.device
+        capture = graphs.capture_for(device)
+        self._graphs = None if capture is None else graphs.Graphs(decoder, capture, device)
         self._native: NativeDecoder | None = None
         self._usual = True  # whether its layers are as configured, as far as is known
         self._spec: CacheSpec | None = None  # the last that `at_once` could serve
@@ -82,6 +88,8 @@ class DecodingForm:
         graded = torch.is_grad_enabled()
         if graded or not (self._few(tokens, step.kernels) and self._reads_weights()):
             self._flat = self._flat or FlatDecoder(self.decoder)
+            if self._graphs is not None and not graded:
+                return self._graphs(self._flat, tokens, step, cache, source)
             return self._flat(tokens, step, cache, source)
         place = NO_SOURCE if source is None else source.in_place(cache.spec, len(tokens))
         form = self._native
@@ -89,6 +97,12 @@ class DecodingForm:
         if form is None or place is None or not fits:
             return self.model(tokens, step, cache, source, last)
         return form.by_layers(tokens, step, cache, place)
+
+    @property
+    def records(self) -> bool:
+        """Whether steps with a compilable cache are recorded, so that the first ones take longer
+        than those after them."""
+        return self._graphs is not None
 
     def at_once(
         self, new: Array | Tensor, cache: Cache, source: CrossCache | None, last: bool
