@@ -55,7 +55,8 @@ def tokens(model: Model, batch: int) -> Tensor:
 def decoded(model: Model, decode: Any, kernels: str, kind: str, batch: int) -> Tensor:
     """The logits of a prompt and of the tokens behind it, one by one."""
     ids = tokens(model, batch)
-    spec = CacheSpec.of(model.config, batch, N, kernels=make_kernels(kernels))
+    dtype = next(model.parameters()).dtype
+    spec = CacheSpec.of(model.config, batch, N, dtype, kernels=make_kernels(kernels))
     _, source = begin(model, ids[:, :4] % 9, spec.kernels)
     padding = torch.arange(batch) if batch > 1 else None
     cache = cache_class(kind)(spec, padding, **cache_class(kind).small)
@@ -65,9 +66,12 @@ def decoded(model: Model, decode: Any, kernels: str, kind: str, batch: int) -> T
 
 @pytest.mark.parametrize("batch", [1, 3, native.FEW + 1])
 @pytest.mark.parametrize("kernels", registry.KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_its_logits_are_those_of_the_modules(shape: str, kernels: str, batch: int) -> None:
-    model = random_model(0, **SHAPES[shape])
+def test_its_logits_are_those_of_the_modules(
+    shape: str, dtype: torch.dtype, kernels: str, batch: int
+) -> None:
+    model = random_model(0, **SHAPES[shape]).to(dtype)
     decode = decoding_form(model)
     assert decode is not model
     for kind in registry.CACHES:
@@ -90,7 +94,8 @@ def test_few_tokens_do_not_call_the_decoder_and_more_do(
 def test_few_tokens_take_one_call_of_native_code_and_other_caches_one_a_layer_or_two(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, called, code = random_model(0), [], native.decoder_code()
+    model, called, code = random_model(0), [], native.decoder_code(torch.float32)
+    assert code is not None
     for name in ("decode", "before_attention"):
         real = getattr(code, name)
         monkeypatch.setattr(code, name, lambda *a, n=name, r=real: called.append(n) or r(*a))
@@ -114,7 +119,8 @@ def test_a_window_and_sinks_are_read_in_place_through_evictions_and_crops(
 ) -> None:
     """Sinks among the others, beside them or apart; rows that begin behind padding; steps that
     leave fewer than eight in each part."""
-    model, code, called = random_model(0, positions="rotary"), native.decoder_code(), []
+    model, called = random_model(0, positions="rotary"), []
+    code = native.decoder_code(torch.float32)
     real = code.decode
     monkeypatch.setattr(code, "decode", lambda *a: called.append(len(a[2])) or real(*a))
     ids = torch.randint(model.config.vocab_size, (batch, 70))

@@ -190,18 +190,19 @@ KEPT = torch.arange(700) > 400  # side by side
 
 @pytest.mark.parametrize("seen", [None, GAP, KEPT], ids=["all", "gaps", "last"])
 @pytest.mark.parametrize("n_queries", [1, 3])
-def test_keys_in_bfloat16_are_attended_without_copies_of_them(
-    monkeypatch: pytest.MonkeyPatch, n_queries: int, seen: Tensor | None
+@pytest.mark.parametrize("dtype", native.HALVES)
+def test_keys_in_half_formats_are_attended_without_copies_of_them(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n_queries: int, seen: Tensor | None
 ) -> None:
     """The bits of float32's attention to the same numbers, rounded once: also by several threads,
     and where keys are a part of a larger buffer."""
     torch.manual_seed(0)
-    q = torch.randn(2, 4, n_queries, 64).bfloat16()
-    k, v = (torch.randn(2, 2, 750, 64).bfloat16()[:, :, 30:730] for _ in "kv")
-    v[0, 0, 5], k[1, 1, 699] = 3e38, -1e-40  # huge, and subnormal
+    q = torch.randn(2, 4, n_queries, 64).to(dtype)
+    k, v = (torch.randn(2, 2, 750, 64).to(dtype)[:, :, 30:730] for _ in "kv")
+    v[0, 0, 5], k[1, 1, 699] = 60_000, -torch.finfo(dtype).tiny / 4  # large, and subnormal
     mask = None if seen is None else seen.expand(2, 1, n_queries, 700)
     widened = DEFAULT.attention(q.float(), k.float(), v.float(), mask, False)
     monkeypatch.setattr(DEFAULT, "_one_query", None)  # which copies
     monkeypatch.setattr(native, "threads_for", lambda n: native._loaded().MOST_THREADS)
     found = DEFAULT.attention(q, k, v, mask, False)
-    assert found.dtype is torch.bfloat16 and found.equal(widened.bfloat16())
+    assert found.dtype is dtype and found.equal(widened.to(dtype))

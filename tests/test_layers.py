@@ -25,7 +25,8 @@ from kvtool.core.layers import ACTIVATION, MLP, LayerNorm, Linear, RMSNorm
 from kvtool.ui.output import Output
 from small_models import SIZES, random_model
 
-FLOATS = [torch.float32, torch.float64]
+# What may be wrong after a sum of some tens; half formats are rounded once, at the end.
+FLOATS = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 WIDTH = 37  # no multiple of a vector
 
 
@@ -109,18 +110,19 @@ def test_a_layer_of_few_tokens_and_of_more_is_right(
     assert bool(served) == (torch.Size(shape).numel() <= native.FEW or name == "rms norm")
     assert y.shape[:-1] == shape
     assert y.dtype is dtype
-    exact = 1e-13 if dtype is torch.float64 else 2e-6
-    torch.testing.assert_close(y.double(), by_pytorch(layer, x), rtol=0, atol=exact)
+    exact = FLOATS[dtype]
+    torch.testing.assert_close(y.double(), by_pytorch(layer, x), rtol=exact, atol=min(exact, 2e-6))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @torch.no_grad()
 def test_an_activation_of_a_few_tokens_is_right(name: str, dtype: torch.dtype) -> None:
-    ranges = torch.linspace(-100, 100, 999), torch.linspace(-4, 4, 999), torch.tensor([-1e18, 1e18])
+    most = min(1e18, torch.finfo(dtype).max ** 0.5)
+    ranges = torch.linspace(-100, 100, 999), torch.linspace(-4, 4, 999), torch.tensor([-most, most])
     x = torch.cat(ranges).to(dtype)
     assert native.serves(x)
-    exact = 1e-13 if dtype is torch.float64 else 2e-6
+    exact = FLOATS[dtype]
     torch.testing.assert_close(
         mlp(name).activate(x).double(), ACTIVATION[name](x.double()), rtol=exact, atol=exact
     )
@@ -180,9 +182,9 @@ def test_one_query_of_few_rows_attends_rightly(
     seen = seen if seen is None else seen.expand(2, 1, 1, 29)
     y = DEFAULT.attention(q, k, v, seen, False)
     assert ("attend_columns" if mask == "some" else "attend") in served
-    exact = 1e-14 if dtype is torch.float64 else 1e-6
     expected = reference_attention(q, k, v, seen, False)
-    torch.testing.assert_close(y.double(), expected, rtol=0, atol=exact)
+    exact = FLOATS[dtype]
+    torch.testing.assert_close(y.double(), expected, rtol=exact, atol=min(exact, 1e-6))
 
 
 @torch.no_grad()
@@ -213,10 +215,9 @@ def trained() -> Linear:
     [
         (trained, torch.zeros(1, WIDTH)),
         (frozen, torch.zeros(1, WIDTH, requires_grad=True)),
-        (lambda: frozen().bfloat16(), torch.zeros(1, WIDTH, dtype=torch.bfloat16)),
         (lambda: frozen().to("meta"), torch.zeros(1, WIDTH, device="meta")),
     ],
-    ids=["weights with gradients", "an input with gradients", "half format", "meta device"],
+    ids=["weights with gradients", "an input with gradients", "meta device"],
 )
 def test_what_native_code_cannot_do_is_left_to_pytorch(
     layer: Callable[[], Linear], x: Tensor, served: list[str]

@@ -42,7 +42,7 @@ def advance(
     if isinstance(model, DecodingForm) and not torch.is_grad_enabled():
         logits = model.at_once(new, cache, source, last)
         if logits is not None:
-            return torch.from_numpy(logits)
+            return torch.from_numpy(logits).to(cache.spec.dtype)
     step = cache.begin(new.shape[1])
     found = model(new, step, cache, source, last)
     cache.commit(new.shape[1])

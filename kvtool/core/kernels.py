@@ -66,7 +66,7 @@ class DefaultKernels:
     def _one_query(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """In float32: PyTorch's kernel for half formats takes 2 to 4 times as long for one query.
 
-        For float16, and where native code cannot be used. Row by row, since copies of all rows
+        Where native code cannot be used. Row by row, since copies of all rows
         would soon be too large for memory that is used again.
         """
         found = []

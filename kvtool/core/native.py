@@ -3,7 +3,7 @@
 PyTorch's library multiplies one row by a matrix at a third of the speed at which a processor reads
 the matrix, and four rows at half of it (docs/performance.md). So modules, the flat form of a step
 and the exact kernels give such work to the functions of numba_kernels.py, where it can be done: on
-a CPU, in float32 or float64, without gradients. All of them get the same bits.
+a CPU, without gradients, half formats computed in float32. All of them get the same bits.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ FEW = 8  # rows; PyTorch is faster for many more
 LARGE = 2**17  # numbers that a layer or attention reads; to share fewer gains little
 PAYS = 500  # tokens to decode; loading takes 0.3 s, and a token gains 0.5 ms or more
 
-COMPUTED = torch.float32, torch.float64  # all that native code does
-ATTENDED = *COMPUTED, torch.bfloat16  # keys and values, of which queries have the type
+COMPUTED = torch.float32, torch.float64
+# Of no type that NumPy or numba has, and so as bits of their own type; computed in float32.
+HALVES = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+READ = *COMPUTED, *HALVES
 
 PATIENCE = 5.0  # seconds without a word
 LOG = logging.getLogger("kvtool")
@@ -42,21 +44,28 @@ _allowed = True
 @cache
 def _kernels() -> ModuleType | None:
     """The compiled functions; None where numba does not work, beside a newer NumPy for example."""
+    try:
+        with _patiently():
+            kernels = importlib.import_module("kvtool.core.numba_kernels")
+            one = np.ones((1, 1), np.float32)
+            kernels.product(one, one, one[0], one.copy(), 1, LARGE)  # whether it compiles and loads
+    except Exception:  # of numba, of LLVM, of a file that it kept: PyTorch does all without it
+        return None
+    return kernels if decoder_code(torch.float32) else None
+
+
+@contextmanager
+def _patiently() -> Iterator[None]:
+    """While code is compiled, or loaded from disk: say so if it takes long."""
     threads = torch.get_num_threads()
     waiting = Timer(PATIENCE, LOG.info, ["compiling native code, once after an installation ..."])
     waiting.daemon = True
     waiting.start()
     try:
-        kernels = importlib.import_module("kvtool.core.numba_kernels")
-        one = np.ones((1, 1), np.float32)
-        kernels.product(one, one, one[0], one.copy(), 1, LARGE)  # whether it compiles and loads
-        decoder_code().load(np.float32)
-    except Exception:  # of numba, of LLVM, of a file that it kept: PyTorch does all without it
-        return None
+        yield
     finally:
         waiting.cancel()
         torch.set_num_threads(threads)  # numba starts its own, and OpenMP takes that for PyTorch's
-    return kernels
 
 
 @contextmanager
@@ -76,11 +85,9 @@ def serves(x: Tensor, *parameters: Tensor | None) -> bool:
     return x.numel() <= FEW * x.shape[-1] and can_read(x, *parameters)
 
 
-def can_read(
-    first: Tensor, *others: Tensor | None, dtypes: Sequence[torch.dtype] = COMPUTED
-) -> bool:
-    """Whether native code is there, and `numpy_can_read` these tensors."""
-    return _allowed and numpy_can_read(first, *others, dtypes=dtypes) and _kernels() is not None
+def can_read(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether native code is there, and can stand in for PyTorch with these tensors."""
+    return _allowed and numpy_can_read(first, *others, dtypes=READ) and _kernels() is not None
 
 
 def numpy_can_read(
@@ -128,19 +135,23 @@ def can_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     masked = mask is None or (
         mask.dtype is torch.bool and (mask.shape[1], mask.shape[3]) == (1, k.shape[2])
     )
-    there = bool(q.numel() and k.numel())
-    return sizes and masked and there and can_read(q, k, v, dtypes=ATTENDED)
+    return sizes and masked and bool(q.numel() and k.numel()) and can_read(q, k, v)
 
 
 def array(tensor: Tensor) -> Array:
-    """A tensor's memory as an array; a copy if it is not dense."""
-    return tensor.detach().contiguous().numpy()
+    """A tensor's memory as an array, of half formats as bits; a copy if it is not dense."""
+    return tensor.detach().contiguous().view(HALVES.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+def computed(tensor: Tensor) -> Array:
+    """A tensor as an array to compute with, half formats as float32."""
+    return array(tensor.float() if tensor.dtype in HALVES else tensor)
 
 
 def on_tensor(layer: ArrayLayer, x: Tensor) -> Tensor:
     """A layer of arrays applied to (...,in) -> (...,out)."""
-    y = layer(array(x).reshape(x.numel() // x.shape[-1], x.shape[-1]))
-    return torch.from_numpy(y).view(*x.shape[:-1], y.shape[1])
+    y = layer(computed(x).reshape(x.numel() // x.shape[-1], x.shape[-1]))
+    return torch.from_numpy(y).view(*x.shape[:-1], y.shape[1]).to(x.dtype)
 
 
 class Weights(NamedTuple):
@@ -234,11 +245,9 @@ def threads_for(n_read: int) -> int:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """`Kernels.attention`, each query by itself over the keys that it sees, in their order; in
-    bfloat16 all is computed in float32."""
+    """`Kernels.attention`, each query by itself over the keys that it sees, in their order."""
     batch, _, n_queries, _ = q.shape
-    computed = torch.promote_types(q.dtype, torch.float32)
-    queries, n_keys = array(q.transpose(1, 2).to(computed)), k.shape[2]  # (B,T,H,D)
+    queries, n_keys = computed(q.transpose(1, 2)), k.shape[2]  # (B,T,H,D)
     y, read = np.empty_like(queries), (Stored.of(k), Stored.of(v))
     if mask is None:
         spans = np.zeros((batch, n_queries, 2), np.int64)
@@ -303,8 +312,8 @@ class Stored(NamedTuple):
         n, width = x.shape[2:]
         if x.stride()[2:] != (width, 1) or x.stride(1) % width or x.stride(1) < n * width:
             x = x.contiguous()
-        like = np.empty(0, np.uint16) if x.dtype is torch.bfloat16 else array(x.new_empty(0))
-        return cls(x, (x.data_ptr(), x.stride(0) * x.itemsize, x.stride(1) // width, like))
+        at = x.data_ptr(), x.stride(0) * x.itemsize, x.stride(1) // width
+        return cls(x, (*at, kind_of(x.dtype)))
 
 
 def number_of(activation: str) -> int:
@@ -312,9 +321,22 @@ def number_of(activation: str) -> int:
     return int(_loaded().ACTIVATIONS[activation])
 
 
-def decoder_code() -> ModuleType:
-    """The compiled functions of a whole step; ask `can_read` first."""
-    return importlib.import_module("kvtool.core.numba_decoder")
+@cache
+def kind_of(dtype: torch.dtype) -> Array:
+    """An empty array of the type by which compiled code knows `dtype`."""
+    return array(torch.empty(0, dtype=dtype))
+
+
+@cache
+def decoder_code(dtype: torch.dtype) -> ModuleType | None:
+    """The compiled functions of a whole step, with weights of that type; None as `_kernels`."""
+    try:
+        with _patiently():
+            code = importlib.import_module("kvtool.core.numba_decoder")
+            code.load(computed(torch.empty(0, dtype=dtype)).dtype.type, kind_of(dtype))
+    except Exception:
+        return None
+    return code
 
 
 def _loaded() -> ModuleType:

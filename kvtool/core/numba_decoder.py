@@ -4,6 +4,9 @@ What stands between a small model's layers in Python takes as long as the layers
 mathematics as in models/decoder.py, in the same order, by the functions of numba_kernels.py; a
 model is handed over as records of addresses, so that one compiled form serves every depth and size.
 Who calls must keep alive what the addresses point to.
+
+`kind` is an array of the type that is at those addresses, for its type alone. With half formats all
+is computed in float32, and rounded wherever a module would give a tensor.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ from kvtool.core.numba_kernels import (
     activate,
     attend,
     compiled,
+    kept,
     normalise,
+    number,
     pointer,
     product,
+    settle,
     vector,
-)  # fmt: skip
+)
 
 # A model as records of addresses and sizes. What is not there has the address 0.
 NORM = np.dtype(
@@ -44,133 +50,149 @@ MODEL = np.dtype(
 
 
 @compiled()
-def normed(norm: Any, x: Array, y: Array) -> None:
+def normed(norm: Any, x: Array, y: Array, kind: Array) -> None:
     """y (n,d) = x (n,d) through the norm of a record."""
-    scale = vector(norm.scale, norm.width, x)
-    shift = vector(norm.shift, norm.width if norm.shift else 0, x)
+    scale = vector(norm.scale, norm.width, kind)
+    shift = vector(norm.shift, norm.width if norm.shift else 0, kind)
     normalise(x, norm.centred != 0, scale, shift, norm.eps, y)
+    settle(y, kind)
 
 
 @compiled()
-def through(layer: Any, x: Array, y: Array, threads: int, large: int) -> None:
+def through(layer: Any, x: Array, y: Array, kind: Array, threads: int, large: int) -> None:
     """y (n,out) = x (n,in) through the linear layer of a record."""
-    weight = carray(pointer(layer.weight, x), (layer.n_out, layer.n_in))
-    bias = vector(layer.bias, layer.n_out if layer.bias else 0, x)
+    weight = carray(pointer(layer.weight, kind), (layer.n_out, layer.n_in))
+    bias = vector(layer.bias, layer.n_out if layer.bias else 0, kind)
     product(x, weight, bias, y, threads, large)
+    settle(y, kind)
+
+
+@compiled()
+def rounded(x: float, kind: Array) -> float:
+    """What is left of a number in the type of `kind`."""
+    return number(kept(x, kind))
 
 
 @compiled(fast=False)  # rounded after each operation, as PyTorch's are
-def embed(models: Array, tokens: Array, pos: Array, x: Array) -> bool:
+def embed(models: Array, tokens: Array, pos: Array, x: Array, kind: Array) -> bool:
     """x (n,d) = tokens (n,) at positions (n,), those of padding negative -> whether all exist."""
-    model, width, size = models[0], x.shape[1], x.itemsize
+    model, width, size = models[0], x.shape[1], kind.itemsize
     for n in range(x.shape[0]):
         at = max(pos[n], 0)
         placed = model.positions or model.sinusoids or model.angles
         if not 0 <= tokens[n] < model.n_vocab or (placed and at >= model.context):
             return False
-        token = vector(model.tokens + tokens[n] * width * size, width, x)
+        token = vector(model.tokens + tokens[n] * width * size, width, kind)
         if model.sinusoids:
             wave = carray(pointer(model.sinusoids + at * width * 8, np.float64), (width,))
             for j in range(width):
-                x[n, j] = token[j] * x.dtype.type(model.scale)
-                x[n, j] += x.dtype.type(wave[j])
+                scaled = rounded(number(token[j]) * x.dtype.type(model.scale), kind)
+                x[n, j] = rounded(scaled + rounded(x.dtype.type(wave[j]), kind), kind)
         elif model.positions:
-            position = vector(model.positions + at * width * size, width, x)
+            position = vector(model.positions + at * width * size, width, kind)
             for j in range(width):
-                x[n, j] = token[j] + position[j]
+                x[n, j] = rounded(number(token[j]) + number(position[j]), kind)
         else:
-            x[n] = token
+            for j in range(width):
+                x[n, j] = number(token[j])
     return True
 
 
 @compiled(fast=False)
-def rotate(heads: Array, n_turned: int, angles: Array) -> None:
+def rotate(heads: Array, n_turned: int, angles: Array, kind: Array) -> None:
     """Turn the first heads (H,D) of a token by cosines and sines (D,), in place (Su 2021)."""
     half = heads.shape[1] // 2
     for h in range(n_turned):
         for j in range(half):
-            cos, sin = heads.dtype.type(angles[j]), heads.dtype.type(angles[half + j])
+            cos = rounded(heads.dtype.type(angles[j]), kind)
+            sin = rounded(heads.dtype.type(angles[half + j]), kind)
             a, b = heads[h, j], heads[h, half + j]
-            heads[h, j] = a * cos - b * sin
-            heads[h, half + j] = b * cos + a * sin
+            heads[h, j] = rounded(rounded(a * cos, kind) - rounded(b * sin, kind), kind)
+            heads[h, half + j] = rounded(rounded(b * cos, kind) + rounded(a * sin, kind), kind)
 
 
 @compiled()
 def before_attention(
-    models: Array, blocks: Array, layer: int, x: Array, pos: Array, qkv: Array,
+    models: Array, blocks: Array, layer: int, x: Array, pos: Array, qkv: Array, kind: Array,
     threads: int, large: int,
 ) -> None:  # fmt: skip
     """qkv (n,H+2*G,D) = the queries, keys and values of x (n,d) at positions (n,)"""
     model, block = models[0], blocks[layer]
     n_heads, n_turned, width = model.n_heads, model.n_heads + model.n_groups, model.head_dim
     normal = np.empty_like(x)
-    normed(block.norm1, x, normal)
-    through(block.qkv, normal, qkv.reshape(x.shape[0], -1), threads, large)
+    normed(block.norm1, x, normal, kind)
+    through(block.qkv, normal, qkv.reshape(x.shape[0], -1), kind, threads, large)
     for n in range(x.shape[0]):
         if block.q_norm.scale:
             before = qkv[n].copy()
-            normed(block.q_norm, before[:n_heads], qkv[n, :n_heads])
-            normed(block.k_norm, before[n_heads:n_turned], qkv[n, n_heads:n_turned])
+            normed(block.q_norm, before[:n_heads], qkv[n, :n_heads], kind)
+            normed(block.k_norm, before[n_heads:n_turned], qkv[n, n_heads:n_turned], kind)
         if model.angles:
             at = model.angles + max(pos[n], 0) * width * 8
-            rotate(qkv[n], n_turned, carray(pointer(at, np.float64), (width,)))
+            rotate(qkv[n], n_turned, carray(pointer(at, np.float64), (width,)), kind)
 
 
 @compiled()
-def add_through(layer: Any, y: Array, x: Array, threads: int, large: int) -> None:
+def add_through(layer: Any, y: Array, x: Array, kind: Array, threads: int, large: int) -> None:
     """x (n,d) += y (n,in) through the linear layer of a record."""
     out = np.empty_like(x)
-    through(layer, y, out, threads, large)
+    through(layer, y, out, kind, threads, large)
     x += out
+    settle(x, kind)
 
 
 @compiled()
 def read_source(
-    model: Any, block: Any, x: Array, k: int, v: int, columns: int, seen: Array,
+    model: Any, block: Any, x: Array, k: int, v: int, columns: int, seen: Array, kind: Array,
     threads: int, large: int,
 ) -> None:  # fmt: skip
     """x (n,d) += attention to a source: addresses of its keys and values (B,G,columns,D), of which
     each row sees those from seen[row,0] to seen[row,1]."""
     n, n_groups, width = x.shape[0], model.n_groups, model.head_dim
     normal, q = np.empty_like(x), np.empty((n, model.n_heads, width), x.dtype)
-    normed(block.norm_cross, x, normal)
-    through(block.cross_q, normal, q.reshape(n, -1), threads, large)
-    n_each, row_bytes = n // seen.shape[0], n_groups * columns * width * x.itemsize
+    normed(block.norm_cross, x, normal, kind)
+    through(block.cross_q, normal, q.reshape(n, -1), kind, threads, large)
+    n_each, row_bytes = n // seen.shape[0], n_groups * columns * width * kind.itemsize
     spans, y = np.zeros((n, 4), np.int64), np.empty_like(q)
     for i in range(n):
         spans[i, :2] = seen[i // n_each]
-    keys, values = (k, row_bytes, columns, x[0]), (v, row_bytes, columns, x[0])
+    keys, values = (k, row_bytes, columns, kind), (v, row_bytes, columns, kind)
     attend(q, n_each, n_groups, keys, values, spans, y, threads, large)
-    add_through(block.cross_out, y.reshape(n, -1), x, threads, large)
+    given = y.reshape(n, -1)
+    settle(given, kind)
+    add_through(block.cross_out, given, x, kind, threads, large)
 
 
 @compiled()
 def after_attention(
-    models: Array, blocks: Array, layer: int, y: Array, x: Array,
+    models: Array, blocks: Array, layer: int, y: Array, x: Array, kind: Array,
     source: Array, columns: int, seen: Array, threads: int, large: int,
 ) -> None:  # fmt: skip
     """x (n,d) += what attention gave, y (n,H,D); then what the source gives, if there is one; then
     the feed-forward network. source (2,layers), columns and seen as in `read_source`, or (2,0)."""
     model, block, n = models[0], blocks[layer], x.shape[0]
-    add_through(block.out, y.reshape(n, -1), x, threads, large)
+    add_through(block.out, y.reshape(n, -1), x, kind, threads, large)
     if source.shape[1]:
         k, v = source[0, layer], source[1, layer]
-        read_source(model, block, x, k, v, columns, seen, threads, large)
+        read_source(model, block, x, k, v, columns, seen, kind, threads, large)
     normal = np.empty_like(x)
-    normed(block.norm2, x, normal)
+    normed(block.norm2, x, normal, kind)
     wide = np.empty((n, block.up.n_out), x.dtype)
-    through(block.up, normal, wide, threads, large)
+    through(block.up, normal, wide, kind, threads, large)
     active = np.empty((n, block.down.n_in), x.dtype)
     activate(model.activation, wide, active)
-    add_through(block.down, active, x, threads, large)
+    settle(active, kind)
+    add_through(block.down, active, x, kind, threads, large)
 
 
 @compiled()
-def logits_of(models: Array, x: Array, logits: Array, threads: int, large: int) -> None:
+def logits_of(
+    models: Array, x: Array, logits: Array, kind: Array, threads: int, large: int
+) -> None:
     """logits (n,V) of x (n,d)"""
     normal = np.empty_like(x)
-    normed(models[0].norm, x, normal)
-    through(models[0].head, normal, logits, threads, large)
+    normed(models[0].norm, x, normal, kind)
+    through(models[0].head, normal, logits, kind, threads, large)
 
 
 @compiled()
@@ -198,7 +220,7 @@ def decode(
     models: Array, blocks: Array, tokens: Array,
     start: int, padding: Array, stored: Array, columns: int, slot: int, window: int, sinks: Array,
     source: Array, source_columns: int, seen: Array,
-    logits: Array, threads: int, large: int,
+    logits: Array, kind: Array, threads: int, large: int,
 ) -> bool:  # fmt: skip
     """A decoder's step: a few tokens of each row behind `start` others, of which `padding` (B,) are
     none -> whether all tokens and positions exist.
@@ -213,37 +235,43 @@ def decode(
     for i in range(n):
         pos[i] = start + i % n_each - padding[i // n_each]
     x = np.empty((n, model.head.n_in), logits.dtype)
-    if not embed(models, tokens, pos, x):
+    if not embed(models, tokens, pos, x, kind):
         return False
     qkv = np.empty((n, n_heads + 2 * n_groups, width), x.dtype)
     q, y = np.empty((n, n_heads, width), x.dtype), np.empty((n, n_heads, width), x.dtype)
     shape = batch, n_groups, columns, width
-    row_bytes = n_groups * columns * width * x.itemsize
+    row_bytes = n_groups * columns * width * kind.itemsize
     for layer in range(blocks.shape[0]):
-        before_attention(models, blocks, layer, x, pos, qkv, threads, large)
+        before_attention(models, blocks, layer, x, pos, qkv, kind, threads, large)
         k, v = stored[0, layer], stored[1, layer]
-        keys, values = carray(pointer(k, x), shape), carray(pointer(v, x), shape)
+        keys, values = carray(pointer(k, kind), shape), carray(pointer(v, kind), shape)
         for i in range(n):
             row, column = i // n_each, slot + i % n_each
             q[i] = qkv[i, :n_heads]
-            keys[row, :, column] = qkv[i, n_heads : n_heads + n_groups]
-            values[row, :, column] = qkv[i, n_heads + n_groups :]
+            for group in range(n_groups):
+                for j in range(width):
+                    keys[row, group, column, j] = kept(qkv[i, n_heads + group, j], kind)
+                    value = qkv[i, n_heads + n_groups + group, j]
+                    values[row, group, column, j] = kept(value, kind)
         spans = spans_of_step(pos, n_each, slot, blocks[layer].window or window, sinks)
-        k_at, v_at = (k, row_bytes, columns, x[0]), (v, row_bytes, columns, x[0])
+        k_at, v_at = (k, row_bytes, columns, kind), (v, row_bytes, columns, kind)
         attend(q, n_each, n_groups, k_at, v_at, spans, y, threads, large)
-        after_attention(models, blocks, layer, y, x, source, source_columns, seen, threads, large)
+        settle(y.reshape(n, -1), kind)
+        after_attention(
+            models, blocks, layer, y, x, kind, source, source_columns, seen, threads, large
+        )
     if logits.shape[0] < n:
         x = x[n_each - 1 :: n_each].copy()
-    logits_of(models, x, logits, threads, large)
+    logits_of(models, x, logits, kind, threads, large)
     return True
 
 
-def load(dtype: type[np.floating[Any]]) -> None:
-    """Compile all that decodes numbers of that type, or read it from disk."""
-    ones, none = np.ones(1, dtype), np.empty((2, 0), np.int64)
+def load(dtype: type[np.floating[Any]], kind: Array) -> None:
+    """Compile all that computes in `dtype` with weights as `kind`, or read it from disk."""
+    ones, none = np.ones(1, kind.dtype), np.empty((2, 0), np.int64)
     at = ones.ctypes.data
     ends = (at, 0, 1, 0, 1.0), (at, 0, 1, 1)
     model = np.array([(at, 0, 0, 0, *[1] * len(SIZES[:-1]), RELU, 1.0, *ends)], MODEL)
     zero, pairs = np.zeros(1, np.int64), np.zeros((1, 2), np.int64)
     logits, blocks = np.empty((1, 1), dtype), np.empty(0, BLOCK)
-    decode(model, blocks, zero, 0, zero, none, 1, 0, 0, pairs, none, 1, pairs, logits, 1, 1)
+    decode(model, blocks, zero, 0, zero, none, 1, 0, 0, pairs, none, 1, pairs, logits, kind, 1, 1)

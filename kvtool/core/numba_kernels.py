@@ -2,8 +2,9 @@
 
 Every function treats each row by itself, in an order that its width alone decides. So a token gets
 the same bits alone, among others, cached or not, in any memory and with any number of threads.
-All arrays are dense, of one type, float32 or float64; keys and values may be bfloat16 besides, as
-uint16. A bias or shift of no elements is none: one form of each function to compile, and not two.
+All arrays are dense, of one type, float32 or float64; but weights, keys and values may be bfloat16,
+as uint16, or float16, as int16, and all else float32 then. A bias or shift of no elements is none:
+one form of each function to compile, and not two.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ def typed_number(typing: Any, x: Any) -> Any:
         return x(x), lambda context, builder, signature, args: args[0]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if x == types.int16:
+            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
         bits = builder.zext(args[0], ir.IntType(32))
         return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
 
@@ -99,17 +102,48 @@ def typed_number(typing: Any, x: Any) -> Any:
 number: Any = intrinsic(typed_number)
 
 
+def typed_kept(typing: Any, x: Any, kind: Any) -> Any:
+    """A number as it is stored in arrays of the type of `kind`: rounded to nearest even."""
+    if isinstance(kind.dtype, types.Float):
+        return x(x, kind), lambda context, builder, signature, args: args[0]
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if kind.dtype == types.int16:
+            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+        bits = builder.bitcast(args[0], ir.IntType(32))
+        shift, half = ir.Constant(bits.type, 16), ir.Constant(bits.type, 2**15 - 1)
+        odd = builder.and_(builder.lshr(bits, shift), ir.Constant(bits.type, 1))
+        upper = builder.lshr(builder.add(bits, builder.add(odd, half)), shift)
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        nan = ir.Constant(bits.type, 0x7FC0)  # or the sum could carry into infinity and beyond
+        return builder.trunc(builder.select(is_nan, nan, upper), ir.IntType(16))
+
+    return kind.dtype(types.float32, kind), generate
+
+
+kept: Any = intrinsic(typed_kept)
+
+
+@compiled()
+def settle(x: Array, kind: Array) -> None:
+    """Round x (n,d) to numbers that arrays of the type of `kind` can hold, in place."""
+    if kind.itemsize < x.itemsize:
+        for n in range(x.shape[0]):
+            for j in range(x.shape[1]):
+                x[n, j] = number(kept(x[n, j], kind))
+
+
 @compiled()
 def linear(x: Array, weight: Array, bias: Array, y: Array, first: int, last: int) -> None:
     """Columns `first` to `last` of y (n,out) = x (n,in) times weight (out,in), plus bias (out,)"""
     for i in range(first, last):
         row = weight[i]
         for n in range(x.shape[0]):  # inside, so that weights are read from memory once
-            total = row.dtype.type(0)
+            total = x.dtype.type(0)
             for j in range(row.shape[0]):
-                total += row[j] * x[n, j]
+                total += number(row[j]) * x[n, j]
             if bias.size:
-                total += bias[i]
+                total += number(bias[i])
             y[n, i] = total
 
 
@@ -136,9 +170,9 @@ def layer_norm(x: Array, scale: Array, shift: Array, eps: float, y: Array) -> No
             squares += (x[n, j] - mean) * (x[n, j] - mean)
         factor = x.dtype.type(1 / np.sqrt(squares / x.dtype.type(width) + eps))
         for j in range(width):
-            y[n, j] = (x[n, j] - mean) * factor * scale[j]
+            y[n, j] = (x[n, j] - mean) * factor * number(scale[j])
             if shift.size:
-                y[n, j] += shift[j]
+                y[n, j] += number(shift[j])
 
 
 @compiled()
@@ -151,7 +185,7 @@ def rms_norm(x: Array, scale: Array, eps: float, y: Array) -> None:
             squares += x[n, j] * x[n, j]
         factor = x.dtype.type(1 / np.sqrt(squares / x.dtype.type(width) + eps))
         for j in range(width):
-            y[n, j] = x[n, j] * factor * scale[j]
+            y[n, j] = x[n, j] * factor * number(scale[j])
 
 
 @compiled()

@@ -108,8 +108,9 @@ class DecodingForm:
         self, new: Array | Tensor, cache: Cache, source: CrossCache | None, last: bool
     ) -> Array | None:
         """A whole step, `begin` and `commit` included, as `engine.advance`, but without gradients:
-        new (B,T) -> logits (B,T,V) or (B,1,V), None if it must be done by parts. Raises
-        CapacityError, and IndexError for a token or position that does not exist."""
+        new (B,T) -> logits (B,T,V) or (B,1,V), those of half formats in float32; None if it must be
+        done by parts. Raises CapacityError, and IndexError for a token or position that does not
+        exist."""
         batch, n = new.shape
         if batch != cache.batch or not batch or (source is not None) != self.reads:
             return None

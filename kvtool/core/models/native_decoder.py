@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 import numpy as np
@@ -44,10 +45,16 @@ class NativeDecoder:
         fixed = all(table.dtype is torch.float64 and table.is_cpu for table, _ in tables)
         if not fixed or not native.can_read(*(weight for weight, _ in weights)):
             return None
-        return cls(decoder, [tensor for tensor, _ in weights + tables])
+        code = native.decoder_code(decoder.head.weight.dtype)
+        if code is None:
+            return None
+        return cls(decoder, [tensor for tensor, _ in weights + tables], code)
 
-    def __init__(self, decoder: Decoder, read: Sequence[Tensor]) -> None:
-        self.code, self.config = native.decoder_code(), decoder.config
+    def __init__(self, decoder: Decoder, read: Sequence[Tensor], code: ModuleType) -> None:
+        self.code, self.config = code, decoder.config
+        self.dtype = decoder.head.weight.dtype
+        self.kind = native.kind_of(self.dtype)
+        self.computed = native.computed(decoder.head.weight[:0]).dtype
         c, embed, head = decoder.config, decoder.embed, decoder.head
         # What the addresses point to, also when a parameter is given another tensor.
         self.kept = [tensor.detach() for tensor in read]
@@ -64,9 +71,8 @@ class NativeDecoder:
         found = *sizes, native.number_of(c.activation), embed.scale
         ends = norm_record(decoder.norm), linear_record(head)
         self.model = np.array([(*map(_address, tables), *found, *ends)], self.code.MODEL)
-        self.dtype = native.array(head.weight).dtype
         device = head.weight.device
-        self.stored = c.n_layers, c.n_kv_heads, c.head_dim, head.weight.dtype, device
+        self.stored = c.n_layers, c.n_kv_heads, c.head_dim, self.dtype, device
         self.n_logits = len(head.weight)
         self.token_size = 2 * c.n_kv_heads * c.head_dim  # keys and values of a layer
         layers = [self.blocks[name] for name in self.code.LINEARS] + [self.model["head"]]
@@ -79,7 +85,8 @@ class NativeDecoder:
 
     def at_once(self, tokens: Array, place: InPlace, source: InPlaceSource, last: bool) -> Array:
         """The step of tokens (B,T), which are stored -> logits (B,T,V), or (B,1,V) of the last
-        token alone. Raises IndexError for a token or position that does not exist."""
+        token alone, those of half formats in float32. Raises IndexError for a token or position
+        that does not exist."""
         batch, n = tokens.shape
         if batch * n <= AT_ONCE:
             return self._part(tokens, 0, place, source, last)
@@ -98,9 +105,9 @@ class NativeDecoder:
         start = place.start + first
         place = place._replace(start=start, slot=place.slot + first) if first else place
         ids = np.ascontiguousarray(tokens, np.int64).reshape(-1)
-        logits = np.empty((batch if last else batch * n, self.n_logits), self.dtype)
+        logits = np.empty((batch if last else batch * n, self.n_logits), self.computed)
         known = self.code.decode(
-            self.model, self.blocks, ids, *place, *source, logits,
+            self.model, self.blocks, ids, *place, *source, logits, self.kind,
             *self._threads(batch * (start + n), source),
         )  # fmt: skip
         if not known:
@@ -114,21 +121,22 @@ class NativeDecoder:
         ids, pos = (
             np.ascontiguousarray(x.numpy(), np.int64).reshape(batch) for x in (tokens, step.q_pos)
         )
-        x = np.empty((batch, c.d_model), self.dtype)
-        if not self.code.embed(self.model, ids, pos, x):
+        x = np.empty((batch, c.d_model), self.computed)
+        if not self.code.embed(self.model, ids, pos, x, self.kind):
             self._refuse(ids)
         near, threads = step.within(c.window), self._threads(0, source)
         n_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
         for i in range(c.n_layers):
-            qkv = np.empty((batch, sum(n_heads), c.head_dim), self.dtype)
-            self.code.before_attention(*model, i, x, pos, qkv, *threads)
-            q, k, v = torch.from_numpy(qkv)[:, :, None].split_with_sizes(n_heads, dim=1)
+            qkv = np.empty((batch, sum(n_heads), c.head_dim), self.computed)
+            self.code.before_attention(*model, i, x, pos, qkv, self.kind, *threads)
+            heads = torch.from_numpy(qkv).to(self.dtype)[:, :, None]
+            q, k, v = heads.split_with_sizes(n_heads, dim=1)
             seen = near if i >= c.first_window_layer else step
             y = self._given(cache.attend(i, q, k, v, seen), (batch, c.n_heads, 1, c.head_dim))
-            self.code.after_attention(*model, i, y, x, *source, *threads)
-        logits = np.empty((batch, 1, self.n_logits), self.dtype)
-        self.code.logits_of(self.model, x, logits[:, 0], *threads)
-        return torch.from_numpy(logits)
+            self.code.after_attention(*model, i, y, x, self.kind, *source, *threads)
+        logits = np.empty((batch, 1, self.n_logits), self.computed)
+        self.code.logits_of(self.model, x, logits[:, 0], self.kind, *threads)
+        return torch.from_numpy(logits).to(self.dtype)
 
     def _threads(self, n_seen: int, source: InPlaceSource) -> tuple[int, int]:
         """How many threads share what reads so many numbers or more: the weights of a layer, or
@@ -138,12 +146,11 @@ class NativeDecoder:
 
     def _given(self, y: Tensor, shape: tuple[int, ...]) -> Array:
         """What a cache's attention gave, as (B,H,D). Raises ValueError."""
-        found = native.array(y)
-        if (found.shape, found.dtype) != (shape, self.dtype):
+        if (y.shape, y.dtype) != (shape, self.dtype):
             raise ValueError(
                 f"attention gave {tuple(y.shape)} {y.dtype} (expected {shape} {self.dtype})"
             )
-        return found[:, :, 0]
+        return native.computed(y)[:, :, 0]
 
     def _refuse(self, ids: Array) -> NoReturn:
         wrong = ids[(ids < 0) | (ids >= self.model[0]["n_vocab"])].tolist()

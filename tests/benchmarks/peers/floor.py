@@ -50,7 +50,7 @@ def products(layers: Array, x: Array, y: Array, threads: int, large: int) -> Non
     for i in range(layers.shape[0]):
         layer = layers[i]
         x_in, y_out = x[:, : layer.n_in].copy(), y[:, : layer.n_out].copy()
-        through(layer, x_in, y_out, threads, large)
+        through(layer, x_in, y_out, x[0], threads, large)
 
 
 @compiled()
