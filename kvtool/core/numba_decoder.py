@@ -16,20 +16,8 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from kvtool.core.numba_kernels import (
-    RELU,
-    Array,
-    activate,
-    attend,
-    compiled,
-    kept,
-    normalise,
-    number,
-    pointer,
-    product,
-    settle,
-    vector,
-)
+from kvtool.core.numba_kernels import RELU, activate, attend, normalise, product, settle
+from kvtool.core.numba_tools import Array, compiled, kept, number, pointer, vector
 
 # A model as records of addresses and sizes. What is not there has the address 0.
 NORM = np.dtype(

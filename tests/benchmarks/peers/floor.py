@@ -12,7 +12,7 @@ from kvtool.core.layers import Linear
 from kvtool.core.models import Model
 from kvtool.core.models.native_decoder import linear_record
 from kvtool.core.numba_decoder import LINEAR, through
-from kvtool.core.numba_kernels import Array, compiled
+from kvtool.core.numba_tools import Array, compiled
 from kvtool.core.timing import Run
 
 

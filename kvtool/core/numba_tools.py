@@ -1,0 +1,119 @@
+"""How functions are compiled by numba here, and numbers that it does not know read and written.
+
+An address takes the place of an array, and whole numbers of 16 bits that of half formats: bfloat16
+as uint16, float16 as int16, which are computed with as float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+# Before numba loads its threads. They spin while they wait for each other, by default so long that
+# where another program has one's processor, a layer takes milliseconds.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import numba
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# What is kept on disk refers to functions of numba's threads; and numba forgets to load these first
+# where the functions that it was made of came from disk themselves.
+numba.get_num_threads()
+MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+# How many of them share the loops that follow, at most those. numba's own function for it takes as
+# long as a small layer.
+use_threads: Any = types.ExternalFunction("set_num_threads", types.void(types.intc))
+
+# Sums may be taken in several parts, or nothing could be vectorised; NaN and infinity stay.
+FAST = {"reassoc", "contract", "arcp", "nsz"}
+
+
+# numba keeps a function until its own file changes, but it may hold some of another file.
+SOURCES = sorted(Path(__file__).parent.glob("numba_*.py"))
+VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:8]
+
+
+def compiled(parallel: bool = False, fast: bool = True) -> Callable[[Function], Function]:
+    """numba.njit, kept on disk for the next process where there is a folder to write to.
+
+    fast: whether sums may be taken in another order, and a product and a sum be rounded once.
+    """
+
+    def decorate(function: Function) -> Function:
+        function.__qualname__ += VERSION
+        options: dict[str, Any] = {"nogil": True, "parallel": parallel}
+        options["fastmath"] = FAST if fast else False
+        options["error_model"] = "numpy"  # division by zero gives infinity, as in an array
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # neither beside this file nor at home
+            return numba.njit(**options)(function)
+
+    return decorate
+
+
+def typed_pointer(typing: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to numbers of the type of `like`, for carray."""
+    kind = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(address, like), generate
+
+
+pointer: Any = intrinsic(typed_pointer)
+
+
+def typed_number(typing: Any, x: Any) -> Any:
+    """A number as it is computed with: a bfloat16 is the upper half of a float32."""
+    if isinstance(x, types.Float):
+        return x(x), lambda context, builder, signature, args: args[0]
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if x == types.int16:
+            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+        bits = builder.zext(args[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
+
+    return types.float32(x), generate
+
+
+number: Any = intrinsic(typed_number)
+
+
+def typed_kept(typing: Any, x: Any, kind: Any) -> Any:
+    """A number as it is stored in arrays of the type of `kind`: rounded to nearest even."""
+    if isinstance(kind.dtype, types.Float):
+        return x(x, kind), lambda context, builder, signature, args: args[0]
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if kind.dtype == types.int16:
+            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+        bits = builder.bitcast(args[0], ir.IntType(32))
+        shift, half = ir.Constant(bits.type, 16), ir.Constant(bits.type, 2**15 - 1)
+        odd = builder.and_(builder.lshr(bits, shift), ir.Constant(bits.type, 1))
+        upper = builder.lshr(builder.add(bits, builder.add(odd, half)), shift)
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        nan = ir.Constant(bits.type, 0x7FC0)  # or the sum could carry into infinity and beyond
+        return builder.trunc(builder.select(is_nan, nan, upper), ir.IntType(16))
+
+    return kind.dtype(types.float32, kind), generate
+
+
+kept: Any = intrinsic(typed_kept)
+
+
+@compiled()
+def vector(address: int, n: int, like: Array) -> Array:
+    """The n numbers at an address."""
+    return carray(pointer(address, like), (n,))
