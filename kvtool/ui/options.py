@@ -205,7 +205,7 @@ Kernels = Annotated[
     typer.Option(
         "--kernels",
         metavar="|".join(KERNELS),
-        help="exact: slower, but cached and uncached logits are equal bit for bit.",
+        help="exact: cached and uncached logits are equal bit for bit; prompts take longer.",
         callback=_kernels,
         autocompletion=_complete(lambda: list(KERNELS)),
     ),
