@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool import registry
-from kvtool.core import native
+from kvtool.core import fused, native
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -53,6 +53,8 @@ class DefaultKernels:
         few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.FEW
         if few and native.can_attend(q, k, v, mask):
             return native.attention(q, k, v, mask, causal)
+        if fused.attends(q, k, v):
+            return fused.attention(q, k, v, mask, causal)
         grouped = q.shape[1] != k.shape[1]
         if q.dtype.itemsize < 4 and q.device.type == "cpu":
             if q.requires_grad and q.dtype is torch.bfloat16:

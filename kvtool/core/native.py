@@ -41,22 +41,32 @@ _allowed = True
 
 @cache
 def _kernels() -> ModuleType | None:
-    """The compiled functions; None where numba does not work, beside a newer NumPy for example."""
+    """The compiled functions of numba_kernels.py, where numba works."""
+
+    def load() -> ModuleType:
+        kernels = importlib.import_module("kvtool.core.numba_kernels")
+        one = np.ones((1, 1), np.float32)
+        kernels.product(one, one, one[0], one.copy(), 1, LARGE)  # whether it compiles and loads
+        decoder_code().load(np.float32)
+        return kernels
+
+    return loaded(load)
+
+
+def loaded(load: Callable[[], ModuleType]) -> ModuleType | None:
+    """The compiled functions that `load` returns; None where numba does not work, beside a newer
+    NumPy for example."""
     threads = torch.get_num_threads()
     waiting = Timer(PATIENCE, LOG.info, ["compiling native code, once after an installation ..."])
     waiting.daemon = True
     waiting.start()
     try:
-        kernels = importlib.import_module("kvtool.core.numba_kernels")
-        one = np.ones((1, 1), np.float32)
-        kernels.product(one, one, one[0], one.copy(), 1, LARGE)  # whether it compiles and loads
-        decoder_code().load(np.float32)
+        return load()
     except Exception:  # of numba, of LLVM, of a file that it kept: PyTorch does all without it
         return None
     finally:
         waiting.cancel()
         torch.set_num_threads(threads)  # numba starts its own, and OpenMP takes that for PyTorch's
-    return kernels
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
+from kvtool.core import fused
 from kvtool.core.layers import sinusoids
 from kvtool.core.models import build_model
 from kvtool.core.models.seq2seq import Seq2Seq
@@ -134,7 +135,7 @@ def trainer(module: nn.Module, loss: Loss, amp: bool) -> Callable[[list[int]], f
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
     def step(batch: list[int]) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        with fused.in_training(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
             value = loss(batch)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
