@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from kvtool.core import native
 
 LEAST = 2**14  # numbers; fewer are not worth the 0.3 s of loading
-LONGEST = 15  # keys; products of many heads at once are faster for more
+LONGEST = 24  # keys; products of many heads at once are faster for more
+LANES = 16  # numbers of a head that are multiplied at once
 DTYPES = torch.float32, torch.bfloat16
 
 _training = False
@@ -173,7 +174,8 @@ def _dense(x: Tensor) -> Tensor:
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention` takes them."""
-    return k.shape[2] <= LONGEST and k.shape == v.shape and serves(q, k, v)
+    fits = k.shape[2] <= LONGEST and k.shape == v.shape and not k.shape[3] % LANES
+    return fits and serves(q, k, v)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

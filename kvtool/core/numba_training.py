@@ -7,14 +7,95 @@ the rows, of which each is treated by itself, so that their number does not matt
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
 
 from kvtool.core.numba_kernels import Array, compiled, exponential, number, use_threads, vector
 
 Place = tuple[
     int, int, int, int
 ]  # an address, the bytes to the next row and token, tokens of a row
+
+
+WIDTH = 16
+NBYTES = 4 * WIDTH
+VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
+
+
+class Lanes(types.Type):
+    """Sixteen float32 in a register. LLVM would not keep there what a short loop sums up, and would
+    ask before each one whether its arrays overlap: that doubles the time of attention."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"{WIDTH} x float32")
+
+
+LANES = Lanes()
+
+
+@register_model(Lanes)
+class LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, VECTOR)
+
+
+def _pointer(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, VECTOR.as_pointer())
+
+
+def _load(typing: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_pointer(builder, args[0]), align=4)
+
+    return LANES(types.intp), generate
+
+
+def _store(typing: Any, x: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[0], _pointer(builder, args[1]), align=4)
+        return context.get_dummy_value()
+
+    return types.void(LANES, types.intp), generate
+
+
+def _multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        product = builder.fmul(*args[:2], flags=["contract"])
+        return builder.fadd(product, args[2], flags=["contract"])
+
+    return LANES(LANES, LANES, LANES), generate
+
+
+def _spread(typing: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first, none = ir.Constant(ir.IntType(32), 0), ir.Constant(VECTOR, ir.Undefined)
+        order = ir.Constant(ir.VectorType(first.type, WIDTH), [0] * WIDTH)
+        return builder.shuffle_vector(builder.insert_element(none, args[0], first), none, order)
+
+    return LANES(types.float32), generate
+
+
+def _total(typing: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), VECTOR])
+        name = f"llvm.vector.reduce.fadd.v{WIDTH}f32"
+        add = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(add, [ir.Constant(ir.FloatType(), 0.0), args[0]], fastmath=["reassoc"])
+
+    return types.float32(LANES), generate
+
+
+lanes_at: Any = intrinsic(_load)  # (address of 16 float32) -> lanes
+put_lanes: Any = intrinsic(_store)  # (lanes, address)
+multiply_add: Any = intrinsic(_multiply_add)  # (a, b, c) -> a * b + c, rounded once
+spread: Any = intrinsic(_spread)  # (float32) -> it in every lane
+total: Any = intrinsic(_total)  # (lanes) -> their sum
 
 
 @compiled()
@@ -100,37 +181,29 @@ def write_row(x: Array, stored: Place, row: int, like: Array) -> None:
 @compiled()
 def multiply(x: Array, h: int, n: int, y: Array, group: int, m: int, z: Array) -> None:
     """z (T,S) = head h of x (T*n,D) times head `group` of y (S*m,D)"""
+    size = 4 * x.shape[1]  # bytes of a head
     for i in range(z.shape[0]):
         for j in range(z.shape[1]):
-            total = np.float32(0)
-            for d in range(x.shape[1]):
-                total += x[i * n + h, d] * y[j * m + group, d]
-            z[i, j] = total
+            a, b = x.ctypes.data + (i * n + h) * size, y.ctypes.data + (j * m + group) * size
+            sums = spread(np.float32(0))
+            for at in range(0, size, NBYTES):
+                sums = multiply_add(lanes_at(a + at), lanes_at(b + at), sums)
+            z[i, j] = total(sums)
 
 
 @compiled()
 def add_product(w: Array, x: Array, h: int, n: int, y: Array, group: int, m: int) -> None:
-    """Head `group` of y (T*m,D) += w (T,S) times head h of x (S*n,D)"""
-    whole = w.shape[1] // 4 * 4
+    """Head `group` of y (T*m,D) += w (T,S), which may be turned, times head h of x (S*n,D)"""
+    size = 4 * x.shape[1]
     for i in range(w.shape[0]):
-        at = i * m + group
-        for j in range(0, whole, 4):  # together, or each would wait for y of the one before
-            a, b, c, e = j * n + h, (j + 1) * n + h, (j + 2) * n + h, (j + 3) * n + h
-            for d in range(x.shape[1]):
-                first = w[i, j] * x[a, d] + w[i, j + 1] * x[b, d]
-                second = w[i, j + 2] * x[c, d] + w[i, j + 3] * x[e, d]
-                y[at, d] += first + second
-        for j in range(whole, w.shape[1]):
-            for d in range(x.shape[1]):
-                y[at, d] += w[i, j] * x[j * n + h, d]
-
-
-@compiled()
-def turn(x: Array, y: Array) -> None:
-    """y (S,T) = x (T,S) turned"""
-    for i in range(x.shape[0]):
-        for j in range(x.shape[1]):
-            y[j, i] = x[i, j]
+        for at in range(0, size, NBYTES):
+            place = y.ctypes.data + (i * m + group) * size + at
+            sums = lanes_at(place)
+            for j in range(w.shape[1]):
+                behind = (j * n + h) * size + at
+                weight = spread(w[i, j])
+                sums = multiply_add(weight, lanes_at(x.ctypes.data + behind), sums)
+            put_lanes(sums, place)
 
 
 @compiled()
@@ -218,7 +291,6 @@ def attend_backward_part(
     of_queries, g = np.empty_like(queries), np.empty_like(queries)
     values, of_keys, of_values = np.empty_like(keys), np.empty_like(keys), np.empty_like(keys)
     scores = np.empty((n_queries, n_keys), np.float32)
-    turned = np.empty((n_keys, n_queries), np.float32)
     for row in range(first, last):
         read_row(q, row, like, queries)
         read_row(k, row, like, keys)
@@ -229,13 +301,11 @@ def attend_backward_part(
         of_values[:] = 0
         for h in range(n_heads):
             group, w = h * n_groups // n_heads, weights[row, h]
-            turn(w, turned)
-            add_product(turned, g, h, n_heads, of_values, group, n_groups)
+            add_product(w.T, g, h, n_heads, of_values, group, n_groups)
             multiply(g, h, n_heads, values, group, n_groups, scores)
             softmax_backward(w, scores, 1 / np.sqrt(width))
             add_product(scores, keys, group, n_groups, of_queries, h, n_heads)
-            turn(scores, turned)
-            add_product(turned, queries, h, n_heads, of_keys, group, n_groups)
+            add_product(scores.T, queries, h, n_heads, of_keys, group, n_groups)
         write_row(of_queries, dq, row, like)
         write_row(of_keys, dk, row, like)
         write_row(of_values, dv, row, like)
@@ -260,9 +330,8 @@ def load() -> None:
     half = np.zeros((1, 1), np.uint16)
     for x, onto, y in ((half, one, one), (one, one, one), (one, none, one), (one, none, half)):
         dropout(x, onto, 0, 0, 1.0, y.copy(), 1)
-    for x in (one, half):
-        at, seen = (x.ctypes.data, 0, 0, 1), np.ones((1, 1, 1), np.bool_)
-        weights, y = one.reshape(1, 1, 1, 1), x.copy()
-        to = y.ctypes.data, 0, 0, 1
-        attend(at, at, at, 1, seen, weights, y.reshape(1, 1, 1, 1), 1)
-        attend_backward(at, at, at, at, 1, weights, x[0], to, to, to, 1)
+    for dtype in (np.float32, np.uint16):
+        x, seen = np.zeros((1, 1, 1, WIDTH), dtype), np.ones((1, 1, 1), np.bool_)
+        at, weights = (x.ctypes.data, 0, 0, 1), np.empty((1, 1, 1, 1), np.float32)
+        attend(at, at, at, 1, seen, weights, x, 1)
+        attend_backward(at, at, at, at, 1, weights, x[0, 0, 0], at, at, at, 1)
