@@ -65,6 +65,10 @@ def _compiled() -> ModuleType:
     return code
 
 
+def _threads() -> int:
+    return min(torch.get_num_threads(), int(_compiled().MOST_THREADS))
+
+
 def _rows(x: Tensor) -> native.Array:
     """(...,d) -> (n,d), bfloat16 as uint16"""
     x = x.detach().contiguous().view(-1, x.shape[-1])
@@ -109,11 +113,11 @@ class _Dropout(torch.autograd.Function):
 
 def _drop(x: Tensor, onto: Tensor | None, mask: Mask, y: Tensor) -> None:
     added = x.new_empty(0, 1, dtype=torch.float32) if onto is None else onto
-    _compiled().dropout(_rows(x), _rows(added), *mask, _rows(y), torch.get_num_threads())
+    _compiled().dropout(_rows(x), _rows(added), *mask, _rows(y), _threads())
 
 
 def dropout(x: Tensor, onto: Tensor | None, mask: Mask) -> Tensor:
-    """What the mask leaves of x (...,d), added to `onto` (...,d) float32 if there is one."""
+    """What the mask leaves of x (...,d), added to `onto` (...,d) if there is one."""
     found: Tensor = _Dropout.apply(x, onto, mask)
     return found
 
@@ -145,8 +149,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(weights, *bases)
         places = (view.place(bases) for view in views)
         result = _rows(y).reshape(y.shape)
-        threads = torch.get_num_threads()
-        _compiled().attend(*places, n_groups, seen.numpy(), weights.numpy(), result, threads)
+        _compiled().attend(*places, n_groups, seen.numpy(), weights.numpy(), result, _threads())
         return y.transpose(1, 2)
 
     @staticmethod
@@ -162,7 +165,7 @@ class _Attention(torch.autograd.Function):
             weights.numpy(),
             _rows(dy[0, 0, :1])[0],
             *(view.place(grads) for view in ctx.views),
-            torch.get_num_threads(),
+            _threads(),
         )
         return None, None, *grads
 
@@ -175,7 +178,7 @@ def _dense(x: Tensor) -> Tensor:
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention` takes them."""
     fits = k.shape[2] <= LONGEST and k.shape == v.shape and not k.shape[3] % LANES
-    return fits and serves(q, k, v)
+    return fits and q.dtype is k.dtype is v.dtype and serves(q, k, v)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

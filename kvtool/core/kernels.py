@@ -62,8 +62,9 @@ class DefaultKernels:
             if q.requires_grad and q.dtype is torch.bfloat16:
                 if k.shape[2] <= SHORT:
                     return attention_by_products(q, k, v, mask, causal)
-                wide = [x.float() for x in (q, k, v)]
-                return self.attention(*wide, mask, causal).to(q.dtype)
+                q, k, v = q.float(), k.float(), v.float()
+                with torch.autocast("cpu", enabled=False):  # or they become bfloat16 again
+                    return self.attention(q, k, v, mask, causal).bfloat16()
             if q.shape[2] == 1:
                 return self._one_query(q, k, v, mask)
         return F.scaled_dot_product_attention(

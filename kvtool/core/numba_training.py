@@ -16,6 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from kvtool.core.numba_kernels import MOST_THREADS as MOST_THREADS
 from kvtool.core.numba_kernels import Array, compiled, exponential, number, use_threads, vector
 
 Place = tuple[
@@ -143,7 +144,7 @@ def dropout_part(
             row[j] = row[j] * factor if kept else np.float32(0)
         if onto.size:
             for j in range(row.shape[0]):
-                row[j] += onto[n, j]
+                row[j] += number(onto[n, j])
         write(row, y[n])
 
 
@@ -151,8 +152,8 @@ def dropout_part(
 def dropout(
     x: Array, onto: Array, start: int, least: int, scale: float, y: Array, threads: int
 ) -> None:
-    """y (n,d) = x (n,d) times scale, or 0 where an element is dropped, plus onto (n,d) float32 if
-    it has elements; `start` is the first element's index."""
+    """y (n,d) = x (n,d) times scale, or 0 where an element is dropped, plus onto (n,d) if it has
+    elements; `start` is the first element's index."""
     use_threads(threads)
     for part in numba.prange(threads):
         n = x.shape[0]
@@ -328,10 +329,10 @@ def load() -> None:
     """Compile all, or read it from disk."""
     none, one = np.empty((0, 1), np.float32), np.ones((1, 1), np.float32)
     half = np.zeros((1, 1), np.uint16)
-    for x, onto, y in ((half, one, one), (one, one, one), (one, none, one), (one, none, half)):
-        dropout(x, onto, 0, 0, 1.0, y.copy(), 1)
+    for x, onto, z in ((half, one, one), (one, one, one), (one, none, one), (one, none, half)):
+        dropout(x, onto, 0, 0, 1.0, z.copy(), 1)
     for dtype in (np.float32, np.uint16):
-        x, seen = np.zeros((1, 1, 1, WIDTH), dtype), np.ones((1, 1, 1), np.bool_)
-        at, weights = (x.ctypes.data, 0, 0, 1), np.empty((1, 1, 1, 1), np.float32)
-        attend(at, at, at, 1, seen, weights, x, 1)
-        attend_backward(at, at, at, at, 1, weights, x[0, 0, 0], at, at, at, 1)
+        y, seen = np.zeros((1, 1, 1, WIDTH), dtype), np.ones((1, 1, 1), np.bool_)
+        at, weights = (y.ctypes.data, 0, 0, 1), np.empty((1, 1, 1, 1), np.float32)
+        attend(at, at, at, 1, seen, weights, y, 1)
+        attend_backward(at, at, at, at, 1, weights, y[0, 0, 0], at, at, at, 1)
