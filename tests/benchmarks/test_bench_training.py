@@ -233,7 +233,7 @@ def test_a_training_step_learns_what_nn_transformer_does(
         times.append(time.perf_counter() - started)
         return (batch,), {}
 
-    warm, rounds = len(batches), 24 // len(batches) * len(batches)
+    warm, rounds = len(batches), 3 * len(batches)
     loss = benchmark.pedantic(mine, setup=other_first, rounds=rounds, warmup_rounds=warm)
     assert 0 < loss < 2 * losses[0]
     if not benchmark.disabled:
