@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool import registry
-from kvtool.core import native
+from kvtool.core import kernels, native
 from kvtool.core.cache import EMPTY
 from kvtool.core.kernels import (
     DEFAULT,
+    SHORT,
     attention_by_products,
     make_kernels,
     reference_attention,
@@ -147,6 +148,22 @@ def test_training_in_bfloat16_on_a_cpu_goes_by_products(monkeypatch: pytest.Monk
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # calling it would fail
     found = DEFAULT.attention(q.requires_grad_(), k, v, None, True)
     assert (found - fused).abs().max() < 0.02 and found.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_training_in_bfloat16_with_many_keys_goes_by_pytorchs_attention_in_float32(
+    monkeypatch: pytest.MonkeyPatch, amp: bool
+) -> None:
+    """Products of all scores at once would take more memory than a processor has nearby."""
+    q, k, v = (torch.randn(1, 2, SHORT + 1, 8).bfloat16().requires_grad_() for _ in range(3))
+    monkeypatch.setattr(kernels, "attention_by_products", None)  # calling it would fail
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        found = DEFAULT.attention(q, k, v, None, True)
+    exact = reference_attention(q, k, v, None, True)
+    assert found.dtype is torch.bfloat16 and (found - exact).abs().max() < 2**-7
+    (grad,) = torch.autograd.grad(found.sum(), q)
+    (gradient,) = torch.autograd.grad(exact.sum(), q)
+    assert grad.dtype is torch.bfloat16 and (grad - gradient).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("n_queries", [1, 5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import torch
 
 from kvtool.config import SCHEDULES, TrainLength
 from kvtool.core.runs import RunFolder
-from kvtool.core.train import FLOOR, LOG_EVERY, learning_rate
+from kvtool.core.train import FLOOR, LOG_EVERY, Trainer, learning_rate
 from kvtool.errors import UsageError
 from training_cases import (
     STEPS,
@@ -179,3 +180,50 @@ def test_the_first_score_is_the_best_so_far_even_after_a_stop(tmp_path: Path, hi
         train(tmp_path, watcher=Hook(2, lambda: os.kill(os.getpid(), signal.SIGINT)), steps=4)
     at = train(tmp_path, learn=Scores(0.0, higher=higher), resume=True, steps=4)
     assert (at.best_step, at.best_score) == (4, 0.0) and (tmp_path / "best" / WEIGHTS).is_file()
+
+
+# Memory
+
+
+class Memory(Hook):
+    """Remembers the number and bytes of all tensors and the resident memory, after some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps, self.done = steps, 0
+        self.tensors: list[tuple[int, int]] = []
+        self.resident: list[int] = []
+
+    def update(self, text: str = "", **fields: Any) -> None:
+        self.done += 1
+        if self.done in self.steps:
+            gc.collect()
+            live = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+            self.tensors.append((len(live), sum(x.untyped_storage().nbytes() for x in live)))
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+class Hoarder(Trainer):
+    """A planted bug: the graph of every step is kept, in memory that Python does not see."""
+
+    def _finite(self, what: str, value: float, step: int) -> float:
+        hoard.append(torch.ones(2**16, requires_grad=True).exp().sum())
+        return value
+
+
+hoard: list[torch.Tensor] = []
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells resident memory")
+@pytest.mark.parametrize("kind", [Trainer, Hoarder])
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+def test_memory_does_not_grow_over_steps(tmp_path: Path, kind: type[Trainer], amp: bool) -> None:
+    memory = Memory(50, 150)
+    train(tmp_path / "run", kind=kind, watcher=memory, steps=150, eval_every=1000, amp=amp)
+    (n_before, before), (n_after, after) = memory.tensors
+    grown = memory.resident[1] - memory.resident[0]
+    hoard.clear()
+    if kind is Hoarder:
+        assert n_after > n_before and grown > 2**24
+    else:  # batches differ in size
+        assert n_after == n_before and after < 1.1 * before and grown < 2**22

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool import registry
-from kvtool.core import native
+from kvtool.core import fused, native
 
 Layer = Callable[[Tensor], Tensor]
+
+SHORT = 96  # keys; the scores of more, all at once, no longer fit into a processor's cache
 
 
 class Kernels(Protocol):
@@ -53,10 +55,16 @@ class DefaultKernels:
         few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.FEW
         if few and native.can_attend(q, k, v, mask):
             return native.attention(q, k, v, mask, causal)
+        if fused.attends(q, k, v):
+            return fused.attention(q, k, v, mask, causal)
         grouped = q.shape[1] != k.shape[1]
         if q.dtype.itemsize < 4 and q.device.type == "cpu":
             if q.requires_grad and q.dtype is torch.bfloat16:
-                return attention_by_products(q, k, v, mask, causal)
+                if k.shape[2] <= SHORT:
+                    return attention_by_products(q, k, v, mask, causal)
+                q, k, v = q.float(), k.float(), v.float()
+                with torch.autocast("cpu", enabled=False):  # or they become bfloat16 again
+                    return self.attention(q, k, v, mask, causal).bfloat16()
             if q.shape[2] == 1:
                 return self._one_query(q, k, v, mask)
         return F.scaled_dot_product_attention(
@@ -82,8 +90,8 @@ def attention_by_products(
 ) -> Tensor:
     """Attention as two batched products with a float32 softmax between (Vaswani 2017, eq. 1).
 
-    Shapes as `Kernels.attention`. To train in bfloat16 on a CPU: the backward pass of PyTorch's
-    fused attention takes 2 to 8 times as long there (docs/training.md).
+    Shapes as `Kernels.attention`. To train in bfloat16 on a CPU with few keys: the backward pass of
+    PyTorch's fused attention takes 2 to 8 times as long there (docs/training.md).
     """
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
-from kvtool.core import native
+from kvtool.core import fused, native
 
 
 class Plain(nn.Module):
@@ -147,34 +147,33 @@ class MLP(Plain):
 
 class Dropout(Plain):
     """While training, zeroes elements with probability p and scales the others up (Srivastava
-    2014): (B,T,d) -> (B,T,d).
+    2014): (B,T,d) -> (B,T,d), added to `onto` if that is given.
 
-    An element takes 16 random bits, so p is met to 1/65,536, and on a CPU this costs a third of
-    F.dropout. `first` and `total` say which rows of a batch of `total` the input holds, where
-    processes share one (0: all of it): the bits are drawn for the whole batch, so that each row's
-    are the same however many processes there are.
+    `first` says which row of a batch the input begins with, where processes share one: each row
+    loses the same elements however many processes there are.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self.first = self.total = 0
+        self.first = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not (dropped := round(self.p * 2**16)):
-            return x
-        shape = (self.total or x.shape[0], *x.shape[1:])
-        words = torch.empty(-(-math.prod(shape) // 4), dtype=torch.int64, device=x.device)
-        bits = words.random_(-(2**63), None).view(torch.int16)[: math.prod(shape)].view(shape)
-        kept = bits[self.first : self.first + x.shape[0]] >= dropped - 2**15
-        return x * (kept.to(x.dtype) * (2**16 / (2**16 - dropped)))
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        if not self.training or not (dropped := round(self.p * 2**32)):
+            return x if onto is None else onto + x
+        start = int(torch.randint(2**32, ())) + self.first * math.prod(x.shape[1:])
+        mask = fused.Mask(start % 2**32, dropped - 2**31, 2**32 / (2**32 - dropped))
+        if fused.serves(x, x if onto is None else onto):
+            return fused.dropout(x, onto, mask)
+        x = x * (mask.kept(x).to(x.dtype) * mask.scale)
+        return x if onto is None else onto + x
 
 
-def deal_rows(model: nn.Module, rows: slice, total: int) -> None:
-    """Tell a model's dropout that inputs are `rows` of a batch of `total`."""
+def deal_rows(model: nn.Module, rows: slice) -> None:
+    """Tell a model's dropout that inputs are `rows` of a batch."""
     for module in model.modules():
         if isinstance(module, Dropout):
-            module.first, module.total = rows.start, total
+            module.first = rows.start
 
 
 class Table(Plain):
@@ -193,6 +192,8 @@ class Table(Plain):
 
     def forward(self, pos: Tensor, dtype: torch.dtype) -> Tensor:
         """pos (B,T), where padding (negative) reads row 0 -> (B,T,width)"""
+        if pos.shape[0] > 1 and pos.stride(0) == 0:  # one row for all
+            return self(pos[:1], dtype).expand(*pos.shape, -1)
         return F.embedding(pos.clamp(min=0), self.table).to(dtype)
 
 

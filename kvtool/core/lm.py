@@ -135,7 +135,7 @@ class LanguageModelling:
     def loss(self, model: Model, batch: Blocks, share: Share = WHOLE) -> tuple[Tensor, int]:
         device = self.train_ids.device
         rows = share.rows(len(batch.starts))
-        deal_rows(model, rows, len(batch.starts))
+        deal_rows(model, rows)
         columns = torch.arange(batch.length + 1)
         ids = self.train_ids[(batch.starts[rows, None] + columns).to(device)]
         positions = (batch.offsets[rows, None] + columns[:-1]).to(device)

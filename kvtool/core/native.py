@@ -43,26 +43,29 @@ _allowed = True
 
 @cache
 def _kernels() -> ModuleType | None:
-    """The compiled functions; None where numba does not work, beside a newer NumPy for example."""
-    try:
-        with _patiently():
-            kernels = importlib.import_module("kvtool.core.numba_kernels")
-            one = np.ones((1, 1), np.float32)
-            kernels.product(one, one, one[0], one.copy(), 1, LARGE)  # whether it compiles and loads
-    except Exception:  # of numba, of LLVM, of a file that it kept: PyTorch does all without it
-        return None
-    return kernels if decoder_code(torch.float32) else None
+    """The compiled functions of numba_kernels.py, where numba works."""
+
+    def load() -> ModuleType:
+        kernels = importlib.import_module("kvtool.core.numba_kernels")
+        one = np.ones((1, 1), np.float32)
+        kernels.product(one, one, one[0], one.copy(), 1, LARGE)  # whether it compiles and loads
+        return kernels
+
+    kernels = loaded(load)
+    return kernels if kernels and decoder_code(torch.float32) else None
 
 
-@contextmanager
-def _patiently() -> Iterator[None]:
-    """While code is compiled, or loaded from disk: say so if it takes long."""
+def loaded(load: Callable[[], ModuleType]) -> ModuleType | None:
+    """The compiled functions that `load` returns; None where numba does not work, beside a newer
+    NumPy for example. Says so if it takes long."""
     threads = torch.get_num_threads()
     waiting = Timer(PATIENCE, LOG.info, ["compiling native code, once after an installation ..."])
     waiting.daemon = True
     waiting.start()
     try:
-        yield
+        return load()
+    except Exception:  # of numba, of LLVM, of a file that it kept: PyTorch does all without it
+        return None
     finally:
         waiting.cancel()
         torch.set_num_threads(threads)  # numba starts its own, and OpenMP takes that for PyTorch's
@@ -330,13 +333,13 @@ def kind_of(dtype: torch.dtype) -> Array:
 @cache
 def decoder_code(dtype: torch.dtype) -> ModuleType | None:
     """The compiled functions of a whole step, with weights of that type; None as `_kernels`."""
-    try:
-        with _patiently():
-            code = importlib.import_module("kvtool.core.numba_decoder")
-            code.load(computed(torch.empty(0, dtype=dtype)).dtype.type, kind_of(dtype))
-    except Exception:
-        return None
-    return code
+
+    def load() -> ModuleType:
+        code = importlib.import_module("kvtool.core.numba_decoder")
+        code.load(computed(torch.empty(0, dtype=dtype)).dtype.type, kind_of(dtype))
+        return code
+
+    return loaded(load)
 
 
 def _loaded() -> ModuleType:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.config import TrainConfig
+from kvtool.core import fused
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
 from kvtool.core.runs import RunFolder
@@ -222,7 +223,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(config.amp)):
+        amp = torch.autocast(self.device.type, torch.bfloat16, enabled=bool(config.amp))
+        with fused.in_training(), amp:
             loss, n = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         (loss * self.team.share.of).backward()  # the team takes the mean of the gradients

@@ -237,7 +237,7 @@ class Translation:
         target, real = pad([self.rows[i][1] for i in batch], self.device)
         n_targets = real.sum()
         rows = share.rows(len(batch))
-        deal_rows(model, rows, len(batch))
+        deal_rows(model, rows)
         source, mask, target, real = (part[rows] for part in (source, mask, target, real))
         shifted = F.pad(target[:, :-1], (1, 0), value=BOS)
         logits = model(shifted, source=model.encode(source, mask))

@@ -1,4 +1,4 @@
-"""A training step of train-seq2seq's default model, beside the same of torch.nn.Transformer."""
+"""A training step of the default models, beside the same of torch.nn's Transformer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import cycle
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,17 +17,22 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
+from kvtool.core import fused
 from kvtool.core.layers import sinusoids
+from kvtool.core.lm import Blocks, LanguageModelling
 from kvtool.core.models import build_model
+from kvtool.core.models.decoder import Decoder
 from kvtool.core.models.seq2seq import Seq2Seq
 from kvtool.core.pairs import load_cmudict
 from kvtool.core.text import BOS, Tokenizer
 from kvtool.core.translation import Translation, pad
 
 PAIRS = 4000  # of the dictionary
-BATCH_TOKENS = 2048
+SEQ2SEQ_TOKENS, LM_TOKENS, LM_CONTEXT = 2048, 4608, 1152  # of the commands' defaults
+N_BATCHES = 8  # each seen once before the clock runs, so that all memory and code is there
 SMOOTHING = 0.1
-Loss = Callable[[list[int]], Tensor]
+CPU = torch.device("cpu")
+Loss = Callable[[Any], Tensor]
 
 
 class Peer(nn.Module):
@@ -67,6 +73,31 @@ class Peer(nn.Module):
         return F.linear(y, self.tables[1].weight)
 
 
+class LMPeer(nn.Module):
+    """nn.TransformerEncoder with a causal mask between an embedding and the same as a head, as
+    those who want a decoder alone write it, with our weights."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        c = model.config
+        table = model.embed.tokens.weight.detach().clone()
+        self.table = nn.Embedding.from_pretrained(table, freeze=False)
+        self.register_buffer("positions", sinusoids(c.context, c.d_model).float())
+        self.dropout = nn.Dropout(c.dropout)
+        layer = nn.TransformerEncoderLayer(
+            c.d_model, c.n_heads, c.d_ff, c.dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.body = nn.TransformerEncoder(layer, c.n_layers, nn.LayerNorm(c.d_model))
+        self.body.norm.load_state_dict(model.norm.state_dict())
+        for block, theirs in zip(model.layers, self.body.layers, strict=True):
+            theirs.load_state_dict(renamed(block.state_dict()))
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.table(tokens) * math.sqrt(self.table.embedding_dim) + self.positions[positions]
+        causal = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        return F.linear(self.body(self.dropout(x), causal, is_causal=True), self.table.weight)
+
+
 def renamed(block: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of one of our blocks under the names of nn.Transformer's layers."""
     found = {}
@@ -92,24 +123,27 @@ def with_gradients(one_thread_without_gradients: None) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def task() -> Translation:
+class Pair(NamedTuple):
+    """Our model and its peer with the same weights, what each loses on a batch, and batches."""
+
+    ours: nn.Module
+    our_loss: Loss
+    theirs: nn.Module
+    their_loss: Loss
+    batches: list[Any]
+
+
+def seq2seq(dropout: float) -> Pair:
     splits = load_cmudict()
     splits = replace(splits, train=splits.train[:PAIRS], valid=splits.valid[:10], test=())
     source = Tokenizer.train("char", [pair.source for pair in splits.train])
     target = Tokenizer.train("symbol", [x for pair in splits.train for x in pair.targets])
-    cpu = torch.device("cpu")
-    return Translation(splits, source, target, 256, BATCH_TOKENS, SMOOTHING, 0, cpu)
-
-
-def pair_of_losses(task: Translation, dropout: float) -> list[tuple[nn.Module, Loss]]:
-    """Our model and its peer with the same weights, and the loss of each for a batch."""
-    torch.manual_seed(0)
+    task = Translation(splits, source, target, 256, SEQ2SEQ_TOKENS, SMOOTHING, 0, CPU)
     config = ModelConfig(
-        task.tokenizer.vocab_size,
+        target.vocab_size,
         n_layers=1,
         n_encoder_layers=1,
-        source_vocab_size=task.source_tokenizer.vocab_size,
+        source_vocab_size=source.vocab_size,
         context=256,
         dropout=dropout,
     )
@@ -126,15 +160,40 @@ def pair_of_losses(task: Translation, dropout: float) -> list[tuple[nn.Module, L
             logits.flatten(0, 1).float(), wanted.flatten(), label_smoothing=SMOOTHING
         )
 
-    return [(model, lambda batch: task.loss(model, batch)[0]), (peer, theirs)]
+    return Pair(
+        model, lambda batch: task.loss(model, batch)[0], peer, theirs, list(task.batches(0))
+    )
 
 
-def trainer(module: nn.Module, loss: Loss, amp: bool) -> Callable[[list[int]], float]:
+def lm(dropout: float) -> Pair:
+    text = " ".join(pair.source for pair in load_cmudict().train[: 4 * PAIRS])
+    tokenizer = Tokenizer.train("bpe", [text], 1024, specials=False)
+    task = LanguageModelling(text, tokenizer, LM_CONTEXT, LM_TOKENS, 0, CPU)
+    config = ModelConfig(
+        tokenizer.vocab_size, n_layers=2, context=LM_CONTEXT, tied=True, dropout=dropout
+    )
+    model = build_model(config)
+    assert isinstance(model, Decoder)
+    peer = LMPeer(model)
+
+    def theirs(batch: Blocks) -> Tensor:
+        columns = torch.arange(batch.length + 1)
+        ids = task.train_ids[batch.starts[:, None] + columns]
+        logits = peer(ids[:, :-1], batch.offsets[:, None] + columns[:-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    one_of_each = {batch.length: batch for epoch in range(9) for batch in task.batches(epoch)}
+    return Pair(
+        model, lambda batch: task.loss(model, batch)[0], peer, theirs, list(one_of_each.values())
+    )
+
+
+def trainer(module: nn.Module, loss: Loss, amp: bool) -> Callable[[Any], float]:
     """One optimizer step on a batch, as Trainer does it; returns the loss."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
-    def step(batch: list[int]) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    def step(batch: Any) -> float:
+        with fused.in_training(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
             value = loss(batch)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -148,19 +207,24 @@ def trainer(module: nn.Module, loss: Loss, amp: bool) -> Callable[[list[int]], f
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # nn.Transformer, of its own default
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [seq2seq, lm], ids=["seq2seq", "lm"])
 def test_a_training_step_learns_what_nn_transformer_does(
-    benchmark: BenchmarkFixture, task: Translation, amp: bool, dropout: float
+    benchmark: BenchmarkFixture, make: Callable[[float], Pair], amp: bool, dropout: float
 ) -> None:
     """In turns with its step, so that a slow moment hits both."""
-    benchmark.group = f"a training step of {BATCH_TOKENS} tokens"
-    both = (ours, our_loss), (theirs, their_loss) = pair_of_losses(task, dropout)
-    batches = list(task.batches(0))
+    tokens = LM_TOKENS if make is lm else SEQ2SEQ_TOKENS
+    benchmark.group = f"a training step of {make.__name__}, {tokens} tokens"
+    torch.manual_seed(0)
+    pair = make(dropout)
+    batches = pair.batches[:N_BATCHES]
     with torch.no_grad():
-        losses = [float(loss(batches[0])) for module, loss in both if module.eval()]
+        sides = (pair.ours.eval(), pair.our_loss), (pair.theirs.eval(), pair.their_loss)
+        losses = [float(loss(batches[0])) for _, loss in sides]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    mine, other = trainer(ours.train(), our_loss, amp), trainer(theirs.train(), their_loss, amp)
+    mine = trainer(pair.ours.train(), pair.our_loss, amp)
+    other = trainer(pair.theirs.train(), pair.their_loss, amp)
     times: list[float] = []
-    turn = iter(batches * 9)
+    turn = cycle(batches)
 
     def other_first() -> Any:
         batch = next(turn)
@@ -169,13 +233,14 @@ def test_a_training_step_learns_what_nn_transformer_does(
         times.append(time.perf_counter() - started)
         return (batch,), {}
 
-    loss = benchmark.pedantic(mine, setup=other_first, rounds=20, warmup_rounds=2)
+    warm, rounds = len(batches), 3 * len(batches)
+    loss = benchmark.pedantic(mine, setup=other_first, rounds=rounds, warmup_rounds=warm)
     assert 0 < loss < 2 * losses[0]
     if not benchmark.disabled:
-        ratio = median(times[2:]) / benchmark.stats.stats.median
+        ratio = median(times[warm:]) / benchmark.stats.stats.median
         benchmark.extra_info.update(
             kind="bfloat16" if amp else "float32",
-            length=BATCH_TOKENS,
-            tokens=BATCH_TOKENS,
+            length=tokens,
+            tokens=tokens,
             nn_transformer_times=ratio,
         )

@@ -39,10 +39,10 @@ class Block(nn.Module):
         rotary: Rotary | None = None,
     ) -> Tensor:
         rows = step.kernels.rows
-        x = x + self.dropout(self.attn(rows(x, self.norm1), step, cache, rotary))
+        x = self.dropout(self.attn(rows(x, self.norm1), step, cache, rotary), x)
         if self.cross is not None and self.norm_cross is not None and source is not None:
-            x = x + self.dropout(self.cross(rows(x, self.norm_cross), source, step.kernels))
-        return x + self.dropout(rows(x, self.norm2, self.mlp))
+            x = self.dropout(self.cross(rows(x, self.norm_cross), source, step.kernels), x)
+        return self.dropout(rows(x, self.norm2, self.mlp), x)
 
 
 def make_rotary(config: ModelConfig) -> Rotary | None:

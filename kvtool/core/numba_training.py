@@ -1,0 +1,330 @@
+"""What a training step does beside products of matrices, compiled by numba: forward and backward.
+
+PyTorch does each of these in several passes over memory, with casts between. Here one pass reads a
+row, computes in float32 and rounds once. Numbers are float32, or bfloat16 as uint16. Threads share
+the rows, of which each is treated by itself, so that their number does not matter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+from kvtool.core.numba_kernels import exponential
+from kvtool.core.numba_tools import MOST_THREADS as MOST_THREADS
+from kvtool.core.numba_tools import Array, compiled, kept, number, use_threads, vector
+
+# An address, the bytes to the next row and to the next token, and the tokens of a row.
+Place = tuple[int, int, int, int]
+
+WIDTH = 16
+NBYTES = 4 * WIDTH
+VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
+
+
+class Lanes(types.Type):
+    """Sixteen float32 in a register. LLVM would not keep there what a short loop sums up, and would
+    ask before each one whether its arrays overlap: that doubles the time of attention."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"{WIDTH} x float32")
+
+
+LANES = Lanes()
+
+
+@register_model(Lanes)
+class LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, VECTOR)
+
+
+def _pointer(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, VECTOR.as_pointer())
+
+
+def _load(typing: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_pointer(builder, args[0]), align=4)
+
+    return LANES(types.intp), generate
+
+
+def _store(typing: Any, x: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[0], _pointer(builder, args[1]), align=4)
+        return context.get_dummy_value()
+
+    return types.void(LANES, types.intp), generate
+
+
+def _multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        product = builder.fmul(*args[:2], flags=["contract"])
+        return builder.fadd(product, args[2], flags=["contract"])
+
+    return LANES(LANES, LANES, LANES), generate
+
+
+def _spread(typing: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first, none = ir.Constant(ir.IntType(32), 0), ir.Constant(VECTOR, ir.Undefined)
+        order = ir.Constant(ir.VectorType(first.type, WIDTH), [0] * WIDTH)
+        return builder.shuffle_vector(builder.insert_element(none, args[0], first), none, order)
+
+    return LANES(types.float32), generate
+
+
+def _total(typing: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), VECTOR])
+        name = f"llvm.vector.reduce.fadd.v{WIDTH}f32"
+        add = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(add, [ir.Constant(ir.FloatType(), 0.0), args[0]], fastmath=["reassoc"])
+
+    return types.float32(LANES), generate
+
+
+lanes_at: Any = intrinsic(_load)  # (address of 16 float32) -> lanes
+put_lanes: Any = intrinsic(_store)  # (lanes, address)
+multiply_add: Any = intrinsic(_multiply_add)  # (a, b, c) -> a * b + c, rounded once
+spread: Any = intrinsic(_spread)  # (float32) -> it in every lane
+total: Any = intrinsic(_total)  # (lanes) -> their sum
+
+
+@compiled()
+def read(x: Array, y: Array) -> None:
+    """y (n,) float32 = x (n,)"""
+    for i in range(x.shape[0]):
+        y[i] = number(x[i])
+
+
+@compiled()
+def write(x: Array, y: Array) -> None:
+    """y (n,) = x (n,) float32"""
+    for i in range(x.shape[0]):
+        y[i] = kept(x[i], y)
+
+
+@compiled()
+def keeps(index: int, least: int) -> bool:
+    """Whether an element stays: if 32 bits that look random (Wellons 2018, lowbias32, but for its
+    last step, which changes no upper bits) are `least` or more, as an int32."""
+    h = np.uint32(index)
+    h = np.uint32((h ^ (h >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    h = np.uint32((h ^ (h >> np.uint32(15))) * np.uint32(0x846CA68B))
+    return np.int32(h) >= np.int32(least)
+
+
+@compiled()
+def dropout_part(
+    x: Array, onto: Array, start: int, least: int, scale: float, y: Array, first: int, last: int
+) -> None:
+    """`dropout` of rows `first` to `last`."""
+    row, factor = np.empty(x.shape[1], np.float32), np.float32(scale)
+    for n in range(first, last):
+        read(x[n], row)
+        index = np.uint32(start + n * row.shape[0])
+        for j in range(row.shape[0]):
+            stays = keeps(index + np.uint32(j), least)
+            row[j] = row[j] * factor if stays else np.float32(0)
+        if onto.size:
+            for j in range(row.shape[0]):
+                row[j] += number(onto[n, j])
+        write(row, y[n])
+
+
+@compiled(parallel=True)
+def dropout(
+    x: Array, onto: Array, start: int, least: int, scale: float, y: Array, threads: int
+) -> None:
+    """y (n,d) = x (n,d) times scale, or 0 where an element is dropped, plus onto (n,d) if it has
+    elements; `start` is the first element's index."""
+    use_threads(threads)
+    for part in numba.prange(threads):
+        n = x.shape[0]
+        first, last = n * part // threads, n * (part + 1) // threads
+        dropout_part(x, onto, start, least, scale, y, first, last)
+
+
+@compiled()
+def read_row(stored: Place, row: int, like: Array, x: Array) -> None:
+    """x (T*H,D) float32 = a row's tokens, which are stored in numbers `like`."""
+    address, of_row, of_token, n_tokens = stored
+    tokens = x.reshape(n_tokens, x.size // n_tokens)
+    for t in range(n_tokens):
+        read(vector(address + row * of_row + t * of_token, tokens.shape[1], like), tokens[t])
+
+
+@compiled()
+def write_row(x: Array, stored: Place, row: int, like: Array) -> None:
+    """What `read_row` would read becomes x."""
+    address, of_row, of_token, n_tokens = stored
+    tokens = x.reshape(n_tokens, x.size // n_tokens)
+    for t in range(n_tokens):
+        write(tokens[t], vector(address + row * of_row + t * of_token, tokens.shape[1], like))
+
+
+@compiled()
+def multiply(x: Array, h: int, n: int, y: Array, group: int, m: int, z: Array) -> None:
+    """z (T,S) = head h of x (T*n,D) times head `group` of y (S*m,D)"""
+    size = 4 * x.shape[1]  # bytes of a head
+    for i in range(z.shape[0]):
+        for j in range(z.shape[1]):
+            a, b = x.ctypes.data + (i * n + h) * size, y.ctypes.data + (j * m + group) * size
+            sums = spread(np.float32(0))
+            for at in range(0, size, NBYTES):
+                sums = multiply_add(lanes_at(a + at), lanes_at(b + at), sums)
+            z[i, j] = total(sums)
+
+
+@compiled()
+def add_product(w: Array, x: Array, h: int, n: int, y: Array, group: int, m: int) -> None:
+    """Head `group` of y (T*m,D) += w (T,S), which may be turned, times head h of x (S*n,D)"""
+    size = 4 * x.shape[1]
+    for i in range(w.shape[0]):
+        for at in range(0, size, NBYTES):
+            place = y.ctypes.data + (i * m + group) * size + at
+            sums = lanes_at(place)
+            for j in range(w.shape[1]):
+                behind = (j * n + h) * size + at
+                weight = spread(w[i, j])
+                sums = multiply_add(weight, lanes_at(x.ctypes.data + behind), sums)
+            put_lanes(sums, place)
+
+
+@compiled()
+def softmax(scores: Array, seen: Array, scale: float) -> None:
+    """scores (H,T,S) become weights over the keys that are True in seen (T,S)."""
+    for h in range(scores.shape[0]):
+        for i in range(scores.shape[1]):
+            largest = np.float32(-np.inf)
+            for j in range(scores.shape[2]):
+                score = scores[h, i, j] * np.float32(scale) if seen[i, j] else np.float32(-np.inf)
+                scores[h, i, j] = score
+                largest = score if score > largest else largest
+            for j in range(scores.shape[2]):
+                scores[h, i, j] -= largest
+    exponential(scores.reshape(scores.size))
+    for h in range(scores.shape[0]):
+        for i in range(scores.shape[1]):
+            total = np.float32(0)
+            for j in range(scores.shape[2]):
+                total += scores[h, i, j]
+            for j in range(scores.shape[2]):
+                scores[h, i, j] /= total
+
+
+@compiled()
+def softmax_backward(weights: Array, grads: Array, scale: float) -> None:
+    """grads (T,S) of weights (T,S) become those of the scores before `softmax`."""
+    for i in range(grads.shape[0]):
+        mean = np.float32(0)
+        for j in range(grads.shape[1]):
+            mean += weights[i, j] * grads[i, j]
+        for j in range(grads.shape[1]):
+            grads[i, j] = weights[i, j] * (grads[i, j] - mean) * np.float32(scale)
+
+
+@compiled()
+def attend_part(
+    q: Place, k: Place, v: Place, n_groups: int, seen: Array, weights: Array, y: Array,
+    first: int, last: int,
+) -> None:  # fmt: skip
+    """`attend` of rows `first` to `last`."""
+    _, n_queries, n_heads, width = y.shape
+    n_keys, like = seen.shape[2], y[0, 0, 0]
+    queries = np.empty((n_queries * n_heads, width), np.float32)
+    result = np.empty_like(queries)
+    keys = np.empty((n_keys * n_groups, width), np.float32)
+    values = np.empty_like(keys)
+    for row in range(first, last):
+        read_row(q, row, like, queries)
+        read_row(k, row, like, keys)
+        read_row(v, row, like, values)
+        w = weights[row]
+        for h in range(n_heads):
+            multiply(queries, h, n_heads, keys, h * n_groups // n_heads, n_groups, w[h])
+        softmax(w, seen[row % seen.shape[0]], 1 / np.sqrt(width))
+        result[:] = 0
+        for h in range(n_heads):
+            add_product(w[h], values, h * n_groups // n_heads, n_groups, result, h, n_heads)
+        write(result.reshape(result.size), y[row].reshape(result.size))
+
+
+@compiled(parallel=True)
+def attend(
+    q: Place, k: Place, v: Place, n_groups: int, seen: Array, weights: Array, y: Array, threads: int
+) -> None:
+    """Attention over the keys that are True in seen (1 or B,T,S) -> weights (B,H,T,S) float32 and
+    y (B,T,H,D), which is of the type of q, k and v."""
+    use_threads(threads)
+    for part in numba.prange(threads):
+        batch = y.shape[0]
+        first, last = batch * part // threads, batch * (part + 1) // threads
+        attend_part(q, k, v, n_groups, seen, weights, y, first, last)
+
+
+@compiled()
+def attend_backward_part(
+    dy: Place, q: Place, k: Place, v: Place, n_groups: int, weights: Array, like: Array,
+    dq: Place, dk: Place, dv: Place, first: int, last: int,
+) -> None:  # fmt: skip
+    """`attend_backward` of rows `first` to `last`."""
+    _, n_heads, n_queries, n_keys = weights.shape
+    width = like.shape[0]
+    queries = np.empty((n_queries * n_heads, width), np.float32)
+    keys = np.empty((n_keys * n_groups, width), np.float32)
+    of_queries, g = np.empty_like(queries), np.empty_like(queries)
+    values, of_keys, of_values = np.empty_like(keys), np.empty_like(keys), np.empty_like(keys)
+    scores = np.empty((n_queries, n_keys), np.float32)
+    for row in range(first, last):
+        read_row(q, row, like, queries)
+        read_row(k, row, like, keys)
+        read_row(v, row, like, values)
+        read_row(dy, row, like, g)
+        of_queries[:] = 0
+        of_keys[:] = 0
+        of_values[:] = 0
+        for h in range(n_heads):
+            group, w = h * n_groups // n_heads, weights[row, h]
+            add_product(w.T, g, h, n_heads, of_values, group, n_groups)
+            multiply(g, h, n_heads, values, group, n_groups, scores)
+            softmax_backward(w, scores, 1 / np.sqrt(width))
+            add_product(scores, keys, group, n_groups, of_queries, h, n_heads)
+            add_product(scores.T, queries, h, n_heads, of_keys, group, n_groups)
+        write_row(of_queries, dq, row, like)
+        write_row(of_keys, dk, row, like)
+        write_row(of_values, dv, row, like)
+
+
+@compiled(parallel=True)
+def attend_backward(
+    dy: Place, q: Place, k: Place, v: Place, n_groups: int, weights: Array, like: Array,
+    dq: Place, dk: Place, dv: Place, threads: int,
+) -> None:  # fmt: skip
+    """Gradients of `attend`, of numbers `like` (D,)."""
+    use_threads(threads)
+    for part in numba.prange(threads):
+        batch = weights.shape[0]
+        first, last = batch * part // threads, batch * (part + 1) // threads
+        attend_backward_part(dy, q, k, v, n_groups, weights, like, dq, dk, dv, first, last)
+
+
+def load() -> None:
+    """Compile all, or read it from disk."""
+    none, one = np.empty((0, 1), np.float32), np.ones((1, 1), np.float32)
+    half = np.zeros((1, 1), np.uint16)
+    for x, onto, z in ((half, one, one), (one, one, one), (one, none, one), (one, none, half)):
+        dropout(x, onto, 0, 0, 1.0, z.copy(), 1)
+    for dtype in (np.float32, np.uint16):
+        y, seen = np.zeros((1, 1, 1, WIDTH), dtype), np.ones((1, 1, 1), np.bool_)
+        at, weights = (y.ctypes.data, 0, 0, 1), np.empty((1, 1, 1, 1), np.float32)
+        attend(at, at, at, 1, seen, weights, y, 1)
+        attend_backward(at, at, at, at, 1, weights, y[0, 0, 0], at, at, at, 1)
