@@ -73,7 +73,7 @@ def test_its_logits_are_those_of_the_modules(
 ) -> None:
     model = random_model(0, **SHAPES[shape]).to(dtype)
     decode = decoding_form(model)
-    assert decode is not model
+    assert decode is not model and native.decoder_code(dtype)
     for kind in registry.CACHES:
         by_modules = decoded(model, model, kernels, kind, batch)
         assert decoded(model, decode, kernels, kind, batch).equal(by_modules)
@@ -103,7 +103,8 @@ def test_few_tokens_take_one_call_of_native_code_and_other_caches_one_a_layer_or
         ("static", ["decode"]),
         ("paged", ["decode"]),
         ("sliding", ["decode"]),
-        ("int8", ["before_attention"] * 2),
+        ("int8", ["decode"]),
+        ("none", ["before_attention"] * 2),
     ):
         called.clear()
         cache = make_cache(kind, CacheSpec.of(model.config, 1, N))
@@ -137,6 +138,25 @@ def test_a_window_and_sinks_are_read_in_place_through_evictions_and_crops(
             by_form = feed(decode, own, ids[:, :end])
             assert by_form.equal(feed(model, other, ids[:, :end])), end
     assert called.count(batch) > 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", ["", ":group=16:residual=7", ":group=6", ":residual=0"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_codes_are_read_in_place_between_the_tokens_that_fill_a_group(
+    kind: str, settings: str, dtype: torch.dtype
+) -> None:
+    """By vectors where a head of 32 and its groups fill them; heads shared by queries, padding."""
+    model = random_model(0, d_model=64, n_heads=4, head_size=32, n_kv_heads=2, context=150)
+    model, decode = model.to(dtype), decoding_form(model.to(dtype))
+    n, padding = 150, torch.tensor([0, 9])
+    ids = torch.randint(model.config.vocab_size, (2, n))
+    spec = CacheSpec.of(model.config, 2, n, dtype, kernels=make_kernels("exact"))
+    own, other = (make_cache(kind + settings, spec, padding) for _ in range(2))
+    for end in (64, *range(65, 110), 113, 114, *range(115, n + 1)):
+        by_form = feed(decode, own, ids[:, :end])
+        assert by_form.equal(feed(model, other, ids[:, :end])), end
+    assert own._opened is not None
 
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache, partial(PagedCache, page=4, rows=2)])

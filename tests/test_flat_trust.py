@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvtool.core import native
 from kvtool.core.cache import Cache, CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
@@ -20,6 +21,7 @@ from kvtool.core.models import Model
 from kvtool.core.models.flat import decoding_form
 from kvtool.core.models.native_decoder import AT_ONCE
 from kvtool.core.sampling import Sampler
+from kvtool.errors import CapacityError
 from small_models import random_model
 
 PAIR = {"n_encoder_layers": 1, "source_vocab_size": 9}
@@ -271,3 +273,74 @@ def test_a_long_exact_prompt_goes_in_several_calls_to_the_same_bits() -> None:
     assert whole.equal(feed(model, DynamicCache(spec), ids))
     last = feed(decoding_form(model), DynamicCache(spec), ids, last=True)
     assert last.equal(whole[:, -1:])
+
+
+def on_buffers(change: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
+    def apply(cache: Any) -> None:
+        cache._keys = [change(x) for x in cache._keys]
+        cache._values = [change(x) for x in cache._values]
+
+    return apply
+
+
+def setting(name: str, value: Any) -> Callable[[Any], None]:
+    return lambda cache: setattr(cache, name, value)
+
+
+def respecified(**changes: Any) -> Callable[[Any], None]:
+    return lambda cache: setattr(cache, "spec", dataclasses.replace(cache.spec, **changes))
+
+
+def released(x: Tensor) -> Tensor:
+    x.untyped_storage().resize_(0)
+    return x
+
+
+CHANGED: dict[str, Callable[[Any], None]] = {
+    "in half": on_buffers(Tensor.half),
+    "read as whole numbers": on_buffers(lambda x: x.view(torch.int32)),
+    "of fewer columns": on_buffers(lambda x: x[:, :, :9].clone()),
+    "of the first layer alone": on_buffers(lambda x: x[:, :1].clone()),
+    "by columns": on_buffers(lambda x: x.mT.contiguous().mT),
+    "without memory": on_buffers(released),
+    "said to be larger": respecified(capacity=60),
+    "said to be of other numbers": respecified(dtype=torch.float64),
+    "with less than no padding": setting("left_padding", torch.tensor([-5])),
+    "with another window": setting("window", 2),
+    "with fewer sinks": setting("sinks", 1),
+    "with less than no sinks": setting("sinks", -1),
+}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "sliding:window=5:sinks=3", "int8:group=4"])
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_cache_that_was_changed_between_steps(change: str, kind: str) -> None:
+    model, outcomes = random_model(0), []
+    ids = torch.randint(model.config.vocab_size, (1, 40))
+    for decode in (model, decoding_form(model)):
+        cache = make_cache(kind, CacheSpec.of(model.config, 1, 20))
+        for end in (10, 11, 12):
+            feed(decode, cache, ids[:, :end])
+        CHANGED[change](cache)
+        try:
+            found = [feed(decode, cache, ids[:, :end])[:, -1] for end in (13, 14, 34, 35)]
+            outcomes.append(torch.cat(found))
+        except (RuntimeError, ValueError, IndexError, TypeError, CapacityError):
+            outcomes.append("refused")
+    expected, found = outcomes
+    if isinstance(expected, str) or isinstance(found, str):
+        assert expected == found
+    else:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_weights_of_a_format_that_the_processor_cannot_convert_are_left_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """LLVM would call functions that are not there, and end the process."""
+    code = native.decoder_code(torch.float32)
+    monkeypatch.setattr(code, "CONVERTS_FLOAT16", False)
+    monkeypatch.setattr(native, "decoder_code", native.decoder_code.__wrapped__)
+    half = torch.ones(1, 4, dtype=torch.float16)
+    assert not native.can_read(half)
+    assert native.can_read(half.bfloat16()) and native.can_read(half.float())

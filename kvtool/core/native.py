@@ -51,8 +51,7 @@ def _kernels() -> ModuleType | None:
         kernels.product(one, one, one[0], one.copy(), 1, LARGE)  # whether it compiles and loads
         return kernels
 
-    kernels = loaded(load)
-    return kernels if kernels and decoder_code(torch.float32) else None
+    return loaded(load)
 
 
 def loaded(load: Callable[[], ModuleType]) -> ModuleType | None:
@@ -90,7 +89,9 @@ def serves(x: Tensor, *parameters: Tensor | None) -> bool:
 
 def can_read(first: Tensor, *others: Tensor | None) -> bool:
     """Whether native code is there, and can stand in for PyTorch with these tensors."""
-    return _allowed and numpy_can_read(first, *others, dtypes=READ) and _kernels() is not None
+    if not _allowed or not numpy_can_read(first, *others, dtypes=READ):
+        return False
+    return _kernels() is not None and decoder_code(first.dtype) is not None
 
 
 def numpy_can_read(
@@ -336,6 +337,8 @@ def decoder_code(dtype: torch.dtype) -> ModuleType | None:
 
     def load() -> ModuleType:
         code = importlib.import_module("kvtool.core.numba_decoder")
+        if dtype is torch.float16 and not code.CONVERTS_FLOAT16:
+            raise NotImplementedError("float16 on this processor")
         code.load(computed(torch.empty(0, dtype=dtype)).dtype.type, kind_of(dtype))
         return code
 

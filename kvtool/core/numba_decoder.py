@@ -17,6 +17,8 @@ import numpy as np
 from numba import carray
 
 from kvtool.core.numba_kernels import RELU, activate, attend, normalise, product, settle
+from kvtool.core.numba_quantized import Packing, read_codes
+from kvtool.core.numba_tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
 from kvtool.core.numba_tools import Array, compiled, kept, number, pointer, vector
 
 # A model as records of addresses and sizes. What is not there has the address 0.
@@ -207,6 +209,7 @@ def spans_of_step(pos: Array, n_each: int, slot: int, window: int, sinks: Array)
 def decode(
     models: Array, blocks: Array, tokens: Array,
     start: int, padding: Array, stored: Array, columns: int, slot: int, window: int, sinks: Array,
+    codes: Array, key_packing: Packing, value_packing: Packing, exact: int, scratch: Array,
     source: Array, source_columns: int, seen: Array,
     logits: Array, kind: Array, threads: int, large: int,
 ) -> bool:  # fmt: skip
@@ -214,8 +217,9 @@ def decode(
     none -> whether all tokens and positions exist.
 
     tokens (n,), a row's together, n a multiple of B. stored (2,layers): addresses of keys and
-    values (B,G,columns,D). slot, window and sinks as in `spans_of_step`, source as in
-    `after_attention`. logits (n,V), or of each row's last token (B,V).
+    values (B,G,columns,D), new ones from column `slot` on. window and sinks as in `spans_of_step`;
+    codes (6,layers) of keys and values as in `read_codes`, or (6,0); these use scratch (2,numbers).
+    source as in `after_attention`. logits (n,V), or of each row's last token (B,V).
     """
     model, n, batch = models[0], tokens.shape[0], padding.shape[0]
     n_each, n_heads, n_groups, width = n // batch, model.n_heads, model.n_groups, model.head_dim
@@ -241,8 +245,13 @@ def decode(
                     keys[row, group, column, j] = kept(qkv[i, n_heads + group, j], kind)
                     value = qkv[i, n_heads + n_groups + group, j]
                     values[row, group, column, j] = kept(value, kind)
-        spans = spans_of_step(pos, n_each, slot, blocks[layer].window or window, sinks)
-        k_at, v_at = (k, row_bytes, columns, kind), (v, row_bytes, columns, kind)
+        k_at, v_at, at = (k, row_bytes, columns, kind), (v, row_bytes, columns, kind), slot
+        if codes.shape[1]:
+            at = key_packing[0] + slot - exact
+            met = batch, n_groups, at + n_each, width
+            k_at = read_codes(codes[:3, layer], key_packing, k_at, exact, met, scratch[0])
+            v_at = read_codes(codes[3:, layer], value_packing, v_at, exact, met, scratch[1])
+        spans = spans_of_step(pos, n_each, at, blocks[layer].window or window, sinks)
         attend(q, n_each, n_groups, k_at, v_at, spans, y, threads, large)
         settle(y.reshape(n, -1), kind)
         after_attention(
@@ -262,4 +271,7 @@ def load(dtype: type[np.floating[Any]], kind: Array) -> None:
     model = np.array([(at, 0, 0, 0, *[1] * len(SIZES[:-1]), RELU, 1.0, *ends)], MODEL)
     zero, pairs = np.zeros(1, np.int64), np.zeros((1, 2), np.int64)
     logits, blocks = np.empty((1, 1), dtype), np.empty(0, BLOCK)
-    decode(model, blocks, zero, 0, zero, none, 1, 0, 0, pairs, none, 1, pairs, logits, kind, 1, 1)
+    packing, codes = (0, 1, 1, 1, 1), np.empty((6, 0), np.int64)
+    place = 0, zero, none, 1, 0, 0, pairs, codes, packing, packing, 0
+    scratch = np.empty((2, 0), kind.dtype)
+    decode(model, blocks, zero, *place, scratch, none, 1, pairs, logits, kind, 1, 1)

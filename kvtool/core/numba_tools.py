@@ -19,6 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numba
 from llvmlite import ir
 from numba import carray, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -28,7 +29,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # What is kept on disk refers to functions of numba's threads; and numba forgets to load these first
 # where the functions that it was made of came from disk themselves.
 numba.get_num_threads()
-MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+# Without OpenMP numba's own threads serve, which end the process if two of Python's ask them.
+ALONE = numba.threading_layer() == "workqueue"
+MOST_THREADS = 1 if ALONE else int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+# Without this instruction of its processors LLVM calls functions that are not there.
+CODEGEN = cpu_target.target_context.codegen()
+TRIPLE, _, FEATURES = CODEGEN.magic_tuple()
+CONVERTS_FLOAT16 = not TRIPLE.startswith(("x86", "i")) or "+f16c" in FEATURES
+
 # How many of them share the loops that follow, at most those. numba's own function for it takes as
 # long as a small layer.
 use_threads: Any = types.ExternalFunction("set_num_threads", types.void(types.intc))

@@ -7,95 +7,16 @@ the rows, of which each is treated by itself, so that their number does not matt
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
 
 from kvtool.core.numba_kernels import exponential
+from kvtool.core.numba_lanes import NBYTES, WIDTH, lanes_at, multiply_add, put_lanes, spread, total
 from kvtool.core.numba_tools import MOST_THREADS as MOST_THREADS
 from kvtool.core.numba_tools import Array, compiled, kept, number, use_threads, vector
 
 # An address, the bytes to the next row and to the next token, and the tokens of a row.
 Place = tuple[int, int, int, int]
-
-WIDTH = 16
-NBYTES = 4 * WIDTH
-VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
-
-
-class Lanes(types.Type):
-    """Sixteen float32 in a register. LLVM would not keep there what a short loop sums up, and would
-    ask before each one whether its arrays overlap: that doubles the time of attention."""
-
-    def __init__(self) -> None:
-        super().__init__(name=f"{WIDTH} x float32")
-
-
-LANES = Lanes()
-
-
-@register_model(Lanes)
-class LanesModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, VECTOR)
-
-
-def _pointer(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, VECTOR.as_pointer())
-
-
-def _load(typing: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_pointer(builder, args[0]), align=4)
-
-    return LANES(types.intp), generate
-
-
-def _store(typing: Any, x: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[0], _pointer(builder, args[1]), align=4)
-        return context.get_dummy_value()
-
-    return types.void(LANES, types.intp), generate
-
-
-def _multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        product = builder.fmul(*args[:2], flags=["contract"])
-        return builder.fadd(product, args[2], flags=["contract"])
-
-    return LANES(LANES, LANES, LANES), generate
-
-
-def _spread(typing: Any, x: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        first, none = ir.Constant(ir.IntType(32), 0), ir.Constant(VECTOR, ir.Undefined)
-        order = ir.Constant(ir.VectorType(first.type, WIDTH), [0] * WIDTH)
-        return builder.shuffle_vector(builder.insert_element(none, args[0], first), none, order)
-
-    return LANES(types.float32), generate
-
-
-def _total(typing: Any, x: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), VECTOR])
-        name = f"llvm.vector.reduce.fadd.v{WIDTH}f32"
-        add = cgutils.get_or_insert_function(builder.module, kind, name)
-        return builder.call(add, [ir.Constant(ir.FloatType(), 0.0), args[0]], fastmath=["reassoc"])
-
-    return types.float32(LANES), generate
-
-
-lanes_at: Any = intrinsic(_load)  # (address of 16 float32) -> lanes
-put_lanes: Any = intrinsic(_store)  # (lanes, address)
-multiply_add: Any = intrinsic(_multiply_add)  # (a, b, c) -> a * b + c, rounded once
-spread: Any = intrinsic(_spread)  # (float32) -> it in every lane
-total: Any = intrinsic(_total)  # (lanes) -> their sum
 
 
 @compiled()

@@ -156,6 +156,12 @@ class InPlace(NamedTuple):
     slot: int  # the column of the first new token
     window: int  # how many positions a token sees, its own included; 0: all before it
     sinks: Array  # (B,2) and besides, the columns from one to another
+    # Where what is met quantized is, before the others: (6,layers) the addresses of codes, scales
+    # and zero points of keys, and of values, and how they are packed, as numba_quantized has it.
+    codes: Array = np.empty((6, 0), np.int64)
+    key_packing: tuple[int, int, int, int, int] = (0, 1, 1, 1, 1)
+    value_packing: tuple[int, int, int, int, int] = (0, 1, 1, 1, 1)
+    exact: int = 0  # the first column that is met besides
 
 
 def laid_open(
@@ -164,7 +170,8 @@ def laid_open(
     """The addresses (2,layers) of keys and values, for code that reads memory by itself; None
     unless all are dense, on the CPU, and of that shape and type."""
     for x in (*keys, *values):
-        if x.shape != shape or x.dtype is not dtype or not x.is_cpu or not x.is_contiguous():
+        alike = type(x) is Tensor and x.shape == shape and x.dtype is dtype
+        if not (alike and x.is_cpu and x.is_contiguous() and x.data_ptr()):
             return None
     return np.array([[x.data_ptr() for x in each] for each in (keys, values)])
 
@@ -281,15 +288,17 @@ class Cache(ABC):
         columns: int,
         slot: int,
         offset: int = 0,
+        window: int = 0,
         sinks: Array | None = None,
     ) -> InPlace | None:
         """The buffers of each layer, whose first column is `offset` bytes behind their beginning,
-        with the first new token in column `slot` and sinks as InPlace has them; None unless the
-        buffers are alike and as the spec says."""
+        with the first new token in column `slot`, window and sinks as InPlace has them; None unless
+        the buffers are alike and as the spec says, and hold all new tokens."""
         padding = self._padding()
-        if padding is None:
+        if padding is None or slot < 0 or slot + n_new > columns:
             return None
-        found = keys[0].shape, [x.data_ptr() for x in (*keys, *values)]
+        all_ = [(x.data_ptr(), x.dtype) for x in (*keys, *values)]
+        found = keys[0].shape, self.spec.dtype, all_
         if self._opened is None or found != self._opened[0]:
             addresses = laid_open(keys, values, found[0], self.spec.dtype)
             if addresses is None:
@@ -298,15 +307,17 @@ class Cache(ABC):
         self._begun = n_new
         addresses = self._opened[1] + offset if offset else self._opened[1]
         sinks = np.zeros((self.batch, 2), np.int64) if sinks is None else sinks
-        return InPlace(start, padding, addresses, columns, slot, self.window, sinks)
+        return InPlace(start, padding, addresses, columns, slot, window, sinks)
 
     def _padding(self) -> Array | None:
         """How many tokens at the start of each row are none, (B,); None if that is not told."""
         padded = self.left_padding
         if padded is None:
             return np.zeros(self.batch, np.int64)
-        told = (padded.shape, padded.dtype) == ((self.batch,), torch.long) and padded.is_cpu
-        return padded.numpy() if told else None
+        if (padded.shape, padded.dtype) != ((self.batch,), torch.long) or not padded.is_cpu:
+            return None
+        padding = padded.numpy()
+        return None if (padding < 0).any() else padding
 
     def commit(self, n_new: int) -> None:
         """Make the first `n_new` tokens of the step part of the sequence; call it after all layers.

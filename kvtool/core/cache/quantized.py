@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvtool.config import check_int
-from kvtool.core.cache.base import Bytes, CacheSpec, Step
+from kvtool.core.cache.base import Bytes, CacheSpec, InPlace, Step, ways
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.kernels import visible
 from kvtool.core.quantization import Quantization
@@ -78,9 +80,37 @@ class Packed:
         wide = wide.mul_(scale).add_(low)
         return wide.to(scale.dtype).flatten(self.dim, self.dim + 1)
 
+    def packing(self, n: int) -> tuple[int, int, int, int, int]:
+        """As numba_quantized.Packing, for the first n columns."""
+        shared = (self.size, 1) if self.dim == 2 else (1, self.size)  # by tokens, and channels
+        return n, self.codes.shape[2] * self.per_byte, self.per_byte, *shared
+
+    def laid_open(self, like: Tensor) -> tuple[int, int, int] | None:
+        """The addresses of codes, scales and zero points, for code that reads memory by itself;
+        None unless all are for (rows,Hkv,D) and of the type that code expects."""
+        codes, *others = self.tensors
+        _, columns, per_byte, tokens, channels = self.packing(0)
+        rows, heads, width = like.shape
+        fits = (
+            codes.shape == (rows, heads, columns // per_byte, width) and codes.dtype is torch.uint8
+        )
+        size = rows * heads * (columns // tokens) * (width // channels)
+        alike = all(x.numel() == size and x.dtype is like.dtype for x in others)
+        dense = all(
+            type(x) is Tensor and x.is_contiguous() and x.is_cpu and x.data_ptr()
+            for x in self.tensors
+        )
+        if type(self) is not Packed or not (fits and alike and dense):
+            return None
+        return codes.data_ptr(), others[0].data_ptr(), others[1].data_ptr()
+
     def gather(self, rows: Tensor) -> None:
         """Let new tensors hold `rows` of these."""
         self.codes, self.scale, self.low = (t.index_select(0, rows) for t in self.tensors)
+
+
+packed_ways = attrgetter("write", "read", "_range")  # as cache.base.ways
+PACKED = packed_ways(Packed)
 
 
 class QuantizedCache(BufferedCache):
@@ -163,6 +193,30 @@ class QuantizedCache(BufferedCache):
             mask = visible(q_pos, k_pos) & met.to(self.spec.device)
         slots = torch.arange(start, end, device=self.spec.device) - self._first
         return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
+
+    def in_place(self, n_new: int) -> InPlace | None:
+        """Unless a group of tokens becomes full, or they are more than there is room for."""
+        if not self._is_as_written() or packed_ways(Packed) != PACKED:
+            return None
+        start, settled = self.make_room(n_new), self.quantization.settled
+        n, slot, columns = settled(start), start - self._first, self._sized()
+        if columns is None or slot + n_new > columns or settled(start + n_new) > n:
+            return None
+        self._set_aside = []
+        opened = self._lay_open(start, n_new, self._keys, self._values, columns, slot)
+        if opened is None or not n:
+            return opened
+        like = self._keys[0][:, :, 0]
+        keys, values = (
+            [part.laid_open(like) for part in x] for x in zip(*self._packed, strict=True)
+        )
+        if None in keys or None in values:
+            return None
+        codes = np.concatenate([np.transpose(keys), np.transpose(values)])
+        packings = [part.packing(n) for part in self._packed[0]]
+        return opened._replace(
+            codes=codes, key_packing=packings[0], value_packing=packings[1], exact=n - self._first
+        )
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         start, settled = self.length, self.quantization.settled
@@ -279,11 +333,17 @@ class Int8Cache(QuantizedCache):
     bits: ClassVar[int] = 8
 
 
+Int8Cache.as_written = ways(Int8Cache)
+
+
 class Int4Cache(QuantizedCache):
     """Codes of 4 bits, two to a byte."""
 
     kind: ClassVar[str] = "int4"
     bits: ClassVar[int] = 4
+
+
+Int4Cache.as_written = ways(Int4Cache)
 
 
 def exact_columns(capacity: int, q: Quantization, slack: int) -> int:

@@ -93,7 +93,8 @@ class SlidingCache(BufferedCache):
 
     def in_place(self, n_new: int) -> InPlace | None:
         """Unless the step's tokens are set aside, or sinks of a row stand in two places."""
-        if not self._is_as_written():
+        as_made = self.window > 0 <= self.sinks and self._n_sinks in (0, self.sinks)
+        if not self._is_as_written() or not as_made:
             return None
         start = self.make_room(n_new)
         self._make_way(start, n_new)
@@ -105,7 +106,7 @@ class SlidingCache(BufferedCache):
             return None
         slot, sinks = self._n_sinks + start - self._first, np.stack([begin, begin + self.sinks], 1)
         opened = start, n_new, self._keys, self._values
-        return self._lay_open(*opened, columns, slot, sinks=sinks)
+        return self._lay_open(*opened, columns, slot, window=self.window, sinks=sinks)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         begin = 0 if self._first else self._n_sinks

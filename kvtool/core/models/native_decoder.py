@@ -106,8 +106,10 @@ class NativeDecoder:
         place = place._replace(start=start, slot=place.slot + first) if first else place
         ids = np.ascontiguousarray(tokens, np.int64).reshape(-1)
         logits = np.empty((batch if last else batch * n, self.n_logits), self.computed)
+        met = place.codes.shape[1] and place.key_packing[0] + place.slot + n - place.exact
+        scratch = np.empty((2, batch * met * self.token_size // 2), self.kind.dtype)
         known = self.code.decode(
-            self.model, self.blocks, ids, *place, *source, logits, self.kind,
+            self.model, self.blocks, ids, *place, scratch, *source, logits, self.kind,
             *self._threads(batch * (start + n), source),
         )  # fmt: skip
         if not known:
