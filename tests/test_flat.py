@@ -79,6 +79,24 @@ def test_its_logits_are_those_of_the_modules(
         assert decoded(model, decode, kernels, kind, batch).equal(by_modules)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_last_logits_alone_are_those_among_all(shape: str, batch: int) -> None:
+    """What other tokens need in the last layer is left out, their keys and values are not."""
+    model = random_model(0, **SHAPES[shape])
+    ids, decode = tokens(model, batch), decoding_form(model)
+    for kind in registry.CACHES:
+        logits = []
+        for last in (False, True):
+            spec = CacheSpec.of(model.config, batch, N, kernels=make_kernels("exact"))
+            _, source = begin(model, ids[:, :4] % 9, spec.kernels)
+            cache = cache_class(kind)(spec, torch.arange(batch), **cache_class(kind).small)
+            ends = PROMPT, PROMPT + 1, PROMPT + 4, N
+            found = [feed(decode, cache, ids[:, :end], source, last=last)[:, -1] for end in ends]
+            logits.append(torch.stack(found))
+        assert logits[0].equal(logits[1])
+
+
 @pytest.mark.parametrize(("batch", "by_the_decoder"), [(1, []), (2, [PROMPT])])
 def test_few_tokens_do_not_call_the_decoder_and_more_do(
     batch: int, by_the_decoder: list[int]

@@ -251,14 +251,16 @@ def decode(
             met = batch, n_groups, at + n_each, width
             k_at = read_codes(codes[:3, layer], key_packing, k_at, exact, met, scratch[0])
             v_at = read_codes(codes[3:, layer], value_packing, v_at, exact, met, scratch[1])
+        if layer + 1 == blocks.shape[0] and logits.shape[0] < n:  # no other tokens are asked for
+            x, pos = x[n_each - 1 :: n_each].copy(), pos[n_each - 1 :: n_each].copy()
+            q = q[n_each - 1 :: n_each].copy()
+            y, n, at, n_each = np.empty_like(q), batch, at + n_each - 1, 1
         spans = spans_of_step(pos, n_each, at, blocks[layer].window or window, sinks)
         attend(q, n_each, n_groups, k_at, v_at, spans, y, threads, large)
         settle(y.reshape(n, -1), kind)
         after_attention(
             models, blocks, layer, y, x, kind, source, source_columns, seen, threads, large
         )
-    if logits.shape[0] < n:
-        x = x[n_each - 1 :: n_each].copy()
     logits_of(models, x, logits, kind, threads, large)
     return True
 

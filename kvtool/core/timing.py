@@ -17,7 +17,7 @@ from kvtool.core.cache import Cache, CacheSpec, make_cache, predicted_nbytes
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.engine import begin, generate
 from kvtool.core.kernels import DEFAULT, Kernels
-from kvtool.core.models import Model
+from kvtool.core.models import Model, graphs
 from kvtool.core.models.flat import DecodingForm, decoding_form
 from kvtool.core.sampling import Sampler
 
@@ -136,6 +136,8 @@ class Workload:
     ) -> tuple[DecodingForm, Cache, CrossCache | None] | None:
         """Who has recorded the steps of such a run, on which cache, empty again, and on which
         source, of the same contents as others will be; None where steps are not recorded."""
+        if graphs.capture_for(self.prompt.device) is None:
+            return None
         decode = decoding_form(self.model)
         if not isinstance(decode, DecodingForm) or not decode.records:
             return None

@@ -75,8 +75,7 @@ class NativeDecoder:
         self.stored = c.n_layers, c.n_kv_heads, c.head_dim, self.dtype, device
         self.n_logits = len(head.weight)
         self.token_size = 2 * c.n_kv_heads * c.head_dim  # keys and values of a layer
-        layers = [self.blocks[name] for name in self.code.LINEARS] + [self.model["head"]]
-        self.largest = max(int((layer["n_out"] * layer["n_in"]).max()) for layer in layers)
+        self.largest = max(tensor.numel() for tensor in read)
 
     def stores_in(self, spec: CacheSpec) -> bool:
         """Whether a cache with that spec holds what the model computes."""
