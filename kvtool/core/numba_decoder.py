@@ -17,7 +17,7 @@ import numpy as np
 from numba import carray
 
 from kvtool.core.numba_kernels import RELU, activate, attend, normalise, product, settle
-from kvtool.core.numba_quantized import Packing, read_codes
+from kvtool.core.numba_quantized import read_codes
 from kvtool.core.numba_tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
 from kvtool.core.numba_tools import Array, compiled, kept, number, pointer, vector
 
@@ -209,7 +209,7 @@ def spans_of_step(pos: Array, n_each: int, slot: int, window: int, sinks: Array)
 def decode(
     models: Array, blocks: Array, tokens: Array,
     start: int, padding: Array, stored: Array, columns: int, slot: int, window: int, sinks: Array,
-    codes: Array, key_packing: Packing, value_packing: Packing, exact: int, scratch: Array,
+    codes: Array, packings: Array, exact: int, scratch: Array,
     source: Array, source_columns: int, seen: Array,
     logits: Array, kind: Array, threads: int, large: int,
 ) -> bool:  # fmt: skip
@@ -247,10 +247,10 @@ def decode(
                     values[row, group, column, j] = kept(value, kind)
         k_at, v_at, at = (k, row_bytes, columns, kind), (v, row_bytes, columns, kind), slot
         if codes.shape[1]:
-            at = key_packing[0] + slot - exact
+            at = packings[0, 0] + slot - exact
             met = batch, n_groups, at + n_each, width
-            k_at = read_codes(codes[:3, layer], key_packing, k_at, exact, met, scratch[0])
-            v_at = read_codes(codes[3:, layer], value_packing, v_at, exact, met, scratch[1])
+            k_at = read_codes(codes[:3, layer], packings[0], k_at, exact, met, scratch[0])
+            v_at = read_codes(codes[3:, layer], packings[1], v_at, exact, met, scratch[1])
         if layer + 1 == blocks.shape[0] and logits.shape[0] < n:  # no other tokens are asked for
             x, pos = x[n_each - 1 :: n_each].copy(), pos[n_each - 1 :: n_each].copy()
             q = q[n_each - 1 :: n_each].copy()
@@ -273,7 +273,7 @@ def load(dtype: type[np.floating[Any]], kind: Array) -> None:
     model = np.array([(at, 0, 0, 0, *[1] * len(SIZES[:-1]), RELU, 1.0, *ends)], MODEL)
     zero, pairs = np.zeros(1, np.int64), np.zeros((1, 2), np.int64)
     logits, blocks = np.empty((1, 1), dtype), np.empty(0, BLOCK)
-    packing, codes = (0, 1, 1, 1, 1), np.empty((6, 0), np.int64)
-    place = 0, zero, none, 1, 0, 0, pairs, codes, packing, packing, 0
+    codes, packings = np.empty((6, 0), np.int64), np.ones((2, 5), np.int64)
+    place = 0, zero, none, 1, 0, 0, pairs, codes, packings, 0
     scratch = np.empty((2, 0), kind.dtype)
     decode(model, blocks, zero, *place, scratch, none, 1, pairs, logits, kind, 1, 1)

@@ -13,10 +13,6 @@ from kvtool.core.numba_kernels import Place, seen_of
 from kvtool.core.numba_lanes import WIDTH, codes_at, lanes_at, put_lanes, spread, times_plus
 from kvtool.core.numba_tools import Array, compiled, kept, number, pointer, vector
 
-# How codes are stored: columns that are quantized, and that there is room for; how many share a
-# byte; and how many tokens, or channels of a token, share a scale.
-Packing = tuple[int, int, int, int, int]
-
 
 @compiled(fast=False)
 def decode_token(
@@ -45,15 +41,18 @@ def decode_token(
 
 @compiled()
 def read_codes(
-    codes: Array, packing: Packing, stored: Place, exact: int, shape: tuple[int, int, int, int],
+    codes: Array, packing: Array, stored: Place, exact: int, shape: tuple[int, int, int, int],
     y: Array,
 ) -> Place:  # fmt: skip
     """Keys or values (B,G,n,D) of that shape into y, of as many numbers or more -> where they are.
 
     codes (3,): addresses of the codes, scales and zero points (B,G,...) of the first columns; the
-    others follow in `stored` from column `exact` on.
+    others follow in `stored` from column `exact` on. packing (5,): how many columns are quantized,
+    and there is room for; how many share a byte; and how many tokens, or channels of a token, share
+    a scale.
     """
-    n_quantized, room, per_byte, tokens, channels = packing
+    n_quantized, room, per_byte = packing[0], packing[1], packing[2]
+    tokens, channels = packing[3], packing[4]
     batch, n_groups, n, width = shape
     mask, token_bytes = 255 if per_byte == 1 else 15, width * y.itemsize
     scale_bytes = width // channels * y.itemsize  # of as many tokens as share one

@@ -10,6 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -159,9 +160,14 @@ class InPlace(NamedTuple):
     # Where what is met quantized is, before the others: (6,layers) the addresses of codes, scales
     # and zero points of keys, and of values, and how they are packed, as numba_quantized has it.
     codes: Array = np.empty((6, 0), np.int64)
-    key_packing: tuple[int, int, int, int, int] = (0, 1, 1, 1, 1)
-    value_packing: tuple[int, int, int, int, int] = (0, 1, 1, 1, 1)
+    packings: Array = np.array([[0, 1, 1, 1, 1]] * 2)
     exact: int = 0  # the first column that is met besides
+
+
+@cache
+def none_of_each(batch: int) -> tuple[Array, Array]:
+    """No padding and no sinks, as InPlace has them; nobody writes there."""
+    return np.zeros(batch, np.int64), np.zeros((batch, 2), np.int64)
 
 
 def laid_open(
@@ -306,14 +312,14 @@ class Cache(ABC):
             self._opened = found, addresses
         self._begun = n_new
         addresses = self._opened[1] + offset if offset else self._opened[1]
-        sinks = np.zeros((self.batch, 2), np.int64) if sinks is None else sinks
+        sinks = none_of_each(self.batch)[1] if sinks is None else sinks
         return InPlace(start, padding, addresses, columns, slot, window, sinks)
 
     def _padding(self) -> Array | None:
         """How many tokens at the start of each row are none, (B,); None if that is not told."""
         padded = self.left_padding
         if padded is None:
-            return np.zeros(self.batch, np.int64)
+            return none_of_each(self.batch)[0]
         if (padded.shape, padded.dtype) != ((self.batch,), torch.long) or not padded.is_cpu:
             return None
         padding = padded.numpy()

@@ -81,7 +81,7 @@ class Packed:
         return wide.to(scale.dtype).flatten(self.dim, self.dim + 1)
 
     def packing(self, n: int) -> tuple[int, int, int, int, int]:
-        """As numba_quantized.Packing, for the first n columns."""
+        """As numba_quantized.read_codes has it, for the first n columns."""
         shared = (self.size, 1) if self.dim == 2 else (1, self.size)  # by tokens, and channels
         return n, self.codes.shape[2] * self.per_byte, self.per_byte, *shared
 
@@ -213,10 +213,8 @@ class QuantizedCache(BufferedCache):
         if None in keys or None in values:
             return None
         codes = np.concatenate([np.transpose(keys), np.transpose(values)])
-        packings = [part.packing(n) for part in self._packed[0]]
-        return opened._replace(
-            codes=codes, key_packing=packings[0], value_packing=packings[1], exact=n - self._first
-        )
+        packings = np.array([part.packing(n) for part in self._packed[0]])
+        return opened._replace(codes=codes, packings=packings, exact=n - self._first)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         start, settled = self.length, self.quantization.settled
