@@ -205,7 +205,8 @@ Kernels = Annotated[
     typer.Option(
         "--kernels",
         metavar="|".join(KERNELS),
-        help="exact: cached and uncached logits are equal bit for bit; prompts take longer.",
+        help="exact: cached and uncached logits are equal bit for bit; passes without a cache take "
+        "longer.",
         callback=_kernels,
         autocompletion=_complete(lambda: list(KERNELS)),
     ),
