@@ -16,9 +16,8 @@ import training_cases
 from kvtool.core import fused
 from kvtool.core.attention import merge_heads
 from kvtool.core.kernels import DEFAULT, reference_attention
-from kvtool.core.layers import Dropout, deal_rows
-from kvtool.core.team import Share
-from training_cases import outcome, stop_and_resume, train
+from kvtool.core.layers import Dropout
+from training_cases import check_that_shares_drop_as_the_whole, outcome, stop_and_resume, train
 
 EPS = {torch.float32: 5e-6, torch.bfloat16: 2**-7}  # of the largest; bfloat16 rounds to 2**-9
 DTYPES = list(EPS)
@@ -177,14 +176,7 @@ def test_dropout_drops_as_many_as_it_should_and_never_the_same_twice() -> None:
 
 
 def test_a_share_drops_what_the_whole_batch_drops_in_its_rows() -> None:
-    drop, x = Dropout(0.4).train(), torch.randn(7, 5, 3, requires_grad=True)
-    torch.manual_seed(1)
-    whole = drop(x)
-    for share in (Share(0, 3), Share(1, 3), Share(2, 3)):
-        rows = share.rows(7)
-        deal_rows(drop, rows)
-        torch.manual_seed(1)
-        assert drop(x[rows]).equal(whole[rows])
+    check_that_shares_drop_as_the_whole(torch.randn(7, 5, 3, requires_grad=True))
 
 
 # When

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from kvtool.core import runs
-from kvtool.core.layers import Dropout, deal_rows
 from kvtool.core.team import ALONE, Share
 from kvtool.files import sha256
+from training_cases import check_that_shares_drop_as_the_whole
 
 WORDS = [f"{a}{b}{c}" for a in "abcdef" for b in "xyz" for c in "aeiou"]
 SIZES = ["--d-model", "16", "--heads", "2", "--context", "32", "--dropout", "0.3"]
@@ -146,15 +146,7 @@ def test_shares_are_the_batch_row_by_row(n: int, of: int) -> None:
 
 
 def test_dropout_of_a_share_is_that_of_its_rows_in_the_whole() -> None:
-    drop = Dropout(0.4).train()
-    x = torch.randn(7, 5, 3)
-    torch.manual_seed(1)
-    whole = drop(x)
-    for share in (Share(0, 3), Share(1, 3), Share(2, 3)):
-        rows = share.rows(7)
-        deal_rows(drop, rows)
-        torch.manual_seed(1)
-        assert drop(x[rows]).equal(whole[rows])
+    check_that_shares_drop_as_the_whole(torch.randn(7, 5, 3))
 
 
 def test_alone_nothing_is_exchanged() -> None:

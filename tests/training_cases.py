@@ -23,14 +23,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from kvtool import files
 from kvtool.app import Terminated
 from kvtool.config import ModelConfig, TrainConfig, TrainLength
 from kvtool.core import checkpoint, runs, text
+from kvtool.core.layers import Dropout, deal_rows
 from kvtool.core.lm import LanguageModelling
 from kvtool.core.models import Model, build_model
 from kvtool.core.runs import RunFolder
+from kvtool.core.team import Share
 from kvtool.core.text import Tokenizer
 from kvtool.core.train import Position, Trainer
 from kvtool.errors import KvtoolError
@@ -293,6 +296,18 @@ def main(plan: str) -> None:
         n = trial["n"] * whole if trial["death"] == "seconds" else trial["n"]
         results.append(play(trial["death"], n, Path(trial["out"]), trial["trainer"]))
     print(json.dumps(results))
+
+
+def check_that_shares_drop_as_the_whole(x: Tensor) -> None:
+    """Of a batch x (B,T,d): each of three processes drops in its rows what one would."""
+    drop = Dropout(0.4).train()
+    torch.manual_seed(1)
+    whole = drop(x)
+    for share in (Share(0, 3), Share(1, 3), Share(2, 3)):
+        rows = share.rows(len(x))
+        deal_rows(drop, rows)
+        torch.manual_seed(1)
+        assert drop(x[rows]).equal(whole[rows])
 
 
 if __name__ == "__main__":

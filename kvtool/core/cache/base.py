@@ -170,14 +170,18 @@ def none_of_each(batch: int) -> tuple[Array, Array]:
     return np.zeros(batch, np.int64), np.zeros((batch, 2), np.int64)
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether a tensor's numbers stand side by side in memory of the CPU, from its address on."""
+    return type(x) is Tensor and x.is_cpu and x.is_contiguous() and x.data_ptr() != 0
+
+
 def laid_open(
     keys: Sequence[Tensor], values: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
 ) -> Array | None:
     """The addresses (2,layers) of keys and values, for code that reads memory by itself; None
     unless all are dense, on the CPU, and of that shape and type."""
     for x in (*keys, *values):
-        alike = type(x) is Tensor and x.shape == shape and x.dtype is dtype
-        if not (alike and x.is_cpu and x.is_contiguous() and x.data_ptr()):
+        if x.shape != shape or x.dtype is not dtype or not is_readable(x):
             return None
     return np.array([[x.data_ptr() for x in each] for each in (keys, values)])
 

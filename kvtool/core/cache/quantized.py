@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import check_int
-from kvtool.core.cache.base import Bytes, CacheSpec, InPlace, Step, ways
+from kvtool.core.cache.base import Bytes, CacheSpec, InPlace, Step, is_readable, ways
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.kernels import visible
 from kvtool.core.quantization import Quantization
@@ -96,11 +96,8 @@ class Packed:
         )
         size = rows * heads * (columns // tokens) * (width // channels)
         alike = all(x.numel() == size and x.dtype is like.dtype for x in others)
-        dense = all(
-            type(x) is Tensor and x.is_contiguous() and x.is_cpu and x.data_ptr()
-            for x in self.tensors
-        )
-        if type(self) is not Packed or not (fits and alike and dense):
+        readable = all(map(is_readable, self.tensors))
+        if type(self) is not Packed or not (fits and alike and readable):
             return None
         return codes.data_ptr(), others[0].data_ptr(), others[1].data_ptr()
 
