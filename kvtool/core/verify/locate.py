@@ -72,11 +72,10 @@ class Recorder:
     ) -> Tensor:
         if self.current is not None:
             seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-            seen = seen.tril() if causal else seen
-            mask = seen.expand(q.shape[0], 1, -1, -1) if mask is None else mask
+            seen = (seen.tril() if causal else seen) if mask is None else mask
             shape = (q.shape[0], 1, q.shape[2], k.shape[2])
             self.current.q, self.current.k, self.current.v = q.clone(), k.clone(), v.clone()
-            self.current.mask = mask.expand(shape).clone()
+            self.current.mask = seen.expand(shape).clone()
         return self.kernels.attention(q, k, v, mask, causal)
 
 
