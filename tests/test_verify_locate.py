@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from kvtool.core.cache import Step
 from kvtool.core.cache.dynamic import DynamicCache
+from kvtool.core.kernels import DefaultKernels
 from kvtool.core.verify.compare import distances
 from kvtool.core.verify.doctor import BEYOND, examine
 from kvtool.core.verify.hypotheses import HEALED, HYPOTHESES, UNKNOWN, explain, reproduces
 from kvtool.core.verify.hypotheses.positions import OneTooFar
 from kvtool.core.verify.judge import ROUNDING_64, UNSUPPORTED, Case, Diagnosis, Judge, play
-from kvtool.core.verify.locate import Place, locate, ranges
+from kvtool.core.verify.locate import Place, Record, Recorder, locate, ranges
 from kvtool.core.verify.mutants.mutant import moved
 from kvtool.core.verify.mutants.windows import windowed
 from kvtool.core.verify.scenarios import SCENARIOS
@@ -127,6 +129,21 @@ def test_a_right_cache_has_no_wrong_place(name: str, scenario: str) -> None:
         return
     for step in range(len(play(one, case).found)):
         assert locate(one, case, step) is None
+
+
+def test_kernels_are_asked_as_they_were_when_attention_is_recorded() -> None:
+    asked: list[object] = []
+
+    class Asked(DefaultKernels):
+        def attention(self, q: Tensor, *rest: Any) -> Tensor:
+            asked.extend(rest[2:])  # PyTorch's attention on a GPU refuses both of them
+            return q
+
+    recorder, qkv = Recorder(Asked()), torch.ones(3, 1, 2, 4, 8)
+    recorder.current = Record()
+    recorder.attention(*qkv, None, True)
+    assert asked == [None, True]
+    assert recorder.current.mask.equal(torch.ones(1, 1, 4, 4, dtype=torch.bool).tril())
 
 
 def test_places_and_ranges_read_well() -> None:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -100,7 +101,8 @@ class Cell:
 class Workload:
     """Greedy generation from prompts (B,P): sources, for an encoder-decoder.
 
-    With `decode_only`, reading the prompt is no part of a sample: decoding at a depth.
+    With `decode_only`, reading the prompt is no part of a sample: decoding at a depth. The model's
+    decoding form is made once for all runs, as its weights are loaded once.
     """
 
     model: Model
@@ -119,13 +121,17 @@ class Workload:
         prompt, source = self._begin()
         if rehearsed is None:
             cache = make_cache(kind, self._spec(prompt.shape[1] + n_new))
-            tokens = generate(self.model, prompt, cache, n_new, Sampler(), source)
+            tokens = generate(self._decode, prompt, cache, n_new, Sampler(), source)
         else:
             decode, cache, source = rehearsed
             tokens = generate(decode, prompt, cache, n_new, Sampler(), source)
         stamps = [now(device) for _ in tokens]
         held = cache.nbytes()
         return Run.of(started, stamps, held.allocated, held.read_per_step, self.decode_only)
+
+    @cached_property
+    def _decode(self) -> Model | DecodingForm:
+        return decoding_form(self.model)
 
     def _begin(self) -> tuple[Tensor, CrossCache | None]:
         with torch.inference_mode():

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--output", type=Path, default=DOCS)
     asked = parser.parse_args()
+    asked.output.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
     found: dict[int, list[Series]] = {}
     text = [introduction(asked.rounds)]
     for threads in asked.threads:
