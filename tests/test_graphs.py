@@ -16,6 +16,7 @@ from torch import Tensor
 
 import graph_cases
 from cli_probe import Ran
+from gpu import needs_cuda
 from graph_cases import KINDS, PROMPT, SHAPES, Capturing, Case, N, both
 from kvtool.core import timing
 from kvtool.core.cache import CacheSpec
@@ -29,7 +30,6 @@ from small_models import random_model
 
 by_pytorch, capturing = graph_cases.by_pytorch, graph_cases.capturing
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHORT = [
     "--device", "cpu", "--kernels", "default", "--tokens", "40",
     "--scenarios", "decode", "fork", "permuted", "padded",
@@ -62,6 +62,23 @@ def test_all_memory_that_a_recording_reaches_is_compared(
     (recording,) = form._recordings.values()
     compared = {storage(x) for x in (*form._memory, *recording.inputs)}
     assert recorder.reached and recorder.reached <= compared
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_is_made_by_device_work_alone_is_the_one_that_begin_makes(
+    kind: str, batch: int
+) -> None:
+    case = Case(KINDS[kind], batch)
+    for end in range(PROMPT, N):
+        case.steps(end)
+        step, fixed = case.cache.begin(1), case.cache.fixed()
+        assert fixed is not None and fixed.start == end
+        same = case.cache.step_at(torch.tensor([end]), fixed.tables, fixed.form)
+        assert type(same) is type(step)
+        for name, value in vars(step).items():
+            other = getattr(same, name)
+            assert value.equal(other) if isinstance(value, Tensor) else value is other, name
 
 
 def test_on_a_cpu_nothing_is_recorded() -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu import needs_cuda
 from kvtool import registry
 from kvtool.core import kernels, native
 from kvtool.core.cache import EMPTY
@@ -14,6 +15,7 @@ from kvtool.core.kernels import (
     DEFAULT,
     SHORT,
     attention_by_products,
+    attention_of_one,
     make_kernels,
     reference_attention,
     visible,
@@ -140,6 +142,38 @@ def test_attention_by_products_follows_the_formula_too(n_kv_heads: int, rule: st
     found = attention_by_products(q, k, v, mask, rule == "causal")
     expected = reference_attention(q, k, v, mask, rule == "causal")
     assert (found - expected).abs().max() < 1e-6
+
+
+def one_query(n_kv_heads: int, masked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A query, keys and values that begin a larger buffer, and a mask with padding."""
+    q, k, v = random_qkv(n_kv_heads, 1)
+    buffers = (torch.full((2, n_kv_heads, 9, 8), torch.nan, dtype=k.dtype) for _ in range(2))
+    k, v = (buffer.narrow(2, 0, 6).copy_(x) for buffer, x in zip(buffers, (k, v), strict=True))
+    k_pos = torch.tensor([[0, 1, 2, 3, E, E], [-2, -1, 0, 1, E, E]])
+    return q, k, v, visible(k_pos[:, 3:4], k_pos) if masked else None
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_query_follows_the_formula_too(n_kv_heads: int, masked: bool) -> None:
+    q, k, v, mask = one_query(n_kv_heads, masked)
+    close(attention_of_one(q, k, v, mask), reference_attention(q, k, v, mask, False))
+
+
+@needs_cuda
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_one_query_with_a_mask_goes_by_products(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n_kv_heads: int
+) -> None:
+    q, k, v, mask = (x if x is None else x.cuda() for x in one_query(n_kv_heads, masked=True))
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # calling it would fail
+    with torch.no_grad():
+        found = DEFAULT.attention(q, k, v, mask, False)
+    assert found.dtype is dtype
+    worst = (found - reference_attention(q, k, v, mask, False)).abs().max()
+    assert worst < 4 * torch.finfo(dtype).eps
 
 
 def test_training_in_bfloat16_on_a_cpu_goes_by_products(monkeypatch: pytest.MonkeyPatch) -> None:

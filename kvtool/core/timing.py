@@ -149,7 +149,7 @@ class Workload:
             return None
         prompt, source = self._begin()
         cache = make_cache(kind, self._spec(prompt.shape[1] + n_new))
-        if cache.memory() is None:
+        if not cache.compilable:
             return None
         for _ in generate(decode, prompt, cache, n_new, Sampler(), source):
             pass

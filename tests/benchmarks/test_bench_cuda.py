@@ -17,6 +17,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from gpu import needs_cuda
 from kvtool.config import ModelConfig
 from kvtool.core.cache import Cache, CacheSpec, make_cache
 from kvtool.core.engine import feed, generate
@@ -172,7 +173,7 @@ def measure(
     }
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("name", SHAPES)
 def test_graphs_beside_eager_steps_transformers_and_the_floor(
     benchmark: BenchmarkFixture, name: str

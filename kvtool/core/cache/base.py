@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
+from kvtool.core.cache.places import Fixed, InPlace, laid_open, none_of_each
 from kvtool.core.kernels import DEFAULT, Kernels, visible
 from kvtool.core.native import Array
 from kvtool.core.quantization import Quantization
 from kvtool.errors import CapacityError, UsageError
 
 # How a cache stores and reads.
-WAYS = frozenset({"begin", "_place", "_positions", "_at", "write", "attend", "commit"})
+WAYS = frozenset({"begin", "_place", "_positions", "_at", "step_at", "write", "attend", "commit"})
 ways = attrgetter(*WAYS)
 
 EMPTY = -(2**30)  # the position of a key column that holds nothing; no padding is that long
@@ -147,45 +146,6 @@ class Step:
         return cls(q_pos, q_pos, slots, mask[:, None, None, :], False, kernels)
 
 
-class InPlace(NamedTuple):
-    """Where a step's tokens are stored, and those before them: in columns by order of arrival."""
-
-    start: int  # how many tokens stand before the first new one
-    padding: Array  # (B,) how many at the start of each row are none
-    addresses: Array  # (2,layers) of keys and values, (B,Hkv,columns,D) in the spec's dtype
-    columns: int
-    slot: int  # the column of the first new token
-    window: int  # how many positions a token sees, its own included; 0: all before it
-    sinks: Array  # (B,2) and besides, the columns from one to another
-    # Where what is met quantized is, before the others: (6,layers) the addresses of codes, scales
-    # and zero points of keys, and of values, and how they are packed, as numba_quantized has it.
-    codes: Array = np.empty((6, 0), np.int64)
-    packings: Array = np.array([[0, 1, 1, 1, 1]] * 2)
-    exact: int = 0  # the first column that is met besides
-
-
-@cache
-def none_of_each(batch: int) -> tuple[Array, Array]:
-    """No padding and no sinks, as InPlace has them; nobody writes there."""
-    return np.zeros(batch, np.int64), np.zeros((batch, 2), np.int64)
-
-
-def is_readable(x: Tensor) -> bool:
-    """Whether a tensor's numbers stand side by side in memory of the CPU, from its address on."""
-    return type(x) is Tensor and x.is_cpu and x.is_contiguous() and x.data_ptr() != 0
-
-
-def laid_open(
-    keys: Sequence[Tensor], values: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
-) -> Array | None:
-    """The addresses (2,layers) of keys and values, for code that reads memory by itself; None
-    unless all are dense, on the CPU, and of that shape and type."""
-    for x in (*keys, *values):
-        if x.shape != shape or x.dtype is not dtype or not is_readable(x):
-            return None
-    return np.array([[x.data_ptr() for x in each] for each in (keys, values)])
-
-
 class Bytes(NamedTuple):
     """Memory of a cache, in bytes."""
 
@@ -277,11 +237,22 @@ class Cache(ABC):
         methods are not as that code expects. Raises CapacityError."""
         return None
 
-    def memory(self) -> list[Tensor] | None:
-        """The tensors that `write` and `attend` reach beside those of a step, for who plays a
-        recording of them; None from a kind that is not compilable, and from a cache whose methods
-        have been replaced."""
+    def fixed(self) -> Fixed | None:
+        """As `begin(1)`, for who plays a recording of `step_at` and what follows it; None from a
+        kind that is not compilable, from a cache whose methods have been replaced, and for a step
+        that is not like others. Raises CapacityError."""
         return None
+
+    def step_at(
+        self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
+    ) -> Step:
+        """What `begin(1)` gives behind `start` (1,) tokens, and for the rest of a Fixed, by device
+        work alone."""
+        raise NotImplementedError(f"{self.kind} is not compilable")
+
+    def _padding_table(self) -> tuple[Tensor, ...]:
+        """The padding as one of the tables of a Fixed, if there is any."""
+        return () if self.left_padding is None else (self.left_padding,)
 
     def _is_as_written(self) -> bool:
         """Whether nobody has put other methods into it or its kind, which is none derived from one
@@ -402,10 +373,8 @@ class Cache(ABC):
 
     def _positions(self, start: int, end: int) -> Tensor:
         """Absolute positions of storage columns start..end-1 -> (B, end - start)."""
-        return self._at(torch.arange(start, end, device=self.spec.device))
+        return self._at(torch.arange(start, end, device=self.spec.device), self.left_padding)
 
-    def _at(self, columns: Tensor) -> Tensor:
+    def _at(self, columns: Tensor, padding: Tensor | None) -> Tensor:
         """Absolute positions of the tokens that arrive as number `columns` (n,) -> (B,n)."""
-        if self.left_padding is None:
-            return columns.expand(self.batch, -1)
-        return columns - self.left_padding[:, None]
+        return columns.expand(self.batch, -1) if padding is None else columns - padding[:, None]

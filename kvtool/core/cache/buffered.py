@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, InPlace, Step
+from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
+from kvtool.core.cache.places import InPlace
 from kvtool.core.kernels import visible
 
 
@@ -65,19 +66,32 @@ class BufferedCache(Cache):
         end = start + n_new
         # A prompt has a shape of its own anyway, and is causal if it reads nothing behind itself.
         reach = end if start == 0 and n_new > 1 else self._reach(end)
-        columns = torch.arange(reach, device=self.spec.device)
-        pos = self._at(columns)
-        q_pos = pos.narrow(1, start, n_new)
-        if reach > end or self.compilable:  # strides count for a compiled step too
-            pos = pos.clone()
-            pos[:, end:] = EMPTY
         causal = start == 0 and reach == end and self.left_padding is None
         # One new token sees every filled column; without empty ones or padding nothing is masked.
-        # A compilable kind keeps the mask, or the last token of a block would be compiled anew.
+        # A compilable kind keeps the mask, or the last token of a block would be recorded anew.
         all_seen = n_new == 1 and reach == end and self.left_padding is None
         free = causal or (all_seen and not self.compilable)
-        mask = None if free else visible(q_pos, pos)
-        return Step(q_pos, pos, columns.narrow(0, start, n_new), mask, causal, self.spec.kernels)
+        numbers = torch.arange(start, end, device=self.spec.device)
+        hides = reach > end or self.compilable
+        return self._step(numbers, self.left_padding, reach, hides, causal, free)
+
+    def _step(
+        self,
+        numbers: Tensor,
+        padding: Tensor | None,
+        reach: int,
+        hides: bool = True,
+        causal: bool = False,
+        free: bool = False,
+    ) -> Step:
+        """The step of tokens with these numbers (T,), which reads `reach` columns: by device work
+        alone. hides: columns behind the last token are read. free: without a mask."""
+        columns = torch.arange(reach, device=self.spec.device)
+        q_pos, k_pos = self._at(numbers, padding), self._at(columns, padding)
+        if hides:
+            k_pos = k_pos.masked_fill(columns > numbers[-1], EMPTY)
+        mask = None if free else visible(q_pos, k_pos)
+        return Step(q_pos, k_pos, numbers, mask, causal, self.spec.kernels)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         # index_copy_ refuses a column that does not exist; a slice assignment would store nothing.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kvtool.core import native
-from kvtool.core.cache.base import CacheSpec, laid_open
+from kvtool.core.cache.base import CacheSpec
+from kvtool.core.cache.places import laid_open
 from kvtool.core.kernels import Kernels
 from kvtool.core.native import Array
 

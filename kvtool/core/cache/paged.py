@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kvtool.config import check_int
-from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, InPlace, Step, ways
+from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step, ways
+from kvtool.core.cache.places import Fixed, InPlace
 from kvtool.core.kernels import visible
 from kvtool.errors import CapacityError
 
@@ -167,19 +168,48 @@ class PagedCache(Cache):
         self._trim()
         end, device = start + n_new, self.spec.device
         self._take_pages(start, end)
-        pages = torch.tensor(self._table, device=device)  # (B,n)
-        numbers = torch.arange(start, end, device=device)
-        slots = self._slots(pages, numbers)
-        q_pos = self._positions(start, end)
-        if not start:
-            mask = None if self.left_padding is None else visible(q_pos, q_pos)
-            return PagedStep(q_pos, q_pos, slots, mask, mask is None, self.spec.kernels)
-        k_pos = self._positions(0, pages.shape[1] * self.page).clone()
-        k_pos[:, end:] = EMPTY
-        mask = visible(q_pos, k_pos)  # always there, or a full page would be compiled anew
-        seen = (q_pos, k_pos, slots, mask, False, self.spec.kernels)
-        empty = (k_pos[0, -self.page :] == EMPTY)[:, None]
-        return PagedStep(*seen, pages=pages, first=_first_of_run(self._table), empty=empty)
+        pages, numbers = self._pages(), torch.arange(start, end, device=device)
+        if start:
+            return self._step(numbers, self.left_padding, pages, _first_of_run(self._table))
+        q_pos, slots = self._at(numbers, self.left_padding), self._slots(pages, numbers)
+        mask = None if self.left_padding is None else visible(q_pos, q_pos)
+        return PagedStep(q_pos, q_pos, slots, mask, mask is None, self.spec.kernels)
+
+    def _pages(self) -> Tensor:
+        """The table (B,n) on the device."""
+        return torch.tensor(self._table, device=self.spec.device)
+
+    def _step(
+        self, numbers: Tensor, padding: Tensor | None, pages: Tensor, first: int | None
+    ) -> PagedStep:
+        """The step of tokens with these numbers (T,) behind others: by device work alone."""
+        columns = torch.arange(pages.shape[1] * self.page, device=self.spec.device)
+        empty = columns > numbers[-1]
+        q_pos = self._at(numbers, padding)
+        k_pos = self._at(columns, padding).masked_fill(empty, EMPTY)
+        return PagedStep(
+            q_pos, k_pos, self._slots(pages, numbers),
+            visible(q_pos, k_pos),  # always there, or a full page would be recorded anew
+            causal=False, kernels=self.spec.kernels,
+            pages=pages, first=first, empty=empty[-self.page :, None],
+        )  # fmt: skip
+
+    def fixed(self) -> Fixed | None:
+        if not self.length or not self._is_as_written():
+            return None
+        start = self.make_room(1)
+        self._trim()
+        self._take_pages(start, start + 1)
+        self._begun = 1
+        tables = (self._pages(), *self._padding_table())
+        form = (_first_of_run(self._table),)
+        return Fixed(start, tables, form, [*self.pool.keys, *self.pool.values])
+
+    def step_at(
+        self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
+    ) -> Step:
+        padding = tables[1] if len(tables) > 1 else None
+        return self._step(start, padding, tables[0], *form)
 
     def in_place(self, n_new: int) -> InPlace | None:
         """Of an only row whose pages follow one another, so that its tokens do."""
@@ -195,12 +225,10 @@ class PagedCache(Cache):
         offset = first * self.page * self.spec.head_dim * self.spec.dtype.itemsize
         return self._lay_open(start, n_new, keys, values, columns, start, offset)
 
-    def memory(self) -> list[Tensor] | None:
-        return [*self.pool.keys, *self.pool.values] if self._is_as_written() else None
-
     def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
         """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""
-        return pages[:, numbers // self.page] * self.page + numbers % self.page
+        taken = pages.index_select(1, numbers // self.page)
+        return taken * self.page + numbers % self.page
 
     def _take_pages(self, start: int, end: int) -> None:
         """Give each row pages of its own for tokens start..end-1. Raises CapacityError."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kvtool.config import check_int
-from kvtool.core.cache.base import Bytes, CacheSpec, InPlace, Step, is_readable, ways
+from kvtool.core.cache.base import Bytes, CacheSpec, Step, ways
 from kvtool.core.cache.buffered import BufferedCache
+from kvtool.core.cache.places import InPlace, is_readable
 from kvtool.core.kernels import visible
 from kvtool.core.quantization import Quantization
 from kvtool.errors import CacheOpUnsupported, UsageError

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kvtool.config import check_int
-from kvtool.core.cache.base import EMPTY, Bytes, CacheSpec, InPlace, Step, ways
+from kvtool.core.cache.base import EMPTY, Bytes, CacheSpec, Step, ways
 from kvtool.core.cache.buffered import BufferedCache
+from kvtool.core.cache.places import InPlace
 from kvtool.core.kernels import visible
 from kvtool.errors import CacheOpUnsupported
 

@@ -6,8 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvtool.core.cache.base import CacheSpec, ways
+from kvtool.core.cache.base import CacheSpec, Step, ways
 from kvtool.core.cache.buffered import BufferedCache, round_up
+from kvtool.core.cache.places import Fixed
 from kvtool.errors import CacheOpUnsupported
 
 
@@ -43,8 +44,20 @@ class StaticCache(BufferedCache):
             filled = buffer[:, :, : self.length]
             filled[: self.batch] = filled.index_select(0, rows)  # a copy first: rows may overlap
 
-    def memory(self) -> list[Tensor] | None:
-        return [*self._keys, *self._values] if self._is_as_written() else None
+    def fixed(self) -> Fixed | None:
+        if not self._is_as_written():
+            return None
+        start = self.make_room(1)
+        self._begun = 1
+        memory = [*self._keys, *self._values]
+        return Fixed(start, self._padding_table(), (self._reach(start + 1),), memory)
+
+    def step_at(
+        self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
+    ) -> Step:
+        (reach,), padding = form, tables[0] if tables else None
+        assert reach is not None
+        return self._step(start, padding, reach)
 
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:

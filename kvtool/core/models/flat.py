@@ -87,10 +87,7 @@ class DecodingForm:
             return self.model(tokens, step, cache, source, last)
         graded = torch.is_grad_enabled()
         if graded or not (self._few(tokens, step.kernels) and self._reads_weights()):
-            self._flat = self._flat or FlatDecoder(self.decoder)
-            if self._graphs is not None and not graded:
-                return self._graphs(self._flat, tokens, step, cache, source)
-            return self._flat(tokens, step, cache, source)
+            return self._flat_form()(tokens, step, cache, source)
         place = NO_SOURCE if source is None else source.in_place(cache.spec, len(tokens))
         form = self._native
         fits = form is not None and form.stores_in(cache.spec) and tokens.dtype in IDS
@@ -112,7 +109,7 @@ class DecodingForm:
         done by parts. Raises CapacityError, and IndexError for a token or position that does not
         exist."""
         batch, n = new.shape
-        if batch != cache.batch or not batch or (source is not None) != self.reads:
+        if self.records or not self._fits(new, cache, source):
             return None
         if not (self._few(new, cache.spec.kernels) and self._reads_weights()):
             return None
@@ -134,6 +131,27 @@ class DecodingForm:
         logits = form.at_once(new, place, source_place, last)
         cache.commit(n)
         return logits
+
+    def recorded(self, new: Tensor, cache: Cache, source: CrossCache | None) -> Tensor | None:
+        """A whole step of one token a row, `begin` and `commit` included, as `engine.advance`, but
+        without gradients and from a recording: new (B,1) -> logits (B,1,V); None if it must be done
+        otherwise. Raises CapacityError."""
+        if self._graphs is None or new.shape[1] != 1 or not self._fits(new, cache, source):
+            return None
+        kernels = cache.spec.kernels
+        # Others ask the device which keys are seen, and wait for the answer.
+        if type(kernels) is not DefaultKernels or not _are_usual(kernels):
+            return None
+        return self._graphs(self._flat_form(), new, cache, source)
+
+    def _fits(self, new: Array | Tensor, cache: Cache, source: CrossCache | None) -> bool:
+        """Whether the cache has the new tokens' rows, and there is a source if the model reads."""
+        batch = new.shape[0]
+        return batch == cache.batch > 0 and (source is not None) == self.reads
+
+    def _flat_form(self) -> FlatDecoder:
+        self._flat = self._flat or FlatDecoder(self.decoder)
+        return self._flat
 
     def _few(self, tokens: Array | Tensor, kernels: Kernels) -> bool:
         """Whether modules too would take so many tokens through native code, now."""

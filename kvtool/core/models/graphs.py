@@ -3,13 +3,13 @@
 A step of one token is a hundred small kernels, and to launch them one by one takes longer than they
 do. A CUDA graph launches all of them in one call. But it plays what it has seen: the addresses, the
 shapes and every number and branch of Python are those of the step that was recorded. So a recording
-is kept for each set of these, and is played only for a step that has the same.
+is kept for each set of these, and is played only for a step that has the same. What differs at each
+step, such as the number of tokens before it, is read from memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kvtool.core import native
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.kernels import DefaultKernels
+from kvtool.core.cache.places import Fixed
 
 Decode = Callable[[Tensor, Step, Cache, "CrossCache | None"], Tensor]
 Replay = Callable[[], Tensor]  # -> the result, in memory that is written to again by the next one
@@ -63,14 +63,15 @@ def capture_for(device: torch.device) -> Capture | None:
 
 
 class Recording(NamedTuple):
-    inputs: list[Tensor]  # where it reads the tokens, and the tensors of a Step
+    # Where it reads how many tokens stand before, (1,), then the tokens, and the step's tables.
+    inputs: list[Tensor]
     play: Replay
 
 
 class Graphs:
     """The steps of one new token a row, for caches that are `compilable`: recorded when the first
     of a kind comes, then played. In other cases, and while anything watches what PyTorch does, the
-    step is done as it is written.
+    step is left to be done as it is written.
 
     A cache of another place, a source, weights that were exchanged, and numbers of the step that
     differ all have recordings of their own. Memory is compared as it is at each step, so none is
@@ -94,44 +95,42 @@ class Graphs:
         self._failed = False
 
     def __call__(
-        self, decode: Decode, tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None
-    ) -> Tensor:
-        """tokens (B,1) -> logits (B,1,V), as `decode` gives"""
-        memory = self._memory_of(tokens, step, cache, source)
-        if memory is None:
-            return decode(tokens, step, cache, source)
-        recordings, key = self._recordings_on(memory), _key(tokens, step)
+        self, decode: Decode, tokens: Tensor, cache: Cache, source: CrossCache | None
+    ) -> Tensor | None:
+        """A whole step, `begin` and `commit` included: tokens (B,1) -> logits (B,1,V), as `decode`
+        gives; None if it is not one to record. Raises CapacityError."""
+        watched = native.watched() or torch.is_autocast_enabled(self.device.type)
+        if self._failed or watched or tokens.device != self.device:
+            return None
+        read = [] if source is None else source.memory()
+        fixed = None if read is None else cache.fixed()
+        if fixed is None or read is None:
+            return None
+        recordings, key = self._recordings_on([*fixed.memory, *read]), _key(tokens, cache, fixed)
         if key not in recordings:
             try:
-                recordings[key] = self._record(decode, tokens, step, cache, source)
+                recordings[key] = self._record(decode, tokens, cache, fixed, source)
             except RuntimeError as error:
-                logits = decode(tokens, step, cache, source)  # if it is to blame, it says so itself
+                # If the step is to blame, it says so itself.
+                logits = decode(tokens, cache.begin(1), cache, source)
+                cache.commit(1)
                 self._failed = True
                 reason = str(error).splitlines()[0]
                 native.LOG.warning("decoding without CUDA graphs, which failed: %s", reason)
                 return logits
         recording = recordings[key]
-        for held, new in zip(recording.inputs, _inputs(tokens, step), strict=True):
+        start, *inputs = recording.inputs
+        start.fill_(fixed.start)
+        for held, new in zip(inputs, (tokens, *fixed.tables), strict=True):
             held.copy_(new)
-        return recording.play().clone()
+        logits = recording.play().clone()
+        cache.commit(1)
+        return logits
 
-    def _memory_of(
-        self, tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None
-    ) -> list[Tensor] | None:
-        """All that the step reads and writes beside its inputs; None if it cannot be recorded."""
-        # Other kernels ask the device which keys are seen, and wait for the answer.
-        usual = type(step.kernels) is DefaultKernels and not self._failed
-        watched = native.watched() or torch.is_autocast_enabled(self.device.type)
-        if not usual or watched or tokens.device != self.device:
-            return None
-        held, read = cache.memory(), [] if source is None else source.memory()
-        if held is None or read is None:
-            return None
+    def _recordings_on(self, held: list[Tensor]) -> dict[tuple[Any, ...], Recording]:
+        """Those that touch just the weights and this memory, by the step's key."""
         weights = (owner.get(name) for owner, name in self._places)
-        return [*(x for x in weights if x is not None), *held, *read]
-
-    def _recordings_on(self, memory: list[Tensor]) -> dict[tuple[Any, ...], Recording]:
-        """Those that touch just this memory, by the step's key."""
+        memory = [*(x for x in weights if x is not None), *held]
         addresses = [x.data_ptr() for x in memory]
         if addresses != self._addresses or not all(map(is_, memory, self._memory)):
             # The same addresses may by now be another tensor's, of another form.
@@ -143,30 +142,28 @@ class Graphs:
         return self._recordings
 
     def _record(
-        self, decode: Decode, tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None
+        self, decode: Decode, tokens: Tensor, cache: Cache, fixed: Fixed, source: CrossCache | None
     ) -> Recording:
         with torch.inference_mode(False):  # or they could be written to in that mode alone
-            inputs = [x.clone(memory_format=torch.contiguous_format) for x in _inputs(tokens, step)]
-        names = [name for name, value in vars(step).items() if isinstance(value, Tensor)]
-        changes: dict[str, Any] = dict(zip(names, inputs[1:], strict=True))
-        fixed = replace(step, **changes)
-        return Recording(inputs, self.capture(lambda: decode(inputs[0], fixed, cache, source)))
+            start = torch.full((1,), fixed.start, device=self.device)
+            changing = (tokens, *fixed.tables)
+            own = [x.clone(memory_format=torch.contiguous_format) for x in changing]
+
+        def step() -> Tensor:
+            placed = cache.step_at(start, tuple(own[1:]), fixed.form)
+            return decode(own[0], placed, cache, source)
+
+        return Recording([start, *own], self.capture(step))
 
 
-def _inputs(tokens: Tensor, step: Step) -> list[Tensor]:
-    return [tokens, *(value for value in vars(step).values() if isinstance(value, Tensor))]
-
-
-def _key(tokens: Tensor, step: Step) -> tuple[Any, ...]:
+def _key(tokens: Tensor, cache: Cache, fixed: Fixed) -> tuple[Any, ...]:
     """What a step depends on beside numbers in memory: forms, Python's numbers, and by which
     kernels PyTorch computes."""
     cuda = torch.backends.cuda
     return (
-        type(step),
-        *(
-            (name, value.shape, value.dtype) if isinstance(value, Tensor) else (name, value)
-            for name, value in (("tokens", tokens), *vars(step).items())
-        ),
+        type(cache),
+        fixed.form,
+        *((x.shape, x.dtype) for x in (tokens, *fixed.tables)),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from kvtool.config import ModelConfig
 from kvtool.core import native
 from kvtool.core.cache import Cache, CacheSpec, Step
-from kvtool.core.cache.base import InPlace
 from kvtool.core.cache.cross import InPlaceSource
+from kvtool.core.cache.places import InPlace
 from kvtool.core.layers import LayerNorm, Linear, RMSNorm
 from kvtool.core.models.decoder import Block, Decoder
 from kvtool.core.native import Array
