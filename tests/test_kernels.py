@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu import needs_cuda
 from kvtool import registry
@@ -173,7 +176,37 @@ def test_on_a_gpu_one_query_with_a_mask_goes_by_products(
         found = DEFAULT.attention(q, k, v, mask, False)
     assert found.dtype is dtype
     worst = (found - reference_attention(q, k, v, mask, False)).abs().max()
-    assert worst < 4 * torch.finfo(dtype).eps
+    assert worst < (4 if dtype.itemsize == 2 else 45) * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(("asked", "chosen"), [({}, False), ({SDPBackend.CUDNN_ATTENTION}, True)])
+def test_plans_for_each_number_of_keys_are_made_only_if_nothing_else_is_allowed(
+    asked: set[SDPBackend], chosen: bool
+) -> None:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    with sdpa_kernel(list(asked or SDPBackend.__members__.values())):
+        before = enabled()
+        with kernels._without_plans():
+            assert enabled() == chosen
+        assert enabled() == before
+
+
+@needs_cuda
+@pytest.mark.parametrize("n_queries", [1, 3])
+def test_on_a_gpu_no_plan_is_made_for_a_growing_cache(
+    monkeypatch: pytest.MonkeyPatch, n_queries: int
+) -> None:
+    found: list[bool] = []
+    real = F.scaled_dot_product_attention
+
+    def asked(*args: Any, **kwargs: Any) -> Tensor:
+        found.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", asked)
+    q, k, v = torch.randn(3, 1, 2, n_queries, 64, device="cuda", dtype=torch.bfloat16)
+    DEFAULT.attention(q, k, v, None, False)
+    assert found == [False]
 
 
 def test_training_in_bfloat16_on_a_cpu_goes_by_products(monkeypatch: pytest.MonkeyPatch) -> None:

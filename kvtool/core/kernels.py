@@ -7,7 +7,8 @@ multiplying and casting elements need no kernels: IEEE 754 fixes their every bit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -73,9 +74,10 @@ class DefaultKernels:
                     return self.attention(q, k, v, mask, causal).bfloat16()
             if q.shape[2] == 1:
                 return self._one_query(q, k, v, mask)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-        )
+        with _without_plans() if q.is_cuda else nullcontext():
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+            )
 
     def _one_query(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """In float32: PyTorch's kernel for half formats takes 2 to 4 times as long for one query.
@@ -89,6 +91,20 @@ class DefaultKernels:
             seen = None if mask is None else mask[row % mask.shape[0]][None]
             found.append(self.attention(query, keys, values, seen, False))
         return torch.cat(found).to(q.dtype)
+
+
+@contextmanager
+def _without_plans() -> Iterator[None]:
+    """Without cuDNN's attention, which PyTorch may choose for half formats: it plans anew for each
+    number of keys, so that a token of a growing cache took 27 ms on an H200. Who has turned off the
+    other ways gets it."""
+    cuda = torch.backends.cuda
+    before = cuda.cudnn_sdp_enabled()
+    cuda.enable_cudnn_sdp(before and not cuda.math_sdp_enabled())
+    try:
+        yield
+    finally:
+        cuda.enable_cudnn_sdp(before)
 
 
 def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ from kvtool.core.sampling import Sampler
 from kvtool.core.timing import now
 from kvtool.core.traffic import weights_read
 
-N_PROMPT, N_NEW, ROUNDS = 128, 256, 7
+N_PROMPT, N_NEW, ROUNDS = 128, 128, 7
 COPIED = 2**30  # bytes; far more than a GPU's caches hold
 
 

@@ -129,9 +129,9 @@ class Graphs:
 
     def _recordings_on(self, held: list[Tensor]) -> dict[tuple[Any, ...], Recording]:
         """Those that touch just the weights and this memory, by the step's key."""
-        weights = (owner.get(name) for owner, name in self._places)
-        memory = [*(x for x in weights if x is not None), *held]
-        addresses = [x.data_ptr() for x in memory]
+        memory = [x for owner, name in self._places if (x := owner.get(name)) is not None]
+        memory += held
+        addresses = list(map(Tensor.data_ptr, memory))
         if addresses != self._addresses or not all(map(is_, memory, self._memory)):
             # The same addresses may by now be another tensor's, of another form.
             layout = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in memory)
