@@ -14,13 +14,16 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu import needs_cuda
 from kvtool.config import ModelConfig
 from kvtool.core.cache import Cache, CacheSpec, make_cache
 from kvtool.core.engine import feed, generate
+from kvtool.core.kernels import attention_of_one
 from kvtool.core.models import Model, build_model, graphs
 from kvtool.core.models.flat import decoding_form
 from kvtool.core.peers import TransformersGenerate, load_peer
@@ -193,3 +196,39 @@ def test_graphs_beside_eager_steps_transformers_and_the_floor(
     print(f"\n{name}: floor {found['floor_us']:.0f} µs a token")
     for each, us in found["us_per_token"].items():
         print(f"{each:>22}: {us:6.0f} µs, {found['times_floor'][each]:.2f} times the floor")
+
+
+def in_graph_us(step: Callable[[], Tensor], times: int = 20) -> float:
+    """A step's time on the device: microseconds, of a graph that has it several times."""
+    device, aside = torch.device("cuda"), torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            step()
+    samples = []
+    for _ in range(ROUNDS):
+        started = now(device)
+        graph.replay()
+        samples.append(now(device) - started)
+    return median(samples) / times * 1e6
+
+
+@needs_cuda
+@pytest.mark.parametrize("n_keys", [64, 384, 1024, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_of_one_query_beside_fused_attention(
+    benchmark: BenchmarkFixture, dtype: torch.dtype, n_keys: int
+) -> None:
+    benchmark.group = f"one query, 12 heads of 64, {n_keys} keys, {dtype}"
+    q = torch.randn(1, 12, 1, 64, device="cuda", dtype=dtype)
+    k, v = torch.randn(2, 1, 12, n_keys, 64, device="cuda", dtype=dtype)
+    mask = torch.ones(1, 1, 1, n_keys, device="cuda", dtype=torch.bool)
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        ours = in_graph_us(lambda: attention_of_one(q, k, v, mask))
+        fused = in_graph_us(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        benchmark(attention_of_one, q, k, v, mask)
+    benchmark.extra_info.update(products_us=ours, fused_us=fused)
+    print(f"\n{benchmark.group}: {ours:.1f} µs by products, {fused:.1f} fused")
