@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -38,19 +39,27 @@ class NativeDecoder:
         usual = all(_is_usual(c, i, block) for i, block in enumerate(decoder.layers))
         if not usual or len(decoder.layers) != c.n_layers or decoder.norm.eps is None:
             return None
-        weights, tables = _weights(decoder), _tables(decoder)
-        for tensor, shape in weights + tables:
-            if tensor.shape != shape or not tensor.is_contiguous():
-                return None
-        fixed = all(table.dtype is torch.float64 and table.is_cpu for table, _ in tables)
+        blocks, ends = [_parts(c, block) for block in decoder.layers], _ends(decoder)
+        constants = _constants(decoder)
+        weights = [sized for part in chain(*blocks, ends) for sized in part.weights()]
+        read = weights + [(table, shape) for table, shape in constants if table is not None]
+        if not all(x.shape == shape and x.is_contiguous() for x, shape in read):
+            return None
+        fixed = all(x.dtype is torch.float64 and x.is_cpu for x, _ in read[len(weights) :])
         if not fixed or not native.can_read(*(weight for weight, _ in weights)):
             return None
         code = native.decoder_code(decoder.head.weight.dtype)
         if code is None:
             return None
-        return cls(decoder, [tensor for tensor, _ in weights + tables], code)
+        return cls(decoder, blocks, [tensor for tensor, _ in read], code)
 
-    def __init__(self, decoder: Decoder, read: Sequence[Tensor], code: ModuleType) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        blocks: Sequence[Sequence[Part]],
+        read: Sequence[Tensor],
+        code: ModuleType,
+    ) -> None:
         self.code, self.config = code, decoder.config
         self.dtype = decoder.head.weight.dtype
         self.kind = native.kind_of(self.dtype)
@@ -60,14 +69,10 @@ class NativeDecoder:
         # What the addresses point to, also when a parameter is given another tensor.
         self.kept = [tensor.detach() for tensor in read]
         windows = [c.window if i >= c.first_window_layer else 0 for i in range(c.n_layers)]
-        blocks = [(*block_record(block), windows[i]) for i, block in enumerate(decoder.layers)]
-        self.blocks = np.array(blocks, self.code.BLOCK)
-        tables = (
-            embed.tokens.weight,
-            None if embed.positions is None else embed.positions.weight,
-            None if embed.table is None else embed.table.table,
-            None if decoder.rotary is None else decoder.rotary.table.table,
-        )
+        records = [(*map(Part.record, block), windows[i]) for i, block in enumerate(blocks)]
+        self.blocks = np.array(records, self.code.BLOCK)
+        positions = None if embed.positions is None else embed.positions.weight
+        tables = embed.tokens.weight, positions, *(table for table, _ in _constants(decoder))
         sizes = len(embed.tokens.weight), c.context, c.n_heads, c.n_kv_heads, c.head_dim
         found = *sizes, native.number_of(c.activation), embed.scale
         ends = norm_record(decoder.norm), linear_record(head)
@@ -182,14 +187,23 @@ def norm_record(norm: LayerNorm | RMSNorm | None) -> tuple[float, ...]:
     return _address(norm.weight), shift, len(norm.weight), centred, norm.eps or 0.0
 
 
-def block_record(block: nn.Module) -> tuple[tuple[float, ...], ...]:
-    """As the norms and layers of numba_decoder.BLOCK."""
-    assert isinstance(block, Block)
-    attn, mlp, cross = block.attn, block.mlp, block.cross
-    norms = block.norm1, attn.q_norm, attn.k_norm, block.norm_cross, block.norm2
-    of_cross = (None, None) if cross is None else (cross.q, cross.out)
-    layers = attn.qkv, attn.out, *of_cross, mlp.up, mlp.down
-    return *map(norm_record, norms), *map(linear_record, layers)
+class Part(NamedTuple):
+    """A layer that has weights, if it is there, and the shape that they must have."""
+
+    layer: Any  # an nn.Module or None
+    shape: tuple[int, ...]
+
+    def weights(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """What is read of it, each with the shape that it must have."""
+        if self.layer is None:
+            return []
+        weight, bias = self.layer.weight, getattr(self.layer, "bias", None)
+        found = [(weight if isinstance(weight, Tensor) else torch.empty(0), self.shape)]
+        return found if bias is None else [*found, (bias, self.shape[:1])]
+
+    def record(self) -> tuple[float, ...]:
+        """As numba_decoder.NORM, or LINEAR."""
+        return (norm_record if len(self.shape) == 1 else linear_record)(self.layer)
 
 
 def _is_usual(c: ModelConfig, i: int, block: nn.Module) -> bool:
@@ -209,45 +223,43 @@ def _is_usual(c: ModelConfig, i: int, block: nn.Module) -> bool:
     )
 
 
-def _tables(decoder: Decoder) -> list[tuple[Tensor, tuple[int, ...]]]:
-    """The constants in float64, and the shapes that they must have."""
+def _constants(decoder: Decoder) -> list[tuple[Tensor | None, tuple[int, ...]]]:
+    """The tables in float64, as the last of numba_decoder.TABLES, and the shapes that they must
+    have."""
     c, waves, rotary = decoder.config, decoder.embed.table, decoder.rotary
-    found: list[tuple[Tensor, tuple[int, ...]]] = []
-    found += [] if waves is None else [(waves.table, (c.context, c.d_model))]
-    found += [] if rotary is None else [(rotary.table.table, (c.context, c.head_dim))]
-    return found
+    return [
+        (None if waves is None else waves.table, (c.context, c.d_model)),
+        (None if rotary is None else rotary.table.table, (c.context, c.head_dim)),
+    ]
 
 
-def _weights(decoder: Decoder) -> list[tuple[Tensor, tuple[int, ...]]]:
-    """All weights that are read, and the shapes that they must have."""
+def _ends(decoder: Decoder) -> list[Part]:
+    """What stands before and behind the blocks."""
     c, embed, head = decoder.config, decoder.embed, decoder.head
+    return [
+        Part(embed.tokens, (len(embed.tokens.weight), c.d_model)),
+        Part(embed.positions, (c.context, c.d_model)),
+        Part(decoder.norm, (c.d_model,)),
+        Part(head, (len(head.weight), c.d_model)),
+    ]
+
+
+def _parts(c: ModelConfig, block: nn.Module) -> list[Part]:
+    """The norms and linear layers of a block, in the order of numba_decoder.BLOCK."""
+    assert isinstance(block, Block)
+    attn, cross, mlp = block.attn, block.cross, block.mlp
     heads, stored = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    found: list[tuple[Tensor, tuple[int, ...]]] = []
-
-    def add(layer: nn.Module | None, *shape: int) -> None:
-        if layer is not None:
-            weight = layer.weight if isinstance(layer.weight, Tensor) else torch.empty(0)
-            bias = getattr(layer, "bias", None)
-            found.append((weight, shape))
-            found.extend([] if bias is None else [(bias, shape[:1])])
-
-    add(embed.tokens, len(embed.tokens.weight), c.d_model)
-    add(embed.positions, c.context, c.d_model)
-    for block in decoder.layers:
-        assert isinstance(block, Block)
-        attn, cross, mlp = block.attn, block.cross, block.mlp
-        for norm in (block.norm1, block.norm2, block.norm_cross):
-            add(norm, c.d_model)
-        for norm in (attn.q_norm, attn.k_norm):
-            add(norm, c.head_dim)
-        add(attn.qkv, heads + 2 * stored, c.d_model)
-        add(attn.out, c.d_model, heads)
-        if cross is not None:
-            add(cross.q, heads, c.d_model)
-            add(cross.out, c.d_model, heads)
-        wide = mlp.down.weight.shape[-1]
-        add(mlp.up, wide * (2 if c.activation == "swiglu" else 1), c.d_model)
-        add(mlp.down, c.d_model, wide)
-    add(decoder.norm, c.d_model)
-    add(head, len(head.weight), c.d_model)
-    return found
+    wide = mlp.down.weight.shape[-1]
+    return [
+        Part(block.norm1, (c.d_model,)),
+        Part(attn.q_norm, (c.head_dim,)),
+        Part(attn.k_norm, (c.head_dim,)),
+        Part(block.norm_cross, (c.d_model,)),
+        Part(block.norm2, (c.d_model,)),
+        Part(attn.qkv, (heads + 2 * stored, c.d_model)),
+        Part(attn.out, (c.d_model, heads)),
+        Part(cross and cross.q, (heads, c.d_model)),
+        Part(cross and cross.out, (c.d_model, heads)),
+        Part(mlp.up, (wide * (2 if c.activation == "swiglu" else 1), c.d_model)),
+        Part(mlp.down, (c.d_model, wide)),
+    ]
