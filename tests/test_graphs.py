@@ -83,7 +83,7 @@ def test_a_step_that_is_made_by_device_work_alone_is_the_one_that_begin_makes(
 
 def test_on_a_cpu_nothing_is_recorded() -> None:
     form = decoding_form(random_model(0))
-    assert isinstance(form, DecodingForm) and not form.records
+    assert isinstance(form, DecodingForm) and form._graphs is None
 
 
 # Commands
@@ -212,7 +212,7 @@ def on_cuda(model: Model, make: Any, capture: bool, monkeypatch: pytest.MonkeyPa
         if not capture:
             patch.setattr(graphs, "capture_for", lambda device: None)
         form = decoding_form(model)
-    assert isinstance(form, DecodingForm) and form.records == capture
+    assert isinstance(form, DecodingForm) and form.records(cache) == capture
     found = [feed(form, cache, ids[:, :i], source, last=True) for i in range(PROMPT, N + 1)]
     assert form._graphs is None or not form._graphs._failed
     return torch.cat(found, dim=1)

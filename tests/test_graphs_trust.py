@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.kernels import make_kernels
 from kvtool.core.models import graphs
+from kvtool.errors import UsageError
 from recorded_steps import Recorder
 
 by_pytorch, capturing = graph_cases.by_pytorch, graph_cases.capturing
@@ -319,6 +321,73 @@ def with_gradients(case: Case) -> Tensor:
         other = Case()
         case.cache = other.cache
         return other.steps(N).detach()
+
+
+def seeing_itself_alone(real: Any) -> Callable[..., Step]:
+    def changed(*args: Any, **kwargs: Any) -> Step:
+        step = real(*args, **kwargs)
+        return replace(step, mask=step.k_pos[:, None, None] == step.q_pos[:, None, :, None])
+
+    return changed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("level", ["object", "class"])
+def test_how_a_step_is_placed_may_be_changed_at_any_time(
+    capturing: Capturing, monkeypatch: pytest.MonkeyPatch, kind: str, level: str
+) -> None:
+    def story(case: Case) -> Tensor:
+        first, before = case.steps(9), case.steps(10)
+        with monkeypatch.context() as patch:
+            place: Any = case.cache if level == "object" else type(case.cache)
+            patch.setattr(place, "_step", seeing_itself_alone(place._step))
+            changed = case.steps(12)
+        return torch.cat([first, before, changed, case.steps(N)], dim=1)
+
+    both(capturing, story, partial(Case, KINDS[kind]))
+
+
+@pytest.mark.parametrize("method", ["_slots", "_gather"])
+def test_where_pages_are_found_may_be_changed_at_any_time(
+    capturing: Capturing, method: str
+) -> None:
+    def story(case: Case) -> Tensor:
+        first = case.steps(9)
+        real = getattr(case.cache, method)
+        setattr(case.cache, method, lambda pages, *rest: real(pages.flip(0), *rest))
+        return torch.cat([first, case.steps(N)], dim=1)
+
+    both(capturing, story, partial(Case, KINDS["paged"]))
+
+
+def test_a_step_that_could_not_be_placed_cannot_be_committed(
+    capturing: Capturing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capturing(Recorder())
+    case = Case(KINDS["paged"])
+    case.steps(9)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", mock.Mock(side_effect=torch.OutOfMemoryError("no memory")))
+        with pytest.raises(torch.OutOfMemoryError):
+            case.steps(10)
+    with pytest.raises(UsageError, match="given 0 tokens"):
+        case.cache.commit(1)
+    assert case.steps(N).isfinite().all()
+
+
+def test_a_setting_of_pytorchs_new_names_is_no_obstacle(capturing: Capturing) -> None:
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+
+    def story(case: Case) -> Tensor:
+        first = case.steps(9)
+        products.fp32_precision = "tf32"
+        try:
+            return torch.cat([first, case.steps(N)], dim=1)
+        finally:
+            products.fp32_precision = before
+
+    assert both(capturing, story).recorded > 3
 
 
 @pytest.mark.parametrize(

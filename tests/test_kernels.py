@@ -179,16 +179,40 @@ def test_on_a_gpu_one_query_with_a_mask_goes_by_products(
     assert worst < (4 if dtype.itemsize == 2 else 45) * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize(("asked", "chosen"), [({}, False), ({SDPBackend.CUDNN_ATTENTION}, True)])
-def test_plans_for_each_number_of_keys_are_made_only_if_nothing_else_is_allowed(
-    asked: set[SDPBackend], chosen: bool
+def test_a_row_that_sees_nothing_gives_zeros_as_in_pytorchs_attention() -> None:
+    q, k, v, mask = one_query(2, masked=True)
+    assert mask is not None
+    mask[1] = False
+    found = attention_of_one(q, k, v, mask)
+    assert found[1].eq(0).all()
+    close(found, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
+
+
+CUDNN, MATH = SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH
+
+
+@pytest.mark.parametrize(("asked", "chosen"), [([], False), ([CUDNN], True), ([CUDNN, MATH], True)])
+def test_plans_for_each_number_of_keys_are_made_only_where_others_may_not_be_chosen(
+    asked: list[SDPBackend], chosen: bool
 ) -> None:
     enabled = torch.backends.cuda.cudnn_sdp_enabled
-    with sdpa_kernel(list(asked or SDPBackend.__members__.values())):
+    with sdpa_kernel(asked or list(SDPBackend.__members__.values())):
         before = enabled()
-        with kernels._without_plans():
+        with kernels.PLANS.off():
             assert enabled() == chosen
         assert enabled() == before
+
+
+def test_two_threads_leave_the_process_as_it_was() -> None:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before = enabled()
+    one, other = kernels.PLANS.off(), kernels.PLANS.off()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert not enabled()
+    other.__exit__(None, None, None)
+    assert enabled() == before
 
 
 @needs_cuda
@@ -205,7 +229,8 @@ def test_on_a_gpu_no_plan_is_made_for_a_growing_cache(
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", asked)
     q, k, v = torch.randn(3, 1, 2, n_queries, 64, device="cuda", dtype=torch.bfloat16)
-    DEFAULT.attention(q, k, v, None, False)
+    with torch.no_grad():
+        DEFAULT.attention(q, k, v, None, False)
     assert found == [False]
 
 

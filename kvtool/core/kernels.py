@@ -8,7 +8,8 @@ multiplying and casting elements need no kernels: IEEE 754 fixes their every bit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -61,9 +62,8 @@ class DefaultKernels:
             return native.attention(q, k, v, mask, causal)
         if fused.attends(q, k, v):
             return fused.attention(q, k, v, mask, causal)
-        reads_slowly = mask is not None or (q.dtype.itemsize >= 4 and k.shape[2] >= LONG)
-        if q.is_cuda and q.shape[2] == 1 and reads_slowly and not torch.is_grad_enabled():
-            return attention_of_one(q, k, v, mask)
+        if q.is_cuda and not (torch.is_grad_enabled() or native.watched()):
+            return self._on_gpu(q, k, v, mask, causal)
         grouped = q.shape[1] != k.shape[1]
         if q.dtype.itemsize < 4 and q.device.type == "cpu":
             if q.requires_grad and q.dtype is torch.bfloat16:
@@ -74,9 +74,18 @@ class DefaultKernels:
                     return self.attention(q, k, v, mask, causal).bfloat16()
             if q.shape[2] == 1:
                 return self._one_query(q, k, v, mask)
-        with _without_plans() if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
+
+    def _on_gpu(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """`attention` there, without gradients."""
+        reads_slowly = mask is not None or (q.dtype.itemsize >= 4 and k.shape[2] >= LONG)
+        if q.shape[2] == 1 and reads_slowly and not torch.is_autocast_enabled("cuda"):
+            return attention_of_one(q, k, v, mask)
+        with PLANS.off():
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
             )
 
     def _one_query(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -93,18 +102,34 @@ class DefaultKernels:
         return torch.cat(found).to(q.dtype)
 
 
-@contextmanager
-def _without_plans() -> Iterator[None]:
-    """Without cuDNN's attention, which PyTorch may choose for half formats: it plans anew for each
-    number of keys, so that a token of a growing cache took 27 ms on an H200. Who has turned off the
-    other ways gets it."""
-    cuda = torch.backends.cuda
-    before = cuda.cudnn_sdp_enabled()
-    cuda.enable_cudnn_sdp(before and not cuda.math_sdp_enabled())
-    try:
-        yield
-    finally:
-        cuda.enable_cudnn_sdp(before)
+class Plans:
+    """cuDNN's attention, which PyTorch may choose for half formats on a GPU: it plans anew for each
+    number of keys, so that a token of a growing cache took 27 ms on an H200."""
+
+    def __init__(self) -> None:
+        self._lock, self._without, self._before = Lock(), 0, True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within, it is not chosen, unless all other fused attention has been turned off. The
+        setting is the process's: it is as before when the last of several threads has left."""
+        cuda = torch.backends.cuda
+        with self._lock:
+            if not self._without:
+                self._before = cuda.cudnn_sdp_enabled()
+                others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled()
+                cuda.enable_cudnn_sdp(self._before and not others)
+            self._without += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._without -= 1
+                if not self._without:
+                    cuda.enable_cudnn_sdp(self._before)
+
+
+PLANS = Plans()
 
 
 def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -115,16 +140,20 @@ def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     heads, 51 and 969 µs in float32 on an H200, where this takes 14 and 37 (docs/performance.md).
     """
     batch, n_heads, _, width = q.shape
-    n_groups = k.shape[1]
+    queries = q.reshape(batch * k.shape[1], -1, width)
     keys, values = k.flatten(0, 1), v.flatten(0, 1)  # (B*Hkv,S,D)
-    queries = (q * width**-0.5).view(batch * n_groups, -1, width)
     if q.dtype.itemsize < 4 and q.is_cuda:
         scores = torch.bmm(queries, keys.mT, out_dtype=torch.float32)
     else:
         scores = queries @ keys.mT
-    if mask is not None:
-        scores = scores.view(batch, n_heads, -1).masked_fill(~mask[:, 0], float("-inf"))
-    weights = scores.view(batch * n_groups, -1, k.shape[2]).softmax(-1).to(v.dtype)
+    scores = (scores * width**-0.5).view(batch, n_heads, -1)
+    if mask is None:
+        weights = scores.softmax(-1)
+    else:
+        hidden = ~mask[:, 0]
+        # A row that sees nothing gives zeros, as it does in PyTorch's attention.
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)
+    weights = weights.to(v.dtype).view(len(keys), -1, k.shape[2])
     return (weights @ values).view(batch, n_heads, 1, width)
 
 

@@ -145,11 +145,9 @@ class Workload:
         if graphs.capture_for(self.prompt.device) is None:
             return None
         decode = decoding_form(self.model)
-        if not isinstance(decode, DecodingForm) or not decode.records:
-            return None
         prompt, source = self._begin()
         cache = make_cache(kind, self._spec(prompt.shape[1] + n_new))
-        if not cache.compilable:
+        if not isinstance(decode, DecodingForm) or not decode.records(cache):
             return None
         for _ in generate(decode, prompt, cache, n_new, Sampler(), source):
             pass

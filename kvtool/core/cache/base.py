@@ -24,8 +24,7 @@ from kvtool.core.quantization import Quantization
 from kvtool.errors import CapacityError, UsageError
 
 # How a cache stores and reads.
-WAYS = frozenset({"begin", "_place", "_positions", "_at", "step_at", "write", "attend", "commit"})
-ways = attrgetter(*WAYS)
+WAYS = ("begin", "_place", "_positions", "_at", "step_at", "write", "attend", "commit")
 
 EMPTY = -(2**30)  # the position of a key column that holds nothing; no padding is that long
 
@@ -146,6 +145,14 @@ class Step:
         return cls(q_pos, q_pos, slots, mask[:, None, None, :], False, kernels)
 
 
+class Written(NamedTuple):
+    """The methods by which a kind stores and reads."""
+
+    names: frozenset[str]
+    get: attrgetter[tuple[Any, ...]]
+    found: tuple[Any, ...]
+
+
 class Bytes(NamedTuple):
     """Memory of a cache, in bytes."""
 
@@ -174,7 +181,7 @@ class Cache(ABC):
     window: int = 0  # how many positions a token sees, its own included; 0: all before it
     sinks: int = 0  # and how many of the first ones, always
     page: int = 0  # tokens of a page; 0: columns are not in pages
-    as_written: ClassVar[tuple[Any, ...]]  # the WAYS of a kind that has `in_place`
+    _as_written: ClassVar[Written]  # of a kind that has `in_place` or `fixed`
     _opened: tuple[Any, Array] | None = None  # what `in_place` found, and the addresses
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
@@ -254,11 +261,21 @@ class Cache(ABC):
         """The padding as one of the tables of a Fixed, if there is any."""
         return () if self.left_padding is None else (self.left_padding,)
 
+    @classmethod
+    def keep_ways(cls, *more: str) -> None:
+        """Say that this kind is now as it was written: its WAYS, and `more` of its methods."""
+        names = frozenset({*WAYS, *more})
+        get = attrgetter(*names)
+        cls._as_written = Written(names, get, get(cls))
+
     def _is_as_written(self) -> bool:
         """Whether nobody has put other methods into it or its kind, which is none derived from one
-        that has `in_place`: what those do must not be passed over."""
-        as_written = vars(type(self)).get("as_written")
-        return as_written == ways(type(self)) and WAYS.isdisjoint(vars(self))
+        that has `in_place` or `fixed`: what those do must not be passed over."""
+        kind = type(self)
+        written: Written | None = vars(kind).get("_as_written")
+        if written is None:
+            return False
+        return written.get(kind) == written.found and written.names.isdisjoint(vars(self))
 
     def _lay_open(
         self,

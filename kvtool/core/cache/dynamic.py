@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvtool.core.cache.base import CacheSpec, ways
+from kvtool.core.cache.base import CacheSpec
 from kvtool.core.cache.buffered import BufferedCache, round_up
 
 GRAIN = 64  # columns; growth is rounded up to a multiple of it
@@ -52,4 +52,4 @@ class DynamicCache(BufferedCache):
         return columns * spec.token_nbytes
 
 
-DynamicCache.as_written = ways(DynamicCache)
+DynamicCache.keep_ways("_step", "_reach")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import check_int
-from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step, ways
+from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
 from kvtool.core.cache.places import Fixed, InPlace
 from kvtool.core.kernels import visible
 from kvtool.errors import CapacityError
@@ -200,9 +200,9 @@ class PagedCache(Cache):
         start = self.make_room(1)
         self._trim()
         self._take_pages(start, start + 1)
-        self._begun = 1
         tables = (self._pages(), *self._padding_table())
         form = (_first_of_run(self._table),)
+        self._begun = 1
         return Fixed(start, tables, form, [*self.pool.keys, *self.pool.values])
 
     def step_at(
@@ -376,7 +376,7 @@ class PagedCache(Cache):
         return n_pages * page * (spec.token_nbytes // spec.batch)
 
 
-PagedCache.as_written = ways(PagedCache)
+PagedCache.keep_ways("_step", "_slots", "_gather", "_pages")
 
 
 def _first_of_run(table: list[list[int]]) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import check_int
-from kvtool.core.cache.base import Bytes, CacheSpec, Step, ways
+from kvtool.core.cache.base import Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.places import InPlace, is_readable
 from kvtool.core.kernels import visible
@@ -329,7 +329,7 @@ class Int8Cache(QuantizedCache):
     bits: ClassVar[int] = 8
 
 
-Int8Cache.as_written = ways(Int8Cache)
+Int8Cache.keep_ways()
 
 
 class Int4Cache(QuantizedCache):
@@ -339,7 +339,7 @@ class Int4Cache(QuantizedCache):
     bits: ClassVar[int] = 4
 
 
-Int4Cache.as_written = ways(Int4Cache)
+Int4Cache.keep_ways()
 
 
 def exact_columns(capacity: int, q: Quantization, slack: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import check_int
-from kvtool.core.cache.base import EMPTY, Bytes, CacheSpec, Step, ways
+from kvtool.core.cache.base import EMPTY, Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.places import InPlace
 from kvtool.core.kernels import visible
@@ -230,7 +230,7 @@ class SlidingCache(BufferedCache):
         return columns_for(spec.capacity, window, sinks, slack) * spec.token_nbytes
 
 
-SlidingCache.as_written = ways(SlidingCache)
+SlidingCache.keep_ways("_held_positions")
 
 
 def columns_for(capacity: int, window: int, sinks: int, slack: int) -> int:

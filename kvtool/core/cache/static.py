@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvtool.core.cache.base import CacheSpec, Step, ways
+from kvtool.core.cache.base import CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache, round_up
 from kvtool.core.cache.places import Fixed
 from kvtool.errors import CacheOpUnsupported
@@ -45,11 +45,10 @@ class StaticCache(BufferedCache):
             filled[: self.batch] = filled.index_select(0, rows)  # a copy first: rows may overlap
 
     def fixed(self) -> Fixed | None:
-        if not self._is_as_written():
+        if not self.length or not self._is_as_written():
             return None
-        start = self.make_room(1)
+        start, memory = self.make_room(1), [*self._keys, *self._values]
         self._begun = 1
-        memory = [*self._keys, *self._values]
         return Fixed(start, self._padding_table(), (self._reach(start + 1),), memory)
 
     def step_at(
@@ -64,4 +63,4 @@ class StaticCache(BufferedCache):
         return spec.capacity * spec.token_nbytes
 
 
-StaticCache.as_written = ways(StaticCache)
+StaticCache.keep_ways("_step", "_reach")

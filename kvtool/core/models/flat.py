@@ -95,11 +95,13 @@ class DecodingForm:
             return self.model(tokens, step, cache, source, last)
         return form.by_layers(tokens, step, cache, place)
 
-    @property
-    def records(self) -> bool:
-        """Whether steps with a compilable cache are recorded, so that the first ones take longer
-        than those after them."""
-        return self._graphs is not None
+    def records(self, cache: Cache) -> bool:
+        """Whether single-token steps with this cache are recorded, so that the first ones take
+        longer than those after them."""
+        kernels = cache.spec.kernels
+        # Others ask the device which keys are seen, and wait for the answer.
+        usual = type(kernels) is DefaultKernels and _are_usual(kernels)
+        return self._graphs is not None and cache.compilable and usual
 
     def at_once(
         self, new: Array | Tensor, cache: Cache, source: CrossCache | None, last: bool
@@ -109,7 +111,7 @@ class DecodingForm:
         done by parts. Raises CapacityError, and IndexError for a token or position that does not
         exist."""
         batch, n = new.shape
-        if self.records or not self._fits(new, cache, source):
+        if self._graphs is not None or not self._fits(new, cache, source):
             return None
         if not (self._few(new, cache.spec.kernels) and self._reads_weights()):
             return None
@@ -138,9 +140,7 @@ class DecodingForm:
         otherwise. Raises CapacityError."""
         if self._graphs is None or new.shape[1] != 1 or not self._fits(new, cache, source):
             return None
-        kernels = cache.spec.kernels
-        # Others ask the device which keys are seen, and wait for the answer.
-        if type(kernels) is not DefaultKernels or not _are_usual(kernels):
+        if not self.records(cache):
             return None
         return self._graphs(self._flat_form(), new, cache, source)
 

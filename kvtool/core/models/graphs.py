@@ -159,12 +159,14 @@ class Graphs:
 def _key(tokens: Tensor, cache: Cache, fixed: Fixed) -> tuple[Any, ...]:
     """What a step depends on beside numbers in memory: forms, Python's numbers, and by which
     kernels PyTorch computes."""
-    cuda = torch.backends.cuda
+    cuda, products = torch.backends.cuda, torch.backends.cuda.matmul
     return (
         type(cache),
         fixed.form,
         *((x.shape, x.dtype) for x in (tokens, *fixed.tables)),
-        torch.get_float32_matmul_precision(),
+        products.fp32_precision == "tf32",
+        products.allow_bf16_reduced_precision_reduction,
+        products.allow_fp16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
         (cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
