@@ -72,7 +72,8 @@ Written by `make peers`: the same random weights in GPT-2's form (2 layers, widt
 vocabulary 4,096, float32) in every program, batch 1, a prompt of {N_PROMPT} tokens, greedy. All
 generate the same tokens. Microseconds per token of a whole run, prompt and allocation included:
 medians of {rounds} rounds, in which the programs take turns, another one first in each; behind ±
-the distance between the quartiles. The floor is the time of one token's matrix products, and of
+the distance between the quartiles. What a program makes of a model once is not in them: loading
+it, or kvtool's table of addresses. The floor is the time of one token's matrix products, and of
 reading its keys and values, each in one call of compiled code.
 
 {env["cpu"]}, torch {env["torch"]}, {peers}.
