@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from kvtool import __version__
 from kvtool.config import follows
-from kvtool.errors import KvtoolError
+from kvtool.errors import CLOSED_PIPE, INTERRUPTED, TERMINATED, KvtoolError
 from kvtool.registry import COMMANDS, choose, load
 from kvtool.ui.help import HelpPage
 from kvtool.ui.lists import ListCommand
@@ -26,7 +26,6 @@ from kvtool.ui.problems import UsageProblem, explain_machine, explain_usage, sho
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 COMPLETION = "_KVTOOL_COMPLETE"
-INTERRUPTED, CLOSED_PIPE, TERMINATED = 130, 141, 143  # as a shell reports SIGINT, SIGPIPE, SIGTERM
 
 
 class Terminated(BaseException):

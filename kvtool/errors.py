@@ -6,6 +6,8 @@ stderr. Anything else that escapes is a defect of kvtool itself and keeps its tr
 
 from __future__ import annotations
 
+INTERRUPTED, CLOSED_PIPE, TERMINATED = 130, 141, 143  # as a shell reports SIGINT, SIGPIPE, SIGTERM
+
 
 class KvtoolError(Exception):
     """What went wrong and where, and what to do about it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import bench_cases
 from bench_cases import cells
 from cli_probe import Ran
+from kvtool.commands.bench_compare import place
 from small_models import answer
 
 decoder, small_array, bench, slow = (
@@ -66,7 +68,33 @@ def test_quiet_does_not_silence_the_warning(
     bench: Callable[..., Ran], slow: Callable[..., None]
 ) -> None:
     slow(lambda kind, length: 1.0)
-    assert bench("-q", "--budget", "0.001").err.startswith("warning: --budget 0.001 s was spent")
+    assert bench("-q", "--budget", "0.001").err.startswith(
+        "warning: --budget 0.001 s leaves no room"
+    )
+
+
+def test_ctrl_c_shows_and_writes_what_was_measured(
+    bench: Callable[..., Ran], slow: Callable[..., None], tmp_path: Path
+) -> None:
+    runs: list[str] = []
+
+    def cost(kind: str, length: int) -> float:
+        runs.append(kind)
+        if len(runs) > 2 * 7:  # twice for a run: 4 to warm up, then 3 of the first round
+            raise KeyboardInterrupt
+        return 1.0
+
+    slow(cost)
+    written = tmp_path / "a.json"
+    words = ["--caches", "none", "static", "--lengths", "3", "5", "--output", str(written)]
+    ran = bench(*words, "--save", "stopped")
+    assert ran.code == 130
+    assert "warning: interrupted after 3 of 8 runs\n" in ran.err
+    assert "--save stopped: nothing is kept" in ran.err and not place("stopped").exists()
+    row = next(line for line in ran.out.splitlines() if line.startswith("     5  none"))
+    assert row.split()[4] == "1"
+    found = json.loads(written.read_text())
+    assert found["interrupted"] and len(found["measurements"]) == 4
 
 
 # What is concluded

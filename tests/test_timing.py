@@ -126,6 +126,35 @@ def test_a_length_that_would_not_fit_any_more_is_not_measured_and_the_shorter_ar
     assert found[1].median is None and found[1].iqr is None
 
 
+def test_what_stands_before_counts_in_what_a_longer_run_may_take(
+    fake: Callable[..., Fake],
+) -> None:
+    """10 tokens behind 90 are 950 passes of a token, and 100 are 14,000: 15 times, not 100."""
+    work = fake(lambda kind, length: length * (90 + length / 2) / 950)
+    found = measure(work, [10, 100], ["none"], repeats=1, budget=20.0, before=90)
+    assert [len(cell.samples) for cell in found] == [1, 1]
+
+
+def test_ctrl_c_keeps_what_was_measured(fake: Callable[..., Fake]) -> None:
+    def cost(kind: str, length: int) -> float:
+        if length == 20 and kind == "static":
+            raise KeyboardInterrupt
+        return length
+
+    with pytest.raises(timing.Stopped) as stopped:
+        measure(fake(cost), [3, 20], ["none", "static"], repeats=2, budget=1e9)
+    assert [cell.samples for cell in stopped.value.cells] == [[3], [3], [20], []]
+
+
+def test_ctrl_c_before_anything_was_measured_is_just_that(fake: Callable[..., Fake]) -> None:
+    def cost(kind: str, length: int) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        measure(fake(cost), [3], ["none"], repeats=1, budget=1e9)
+    assert type(stopped.value) is KeyboardInterrupt
+
+
 def test_a_budget_spent_by_the_warm_up_measures_nothing(fake: Callable[..., Fake]) -> None:
     found = measure(fake(), [10], ["none", "static"], repeats=3, budget=1.0)
     assert [cell.samples for cell in found] == [[], []]

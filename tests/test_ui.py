@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -176,6 +179,19 @@ def test_a_table_too_wide_for_the_screen_goes_on_below_with_its_keys() -> None:
     assert tables.split([6, 8, 8, 8], keys=[0, 1], width=5) == [[0, 1, 2], [0, 1, 3]]
 
 
+def heading(column: Any) -> str:
+    return str(column.header.renderable)
+
+
+def test_a_name_of_two_lines_begins_in_its_row_and_headings_end_above_theirs() -> None:
+    columns = [tables.Column("kind", "left", by_word=True), tables.Column("steps identical")]
+    console = Console(width=18, file=io.StringIO())
+    console.print(*tables.build_table("", columns, [["planted bug", "12"], ["b", "3"]], 18))
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
+    assert [line.split() for line in lines[:2]] == [["steps"], ["kind", "identical"]]
+    assert [line.split() for line in lines[3:]] == [["planted", "12"], ["bug"], ["b", "3"]]
+
+
 def test_spare_columns_make_room_before_a_table_is_split() -> None:
     columns = [
         tables.Column("kind", "left", key=True, by_word=True),
@@ -187,7 +203,7 @@ def test_spare_columns_make_room_before_a_table_is_split() -> None:
 
     def shown(width: int) -> list[str]:
         parts = list(tables.build_table("", columns, rows, width))
-        found = [str(c.header) for p in parts if isinstance(p, Table) for c in p.columns]
+        found = [heading(c) for p in parts if isinstance(p, Table) for c in p.columns]
         return [*found, *(str(p) for p in parts if isinstance(p, Text) and str(p))]
 
     assert shown(29) == ["kind", "first", "second", "third"]
@@ -212,12 +228,21 @@ def test_there_is_no_progress_bar_off_a_terminal(capsys: pytest.CaptureFixture[s
     assert captured.out == captured.err == ""
 
 
+@pytest.mark.parametrize(("width", "words"), [(40, False), (60, True), (80, True)])
+def test_a_progress_bar_keeps_its_numbers_whole_and_shortens_its_words(
+    width: int, words: bool
+) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, color_system=None)
+    with progress.open_progress(console, "verify-cache", total=1200) as bar:
+        bar.advance(345)
+        bar.update("static, exact kernels, two-sources, and much more than there is room for")
+    assert "verify-cache" in file.getvalue() and "345/1200 0:00:00 --:--" in file.getvalue()
+    assert ("static" in file.getvalue()) == words
+
+
 def test_a_progress_bar_on_a_narrow_terminal_shows_count_and_loss() -> None:
-    from io import StringIO
-
-    from rich.console import Console
-
-    file = StringIO()
+    file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=60, color_system=None)
     with progress.open_progress(console, "training", total=3) as bar:
         bar.advance(2)

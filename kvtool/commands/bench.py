@@ -119,7 +119,7 @@ def run(settings: Settings, out: Output) -> Report:
     lanes = bench_peers.make_lanes(settings, loaded, work, resolved, out)
     started = time.perf_counter()
     bandwidth = read_bandwidth(device)
-    cells = measure(settings, lanes, lengths, out)
+    cells, interrupted = measure(settings, lanes, lengths, out)
     report = Report(
         *summary(settings, lanes, cells, weights_read(model)),
         settings.batch_size,
@@ -127,12 +127,13 @@ def run(settings: Settings, out: Output) -> Report:
         settings.depth,
         settings.kernels,
         bandwidth,
-        qualities(settings, model, text, lengths[-1]),
+        {} if interrupted else qualities(settings, model, text, lengths[-1]),
         time.perf_counter() - started,
         resolved,
+        interrupted=interrupted,
     )
     tell_missing(report, settings, out)
-    if baseline is not None:
+    if baseline is not None and not interrupted:
         report.changes, report.regressions = bench_compare.compare(
             baseline, report.rows(), settings.fail_if
         )
@@ -158,8 +159,10 @@ def summary(
     return rows, pays_from
 
 
-def measure(settings: Settings, lanes: list[Lane], lengths: list[int], out: Output) -> list[Cell]:
-    """Time every lane at every length, behind a bar."""
+def measure(
+    settings: Settings, lanes: list[Lane], lengths: list[int], out: Output
+) -> tuple[list[Cell], bool]:
+    """Time every lane at every length, behind a bar -> and whether Ctrl-C ended it."""
     from kvtool.core import timing
 
     several = len(settings.impl) > 1
@@ -169,7 +172,11 @@ def measure(settings: Settings, lanes: list[Lane], lengths: list[int], out: Outp
             bar.update(f"{label(cell.impl, cell.cache, several)} {cell.length}")
             bar.advance()
 
-        return timing.measure(lanes, lengths, settings.repeats, settings.budget, advance)
+        limits = settings.repeats, settings.budget
+        try:
+            return timing.measure(lanes, lengths, *limits, advance, settings.start[1]), False
+        except timing.Stopped as stopped:
+            return stopped.cells, True
 
 
 def conditions(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -201,12 +208,16 @@ def check_comparable(
 
 
 def tell_missing(report: Report, settings: Settings, out: Output) -> None:
-    """Say which cells the budget left with fewer samples than asked for."""
+    """Say which cells Ctrl-C or the budget left with fewer samples than asked for."""
     rows = report.measurements
+    if report.interrupted:
+        made = sum(len(row.samples_s) for row in rows)
+        out.warn(f"interrupted after {made} of {len(rows) * settings.repeats} runs")
+        return
     none = [f"{report.name(row)} {row.length}" for row in rows if not row.samples_s]
     if none:
         out.warn(
-            f"--budget {settings.budget:g} s was spent: not measured: {', '.join(none)}; "
+            f"--budget {settings.budget:g} s leaves no room, so not measured: {', '.join(none)}; "
             "give a larger --budget"
         )
     few = [row for row in rows if 0 < len(row.samples_s) < settings.repeats]
@@ -262,7 +273,9 @@ def command(
     budget: Annotated[
         float,
         typer.Option(
-            "--budget", metavar="SECONDS", help="Start no run that would end later than this."
+            "--budget",
+            metavar="SECONDS",
+            help="Start no run that would end later than this, but the first of each kind.",
         ),
     ] = 150.0,
     plot: o.Plot = None,
@@ -378,7 +391,9 @@ def command(
         if settings.plot is not None and report.exit_code == 0:
             draw(report, settings.plot)
             out.note(f"plot: {settings.plot}")
-        if settings.save is not None:
+        if settings.save is not None and report.interrupted:
+            out.note(f"--save {settings.save}: nothing is kept of a run that was interrupted")
+        elif settings.save is not None:
             path = bench_compare.place(settings.save)
             write_durable(path, to_json(document("bench", settings, report)).encode())
             out.note(f"saved: {path}")

@@ -78,6 +78,12 @@ class Cell:
     runs: list[Run] = field(default_factory=list)
     bytes_predicted: int | None = 0
     impl: str = "kvtool"
+    before: int = 0  # tokens that stand before those
+
+    @property
+    def computed(self) -> float:
+        """How many tokens pass through the model if nothing is kept."""
+        return self.length * (self.before + self.length / 2)
 
     @property
     def samples(self) -> list[float]:
@@ -186,35 +192,50 @@ def measure(
     repeats: int,
     budget: float,
     progress: Callable[[Cell], None] = lambda cell: None,
+    before: int = 0,
 ) -> list[Cell]:
-    """Time every lane at every length, `repeats` times or until `budget` seconds are spent.
+    """Time every lane at every length, behind `before` tokens, `repeats` times or until `budget`
+    seconds are spent.
 
     A round visits every cell once, lanes side by side, so that a slow minute of the machine hits
     all of them; the shortest runs come first. A cell whose run would not fit any more is passed
-    over: it keeps fewer samples, or none.
+    over: it keeps fewer samples, or none. Raises Stopped on Ctrl-C, once there is a sample.
     """
     deadline = time.perf_counter() + budget
     for kind, work, _ in lanes:
         work.run(kind, min(lengths[0], 10))  # warm-up: allocator, thread pool, code paths
         work.run(kind, min(lengths[0], 10))
     visits = [
-        (work, Cell(kind, n, bytes_predicted=work.predicted(kind, n), impl=impl))
+        (work, Cell(kind, n, [], work.predicted(kind, n), impl, before))
         for n in lengths
         for kind, work, impl in lanes
     ]
     cells = [cell for _, cell in visits]
-    for _ in range(repeats):
-        for work, cell in visits:
-            if time.perf_counter() + expected(cell, cells) <= deadline:
-                cell.runs.append(work.run(cell.cache, cell.length))
-            progress(cell)
+    try:
+        for _ in range(repeats):
+            for work, cell in visits:
+                if time.perf_counter() + expected(cell, cells) <= deadline:
+                    cell.runs.append(work.run(cell.cache, cell.length))
+                progress(cell)
+    except KeyboardInterrupt as interrupt:
+        if any(cell.runs for cell in cells):
+            raise Stopped(cells) from interrupt
+        raise
     return cells
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C while cells were measured, which have the runs until then."""
+
+    def __init__(self, cells: list[Cell]) -> None:
+        super().__init__()
+        self.cells = cells
 
 
 def expected(cell: Cell, cells: Sequence[Cell]) -> float:
     """Seconds that the next run of a cell may take: its own slowest, or extrapolated.
 
-    Without a cache the work grows with the square of the length, so that is what is assumed.
+    As if nothing were kept: that is right without a cache, and too much with one.
     """
     if cell.runs:
         return max(run.prefill_s + run.decode_s for run in cell.runs)
@@ -224,7 +245,7 @@ def expected(cell: Cell, cells: Sequence[Cell]) -> float:
         return 0.0
     near = shorter[-1]
     least = min(run.prefill_s + run.decode_s for run in near.runs)
-    return least * (cell.length / near.length) ** 2
+    return least * cell.computed / near.computed
 
 
 def speedups(cells: Sequence[Cell]) -> Iterator[tuple[Cell, float | None]]:

@@ -8,6 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
+WIDE = 90  # columns of a terminal in which the bar takes what is left over
+BAR, WORDS = 12, 12  # columns of a bar in others, and what words need to say anything
+
 
 class Progress:
     """What the work talks to; this one is silent, for pipes and -q."""
@@ -46,15 +49,21 @@ def open_progress(
         yield Progress()
         return
     from rich import progress as bars
+    from rich.table import Column
 
-    layout = (
+    layout = [
         bars.TextColumn("{task.description}"),
-        bars.BarColumn(bar_width=None if console.width >= 90 else 12),
+        bars.BarColumn(bar_width=None if console.width >= WIDE else BAR),
         bars.MofNCompleteColumn(),
         bars.TimeElapsedColumn(),
         bars.TimeRemainingColumn(compact=True),
-        bars.TextColumn("{task.fields[words]}", style="dim"),
-    )
+    ]
+    # What the words have too little room for must not be taken from the numbers.
+    counts = 2 * len(str(total or 0)) + 1
+    room = console.width - len(description) - BAR - counts - len("0:00:00") - len("00:00") - 5
+    if room >= WORDS:
+        words = Column(no_wrap=True, max_width=room)
+        layout.append(bars.TextColumn("{task.fields[words]}", style="dim", table_column=words))
     # Results go to stdout unchanged even while the bar is drawn, so rich must not redirect it.
     with bars.Progress(
         *layout, console=console, transient=True, redirect_stdout=False, refresh_per_second=8

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rich import box
+from rich.align import Align
 from rich.cells import cell_len
 from rich.console import RenderableType
 from rich.table import Table
@@ -143,13 +144,9 @@ def _grid(
         header_style="bold",
     )
     for column, chosen in zip(columns, share(least, most, width), strict=True):
-        table.add_column(
-            column.name,
-            justify=column.justify,
-            style=column.style,
-            width=chosen,
-            vertical="bottom",
-        )
+        # Beside headings of more lines it stands at the bottom, cells of rows at the top.
+        heading = Align(Text(column.name), column.justify, vertical="bottom")
+        table.add_column(heading, justify=column.justify, style=column.style, width=chosen)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
