@@ -51,16 +51,17 @@ def open_progress(
     from rich import progress as bars
     from rich.table import Column
 
+    # What the words and the bar have too little room for must not be taken from the numbers.
+    counts = 2 * len(str(total or 0)) + 1
+    room = console.width - len(description) - BAR - counts - len("0:00:00") - len("00:00") - 5
+    narrow = BAR if room >= 0 else max(BAR + room + 1, 1)
     layout = [
         bars.TextColumn("{task.description}"),
-        bars.BarColumn(bar_width=None if console.width >= WIDE else BAR),
+        bars.BarColumn(bar_width=None if console.width >= WIDE else narrow),
         bars.MofNCompleteColumn(),
         bars.TimeElapsedColumn(),
         bars.TimeRemainingColumn(compact=True),
     ]
-    # What the words have too little room for must not be taken from the numbers.
-    counts = 2 * len(str(total or 0)) + 1
-    room = console.width - len(description) - BAR - counts - len("0:00:00") - len("00:00") - 5
     if room >= WORDS:
         words = Column(no_wrap=True, max_width=room)
         layout.append(bars.TextColumn("{task.fields[words]}", style="dim", table_column=words))
