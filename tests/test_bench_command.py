@@ -267,6 +267,8 @@ def test_a_lossy_kind_is_measured_on_a_text_or_on_the_models_own(
     found = answer(bench(*kinds, "--text", str(text)))["quality"]["sliding"]
     assert found["text"] == f"{text}, last 10 %" and found["n_tokens"] == 98
     assert "Quality on 98 tokens" in bench(*kinds[:-1], "--text", str(text)).out
+    ran = bench("--caches", "dynamic", "--text", str(text))
+    assert ran.code == 0 and "warning: --text: is of no use here" in ran.err
     text.write_text("ab")
     assert "its last tenth is 1 tokens (expected 2 or more)" in refused(
         bench(*kinds, "--text", str(text))

@@ -125,6 +125,7 @@ def test_a_limit_that_no_row_could_be_held_against_is_exit_1(
         ("--compare rows", ".benchmarks/kvtool/rows.json: its measurements are damaged"),
         ("--save a/b", "--save: 'a/b' is not a name"),
         ("--fail-if min:1%", "--fail-if: needs a run to compare with"),
+        ("--force", "--force: needs a run to compare with"),
         ("--compare rows --fail-if fast", "--fail-if: 'fast' is not a limit"),
         ("--compare rows --fail-if min:-1", "--fail-if: 'min:-1' is not a limit"),
         ("--compare rows --fail-if width:1%", "--fail-if: 'width:1%' is not a limit"),

@@ -68,6 +68,8 @@ class Settings:
             raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
         if self.fail_if and self.compare is None:
             raise UsageError("--fail-if: needs a run to compare with", "Give --compare NAME.")
+        if self.force and self.compare is None:
+            raise UsageError("--force: needs a run to compare with", "Give --compare NAME.")
         bench_peers.check(self.impl, self.caches, self.kernels)
         if self.save is not None:
             bench_compare.place(self.save)
@@ -127,7 +129,7 @@ def run(settings: Settings, out: Output) -> Report:
         settings.depth,
         settings.kernels,
         bandwidth,
-        {} if interrupted else qualities(settings, model, text, lengths[-1]),
+        {} if interrupted else qualities(settings, model, text, lengths[-1], out),
         time.perf_counter() - started,
         resolved,
         interrupted=interrupted,

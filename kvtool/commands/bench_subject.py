@@ -85,7 +85,7 @@ def read_ids(settings: Settings, loaded: Checkpoint, device: Any) -> Any:
 
 
 def qualities(
-    settings: Settings, model: Model, ids: Any, longest: int
+    settings: Settings, model: Model, ids: Any, longest: int, out: Output
 ) -> dict[str, dict[str, Any]]:
     """What each kind that loses something costs in accuracy, on --text or on the model's own."""
     from kvtool.core.cache import CacheSpec, make_cache
@@ -93,6 +93,8 @@ def qualities(
 
     spec = CacheSpec.of(model.config, 1, 1)
     lossy = [kind for kind in settings.caches if make_cache(kind, spec).loses]
+    if not lossy and settings.text:
+        out.warn("--text: is of no use here, since no kind in --caches changes what is predicted")
     if not lossy or model.config.n_encoder_layers:
         return {}
     source = f"{settings.text}, last 10 %" if settings.text else "the model's own text"
