@@ -251,7 +251,7 @@ def _checked_state(found: Any, path: Path) -> dict[str, Tensor]:
     for name, tensor in found.items():
         where = f"{path}: {short(str(name))}"
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise FileError(f"{where} is no named tensor (found {type(tensor).__name__})")
+            raise FileError(f"{where} is of type {type(tensor).__name__} (expected a named tensor)")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise FileError(f"{where} is {tensor.layout} on {tensor.device} (expected dense)")
         known = BUFFER_DTYPES if BUFFERS.search(name) else DTYPES
