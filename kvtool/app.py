@@ -7,6 +7,7 @@ shown, and torch only by the work itself.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from typer.core import TyperGroup
 
 from kvtool import __version__
 from kvtool.config import follows
-from kvtool.errors import CLOSED_PIPE, INTERRUPTED, TERMINATED, KvtoolError
+from kvtool.errors import CLOSED_PIPE, INTERRUPTED, TERMINATED, KvtoolError, UsageError
 from kvtool.registry import COMMANDS, choose, load
 from kvtool.ui.help import HelpPage
 from kvtool.ui.lists import ListCommand
@@ -36,12 +37,25 @@ class Command(HelpPage, ListCommand):
     """Every command: lists in every habit, and a page of help that fits a narrow terminal."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            self._refuse_empty(ctx, args)
         try:
             return super().parse_args(ctx, args)
         except UsageProblem as error:
             if getattr(error, "ctx", None) is None:  # Typer forgets it when a value is missing
                 error.ctx = ctx
             raise
+
+    def _refuse_empty(self, ctx: Any, args: list[str]) -> None:
+        """Raise UsageError for an option that was given as "": `--model "$UNSET"` names no model,
+        and an empty path would be the current folder. Lists have words of their own for it."""
+        params: list[Any] = list(self.get_params(ctx))
+        for param in params:
+            if param.multiple or param.is_flag:
+                continue
+            for flag in param.opts:
+                if f"{flag}=" in args or (flag, "") in itertools.pairwise(args):
+                    raise UsageError(f"{flag}: is empty (expected {param.metavar})")
 
 
 class Commands(HelpPage, TyperGroup):

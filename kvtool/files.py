@@ -16,6 +16,7 @@ from kvtool.errors import FileError
 from kvtool.hub import cache_folder, cached_snapshot
 
 PACKAGE = Path(__file__).resolve().parent
+FIXED_NAMES = ("config.json", "tokenizer.json", "source.json", "target.json", "model.safetensors")
 
 
 def write_durable(path: Path, data: bytes) -> None:
@@ -74,58 +75,73 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def require_file(path: Path, what: str) -> Path:
-    """Return `path` if it is a regular, non-empty file; else raise FileError saying what it is."""
+def _named(path: Path, flag: str) -> str:
+    return f"{flag} {path}" if flag else str(path)
+
+
+def require_file(path: Path, what: str, flag: str = "") -> Path:
+    """Return `path`, which `flag` gave, if it is a regular, non-empty file; else raise FileError
+    saying what it is."""
+    where = _named(path, flag)
     try:
         info = path.stat()
     except FileNotFoundError:
         if path.is_symlink():
-            lost = f"{path}: is a link to {os.readlink(path)}, which does not exist"
+            lost = f"{where}: is a link to {os.readlink(path)}, which does not exist"
             raise FileError(f"{lost} (expected {what})") from None
-        raise FileError(f"{path}: {what} not found", nearest(path)) from None
+        hint = nearest(path) or "Check the path."
+        raise FileError(f"{where}: not found (expected {what})", hint) from None
     except OSError as error:
-        raise FileError(f"{path}: {what} cannot be opened ({error.strerror})") from error
+        raise FileError(f"{where}: {what} cannot be opened ({error.strerror})") from error
     if stat.S_ISDIR(info.st_mode):
-        raise FileError(f"{path}: is a folder (expected {what})")
+        raise FileError(f"{where}: is a folder (expected {what})")
     if not stat.S_ISREG(info.st_mode):
-        raise FileError(f"{path}: is not a regular file (expected {what})")
+        raise FileError(f"{where}: is not a regular file (expected {what})")
     if info.st_size == 0:
-        raise FileError(f"{path}: is empty, 0 bytes (expected {what})")
+        raise FileError(f"{where}: is empty, 0 bytes (expected {what})")
     return path
 
 
 def nearest(path: Path) -> str:
-    """Name the files beside `path` with the most similar names in a sentence; "" for none."""
+    """Name the files beside `path` with similar names in a sentence, the most similar first; "" for
+    none, and for a name that a checkpoint's file must have."""
     try:
         names = sorted(entry.name for entry in path.parent.iterdir())
     except FileNotFoundError:
         return f"The folder {path.parent} does not exist either." if str(path.parent) != "." else ""
     except OSError:
         return ""
-    close = difflib.get_close_matches(path.name, names, n=3)
+    if path.name in FIXED_NAMES:
+        return ""
+    # Two names are alike for their suffix alone: what stands before it must be similar too.
+    stems = difflib.get_close_matches(path.stem, {Path(n).stem for n in names}, n=9, cutoff=0.7)
+    similar = [name for name in names if Path(name).stem in stems]
+    close = difflib.get_close_matches(path.name, similar, n=3)
     found = " or ".join(str(path.parent / name) for name in close)
     return f"Did you mean {found}?" if close else ""
 
 
-def read_text(path: Path, what: str) -> str:
+def read_text(path: Path, what: str, flag: str = "") -> str:
     """Read UTF-8 text without a byte order mark. Raises FileError with a bad byte's offset."""
-    data = read_bytes(path, what)
+    data = read_bytes(path, what, flag)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        where = _named(path, flag)
         raise FileError(
-            f"{path}: is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})",
+            f"{where}: is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})",
             "Convert it to UTF-8 first.",
         ) from error
 
 
-def read_bytes(path: Path, what: str) -> bytes:
-    """Read a whole regular file. Raises FileError."""
-    require_file(path, what)
+def read_bytes(path: Path, what: str, flag: str = "") -> bytes:
+    """Read a whole regular file, which `flag` gave. Raises FileError."""
+    require_file(path, what, flag)
     try:
         return path.read_bytes()
     except OSError as error:
-        raise FileError(f"{path}: {what} cannot be read ({error.strerror})") from error
+        where = _named(path, flag)
+        raise FileError(f"{where}: {what} cannot be read ({error.strerror})") from error
 
 
 def read_json_object(path: Path, what: str) -> dict[str, Any]:
@@ -135,7 +151,7 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(data, dict):
-        raise FileError(f"{path}: holds a {type(data).__name__} (expected a JSON object)")
+        raise FileError(f"{path}: holds no JSON object (found {type(data).__name__})")
     return data
 
 
@@ -154,6 +170,9 @@ def shipped_models() -> list[str]:
 
 
 DEFAULT_MODEL = "shakespeare-2l"
+CHECKPOINT_FOLDER = (
+    "A checkpoint is a folder with config.json, model.safetensors and tokenizer.json."
+)
 
 
 def model_folder(name: str) -> Path:
@@ -183,7 +202,7 @@ def model_folder(name: str) -> Path:
     if not path.is_dir():
         raise FileError(
             f"--model {name}: is a file (expected a checkpoint folder)",
-            "A checkpoint is a folder with config.json, model.safetensors and tokenizer.json.",
+            CHECKPOINT_FOLDER,
         )
     return path
 

@@ -51,6 +51,8 @@ MODELS = {
     "seq2seq": "kvtool.core.models.seq2seq:Seq2Seq",
 }
 
+MOST_LISTED = 12  # names in an error; of more, the nearest are
+
 COMMANDS = {
     "train-lm": "kvtool.commands.train_lm:command",
     "train-seq2seq": "kvtool.commands.train_seq2seq:command",
@@ -66,8 +68,12 @@ def choose(value: str, choices: list[str] | tuple[str, ...], flag: str) -> str:
     if value in choices:
         return value
     near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"Choose one of: {', '.join(choices)}."
-    raise UsageError(f"{flag}: {value!r} is not known (expected one of {', '.join(choices)})", hint)
+    shown = ", ".join(choices)
+    if len(choices) > MOST_LISTED:
+        closest = difflib.get_close_matches(str(value), choices, n=5, cutoff=0.0)
+        shown = f"{', '.join(closest)} and {len(choices) - len(closest):,} more"
+    hint = f"Did you mean {near[0]}?" if near else ""
+    raise UsageError(f"{flag}: {value!r} is not known (expected one of {shown})", hint)
 
 
 def split_kind(text: str, flag: str = "--cache") -> tuple[str, dict[str, int]]:

@@ -18,13 +18,18 @@ from kvtool.ui.options import Caches, Debug, Json, Lengths, OutputFile, Quiet, V
 
 LENGTHS = [10, 50]
 MISSING = FileError("weights/none: not found", "Did you mean weights/one?")
+CPU_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 34359738368 bytes. Error code 12 (Cannot allocate memory)"
+)
 WORK: dict[str, Callable[[], None]] = {
     "fine": lambda: None,
     "missing": lambda: fail(MISSING),
     "nan": lambda: fail(CheckFailed("logits: NaN at step 3")),
     "lines": lambda: fail(FileError("a\nb\x1b[31m: is\n  odd")),
     "memory": lambda: fail(MemoryError()),
-    "torch memory": lambda: fail(RuntimeError("CUDA out of memory. Tried 8 GiB\nmore")),
+    "torch memory": lambda: fail(RuntimeError("CUDA out of memory. Tried to allocate 8.00 GiB\n")),
+    "cpu memory": lambda: fail(RuntimeError(CPU_MEMORY)),
     "defect": lambda: fail(ZeroDivisionError("a defect")),
     "runtime": lambda: fail(RuntimeError("shapes differ")),
     "ctrl-c": lambda: fail(KeyboardInterrupt()),

@@ -81,11 +81,15 @@ def _refuse(name: str) -> None:
 
 
 def explains_every_option(ran: Ran, command: str) -> bool:
-    """Whether the help page `ran` names each flag of a command, on lines that fit 60 columns."""
-    params = build_command(command, load(COMMANDS, command)).params
+    """Whether the help page `ran` names each flag of a command, on lines that fit 60 columns, and
+    breaks none of the examples."""
+    built = build_command(command, load(COMMANDS, command))
+    params = built.params
     flags = {flag for param in params for flag in param.opts}
     assert len(flags) > 10 and (ran.code, ran.err) == (0, "")
     words = ran.out.replace(",", " ").split()
     assert max(map(len, ran.out.splitlines())) <= 60
     assert flags <= set(words), flags - set(words)
+    examples = {line for line in built.help.splitlines() if line.startswith("  ")}
+    assert examples and examples <= set(ran.out.splitlines())
     return True

@@ -181,11 +181,18 @@ def test_the_file_is_written_before_the_text_is_finished(
     [
         ("--save-cache p --input lines", "--save-cache: contradicts --input"),
         ("--prompt a --load-cache p --beams 2", "--load-cache: contradicts --beams"),
-        ("--prompt a --load-cache none/p", "none/p: cannot be read"),
+        (
+            "--prompt a --load-cache none/p",
+            "--load-cache none/p: not found (expected a saved cache). The folder",
+        ),
+        ("--prompt a --load-cache .", "--load-cache .: is a folder (expected a saved cache)"),
         ("--prompt a --save-cache none/p", "--save-cache none/p: the folder "),
         ("--prompt a --save-cache p --cache int8", "int8 cache cannot be saved"),
         ("--prompt a --load-cache p --cache sliding", "sliding cache cannot be filled"),
-        ("--prompt a --load-cache lines", "lines: is cut short or no safetensors file"),
+        (
+            "--prompt a --load-cache lines",
+            "--load-cache lines: is cut short or no",
+        ),
     ],
 )
 def test_what_cannot_be_saved_or_loaded_is_exit_2_before_any_work(

@@ -104,9 +104,14 @@ def test_verify_cache_checks_a_kind_under_the_settings_that_were_chosen(
     [
         ("--cache static --window 4", "--window: no setting of static. It belongs to sliding."),
         ("--cache paged --group 4", "--group: no setting of paged. It belongs to int8 and int4."),
-        ("--cache sliding --window 0", "window: 0 is too small (expected 1 or more)"),
+        ("--cache sliding --window 0", "--window: 0 is too small (expected 1 or more)"),
         ("--cache sliding --window -1", "--window: -1 is too small"),
-        ("--cache paged --page 0", "page: 0 is too small (expected 1 or more)"),
+        ("--cache paged --page 0", "--page: 0 is too small (expected 1 or more)"),
+        ("--cache int8 --residual -1", "--residual: -1 is too small (expected 0 or more)"),
+        (
+            "--cache sliding:window=4 --window 5",
+            "--window: contradicts sliding:window=4. Give one of them.",
+        ),
         ("--cache int4 --group 3", "group: 3 tokens of 4 bits do not fill bytes"),
     ],
 )

@@ -176,8 +176,8 @@ def test_a_pickle_under_the_name_of_safetensors_is_recognised(weights: Path) -> 
         ('{"a":1' + "0" * 5000 + "}", "is not valid JSON"),
         ('{"a":{},"a":{}}', "a occurs twice"),
         ('{"a":{"dtype":"F32","dtype":"F32"}}', "dtype occurs twice"),
-        ("[]", "its header holds a list (expected an object)"),
-        ("7", "its header holds a int (expected an object)"),
+        ("[]", "its header holds no JSON object (found list)"),
+        ("7", "its header holds no JSON object (found int)"),
         ({"__metadata__": []}, "__metadata__ in its header is not an object of strings"),
         ({"__metadata__": {"a": 1}}, "__metadata__ in its header is not an object of strings"),
         ({"a": 5}, "a is not described by dtype, shape and data_offsets"),
@@ -322,7 +322,7 @@ def test_one_file_is_preferred_to_shards_and_shards_to_a_pickle(
     write_index(tmp_path, {"a": "nowhere"})
     assert load(tmp_path)
     (tmp_path / WEIGHTS).unlink()
-    assert "nowhere: weights not found" in refusal(tmp_path)
+    assert "nowhere: not found (expected weights)" in refusal(tmp_path)
     (tmp_path / INDEX).unlink()
     assert "model.pt: lacks 8 of 8 tensors" in refusal(tmp_path)
 
@@ -348,7 +348,7 @@ def test_an_absent_shard_is_named_with_its_neighbours(weights: Path, model: Mode
     shard(weights.parent, model, by_layer)
     (weights.parent / "part-2.safetensors").unlink()
     message = refusal(weights.parent)
-    assert "part-2.safetensors: weights not found. Did you mean" in message
+    assert "part-2.safetensors: not found (expected weights). Did you mean" in message
     assert "part-1.safetensors?" in message
 
 

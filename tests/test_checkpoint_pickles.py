@@ -92,10 +92,10 @@ def test_a_torchscript_program_is_refused_as_code(
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (torch.zeros(2), "holds a Tensor (expected a state_dict)"),
-        ([1], "holds a list (expected a state_dict)"),
-        ({"a": 5}, "a is a int (expected a named tensor)"),
-        ({5: torch.zeros(2)}, "5 is a Tensor (expected a named tensor)"),
+        (torch.zeros(2), "holds no state_dict (found Tensor)"),
+        ([1], "holds no state_dict (found list)"),
+        ({"a": 5}, "a is of type int (expected a named tensor)"),
+        ({5: torch.zeros(2)}, "5 is of type Tensor (expected a named tensor)"),
         ({"a": torch.zeros(2, dtype=torch.int64)}, "a has dtype int64 (expected one of F32"),
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "a has dtype complex64"),
         ({"a": torch.zeros(2, 2).to_sparse()}, "a is torch.sparse_coo on cpu (expected dense)"),

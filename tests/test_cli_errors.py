@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 import kvtool
 from cli_probe import Ran, refused
 from kvtool import app
+from kvtool.errors import UsageError
+from kvtool.registry import choose
 from kvtool.ui import problems
 
 
@@ -41,6 +44,27 @@ def test_wrong_usage_is_one_line_and_exit_2(
     kv: Callable[..., Ran], words: str, message: str
 ) -> None:
     assert refused(kv(*words.split())) == message
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [("--model", "PATH|NAME"), ("--output", "FILE"), ("--prompt", "TEXT")],
+)
+def test_an_option_that_is_given_but_empty_is_refused(
+    kv: Callable[..., Ran], flag: str, expected: str
+) -> None:
+    assert refused(kv(flag, "")) == f"{flag}: is empty (expected {expected})"
+
+
+def test_an_unknown_name_is_answered_with_all_names_once_or_of_many_the_nearest() -> None:
+    def said(n: int) -> str:
+        with pytest.raises(UsageError) as caught:
+            choose("nil", [f"name{i}" for i in range(n)], "--kind")
+        return str(caught.value)
+
+    assert said(2) == "--kind: 'nil' is not known (expected one of name0, name1)"
+    found = re.search(r"\(expected one of (.*) and 95 more\)$", said(100))
+    assert found and len(found[1].split(", ")) == 5
 
 
 def test_an_unknown_command_gets_the_nearest_name(kv: Callable[..., Ran]) -> None:
@@ -76,7 +100,8 @@ def test_an_error_is_one_line_with_its_exit_code(
     ("work", "message"),
     [
         ("memory", "memory: there is not enough for this. Use"),
-        ("torch memory", "memory: there is not enough for this (CUDA out of memory. Tried 8 GiB)"),
+        ("torch memory", "memory: there is not enough for this (8.00 GiB more were asked for)"),
+        ("cpu memory", "memory: there is not enough for this (32.0 GiB more were asked for)"),
         ("disk full", "best.safetensors: no space left on the device."),
     ],
 )

@@ -83,6 +83,7 @@ def test_names_in_a_list_are_taken_once_and_lengths_as_they_come(kv: Callable[..
         ("--lengths --json", "--lengths: needs at least one value, e.g. --lengths 10 50 100"),
         ("--lengths=", "--lengths: needs at least one value, e.g. --lengths 10 50 100"),
         ("--lengths 10 --lengths", "--lengths: needs at least one value, e.g. --lengths 10 50 100"),
+        ("--lengths 10,,50", "--lengths: '10,,50' has an empty element. Take out a comma."),
         ("--lengths ,", "--lengths: needs at least one value, e.g. --lengths 10 50 100"),
         (
             "--caches none statc",

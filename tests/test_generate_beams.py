@@ -83,7 +83,7 @@ def test_a_decoder_is_searched_too_with_every_cache(
         ("--beams 2 --top-k 3", "--top-k: contradicts --beams"),
         ("--beams 2 --top-p 0.5", "--top-p: contradicts --beams"),
         ("--beams 2 --length-penalty nan", "--length-penalty: nan is out of range"),
-        ("--beams 2 --max-tokens 64", "the prompt is 1 tokens and 64 more were asked for"),
+        ("--beams 2 --max-tokens 64", "the prompt is 1 token and 64 more were asked for"),
     ],
 )
 def test_what_cannot_be_searched_is_exit_2(

@@ -251,6 +251,16 @@ def test_a_target_is_the_same_from_every_source_and_cache(
     assert all(result == found[0] for result in found) and found[0] != [""]
 
 
+def test_what_is_not_in_the_vocabulary_is_named_once_however_often_it_occurs(
+    generate: Callable[..., Ran], seq2seq: Path, stdin: Callable[[bytes], None]
+) -> None:
+    stdin("jail\njΩéil\nΩ123456\n".encode())
+    ran = generate("--quiet", model=seq2seq)
+    assert ran.err == "warning: not in the vocabulary: 'Ω', 'é', '1', '2', '3' and 3 more\n"
+    assert ran.out.count("\n") == 3
+    assert generate("--quiet", "--prompt", "jail", model=seq2seq).err == ""
+
+
 def test_a_source_that_the_model_cannot_read_is_named_by_its_line(
     generate: Callable[..., Ran], seq2seq: Path, stdin: Callable[[bytes], None]
 ) -> None:

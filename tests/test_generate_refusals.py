@@ -30,7 +30,7 @@ decoder, seq2seq, generate, stdin = (
     [
         ("--max-tokens 0", "--max-tokens: 0 is too small"),
         ("--max-tokens -1", "--max-tokens: -1 is too small"),
-        ("--max-tokens 1000000000", "the prompt is 2 tokens and 1000000000 more"),
+        ("--max-tokens 1000000000", "the prompt is 2 tokens and 1,000,000,000 more"),
         (
             "--max-tokens 63",
             "the prompt is 2 tokens and 63 more were asked for (the model holds 64)",
@@ -40,6 +40,7 @@ decoder, seq2seq, generate, stdin = (
         ("--temperature inf", "--temperature: inf is out of range"),
         ("--top-p 0", "--top-p: 0.0 is out of range"),
         ("--top-p 1.1", "--top-p: 1.1 is out of range"),
+        ("--length-penalty 1", "--length-penalty: needs --beams 2 or more"),
         ("--top-k -1", "--top-k: -1 is too small"),
         ("--top-k 261", "--top-k: 261 is above the vocabulary of 260"),
         ("--seed -1", "--seed: -1 is too small"),
@@ -50,7 +51,11 @@ decoder, seq2seq, generate, stdin = (
         ),
         ("--device cuda", "--device cuda: there is no CUDA device here"),
         ("--dtype float8", "--dtype: 'float8' is not known"),
-        ("--output a.xyz", "--output a.xyz: unknown format"),
+        (
+            "--output a.xyz",
+            "--output a.xyz: unknown format (found .xyz, expected .txt, .json, .csv, .md)",
+        ),
+        ("--output .", "--output .: is a folder (expected a file)"),
         ("--output no/a.txt", "--output no/a.txt: the folder"),
         ("--output no/a.json", "--output no/a.json: the folder"),
         ("--prompt-file a.txt", "--prompt: contradicts --prompt-file"),
@@ -83,7 +88,7 @@ def test_an_empty_prompt_is_refused_wherever_it_is_from(
     generate: Callable[..., Ran], stdin: Callable[[bytes], None], tmp_path: Path
 ) -> None:
     path = tmp_path / "in.txt"
-    assert refused(generate("--prompt", "")) == "--prompt: is empty (expected a prompt)"
+    assert refused(generate("--prompt", "")) == "--prompt: is empty (expected TEXT)"
     stdin(b"\n")
     assert refused(generate()) == "stdin: is empty (expected a prompt)"
     path.write_bytes(b"\n")
@@ -93,7 +98,15 @@ def test_an_empty_prompt_is_refused_wherever_it_is_from(
     assert "is empty, 0 bytes" in refused(generate("--input", str(path)))
     path.write_bytes(b"\xef\xbb\xbf")
     assert refused(generate("--input", str(path))).startswith(f"{path}: holds no line")
-    assert "not found" in refused(generate("--input", str(tmp_path / "none.txt")))
+
+
+def test_a_file_that_is_not_there_is_named_with_its_flag_and_what_to_do(
+    generate: Callable[..., Ran], tmp_path: Path
+) -> None:
+    path = tmp_path / "none.txt"
+    for flag, what in (("--prompt-file", "a prompt"), ("--input", "a file of prompts")):
+        message = refused(generate(flag, str(path)))
+        assert message == f"{flag} {path}: not found (expected {what}). Check the path."
 
 
 def test_a_line_that_does_not_fit_is_named(generate: Callable[..., Ran], tmp_path: Path) -> None:

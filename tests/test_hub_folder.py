@@ -189,11 +189,11 @@ def test_an_index_that_contradicts_its_shards_is_one_line(
     assert said("../secret").startswith(f"{form}: places {head} in '../secret' (expected a file")
     assert said("/etc/passwd").startswith(f"{form}: places {head} in '/etc/passwd'")
     assert said(first).startswith(f"{form}: places {head} in {first}, which does not hold it")
-    assert said("none").startswith("none: weights not found")
+    assert said("none").startswith("none: not found")
     with_head(copy / second, head)
     assert said(third) == f"{form}: places {head} in {third}, but {second} holds one too"
     (copy / first).unlink()
-    assert said(third).startswith(f"{first}: weights not found")
+    assert said(third).startswith(f"{first}: not found")
 
 
 def with_head(path: Path, name: str) -> None:

@@ -230,7 +230,7 @@ def test_the_verdict_is_printed_and_kinds_that_cannot_be_used_do_not_count(
     [
         ((), "needs --model"),
         (("--model", "llama", "--caches", "paged"), "'paged' is not known"),
-        (("--model", "llama", "--types", "llama"), "--types: contradicts"),
+        (("--model", "llama", "--types", "llama"), "--types: needs --sweep"),
         (("--model", "llama", "--kernels", "exact"), "--kernels: contradicts"),
         (("--model", "mistral", "--caches", "quantized"), "only full attention"),
         (("--model", "openai-gpt"), "forward takes no cache"),

@@ -176,7 +176,7 @@ def test_what_is_not_a_reference_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert "is empty, 0 bytes" in refusal(path)
     assert "is a folder" in refusal(tmp_path)
-    assert "reference logits not found" in refusal(tmp_path / "none.npz")
+    assert "not found (expected reference logits)" in refusal(tmp_path / "none.npz")
     other = tmp_path / "r.bin"
     other.write_bytes(b"x")
     assert refusal(other) == f"--reference {other}: .bin (expected .safetensors or .npz)"

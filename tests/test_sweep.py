@@ -160,11 +160,13 @@ def test_a_line_that_was_cut_off_is_judged_again_and_spoils_nothing(tmp_path: Pa
 
 def test_a_file_that_no_sweep_wrote_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
-    for text in ("something else\nand more\n", "something else"):
-        path.write_text(text)
-        with pytest.raises(FileError, match="line 1 is no result of a sweep"):
+    for data in (b"something else\nand more\n", b"something else", b"\xff\xfe\n"):
+        path.write_bytes(data)
+        with pytest.raises(FileError, match=r"--resume .*: line 1 is no result of a sweep"):
             list(sweep.sweep([task("gpt2")], 60.0, path))
-        assert path.read_text() == text
+        assert path.read_bytes() == data
+    with pytest.raises(FileError, match=rf"^--resume {tmp_path}: is a folder"):
+        list(sweep.sweep([task("gpt2")], 60.0, tmp_path))
 
 
 # The command; all results are known, so that no process starts

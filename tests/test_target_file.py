@@ -39,7 +39,7 @@ REFUSED = [
     ("decoder.py:zzz", UsageError, "has no zzz. It has build, sized, listed, Right, right."),
     ("decoder.py:build", FileError, "build() raised ValueError: no weights (line 6)"),
     ("decoder.py:sized", UsageError, "sized() cannot be called without arguments"),
-    ("decoder.py:number", UsageError, "decoder.py:number: is a int"),
+    ("decoder.py:number", UsageError, "decoder.py:number: is no decoder and no function"),
     ("decoder.py:listed", UsageError, "decoder.py:listed: a list is no decoder"),
     ("broken.py:build", FileError, "importing it raised SyntaxError"),
     ("failing.py:build", FileError, "importing it raised ImportError: no such thing (line 3)"),

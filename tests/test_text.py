@@ -113,6 +113,8 @@ def test_what_was_never_seen_is_unknown_but_for_bytes(
 ) -> None:
     ids = trained(kind).encode(text)
     assert (ids.index(UNK) if UNK in ids else None) == expected
+    missing = {"char": ["б"], "symbol": ["z"], "word": ["dog"], "bpe": []}
+    assert trained(kind).unknown(f"{text} {text}") == missing[kind]
 
 
 # Streaming

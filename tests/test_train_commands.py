@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import struct
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 import training_commands as commands
 from cli_probe import refused
 from kvtool.app import _terminate
+from kvtool.commands.train_lm import opening
 from kvtool.core import machine
+from kvtool.core.text import Tokenizer
 from kvtool.core.train import Trainer
 from kvtool.files import sha256
 from small_models import answer, explains_every_option
@@ -60,6 +63,31 @@ def test_a_run_leaves_checkpoints_a_log_and_a_plot_and_says_where(
     assert "best checkpoint" in ran.out and f"checkpoint: {out / 'best'}" in ran.out
     assert f"loss curve: {out / 'loss.png'}" in ran.out and "3 steps, " in ran.out
     assert "step 3: " in ran.err and f"hint: kvtool generate --model {out / 'best'}" in ran.err
+
+
+def test_the_hint_after_a_run_works_when_it_is_copied(
+    either: Command, kv: Command, tmp_path: Path
+) -> None:
+    ran = either("--out", str(tmp_path / "a run"))
+    words = shlex.split(ran.err.splitlines()[-1].removeprefix("hint: "))
+    assert words[:2] == ["kvtool", "generate"]
+    copied = kv(*words[2:], *PLACE, "--max-tokens", "5", command="generate")
+    assert copied.code == 0 and "warning" not in copied.err, copied.err
+
+
+@pytest.mark.parametrize(
+    ("text", "context", "expected"),
+    [
+        ("\n\n  Once upon a time.", 64, "Once upon a"),
+        ("abc", 2, "a"),
+        ("\u00e9t\u00e9", 2, "\u00e9"),
+        (" \x00 ", 64, "The"),
+    ],
+)
+def test_a_text_is_continued_from_its_first_words_as_far_as_they_fit(
+    text: str, context: int, expected: str
+) -> None:
+    assert opening(text, Tokenizer.train("bpe", ["x"], 256, specials=False), context) == expected
 
 
 def test_the_document_has_the_scores_the_settings_and_the_weights(
@@ -203,12 +231,22 @@ def test_a_run_is_resumed_with_its_own_settings_only(
     assert message.startswith("--resume: ") and said in message
 
 
-def test_a_loss_that_explodes_ends_with_1_and_names_the_step(lm: Command, tmp_path: Path) -> None:
-    ran = lm("--quiet", "--lr", "1e30", "--eval-every", "1")
+@pytest.mark.parametrize(
+    ("lr", "kept"),
+    [
+        ("1000", "the last good checkpoint is kept."),  # weight decay multiplies by -99 a step
+        ("1e+30", "no checkpoint was saved yet: remove the folder, or give another --out."),
+    ],
+)
+def test_a_loss_that_explodes_ends_with_1_and_names_the_step(
+    lm: Command, tmp_path: Path, lr: str, kept: str
+) -> None:
+    ran = lm("--quiet", "--lr", lr, "--eval-every", "1", "--steps", "40")
     assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
     assert ran.err.startswith("kvtool: error: step ")
     assert "is nan" in ran.err or "is inf" in ran.err
-    assert "Lower --lr (now 1e+30); the last good checkpoint is kept." in ran.err
+    assert f"Lower --lr (now {lr}); {kept}" in ran.err
+    assert (tmp_path / "run" / "best").exists() == kept.startswith("the last")
     assert (tmp_path / "run" / "loss.png").is_file()
 
 

@@ -85,6 +85,19 @@ def test_a_folder_that_cannot_be_used_is_refused_before_the_data_are_read(
     assert f"--out {tmp_path / 'run'}: {said}" in refused(ran)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--context 1", "--context: 1 is too small (expected 2 or more)"),
+        ("--batch-tokens 31", "--batch-tokens: 31 is less than one sequence of --context 32. Give"),
+    ],
+)
+def test_a_step_of_train_lm_has_room_for_a_sequence_that_predicts_something(
+    lm: Command, words: str, said: str
+) -> None:
+    assert refused(lm(*words.split())).startswith(said)
+
+
 def test_a_text_is_needed_and_room_for_all_bytes(kv: Command, lm: Command) -> None:
     assert refused(kv(*LM, command="train-lm")).startswith("--data: is missing. Give a text file")
     assert refused(lm("--vocab-size", "255")).startswith("--vocab-size: 255 is too small")

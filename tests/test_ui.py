@@ -52,7 +52,7 @@ def test_a_help_page_fits_the_terminal(
     assert ran.code == 0
     assert max(map(len, ran.out.splitlines())) <= width
     assert "--lengths N..." in ran.out
-    assert "[default: 10 50]" in " ".join(ran.out.split())
+    assert "[default: 10 50]" in ran.out  # the words of a bracket stay in one line
     assert "\nModel and machine:\n" in ran.out
     assert "  kvtool probe --lengths 10 50\n" in ran.out
 
@@ -125,6 +125,7 @@ def test_output_writes_the_same_json_as_stdout(kv: Callable[..., Ran], tmp_path:
         ("result", "unknown format (found no suffix"),
         ("absent/result.json", "does not exist"),
         ("folder.json", "is a folder"),
+        (".", "is a folder"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(
@@ -218,6 +219,27 @@ def test_json_mode_keeps_stdout_free_of_words(capsys: pytest.CaptureFixture[str]
     out.verdict(True, "good")
     out.stream("token")
     assert capsys.readouterr().out == ""
+
+
+def test_what_is_to_be_copied_is_not_broken_on_a_narrow_terminal() -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    file = StringIO()
+    out = output.Output()
+    out._out = out._err = Console(file=file, force_terminal=True, width=20, color_system=None)
+    path = "/a/path/of-more/than-twenty/columns"
+    out.text(f"checkpoint: {path}", wrap=False)
+    out.hint(f"kvtool generate --model {path}")
+    out.note(f"words in front of {path} and some behind")
+    assert file.getvalue().splitlines() == [
+        f"checkpoint: {path}",
+        f"hint: kvtool generate --model {path}",
+        "words in front of",
+        path,
+        "and some behind",
+    ]
 
 
 def test_there_is_no_progress_bar_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cli_probe import Ran, refused
+from kvtool.core.cache import cache_class
+from kvtool.registry import CACHE_SETTINGS
 from small_models import answer
 
 BASE = """
@@ -102,11 +105,63 @@ def test_options_that_a_decoder_of_the_user_makes_no_use_of_are_refused(
 
 
 @pytest.mark.parametrize(
-    "words", ["--tokens 5", "--scenarios help", "--model x", "--dtype bfloat16", "--plot a.png"]
+    "words",
+    [
+        "--tokens 5",
+        "--scenarios help",
+        "--model x",
+        "--dtype bfloat16",
+        "--plot a.png",
+        "--sinks 0",
+        "--sweep",
+    ],
 )
 def test_the_self_test_refuses_what_it_makes_no_use_of(kv: Callable[..., Ran], words: str) -> None:
     message = refused(kv("--self-test", *words.split(), command="verify-cache"))
     assert message.startswith(f"{words.split()[0]}: contradicts --self-test")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--sweep", "--sweep: needs --impl transformers. Add --impl transformers."),
+        ("--resume x", "--resume: needs --sweep. Add --impl transformers --sweep."),
+        ("--impl transformers --types llama", "--types: needs --sweep. Add --impl transformers"),
+        (
+            "--impl transformers --kernels exact",
+            "--kernels: contradicts --impl transformers. Models and caches of transformers have "
+            "their own: leave it out.",
+        ),
+        ("--impl transformers --page 4", "--page: contradicts --impl transformers"),
+        (
+            "--impl transformers --model lama",
+            "--model lama: is neither a folder nor a model type that transformers knows. "
+            "Did you mean llama?",
+        ),
+    ],
+)
+def test_what_another_option_would_need_is_said_at_once(
+    kv: Callable[..., Ran], words: str, message: str
+) -> None:
+    assert refused(kv(*words.split(), command="verify-cache")).startswith(message)
+
+
+def test_a_folder_that_transformers_cannot_read_is_said_in_its_words(
+    kv: Callable[..., Ran], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "kvtool-decoder"}')
+    words = ["--impl", "transformers", "--model", str(tmp_path)]
+    message = refused(kv(*words, command="verify-cache"))
+    assert message.startswith(f"{tmp_path}: transformers cannot read it (")
+    assert "Error:" not in message and "kvtool-decoder" in message
+
+
+def test_the_help_tells_the_settings_that_kinds_have_in_a_check(kv: Callable[..., Ran]) -> None:
+    page = " ".join(kv("--help", command="verify-cache").out.split())
+    for kind, names in CACHE_SETTINGS.items():
+        for name in names:
+            said = re.search(rf"--{name} N .*?\[default: (\d+)\]", page)
+            assert said and int(said[1]) == cache_class(kind).small[name]
 
 
 def test_an_empty_target_is_refused(kv: Callable[..., Ran]) -> None:

@@ -17,16 +17,19 @@ from kvtool.errors import UsageError
 from kvtool.files import write_durable
 from kvtool.registry import with_own_window
 from kvtool.ui import options as o
-from kvtool.ui.documents import check_writable
+from kvtool.ui.documents import SUFFIXES, check_writable
 from kvtool.ui.output import Output, present
 
 if TYPE_CHECKING:
     from kvtool.core.checkpoint import Checkpoint
+    from kvtool.core.text import Tokenizer
 
 SAMPLING = "Choosing tokens"
 SEARCH = "Beam search"
 CACHE_FILES = "A long prompt, computed once"
 ATTENTION = "Attention of encoder-decoders"
+LENGTH_PENALTY = 0.6
+MOST_NAMED = 5  # unknown pieces of prompts
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Settings:
     cache: str
     kernels: str = "default"
     beams: int = 1
-    length_penalty: float = 0.6
+    length_penalty: float = LENGTH_PENALTY
     n_best: int = 1
     text_file: Path | None = None  # --output, if it is a .txt
     attention_plot: Path | None = None
@@ -130,6 +133,7 @@ def run(settings: Settings, out: Output) -> Generated:
     generator = Generator(loaded, settings, device, dtype)
     prepare_cache_files(settings, loaded, generator)
     encoded = [generator.encode(text, i) for i, text in enumerate(prompts.texts)]  # check all first
+    warn_unknown(loaded.source_tokenizer or loaded.tokenizer, prompts.texts, out)
     started = time.perf_counter()
     with native.where_it_pays(sum(map(generator.n_new, encoded))):
         results = continue_all(settings, generator, prompts.texts, encoded, out)
@@ -147,6 +151,14 @@ def run(settings: Settings, out: Output) -> Generated:
         generator.cache_bytes,
         generator.reused,
     )
+
+
+def warn_unknown(tokenizer: Tokenizer, texts: list[str], out: Output) -> None:
+    """Name what the model cannot read of the prompts."""
+    found = list(dict.fromkeys(piece for text in texts for piece in tokenizer.unknown(text)))
+    if found:
+        more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
+        out.warn(f"not in the vocabulary: {', '.join(map(repr, found[:MOST_NAMED]))}{more}")
 
 
 def continue_all(
@@ -285,14 +297,15 @@ def command(
         ),
     ] = 1,
     length_penalty: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--length-penalty",
             metavar="X",
+            show_default=f"{LENGTH_PENALTY:g}",
             help="0 favours short results, 1 does not (Wu 2016).",
             rich_help_panel=SEARCH,
         ),
-    ] = 0.6,
+    ] = None,
     n_best: Annotated[
         int,
         typer.Option(
@@ -370,7 +383,9 @@ def command(
       echo kvtool | kvtool generate --model runs/seq2seq/best
     """
     plain = output_file is not None and output_file.suffix.lower() == ".txt"
-    out = Output(as_json, None if plain else output_file, quiet, verbose)
+    out = Output(as_json, None if plain else output_file, quiet, verbose, (".txt", *SUFFIXES))
+    if length_penalty is not None and beams == 1:
+        raise UsageError("--length-penalty: needs --beams 2 or more", "It ranks their results.")
     settings = Settings(
         run=RunConfig(model, device, dtype, threads, seed),
         prompt=prompt,
@@ -385,7 +400,7 @@ def command(
         )[0],
         kernels=kernels,
         beams=beams,
-        length_penalty=length_penalty,
+        length_penalty=LENGTH_PENALTY if length_penalty is None else length_penalty,
         n_best=n_best,
         text_file=output_file if plain else None,
         attention_plot=plot,

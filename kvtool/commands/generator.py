@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtool.errors import CapacityError, UsageError
+from kvtool.errors import CapacityError, FileError, UsageError
+from kvtool.files import require_file
 from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
@@ -177,10 +178,18 @@ class Generator:
     def load_prompt(self, path: Path) -> None:
         """Take what is known of prompts from a saved cache. Raises FileError."""
         from kvtool.core.cache_file import load_cache, require_whole
+        from kvtool.core.safetensors_file import DAMAGED
 
         spec = self._spec(1)
         require_whole(self._new_cache(spec), "be filled from a file")
-        self.saved = load_cache(path, spec, self.loaded.sha256)
+        try:
+            require_file(path, "a saved cache")
+            self.saved = load_cache(path, spec, self.loaded.sha256)
+        except FileError as error:
+            hint = "" if error.hint == DAMAGED else error.hint
+            raise FileError(
+                f"--load-cache {error.message}", hint or "Give a file that --save-cache wrote."
+            ) from error
 
     def tokens(self, ids: list[int]) -> Any:
         """The tokens that follow `ids`, each a tensor (1,)."""

@@ -24,7 +24,7 @@ class Prompts:
 def read_prompts(prompt: str | None, prompt_file: Path | None, input_file: Path | None) -> Prompts:
     """Find the prompts. Raises UsageError where there are none, FileError for a bad file."""
     if input_file is not None:
-        lines = lines_of(read_text(input_file, "a file of prompts"))
+        lines = lines_of(read_text(input_file, "a file of prompts", "--input"))
         empty = next((i for i, line in enumerate(lines, start=1) if not line), None)
         if empty is not None:
             raise UsageError(f"{input_file}: line {empty}: is empty (expected a prompt)")
@@ -32,9 +32,9 @@ def read_prompts(prompt: str | None, prompt_file: Path | None, input_file: Path 
             raise UsageError(f"{input_file}: holds no line (expected prompts)")
         return Prompts(lines, lines=True)
     if prompt is not None:
-        return Prompts([non_empty(prompt, "--prompt")], lines=False)
+        return Prompts([prompt], lines=False)
     if prompt_file is not None:
-        text = read_text(prompt_file, "a prompt")
+        text = read_text(prompt_file, "a prompt", "--prompt-file")
         return Prompts([non_empty(text.removesuffix("\n"), str(prompt_file))], lines=False)
     return Prompts([non_empty(read_stdin().removesuffix("\n"), "stdin")], lines=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from kvtool.errors import UsageError
 from kvtool.files import read_text
 from kvtool.ui import options as o
 from kvtool.ui.output import Output, present
+
+if TYPE_CHECKING:
+    from kvtool.core.text import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,14 @@ class Settings:
     train: TrainConfig
 
     def __post_init__(self) -> None:
+        check_int("--context", self.model.context, 2)  # one token predicts nothing
         check_int("--batch-tokens", self.batch_tokens, 1)
+        if self.batch_tokens < self.model.context:
+            raise UsageError(
+                f"--batch-tokens: {self.batch_tokens} is less than one sequence of --context "
+                f"{self.model.context}",
+                "Give as many at least, or a shorter --context.",
+            )
 
 
 def run(settings: Settings, out: Output) -> t.Trained:
@@ -40,7 +50,7 @@ def run(settings: Settings, out: Output) -> t.Trained:
     from kvtool.core.text import Tokenizer
 
     device = t.device_of(settings.run, settings.train)
-    text = read_text(settings.data, "a text to train on")
+    text = read_text(settings.data, "a text to train on", "--data")
     tokenizer = Tokenizer.train(
         "bpe", [split_text(text)[0]], settings.model.vocab_size, specials=False
     )
@@ -59,7 +69,14 @@ def run(settings: Settings, out: Output) -> t.Trained:
         "nats/token": score.nats_per_token,
         "bits/char": score.bits_per_char,
     }
-    return t.Trained.of(at, best, [row])
+    return t.Trained.of(at, best, [row], opening(text, tokenizer, config.context))
+
+
+def opening(text: str, tokenizer: Tokenizer, context: int) -> str:
+    """The first words of a text, as many as leave half of the context to what follows them."""
+    words = [word for word in text.split() if word.isprintable()][:3] or ["The"]
+    ids = tokenizer.encode(" ".join(words))[: max(1, context // 2)]
+    return tokenizer.decode(ids).rstrip("\ufffd") or words[0][0]
 
 
 def command(
@@ -111,7 +128,7 @@ def command(
     Ctrl-C finishes the step and saves; --resume goes on to the same bytes (on one machine, with as
     many threads, and a length in steps or epochs).
 
-      kvtool train-lm --data input.txt --steps 1000 --out runs/mine
+      kvtool train-lm --data input.txt --steps 1000
     """
     out = t.output(as_json, output_file, quiet, verbose)
     if data is None:

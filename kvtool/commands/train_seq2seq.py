@@ -89,7 +89,7 @@ def run(settings: Settings, out: Output) -> t.Trained:
         if pairs
         for n in (beams if part == "test" else [1])
     ]
-    return t.Trained.of(at, best, scores)
+    return t.Trained.of(at, best, scores, splits.valid[0].source)
 
 
 def make_tokenizers(settings: Settings, splits: Splits) -> tuple[Tokenizer, Tokenizer]:
@@ -220,7 +220,7 @@ def command(
 
       kvtool train-seq2seq --minutes 1
 
-      kvtool train-seq2seq --data pairs.tsv --epochs 20 --out runs/mine
+      kvtool train-seq2seq --data pairs.tsv --epochs 20
     """
     out = t.output(as_json, output_file, quiet, verbose)
     check_int("--decoder-layers", decoder_layers, 1)

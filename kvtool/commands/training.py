@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -201,7 +202,8 @@ Amp = Annotated[
 
 @dataclass
 class Trained:
-    """How a run ended; figures of the best checkpoint are in `scores`."""
+    """How a run ended; figures of the best checkpoint are in `scores`, and `prompt` is a text that
+    it can start from."""
 
     steps: int
     epochs: int
@@ -212,15 +214,18 @@ class Trained:
     best: Path
     sha256: str
     scores: list[dict[str, Any]]
+    prompt: str
     exit_code: int = 0
 
     @classmethod
-    def of(cls, at: Position, best: Checkpoint, scores: list[dict[str, Any]]) -> Trained:
+    def of(
+        cls, at: Position, best: Checkpoint, scores: list[dict[str, Any]], prompt: str
+    ) -> Trained:
         """The report of a run that ended at `at`."""
         parameters = sum(p.numel() for p in best.model.parameters())
         return cls(
             at.step, at.epoch, at.tokens, at.seconds, parameters, at.best_step, best.path,
-            best.sha256, scores,
+            best.sha256, scores, prompt,
         )  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
@@ -319,8 +324,10 @@ def show_trained(report: Trained, out: Output) -> None:
         f"({rate:,.0f} tokens/s), {report.parameters:,} parameters; "
         f"best at step {report.best_step:,}"
     )
-    out.text(f"checkpoint: {report.best}   loss curve: {report.best.parent / 'loss.png'}")
-    out.hint(f"kvtool generate --model {report.best}")
+    out.text(f"checkpoint: {report.best}", wrap=False)
+    out.text(f"loss curve: {report.best.parent / 'loss.png'}", wrap=False)
+    command = ["kvtool", "generate", "--model", str(report.best), "--prompt", report.prompt]
+    out.hint(shlex.join(command))
 
 
 def _signatures(scores: list[dict[str, Any]]) -> list[str]:

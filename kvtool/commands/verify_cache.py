@@ -250,6 +250,13 @@ def refuse(given: dict[str, Any], flag: str, hint: str) -> None:
             raise UsageError(f"{name}: contradicts {flag}", hint)
 
 
+def need(given: dict[str, Any], flag: str, hint: str) -> None:
+    """Raise UsageError for the first option that was given although `flag` was not."""
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"{name}: needs {flag}", hint)
+
+
 def show_scenarios(out: Output) -> None:
     """What --scenarios help prints."""
     from kvtool.core.verify.scenarios import SCENARIOS
@@ -271,11 +278,11 @@ def command(
     impl: vt.Impl = vt.IMPLEMENTATIONS[0],
     caches: vt.Caches = o.ALL_CACHES,
     kernels: o.KernelsList = o.ALL_KERNELS,
-    window: o.Window = None,
-    sinks: o.Sinks = None,
-    group: o.Group = None,
-    residual: o.Residual = None,
-    page: o.Page = None,
+    window: vt.Window = None,
+    sinks: vt.Sinks = None,
+    group: vt.Group = None,
+    residual: vt.Residual = None,
+    page: vt.Page = None,
     scenarios: Annotated[
         list[str],
         list_option(
@@ -342,6 +349,10 @@ def command(
         show_scenarios(out)
         raise typer.Exit
     machine = RunConfig(model, device, dtype, threads, seed)
+    kinds_own = {
+        "window": window, "sinks": sinks, "group": group, "residual": residual, "page": page,
+    }  # fmt: skip
+    of_kinds = {f"--{name}": value is not None for name, value in kinds_own.items()}
     if self_test:
         given = {
             "--caches": caches != o.ALL_CACHES,
@@ -353,24 +364,25 @@ def command(
             "--plot": plot,
             "--model": model,
             "--dtype": dtype != "float32",
+            "--impl": impl != vt.IMPLEMENTATIONS[0],
+            "--sweep": sweep,
+            **of_kinds,
         }
         refuse(given, "--self-test", "It has models, caches and tokens of its own.")
         present("verify-cache.self-test", st.Settings(machine), st.run, st.show, out)
     choose(impl, vt.IMPLEMENTATIONS, "--impl")
     for_sweep = {"--types": types, "--resume": resume, "--time-limit": time_limit != sw.TIME_LIMIT}
+    if not sweep:
+        need(for_sweep, "--sweep", "Add --impl transformers --sweep.")
     if impl == "transformers":
-        refuse(
-            {
-                "--target": target is not None,
-                "--kernels": kernels != o.ALL_KERNELS,
-                "--prompt": prompt is not None,
-                "--plot": plot,
-                "--window and its like": (window, sinks, group, residual, page) != (None,) * 5,
-                **({"--model": model, "--dtype": dtype != "float32"} if sweep else for_sweep),
-            },
-            "--impl transformers" + (" --sweep" if sweep else ""),
-            "Random ids are fed to models of transformers.",
-        )
+        which = "--impl transformers"
+        own = {"--kernels": kernels != o.ALL_KERNELS, **of_kinds}
+        refuse(own, which, "Models and caches of transformers have their own: leave it out.")
+        fed = {"--target": target is not None, "--prompt": prompt is not None, "--plot": plot}
+        refuse(fed, which, "Random ids are fed to models of transformers.")
+        if sweep:
+            ignored = {"--model": model, "--dtype": dtype != "float32"}
+            refuse(ignored, f"{which} --sweep", "It judges every type in float32.")
         kinds = [] if caches == o.ALL_CACHES else caches
         n_tokens = sw.TOKENS if tokens == DEFAULT_TOKENS else tokens
         if sweep:
@@ -378,10 +390,8 @@ def command(
             present("verify-cache.sweep", asked, sw.run, sw.show, out)
         one = vt.Settings(machine, kinds, scenarios, tokens)
         present("verify-cache", one, vt.run, show, out)
-    refuse({"--sweep": sweep, **for_sweep}, "--impl kvtool", "Add --impl transformers.")
-    chosen = o.kinds_with_settings(
-        caches, window=window, sinks=sinks, group=group, residual=residual, page=page
-    )
+    need({"--sweep": sweep}, "--impl transformers", "Add --impl transformers.")
+    chosen = o.kinds_with_settings(caches, **kinds_own)
     settings = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot)
 
     def work(settings: Settings, out: Output) -> Report:

@@ -216,7 +216,16 @@ def command(
             "transformers with the same weights.",
         ),
     ] = None,
-    prompt: o.Prompt = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            show_default="three texts",
+            help="Compare at every token of this text, with --against.",
+            callback=o.utf8_text,
+        ),
+    ] = None,
     save_reference: Annotated[
         Path | None,
         typer.Option(

@@ -54,6 +54,12 @@ Caches = Annotated[
         complete=lambda: o.ALL_CACHES,
     ),
 ]
+# Small, so that a short check makes a kind do all that it does: see `small` of the kinds.
+Window = Annotated[int | None, o.setting("window", "5")]
+Sinks = Annotated[int | None, o.setting("sinks", "1")]
+Group = Annotated[int | None, o.setting("group", "4")]
+Residual = Annotated[int | None, o.setting("residual", "2")]
+Page = Annotated[int | None, o.setting("page", "4")]
 Sweep = Annotated[
     bool,
     typer.Option("--sweep", help="Judge every model type.", rich_help_panel=SWEEP),

@@ -37,7 +37,13 @@ from kvtool.core.weight_files import (
     require_tensors,
 )
 from kvtool.errors import CheckFailed, FileError, UsageError
-from kvtool.files import model_folder, read_json_object, write_durable, write_json
+from kvtool.files import (
+    CHECKPOINT_FOLDER,
+    model_folder,
+    read_json_object,
+    write_durable,
+    write_json,
+)
 
 CONFIG = "config.json"
 TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
@@ -142,6 +148,10 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
     """What config.json says, and whose names the weights have; None: kvtool's own."""
     path = folder / CONFIG
+    if not os.path.lexists(path):
+        raise FileError(
+            f"--model {folder}: holds no {CONFIG}: not a checkpoint folder", CHECKPOINT_FOLDER
+        )
     refuse_lookalike(path, "a configuration")
     data = read_json_object(path, "a configuration")
     kind = data.get("model_type")

@@ -68,8 +68,8 @@ def check_context(n_prompt: int, n_new: int, context: int) -> None:
     """Raise CapacityError unless a prompt and `n_new` tokens fit into the context."""
     if n_prompt + n_new > context:
         raise CapacityError(
-            f"the prompt is {n_prompt} tokens and {n_new} more were asked for "
-            f"(the model holds {context})",
+            f"the prompt is {n_prompt:,} token{'s' * (n_prompt != 1)} and {n_new:,} more were "
+            f"asked for (the model holds {context:,})",
             "Ask for fewer tokens, or shorten the prompt.",
         )
 

@@ -97,9 +97,9 @@ def load_data(data: str, valid: Path | None = None, test: Path | None = None) ->
     else:
         splits = _split_tsv(_data_path(data), hold_out=valid is None, notes=notes)
     if valid is not None:
-        splits = replace(splits, valid=_read_part(valid, notes), valid_name=str(valid))
+        splits = replace(splits, valid=_read_part(valid, notes, "--valid"), valid_name=str(valid))
     if test is not None:
-        splits = replace(splits, test=_read_part(test, notes), test_name=str(test))
+        splits = replace(splits, test=_read_part(test, notes, "--test"), test_name=str(test))
     return replace(
         splits,
         sha256=_fingerprint(splits.train, splits.valid),
@@ -143,7 +143,7 @@ def load_cmudict() -> Splits:
     )
 
 
-def read_tsv(path: Path) -> TsvFile:
+def read_tsv(path: Path, flag: str = "") -> TsvFile:
     """Read lines of source TAB target as UTF-8, gzipped or not, with equal sources merged.
 
     The pairs stand in the order of their sources' first lines. There is no header: the first line
@@ -152,7 +152,7 @@ def read_tsv(path: Path) -> TsvFile:
     other than two, an empty field, a control character, or a byte that is not UTF-8 (its offset is
     in the decompressed file), and FileError if there is no pair at all.
     """
-    raw = read_bytes(path, "a TSV file")
+    raw = read_bytes(path, "a TSV file", flag)
     text = _decode(path, _decompress(path, raw))
     merged: dict[str, dict[str, None]] = {}
     n_rows = n_blank = 0
@@ -219,7 +219,7 @@ def _data_path(data: str) -> Path:
 
 
 def _split_tsv(path: Path, hold_out: bool, notes: list[str]) -> Splits:
-    train = valid = _read_part(path, notes)
+    train = valid = _read_part(path, notes, "--data")
     name = valid_name = str(path)
     if hold_out and len(train) >= SPLIT_MODULUS:
         valid = train[DEV_REMAINDER::SPLIT_MODULUS]
@@ -237,9 +237,9 @@ def _split_tsv(path: Path, hold_out: bool, notes: list[str]) -> Splits:
     return Splits(train, valid, (), name, sha256="", valid_name=valid_name, test_name="")
 
 
-def _read_part(path: Path, notes: list[str]) -> tuple[Pair, ...]:
+def _read_part(path: Path, notes: list[str], flag: str) -> tuple[Pair, ...]:
     """The pairs of a file; what the user should know of it is added to `notes`."""
-    tsv = read_tsv(path)
+    tsv = read_tsv(path, flag)
     if tsv.n_blank:
         notes.append(f"{path}: {_count(tsv.n_blank, 'blank line')} skipped")
     first = tsv.pairs[0]

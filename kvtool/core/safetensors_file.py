@@ -124,7 +124,7 @@ def _parse(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: its header is not valid JSON ({error})", DAMAGED) from error
     if not isinstance(found, dict):
-        raise FileError(f"{path}: its header holds a {type(found).__name__} (expected an object)")
+        raise FileError(f"{path}: its header holds no JSON object (found {type(found).__name__})")
     metadata = found.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileError(f"{path}: __metadata__ in its header is not an object of strings")

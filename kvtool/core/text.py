@@ -118,6 +118,14 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UsageError(f"the text cannot be encoded ({error})") from error
 
+    def unknown(self, text: str) -> list[str]:
+        """The pieces of `text` that encode makes UNK, each once."""
+        if not self.has_specials:
+            return []
+        encoding = self._inner.encode(text, add_special_tokens=False)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        return list(dict.fromkeys(text[start:end] for i, (start, end) in spans if i <= UNK))
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once."""
         found = self._inner.encode_batch(list(texts), add_special_tokens=self._frames)

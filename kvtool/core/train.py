@@ -241,9 +241,12 @@ class Trainer:
     def _finite(self, what: str, value: float, step: int) -> float:
         """Return `value`, or raise CheckFailed before it gets into the weights or a state."""
         if not math.isfinite(value):
+            kept = "the last good checkpoint is kept"
+            if self.team.leads and not (self.folder.path / "last").exists():
+                kept = "no checkpoint was saved yet: remove the folder, or give another --out"
             raise CheckFailed(
                 f"step {step}: the {what} is {value}",
-                f"Lower --lr (now {self.config.lr:g}); the last good checkpoint is kept.",
+                f"Lower --lr (now {self.config.lr:g}); {kept}.",
             )
         return value
 

@@ -28,7 +28,7 @@ from kvtool.core.safetensors_file import (
     short,
 )
 from kvtool.errors import FileError
-from kvtool.files import nearest, read_json_object, require_file, sha256
+from kvtool.files import read_json_object, require_file, sha256
 
 WEIGHTS = "model.safetensors"
 INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
@@ -66,7 +66,7 @@ def open_weights(folder: Path) -> WeightFile:
             return PickledFile(folder / name)
     if os.path.lexists(folder / PICKLED_INDEX):
         return ShardedFile(folder / PICKLED_INDEX, PickledFile)
-    raise FileError(f"{folder / WEIGHTS}: weights not found", nearest(folder / WEIGHTS))
+    raise FileError(f"{folder / WEIGHTS}: not found (expected weights)", "Copy them there.")
 
 
 def refuse_lookalike(path: Path, what: str) -> None:
@@ -247,11 +247,11 @@ def _checked_state(found: Any, path: Path) -> dict[str, Tensor]:
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]
     if not isinstance(found, dict):
-        raise FileError(f"{path}: holds a {type(found).__name__} (expected a state_dict)")
+        raise FileError(f"{path}: holds no state_dict (found {type(found).__name__})")
     for name, tensor in found.items():
         where = f"{path}: {short(str(name))}"
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise FileError(f"{where} is a {type(tensor).__name__} (expected a named tensor)")
+            raise FileError(f"{where} is of type {type(tensor).__name__} (expected a named tensor)")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise FileError(f"{where} is {tensor.layout} on {tensor.device} (expected dense)")
         known = BUFFER_DTYPES if BUFFERS.search(name) else DTYPES

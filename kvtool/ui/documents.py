@@ -124,16 +124,17 @@ def render(path: Path, content: Mapping[str, Any], report: Report) -> bytes:
     return text.encode()
 
 
-def check_destination(path: Path, flag: str = "--output") -> None:
+def check_destination(path: Path, suffixes: Sequence[str], flag: str = "--output") -> None:
     """Refuse a file that could not be written, before the work that it is meant for.
 
-    Raises UsageError for an unknown suffix, FileError for a folder that is missing or read-only.
+    Raises UsageError for a suffix other than `suffixes`, FileError for a folder, and for a file in
+    one that is missing or read-only.
     """
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in suffixes and not path.is_dir():
         found = path.suffix or "no suffix"
         raise UsageError(
-            f"{flag} {path}: unknown format (found {found}, expected {', '.join(SUFFIXES)})",
-            f"Try {flag} {path.with_suffix('.json') if path.name else 'result.json'}.",
+            f"{flag} {path}: unknown format (found {found}, expected {', '.join(suffixes)})",
+            f"Try {flag} {path.with_suffix('.json')}.",
         )
     check_writable(path, flag)
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 FLAG_COLUMN = 26  # a longer flag stands on its own line
+WHOLE = 30  # columns that are left beside flags at 60
+GLUE = "\ue000"  # for a blank at which no line ends; rich also ends one at U+00A0
 OWN = "Options"
 
 
@@ -27,7 +29,8 @@ class HelpPage:
         console = Console(highlight=False, markup=False, emoji=False)
         with console.capture() as page:
             _print_page(self, ctx, console)
-        formatter.write("\n".join(line.rstrip() for line in page.get().splitlines()))
+        lines = page.get().replace(GLUE, " ").splitlines()
+        formatter.write("\n".join(line.rstrip() for line in lines))
 
 
 def _print_page(command: Any, ctx: Any, console: Any) -> None:
@@ -85,8 +88,13 @@ def _explanation(param: Any) -> Text:
     if param.required:
         text.append(" [required]", style="red")
     elif default:
-        text.append(f" [default: {default}]", style="dim")
+        text.append(" ").append(_whole(f"[default: {default}]"), style="dim")
     return text
+
+
+def _whole(bracket: str) -> str:
+    """Hold its words together, or, if they would not fit beside the flags, the first two."""
+    return bracket.replace(" ", GLUE, -1 if len(bracket) <= WHOLE else 1)
 
 
 def default_text(param: Any) -> str:

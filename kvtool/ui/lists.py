@@ -79,7 +79,10 @@ def parse_elements(flag: str, values: Iterable[Any], element: Element, example: 
         if not isinstance(value, str):
             found.append(value)
             continue
-        for piece in filter(None, map(str.strip, value.split(","))):
+        pieces = [piece.strip() for piece in value.split(",")]
+        if "" in pieces[1:-1]:  # at the ends a comma is a habit: "10, 50"
+            raise UsageError(f"{flag}: {value!r} has an empty element", "Take out a comma.")
+        for piece in filter(None, pieces):
             one = element(piece, flag)
             found += one if isinstance(one, list) else [one]
     if "" in values or (values and not found):  # "" is what repeat_flags makes of a bare flag

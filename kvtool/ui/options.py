@@ -22,6 +22,7 @@ MACHINE = "Model and machine"
 KIND = "Settings of cache kinds"
 REPORT = "Output"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+MAY_BE_0 = ("sinks", "residual")
 ALL_CACHES = list(CACHES)
 ALL_KERNELS = list(KERNELS)
 
@@ -114,8 +115,7 @@ Threads = Annotated[
     typer.Option(
         "--threads",
         metavar="N",
-        show_default="torch's choice",
-        help="CPU threads.",
+        help="CPU threads (0: torch's choice).",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -155,41 +155,49 @@ Debug = Annotated[
 
 def kinds_with_settings(kinds: list[str], **given: int | None) -> list[str]:
     """Kinds of caches with what --window and its like say of them. Raises UsageError for an option
-    that none of the kinds has."""
-    names = list(dict.fromkeys(split_kind(kind)[0] for kind in kinds))
+    that none of the kinds has, or that all of them say themselves."""
     for name, value in given.items():
-        if value is not None:
-            check_int(f"--{name}", value, 0)
-        if value is not None and not any(name in CACHE_SETTINGS.get(kind, ()) for kind in names):
+        if value is None:
+            continue
+        check_int(f"--{name}", value, 0 if name in MAY_BE_0 else 1)
+        having = [k for k in kinds if name in CACHE_SETTINGS.get(split_kind(k)[0], ())]
+        if not having:
+            names = dict.fromkeys(split_kind(kind)[0] for kind in kinds)
             owners = [kind for kind, settings in CACHE_SETTINGS.items() if name in settings]
             raise UsageError(
                 f"--{name}: no setting of {', '.join(names)}",
                 f"It belongs to {' and '.join(owners)}.",
             )
+        if all(name in split_kind(kind)[1] for kind in having):
+            raise UsageError(f"--{name}: contradicts {having[0]}", "Give one of them.")
     return [with_settings(kind, given) for kind in kinds]
 
 
-def _setting(name: str, help: str) -> Any:
+SETTINGS = {
+    "window": "sliding: how many tokens are seen, the newest included.",
+    "sinks": "sliding: how many first tokens are kept.",
+    "group": "int8, int4: tokens, or channels, that share a scale.",
+    "residual": "int8, int4: the newest tokens stay exact, at least.",
+    "page": "paged: tokens of a page.",
+}
+
+
+def setting(name: str, default: str) -> Any:
+    """Declare the option of a kind's setting, and what it is unless given."""
     return typer.Option(
-        f"--{name}", metavar="N", help=help, show_default=False, rich_help_panel=KIND
+        f"--{name}",
+        metavar="N",
+        help=SETTINGS[name],
+        show_default=default,
+        rich_help_panel=KIND,
     )
 
 
-Window = Annotated[
-    int | None,
-    _setting(
-        "window",
-        "sliding: how many tokens are seen, the newest included (the model's own window, or 256).",
-    ),
-]
-Sinks = Annotated[int | None, _setting("sinks", "sliding: how many first tokens are kept (4).")]
-Group = Annotated[
-    int | None, _setting("group", "int8, int4: tokens, or channels, that share a scale (32).")
-]
-Residual = Annotated[
-    int | None, _setting("residual", "int8, int4: the newest tokens stay exact, at least (32).")
-]
-Page = Annotated[int | None, _setting("page", "paged: tokens of a page (16).")]
+Window = Annotated[int | None, setting("window", "the model's own window, or 256")]
+Sinks = Annotated[int | None, setting("sinks", "4")]
+Group = Annotated[int | None, setting("group", "32")]
+Residual = Annotated[int | None, setting("residual", "32")]
+Page = Annotated[int | None, setting("page", "16")]
 Cache = Annotated[
     str,
     typer.Option(

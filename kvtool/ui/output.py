@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.text import Text
 
 from kvtool.errors import UsageError
 from kvtool.files import write_durable
-from kvtool.ui.documents import Report, check_destination, document, render, to_json
+from kvtool.ui.documents import SUFFIXES, Report, check_destination, document, render, to_json
 from kvtool.ui.environment import peak_memory
 from kvtool.ui.progress import Progress, open_progress
 from kvtool.ui.tables import Column, build_table
@@ -38,12 +39,14 @@ class Output:
         output_file: Path | None = None,
         quiet: bool = False,
         verbose: bool = False,
+        suffixes: Sequence[str] = SUFFIXES,
     ) -> None:
-        """Raises UsageError or FileError if `output_file` cannot be written: before any work."""
+        """Raises UsageError or FileError if `output_file` cannot be written, or has none of the
+        `suffixes`: before any work."""
         if quiet and verbose:
             raise UsageError("--quiet: contradicts --verbose", "Give one of them.")
         if output_file is not None:
-            check_destination(output_file)
+            check_destination(output_file, suffixes)
         self.json = json
         self.output_file = output_file
         self.quiet = quiet
@@ -65,10 +68,11 @@ class Output:
             for part in build_table(title, columns, rows, self._out.width, self._out.encoding):
                 self._out.print(part)
 
-    def text(self, text: str = "", style: str = "", end: str = "\n") -> None:
-        """Print a paragraph, wrapped on a terminal only."""
+    def text(self, text: str = "", style: str = "", end: str = "\n", wrap: bool = True) -> None:
+        """Print a paragraph, wrapped on a terminal only; without `wrap` what is to be copied."""
         if not self.json:
-            self._out.print(text, style=style, end=end, soft_wrap=not self._out.is_terminal)
+            soft = not (wrap and self._out.is_terminal)
+            self._out.print(text, style=style, end=end, soft_wrap=soft)
 
     def verdict(self, ok: bool | None, text: str) -> None:
         """Print the final sentence: right, wrong, or (None) undecided."""
@@ -89,21 +93,29 @@ class Output:
     def note(self, text: str) -> None:
         """Talk on stderr; -q silences it."""
         if not self.quiet:
-            self._err.print(text, style="dim", soft_wrap=not self._err.is_terminal)
+            self._say(text, "dim")
 
     def hint(self, text: str) -> None:
-        """Say on stderr what to do next; -q silences it."""
+        """Say on stderr what to do next, in a line that can be copied; -q silences it."""
         if not self.quiet:
-            self._err.print(f"hint: {text}", style="cyan", soft_wrap=not self._err.is_terminal)
+            self._err.print(f"hint: {text}", style="cyan", soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Say on stderr what may spoil the result; never silenced."""
-        self._err.print(f"warning: {text}", style="yellow", soft_wrap=not self._err.is_terminal)
+        self._say(f"warning: {text}", "yellow")
 
     def detail(self, text: str) -> None:
         """Say on stderr what only -v asks for."""
         if self.verbose:
             self.note(text)
+
+    def _say(self, text: str, style: str) -> None:
+        """Print on stderr, wrapped between words on a terminal only: paths stay whole."""
+        if self._err.is_terminal:
+            text = textwrap.fill(
+                text, self._err.width, break_long_words=False, break_on_hyphens=False
+            )
+        self._err.print(text, style=style, soft_wrap=True)
 
     def progress(self, description: str, total: int | None) -> AbstractContextManager[Progress]:
         """A bar on stderr while the block runs, if stderr is a terminal and -q is not given.

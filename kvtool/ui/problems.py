@@ -21,6 +21,7 @@ from kvtool.errors import KvtoolError, UsageError
 UsageProblem: Any = typer.BadParameter.__mro__[1]
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+ALLOCATE = re.compile(r"allocate ([\d.]+) (\w+)")  # in what torch and NumPy say
 WORDS_FOR_TYPES = {  # pydantic's names of what can be wrong with one value
     "int_parsing": "is not a whole number",
     "int_parsing_size": "is not a whole number",
@@ -107,12 +108,22 @@ def explain_machine(error: BaseException) -> KvtoolError | None:
         isinstance(error, RuntimeError) and any(text in said.lower() for text in OUT_OF_MEMORY)
     )
     if short_of_memory:
-        why = f" ({said.splitlines()[0]})" if said else ""
         return KvtoolError(
-            f"memory: there is not enough for this{why}",
-            "Use shorter lengths, a smaller batch or a smaller --dtype.",
+            f"memory: there is not enough for this{_asked_for(said)}",
+            "Use shorter lengths, a smaller batch, or a smaller model or number format.",
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = error.filename or "output"
         return KvtoolError(f"{where}: no space left on the device", "Free some and run it again.")
     return None
+
+
+def _asked_for(said: str) -> str:
+    """How much memory was refused, if an error says so; the rest is for who works on torch."""
+    found = ALLOCATE.search(said)
+    if found is None:
+        return ""
+    number, unit = found.groups()
+    if unit == "bytes":
+        number, unit = f"{int(number) / 2**30:,.1f}", "GiB"
+    return f" ({number} {unit} more were asked for)"

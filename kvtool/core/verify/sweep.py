@@ -27,6 +27,7 @@ from kvtool.core.verify.outcome import (
     VACUOUS,
 )
 from kvtool.errors import FileError
+from kvtool.files import read_bytes
 
 NOT_BUILT = "not built"  # the model, by its default configuration or for want of a package
 VERDICTS = (
@@ -40,7 +41,7 @@ PRELOADED = [
     "transformers.models.auto.modeling_auto",
 ]
 ALONE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-BEGINNING = '{"type": "'  # of a line of results
+BEGINNING = b'{"type": "'  # of a line of results
 MEMORY = 4 << 30  # bytes that a process may take
 
 
@@ -141,12 +142,9 @@ def read_results(path: Path) -> dict[tuple[str, str], Swept]:
 
     A last line that was cut off in the middle does not count.
     """
-    if not path.exists():
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
         return {}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{path}: cannot be read ({error})") from error
+    lines = read_bytes(path, "results of a sweep", "--resume").split(b"\n")
     found: dict[tuple[str, str], Swept] = {}
     for i, line in enumerate(lines):
         if i == len(lines) - 1 and line.startswith(BEGINNING[: len(line)]):
@@ -154,8 +152,9 @@ def read_results(path: Path) -> dict[tuple[str, str], Swept]:
         try:
             swept = Swept(**json.loads(line))
         except (ValueError, TypeError) as error:
-            hint = "--resume takes a file that a sweep wrote."
-            raise FileError(f"{path}: line {i + 1} is no result of a sweep", hint) from error
+            hint = "It takes a file that a sweep wrote, or a new one."
+            where = f"--resume {path}: line {i + 1}"
+            raise FileError(f"{where} is no result of a sweep", hint) from error
         found[swept.type, swept.kind] = swept
     return found
 
@@ -169,4 +168,4 @@ def append_result(path: Path, swept: Swept) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
             file.write(line.encode())
     except OSError as error:
-        raise FileError(f"{path}: cannot be written ({error.strerror})") from error
+        raise FileError(f"--resume {path}: cannot be written ({error.strerror})") from error

@@ -43,8 +43,8 @@ def load_target(spec: str) -> Any:
         return found
     if not callable(found):
         raise UsageError(
-            f"{spec}: is a {type(found).__name__} (expected a function that builds a decoder, or a "
-            "decoder)"
+            f"{FLAG} {spec}: is no decoder and no function that builds one "
+            f"(found {type(found).__name__})"
         )
     return _built(found, path, name)
 

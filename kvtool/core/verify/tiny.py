@@ -116,7 +116,8 @@ def tiny_model(model_type: str, seed: int = 0, decoder: bool = True, kind: str =
         names = sorted({*known_types(), *known_types(SEQ2SEQ)})
         near = difflib.get_close_matches(model_type, names, n=1)
         hint = f"Did you mean {near[0]}?" if near else "Give a folder, or a type such as llama."
-        raise UsageError(f"{model_type}: is no model type that transformers knows", hint)
+        what = "is neither a folder nor a model type that transformers knows"
+        raise UsageError(f"--model {model_type}: {what}", hint)
     with hushed(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

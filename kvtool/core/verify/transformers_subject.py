@@ -310,7 +310,8 @@ def read_folder(folder: str | Path, **options: Any) -> Any:
             auto = AutoModelForSeq2SeqLM if whole else AutoModelForCausalLM
             model = auto.from_pretrained(str(folder), **local, **options)
     except Exception as error:
-        raise FileError(f"{folder}: {type(error).__name__}: {first_line(error)}") from error
+        why = first_line(error) or type(error).__name__
+        raise FileError(f"{folder}: transformers cannot read it ({why})") from error
     return model.eval().requires_grad_(False)
 
 
