@@ -11,7 +11,7 @@ import typer
 
 from kvtool.commands.attention_plot import check_attention, draw
 from kvtool.commands.generator import Generator, Result
-from kvtool.commands.prompts import Prompts, lines_of, read_prompts
+from kvtool.commands.prompts import Prompts, lines_of, read_prompts, warn_unknown
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.errors import UsageError
 from kvtool.files import write_durable
@@ -22,14 +22,12 @@ from kvtool.ui.output import Output, present
 
 if TYPE_CHECKING:
     from kvtool.core.checkpoint import Checkpoint
-    from kvtool.core.text import Tokenizer
 
 SAMPLING = "Choosing tokens"
 SEARCH = "Beam search"
 CACHE_FILES = "A long prompt, computed once"
 ATTENTION = "Attention of encoder-decoders"
 LENGTH_PENALTY = 0.6
-MOST_NAMED = 5  # unknown pieces of prompts
 
 
 @dataclass(frozen=True)
@@ -151,14 +149,6 @@ def run(settings: Settings, out: Output) -> Generated:
         generator.cache_bytes,
         generator.reused,
     )
-
-
-def warn_unknown(tokenizer: Tokenizer, texts: list[str], out: Output) -> None:
-    """Name what the model cannot read of the prompts."""
-    found = list(dict.fromkeys(piece for text in texts for piece in tokenizer.unknown(text)))
-    if found:
-        more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
-        out.warn(f"not in the vocabulary: {', '.join(map(repr, found[:MOST_NAMED]))}{more}")
 
 
 def continue_all(

@@ -6,10 +6,16 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvtool.errors import UsageError
 from kvtool.files import read_text
+from kvtool.ui.output import Output
 
+if TYPE_CHECKING:
+    from kvtool.core.text import Tokenizer
+
+MOST_NAMED = 5  # unknown pieces
 LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would also split at form feeds and others
 
 
@@ -65,3 +71,11 @@ def non_empty(text: str, where: str) -> str:
     if not text:
         raise UsageError(f"{where}: is empty (expected a prompt)")
     return text
+
+
+def warn_unknown(tokenizer: Tokenizer, texts: list[str], out: Output) -> None:
+    """Name what the model cannot read of the prompts."""
+    found = list(dict.fromkeys(piece for text in texts for piece in tokenizer.unknown(text)))
+    if found:
+        more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
+        out.warn(f"not in the vocabulary: {', '.join(map(repr, found[:MOST_NAMED]))}{more}")
