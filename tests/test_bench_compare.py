@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from cli_probe import Ran, refused
 from kvtool.commands.bench_compare import FOLDER, Limit, compare, differences
 from kvtool.core import timing, traffic
 from kvtool.errors import UsageError
+from kvtool.ui import documents
 from small_models import answer, save_decoder
 
 
@@ -49,8 +51,10 @@ def bench(
 
 
 def test_a_run_is_kept_as_its_document_and_found_by_name_and_by_path(
-    bench: Callable[..., Ran], pace: dict[str, float]
+    bench: Callable[..., Ran], pace: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    peaks = itertools.count(1)
+    monkeypatch.setattr(documents, "peak_memory", lambda: next(peaks))  # as it might be later
     ran = bench("--save", "quiet-day", "--json")
     path = FOLDER / "quiet-day.json"
     assert f"saved: {path}" in ran.err

@@ -17,7 +17,7 @@ from kvtool.errors import FileError, UsageError
 from kvtool.files import write_durable
 from kvtool.registry import with_own_window
 from kvtool.ui import options as o
-from kvtool.ui.documents import document, jsonable, to_json
+from kvtool.ui.documents import jsonable, to_json
 from kvtool.ui.environment import environment
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
@@ -393,12 +393,14 @@ def command(
         if settings.plot is not None and report.exit_code == 0:
             draw(report, settings.plot)
             out.note(f"plot: {settings.plot}")
-        if settings.save is not None and report.interrupted:
-            out.note(f"--save {settings.save}: nothing is kept of a run that was interrupted")
-        elif settings.save is not None:
-            path = bench_compare.place(settings.save)
-            write_durable(path, to_json(document("bench", settings, report)).encode())
-            out.note(f"saved: {path}")
         return report
 
-    present("bench", settings, work, show_all, out)
+    def keep(report: Report, content: dict[str, Any]) -> None:
+        if report.interrupted:
+            out.note(f"--save {save}: nothing is kept of a run that was interrupted")
+        elif save is not None:
+            path = bench_compare.place(save)
+            write_durable(path, to_json(content).encode())
+            out.note(f"saved: {path}")
+
+    present("bench", settings, work, show_all, out, None if save is None else keep)

@@ -134,14 +134,18 @@ def present(
     run: Callable[[Settings, Output], Result],
     show: Callable[[Result, Output], None],
     out: Output,
+    keep: Callable[[Result, dict[str, Any]], None] | None = None,
 ) -> NoReturn:
     """Run a command's work, print or write its report, and leave with the report's exit code.
 
-    `settings` is a dataclass or a mapping; all of it goes into the document. Raises typer.Exit.
+    `settings` is a dataclass or a mapping; all of it goes into the document, which `keep` is given
+    too. Raises typer.Exit.
     """
     report = run(settings, out)
-    if out.json or out.output_file is not None:
+    if out.json or out.output_file is not None or keep is not None:
         content: dict[str, Any] = document(command, settings, report)
+        if keep is not None:
+            keep(report, content)
         if out.output_file is not None:
             write_durable(out.output_file, render(out.output_file, content, report))
         if out.json:
