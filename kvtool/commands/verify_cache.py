@@ -51,7 +51,11 @@ class Settings:
                 "--kernels": self.kernels != o.ALL_KERNELS,
                 "--prompt": self.prompt is not None,
             }
-            refuse(open_options, "--target", "Your decoder has its own, and is fed random ids.")
+            refuse(
+                open_options,
+                "contradicts --target",
+                "Your decoder has its own, and is fed random ids.",
+            )
         if self.plot is not None and not self.plot.parent.is_dir():
             raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
 
@@ -243,18 +247,12 @@ def draw(report: Report, path: Path) -> None:
     gap_plot(path, panels)
 
 
-def refuse(given: dict[str, Any], flag: str, hint: str) -> None:
-    """Raise UsageError for the first option that was given although `flag` makes no use of it."""
+def refuse(given: dict[str, Any], why: str, hint: str) -> None:
+    """Raise UsageError for the first option that was given, although it contradicts another or
+    needs one."""
     for name, value in given.items():
         if value:
-            raise UsageError(f"{name}: contradicts {flag}", hint)
-
-
-def need(given: dict[str, Any], flag: str, hint: str) -> None:
-    """Raise UsageError for the first option that was given although `flag` was not."""
-    for name, value in given.items():
-        if value:
-            raise UsageError(f"{name}: needs {flag}", hint)
+            raise UsageError(f"{name}: {why}", hint)
 
 
 def show_scenarios(out: Output) -> None:
@@ -368,14 +366,14 @@ def command(
             "--sweep": sweep,
             **of_kinds,
         }
-        refuse(given, "--self-test", "It has models, caches and tokens of its own.")
+        refuse(given, "contradicts --self-test", "It has models, caches and tokens of its own.")
         present("verify-cache.self-test", st.Settings(machine), st.run, st.show, out)
     choose(impl, vt.IMPLEMENTATIONS, "--impl")
     for_sweep = {"--types": types, "--resume": resume, "--time-limit": time_limit != sw.TIME_LIMIT}
     if not sweep:
-        need(for_sweep, "--sweep", "Add --impl transformers --sweep.")
+        refuse(for_sweep, "needs --sweep", "Add --impl transformers --sweep.")
     if impl == "transformers":
-        which = "--impl transformers"
+        which = "contradicts --impl transformers"
         own = {"--kernels": kernels != o.ALL_KERNELS, **of_kinds}
         refuse(own, which, "Models and caches of transformers have their own: leave it out.")
         fed = {"--target": target is not None, "--prompt": prompt is not None, "--plot": plot}
@@ -390,7 +388,7 @@ def command(
             present("verify-cache.sweep", asked, sw.run, sw.show, out)
         one = vt.Settings(machine, kinds, scenarios, tokens)
         present("verify-cache", one, vt.run, show, out)
-    need({"--sweep": sweep}, "--impl transformers", "Add --impl transformers.")
+    refuse({"--sweep": sweep}, "needs --impl transformers", "Add --impl transformers.")
     chosen = o.kinds_with_settings(caches, **kinds_own)
     settings = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot)
 

@@ -8,7 +8,7 @@ multiplying and casting elements need no kernels: IEEE 754 fixes their every bit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import Protocol
 
@@ -22,9 +22,7 @@ from kvtool.core import fused, native
 Layer = Callable[[Tensor], Tensor]
 
 SHORT = 96  # keys; the scores of more, all at once, no longer fit into a processor's cache
-LONG = (
-    1024  # keys; on a GPU, reading so many in float32 takes longer than launching what reads them
-)
+LONG = 1024  # keys; on a GPU, fused attention in float32 takes longer than launching products
 
 
 class Kernels(Protocol):
@@ -62,8 +60,9 @@ class DefaultKernels:
             return native.attention(q, k, v, mask, causal)
         if fused.attends(q, k, v):
             return fused.attention(q, k, v, mask, causal)
-        if q.is_cuda and not (torch.is_grad_enabled() or native.watched()):
-            return self._on_gpu(q, k, v, mask, causal)
+        on_gpu = q.is_cuda and not (torch.is_grad_enabled() or native.watched())
+        if on_gpu and _reads_slowly(q, k, mask):
+            return attention_of_one(q, k, v, mask)
         grouped = q.shape[1] != k.shape[1]
         if q.dtype.itemsize < 4 and q.device.type == "cpu":
             if q.requires_grad and q.dtype is torch.bfloat16:
@@ -74,18 +73,9 @@ class DefaultKernels:
                     return self.attention(q, k, v, mask, causal).bfloat16()
             if q.shape[2] == 1:
                 return self._one_query(q, k, v, mask)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-        )
-
-    def _on_gpu(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """`attention` there, without gradients."""
-        reads_slowly = mask is not None or (q.dtype.itemsize >= 4 and k.shape[2] >= LONG)
-        if q.shape[2] == 1 and reads_slowly and not torch.is_autocast_enabled("cuda"):
-            return attention_of_one(q, k, v, mask)
-        with PLANS.off():
+        with PLANS.off() if on_gpu else nullcontext():
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
             )
 
     def _one_query(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -130,6 +120,12 @@ class Plans:
 
 
 PLANS = Plans()
+
+
+def _reads_slowly(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """Whether PyTorch's attention on a GPU is slower than `attention_of_one`, which can do it."""
+    serial = mask is not None or (q.dtype.itemsize >= 4 and k.shape[2] >= LONG)
+    return q.shape[2] == 1 and serial and not torch.is_autocast_enabled("cuda")
 
 
 def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -151,10 +151,10 @@ class Workload:
         if graphs.capture_for(self.prompt.device) is None:
             return None
         decode = decoding_form(self.model)
-        prompt, source = self._begin()
-        cache = make_cache(kind, self._spec(prompt.shape[1] + n_new))
+        cache = make_cache(kind, self._spec(self._n_start + n_new))
         if not isinstance(decode, DecodingForm) or not decode.records(cache):
             return None
+        prompt, source = self._begin()
         for _ in generate(decode, prompt, cache, n_new, Sampler(), source):
             pass
         cache.reset()
@@ -162,10 +162,14 @@ class Workload:
 
     def predicted(self, kind: str, length: int) -> int:
         """Bytes of keys and values that the kind should need; the last token is never stored."""
-        n_start = 1 if self.model.config.n_encoder_layers else self.prompt.shape[1]
-        n_new = length + self.decode_only
+        n_start, n_new = self._n_start, length + self.decode_only
         spec = self._spec(n_start + n_new)
         return predicted_nbytes(kind, spec, n_start + n_new - 1, n_start)
+
+    @property
+    def _n_start(self) -> int:
+        """How many tokens decoding starts from: those of the prompt, or a start token."""
+        return 1 if self.model.config.n_encoder_layers else self.prompt.shape[1]
 
     def _spec(self, capacity: int) -> CacheSpec:
         batch, device = self.prompt.shape[0], self.prompt.device

@@ -164,11 +164,15 @@ class PagedCache(Cache):
     def _n_pages(self, length: int) -> int:
         return -(-length // self.page)
 
-    def _place(self, start: int, n_new: int) -> Step:
+    def make_room(self, n_new: int) -> int:
+        start = super().make_room(n_new)
         self._trim()
-        end, device = start + n_new, self.spec.device
-        self._take_pages(start, end)
-        pages, numbers = self._pages(), torch.arange(start, end, device=device)
+        self._take_pages(start, start + n_new)
+        return start
+
+    def _place(self, start: int, n_new: int) -> Step:
+        pages = self._pages()
+        numbers = torch.arange(start, start + n_new, device=self.spec.device)
         if start:
             return self._step(numbers, self.left_padding, pages, _first_of_run(self._table))
         q_pos, slots = self._at(numbers, self.left_padding), self._slots(pages, numbers)
@@ -198,8 +202,6 @@ class PagedCache(Cache):
         if not self.length or not self._is_as_written():
             return None
         start = self.make_room(1)
-        self._trim()
-        self._take_pages(start, start + 1)
         tables = (self._pages(), *self._padding_table())
         form = (_first_of_run(self._table),)
         self._begun = 1
@@ -216,8 +218,6 @@ class PagedCache(Cache):
         if len(self._table) != 1 or not self._is_as_written():
             return None
         start = self.make_room(n_new)
-        self._trim()
-        self._take_pages(start, start + n_new)
         first = _first_of_run(self._table)
         if first is None:
             return None

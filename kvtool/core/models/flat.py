@@ -85,8 +85,8 @@ class DecodingForm:
         asks = (source is not None) != self.reads or not _are_usual(step.kernels)
         if asks or tokens.shape[1] > 1:
             return self.model(tokens, step, cache, source, last)
-        graded = torch.is_grad_enabled()
-        if graded or not (self._few(tokens, step.kernels) and self._reads_weights()):
+        few = not torch.is_grad_enabled() and self._few(tokens, step.kernels)
+        if not (few and self._reads_weights()):
             return self._flat_form()(tokens, step, cache, source)
         place = NO_SOURCE if source is None else source.in_place(cache.spec, len(tokens))
         form = self._native
