@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,8 +75,12 @@ def _receive(number: int, frame: FrameType | None) -> None:
         _signals.pending = End.INTERRUPTED if number == signal.SIGINT else End.TERMINATED
         raise Ended(_signals.pending)
     if now - _signals.first_at > ECHO:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        _kill(number)
+
+
+def _kill(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def check() -> None:
@@ -83,6 +88,34 @@ def check() -> None:
     to be called between the steps of long work."""
     if _signals.pending is not None:
         raise Ended(_signals.pending)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Let signals wait for the end of a block that is short: for work that C calls back from, where
+    what a signal raises would be printed and lost. A second signal kills."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are obeyed in the main thread alone
+        return
+    came: list[tuple[int, float]] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if came and now - came[0][1] > ECHO:
+            _kill(number)
+        came.append((number, now))
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    obeyed = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in obeyed:
+        signal.signal(number, remember)
+    try:
+        yield
+    finally:
+        for number, handler in obeyed.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0][0])
 
 
 @dataclass

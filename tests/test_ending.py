@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from kvtool import ending
-from kvtool.ending import End, Ended, check, until_ended
+from kvtool.ending import End, Ended, check, held, until_ended
 
 pytestmark = pytest.mark.usefixtures("signals_as_in_the_app")
 BOTH = pytest.mark.parametrize(
@@ -141,3 +141,33 @@ time.sleep(60)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "shown\n")
+
+
+@BOTH
+def test_a_signal_in_a_held_block_is_obeyed_at_its_end(number: int, how: End) -> None:
+    done = []
+    with pytest.raises(Ended) as ended, held():
+        send(number)
+        done.append("in the block")
+    assert done and ended.value.how is how
+
+
+def test_a_signal_is_obeyed_though_the_held_block_fails_and_none_is_without_one() -> None:
+    with held():
+        pass
+    with pytest.raises(Ended), held():
+        send(signal.SIGINT)
+        raise ValueError("lost beside the signal")
+    assert signal.getsignal(signal.SIGINT) is ending._receive
+
+
+def test_only_a_later_second_signal_kills_in_a_held_block(
+    clock: dict[str, float], killed: list[int]
+) -> None:
+    with pytest.raises(Ended), held():
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)  # as `timeout` does
+        assert not killed
+        clock["now"] += 1
+        send(signal.SIGINT)
+    assert killed == [signal.SIGINT]

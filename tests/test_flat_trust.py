@@ -338,9 +338,11 @@ def test_weights_of_a_format_that_the_processor_cannot_convert_are_left_to_pytor
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """LLVM would call functions that are not there, and end the process."""
-    code = native.decoder_code(torch.float32)
-    monkeypatch.setattr(code, "CONVERTS_FLOAT16", False)
-    monkeypatch.setattr(native, "decoder_code", native.decoder_code.__wrapped__)
     half = torch.ones(1, 4, dtype=torch.float16)
+    for name in ("layer_code", "decoder_code"):
+        unknown = getattr(native, name).__wrapped__
+        monkeypatch.setattr(unknown(torch.float32), "CONVERTS_FLOAT16", False)
+        monkeypatch.setattr(native, name, unknown)
+        assert unknown(half.dtype) is None
     assert not native.can_read(half)
     assert native.can_read(half.bfloat16()) and native.can_read(half.float())

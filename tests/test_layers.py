@@ -6,9 +6,7 @@ import copy
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +20,6 @@ from kvtool.config import ACTIVATIONS, ModelConfig
 from kvtool.core import native
 from kvtool.core.kernels import DEFAULT, reference_attention
 from kvtool.core.layers import ACTIVATION, MLP, LayerNorm, Linear, RMSNorm
-from kvtool.ui.output import Output
 from small_models import SIZES, random_model
 
 # What may be wrong after a sum of some tens; half formats are rounded once, at the end.
@@ -94,7 +91,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             called.append(name)
             return getattr(kernels, name)
 
-    monkeypatch.setattr(native, "_kernels", Watched)
+    monkeypatch.setattr(native, "_loaded", Watched)
     return called
 
 
@@ -246,8 +243,8 @@ def test_who_watches_what_pytorch_does_misses_nothing(served: list[str]) -> None
 def test_without_numba_everything_is_done_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = linear(), torch.randn(1, WIDTH)
     with_numba = layer(x)
-    monkeypatch.setitem(__import__("sys").modules, "kvtool.core.numba_kernels", None)
-    monkeypatch.setattr(native, "_kernels", native._kernels.__wrapped__)
+    monkeypatch.setitem(sys.modules, "kvtool.core.numba_kernels", None)
+    monkeypatch.setattr(native, "layer_code", native.layer_code.__wrapped__)
     assert not native.serves(x)
     torch.testing.assert_close(layer(x), with_numba)
 
@@ -289,35 +286,9 @@ def test_numba_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> No
     def fails(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(native._loaded(), "product", fails)
-    monkeypatch.setattr(native, "_kernels", native._kernels.__wrapped__)
+    monkeypatch.setattr(native._loaded().product, "load", fails)
+    monkeypatch.setattr(native, "layer_code", native.layer_code.__wrapped__)
     assert not native.serves(torch.randn(1, WIDTH))
-
-
-def test_who_waits_for_the_compiler_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(native, "PATIENCE", 0.01)
-    monkeypatch.setattr(native._loaded(), "product", lambda *_: time.sleep(0.3))
-    for quiet in (False, True):
-        Output(quiet=quiet)
-        native._kernels.__wrapped__()
-        told = capsys.readouterr().err
-        assert told == "" if quiet else told.startswith("compiling native code, once")
-
-
-def test_functions_kept_on_disk_are_found_whatever_was_compiled_first(tmp_path: Path) -> None:
-    """numba's own list of what to load first lacks what a function got from disk itself."""
-    parts = "numpy.ones((1, 1), 'f'), numpy.ones((1, 1), 'f'), numpy.ones(1, 'f')"
-    calls = (
-        f"k.linear_by_threads({parts}, numpy.ones((1, 1), 'f'), 1)",
-        f"k.product({parts}, numpy.ones((1, 1), 'f'), 1, 1)",
-    )
-    for call in (*calls, calls[1]):
-        code = f"import numpy, kvtool.core.numba_kernels as k; {call}"
-        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-        assert ran.returncode == 0, ran.stderr
 
 
 @torch.no_grad()
@@ -364,7 +335,7 @@ def test_the_exponential_is_exact_to_rounding_and_ends_in_0_and_infinity() -> No
 def test_loading_and_sharing_leave_pytorch_its_number_of_threads() -> None:
     code = (
         "import torch; torch.set_num_threads(1); from kvtool.core import native\n"
-        "kernels = native._loaded(); native.LARGE = 1; seen = [torch.get_num_threads()]\n"
+        "native.layer_code(torch.float32); native.LARGE = 1; seen = [torch.get_num_threads()]\n"
         "layer = native.linear(native.Weights.of(torch.ones(8, 8), None))\n"
         "for n in (2, 1, 2): torch.set_num_threads(n); layer(torch.ones(1, 8).numpy());"
         " seen.append(torch.get_num_threads())\n"

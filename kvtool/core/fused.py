@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvtool.core import native
+from kvtool.core import compiling, native
 
 LEAST = 2**14  # numbers; fewer are not worth the 0.3 s of loading
 LONGEST = 24  # keys; products of many heads at once are faster for more
@@ -53,10 +53,10 @@ def serves(x: Tensor, *others: Tensor) -> bool:
 def _code() -> ModuleType | None:
     def load() -> ModuleType:
         code = importlib.import_module("kvtool.core.numba_training")
-        code.load()
+        compiling.load_all(code.forms(), "steps of training")
         return code
 
-    return native.loaded(load)
+    return compiling.available(load)
 
 
 def _compiled() -> ModuleType:

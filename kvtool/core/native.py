@@ -9,11 +9,9 @@ a CPU, without gradients, half formats computed in float32. All of them get the 
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from threading import Timer
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+from kvtool.core import compiling
 
 Array = NDArray[Any]
 ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row by itself
@@ -35,39 +35,7 @@ COMPUTED = torch.float32, torch.float64
 HALVES = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 READ = *COMPUTED, *HALVES
 
-PATIENCE = 5.0  # seconds without a word
-LOG = logging.getLogger("kvtool")
-
 _allowed = True
-
-
-@cache
-def _kernels() -> ModuleType | None:
-    """The compiled functions of numba_kernels.py, where numba works."""
-
-    def load() -> ModuleType:
-        kernels = importlib.import_module("kvtool.core.numba_kernels")
-        one = np.ones((1, 1), np.float32)
-        kernels.product(one, one, one[0], one.copy(), 1, LARGE)  # whether it compiles and loads
-        return kernels
-
-    return loaded(load)
-
-
-def loaded(load: Callable[[], ModuleType]) -> ModuleType | None:
-    """The compiled functions that `load` returns; None where numba does not work, beside a newer
-    NumPy for example. Says so if it takes long."""
-    threads = torch.get_num_threads()
-    waiting = Timer(PATIENCE, LOG.info, ["compiling native code, once after an installation ..."])
-    waiting.daemon = True
-    waiting.start()
-    try:
-        return load()
-    except Exception:  # of numba, of LLVM, of a file that it kept: PyTorch does all without it
-        return None
-    finally:
-        waiting.cancel()
-        torch.set_num_threads(threads)  # numba starts its own, and OpenMP takes that for PyTorch's
 
 
 @contextmanager
@@ -91,7 +59,7 @@ def can_read(first: Tensor, *others: Tensor | None) -> bool:
     """Whether native code is there, and can stand in for PyTorch with these tensors."""
     if not _allowed or not numpy_can_read(first, *others, dtypes=READ):
         return False
-    return _kernels() is not None and decoder_code(first.dtype) is not None
+    return layer_code(first.dtype) is not None
 
 
 def numpy_can_read(
@@ -332,20 +300,38 @@ def kind_of(dtype: torch.dtype) -> Array:
 
 
 @cache
-def decoder_code(dtype: torch.dtype) -> ModuleType | None:
-    """The compiled functions of a whole step, with weights of that type; None as `_kernels`."""
+def layer_code(dtype: torch.dtype) -> ModuleType | None:
+    """The compiled functions of layers and attention, with weights of that type; None where numba
+    does not work."""
+    return _code("numba_kernels", dtype, "layers")
 
+
+@cache
+def decoder_code(dtype: torch.dtype) -> ModuleType | None:
+    """The compiled functions of a whole step, with weights of that type; None as `layer_code`."""
+    return _code("numba_decoder", dtype, "whole steps")
+
+
+def prepare(tensor: Tensor) -> None:
+    """Have all code for such weights ready, so that none is made while something is timed."""
+    if tensor.is_cpu and tensor.dtype in READ:
+        decoder_code(tensor.dtype)
+
+
+def _code(name: str, dtype: torch.dtype, what: str) -> ModuleType | None:
     def load() -> ModuleType:
-        code = importlib.import_module("kvtool.core.numba_decoder")
+        code = importlib.import_module(f"kvtool.core.{name}")
         if dtype is torch.float16 and not code.CONVERTS_FLOAT16:
             raise NotImplementedError("float16 on this processor")
-        code.load(computed(torch.empty(0, dtype=dtype)).dtype.type, kind_of(dtype))
+        real = computed(torch.empty(0, dtype=dtype))
+        forms = code.forms(*(code.from_dtype(x.dtype) for x in (real, kind_of(dtype))))
+        compiling.load_all(forms, f"{what} in {str(dtype).removeprefix('torch.')}")
         return code
 
-    return loaded(load)
+    return compiling.available(load)
 
 
+@cache
 def _loaded() -> ModuleType:
-    kernels = _kernels()
-    assert kernels is not None, "ask can_read() first"
-    return kernels
+    """The functions of `layer_code`, of a type for which `can_read` was asked."""
+    return importlib.import_module("kvtool.core.numba_kernels")

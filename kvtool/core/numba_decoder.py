@@ -14,12 +14,25 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray
+from numba import carray, typeof, types
+from numba import from_dtype as from_dtype
 
-from kvtool.core.numba_kernels import RELU, activate, attend, normalise, product, settle
+from kvtool.core import numba_kernels, numba_quantized
+from kvtool.core.numba_kernels import activate, attend, normalise, product, settle
 from kvtool.core.numba_quantized import read_codes
 from kvtool.core.numba_tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
-from kvtool.core.numba_tools import Array, compiled, kept, number, pointer, vector
+from kvtool.core.numba_tools import (
+    Array,
+    Forms,
+    compiled,
+    copy_rows,
+    dense,
+    kept,
+    number,
+    pointer,
+    shared,
+    vector,
+)
 
 # A model as records of addresses and sizes. What is not there has the address 0.
 NORM = np.dtype(
@@ -63,7 +76,7 @@ def rounded(x: float, kind: Array) -> float:
     return number(kept(x, kind))
 
 
-@compiled(fast=False)  # rounded after each operation, as PyTorch's are
+@shared(fast=False)  # rounded after each operation, as PyTorch's are
 def embed(models: Array, tokens: Array, pos: Array, x: Array, kind: Array) -> bool:
     """x (n,d) = tokens (n,) at positions (n,), those of padding negative -> whether all exist."""
     model, width, size = models[0], x.shape[1], kind.itemsize
@@ -101,7 +114,7 @@ def rotate(heads: Array, n_turned: int, angles: Array, kind: Array) -> None:
             heads[h, half + j] = rounded(rounded(b * cos, kind) + rounded(a * sin, kind), kind)
 
 
-@compiled()
+@shared()
 def before_attention(
     models: Array, blocks: Array, layer: int, x: Array, pos: Array, qkv: Array, kind: Array,
     threads: int, large: int,
@@ -145,7 +158,7 @@ def read_source(
     n_each, row_bytes = n // seen.shape[0], n_groups * columns * width * kind.itemsize
     spans, y = np.zeros((n, 4), np.int64), np.empty_like(q)
     for i in range(n):
-        spans[i, :2] = seen[i // n_each]
+        spans[i, 0], spans[i, 1] = seen[i // n_each]
     keys, values = (k, row_bytes, columns, kind), (v, row_bytes, columns, kind)
     attend(q, n_each, n_groups, keys, values, spans, y, threads, large)
     given = y.reshape(n, -1)
@@ -153,7 +166,7 @@ def read_source(
     add_through(block.cross_out, given, x, kind, threads, large)
 
 
-@compiled()
+@shared()
 def after_attention(
     models: Array, blocks: Array, layer: int, y: Array, x: Array, kind: Array,
     source: Array, columns: int, seen: Array, threads: int, large: int,
@@ -175,7 +188,7 @@ def after_attention(
     add_through(block.down, active, x, kind, threads, large)
 
 
-@compiled()
+@shared()
 def logits_of(
     models: Array, x: Array, logits: Array, kind: Array, threads: int, large: int
 ) -> None:
@@ -205,7 +218,7 @@ def spans_of_step(pos: Array, n_each: int, slot: int, window: int, sinks: Array)
     return spans
 
 
-@compiled()
+@shared()
 def decode(
     models: Array, blocks: Array, tokens: Array,
     start: int, padding: Array, stored: Array, columns: int, slot: int, window: int, sinks: Array,
@@ -239,7 +252,7 @@ def decode(
         keys, values = carray(pointer(k, kind), shape), carray(pointer(v, kind), shape)
         for i in range(n):
             row, column = i // n_each, slot + i % n_each
-            q[i] = qkv[i, :n_heads]
+            copy_rows(qkv[i, :n_heads], q[i])
             for group in range(n_groups):
                 for j in range(width):
                     keys[row, group, column, j] = kept(qkv[i, n_heads + group, j], kind)
@@ -249,8 +262,8 @@ def decode(
         if codes.shape[1]:
             at = packings[0, 0] + slot - exact
             met = batch, n_groups, at + n_each, width
-            k_at = read_codes(codes[:3, layer], packings[0], k_at, exact, met, scratch[0])
-            v_at = read_codes(codes[3:, layer], packings[1], v_at, exact, met, scratch[1])
+            k_at = read_codes(codes[:3, layer].copy(), packings[0], k_at, exact, met, scratch[0])
+            v_at = read_codes(codes[3:, layer].copy(), packings[1], v_at, exact, met, scratch[1])
         if layer + 1 == blocks.shape[0] and logits.shape[0] < n:  # no other tokens are asked for
             x, pos = x[n_each - 1 :: n_each].copy(), pos[n_each - 1 :: n_each].copy()
             q = q[n_each - 1 :: n_each].copy()
@@ -265,15 +278,16 @@ def decode(
     return True
 
 
-def load(dtype: type[np.floating[Any]], kind: Array) -> None:
-    """Compile all that computes in `dtype` with weights as `kind`, or read it from disk."""
-    ones, none = np.ones(1, kind.dtype), np.empty((2, 0), np.int64)
-    at = ones.ctypes.data
-    ends = (at, 0, 1, 0, 1.0), (at, 0, 1, 1)
-    model = np.array([(at, 0, 0, 0, *[1] * len(SIZES[:-1]), RELU, 1.0, *ends)], MODEL)
-    zero, pairs = np.zeros(1, np.int64), np.zeros((1, 2), np.int64)
-    logits, blocks = np.empty((1, 1), dtype), np.empty(0, BLOCK)
-    codes, packings = np.empty((6, 0), np.int64), np.ones((2, 5), np.int64)
-    place = 0, zero, none, 1, 0, 0, pairs, codes, packings, 0
-    scratch = np.empty((2, 0), kind.dtype)
-    decode(model, blocks, zero, *place, scratch, none, 1, pairs, logits, kind, 1, 1)
+def forms(real: types.Type, kind: types.Type) -> Forms:
+    """All that decodes in `real` with weights, keys and values of `kind`, what is called first."""
+    yield from numba_kernels.forms(real, kind)
+    yield from numba_quantized.forms(kind)
+    n, (_, x2, x3), (k1, k2, _), (n1, n2, _) = types.intp, *map(dense, (real, kind, types.intp))
+    records = tuple(typeof(np.empty(0, record)) for record in (MODEL, BLOCK))
+    source = n2, n, n2
+    yield embed, (records[0], n1, n1, x2, k1)
+    yield before_attention, (*records, n, x2, n1, x3, k1, n, n)
+    yield after_attention, (*records, n, x3, x2, k1, *source, n, n)
+    yield logits_of, (records[0], x2, x2, k1, n, n)
+    place = n, n1, n2, n, n, n, n2, n2, n2, n
+    yield decode, (*records, n1, *place, k2, *source, x2, k1, n, n)

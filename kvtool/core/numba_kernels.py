@@ -13,10 +13,23 @@ import math
 
 import numba
 import numpy as np
-from numba import carray
+from numba import carray, types
+from numba import from_dtype as from_dtype
 
+from kvtool.core.numba_tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
 from kvtool.core.numba_tools import MOST_THREADS as MOST_THREADS
-from kvtool.core.numba_tools import Array, compiled, kept, number, pointer, use_threads
+from kvtool.core.numba_tools import (
+    Array,
+    Forms,
+    compiled,
+    copy_rows,
+    dense,
+    kept,
+    number,
+    pointer,
+    shared,
+    use_threads,
+)
 
 # Of keys or values: an address, a row's bytes, a head's columns, and an array of their type.
 Place = tuple[int, int, int, Array]
@@ -35,7 +48,7 @@ def settle(x: Array, kind: Array) -> None:
                 x[n, j] = number(kept(x[n, j], kind))
 
 
-@compiled()
+@shared()
 def linear(x: Array, weight: Array, bias: Array, y: Array, first: int, last: int) -> None:
     """Columns `first` to `last` of y (n,out) = x (n,in) times weight (out,in), plus bias (out,)"""
     for i in range(first, last):
@@ -49,13 +62,13 @@ def linear(x: Array, weight: Array, bias: Array, y: Array, first: int, last: int
             y[n, i] = total
 
 
-@compiled(parallel=True)
+@shared(parallel=True)
 def linear_by_threads(x: Array, weight: Array, bias: Array, y: Array, parts: int) -> None:
     """`linear`, each of `parts` threads with its own columns."""
     use_threads(parts)
     for part in numba.prange(parts):
-        width = weight.shape[0]
-        linear(x, weight, bias, y, width * part // parts, width * (part + 1) // parts)
+        width, at = weight.shape[0], np.int64(part)
+        linear(x, weight, bias, y, width * at // parts, width * (at + 1) // parts)
 
 
 @compiled()
@@ -200,7 +213,7 @@ def add_values(w: Array, v: Array, y: Array) -> None:
             y[j] += w[i] * number(v[i, j])
 
 
-@compiled()
+@shared()
 def normalise(x: Array, centred: bool, scale: Array, shift: Array, eps: float, y: Array) -> None:
     """`layer_norm` if centred, else `rms_norm`."""
     if centred:
@@ -209,7 +222,7 @@ def normalise(x: Array, centred: bool, scale: Array, shift: Array, eps: float, y
         rms_norm(x, scale, eps, y)
 
 
-@compiled()
+@shared()
 def activate(number: int, x: Array, y: Array) -> None:
     """The activation of that number in ACTIVATIONS."""
     if number == GELU:
@@ -224,7 +237,7 @@ def activate(number: int, x: Array, y: Array) -> None:
                 y[n, j] = 0 if x[n, j] < 0 else x[n, j]
 
 
-@compiled()
+@shared()
 def product(x: Array, weight: Array, bias: Array, y: Array, threads: int, large: int) -> None:
     """`linear`, by several threads if there are `large` weights or more."""
     if threads > 1 and weight.size >= large:
@@ -245,7 +258,7 @@ def score(query: Array, keys: Array, scores: Array) -> None:
         scores[i] = product * scale
 
 
-@compiled()
+@shared()
 def attend_head(
     query: Array, first_keys: Array, first_values: Array, keys: Array, values: Array, result: Array
 ) -> None:
@@ -293,11 +306,12 @@ def sinks_apart(
     sinks = seen_of(stored, row, group, span[2], span[3], width)
     n_moved = min(-n_sinks % 8, others.shape[0])
     first = np.empty((n_sinks + n_moved, width), others.dtype)
-    first[:n_sinks], first[n_sinks:] = sinks, others[:n_moved]
+    copy_rows(sinks, first[:n_sinks])
+    copy_rows(others[:n_moved], first[n_sinks:])
     return first, others[n_moved:]
 
 
-@compiled()
+@shared()
 def attend_part(
     q: Array, begin: int, end: int, n_each: int, n_groups: int, k: Place, v: Place, spans: Array,
     y: Array,
@@ -312,19 +326,19 @@ def attend_part(
         attend_head(q[i, h], first_keys, first_values, keys, values, y[i, h])
 
 
-@compiled(parallel=True)
+@shared(parallel=True)
 def attend_by_threads(
     q: Array, parts: int, n_each: int, n_groups: int, k: Place, v: Place, spans: Array, y: Array
 ) -> None:
     """`attend`, each of `parts` threads with its own heads."""
     use_threads(parts)
     for part in numba.prange(parts):
-        n = q.shape[0] * q.shape[1]
-        begin, end = n * part // parts, n * (part + 1) // parts
+        n, at = q.shape[0] * q.shape[1], np.int64(part)
+        begin, end = n * at // parts, n * (at + 1) // parts
         attend_part(q, begin, end, n_each, n_groups, k, v, spans, y)
 
 
-@compiled()
+@shared()
 def attend(
     q: Array, n_each: int, n_groups: int, k: Place, v: Place, spans: Array, y: Array,
     threads: int, large: int,
@@ -345,7 +359,7 @@ def attend(
         attend_part(q, 0, n * q.shape[1], n_each, n_groups, k, v, spans, y)
 
 
-@compiled()
+@shared()
 def attend_columns(
     q: Array, row: int, n_groups: int, k: Place, v: Place, columns: Array, y: Array
 ) -> None:
@@ -362,3 +376,20 @@ def attend_columns(
                 values[i, j] = value[0, j]
         for h in range(group * n_heads // n_groups, (group + 1) * n_heads // n_groups):
             attend_head(q[h], keys[:0], values[:0], keys, values, y[h])
+
+
+def forms(real: types.Type, kind: types.Type) -> Forms:
+    """What computes in `real` with weights, keys and values of `kind`, what is called first."""
+    n, (x1, x2, x3), (w1, w2, _) = types.intp, dense(real), dense(kind)
+    (columns, spans, _), place = dense(n), types.Tuple((n, n, n, w1))
+    read = n, n, place, place, spans, x3
+    yield linear, (x2, w2, w1, x2, n, n)
+    yield linear_by_threads, (x2, w2, w1, x2, n)
+    yield product, (x2, w2, w1, x2, n, n)
+    yield normalise, (x2, types.boolean, w1, w1, types.float64, x2)
+    yield activate, (n, x2, x2)
+    yield attend_head, (x1, w2, w2, w2, w2, x1)
+    yield attend_part, (x3, n, n, *read)
+    yield attend_by_threads, (x3, n, *read)
+    yield attend, (x3, *read, n, n)
+    yield attend_columns, (x2, n, n, place, place, columns, x2)

@@ -7,11 +7,22 @@ product, after the sum, and once more into a half format.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray
+from numba import carray, types
 
 from kvtool.core.numba_kernels import Place, seen_of
 from kvtool.core.numba_lanes import WIDTH, codes_at, lanes_at, put_lanes, spread, times_plus
-from kvtool.core.numba_tools import Array, compiled, kept, number, pointer, vector
+from kvtool.core.numba_tools import (
+    Array,
+    Forms,
+    compiled,
+    copy_rows,
+    dense,
+    kept,
+    number,
+    pointer,
+    shared,
+    vector,
+)
 
 
 @compiled(fast=False)
@@ -39,7 +50,7 @@ def decode_token(
         result[j] = kept(code * number(scales[j // channels]) + number(lows[j // channels]), kind)
 
 
-@compiled()
+@shared()
 def read_codes(
     codes: Array, packing: Array, stored: Place, exact: int, shape: tuple[int, int, int, int],
     y: Array,
@@ -71,5 +82,13 @@ def read_codes(
             scale += scale_bytes
             low += scale_bytes
         row, group = head // n_groups, head % n_groups
-        met[n_quantized:] = seen_of(stored, row, group, exact, exact + n - n_quantized, width)
+        others = seen_of(stored, row, group, exact, exact + n - n_quantized, width)
+        copy_rows(others, met[n_quantized:])
     return np.int64(y.ctypes.data), n_groups * n * token_bytes, n, y[:0]
+
+
+def forms(kind: types.Type) -> Forms:
+    """What makes numbers of `kind`."""
+    n, (like, *_) = types.intp, dense(kind)
+    row, place = dense(n)[0], types.Tuple((n, n, n, like))
+    yield read_codes, (row, row, place, n, types.UniTuple(n, 4), like)

@@ -2,13 +2,17 @@
 
 An address takes the place of an array, and whole numbers of 16 bits that of half formats: bfloat16
 as uint16, float16 as int16, which are computed with as float32.
+
+numba copies what a function calls into it, and what that calls, and compiles all of it again: so a
+step of a decoder took half a minute. A `Shared` function is compiled once for each format, and
+called where it stands.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +20,18 @@ from typing import Any, TypeVar
 # where another program has one's processor, a layer takes milliseconds.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import llvmlite.binding
 import numba
 from llvmlite import ir
 from numba import carray, types
+from numba.core import cgutils
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Forms = Iterator[tuple["Shared", tuple[Any, ...]]]  # functions, each with the types of arguments
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # What is kept on disk refers to functions of numba's threads; and numba forgets to load these first
@@ -68,6 +76,82 @@ def compiled(parallel: bool = False, fast: bool = True) -> Callable[[Function], 
             return numba.njit(**options)(function)
 
     return decorate
+
+
+class Shared:
+    """A function that others call at its address: compiled once for the types that it is `load`ed
+    for, and for no others when called from compiled code. From Python it is an ordinary one.
+
+    Code on disk names what it calls: `load` that first, or the process ends when it is linked.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        self.name = f"kvtool.{function.__module__}.{function.__qualname__}.{VERSION}"
+        self.function: Any = compiled(**options)(function)
+        self.forms: dict[tuple[Any, ...], tuple[Any, str]] = {}  # by types: what numba has, symbol
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where code is kept, if there is a folder to write to."""
+        path = self.function.stats.cache_path
+        return Path(path) if path else None
+
+    def load(self, *kinds: Any) -> bool:
+        """Compile for arguments of these numba types, or read that from disk -> whether it was
+        compiled."""
+        if kinds in self.forms:
+            return False
+        missed = sum(self.function.stats.cache_misses.values())
+        self.function.compile(kinds)
+        form = self.function.overloads[kinds]
+        symbol = f"{self.name}{kinds}"
+        address = form.library.get_pointer_to_function(form.fndesc.llvm_func_name)
+        llvmlite.binding.add_symbol(symbol, address)
+        self.forms[kinds] = form, symbol
+        return sum(self.function.stats.cache_misses.values()) > missed
+
+
+def shared(parallel: bool = False, fast: bool = True) -> Callable[[Callable[..., Any]], Shared]:
+    """`compiled`, as a function that is called where it stands."""
+
+    def decorate(function: Callable[..., Any]) -> Shared:
+        made = Shared(function, parallel=parallel, fast=fast)
+
+        class Call(AbstractTemplate):  # type: ignore[misc]
+            key = made
+
+            def generic(self, args: Any, kws: Any) -> Any:
+                kinds = tuple(map(types.unliteral, args))
+                found = made.forms.get(kinds)
+                return found and found[0].fndesc.restype(*kinds)
+
+        infer_global(made, types.Function(Call))
+        lower_builtin(made, types.VarArg(types.Any))(_calling(made))
+        return made
+
+    return decorate
+
+
+def _calling(made: Shared) -> Any:
+    """How numba makes the call of a shared function."""
+
+    def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        form, symbol = made.forms[signature.args]
+        call = context.call_conv
+        kind = call.get_function_type(signature.return_type, signature.args)
+        function = cgutils.get_or_insert_function(builder.module, kind, symbol)
+        call.decorate_function(function, form.fndesc.args, signature.args)
+        status, result = call.call_function(
+            builder, function, signature.return_type, signature.args, args
+        )
+        with cgutils.if_unlikely(builder, status.is_error):
+            call.return_status_propagate(builder, status)
+        return result
+
+    return lower
 
 
 def typed_pointer(typing: Any, address: Any, like: Any) -> Any:
@@ -126,3 +210,16 @@ kept: Any = intrinsic(typed_kept)
 def vector(address: int, n: int, like: Array) -> Array:
     """The n numbers at an address."""
     return carray(pointer(address, like), (n,))
+
+
+@compiled()
+def copy_rows(x: Array, y: Array) -> None:
+    """y (n,d) = x (n,d): an assignment to a slice would compile words for shapes that differ."""
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            y[i, j] = x[i, j]
+
+
+def dense(kind: Any) -> tuple[Any, Any, Any]:
+    """numba's types of dense arrays of one, two and three dimensions."""
+    return kind[::1], kind[:, ::1], kind[:, :, ::1]

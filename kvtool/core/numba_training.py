@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from numba import types
 
 from kvtool.core.numba_kernels import exponential
-from kvtool.core.numba_lanes import NBYTES, WIDTH, lanes_at, multiply_add, put_lanes, spread, total
+from kvtool.core.numba_lanes import NBYTES, lanes_at, multiply_add, put_lanes, spread, total
 from kvtool.core.numba_tools import MOST_THREADS as MOST_THREADS
-from kvtool.core.numba_tools import Array, compiled, kept, number, use_threads, vector
+from kvtool.core.numba_tools import (
+    Array,
+    Forms,
+    compiled,
+    kept,
+    number,
+    shared,
+    use_threads,
+    vector,
+)
 
 # An address, the bytes to the next row and to the next token, and the tokens of a row.
 Place = tuple[int, int, int, int]
@@ -61,7 +71,7 @@ def dropout_part(
         write(row, y[n])
 
 
-@compiled(parallel=True)
+@shared(parallel=True)
 def dropout(
     x: Array, onto: Array, start: int, least: int, scale: float, y: Array, threads: int
 ) -> None:
@@ -69,8 +79,8 @@ def dropout(
     elements; `start` is the first element's index."""
     use_threads(threads)
     for part in numba.prange(threads):
-        n = x.shape[0]
-        first, last = n * part // threads, n * (part + 1) // threads
+        n, at = x.shape[0], np.int64(part)
+        first, last = n * at // threads, n * (at + 1) // threads
         dropout_part(x, onto, start, least, scale, y, first, last)
 
 
@@ -153,7 +163,7 @@ def softmax_backward(weights: Array, grads: Array, scale: float) -> None:
             grads[i, j] = weights[i, j] * (grads[i, j] - mean) * np.float32(scale)
 
 
-@compiled()
+@shared()
 def attend_part(
     q: Place, k: Place, v: Place, n_groups: int, seen: Array, weights: Array, y: Array,
     first: int, last: int,
@@ -179,7 +189,7 @@ def attend_part(
         write(result.reshape(result.size), y[row].reshape(result.size))
 
 
-@compiled(parallel=True)
+@shared(parallel=True)
 def attend(
     q: Place, k: Place, v: Place, n_groups: int, seen: Array, weights: Array, y: Array, threads: int
 ) -> None:
@@ -187,12 +197,12 @@ def attend(
     y (B,T,H,D), which is of the type of q, k and v."""
     use_threads(threads)
     for part in numba.prange(threads):
-        batch = y.shape[0]
-        first, last = batch * part // threads, batch * (part + 1) // threads
+        batch, at = y.shape[0], np.int64(part)
+        first, last = batch * at // threads, batch * (at + 1) // threads
         attend_part(q, k, v, n_groups, seen, weights, y, first, last)
 
 
-@compiled()
+@shared()
 def attend_backward_part(
     dy: Place, q: Place, k: Place, v: Place, n_groups: int, weights: Array, like: Array,
     dq: Place, dk: Place, dv: Place, first: int, last: int,
@@ -225,7 +235,7 @@ def attend_backward_part(
         write_row(of_values, dv, row, like)
 
 
-@compiled(parallel=True)
+@shared(parallel=True)
 def attend_backward(
     dy: Place, q: Place, k: Place, v: Place, n_groups: int, weights: Array, like: Array,
     dq: Place, dk: Place, dv: Place, threads: int,
@@ -233,19 +243,21 @@ def attend_backward(
     """Gradients of `attend`, of numbers `like` (D,)."""
     use_threads(threads)
     for part in numba.prange(threads):
-        batch = weights.shape[0]
-        first, last = batch * part // threads, batch * (part + 1) // threads
+        batch, at = weights.shape[0], np.int64(part)
+        first, last = batch * at // threads, batch * (at + 1) // threads
         attend_backward_part(dy, q, k, v, n_groups, weights, like, dq, dk, dv, first, last)
 
 
-def load() -> None:
-    """Compile all, or read it from disk."""
-    none, one = np.empty((0, 1), np.float32), np.ones((1, 1), np.float32)
-    half = np.zeros((1, 1), np.uint16)
-    for x, onto, z in ((half, one, one), (one, one, one), (one, none, one), (one, none, half)):
-        dropout(x, onto, 0, 0, 1.0, z.copy(), 1)
-    for dtype in (np.float32, np.uint16):
-        y, seen = np.zeros((1, 1, 1, WIDTH), dtype), np.ones((1, 1, 1), np.bool_)
-        at, weights = (y.ctypes.data, 0, 0, 1), np.empty((1, 1, 1, 1), np.float32)
-        attend(at, at, at, 1, seen, weights, y, 1)
-        attend_backward(at, at, at, at, 1, weights, y[0, 0, 0], at, at, at, 1)
+def forms() -> Forms:
+    """All of these functions, what is called first: of float32 (f), and of bfloat16 as bits (h)."""
+    n, real, f, h = types.intp, types.float64, types.float32, types.uint16
+    for x, onto, y in ((h, f, f), (f, f, f), (f, f, h)):
+        yield dropout, (x[:, ::1], onto[:, ::1], n, n, real, y[:, ::1], n)
+    place, weights = types.UniTuple(n, 4), f[:, :, :, ::1]
+    for x in (f, h):
+        given = place, place, place, n, types.boolean[:, :, ::1], weights, x[:, :, :, ::1]
+        yield attend_part, (*given, n, n)
+        yield attend, (*given, n)
+        back = place, place, place, place, n, weights, x[::1], place, place, place
+        yield attend_backward_part, (*back, n, n)
+        yield attend_backward, (*back, n)

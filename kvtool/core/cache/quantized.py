@@ -210,7 +210,7 @@ class QuantizedCache(BufferedCache):
         )
         if None in keys or None in values:
             return None
-        codes = np.concatenate([np.transpose(keys), np.transpose(values)])
+        codes = np.concatenate([keys, values], axis=1).T.copy()  # dense, as compiled code has it
         packings = np.array([part.packing(n) for part in self._packed[0]])
         return opened._replace(codes=codes, packings=packings, exact=n - self._first)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvtool.core import native
+from kvtool.core import compiling, native
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.places import Fixed
@@ -116,7 +116,7 @@ class Graphs:
                 cache.commit(1)
                 self._failed = True
                 reason = str(error).splitlines()[0]
-                native.LOG.warning("decoding without CUDA graphs, which failed: %s", reason)
+                compiling.LOG.warning("decoding without CUDA graphs, which failed: %s", reason)
                 return logits
         recording = recordings[key]
         start, *inputs = recording.inputs

@@ -1,0 +1,74 @@
+"""Native code made, or read from disk: one function after the other, by one process at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvtool import ending
+
+if TYPE_CHECKING:
+    from kvtool.core.numba_tools import Forms
+
+LOG = logging.getLogger("kvtool")
+LOCK = "kvtool.lock"
+
+
+def available(load: Callable[[], ModuleType]) -> ModuleType | None:
+    """The compiled functions that `load` returns; None where numba does not work, beside a newer
+    NumPy for example."""
+    threads = torch.get_num_threads()
+    try:
+        return load()
+    except Exception:  # of numba, of LLVM, of a file that it kept: PyTorch does all without it
+        return None
+    finally:
+        torch.set_num_threads(threads)  # numba starts its own, and OpenMP takes that for PyTorch's
+
+
+def load_all(forms: Forms, name: str) -> None:
+    """Compile all functions for their types, or read them from disk; `name` says for what format.
+
+    Says so if it has to compile. Of two processes the second waits, and reads what the first has
+    made. A signal is obeyed between two functions: within, LLVM's callbacks would swallow it.
+    """
+    listed = list(forms)
+    started, compiles = time.monotonic(), False
+    with _alone(listed[0][0].folder):
+        for function, kinds in listed:
+            with ending.held():
+                made = function.load(*kinds)
+            if made and not compiles:
+                LOG.info(f"compiling native code for {name}, once after an installation ...")
+                compiles = True
+    if compiles:
+        LOG.info(f"compiled native code in {time.monotonic() - started:.0f} s")
+
+
+@contextmanager
+def _alone(folder: Path | None) -> Iterator[None]:
+    """While no other process is here with the same folder; with none, or one that cannot be
+    locked, every process works for itself."""
+    try:
+        import fcntl
+
+        lock = open(folder / LOCK, "a") if folder is not None else None  # noqa: SIM115
+    except (ImportError, OSError):
+        lock = None
+    if lock is None:
+        yield
+        return
+    with lock:  # closing it lets go
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            LOG.info("waiting for another process that compiles native code ...")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
