@@ -15,9 +15,11 @@ import bench_cases
 from bench_cases import cells
 from cli_probe import Ran, refused
 from kvtool import files
-from kvtool.commands.bench_report import Report, Row, draw, number
+from kvtool.commands.bench_report import Report, Row, number
+from kvtool.commands.bench_show import draw
 from kvtool.core import timing
 from kvtool.core.kernels import DefaultKernels
+from kvtool.core.traffic import Bandwidth
 from kvtool.ui import plots
 from small_models import (
     answer,
@@ -300,7 +302,7 @@ def test_the_plot_marks_the_lengths_from_which_on_kinds_pay_and_says_the_rest(
     ]
     rows = [Row.of(cell, speedup, 1, 0) for cell, speedup in timing.speedups(made)]
     pays = {"static": 31.6, "paged": 10.0}
-    report = Report(rows, pays, 1, 8, None, "default", 1e9, {}, 1.0, {})
+    report = Report(rows, pays, 1, 8, None, "default", Bandwidth((1e9,)), {}, 1.0, {})
     draw(report, Path("a.png"))
     said = "static pays from about 32 tokens on; paged pays from 10 tokens on, the fewest measured."
     assert drawn == [({"static": 31.6}, said)]
