@@ -15,7 +15,7 @@ import bench_cases
 from bench_cases import cells
 from cli_probe import Ran, refused
 from kvtool import files
-from kvtool.commands.bench_report import Report, Row, number
+from kvtool.commands.bench_report import Report, Row, memory_text, number
 from kvtool.commands.bench_show import draw
 from kvtool.core import timing, traffic
 from kvtool.core.kernels import DefaultKernels
@@ -189,7 +189,10 @@ def test_the_reports_have_a_row_for_every_cell(bench: Callable[..., Ran], tmp_pa
         assert (ran.code, ran.err) == (0, "")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "rows.csv").read_text())))
     assert [row["cache"] for row in rows] == ["none", "dynamic", "static"]
-    assert len((tmp_path / "rows.md").read_text().splitlines()) == 4 + 3
+    assert [row["samples"] for row in rows] == ["2"] * 3
+    written = (tmp_path / "rows.md").read_text()
+    assert written.count("\n| ") == 2 + 3 and "samples_s" not in written
+    assert written.splitlines()[-1].startswith("dynamic ") or "pay" in written.splitlines()[-1]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])

@@ -20,7 +20,7 @@ from kvtool.files import write_durable
 from kvtool.registry import with_own_window
 from kvtool.ui import options as o
 from kvtool.ui.documents import jsonable, to_json
-from kvtool.ui.environment import environment
+from kvtool.ui.environment import caption, environment, measured_on
 from kvtool.ui.output import Output, present
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def run(settings: Settings, out: Output) -> Report:
     import torch
 
     from kvtool.core import timing
+    from kvtool.core.cache import settings_of
     from kvtool.core.kernels import make_kernels
     from kvtool.core.machine import prepare
     from kvtool.core.traffic import read_bandwidth, weights_read
@@ -106,12 +107,14 @@ def run(settings: Settings, out: Output) -> Report:
     settings = replace(settings, caches=list(dict.fromkeys(caches)))
     check_fits(settings, lengths, model.config, device, dtype)
     resolved = {
-        "model": str(loaded.path),
-        "sha256": loaded.sha256,
+        **loaded.facts,
         "device": str(device),
         "lengths": lengths,
+        "cache_settings": {kind: settings_of(kind) for kind in settings.caches},
         **bench_peers.facts(settings),
     }
+    if model is not loaded.model:
+        resolved["changed"] = f"with {settings.n_kv_heads} key-value heads and random weights"
     if baseline is not None:
         check_comparable(settings, baseline, conditions(settings, resolved), out)
     text = read_ids(settings, loaded, device)
@@ -372,7 +375,7 @@ def command(
     def work(settings: Settings, out: Output) -> Report:
         report = run(settings, out)
         if settings.plot is not None and report.exit_code == 0:
-            draw(report, settings.plot)
+            draw(report, settings.plot, caption(measured_on(settings, report.resolved)))
             out.note(f"plot: {settings.plot}")
         return report
 

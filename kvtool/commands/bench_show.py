@@ -127,7 +127,7 @@ def show_changes(report: Report, out: Output) -> None:
         out.verdict(False, sentence)
 
 
-def draw(report: Report, path: Path) -> None:
+def draw(report: Report, path: Path, about: str = "") -> None:
     """The figure: latency against length, and the cache's memory against length."""
     from kvtool.ui.plots import bench_plot
 
@@ -144,4 +144,5 @@ def draw(report: Report, path: Path) -> None:
         for kind, length in report.pays_from.items()
         if length is not None and length > times[kind][0][0]
     }
-    bench_plot(path, times, memory, marks, pays_text(report) if report.pays_from else "")
+    said = pays_text(report) if report.pays_from else ""
+    bench_plot(path, times, memory, marks, said, f"{title(report)}\n{about}")
