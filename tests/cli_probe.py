@@ -49,6 +49,7 @@ class Report:
     caches: list[str]
     gap: float = float("nan")
     exit_code: int = 0
+    conclusion: str = "It is even."
 
     def rows(self) -> list[dict[str, Any]]:
         return [{"length": n, "gap": self.gap, "even": n % 2 == 0} for n in self.lengths]

@@ -40,19 +40,23 @@ def test_rows_that_the_budget_left_out_are_null_and_said(
     names = ("median_s", "iqr_s", "tokens_per_s", "speedup", "bytes_measured")
     assert [unmeasured[name] for name in names] == [None] * 5
     assert unmeasured["bytes_predicted"] == 0
-    assert "not measured: none 50" in ran.err and "give a larger --budget" in ran.err
-    row = next(line for line in bench(*words).out.splitlines() if line.startswith("    50  none"))
-    assert row.split()[2:] == ["-", "-", "0", "-", "-", "-", "0"]
+    left_out = "none at 50 tokens (about 11 s)"
+    assert f"so not measured: {left_out}; give a larger --budget" in ran.err
+    assert found["conclusion"].endswith(f"Left out by --budget 5 s: {left_out}.")
+    said = bench(*words).out.splitlines()
+    row = next(line for line in said if line.startswith("    50  none"))
+    assert row.split() == ["50", "none", "-", "-", "0", "-", "-", "-", "11", "s"]
+    assert said[-1] == f"Left out by --budget 5 s: {left_out}."
 
 
 def test_fewer_samples_than_asked_for_are_said(
     bench: Callable[..., Ran], slow: Callable[..., None]
 ) -> None:
     slow(lambda kind, length: 1.0)
-    ran = bench("--caches", "none", "static", "--repeats", "9", "--budget", "12", "--json")
+    ran = bench("--caches", "none", "static", "--repeats", "9", "--budget", "8", "--json")
     counts = [len(row["samples_s"]) for row in answer(ran)["measurements"]]
     assert counts == [4, 4]
-    assert ran.err == "2 of 2 rows have fewer than 9 samples (--budget 12 s)\n"
+    assert ran.err == "2 of 2 rows have fewer than 9 samples (--budget 8 s)\n"
 
 
 def test_nothing_measured_at_all_is_exit_1_and_draws_nothing(
@@ -61,7 +65,8 @@ def test_nothing_measured_at_all_is_exit_1_and_draws_nothing(
     slow(lambda kind, length: 1.0)
     ran = bench("--budget", "0.001", "--plot", str(tmp_path / "a.png"))
     assert ran.code == 1
-    assert "dynamic and static were not measured beside no cache" in ran.out
+    said = "Nothing was measured within --budget 0.001 s: none at 3 tokens would take about 1 s."
+    assert ran.out.splitlines()[-1] == said
     assert "does not pay" not in ran.out
     assert not (tmp_path / "a.png").exists()
 
@@ -103,8 +108,9 @@ def test_a_signal_shows_and_writes_what_was_measured(
     assert ran.code == code
     assert f"warning: {word} after 3 of 8 runs\n" in ran.err
     assert "--save stopped: nothing is kept" in ran.err and not place("stopped").exists()
-    row = next(line for line in ran.out.splitlines() if line.startswith("     5  none"))
+    row = next(line for line in ran.out.splitlines() if line.startswith("     5  static"))
     assert row.split()[4] == "1"
+    assert ran.out.splitlines()[-1] == f"{word.capitalize()} after 3 of 8 runs."
     found = json.loads(written.read_text())
     assert found["ended"] == word and len(found["measurements"]) == 4
 

@@ -15,9 +15,11 @@ import bench_cases
 from bench_cases import cells
 from cli_probe import Ran, refused
 from kvtool import files
-from kvtool.commands.bench_report import Report, Row, draw, number
-from kvtool.core import timing
+from kvtool.commands.bench_report import Report, Row, memory_text, number
+from kvtool.commands.bench_show import draw
+from kvtool.core import timing, traffic
 from kvtool.core.kernels import DefaultKernels
+from kvtool.core.traffic import Bandwidth
 from kvtool.ui import plots
 from small_models import (
     answer,
@@ -187,7 +189,10 @@ def test_the_reports_have_a_row_for_every_cell(bench: Callable[..., Ran], tmp_pa
         assert (ran.code, ran.err) == (0, "")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "rows.csv").read_text())))
     assert [row["cache"] for row in rows] == ["none", "dynamic", "static"]
-    assert len((tmp_path / "rows.md").read_text().splitlines()) == 4 + 3
+    assert [row["samples"] for row in rows] == ["2"] * 3
+    written = (tmp_path / "rows.md").read_text()
+    assert written.count("\n| ") == 2 + 3 and "samples_s" not in written
+    assert written.splitlines()[-1].startswith("dynamic ") or "pay" in written.splitlines()[-1]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
@@ -300,7 +305,77 @@ def test_the_plot_marks_the_lengths_from_which_on_kinds_pay_and_says_the_rest(
     ]
     rows = [Row.of(cell, speedup, 1, 0) for cell, speedup in timing.speedups(made)]
     pays = {"static": 31.6, "paged": 10.0}
-    report = Report(rows, pays, 1, 8, None, "default", 1e9, {}, 1.0, {})
+    report = Report(rows, pays, 1, 8, None, "default", Bandwidth((1e9,)), {}, 1.0, {})
     draw(report, Path("a.png"))
     said = "static pays from about 32 tokens on; paged pays from 10 tokens on, the fewest measured."
     assert drawn == [({"static": 31.6}, said)]
+
+
+# The speed of memory
+
+
+def reading(
+    *rates: float, own_caches: int | None, token_bytes: int = 4 * 2**30, token_s: float = 0.1
+) -> str:
+    """What is said of memory where a token of static reads so much in such a time."""
+    run = timing.Run(1.0, 0.5, 0.5, token_s, 9, token_bytes)
+    row = Row.of(timing.Cell("static", 10, [run]), None, 1, 0)
+    return memory_text(
+        Report([row], {}, 1, 8, None, "default", Bandwidth(rates, own_caches), {}, 1.0)
+    )
+
+
+def test_the_processors_own_caches_explain_what_fits_into_them_and_nothing_else() -> None:
+    steady, own = [9e9, 9.5e9, 10e9], 32 * 2**20
+    fits = reading(*steady, own_caches=own, token_bytes=2**24, token_s=0.001)
+    assert "What static reads faster than that has stayed in the processor's own caches (32" in fits
+    large = reading(*steady, own_caches=own)
+    assert "has stayed" not in large
+    assert "own caches do not explain: they hold too little for that" in large
+    unknown = reading(*steady, own_caches=None, token_bytes=2**24, token_s=0.001)
+    assert "has stayed" not in unknown and "nobody says what they hold" in unknown
+
+
+def test_a_part_that_stays_explains_no_more_than_a_part() -> None:
+    """Of 48 MiB at twice the speed of memory 32 may have stayed, of 96 MiB not."""
+    token_s = 2**20 / 20e9
+    for size, explained in ((48, True), (96, False)):
+        said = reading(
+            10e9, own_caches=32 * 2**20, token_bytes=size * 2**20, token_s=size * token_s
+        )
+        assert ("has stayed" in said) is explained
+
+
+def test_what_is_read_no_faster_than_memory_is_not_explained() -> None:
+    assert reading(10e9, own_caches=1, token_s=1.0) == "Memory was read at 10.0 GB/s in this run."
+
+
+def test_a_disturbed_reading_is_said() -> None:
+    said = reading(10e9, 4e9, 5e9, own_caches=1, token_s=1.0)
+    assert said.endswith("The reading was disturbed (4.0 to 10.0 GB/s), and may be too low.")
+    assert "disturbed" not in reading(10e9, 9.9e9, 4e9, own_caches=1, token_s=1.0)
+
+
+def test_caches_that_processors_share_count_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for processor in (0, 1, 2):
+        for i, (kind, level, size, shared) in enumerate(
+            [
+                ("Data", "1", "32K", f"{processor}"),
+                ("Instruction", "1", "32K", f"{processor}"),
+                ("Unified", "2", "1024K", f"{processor}"),
+                ("Unified", "3", "32768K", "0-2"),
+            ]
+        ):
+            folder = tmp_path / f"cpu{processor}" / "cache" / f"index{i}"
+            folder.mkdir(parents=True)
+            facts = {"type": kind, "level": level, "size": size, "shared_cpu_list": shared}
+            for name, value in facts.items():
+                (folder / name).write_text(f"{value}\n")
+    monkeypatch.setattr(traffic, "CACHES", tmp_path)
+    monkeypatch.setattr(traffic.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    cpu = torch.device("cpu")
+    assert traffic.own_caches(cpu) == (2 * (32 + 1024) + 32768) * 1024
+    monkeypatch.setattr(traffic, "CACHES", tmp_path / "none")
+    assert traffic.own_caches(cpu) is None

@@ -79,9 +79,52 @@ def test_a_length_is_marked_and_a_caption_stands_below(figures: list[Any]) -> No
     assert figures[0].get_supxlabel() == "It pays."
 
 
-def test_one_length_of_one_kind_is_enough_for_a_plot(figures: list[Any]) -> None:
-    plots.bench_plot(Path("a.png"), {"static": [(10, [0.1])]}, {"static": [(10, 9)]}, {})
-    assert len(figures) == 1
+@pytest.mark.parametrize(
+    "seconds", [[0.1], [0.3, 0.31], [0.3, 0.42], [0.0123, 0.0124], [1.0, 2.0], [0.21, 90.0], [7e-7]]
+)
+@pytest.mark.parametrize("lengths", [[1], [10], [999, 1000], [10, 1000]])
+def test_every_axis_has_two_ticks_or_more(
+    seconds: list[float], lengths: list[int], figures: list[Any]
+) -> None:
+    times = {"static": [(n, seconds) for n in lengths]}
+    plots.bench_plot(Path("a.png"), times, {"static": [(n, 1500 * n) for n in lengths]}, {})
+    for axes in figures[0].axes:
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            shown = [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
+            assert len(shown) >= 2
+            assert all(axis.get_major_formatter()(tick, 0) for tick in shown)
+    low, high = figures[0].axes[0].get_ylim()
+    assert low <= min(seconds) and max(seconds) <= high
+
+
+def test_kinds_that_lie_on_each_other_are_told_apart(figures: list[Any]) -> None:
+    """They take turns along one line: where one has a dash, the others have gaps."""
+    times = {kind: [(10, [0.1]), (100, [1.0])] for kind in ("dynamic", "static", "paged")}
+    memory = {kind: [(10, 2048), (100, 20480)] for kind in ("dynamic", "static")}
+    plots.bench_plot(Path("a.png"), {**times, "int8": [(10, [0.2]), (100, [2.0])]}, memory, {})
+    for axes, n in zip(figures[0].axes, (3, 2), strict=True):
+        lines = axes.lines[:n]
+        on = []
+        for line in lines:
+            offset, (dash, gap) = line._unscaled_dash_pattern
+            assert gap == (n - 1) * dash
+            on.append((n * dash - offset) % (n * dash))  # where its dash begins
+        assert sorted(on) == [i * dash for i in range(n)]
+        assert len({line.get_markersize() for line in lines}) == n  # marks in each other
+        assert {line.get_markerfacecolor() for line in lines} == {"none"}
+        assert len(axes.get_legend().get_texts()) == len(axes.lines)
+    assert figures[0].axes[0].lines[3].get_linestyle() == "-"
+
+
+def test_a_plot_names_what_was_measured(figures: list[Any]) -> None:
+    about = "Time to generate\na model (01234567), float32, 2 threads, a processor; " + "int8 " * 60
+    plots.bench_plot(Path("a.png"), SERIES, MEMORY, {}, "", about)
+    plots.gap_plot(Path("a.png"), {"static": {"float32": [1e-7, 2e-7]}}, about)
+    for figure in figures:
+        assert " ".join(figure.get_suptitle().split()) == " ".join(about.split())
+        assert figure.get_suptitle().startswith("Time to generate\na model")
+        widest = max(map(len, figure.get_suptitle().splitlines()))
+        assert widest <= 13 * figure.get_figwidth()  # letters of this size in an inch
 
 
 @pytest.mark.parametrize(
@@ -98,7 +141,7 @@ def test_labels_that_would_run_into_each_other_are_left_out(
 ) -> None:
     assert plots.apart(lengths) == kept
     plots.bench_plot(Path("a.png"), {"none": [(n, [n / 10]) for n in lengths]}, {}, {})
-    assert list(figures[0].axes[0].get_xticks()) == kept
+    assert list(figures[0].axes[0].get_xticks()) == (kept if kept[1:] else [2, 5, 10])
 
 
 @pytest.mark.parametrize(

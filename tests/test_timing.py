@@ -11,7 +11,8 @@ import torch
 
 from kvtool.core import timing
 from kvtool.core.cache import make_cache
-from kvtool.core.timing import Cell, Lane, Run, Workload, crossover, expected, speedups
+from kvtool.core.timing import Cell, Lane, Measurement, Run, Workload, crossover, speedups
+from kvtool.ending import until_ended
 from kvtool.registry import CACHES
 from small_models import random_model
 
@@ -43,9 +44,21 @@ class Fake:
 
 
 def measure(
-    work: timing.Work, lengths: list[int], kinds: list[str], *rest: float, **named: Any
+    work: timing.Work,
+    lengths: list[int],
+    kinds: list[str],
+    repeats: int,
+    budget: float,
+    before: int = 0,
+    **named: Any,
 ) -> list[Cell]:
-    return timing.measure([Lane(kind, work) for kind in kinds], lengths, *rest, **named)
+    measurement = Measurement([Lane(kind, work) for kind in kinds], lengths, before)
+    measurement.run(repeats, budget, **named)
+    return measurement.cells
+
+
+def counts(cells: list[Cell]) -> list[int]:
+    return [len(cell.samples) for cell in cells]
 
 
 @pytest.fixture
@@ -71,19 +84,25 @@ def cells(**medians: list[float | None]) -> list[Cell]:
 # Who is measured when
 
 
-def test_kinds_take_turns_and_the_shortest_come_first(fake: Callable[..., Fake]) -> None:
+def test_kinds_take_turns_shortest_first_and_no_cache_last(fake: Callable[..., Fake]) -> None:
     work = fake()
-    measure(work, [3, 20], ["none", "static"], repeats=2, budget=1e9)
-    warm_up = [("none", 3), ("none", 3), ("static", 3), ("static", 3)]
-    turn = [("none", 3), ("static", 3), ("none", 20), ("static", 20)]
-    assert work.runs == warm_up + turn + turn
+    found = measure(work, [3, 20], ["none", "static", "paged"], repeats=2, budget=1e9)
+    kinds = ["static", "paged", "none"]
+    turn = [(kind, n) for n in (3, 20) for kind in kinds]
+    assert work.runs[6:] == turn + turn
+    order = [(c.length, c.cache) for c in found]
+    assert order == [(n, kind) for n in (3, 20) for kind in ("none", "static", "paged")]
 
 
-def test_warming_up_is_short_and_no_sample(fake: Callable[..., Fake]) -> None:
+def test_each_kind_runs_twice_for_a_few_tokens_first_and_that_is_no_sample(
+    fake: Callable[..., Fake],
+) -> None:
     work = fake()
-    found = measure(work, [500], ["none"], repeats=1, budget=1e9)
-    assert work.runs == [("none", 10), ("none", 10), ("none", 500)]
-    assert found[0].samples == [500]
+    found = measure(work, [500], ["none", "static"], repeats=1, budget=1e9)
+    assert work.runs[:4] == [("none", 10)] * 2 + [("static", 10)] * 2
+    assert [cell.samples for cell in found] == [[500], [500]]
+    measure(work, [1, 4], ["none"], repeats=1, budget=1e9)
+    assert work.runs[6:8] == [("none", 4)] * 2  # no longer than what is asked for
 
 
 def test_every_sample_is_kept_with_the_bytes(fake: Callable[..., Fake]) -> None:
@@ -106,24 +125,60 @@ def test_progress_counts_what_is_passed_over_too(fake: Callable[..., Fake]) -> N
 # The budget
 
 
-@pytest.mark.parametrize("budget", [0.5, 13.0, 30.0, 100.0, 300.0])
-def test_the_budget_is_never_exceeded_by_more_than_the_warm_up(
+def growing(kind: str, length: int) -> float:
+    """Seconds: with the square of the length without a cache, a tenth a token with one."""
+    return length**2 / 100 if kind == "none" else length / 10
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.0, 1.5, 3.0, 13.0, 30.0, 100.0, 300.0])
+def test_the_budget_is_kept_and_spent_on_the_cheap_ones_first(
     fake: Callable[..., Fake], budget: float
 ) -> None:
-    work = fake(lambda kind, length: length**2 / 100 if kind == "none" else length / 10)
+    work = fake(growing)
     found = measure(work, [10, 20, 40, 80], ["none", "static"], 7, budget)
     warm_up = 2 * (1 + 1)
-    assert work.now - 100.0 <= max(budget, warm_up)
-    assert all(len(cell.samples) <= 7 for cell in found)
+    assert work.now - 100.0 <= budget + warm_up + 1e-9
+    cost = {(c.cache, c.length): growing(c.cache, c.length) for c in found}
+    left_out = [cost[c.cache, c.length] for c in found if not c.runs]
+    firsts = [cost[c.cache, c.length] for c in found if c.runs]
+    assert max(firsts, default=0) <= min(left_out, default=1e9)
+    assert not left_out or sum(firsts) + min(left_out) > budget  # not one more would have fitted
 
 
-def test_a_length_that_would_not_fit_any_more_is_not_measured_and_the_shorter_are(
+def test_no_cache_leaves_the_time_of_the_caches_to_them(fake: Callable[..., Fake]) -> None:
+    """The uncached run would fit, but then nothing else: three kinds of 10 s in 60 s."""
+    work = fake(lambda kind, length: 50.0 * (length / 100) ** 2 if kind == "none" else length / 10)
+    found = measure(work, [100], ["none", "dynamic", "int8", "paged"], repeats=1, budget=60.0)
+    assert counts(found) == [0, 1, 1, 1]
+
+
+def test_a_costly_kind_at_a_short_length_waits_for_cheap_ones_at_longer_lengths(
     fake: Callable[..., Fake],
 ) -> None:
-    work = fake(lambda kind, length: length**2 / 100)
-    found = measure(work, [10, 100], ["none"], repeats=3, budget=50.0)
-    assert [len(cell.samples) for cell in found] == [3, 0]
-    assert found[1].median is None and found[1].iqr is None
+    work = fake(lambda kind, length: 3.0 * length if kind == "none" else length / 10)
+    found = measure(work, [10, 100], ["none", "static"], repeats=1, budget=35.0)
+    assert [(c.cache, c.length) for c in found if c.runs] == [("static", 10), ("static", 100)]
+
+
+def test_kinds_of_equal_cost_are_measured_as_far_as_it_goes(fake: Callable[..., Fake]) -> None:
+    found = measure(fake(lambda kind, length: 1.0), [10], ["dynamic", "static"], 1, budget=1.5)
+    assert counts(found) == [1, 0]
+
+
+def test_the_short_runs_are_no_part_of_the_budget(fake: Callable[..., Fake]) -> None:
+    slow_start = iter([60.0, 1.0])
+    work = fake(lambda kind, length: next(slow_start, 1.0))
+    assert counts(measure(work, [10], ["static"], repeats=3, budget=3.5)) == [3]
+
+
+def test_nothing_is_measured_if_nothing_fits_and_it_is_known_what_it_would_take(
+    fake: Callable[..., Fake],
+) -> None:
+    work = fake()
+    measurement = Measurement([Lane("none", work), Lane("static", work)], [10])
+    measurement.run(3, budget=1.0)
+    assert counts(measurement.cells) == [0, 0]
+    assert [measurement.expected(cell) for cell in measurement.cells] == [10, 10]  # seconds
 
 
 def test_what_stands_before_counts_in_what_a_longer_run_may_take(
@@ -132,70 +187,72 @@ def test_what_stands_before_counts_in_what_a_longer_run_may_take(
     """10 tokens behind 90 are 950 passes of a token, and 100 are 14,000: 15 times, not 100."""
     work = fake(lambda kind, length: length * (90 + length / 2) / 950)
     found = measure(work, [10, 100], ["none"], repeats=1, budget=20.0, before=90)
-    assert [len(cell.samples) for cell in found] == [1, 1]
+    assert counts(found) == [1, 1]
 
 
-def test_ctrl_c_keeps_what_was_measured(fake: Callable[..., Fake]) -> None:
+def test_a_signal_keeps_what_was_measured(fake: Callable[..., Fake]) -> None:
     def cost(kind: str, length: int) -> float:
-        if length == 20 and kind == "static":
+        if length == 20 and kind == "none":
             raise KeyboardInterrupt
         return length
 
-    with pytest.raises(timing.Stopped) as stopped:
-        measure(fake(cost), [3, 20], ["none", "static"], repeats=2, budget=1e9)
-    assert [cell.samples for cell in stopped.value.cells] == [[3], [3], [20], []]
+    work = fake(cost)
+    measurement = Measurement([Lane(kind, work) for kind in ("none", "static")], [3, 20, 30])
+    with until_ended() as outcome:
+        measurement.run(2, 1e9)
+    assert outcome.how is not None
+    assert [cell.samples for cell in measurement.cells] == [[3], [3], [], [20], [], []]
 
 
-def test_ctrl_c_before_anything_was_measured_is_just_that(fake: Callable[..., Fake]) -> None:
-    def cost(kind: str, length: int) -> float:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        measure(fake(cost), [3], ["none"], repeats=1, budget=1e9)
-    assert type(stopped.value) is KeyboardInterrupt
+# What a run will take
 
 
-def test_a_budget_spent_by_the_warm_up_measures_nothing(fake: Callable[..., Fake]) -> None:
-    found = measure(fake(), [10], ["none", "static"], repeats=3, budget=1.0)
-    assert [cell.samples for cell in found] == [[], []]
+def measurement_of(*known: Cell, short: float = 1.0) -> Measurement:
+    """A measurement with some cells, of lanes whose run of 10 tokens took `short` seconds."""
+    lanes = {
+        (cell.cache, cell.impl): Lane(cell.cache, Fake(lambda *_: 0), cell.impl) for cell in known
+    }
+    lengths = sorted({cell.length for cell in known})
+    made = Measurement(list(lanes.values()), lengths)
+    for cell in made._short.values():
+        cell.runs, cell.took, cell.length = [taking(short)], [short], 10
+    for cell in made.cells:
+        for one in known:
+            if (one.cache, one.impl, one.length) == (cell.cache, cell.impl, cell.length):
+                cell.runs, cell.took = one.runs, [run.seconds for run in one.runs]
+    return made
 
 
 def test_the_next_run_is_expected_to_take_the_slowest_so_far() -> None:
-    cell = Cell(
-        "none",
-        10,
-        [
-            taking(s)
-            for s in (
-                3.0,
-                5.0,
-                4.0,
-            )
-        ],
-    )
-    assert expected(cell, [cell]) == 5.0
+    made = measurement_of(Cell("none", 10, [taking(s) for s in (3.0, 5.0, 4.0)]))
+    assert made.expected(made.cells[0]) == 5.0
 
 
-def test_a_longer_run_is_expected_to_take_the_square_of_the_nearest_shorter() -> None:
-    known = [
-        Cell("none", 10, [taking(s) for s in (1.0,)]),
-        Cell(
-            "none",
-            20,
-            [
-                taking(s)
-                for s in (
-                    3.0,
-                    2.0,
-                )
-            ],
-        ),
-        Cell("static", 40, [taking(s) for s in (0.1,)]),
-    ]
-    unknown = Cell("none", 80)
-    assert expected(unknown, [*known, unknown]) == 2.0 * 16
-    assert expected(Cell("dynamic", 80), known) == 0.0  # nothing is known: try
-    assert expected(Cell("static", 80, impl="transformers"), known) == 0.0
+def test_without_a_cache_a_longer_run_takes_the_square_of_the_longest_shorter_one() -> None:
+    known = [Cell("none", 10, [taking(1.0)]), Cell("none", 20, [taking(3.0), taking(2.0)])]
+    made = measurement_of(*known, Cell("none", 80), Cell("none", 80, impl="transformers"))
+    assert made.expected(made.cells[-2]) == 2.0 * 16
+    assert made.expected(made.cells[-1]) == 1.0 * 64  # of its own short run
+
+
+def test_with_a_cache_each_further_token_takes_as_long_as_the_last_ones() -> None:
+    last = Run(20.0, 2.0, 18.0, 0.5, 9, 9)  # 100 tokens
+    made = measurement_of(Cell("static", 100, [last]), Cell("static", 300))
+    assert made.expected(made.cells[1]) == 20.0 + 200 * 0.5
+    made = measurement_of(Cell("static", 300))
+    assert made.expected(made.cells[0]) == pytest.approx(1.0 + 290 * 0.75 / 9)
+
+
+def test_what_is_not_timed_of_a_run_counts_in_what_it_takes() -> None:
+    """A GPU's steps are recorded by a run before it."""
+    made = measurement_of(Cell("static", 300))
+    made._short["static", "kvtool"].took = [2.0]  # twice what was timed
+    assert made.expected(made.cells[0]) == pytest.approx(2 * (1.0 + 290 * 0.75 / 9))
+
+
+def test_before_its_first_run_nothing_is_known_of_a_kind(fake: Callable[..., Fake]) -> None:
+    measurement = Measurement([Lane("none", fake())], [10])
+    assert measurement.expected(measurement.cells[0]) is None
 
 
 # What the samples say

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from rich.text import Text
 import kvtool
 from cli_probe import Ran, refused
 from kvtool import registry
-from kvtool.ui import documents, output, progress, tables
+from kvtool.config import RunConfig
+from kvtool.ui import documents, environment, output, progress, tables
 
 # Help
 
@@ -93,23 +96,74 @@ def test_results_go_to_stdout_and_talk_to_stderr(kv: Callable[..., Ran]) -> None
     assert kv("-q").out == ran.out
 
 
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads of some processor."""
+    torch = types.SimpleNamespace(__version__="2", get_num_threads=lambda: 2)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(environment, "cpu_name", lambda: "a processor")
+
+
 @pytest.mark.parametrize(
     ("suffix", "expected"),
     [
-        (".csv", "length,gap,even\n10,,true\n51,,false\n"),
+        (
+            ".csv",
+            "length,gap,even,dtype,threads,processor\n"
+            "10,,true,float32,2,a processor\n51,,false,float32,2,a processor\n",
+        ),
         (
             ".md",
-            "# kvtool probe\n\n| length | gap | even |\n| --- | --- | --- |\n"
-            "| 10 |  | true |\n| 51 |  | false |\n",
+            "# kvtool probe\n\nfloat32, 2 threads, a processor\n\n"
+            "| length | gap | even |\n| --- | --- | --- |\n"
+            "| 10 |  | true |\n| 51 |  | false |\n\nIt is even.\n",
         ),
     ],
 )
-def test_output_writes_the_rows(
-    kv: Callable[..., Ran], tmp_path: Path, suffix: str, expected: str
+def test_output_writes_the_rows_what_they_are_of_and_what_follows(
+    kv: Callable[..., Ran], machine: None, tmp_path: Path, suffix: str, expected: str
 ) -> None:
     target = tmp_path / f"result{suffix}"
     assert kv("--lengths", "10", "51", "--output", str(target)).code == 0
     assert target.read_text(encoding="utf-8") == expected
+
+
+def test_the_first_table_says_what_it_is_of(kv: Callable[..., Ran], machine: None) -> None:
+    lines = kv().out.splitlines()
+    assert lines[:2] == ["lengths", "float32, 2 threads, a processor"]
+    assert sum("a processor" in line for line in lines) == 1
+
+
+RUN = RunConfig(model="org/model")
+FOUND = {"model": "/cache/snapshots/1f", "sha256": "0123456789"}
+
+
+@pytest.mark.parametrize(
+    ("run", "resolved", "said"),
+    [
+        (RUN, FOUND, "org/model (01234567), float32"),
+        (RunConfig(), FOUND, "1f (01234567), float32"),
+        (RunConfig("/a/b/best"), {"model": "/a/b/best"}, "b/best, float32"),
+        (RunConfig("/a/b/model"), {"model": "/a/b/model"}, "model, float32"),
+        (RunConfig("a" * 41), {"model": f"/c/{'a' * 41}"}, f"{'a' * 41}, float32"),
+        (RUN, {**FOUND, "changed": "with 1 head"}, "org/model with 1 head (01234567), float32"),
+        (RUN, {"dtype": "bfloat16"}, "bfloat16"),
+        (RUN, {"stored_dtype": "bfloat16"}, "float32 (stored in bfloat16)"),
+        (RUN, {"stored_dtype": "float32"}, "float32"),
+    ],
+)
+def test_a_caption_names_the_model_and_its_formats(
+    machine: None, run: RunConfig, resolved: dict[str, Any], said: str
+) -> None:
+    facts = environment.measured_on(run, resolved)
+    assert environment.caption(facts) == f"{said}, 2 threads, a processor"
+
+
+def test_a_caption_names_the_settings_of_caches(machine: None) -> None:
+    kinds = {"static": {}, "sliding:window=9": {"window": 9, "sinks": 4}, "paged": {"page": 16}}
+    facts = environment.measured_on(RUN, {"cache_settings": kinds})
+    assert facts["cache_settings"] == "sliding: window 9, sinks 4; paged: page 16"
+    assert environment.caption(facts).endswith("; sliding: window 9, sinks 4; paged: page 16")
 
 
 def test_output_writes_the_same_json_as_stdout(kv: Callable[..., Ran], tmp_path: Path) -> None:

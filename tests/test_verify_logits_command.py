@@ -130,7 +130,9 @@ def test_the_reports_hold_a_row_for_every_position(
         assert (ran.code, ran.err) == (0, "")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "rows.csv").read_text())))
     assert [row["piece"] for row in rows] == list(PROMPT)
-    assert len((tmp_path / "rows.md").read_text().splitlines()) == 4 + len(PROMPT)
+    written = (tmp_path / "rows.md").read_text()
+    assert written.count("\n| ") == 2 + len(PROMPT)
+    assert written.splitlines()[-1].startswith("rounding only: ")
     document = answer(verify("--reference", kept, "--json"))
     assert document["schema"] == "kvtool.verify-logits/1"
     assert document["settings"]["run"]["seed"] == 0

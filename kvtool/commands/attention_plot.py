@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvtool.commands.generator import Result
 from kvtool.errors import UsageError
+from kvtool.ui.environment import caption, measured_on
 
 if TYPE_CHECKING:
     from kvtool.commands.generate import Settings
@@ -45,14 +46,14 @@ def draw(
     layer = settings.attention_layer or n_layers
     kernels = make_kernels(settings.kernels)
     weights = cross_attention_weights(loaded.model, source, result.ids, layer - 1, kernels)
-    model = "/".join(loaded.path.resolve().parts[-2:])  # a run's checkpoints are best and last
-    title = f"{model}, cross-attention of decoder layer {layer} of {n_layers}"
+    title = f"Cross-attention of decoder layer {layer} of {n_layers}"
+    about = caption(measured_on(settings, loaded.facts))
     attention_plot(
         path,
         weights.tolist(),
         labels(loaded.source_tokenizer, source),
         labels(loaded.tokenizer, result.ids),
-        [title, f"{shorten(visible(result.prompt))} → {shorten(visible(result.text))}"],
+        [title, about, f"{shorten(visible(result.prompt))} → {shorten(visible(result.text))}"],
     )
 
 

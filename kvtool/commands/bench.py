@@ -10,21 +10,21 @@ import typer
 
 from kvtool.commands import bench_compare, bench_peers
 from kvtool.commands.bench_compare import Limit
-from kvtool.commands.bench_report import Report, Row, draw, label, number, show
+from kvtool.commands.bench_report import Report, Row, label, missing
+from kvtool.commands.bench_show import draw, show
 from kvtool.commands.bench_subject import check_fits, load_model, qualities, read_ids
 from kvtool.config import RunConfig, check_float, check_int
-from kvtool.ending import End
+from kvtool.ending import Ended, until_ended
 from kvtool.errors import FileError, UsageError
 from kvtool.files import write_durable
 from kvtool.registry import with_own_window
 from kvtool.ui import options as o
 from kvtool.ui.documents import jsonable, to_json
-from kvtool.ui.environment import environment
+from kvtool.ui.environment import caption, environment, measured_on
 from kvtool.ui.output import Output, present
-from kvtool.ui.tables import Column
 
 if TYPE_CHECKING:
-    from kvtool.core.timing import Cell, Lane
+    from kvtool.core.timing import Cell, Lane, Measurement
 
 LENGTHS = [10, 50, 100, 500, 1000]
 CACHES = ["none", "dynamic", "static"]
@@ -92,6 +92,7 @@ def run(settings: Settings, out: Output) -> Report:
     import torch
 
     from kvtool.core import timing
+    from kvtool.core.cache import settings_of
     from kvtool.core.kernels import make_kernels
     from kvtool.core.machine import prepare
     from kvtool.core.traffic import read_bandwidth, weights_read
@@ -106,12 +107,14 @@ def run(settings: Settings, out: Output) -> Report:
     settings = replace(settings, caches=list(dict.fromkeys(caches)))
     check_fits(settings, lengths, model.config, device, dtype)
     resolved = {
-        "model": str(loaded.path),
-        "sha256": loaded.sha256,
+        **loaded.facts,
         "device": str(device),
         "lengths": lengths,
+        "cache_settings": {kind: settings_of(kind) for kind in settings.caches},
         **bench_peers.facts(settings),
     }
+    if model is not loaded.model:
+        resolved["changed"] = f"with {settings.n_kv_heads} key-value heads and random weights"
     if baseline is not None:
         check_comparable(settings, baseline, conditions(settings, resolved), out)
     text = read_ids(settings, loaded, device)
@@ -122,35 +125,44 @@ def run(settings: Settings, out: Output) -> Report:
     lanes = bench_peers.make_lanes(settings, loaded, work, resolved, out)
     started = time.perf_counter()
     bandwidth = read_bandwidth(device)
-    cells, ended = measure(settings, lanes, lengths, out)
+    measurement = timing.Measurement(lanes, lengths, work.n_start)
+    quality: dict[str, dict[str, Any]] = {}
+    with until_ended() as outcome:
+        measure(settings, measurement, out)
+        quality = qualities(settings, model, text, lengths[-1], out)
+    if outcome.how and not any(cell.runs for cell in measurement.cells):
+        raise Ended(outcome.how)
     report = Report(
-        *summary(settings, lanes, cells, weights_read(model)),
+        *summary(settings, lanes, measurement, weights_read(model)),
         settings.batch_size,
         settings.prompt_length,
         settings.depth,
         settings.kernels,
         bandwidth,
-        {} if ended else qualities(settings, model, text, lengths[-1], out),
+        quality,
         time.perf_counter() - started,
         resolved,
-        ended=ended,
+        ended=outcome.how,
+        budget=settings.budget,
+        repeats=settings.repeats,
     )
     tell_missing(report, settings, out)
-    if baseline is not None and not ended:
+    if baseline is not None and not outcome.how:
         report.changes, report.regressions = bench_compare.compare(
-            baseline, report.rows(), settings.fail_if
+            baseline, list(map(vars, report.measurements)), settings.fail_if
         )
     return report
 
 
 def summary(
-    settings: Settings, lanes: list[Lane], cells: list[Cell], weights: int
+    settings: Settings, lanes: list[Lane], measurement: Measurement, weights: int
 ) -> tuple[list[Row], dict[str, float | None]]:
     """The rows, and from which length on each kind pays; weights: bytes that a step reads."""
     from kvtool.core import timing
 
+    cells = measurement.cells
     rows = [
-        Row.of(cell, speedup, settings.batch_size, weights)
+        Row.of(cell, speedup, settings.batch_size, weights, measurement.expected(cell))
         for cell, speedup in timing.speedups(cells)
     ]
     several = len(settings.impl) > 1
@@ -162,24 +174,16 @@ def summary(
     return rows, pays_from
 
 
-def measure(
-    settings: Settings, lanes: list[Lane], lengths: list[int], out: Output
-) -> tuple[list[Cell], End | None]:
-    """Time every lane at every length, behind a bar -> and what ended it, if not all was done."""
-    from kvtool.core import timing
-
+def measure(settings: Settings, measurement: Measurement, out: Output) -> None:
+    """Fill the cells, behind a bar."""
     several = len(settings.impl) > 1
-    with out.progress("bench", settings.repeats * len(lengths) * len(lanes)) as bar:
+    with out.progress("bench", settings.repeats * len(measurement.cells)) as bar:
 
         def advance(cell: Cell) -> None:
             bar.update(f"{label(cell.impl, cell.cache, several)} {cell.length}")
             bar.advance()
 
-        limits = settings.repeats, settings.budget
-        try:
-            return timing.measure(lanes, lengths, *limits, advance, settings.start[1]), None
-        except timing.Stopped as stopped:
-            return stopped.cells, stopped.how
+        measurement.run(settings.repeats, settings.budget, advance)
 
 
 def conditions(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -217,11 +221,10 @@ def tell_missing(report: Report, settings: Settings, out: Output) -> None:
         made = sum(len(row.samples_s) for row in rows)
         out.warn(f"{report.ended.value} after {made} of {len(rows) * settings.repeats} runs")
         return
-    none = [f"{report.name(row)} {row.length}" for row in rows if not row.samples_s]
-    if none:
+    if left_out := missing(report):
         out.warn(
-            f"--budget {settings.budget:g} s leaves no room, so not measured: {', '.join(none)}; "
-            "give a larger --budget"
+            f"--budget {settings.budget:g} s leaves no room, so not measured: {left_out}; give a "
+            "larger --budget"
         )
     few = [row for row in rows if 0 < len(row.samples_s) < settings.repeats]
     if few:
@@ -229,27 +232,6 @@ def tell_missing(report: Report, settings: Settings, out: Output) -> None:
             f"{len(few)} of {len(rows)} rows have fewer than {settings.repeats} samples "
             f"(--budget {settings.budget:g} s)"
         )
-
-
-def show_all(report: Report, out: Output) -> None:
-    """What was measured, and what has changed since the baseline."""
-    show(report, out)
-    if report.changes:
-        columns = [Column("tokens", key=True), Column("cache", "left", key=True)]
-        columns += [Column("before ms"), Column("now ms"), Column("change")]
-        rows = [
-            [
-                str(change.length),
-                report.name(change),
-                number(change.before_s, 1000, ",.1f"),
-                number(change.now_s, 1000, ",.1f"),
-                f"{change.now_s / change.before_s - 1:+.1%}",
-            ]
-            for change in report.changes
-        ]
-        out.table("Medians against the baseline", columns, rows)
-    for sentence in report.regressions:
-        out.verdict(False, sentence)
 
 
 def command(
@@ -278,7 +260,8 @@ def command(
         typer.Option(
             "--budget",
             metavar="SECONDS",
-            help="Start no run that would end later than this, but the first of each kind.",
+            help="For all runs, behind short ones that show what they will take. What does "
+            "not fit is left out and said.",
         ),
     ] = 150.0,
     plot: o.Plot = None,
@@ -392,7 +375,7 @@ def command(
     def work(settings: Settings, out: Output) -> Report:
         report = run(settings, out)
         if settings.plot is not None and report.exit_code == 0:
-            draw(report, settings.plot)
+            draw(report, settings.plot, caption(measured_on(settings, report.resolved)))
             out.note(f"plot: {settings.plot}")
         return report
 
@@ -404,4 +387,4 @@ def command(
             write_durable(path, to_json(content).encode())
             out.note(f"saved: {path}")
 
-    present("bench", settings, work, show_all, out, None if save is None else keep)
+    present("bench", settings, work, show, out, None if save is None else keep)

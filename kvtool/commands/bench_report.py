@@ -1,19 +1,17 @@
-"""What bench found: its rows, the tables, the sentence at the end, and the figure."""
+"""What bench found: its rows, and the sentences that follow from them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.ending import End
-from kvtool.ui.output import Output
-from kvtool.ui.tables import Column
 
 if TYPE_CHECKING:
     from kvtool.commands.bench_compare import Change
     from kvtool.core.timing import Cell
+    from kvtool.core.traffic import Bandwidth
 
 
 @dataclass
@@ -33,9 +31,17 @@ class Row:
     token_s: float | None  # one more token, at this length
     token_bytes: int | None  # weights, keys and values that it reads
     samples_s: list[float]
+    would_take_s: float | None = None  # a run, where there is no sample; estimated
 
     @classmethod
-    def of(cls, cell: Cell, speedup: float | None, batch: int, weights: int) -> Row:
+    def of(
+        cls,
+        cell: Cell,
+        speedup: float | None,
+        batch: int,
+        weights: int,
+        expected: float | None = None,
+    ) -> Row:
         """A cell of measurements as the report gives it."""
         read = cell.runs[-1].read if cell.runs else None
         return cls(
@@ -52,6 +58,7 @@ class Row:
             token_s=middle(run.token_s for run in cell.runs),
             token_bytes=weights + read if read else None,
             samples_s=cell.samples,
+            would_take_s=None if cell.runs else expected,
         )
 
 
@@ -65,23 +72,59 @@ class Report:
     prompt_length: int
     depth: int | None
     kernels: str
-    bandwidth: float  # bytes a second, as measured in this run
+    bandwidth: Bandwidth  # as measured in this run
     quality: dict[str, dict[str, Any]]  # of each lossy kind
     seconds: float
     resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
     changes: list[Change] = field(default_factory=list)  # against the baseline
     regressions: list[str] = field(default_factory=list)
     ended: End | None = None  # by what, so that samples are missing
+    budget: float = 0.0  # seconds
+    repeats: int = 1
+
+    @property
+    def measured(self) -> bool:
+        return any(row.samples_s for row in self.measurements)
 
     @property
     def exit_code(self) -> int:
         if self.ended is not None:
             return self.ended.exit_code
-        measured = any(row.samples_s for row in self.measurements)
-        return 0 if measured and not self.regressions else 1
+        return 0 if self.measured and not self.regressions else 1
+
+    @property
+    def sentences(self) -> list[str]:
+        """What follows from the rows, and what is missing."""
+        if not self.measured:
+            return [nothing_text(self)]
+        found = [pays_text(self), best_text(self), versus_text(self), missing_text(self)]
+        return [sentence for sentence in found if sentence]
 
     def rows(self) -> list[dict[str, Any]]:
-        return [vars(row) for row in self.measurements]
+        """Without the samples themselves, which JSON has."""
+        return [
+            {
+                **{k: v for k, v in vars(row).items() if k != "samples_s"},
+                "samples": len(row.samples_s),
+            }
+            for row in self.measurements
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "bandwidth": self.bandwidth.best,
+            "bandwidth_samples": self.bandwidth.rates,
+            "bandwidth_disturbed": self.bandwidth.disturbed,
+            "own_caches": self.bandwidth.own_caches,
+            "conclusion": " ".join([*self.sentences, *self.regressions]),
+        }
+
+    @property
+    def longest(self) -> list[Row]:
+        """The longest that was measured of each kind, of which a token's time is known."""
+        found = {(row.cache, row.impl): row for row in self.measurements if row.token_s}
+        return list(found.values())
 
     @property
     def impls(self) -> list[str]:
@@ -103,106 +146,6 @@ def middle(values: Iterable[float | None]) -> float | None:
 
     found = [value for value in values if value is not None]
     return median(found) if found else None
-
-
-def show(report: Report, out: Output) -> None:
-    """The tables, and in words which cache pays, is fastest and smallest."""
-    several = len(report.impls) > 1
-    columns = [
-        Column("tokens", key=True),
-        Column("cache", "left", key=True),
-        *[Column("impl", "left", key=True)] * several,
-        Column("median ms"),
-        Column("IQR ms"),
-        Column("samples"),
-        Column("tokens/s"),
-        Column("speed-up"),
-        Column("cache KiB"),
-        Column("predicted KiB", spare=int(several)),
-    ]
-    rows = [
-        [
-            str(row.length),
-            row.cache,
-            *[row.impl] * several,
-            number(row.median_s, 1000, ",.1f"),
-            number(row.iqr_s, 1000, ",.1f"),
-            str(len(row.samples_s)),
-            number(row.tokens_per_s, 1, ",.0f"),
-            number(row.speedup, 1, ".2f", "x"),
-            number(row.bytes_measured, 1 / 1024, ",.0f"),
-            number(row.bytes_predicted, 1 / 1024, ",.0f"),
-        ]
-        for row in report.measurements
-    ]
-    out.table(title(report), columns, rows)
-    show_tokens(report, out)
-    out.text(pays_text(report))
-    for sentence in (best_text(report), versus_text(report)):
-        if sentence:
-            out.text(sentence)
-
-
-def title(report: Report) -> str:
-    what = f"Time to generate, prompt of {report.prompt_length}"
-    if report.depth is not None:
-        what = f"Time to decode behind {report.depth} tokens"
-    kernels = "" if report.kernels == "default" else f", {report.kernels} kernels"
-    if kernels and len(report.impls) > 1:
-        kernels += " of kvtool"
-    return f"{what}, batch of {report.batch_size}{kernels}"
-
-
-def show_tokens(report: Report, out: Output) -> None:
-    """One token more at the longest length of each kind: its time, what it reads, and how well a
-    lossy kind predicts."""
-    longest = {(row.cache, row.impl): row for row in report.measurements if row.token_s}
-    if not longest:
-        return
-    several = len(report.impls) > 1
-    columns = [
-        Column("cache", "left", key=True),
-        *[Column("impl", "left", key=True)] * several,
-        Column("tokens"),
-        Column("prefill ms"),
-        Column("one more ms"),
-        Column("reads KiB"),
-        Column("GB/s"),
-        Column("% of memory's"),
-    ]
-    if report.quality:
-        columns += [Column("KL nats"), Column("perplexity")]
-    rows, fastest = [], 0.0
-    for row in longest.values():
-        rate = row.token_bytes / row.token_s if row.token_bytes and row.token_s else None
-        fastest = max(fastest, rate or 0.0)
-        cells = [
-            row.cache,
-            *[row.impl] * several,
-            str(row.length),
-            number(row.prefill_s, 1000, ",.1f"),
-            number(row.token_s, 1000, ",.3f"),
-            number(row.token_bytes, 1 / 1024, ",.0f"),
-            number(rate, 1e-9, ",.1f"),
-            number(rate, 100 / report.bandwidth, ".0f"),
-        ]
-        if report.quality:
-            found = report.quality.get(row.cache, {})
-            cells += [
-                number(found.get("kl"), 1, ".2g"),
-                number(found.get("perplexity"), 1, ".2f"),
-            ]
-        rows.append(cells)
-    out.table("One more token at the longest length", columns, rows)
-    out.text(f"Memory was read at {report.bandwidth * 1e-9:,.1f} GB/s in this run.")
-    if fastest > report.bandwidth:
-        out.text("What is read faster than that has stayed in the processor's own caches.")
-    if report.quality:
-        full = next(iter(report.quality.values()))
-        out.text(
-            f"Quality on {full['n_tokens']:,} tokens of {full['text']}: without a loss the "
-            f"perplexity is {full['lossless_perplexity']:.2f}."
-        )
 
 
 def number(value: float | None, scale: float, form: str, unit: str = "") -> str:
@@ -228,8 +171,7 @@ def pays_text(report: Report) -> str:
             said = "pays|pay", f"from about {length:.0f} tokens on"
         groups.setdefault(said, []).append(kind)
     sentences = [
-        f"{listed(kinds)} {verb.split('|')[len(kinds) > 1]} {rest}"
-        for (verb, rest), kinds in groups.items()
+        f"{listed(kinds)} {verb(kinds, forms)} {rest}" for (forms, rest), kinds in groups.items()
     ]
     return "; ".join(sentences) + "."
 
@@ -284,21 +226,83 @@ def versus_text(report: Report) -> str:
     return f"At {longest:,} tokens {'; '.join(said)}."
 
 
-def draw(report: Report, path: Path) -> None:
-    """The figure: latency against length, and the cache's memory against length."""
-    from kvtool.ui.plots import bench_plot
+def missing_text(report: Report) -> str:
+    """What was left out, and why; "" if nothing was."""
+    if report.ended:
+        made = sum(len(row.samples_s) for row in report.measurements)
+        all_runs = len(report.measurements) * report.repeats
+        return f"{report.ended.value.capitalize()} after {made} of {all_runs} runs."
+    left_out = missing(report)
+    return f"Left out by --budget {report.budget:g} s: {left_out}." if left_out else ""
 
-    times: dict[str, list[tuple[int, list[float]]]] = {}
-    memory: dict[str, list[tuple[int, int]]] = {}
+
+def missing(report: Report) -> str:
+    """The rows without a sample, and what each would take."""
+    groups: dict[str, list[Row]] = {}
     for row in report.measurements:
-        if row.samples_s:
-            times.setdefault(report.name(row), []).append((row.length, row.samples_s))
-            if row.bytes_measured:
-                memory.setdefault(report.name(row), []).append((row.length, row.bytes_measured))
-    # Those that lie between two measured lengths; the caption tells of the others.
-    marks = {
-        kind: length
-        for kind, length in report.pays_from.items()
-        if length is not None and length > times[kind][0][0]
-    }
-    bench_plot(path, times, memory, marks, pays_text(report) if report.pays_from else "")
+        if not row.samples_s:
+            groups.setdefault(report.name(row), []).append(row)
+    said = []
+    for name, rows in groups.items():
+        lengths = [f"{row.length:,}" for row in rows[:-1]] + [f"{rows[-1].length:,} tokens"]
+        takes = [f" (about {seconds(t)})" if (t := row.would_take_s) else "" for row in rows]
+        said.append(f"{name} at {listed([n + t for n, t in zip(lengths, takes, strict=True)])}")
+    return "; ".join(said)
+
+
+def nothing_text(report: Report) -> str:
+    """What to say where there is no sample at all."""
+    known = [row for row in report.measurements if row.would_take_s is not None]
+    least = min(known, key=lambda row: row.would_take_s or 0.0, default=None)
+    said = f"Nothing was measured within --budget {report.budget:g} s"
+    if least is None:
+        return f"{said}."
+    takes = seconds(least.would_take_s or 0.0)
+    return f"{said}: {report.name(least)} at {least.length:,} tokens would take about {takes}."
+
+
+def seconds(value: float) -> str:
+    """An estimate, with no more digits than it has.
+
+    >>> seconds(134.21), seconds(3.2345), seconds(0.01234)
+    ('134 s', '3.2 s', '0.012 s')
+    """
+    return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
+
+
+def memory_text(report: Report) -> str:
+    """How fast memory was read, and why tokens may have been read faster."""
+    found, gb = report.bandwidth, 1e-9
+    slow, fast = (f"{rate * gb:,.1f}" for rate in (min(found.rates), found.best))
+    said = f"Memory was read at {fast} GB/s in this run."
+    if found.disturbed:
+        said += f" The reading was disturbed ({slow} to {fast} GB/s), and may be too low."
+    faster = [
+        row
+        for row in report.longest
+        if row.token_s and row.token_bytes and row.token_bytes / row.token_s > found.best
+    ]
+    stay = found.own_caches or 0
+    # What cannot have stayed there came from memory, and no faster than memory is.
+    inside = [r for r in faster if (r.token_bytes or 0) - stay <= found.best * (r.token_s or 0)]
+    outside = [report.name(row) for row in faster if row not in inside]
+    if inside:
+        names = [report.name(row) for row in inside]
+        said += (
+            f" What {listed(names)} {verb(names, 'reads|read')} faster than that has stayed in the "
+            f"processor's own caches ({stay / 2**20:,.0f} MiB), all of it or a part."
+        )
+    if outside:
+        why = "they hold too little for that, so the speed of memory was measured too low"
+        if found.own_caches is None:
+            why = "nobody says what they hold"
+        said += (
+            f" Tokens of {listed(outside)} read faster than that, which the processor's own caches "
+            f"do not explain: {why}."
+        )
+    return said
+
+
+def verb(names: Sequence[str], forms: str) -> str:
+    """The form of a verb that fits one name, or several: "pays|pay"."""
+    return forms.split("|")[len(names) > 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,17 +107,28 @@ class Generated:
     cache_bytes: int  # the largest, keys and values of a source included
     reused_tokens: int = 0  # of the prompt, from --load-cache
     exit_code: int = 0
+    resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
+
+    @property
+    def conclusion(self) -> str:
+        """How fast it came, and what the cache needed."""
+        n_new = sum(result.new_tokens for result in self.results)
+        return (
+            f"{n_new} tokens in {self.seconds:.2f} s ({self.tokens_per_second:,.0f} tokens/s), "
+            f"{self.cache} cache: {self.cache_bytes / 2**20:.2f} MiB"
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         return [result.row() for result in self.results]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "results": self.rows()}
+        return {**vars(self), "results": self.rows(), "conclusion": self.conclusion}
 
 
 def run(settings: Settings, out: Output) -> Generated:
     """Generate for every prompt, streaming to stdout."""
     from kvtool.core import checkpoint, native
+    from kvtool.core.cache import settings_of
     from kvtool.core.machine import prepare
 
     prompts = read_prompts(settings.prompt, settings.prompt_file, settings.input_file)
@@ -148,6 +159,12 @@ def run(settings: Settings, out: Output) -> Generated:
         settings.cache,
         generator.cache_bytes,
         generator.reused,
+        resolved={
+            **loaded.facts,
+            "device": str(device),
+            "temperature": generator.sampler().temperature,
+            "cache_settings": {settings.cache: settings_of(settings.cache)},
+        },
     )
 
 
@@ -215,11 +232,7 @@ def one_line(text: str) -> str:
 
 def show(report: Generated, out: Output) -> None:
     """The text is out already; say how fast it came."""
-    n_new = sum(result.new_tokens for result in report.results)
-    out.note(
-        f"{n_new} tokens in {report.seconds:.2f} s ({report.tokens_per_second:,.0f} tokens/s), "
-        f"{report.cache} cache: {report.cache_bytes / 2**20:.2f} MiB"
-    )
+    out.note(report.conclusion)
 
 
 def command(

@@ -228,8 +228,26 @@ class Trained:
             best.sha256, scores, prompt,
         )  # fmt: skip
 
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What the scores are of."""
+        return {"model": str(self.best), "sha256": self.sha256}
+
+    @property
+    def conclusion(self) -> str:
+        """How much was trained, and what was best."""
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        return (
+            f"{self.steps:,} steps, {self.tokens:,} tokens in {self.seconds:,.0f} s "
+            f"({rate:,.0f} tokens/s), {self.parameters:,} parameters; "
+            f"best at step {self.best_step:,}"
+        )
+
     def rows(self) -> list[dict[str, Any]]:
         return self.scores
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "conclusion": self.conclusion}
 
 
 def train_length(steps: int | None, epochs: int | None, minutes: float | None) -> TrainLength:
@@ -318,12 +336,7 @@ def show_trained(report: Trained, out: Output) -> None:
     out.table("best checkpoint", list(names), rows)
     for line in _signatures(report.scores):
         out.text(line)
-    rate = report.tokens / report.seconds if report.seconds else 0.0
-    out.text(
-        f"{report.steps:,} steps, {report.tokens:,} tokens in {report.seconds:,.0f} s "
-        f"({rate:,.0f} tokens/s), {report.parameters:,} parameters; "
-        f"best at step {report.best_step:,}"
-    )
+    out.text(report.conclusion)
     out.text(f"checkpoint: {report.best}", wrap=False)
     out.text(f"loss curve: {report.best.parent / 'loss.png'}", wrap=False)
     command = ["kvtool", "generate", "--model", str(report.best), "--prompt", report.prompt]

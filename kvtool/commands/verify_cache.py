@@ -19,6 +19,7 @@ from kvtool.config import RunConfig, check_int
 from kvtool.errors import FileError, UsageError
 from kvtool.registry import choose
 from kvtool.ui import options as o
+from kvtool.ui.environment import caption, measured_on
 from kvtool.ui.lists import list_option
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
@@ -85,6 +86,7 @@ def check_model(
     import torch
 
     from kvtool.core import checkpoint
+    from kvtool.core.cache import settings_of
     from kvtool.core.translation import check_sources
     from kvtool.core.verify import check
     from kvtool.core.verify.subject import Formats
@@ -110,11 +112,11 @@ def check_model(
         planted = check.control(formats, main)
     control = Row.of(check.Checked("planted bug", "default", True, planted))
     resolved = {
-        "model": str(loaded.path),
-        "sha256": loaded.sha256,
+        **loaded.facts,
         "device": str(device),
         "prompt": prompt,
         "scenarios": names,
+        "cache_settings": {kind: settings_of(kind, small=True) for kind in settings.caches},
     }
     return Report(rows, control, len(ids), settings.run.dtype, resolved, verbose=out.verbose)
 
@@ -125,7 +127,7 @@ def check_target(
     """Check the user's own decoder, from a file of Python."""
     from kvtool.core.machine import dtype_name
     from kvtool.core.verify import api
-    from kvtool.core.verify.target_file import target_subject
+    from kvtool.core.verify.target_file import identity, target_subject
 
     subject = target_subject(settings.target or "")
     if settings.run.dtype != "float32":  # the default leaves a decoder as it is
@@ -147,8 +149,14 @@ def check_target(
             bar.advance()
         planted = api.target_control(subject, main)
     control = Row.of(api.Checked("planted bug", api.OWN, True, planted))
-    resolved = {"called": subject.guess, "device": str(subject.device), "scenarios": names}
     computed = dtype_name(subject.dtype)
+    resolved = {
+        **identity(settings.target or ""),
+        "dtype": computed,
+        "called": subject.guess,
+        "device": str(subject.device),
+        "scenarios": names,
+    }
     return Report(rows, control, main.n_prompt, computed, resolved, verbose=out.verbose)
 
 
@@ -232,7 +240,7 @@ def worst(rows: list[Row], name: str) -> str:
     return f"{max(gaps):.1e}" if max(gaps) else "0"
 
 
-def draw(report: Report, path: Path) -> None:
+def draw(report: Report, path: Path, about: str) -> None:
     """The plot of the gap by step in three precisions."""
     from kvtool.ui.plots import gap_plot
 
@@ -244,7 +252,7 @@ def draw(report: Report, path: Path) -> None:
             for name, gaps in row.gap_by_step.items():
                 working = f"{report.dtype}, {row.kernels} kernels"
                 lines[working if name == "working" else name] = gaps
-    gap_plot(path, panels)
+    gap_plot(path, panels, f"Cached against uncached logits, by step\n{about}")
 
 
 def refuse(given: dict[str, Any], why: str, hint: str) -> None:
@@ -395,7 +403,7 @@ def command(
     def work(settings: Settings, out: Output) -> Report:
         report = run(settings, out)
         if settings.plot is not None:
-            draw(report, settings.plot)
+            draw(report, settings.plot, caption(measured_on(settings, report.resolved)))
             out.note(f"plot: {settings.plot}")
         return report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +67,7 @@ class Report:
     tolerance_float64: float
     against: str
     dtype: str
+    resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
 
     @property
     def worst_float64(self) -> float:
@@ -154,7 +155,8 @@ def run(settings: Settings, out: Output) -> Report:
         for row in reference.compare(loaded.model, precise, references)
     ]
     tolerance = reference.allowance(precise, references)
-    return Report(positions, agree, tolerance, name, settings.run.dtype)
+    resolved = {**loaded.facts, "device": str(device)}
+    return Report(positions, agree, tolerance, name, settings.run.dtype, resolved)
 
 
 def own_reference(folder: Path) -> Path:

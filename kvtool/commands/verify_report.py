@@ -177,8 +177,8 @@ class Report:
         return f"{what} ({same:,} of {steps:,} steps identical)"
 
     def rows(self) -> list[dict[str, Any]]:
-        flat = [*self.checks, *([self.control] if self.control else [])]
-        return [{k: v for k, v in vars(row).items() if k != "gap_by_step"} for row in flat]
+        """Without the planted bug: it is no result, and the conclusion says that it was found."""
+        return [{k: v for k, v in vars(row).items() if k != "gap_by_step"} for row in self.checks]
 
     def to_dict(self) -> dict[str, Any]:
         fields = {key: value for key, value in vars(self).items() if key != "verbose"}

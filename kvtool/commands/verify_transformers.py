@@ -112,13 +112,19 @@ class Settings:
 
 def run(settings: Settings, out: Output) -> Report:
     """Judge the model with each kind of cache in every scenario, then a planted bug."""
-    from kvtool.core.machine import prepare
+    from kvtool.core.checkpoint import tell_format
+    from kvtool.core.machine import dtype_name, prepare
     from kvtool.core.verify import transformers_subject as hub
+    from kvtool.core.weight_files import folder_sha256
 
     names = chosen_scenarios(settings.scenarios)
     started = time.perf_counter()
     device, dtype = prepare(settings.run)
     model, note = hub.load_model(settings.run.model, settings.run.seed)
+    folder = Path(settings.run.model)
+    stored = getattr(model.config, "dtype", None) or dtype
+    if folder.is_dir():
+        tell_format(settings.run.model, stored, dtype)
     model = model.to(device, dtype)
     kinds = settings.caches or list(TRANSFORMERS_CACHES)
     if note:
@@ -147,6 +153,10 @@ def run(settings: Settings, out: Output) -> Report:
         raise UsageError(f"--model {settings.run.model}: {rows[0].evidence}")
     control = rows.pop() if rows[-1].cache == PLANTED else None
     resolved = {
+        "model": settings.run.model,
+        "sha256": folder_sha256(folder),
+        "stored_dtype": dtype_name(stored),
+        "transformers": hub.need_transformers(),
         "architecture": type(model).__name__,
         "built": note,
         "parameters": sum(weight.numel() for weight in model.parameters()),

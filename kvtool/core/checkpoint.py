@@ -11,8 +11,10 @@ Everything is checked before it costs memory or time: sizes, then names and shap
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,7 @@ TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
 TENSORS_PER_LAYER = 6  # of the smallest layer: two norms, qkv, out, up, down
 LARGEST_TENSOR = 2**48  # values; torch counts bytes in 63 bits, and no file holds this many
 CPU = torch.device("cpu")
+LOG = logging.getLogger("kvtool")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ class Checkpoint:
     source_tokenizer: Tokenizer | None  # of what an encoder reads
     path: Path
     sha256: str  # of model.safetensors
+    stored_dtype: str  # of most of its weights in the file; that of `model` may be another
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {
+            "model": str(self.path),
+            "sha256": self.sha256,
+            "stored_dtype": self.stored_dtype,
+        }
 
     @property
     def reads_text(self) -> bool:
@@ -116,8 +129,29 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
     _check_finite(source.path, stored, weights, CheckFailed if check else FileError)
     _fill(model, weights)
+    kept = stored_dtype(source)
+    tell_format(name or folder.name, kept, dtype)
     # The weights are there already; the tables follow them.
-    return Checkpoint(model.to(device).eval(), config, tokenizer, source_tokenizer, folder, sha256)
+    model = model.to(device).eval()
+    return Checkpoint(model, config, tokenizer, source_tokenizer, folder, sha256, dtype_name(kept))
+
+
+def stored_dtype(source: WeightFile) -> torch.dtype:
+    """The format of most weights in a file."""
+    nbytes: Counter[torch.dtype] = Counter()
+    for info in source.tensors.values():
+        nbytes[info.dtype] += _nbytes([info])
+    return nbytes.most_common(1)[0][0]
+
+
+def tell_format(model: str, stored: torch.dtype, dtype: torch.dtype) -> None:
+    """Say that a model is not run in the format that it is stored in, if it has fewer bits: then a
+    default decided that. float64 is always asked for."""
+    if stored.itemsize < dtype.itemsize and dtype != torch.float64:
+        kept, run = dtype_name(stored), dtype_name(dtype)
+        LOG.info(
+            f"{model}: stored in {kept}, run in {run} (--dtype {kept} runs it as it is stored)"
+        )
 
 
 def prompt_ids(loaded: Checkpoint, text: str | None) -> list[int]:

@@ -21,7 +21,9 @@ from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model, graphs
 from kvtool.core.models.flat import DecodingForm, decoding_form
 from kvtool.core.sampling import Sampler
-from kvtool.ending import End, Ended
+from kvtool.ending import check
+
+SHORT = 10  # tokens of the runs before those that count
 
 
 class Run(NamedTuple):
@@ -80,6 +82,7 @@ class Cell:
     bytes_predicted: int | None = 0
     impl: str = "kvtool"
     before: int = 0  # tokens that stand before those
+    took: list[float] = field(default_factory=list)  # by each run, what is not timed of it included
 
     @property
     def computed(self) -> float:
@@ -152,7 +155,7 @@ class Workload:
         if graphs.capture_for(self.prompt.device) is None:
             return None
         decode = decoding_form(self.model)
-        cache = make_cache(kind, self._spec(self._n_start + n_new))
+        cache = make_cache(kind, self._spec(self.n_start + n_new))
         if not isinstance(decode, DecodingForm) or not decode.records(cache):
             return None
         prompt, source = self._begin()
@@ -163,12 +166,12 @@ class Workload:
 
     def predicted(self, kind: str, length: int) -> int:
         """Bytes of keys and values that the kind should need; the last token is never stored."""
-        n_start, n_new = self._n_start, length + self.decode_only
+        n_start, n_new = self.n_start, length + self.decode_only
         spec = self._spec(n_start + n_new)
         return predicted_nbytes(kind, spec, n_start + n_new - 1, n_start)
 
     @property
-    def _n_start(self) -> int:
+    def n_start(self) -> int:
         """How many tokens decoding starts from: those of the prompt, or a start token."""
         return 1 if self.model.config.n_encoder_layers else self.prompt.shape[1]
 
@@ -191,67 +194,86 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure(
-    lanes: Sequence[Lane],
-    lengths: Sequence[int],
-    repeats: int,
-    budget: float,
-    progress: Callable[[Cell], None] = lambda cell: None,
-    before: int = 0,
-) -> list[Cell]:
-    """Time every lane at every length, behind `before` tokens, `repeats` times or until `budget`
-    seconds are spent.
+class Measurement:
+    """Every lane at every length, behind `before` tokens: cells that fill while `run` runs, so that
+    what is there outlives whatever ends it."""
 
-    A round visits every cell once, lanes side by side, so that a slow minute of the machine hits
-    all of them; the shortest runs come first. A cell whose run would not fit any more is passed
-    over: it keeps fewer samples, or none. Raises Stopped when a signal ends it, once there is a
-    sample.
-    """
-    deadline = time.perf_counter() + budget
-    for kind, work, _ in lanes:
-        work.run(kind, min(lengths[0], 10))  # warm-up: allocator, thread pool, code paths
-        work.run(kind, min(lengths[0], 10))
-    visits = [
-        (work, Cell(kind, n, [], work.predicted(kind, n), impl, before))
-        for n in lengths
-        for kind, work, impl in lanes
-    ]
-    cells = [cell for _, cell in visits]
-    try:
+    def __init__(self, lanes: Sequence[Lane], lengths: Sequence[int], before: int = 0) -> None:
+        of_lane = {
+            (kind, impl): [
+                Cell(kind, n, [], work.predicted(kind, n), impl, before) for n in lengths
+            ]
+            for kind, work, impl in lanes
+        }
+        # By length, and by lane in the order in which they were given.
+        self.cells = [cells[i] for i in range(len(lengths)) for cells in of_lane.values()]
+        self._works = {(kind, impl): work for kind, work, impl in lanes}
+        self._short = {
+            key: Cell(cells[0].cache, min(lengths[-1], SHORT), impl=cells[0].impl, before=before)
+            for key, cells in of_lane.items()
+        }
+
+    def run(
+        self, repeats: int, budget: float, progress: Callable[[Cell], None] = lambda cell: None
+    ) -> None:
+        """Time every cell `repeats` times, or until `budget` seconds are spent.
+
+        Before they count, each lane runs twice for a few tokens: for allocator, thread pool and
+        code paths, and to learn what longer runs will take. Then a round visits every cell once,
+        lanes side by side, so that a slow minute of the machine hits all of them; the shortest
+        lengths come first, and what keeps nothing last. A cell whose run would not fit any more, or
+        would take the time of cheaper ones that have no sample yet, is passed over: it keeps fewer
+        samples, or none.
+        """
+        for short in self._short.values():
+            for _ in range(2):
+                check()
+                self._time(short)
+            del short.runs[0], short.took[0]
+        deadline = time.perf_counter() + budget
+        visits = sorted(self.cells, key=lambda cell: (cell.length, cell.cache == "none"))
         for _ in range(repeats):
-            for work, cell in visits:
-                if time.perf_counter() + expected(cell, cells) <= deadline:
-                    cell.runs.append(work.run(cell.cache, cell.length))
+            for cell in visits:
+                check()
+                if time.perf_counter() + self._wanted(cell) <= deadline:
+                    self._time(cell)
                 progress(cell)
-    except KeyboardInterrupt as interrupt:
-        if any(cell.runs for cell in cells):
-            raise Stopped(cells, End.of(interrupt)) from interrupt
-        raise
-    return cells
 
+    def expected(self, cell: Cell) -> float | None:
+        """Seconds that the next run of a cell may take: its own slowest, or what the longest run of
+        its lane up to there says. None before the first.
 
-class Stopped(Ended):
-    """A signal while cells were measured, which have the runs until then."""
+        Without a cache the time grows with the tokens that are computed; with one, each further
+        token takes as long as the last ones did.
+        """
+        if cell.runs:
+            return max(cell.took)
+        lane = [c for c in self.cells if (c.impl, c.cache) == (cell.impl, cell.cache) and c.runs]
+        shorter = [c for c in lane if c.length <= cell.length]
+        near = shorter[-1] if shorter else self._short[cell.cache, cell.impl]
+        if not near.runs:
+            return None
+        run, took = min(zip(near.runs, near.took, strict=True), key=lambda pair: pair[1])
+        if cell.cache == "none":
+            return took * cell.computed / near.computed
+        token = run.decode_s / (near.length - 1) if near.length > 1 else run.prefill_s
+        token = max(token, run.token_s or 0.0)
+        # Where steps are recorded, a run takes longer than what is timed of it.
+        share = took / (run.prefill_s + run.decode_s)
+        return max(took + (cell.length - near.length) * token * share, 0.0)
 
-    def __init__(self, cells: list[Cell], how: End) -> None:
-        super().__init__(how)
-        self.cells = cells
+    def _wanted(self, cell: Cell) -> float:
+        """Seconds that there must be for a run of a cell: its own, and those of cheaper cells that
+        have no sample yet."""
+        costs = [(self.expected(other) or 0.0, i) for i, other in enumerate(self.cells)]
+        own = costs[self.cells.index(cell)]
+        waiting = (cost for cost, other in zip(costs, self.cells, strict=True) if not other.runs)
+        return own[0] + sum(cost[0] for cost in waiting if cost < own)
 
-
-def expected(cell: Cell, cells: Sequence[Cell]) -> float:
-    """Seconds that the next run of a cell may take: its own slowest, or extrapolated.
-
-    As if nothing were kept: that is right without a cache, and too much with one.
-    """
-    if cell.runs:
-        return max(run.prefill_s + run.decode_s for run in cell.runs)
-    lane = [c for c in cells if (c.impl, c.cache) == (cell.impl, cell.cache)]
-    shorter = [c for c in lane if c.runs and c.length <= cell.length]
-    if not shorter:
-        return 0.0
-    near = shorter[-1]
-    least = min(run.prefill_s + run.decode_s for run in near.runs)
-    return least * cell.computed / near.computed
+    def _time(self, cell: Cell) -> None:
+        started = time.perf_counter()
+        cell.runs.append(self._works[cell.cache, cell.impl].run(cell.cache, cell.length))
+        cell.took.append(time.perf_counter() - started)
 
 
 def speedups(cells: Sequence[Cell]) -> Iterator[tuple[Cell, float | None]]:

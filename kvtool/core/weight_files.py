@@ -11,7 +11,7 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,6 +128,19 @@ def _listed(names: list[str]) -> str:
     return shown if len(names) <= NAMES_SHOWN else f"{shown}, ..."
 
 
+def folder_sha256(folder: Path) -> str | None:
+    """The SHA-256 of the weights in a folder, as `WeightFile.read` has it; None without any."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        digests = [sha256(path) for path in sorted(folder.glob(pattern))]
+        if digests:
+            return _together(digests) if digests[1:] else digests[0]
+    return None
+
+
+def _together(digests: Sequence[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 class ShardedFile:
     """Several files that `open_shard` opens, and an index that says which tensor is in which."""
 
@@ -150,7 +163,7 @@ class ShardedFile:
             tensors, digest = shard.read()
             found |= tensors
             digests.append(digest)
-        return found, hashlib.sha256("".join(digests).encode()).hexdigest()
+        return found, _together(digests)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvtool.errors import FileError, UsageError
-from kvtool.ui.environment import environment, peak_memory
+from kvtool.ui.environment import caption, environment, measured_on, peak_memory
 
 SUFFIXES = (".json", ".csv", ".md")
 
 
 class Report(Protocol):
-    """What a command's work returns: a dataclass; `to_dict()` may stand in for its fields."""
+    """What a command's work returns: a dataclass; `to_dict()` may stand in for its fields.
+
+    If it has them, `resolved` is what `measured_on` describes, and `conclusion` in the document is
+    what Markdown ends with.
+    """
 
     @property
     def exit_code(self) -> int: ...
@@ -64,6 +68,7 @@ def document(command: str, settings: Any, report: Report) -> dict[str, Any]:
         "schema": f"kvtool.{command}/1",
         "settings": jsonable(settings),
         "environment": jsonable(environment()),
+        "measured_on": measured_on(settings, getattr(report, "resolved", {})),
         "peak_bytes": peak_memory(),
         "exit_code": report.exit_code,
         **jsonable(to_dict() if to_dict else report),
@@ -84,13 +89,16 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def to_markdown(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A heading and a table; numbers have six significant digits."""
+def to_markdown(
+    title: str, rows: Sequence[Mapping[str, Any]], about: str = "", conclusion: str = ""
+) -> str:
+    """A heading, what it is about, a table, and what follows from it; numbers have six significant
+    digits."""
     columns = columns_of(rows)
     lines = [list(columns), ["---"] * len(columns)]
     lines += [[_short(row.get(name)) for name in columns] for row in rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"# {title}\n\n{table}\n" if columns else f"# {title}\n\nNo rows.\n"
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) if columns else "No rows."
+    return "\n\n".join(part for part in (f"# {title}", about, table, conclusion) if part) + "\n"
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -117,11 +125,18 @@ def render(path: Path, content: Mapping[str, Any], report: Report) -> bytes:
     if suffix == ".json":
         text = to_json(content)
     elif suffix == ".csv":
-        text = to_csv(report.rows())
+        # What is said once in other formats stands in every row, so that files can be joined.
+        text = to_csv([{**row, **_others(content["measured_on"], row)} for row in report.rows()])
     else:
         schema = str(content["schema"])
-        text = to_markdown(schema.removesuffix("/1").replace(".", " ", 1), report.rows())
+        title = schema.removesuffix("/1").replace(".", " ", 1)
+        about, conclusion = caption(content["measured_on"]), str(content.get("conclusion", ""))
+        text = to_markdown(title, report.rows(), about, conclusion)
     return text.encode()
+
+
+def _others(facts: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in row}
 
 
 def check_destination(path: Path, suffixes: Sequence[str], flag: str = "--output") -> None:

@@ -7,31 +7,92 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kvtool import __version__
+from kvtool.config import RunConfig
 from kvtool.files import PACKAGE
+
+LONGEST_NAME = 40  # characters of a model's name in a caption
 
 
 def environment() -> dict[str, Any]:
     """Describe this process and machine; a fact that cannot be found is None, and nothing raises.
 
-    torch and numpy are named only if the work imported them: asking must not load them.
+    Packages are named only if the work imported them: asking must not load them.
     """
-    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
+    names = ("torch", "numpy", "numba", "transformers")
+    torch, numpy, *others = (sys.modules.get(name) for name in names)
     return {
         "kvtool": __version__,
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch and str(torch.__version__),
         "numpy": numpy and str(numpy.__version__),
+        **{name: str(m.__version__) for name, m in zip(names[2:], others, strict=True) if m},
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cores": cores(),
         "threads": torch and torch.get_num_threads(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def measured_on(settings: Any, resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result is of and where it is from, for captions and tables: as much as is known.
+
+    `resolved` is what a command found out: the path and SHA-256 of its model, its device, and the
+    settings of its caches.
+    """
+    run = settings if isinstance(settings, RunConfig) else getattr(settings, "run", None)
+    if run is None:
+        return {}
+    torch = sys.modules.get("torch")
+    on_gpu = torch and str(resolved.get("device", "")).startswith("cuda")
+    facts = {
+        "model": model_name(run.model, resolved),
+        "sha256": resolved.get("sha256"),
+        "dtype": resolved.get("dtype", run.dtype),
+        "stored_dtype": resolved.get("stored_dtype"),
+        "threads": torch and torch.get_num_threads(),
+        "processor": torch.cuda.get_device_name() if torch and on_gpu else cpu_name(),
+        "cache_settings": "; ".join(
+            f"{kind.partition(':')[0]}: {', '.join(f'{k} {v}' for k, v in chosen.items())}"
+            for kind, chosen in resolved.get("cache_settings", {}).items()
+            if chosen
+        ),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def model_name(asked: str, resolved: Mapping[str, Any]) -> str:
+    """A short name of the model: as it was asked for, or the end of its path."""
+    path = Path(str(resolved.get("model", "")))
+    # A run's checkpoints are best and last.
+    end = path.name if path.name not in ("best", "last") else "/".join(path.parts[-2:])
+    short = asked and len(asked) <= LONGEST_NAME and not Path(asked).is_absolute()
+    name = asked if path.name and short else end
+    return f"{name} {note}".strip() if (note := resolved.get("changed")) else name
+
+
+def caption(facts: Mapping[str, Any]) -> str:
+    """What `measured_on` found, in a line.
+
+    >>> caption({"model": "a", "sha256": "0123456789ab", "dtype": "float32", "threads": 2})
+    'a (01234567), float32, 2 threads'
+    """
+    model, sha256 = facts.get("model", ""), facts.get("sha256", "")
+    dtype, stored, threads = (facts.get(name) for name in ("dtype", "stored_dtype", "threads"))
+    parts = [
+        f"{model} ({sha256[:8]})" if model and sha256 else model,
+        f"{dtype} (stored in {stored})" if stored and stored != dtype else dtype,
+        f"{threads} thread{'s' if threads != 1 else ''}" if threads else "",
+        facts.get("processor", ""),
+    ]
+    line = ", ".join(part for part in parts if part)
+    return "; ".join(part for part in (line, facts.get("cache_settings", "")) if part)
 
 
 def cpu_name() -> str | None:

@@ -20,7 +20,7 @@ from rich.text import Text
 from kvtool.errors import UsageError
 from kvtool.files import write_durable
 from kvtool.ui.documents import SUFFIXES, Report, check_destination, document, render, to_json
-from kvtool.ui.environment import peak_memory
+from kvtool.ui.environment import caption, measured_on, peak_memory
 from kvtool.ui.progress import Progress, open_progress
 from kvtool.ui.tables import Column, build_table
 
@@ -51,6 +51,7 @@ class Output:
         self.output_file = output_file
         self.quiet = quiet
         self.verbose = verbose
+        self.caption = ""  # what the next table is of
         self._out = Console(highlight=False, markup=False, emoji=False)
         self._err = Console(highlight=False, markup=False, emoji=False, stderr=True)
         Notes.take(self)
@@ -63,10 +64,18 @@ class Output:
     def table(
         self, title: str, columns: Sequence[Column | str], rows: Sequence[Sequence[str]]
     ) -> None:
-        """Print rows of texts; on a screen too narrow for the columns, one block of lines a row."""
-        if not self.json:
-            for part in build_table(title, columns, rows, self._out.width, self._out.encoding):
-                self._out.print(part)
+        """Print rows of texts; on a screen too narrow for the columns, as several tables. The first
+        table has the caption."""
+        if self.json:
+            return
+        parts = build_table(title, columns, rows, self._out.width, self._out.encoding)
+        if title:
+            self._out.print(next(parts))
+        if self.caption:
+            self._out.print(Text(self.caption, style="dim"))  # as wide as the table, not more
+            self.caption = ""
+        for part in parts:
+            self._out.print(part)
 
     def text(self, text: str = "", style: str = "", end: str = "\n", wrap: bool = True) -> None:
         """Print a paragraph, wrapped on a terminal only; without `wrap` what is to be copied."""
@@ -151,6 +160,7 @@ def present(
         if out.json:
             sys.stdout.write(to_json(content))
     if not out.json:
+        out.caption = caption(measured_on(settings, getattr(report, "resolved", {})))
         show(report, out)
     if out.output_file is not None:
         out.note(f"written to {out.output_file}")

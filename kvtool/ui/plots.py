@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -13,6 +15,8 @@ from kvtool.files import write_durable
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008).
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^DvPX"
+DASH = 5.0  # line widths, of each of several kinds that lie on each other
+TOUCHING = 0.015  # of an axis: lines that are nearer to each other are seen as one
 
 
 def new_figure(width: float = 7.2, height: float = 4.4) -> tuple[Any, Any]:
@@ -78,6 +82,7 @@ def bench_plot(
     memory: Mapping[str, Sequence[tuple[int, int]]],
     marks: Mapping[str, float],
     caption: str = "",
+    title: str = "",
 ) -> None:
     """Two panels against the number of generated tokens, a line a kind: the median latency with its
     samples' spread, and the bytes that the cache occupies.
@@ -85,21 +90,23 @@ def bench_plot(
     `times` has (length, samples in seconds) for each kind, `memory` (length, bytes) for those that
     store something; `marks` a length for some kinds, drawn as a line. Kinds of several
     implementations are named after both, "kvtool static": a colour is a kind, a dashed line with
-    hollow marks the second one's.
+    hollow marks the second one's. Kinds that lie on each other share a line of all their colours.
     """
     from matplotlib.figure import Figure
 
     n_panels = 2 if memory else 1
-    figure = Figure(figsize=(6.2 * n_panels, 4.6), layout="constrained")
+    figure = Figure(figsize=(6.2 * n_panels, 4.8), layout="constrained")
     left, *right = figure.subplots(1, n_panels, squeeze=False)[0]
     ticks = sorted({n for points in times.values() for n, _ in points})
     for axes in (left, *right):
         _plain(axes)
         axes.set_xlabel("generated tokens")
     looks = _looks(list(times))
+    medians = {
+        kind: [(n, median(samples)) for n, samples in points] for kind, points in times.items()
+    }
+    _draw_kinds(left, medians, looks)
     for kind, points in times.items():
-        medians = [(n, median(samples)) for n, samples in points]
-        _line(left, looks[kind].colour, _series(kind), medians, dashed=looks[kind].dashed)
         left.fill_between(
             [n for n, _ in points],
             [min(samples) for _, samples in points],
@@ -108,22 +115,75 @@ def bench_plot(
             alpha=0.15,
             linewidth=0,
         )
-    _log_axes(left, ticks, seconds_text)
     for kind, length in marks.items():
         colour = COLOURS[looks[kind].colour % len(COLOURS)]
         left.axvline(length, color=colour, linestyle=":", linewidth=1.2)
-    if caption:
-        figure.supxlabel(caption, fontsize=8.5, wrap=True)
+    _log_axes(left, ticks, seconds_text)
     left.set_ylabel("median time (band: all samples)")
-    left.legend(frameon=False, loc="upper left")
     for axes in right:
-        for kind, sizes in memory.items():
-            # Thinner ones on top: kinds that need the same memory stay visible.
-            width = 1.5 + 0.9 * (len(memory) - 1 - list(memory).index(kind))
-            _line(axes, looks[kind].colour, _series(kind), sizes, width, looks[kind].dashed)
+        _draw_kinds(axes, memory, looks)
         _log_axes(axes, ticks, bytes_text, base=2)
         axes.set_ylabel("memory of the cache")
+    for axes in (left, *right):
+        axes.legend(frameon=False, loc="upper left", handlelength=4)
+    if caption:
+        figure.supxlabel(caption, fontsize=8.5, wrap=True)
+    _entitle(figure, title)
     save_figure(figure, path)
+
+
+def _entitle(figure: Any, title: str) -> None:
+    """What the picture shows, wrapped to its width."""
+    if title:
+        n_letters = int(figure.get_figwidth() * 13)  # of this size
+        lines = [part for line in title.splitlines() for part in textwrap.wrap(line, n_letters)]
+        figure.suptitle("\n".join(lines), fontsize=9)
+
+
+def _draw_kinds(
+    axes: Any, series: Mapping[str, Sequence[tuple[int, float]]], looks: Mapping[str, _Look]
+) -> None:
+    """A line for each kind. Those that lie on each other take turns along it, each with its dashes
+    in the gaps of the others, and with marks in each other."""
+    for group in together(series):
+        for i, kind in enumerate(group):
+            look = looks[kind]
+            style: dict[str, Any] = {}
+            if len(group) > 1:
+                gap = DASH * (len(group) - 1)
+                # A dash begins `-offset` points behind the start of the line.
+                style["linestyle"] = ((len(group) - i) % len(group) * DASH, (DASH, gap))
+                style["dash_capstyle"] = "butt"
+                style["markersize"] = 5 + 4 * (len(group) - 1 - i)
+                style["markerfacecolor"] = "none"
+            elif look.dashed:
+                style |= {"markerfacecolor": "white", "linestyle": "--"}
+            _line(axes, look.colour, _series(kind), series[kind], **style)
+
+
+def together(series: Mapping[str, Sequence[tuple[int, float]]]) -> list[list[str]]:
+    """The series in groups of those that lie on each other on logarithmic axes.
+
+    >>> together({"a": [(1, 10.0), (2, 20.0)], "b": [(1, 30.0)], "c": [(1, 10.0), (2, 20.01)]})
+    [['a', 'c'], ['b']]
+    """
+    values = [value for points in series.values() for _, value in points if value > 0]
+    span = max(max(values) / min(values), 2.0) if values else 2.0
+    close = span**TOUCHING
+    groups: list[list[str]] = []
+    for name, points in series.items():
+        for group in groups:
+            others = series[group[0]]
+            same = [n for n, _ in points] == [n for n, _ in others]
+            if same and all(
+                a == b or max(a, b) <= close * min(a, b)
+                for (_, a), (_, b) in zip(points, others, strict=True)
+            ):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
 
 
 class _Look(NamedTuple):
@@ -152,14 +212,11 @@ def _line(
     i: int,
     label: str,
     points: Sequence[tuple[int, float]],
-    linewidth: float = 1.5,
-    dashed: bool = False,
+    **style: Any,
 ) -> None:
     """The line of the i-th kind, in its colour and with its marker."""
     marker, colour = MARKERS[i % len(MARKERS)], COLOURS[i % len(COLOURS)]
-    look: dict[str, Any] = {"color": colour, "markersize": 5, "linewidth": linewidth}
-    if dashed:
-        look |= {"markerfacecolor": "white", "linestyle": "--"}
+    look = {"color": colour, "markersize": 5, "linewidth": 1.5, **style}
     axes.plot(*zip(*points, strict=True), marker=marker, label=label, **look)
 
 
@@ -174,8 +231,11 @@ def _log_axes(
     )
 
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(apart(lengths)))
+    ticks = apart(lengths)
+    if len(ticks) == 1:  # one point says nothing of a scale
+        ticks = [n for n in (ticks[0] // 2, ticks[0], 2 * ticks[0]) if n]
+        axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(FixedLocator([]))
@@ -187,10 +247,28 @@ def _value_axis(axes: Any, unit: Callable[[float], str], base: int = 10) -> None
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(base, subs=(1.0, 2.0, 5.0) if base == 10 else (1.0,)))
+    subs = (1.0, 2.0, 5.0) if base == 10 else (1.0,)
+    low, high = axes.get_ylim()
+    axes.set_ylim(*with_ticks(low, high, base, subs))
+    axes.yaxis.set_major_locator(LogLocator(base, subs=subs, numticks=10))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def with_ticks(low: float, high: float, base: int, subs: Sequence[float]) -> tuple[float, float]:
+    """The limits of a log axis, moved apart until two ticks are between them: ticks stand at
+    `subs` times powers of `base`.
+
+    >>> with_ticks(0.31, 0.42, 10, (1.0, 2.0, 5.0))
+    (0.2, 0.5)
+    """
+    first = math.floor(math.log(low, base)) - 1
+    last = math.ceil(math.log(high, base)) + 1
+    ticks = [sub * float(base) ** power for power in range(first, last + 1) for sub in subs]
+    if sum(low <= tick <= high for tick in ticks) >= 2:
+        return low, high
+    return max(t for t in ticks if t <= low), min(t for t in ticks if t >= high)
 
 
 def apart(lengths: Sequence[int]) -> list[int]:
@@ -224,20 +302,23 @@ def bytes_text(n: float) -> str:
 NOTHING = 1e-18  # where a gap of exactly 0 is drawn on a log axis
 
 
-def gap_plot(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+def gap_plot(
+    path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], title: str = ""
+) -> None:
     """The gap between cached and uncached logits by step: a panel a cache, a line a precision.
 
     Rounding falls by nine decades from float32 to float64, a bug stays where it is.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     n_columns = min(len(panels), 2) or 1
     n_rows = -(-len(panels) // n_columns) or 1
-    figure = Figure(figsize=(4.2 * n_columns + 0.8, 2.6 * n_rows + 0.8), layout="constrained")
+    figure = Figure(figsize=(4.2 * n_columns + 0.8, 2.6 * n_rows + 1.3), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     handles = {}
-    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+    for axes, (panel, lines) in zip(grid.flat, panels.items(), strict=False):
         for name, gaps in lines.items():
             i = names.index(name)
             values = [min(max(gap, NOTHING), 1e3) for gap in gaps]
@@ -251,7 +332,9 @@ def gap_plot(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]]) ->
                 linewidth=1,
                 linestyle="--" if name == "promoted" else "-",  # it lies upon float64's
             )
-        axes.set_title(title, fontsize=10)
+        axes.set_title(panel, fontsize=10)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True, color="#dddddd", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_yscale("log")
@@ -262,9 +345,9 @@ def gap_plot(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]]) ->
         axes.tick_params(labelbottom=True)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.supxlabel("step", fontsize=10)
     figure.supylabel("gap, cached against uncached", fontsize=10)
     figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=2, frameon=False
+        handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False
     )
+    _entitle(figure, title)
     save_figure(figure, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor
 
 from kvtool import registry
@@ -16,6 +18,7 @@ __all__ = [
     "cache_class",
     "make_cache",
     "predicted_nbytes",
+    "settings_of",
 ]
 
 
@@ -32,6 +35,21 @@ def make_cache(kind: str, spec: CacheSpec, left_padding: Tensor | None = None) -
     """
     name, settings = registry.split_kind(kind)
     return registry.load(registry.CACHES, name)(spec, left_padding, **settings)
+
+
+def settings_of(kind: str, small: bool = False) -> dict[str, int]:
+    """What a user may choose of a registered kind, as it is: by its text, or by default; with
+    `small` by what the kind takes in short checks."""
+    name, given = registry.split_kind(kind)
+    found = cache_class(kind)
+    made = inspect.signature(found).parameters
+    names = registry.CACHE_SETTINGS.get(name, ())
+    chosen = {
+        **{key: made[key].default for key in names},
+        **(found.small if small else {}),
+        **given,
+    }
+    return {key: chosen[key] for key in names}
 
 
 def predicted_nbytes(kind: str, spec: CacheSpec, length: int, prompt: int = 1) -> int:

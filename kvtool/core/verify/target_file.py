@@ -16,6 +16,7 @@ from torch import nn
 
 from kvtool.core.verify.target import TargetSubject, is_decoder
 from kvtool.errors import FileError, UsageError, first_line
+from kvtool.files import sha256
 
 FLAG = "--target"
 
@@ -28,6 +29,12 @@ def target_subject(spec: str, vocab_size: int = 0, context: int = 0) -> TargetSu
     """
     with contextlib.redirect_stdout(sys.stderr):
         return TargetSubject(load_target(spec), spec, vocab_size, context)
+
+
+def identity(spec: str) -> dict[str, str]:
+    """What a report says of FILE.py:NAME, which was loaded: its name, and the SHA-256 of the
+    file."""
+    return {"model": spec, "sha256": sha256(Path(spec.rpartition(":")[0]))}
 
 
 def load_target(spec: str) -> Any:
