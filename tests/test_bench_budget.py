@@ -14,6 +14,7 @@ import bench_cases
 from bench_cases import cells
 from cli_probe import Ran
 from kvtool.commands.bench_compare import place
+from kvtool.core import quality
 from small_models import answer
 
 decoder, small_array, bench, slow = (
@@ -113,6 +114,31 @@ def test_a_signal_shows_and_writes_what_was_measured(
     assert ran.out.splitlines()[-1] == f"{word.capitalize()} after 3 of 8 runs."
     found = json.loads(written.read_text())
     assert found["ended"] == word and len(found["measurements"]) == 4
+
+
+def test_a_signal_while_the_quality_is_measured_keeps_all_samples(
+    bench: Callable[..., Ran], signals_as_in_the_app: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "own_text", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    ran = bench("--caches", "none", "sliding")
+    assert ran.code == 143
+    row = next(line for line in ran.out.splitlines() if line.startswith("     3  sliding"))
+    assert row.split()[4] == "2" and "perplexity" not in ran.out
+    said = "erminated behind the last run, before the quality was measured"
+    assert f"warning: t{said}\n" in ran.err and ran.out.endswith(f"\nT{said}.\n")
+
+
+def test_a_signal_before_the_first_sample_leaves_one_line(
+    bench: Callable[..., Ran],
+    slow: Callable[..., None],
+    signals_as_in_the_app: None,
+    tmp_path: Path,
+) -> None:
+    slow(lambda kind, length: os.kill(os.getpid(), signal.SIGTERM) or 1.0)
+    written = tmp_path / "a.json"
+    ran = bench("--output", str(written))
+    assert (ran.code, ran.out, ran.err) == (143, "", "kvtool: terminated\n")
+    assert not written.exists()
 
 
 # What is concluded

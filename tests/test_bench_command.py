@@ -306,9 +306,10 @@ def test_the_plot_marks_the_lengths_from_which_on_kinds_pay_and_says_the_rest(
     rows = [Row.of(cell, speedup, 1, 0) for cell, speedup in timing.speedups(made)]
     pays = {"static": 31.6, "paged": 10.0}
     report = Report(rows, pays, 1, 8, None, "default", Bandwidth((1e9,)), {}, 1.0, {})
-    draw(report, Path("a.png"))
+    draw(report, Path("a.png"), "a model")
     said = "static pays from about 32 tokens on; paged pays from 10 tokens on, the fewest measured."
-    assert drawn == [({"static": 31.6}, said)]
+    title = "Time to generate, prompt of 8, batch of 1\na model"
+    assert drawn == [({"static": 31.6}, said, title)]
 
 
 # The speed of memory

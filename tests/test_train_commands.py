@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import struct
@@ -152,6 +153,14 @@ def test_translations_are_scored_by_bleu_and_its_signatures_stand_once_under_the
     assert ends == [" (dev)"] * 3 + [" (test)"] * 3
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert list(json.loads(log[-1])["valid"]) == ["bleu", "bleu_lc", "chrf"]
+
+
+def test_rates_are_told_in_percent_and_other_scores_are_not(
+    lm: Command, seq2seq: Command, tmp_path: Path
+) -> None:
+    said = seq2seq().err
+    assert re.search(r"^step 3: per [\d.]+ %, wer [\d.]+ %", said, flags=re.MULTILINE)
+    assert "%" not in lm("--out", str(tmp_path / "lm")).err
 
 
 def test_quiet_leaves_the_result_alone_and_a_file_takes_the_document(

@@ -10,7 +10,7 @@ import typer
 
 from kvtool.commands import bench_compare, bench_peers
 from kvtool.commands.bench_compare import Limit
-from kvtool.commands.bench_report import Report, Row, label, missing
+from kvtool.commands.bench_report import Report, Row, ended_text, label, missing
 from kvtool.commands.bench_show import draw, show
 from kvtool.commands.bench_subject import check_fits, load_model, qualities, read_ids
 from kvtool.config import RunConfig, check_float, check_int
@@ -219,8 +219,7 @@ def tell_missing(report: Report, settings: Settings, out: Output) -> None:
     """Say which cells a signal or the budget left with fewer samples than asked for."""
     rows = report.measurements
     if report.ended:
-        made = sum(len(row.samples_s) for row in rows)
-        out.warn(f"{report.ended.value} after {made} of {len(rows) * settings.repeats} runs")
+        out.warn(ended_text(report))
         return
     if left_out := missing(report):
         out.warn(

@@ -229,11 +229,20 @@ def versus_text(report: Report) -> str:
 def missing_text(report: Report) -> str:
     """What was left out, and why; "" if nothing was."""
     if report.ended:
-        made = sum(len(row.samples_s) for row in report.measurements)
-        all_runs = len(report.measurements) * report.repeats
-        return f"{report.ended.value.capitalize()} after {made} of {all_runs} runs."
+        return f"{ended_text(report).capitalize()}."
     left_out = missing(report)
     return f"Left out by --budget {report.budget:g} s: {left_out}." if left_out else ""
+
+
+def ended_text(report: Report) -> str:
+    """What a signal left undone, if one ended the run."""
+    if report.ended is None:
+        return ""
+    made = sum(len(row.samples_s) for row in report.measurements)
+    all_runs = len(report.measurements) * report.repeats
+    if made == all_runs:
+        return f"{report.ended.value} behind the last run, before the quality was measured"
+    return f"{report.ended.value} after {made} of {all_runs} runs"
 
 
 def missing(report: Report) -> str:

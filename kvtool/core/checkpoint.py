@@ -149,9 +149,7 @@ def tell_format(model: str, stored: torch.dtype, dtype: torch.dtype) -> None:
     default decided that. float64 is always asked for."""
     if stored.itemsize < dtype.itemsize and dtype != torch.float64:
         kept, run = dtype_name(stored), dtype_name(dtype)
-        LOG.info(
-            f"{model}: stored in {kept}, run in {run} (--dtype {kept} runs it as it is stored)"
-        )
+        LOG.info(f"{model}: stored in {kept}, run in {run} (--dtype {kept} runs it as stored)")
 
 
 def prompt_ids(loaded: Checkpoint, text: str | None) -> list[int]:

@@ -82,6 +82,7 @@ class LanguageModelling:
 
     score_name = "bits_per_char"
     higher_is_better = False
+    in_percent = ()
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +59,10 @@ class Task(Protocol):
     @property
     def higher_is_better(self) -> bool:
         """Whether it is a score to raise, as BLEU is, or one to lower, as an error rate."""
+
+    @property
+    def in_percent(self) -> Collection[str]:
+        """Those of the figures in `evaluate` that are rates, from 0 to 100."""
 
     def batches(self, epoch: int) -> Sequence[Any]:
         """All batches of an epoch, in order; the same at every call."""
@@ -286,7 +290,10 @@ class Trainer:
             if best:
                 sha256 = self.task.save(self.folder.path / "best", model)
                 at.best_score, at.best_step, at.best_sha256 = score, at.step, sha256
-            words = ", ".join(f"{figure} {value:.4g}" for figure, value in figures.items())
+            rates = self.task.in_percent
+            words = ", ".join(
+                f"{k} {v:.4g}{' %' if k in rates else ''}" for k, v in figures.items()
+            )
             of = "" if name == "valid" else f", average of {len(self.recent)}"
             self.say(f"step {at.step:,}{of}: {words}{' (best)' if best else ''}")
         at.stale = 0 if better else at.stale + 1

@@ -156,6 +156,8 @@ class Translation:
     (Szegedy 2016), and scores of real greedy decoding: error rates of targets spelt in characters
     or symbols, BLEU and chrF of any other text."""
 
+    in_percent = ("per", "wer")
+
     def __init__(
         self,
         splits: Splits,
