@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def finding(verdict: str, scenario: str = "decode", cache: str = "dynamic") -> C
     return Checked(cache, "own", True, Finding(scenario, verdict, f"why {verdict}", gap))
 
 
-CONTROL = finding("bug", cache="planted bug")
+CONTROL = replace(finding("bug", cache="planted bug"), planted=True)
 
 
 def task(name: str, **changes: Any) -> Task:
@@ -51,6 +52,8 @@ def task(name: str, **changes: Any) -> Task:
         (("error", "bug"), "bug"),
         (("bug", "not-causal"), "not-causal"),
         (("rounding", "vacuous"), "rounding"),
+        (("rounding", "undecided", "precision"), "undecided"),
+        (("undecided", "bug"), "bug"),
     ],
 )
 def test_a_type_comes_to_its_worst_verdict(verdicts: tuple[str, ...], expected: str) -> None:
@@ -74,7 +77,8 @@ def test_a_type_without_a_cache_is_unsupported_with_the_reason() -> None:
 
 
 def test_a_check_that_misses_the_planted_bug_proves_nothing() -> None:
-    found = summary("some", [finding("rounding"), finding("rounding", cache="planted bug")])
+    missed = replace(CONTROL, finding=finding("rounding").finding)
+    found = summary("some", [finding("rounding"), missed])
     assert (found.verdict, found.right) == ("error", False)
     assert "planted" in found.reason
 

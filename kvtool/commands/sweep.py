@@ -72,7 +72,7 @@ class Report:
 
     @property
     def wrong(self) -> list[Swept]:
-        return [s for s in self.types if not s.right and (s.judged or s.verdict == "error")]
+        return [s for s in self.types if s.wrong]
 
     @property
     def exit_code(self) -> int:

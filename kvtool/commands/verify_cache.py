@@ -15,6 +15,7 @@ from kvtool.commands import self_test as st
 from kvtool.commands import sweep as sw
 from kvtool.commands import verify_transformers as vt
 from kvtool.commands.verify_report import Report, Row
+from kvtool.commands.verify_table import table
 from kvtool.config import RunConfig, check_int
 from kvtool.errors import FileError, UsageError
 from kvtool.registry import choose
@@ -108,7 +109,7 @@ def check_model(
             rows.append(Row.of(found))
             bar.advance()
         planted = check.control(formats, main)
-    control = Row.of(check.Checked("planted bug", "default", True, planted))
+    control = Row.of(check.Checked("planted bug", "default", True, planted, planted=True))
     resolved = {
         "model": str(loaded.path),
         "sha256": loaded.sha256,
@@ -146,7 +147,7 @@ def check_target(
             rows.append(Row.of(replace(found, cache=name)))
             bar.advance()
         planted = api.target_control(subject, main)
-    control = Row.of(api.Checked("planted bug", api.OWN, True, planted))
+    control = Row.of(api.Checked("planted bug", api.OWN, True, planted, planted=True))
     resolved = {"called": subject.guess, "device": str(subject.device), "scenarios": names}
     computed = dtype_name(subject.dtype)
     return Report(rows, control, main.n_prompt, computed, resolved, verbose=out.verbose)
@@ -154,20 +155,7 @@ def check_target(
 
 def show(report: Report, out: Output) -> None:
     """A row for each scenario, but one for all that came out alike; then every bug in words."""
-    spare = not report.verbose
-    columns = [
-        Column("cache", "left", key=True, by_word=True),
-        Column("kernels", "left", key=True),
-        Column("scenario", "left", key=True),
-        Column("verdict", "left"),
-        Column("identical steps"),
-        Column("max ULP", spare=3 * spare),
-        Column("gap" if report.dtype == "float64" else f"gap {report.dtype}", spare=2 * spare),
-        Column("float64", spare=1 * spare),
-        Column("promoted", spare=4 * spare),
-    ]
-    rows = [table_row(group) for group in grouped(report)]
-    out.table("Cached against uncached logits, the same tokens fed to both", columns, rows)
+    out.table(*table(report))
     for first, *others in alike(report.bugs):
         out.text(f"{first.cache}, {first.kernels} kernels, {first.scenario}: {first.words()}")
         for label, text in (
@@ -189,47 +177,9 @@ def alike(rows: list[Row]) -> list[list[Row]]:
     """Bugs of one kind of cache and kernels with one explanation, or without one in one place."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        known = row.hint and not row.hint.startswith("none of")
-        key = row.hint if known else f"{row.verdict} {row.place}"
-        groups.setdefault((row.cache, row.kernels, key), []).append(row)
+        key = tuple(row.bugs) or (row.verdict, row.place)
+        groups.setdefault((row.cache, row.kernels, *key), []).append(row)
     return list(groups.values())
-
-
-def grouped(report: Report) -> list[list[Row]]:
-    """Rows that a table shows as one: the same kind, kernels and good verdict. -v shows each."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    shown = [row for row in report.checks if report.verbose or not row.beyond]
-    for row in [*shown, *([report.control] if report.control else [])]:
-        single = row.scenario if report.verbose or row.wrong or row.scenario == "decode" else ""
-        groups.setdefault((row.cache, row.kernels, row.verdict, single), []).append(row)
-    return list(groups.values())
-
-
-def table_row(rows: list[Row]) -> list[str]:
-    """One line of the table for one row, or for several that came out alike."""
-    first = rows[0]
-    same, steps = sum(row.identical_steps for row in rows), sum(row.steps for row in rows)
-    return [
-        first.cache,
-        first.kernels,
-        first.scenario if len(rows) == 1 else f"{len(rows)} more",
-        first.words(short=True),
-        f"{same:,} of {steps:,}" if steps else "-",
-        ulps(max(row.max_ulp for row in rows)) if steps else "-",
-        *(worst(rows, name) for name in ("gap", "gap_float64", "gap_promoted")),
-    ]
-
-
-def ulps(value: float) -> str:
-    return f"{value:,.1f}" if value < 1e5 else f"{value:.0e}"
-
-
-def worst(rows: list[Row], name: str) -> str:
-    """The largest of a gap, 0 if none differs, or a dash if it was not needed."""
-    gaps = [value for row in rows if (value := getattr(row, name)) is not None]
-    if not gaps:
-        return "-"
-    return f"{max(gaps):.1e}" if max(gaps) else "0"
 
 
 def draw(report: Report, path: Path) -> None:

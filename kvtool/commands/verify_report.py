@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvtool.core.verify.outcome import (
+    IDENTICAL,
+    NOT_CAUSAL,
+    PRECISION,
+    ROUNDING,
+    UNSUPPORTED,
+    Outcome,
+    Summary,
+    outcome,
+)
+
 if TYPE_CHECKING:
     from kvtool.core.verify.check import Checked
-    from kvtool.core.verify.outcome import Outcome, Summary
 
 
 @dataclass
@@ -37,8 +47,10 @@ class Row:
     heads: list[int]
     place: str
     hint: str
+    bugs: list[str]  # known ones that reproduce the wrong logits
     gap_by_step: dict[str, list[float]]
     stores: bool = True
+    not_judged: str = ""  # what of the cache something else stood in for: its codes
 
     @classmethod
     def of(cls, checked: Checked) -> Row:
@@ -65,15 +77,15 @@ class Row:
             heads=list(found.heads),
             place=found.place,
             hint=found.hint,
+            bugs=list(found.bugs),
             gap_by_step=finding.by_step,
             stores=checked.stores,
+            not_judged=checked.not_judged,
         )
 
     @property
     def outcome(self) -> Outcome:
-        from kvtool.core.verify.outcome import outcome
-
-        return outcome(self.verdict, self.right, self.stores, played=self.steps > 0)
+        return outcome(self.verdict, self.right, self.stores)
 
     @property
     def wrong(self) -> bool:
@@ -83,24 +95,26 @@ class Row:
     @property
     def beyond(self) -> bool:
         """Whether the subject cannot do this, and says so."""
-        return self.verdict == "unsupported" and not self.wrong
+        return self.verdict == UNSUPPORTED
 
     def words(self, short: bool = False) -> str:
         """The verdict, as a sentence says it, or short for a table."""
-        if self.verdict == "vacuous" and not self.stores:
-            return "no cache" if short else "nothing cached"
-        if self.verdict == "unsupported" and self.wrong:
-            return "undecided"
         step = self.first_wrong_step
-        if self.verdict == "rounding" and not self.right:
+        if self.verdict == ROUNDING and not self.right:
             return "not exact" if short else "rounding, not exact"
         if step is None or self.right:
             return self.verdict
-        if self.verdict == "not-causal" and short:
+        if self.verdict == NOT_CAUSAL and short:
             return self.verdict
         lost = "lossy" if short else "precision lost"
-        word = lost if self.verdict == "precision" else self.verdict
+        word = lost if self.verdict == PRECISION else self.verdict
         return f"{word}, step {step}"
+
+    @property
+    def cell(self) -> str:
+        """The verdict in a table, and what it does not extend to."""
+        short = self.words(short=True)
+        return f"{short}, {self.not_judged} not judged" if self.not_judged else short
 
 
 @dataclass
@@ -117,8 +131,6 @@ class Report:
 
     @property
     def summary(self) -> Summary[Row]:
-        from kvtool.core.verify.outcome import Summary
-
         return Summary(self.checks, self.control.outcome if self.control else None)
 
     @property
@@ -143,7 +155,8 @@ class Report:
         """The last line, in words."""
         if self.bugs:
             kinds = dict.fromkeys((row.cache, row.verdict) for row in self.bugs)
-            return "; ".join(f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds)
+            worst = [f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds]
+            return "; ".join(worst + self._put_aside())
         if not self.summary.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
         if self.vacuous:
@@ -153,12 +166,18 @@ class Report:
         kernels = dict.fromkeys(row.kernels for row in self.judged)
         parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
         control = "; the planted bug was found" if self.control else ""
-        return "; ".join(parts + self._in_vain()) + control
+        return "; ".join(parts + self._in_vain() + self._put_aside()) + control
 
     def _in_vain(self) -> list[str]:
         """Scenarios that proved nothing, of kinds that others did prove right."""
         rows = self.summary.nothing
         return [f"{row.cache}, {row.scenario}: proved nothing" for row in rows]
+
+    def _put_aside(self) -> list[str]:
+        """Of what was judged, the parts that something else stood in for."""
+        rows = [row for row in (*self.judged, *self.bugs) if row.not_judged]
+        parts = dict.fromkeys((row.cache, row.not_judged) for row in rows)
+        return [f"{cache}: its {part} were not judged" for cache, part in parts]
 
     def _worst(self, kind: str, verdict: str) -> str:
         rows = [row for row in self.bugs if (row.cache, row.verdict) == (kind, verdict)]
@@ -171,8 +190,8 @@ class Report:
         same, steps = sum(row.identical_steps for row in rows), sum(row.steps for row in rows)
         if same == steps:
             return f"{same:,} of {steps:,} steps identical, bit for bit"
-        loose = [row for row in rows if row.verdict != "identical"]
-        precise = all(row.verdict == "rounding" for row in loose)
+        loose = [row for row in rows if row.verdict != IDENTICAL]
+        precise = all(row.verdict == ROUNDING for row in loose)
         what = "rounding only" if precise else "rounding, or the model's own precision"
         return f"{what} ({same:,} of {steps:,} steps identical)"
 

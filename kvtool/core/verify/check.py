@@ -36,6 +36,9 @@ class Checked:
     stores: bool  # a kind that stores nothing is there to be compared with
     finding: Finding
     exact: bool = False  # equality to the last bit was promised
+    not_judged: str = ""  # what of the cache something else stood in for
+    usable: bool = True  # False: the finding says why no scenario could be run
+    planted: bool = False  # not a result, but the bug that tests the check
 
     @property
     def right(self) -> bool:
@@ -44,8 +47,7 @@ class Checked:
 
     @property
     def outcome(self) -> Outcome:
-        played = self.finding.working is not None
-        return outcome(self.finding.verdict, self.right, self.stores, played)
+        return outcome(self.finding.verdict, self.right, self.stores)
 
 
 def main_case(model: Model, prompt: Tensor, n_new: int) -> Case:

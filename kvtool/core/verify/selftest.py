@@ -77,7 +77,8 @@ def try_mutant(mutant: Mutant) -> Outcome:
     finding = Judge(mutant.subject(), examine).judge(Case(SCENARIOS[mutant.scenario]))
     caught = finding.verdict == mutant.verdict and not finding.right
     place = (finding.diagnosis.layer, finding.diagnosis.part)
-    named = finding.diagnosis.hint.split("; or: ")
+    bugs, in_vain = finding.diagnosis.bugs, finding.diagnosis.in_vain
+    named = mutant.hint in bugs if mutant.hint else bool(in_vain) and not bugs
     return Outcome(
         mutant.name,
         mutant.bug_class,
@@ -88,7 +89,7 @@ def try_mutant(mutant: Mutant) -> Outcome:
         caught=caught,
         step_right=caught and finding.first_wrong == mutant.step,
         layer_right=caught and place == (mutant.layer, mutant.part) if mutant.part else None,
-        hint_right=None if mutant.hint is None else caught and mutant.hint in named,
+        hint_right=None if mutant.hint is None else caught and named,
         detail=said(finding) if caught else f"{said(finding)} ({elsewhere(mutant)})",
     )
 

@@ -23,6 +23,7 @@ from kvtool.core.verify.outcome import (
     NOT_CAUSAL,
     PRECISION,
     ROUNDING,
+    UNDECIDED,
     UNSUPPORTED,
     VACUOUS,
 )
@@ -31,7 +32,8 @@ from kvtool.files import read_bytes
 
 NOT_BUILT = "not built"  # the model, by its default configuration or for want of a package
 VERDICTS = (
-    IDENTICAL, ROUNDING, PRECISION, BUG, NOT_CAUSAL, VACUOUS, UNSUPPORTED, ERROR, NOT_BUILT,
+    IDENTICAL, ROUNDING, PRECISION, BUG, NOT_CAUSAL, UNDECIDED, VACUOUS, UNSUPPORTED, ERROR,
+    NOT_BUILT,
 )  # fmt: skip
 JUDGED = (IDENTICAL, ROUNDING, PRECISION, BUG, NOT_CAUSAL)  # a verdict, good or bad
 PRELOADED = [
@@ -63,6 +65,11 @@ class Swept:
     @property
     def judged(self) -> bool:
         return self.verdict in JUDGED
+
+    @property
+    def wrong(self) -> bool:
+        """Whether it was run, and the answer is no, or cannot be given."""
+        return not self.right and (self.judged or self.verdict in (UNDECIDED, ERROR))
 
 
 @dataclass(frozen=True)

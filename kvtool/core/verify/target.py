@@ -99,6 +99,7 @@ class TargetSubject:
     vocab_size, context: 0 looks for them. Raises UsageError if it cannot be called.
     """
 
+    stores = True
     source_vocab_size = 0
     window = 0
 

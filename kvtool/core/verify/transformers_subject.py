@@ -45,6 +45,8 @@ CONTEXT_NAMES = (
     "max_target_positions", "max_seq_len", "n_ctx", "context_length",
 )  # fmt: skip
 ALL = "all"  # scenarios
+QUANTIZED = "quantized"  # the kind whose codes are replaced, so that they are not judged
+CODES = "codes"
 INSTALL = "Install it with: pip install 'kvtool[hf]'"
 
 
@@ -112,6 +114,11 @@ class TransformersSubject(TargetSubject):
             self.abilities |= {"window"}
         if kind == "static" and full:
             self.abilities |= {"capacity"}
+
+    @property
+    def not_judged(self) -> str:
+        """What of the cache something else stands in for: see `hold_exactly`."""
+        return CODES if self.decoder.kind == QUANTIZED else ""
 
     def remark(self) -> str:
         """What is to be known beside the verdicts."""
@@ -354,7 +361,8 @@ def check_transformers(
         try:
             subject = subject_of(model, kind)
         except (CacheOpUnsupported, UsageError) as error:
-            yield Checked(kind, OWN, asked, Finding(ALL, UNSUPPORTED, error.message))
+            finding = Finding(ALL, UNSUPPORTED, error.message)
+            yield Checked(kind, OWN, asked, finding, usable=False)
             continue
         if planted is None and (text := subject.remark()):
             remark(text)
@@ -366,8 +374,8 @@ def check_transformers(
             case = main if scenario == MAIN else Case(SCENARIOS[scenario])
             with hushed():
                 finding = judge.judge(case, thorough=scenario == MAIN and planted is None)
-            yield Checked(kind, OWN, True, finding)
+            yield Checked(kind, OWN, True, finding, not_judged=subject.not_judged)
         with hushed():
             planted = planted or target_control(subject, main)
     if planted is not None:
-        yield Checked("planted bug", OWN, True, planted)
+        yield Checked("planted bug", OWN, True, planted, planted=True)
