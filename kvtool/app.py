@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import signal
 import sys
 import traceback
 from typing import Annotated, Any, NoReturn
@@ -17,9 +16,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from kvtool import __version__
+from kvtool import __version__, ending
 from kvtool.config import follows
-from kvtool.errors import CLOSED_PIPE, INTERRUPTED, TERMINATED, KvtoolError, UsageError
+from kvtool.errors import CLOSED_PIPE, KvtoolError, UsageError
 from kvtool.registry import COMMANDS, choose, load
 from kvtool.ui.help import HelpPage
 from kvtool.ui.lists import ListCommand
@@ -27,10 +26,6 @@ from kvtool.ui.problems import UsageProblem, explain_machine, explain_usage, sho
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 COMPLETION = "_KVTOOL_COMPLETE"
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived; a BaseException, so that no `except Exception` keeps the process alive."""
 
 
 class Command(HelpPage, ListCommand):
@@ -137,7 +132,7 @@ def kvtool(
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code; every error becomes a line on stderr here."""
     _prepare_streams()
-    signal.signal(signal.SIGTERM, _terminate)
+    ending.listen()
     if COMPLETION in os.environ:
         app(prog_name="kvtool")
     sys.exit(run(sys.argv[1:] if args is None else args))
@@ -145,17 +140,15 @@ def main(args: list[str] | None = None) -> NoReturn:
 
 def run(args: list[str]) -> int:
     """Run `args` and return the exit code, after reporting what went wrong, if anything."""
+    ending.forget()
     try:
         return _invoke(args)
     except KvtoolError as error:
         return _report(error, args)
     except UsageProblem as error:
         return _report(explain_usage(error), args)
-    except (KeyboardInterrupt, typer.Abort):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
-        return _stop("interrupted", INTERRUPTED)
-    except Terminated:
-        return _stop("terminated", TERMINATED)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _stop(ending.End.of(error))
     except BrokenPipeError:
         return _close_pipe()
     except SystemExit as error:
@@ -193,11 +186,11 @@ def _report(error: KvtoolError, args: list[str]) -> int:
     return error.exit_code
 
 
-def _stop(word: str, code: int) -> int:
+def _stop(how: ending.End) -> int:
     with contextlib.suppress(OSError):
         if not follows():
-            print(f"kvtool: {word}", file=sys.stderr, flush=True)
-    return code
+            print(f"kvtool: {how.value}", file=sys.stderr, flush=True)
+    return how.exit_code
 
 
 def _close_pipe() -> int:
@@ -218,7 +211,3 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _terminate(number: int, frame: Any) -> NoReturn:
-    raise Terminated

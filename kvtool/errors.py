@@ -6,7 +6,7 @@ stderr. Anything else that escapes is a defect of kvtool itself and keeps its tr
 
 from __future__ import annotations
 
-INTERRUPTED, CLOSED_PIPE, TERMINATED = 130, 141, 143  # as a shell reports SIGINT, SIGPIPE, SIGTERM
+CLOSED_PIPE = 141  # as a shell reports SIGPIPE
 
 
 class KvtoolError(Exception):

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 
 from cli_probe import Ran, probe
-from kvtool import app, registry
+from kvtool import app, ending, registry
 
 
 @pytest.fixture
 def probe_command(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Offer `kvtool probe`, and undo what `run` does to signals."""
+    """Offer `kvtool probe`, and undo what tests of it do to signals."""
     module = types.ModuleType("kvtool_probe")
     module.command = probe  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "kvtool_probe", module)
@@ -32,6 +32,7 @@ def probe_command(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("COLUMNS", "80")
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    ending.forget()
     for number, handler in kept.items():
         signal.signal(number, handler)
 
@@ -52,9 +53,9 @@ def kv(probe_command: None, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 def signals_as_in_the_app() -> Iterator[None]:
     """Handlers as `kvtool` sets them."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, app._terminate)
+    ending.listen()
     yield
+    ending.forget()
     for number, handler in kept.items():
         signal.signal(number, handler)
 

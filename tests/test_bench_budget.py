@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,28 +75,38 @@ def test_quiet_does_not_silence_the_warning(
     )
 
 
-def test_ctrl_c_shows_and_writes_what_was_measured(
-    bench: Callable[..., Ran], slow: Callable[..., None], tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_shows_and_writes_what_was_measured(
+    bench: Callable[..., Ran],
+    slow: Callable[..., None],
+    signals_as_in_the_app: None,
+    tmp_path: Path,
+    number: int,
+    code: int,
+    word: str,
 ) -> None:
     runs: list[str] = []
 
     def cost(kind: str, length: int) -> float:
         runs.append(kind)
         if len(runs) > 2 * 7:  # twice for a run: 4 to warm up, then 3 of the first round
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return 1.0
 
     slow(cost)
     written = tmp_path / "a.json"
     words = ["--caches", "none", "static", "--lengths", "3", "5", "--output", str(written)]
     ran = bench(*words, "--save", "stopped")
-    assert ran.code == 130
-    assert "warning: interrupted after 3 of 8 runs\n" in ran.err
+    assert ran.code == code
+    assert f"warning: {word} after 3 of 8 runs\n" in ran.err
     assert "--save stopped: nothing is kept" in ran.err and not place("stopped").exists()
     row = next(line for line in ran.out.splitlines() if line.startswith("     5  none"))
     assert row.split()[4] == "1"
     found = json.loads(written.read_text())
-    assert found["interrupted"] and len(found["measurements"]) == 4
+    assert found["ended"] == word and len(found["measurements"]) == 4
 
 
 # What is concluded

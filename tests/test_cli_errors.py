@@ -15,7 +15,7 @@ import pytest
 
 import kvtool
 from cli_probe import Ran, refused
-from kvtool import app
+from kvtool import app, ending
 from kvtool.errors import UsageError
 from kvtool.registry import choose
 from kvtool.ui import problems
@@ -91,7 +91,7 @@ def test_a_prompt_that_is_not_utf8_is_refused_with_the_place_of_the_byte(
 def test_an_error_is_one_line_with_its_exit_code(
     kv: Callable[..., Ran], work: str, code: int, line: str
 ) -> None:
-    signal.signal(signal.SIGTERM, app._terminate)
+    ending.listen()
     ran = kv("-q", "--work", work)
     assert (ran.code, ran.out, ran.err) == (code, "", f"{line}\n")
 

@@ -14,7 +14,7 @@ import pytest
 
 import training_commands as commands
 from cli_probe import refused
-from kvtool.app import _terminate
+from kvtool import ending
 from kvtool.commands.train_lm import opening
 from kvtool.core import machine
 from kvtool.core.text import Tokenizer
@@ -193,8 +193,7 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_same_weights(
     code: int,
     word: str,
 ) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _terminate)
+    ending.listen()
     whole = answer(either("--json", "--out", str(tmp_path / "whole")))
     stop_at(monkeypatch, 2, number)
     ran = either()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvtool.app import Terminated, _terminate
+from kvtool import ending
 from kvtool.core import checkpoint
 from kvtool.core.runs import RunFolder
 from kvtool.core.train import Trainer
@@ -106,8 +106,9 @@ def test_a_run_that_fails_at_any_step_goes_on_to_the_same_bytes(
 
 def test_a_run_may_be_stopped_again_and_again(tmp_path: Path, unbroken: dict[str, Any]) -> None:
     for again in range(STEPS - 1):
+        ending.forget()
         hook = Hook(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Terminated):
+        with pytest.raises(ending.Ended):
             train(tmp_path, watcher=hook, resume=again > 0)
     train(tmp_path, resume=True)
     assert outcome(tmp_path) == unbroken
@@ -187,7 +188,7 @@ def test_ctrl_c_stays_ignored_where_it_was_and_handlers_come_back(tmp_path: Path
     at = train(tmp_path, watcher=hook, say=said.append)
     assert at.step == STEPS and not any("stopped" in line for line in said)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    assert signal.getsignal(signal.SIGTERM) is _terminate
+    assert signal.getsignal(signal.SIGTERM) is ending._receive
 
 
 def test_a_thread_can_train_although_it_gets_no_signals(

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from kvtool import files
-from kvtool.app import Terminated
 from kvtool.config import ModelConfig, TrainConfig, TrainLength
 from kvtool.core import checkpoint, runs, text
 from kvtool.core.layers import Dropout, deal_rows
@@ -254,7 +253,7 @@ def stop_and_resume(out: Path, step: int, number: int = signal.SIGINT, **changes
     """Train, send a signal to ourselves in a step, and train to the end."""
     try:
         train(out, watcher=Hook(step, lambda: os.kill(os.getpid(), number)), **changes)
-    except (KeyboardInterrupt, Terminated):
+    except KeyboardInterrupt:
         train(out, resume=True, **changes)
     else:
         raise AssertionError(f"the signal in step {step} did not stop it")

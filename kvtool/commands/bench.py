@@ -13,6 +13,7 @@ from kvtool.commands.bench_compare import Limit
 from kvtool.commands.bench_report import Report, Row, draw, label, number, show
 from kvtool.commands.bench_subject import check_fits, load_model, qualities, read_ids
 from kvtool.config import RunConfig, check_float, check_int
+from kvtool.ending import End
 from kvtool.errors import FileError, UsageError
 from kvtool.files import write_durable
 from kvtool.registry import with_own_window
@@ -121,7 +122,7 @@ def run(settings: Settings, out: Output) -> Report:
     lanes = bench_peers.make_lanes(settings, loaded, work, resolved, out)
     started = time.perf_counter()
     bandwidth = read_bandwidth(device)
-    cells, interrupted = measure(settings, lanes, lengths, out)
+    cells, ended = measure(settings, lanes, lengths, out)
     report = Report(
         *summary(settings, lanes, cells, weights_read(model)),
         settings.batch_size,
@@ -129,13 +130,13 @@ def run(settings: Settings, out: Output) -> Report:
         settings.depth,
         settings.kernels,
         bandwidth,
-        {} if interrupted else qualities(settings, model, text, lengths[-1], out),
+        {} if ended else qualities(settings, model, text, lengths[-1], out),
         time.perf_counter() - started,
         resolved,
-        interrupted=interrupted,
+        ended=ended,
     )
     tell_missing(report, settings, out)
-    if baseline is not None and not interrupted:
+    if baseline is not None and not ended:
         report.changes, report.regressions = bench_compare.compare(
             baseline, report.rows(), settings.fail_if
         )
@@ -163,8 +164,8 @@ def summary(
 
 def measure(
     settings: Settings, lanes: list[Lane], lengths: list[int], out: Output
-) -> tuple[list[Cell], bool]:
-    """Time every lane at every length, behind a bar -> and whether Ctrl-C ended it."""
+) -> tuple[list[Cell], End | None]:
+    """Time every lane at every length, behind a bar -> and what ended it, if not all was done."""
     from kvtool.core import timing
 
     several = len(settings.impl) > 1
@@ -176,9 +177,9 @@ def measure(
 
         limits = settings.repeats, settings.budget
         try:
-            return timing.measure(lanes, lengths, *limits, advance, settings.start[1]), False
+            return timing.measure(lanes, lengths, *limits, advance, settings.start[1]), None
         except timing.Stopped as stopped:
-            return stopped.cells, True
+            return stopped.cells, stopped.how
 
 
 def conditions(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -210,11 +211,11 @@ def check_comparable(
 
 
 def tell_missing(report: Report, settings: Settings, out: Output) -> None:
-    """Say which cells Ctrl-C or the budget left with fewer samples than asked for."""
+    """Say which cells a signal or the budget left with fewer samples than asked for."""
     rows = report.measurements
-    if report.interrupted:
+    if report.ended:
         made = sum(len(row.samples_s) for row in rows)
-        out.warn(f"interrupted after {made} of {len(rows) * settings.repeats} runs")
+        out.warn(f"{report.ended.value} after {made} of {len(rows) * settings.repeats} runs")
         return
     none = [f"{report.name(row)} {row.length}" for row in rows if not row.samples_s]
     if none:
@@ -396,8 +397,8 @@ def command(
         return report
 
     def keep(report: Report, content: dict[str, Any]) -> None:
-        if report.interrupted:
-            out.note(f"--save {save}: nothing is kept of a run that was interrupted")
+        if report.ended:
+            out.note(f"--save {save}: nothing is kept of a run that was {report.ended.value}")
         elif save is not None:
             path = bench_compare.place(save)
             write_durable(path, to_json(content).encode())

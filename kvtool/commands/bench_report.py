@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtool.errors import INTERRUPTED
+from kvtool.ending import End
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
 
@@ -71,12 +71,12 @@ class Report:
     resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
     changes: list[Change] = field(default_factory=list)  # against the baseline
     regressions: list[str] = field(default_factory=list)
-    interrupted: bool = False  # by Ctrl-C, so that samples are missing
+    ended: End | None = None  # by what, so that samples are missing
 
     @property
     def exit_code(self) -> int:
-        if self.interrupted:
-            return INTERRUPTED
+        if self.ended is not None:
+            return self.ended.exit_code
         measured = any(row.samples_s for row in self.measurements)
         return 0 if measured and not self.regressions else 1
 

@@ -21,6 +21,7 @@ from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model, graphs
 from kvtool.core.models.flat import DecodingForm, decoding_form
 from kvtool.core.sampling import Sampler
+from kvtool.ending import End, Ended
 
 
 class Run(NamedTuple):
@@ -203,7 +204,8 @@ def measure(
 
     A round visits every cell once, lanes side by side, so that a slow minute of the machine hits
     all of them; the shortest runs come first. A cell whose run would not fit any more is passed
-    over: it keeps fewer samples, or none. Raises Stopped on Ctrl-C, once there is a sample.
+    over: it keeps fewer samples, or none. Raises Stopped when a signal ends it, once there is a
+    sample.
     """
     deadline = time.perf_counter() + budget
     for kind, work, _ in lanes:
@@ -223,16 +225,16 @@ def measure(
                 progress(cell)
     except KeyboardInterrupt as interrupt:
         if any(cell.runs for cell in cells):
-            raise Stopped(cells) from interrupt
+            raise Stopped(cells, End.of(interrupt)) from interrupt
         raise
     return cells
 
 
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C while cells were measured, which have the runs until then."""
+class Stopped(Ended):
+    """A signal while cells were measured, which have the runs until then."""
 
-    def __init__(self, cells: list[Cell]) -> None:
-        super().__init__()
+    def __init__(self, cells: list[Cell], how: End) -> None:
+        super().__init__(how)
         self.cells = cells
 
 

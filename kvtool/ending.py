@@ -1,0 +1,110 @@
+"""Ctrl-C and SIGTERM end the work, not the account of it: what is done is shown and written.
+
+Both raise the same exception. Work that can be shown unfinished runs in `until_ended`, leaves its
+results where they outlive it, and is then reported with the exit code of what ended it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from types import FrameType
+
+ECHO = 0.5  # seconds; `timeout` and torchrun send a signal twice, to the process and to its group
+
+
+class End(Enum):
+    """What ended the work, in the word that is said of it."""
+
+    INTERRUPTED = "interrupted"  # by Ctrl-C
+    TERMINATED = "terminated"  # by SIGTERM
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell reports it: 128 and the signal."""
+        number = signal.SIGINT if self is End.INTERRUPTED else signal.SIGTERM
+        return 128 + number
+
+    @classmethod
+    def of(cls, error: BaseException) -> End:
+        """What an exception came from; Python itself has one for Ctrl-C alone."""
+        return error.how if isinstance(error, Ended) else End.INTERRUPTED
+
+
+class Ended(KeyboardInterrupt):
+    """A signal ended the work; as Ctrl-C does, so that no `except Exception` keeps it alive."""
+
+    def __init__(self, how: End) -> None:
+        super().__init__(how.value)
+        self.how = how
+
+
+@dataclass
+class _Signals:
+    first_at: float | None = None  # seconds, of the signal that is being obeyed
+    pending: End | None = None  # raised, and not yet known to have arrived
+
+
+_signals = _Signals()
+
+
+def listen() -> None:
+    """Have both signals raise Ended, and the second one kill. What is ignored stays so: a shell has
+    its background jobs ignore Ctrl-C."""
+    forget()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _receive)
+
+
+def forget() -> None:
+    """Begin anew: no signal was received."""
+    _signals.first_at = _signals.pending = None
+
+
+def _receive(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if _signals.first_at is None:
+        _signals.first_at = now
+        _signals.pending = End.INTERRUPTED if number == signal.SIGINT else End.TERMINATED
+        raise Ended(_signals.pending)
+    if now - _signals.first_at > ECHO:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def check() -> None:
+    """Raise Ended if a signal came and what it raised got lost, in a callback from C for example:
+    to be called between the steps of long work."""
+    if _signals.pending is not None:
+        raise Ended(_signals.pending)
+
+
+@dataclass
+class Outcome:
+    """Whether a block ran to its end: `how` says what ended it before, None that nothing did."""
+
+    how: End | None = None
+
+
+@contextmanager
+def until_ended() -> Iterator[Outcome]:
+    """Let Ctrl-C and SIGTERM end the block alone, and go on behind it with what is done.
+
+    >>> with until_ended() as outcome:
+    ...     for step in steps:
+    ...         results.append(step())
+    >>> report = Report(results, ended=outcome.how)
+    """
+    outcome = Outcome()
+    try:
+        yield outcome
+        check()
+    except KeyboardInterrupt as error:
+        outcome.how = End.of(error)
+        _signals.pending = None
