@@ -275,6 +275,32 @@ def test_what_means_nothing_is_refused(
     assert words in refused(verify(*args, "-q"))
 
 
+@pytest.mark.parametrize("name", ["phi3", "gemma3_text", "openai-gpt", "bart"])
+def test_a_type_that_was_meant_for_transformers_is_told_the_way(
+    kv: Callable[..., Ran], name: str
+) -> None:
+    message = refused(kv("--model", name, command="verify-cache"))
+    assert message.startswith(f"--model {name}: not found.")
+    assert message.endswith(f"{name} is a model type of transformers: add --impl transformers.")
+
+
+@pytest.mark.parametrize("name", ["vit", "phi3-mini", "weights/phi3", "", "auto"])
+def test_only_a_type_is_called_one(name: str) -> None:
+    assert not tiny.is_type(name)
+
+
+def test_transformers_is_not_imported_for_a_name_that_is_none_of_its(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiny, "known_types", lambda kind: pytest.fail("it was imported"))
+    assert not tiny.is_type("shakespeare-3l")
+
+
+def test_a_model_of_ours_is_told_the_way_back(verify: Callable[..., Ran]) -> None:
+    message = refused(verify("--model", "shakespeare-2l"))
+    assert message.endswith("It comes with kvtool: leave out --impl transformers.")
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=str(tmp_path)):
         load_model(str(tmp_path))

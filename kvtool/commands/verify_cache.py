@@ -90,7 +90,12 @@ def check_model(
     from kvtool.core.verify import check
     from kvtool.core.verify.subject import Formats
 
-    loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
+    try:
+        loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
+    except FileError as error:
+        if hint := vt.other_way(settings.run.model):
+            raise FileError(error.message, hint) from error
+        raise
     default = SOURCE_PROMPT if loaded.source_tokenizer else DEFAULT_PROMPT
     prompt = default if settings.prompt is None and loaded.reads_text else settings.prompt
     ids = checkpoint.prompt_ids(loaded, prompt)

@@ -159,6 +159,15 @@ def run(settings: Settings, out: Output) -> Report:
     return Report(rows, control, prompt, settings.run.dtype, resolved, seconds, out.verbose)
 
 
+def other_way(model: str) -> str:
+    """What to do about a model that was not found, and is a type of transformers; "" otherwise."""
+    from kvtool.core.verify.tiny import is_type
+
+    if Path(model).exists() or not is_type(model):
+        return ""
+    return f"{model} is a model type of transformers: add --impl transformers."
+
+
 def chosen_scenarios(names: list[str]) -> list[str]:
     """Those given, or all. Raises UsageError for one that there is not."""
     from kvtool.core.verify.scenarios import SCENARIOS

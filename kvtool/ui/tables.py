@@ -86,8 +86,10 @@ def fitted(
     """Columns and their cells, shortened or left out as far as they may be until one table of
     `width` holds them -> and the names of those left out.
 
-    >>> fitted([Column("a"), Column("b", spare=1), Column("c", spare=2)], [["1"] * 9] * 3, width=4)
-    ([Column('a'), Column('b')], [['1'], ['1']], ['c'])
+    >>> columns = [Column("a"), Column("b", spare=1), Column("c", spare=2)]
+    >>> _, cells, left_out = fitted(columns, [["11"], ["22"], ["33"]], width=7)
+    >>> cells, left_out
+    ([['11'], ['22']], ['c'])
     """
     kept = dict(enumerate(zip(columns, cells, strict=True)))
     order = sorted((i for i, c in enumerate(columns) if c.spare), key=lambda i: -columns[i].spare)
