@@ -6,6 +6,7 @@ import io
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +16,15 @@ from kvtool.commands import self_test as st
 from kvtool.commands import sweep as sw
 from kvtool.commands import verify_transformers as vt
 from kvtool.commands.verify_report import Report, Row
+from kvtool.commands.verify_rows import Rows, facts, kept_rows
 from kvtool.commands.verify_table import table
 from kvtool.config import RunConfig, check_int
+from kvtool.ending import until_ended
 from kvtool.errors import FileError, UsageError
+from kvtool.files import sha256
 from kvtool.registry import choose
 from kvtool.ui import options as o
+from kvtool.ui.documents import check_writable
 from kvtool.ui.lists import list_option
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
@@ -42,6 +47,7 @@ class Settings:
     prompt: str | None
     target: str | None = None
     plot: Path | None = None
+    resume: Path | None = None
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2)
@@ -59,6 +65,8 @@ class Settings:
             )
         if self.plot is not None and not self.plot.parent.is_dir():
             raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
+        if self.resume is not None:
+            check_writable(self.resume, "--resume")
 
 
 def run(settings: Settings, out: Output) -> Report:
@@ -103,18 +111,6 @@ def check_model(
         raise UsageError("--prompt: is empty (expected 1 token or more)")
     if loaded.source_tokenizer is not None:
         check_sources([ids], loaded.config.context)
-    total = len(settings.caches) * len(settings.kernels) * len(names) + 1
-    with out.progress("verify-cache", total) as bar:
-        main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
-        rows = []
-        formats = Formats(loaded.model)
-        for found in check.check_model(
-            formats, settings.caches, settings.kernels, names, main, bar.update
-        ):
-            rows.append(Row.of(found))
-            bar.advance()
-        planted = check.control(formats, main)
-    control = Row.of(check.Checked("planted bug", "default", True, planted, planted=True))
     resolved = {
         "model": str(loaded.path),
         "sha256": loaded.sha256,
@@ -122,7 +118,24 @@ def check_model(
         "prompt": prompt,
         "scenarios": names,
     }
-    return Report(rows, control, len(ids), settings.run.dtype, resolved, verbose=out.verbose)
+    decides = {**resolved, "model": loaded.path.name, "config": vars(loaded.config), "ids": ids}
+    kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
+    kept = kept_rows(settings.resume, facts("kvtool", settings.run, **decides, **kinds), out)
+    rows = Rows(product(settings.caches, settings.kernels, names), kept)
+    control = None
+    total = len(rows.plan) + 1
+    with out.progress("verify-cache", total) as bar, until_ended() as outcome:
+        bar.advance(len(rows.found))
+        main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
+        formats = Formats(loaded.model)
+        asked = (settings.caches, settings.kernels, names)
+        for found in check.check_model(formats, *asked, main, bar.update, rows.known):
+            rows.add(Row.of(found))
+            bar.advance()
+        planted = check.control(formats, main)
+        control = Row.of(check.Checked("planted bug", "default", True, planted, planted=True))
+    computed = settings.run.dtype
+    return rows.report(control, len(ids), computed, resolved, outcome.how, out)
 
 
 def check_target(
@@ -131,7 +144,7 @@ def check_target(
     """Check the user's own decoder, from a file of Python."""
     from kvtool.core.machine import dtype_name
     from kvtool.core.verify import api
-    from kvtool.core.verify.target_file import target_subject
+    from kvtool.core.verify.target_file import file_of, target_subject
 
     subject = target_subject(settings.target or "")
     if settings.run.dtype != "float32":  # the default leaves a decoder as it is
@@ -146,16 +159,28 @@ def check_target(
         out.note(f"--tokens {settings.tokens}: {n}, since the decoder holds {subject.context}")
     # What the decoder prints, hundreds of times, must not get between the results.
     said = sys.stderr if out.verbose else io.StringIO()
-    with redirect_stdout(said), out.progress("verify-cache", len(names) + 1) as bar:
-        rows = []
-        for found in api.check_target(subject, names, main, bar.update):
-            rows.append(Row.of(replace(found, cache=name)))
-            bar.advance()
-        planted = api.target_control(subject, main)
-    control = Row.of(api.Checked("planted bug", api.OWN, True, planted, planted=True))
     resolved = {"called": subject.guess, "device": str(subject.device), "scenarios": names}
     computed = dtype_name(subject.dtype)
-    return Report(rows, control, main.n_prompt, computed, resolved, verbose=out.verbose)
+    decides = {**resolved, "target": name, "tokens": settings.tokens, "computed": computed}
+    if settings.resume is not None:
+        decides |= {"file": sha256(file_of(subject.name)), "weights": subject.fingerprint()}
+    kept = kept_rows(settings.resume, facts("target", settings.run, **decides), out)
+    rows = Rows([(name, api.OWN, scenario) for scenario in names], kept)
+    control = None
+    total = len(names) + 1
+    with (
+        redirect_stdout(said),
+        out.progress("verify-cache", total) as bar,
+        until_ended() as outcome,
+    ):
+        bar.advance(len(rows.found))
+        left = [check.scenario for check in rows.not_run]
+        for found in api.check_target(subject, left, main, bar.update):
+            rows.add(Row.of(replace(found, cache=name)))
+            bar.advance()
+        planted = api.target_control(subject, main)
+        control = Row.of(api.Checked("planted bug", api.OWN, True, planted, planted=True))
+    return rows.report(control, main.n_prompt, computed, resolved, outcome.how, out)
 
 
 def show(report: Report, out: Output) -> None:
@@ -171,11 +196,11 @@ def show(report: Report, out: Output) -> None:
         ):
             if text:
                 out.text(f"  {label}{text}")
-    if report.exit_code and not report.bugs:
+    if report.exit_code and not report.bugs and report.ended is None:
         vain = [row for row in report.checks if row.evidence and row.stores and not row.right]
         for text in dict.fromkeys(f"{row.cache}: {row.evidence}" for row in vain):
             out.text(text)
-    out.verdict(report.exit_code == 0, report.conclusion)
+    out.verdict(None if report.ended else report.exit_code == 0, report.conclusion)
 
 
 def alike(rows: list[Row]) -> list[list[Row]]:
@@ -322,9 +347,9 @@ def command(
             **of_kinds,
         }
         refuse(given, "contradicts --self-test", "It has models, caches and tokens of its own.")
-        present("verify-cache.self-test", st.Settings(machine), st.run, st.show, out)
+        present("verify-cache.self-test", st.Settings(machine, resume), st.run, st.show, out)
     choose(impl, vt.IMPLEMENTATIONS, "--impl")
-    for_sweep = {"--types": types, "--resume": resume, "--time-limit": time_limit != sw.TIME_LIMIT}
+    for_sweep = {"--types": types, "--time-limit": time_limit != sw.TIME_LIMIT}
     if not sweep:
         refuse(for_sweep, "needs --sweep", "Add --impl transformers --sweep.")
     if impl == "transformers":
@@ -341,11 +366,11 @@ def command(
         if sweep:
             asked = sw.Settings(machine, types, kinds, scenarios, n_tokens, time_limit, resume)
             present("verify-cache.sweep", asked, sw.run, sw.show, out)
-        one = vt.Settings(machine, kinds, scenarios, tokens)
+        one = vt.Settings(machine, kinds, scenarios, tokens, resume)
         present("verify-cache", one, vt.run, show, out)
     refuse({"--sweep": sweep}, "needs --impl transformers", "Add --impl transformers.")
     chosen = o.kinds_with_settings(caches, **kinds_own)
-    settings = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot)
+    settings = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume)
 
     def work(settings: Settings, out: Output) -> Report:
         report = run(settings, out)

@@ -15,6 +15,7 @@ from kvtool.core.verify.outcome import (
     Summary,
     outcome,
 )
+from kvtool.ending import End
 
 if TYPE_CHECKING:
     from kvtool.core.verify.check import Checked
@@ -117,6 +118,15 @@ class Row:
         return f"{short}, {self.not_judged} not judged" if self.not_judged else short
 
 
+@dataclass(frozen=True)
+class NotRun:
+    """A check that was to be made."""
+
+    cache: str
+    kernels: str
+    scenario: str
+
+
 @dataclass
 class Report:
     """All rows, and whether the check found the bug that was planted to test it."""
@@ -127,6 +137,8 @@ class Report:
     dtype: str
     resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
     seconds: float = 0.0
+    ended: End | None = None  # by what, so that checks are missing
+    not_run: list[NotRun] = field(default_factory=list)
     verbose: bool = field(default=False, repr=False)
 
     @property
@@ -148,25 +160,65 @@ class Report:
 
     @property
     def exit_code(self) -> int:
+        if self.ended is not None:
+            return self.ended.exit_code
         return 0 if self.summary.ok else 1
 
     @property
     def conclusion(self) -> str:
         """The last line, in words."""
+        if self.ended is None:
+            return self._found()
+        told = self._found() if self.bugs or self.judged else ""
+        return "; ".join(filter(None, [told, self._left(self.ended)]))
+
+    def _found(self) -> str:
         if self.bugs:
             kinds = dict.fromkeys((row.cache, row.verdict) for row in self.bugs)
             worst = [f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds]
             return "; ".join(worst + self._put_aside())
+        if self.ended is None and (vain := self._nothing()):
+            return vain
+        kernels = dict.fromkeys(row.kernels for row in self.judged)
+        parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
+        control = "; the planted bug was found" * (self.control is not None)
+        return "; ".join(parts + self._in_vain() + self._put_aside()) + control
+
+    def _nothing(self) -> str:
+        """Why what was found proves nothing, if so."""
         if not self.summary.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
         if self.vacuous:
             return f"nothing was checked of {', '.join(self.vacuous)}"
         if not self.judged:
             return "nothing was checked: no kind of cache was given that stores anything"
-        kernels = dict.fromkeys(row.kernels for row in self.judged)
-        parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
-        control = "; the planted bug was found" if self.control else ""
-        return "; ".join(parts + self._in_vain() + self._put_aside()) + control
+        return ""
+
+    def _left(self, ended: End) -> str:
+        """How far it came, and what was not run."""
+        total = len(self.checks) + len(self.not_run)
+        parts = [f"{ended.value} after {len(self.checks)} of {total} checks"]
+        kinds = dict.fromkeys(check.cache for check in self.not_run)
+        if kinds:
+            parts.append(f"not run: {', '.join(self._left_of(kind) for kind in kinds)}")
+        if self.control is None:
+            parts.append("the planted bug was not tried")
+        return "; ".join(parts)
+
+    def _left_of(self, cache: str) -> str:
+        """A kind of which nothing was run, or what of it was not."""
+        left = [check for check in self.not_run if check.cache == cache]
+        if all(row.cache != cache for row in self.checks):
+            return cache
+        kernels = dict.fromkeys(check.kernels for check in left)
+        many = len({row.kernels for row in self.checks} | kernels.keys()) > 1
+        parts = []
+        for name in kernels:
+            names = [check.scenario for check in left if check.kernels == name]
+            some = any((row.cache, row.kernels) == (cache, name) for row in self.checks)
+            words = ", ".join(names) if len(names) < 4 else f"{len(names)} scenarios"
+            parts.append(" ".join([name] * many + [f"({words})"] * some))
+        return f"{cache} {' and '.join(parts)}"
 
     def _in_vain(self) -> list[str]:
         """Scenarios that proved nothing, of kinds that others did prove right."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,25 +38,21 @@ class Outcome:
         return False not in answers
 
 
-def run(progress: Callable[[str], None] | None = None) -> list[Outcome]:
-    """Judge every mutant in its scenario and every look-alike in all of them, mutants first.
-
-    progress is told the name of what comes next; there are `total()` of them.
-    """
-    return list(_outcomes(progress))
+def names() -> list[str]:
+    """What there is to try, mutants first; each has a name of its own."""
+    return [planted.name for planted in (*MUTANTS, *LOOKALIKES)]
 
 
-def total() -> int:
-    """How many outcomes there will be."""
-    return len(MUTANTS) + len(LOOKALIKES)
-
-
-def _outcomes(progress: Callable[[str], None] | None) -> Iterator[Outcome]:
+def run(
+    progress: Callable[[str], None] = lambda name: None, known: Container[str] = ()
+) -> Iterator[Outcome]:
+    """Judge every mutant in its scenario and every look-alike in all of them, mutants first, but
+    for those whose names are `known`. progress is told the name of what comes next."""
     everything: tuple[Mutant | Lookalike, ...] = (*MUTANTS, *LOOKALIKES)
     for planted in everything:
-        if progress is not None:
+        if planted.name not in known:
             progress(planted.name)
-        yield try_mutant(planted) if isinstance(planted, Mutant) else try_lookalike(planted)
+            yield try_mutant(planted) if isinstance(planted, Mutant) else try_lookalike(planted)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -117,6 +118,8 @@ def joined(*parts: str) -> str:
 def answer(task: Task, sender: Connection) -> None:
     """What the process runs: judge the type, and send what it came to."""
     import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who waits for the answer decides, and kills
 
     limit_memory(task.memory)
     torch.set_num_threads(1)

@@ -30,6 +30,11 @@ def target_subject(spec: str, vocab_size: int = 0, context: int = 0) -> TargetSu
         return TargetSubject(load_target(spec), spec, vocab_size, context)
 
 
+def file_of(spec: str) -> Path:
+    """FILE.py of FILE.py:NAME."""
+    return Path(spec.rpartition(":")[0])
+
+
 def load_target(spec: str) -> Any:
     """The object that FILE.py:NAME is, or that it returns when called without arguments."""
     path, colon, name = spec.rpartition(":")
