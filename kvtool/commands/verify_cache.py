@@ -20,7 +20,7 @@ from kvtool.commands.verify_rows import Rows, facts, kept_rows
 from kvtool.commands.verify_table import table
 from kvtool.config import RunConfig, check_int
 from kvtool.ending import until_ended
-from kvtool.errors import FileError, UsageError
+from kvtool.errors import FileError, UsageError, first_line
 from kvtool.files import sha256
 from kvtool.registry import choose
 from kvtool.ui import options as o
@@ -148,7 +148,12 @@ def check_target(
 
     subject = target_subject(settings.target or "")
     if settings.run.dtype != "float32":  # the default leaves a decoder as it is
-        subject = subject.to(dtype)
+        try:
+            subject = subject.to(dtype)
+        except Exception as error:  # the decoder's own code, or that it holds nothing to convert
+            why = first_line(error) or type(error).__name__
+            text = f"--dtype {settings.run.dtype}: the decoder cannot be converted ({why})"
+            raise UsageError(text, "Leave it out.") from error
     if subject.guess:
         out.note(subject.guess)
     name = Path(subject.name).name

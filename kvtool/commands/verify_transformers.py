@@ -127,13 +127,6 @@ def run(settings: Settings, out: Output) -> Report:
     model, note = hub.load_model(settings.run.model, settings.run.seed)
     model = model.to(device, dtype)
     kinds = settings.caches or list(TRANSFORMERS_CACHES)
-    if note:
-        out.note(note)
-    if "quantized" in kinds and not model.config.is_encoder_decoder:
-        out.note(
-            "quantized: judged with exact values in place of its codes, backend "
-            f"{hub.quantized_backend()}"
-        )
     resolved = {
         "architecture": type(model).__name__,
         "built": note,
@@ -143,6 +136,13 @@ def run(settings: Settings, out: Output) -> Report:
         "caches": kinds,
     }
     kept = kept_rows(settings.resume, decides(settings, model, resolved), out)
+    if note:
+        out.note(note)
+    if "quantized" in kinds and not model.config.is_encoder_decoder:
+        out.note(
+            "quantized: judged with exact values in place of its codes, backend "
+            f"{hub.quantized_backend()}"
+        )
     rows = Rows(product(kinds, [hub.OWN], names), kept)
     control = None
     with out.progress("verify-cache", len(rows.plan) + 1) as bar, until_ended() as outcome:
