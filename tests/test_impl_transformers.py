@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 pytest.importorskip("transformers")
 
 from cli_probe import Ran, refused
+from kvtool.commands.verify_report import Report, Row
 from kvtool.core.verify import tiny
 from kvtool.core.verify.check import Checked
 from kvtool.core.verify.judge import BUG, NOT_CAUSAL, UNSUPPORTED
@@ -100,6 +102,37 @@ def test_right_caches_are_called_right(model_type: str) -> None:
     judged = {c.outcome for (cache, _), c in found.items() if cache != "planted bug"}
     assert judged == {Outcome.RIGHT}
     assert found["planted bug", "decode"].finding.verdict == BUG
+
+
+def test_codes_are_not_judged_and_every_answer_says_so(
+    verify: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import cache_utils
+
+    asked = ("--model", "gpt2", "--caches", "dynamic", "quantized", "--scenarios", "decode", "crop")
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = verify(*asked)
+    lines = [line.split("  ") for line in shown.out.splitlines() if line.startswith("quantized ")]
+    assert len(lines) == 1 and "rounding, codes not judged" in lines[0]
+    assert "; quantized: its codes were not judged; the planted bug" in shown.out.splitlines()[-1]
+    # Whatever the quantizer does, the verdict is the same: so it must claim nothing of it.
+    for layer in vars(cache_utils).values():
+        if isinstance(layer, type) and hasattr(layer, "_quantize"):
+            monkeypatch.setattr(layer, "_quantize", lambda self, tensor, *_: 0 * tensor)
+    report = json.loads(verify(*asked, "--json").out)
+    told = {(row["cache"], row["scenario"], row["not_judged"]) for row in report["checks"]}
+    assert told == {
+        (c, s, w) for c, w in (("dynamic", ""), ("quantized", "codes")) for s in asked[-2:]
+    }
+    assert "quantized: its codes were not judged" in report["conclusion"]
+
+
+def test_a_bug_beside_the_codes_does_not_hide_that_they_were_not_judged() -> None:
+    found = check(tiny_model("gpt2").model, ("quantized",), ("decode",))["quantized", "decode"]
+    bug = replace(found, finding=replace(found.finding, verdict=BUG, first_wrong=1))
+    report = Report([Row.of(bug)], None, 3, "float32")
+    said = "quantized: bug, step 1 in decode; quantized: its codes were not judged"
+    assert report.conclusion == said
 
 
 def test_sliding_layers_are_checked_beyond_their_window() -> None:
@@ -240,6 +273,32 @@ def test_what_means_nothing_is_refused(
     args: tuple[str, ...], words: str, verify: Callable[..., Ran]
 ) -> None:
     assert words in refused(verify(*args, "-q"))
+
+
+@pytest.mark.parametrize("name", ["phi3", "gemma3_text", "openai-gpt", "bart"])
+def test_a_type_that_was_meant_for_transformers_is_told_the_way(
+    kv: Callable[..., Ran], name: str
+) -> None:
+    message = refused(kv("--model", name, command="verify-cache"))
+    assert message.startswith(f"--model {name}: not found.")
+    assert message.endswith(f"{name} is a model type of transformers: add --impl transformers.")
+
+
+@pytest.mark.parametrize("name", ["vit", "phi3-mini", "weights/phi3", "", "auto"])
+def test_only_a_type_is_called_one(name: str) -> None:
+    assert not tiny.is_type(name)
+
+
+def test_transformers_is_not_imported_for_a_name_that_is_none_of_its(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiny, "known_types", lambda kind: pytest.fail("it was imported"))
+    assert not tiny.is_type("shakespeare-3l")
+
+
+def test_a_model_of_ours_is_told_the_way_back(verify: Callable[..., Ran]) -> None:
+    message = refused(verify("--model", "shakespeare-2l"))
+    assert message.endswith("It comes with kvtool: leave out --impl transformers.")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

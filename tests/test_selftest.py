@@ -48,14 +48,14 @@ def test_every_class_of_real_bugs_is_planted_at_least_twice() -> None:
 
 def test_names_are_unique_and_scenarios_are_those_that_a_user_runs() -> None:
     names = [planted.name for planted in (*MUTANTS, *LOOKALIKES)]
-    assert len(set(names)) == len(names) == selftest.total()
+    assert len(set(names)) == len(names) and names == selftest.names()
     assert {mutant.scenario for mutant in MUTANTS} == set(SCENARIOS)
 
 
 def test_every_hypothesis_explains_a_planted_bug_and_few_bugs_have_none() -> None:
     hints = [mutant.hint for mutant in MUTANTS]
     assert {tape.hint for tape in HYPOTHESES} <= set(hints)
-    assert 1 <= hints.count(UNKNOWN) <= 3
+    assert 1 <= hints.count("") <= 3
 
 
 def test_a_small_model_is_the_same_each_time_and_leaves_torchs_generator_alone() -> None:
@@ -69,7 +69,7 @@ def test_progress_names_all_that_is_tried_in_order(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(selftest, "MUTANTS", MUTANTS[:2])
     monkeypatch.setattr(selftest, "LOOKALIKES", LOOKALIKES[:1])
     told: list[str] = []
-    outcomes = selftest.run(told.append)
+    outcomes = list(selftest.run(told.append))
     assert told == [outcome.name for outcome in outcomes]
     assert told == [MUTANTS[0].name, MUTANTS[1].name, LOOKALIKES[0].name]
     assert [outcome.quiet for outcome in outcomes] == [None, None, True]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,17 @@ from kvtool.core.verify import sweep
 from kvtool.core.verify.check import Checked
 from kvtool.core.verify.compare import Gap
 from kvtool.core.verify.judge import Finding
-from kvtool.core.verify.sweep import Swept, Task, append_result, judge_type, read_results
+from kvtool.core.verify.kept import Kept
+from kvtool.core.verify.sweep import Swept, Task, judge_type
 from kvtool.core.verify.sweep_worker import judge, summary
-from kvtool.errors import FileError
 
 RIGHT = Swept("gpt2", "rounding", True, gap=2e-7, gap_float64=5e-16, seconds=1.5)
 BUGGY = Swept("mamba", "bug", False, "dynamic in chunks: the gap stays", 3e-2, 3e-2, 3e-2)
 ABSENT = Swept("gemma3n", "not built", False, "could not build (ImportError: timm)")
+BART = Swept("bart", "rounding", True)
+BOTH = Swept("bart", "precision", True, kind="seq2seq")
+UNDECIDED = Swept("rwkv", "undecided", False, "cannot run in float64")
+KNOWN = {(s.type, s.kind): s for s in (RIGHT, BUGGY, ABSENT, BART, BOTH, UNDECIDED)}
 DIFFERS = Gap(8, 1, 1, 1e-7, 4.0)
 
 
@@ -31,7 +38,7 @@ def finding(verdict: str, scenario: str = "decode", cache: str = "dynamic") -> C
     return Checked(cache, "own", True, Finding(scenario, verdict, f"why {verdict}", gap))
 
 
-CONTROL = finding("bug", cache="planted bug")
+CONTROL = replace(finding("bug", cache="planted bug"), planted=True)
 
 
 def task(name: str, **changes: Any) -> Task:
@@ -51,6 +58,8 @@ def task(name: str, **changes: Any) -> Task:
         (("error", "bug"), "bug"),
         (("bug", "not-causal"), "not-causal"),
         (("rounding", "vacuous"), "rounding"),
+        (("rounding", "undecided", "precision"), "undecided"),
+        (("undecided", "bug"), "bug"),
     ],
 )
 def test_a_type_comes_to_its_worst_verdict(verdicts: tuple[str, ...], expected: str) -> None:
@@ -74,7 +83,8 @@ def test_a_type_without_a_cache_is_unsupported_with_the_reason() -> None:
 
 
 def test_a_check_that_misses_the_planted_bug_proves_nothing() -> None:
-    found = summary("some", [finding("rounding"), finding("rounding", cache="planted bug")])
+    missed = replace(CONTROL, finding=finding("rounding").finding)
+    found = summary("some", [finding("rounding"), missed])
     assert (found.verdict, found.right) == ("error", False)
     assert "planted" in found.reason
 
@@ -112,11 +122,17 @@ def test_a_type_is_judged_in_a_process_that_may_run_out_of_memory_and_of_time() 
 # Results that are kept
 
 
+def kept(path: Path, *results: Swept, **facts: Any) -> Kept[Swept]:
+    """A file of results of a sweep, with these in it."""
+    for result in results:
+        Kept(path, Swept, facts).append(result)
+    return Kept(path, Swept, facts)
+
+
 def test_what_a_file_of_results_has_is_not_judged_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "sweep.jsonl"
-    append_result(path, RIGHT)
     asked = []
 
     def judged(given: Task, seconds: float) -> Swept:
@@ -125,61 +141,31 @@ def test_what_a_file_of_results_has_is_not_judged_again(
 
     monkeypatch.setattr(sweep, "judge_type", judged)
     tasks = [task("gpt2"), task("mamba")]
-    assert list(sweep.sweep(tasks, 60.0, path)) == [RIGHT, BUGGY]
+    assert list(sweep.sweep(tasks, 60.0, kept(path, RIGHT))) == [RIGHT, BUGGY]
     assert asked == ["mamba"]
-    assert list(read_results(path).values()) == [RIGHT, BUGGY]
+    assert kept(path).known == [RIGHT, BUGGY]
 
 
 def test_a_type_that_is_both_kinds_of_model_has_a_result_of_each(tmp_path: Path) -> None:
-    path = tmp_path / "sweep.jsonl"
     decoder = Swept("bart", "rounding", True)
     whole = Swept("bart", "bug", False, kind="seq2seq")
-    append_result(path, decoder)
-    append_result(path, whole)
     tasks = [task("bart", kind=kind) for kind in ("seq2seq", "causal")]
-    assert list(sweep.sweep(tasks, 60.0, path)) == [whole, decoder]
-
-
-def test_a_result_that_says_no_kind_is_of_a_causal_model(tmp_path: Path) -> None:
-    path = tmp_path / "sweep.jsonl"
-    path.write_text('{"type": "gpt2", "verdict": "rounding", "right": true}\n')
-    assert list(read_results(path)) == [("gpt2", "causal")]
-
-
-def test_a_line_that_was_cut_off_is_judged_again_and_spoils_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "sweep.jsonl"
-    append_result(path, RIGHT)
-    whole = path.read_text()
-    path.write_text(whole + whole[:20])
-    assert list(read_results(path)) == [("gpt2", "causal")]
-    append_result(path, BUGGY)
-    assert list(read_results(path).values()) == [RIGHT, BUGGY]
-    append_result(path, ABSENT)
-    assert len(read_results(path)) == 3
-
-
-def test_a_file_that_no_sweep_wrote_is_refused_and_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "notes.txt"
-    for data in (b"something else\nand more\n", b"something else", b"\xff\xfe\n"):
-        path.write_bytes(data)
-        with pytest.raises(FileError, match=r"--resume .*: line 1 is no result of a sweep"):
-            list(sweep.sweep([task("gpt2")], 60.0, path))
-        assert path.read_bytes() == data
-    with pytest.raises(FileError, match=rf"^--resume {tmp_path}: is a folder"):
-        list(sweep.sweep([task("gpt2")], 60.0, tmp_path))
+    known = kept(tmp_path / "sweep.jsonl", decoder, whole)
+    assert list(sweep.sweep(tasks, 60.0, known)) == [whole, decoder]
 
 
 # The command; all results are known, so that no process starts
 
 
 @pytest.fixture
-def swept(kv: Callable[..., Ran], tmp_path: Path) -> Callable[..., Ran]:
-    path = tmp_path / "sweep.jsonl"
-    for known in (RIGHT, BUGGY, ABSENT):
-        append_result(path, known)
+def swept(
+    kv: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Ran]:
+    """Run a sweep whose results are all in its file."""
+    monkeypatch.setattr(sweep, "judge_type", lambda given, limit: KNOWN[given.type, given.kind])
 
     def call(*args: str) -> Ran:
-        given = ["--impl", "transformers", "--sweep", "--resume", str(path)]
+        given = ["--impl", "transformers", "--sweep", "--resume", str(tmp_path / "sweep.jsonl")]
         return kv(*given, *args, command="verify-cache")
 
     return call
@@ -193,13 +179,8 @@ def test_a_sweep_lists_its_types_and_counts_its_verdicts(swept: Callable[..., Ra
 
 
 def test_encoder_decoders_have_a_table_and_counts_of_their_own(
-    swept: Callable[..., Ran], tmp_path: Path
+    swept: Callable[..., Ran],
 ) -> None:
-    for known in (
-        Swept("bart", "rounding", True),
-        Swept("bart", "precision", True, kind="seq2seq"),
-    ):
-        append_result(tmp_path / "sweep.jsonl", known)
     ran = swept("--types", "gpt2", "bart")
     said = " ".join(ran.out.split())
     assert "2 causal language models, 2 judged: 2 rounding; 1 encoder-decoders, 1 judged" in said
@@ -217,7 +198,70 @@ def test_a_sweep_without_a_bug_exits_0_and_one_that_judged_nothing_1(
     swept: Callable[..., Ran],
 ) -> None:
     assert swept("--types", "gpt2", "gemma3n").code == 0
+    assert swept("--types", "gpt2", "rwkv").code == 1  # what nothing can decide is no pass
     assert swept("--types", "gemma3n").code == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_sweep_that_is_ended_tells_what_it_has_and_goes_on(
+    swept: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
+    signals_as_in_the_app: None,
+    number: int,
+    code: int,
+    word: str,
+) -> None:
+    asked = []
+
+    def judged(given: Task, limit: float) -> Swept:
+        asked.append(given.type)
+        if asked.count("mamba") == 1 and given.type == "mamba":
+            try:
+                os.kill(os.getpid(), number)
+            except KeyboardInterrupt:  # as where the signal ends the process of the type, too
+                return Swept("mamba", "error", False, "its process ended without an answer")
+        return KNOWN[given.type, given.kind]
+
+    monkeypatch.setattr(sweep, "judge_type", judged)
+    types = ("--types", "gpt2", "mamba", "gemma3n")
+    ran = swept(*types)
+    assert ran.code == code and f"warning: {word} after 1 of 3 types\n" in ran.err
+    assert "without an answer" not in ran.out
+    assert f"1 rounding; {word} after 1 of 3 types" in " ".join(ran.out.split())
+    report = json.loads(swept(*types, "--json").out)
+    assert asked == ["gpt2", "mamba", "mamba", "gemma3n"]
+    assert (report["exit_code"], report["ended"], report["not_run"]) == (1, None, [])
+
+
+def test_a_sweep_refuses_results_of_other_settings(
+    swept: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvtool.core.verify import transformers_subject
+
+    assert swept("--types", "gpt2").code == 0
+    for options, words in (
+        (("--tokens", "8"), "tokens was 32 and is now 8"),
+        (("--caches", "static"), "caches was ["),
+        (("--time-limit", "7"), "time_limit was 60.0 and is now 7.0"),
+    ):
+        assert words in refused(swept("--types", "gpt2", *options))
+    monkeypatch.setattr(transformers_subject, "need_transformers", lambda: "1.0")
+    assert "and is now '1.0'" in refused(swept("--types", "gpt2"))
+
+
+def test_a_sweep_says_what_of_a_kind_was_not_judged(
+    swept: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for verdict, said in (("rounding", True), ("unsupported", False)):
+        found = replace(RIGHT, type="llama", by_cache={"dynamic": "rounding", "quantized": verdict})
+        monkeypatch.setattr(sweep, "judge_type", lambda given, limit, found=found: found)
+        report = json.loads(swept("--types", "llama", "--json").out)
+        assert ("quantized: its codes were not judged" in report["conclusion"]) == said
+        assert report["not_judged"] == ({"quantized": "codes"} if said else {})
+        Path(report["settings"]["resume"]).unlink()
 
 
 def test_a_sweep_as_json_has_every_figure(swept: Callable[..., Ran]) -> None:

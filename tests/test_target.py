@@ -314,7 +314,7 @@ def test_what_cannot_be_converted_is_no_verdict_unless_all_is_identical() -> Non
 
     assert judged(Numbers()).verdict == "identical"
     finding = judged(Numbers(1e-6))
-    assert finding.verdict == "unsupported"
+    assert finding.verdict == "undecided"
     assert "cannot run in float64" in finding.evidence
 
 
@@ -325,7 +325,7 @@ def test_logits_that_are_finite_in_one_format_only_are_no_verdict() -> None:
             return logits + (math.inf if logits.dtype == torch.float64 else 0.0)
 
     finding = judged(Overflowing())
-    assert finding.verdict == "unsupported" and "not finite" in finding.evidence
+    assert finding.verdict == "undecided" and "not finite" in finding.evidence
 
 
 def test_a_decoder_of_numpy_is_checked_too() -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from cli_probe import Ran, refused
 from kvtool import registry
 from kvtool.commands.verify_report import Report, Row
+from kvtool.commands.verify_table import table
 from kvtool.core import verify
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.verify.check import Checked
@@ -23,6 +25,7 @@ from kvtool.core.verify.judge import Finding
 from kvtool.core.verify.mutants.contents import ReadsLayerZero, StoresLower, WrongBelowFloat64
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.registry import CACHES, KERNELS
+from kvtool.ui.tables import build_table
 from small_models import (
     answer,
     change_weights,
@@ -127,7 +130,7 @@ def test_every_dtype_is_judged(check: Callable[..., Ran], dtype: str) -> None:
     found = answer(check("--dtype", dtype, "--json", "--scenarios", "decode", "crop"))
     assert found["dtype"] == found["settings"]["run"]["dtype"] == dtype
     verdicts = {(row["cache"], row["verdict"]) for row in found["checks"]}
-    assert {verdict for cache, verdict in verdicts if cache == "none"} == {"vacuous"}
+    assert {verdict for cache, verdict in verdicts if cache == "none"} == {"no cache"}
     assert {verdict for cache, verdict in verdicts if cache != "none"} <= {"identical", "rounding"}
     assert found["control"]["verdict"] == "bug"
 
@@ -187,10 +190,72 @@ def test_the_table_fits_the_terminal(
     lines = check().out.splitlines()
     assert max(len(line.rstrip()) for line in lines[:-1]) <= columns
     assert any("bug, step 1" in line for line in lines)
-    left_out = {80: "(no room for promoted)", 60: "(no room for max ULP, gap float32, promoted)"}
+    left_out = {80: "(no room for max ULP)", 60: "(no room for identical steps, max ULP)"}
     assert left_out[columns] in lines
     assert sum("kernels" in line and "verdict" in line for line in lines) == 1
     assert sum(line.startswith("cache ") for line in check("-v").out.splitlines()) > 1
+
+
+GAPS = ("gap", "gap_float64", "gap_promoted")
+
+
+def judged(verdict: str, scenario: str, cache: str, kernels: str, step: int | None = None) -> Row:
+    """A row with evidence of every precision, and a figure of its own in each."""
+    gaps = [Gap(25, 1, 1, float(f"{n}.4e-0{n}"), 4e5) for n in (1, 2, 3)]
+    finding = Finding(scenario, verdict, "why", *gaps, first_wrong=step, lossy=step is not None)
+    return Row.of(Checked(cache, kernels, True, finding))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("columns", [96, 80, 60])
+@pytest.mark.parametrize("kinds", [["my_decoder.py:build"], ["dynamic", "sliding:window=5"]])
+def test_what_decides_a_verdict_is_shown_at_every_width(
+    kinds: list[str], columns: int, verbose: bool, dtype: str
+) -> None:
+    kernels = ["own"] if len(kinds) == 1 else ["default", "exact"]
+    rows = [
+        judged(verdict, scenario, kind, name, step)
+        for kind in kinds
+        for name in kernels
+        for verdict, scenario, step in (
+            ("precision", "one-then-chunks", 12),
+            ("bug", "token-by-token", 3),
+            ("rounding", "crop", None),
+        )
+    ]  # fmt: skip
+    control = judged("bug", "decode", "planted bug", kernels[0], 1)
+    report = Report(rows, control, 11, dtype, verbose=verbose)
+    console = Console(width=columns, file=io.StringIO(), highlight=False)
+    for part in build_table(*table(report), columns):
+        console.print(part)
+    shown = console.file.getvalue()
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= columns
+    for digit, name in zip("123", GAPS, strict=True):
+        figures = re.findall(rf"\b{digit}(?:\.4e-0|e-){digit}\b", shown)
+        assert len(figures) == len(rows) + 1, f"{name} of {len(rows) + 1} rows:\n{shown}"
+    assert "planted" in shown and "lossy, step" in shown
+    for note in re.findall(r"\(no room for (.*)\)", shown):
+        assert set(note.split(", ")) <= {"identical steps", "max ULP"}
+
+
+def test_seven_columns_of_a_target_fit_into_80(
+    kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Path(__file__).parent.parent / "docs" / "my_decoder.py"
+    given = ("--target", f"{target}:build", "--tokens", "8")
+    for columns, head in (
+        (80, ["identical gap", "scenario verdict steps max ULP float32 float64 promoted"]),
+        (60, ["identical gap", "scenario verdict steps f32 f64 prom."]),
+    ):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = [
+            " ".join(line.split()) for line in kv(*given, command="verify-cache").out.splitlines()
+        ]
+        assert lines[0].startswith("Cached against uncached logits, the same tokens fed")
+        assert "my_decoder.py:build, own kernels" in " ".join(lines[:2])
+        assert [line for line in lines if line in head] == head
+        assert sum(line.startswith("planted bug bug, step 1 ") for line in lines) == 1
 
 
 def test_the_gap_by_step_is_drawn(check: Callable[..., Ran], tmp_path: Path) -> None:

@@ -19,9 +19,11 @@ from kvtool.core.verify.judge import (
     BUG,
     ERROR,
     IDENTICAL,
+    NO_CACHE,
     NOT_CAUSAL,
     PRECISION,
     ROUNDING,
+    UNDECIDED,
     UNSUPPORTED,
     VACUOUS,
     Case,
@@ -107,7 +109,7 @@ def test_identical_means_that_every_step_is_equal_bit_for_bit() -> None:
 
 def test_no_cache_proves_nothing() -> None:
     found = judged(NoCache)
-    assert found.verdict == VACUOUS and not found.right
+    assert found.verdict == NO_CACHE and not found.right
     assert "computes the whole sequence again" in found.evidence
 
 
@@ -232,7 +234,7 @@ def test_a_subject_that_cannot_run_in_float64_is_judged_only_if_it_is_identical(
             return super().attention(q, k, v, mask, causal)
 
     found = Judge(subject().with_kernels(Only32())).judge(Case(SCENARIOS["decode"]))
-    assert found.verdict == UNSUPPORTED and not found.right
+    assert found.verdict == UNDECIDED and not found.right
     assert "float64" in found.evidence and "not implemented for Double" in found.evidence
 
 

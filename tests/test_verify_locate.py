@@ -17,7 +17,7 @@ from kvtool.core.verify.compare import distances
 from kvtool.core.verify.doctor import BEYOND, examine
 from kvtool.core.verify.hypotheses import HEALED, HYPOTHESES, UNKNOWN, explain, reproduces
 from kvtool.core.verify.hypotheses.positions import OneTooFar
-from kvtool.core.verify.judge import ROUNDING_64, UNSUPPORTED, Case, Diagnosis, Judge, play
+from kvtool.core.verify.judge import ROUNDING_64, UNSUPPORTED, Case, Diagnosis, Judge, Played, play
 from kvtool.core.verify.locate import Place, Record, Recorder, locate, ranges
 from kvtool.core.verify.mutants.mutant import moved
 from kvtool.core.verify.mutants.windows import windowed
@@ -199,9 +199,9 @@ def test_a_bug_is_named_only_if_it_gives_the_same_logits() -> None:
     case = Case(SCENARIOS["chunks"])
     one = subject(moved(lambda pos, held: pos + int(held > 0)), torch.float64)
     played = play(one, case)
-    assert explain(one, case, played.found, played.expected) == OneTooFar.hint
+    assert explain(one, case, played.found, played.expected) == (OneTooFar.hint,)
     changed = [*played.found[:-1], played.found[-1] + 1e-6]
-    assert explain(one, case, changed, played.expected) == UNKNOWN
+    assert explain(one, case, changed, played.expected) == ()
 
 
 def test_a_model_that_the_tape_does_not_know_gets_no_hint() -> None:
@@ -209,7 +209,9 @@ def test_a_model_that_the_tape_does_not_know_gets_no_hint() -> None:
     one = subject(moved(lambda pos, held: pos + int(held > 0)), torch.float64)
     played = play(one, case)
     other = [logits * 1.001 for logits in played.expected]
-    assert explain(one, case, played.found, other) == UNKNOWN
+    assert explain(one, case, played.found, other) == ()
+    found = examine(one, case, 1, Played(played.found, other))
+    assert (found.bugs, found.hint) == ((), UNKNOWN)
 
 
 def test_only_the_steps_around_the_first_wrong_one_have_to_be_explained() -> None:
@@ -218,4 +220,4 @@ def test_only_the_steps_around_the_first_wrong_one_have_to_be_explained() -> Non
     both = moved(lambda pos, held: pos + int(held > 0) + 3 * int(held > 11 + BEYOND))
     one = subject(both, torch.float64, **ROTARY)
     found = examine(one, case, 1, play(one, case))
-    assert OneTooFar.hint in found.hint.split("; or: ")
+    assert OneTooFar.hint in found.bugs

@@ -178,7 +178,7 @@ class Generator:
     def load_prompt(self, path: Path) -> None:
         """Take what is known of prompts from a saved cache. Raises FileError."""
         from kvtool.core.cache_file import load_cache, require_whole
-        from kvtool.core.safetensors_file import DAMAGED
+        from kvtool.core.safetensors_file import DamagedFile
 
         spec = self._spec(1)
         require_whole(self._new_cache(spec), "be filled from a file")
@@ -186,7 +186,7 @@ class Generator:
             require_file(path, "a saved cache")
             self.saved = load_cache(path, spec, self.loaded.sha256)
         except FileError as error:
-            hint = "" if error.hint == DAMAGED else error.hint
+            hint = "" if isinstance(error, DamagedFile) else error.hint
             raise FileError(
                 f"--load-cache {error.message}", hint or "Give a file that --save-cache wrote."
             ) from error

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvtool import ending
+from kvtool.commands.verify_rows import facts, tell_ended, told
+from kvtool.ending import End, until_ended
+from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
 
@@ -19,7 +24,12 @@ class Settings:
     """The self-test has models of its own: only the machine's settings count."""
 
     run: RunConfig
+    resume: Path | None = None
     self_test: bool = True
+
+    def __post_init__(self) -> None:
+        if self.resume is not None:
+            check_writable(self.resume, "--resume")
 
 
 @dataclass
@@ -29,7 +39,9 @@ class Report:
     planted: list[Outcome]
     lookalikes: list[Outcome]
     seconds: float
-    verbose: bool
+    verbose: bool = field(repr=False)
+    ended: End | None = None  # by what, so that some were not tried
+    not_run: list[str] = field(default_factory=list)  # their names
 
     @property
     def failed(self) -> list[Outcome]:
@@ -37,6 +49,8 @@ class Report:
 
     @property
     def exit_code(self) -> int:
+        if self.ended is not None:
+            return self.ended.exit_code
         return 1 if self.failed or not self.planted else 0
 
     @property
@@ -52,7 +66,12 @@ class Report:
             f"hint {count(self.planted, 'hint_right')}",
             f"{others - quiet} of {others} right caches reported falsely",
         ]
-        return ", ".join(parts) + f" ({self.seconds:.0f} s)"
+        told = ", ".join(parts) + f" ({self.seconds:.0f} s)"
+        if self.ended is None:
+            return told
+        done = n + others
+        total = done + len(self.not_run)
+        return f"{told}; {self.ended.value} after {done} of {total} checks, {total - done} not run"
 
     def rows(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(outcome) for outcome in (*self.planted, *self.lookalikes)]
@@ -62,6 +81,8 @@ class Report:
             "planted": [dataclasses.asdict(outcome) for outcome in self.planted],
             "lookalikes": [dataclasses.asdict(outcome) for outcome in self.lookalikes],
             "seconds": self.seconds,
+            "ended": self.ended,
+            "not_run": self.not_run,
             "exit_code": self.exit_code,
             "conclusion": self.conclusion,
         }
@@ -79,21 +100,32 @@ def run(settings: Settings, out: Output) -> Report:
 
     from kvtool.core.machine import prepare
     from kvtool.core.verify import selftest
+    from kvtool.core.verify.kept import Kept
 
     # Tiny models: a second thread would only be waited for.
     prepare(replace(settings.run, threads=settings.run.threads or 1))
     started = time.perf_counter()
-    with out.progress("self-test", selftest.total()) as bar:
-
-        def tell(name: str) -> None:
-            bar.update(name)
+    kept, names = None, selftest.names()
+    if settings.resume is not None:
+        decides = facts("self-test", settings.run, tried=names)
+        kept = told(Kept(settings.resume, selftest.Outcome, decides), out)
+    found = {outcome.name: outcome for outcome in (kept.known if kept is not None else ())}
+    with out.progress("self-test", len(names)) as bar, until_ended() as outcome:
+        bar.advance(len(found))
+        for tried in selftest.run(bar.update, found.keys()):
+            ending.check()  # what was tried while a signal came may be wrong
+            found[tried.name] = tried
             bar.advance()
-
-        outcomes = selftest.run(tell)
+            if kept is not None:
+                kept.append(tried)
+    left = [name for name in names if name not in found]
+    if outcome.how is not None:
+        tell_ended(outcome.how, len(found), len(names), kept, out)
+    outcomes = [found[name] for name in names if name in found]
+    planted = [tried for tried in outcomes if tried.quiet is None]
+    lookalikes = [tried for tried in outcomes if tried.quiet is not None]
     seconds = time.perf_counter() - started
-    planted = [outcome for outcome in outcomes if outcome.quiet is None]
-    lookalikes = [outcome for outcome in outcomes if outcome.quiet is not None]
-    return Report(planted, lookalikes, seconds, out.verbose)
+    return Report(planted, lookalikes, seconds, out.verbose, outcome.how, left)
 
 
 def show(report: Report, out: Output) -> None:
@@ -125,7 +157,7 @@ def show(report: Report, out: Output) -> None:
     if report.verbose:
         for outcome in report.planted:
             out.text(f"{outcome.name} ({outcome.seen_in or 'not in the list'}): {outcome.detail}")
-    out.verdict(report.exit_code == 0, report.conclusion)
+    out.verdict(None if report.ended else report.exit_code == 0, report.conclusion)
 
 
 def mark(answer: bool | None) -> str:

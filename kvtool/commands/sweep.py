@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvtool.commands.verify_rows import facts, tell_ended, told
 from kvtool.commands.verify_transformers import chosen_scenarios
 from kvtool.config import RunConfig, check_float, check_int
-from kvtool.errors import FileError
+from kvtool.core.verify.outcome import UNSUPPORTED
+from kvtool.ending import End, until_ended
 from kvtool.registry import TRANSFORMERS_CACHES, TRANSFORMERS_MODELS, choose
+from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from kvtool.core.verify.sweep import Swept
 
 TIME_LIMIT = 60.0  # seconds
+QUANTIZED = "quantized"  # the kind of TRANSFORMERS_CACHES whose codes are replaced
 TOKENS = 32  # of the scenario decode, enough to tell
 
 
@@ -43,9 +47,8 @@ class Settings:
         check_float("--time-limit", self.time_limit, 0.0, 1e6, open_low=True)
         for kind in self.caches:
             choose(kind, tuple(TRANSFORMERS_CACHES), "--caches")
-        if self.resume is not None and not self.resume.parent.is_dir():
-            where = f"--resume {self.resume}"
-            raise FileError(f"{where}: the folder {self.resume.parent} does not exist")
+        if self.resume is not None:
+            check_writable(self.resume, "--resume")
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Report:
     transformers: str
     seconds: float
     resolved: dict[str, Any] = field(default_factory=dict)
+    ended: End | None = None  # by what, so that types are missing
+    not_run: list[str] = field(default_factory=list)  # their names
     verbose: bool = field(default=False, repr=False)
 
     @property
@@ -72,11 +77,19 @@ class Report:
 
     @property
     def wrong(self) -> list[Swept]:
-        return [s for s in self.types if not s.right and (s.judged or s.verdict == "error")]
+        return [s for s in self.types if s.wrong]
 
     @property
     def exit_code(self) -> int:
+        if self.ended is not None:
+            return self.ended.exit_code
         return 0 if any(s.right for s in self.types) and not self.wrong else 1
+
+    @property
+    def not_judged(self) -> dict[str, str]:
+        """Kinds of cache with what of them something else stood in for."""
+        verdicts = {swept.by_cache.get(QUANTIZED, UNSUPPORTED) for swept in self.types}
+        return {QUANTIZED: "codes"} if verdicts - {UNSUPPORTED} else {}
 
     @property
     def conclusion(self) -> str:
@@ -85,6 +98,10 @@ class Report:
             judged = sum(swept.judged for swept in types)
             parts = ", ".join(f"{n} {verdict}" for verdict, n in counted(types).items())
             sums.append(f"{len(types)} {TRANSFORMERS_MODELS[kind]}, {judged} judged: {parts}")
+        sums += [f"{kind}: its {part} were not judged" for kind, part in self.not_judged.items()]
+        if self.ended is not None:
+            total = len(self.types) + len(self.not_run)
+            sums.append(f"{self.ended.value} after {len(self.types)} of {total} types")
         return f"transformers {self.transformers}: {'; '.join(sums)}"
 
     def rows(self) -> list[dict[str, Any]]:
@@ -102,6 +119,9 @@ class Report:
             "types": [dataclasses.asdict(swept) for swept in self.types],
             "counts": self.counts,
             "counts_by_kind": {kind: counted(types) for kind, types in self.kinds.items()},
+            "not_judged": self.not_judged,
+            "ended": self.ended,
+            "not_run": self.not_run,
             "seconds": self.seconds,
             "resolved": self.resolved,
             "conclusion": self.conclusion,
@@ -119,6 +139,7 @@ def counted(types: Sequence[Swept]) -> dict[str, int]:
 def run(settings: Settings, out: Output) -> Report:
     """Judge each type in a process of its own; what --resume's file has is not judged again."""
     from kvtool.core.verify import sweep
+    from kvtool.core.verify.kept import Kept
     from kvtool.core.verify.tiny import known_types
     from kvtool.core.verify.transformers_subject import need_transformers
 
@@ -129,8 +150,6 @@ def run(settings: Settings, out: Output) -> Report:
     scenarios = tuple(chosen_scenarios(settings.scenarios))
     caches = tuple(settings.caches or TRANSFORMERS_CACHES)
     started = time.perf_counter()
-    found = []
-
     given = (caches, scenarios, settings.tokens, settings.run.seed)
     tasks = [
         sweep.Task(name, *given, kind=kind)
@@ -138,15 +157,26 @@ def run(settings: Settings, out: Output) -> Report:
         for name in settings.types or types
         if name in types
     ]
-    with out.progress("sweep", len(tasks)) as bar:
-        for swept in sweep.sweep(tasks, settings.time_limit, settings.resume, bar.update):
+    kept = None
+    if settings.resume is not None:
+        asked = {"caches": caches, "scenarios": scenarios, "tokens": settings.tokens}
+        asked |= {"time_limit": settings.time_limit, "memory_limit": sweep.MEMORY}
+        decides = facts("sweep", settings.run, **asked, transformers=version)
+        kept = told(Kept(settings.resume, sweep.Swept, decides), out)
+    found: list[Swept] = []
+    with out.progress("sweep", len(tasks)) as bar, until_ended() as outcome:
+        for swept in sweep.sweep(tasks, settings.time_limit, kept, bar.update):
             found.append(swept)
             bar.advance()
             out.detail(
                 f"{swept.type}: {swept.verdict}" + (f", {swept.reason}" if swept.reason else "")
             )
     resolved = {"caches": caches, "scenarios": scenarios, "memory_limit": sweep.MEMORY}
-    return Report(found, version, time.perf_counter() - started, resolved, out.verbose)
+    if outcome.how is not None:
+        tell_ended(outcome.how, len(found), len(tasks), kept, out, "types")
+    left = [task.type for task in tasks[len(found) :]]
+    seconds = time.perf_counter() - started
+    return Report(found, version, seconds, resolved, outcome.how, left, out.verbose)
 
 
 def show(report: Report, out: Output) -> None:
@@ -173,7 +203,7 @@ def show(report: Report, out: Output) -> None:
         ]
         title = f"Cached against uncached logits, tiny random {TRANSFORMERS_MODELS[kind]}"
         out.table(title, columns, rows)
-    out.verdict(report.exit_code == 0, report.conclusion)
+    out.verdict(None if report.ended else report.exit_code == 0, report.conclusion)
 
 
 def figure(gap: float | None) -> str:

@@ -6,6 +6,7 @@ import io
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +16,14 @@ from kvtool.commands import self_test as st
 from kvtool.commands import sweep as sw
 from kvtool.commands import verify_transformers as vt
 from kvtool.commands.verify_report import Report, Row
+from kvtool.commands.verify_rows import Rows, facts, kept_rows
+from kvtool.commands.verify_table import table
 from kvtool.config import RunConfig, check_int
-from kvtool.errors import FileError, UsageError
+from kvtool.ending import until_ended
+from kvtool.errors import FileError, UsageError, first_line
 from kvtool.registry import choose
 from kvtool.ui import options as o
+from kvtool.ui.documents import check_writable
 from kvtool.ui.environment import caption, measured_on
 from kvtool.ui.lists import list_option
 from kvtool.ui.output import Output, present
@@ -42,6 +47,7 @@ class Settings:
     prompt: str | None
     target: str | None = None
     plot: Path | None = None
+    resume: Path | None = None
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2)
@@ -59,6 +65,8 @@ class Settings:
             )
         if self.plot is not None and not self.plot.parent.is_dir():
             raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
+        if self.resume is not None:
+            check_writable(self.resume, "--resume")
 
 
 def run(settings: Settings, out: Output) -> Report:
@@ -91,7 +99,12 @@ def check_model(
     from kvtool.core.verify import check
     from kvtool.core.verify.subject import Formats
 
-    loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
+    try:
+        loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
+    except FileError as error:
+        if hint := vt.other_way(settings.run.model):
+            raise FileError(error.message, hint) from error
+        raise
     default = SOURCE_PROMPT if loaded.source_tokenizer else DEFAULT_PROMPT
     prompt = default if settings.prompt is None and loaded.reads_text else settings.prompt
     ids = checkpoint.prompt_ids(loaded, prompt)
@@ -99,18 +112,6 @@ def check_model(
         raise UsageError("--prompt: is empty (expected 1 token or more)")
     if loaded.source_tokenizer is not None:
         check_sources([ids], loaded.config.context)
-    total = len(settings.caches) * len(settings.kernels) * len(names) + 1
-    with out.progress("verify-cache", total) as bar:
-        main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
-        rows = []
-        formats = Formats(loaded.model)
-        for found in check.check_model(
-            formats, settings.caches, settings.kernels, names, main, bar.update
-        ):
-            rows.append(Row.of(found))
-            bar.advance()
-        planted = check.control(formats, main)
-    control = Row.of(check.Checked("planted bug", "default", True, planted))
     resolved = {
         **loaded.facts,
         "device": str(device),
@@ -118,7 +119,24 @@ def check_model(
         "scenarios": names,
         "cache_settings": {kind: settings_of(kind, small=True) for kind in settings.caches},
     }
-    return Report(rows, control, len(ids), settings.run.dtype, resolved, verbose=out.verbose)
+    decides = {**resolved, "model": loaded.path.name, "config": vars(loaded.config), "ids": ids}
+    kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
+    kept = kept_rows(settings.resume, facts("kvtool", settings.run, **decides, **kinds), out)
+    rows = Rows(product(settings.caches, settings.kernels, names), kept)
+    control = None
+    total = len(rows.plan) + 1
+    with out.progress("verify-cache", total) as bar, until_ended() as outcome:
+        bar.advance(len(rows.found))
+        main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
+        formats = Formats(loaded.model)
+        asked = (settings.caches, settings.kernels, names)
+        for found in check.check_model(formats, *asked, main, bar.update, rows.known):
+            rows.add(Row.of(found))
+            bar.advance()
+        planted = check.control(formats, main)
+        control = Row.of(check.Checked("planted bug", "default", True, planted, planted=True))
+    computed = settings.run.dtype
+    return rows.report(control, len(ids), computed, resolved, outcome.how, out)
 
 
 def check_target(
@@ -131,7 +149,12 @@ def check_target(
 
     subject = target_subject(settings.target or "")
     if settings.run.dtype != "float32":  # the default leaves a decoder as it is
-        subject = subject.to(dtype)
+        try:
+            subject = subject.to(dtype)
+        except Exception as error:  # the decoder's own code, or that it holds nothing to convert
+            why = first_line(error) or type(error).__name__
+            text = f"--dtype {settings.run.dtype}: the decoder cannot be converted ({why})"
+            raise UsageError(text, "Leave it out.") from error
     if subject.guess:
         out.note(subject.guess)
     name = Path(subject.name).name
@@ -142,13 +165,6 @@ def check_target(
         out.note(f"--tokens {settings.tokens}: {n}, since the decoder holds {subject.context}")
     # What the decoder prints, hundreds of times, must not get between the results.
     said = sys.stderr if out.verbose else io.StringIO()
-    with redirect_stdout(said), out.progress("verify-cache", len(names) + 1) as bar:
-        rows = []
-        for found in api.check_target(subject, names, main, bar.update):
-            rows.append(Row.of(replace(found, cache=name)))
-            bar.advance()
-        planted = api.target_control(subject, main)
-    control = Row.of(api.Checked("planted bug", api.OWN, True, planted))
     computed = dtype_name(subject.dtype)
     resolved = {
         **identity(settings.target or ""),
@@ -157,25 +173,31 @@ def check_target(
         "device": str(subject.device),
         "scenarios": names,
     }
-    return Report(rows, control, main.n_prompt, computed, resolved, verbose=out.verbose)
+    decides = {**resolved, "target": name, "tokens": settings.tokens}
+    if settings.resume is not None:
+        decides["weights"] = subject.fingerprint()
+    kept = kept_rows(settings.resume, facts("target", settings.run, **decides), out)
+    rows = Rows([(name, api.OWN, scenario) for scenario in names], kept)
+    control = None
+    total = len(names) + 1
+    with (
+        redirect_stdout(said),
+        out.progress("verify-cache", total) as bar,
+        until_ended() as outcome,
+    ):
+        bar.advance(len(rows.found))
+        left = [check.scenario for check in rows.not_run]
+        for found in api.check_target(subject, left, main, bar.update):
+            rows.add(Row.of(replace(found, cache=name)))
+            bar.advance()
+        planted = api.target_control(subject, main)
+        control = Row.of(api.Checked("planted bug", api.OWN, True, planted, planted=True))
+    return rows.report(control, main.n_prompt, computed, resolved, outcome.how, out)
 
 
 def show(report: Report, out: Output) -> None:
     """A row for each scenario, but one for all that came out alike; then every bug in words."""
-    spare = not report.verbose
-    columns = [
-        Column("cache", "left", key=True, by_word=True),
-        Column("kernels", "left", key=True),
-        Column("scenario", "left", key=True),
-        Column("verdict", "left"),
-        Column("identical steps"),
-        Column("max ULP", spare=3 * spare),
-        Column("gap" if report.dtype == "float64" else f"gap {report.dtype}", spare=2 * spare),
-        Column("float64", spare=1 * spare),
-        Column("promoted", spare=4 * spare),
-    ]
-    rows = [table_row(group) for group in grouped(report)]
-    out.table("Cached against uncached logits, the same tokens fed to both", columns, rows)
+    out.table(*table(report))
     for first, *others in alike(report.bugs):
         out.text(f"{first.cache}, {first.kernels} kernels, {first.scenario}: {first.words()}")
         for label, text in (
@@ -186,58 +208,20 @@ def show(report: Report, out: Output) -> None:
         ):
             if text:
                 out.text(f"  {label}{text}")
-    if report.exit_code and not report.bugs:
+    if report.exit_code and not report.bugs and report.ended is None:
         vain = [row for row in report.checks if row.evidence and row.stores and not row.right]
         for text in dict.fromkeys(f"{row.cache}: {row.evidence}" for row in vain):
             out.text(text)
-    out.verdict(report.exit_code == 0, report.conclusion)
+    out.verdict(None if report.ended else report.exit_code == 0, report.conclusion)
 
 
 def alike(rows: list[Row]) -> list[list[Row]]:
     """Bugs of one kind of cache and kernels with one explanation, or without one in one place."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        known = row.hint and not row.hint.startswith("none of")
-        key = row.hint if known else f"{row.verdict} {row.place}"
-        groups.setdefault((row.cache, row.kernels, key), []).append(row)
+        key = tuple(row.bugs) or (row.verdict, row.place)
+        groups.setdefault((row.cache, row.kernels, *key), []).append(row)
     return list(groups.values())
-
-
-def grouped(report: Report) -> list[list[Row]]:
-    """Rows that a table shows as one: the same kind, kernels and good verdict. -v shows each."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    shown = [row for row in report.checks if report.verbose or not row.beyond]
-    for row in [*shown, *([report.control] if report.control else [])]:
-        single = row.scenario if report.verbose or row.wrong or row.scenario == "decode" else ""
-        groups.setdefault((row.cache, row.kernels, row.verdict, single), []).append(row)
-    return list(groups.values())
-
-
-def table_row(rows: list[Row]) -> list[str]:
-    """One line of the table for one row, or for several that came out alike."""
-    first = rows[0]
-    same, steps = sum(row.identical_steps for row in rows), sum(row.steps for row in rows)
-    return [
-        first.cache,
-        first.kernels,
-        first.scenario if len(rows) == 1 else f"{len(rows)} more",
-        first.words(short=True),
-        f"{same:,} of {steps:,}" if steps else "-",
-        ulps(max(row.max_ulp for row in rows)) if steps else "-",
-        *(worst(rows, name) for name in ("gap", "gap_float64", "gap_promoted")),
-    ]
-
-
-def ulps(value: float) -> str:
-    return f"{value:,.1f}" if value < 1e5 else f"{value:.0e}"
-
-
-def worst(rows: list[Row], name: str) -> str:
-    """The largest of a gap, 0 if none differs, or a dash if it was not needed."""
-    gaps = [value for row in rows if (value := getattr(row, name)) is not None]
-    if not gaps:
-        return "-"
-    return f"{max(gaps):.1e}" if max(gaps) else "0"
 
 
 def draw(report: Report, path: Path, about: str) -> None:
@@ -375,9 +359,9 @@ def command(
             **of_kinds,
         }
         refuse(given, "contradicts --self-test", "It has models, caches and tokens of its own.")
-        present("verify-cache.self-test", st.Settings(machine), st.run, st.show, out)
+        present("verify-cache.self-test", st.Settings(machine, resume), st.run, st.show, out)
     choose(impl, vt.IMPLEMENTATIONS, "--impl")
-    for_sweep = {"--types": types, "--resume": resume, "--time-limit": time_limit != sw.TIME_LIMIT}
+    for_sweep = {"--types": types, "--time-limit": time_limit != sw.TIME_LIMIT}
     if not sweep:
         refuse(for_sweep, "needs --sweep", "Add --impl transformers --sweep.")
     if impl == "transformers":
@@ -394,11 +378,11 @@ def command(
         if sweep:
             asked = sw.Settings(machine, types, kinds, scenarios, n_tokens, time_limit, resume)
             present("verify-cache.sweep", asked, sw.run, sw.show, out)
-        one = vt.Settings(machine, kinds, scenarios, tokens)
+        one = vt.Settings(machine, kinds, scenarios, tokens, resume)
         present("verify-cache", one, vt.run, show, out)
     refuse({"--sweep": sweep}, "needs --impl transformers", "Add --impl transformers.")
     chosen = o.kinds_with_settings(caches, **kinds_own)
-    settings = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot)
+    settings = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume)
 
     def work(settings: Settings, out: Output) -> Report:
         report = run(settings, out)

@@ -5,9 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvtool.core.verify.outcome import (
+    IDENTICAL,
+    NOT_CAUSAL,
+    PRECISION,
+    ROUNDING,
+    UNSUPPORTED,
+    Outcome,
+    Summary,
+    outcome,
+)
+from kvtool.ending import End
+
 if TYPE_CHECKING:
     from kvtool.core.verify.check import Checked
-    from kvtool.core.verify.outcome import Outcome, Summary
 
 
 @dataclass
@@ -37,8 +48,10 @@ class Row:
     heads: list[int]
     place: str
     hint: str
+    bugs: list[str]  # known ones that reproduce the wrong logits
     gap_by_step: dict[str, list[float]]
     stores: bool = True
+    not_judged: str = ""  # what of the cache something else stood in for: its codes
 
     @classmethod
     def of(cls, checked: Checked) -> Row:
@@ -65,15 +78,15 @@ class Row:
             heads=list(found.heads),
             place=found.place,
             hint=found.hint,
+            bugs=list(found.bugs),
             gap_by_step=finding.by_step,
             stores=checked.stores,
+            not_judged=checked.not_judged,
         )
 
     @property
     def outcome(self) -> Outcome:
-        from kvtool.core.verify.outcome import outcome
-
-        return outcome(self.verdict, self.right, self.stores, played=self.steps > 0)
+        return outcome(self.verdict, self.right, self.stores)
 
     @property
     def wrong(self) -> bool:
@@ -83,24 +96,35 @@ class Row:
     @property
     def beyond(self) -> bool:
         """Whether the subject cannot do this, and says so."""
-        return self.verdict == "unsupported" and not self.wrong
+        return self.verdict == UNSUPPORTED
 
     def words(self, short: bool = False) -> str:
         """The verdict, as a sentence says it, or short for a table."""
-        if self.verdict == "vacuous" and not self.stores:
-            return "no cache" if short else "nothing cached"
-        if self.verdict == "unsupported" and self.wrong:
-            return "undecided"
         step = self.first_wrong_step
-        if self.verdict == "rounding" and not self.right:
+        if self.verdict == ROUNDING and not self.right:
             return "not exact" if short else "rounding, not exact"
         if step is None or self.right:
             return self.verdict
-        if self.verdict == "not-causal" and short:
+        if self.verdict == NOT_CAUSAL and short:
             return self.verdict
         lost = "lossy" if short else "precision lost"
-        word = lost if self.verdict == "precision" else self.verdict
+        word = lost if self.verdict == PRECISION else self.verdict
         return f"{word}, step {step}"
+
+    @property
+    def cell(self) -> str:
+        """The verdict in a table, and what it does not extend to."""
+        short = self.words(short=True)
+        return f"{short}, {self.not_judged} not judged" if self.not_judged else short
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """A check that was to be made."""
+
+    cache: str
+    kernels: str
+    scenario: str
 
 
 @dataclass
@@ -113,12 +137,12 @@ class Report:
     dtype: str
     resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
     seconds: float = 0.0
+    ended: End | None = None  # by what, so that checks are missing
+    not_run: list[NotRun] = field(default_factory=list)
     verbose: bool = field(default=False, repr=False)
 
     @property
     def summary(self) -> Summary[Row]:
-        from kvtool.core.verify.outcome import Summary
-
         return Summary(self.checks, self.control.outcome if self.control else None)
 
     @property
@@ -136,29 +160,76 @@ class Report:
 
     @property
     def exit_code(self) -> int:
+        if self.ended is not None:
+            return self.ended.exit_code
         return 0 if self.summary.ok else 1
 
     @property
     def conclusion(self) -> str:
         """The last line, in words."""
+        if self.ended is None:
+            return self._found()
+        told = self._found() if self.bugs or self.judged else ""
+        return "; ".join(filter(None, [told, self._left(self.ended)]))
+
+    def _found(self) -> str:
         if self.bugs:
             kinds = dict.fromkeys((row.cache, row.verdict) for row in self.bugs)
-            return "; ".join(f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds)
+            worst = [f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds]
+            return "; ".join(worst + self._put_aside())
+        if self.ended is None and (vain := self._nothing()):
+            return vain
+        kernels = dict.fromkeys(row.kernels for row in self.judged)
+        parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
+        control = "; the planted bug was found" * (self.control is not None)
+        return "; ".join(parts + self._in_vain() + self._put_aside()) + control
+
+    def _nothing(self) -> str:
+        """Why what was found proves nothing, if so."""
         if not self.summary.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
         if self.vacuous:
             return f"nothing was checked of {', '.join(self.vacuous)}"
         if not self.judged:
             return "nothing was checked: no kind of cache was given that stores anything"
-        kernels = dict.fromkeys(row.kernels for row in self.judged)
-        parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
-        control = "; the planted bug was found" if self.control else ""
-        return "; ".join(parts + self._in_vain()) + control
+        return ""
+
+    def _left(self, ended: End) -> str:
+        """How far it came, and what was not run."""
+        total = len(self.checks) + len(self.not_run)
+        parts = [f"{ended.value} after {len(self.checks)} of {total} checks"]
+        kinds = dict.fromkeys(check.cache for check in self.not_run)
+        if kinds:
+            parts.append(f"not run: {', '.join(self._left_of(kind) for kind in kinds)}")
+        if self.control is None:
+            parts.append("the planted bug was not tried")
+        return "; ".join(parts)
+
+    def _left_of(self, cache: str) -> str:
+        """A kind of which nothing was run, or what of it was not."""
+        left = [check for check in self.not_run if check.cache == cache]
+        if all(row.cache != cache for row in self.checks):
+            return cache
+        kernels = dict.fromkeys(check.kernels for check in left)
+        many = len({row.kernels for row in self.checks} | kernels.keys()) > 1
+        parts = []
+        for name in kernels:
+            names = [check.scenario for check in left if check.kernels == name]
+            some = any((row.cache, row.kernels) == (cache, name) for row in self.checks)
+            words = ", ".join(names) if len(names) < 4 else f"{len(names)} scenarios"
+            parts.append(" ".join([name] * many + [f"({words})"] * some))
+        return f"{cache} {' and '.join(parts)}"
 
     def _in_vain(self) -> list[str]:
         """Scenarios that proved nothing, of kinds that others did prove right."""
         rows = self.summary.nothing
         return [f"{row.cache}, {row.scenario}: proved nothing" for row in rows]
+
+    def _put_aside(self) -> list[str]:
+        """Of what was judged, the parts that something else stood in for."""
+        rows = [row for row in (*self.judged, *self.bugs) if row.not_judged]
+        parts = dict.fromkeys((row.cache, row.not_judged) for row in rows)
+        return [f"{cache}: its {part} were not judged" for cache, part in parts]
 
     def _worst(self, kind: str, verdict: str) -> str:
         rows = [row for row in self.bugs if (row.cache, row.verdict) == (kind, verdict)]
@@ -171,8 +242,8 @@ class Report:
         same, steps = sum(row.identical_steps for row in rows), sum(row.steps for row in rows)
         if same == steps:
             return f"{same:,} of {steps:,} steps identical, bit for bit"
-        loose = [row for row in rows if row.verdict != "identical"]
-        precise = all(row.verdict == "rounding" for row in loose)
+        loose = [row for row in rows if row.verdict != IDENTICAL]
+        precise = all(row.verdict == ROUNDING for row in loose)
         what = "rounding only" if precise else "rounding, or the model's own precision"
         return f"{what} ({same:,} of {steps:,} steps identical)"
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvtool.commands.verify_report import Report, Row
+from kvtool.commands.verify_rows import Rows, facts, kept_rows
 from kvtool.config import RunConfig, check_int
+from kvtool.ending import until_ended
 from kvtool.errors import UsageError
 from kvtool.registry import TRANSFORMERS_CACHES, choose
 from kvtool.ui import options as o
+from kvtool.ui.documents import check_writable
 from kvtool.ui.lists import list_option
 from kvtool.ui.output import Output
 
 EVERY: list[str] = []  # types
 SWEEP = "Sweep (--impl transformers)"
 IMPLEMENTATIONS = ("kvtool", "transformers")
-PLANTED = "planted bug"
 
 
 def _text(text: str, flag: str) -> str:
@@ -85,8 +89,7 @@ Resume = Annotated[
     typer.Option(
         "--resume",
         metavar="FILE",
-        help="Keep each result in FILE at once, and skip the types that it has.",
-        rich_help_panel=SWEEP,
+        help="Keep each verdict in FILE at once, and go on from those that it has.",
     ),
 ]
 
@@ -99,6 +102,7 @@ class Settings:
     caches: list[str]
     scenarios: list[str]  # none: all
     tokens: int
+    resume: Path | None = None
     impl: str = "transformers"
 
     def __post_init__(self) -> None:
@@ -108,6 +112,8 @@ class Settings:
         if not self.run.model:
             hint = "Give a folder or a type: --model qwen3; --sweep takes all types."
             raise UsageError("--impl transformers: needs --model", hint)
+        if self.resume is not None:
+            check_writable(self.resume, "--resume")
 
 
 def run(settings: Settings, out: Output) -> Report:
@@ -127,31 +133,6 @@ def run(settings: Settings, out: Output) -> Report:
         tell_format(settings.run.model, stored, dtype)
     model = model.to(device, dtype)
     kinds = settings.caches or list(TRANSFORMERS_CACHES)
-    if note:
-        out.note(note)
-    if "quantized" in kinds and not model.config.is_encoder_decoder:
-        out.note(
-            "quantized: judged with exact values in place of its codes, backend "
-            f"{hub.quantized_backend()}"
-        )
-    rows: list[Row] = []
-    with out.progress("verify-cache", len(kinds) * len(names) + 1) as bar:
-        for found in hub.check_transformers(
-            model,
-            kinds,
-            names,
-            settings.tokens,
-            bool(settings.caches),
-            tell=bar.update,
-            remark=out.note,
-        ):
-            rows.append(Row.of(found))
-            bar.advance()
-            if found.finding.scenario == hub.ALL and (settings.caches or out.verbose):
-                out.note(f"{found.cache}: {found.finding.evidence}")
-    if all(row.scenario == hub.ALL for row in rows):
-        raise UsageError(f"--model {settings.run.model}: {rows[0].evidence}")
-    control = rows.pop() if rows[-1].cache == PLANTED else None
     resolved = {
         "model": settings.run.model,
         "sha256": folder_sha256(folder),
@@ -164,9 +145,62 @@ def run(settings: Settings, out: Output) -> Report:
         "scenarios": names,
         "caches": kinds,
     }
-    seconds = time.perf_counter() - started
-    prompt = hub.PREFILL
-    return Report(rows, control, prompt, settings.run.dtype, resolved, seconds, out.verbose)
+    kept = kept_rows(settings.resume, decides(settings, model, resolved), out)
+    if note:
+        out.note(note)
+    if "quantized" in kinds and not model.config.is_encoder_decoder:
+        out.note(
+            "quantized: judged with exact values in place of its codes, backend "
+            f"{hub.quantized_backend()}"
+        )
+    rows = Rows(product(kinds, [hub.OWN], names), kept)
+    control = None
+    with out.progress("verify-cache", len(rows.plan) + 1) as bar, until_ended() as outcome:
+        bar.advance(len(rows.found))
+        for found in hub.check_transformers(
+            model,
+            kinds,
+            names,
+            settings.tokens,
+            bool(settings.caches),
+            tell=bar.update,
+            remark=out.note,
+            known=rows.known,
+        ):
+            if found.planted:
+                control = Row.of(found)
+            else:
+                rows.add(Row.of(found))
+            bar.advance()
+            if not found.usable and (settings.caches or out.verbose):
+                out.note(f"{found.cache}: {found.finding.evidence}")
+    if outcome.how is None and not any(row.scenario in names for row in rows.rows):
+        raise UsageError(f"--model {settings.run.model}: {rows.rows[0].evidence}")
+    report = rows.report(control, hub.PREFILL, settings.run.dtype, resolved, outcome.how, out)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def decides(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
+    """What the results depend on."""
+    from kvtool.core.verify.kept import fingerprint
+    from kvtool.core.verify.transformers_subject import need_transformers
+
+    asked = {"model": Path(settings.run.model).name, "tokens": settings.tokens}
+    if settings.resume is not None:
+        config = json.loads(model.config.to_json_string())
+        asked |= {"weights": fingerprint({"": model}, {}), "config": config}
+    version = {"transformers": need_transformers()}
+    return facts("transformers", settings.run, **resolved, **asked, **version)
+
+
+def other_way(model: str) -> str:
+    """What to do about a model that was not found, and is a type of transformers; "" otherwise."""
+    from kvtool.core.verify.tiny import is_type
+
+    if Path(model).exists() or not is_type(model):
+        return ""
+    return f"{model} is a model type of transformers: add --impl transformers."
 
 
 def chosen_scenarios(names: list[str]) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from kvtool.core.facts import changes, flat
 from kvtool.errors import FileError, UsageError, first_line
 from kvtool.files import read_json_object, write_durable, write_json
 
@@ -137,15 +138,10 @@ class RunFolder:
         if not path.exists():
             write_json(path, facts)
             return
-        now = _flat(facts)
+        now = flat(facts)
         before = {name: value for name, value in BEFORE.items() if name in now}
-        before |= _flat(read_json_object(path, "the settings of a run"))
-        changed = [
-            f"{name} was {_short(before.get(name))} and is now {_short(now.get(name))}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
-        ]
-        if changed:
+        before |= flat(read_json_object(path, "the settings of a run"))
+        if changed := changes(before, now):
             raise FileError(
                 f"--resume: {', '.join(changed)}",
                 "Resume with the settings, data and tokenizer that the run was started with.",
@@ -259,21 +255,6 @@ def event_writer() -> Any:
             "Install it with pip install tensorboard.",
         ) from error
     return SummaryWriter
-
-
-def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """{"model": {"d_model": 16}} -> {"model.d_model": 16}, to name what differs."""
-    flat: dict[str, Any] = {}
-    for name, value in facts.items():
-        inside = value.items() if isinstance(value, Mapping) else None
-        flat.update({f"{name}.{key}": part for key, part in inside} if inside else {name: value})
-    return flat
-
-
-def _short(value: Any) -> str:
-    """A setting in a message; of a hash, enough to tell two apart."""
-    text = repr(value)
-    return text if len(text) < 40 else f"{text[:9]}...{text[-1]}"
 
 
 def _intact(path: Path) -> bytes | None:

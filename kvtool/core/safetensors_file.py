@@ -33,7 +33,13 @@ DTYPES = {
 # Constants that versions of transformers stored beside the weights: masks and rotary rates.
 BUFFERS = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 BUFFER_DTYPES = {**DTYPES, "BOOL": torch.bool, "U8": torch.uint8}
-DAMAGED = "Download or copy it again."
+
+
+class DamagedFile(FileError):
+    """A file that is cut short or was changed, so that another copy of it may be whole."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "Download or copy it again.")
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ def _read_prefix(file: BinaryIO, size: int, path: Path) -> bytes:
         )
     if length > size - 8:  # also of a file too short for a length
         found = f"{size} bytes, expected {8 + max(length, 2)} or more"
-        raise FileError(f"{path}: is cut short or no safetensors file ({found})", DAMAGED)
+        raise DamagedFile(f"{path}: is cut short or no safetensors file ({found})")
     if length > LARGEST_HEADER:
         raise FileError(
             f"{path}: has a header of {length} bytes (expected {LARGEST_HEADER} or fewer)"
@@ -122,7 +128,7 @@ def _parse(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         # Python's parser would take the last of two equal names, and NaN for a number.
         found = json.loads(header.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: its header is not valid JSON ({error})", DAMAGED) from error
+        raise DamagedFile(f"{path}: its header is not valid JSON ({error})") from error
     if not isinstance(found, dict):
         raise FileError(f"{path}: its header holds no JSON object (found {type(found).__name__})")
     metadata = found.pop("__metadata__", {})
@@ -147,7 +153,7 @@ def _refuse(constant: str) -> None:
 def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
     where = f"{path}: {short(name)}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise FileError(f"{where} is not described by dtype, shape and data_offsets", DAMAGED)
+        raise DamagedFile(f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     known = BUFFER_DTYPES if BUFFERS.search(name) else DTYPES
     if not isinstance(dtype, str) or dtype not in known:
@@ -167,10 +173,9 @@ def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
     begin, end = offsets
     nbytes = math.prod(shape) * known[dtype].itemsize
     if end - begin != nbytes:
-        raise FileError(
+        raise DamagedFile(
             f"{where} has {_digits(end - begin)} bytes "
             f"(expected {_digits(nbytes)} for {short(str(shape))} of {dtype})",
-            DAMAGED,
         )
     return TensorInfo(known[dtype], tuple(shape), begin, end)
 
@@ -190,15 +195,14 @@ def _check_layout(tensors: dict[str, TensorInfo], start: int, size: int, path: P
     ordered = sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))
     needed = start + max((info.end for info in tensors.values()), default=0)
     if needed > size:
-        raise FileError(f"{path}: is cut short ({size} bytes, expected {_digits(needed)})", DAMAGED)
+        raise DamagedFile(f"{path}: is cut short ({size} bytes, expected {_digits(needed)})")
     position = 0
     for name, info in ordered:
         if info.begin != position:
             what = "overlaps the tensor before it" if info.begin < position else "follows a gap"
-            raise FileError(
+            raise DamagedFile(
                 f"{path}: {short(name)} {what} (starts at {info.begin}, expected {position})",
-                DAMAGED,
             )
         position = info.end
     if needed < size:
-        raise FileError(f"{path}: has {size - needed} bytes after the last tensor", DAMAGED)
+        raise DamagedFile(f"{path}: has {size - needed} bytes after the last tensor")

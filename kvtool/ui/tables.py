@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rich import box
@@ -21,8 +22,9 @@ PROSE = 16  # a column of words is not squeezed below this
 class Column:
     """A heading and the side its cells stand at. Numbers stand right and never wrap.
 
-    A `key` column says what a row is about; it is repeated when a table is split. A `spare` one is
-    left out before it comes to that, the highest number first. `by_word`: texts may be squeezed to
+    A `key` column says what a row is about; it is repeated when a table is split. A `spare` one
+    gives way before it comes to that, the highest number first: it is left out, or, if it has a
+    `brief` heading, stays under that with numbers of one digit. `by_word`: texts may be squeezed to
     their longest word.
     """
 
@@ -31,6 +33,7 @@ class Column:
     key: bool = False
     style: str = ""
     spare: int = 0
+    brief: str = ""
     by_word: bool = False
 
 
@@ -52,12 +55,12 @@ def build_table(
     if not rows:
         yield Text("(no rows)", style="dim")
         return
-    widths = [floor(column, [row[i] for row in rows]) for i, column in enumerate(named)]
-    left_out = spared(named, widths, width)
-    kept = [i for i in range(len(named)) if i not in left_out]
-    note = ", ".join(named[i].name for i in left_out)
-    named, widths = [named[i] for i in kept], [widths[i] for i in kept]
-    rows = [[row[i] for i in kept] for row in rows]
+    named, cells, left_out = fitted(
+        named, [list(texts) for texts in zip(*rows, strict=True)], width
+    )
+    note = ", ".join(left_out)
+    rows = list(zip(*cells, strict=True))
+    widths = [floor(column, texts) for column, texts in zip(named, cells, strict=True)]
     keys = [i for i, column in enumerate(named) if column.key] or [0]
     for chosen in split(widths, keys, width):
         part = [[row[i] for i in chosen] for row in rows]
@@ -77,19 +80,41 @@ def floor(column: Column, cells: Sequence[str]) -> int:
     return max([0 if column.by_word else min(widest, PROSE), *words], default=0)
 
 
-def spared(columns: Sequence[Column], widths: Sequence[int], width: int) -> list[int]:
-    """The columns to leave out so that one table of `width` holds the rest, as far as they may be.
+def fitted(
+    columns: Sequence[Column], cells: Sequence[list[str]], width: int
+) -> tuple[list[Column], list[list[str]], list[str]]:
+    """Columns and their cells, shortened or left out as far as they may be until one table of
+    `width` holds them -> and the names of those left out.
 
-    >>> spared([Column("a"), Column("b", spare=1), Column("c", spare=2)], [6, 8, 8], width=20)
-    [2]
+    >>> columns = [Column("a"), Column("b", spare=1), Column("c", spare=2)]
+    >>> _, cells, left_out = fitted(columns, [["11"], ["22"], ["33"]], width=7)
+    >>> cells, left_out
+    ([['11'], ['22']], ['c'])
     """
+    kept = dict(enumerate(zip(columns, cells, strict=True)))
     order = sorted((i for i, c in enumerate(columns) if c.spare), key=lambda i: -columns[i].spare)
-    spare = width - sum(widths) - GAP * (len(widths) - 1)
-    out: list[int] = []
-    while spare < 0 and order:
-        out.append(order.pop(0))
-        spare += widths[out[-1]] + GAP
-    return sorted(out)
+    out = []
+    for i in order:
+        if sum(floor(*part) for part in kept.values()) + GAP * (len(kept) - 1) <= width:
+            break
+        column, texts = kept[i]
+        if column.brief:
+            kept[i] = replace(column, name=column.brief), [one_digit(text) for text in texts]
+        else:
+            out.append(kept.pop(i)[0].name)
+    names = [column.name for column in columns if column.name in out]
+    return [c for c, _ in kept.values()], [texts for _, texts in kept.values()], names
+
+
+def one_digit(text: str) -> str:
+    """A number in scientific notation as short as it gets; another text stays.
+
+    >>> one_digit("4.6e-07"), one_digit("1.2e+00"), one_digit("-")
+    ('5e-7', '1e+0', '-')
+    """
+    if not re.fullmatch(r"\d\.\d+e[-+]\d+", text):
+        return text
+    return re.sub(r"e([-+])0", r"e\1", f"{float(text):.0e}")
 
 
 def split(widths: Sequence[int], keys: Sequence[int], width: int) -> list[list[int]]:

@@ -43,7 +43,7 @@ class Report:
 
     @property
     def summary(self) -> Summary[Checked]:
-        control = Checked("planted bug", OWN, True, self.control)
+        control = Checked("planted bug", OWN, True, self.control, planted=True)
         return Summary(self.checked, control.outcome)
 
     @property

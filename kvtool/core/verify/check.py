@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,6 +36,9 @@ class Checked:
     stores: bool  # a kind that stores nothing is there to be compared with
     finding: Finding
     exact: bool = False  # equality to the last bit was promised
+    not_judged: str = ""  # what of the cache something else stood in for
+    usable: bool = True  # False: the finding says why no scenario could be run
+    planted: bool = False  # not a result, but the bug that tests the check
 
     @property
     def right(self) -> bool:
@@ -44,8 +47,7 @@ class Checked:
 
     @property
     def outcome(self) -> Outcome:
-        played = self.finding.working is not None
-        return outcome(self.finding.verdict, self.right, self.stores, played)
+        return outcome(self.finding.verdict, self.right, self.stores)
 
 
 def main_case(model: Model, prompt: Tensor, n_new: int) -> Case:
@@ -80,15 +82,20 @@ def check_model(
     scenarios: Sequence[str],
     main: Case,
     tell: Callable[[str], None] = lambda text: None,
+    known: Container[tuple[str, str, str]] = (),
 ) -> Iterator[Checked]:
-    """Judge every kind with all kernels in all scenarios, in that order. Raises CheckFailed."""
+    """Judge every kind with all kernels in all scenarios, in that order, but for those that are
+    `known`: kind, kernels, scenario. Raises CheckFailed."""
     for kind in caches:
         for name in kernels:
+            left = [scenario for scenario in scenarios if (kind, name, scenario) not in known]
+            if not left:
+                continue
             given = (small(kind), kind, make_kernels(name))
             subject = ModelSubject(formats.model, *given, formats=formats)
             judge = Judge(subject, examine)
             found = cache_class(kind)
-            for scenario in scenarios:
+            for scenario in left:
                 tell(f"{kind}, {name} kernels, {scenario}")
                 case = main if scenario == MAIN else Case(SCENARIOS[scenario])
                 if found.recompute:  # it proves nothing, and its time grows with the square

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvtool.core.verify.hypotheses import explain
+from kvtool.core.verify.hypotheses import UNKNOWN, explain
 from kvtool.core.verify.judge import Case, Diagnosis, Played
 from kvtool.core.verify.locate import locate
 from kvtool.core.verify.subject import ModelSubject
@@ -14,7 +14,7 @@ def examine(subject: ModelSubject, case: Case, step: int, played: Played) -> Dia
     """Locate the first wrong thing at `step`, and try out what would give these wrong logits."""
     place = locate(subject, case, step)
     end = step + BEYOND
-    hint = explain(subject, case, played.found[:end], played.expected[:end])
+    bugs = explain(subject, case, played.found[:end], played.expected[:end])
     if place is None:
-        return Diagnosis(hint=hint)
-    return Diagnosis(place.layer, place.part, place.heads, str(place), hint)
+        return Diagnosis(bugs=bugs, in_vain=UNKNOWN)
+    return Diagnosis(place.layer, place.part, place.heads, str(place), bugs, UNKNOWN)

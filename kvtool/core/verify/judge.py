@@ -22,9 +22,11 @@ from kvtool.core.verify.outcome import (
     BUG,
     ERROR,
     IDENTICAL,
+    NO_CACHE,
     NOT_CAUSAL,
     PRECISION,
     ROUNDING,
+    UNDECIDED,
     UNSUPPORTED,
     VACUOUS,
 )
@@ -75,7 +77,13 @@ class Diagnosis(NamedTuple):
     part: str = ""
     heads: tuple[int, ...] = ()
     place: str = ""  # all of that in words
-    hint: str = ""  # the bug that reproduces the wrong logits, or that none of the known ones does
+    bugs: tuple[str, ...] = ()  # the known ones that reproduce the wrong logits, all of them
+    in_vain: str = ""  # what was tried, where none of it does
+
+    @property
+    def hint(self) -> str:
+        """The bug in words, or that none of the known ones explains it; "" if none was tried."""
+        return "; or: ".join(self.bugs) or self.in_vain
 
 
 @dataclass(frozen=True)
@@ -183,8 +191,9 @@ class Judge:
             text = "a token beyond the capacity was accepted (an error was expected)"
             return replace(finding, verdict=BUG, evidence=text, first_wrong=played.unrefused)
         if played.vacuous:
-            finding = replace(finding, verdict=VACUOUS, evidence=played.vacuous)
-        if working.identical == working.steps and not thorough:
+            verdict = VACUOUS if self.subject.stores else NO_CACHE
+            finding = replace(finding, verdict=verdict, evidence=played.vacuous)
+        if not _differs(finding) and not thorough:
             return finding
         return self._three(case, finding, played, thorough)
 
@@ -211,10 +220,9 @@ class Judge:
         if low is not None:
             text = f"right in float64, wrong in {dtype_name(self.subject.dtype)} alone"
             return replace(finding, verdict=BUG, evidence=text, first_wrong=low)
-        if finding.verdict == VACUOUS or finding.working is None:
-            return finding
-        same = finding.working.identical == finding.working.steps
-        return replace(finding, verdict=IDENTICAL if same else ROUNDING)
+        if finding.verdict == IDENTICAL and _differs(finding):
+            return replace(finding, verdict=ROUNDING)
+        return finding
 
     def _exact(self, case: Case) -> Played | BaseException:
         """The float64 run; the promoted one, where a cast to float32 does not fit its weights, or
@@ -309,12 +317,16 @@ def _raised(scenario: Scenario, played: Played) -> Finding:
 
 def _not_in_float64(finding: Finding, error: BaseException) -> Finding:
     """Without a float64 run only identical logits can be judged."""
-    if finding.verdict == VACUOUS or finding.working is None:
-        return finding
-    if finding.working.identical == finding.working.steps:
+    if finding.verdict != IDENTICAL or not _differs(finding):
         return finding
     text = f"cannot run in float64, which would decide ({type(error).__name__}: "
-    return replace(finding, verdict=UNSUPPORTED, evidence=f"{text}{first_line(error)})")
+    return replace(finding, verdict=UNDECIDED, evidence=f"{text}{first_line(error)})")
+
+
+def _differs(finding: Finding) -> bool:
+    """Whether any step differs in the working format."""
+    gap = finding.working
+    return gap is not None and gap.identical < gap.steps
 
 
 @torch.inference_mode()

@@ -9,6 +9,8 @@ from typing import Generic, Protocol, TypeVar
 
 IDENTICAL, ROUNDING, PRECISION, BUG = "identical", "rounding", "precision", "bug"
 NOT_CAUSAL, VACUOUS, ERROR, UNSUPPORTED = "not-causal", "vacuous", "error", "unsupported"
+UNDECIDED = "undecided"  # it differs, and cannot run in float64, which would decide
+NO_CACHE = "no cache"  # vacuous, of a kind that stores nothing: it is there to be compared with
 
 
 class Outcome(Enum):
@@ -16,7 +18,7 @@ class Outcome(Enum):
 
     RIGHT = "right"
     WRONG = "wrong"
-    UNDECIDED = "undecided"  # it differs, and cannot run in float64, which would decide
+    UNDECIDED = "undecided"
     NOTHING = "nothing"  # it was played, and equality would prove nothing
     SKIPPED = "skipped"  # beyond the subject, or a kind that stores nothing, to compare with
 
@@ -26,12 +28,12 @@ class Outcome(Enum):
         return self in (Outcome.WRONG, Outcome.UNDECIDED)
 
 
-def outcome(verdict: str, right: bool, stores: bool, played: bool) -> Outcome:
-    """What a finding says of a cache that `stores` something or does not; `played` to its end."""
-    if not stores and (right or verdict == VACUOUS):
+def outcome(verdict: str, right: bool, stores: bool) -> Outcome:
+    """What a verdict says of a cache that `stores` something or does not."""
+    if verdict in (UNSUPPORTED, NO_CACHE) or (right and not stores):
         return Outcome.SKIPPED
-    if verdict == UNSUPPORTED:
-        return Outcome.UNDECIDED if played else Outcome.SKIPPED
+    if verdict == UNDECIDED:
+        return Outcome.UNDECIDED
     if verdict == VACUOUS:
         return Outcome.NOTHING
     return Outcome.RIGHT if right else Outcome.WRONG

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,25 +38,21 @@ class Outcome:
         return False not in answers
 
 
-def run(progress: Callable[[str], None] | None = None) -> list[Outcome]:
-    """Judge every mutant in its scenario and every look-alike in all of them, mutants first.
-
-    progress is told the name of what comes next; there are `total()` of them.
-    """
-    return list(_outcomes(progress))
+def names() -> list[str]:
+    """What there is to try, mutants first; each has a name of its own."""
+    return [planted.name for planted in (*MUTANTS, *LOOKALIKES)]
 
 
-def total() -> int:
-    """How many outcomes there will be."""
-    return len(MUTANTS) + len(LOOKALIKES)
-
-
-def _outcomes(progress: Callable[[str], None] | None) -> Iterator[Outcome]:
+def run(
+    progress: Callable[[str], None] = lambda name: None, known: Container[str] = ()
+) -> Iterator[Outcome]:
+    """Judge every mutant in its scenario and every look-alike in all of them, mutants first, but
+    for those whose names are `known`. progress is told the name of what comes next."""
     everything: tuple[Mutant | Lookalike, ...] = (*MUTANTS, *LOOKALIKES)
     for planted in everything:
-        if progress is not None:
+        if planted.name not in known:
             progress(planted.name)
-        yield try_mutant(planted) if isinstance(planted, Mutant) else try_lookalike(planted)
+            yield try_mutant(planted) if isinstance(planted, Mutant) else try_lookalike(planted)
 
 
 @contextmanager
@@ -77,7 +73,8 @@ def try_mutant(mutant: Mutant) -> Outcome:
     finding = Judge(mutant.subject(), examine).judge(Case(SCENARIOS[mutant.scenario]))
     caught = finding.verdict == mutant.verdict and not finding.right
     place = (finding.diagnosis.layer, finding.diagnosis.part)
-    named = finding.diagnosis.hint.split("; or: ")
+    bugs, in_vain = finding.diagnosis.bugs, finding.diagnosis.in_vain
+    named = mutant.hint in bugs if mutant.hint else bool(in_vain) and not bugs
     return Outcome(
         mutant.name,
         mutant.bug_class,
@@ -88,7 +85,7 @@ def try_mutant(mutant: Mutant) -> Outcome:
         caught=caught,
         step_right=caught and finding.first_wrong == mutant.step,
         layer_right=caught and place == (mutant.layer, mutant.part) if mutant.part else None,
-        hint_right=None if mutant.hint is None else caught and mutant.hint in named,
+        hint_right=None if mutant.hint is None else caught and named,
         detail=said(finding) if caught else f"{said(finding)} ({elsewhere(mutant)})",
     )
 

@@ -74,6 +74,7 @@ class Subject(Protocol):
     """A decoder under test; `abilities` are of ABILITIES."""
 
     name: str
+    stores: bool  # whether its cache stores anything: one that does not is there to compare with
     abilities: frozenset[str]
     vocab_size: int
     source_vocab_size: int
@@ -189,6 +190,7 @@ class ModelSubject:
         self.source_vocab_size = model.config.source_vocab_size
         self.context = model.config.context
         probe = make(CacheSpec.of(model.config, 1, 1, self.dtype, self.device), None)
+        self.stores = not probe.recompute
         self.window, self.sinks = probe.window, probe.sinks
         self.quantization, self.page = probe.quantization, probe.page
         abilities = {"batch", "padding", "crop", "select", "reset", "fork", "capacity"}

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from kvtool import ending
+from kvtool.core.verify.kept import Kept
 from kvtool.core.verify.outcome import (
     BUG,
     ERROR,
@@ -23,15 +23,15 @@ from kvtool.core.verify.outcome import (
     NOT_CAUSAL,
     PRECISION,
     ROUNDING,
+    UNDECIDED,
     UNSUPPORTED,
     VACUOUS,
 )
-from kvtool.errors import FileError
-from kvtool.files import read_bytes
 
 NOT_BUILT = "not built"  # the model, by its default configuration or for want of a package
 VERDICTS = (
-    IDENTICAL, ROUNDING, PRECISION, BUG, NOT_CAUSAL, VACUOUS, UNSUPPORTED, ERROR, NOT_BUILT,
+    IDENTICAL, ROUNDING, PRECISION, BUG, NOT_CAUSAL, UNDECIDED, VACUOUS, UNSUPPORTED, ERROR,
+    NOT_BUILT,
 )  # fmt: skip
 JUDGED = (IDENTICAL, ROUNDING, PRECISION, BUG, NOT_CAUSAL)  # a verdict, good or bad
 PRELOADED = [
@@ -41,7 +41,6 @@ PRELOADED = [
     "transformers.models.auto.modeling_auto",
 ]
 ALONE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-BEGINNING = b'{"type": "'  # of a line of results
 MEMORY = 4 << 30  # bytes that a process may take
 
 
@@ -64,6 +63,11 @@ class Swept:
     def judged(self) -> bool:
         return self.verdict in JUDGED
 
+    @property
+    def wrong(self) -> bool:
+        """Whether it was run, and the answer is no, or cannot be given."""
+        return not self.right and (self.judged or self.verdict in (UNDECIDED, ERROR))
+
 
 @dataclass(frozen=True)
 class Task:
@@ -81,22 +85,23 @@ class Task:
 def sweep(
     tasks: Sequence[Task],
     seconds: float,
-    results: Path | None = None,
+    kept: Kept[Swept] | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Swept]:
     """Judge one type after the other, each for at most `seconds`.
 
-    results: a file of JSON lines; what stands in it is not judged again, and each result is
-    appended as soon as it is there. Raises FileError if it cannot be read or written.
+    kept: what it knows is not judged again, and each result is appended as soon as it is there.
+    Raises FileError if it cannot be written.
     """
-    known = {} if results is None else read_results(results)
+    known = {(swept.type, swept.kind): swept for swept in (kept.known if kept is not None else ())}
     for task in tasks:
         tell(task.type)
         found = known.get((task.type, task.kind))
         if found is None:
             found = judge_type(task, seconds)
-            if results is not None:
-                append_result(results, found)
+            ending.check()  # the signal may have ended its process, which is no result
+            if kept is not None:
+                kept.append(found)
         yield found
 
 
@@ -135,37 +140,3 @@ def _processes() -> Any:
     if "forkserver" in ways:
         multiprocessing.set_forkserver_preload(PRELOADED)
     return context
-
-
-def read_results(path: Path) -> dict[tuple[str, str], Swept]:
-    """The results in a file, by type and kind; none if it does not exist. Raises FileError.
-
-    A last line that was cut off in the middle does not count.
-    """
-    if not path.exists() or (path.is_file() and not path.stat().st_size):
-        return {}
-    lines = read_bytes(path, "results of a sweep", "--resume").split(b"\n")
-    found: dict[tuple[str, str], Swept] = {}
-    for i, line in enumerate(lines):
-        if i == len(lines) - 1 and line.startswith(BEGINNING[: len(line)]):
-            continue  # nothing, or what was cut off
-        try:
-            swept = Swept(**json.loads(line))
-        except (ValueError, TypeError) as error:
-            hint = "It takes a file that a sweep wrote, or a new one."
-            where = f"--resume {path}: line {i + 1}"
-            raise FileError(f"{where} is no result of a sweep", hint) from error
-        found[swept.type, swept.kind] = swept
-    return found
-
-
-def append_result(path: Path, swept: Swept) -> None:
-    """Add a line to a file of results, in place of one that was cut off. Raises FileError."""
-    line = json.dumps(dataclasses.asdict(swept)) + "\n"
-    try:
-        with path.open("a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(line.encode())
-    except OSError as error:
-        raise FileError(f"--resume {path}: cannot be written ({error.strerror})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -16,6 +17,7 @@ from kvtool.core.verify.outcome import (
     NOT_CAUSAL,
     PRECISION,
     ROUNDING,
+    UNDECIDED,
     UNSUPPORTED,
     VACUOUS,
     Outcome,
@@ -23,10 +25,11 @@ from kvtool.core.verify.outcome import (
 from kvtool.core.verify.sweep import NOT_BUILT, Swept, Task
 from kvtool.errors import CheckFailed, UsageError, first_line
 
-PLANTED = "planted bug"
 # The worst first. A model that is not causal has wrong logits too, and that is why.
 UNTRUSTWORTHY = "the check did not report the bug that was planted to test it"
-ORDER = (NOT_CAUSAL, BUG, ERROR, PRECISION, ROUNDING, IDENTICAL, VACUOUS, UNSUPPORTED)
+ORDER = (
+    NOT_CAUSAL, BUG, ERROR, PRECISION, UNDECIDED, ROUNDING, IDENTICAL, VACUOUS, UNSUPPORTED,
+)  # fmt: skip
 
 
 def limit_memory(n_bytes: int) -> None:
@@ -70,7 +73,7 @@ def judge(task: Task) -> Swept:
 
 def summary(name: str, checked: Sequence[Checked], note: str = "") -> Swept:
     """What the findings for all kinds of caches and scenarios come to, the planted bug included."""
-    judged = [c for c in checked if c.cache != PLANTED]
+    judged = [c for c in checked if not c.planted]
     played = [c for c in judged if c.outcome != Outcome.SKIPPED]
     by_cache = {c.cache: worst_of([d for d in judged if d.cache == c.cache]) for c in judged}
     verdicts = {cache: worst.finding.verdict for cache, worst in by_cache.items()}
@@ -92,7 +95,7 @@ def worst_of(checked: Sequence[Checked]) -> Checked:
     """The first of those whose verdict is the worst; what cannot be decided is worse than right."""
 
     def rank(c: Checked) -> tuple[bool, int]:
-        return c.outcome not in (Outcome.WRONG, Outcome.UNDECIDED), ORDER.index(c.finding.verdict)
+        return not c.outcome.wrong, ORDER.index(c.finding.verdict)
 
     return min(checked, key=rank)
 
@@ -115,6 +118,8 @@ def joined(*parts: str) -> str:
 def answer(task: Task, sender: Connection) -> None:
     """What the process runs: judge the type, and send what it came to."""
     import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who waits for the answer decides, and kills
 
     limit_memory(task.memory)
     torch.set_num_threads(1)

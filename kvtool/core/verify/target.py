@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvtool.core.verify.adapter import adapt
+from kvtool.core.verify.kept import fingerprint
 from kvtool.core.verify.scenarios import PREFILL, STEPS
 from kvtool.core.verify.subject import Start
 from kvtool.errors import CacheOpUnsupported, UsageError, first_line
@@ -99,6 +100,7 @@ class TargetSubject:
     vocab_size, context: 0 looks for them. Raises UsageError if it cannot be called.
     """
 
+    stores = True
     source_vocab_size = 0
     window = 0
 
@@ -173,6 +175,16 @@ class TargetSubject:
 
     def unrounded(self) -> None:
         """A cache of the user's is compared with what the user's decoder computes, as it is."""
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the decoder's weights, as far as they can be found in its attributes."""
+        held = {
+            f"{name}.{i}": leaf
+            for name, value in getattr(self.decoder, "__dict__", {}).items()
+            for i, leaf in enumerate(tree_leaves(value))
+            if isinstance(leaf, Tensor)
+        }
+        return fingerprint(owned_modules(self.decoder), held)
 
     def to(self, dtype: torch.dtype) -> TargetSubject:
         """Raises what the decoder raises, NotImplementedError if it holds nothing to convert."""

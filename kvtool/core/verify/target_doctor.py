@@ -36,10 +36,11 @@ def examine(subject: TargetSubject, case: Case, step: int, played: Played) -> Di
     if seen is None:
         return Diagnosis()
     spot, lookups = seen
-    hint = explain(subject, case, played.found[: step + BEYOND], lookups)
+    bugs = explain(subject, case, played.found[: step + BEYOND], lookups)
     if spot is None:
-        return Diagnosis(part="logits", place="the logits, behind every module", hint=hint)
-    return Diagnosis(spot.key.layer, spot.part, spot.heads, str(spot), hint)
+        behind = "the logits, behind every module"
+        return Diagnosis(part="logits", place=behind, bugs=bugs, in_vain=UNNAMED)
+    return Diagnosis(spot.key.layer, spot.part, spot.heads, str(spot), bugs, UNNAMED)
 
 
 # Where
@@ -285,10 +286,10 @@ HISTORIES: tuple[type[History], ...] = (
 @torch.inference_mode()
 def explain(
     subject: TargetSubject, case: Case, found: Sequence[Tensor], wanted: tuple[Index, ...]
-) -> str:
-    """The bug that reproduces the wrong logits `found`, by step, of a float64 subject.
+) -> tuple[str, ...]:
+    """The known bugs that reproduce the wrong logits `found`, by step, of a float64 subject.
 
-    found may end before the scenario does. Returns UNNAMED if nothing reproduces them.
+    found may end before the scenario does.
     """
 
     def reproduces(history: type[History], log: list[Fed]) -> bool:
@@ -298,9 +299,9 @@ def explain(
 
     log: list[Fed] = []
     if reproduces(History, log):
-        return in_words(wanted, log)
+        return (in_words(wanted, log),)
     names = [history.hint for history in HISTORIES if reproduces(history, [])]
-    return "; or: ".join(dict.fromkeys(names)) or UNNAMED
+    return tuple(dict.fromkeys(names))
 
 
 def _decode(subject: TargetSubject, case: Case, n_steps: int) -> list[Tensor]:

@@ -11,18 +11,21 @@ import contextlib
 import copy
 import difflib
 import functools
+import importlib.util
 import io
 import itertools
 import logging
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from kvtool.errors import UsageError
+from kvtool.files import shipped_models
 from kvtool.registry import TRANSFORMERS_MODELS
 
 CAUSAL, SEQ2SEQ = TRANSFORMERS_MODELS  # kinds of models
@@ -102,6 +105,22 @@ def known_types(kind: str = CAUSAL) -> tuple[str, ...]:
     return tuple(n for n in names if getattr(CONFIG_MAPPING[n], "is_encoder_decoder", False))
 
 
+def is_type(name: str) -> bool:
+    """Whether transformers is installed and knows a model type of that name.
+
+    It is asked only where one of its folders begins the name: to import it takes seconds.
+    """
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not re.fullmatch(r"[\w.-]+", name):
+        return False
+    folders = [Path(place) / "models" for place in spec.submodule_search_locations or ()]
+    parts = re.split("[-_]", name)
+    begins = ["_".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    if not any((folder / begin).is_dir() for folder in folders for begin in begins):
+        return False
+    return name in known_types(CAUSAL) or name in known_types(SEQ2SEQ)
+
+
 def kind_of(model_type: str) -> str:
     """What a type means where nobody says which: the encoder-decoder, if there is one."""
     return SEQ2SEQ if model_type in known_types(SEQ2SEQ) else CAUSAL
@@ -116,6 +135,8 @@ def tiny_model(model_type: str, seed: int = 0, decoder: bool = True, kind: str =
         names = sorted({*known_types(), *known_types(SEQ2SEQ)})
         near = difflib.get_close_matches(model_type, names, n=1)
         hint = f"Did you mean {near[0]}?" if near else "Give a folder, or a type such as llama."
+        if model_type in shipped_models():
+            hint = "It comes with kvtool: leave out --impl transformers."
         what = "is neither a folder nor a model type that transformers knows"
         raise UsageError(f"--model {model_type}: {what}", hint)
     with hushed(), torch.random.fork_rng(devices=[]):

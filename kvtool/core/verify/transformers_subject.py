@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ CONTEXT_NAMES = (
     "max_target_positions", "max_seq_len", "n_ctx", "context_length",
 )  # fmt: skip
 ALL = "all"  # scenarios
+QUANTIZED = "quantized"  # the kind whose codes are replaced, so that they are not judged
+CODES = "codes"
 INSTALL = "Install it with: pip install 'kvtool[hf]'"
 
 
@@ -112,6 +114,11 @@ class TransformersSubject(TargetSubject):
             self.abilities |= {"window"}
         if kind == "static" and full:
             self.abilities |= {"capacity"}
+
+    @property
+    def not_judged(self) -> str:
+        """What of the cache something else stands in for: see `hold_exactly`."""
+        return CODES if self.decoder.kind == QUANTIZED else ""
 
     def remark(self) -> str:
         """What is to be known beside the verdicts."""
@@ -342,32 +349,38 @@ def check_transformers(
     diagnose: bool = True,
     tell: Callable[[str], None] = lambda text: None,
     remark: Callable[[str], None] = lambda text: None,
+    known: Container[tuple[str, str, str]] = (),
 ) -> Iterator[Checked]:
     """Judge a model with kinds of transformers' caches in all scenarios, then a planted bug.
 
-    What cannot be used is one finding for its kind, and counts only if it was `asked` for.
+    What cannot be used is one finding for its kind, and counts only if it was `asked` for. What is
+    `known` is passed over: kind, kernels, scenario.
     `diagnose` locates bugs, which takes longer than to find them. `remark` is told what is to be
     known beside the verdicts. Raises CheckFailed.
     """
     planted = None
     for kind in kinds:
+        left = [scenario for scenario in scenarios if (kind, OWN, scenario) not in known]
+        if (kind, OWN, ALL) in known or not (left or planted is None):
+            continue
         try:
             subject = subject_of(model, kind)
         except (CacheOpUnsupported, UsageError) as error:
-            yield Checked(kind, OWN, asked, Finding(ALL, UNSUPPORTED, error.message))
+            finding = Finding(ALL, UNSUPPORTED, error.message)
+            yield Checked(kind, OWN, asked, finding, usable=False)
             continue
         if planted is None and (text := subject.remark()):
             remark(text)
         sizes = (subject.vocab_size, subject.context)
         main = decode_case(*sizes, None, tokens, subject.device)
         judge = Judge(subject, examine if diagnose else None)
-        for scenario in scenarios:
+        for scenario in left:
             tell(f"{kind}, {scenario}")
             case = main if scenario == MAIN else Case(SCENARIOS[scenario])
             with hushed():
                 finding = judge.judge(case, thorough=scenario == MAIN and planted is None)
-            yield Checked(kind, OWN, True, finding)
+            yield Checked(kind, OWN, True, finding, not_judged=subject.not_judged)
         with hushed():
             planted = planted or target_control(subject, main)
     if planted is not None:
-        yield Checked("planted bug", OWN, True, planted)
+        yield Checked("planted bug", OWN, True, planted, planted=True)

@@ -32,17 +32,16 @@ HYPOTHESES = (*POSITIONS, *MASKS, *WINDOWS, *ROLLBACK, *PAGES, *QUANTIZED, *CONT
 @torch.inference_mode()
 def explain(
     subject: ModelSubject, case: Case, found: Sequence[Tensor], expected: Sequence[Tensor]
-) -> str:
-    """The bug that reproduces the wrong logits `found`, by step, of a float64 subject.
+) -> tuple[str, ...]:
+    """The known bugs that reproduce the wrong logits `found`, by step, of a float64 subject.
 
-    found and expected may end before the scenario does. Several bugs may look alike in a scenario:
-    all that reproduce it are named. Returns UNKNOWN if none does,
-    and NOT_A_NUMBER for logits that are none.
+    found and expected may end before the scenario does. Several bugs may look alike in a scenario.
+    NOT_A_NUMBER is the bug of logits that are none.
     """
     if any(bool(logits.isnan().any()) for logits in found):
-        return NOT_A_NUMBER
+        return (NOT_A_NUMBER,)
     if not reproduces(Tape, subject, case, expected):
-        return UNKNOWN  # this model's attention is not what the tape knows
+        return ()  # this model's attention is not what the tape knows
     there = {
         *case.scenario.needs,
         *({"window", "source", "quantized", "pages"} & subject.abilities),
@@ -52,7 +51,7 @@ def explain(
         for tape in HYPOTHESES
         if there.issuperset(tape.needs) and reproduces(tape, subject, case, found)
     ]
-    return "; or: ".join(dict.fromkeys(names)) or UNKNOWN
+    return tuple(dict.fromkeys(names))
 
 
 class _Refuted(Exception):

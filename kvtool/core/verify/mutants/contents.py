@@ -13,7 +13,7 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.none import NoCache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.kernels import DefaultKernels
-from kvtool.core.verify.hypotheses import UNKNOWN, contents
+from kvtool.core.verify.hypotheses import contents
 from kvtool.core.verify.mutants.mutant import Mutant
 
 SEEN, KEYS, VALUES = "visible keys", "stored K", "stored V"
@@ -161,14 +161,14 @@ CONTENTS = (
     Mutant(
         "grouped heads are tiled", TilesHeads, layer=0, part=KEYS, hint=contents.HeadsTiled.hint,
     ),
-    Mutant("a value is lost", LosesValue, layer=0, part=VALUES, hint=UNKNOWN),
-    Mutant("keys rolled within a head", RollsWithinHead, layer=0, part=KEYS, hint=UNKNOWN),
+    Mutant("a value is lost", LosesValue, layer=0, part=VALUES, hint=""),
+    Mutant("keys rolled within a head", RollsWithinHead, layer=0, part=KEYS, hint=""),
     Mutant("wrong in float32 alone", WrongBelowFloat64, step=2),
     Mutant("NaN in float32 alone", NaNBelowFloat64, step=2),
     Mutant("bfloat16 in a float32 model", StoresLower, verdict="precision"),
     Mutant("a step that raises", Raises, verdict="error", step=3),
     Mutant("a model that is not causal", kernels=SeesAll(), verdict="not-causal", step=0),
-    Mutant("a cache that is never used", NeverUsed, verdict="vacuous", step=None),
+    Mutant("a cache that is never used", NeverUsed, verdict="no cache", step=None),
     Mutant(
         "a window that never evicts", partial(SlidingCache, window=6, slack=ALL),
         verdict="vacuous", step=None,

@@ -71,7 +71,7 @@ class Mutant(Planted):
     step: int | None = 1  # the first that is wrong
     layer: int | None = None
     part: str = ""
-    hint: str | None = None  # of those that it must name; None: no hint is due
+    hint: str | None = None  # a bug that it must name; "": it knows none; None: no hint is due
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvtool.core.cache import EMPTY, Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.verify.hypotheses import NOT_A_NUMBER, UNKNOWN, contents
+from kvtool.core.verify.hypotheses import NOT_A_NUMBER, contents
 from kvtool.core.verify.mutants.mutant import Mutant, masked
 
 SEEN, KEYS = "visible keys", "stored K"
@@ -141,7 +141,7 @@ SLOTS = (
     Mutant(
         "the last slot is shared", LastSlotShared,
         model="rotary, one KV head", bug_class=14, scenario="capacity", step=6, layer=0, part=KEYS,
-        hint=UNKNOWN,
+        hint="",
     ),
     overflow("wraps", full_silently(lambda n, capacity: n % capacity), "rotary",
              "transformers #1749"),

@@ -1,0 +1,102 @@
+"""Results that are kept in a file as they are reached, so that work that was ended can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kvtool.core.facts import changes, flat
+from kvtool.errors import FileError
+from kvtool.files import read_bytes
+
+SCHEMA = "kvtool.results/1"
+BEGINNING = f'{{"schema": "{SCHEMA}"'.encode()
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """A file of JSON lines that --resume named: what the results are of, then a result in each.
+
+    make: builds a result, a dataclass, from its fields. `known` are the results in the file; a last
+    line that was cut off is none. Raises FileError for a file that something else wrote, and for
+    results of other `facts`, naming the difference.
+    """
+
+    def __init__(self, path: Path, make: Callable[..., T], facts: Mapping[str, Any]) -> None:
+        self.path = path
+        self.make = make
+        header = {"schema": SCHEMA, "of": flat(facts)}
+        self.header = json.dumps(header, default=str).encode()
+        self.known: list[T] = self._read()
+
+    def _read(self) -> list[T]:
+        if not self.path.exists() or (self.path.is_file() and not self.path.stat().st_size):
+            return []
+        data = read_bytes(self.path, "results to go on from", "--resume")
+        *lines, rest = data.split(b"\n")
+        if not lines:
+            if not BEGINNING.startswith(rest[: len(BEGINNING)]):
+                self._refuse(1)
+            return []
+        self._agree(lines[0])
+        return [self._parsed(i, line) for i, line in enumerate(lines[1:], start=2)]
+
+    def _agree(self, line: bytes) -> None:
+        try:
+            before = json.loads(line)
+            same_kind, facts = before["schema"] == SCHEMA, dict(before["of"])
+        except (ValueError, TypeError, KeyError) as error:
+            self._refuse(1, error)
+        if not same_kind:
+            self._refuse(1)
+        if changed := changes(facts, json.loads(self.header)["of"]):
+            raise FileError(
+                f"--resume {self.path}: has results of another check: {', '.join(changed)}",
+                "Give the settings, model and versions that it was begun with, or another file.",
+            )
+
+    def _parsed(self, number: int, line: bytes) -> T:
+        try:
+            return self.make(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            self._refuse(number, error)
+
+    def _refuse(self, number: int, error: Exception | None = None) -> NoReturn:
+        what = "no result of this command" if number > 1 else "not where its results begin"
+        raise FileError(
+            f"--resume {self.path}: line {number} is {what}",
+            "It takes a file that verify-cache --resume wrote, or a new one.",
+        ) from error
+
+    def append(self, result: T) -> None:
+        """Add a result, in place of a line that was cut off. Raises FileError."""
+        fields: Any = result
+        line = json.dumps(dataclasses.asdict(fields)).encode() + b"\n"
+        try:
+            with self.path.open("a+b") as file:
+                file.seek(0)
+                whole = file.read().rfind(b"\n") + 1
+                file.truncate(whole)
+                file.write(line if whole else self.header + b"\n" + line)
+        except OSError as error:
+            raise FileError(
+                f"--resume {self.path}: cannot be written ({error.strerror})"
+            ) from error
+
+
+def fingerprint(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of all weights and tables, by their names."""
+    digest = hashlib.sha256()
+    held = {f"{name}.{key}": t for name, m in modules.items() for key, t in m.state_dict().items()}
+    for name, tensor in sorted({**held, **tensors}.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().tobytes() if values.numel() else b"")
+    return digest.hexdigest()
