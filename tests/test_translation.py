@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from kvtool.core import checkpoint, translation
+from kvtool.core import beam, checkpoint, translation
 from kvtool.core.exact import EXACT
 from kvtool.core.kernels import DefaultKernels
 from kvtool.core.models import Model
 from kvtool.core.pairs import Pair, Splits
 from kvtool.core.runs import RunFolder
-from kvtool.core.sampling import Sampler
 from kvtool.core.text import BOS, EOS, KINDS, PAD, Tokenizer
 from kvtool.core.train import Trainer
-from kvtool.core.translation import Translation, check_sources, decode, pad, target_limit, translate
+from kvtool.core.translation import Translation, check_sources, pad, target_limit, translate
 from kvtool.errors import CapacityError, FileError, KvtoolError
 from kvtool.registry import CACHES
 from kvtool.ui.progress import Progress
@@ -213,19 +213,19 @@ def test_a_target_ends_before_eos_or_at_the_limit(max_tokens: int) -> None:
     assert targets == [ids[:max_tokens] for ids in longest]
 
 
-def test_a_row_that_has_ended_yields_eos_until_the_last_has() -> None:
-    network, given = model(7), sources()
+def test_targets_that_have_ended_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, network, given = [], model(7), sources()
+    feed = beam.feed
 
-    def chosen(rows: Sequence[int]) -> list[list[int]]:
-        encoded = network.encode(*pad([given[i] for i in rows], CPU))
-        steps = decode(network, encoded, "dynamic", CONTEXT - 1, Sampler())
-        return torch.stack(list(steps), dim=1).tolist()
+    def counting(model: Model, cache: object, ids: Tensor, *rest: object, **named: object):
+        rows.append(len(ids))
+        return feed(model, cache, ids, *rest, **named)
 
-    found = chosen(range(len(given)))
-    ends = [row.index(EOS) if EOS in row else CONTEXT for row in found]
-    assert all(set(row[end:]) <= {EOS} for row, end in zip(found, ends, strict=True))
-    early = [i for i, end in enumerate(ends) if end < 20]
-    assert early and len(chosen(early)[0]) == max(ends[i] for i in early) + 1
+    monkeypatch.setattr(beam, "feed", counting)
+    lengths = [len(ids) for ids in translate(network, given, CONTEXT - 1)]
+    steps = [min(n + 1, CONTEXT - 1) for n in lengths]  # the end token has one
+    assert rows == [sum(n > step for n in steps) for step in range(max(steps))]
+    assert len(set(rows)) > 2
 
 
 @pytest.mark.parametrize(("n", "context", "limit"), [(1, 99, 22), (10, 99, 40), (50, 99, 98)])

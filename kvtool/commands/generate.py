@@ -178,16 +178,17 @@ def continue_all(
     """What follows each prompt, told as soon as it is known."""
     if settings.beams > 1 or (settings.input_file is not None and generator.greedy_pairs):
         results = generator.together(texts, encoded)
-        for result in results:
-            tell(result, settings, out)
+        for result, line in zip(results, lines_of_results(results, settings), strict=True):
+            tell(result, line, settings, out)
         return results
     results = []
-    for text, ids in zip(texts, encoded, strict=True):
+    for number, (text, ids) in enumerate(zip(texts, encoded, strict=True), start=1):
         results.append(generator.one(text, ids, out if settings.input_file is None else None))
+        results[-1].number = number
         if settings.input_file is None:
             out.stream("\n")
         else:
-            tell(results[-1], settings, out)
+            tell(results[-1], one_line(results[-1].text), settings, out)
     return results
 
 
@@ -217,12 +218,26 @@ def tell_cache_files(settings: Settings, generator: Generator, n_prompt: int, ou
         out.note(f"the prompt's cache: {settings.save_cache}")
 
 
-def tell(result: Result, settings: Settings, out: Output) -> None:
-    """Print a result: of a file of prompts as one line, unless results go to a file."""
+def tell(result: Result, line: str, settings: Settings, out: Output) -> None:
+    """Print a result: as it is, or as one line of several, unless those go to a file."""
     if settings.input_file is None:
-        out.stream(result.text + "\n")
+        out.stream((result.text if settings.n_best == 1 else line) + "\n")
     elif out.output_file is None and settings.text_file is None:
-        out.stream(one_line(result.text) + "\n")
+        out.stream(line + "\n")
+
+
+def lines_of_results(results: list[Result], settings: Settings) -> list[str]:
+    """Each result as one line. Those of --n-best have their rank and score before the text, and the
+    number of their prompt before these if there may be several; tabs between."""
+    lines = []
+    several = settings.input_file is not None or results[-1].number > 1
+    for result in results:
+        columns = [one_line(result.text)]
+        if settings.n_best > 1 and result.score is not None:
+            columns = [str(result.rank), f"{result.score:.4f}", *columns]
+            columns = [str(result.number), *columns] if several else columns
+        lines.append("\t".join(columns))
+    return lines
 
 
 def one_line(text: str) -> str:
@@ -314,7 +329,8 @@ def command(
         typer.Option(
             "--n-best",
             metavar="N",
-            help="The N best results of each prompt, best first.",
+            help="The N best results of each prompt, best first, a line each: the prompt's number "
+            "if there are several, rank, score and text, with tabs between.",
             rich_help_panel=SEARCH,
         ),
     ] = 1,
@@ -415,8 +431,8 @@ def command(
     def work(settings: Settings, out: Output) -> Generated:
         report = run(settings, out)
         if settings.text_file is not None:
-            lines = [one_line(result.text) + "\n" for result in report.results]
-            write_durable(settings.text_file, "".join(lines).encode())
+            lines = lines_of_results(report.results, settings)
+            write_durable(settings.text_file, "".join(f"{line}\n" for line in lines).encode())
             out.note(f"written to {settings.text_file}")
         return report
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvtool.core.cache import Cache, CacheSpec
     from kvtool.core.cache_file import SavedCache
     from kvtool.core.checkpoint import Checkpoint
-    from kvtool.core.sampling import Sampler
+    from kvtool.core.sampling import LogProb, Sampler
 
 DEFAULT_TOKENS = 200
 
@@ -34,8 +34,9 @@ class Result:
     new_tokens: int
     ended: bool  # by the model, not by --max-tokens
     rank: int = 1  # among the --n-best of a prompt
-    log_prob: float | None = None  # nats, of beam search
-    score: float | None = None  # log_prob with the length penalty
+    log_prob: float = 0.0  # nats, of all new tokens by the model itself, however they were chosen
+    score: float | None = None  # of beam search: log_prob with the length penalty
+    number: int = 1  # of the prompt
     ids: list[int] = field(default_factory=list)  # of the new tokens, the end token included
 
     def row(self) -> dict[str, Any]:
@@ -100,14 +101,16 @@ class Generator:
 
     def one(self, text: str, ids: list[int], out: Output | None) -> Result:
         """Generate from one prompt, streaming to `out`."""
+        from kvtool.core.sampling import LogProb
+
         emit: Callable[[str], None] = out.stream if out is not None else lambda text: None
         if out is not None and out.interactive and self.loaded.source_tokenizer is None:
             out.text(text, style="dim", end="")
         ends = self.loaded.tokenizer.end_ids
-        stream = self.loaded.tokenizer.stream()
+        stream, log_prob = self.loaded.tokenizer.stream(), LogProb()
         made: list[int] = []
         pieces: list[str] = []
-        for token in self.tokens(ids):
+        for token in self.tokens(ids, log_prob):
             made.append(int(token))
             if made[-1] in ends:
                 break
@@ -116,7 +119,8 @@ class Generator:
         pieces.append(stream.finish())
         emit(pieces[-1])
         ended = bool(made) and made[-1] in ends
-        return Result(text, "".join(pieces), len(ids), len(made), ended, ids=made)
+        value = log_prob.total
+        return Result(text, "".join(pieces), len(ids), len(made), ended, log_prob=value, ids=made)
 
     @property
     def greedy_pairs(self) -> bool:
@@ -146,11 +150,14 @@ class Generator:
                 len(hypothesis.ids) + hypothesis.ended,
                 hypothesis.ended,
                 rank,
-                hypothesis.log_prob if s.beams > 1 else None,
+                hypothesis.log_prob,
                 hypothesis.score if s.beams > 1 else None,
+                number,
                 [*hypothesis.ids, *[EOS] * hypothesis.ended],
             )
-            for text, ids, hypotheses in zip(texts, encoded, found, strict=True)
+            for number, (text, ids, hypotheses) in enumerate(
+                zip(texts, encoded, found, strict=True), start=1
+            )
             for rank, hypothesis in enumerate(hypotheses, start=1)
         ]
 
@@ -191,8 +198,8 @@ class Generator:
                 f"--load-cache {error.message}", hint or "Give a file that --save-cache wrote."
             ) from error
 
-    def tokens(self, ids: list[int]) -> Any:
-        """The tokens that follow `ids`, each a tensor (1,)."""
+    def tokens(self, ids: list[int], log_prob: LogProb) -> Any:
+        """The tokens that follow `ids`, each a tensor (1,), and counted in `log_prob`."""
         import torch
 
         from kvtool.core import engine
@@ -207,7 +214,8 @@ class Generator:
             # The last token is always computed: its logits are what comes next.
             self.reused = min(common_prefix(self.saved.ids, ids), len(ids) - 1)
             self.saved.fill(cache, self.reused)
-        steps = engine.generate(self.loaded.model, prompt, cache, n_new, self.sampler(), source)
+        sampler, model = self.sampler(), self.loaded.model
+        steps = engine.generate(model, prompt, cache, n_new, sampler, source, log_prob)
         for i, token in enumerate(steps):
             if i == 0 and self.settings.save_cache is not None:
                 save_cache(self.settings.save_cache, cache, ids, self.loaded.sha256)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +19,35 @@ from kvtool.core.models import Model
 from kvtool.core.models.flat import decoding_form
 from kvtool.core.sampling import require_finite
 
+NOTHING = float("-inf")  # the logarithm of what cannot be
+
+Choice = tuple[int, int, float]  # a row, the token behind it, nats of both
+
 
 @dataclass(frozen=True)
 class Beam:
-    """How to search: `size` continuations at a time, of which the best `n_best` are returned."""
+    """How to search: `size` live continuations at a time, and the best `n_best` are returned."""
 
-    size: int = 4
+    size: int = 4  # 1: the greedy continuation alone
     length_penalty: float = 0.6  # 0: none, which favours short targets
     n_best: int = 1
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that one prompt may need: the greedy continuation may be none of the likeliest."""
+        return self.size + (self.size > 1)
 
     def score(self, log_prob: float, length: int) -> float:
         """What hypotheses of different lengths are compared by (Wu 2016, eq. 14)."""
         return log_prob / ((5 + length) / 6) ** self.length_penalty
+
+    def bound(self, log_prob: float, length: int, limit: int) -> float:
+        """The best score that a live continuation of `length` tokens may still reach.
+
+        It can only lose probability, and will have from one token more to `limit`. The penalty
+        rises or falls with the length all the way, so one of these two lengths is the best.
+        """
+        return max(self.score(log_prob, length + 1), self.score(log_prob, limit))
 
 
 @dataclass(frozen=True)
@@ -55,36 +74,57 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """The best continuations of each prompt (S,P), at most `limits[s]` tokens long, best first.
 
-    `eos` ends a continuation; there may be several such tokens. A prompt is done when `beam.size`
-    of its continuations have ended, or at its limit; its rows then leave the batch. `tell` is given
-    the bytes of the cache after each step. Raises CapacityError before any work if the context is
-    too short, CheckFailed if logits are not finite.
+    `eos` ends a continuation; there may be several such tokens. What ends takes no place from what
+    is live: each live row may end at each step, and the `beam.n_best` best of all that ended are
+    kept, while the `beam.size` likeliest that did not end live on. A row leaves the batch when it
+    can no longer become one of the best, whatever the length penalty (`Beam.bound`), and a prompt
+    with its last row. What reaches the limit unended is ranked with the rest by the same score:
+    targets that ended, and those cut at the limit, are all there is, and their probabilities add up
+    to one.
+
+    The best is never below the greedy continuation, which plain beam search may lose: where that is
+    not among the likeliest, one more row carries it on, and nothing but it. Nor is it below plain
+    beam search of this size. A larger beam may still find less than a smaller one.
+
+    `tell` is given the bytes of the cache after each step. Raises CapacityError before any work if
+    the context is too short, CheckFailed if logits are not finite.
     """
     check_context(prompt.shape[1], max(limits), model.config.context)
     search = _Search(prompt, limits, beam, eos)
     weight = next(model.parameters())
     capacity = prompt.shape[1] + max(limits)
-    n_rows = len(limits) * beam.size
+    n_rows = len(limits) * beam.n_rows
     spec = CacheSpec.of(model.config, n_rows, capacity, weight.dtype, weight.device, kernels)
     require_memory(f"a cache for {n_rows} beams", capacity * spec.token_nbytes, weight.device)
     cache: Cache = make_cache(kind, spec)
-    if source is not None:
-        rows = torch.arange(len(limits), device=prompt.device).repeat_interleave(beam.size)
-        source = source.select(rows)
-    decode = decoding_form(model)
-    while search.active:
-        logits = feed(decode, cache, search.ids, source, last=True)[:, -1]
-        tell(cache.nbytes().allocated + (source.nbytes() if source else 0))
+    cache.select(torch.arange(len(limits), device=prompt.device))  # one row reads a prompt
+    decode, read, reading = decoding_form(model), source, search.prompts
+    while search.rows:
+        logits = feed(decode, cache, search.ids, read, last=True)[:, -1]
+        tell(cache.nbytes().allocated + (read.nbytes() if read else 0))
         require_finite(logits, search.n_made)
-        rows = search.advance(logits)
-        if search.active:
-            cache.select(rows)
-            source = None if source is None else source.select(rows)
-    return [sorted(found, key=lambda h: -h.score)[: beam.n_best] for found in search.finished]
+        n_before, rows = len(search.rows), search.advance(logits)
+        if rows and rows != list(range(n_before)):
+            cache.select(torch.tensor(rows, device=prompt.device))
+        if source is not None and rows and reading != search.prompts:
+            reading = search.prompts
+            read = source.select(torch.tensor(reading, device=prompt.device))
+    return search.best
+
+
+class _Row(NamedTuple):
+    """A continuation that has not ended: that of row `parent` of the step before, and `token`."""
+
+    prompt: int
+    parent: int
+    token: int
+    log_prob: float  # nats
+    in_beam: bool  # among the likeliest; else here only for being greedy
+    is_greedy: bool
 
 
 class _Search:
-    """The rows of all prompts that are not done: `beam.size` of the first, then of the next."""
+    """The rows of all prompts that are not done: those of the first, then of the next."""
 
     def __init__(
         self,
@@ -94,71 +134,105 @@ class _Search:
         eos: int | Collection[int] | None,
     ) -> None:
         self.beam, self.limits = beam, limits
-        self.ends = frozenset({eos} if isinstance(eos, int) else eos or ())
+        self.ends = sorted({eos} if isinstance(eos, int) else set(eos or ()))
         self.n_prompt = prompt.shape[1]
         self.n_made = 0
-        self.active = list(range(len(limits)))
-        self.finished: list[list[Hypothesis]] = [[] for _ in limits]
-        self.ids = prompt.repeat_interleave(beam.size, dim=0)
-        # All rows of a prompt begin alike: only one of them counts, or all would stay alike.
-        first = torch.full((beam.size,), float("-inf"), dtype=torch.float64)
-        first[0] = 0.0
-        self.log_probs = first.to(prompt.device).repeat(len(limits), 1)  # (active, size)
+        self.ids = prompt  # (R,P+n_made)
+        self.rows = [_Row(i, i, -1, 0.0, beam.size > 1, True) for i in range(len(limits))]
+        self.best: list[list[Hypothesis]] = [[] for _ in limits]
 
-    def advance(self, logits: Tensor) -> Tensor:
+    @property
+    def prompts(self) -> list[int]:
+        """That of each row."""
+        return [row.prompt for row in self.rows]
+
+    def advance(self, logits: Tensor) -> list[int]:
         """Take logits (R,V) of the rows -> the rows to go on from, one for each that is left."""
-        n, size, n_vocab = len(self.active), self.beam.size, logits.shape[1]
-        found = self.log_probs[..., None] + logits.double().log_softmax(-1).view(n, size, n_vocab)
-        # Each of `size` rows can end in each way once: so many more leave enough that do not.
-        n_best = min((1 + max(len(self.ends), 1)) * size, size * n_vocab)
-        best = found.flatten(1).topk(n_best, dim=1)
+        before = torch.tensor([row.log_prob for row in self.rows], dtype=torch.float64)
+        found = before.to(logits.device)[:, None] + logits.double().log_softmax(-1)
+        top = logits.max(-1).indices
+        greedy = list(zip(top.tolist(), found.gather(1, top[:, None])[:, 0].tolist(), strict=True))
+        ending = [NOTHING] * len(found)
+        if self.ends:
+            # Of several ways to end only the likeliest: others would be the same target again.
+            ending = found[:, self.ends].amax(-1).tolist()
+            found[:, self.ends] = NOTHING
         self.n_made += 1
-        rows, tokens, log_probs, left = [], [], [], []
-        for i, prompt in enumerate(self.active):
-            chosen = self._choose(
-                i, prompt, best.values[i].tolist(), best.indices[i].tolist(), n_vocab
+        members: dict[int, list[int]] = {}
+        for i, prompt in enumerate(self.prompts):
+            members.setdefault(prompt, []).append(i)
+        likeliest = self._likeliest(list(members.values()), found)
+        rows: list[_Row] = []
+        for (prompt, own), choices in zip(members.items(), likeliest, strict=True):
+            rows += self._follow(prompt, own, choices, ending, greedy)
+        self.rows, parents = rows, [row.parent for row in rows]
+        tokens = self.ids.new_tensor([row.token for row in rows])
+        self.ids = torch.cat([self.ids[parents], tokens[:, None]], dim=1)
+        return parents
+
+    def _likeliest(self, members: list[list[int]], found: Tensor) -> list[list[Choice]]:
+        """How the beams of each prompt, which are among its rows `members`, go on, the likeliest
+        `size` ways by found (R,V)."""
+        beams = [[i for i in own if self.rows[i].in_beam] for own in members]
+        width, n_vocab = max(map(len, beams)), found.shape[1]
+        if not width:
+            return [[] for _ in members]
+        rows = [i for own in beams for i in own]
+        if len(rows) < len(beams) * width or len(rows) < len(found):
+            places = [n * width + i for n, own in enumerate(beams) for i in range(len(own))]
+            padded = found.new_full((len(beams) * width, n_vocab), NOTHING)
+            padded[places] = found[rows]
+            found = padded
+        best = found.view(len(beams), -1).topk(min(self.beam.size, width * n_vocab), dim=1)
+        return [
+            [(own[i // n_vocab], i % n_vocab, value) for value, i in ranked if value > NOTHING]
+            for own, ranked in zip(
+                beams, map(zip, best.values.tolist(), best.indices.tolist()), strict=True
             )
-            if len(self.finished[prompt]) >= size or self.n_made >= self.limits[prompt]:
-                self._stop(prompt, chosen)
-                continue
-            left.append(prompt)
-            rows += [row for row, _, _ in chosen]
-            tokens += [token for _, token, _ in chosen]
-            log_probs.append([value for _, _, value in chosen])
-        self.active = left
-        device = self.ids.device
-        picked = torch.tensor(rows, dtype=torch.long, device=device)
-        new = torch.tensor(tokens, dtype=torch.long, device=device)[:, None]
-        self.ids = torch.cat([self.ids[picked], new], dim=1)
-        self.log_probs = torch.tensor(log_probs, dtype=torch.float64, device=device)
-        return picked
+        ]
 
-    def _choose(
-        self, i: int, prompt: int, values: list[float], indices: list[int], n_vocab: int
-    ) -> list[tuple[int, int, float]]:
-        """(row, token, log probability) of what goes on; what ends among the best is finished."""
-        size = self.beam.size
-        going: list[tuple[int, int, float]] = []
-        for rank, (value, index) in enumerate(zip(values, indices, strict=True)):
-            row, token = i * size + index // n_vocab, index % n_vocab
-            if token in self.ends:
-                if rank < size and value > float("-inf"):
-                    self._finish(prompt, row, None, value)
-            elif len(going) < size:
-                going.append((row, token, value))
-        while len(going) < size:  # fewer tokens than rows: repeat one that counts for nothing
-            going.append((going[0][0], going[0][1], float("-inf")))
-        return going
+    def _follow(
+        self,
+        prompt: int,
+        own: list[int],
+        choices: list[Choice],
+        ending: list[float],
+        greedy: list[tuple[int, float]],
+    ) -> list[_Row]:
+        """Take in what ends of a prompt's rows `own` -> how they go on, if they may still win."""
+        going = [
+            _Row(prompt, i, token, value, True, self.rows[i].is_greedy and token == greedy[i][0])
+            for i, token, value in choices
+        ]
+        for i in own:
+            token, value = greedy[i]
+            ends = token in self.ends
+            if self.rows[i].in_beam:
+                self._take(prompt, i, None, ending[i])
+            elif ends:
+                self._take(prompt, i, None, value)
+            if self.rows[i].is_greedy and not ends and not any(row.is_greedy for row in going):
+                going.append(_Row(prompt, i, token, value, False, True))
+        if self.n_made == self.limits[prompt]:
+            for row in going:
+                self._take(prompt, row.parent, row.token, row.log_prob)
+            return []
+        worst = self._worst(prompt)
+        limit = self.limits[prompt]
+        return [r for r in going if self.beam.bound(r.log_prob, self.n_made, limit) > worst]
 
-    def _stop(self, prompt: int, going: list[tuple[int, int, float]]) -> None:
-        """At the limit, what has not ended counts too; of a full beam it does not."""
-        if len(self.finished[prompt]) < self.beam.size:
-            for row, token, value in going:
-                if value > float("-inf"):
-                    self._finish(prompt, row, token, value)
+    def _worst(self, prompt: int) -> float:
+        """What a hypothesis must surpass to be one of the best."""
+        best = self.best[prompt]
+        return best[-1].score if len(best) == self.beam.n_best else NOTHING
 
-    def _finish(self, prompt: int, row: int, token: int | None, log_prob: float) -> None:
+    def _take(self, prompt: int, row: int, token: int | None, log_prob: float) -> None:
+        """Make a row a hypothesis, ended or with its last token, if it is one of the best."""
+        score = self.beam.score(log_prob, self.n_made)
+        if score <= self._worst(prompt):
+            return
         made = self.ids[row, self.n_prompt :].tolist()
         ids = made if token is None else [*made, token]
-        score = self.beam.score(log_prob, self.n_made)
-        self.finished[prompt].append(Hypothesis(ids, log_prob, score, token is None))
+        best = self.best[prompt]
+        insort(best, Hypothesis(ids, log_prob, score, token is None), key=lambda h: -h.score)
+        del best[self.beam.n_best :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -81,10 +81,12 @@ def generate(
     n_new: int,
     sampler: Sampler,
     source: CrossCache | None = None,
+    weigh: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
     """Continue `prompt` (B,P) by `n_new` tokens, yielding each (B,) as it is chosen.
 
-    The caller stops the iteration to stop early. Who generates again on the same cache, after a
+    `weigh` is given each step's logits (B,V), to be read at once, and what was chosen (B,). The
+    caller stops the iteration to stop early. Who generates again on the same cache, after a
     reset, takes one `decoding_form`: it keeps what it has recorded. Raises CapacityError before any
     work if the context is too short, and CheckFailed if logits are not finite.
     """
@@ -94,29 +96,28 @@ def generate(
     new: Tensor | Array = prompt if cache.recompute else prompt[:, cache.length :]
     without_gradients = torch.inference_mode()
     for index in range(n_new):
-        found = _likeliest_next(decode, cache, new, source, index) if sampler.greedy else None
-        if found is not None:
+        last = _logits_at_once(decode, cache, new, source) if sampler.greedy else None
+        if last is not None:
+            logits, found = torch.from_numpy(last), likeliest(last, index)
             token, new = torch.from_numpy(found), found[:, None].copy()  # the caller's is its own
         else:
             with without_gradients:  # but not around the caller's part
                 ids = torch.as_tensor(new)
-                logits = advance(decode, cache, ids, source, last=True)
-                token = sampler(logits.select(1, -1), index)
+                logits = advance(decode, cache, ids, source, last=True).select(1, -1)
+                token = sampler(logits, index)
                 new = token[:, None]
                 new = torch.cat([ids, new], dim=1) if cache.recompute else new
+        if weigh is not None:
+            weigh(logits, token)
         yield token
 
 
-def _likeliest_next(
-    decode: Model | DecodingForm,
-    cache: Cache,
-    new: Tensor | Array,
-    source: CrossCache | None,
-    index: int,
+def _logits_at_once(
+    decode: Model | DecodingForm, cache: Cache, new: Tensor | Array, source: CrossCache | None
 ) -> Array | None:
-    """The greedy choice (B,) behind `new` (B,n) without PyTorch, whose part of a token apart from
+    """What decides behind `new` (B,n), (B,V), without PyTorch, whose part of a token apart from
     layers takes as long as small layers; None where it cannot be."""
     if not isinstance(decode, DecodingForm):
         return None
     logits = decode.at_once(new, cache, source, last=True)
-    return None if logits is None else likeliest(logits[:, 0], index)
+    return None if logits is None else logits[:, 0]

@@ -24,6 +24,18 @@ def require_finite(logits: Tensor, step: int) -> None:
         )
 
 
+class LogProb:
+    """The logarithm of the probability of what was chosen, by the model itself: before temperature,
+    top-k and top-p. Adds up, in nats, over the steps it is called for, of one row."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    def __call__(self, logits: Tensor, token: Tensor) -> None:
+        """logits (1,V), token (1,)"""
+        self.total += float(logits.double().log_softmax(-1)[0, token[0]])
+
+
 class Sampler:
     """Greedy at temperature 0, otherwise random among the likeliest tokens.
 

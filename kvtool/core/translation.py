@@ -12,15 +12,11 @@ from torch import Tensor
 
 from kvtool.core import checkpoint
 from kvtool.core.beam import Beam, Hypothesis, beam_search
-from kvtool.core.cache import CacheSpec, make_cache
-from kvtool.core.cache.cross import CrossCache
-from kvtool.core.engine import generate
 from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.layers import deal_rows
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
 from kvtool.core.pairs import Pair, Splits
-from kvtool.core.sampling import Sampler
 from kvtool.core.scoring import (
     Score,
     TextScore,
@@ -60,33 +56,6 @@ def check_sources(sources: Sequence[Ids], context: int, first: int = 0) -> None:
             )
 
 
-@torch.inference_mode()
-def decode(
-    model: Model,
-    source: CrossCache,
-    kind: str,
-    n_new: int,
-    sampler: Sampler,
-    kernels: Kernels = DEFAULT,
-) -> Iterator[Tensor]:
-    """Tokens (B,) of the targets as they are chosen, EOS included; ends when all rows have ended.
-
-    A row that has ended yields EOS from then on.
-    """
-    batch, device = source.mask.shape[0], source.mask.device
-    dtype = next(model.parameters()).dtype
-    cache = make_cache(kind, CacheSpec.of(model.config, batch, 1 + n_new, dtype, device, kernels))
-    start = torch.full((batch, 1), BOS, device=device)
-    ended = torch.zeros(batch, dtype=torch.bool, device=device)
-    for token in generate(model, start, cache, n_new, sampler, source):
-        token = token.masked_fill(ended, EOS)
-        yield token
-        ended |= token == EOS
-        if bool(ended.all()):
-            return
-
-
-@torch.inference_mode()
 def translate(
     model: Model,
     sources: Sequence[Ids],
@@ -94,19 +63,9 @@ def translate(
     kind: str = "dynamic",
     kernels: Kernels = DEFAULT,
 ) -> list[list[int]]:
-    """The greedy target of each source, without special tokens, in the order of the sources.
-
-    max_tokens 0: as `target_limit` says for each source. Sources of similar length are decoded
-    together, and each target is what it would be alone. Raises CapacityError.
-    """
-    targets: list[list[int]] = [[] for _ in sources]
-    for rows, ids, mask, limits in _batches(model, sources, max_tokens, DECODING_BATCH):
-        source = model.encode(ids, mask, kernels)
-        steps = list(decode(model, source, kind, max(limits), Sampler(), kernels))
-        chosen = torch.stack(steps, dim=1).tolist()
-        for i, limit, tokens in zip(rows, limits, chosen, strict=True):
-            targets[i] = tokens[: min(limit, tokens.index(EOS) if EOS in tokens else limit)]
-    return targets
+    """The greedy target of each source, without special tokens; else as `search`."""
+    found = search(model, sources, Beam(1), max_tokens, kind, kernels)
+    return [hypotheses[0].ids for hypotheses in found]
 
 
 @torch.inference_mode()
@@ -119,8 +78,12 @@ def search(
     kernels: Kernels = DEFAULT,
     tell: Callable[[int], None] = lambda nbytes: None,
 ) -> list[list[Hypothesis]]:
-    """The best targets of each source by beam search, in the order of the sources; else as
-    `translate`. `tell` is given the bytes of the caches."""
+    """The best targets of each source by beam search, in the order of the sources.
+
+    max_tokens 0: as `target_limit` says for each source. Sources of similar length are decoded
+    together, and each target is what it would be alone. `tell` is given the bytes of the caches.
+    Raises CapacityError.
+    """
     found: list[list[Hypothesis]] = [[] for _ in sources]
     size = max(1, DECODING_BATCH // beam.size)
     for rows, ids, mask, limits in _batches(model, sources, max_tokens, size):
