@@ -18,7 +18,7 @@ demo: .venv/installed ## check the caches, then measure them and plot out/bench.
 test: .venv/installed-test ## run the tests, each benchmark once and untimed
 	$(PYTEST) -q --benchmark-disable
 
-crash: .venv/installed-test ## kill training 50 times at random, resume, compare the bytes
+crash: .venv/installed-test ## kill training at 50 random moments, resume, compare the bytes
 	$(PYTEST) -v --benchmark-disable --kills 50 tests/test_crash.py
 
 lint: .venv/installed-dev ## check style and types

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtool.errors import FileError, UsageError
-from kvtool.registry import choose
+from kvtool.registry import MODELS, choose
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
@@ -22,9 +22,9 @@ NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu")
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
 SCHEDULES = ("cosine", "inverse-sqrt", "constant")
-OWN_TYPES = ("kvtool-decoder", "kvtool-seq2seq")
+OWN = "kvtool-"  # model_type of a checkpoint of kvtool: this and the family
 LARGEST_SIZE = 2**31 - 1
-N_ADDED = 8  # the last fields of ModelConfig, which came after the first checkpoints
+N_ADDED = 9  # the last fields of ModelConfig, which came after the first checkpoints
 
 
 def process_rank() -> tuple[int, int]:
@@ -36,6 +36,11 @@ def follows() -> bool:
     """Whether another process talks for this one."""
     rank, size = process_rank()
     return size > 1 and rank > 0
+
+
+def own_types() -> list[str]:
+    """What model_type may be in a checkpoint of kvtool."""
+    return [f"{OWN}{family}" for family in MODELS]
 
 
 def check_int(flag: str, value: object, low: int, high: int = LARGEST_SIZE) -> None:
@@ -107,7 +112,8 @@ class ModelConfig:
     """Everything that fixes a model's mathematics and the shapes of its weights.
 
     `n_encoder_layers == 0` is a decoder-only model; otherwise an encoder-decoder one, whose encoder
-    reads `source_vocab_size` symbols. Lengths are in tokens.
+    reads `source_vocab_size` symbols. Lengths are in tokens. A family with sizes of its own has a
+    subclass with more fields, all of them with defaults (docs/extending.md).
     """
 
     vocab_size: int
@@ -136,8 +142,10 @@ class ModelConfig:
     window: int = 0  # positions that a token sees, its own included; 0: all before it
     first_window_layer: int = 0  # layers before it see all
     rope_scaling: RopeScaling | None = None
+    family: str = ""  # in registry.MODELS; "": decoder, or seq2seq with encoder layers
 
     def __post_init__(self) -> None:
+        self._check_family()
         if not self.n_kv_heads:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if not self.d_ff and isinstance(self.d_model, int):
@@ -162,6 +170,16 @@ class ModelConfig:
         self._check_heads()
         self._check_window()
         self._check_scaling()
+
+    def _check_family(self) -> None:
+        if not self.family:
+            return
+        choose(self.family, tuple(MODELS), "--family")
+        usual = "seq2seq" if self.n_encoder_layers else "decoder"
+        if self.family == usual:
+            object.__setattr__(self, "family", "")
+        elif self.family in ("decoder", "seq2seq"):
+            raise UsageError(f"--family: {self.family} contradicts --encoder-layers")
 
     def _check_heads(self) -> None:
         if not self.head_size and self.d_model % self.n_heads:
@@ -208,32 +226,32 @@ class ModelConfig:
 
     @property
     def kind(self) -> str:
-        """The model's name in registry.MODELS."""
-        return "seq2seq" if self.n_encoder_layers else "decoder"
+        """The family's name in registry.MODELS."""
+        return self.family or ("seq2seq" if self.n_encoder_layers else "decoder")
 
     def plain(self) -> ModelConfig:
         """The same without what the added fields say."""
-        added: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self)[-N_ADDED:]}
-        return dataclasses.replace(self, **added)
+        return dataclasses.replace(self, **_added())
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: added fields only if they say something."""
-        added: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self)[-N_ADDED:]}
-        values = dataclasses.asdict(self)
+        added, values = _added(), dataclasses.asdict(self)
+        del values["family"]  # model_type says it
         kept = {k: v for k, v in values.items() if k not in added or v != added[k]}
-        return {"model_type": f"kvtool-{self.kind}", **kept}
+        return {"model_type": f"{OWN}{self.kind}", **kept}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> ModelConfig:
         """Read what `to_dict` wrote; `where` names the file in errors. Raises FileError."""
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {field.name for field in dataclasses.fields(cls)} - {"family"}
         kind = data.get("model_type")
-        if kind not in OWN_TYPES:
+        if kind not in own_types():
             raise FileError(
                 f"{where}: model_type {kind!r} is not supported "
-                f"(expected {' or '.join(OWN_TYPES)})",
+                f"(expected {' or '.join(own_types())})",
                 "Point --model at a folder written by kvtool.",
             )
+        family = kind.removeprefix(OWN)
         unknown = sorted(set(data) - known - {"model_type"})
         if unknown:
             raise FileError(f"{where}: unknown field {unknown[0]!r} would change the model")
@@ -243,12 +261,18 @@ class ModelConfig:
         try:
             if isinstance(scaling := values.get("rope_scaling"), Mapping):
                 values["rope_scaling"] = RopeScaling(**scaling)
-            config = cls(**values)
+            own = family not in ("decoder", "seq2seq")
+            config = cls(**values, family=family if own else "")
         except (TypeError, UsageError) as error:
             raise FileError(f"{where}: {error}") from error
-        if f"kvtool-{config.kind}" != kind:
+        if config.kind != family:
             raise FileError(f"{where}: model_type {kind} contradicts n_encoder_layers")
         return config
+
+
+def _added() -> dict[str, Any]:
+    """The fields that came later, and what they are where a file does not say."""
+    return {field.name: field.default for field in dataclasses.fields(ModelConfig)[-N_ADDED:]}
 
 
 FLAGS = {

@@ -250,7 +250,9 @@ def check_reset_equals_a_new_cache(make: Make, case: Case) -> None:
             cache.reset(padding)
             ids = tokens(case.batch, n, n)
             agree(f"I7, padding {padding}", subject, cache, ids, padding, 3)
-            require(addresses(cache) == before, "I7: a reset cache is somewhere else")
+            # Who plays a recording of its steps goes on with it; nobody else looks there.
+            stays = not cache.compilable or addresses(cache) == before
+            require(stays, "I7: a reset cache is somewhere else")
     cache.select(torch.tensor([0]))
     cache.reset(subject.padding)
     agree("I7, after select", subject, cache, subject.ids[:, :12], subject.padding, 3)

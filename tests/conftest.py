@@ -62,7 +62,7 @@ def signals_as_in_the_app() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--kills", type=int, default=0, help="trials of tests/test_crash.py at random moments"
+        "--kills", type=int, default=0, help="random moments that tests/test_crash.py adds"
     )
 
 

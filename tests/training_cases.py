@@ -1,22 +1,12 @@
-"""A training run that takes a tenth of a second, what it leaves behind, and how to kill one.
-
-`python training_cases.py PLAN` plays the trials of a JSON file: torch is imported once, and each
-trial is forked from a process that has computed nothing yet.
-"""
+"""A training run that takes a tenth of a second, and what it leaves behind."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import itertools
 import json
 import os
-import shutil
 import signal
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +17,7 @@ from torch import Tensor
 
 from kvtool import files
 from kvtool.config import ModelConfig, TrainConfig, TrainLength
-from kvtool.core import checkpoint, runs, text
+from kvtool.core import checkpoint, runs
 from kvtool.core.layers import Dropout, deal_rows
 from kvtool.core.lm import LanguageModelling
 from kvtool.core.models import Model, build_model
@@ -148,77 +138,6 @@ def outcome(out: Path) -> dict[str, Any]:
     return {**weights, "log": log, "optimizer": digest.hexdigest(), **state}
 
 
-# --- ways to die
-
-
-def kill_now(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_halfway(handle: int) -> None:
-    """A torn write: half of what was written reaches the disk."""
-    os.ftruncate(handle, os.fstat(handle).st_size // 2)
-    kill_now()
-
-
-def find_disk_full(handle: int) -> None:
-    os.ftruncate(handle, os.fstat(handle).st_size // 2)
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def plain_write(path: Path, data: bytes) -> None:
-    """The mistake that write_durable is there to prevent: a file is emptied, then written."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def nth(n: int, act: Callable[..., object], original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original`, but its n-th call (from 1) is `act`."""
-    calls = itertools.count(1)
-
-    def call(*args: Any) -> Any:
-        return (act if next(calls) == n else original)(*args)
-
-    return call
-
-
-def arm(death: str, n: int) -> None:
-    """Have this process die at its n-th write, torn, or at its n-th rename, or run out of disk."""
-    nth_file = 2 * n - 1  # a file is synced, its folder, the next file, ...
-    if death in ("torn write", "torn writes"):
-        os.fsync = nth(nth_file, die_halfway, os.fsync)
-    elif death == "full disk":
-        os.fsync = nth(nth_file, find_disk_full, os.fsync)
-    elif death == "rename":
-        os.replace = nth(n, kill_now, os.replace)
-    elif death == "plain write":
-        os.fsync = nth(n, die_halfway, os.fsync)
-        for module in (files, runs, checkpoint, text):
-            module.write_durable = plain_write  # type: ignore[attr-defined]
-
-
-def child(work: Callable[[], object], patience: float = 60.0) -> int:
-    """Fork, work, and return the exit code; after `patience` seconds the child is killed."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    end = time.monotonic() + patience
-    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-        if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.0005)
-    return os.waitstatus_to_exitcode(ended[1])
-
-
 def unreadable(out: Path) -> list[str]:
     """Which of the checkpoints and states that a run has written so far cannot be loaded."""
     found = []
@@ -259,44 +178,6 @@ def stop_and_resume(out: Path, step: int, number: int = signal.SIGINT, **changes
         raise AssertionError(f"the signal in step {step} did not stop it")
 
 
-def play(death: str, n: float, out: Path, trainer: str) -> dict[str, Any]:
-    """Train until death, with "torn writes" again and again; look at what is left; train on."""
-
-    def work() -> None:
-        arm(death, int(n))
-        watcher = Hook(int(n), kill_now) if death == "step" else None
-        train_on(watcher)
-
-    def train_on(watcher: Progress | None = None) -> None:
-        train(out, kind=TRAINERS[trainer], watcher=watcher, resume=(out / runs.RUN).exists())
-
-    broken: list[str] = []
-    codes: list[int] = []
-    while True:
-        codes.append(child(work, n if death == "seconds" else 60.0))
-        broken += unreadable(out)
-        if death == "seconds" and codes == [0]:  # it was over before its time
-            shutil.rmtree(out)
-            codes, n = [], 0.8 * n
-        elif death != "torn writes" or not codes[-1] or len(codes) == STEPS:
-            break
-    return {"codes": codes, "unreadable": broken, "ended": child(train_on)}
-
-
-def main(plan: str) -> None:
-    """Play all trials; the `n` of death by "seconds" is a part of what a whole run takes."""
-    torch.set_num_threads(1)
-    torch.optim.AdamW(model().parameters())  # imports much, and computes nothing yet
-    started = time.monotonic()
-    child(lambda: train(Path(plan).parent / "timed"))
-    whole = time.monotonic() - started
-    results = []
-    for trial in json.loads(Path(plan).read_text()):
-        n = trial["n"] * whole if trial["death"] == "seconds" else trial["n"]
-        results.append(play(trial["death"], n, Path(trial["out"]), trial["trainer"]))
-    print(json.dumps(results))
-
-
 def check_that_shares_drop_as_the_whole(x: Tensor) -> None:
     """Of a batch x (B,T,d): each of three processes drops in its rows what one would."""
     drop = Dropout(0.4).train()
@@ -307,7 +188,3 @@ def check_that_shares_drop_as_the_whole(x: Tensor) -> None:
         deal_rows(drop, rows)
         torch.manual_seed(1)
         assert drop(x[rows]).equal(whole[rows])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -92,6 +92,15 @@ def command(
     minutes: t.Minutes = None,
     patience: t.Patience = 0,
     eval_every: t.EvalEvery = 250,
+    family: Annotated[
+        str,
+        typer.Option(
+            "--family",
+            metavar="NAME",
+            help="decoder, or a family of models that you have added.",
+            rich_help_panel=t.MODEL,
+        ),
+    ] = "decoder",
     layers: Annotated[
         int,
         typer.Option("--layers", metavar="N", help="Decoder layers.", rich_help_panel=t.MODEL),
@@ -149,6 +158,7 @@ def command(
             activation=activation,
             tied=tied,
             dropout=dropout,
+            family=family,
         ),
         batch_tokens=batch_tokens,
         train=TrainConfig(

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kvtool.config import OWN_TYPES, ModelConfig
+from kvtool.config import OWN, ModelConfig, own_types
 from kvtool.core.families import FAMILIES, Family, end_ids
 from kvtool.core.machine import dtype_name, require_memory
-from kvtool.core.models import Model, build_model
+from kvtool.core.models import Model, build_model, model_class, read_config
 from kvtool.core.safetensors_file import TensorInfo
 from kvtool.core.text import NoTokenizer, Tokenizer
 from kvtool.core.weight_files import (
@@ -49,7 +49,6 @@ from kvtool.files import (
 
 CONFIG = "config.json"
 TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
-TENSORS_PER_LAYER = 6  # of the smallest layer: two norms, qkv, out, up, down
 LARGEST_TENSOR = 2**48  # values; torch counts bytes in 63 bits, and no file holds this many
 CPU = torch.device("cpu")
 LOG = logging.getLogger("kvtool")
@@ -190,13 +189,15 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is not None:
         return family.config(data, str(path)), family
-    if kind not in OWN_TYPES:
+    if kind not in own_types():
+        is_own = isinstance(kind, str) and kind.startswith(OWN)
+        own = "A family of your own needs its line in MODELS (docs/extending.md)."
         raise FileError(
             f"{path}: model_type {kind!r} is not supported "
-            f"(expected one of {', '.join((*OWN_TYPES, *FAMILIES))})",
-            "kvtool never runs code from a checkpoint.",
+            f"(expected one of {', '.join((*own_types(), *FAMILIES))})",
+            own if is_own else "kvtool never runs code from a checkpoint.",
         )
-    return ModelConfig.from_dict(data, str(path)), None
+    return read_config(data, str(path)), None
 
 
 def _read_tokenizers(
@@ -259,10 +260,11 @@ def _check_sizes(config: ModelConfig, source: WeightFile) -> None:
     where = source.path.parent / CONFIG
     n_layers = config.n_layers + config.n_encoder_layers
     # A thousand tensors are cheap, and then the usual message names what is missing.
-    if n_layers * TENSORS_PER_LAYER > max(len(source.tensors), 1000):
+    least = n_layers * model_class(config.kind).tensors_per_layer
+    if least > max(len(source.tensors), 1000):
         raise FileError(
             f"{source.path}: holds {len(source.tensors)} tensors (expected "
-            f"{n_layers * TENSORS_PER_LAYER} or more for the {n_layers} layers of {CONFIG})"
+            f"{least} or more for the {n_layers} layers of {CONFIG})"
         )
     longest = max(config.vocab_size, config.source_vocab_size, config.d_ff, config.context)
     largest = config.d_model * max(config.d_model, longest, config.n_heads * config.head_dim)

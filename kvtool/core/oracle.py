@@ -57,6 +57,8 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.n_encoder_layers:
         found = config.n_encoder_layers
         raise ValueError(f"oracle: decoder-only models (found {found} encoder layers, expected 0)")
+    if config.kind != "decoder":
+        raise ValueError(f"oracle: has the formulas of the family decoder (found {config.kind})")
     d, ff, width = config.d_model, config.d_ff, config.head_dim
     n_qkv = (config.n_heads + 2 * config.n_kv_heads) * width
     n_up = 2 * ff if config.activation == "swiglu" else ff

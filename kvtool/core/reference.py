@@ -89,11 +89,17 @@ def make_reference(
 
 
 def check_decoder(config: Any) -> None:
-    """Raise UsageError for an encoder-decoder, whose logits depend on a source too."""
+    """Raise UsageError for an encoder-decoder, whose logits depend on a source too, and for a
+    family of models whose formulas are not those of the reference."""
     if config.n_encoder_layers:
         raise UsageError(
             "--model: is an encoder-decoder (expected a decoder-only model)",
             "Reference logits are of decoder-only models; use verify-cache.",
+        )
+    if config.kind != "decoder":
+        raise UsageError(
+            f"--model: is of the family {config.kind}, for which there is no independent code",
+            "Reference logits are of the family decoder; use verify-cache.",
         )
 
 

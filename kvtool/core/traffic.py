@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kvtool.core.layers import TokenEmbedding
 from kvtool.core.models import Model
 from kvtool.core.timing import now
 
@@ -30,12 +29,13 @@ def weights_read(model: Model) -> int:
     looked_up = {
         id(parameter)
         for module in decoder.modules()
-        if isinstance(module, TokenEmbedding)
+        if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    head = getattr(decoder, "head", None)
-    if isinstance(head, nn.Linear):
-        looked_up.discard(id(head.weight))  # tied: the head reads the whole table
+    # A table that is tied to the head is read as a whole.
+    looked_up -= {
+        id(module.weight) for module in decoder.modules() if isinstance(module, nn.Linear)
+    }
     return sum(
         parameter.numel() * parameter.itemsize
         for name, parameter in decoder.named_parameters()

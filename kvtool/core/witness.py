@@ -46,6 +46,10 @@ def witness(
     transformers = _transformers()
     llama = (config.positions, config.norm, config.activation) == ("rotary", "rmsnorm", "swiglu")
     plain = config.norm == "layernorm" and config.activation in ACTIVATIONS
+    if config.kind not in ("decoder", "seq2seq"):
+        raise UsageError(
+            f"{flag}: transformers has no model of the family {config.kind}", OTHERWISE[flag]
+        )
     if config != config.plain() or config.n_encoder_layers:
         raise _no_model(flag)
     if llama:

@@ -190,7 +190,7 @@ class Cache(ABC):
         self.reset(left_padding)
 
     def reset(self, left_padding: Tensor | None = None) -> None:
-        """Forget every token and start on new sequences, in the same memory."""
+        """Forget every token and start on new sequences; a compilable kind, in the same memory."""
         self.length = 0  # committed tokens a row, left padding included
         self._begun = 0  # tokens of the step that has begun and is not committed
         self.batch = self.spec.batch

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 from kvtool import registry
-from kvtool.config import ModelConfig
+from kvtool.config import OWN, ModelConfig, own_types
 from kvtool.core.models.base import Model
 
-__all__ = ["Model", "build_model"]
+__all__ = ["Model", "build_model", "model_class", "read_config"]
+
+
+def model_class(family: str) -> type[Model]:
+    """The class of a registered family. Raises UsageError for an unknown one."""
+    registry.choose(family, tuple(registry.MODELS), "--family")
+    return registry.load(registry.MODELS, family)
 
 
 def build_model(config: ModelConfig) -> Model:
-    """A model with random weights (std 1/sqrt(width)), drawn from torch's global generator."""
-    return registry.load(registry.MODELS, config.kind)(config)
+    """A model with random weights (std 1/sqrt(width)), drawn from torch's global generator.
+
+    What its family has to configure besides, and `config` does not say, is the family's default.
+    """
+    family = model_class(config.kind)
+    if not isinstance(config, family.config_class):
+        fields = dataclasses.fields(ModelConfig)
+        config = family.config_class(**{f.name: getattr(config, f.name) for f in fields})
+    return family(config)
+
+
+def read_config(data: Mapping[str, Any], where: str) -> ModelConfig:
+    """What a checkpoint's config.json holds, with the fields of its family; `where` names the file
+    in errors. Raises FileError."""
+    kind = data.get("model_type")
+    known = kind in own_types()
+    config_class = model_class(kind.removeprefix(OWN)).config_class if known else ModelConfig
+    return config_class.from_dict(data, where)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
@@ -12,8 +14,13 @@ from kvtool.core.kernels import DEFAULT, Kernels
 
 class Model(nn.Module):
     """A function of (weights, tokens, step, cache, source) that holds no state between calls, so
-    one object runs cached and uncached side by side."""
+    one object runs cached and uncached side by side.
 
+    A family is a subclass, made from its configuration alone, and a line in registry.MODELS.
+    """
+
+    config_class: ClassVar[type[ModelConfig]] = ModelConfig
+    tensors_per_layer: ClassVar[int] = 1  # at least; a file with fewer is refused before it is read
     config: ModelConfig
 
     def forward(

@@ -20,6 +20,8 @@ class Block(nn.Module):
     over the source stands between the two.
     """
 
+    smallest = 6  # tensors: two norms, qkv, out, up, down
+
     def __init__(self, config: ModelConfig, layer: int, cross: bool = False) -> None:
         super().__init__()
         self.dropout = Dropout(config.dropout)
@@ -54,6 +56,8 @@ def make_rotary(config: ModelConfig) -> Rotary | None:
 
 class Decoder(Model):
     """A decoder-only Transformer, or with `cross` the decoding half of an encoder-decoder."""
+
+    tensors_per_layer = Block.smallest
 
     def __init__(self, config: ModelConfig, cross: bool = False) -> None:
         super().__init__()

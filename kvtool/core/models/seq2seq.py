@@ -44,6 +44,8 @@ class Seq2Seq(Model):
     call as a decoder-only model's.
     """
 
+    tensors_per_layer = Block.smallest
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
