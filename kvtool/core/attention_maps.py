@@ -11,6 +11,7 @@ from torch import Tensor
 from kvtool.core.cache import Step
 from kvtool.core.kernels import DEFAULT, Kernels, Layer, reference_weights
 from kvtool.core.models import Model
+from kvtool.core.sight import Sight, whole
 from kvtool.core.text import BOS, SPECIALS, Tokenizer
 
 
@@ -27,10 +28,10 @@ class Recorder:
         return self.kernels.rows(x, *layers)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
     ) -> Tensor:
         if k is self.keys:
-            self.found.append(reference_weights(q, k, mask, causal))
+            self.found.append(reference_weights(q, k, whole(mask), causal))
         return self.kernels.attention(q, k, v, mask, causal)
 
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.core import native
-from kvtool.core.kernels import Layer
+from kvtool.core.kernels import Layer, by_parts
+from kvtool.core.sight import Sight
 
 ALIGNMENT = 64  # bytes; where fresh memory begins, and vector code may take another path elsewhere
 COLUMNS = 16  # of at least 4 bytes fill whole units of ALIGNMENT, however wide a head is
@@ -50,8 +51,10 @@ class ExactKernels:
         return torch.cat(found).view(batch, n, -1)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
     ) -> Tensor:
+        if isinstance(mask, Sight):
+            return by_parts(self.attention, q, k, v, mask)
         batch, n_heads, n_queries, head_dim = q.shape
         n_kv_heads, n_keys = k.shape[1:3]
         if causal and n_queries != n_keys:

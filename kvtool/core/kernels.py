@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvtool import registry
 from kvtool.core import fused, native
+from kvtool.core.sight import Part, Sight
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -34,9 +35,13 @@ class Kernels(Protocol):
         """Apply layers that look at one token each, one after another: (B,T,in) -> (B,T,out)"""
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
     ) -> Tensor:
-        """(B,H,T,D), (B,Hkv,S,D), (B,Hkv,S,D), (B,1,T,S) bool or None -> (B,H,T,D)"""
+        """(B,H,T,D), (B,Hkv,S,D), (B,Hkv,S,D), (B,1,T,S) bool or None -> (B,H,T,D)
+
+        A Sight stands for a mask that would be large: `by_parts` makes it for a few queries at a
+        time.
+        """
 
 
 class DefaultKernels:
@@ -50,8 +55,10 @@ class DefaultKernels:
         return x
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
     ) -> Tensor:
+        if isinstance(mask, Sight):
+            return by_parts(self.attention, q, k, v, mask, merges=_merges(q))
         # is_causal aligns the mask at the top left: right only when T == S (pytorch #144858).
         if causal and q.shape[2] != k.shape[2]:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
@@ -171,6 +178,59 @@ def attention_by_products(
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
+Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None", bool], Tensor]
+
+
+def by_parts(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor, sight: Sight, merges: bool = False
+) -> Tensor:
+    """`Kernels.attention` where the mask would be large, some queries at a time.
+
+    merges: the columns that all of them see are read without a mask, and apart from the others.
+    """
+    batch, n_heads, n, width = q.shape
+    y = q.new_empty(batch, n, n_heads, width).transpose(1, 2)
+    for part in sight.parts:
+        if merges and part.edges:
+            _merge(q, k, v, sight, part, y)
+            continue
+        mask = sight.mask(part.queries, part.columns)
+        keys, values = (taken(x, part.columns) for x in (k, v))
+        y[:, :, part.queries] = attention(q[:, :, part.queries], keys, values, mask, False)
+    return y
+
+
+def taken(x: Tensor, columns: slice | Tensor) -> Tensor:
+    """Those columns of (B,H,S,D), a view if they are a stretch."""
+    return x[:, :, columns] if isinstance(columns, slice) else x.index_select(2, columns)
+
+
+# PyTorch's attention on a CPU, which tells the logarithm of the sum of each softmax as well.
+FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def _merges(q: Tensor) -> bool:
+    """Whether there is an attention that can be merged with another, for queries such as these."""
+    return FLASH is not None and q.is_cpu and not (torch.is_grad_enabled() and q.requires_grad)
+
+
+def _merge(q: Tensor, k: Tensor, v: Tensor, sight: Sight, part: Part, y: Tensor) -> None:
+    """Attention over the columns that all queries of a part see, and over the others, each weighed
+    by its part in the sum of the softmax (Dao 2022, arXiv 2205.14135, 3.1) -> y (B,H,T,D)"""
+    assert FLASH is not None
+    common, total = FLASH(q[:, :, part.queries], k[:, :, part.run], v[:, :, part.run])
+    for queries, columns in part.edges:
+        hidden = ~sight.mask(queries, columns)
+        mask = q.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        keys, values = (taken(x, columns) for x in (k, v))
+        own, total_own = FLASH(q[:, :, queries], keys, values, attn_mask=mask)
+        first = part.queries.start
+        here = slice(queries.start - first, queries.stop - first)
+        weight = torch.sigmoid(total[:, :, here] - total_own)[..., None]
+        shared = common[:, :, here].to(weight.dtype)
+        y[:, :, queries] = torch.lerp(own.to(weight.dtype), shared, weight)
+
+
 DEFAULT = DefaultKernels()
 
 
@@ -178,23 +238,6 @@ def make_kernels(name: str) -> Kernels:
     """The registered kernels of that name. Raises UsageError for an unknown one."""
     registry.choose(name, tuple(registry.KERNELS), "--kernels")
     return registry.load(registry.KERNELS, name)()
-
-
-def visible(q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0) -> Tensor:
-    """The one mask rule: which key columns each query may attend to.
-
-    q_pos (B,T) and k_pos (B,S) are absolute positions -> (B,1,T,S) bool, True = attend. A query
-    sees the keys at its own position and before, at most `window` of them counting its own (0:
-    all), and always the first `sinks` positions. Negative positions are left padding or empty
-    columns: nobody sees them, except that a padding query sees itself, since a row without a key
-    would be NaN.
-    """
-    q = q_pos[:, None, :, None]
-    k = k_pos[:, None, None, :]
-    rule = (k <= q) & ((k >= 0) | (k == q))
-    if window:
-        rule = rule & ((q - k < window) | ((k >= 0) & (k < sinks)))
-    return rule
 
 
 def reference_attention(

@@ -6,12 +6,15 @@ cache takes part. core/cache/quantized.py stores codes, and has to give the same
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kvtool.core.sight import Met
 
 
 class Codes(NamedTuple):
@@ -54,8 +57,14 @@ class Quantization:
         All are numbers in order of arrival: of the tokens (T), of the columns that hold quantized
         keys (Q), and of those behind them that hold exact ones (E).
         """
-        settled = torch.tensor([self.settled(n) for n in tokens])[:, None]
-        return torch.cat([torch.tensor(quantized) < settled, torch.tensor(exact) >= settled], dim=1)
+        return self.met(tokens, quantized, exact).mask(slice(None), slice(None))
+
+    def met(self, tokens: Sequence[int], quantized: Sequence[int], exact: Sequence[int]) -> Met:
+        """The same as a rule."""
+        since = [n + 1 for n in quantized] + [0] * len(exact)
+        until = [sys.maxsize] * len(quantized) + [n + 1 for n in exact]
+        settled = [self.settled(n) for n in tokens]
+        return Met(torch.tensor(settled), torch.tensor(since), torch.tensor(until))
 
     def channels(self, head_dim: int) -> int:
         """How many channels of a value share a scale."""

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from kvtool.config import ModelConfig
 from kvtool.core.cache.places import Fixed, InPlace, laid_open, none_of_each
-from kvtool.core.kernels import DEFAULT, Kernels, visible
+from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.native import Array
 from kvtool.core.quantization import Quantization
+from kvtool.core.sight import Sight, sees
 from kvtool.errors import CapacityError, UsageError
 
 # How a cache stores and reads.
@@ -79,14 +80,15 @@ class Step:
     k_pos (B,S): absolute position held by each key column, EMPTY = nothing. If a position is there
         twice, quantized and exactly, `mask` lets each query see one of the two.
     slots (T,): the storage column of each new token.
-    mask (B,1,T,S) bool, or None if every query sees every column (or `causal`).
+    mask (B,1,T,S) bool, or None if every query sees every column (or `causal`); a Sight in place of
+        one that would be large.
     causal: T == S, in order, and nothing else is masked.
     """
 
     q_pos: Tensor
     k_pos: Tensor
     slots: Tensor
-    mask: Tensor | None
+    mask: Tensor | Sight | None
     causal: bool
     kernels: Kernels = DEFAULT
     quantization: Quantization | None = None  # of a pass without a cache, if it has any
@@ -116,11 +118,11 @@ class Step:
         if left_padding is not None:
             q_pos = q_pos - left_padding[:, None]
         if quantization is None or not n_quantized:
-            mask = visible(q_pos, q_pos, window, sinks)
+            mask = sees(q_pos, q_pos, window, sinks)
             return cls(q_pos, q_pos, slots, mask, False, kernels)
         k_pos = torch.cat([q_pos[:, :n_quantized], q_pos], dim=1)
-        met = quantization.meets(range(n), range(n_quantized), range(n)).to(slots.device)
-        mask = visible(q_pos, k_pos, window, sinks) & met
+        met = quantization.met(range(n), range(n_quantized), range(n)).to(slots.device)
+        mask = sees(q_pos, k_pos, window, sinks, met)
         return cls(q_pos, k_pos, slots, mask, False, kernels, quantization)
 
     def within(self, window: int) -> Step:
@@ -130,8 +132,11 @@ class Step:
         """
         if not window or (self.causal and self.q_pos.shape[1] <= window):
             return self
+        mask: Tensor | Sight
         if self.causal or self.mask is None:
-            mask = visible(self.q_pos, self.k_pos, window)
+            mask = sees(self.q_pos, self.k_pos, window)
+        elif isinstance(self.mask, Sight):
+            mask = self.mask.within(window)
         else:
             near = self.q_pos[:, :, None] - self.k_pos[:, None] < window
             mask = self.mask & near[:, None]

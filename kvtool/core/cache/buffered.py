@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
 from kvtool.core.cache.places import InPlace
-from kvtool.core.kernels import visible
+from kvtool.core.sight import sees
 
 
 class BufferedCache(Cache):
@@ -90,7 +90,7 @@ class BufferedCache(Cache):
         q_pos, k_pos = self._at(numbers, padding), self._at(columns, padding)
         if hides:
             k_pos = k_pos.masked_fill(columns > numbers[-1], EMPTY)
-        mask = None if free else visible(q_pos, k_pos)
+        mask = None if free else sees(q_pos, k_pos)
         return Step(q_pos, k_pos, numbers, mask, causal, self.spec.kernels)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:

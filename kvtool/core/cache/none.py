@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvtool.core.cache.base import Bytes, Cache, CacheSpec, Step
-from kvtool.core.kernels import visible
+from kvtool.core.sight import sees
 from kvtool.errors import CacheOpUnsupported
 
 
@@ -20,7 +20,7 @@ class NoCache(Cache):
     def _place(self, start: int, n_new: int) -> Step:
         pos = self._positions(start, start + n_new)
         slots = pos[0] if self.left_padding is None else pos[0] + self.left_padding[0]
-        mask = None if self.left_padding is None else visible(pos, pos)
+        mask = None if self.left_padding is None else sees(pos, pos)
         return Step(pos, pos, slots, mask, mask is None, self.spec.kernels)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtool.config import check_int
 from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
 from kvtool.core.cache.places import Fixed, InPlace
-from kvtool.core.kernels import visible
+from kvtool.core.sight import sees
 from kvtool.errors import CapacityError
 
 PAGE = 16  # tokens
@@ -176,7 +176,7 @@ class PagedCache(Cache):
         if start:
             return self._step(numbers, self.left_padding, pages, _first_of_run(self._table))
         q_pos, slots = self._at(numbers, self.left_padding), self._slots(pages, numbers)
-        mask = None if self.left_padding is None else visible(q_pos, q_pos)
+        mask = None if self.left_padding is None else sees(q_pos, q_pos)
         return PagedStep(q_pos, q_pos, slots, mask, mask is None, self.spec.kernels)
 
     def _pages(self) -> Tensor:
@@ -193,7 +193,7 @@ class PagedCache(Cache):
         k_pos = self._at(columns, padding).masked_fill(empty, EMPTY)
         return PagedStep(
             q_pos, k_pos, self._slots(pages, numbers),
-            visible(q_pos, k_pos),  # always there, or a full page would be recorded anew
+            sees(q_pos, k_pos),  # always there, or a full page would be recorded anew
             causal=False, kernels=self.spec.kernels,
             pages=pages, first=first, empty=empty[-self.page :, None],
         )  # fmt: skip

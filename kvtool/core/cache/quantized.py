@@ -14,8 +14,8 @@ from kvtool.config import check_int
 from kvtool.core.cache.base import Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.places import InPlace, is_readable
-from kvtool.core.kernels import visible
 from kvtool.core.quantization import Quantization
+from kvtool.core.sight import sees
 from kvtool.errors import CacheOpUnsupported, UsageError
 
 GROUP, RESIDUAL = 32, 32  # KIVI has groups of 32 and keeps up to 128, for longer texts
@@ -187,8 +187,8 @@ class QuantizedCache(BufferedCache):
         free = causal or (n_new == 1 and self.left_padding is None)
         mask = None
         if not free:
-            met = self.quantization.meets(range(start, end), range(last), range(first, end))
-            mask = visible(q_pos, k_pos) & met.to(self.spec.device)
+            met = self.quantization.met(range(start, end), range(last), range(first, end))
+            mask = sees(q_pos, k_pos, met=met.to(self.spec.device))
         slots = torch.arange(start, end, device=self.spec.device) - self._first
         return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
 

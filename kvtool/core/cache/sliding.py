@@ -13,7 +13,7 @@ from kvtool.config import check_int
 from kvtool.core.cache.base import EMPTY, Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.places import InPlace
-from kvtool.core.kernels import visible
+from kvtool.core.sight import sees
 from kvtool.errors import CacheOpUnsupported
 
 
@@ -81,7 +81,7 @@ class SlidingCache(BufferedCache):
         plain = all_in_window and self.left_padding is None
         causal = plain and start == 0
         free = causal or (plain and n_new == 1)
-        mask = None if free else visible(q_pos, k_pos, self.window, self.sinks)
+        mask = None if free else sees(q_pos, k_pos, self.window, self.sinks)
         slots = torch.arange(start, end, device=self.spec.device) - self._first + self._n_sinks
         return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
 

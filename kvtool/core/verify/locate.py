@@ -14,6 +14,7 @@ from kvtool.core.attention import CrossAttention, SelfAttention
 from kvtool.core.cache import Step
 from kvtool.core.kernels import Kernels
 from kvtool.core.models import Model
+from kvtool.core.sight import Sight, whole
 from kvtool.core.verify.judge import Case
 from kvtool.core.verify.scenarios import Stopped
 from kvtool.core.verify.subject import ModelSubject
@@ -68,9 +69,10 @@ class Recorder:
         return self  # a forked cache reports to the same place
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
     ) -> Tensor:
         if self.current is not None:
+            mask = whole(mask)
             seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             seen = (seen.tril() if causal else seen) if mask is None else mask
             shape = (q.shape[0], 1, q.shape[2], k.shape[2])

@@ -13,6 +13,7 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.none import NoCache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.kernels import DefaultKernels
+from kvtool.core.sight import Sight
 from kvtool.core.verify.hypotheses import contents
 from kvtool.core.verify.mutants.mutant import Mutant
 
@@ -136,7 +137,7 @@ class SeesAll(DefaultKernels):
     """A model whose attention is not causal, so that nothing may be cached."""
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
     ) -> Tensor:
         return super().attention(q, k, v, None, False)
 

@@ -15,6 +15,7 @@ from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.models import Model, build_model
+from kvtool.core.sight import whole
 from kvtool.core.verify.subject import Make, ModelSession, ModelSubject, Session, Start
 
 SIZES: dict[str, Any] = {
@@ -158,7 +159,7 @@ class LayerwiseCache(DynamicCache):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         keys, values = self.write(layer, k, v, step)
-        n, extra, mask = k.shape[2], keys.shape[2] - step.k_pos.shape[1], step.mask
+        n, extra, mask = k.shape[2], keys.shape[2] - step.k_pos.shape[1], whole(step.mask)
         if step.causal and extra:
             mask = torch.ones(n, n, dtype=torch.bool, device=k.device).tril()[None, None]
         if mask is not None and extra:  # what a layer has too much of comes first, and is seen

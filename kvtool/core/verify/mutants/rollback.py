@@ -10,6 +10,7 @@ from torch import Tensor
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
+from kvtool.core.sight import whole
 from kvtool.core.verify.hypotheses import rollback
 from kvtool.core.verify.mutants.mutant import DirectSession, LayerwiseCache, Mutant
 from kvtool.core.verify.subject import ModelSession, Start
@@ -53,8 +54,9 @@ class HighWater(StaticCache):
     def _place(self, start: int, n_new: int) -> Step:
         step = super()._place(start, n_new)
         end = start + n_new
-        if step.mask is not None:
-            mask = step.mask.clone()
+        mask = whole(step.mask)
+        if mask is not None:
+            mask = mask.clone()
             mask[..., end : self.highest] = True
             step = replace(step, mask=mask)
         self.highest = max(self.highest, end)

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvtool.core.cache import EMPTY, Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
+from kvtool.core.sight import whole
 from kvtool.core.verify.hypotheses import NOT_A_NUMBER, contents
 from kvtool.core.verify.mutants.mutant import Mutant, masked
 
@@ -22,15 +23,17 @@ ALL = 256  # tokens: more than any scenario feeds
 
 def whole_buffer(step: Step) -> Tensor | None:
     """Every slot is seen, and later ones of the step by earlier ones are not."""
-    assert step.mask is not None
-    return step.mask | (step.k_pos == EMPTY)[:, None, None]
+    mask = whole(step.mask)
+    assert mask is not None
+    return mask | (step.k_pos == EMPTY)[:, None, None]
 
 
 def one_more(step: Step) -> Tensor | None:
     """The first empty slot is seen too."""
-    assert step.mask is not None
+    mask = whole(step.mask)
+    assert mask is not None
     n_filled = int((step.k_pos[0] != EMPTY).sum())
-    mask = step.mask.clone()
+    mask = mask.clone()
     mask[..., n_filled : n_filled + 1] = True
     return mask
 

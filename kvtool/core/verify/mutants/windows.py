@@ -14,7 +14,7 @@ from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.sliding import SlidingCache
-from kvtool.core.kernels import visible
+from kvtool.core.sight import visible, whole
 from kvtool.core.verify.hypotheses import positions, rollback, windows
 from kvtool.core.verify.mutants.mutant import DirectSession, Mutant
 from kvtool.errors import CacheOpUnsupported
@@ -175,15 +175,15 @@ def other(window: int, sinks: int) -> Callable[[SlidingCache, Step, int], Tensor
 
 
 def fast_path(cache: SlidingCache, step: Step, held: int) -> Tensor | None:
-    return None if step.q_pos.shape[1] == 1 else step.mask
+    return None if step.q_pos.shape[1] == 1 else whole(step.mask)
 
 
 def behind_prompt(cache: SlidingCache, step: Step, held: int) -> Tensor | None:
-    return visible(step.q_pos, step.k_pos) if held else step.mask
+    return visible(step.q_pos, step.k_pos) if held else whole(step.mask)
 
 
 def in_chunks(cache: SlidingCache, step: Step, held: int) -> Tensor | None:
-    return visible(step.q_pos, step.k_pos) if step.q_pos.shape[1] > 1 else step.mask
+    return visible(step.q_pos, step.k_pos) if step.q_pos.shape[1] > 1 else whole(step.mask)
 
 
 ALL = 256  # tokens: nothing is evicted, so that the mask alone makes the window
