@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,6 +16,7 @@ from bench_cases import cells
 from cli_probe import Ran
 from kvtool.commands.bench_compare import place
 from kvtool.core import quality
+from kvtool.ui import plots
 from small_models import answer
 
 decoder, small_array, bench, slow = (
@@ -116,16 +118,22 @@ def test_a_signal_shows_and_writes_what_was_measured(
     assert found["ended"] == word and len(found["measurements"]) == 4
 
 
-def test_a_signal_while_the_quality_is_measured_keeps_all_samples(
-    bench: Callable[..., Ran], signals_as_in_the_app: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("module", "name"), [(quality, "own_text"), (plots, "bench_plot")])
+def test_a_signal_behind_the_last_run_keeps_all_samples(
+    bench: Callable[..., Ran],
+    signals_as_in_the_app: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    module: ModuleType,
+    name: str,
 ) -> None:
-    monkeypatch.setattr(quality, "own_text", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    ran = bench("--caches", "none", "sliding")
+    monkeypatch.setattr(module, name, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    ran = bench("--caches", "none", "sliding", "--plot", str(tmp_path / "a.png"))
     assert ran.code == 143
     row = next(line for line in ran.out.splitlines() if line.startswith("     3  sliding"))
-    assert row.split()[4] == "2" and "perplexity" not in ran.out
-    said = "erminated behind the last run, before the quality was measured"
-    assert f"warning: t{said}\n" in ran.err and ran.out.endswith(f"\nT{said}.\n")
+    assert row.split()[4] == "2"
+    assert ran.out.endswith("\nTerminated behind the last of 4 runs.\n")
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_a_signal_before_the_first_sample_leaves_one_line(

@@ -101,7 +101,8 @@ def test_kinds_that_lie_on_each_other_are_told_apart(figures: list[Any]) -> None
     """They take turns along one line: where one has a dash, the others have gaps."""
     times = {kind: [(10, [0.1]), (100, [1.0])] for kind in ("dynamic", "static", "paged")}
     memory = {kind: [(10, 2048), (100, 20480)] for kind in ("dynamic", "static")}
-    plots.bench_plot(Path("a.png"), {**times, "int8": [(10, [0.2]), (100, [2.0])]}, memory, {})
+    apart = {"int8": [(10, [0.2]), (100, [2.0])]}
+    plots.bench_plot(Path("a.png"), {**times, **apart}, memory, {})
     for axes, n in zip(figures[0].axes, (3, 2), strict=True):
         lines = axes.lines[:n]
         on = []
@@ -112,7 +113,8 @@ def test_kinds_that_lie_on_each_other_are_told_apart(figures: list[Any]) -> None
         assert sorted(on) == [i * dash for i in range(n)]
         assert len({line.get_markersize() for line in lines}) == n  # marks in each other
         assert {line.get_markerfacecolor() for line in lines} == {"none"}
-        assert len(axes.get_legend().get_texts()) == len(axes.lines)
+        named = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert named == [f"{kind} cache" for kind in (*times, "int8")][: len(axes.lines)]
     assert figures[0].axes[0].lines[3].get_linestyle() == "-"
 
 

@@ -134,6 +134,14 @@ def test_the_first_table_says_what_it_is_of(kv: Callable[..., Ran], machine: Non
     assert sum("a processor" in line for line in lines) == 1
 
 
+def test_only_the_first_table_has_the_caption(capsys: pytest.CaptureFixture[str]) -> None:
+    out = output.Output()
+    out.caption = "a model"
+    for title in ("first", "second"):
+        out.table(title, ["name"], [["x"]])
+    assert capsys.readouterr().out.count("a model") == 1
+
+
 RUN = RunConfig(model="org/model")
 FOUND = {"model": "/cache/snapshots/1f", "sha256": "0123456789"}
 

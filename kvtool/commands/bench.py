@@ -375,8 +375,10 @@ def command(
     def work(settings: Settings, out: Output) -> Report:
         report = run(settings, out)
         if settings.plot is not None and report.exit_code == 0:
-            draw(report, settings.plot, caption(measured_on(settings, report.resolved)))
-            out.note(f"plot: {settings.plot}")
+            with until_ended() as outcome:
+                draw(report, settings.plot, caption(measured_on(settings, report.resolved)))
+                out.note(f"plot: {settings.plot}")
+            report.ended = outcome.how
         return report
 
     def keep(report: Report, content: dict[str, Any]) -> None:

@@ -241,7 +241,7 @@ def ended_text(report: Report) -> str:
     made = sum(len(row.samples_s) for row in report.measurements)
     all_runs = len(report.measurements) * report.repeats
     if made == all_runs:
-        return f"{report.ended.value} behind the last run, before the quality was measured"
+        return f"{report.ended.value} behind the last of {all_runs} runs"
     return f"{report.ended.value} after {made} of {all_runs} runs"
 
 

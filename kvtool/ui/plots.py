@@ -124,8 +124,11 @@ def bench_plot(
         _draw_kinds(axes, memory, looks)
         _log_axes(axes, ticks, bytes_text, base=2)
         axes.set_ylabel("memory of the cache")
+    names = [_series(kind) for kind in times]  # lines are drawn in another order
     for axes in (left, *right):
-        axes.legend(frameon=False, loc="upper left", handlelength=4)
+        shown = [line for line in axes.lines if line.get_label() in names]
+        shown.sort(key=lambda line: names.index(line.get_label()))
+        axes.legend(handles=shown, frameon=False, loc="best", handlelength=4)
     if caption:
         figure.supxlabel(caption, fontsize=8.5, wrap=True)
     _entitle(figure, title)
