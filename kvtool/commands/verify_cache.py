@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,10 @@ from kvtool.ui.environment import caption, measured_on
 from kvtool.ui.lists import list_option
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
+
+if TYPE_CHECKING:
+    from kvtool.core.checkpoint import Checkpoint
+    from kvtool.core.verify.target import TargetSubject
 
 DEFAULT_PROMPT = "To be, or not to be, that is the question:\n"
 SOURCE_PROMPT = "workbench"
@@ -87,17 +91,12 @@ def run(settings: Settings, out: Output) -> Report:
     return report
 
 
-def check_model(
-    settings: Settings, names: list[str], device: Any, dtype: Any, out: Output
-) -> Report:
-    """Check a checkpoint with kvtool's caches and kernels."""
-    import torch
-
+def load_model(
+    settings: Settings, device: Any, dtype: Any
+) -> tuple[Checkpoint, str | None, list[int]]:
+    """The checkpoint, the prompt, and its ids. Raises FileError and UsageError."""
     from kvtool.core import checkpoint
-    from kvtool.core.cache import settings_of
     from kvtool.core.translation import check_sources
-    from kvtool.core.verify import check
-    from kvtool.core.verify.subject import Formats
 
     try:
         loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
@@ -112,6 +111,20 @@ def check_model(
         raise UsageError("--prompt: is empty (expected 1 token or more)")
     if loaded.source_tokenizer is not None:
         check_sources([ids], loaded.config.context)
+    return loaded, prompt, ids
+
+
+def check_model(
+    settings: Settings, names: list[str], device: Any, dtype: Any, out: Output
+) -> Report:
+    """Check a checkpoint with kvtool's caches and kernels."""
+    import torch
+
+    from kvtool.core.cache import settings_of
+    from kvtool.core.verify import check
+    from kvtool.core.verify.subject import Formats
+
+    loaded, prompt, ids = load_model(settings, device, dtype)
     resolved = {
         **loaded.facts,
         "device": str(device),
@@ -123,7 +136,6 @@ def check_model(
     kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
     kept = kept_rows(settings.resume, facts("kvtool", settings.run, **decides, **kinds), out)
     rows = Rows(product(settings.caches, settings.kernels, names), kept)
-    control = None
     total = len(rows.plan) + 1
     with out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
@@ -134,9 +146,25 @@ def check_model(
             rows.add(Row.of(found))
             bar.advance()
         planted = check.control(formats, main)
-        control = Row.of(check.Checked("planted bug", "default", True, planted, planted=True))
+        found = check.Checked("planted bug", "default", True, planted, planted=True)
+        rows.add_control(Row.of(found))
     computed = settings.run.dtype
-    return rows.report(control, len(ids), computed, resolved, outcome.how, out)
+    return rows.report(len(ids), computed, resolved, outcome.how, out)
+
+
+def load_target(settings: Settings, dtype: Any) -> TargetSubject:
+    """The user's own decoder in the format that was asked for. Raises UsageError and FileError."""
+    from kvtool.core.verify.target_file import target_subject
+
+    subject = target_subject(settings.target or "")
+    if settings.run.dtype == "float32":  # the default leaves a decoder as it is
+        return subject
+    try:
+        return subject.to(dtype)
+    except Exception as error:  # the decoder's own code, or that it holds nothing to convert
+        why = first_line(error) or type(error).__name__
+        text = f"--dtype {settings.run.dtype}: the decoder cannot be converted ({why})"
+        raise UsageError(text, "Leave it out.") from error
 
 
 def check_target(
@@ -145,16 +173,9 @@ def check_target(
     """Check the user's own decoder, from a file of Python."""
     from kvtool.core.machine import dtype_name
     from kvtool.core.verify import api
-    from kvtool.core.verify.target_file import identity, target_subject
+    from kvtool.core.verify.target_file import identity
 
-    subject = target_subject(settings.target or "")
-    if settings.run.dtype != "float32":  # the default leaves a decoder as it is
-        try:
-            subject = subject.to(dtype)
-        except Exception as error:  # the decoder's own code, or that it holds nothing to convert
-            why = first_line(error) or type(error).__name__
-            text = f"--dtype {settings.run.dtype}: the decoder cannot be converted ({why})"
-            raise UsageError(text, "Leave it out.") from error
+    subject = load_target(settings, dtype)
     if subject.guess:
         out.note(subject.guess)
     name = Path(subject.name).name
@@ -178,21 +199,18 @@ def check_target(
         decides["weights"] = subject.fingerprint()
     kept = kept_rows(settings.resume, facts("target", settings.run, **decides), out)
     rows = Rows([(name, api.OWN, scenario) for scenario in names], kept)
-    control = None
     total = len(names) + 1
-    with (
-        redirect_stdout(said),
-        out.progress("verify-cache", total) as bar,
-        until_ended() as outcome,
-    ):
+    bars = out.progress("verify-cache", total)
+    with redirect_stdout(said), bars as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         left = [check.scenario for check in rows.not_run]
         for found in api.check_target(subject, left, main, bar.update):
             rows.add(Row.of(replace(found, cache=name)))
             bar.advance()
         planted = api.target_control(subject, main)
-        control = Row.of(api.Checked("planted bug", api.OWN, True, planted, planted=True))
-    return rows.report(control, main.n_prompt, computed, resolved, outcome.how, out)
+        found = api.Checked("planted bug", api.OWN, True, planted, planted=True)
+        rows.add_control(Row.of(found))
+    return rows.report(main.n_prompt, computed, resolved, outcome.how, out)
 
 
 def show(report: Report, out: Output) -> None:

@@ -27,6 +27,7 @@ class Rows:
         self.plan = [NotRun(*check) for check in plan]
         self.kept = kept
         self.found: dict[NotRun, Row] = {}
+        self.control: Row | None = None  # the planted bug
         for row in kept.known if kept is not None else ():
             self._take(row)
 
@@ -41,6 +42,11 @@ class Rows:
         self._take(row)
         if self.kept is not None:
             self.kept.append(row)
+
+    def add_control(self, row: Row) -> None:
+        """Take what was found of the planted bug, which is tried anew in every run."""
+        ending.check()
+        self.control = row
 
     def _take(self, row: Row) -> None:
         check = NotRun(row.cache, row.kernels, row.scenario)
@@ -60,7 +66,6 @@ class Rows:
 
     def report(
         self,
-        control: Row | None,
         prompt_tokens: int,
         dtype: str,
         resolved: dict[str, Any],
@@ -70,7 +75,7 @@ class Rows:
         """What the rows come to. Raises Ended if a signal came before the first of them."""
         if ended is not None:
             tell_ended(ended, len(self.found), len(self.plan), self.kept, out)
-        found = (self.rows, control, prompt_tokens, dtype, resolved)
+        found = (self.rows, self.control, prompt_tokens, dtype, resolved)
         return Report(*found, ended=ended, not_run=self.not_run, verbose=out.verbose)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,29 +147,15 @@ def run(settings: Settings, out: Output) -> Report:
         "caches": kinds,
     }
     kept = kept_rows(settings.resume, decides(settings, model, resolved), out)
-    if note:
-        out.note(note)
-    if "quantized" in kinds and not model.config.is_encoder_decoder:
-        out.note(
-            "quantized: judged with exact values in place of its codes, backend "
-            f"{hub.quantized_backend()}"
-        )
+    tell_model(model, note, kinds, out)
     rows = Rows(product(kinds, [hub.OWN], names), kept)
-    control = None
     with out.progress("verify-cache", len(rows.plan) + 1) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
-        for found in hub.check_transformers(
-            model,
-            kinds,
-            names,
-            settings.tokens,
-            bool(settings.caches),
-            tell=bar.update,
-            remark=out.note,
-            known=rows.known,
-        ):
+        asked = (model, kinds, names, settings.tokens, bool(settings.caches))
+        check = partial(hub.check_transformers, tell=bar.update, remark=out.note)
+        for found in check(*asked, known=rows.known):
             if found.planted:
-                control = Row.of(found)
+                rows.add_control(Row.of(found))
             else:
                 rows.add(Row.of(found))
             bar.advance()
@@ -176,9 +163,20 @@ def run(settings: Settings, out: Output) -> Report:
                 out.note(f"{found.cache}: {found.finding.evidence}")
     if outcome.how is None and not any(row.scenario in names for row in rows.rows):
         raise UsageError(f"--model {settings.run.model}: {rows.rows[0].evidence}")
-    report = rows.report(control, hub.PREFILL, settings.run.dtype, resolved, outcome.how, out)
+    report = rows.report(hub.PREFILL, settings.run.dtype, resolved, outcome.how, out)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def tell_model(model: Any, note: str, kinds: list[str], out: Output) -> None:
+    """Say what is special about the model, and about its caches."""
+    from kvtool.core.verify import transformers_subject as hub
+
+    if note:
+        out.note(note)
+    if hub.QUANTIZED in kinds and not model.config.is_encoder_decoder:
+        backend = hub.quantized_backend()
+        out.note(f"quantized: judged with exact values in place of its codes, backend {backend}")
 
 
 def decides(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
