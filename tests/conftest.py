@@ -64,6 +64,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills", type=int, default=0, help="random moments that tests/test_crash.py adds"
     )
+    parser.addoption(
+        "--update-listings",
+        metavar="WORD",
+        default="",
+        help="print listings of commands with WORD, or all, anew; see tests/test_listings.py",
+    )
 
 
 # --- pytest-benchmark. These hooks are here because it loads a baseline before tests/benchmarks

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from kvtool import app
+from kvtool.app import build_command
+from kvtool.registry import COMMANDS as COMMAND_NAMES
+from kvtool.registry import load
 
+FLAGS = re.MULTILINE | re.DOTALL
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLE = "verify-cache --target docs/my_decoder.py:build"  # has a bug on purpose
@@ -45,9 +49,24 @@ def test_every_command_of_the_readme_runs(
     Path("pairs.tsv").write_text("".join(f"{a}{b}\t{a} {b}\n" for a in "abcde" for b in "abcdefk"))
     assert len(COMMANDS) >= 7
     for command in COMMANDS:
-        if command == EXAMPLE:
+        if command in (EXAMPLE, "verify-cache"):  # test_listings.py runs it
             continue
         assert app.run(shorter(command)) == 0, (command, capfd.readouterr().err)
+
+
+def test_every_command_takes_the_options_that_all_are_said_to_take() -> None:
+    found = re.search(
+        r"^Every command takes (.+?) all but the training ones (.+?)\.", README, FLAGS
+    )
+    assert found is not None
+    every, untrained = (set(re.findall(r"`(--[a-z]+)\b", part)) for part in found.groups())
+    assert {"--json", "--seed"} < every and untrained == {"--model", "--dtype"}
+    for name in COMMAND_NAMES:
+        params = build_command(name, load(COMMAND_NAMES, name)).params
+        options = {option for param in params for option in param.opts}
+        assert every <= options, name
+        assert name.startswith("train-") or untrained <= options, name
+        assert not name.startswith("train-") or not untrained & options, name
 
 
 def test_the_worked_example_is_found_and_located_as_the_readme_shows(

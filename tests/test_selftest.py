@@ -13,6 +13,7 @@ from kvtool.core.verify import hypotheses, judge, locate, selftest
 from kvtool.core.verify.hypotheses import HYPOTHESES, UNKNOWN
 from kvtool.core.verify.mutants import LOOKALIKES, MUTANTS, Lookalike, Mutant, Planted
 from kvtool.core.verify.scenarios import SCENARIOS
+from self_tested import outcome_of
 
 CLASSES = range(1, 19)  # the rows of the table of real bugs
 
@@ -25,7 +26,7 @@ def named(planted: Planted) -> str:
 def test_a_planted_bug_is_caught_at_its_step_in_its_place_and_with_its_hint(
     mutant: Mutant,
 ) -> None:
-    outcome = selftest.try_mutant(mutant)
+    outcome = outcome_of(mutant)
     assert outcome.found == mutant.verdict, outcome.detail
     assert outcome.ok, outcome
     assert " or: " not in outcome.detail, "other bugs look like this one in its scenario"
@@ -33,7 +34,7 @@ def test_a_planted_bug_is_caught_at_its_step_in_its_place_and_with_its_hint(
 
 @pytest.mark.parametrize("lookalike", LOOKALIKES, ids=named)
 def test_what_is_right_is_not_reported(lookalike: Lookalike) -> None:
-    outcome = selftest.try_lookalike(lookalike)
+    outcome = outcome_of(lookalike)
     assert outcome.quiet and outcome.ok, outcome
 
 

@@ -1,0 +1,209 @@
+"""Listings in README and docs are what is printed now.
+
+After a change to what commands print,
+
+    python -m pytest tests/test_listings.py --update-listings self-test
+
+runs each command whose text has that word, and writes what it prints into the page; "all" runs
+every one. Commands that measure time want a quiet machine, and minutes. listings.py says how a page
+marks a listing, and what of it is compared.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import listings
+from bench_cases import small_array  # noqa: F401
+from kvtool import app
+from kvtool.core import timing, traffic
+from kvtool.core.peers import TransformersGenerate
+from kvtool.core.verify import selftest
+from listings import Listing, form, same
+from self_tested import outcome_of
+
+ALL = listings.listings()
+
+
+@pytest.fixture(autouse=True)
+def updated(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Print listings anew, where that is asked for."""
+    wanted = request.config.option.update_listings
+    if wanted and "listing" in request.fixturenames:
+        listing = request.node.callspec.params["listing"]
+        if wanted == "all" or wanted in listing.command:
+            listings.update(listing, listings.printed_by(listing, tmp_path))
+
+
+def as_listed(listing: Listing) -> Listing:
+    """The listing as it stands now."""
+    return next(each for each in listings.listings() if str(each) == str(listing))
+
+
+@pytest.fixture
+def printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[[Listing, list[str]], str]:
+    """What a command prints within this process, at the listing's width."""
+
+    def call(listing: Listing, more: list[str]) -> str:
+        monkeypatch.setenv("COLUMNS", str(listing.columns))
+        (tmp_path / "here" / "docs").parent.mkdir()
+        (tmp_path / "here" / "docs").symlink_to(listings.ROOT / "docs")
+        monkeypatch.chdir(tmp_path / "here")
+        assert app.run([*shlex.split(listing.command), *more]) in (0, 1)
+        return capsys.readouterr().out
+
+    return call
+
+
+# Times are those listed: what is said of them must follow from them
+
+
+ROW = re.compile(
+    r"^ *([\d,]+)  (\w+) +(?:(kvtool|transformers) +)?([\d,.]+) +([\d,.]+) +\d+ .* ([\d,]+)$",
+    re.MULTILINE,
+)
+
+
+def listed_runs(text: str) -> dict[tuple[str, str, int], Iterator[timing.Run]]:
+    """Runs by implementation, kind and length: about the median listed, as far from it as the IQR
+    says, and with a cache of as many KiB."""
+    found: dict[tuple[str, str, int], Iterator[timing.Run]] = {}
+    for row in ROW.findall(text):
+        tokens, _, _, median, iqr, kib = (cell.replace(",", "") for cell in row)
+        middle, far, nbytes = float(median) / 1000, float(iqr) / 1000, 1024 * int(kib)
+        runs = [
+            timing.Run(seconds, 0.0, seconds, seconds / int(tokens), nbytes, nbytes)
+            for seconds in (middle, middle - 0.7 * far, middle + 0.7 * far)
+        ]
+        found[row[2] or "kvtool", row[1], int(tokens)] = cycle(runs)
+    return found
+
+
+@pytest.fixture
+def at_listed_speed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def use(text: str) -> None:
+        runs = listed_runs(text)
+        assert runs
+        for impl, work in (("kvtool", timing.Workload), ("transformers", TransformersGenerate)):
+
+            def run(self: Any, kind: str, length: int, impl: str = impl) -> timing.Run:
+                return next(runs[impl, kind, length])
+
+            monkeypatch.setattr(work, "run", run)
+        if speed := re.search(r"read at ([\d.]+) GB/s", text):
+            monkeypatch.setattr(traffic, "read_bandwidth", lambda _: float(speed[1]) * 1e9)
+
+    return use
+
+
+# The listings
+
+
+def test_every_command_that_is_shown_with_its_output_says_how_it_was_printed() -> None:
+    assert listings.unlisted() == []
+    assert len(ALL) >= 5
+    for listing in ALL:
+        assert listing.first in ("", f"$ kvtool {listing.command}\n")
+        assert all(
+            len(line) <= listing.columns for line in listing.text.splitlines() if "  " in line
+        )
+
+
+def of(command: str) -> Any:
+    chosen = [listing for listing in ALL if listing.command.split()[0] == command]
+    return pytest.mark.parametrize("listing", chosen, ids=str)
+
+
+@of("verify-cache")
+def test_a_listed_verdict_is_what_is_printed(
+    listing: Listing, printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing, more = as_listed(listing), ["--tokens", "4"]  # fewer steps, as many rows
+    if "--self-test" in listing.command:
+        monkeypatch.setattr(selftest, "try_mutant", outcome_of)
+        monkeypatch.setattr(selftest, "try_lookalike", outcome_of)
+        more = []
+    found = printed(listing, more)
+    assert form(found, listing.varies) == form(listing.text, listing.varies)
+
+
+@of("bench")
+def test_a_listed_measurement_is_laid_out_and_concluded_as_it_is_printed(
+    listing: Listing, printed: Callable[..., str], at_listed_speed: Callable[[str], None]
+) -> None:
+    listing = as_listed(listing)
+    at_listed_speed(listing.text)
+    found = printed(listing, [])
+    assert same(listing, found), found
+
+
+def test_all_listings_are_compared() -> None:
+    assert {listing.command.split()[0] for listing in ALL} == {"verify-cache", "bench"}
+
+
+def test_a_summary_is_the_conclusion_of_its_listing() -> None:
+    text = (listings.ROOT / "README.md").read_text(encoding="utf-8")
+    (said,) = re.findall("<summary>(.+)</summary>", text)
+    assert [said in listing.text for listing in listings.listings()].count(True) == 1
+
+
+# The comparison
+
+
+VARIES = Listing(
+    Path("a.md"),
+    "bench",
+    80,
+    True,
+    "A title\n            median\ntokens  cache   ms\n──────────────────\n    10  int8  28.0\n\n"
+    "At 1,000 tokens int8 is fastest (5,309 tokens/s).\n",
+    "",
+)
+
+
+def test_figures_may_differ_where_they_vary_and_nothing_else() -> None:
+    text = VARIES.text
+    faster = text.replace("28.0", "1,228.05").replace("5,309", "17").replace("──", "─", 3)
+    one_line = text.replace("            median\n", "").replace("ms", "median ms")
+    assert same(VARIES, text) and same(VARIES, faster) and same(VARIES, one_line)
+    for old, new in (
+        ("int8", "int4"),
+        ("fastest", "slowest"),
+        ("tokens ", "n "),
+        ("cache", "kind"),
+    ):
+        assert not same(VARIES, text.replace(old, new, 1)), (old, new)
+    assert not same(VARIES, text.replace("    10  int8  28.0\n", ""))
+    assert not same(VARIES, text + "One more sentence.\n")
+    assert not same(VARIES._replace(varies=False), faster)
+
+
+def test_lines_may_be_left_out_of_a_listing() -> None:
+    head, _, last = VARIES.text.partition("\n\n")
+    short = VARIES._replace(text=f"{head}\n...\n{last}")
+    assert same(short, VARIES.text) and same(short, f"{head}\n\nmore\n\n{last}")
+    assert not same(short, VARIES.text + "One more sentence.\n")
+
+
+def test_seconds_may_differ_always_and_whether_a_right_cache_rounds() -> None:
+    fixed = VARIES._replace(varies=False, text="int8  identical, rounding  yes\n3 of 3 (19 s)\n")
+    assert same(fixed, "int8  rounding             yes\n3 of 3 (127 s)\n")
+    assert not same(fixed, "int8  rounding             yes\n2 of 3 (19 s)\n")
+    assert not same(fixed, "int8  bug                  yes\n3 of 3 (19 s)\n")
+
+
+def test_an_update_writes_what_was_printed_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "a.md"
+    page.write_text(f"# Title\n\n```text\n$ kvtool bench\n{VARIES.text}```\n\nEnd.\n")
+    listing = VARIES._replace(page=page, first="$ kvtool bench\n")
+    listings.update(listing, "Something new\n\n✓ right (3 s)\n".replace("✓ right (3 s)\n", ""))
+    assert page.read_text() == "# Title\n\n```text\n$ kvtool bench\nSomething new\n\n```\n\nEnd.\n"
