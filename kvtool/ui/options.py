@@ -58,8 +58,8 @@ def _kernels(value: str) -> str:
     return kernels_kind(value, "--kernels")
 
 
-def utf8_text(value: str | None) -> str | None:
-    """The text of --prompt. Raises UsageError with the offset of a byte that is not UTF-8."""
+def utf8_text(param: typer.CallbackParam, value: str | None) -> str | None:
+    """The text of an option. Raises UsageError with the offset of a byte that is not UTF-8."""
     if value is None:
         return None
     data = value.encode("utf-8", "surrogateescape")  # how Python keeps such bytes in sys.argv
@@ -67,7 +67,8 @@ def utf8_text(value: str | None) -> str | None:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         found = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise UsageError(f"--prompt: is not UTF-8 ({found})", "Convert it to UTF-8.") from error
+        flag = param.opts[0]
+        raise UsageError(f"{flag}: is not UTF-8 ({found})", "Convert it to UTF-8.") from error
 
 
 def plot_file(param: typer.CallbackParam, value: Path | None) -> Path | None:
@@ -258,7 +259,11 @@ Prompt = Annotated[
 ]
 PromptFile = Annotated[
     Path | None,
-    typer.Option("--prompt-file", metavar="FILE", help="Read the prompt from a UTF-8 file."),
+    typer.Option(
+        "--prompt-file",
+        metavar="FILE",
+        help="Read the prompt from a UTF-8 file, all of it: a line break at its end too.",
+    ),
 ]
 Plot = Annotated[
     Path | None,
