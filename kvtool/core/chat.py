@@ -28,6 +28,7 @@ SECONDS = 2  # of the processor, for up to a thousand conversations
 WAIT_SECONDS = 120  # for the process, which a busy machine may keep waiting
 NBYTES = 1 << 29
 CHARACTERS = 1 << 20  # of one text, besides what it was given
+PASSED_ON = ("TZ", "LD_LIBRARY_PATH")  # what the time is, and where Python itself may be
 
 Message = dict[str, str]  # role and content
 Piece = tuple[str, bool]  # a text, and whether it is nothing but text: what a person wrote
@@ -141,7 +142,7 @@ def _render_elsewhere(
     template: ChatTemplate, conversations: Sequence[Sequence[Message]], n_said: int
 ) -> list[str]:
     """The texts that chat_worker makes. Ctrl-C, SIGTERM and any error here end its process."""
-    seconds = SECONDS + len(conversations) // 1000
+    seconds = seconds_for(len(conversations))
     asked = {
         "path": [_package_folder("jinja2"), _package_folder("markupsafe")],
         "source": template.source,
@@ -152,21 +153,13 @@ def _render_elsewhere(
         "characters": CHARACTERS + 10 * n_said,
     }
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", str(WORKER)],
-            input=json.dumps(asked).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in ("TZ",) if name in os.environ},
-            cwd="/",
-            timeout=WAIT_SECONDS,
-        )
+        code, output = _run_worker(json.dumps(asked).encode())
     except subprocess.TimeoutExpired:
         raise _refusal(template, "slow", WAIT_SECONDS) from None
     try:
-        found = json.loads(done.stdout)
+        found = json.loads(output)
     except ValueError:
-        why = "time" if done.returncode == -signal.SIGXCPU else "ended"
+        why = "time" if code == -signal.SIGXCPU else "ended"
         raise _refusal(template, why, seconds) from None
     if "texts" in found:
         return list(found["texts"])
@@ -174,6 +167,30 @@ def _render_elsewhere(
     if conversations[0][0]["role"] == "system" and "system" in refusal.message.lower():
         raise UsageError(refusal.message, "Leave --system out.")
     raise refusal
+
+
+def _run_worker(data: bytes) -> tuple[int, bytes]:
+    """The exit code and output of a fresh interpreter, which does not outlive this call."""
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", str(WORKER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
+        cwd="/",
+    ) as process:
+        try:
+            output, _ = process.communicate(data, WAIT_SECONDS)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        return process.returncode, output
+
+
+def seconds_for(n_conversations: int) -> int:
+    """How much of the processor a template may take."""
+    return SECONDS + n_conversations // 1000
 
 
 def _package_folder(name: str) -> str:
