@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,43 +245,6 @@ def test_a_conversation_that_is_too_long_is_refused_by_its_line(
     path.write_text(f"one\n\n{'x' * 300}\n")
     message = refused(talk("--chat", "--input", str(path)))
     assert message.startswith(f"{path}: line 3: the prompt is ")
-
-
-EARLY = """
-import sys
-from kvtool.app import run
-code = run(sys.argv[1:])
-sys.exit(100 if "torch" in sys.modules else code)
-"""
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "",
-        "--prompt-file none",
-        "--input none",
-        "--input blank",
-        "--prompt x --model none",
-        "--prompt x --load-cache none",
-        "--prompt x --chat",
-        "--prompt x --chat --model hostile",
-        "--prompt x --chat --model g2p-1x1",
-    ],
-)
-def test_what_can_be_judged_without_torch_is_refused_before_it_is_loaded(
-    tmp_path: Path, words: str
-) -> None:
-    (tmp_path / "blank").write_text("\n")
-    hostile = tmp_path / "hostile"
-    hostile.mkdir()
-    (hostile / "chat_template.jinja").write_text("{{ 'x' * 10**10 }}")
-    shipped = Path(__file__).parent.parent / "weights" / "shakespeare-2l" / "tokenizer.json"
-    (hostile / "tokenizer.json").write_bytes(shipped.read_bytes())
-    command = [sys.executable, "-c", EARLY, "generate", *words.split()]
-    done = subprocess.run(command, input="", capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr.startswith("kvtool: error: ") and done.stderr.count("\n") == 1
 
 
 def test_the_settings_of_a_conversation_are_in_the_document(talk: Callable[..., Ran]) -> None:

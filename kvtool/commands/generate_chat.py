@@ -33,7 +33,7 @@ System = Annotated[
     typer.Option(
         "--system",
         metavar="TEXT",
-        show_default="what the template says",
+        show_default="the template's own",
         help="With --chat: what the model is told first.",
         callback=utf8_text,
         rich_help_panel=INSTRUCT,

@@ -168,4 +168,5 @@ def command(
             tensorboard=tensorboard,
         ),
     )
+    o.require_inputs("", ("--data", data, "a text to train on"))
     present("train-lm", settings, run, t.show_trained, out)

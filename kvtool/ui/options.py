@@ -14,7 +14,7 @@ import typer
 
 from kvtool.config import DEVICES, DTYPES, check_int
 from kvtool.errors import UsageError
-from kvtool.files import shipped_models
+from kvtool.files import model_folder, require_file, shipped_models
 from kvtool.registry import CACHE_SETTINGS, CACHES, KERNELS, choose, split_kind, with_settings
 from kvtool.ui.lists import lengths, list_option
 
@@ -69,6 +69,16 @@ def utf8_text(param: typer.CallbackParam, value: str | None) -> str | None:
         found = f"byte 0x{data[error.start]:02x} at offset {error.start}"
         flag = param.opts[0]
         raise UsageError(f"{flag}: is not UTF-8 ({found})", "Convert it to UTF-8.") from error
+
+
+def require_inputs(model: str, *files: tuple[str, Path | None, str]) -> None:
+    """Raise FileError for a model, or files as (flag, path, what), that are not there: at once, and
+    not when torch is loaded, seconds later."""
+    if model:
+        model_folder(model)
+    for flag, path, what in files:
+        if path is not None:
+            require_file(path, what, flag)
 
 
 def plot_file(param: typer.CallbackParam, value: Path | None) -> Path | None:
