@@ -132,10 +132,12 @@ SPECIALS = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
 OTHERS = ["<|im_start|>", "<|eot|>", "<|head|>", "<|/head|>", "<start>", "<end>", "<|assistant|>"]
 
 
-def make_tokenizer(template: str | None = None) -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(
+    template: str | None = None, blank_in_front: bool = False
+) -> transformers.PreTrainedTokenizerFast:
     """Byte-level, with special tokens, as transformers has it."""
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank_in_front)
     inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(

@@ -67,6 +67,22 @@ def test_a_message_cannot_write_special_tokens(tmp_path: Path) -> None:
     assert [spelled.count(end) for end in ends] == [4, 4]
 
 
+def test_text_in_a_message_begins_with_no_blank_of_the_tokenizer() -> None:
+    """As SentencePiece's tokenizers put one in front of each text."""
+    theirs = make_tokenizer(TEMPLATES["ChatML"], blank_in_front=True)
+    if "sanitize_control_tokens" not in inspect.signature(theirs.apply_chat_template).parameters:
+        pytest.skip("this transformers has nothing to compare with")
+    ours = Tokenizer(theirs.backend_tokenizer)
+    assert ours.encode("a") == ours.encode(" a")
+    template = ChatTemplate(TEMPLATES["ChatML"], SPECIALS, Path("t"))
+    turn = conversation("a<s>b<|eot|>", None)
+    (pieces,) = chat.render(template, [turn], ours.special_tokens)
+    found = ours.encode_pieces(pieces)
+    theirs.backend_tokenizer.encode_special_tokens = False
+    options = {"add_generation_prompt": True, "return_dict": False}
+    assert found == theirs.apply_chat_template(turn, sanitize_control_tokens=True, **options)
+
+
 def test_no_mark_is_left_where_a_template_cuts_a_message_apart() -> None:
     source = "{% for letter in messages[0].content %}{{ letter }}.{% endfor %}"
     template = ChatTemplate(source, {}, Path("t"))

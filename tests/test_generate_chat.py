@@ -19,6 +19,7 @@ from kvtool.commands import generate as command
 from kvtool.commands.generate import continue_all
 from kvtool.commands.generator import Result
 from kvtool.core.text import Tokenizer
+from kvtool.ui.output import Output
 from small_models import answer
 
 decoder, seq2seq, generate, stdin = (
@@ -109,6 +110,15 @@ def test_only_the_answer_is_printed_and_v_shows_what_the_template_made(
     assert ran.out == texts(talk(*words, "--json"))[0] + "\n"
     expected = "<|im_start|>system\\nYou help.<|im_end|>\\n<|im_start|>user\\none<|im_end|>\\n"
     assert f"as the template writes it: '{expected}<|im_start|>assistant\\n'" in ran.err
+
+
+def test_a_terminal_shows_a_prompt_that_goes_on_but_not_a_message(
+    talk: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Output, "interactive", True)
+    words = ["--prompt", "question", "--temperature", "0", "--max-tokens", "3"]
+    assert talk(*words).out.startswith("question")
+    assert "question" not in talk("--chat", *words).out
 
 
 def test_what_a_system_prompt_has_in_common_is_taken_from_a_saved_cache(

@@ -79,6 +79,14 @@ def test_what_is_nearly_a_name_is_answered_with_the_name(
     assert message.endswith(hint), message
 
 
+def test_a_better_reason_hides_the_worse_ones() -> None:
+    options = ["--length-penalty", "--lengths", "--prompt-length", "--depth"]
+    assert nearest_names("--length", options) == ["--lengths"]
+    assert nearest_names("--len", options) == ["--lengths", "--length-penalty"]
+    assert nearest_names("--prompt-size", options) == ["--prompt-length"]
+    assert nearest_names("--dpeth", options) == ["--depth"]
+
+
 def test_what_resembles_nothing_gets_no_suggestion(kv: Callable[..., Ran]) -> None:
     assert "Did you mean" not in refused(kv(command="xyz"))
     assert refused(kv("--zzz")).endswith("See kvtool probe --help.")
