@@ -85,21 +85,20 @@ def judge_special_tokens(
 ) -> None:
     """Say what of the prompts is text though it reads like special tokens. Raises UsageError for
     --special-tokens where there are none."""
-    tokenizer = loaded.source_tokenizer or loaded.tokenizer
-    if settings.special_tokens:
-        if loaded.source_tokenizer is not None:
+    if loaded.source_tokenizer is not None:
+        if settings.special_tokens:
             raise UsageError(
                 f"--special-tokens: {loaded.path} is an encoder-decoder, whose sources have none",
                 "Leave it out.",
             )
-        if not tokenizer.special_tokens:
-            raise UsageError(
-                f"--special-tokens: the tokenizer of {loaded.path} has none", "Leave it out."
-            )
         return
+    if settings.special_tokens and not loaded.tokenizer.special_tokens:
+        raise UsageError(
+            f"--special-tokens: the tokenizer of {loaded.path} has none", "Leave it out."
+        )
     written = "\n".join([settings.system or "", *texts])
-    found = tokenizer.special_tokens_in(written)
-    if found:
+    found = loaded.tokenizer.special_tokens_in(written)
+    if found and not settings.special_tokens:
         more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
         out.note(
             f"encoded as text: {', '.join(found[:MOST_NAMED])}{more}; "
