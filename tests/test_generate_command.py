@@ -240,9 +240,9 @@ def test_a_blank_line_is_answered_by_a_blank_one_and_the_others_as_ever(
 def test_blank_lines_on_stdin_are_no_sources(
     generate: Callable[..., Ran], seq2seq: Path, stdin: Callable[[bytes], None]
 ) -> None:
-    stdin(b"jail\n\nfig\n")
+    stdin(b"jail\n\nfig\r\n\n")
     found = answer(generate("--json", model=seq2seq))["results"]
-    assert [result["prompt"] for result in found] == ["jail", "", "fig"]
+    assert [result["prompt"] for result in found] == ["jail", "", "fig", ""]
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".json", ".csv", ".md"])

@@ -27,10 +27,11 @@ class Prompts:
     texts: list[str]
     lines: bool
     where: str  # for errors
+    end: str = ""  # of the one text, which is no part of the prompt
 
     def by_line(self) -> Prompts:
         """Each line of the one text as a text. Raises UsageError if all are blank."""
-        return _lines(self.texts[0], self.where)
+        return _lines(self.texts[0] + self.end, self.where)
 
     def is_blank(self, index: int) -> bool:
         """Whether there is nothing to answer, which a line may be and a whole prompt may not."""
@@ -47,7 +48,9 @@ def read_prompts(prompt: str | None, prompt_file: Path | None, input_file: Path 
         text = read_text(prompt_file, "a prompt", "--prompt-file")
         return Prompts([non_empty(text, str(prompt_file))], False, str(prompt_file))
     # A line break at the end is from `echo`; one in a file was put there.
-    return Prompts([non_empty(LAST_LINE_END.sub("", read_stdin()), "stdin")], False, "stdin")
+    given = read_stdin()
+    text = non_empty(LAST_LINE_END.sub("", given), "stdin")
+    return Prompts([text], False, "stdin", end=given[len(text) :])
 
 
 def _lines(text: str, where: str) -> Prompts:
