@@ -7,6 +7,7 @@ shown, and torch only by the work itself.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import sys
@@ -18,8 +19,9 @@ from typer.core import TyperGroup
 
 from kvtool import __version__, ending
 from kvtool.config import follows
-from kvtool.errors import CLOSED_PIPE, KvtoolError, UsageError
+from kvtool.errors import CLOSED_PIPE, FileError, KvtoolError, UsageError
 from kvtool.registry import COMMANDS, choose, load
+from kvtool.ui.completion import require_shell
 from kvtool.ui.help import HelpPage
 from kvtool.ui.lists import ListCommand
 from kvtool.ui.problems import UsageProblem, explain_machine, explain_usage, show_error
@@ -39,6 +41,7 @@ class Command(HelpPage, ListCommand):
         except UsageProblem as error:
             if getattr(error, "ctx", None) is None:  # Typer forgets it when a value is missing
                 error.ctx = ctx
+            _name_whole(error, args)
             raise
 
     def _refuse_empty(self, ctx: Any, args: list[str]) -> None:
@@ -76,9 +79,27 @@ class Commands(HelpPage, TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
         if not ctx.resilient_parsing and not name.startswith("-"):
-            choose(name, list(COMMANDS), "command")
+            _require_command(name, args[1:])
             ctx.invoked_subcommand = name
         return super().resolve_command(ctx, args)
+
+
+def _name_whole(error: Any, args: list[str]) -> None:
+    """Let an error about "-m" or "-u" name what was written, -model or -quiet."""
+    option = getattr(error, "option_name", None) or "--"
+    if not option.startswith("--"):
+        written = [arg for arg in args if arg[:1] == "-" != arg[1:2] and option[1:] in arg]
+        error.option_name = next(iter(written), option)
+
+
+def _require_command(name: str, rest: list[str]) -> None:
+    """Raise UsageError unless `name` is a command; `help` and `version` are options here."""
+    if name == "help":
+        about = f" {rest[0]}" if rest and rest[0] in COMMANDS else ""
+        raise UsageError("help: is not a command", f"Did you mean kvtool{about} --help?")
+    if name == "version":
+        raise UsageError("version: is not a command", "Did you mean kvtool --version?")
+    choose(name, list(COMMANDS), "command")
 
 
 def build_command(name: str, function: Any) -> Any:
@@ -170,12 +191,28 @@ def _invoke(args: list[str]) -> int:
     group = typer.main.get_command(app)
     code = 0
     try:
-        with group.make_context("kvtool", list(args)) as context:
+        with _context(group, args) as context:
             group.invoke(context)
     except typer.Exit as finished:
         code = finished.exit_code
     sys.stdout.flush()  # here, so that a full disk or a closed pipe is still reported
     return code
+
+
+def _context(group: Any, args: list[str]) -> Any:
+    """Parse what stands before a command, which may be all: --version, --install-completion."""
+    require_shell(itertools.takewhile(lambda arg: arg.startswith("-"), args))
+    try:
+        return group.make_context("kvtool", list(args))
+    except SystemExit as done:  # so Typer ends after it has shown or installed the completion
+        if isinstance(done.__context__, BrokenPipeError):
+            raise
+        raise typer.Exit(int(done.code or 0)) from done
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or error.errno == errno.ENOSPC:
+            raise
+        where = error.filename or "the completion"
+        raise FileError(f"{where}: cannot be written ({error.strerror})") from error
 
 
 def _report(error: KvtoolError, args: list[str]) -> int:

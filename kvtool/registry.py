@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from kvtool.errors import UsageError
+from kvtool.nearest import did_you_mean, nearest_names
 
 CACHES = {
     "none": "kvtool.core.cache.none:NoCache",
@@ -67,13 +68,14 @@ def choose(value: str, choices: list[str] | tuple[str, ...], flag: str) -> str:
     """Return `value` if it is one of `choices`; else raise UsageError with the nearest name."""
     if value in choices:
         return value
-    near = difflib.get_close_matches(str(value), choices, n=1)
+    near = nearest_names(str(value), choices, 2)
     shown = ", ".join(choices)
     if len(choices) > MOST_LISTED:
         closest = difflib.get_close_matches(str(value), choices, n=5, cutoff=0.0)
         shown = f"{', '.join(closest)} and {len(choices) - len(closest):,} more"
-    hint = f"Did you mean {near[0]}?" if near else ""
-    raise UsageError(f"{flag}: {value!r} is not known (expected one of {shown})", hint)
+    raise UsageError(
+        f"{flag}: {value!r} is not known (expected one of {shown})", did_you_mean(near)
+    )
 
 
 def split_kind(text: str, flag: str = "--cache") -> tuple[str, dict[str, int]]:

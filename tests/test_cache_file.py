@@ -188,7 +188,7 @@ def test_the_file_is_written_before_the_text_is_finished(
         ("--prompt a --load-cache .", "--load-cache .: is a folder (expected a saved cache)"),
         ("--prompt a --save-cache none/p", "--save-cache none/p: the folder "),
         ("--prompt a --save-cache p --cache int8", "int8 cache cannot be saved"),
-        ("--prompt a --load-cache p --cache sliding", "sliding cache cannot be filled"),
+        ("--prompt a --load-cache lines --cache sliding", "sliding cache cannot be filled"),
         (
             "--prompt a --load-cache lines",
             "--load-cache lines: is cut short or no",

@@ -85,19 +85,28 @@ def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(
 
 
 def test_an_empty_prompt_is_refused_wherever_it_is_from(
-    generate: Callable[..., Ran], stdin: Callable[[bytes], None], tmp_path: Path
+    generate: Callable[..., Ran], stdin: Callable[[bytes], None], tmp_path: Path, seq2seq: Path
 ) -> None:
     path = tmp_path / "in.txt"
     assert refused(generate("--prompt", "")) == "--prompt: is empty (expected TEXT)"
     stdin(b"\n")
     assert refused(generate()) == "stdin: is empty (expected a prompt)"
     path.write_bytes(b"\n")
-    assert refused(generate("--prompt-file", str(path))) == f"{path}: is empty (expected a prompt)"
-    assert refused(generate("--input", str(path))).startswith(f"{path}: line 1: is empty")
+    assert (
+        refused(generate("--input", str(path))) == f"{path}: holds no prompt (found 1 blank line)"
+    )
+    path.write_bytes(b"\n \n\n")
+    message = f"{path}: holds no prompt (found 3 blank lines)"
+    assert refused(generate("--input", str(path))) == message
     path.write_bytes(b"")
-    assert "is empty, 0 bytes" in refused(generate("--input", str(path)))
+    for flag in ("--input", "--prompt-file"):
+        assert "is empty, 0 bytes" in refused(generate(flag, str(path)))
     path.write_bytes(b"\xef\xbb\xbf")
-    assert refused(generate("--input", str(path))).startswith(f"{path}: holds no line")
+    assert refused(generate("--input", str(path))) == f"{path}: holds no prompt (found no line)"
+    assert refused(generate("--prompt-file", str(path))) == f"{path}: is empty (expected a prompt)"
+    stdin(b" \n\n")
+    message = "stdin: holds no prompt (found 2 blank lines)"
+    assert refused(generate(model=seq2seq)) == message
 
 
 def test_a_file_that_is_not_there_is_named_with_its_flag_and_what_to_do(

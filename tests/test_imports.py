@@ -22,6 +22,7 @@ HEAVY = {
     "tokenizers",
     "rapidfuzz",
     "sacrebleu",
+    "jinja2",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -62,13 +62,21 @@ def test_what_means_nothing_is_refused_in_one_line_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def not_utf8(folder: Path) -> str:
+    """A file that is there, and is refused as soon as it is read."""
+    path = folder / "unreadable.txt"
+    path.write_bytes(b"\xff")
+    return str(path)
+
+
 def test_tensorboard_is_refused_where_it_is_not_installed_before_any_work(
     either: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    message = refused(either("--quiet", "--tensorboard", "--data", "nowhere.txt"))
+    unreadable = not_utf8(tmp_path)
+    message = refused(either("--quiet", "--tensorboard", "--data", unreadable))
     assert message.startswith("--tensorboard: TensorBoard cannot be used (")
     assert message.endswith("). Install it with pip install tensorboard.")
     assert not (tmp_path / "run").exists()
@@ -81,7 +89,7 @@ def test_a_folder_that_cannot_be_used_is_refused_before_the_data_are_read(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "holiday.jpg").touch()
     said = "holds no run to resume" if resume else "is not empty (found holiday.jpg)"
-    ran = either(*resume, "--data", "nowhere.txt")
+    ran = either(*resume, "--data", not_utf8(tmp_path))
     assert f"--out {tmp_path / 'run'}: {said}" in refused(ran)
 
 

@@ -244,7 +244,7 @@ def test_another_tokenizer_is_a_mismatch(
         ("--against numpy --save-reference a.npz", "--save-reference a.npz: .npz (expected"),
         ("--against numpy --save-reference no/a.safetensors", "--save-reference no/a.safetensors:"),
         ("--against numpy --prompt=", "--prompt: is empty"),
-        ("--reference a.npz", "a.npz: not found (expected reference logits)"),
+        ("--reference a.npz", "--reference a.npz: not found (expected reference logits)"),
         ("--device cuda", "--device cuda: there is no CUDA device here"),
     ],
 )

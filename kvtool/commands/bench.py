@@ -372,6 +372,10 @@ def command(
         impl=tuple(impl),
     )
 
+    o.require_inputs(model, ("--text", text, "a text to measure on"))
+    if compare is not None:
+        bench_compare.load(compare)  # read again, but refused before torch is loaded
+
     def work(settings: Settings, out: Output) -> Report:
         report = run(settings, out)
         if settings.plot is not None and report.exit_code == 0:

@@ -75,7 +75,7 @@ def read_ids(settings: Settings, loaded: Checkpoint, device: Any) -> Any:
         return None
     if loaded.config.n_encoder_layers or loaded.tokenizer is None:
         raise UsageError("--text: needs a decoder with a tokenizer", "Leave out --text.")
-    held_out = split_text(read_text(settings.text, "a text to measure on"))[1]
+    held_out = split_text(read_text(settings.text, "a text to measure on", "--text"))[1]
     ids = loaded.tokenizer.encode(held_out)
     if len(ids) < 2:
         raise FileError(

@@ -5,27 +5,36 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from kvtool.commands.attention_plot import check_attention, draw
-from kvtool.commands.generator import Generator, Result
-from kvtool.commands.prompts import Prompts, lines_of, read_prompts, warn_unknown
+from kvtool.commands.generate_chat import (
+    Chat,
+    SpecialTokens,
+    System,
+    judge_special_tokens,
+    write_chats,
+)
+from kvtool.commands.generator import BLANK, Generator, Result, with_blanks
+from kvtool.commands.prompt_cache import (
+    LoadCache,
+    SaveCache,
+    prepare_cache_files,
+    tell_cache_files,
+)
+from kvtool.commands.prompts import note_blank, read_prompts, warn_unknown
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.errors import UsageError
-from kvtool.files import write_durable
+from kvtool.files import model_folder, require_file, write_durable
 from kvtool.registry import with_own_window
 from kvtool.ui import options as o
 from kvtool.ui.documents import SUFFIXES, check_writable
 from kvtool.ui.output import Output, present
 
-if TYPE_CHECKING:
-    from kvtool.core.checkpoint import Checkpoint
-
 SAMPLING = "Choosing tokens"
 SEARCH = "Beam search"
-CACHE_FILES = "A long prompt, computed once"
 ATTENTION = "Attention of encoder-decoders"
 LENGTH_PENALTY = 0.6
 
@@ -52,6 +61,9 @@ class Settings:
     attention_layer: int | None = None  # None: the last
     save_cache: Path | None = None
     load_cache: Path | None = None
+    chat: bool = False
+    system: str | None = None  # None: what the template says
+    special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -63,6 +75,8 @@ class Settings:
         check_int("--beams", self.beams, 1, 1000)
         check_float("--length-penalty", self.length_penalty, 0.0, 10.0)
         check_int("--n-best", self.n_best, 1)
+        if self.system is not None and not self.chat:
+            raise UsageError("--system: needs --chat", "It is a message of a conversation.")
         if self.n_best > self.beams:
             raise UsageError(
                 f"--n-best: {self.n_best} of {self.beams} beams", "Give as many --beams at least."
@@ -127,24 +141,32 @@ class Generated:
 
 def run(settings: Settings, out: Output) -> Generated:
     """Generate for every prompt, streaming to stdout."""
+    prompts = read_prompts(settings.prompt, settings.prompt_file, settings.input_file)
+    folder, chats = model_folder(settings.run.model), None
+    if settings.load_cache is not None:
+        require_file(settings.load_cache, "a saved cache", "--load-cache")
+    if settings.chat:
+        chats = write_chats(folder, prompts.texts, settings, out)
+    # All that can be refused without torch, which takes seconds to load, is refused by now.
     from kvtool.core import checkpoint, native
     from kvtool.core.cache import settings_of
     from kvtool.core.machine import prepare
 
-    prompts = read_prompts(settings.prompt, settings.prompt_file, settings.input_file)
     device, dtype = prepare(settings.run)
     loaded = checkpoint.load(settings.run.model, device, dtype)
     settings = replace(settings, cache=with_own_window(settings.cache, loaded.config.window))
     if not prompts.lines and loaded.source_tokenizer is not None:
-        prompts = Prompts(lines_of(prompts.texts[0]), lines=True)
+        prompts = prompts.by_line()
     if settings.attention_plot is not None:
         check_attention(settings, loaded, len(prompts.texts))
     generator = Generator(loaded, settings, device, dtype)
     prepare_cache_files(settings, loaded, generator)
-    encoded = [generator.encode(text, i) for i, text in enumerate(prompts.texts)]  # check all first
+    judge_special_tokens(loaded, prompts.texts, settings, out)
+    encoded = generator.encode_all(prompts, chats)
+    note_blank(prompts, out)
     warn_unknown(loaded.source_tokenizer or loaded.tokenizer, prompts.texts, out)
     started = time.perf_counter()
-    with native.where_it_pays(sum(map(generator.n_new, encoded))):
+    with native.where_it_pays(sum(generator.n_new(ids) for ids in encoded if ids)):
         results = continue_all(settings, generator, prompts.texts, encoded, out)
     seconds = time.perf_counter() - started
     if settings.attention_plot is not None:
@@ -175,47 +197,24 @@ def continue_all(
     encoded: list[list[int]],
     out: Output,
 ) -> list[Result]:
-    """What follows each prompt, told as soon as it is known."""
+    """What follows each prompt, told as soon as it is known; nothing where `encoded` is empty."""
     if settings.beams > 1 or (settings.input_file is not None and generator.greedy_pairs):
-        results = generator.together(texts, encoded)
+        asked = [i for i, ids in enumerate(encoded) if ids]
+        found = generator.together([texts[i] for i in asked], [encoded[i] for i in asked])
+        results = with_blanks(found, encoded, settings.n_best)
         for result, line in zip(results, lines_of_results(results, settings), strict=True):
             tell(result, line, settings, out)
         return results
     results = []
     for number, (text, ids) in enumerate(zip(texts, encoded, strict=True), start=1):
-        results.append(generator.one(text, ids, out if settings.input_file is None else None))
+        shown = out if settings.input_file is None else None
+        results.append(generator.one(text, ids, shown) if ids else replace(BLANK))
         results[-1].number = number
         if settings.input_file is None:
             out.stream("\n")
         else:
             tell(results[-1], one_line(results[-1].text), settings, out)
     return results
-
-
-def prepare_cache_files(settings: Settings, loaded: Checkpoint, generator: Generator) -> None:
-    """Read --load-cache, and refuse before any work what cannot be saved or loaded."""
-    if settings.load_cache is None and settings.save_cache is None:
-        return
-    if loaded.source_tokenizer is not None:
-        flag = "--save-cache" if settings.load_cache is None else "--load-cache"
-        raise UsageError(
-            f"{flag}: {loaded.path} is an encoder-decoder, whose cache holds no prompt",
-            "Give --model a decoder-only model.",
-        )
-    if settings.save_cache is not None:
-        generator.check_saving()
-    if settings.load_cache is not None:
-        generator.load_prompt(settings.load_cache)
-
-
-def tell_cache_files(settings: Settings, generator: Generator, n_prompt: int, out: Output) -> None:
-    """Say what came from a file and what went into one."""
-    if settings.load_cache is not None:
-        out.note(f"{generator.reused} of {n_prompt} prompt tokens from {settings.load_cache}")
-        if not generator.reused:
-            out.warn(f"--load-cache {settings.load_cache}: the prompt does not start as that one")
-    if settings.save_cache is not None:
-        out.note(f"the prompt's cache: {settings.save_cache}")
 
 
 def tell(result: Result, line: str, settings: Settings, out: Output) -> None:
@@ -258,7 +257,8 @@ def command(
         typer.Option(
             "--input",
             metavar="FILE",
-            help="One prompt or source a line; one result a line, breaks in it written as \\n.",
+            help="One prompt or source a line; one result a line, breaks in it written as \\n; "
+            "a blank line for a blank one.",
         ),
     ] = None,
     max_tokens: Annotated[
@@ -277,6 +277,9 @@ def command(
     group: o.Group = None,
     residual: o.Residual = None,
     page: o.Page = None,
+    chat: Chat = False,
+    system: System = None,
+    special_tokens: SpecialTokens = False,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -355,24 +358,8 @@ def command(
             rich_help_panel=ATTENTION,
         ),
     ] = None,
-    save_cache: Annotated[
-        Path | None,
-        typer.Option(
-            "--save-cache",
-            metavar="FILE",
-            help="Keep the prompt's keys and values, so that it need not be computed again.",
-            rich_help_panel=CACHE_FILES,
-        ),
-    ] = None,
-    load_cache: Annotated[
-        Path | None,
-        typer.Option(
-            "--load-cache",
-            metavar="FILE",
-            help="Take from such a file what the prompt has in common with that one.",
-            rich_help_panel=CACHE_FILES,
-        ),
-    ] = None,
+    save_cache: SaveCache = None,
+    load_cache: LoadCache = None,
     model: o.Model = "",
     device: o.Device = "auto",
     dtype: o.Dtype = "float32",
@@ -394,10 +381,12 @@ def command(
 ) -> None:
     """Generate text with a cache: continue a prompt, or turn a source into its target.
 
-    Without --prompt, --prompt-file or --input, stdin is read; an encoder-decoder takes each line of
-    it as a source.
+    Without --prompt, --prompt-file or --input, stdin is read, without a line break at its end; an
+    encoder-decoder takes each line of it as a source.
 
       kvtool generate --prompt "ROMEO:" --max-tokens 100
+
+      kvtool generate --model DIR --chat --prompt "Who are you?"
 
       echo kvtool | kvtool generate --model runs/seq2seq/best
     """
@@ -426,6 +415,9 @@ def command(
         attention_layer=layer,
         save_cache=save_cache,
         load_cache=load_cache,
+        chat=chat,
+        system=system,
+        special_tokens=special_tokens,
     )
 
     def work(settings: Settings, out: Output) -> Generated:

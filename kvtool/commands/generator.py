@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import CapacityError, FileError, UsageError
-from kvtool.files import require_file
 from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
     import torch
 
     from kvtool.commands.generate import Settings
+    from kvtool.commands.prompts import Prompts
     from kvtool.core.beam import Beam, Hypothesis
     from kvtool.core.cache import Cache, CacheSpec
     from kvtool.core.cache_file import SavedCache
+    from kvtool.core.chat import Piece
     from kvtool.core.checkpoint import Checkpoint
     from kvtool.core.sampling import LogProb, Sampler
 
@@ -44,6 +45,26 @@ class Result:
         return {name: value for name, value in vars(self).items() if name != "ids"}
 
 
+BLANK = Result("", "", 0, 0, False)  # the answer to a blank line
+
+
+def with_blanks(results: list[Result], encoded: list[list[int]], n_best: int) -> list[Result]:
+    """`results` of those prompts that have tokens, and as many blank ones for each that has none,
+    each with the number of its prompt."""
+    of_prompts: list[list[Result]] = []
+    for result in results:
+        if result.rank == 1:
+            of_prompts.append([])
+        of_prompts[-1].append(result)
+    blank = [replace(BLANK, rank=rank) for rank in range(1, n_best + 1)]
+    found = iter(of_prompts)
+    return [
+        replace(result, number=number)
+        for number, ids in enumerate(encoded, start=1)
+        for result in (next(found) if ids else blank)
+    ]
+
+
 class Generator:
     """One checkpoint and one way of choosing tokens, for any number of prompts."""
 
@@ -65,7 +86,15 @@ class Generator:
                 f"--top-k: {settings.top_k} is above the vocabulary of {loaded.config.vocab_size}"
             )
 
-    def encode(self, text: str, index: int) -> list[int]:
+    def encode_all(self, prompts: Prompts, chats: list[list[Piece]] | None) -> list[list[int]]:
+        """Token ids of every prompt, or of it as a chat template wrote it; [] of a blank line.
+        Raises CapacityError."""
+        return [
+            [] if prompts.is_blank(i) else self.encode(text, i, chats[i] if chats else None)
+            for i, text in enumerate(prompts.texts)
+        ]
+
+    def encode(self, text: str, index: int, chat: list[Piece] | None = None) -> list[int]:
         """Token ids of a prompt, after checking that everything fits. Raises CapacityError."""
         from kvtool.core.engine import check_context
         from kvtool.core.translation import check_sources
@@ -76,7 +105,9 @@ class Generator:
             check_sources([ids], context, first=index)
             check_context(1, self.n_new(ids), context)
             return ids
-        ids = self.loaded.tokenizer.encode(text)
+        tokenizer = self.loaded.tokenizer
+        spelled = self.settings.special_tokens
+        ids = tokenizer.encode(text, spelled) if chat is None else tokenizer.encode_pieces(chat)
         try:
             if not ids:  # blanks are no token of a word tokenizer
                 raise CapacityError(f"the prompt holds no token (found {text!r})")
@@ -104,7 +135,8 @@ class Generator:
         from kvtool.core.sampling import LogProb
 
         emit: Callable[[str], None] = out.stream if out is not None else lambda text: None
-        if out is not None and out.interactive and self.loaded.source_tokenizer is None:
+        goes_on = self.loaded.source_tokenizer is None and not self.settings.chat
+        if out is not None and out.interactive and goes_on:
             out.text(text, style="dim", end="")
         ends = self.loaded.tokenizer.end_ids
         stream, log_prob = self.loaded.tokenizer.stream(), LogProb()
@@ -190,7 +222,6 @@ class Generator:
         spec = self._spec(1)
         require_whole(self._new_cache(spec), "be filled from a file")
         try:
-            require_file(path, "a saved cache")
             self.saved = load_cache(path, spec, self.loaded.sha256)
         except FileError as error:
             hint = "" if isinstance(error, DamagedFile) else error.hint

@@ -15,34 +15,61 @@ from kvtool.ui.output import Output
 if TYPE_CHECKING:
     from kvtool.core.text import Tokenizer
 
-MOST_NAMED = 5  # unknown pieces
+MOST_NAMED = 5  # unknown pieces, blank lines, special tokens
+LAST_LINE_END = re.compile(r"(\r\n|\r|\n)\Z")
 LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would also split at form feeds and others
 
 
 @dataclass
 class Prompts:
-    """The texts to start from; `lines` if each stood on a line of its own."""
+    """The texts to start from; `lines` if each stood on a line of its own, some perhaps blank."""
 
     texts: list[str]
     lines: bool
+    where: str  # for errors
+    end: str = ""  # of the one text, which is no part of the prompt
+
+    def by_line(self) -> Prompts:
+        """Each line of the one text as a text. Raises UsageError if all are blank."""
+        return _lines(self.texts[0] + self.end, self.where)
+
+    def is_blank(self, index: int) -> bool:
+        """Whether there is nothing to answer, which a line may be and a whole prompt may not."""
+        return self.lines and not self.texts[index].strip()
 
 
 def read_prompts(prompt: str | None, prompt_file: Path | None, input_file: Path | None) -> Prompts:
     """Find the prompts. Raises UsageError where there are none, FileError for a bad file."""
     if input_file is not None:
-        lines = lines_of(read_text(input_file, "a file of prompts", "--input"))
-        empty = next((i for i, line in enumerate(lines, start=1) if not line), None)
-        if empty is not None:
-            raise UsageError(f"{input_file}: line {empty}: is empty (expected a prompt)")
-        if not lines:
-            raise UsageError(f"{input_file}: holds no line (expected prompts)")
-        return Prompts(lines, lines=True)
+        return _lines(read_text(input_file, "a file of prompts", "--input"), str(input_file))
     if prompt is not None:
-        return Prompts([prompt], lines=False)
+        return Prompts([prompt], False, "--prompt")
     if prompt_file is not None:
         text = read_text(prompt_file, "a prompt", "--prompt-file")
-        return Prompts([non_empty(text.removesuffix("\n"), str(prompt_file))], lines=False)
-    return Prompts([non_empty(read_stdin().removesuffix("\n"), "stdin")], lines=False)
+        return Prompts([non_empty(text, str(prompt_file))], False, str(prompt_file))
+    # A line break at the end is from `echo`; one in a file was put there.
+    given = read_stdin()
+    text = non_empty(LAST_LINE_END.sub("", given), "stdin")
+    return Prompts([text], False, "stdin", end=given[len(text) :])
+
+
+def _lines(text: str, where: str) -> Prompts:
+    lines = lines_of(text)
+    if not any(line.strip() for line in lines):
+        plural = "" if len(lines) == 1 else "s"
+        found = f"{len(lines):,} blank line{plural}" if lines else "no line"
+        raise UsageError(f"{where}: holds no prompt (found {found})")
+    return Prompts(lines, True, where)
+
+
+def note_blank(prompts: Prompts, out: Output) -> None:
+    """Say which lines have no prompt; a blank line stands for each in the results."""
+    blank = [i + 1 for i in range(len(prompts.texts)) if prompts.is_blank(i)]
+    if blank:
+        lines = "line" if len(blank) == 1 else "lines"
+        shown = ", ".join(f"{i:,}" for i in blank[:MOST_NAMED])
+        more = f" and {len(blank) - MOST_NAMED:,} more" if len(blank) > MOST_NAMED else ""
+        out.note(f"{prompts.where}: {lines} {shown}{more} blank, and so in the results")
 
 
 def lines_of(text: str) -> list[str]:

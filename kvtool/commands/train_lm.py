@@ -178,4 +178,5 @@ def command(
             tensorboard=tensorboard,
         ),
     )
+    o.require_inputs("", ("--data", data, "a text to train on"))
     present("train-lm", settings, run, t.show_trained, out)

@@ -52,6 +52,15 @@ class Settings:
         check_int("--encoder-layers", self.model.n_encoder_layers, 1)
 
 
+def require_data(data: str, valid: Path | None, test: Path | None) -> None:
+    """Raise FileError for a file that is not there, before torch is loaded."""
+    from kvtool.core.pairs import CMUDICT, data_path
+
+    parts = [("--data", None if data == CMUDICT else data_path(data))]
+    parts += [("--valid", valid), ("--test", test)]
+    o.require_inputs("", *((flag, path, "a TSV file") for flag, path in parts))
+
+
 def run(settings: Settings, out: Output) -> t.Trained:
     """Train, then decode all held-out sources with the best checkpoint."""
     import torch
@@ -266,4 +275,5 @@ def command(
             tensorboard=tensorboard,
         ),
     )
+    require_data(data, valid, test)
     present("train-seq2seq", settings, run, t.show_trained, out)

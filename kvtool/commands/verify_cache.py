@@ -399,6 +399,12 @@ def command(
         one = vt.Settings(machine, kinds, scenarios, tokens, resume)
         present("verify-cache", one, vt.run, show, out)
     refuse({"--sweep": sweep}, "needs --impl transformers", "Add --impl transformers.")
+    if target is None:
+        o.require_inputs(model)
+    else:
+        from kvtool.core.verify.target_place import target_place
+
+        target_place(target)  # is read again, but refused before torch is loaded
     chosen = o.kinds_with_settings(caches, **kinds_own)
     settings = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume)
 

@@ -258,4 +258,5 @@ def command(
     out = Output(as_json, output_file, quiet, verbose)
     run_config = RunConfig(model, device, dtype, threads, seed)
     settings = Settings(run_config, reference, against, prompt, save_reference)
+    o.require_inputs(model, ("--reference", reference, "reference logits"))
     present("verify-logits", settings, run, show, out)

@@ -95,7 +95,7 @@ def load_data(data: str, valid: Path | None = None, test: Path | None = None) ->
     if data == CMUDICT:
         splits = load_cmudict()
     else:
-        splits = _split_tsv(_data_path(data), hold_out=valid is None, notes=notes)
+        splits = _split_tsv(data_path(data), hold_out=valid is None, notes=notes)
     if valid is not None:
         splits = replace(splits, valid=_read_part(valid, notes, "--valid"), valid_name=str(valid))
     if test is not None:
@@ -200,7 +200,8 @@ def _cmudict_bytes() -> bytes:
     return data
 
 
-def _data_path(data: str) -> Path:
+def data_path(data: str) -> Path:
+    """The file that --data names. Raises FileError if there is none, UsageError if it is ""."""
     if not data:
         raise UsageError("--data: is empty", f"Give a TSV file, or {CMUDICT}.")
     path = Path(data)

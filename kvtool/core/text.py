@@ -107,16 +107,48 @@ class Tokenizer:
         self.has_specials, self.end_ids, self._frames = False, end_ids, True
         return self
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with special tokens only by rules of the file (`as_it_is`); what is
-        unknown is UNK.
+    def encode(self, text: str, spelled: bool = False) -> list[int]:
+        """Token ids of `text`, with special tokens only by rules of the file (`as_it_is`), or, if
+        `spelled`, also where the text spells them; what is unknown is UNK.
 
         Raises UsageError where an unknown piece has no token at all.
         """
+        ids = self._ids(text, spelled, self._frames)
+        return ids if spelled else self._as_text(ids)
+
+    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of what a chat template wrote, with special tokens where it spells them, and
+        none around it. A piece that is marked True is text, whatever it spells."""
+        ids: list[int] = []
+        for text, only_text in pieces:
+            ids += self._continued(text, not only_text) if ids else self._ids(text, not only_text)
+        return ids
+
+    def _continued(self, text: str, spelled: bool) -> list[int]:
+        """Token ids of `text` behind another: some tokenizers begin a text with a blank of their
+        own, and behind a line break none does (as transformers finds out)."""
+        behind, line_break = self._ids(f"\n{text}", spelled), self._ids("\n")
+        n = len(line_break)
+        return behind[n:] if behind[:n] == line_break else self._ids(text, spelled)
+
+    def _ids(self, text: str, spelled: bool = False, frames: bool = False) -> list[int]:
+        self._inner.encode_special_tokens = not spelled
         try:
-            return self._as_text(self._inner.encode(text, add_special_tokens=self._frames).ids)
+            return self._inner.encode(text, add_special_tokens=frames).ids
         except Exception as error:  # the library raises bare Exception
             raise UsageError(f"the text cannot be encoded ({error})") from error
+        finally:
+            self._inner.encode_special_tokens = True
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """How the tokens are spelled that text is never made of."""
+        added = self._inner.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+    def special_tokens_in(self, text: str) -> list[str]:
+        """The special tokens that `text` spells, each once."""
+        return [name for name in self.special_tokens if name and name in text]
 
     def unknown(self, text: str) -> list[str]:
         """The pieces of `text` that encode makes UNK, each once."""
@@ -166,7 +198,7 @@ class NoTokenizer(Tokenizer):
         super().__init__(tokenizers.Tokenizer(models.BPE()))
         self.path = path
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, spelled: bool = False) -> list[int]:
         """Raises FileError."""
         raise FileError(
             f"{self.path}: not found, and text needs a tokenizer",

@@ -14,7 +14,7 @@ import typer
 
 from kvtool.config import DEVICES, DTYPES, check_int
 from kvtool.errors import UsageError
-from kvtool.files import shipped_models
+from kvtool.files import model_folder, require_file, shipped_models
 from kvtool.registry import CACHE_SETTINGS, CACHES, KERNELS, choose, split_kind, with_settings
 from kvtool.ui.lists import lengths, list_option
 
@@ -58,8 +58,8 @@ def _kernels(value: str) -> str:
     return kernels_kind(value, "--kernels")
 
 
-def utf8_text(value: str | None) -> str | None:
-    """The text of --prompt. Raises UsageError with the offset of a byte that is not UTF-8."""
+def utf8_text(param: typer.CallbackParam, value: str | None) -> str | None:
+    """The text of an option. Raises UsageError with the offset of a byte that is not UTF-8."""
     if value is None:
         return None
     data = value.encode("utf-8", "surrogateescape")  # how Python keeps such bytes in sys.argv
@@ -67,7 +67,18 @@ def utf8_text(value: str | None) -> str | None:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         found = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise UsageError(f"--prompt: is not UTF-8 ({found})", "Convert it to UTF-8.") from error
+        flag = param.opts[0]
+        raise UsageError(f"{flag}: is not UTF-8 ({found})", "Convert it to UTF-8.") from error
+
+
+def require_inputs(model: str, *files: tuple[str, Path | None, str]) -> None:
+    """Raise FileError for a model, or files as (flag, path, what), that are not there: at once, and
+    not when torch is loaded, seconds later."""
+    if model:
+        model_folder(model)
+    for flag, path, what in files:
+        if path is not None:
+            require_file(path, what, flag)
 
 
 def plot_file(param: typer.CallbackParam, value: Path | None) -> Path | None:
@@ -258,7 +269,11 @@ Prompt = Annotated[
 ]
 PromptFile = Annotated[
     Path | None,
-    typer.Option("--prompt-file", metavar="FILE", help="Read the prompt from a UTF-8 file."),
+    typer.Option(
+        "--prompt-file",
+        metavar="FILE",
+        help="Read the prompt from a UTF-8 file, all of it: a line break at its end too.",
+    ),
 ]
 Plot = Annotated[
     Path | None,

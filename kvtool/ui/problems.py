@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import typer
 
 from kvtool.errors import KvtoolError, UsageError
+from kvtool.nearest import did_you_mean, nearest_names
 
 # The class that Typer raises for every misuse; where it is defined has moved between releases.
 UsageProblem: Any = typer.BadParameter.__mro__[1]
@@ -69,10 +70,9 @@ def explain_usage(error: Exception) -> UsageError:
     command = context.command_path if context else "kvtool"
     hint = f"See {command} --help."
     option = getattr(error, "option_name", None)
-    if hasattr(error, "possibilities"):
-        near = sorted(error.possibilities or [])
-        hint = f"Did you mean {' or '.join(near)}?" if near else hint
-        return UsageError(f"{option}: no such option of {command}", hint)
+    if hasattr(error, "possibilities"):  # Typer's own; ours also know prefixes and plurals
+        near = nearest_names(str(option), _options(context))
+        return UsageError(f"{option}: no such option of {command}", did_you_mean(near) or hint)
     message = str(getattr(error, "message", error))
     if option:
         what = "takes no value" if "does not take" in message else "needs a value"
@@ -85,6 +85,12 @@ def explain_usage(error: Exception) -> UsageError:
     if stray:
         return UsageError(f"{stray[1]}: unexpected", f"{command} takes options only. {hint}")
     return UsageError(message.rstrip("."), hint)
+
+
+def _options(context: Any) -> list[str]:
+    """The long names of the options of a command."""
+    params = context.command.get_params(context) if context else []
+    return [name for param in params for name in param.opts if name.startswith("--")]
 
 
 def _bad_value(error: Exception, message: str) -> str:

@@ -10,10 +10,10 @@ from kvtool.errors import UsageError
 
 # Fields that change no logit of a decoder in evaluation, whatever their value, by what they are.
 _HARMLESS = {
-    "names and bookkeeping": "_commit_hash _name_or_path architectures dtype finetuning_task "
-    "is_decoder is_llama_config model_type name_or_path prefix task_specific_params "
-    "tokenizer_class torch_dtype transformers.js_config transformers_version unsloth_fixed "
-    "unsloth_version",
+    "names and bookkeeping": "_commit_hash _model_name_or_path _name_or_path architectures "
+    "dtype finetuning_task is_decoder is_llama_config model_type name_or_path prefix "
+    "task_specific_params tokenizer_class torch_dtype transformers.js_config "
+    "transformers_version unsloth_fixed unsloth_version",
     "how to run": "_attn_implementation _attn_implementation_autoset chunk_size_feed_forward "
     "gradient_checkpointing output_attentions output_hidden_states pretraining_tp "
     "reorder_and_upcast_attn return_dict return_dict_in_generate tf_legacy_loss torchscript "

@@ -15,10 +15,9 @@ from typing import Any
 from torch import nn
 
 from kvtool.core.verify.target import TargetSubject, is_decoder
+from kvtool.core.verify.target_place import FLAG, target_place
 from kvtool.errors import FileError, UsageError, first_line
 from kvtool.files import sha256
-
-FLAG = "--target"
 
 
 def target_subject(spec: str, vocab_size: int = 0, context: int = 0) -> TargetSubject:
@@ -39,10 +38,9 @@ def identity(spec: str) -> dict[str, str]:
 
 def load_target(spec: str) -> Any:
     """The object that FILE.py:NAME is, or that it returns when called without arguments."""
-    path, colon, name = spec.rpartition(":")
-    if not (path and colon and name.isidentifier()):
-        raise UsageError(f"{FLAG}: {spec!r} is not FILE.py:NAME", "For example my_decoder.py:build")
-    module = _imported(Path(path))
+    place, name = target_place(spec)
+    path = spec.rpartition(":")[0]
+    module = _imported(place)
     if not hasattr(module, name):
         raise _no_such_name(path, name, module)
     found = getattr(module, name)
@@ -58,10 +56,6 @@ def load_target(spec: str) -> Any:
 
 def _imported(path: Path) -> ModuleType:
     """Run a file as `python FILE` would: what lies beside it can be imported."""
-    if not path.is_file():
-        other = "is no file of text" if path.exists() else "there is no such file"
-        problem = "is a folder" if path.is_dir() else other
-        raise FileError(f"{path}: {problem}", f"{FLAG} takes FILE.py:NAME.")
     name = path.stem if path.stem not in sys.modules else f"kvtool_target_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -1,0 +1,216 @@
+"""Chat templates: how a checkpoint wants a conversation written down for it.
+
+A folder of Hugging Face brings a Jinja template, in a file of its own or in tokenizer_config.json.
+It is rendered as transformers does, by `chat_worker` in a process with limits. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvtool.errors import FileError, KvtoolError, UsageError
+from kvtool.files import read_json_object, read_text
+
+TEMPLATE, CONFIG, LEGACY = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
+TOKENS = "special_tokens_map.json"  # of older folders
+WORKER = Path(__file__).with_name("chat_worker.py")
+SECONDS = 2  # of the processor, for up to a thousand conversations
+WAIT_SECONDS = 120  # for the process, which a busy machine may keep waiting
+NBYTES = 1 << 29
+CHARACTERS = 1 << 20  # of one text, besides what it was given
+PASSED_ON = ("TZ", "LD_LIBRARY_PATH")  # what the time is, and where Python itself may be
+
+Message = dict[str, str]  # role and content
+Piece = tuple[str, bool]  # a text, and whether it is nothing but text: what a person wrote
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja template, the special tokens that it may name, and the file that it is from."""
+
+    source: str
+    variables: Mapping[str, str]
+    path: Path
+
+
+def read_template(folder: Path) -> ChatTemplate:
+    """The template in a checkpoint's folder: chat_template.jinja before tokenizer_config.json, as
+    in transformers. Raises FileError for one that is damaged, UsageError if there is none."""
+    config = _object(folder / CONFIG, "settings of a tokenizer")
+    variables = _named_tokens(folder, config)
+    if os.path.lexists(folder / TEMPLATE):
+        path, found = folder / TEMPLATE, read_text(folder / TEMPLATE, "a chat template")
+        return ChatTemplate(found, variables, path)
+    legacy = _object(folder / LEGACY, "a chat template")
+    for path, data in ((folder / CONFIG, config), (folder / LEGACY, legacy)):
+        if data.get("chat_template") is not None:
+            return ChatTemplate(_chosen(path, data["chat_template"]), variables, path)
+    raise UsageError(
+        f"--chat: {folder} has no chat template (neither {TEMPLATE} nor one in {CONFIG})",
+        "Leave --chat out, or take an instruct model, which brings one.",
+    )
+
+
+def _object(path: Path, what: str) -> dict[str, Any]:
+    return read_json_object(path, what) if os.path.lexists(path) else {}
+
+
+def _chosen(path: Path, found: Any) -> str:
+    """The template called default where a file has several."""
+    if isinstance(found, str):
+        return found
+    try:
+        named = {str(entry["name"]): entry["template"] for entry in found}
+    except (TypeError, KeyError):
+        raise FileError(f"{path}: chat_template is neither a text nor a list of them") from None
+    if not isinstance(named.get("default"), str):
+        names = ", ".join(named) or "none"
+        raise FileError(f"{path}: chat_template has no text called default (found {names})")
+    return str(named["default"])
+
+
+def _named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and the like, by those names."""
+    data = dict(config)
+    if "added_tokens_decoder" not in config:  # as in transformers: then the older file counts
+        data.update(_object(folder / TOKENS, "special tokens"))
+    extra = data.get("extra_special_tokens")
+    named = {name: value for name, value in data.items() if name.endswith("_token")}
+    named.update(extra if isinstance(extra, dict) else {})
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def conversation(text: str, system: str | None) -> list[Message]:
+    """What is said before an answer to `text`."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": text}]
+
+
+def render(
+    template: ChatTemplate, conversations: Sequence[Sequence[Message]], specials: Sequence[str] = ()
+) -> list[list[Piece]]:
+    """Each conversation as the template writes it, up to where the answer begins.
+
+    Where a message spells one of `specials`, that spelling becomes a piece of its own, which is
+    only text: a message cannot end itself, or begin another. Raises UsageError for a template that
+    refuses the conversation, fails, or goes beyond its limits of time, memory and length.
+    """
+    said = [message["content"] for messages in conversations for message in messages]
+    opening, closing = _unused_pair([template.source, *template.variables.values(), *said])
+    spelled = re.compile(
+        "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)"
+    )
+    marked = [
+        [
+            {**message, "content": spelled.sub(rf"{opening}\g<0>{closing}", message["content"])}
+            for message in messages
+        ]
+        for messages in conversations
+    ]
+    texts = _render_elsewhere(template, marked, sum(map(len, said)))
+    # A template may cut a text anywhere: a lone mark is dropped.
+    marks = re.compile(f"{opening}([^{opening}{closing}]*){closing}|[{opening}{closing}]")
+    return [_pieces(marks.split(text)) for text in texts]
+
+
+def _unused_pair(texts: Sequence[str]) -> tuple[str, str]:
+    """Two characters for private use that none of the texts has."""
+    used = set().union(*texts)
+    free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+    found = list(zip(free, free, strict=False))
+    if not found:
+        raise UsageError("the prompt has every character for private use", "Take one out.")
+    return found[0]
+
+
+def _pieces(split: Sequence[str | None]) -> list[Piece]:
+    return [(text, i % 2 == 1) for i, text in enumerate(split) if text]
+
+
+def _render_elsewhere(
+    template: ChatTemplate, conversations: Sequence[Sequence[Message]], n_said: int
+) -> list[str]:
+    """The texts that chat_worker makes. Ctrl-C, SIGTERM and any error here end its process."""
+    seconds = seconds_for(len(conversations))
+    asked = {
+        "path": [_package_folder("jinja2"), _package_folder("markupsafe")],
+        "source": template.source,
+        "variables": dict(template.variables),
+        "conversations": conversations,
+        "seconds": seconds,
+        "nbytes": NBYTES + 64 * n_said,
+        "characters": CHARACTERS + 10 * n_said,
+    }
+    try:
+        code, output = _run_worker(json.dumps(asked).encode())
+    except subprocess.TimeoutExpired:
+        raise _refusal(template, "slow", WAIT_SECONDS) from None
+    try:
+        found = json.loads(output)
+    except ValueError:
+        why = "time" if code == -signal.SIGXCPU else "ended"
+        raise _refusal(template, why, seconds) from None
+    if "texts" in found:
+        return list(found["texts"])
+    refusal = _refusal(template, found["error"], seconds, found.get("said", ""))
+    if conversations[0][0]["role"] == "system" and "system" in refusal.message.lower():
+        raise UsageError(refusal.message, "Leave --system out.")
+    raise refusal
+
+
+def _run_worker(data: bytes) -> tuple[int, bytes]:
+    """The exit code and output of a fresh interpreter, which does not outlive this call."""
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", str(WORKER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
+        cwd="/",
+    ) as process:
+        try:
+            output, _ = process.communicate(data, WAIT_SECONDS)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        return process.returncode, output
+
+
+def seconds_for(n_conversations: int) -> int:
+    """How much of the processor a template may take."""
+    return SECONDS + n_conversations // 1000
+
+
+def _package_folder(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise KvtoolError(f"--chat: needs the package {name}", f"pip install {name}")
+    return str(Path(spec.origin).parent.parent)
+
+
+def _refusal(template: ChatTemplate, why: str, seconds: int, said: str = "") -> UsageError:
+    reason = {
+        "time": f"takes more than {seconds} s of processor time",
+        "slow": f"is not done after {seconds} s",
+        "memory": f"takes more than {NBYTES >> 20} MiB of memory",
+        "long": f"writes more than {CHARACTERS:,} characters",
+        "deep": "calls itself too often",
+        "failed": f"cannot write this conversation ({said})",
+        "ended": "ended the process that rendered it",
+    }[why]
+    return UsageError(
+        f"--chat: the template in {template.path} {reason}",
+        "Leave --chat out, and write the prompt as the model expects it.",
+    )
