@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvtool import app
 from kvtool.core import chat
 from kvtool.core.chat import ChatTemplate, conversation
+from kvtool.ending import Ended
 from kvtool.errors import UsageError
 
 HINT = "Leave --chat out, and write the prompt as the model expects it."
@@ -131,13 +131,10 @@ def test_a_template_without_a_system_role_says_what_to_leave_out() -> None:
 # The process
 
 
-@pytest.mark.parametrize(
-    ("number", "stopped"),
-    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, app.Terminated)],
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.usefixtures("signals_as_in_the_app")
 def test_a_signal_ends_the_process_that_renders(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, stopped: type[BaseException]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
 ) -> None:
     worker, pid = tmp_path / "worker.py", tmp_path / "pid"
     worker.write_text(
@@ -147,7 +144,7 @@ def test_a_signal_ends_the_process_that_renders(
         "while True: signal.pause()\n"
     )
     monkeypatch.setattr(chat, "WORKER", worker)
-    with pytest.raises(stopped):
+    with pytest.raises(Ended):
         chat.render(ChatTemplate("", {}, worker), [conversation("hi", None)])
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)

@@ -228,7 +228,8 @@ def test_a_blank_line_is_answered_by_a_blank_one_and_the_others_as_ever(
     assert ran.err.splitlines()[0] == f"{path}: lines 1, 3, 4, 6 blank, and so in the results"
     found = answer(ran)["results"]
     lines = [found[i : i + n] for i in range(0, len(found), n)]
-    assert [result for i in (1, 4) for result in lines[i]] == expected
+    answered = [result for i in (1, 4) for result in lines[i]]
+    assert answered == [{**r, "number": {1: 2, 2: 5}[r["number"]]} for r in expected]
     for i in (0, 2, 3, 5):
         assert [(r["text"], r["new_tokens"], r["rank"]) for r in lines[i]] == [
             ("", 0, rank) for rank in range(1, n + 1)
