@@ -132,7 +132,7 @@ def show(report: Report, out: Output) -> None:
     """The table of mutants, that of look-alikes, and the sums."""
     columns = [
         Column("class", key=True),
-        Column("planted bug", "left", key=True),
+        Column("planted bug", "left", key=True, by_word=True),
         Column("found", "left"),
         Column("caught", "center"),
         Column("step", "center"),
