@@ -125,7 +125,7 @@ def test_the_self_test_refuses_what_it_makes_no_use_of(kv: Callable[..., Ran], w
     ("words", "message"),
     [
         ("--sweep", "--sweep: needs --impl transformers. Add --impl transformers."),
-        ("--resume x", "--resume: needs --sweep. Add --impl transformers --sweep."),
+        ("--time-limit 9", "--time-limit: needs --sweep. Add --impl transformers --sweep."),
         ("--impl transformers --types llama", "--types: needs --sweep. Add --impl transformers"),
         (
             "--impl transformers --kernels exact",

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from kvtool.commands.verify_rows import facts, tell_ended, told
 from kvtool.commands.verify_transformers import chosen_scenarios
 from kvtool.config import RunConfig, check_float, check_int
-from kvtool.core.verify.outcome import UNSUPPORTED
 from kvtool.ending import End, until_ended
 from kvtool.registry import TRANSFORMERS_CACHES, TRANSFORMERS_MODELS, choose
 from kvtool.ui.documents import check_writable
@@ -88,6 +87,8 @@ class Report:
     @property
     def not_judged(self) -> dict[str, str]:
         """Kinds of cache with what of them something else stood in for."""
+        from kvtool.core.verify.outcome import UNSUPPORTED
+
         verdicts = {swept.by_cache.get(QUANTIZED, UNSUPPORTED) for swept in self.types}
         return {QUANTIZED: "codes"} if verdicts - {UNSUPPORTED} else {}
 

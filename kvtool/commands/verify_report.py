@@ -5,20 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvtool.core.verify.outcome import (
-    IDENTICAL,
-    NOT_CAUSAL,
-    PRECISION,
-    ROUNDING,
-    UNSUPPORTED,
-    Outcome,
-    Summary,
-    outcome,
-)
 from kvtool.ending import End
 
 if TYPE_CHECKING:
     from kvtool.core.verify.check import Checked
+    from kvtool.core.verify.outcome import Outcome, Summary
 
 
 @dataclass
@@ -86,6 +77,8 @@ class Row:
 
     @property
     def outcome(self) -> Outcome:
+        from kvtool.core.verify.outcome import outcome
+
         return outcome(self.verdict, self.right, self.stores)
 
     @property
@@ -96,10 +89,14 @@ class Row:
     @property
     def beyond(self) -> bool:
         """Whether the subject cannot do this, and says so."""
+        from kvtool.core.verify.outcome import UNSUPPORTED
+
         return self.verdict == UNSUPPORTED
 
     def words(self, short: bool = False) -> str:
         """The verdict, as a sentence says it, or short for a table."""
+        from kvtool.core.verify.outcome import NOT_CAUSAL, PRECISION, ROUNDING
+
         step = self.first_wrong_step
         if self.verdict == ROUNDING and not self.right:
             return "not exact" if short else "rounding, not exact"
@@ -143,6 +140,8 @@ class Report:
 
     @property
     def summary(self) -> Summary[Row]:
+        from kvtool.core.verify.outcome import Summary
+
         return Summary(self.checks, self.control.outcome if self.control else None)
 
     @property
@@ -238,6 +237,8 @@ class Report:
         return f"{rows[0].words()} in {names[0]}{more}"
 
     def _steps(self, kernels: str) -> str:
+        from kvtool.core.verify.outcome import IDENTICAL, ROUNDING
+
         rows = [row for row in self.judged if row.kernels == kernels]
         same, steps = sum(row.identical_steps for row in rows), sum(row.steps for row in rows)
         if same == steps:
