@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import generate_cases
-from cli_probe import Ran, refused
+from cli_probe import HANGS, Ran, refused
 from generate_cases import texts
 from kvtool.commands.generate import one_line
 from kvtool.core import checkpoint
@@ -159,7 +159,7 @@ def test_a_prompt_is_the_same_from_every_source(
 def test_a_real_pipe_is_read(decoder: Path) -> None:
     command = [sys.executable, "-m", "kvtool", "generate", "--model", str(decoder), "--json"]
     done = subprocess.run(
-        [*command, "--max-tokens", "3"], input=b"To be", capture_output=True, timeout=60
+        [*command, "--max-tokens", "3"], input=b"To be", capture_output=True, timeout=HANGS
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["results"][0]["prompt"] == "To be"
