@@ -17,6 +17,7 @@ from kvtool.ui import options, output, tables
 from kvtool.ui.options import Caches, Debug, Json, Lengths, OutputFile, Quiet, Verbose
 
 LENGTHS = [10, 50]
+HANGS = 900  # seconds; ends what would never end, and decides nothing else
 MISSING = FileError("weights/none: not found", "Did you mean weights/one?")
 CPU_MEMORY = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "

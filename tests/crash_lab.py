@@ -19,18 +19,17 @@ from typing import Any
 import torch
 
 import deaths
+from cli_probe import HANGS
 from deaths import Aim
 from kvtool.core import runs
 from training_cases import STEPS, TRAINERS, model, train, unreadable
-
-HANGS = 600  # seconds after which a child is ended by SIGALRM, which no trial expects
 
 
 def child(work: Callable[[], object]) -> int:
     """Fork, work, and return the exit code."""
     pid = os.fork()
     if not pid:
-        signal.alarm(HANGS)
+        signal.alarm(HANGS)  # which no trial expects
         code = 1
         try:
             work()

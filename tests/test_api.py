@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kvtool
+from cli_probe import HANGS
 from decoder_shapes import VOCAB, Pairs, Stepper, after, joined
 from kvtool.core.verify.api import WrongToken, check_target, decode_case, evidence
 from kvtool.core.verify.judge import BUG, Judge
@@ -44,7 +45,7 @@ def test_importing_kvtool_loads_no_torch_and_offers_both() -> None:
         "assert callable(kvtool.verify) and 'torch' in sys.modules\n"
         "from kvtool import verify; assert verify is kvtool.verify"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS)
 
 
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:

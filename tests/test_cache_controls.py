@@ -95,7 +95,7 @@ class ResetKeepsThePadding(DynamicCache):
         self.left_padding = before
 
 
-class ResetsIntoNewMemory(DynamicCache):
+class ResetsIntoNewMemory(StaticCache):
     def reset(self, left_padding: Tensor | None = None) -> None:
         super().reset(left_padding)
         self._keys = [k.clone() for k in self._keys]

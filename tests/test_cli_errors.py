@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 
 import kvtool
-from cli_probe import Ran, refused
+from cli_probe import HANGS, Ran, refused
 from kvtool import app, ending
 from kvtool.errors import UsageError
 from kvtool.registry import choose
@@ -182,7 +182,7 @@ def test_a_closed_pipe_ends_the_process_quietly() -> None:
     assert process.stdout.readline() == "line\n"
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(timeout=30) == app.CLOSED_PIPE
+    assert process.wait(timeout=HANGS) == app.CLOSED_PIPE
     process.stderr.close()
 
 
@@ -195,11 +195,11 @@ def test_a_signal_ends_the_process_with_one_line(number: int, code: int, word: s
     assert process.stdout is not None
     assert process.stdout.readline() == "line\n"
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=HANGS)
     assert (process.returncode, errors) == (code, f"kvtool: {word}\n")
 
 
 def test_python_dash_m_kvtool_is_the_same_program() -> None:
     command = [sys.executable, "-m", "kvtool", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert (done.returncode, done.stdout) == (0, f"kvtool {kvtool.__version__}\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import kvtool
+from cli_probe import HANGS
 
 PACKAGE = Path(kvtool.__file__).parent
 HEAVY = {
@@ -132,6 +133,8 @@ def test_help_loads_nothing_heavy() -> None:
         "import sys; from kvtool.app import run; assert run(['--help']) == 0;"
         f"print('LOADED', sorted(set({sorted(HEAVY)!r}) & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "LOADED []"

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cli_probe import HANGS
 from kvtool.core import pairs
 from kvtool.core.pairs import Pair, Splits, load_cmudict, load_data, read_tsv
 from kvtool.errors import FileError, UsageError
@@ -152,7 +153,7 @@ def test_a_python_without_lzma_is_told_so(monkeypatch):
 
 def test_pairs_and_scores_import_without_torch():
     code = "import sys, kvtool.core.pairs, kvtool.core.scoring; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=HANGS).returncode == 0
 
 
 # Reading a TSV file

@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cli_probe import HANGS
 from kvtool.core import runs
 from kvtool.core.team import ALONE, Share
 from kvtool.files import sha256
@@ -50,11 +51,13 @@ def tsv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(tsv: Path) -> Start:
-    def call(out: Path, *args: str, processes: int = 2) -> subprocess.Popen[str]:
+    def call(
+        out: Path, *args: str, processes: int = 2, program: Sequence[str] = ("-m", "kvtool")
+    ) -> subprocess.Popen[str]:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         given = ["--data", str(tsv), "--out", str(out), *SETTINGS, "--eval-every", "10", *args]
         return subprocess.Popen(
-            [sys.executable, *launch, "-m", "kvtool", "train-seq2seq", *given],
+            [sys.executable, *launch, *program, "train-seq2seq", *given],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -78,7 +81,7 @@ def two(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     """A run of two processes: its folder, and what the user read."""
     out = tmp_path_factory.mktemp("runs") / "two"
     process = start(out, "--steps", str(STEPS))
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=HANGS)
     assert process.returncode == 0, stderr
     return out, stdout, stderr
 
@@ -87,7 +90,7 @@ def test_two_processes_learn_what_one_does(
     start: Start, two: tuple[Path, str, str], tmp_path: Path
 ) -> None:
     process = start(tmp_path / "one", "--steps", str(STEPS), processes=1)
-    assert process.wait(timeout=120) == 0, process.communicate()[1]
+    assert process.wait(timeout=HANGS) == 0, process.communicate()[1]
     found, expected = (log(out, "loss") for out in (two[0], tmp_path / "one"))
     assert [line["tokens"] for line in found] == [line["tokens"] for line in expected]
     for name in ("loss", "grad_norm", "lr"):
@@ -107,18 +110,19 @@ def test_one_process_talks_and_writes_for_all(two: tuple[Path, str, str]) -> Non
 def test_a_stopped_team_saves_the_step_and_goes_on_to_the_same_bytes(
     start: Start, two: tuple[Path, str, str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    process = start(out, "--steps", str(STEPS))
-    wait_for(lambda: (out / runs.LOG).exists() and len(log(out, "valid")) >= 1, process)
+    out, waits, step = tmp_path / "run", tmp_path / "waits", 12
+    held = [str(Path(__file__).with_name("held_training.py")), str(step), str(waits)]
+    process = start(out, "--steps", str(STEPS), program=held)
+    while not waits.exists() and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # torchrun hands it to both
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=HANGS)
     assert process.returncode != 0 and stderr.count("go on with --resume") == 1
     assert stderr.count("kvtool: terminated") == 1
-    at = max(state_names(out))
-    assert int(at.split("-")[1]) < STEPS
+    assert int(max(state_names(out)).split("-")[1]) == step
     process = start(out, "--steps", str(STEPS), "--resume")
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0 and stderr.count("resumed at step") == 1
+    _, stderr = process.communicate(timeout=HANGS)
+    assert process.returncode == 0 and stderr.count(f"resumed at step {step}") == 1
     name = Path("last") / "model.safetensors"
     assert sha256(out / name) == sha256(two[0] / name)
 
@@ -126,16 +130,10 @@ def test_a_stopped_team_saves_the_step_and_goes_on_to_the_same_bytes(
 def test_an_error_of_the_leader_is_one_line_and_ends_all(start: Start, tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").touch()
     process = start(tmp_path, "--steps", "5")
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=HANGS)
     assert process.returncode != 0
     assert stderr.count("kvtool: error:") == stderr.count("is not empty (found holiday.jpg)") == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["holiday.jpg"]
-
-
-def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 60
-    while not ready() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 7])

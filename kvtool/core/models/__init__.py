@@ -35,6 +35,5 @@ def read_config(data: Mapping[str, Any], where: str) -> ModelConfig:
     """What a checkpoint's config.json holds, with the fields of its family; `where` names the file
     in errors. Raises FileError."""
     kind = data.get("model_type")
-    if isinstance(kind, str) and kind in own_types():
-        return model_class(kind.removeprefix(OWN)).config_class.from_dict(data, where)
-    return ModelConfig.from_dict(data, where)
+    family = str(kind).removeprefix(OWN) if kind in own_types() else "decoder"
+    return model_class(family).config_class.from_dict(data, where)
