@@ -161,12 +161,18 @@ def test_sizes_have_their_units(n: int, text: str) -> None:
     assert plots.bytes_text(n) == text
 
 
+def legend(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_a_loss_plot_shows_the_score_on_an_axis_of_its_own(figures: list[Any]) -> None:
-    plots.loss_plot(Path("a.png"), LOG, "bits_per_byte")
+    plots.loss_plot(Path("a.png"), LOG, "bits_per_byte", title="train-lm, runs/lm")
     left, right = figures[0].axes
+    assert left.get_title() == "train-lm, runs/lm"
     assert list(left.lines[0].get_ydata()) == [5.0, 4.0, 3.5]
     assert list(right.lines[0].get_xdata()) == [2]
     assert right.get_ylabel() == "held out: bits per byte"
+    assert legend(figures[0]) == ["loss in training", "bits per byte, held out"]
 
 
 def test_the_score_of_averaged_weights_is_a_line_of_its_own(figures: list[Any]) -> None:
@@ -174,13 +180,52 @@ def test_the_score_of_averaged_weights_is_a_line_of_its_own(figures: list[Any]) 
     plots.loss_plot(Path("a.png"), log[:-1], "bits_per_byte")
     right = figures[0].axes[1]
     assert [list(line.get_ydata()) for line in right.lines] == [[3.0], [2.5]]
-    assert [text.get_text() for text in right.get_legend().get_texts()] == [
-        "held out",
-        "held out, averaged weights",
+    assert legend(figures[0])[1:] == [
+        "bits per byte, held out",
+        "bits per byte, held out, averaged weights",
     ]
     plots.loss_plot(Path("a.png"), [LOG[0], log[-1]], "per")
-    assert figures[1].axes[1].get_ylabel() == "held out: PER"
-    assert figures[1].axes[1].get_legend() is None
+    assert figures[1].axes[1].get_ylabel() == "held out: PER %"
+
+
+def test_the_held_out_loss_is_drawn_beside_that_of_training(figures: list[Any]) -> None:
+    log = [
+        LOG[0],
+        {"step": 1, "valid": {"per": 50}},  # of a run that was begun before there was one
+        {"step": 2, "valid": {"per": 40, "loss": 2.5}},
+        {"step": 2, "averaged": {"per": 30, "loss": 2.25}},
+    ]
+    plots.loss_plot(Path("a.png"), log, "per", "loss")
+    left, right = figures[0].axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in (*left.lines, *right.lines)}
+    assert drawn == {
+        "loss in training": [[1, 5]],
+        "loss, held out": [[2, 2.5]],
+        "loss, held out, averaged weights": [[2, 2.25]],
+        "PER %, held out": [[1, 50], [2, 40]],
+        "PER %, held out, averaged weights": [[2, 30]],
+    }
+    assert legend(figures[0]) == list(drawn)
+
+
+def test_a_loss_that_stays_the_same_looks_flat(figures: list[Any]) -> None:
+    log = [{"step": n, "loss": 2.0 + n % 2 / 100, "valid": {"per": 3 - n % 2 / 50}} for n in (1, 2)]
+    plots.loss_plot(Path("a.png"), log, "per")
+    for axes in figures[0].axes:
+        assert axes.get_yscale() == "linear" and axes.get_ylim()[0] == 0
+        (low, high), values = axes.get_ylim(), axes.lines[0].get_ydata()
+        assert max(values) - min(values) < (high - low) / 50 and high < 1.2 * max(values)
+
+
+def test_what_label_smoothing_leaves_of_the_loss_is_a_line_with_its_reason(
+    figures: list[Any],
+) -> None:
+    plots.loss_plot(Path("a.png"), LOG, "bits_per_byte", loss_floor=0.6875)
+    (line,) = [line for line in figures[0].axes[0].lines if line.get_linestyle() == ":"]
+    assert set(line.get_ydata()) == {0.6875}
+    assert legend(figures[0])[1] == "lowest loss that label smoothing leaves: 0.69"
+    plots.loss_plot(Path("a.png"), LOG, "bits_per_byte")
+    assert len(figures[1].axes[0].lines) == 1
 
 
 def test_a_training_without_a_step_leaves_no_plot(figures: list[Any]) -> None:

@@ -33,14 +33,14 @@ def test_rates_are_percentages_over_the_corpus_not_means_over_words():
     score = score_sequences(references, [("AH", "B", "K", "Z"), ("AA",)])
     assert score == Score(n=2, n_wrong=1, n_edits=1, n_reference_tokens=5)
     assert score.wer == 50.0
-    assert score.per == 20.0
+    assert score.token_error_rate == 20.0
 
 
 def test_a_sequence_that_equals_any_reference_is_right():
     references = [(("AH",), ("EY", "B"), ("K", "Z", "Z"))]
     for right in references[0]:
         score = score_sequences(references, [list(right)])
-        assert (score.wer, score.per) == (0.0, 0.0)
+        assert (score.wer, score.token_error_rate) == (0.0, 0.0)
         assert score.n_reference_tokens == len(right)
 
 
@@ -60,8 +60,11 @@ def test_of_equally_close_references_the_longest_counts_in_any_order(order):
 
 
 def test_an_output_of_nothing_costs_its_whole_reference_and_a_long_one_more_than_all_of_it():
-    assert score_sequences([(("AH", "B"),)], [()]).per == 100.0
-    assert score_sequences([(("AH", "B"),)], [("AH", "B", "Z", "Z", "Z", "Z")]).per == 200.0
+    assert score_sequences([(("AH", "B"),)], [()]).token_error_rate == 100.0
+    assert (
+        score_sequences([(("AH", "B"),)], [("AH", "B", "Z", "Z", "Z", "Z")]).token_error_rate
+        == 200.0
+    )
 
 
 def test_tokens_are_compared_whole():
@@ -74,7 +77,7 @@ def test_tokens_are_compared_whole():
 def test_both_rates_are_zero_exactly_if_some_reference_is_equal(references, hypothesis):
     score = score_sequences([references], [hypothesis])
     equal = tuple(hypothesis) in references
-    assert (score.wer == 0, score.per == 0) == (equal, equal)
+    assert (score.wer == 0, score.token_error_rate == 0) == (equal, equal)
 
 
 @steady

@@ -110,9 +110,9 @@ def test_the_document_has_the_scores_the_settings_and_the_weights(
 @pytest.mark.parametrize(
     ("kind", "figures"),
     [
-        ("auto", ["WER %", "PER %"]),
+        ("auto", ["WER %", "SER %"]),  # the symbols are no phones
         ("char", ["WER %", "CER %"]),
-        ("symbol", ["WER %", "PER %"]),
+        ("symbol", ["WER %", "SER %"]),
         ("word", ["BLEU", "BLEU lc", "chrF", "signatures"]),
         ("bpe", ["BLEU", "BLEU lc", "chrF", "signatures"]),
     ],
@@ -152,7 +152,7 @@ def test_translations_are_scored_by_bleu_and_its_signatures_stand_once_under_the
     ends = [line[line.rindex(" (") :] for line in lines if "|version:" in line]
     assert ends == [" (dev)"] * 3 + [" (test)"] * 3
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert list(json.loads(log[-1])["valid"]) == ["bleu", "bleu_lc", "chrf"]
+    assert list(json.loads(log[-1])["valid"]) == ["bleu", "bleu_lc", "chrf", "loss"]
 
 
 def test_rates_are_told_in_percent_and_other_scores_are_not(

@@ -18,8 +18,9 @@ from kvtool.core import beam, checkpoint, translation
 from kvtool.core.exact import EXACT
 from kvtool.core.kernels import DefaultKernels
 from kvtool.core.models import Model
-from kvtool.core.pairs import Pair, Splits
+from kvtool.core.pairs import PHONES, Pair, Splits, load_cmudict
 from kvtool.core.runs import RunFolder
+from kvtool.core.scoring import Score
 from kvtool.core.text import BOS, EOS, KINDS, PAD, Tokenizer
 from kvtool.core.train import Trainer
 from kvtool.core.translation import Translation, check_sources, pad, target_limit, translate
@@ -292,9 +293,12 @@ def test_a_right_answer_has_no_errors_whatever_the_tokenizer(
     pairs = [Pair(text, ("something else", text)[n % 2 :]) for n, text in enumerate(texts)]
     subject = task(splits(pairs, pairs), f"{kind} {kind}")
     answered(monkeypatch, subject, *texts)
-    figures = subject.evaluate(model())
+    vocabularies = subject.tokenizer.vocab_size, subject.source_tokenizer.vocab_size
+    network = model(vocab_size=vocabularies[0], source_vocab_size=vocabularies[1])
+    figures = subject.evaluate(network)
+    assert figures.pop("loss") > 0
     if kind in ("char", "symbol"):
-        assert figures == {"per": 0, "wer": 0}
+        assert figures == {{"char": "cer", "symbol": "ser"}[kind]: 0, "wer": 0}
     else:
         assert figures == pytest.approx({"bleu": 100, "bleu_lc": 100, "chrf": 100})
 
@@ -305,9 +309,9 @@ def test_unknown_words_of_a_reference_are_errors(
 ) -> None:
     subject = task(splits([Pair("a", ("the old cat sat down",))]), f"char {kind}")
     answered(monkeypatch, subject, "the old cat sat")
-    figures = subject.score(model(), [Pair("a", ("the old cat sat outside",))]).figures
+    figures = subject.figures(subject.score(model(), [Pair("a", ("the old cat sat outside",))]))
     if kind == "symbol":
-        assert figures == {"per": 20, "wer": 100}
+        assert figures == {"ser": 20, "wer": 100}
     else:
         assert figures["bleu"] == pytest.approx(100 * math.exp(1 - 5 / 4))
 
@@ -318,8 +322,8 @@ SENTENCES = [Pair("a", ("one two three",)), Pair("b", ("one", "one two three fou
 @pytest.mark.parametrize(
     ("kind", "valid", "name"),
     [
-        ("char", SENTENCES, "per"),
-        ("symbol", SENTENCES, "per"),
+        ("char", SENTENCES, "cer"),
+        ("symbol", SENTENCES, "ser"),
         ("word", SENTENCES, "bleu"),
         ("bpe", SENTENCES, "bleu"),
         ("bpe", SENTENCES[:1], "chrf"),  # no four words: BLEU would be 0 for ever
@@ -329,9 +333,60 @@ def test_text_is_judged_by_bleu_and_symbols_by_their_error_rate(
     kind: str, valid: Sequence[Pair], name: str
 ) -> None:
     subject = task(splits(SENTENCES, valid), f"char {kind}")
-    assert (subject.score_name, subject.higher_is_better) == (name, name != "per")
+    assert (subject.score_name, subject.higher_is_better) == (name, kind in ("word", "bpe"))
     sizes = {"vocab_size": subject.tokenizer.vocab_size}
     assert name in subject.evaluate(model(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("targets", "name"),
+    [
+        (("R EH N", "AW T"), "per"),
+        (("R EH1 N", "AW0 T"), "per"),  # with stress
+        (("R EH N", "c4 d4"), "ser"),  # notes
+        (("r e n", "a u"), "ser"),
+    ],
+)
+def test_only_errors_of_phones_are_called_so(targets: tuple[str, ...], name: str) -> None:
+    subject = task(splits([Pair("a", targets)]), "char symbol")
+    assert subject.score_name == name and subject.figures(Score(4, 1, 2, 8)) == {
+        name: 25,
+        "wer": 25,
+    }
+
+
+def test_the_phones_that_are_known_are_those_of_the_dictionary() -> None:
+    pairs = load_cmudict().train
+    assert {phone for p in pairs for target in p.targets for phone in target.split()} == PHONES
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_held_out_loss_is_that_of_training_for_the_same_pairs(smoothing: float) -> None:
+    subject = task(splits(PAIRS, PAIRS[:7]), smoothing=smoothing, batch_tokens=60)
+    network, rows = model(), range(sum(len(pair.targets) for pair in PAIRS[:7]))
+    with torch.no_grad():
+        expected = float(subject.loss(network, list(rows))[0])
+    assert subject.evaluate(network)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert subject.loss_floor <= expected
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_no_logits_have_a_loss_below_the_floor_and_some_have_it(smoothing: float) -> None:
+    subject = task(smoothing=smoothing)
+    n = subject.tokenizer.vocab_size
+    aimed = torch.full((n,), smoothing / n, dtype=torch.float64)
+    aimed[5] += 1 - smoothing
+    lowest = F.cross_entropy(
+        aimed.clamp(min=1e-300).log()[None], torch.tensor([5]), label_smoothing=smoothing
+    )
+    assert subject.loss_floor == pytest.approx(float(lowest), abs=1e-12)
+
+
+def test_a_held_out_target_that_the_model_cannot_hold_has_no_loss_but_a_score() -> None:
+    long = Pair("ab", ("A " * CONTEXT,))
+    both = task(splits(PAIRS, [*PAIRS[:3], long])).evaluate(model())
+    assert both["loss"] == task(splits(PAIRS, PAIRS[:3])).evaluate(model())["loss"]
+    assert "loss" not in task(splits(PAIRS, [long])).evaluate(model())
 
 
 def test_a_large_dev_set_is_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +423,8 @@ def test_twenty_pairs_are_learned_by_heart_and_the_best_checkpoint_knows_them(
     with RunFolder(tmp_path, False, print) as folder:
         Trainer(network, subject, settings, folder, Progress(), print).run()
     best = checkpoint.load(str(tmp_path / "best"), CPU, torch.float32)
-    assert before == 100 and subject.evaluate(best.model) == {"per": 0, "wer": 0}
+    after = subject.evaluate(best.model)
+    assert before == 100 and after == {"ser": 0, "wer": 0, "loss": after["loss"]}
     assert best.source_tokenizer is not None
     ids = translate(best.model, best.source_tokenizer.encode_batch([pairs[0].source]))
     assert best.tokenizer.decode(ids[0]) == pairs[0].targets[0]

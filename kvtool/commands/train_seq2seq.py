@@ -20,12 +20,7 @@ if TYPE_CHECKING:
     from kvtool.core.translation import Translation
 
 TOKENIZERS = ("auto", "char", "symbol", "word", "bpe")
-# What the figures of a score are called, by the target's tokenizer: a target spelt in characters or
-# phones is a word, and any other is text.
-COLUMNS = {
-    "char": {"wer": "WER %", "per": "CER %"},
-    "symbol": {"wer": "WER %", "per": "PER %"},
-}
+# What the figures of text are called; those of a target spelt in characters or symbols are rates.
 TEXT_COLUMNS = {"bleu": "BLEU", "bleu_lc": "BLEU lc", "chrf": "chrF"}
 
 
@@ -128,9 +123,10 @@ def score_row(
     decoding = "greedy" if beams == 1 else f"beam {beams}"
     out.note(f"decoding {len(pairs):,} {part} sources, {decoding}")
     score = task.score(model, pairs, None if beams == 1 else Beam(beams))
-    columns = TEXT_COLUMNS if task.is_text else COLUMNS[task.tokenizer.kind]
+    rates = {name: f"{name.upper()} %" for name in ("wer", task.error_rate)}
+    columns = TEXT_COLUMNS if task.is_text else rates
     row: dict[str, Any] = {"part": part, "data": name, "sources": score.n, "decoding": decoding}
-    row.update({column: score.figures[figure] for figure, column in columns.items()})
+    row.update({column: task.figures(score)[figure] for figure, column in columns.items()})
     if score.signatures:
         row["signatures"] = {columns[figure]: text for figure, text in score.signatures.items()}
     return row

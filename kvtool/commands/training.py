@@ -323,7 +323,14 @@ def train(model: Model, task: Task, config: TrainConfig, description: str, out: 
                 position = trainer.run()
             finally:
                 if folder is not None:
-                    loss_plot(config.out / "loss.png", folder.read_log(), task.score_name)
+                    loss_plot(
+                        config.out / "loss.png",
+                        folder.read_log(),
+                        task.score_name,
+                        task.loss_name,
+                        task.loss_floor,
+                        f"kvtool {description}, {config.out}",
+                    )
     if not team.leads:
         raise typer.Exit()
     return position

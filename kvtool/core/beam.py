@@ -83,8 +83,10 @@ def beam_search(
     to one.
 
     The best is never below the greedy continuation, which plain beam search may lose: where that is
-    not among the likeliest, one more row carries it on, and nothing but it. Nor is it below plain
-    beam search of this size. A larger beam may still find less than a smaller one.
+    not among the likeliest, one more row carries it on, and nothing but it: the cost is that row,
+    as long as it lives, and room for it in the cache. (With default kernels
+    a row's rounding depends on the batch, so near ties may fall otherwise than alone.) Nor is it
+    below plain beam search of this size; a larger beam may still find less than a smaller one.
 
     `tell` is given the bytes of the cache after each step. Raises CapacityError before any work if
     the context is too short, CheckFailed if logits are not finite.

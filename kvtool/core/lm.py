@@ -81,6 +81,8 @@ class LanguageModelling:
     """
 
     score_name = "bits_per_char"
+    loss_name = "nats_per_token"
+    loss_floor = 0.0
     higher_is_better = False
     in_percent = ()
 

@@ -28,6 +28,13 @@ SPLIT_MODULUS = 20
 DEV_REMAINDER = 19
 TEST_REMAINDERS = (17, 18)
 
+# The phones of the dictionary; other dictionaries put a digit of stress behind a vowel.
+_PHONES = (
+    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W "
+    "Y Z ZH"
+)
+PHONES = frozenset(_PHONES.split())
+
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # all but the tab
 _HEADER_NAMES = {"source", "src", "input", "word", "target", "tgt", "output", "pronunciation"}
 _UNPACK, _CONVERT = "Unpack it first.", "Convert it to UTF-8 first."

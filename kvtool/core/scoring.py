@@ -39,13 +39,9 @@ class Score:
         return 100 * self.n_wrong / self.n
 
     @property
-    def per(self) -> float:
+    def token_error_rate(self) -> float:
         """Edits per reference token, in percent; above 100 if outputs are much too long."""
         return 100 * self.n_edits / self.n_reference_tokens
-
-    @property
-    def figures(self) -> dict[str, float]:
-        return {"per": self.per, "wer": self.wer}
 
     @property
     def signatures(self) -> dict[str, str]:

@@ -57,6 +57,14 @@ class Task(Protocol):
         """Of the figure in `evaluate` that decides."""
 
     @property
+    def loss_name(self) -> str:
+        """Of the figure in `evaluate` that is what `loss` is, of held-out data."""
+
+    @property
+    def loss_floor(self) -> float:
+        """What no `loss` can be below, in nats."""
+
+    @property
     def higher_is_better(self) -> bool:
         """Whether it is a score to raise, as BLEU is, or one to lower, as an error rate."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from kvtool.core.kernels import DEFAULT, Kernels
 from kvtool.core.layers import deal_rows
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
-from kvtool.core.pairs import Pair, Splits
+from kvtool.core.pairs import PHONES, Pair, Splits
 from kvtool.core.scoring import (
     Score,
     TextScore,
@@ -29,6 +31,7 @@ from kvtool.core.text import BOS, EOS, PAD, Tokenizer
 from kvtool.errors import CapacityError, FileError
 
 Ids = Sequence[int]
+Rows = Sequence[tuple[list[int], list[int]]]  # of a source and its target
 DECODING_BATCH = 256  # sources decoded together
 DEV_SAMPLE = 1000  # sources decoded at each evaluation during training
 
@@ -117,7 +120,10 @@ def target_limit(n_source: int, context: int) -> int:
 class Translation:
     """The training task over pairs: batches of similar length, label-smoothed cross-entropy
     (Szegedy 2016), and scores of real greedy decoding: error rates of targets spelt in characters
-    or symbols, BLEU and chrF of any other text."""
+    or symbols, BLEU and chrF of any other text. Held-out pairs have a loss too, by the same rule.
+    """
+
+    loss_name = "loss"
 
     in_percent = ("per", "wer")
 
@@ -143,15 +149,33 @@ class Translation:
         self.rows = self._encode(splits.train)
         self.dev = splits.valid[:: max(1, len(splits.valid) // DEV_SAMPLE)]
         self.is_text = tokenizer.kind not in ("char", "symbol")
+        self.dev_rows = [row for row in self._ids(self.dev) if max(map(len, row)) <= context]
         for pairs, name in ((splits.valid, splits.valid_name), (splits.test, splits.test_name)):
             texts = [pair.source for pair in pairs]
             for text, source in zip(texts, source_tokenizer.encode_batch(texts), strict=True):
                 self._check_length(name, text, len(source))
 
+    @cached_property
+    def error_rate(self) -> str:
+        """What the errors of a token are called: of a character, a phone, or any other symbol."""
+        if self.tokenizer.kind == "char":
+            return "cer"
+        targets = (target for pair in self.splits.train for target in pair.targets)
+        symbols = {symbol.rstrip("012") for target in targets for symbol in target.split()}
+        return "per" if symbols <= PHONES else "ser"
+
+    @property
+    def loss_floor(self) -> float:
+        """The lowest loss that label smoothing leaves, in nats: the entropy of what is aimed at."""
+        n = self.tokenizer.vocab_size
+        wrong = self.smoothing / n
+        right = 1 - (n - 1) * wrong
+        return -sum(m * p * math.log(p) for m, p in ((1, right), (n - 1, wrong)) if p)
+
     @property
     def score_name(self) -> str:
         if not self.is_text:
-            return "per"
+            return self.error_rate
         # BLEU is 0, however right the outputs are, where no target has four words.
         long = any(len(target.split()) >= 4 for pair in self.dev for target in pair.targets)
         return "bleu" if long else "chrf"
@@ -161,12 +185,18 @@ class Translation:
         return self.is_text
 
     def _encode(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
-        """Ids of each source with each of its targets, EOS at the end. Raises FileError."""
+        """As `_ids`. Raises FileError for what is too long."""
+        found = self._ids(pairs)
+        texts = (pair.source for pair in pairs for _ in pair.targets)
+        for text, row in zip(texts, found, strict=True):
+            self._check_length(self.splits.name, text, max(map(len, row)))
+        return found
+
+    def _ids(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
+        """Ids of each source with each of its targets, EOS at the end."""
         flat = [(pair.source, target) for pair in pairs for target in pair.targets]
         sources = self.source_tokenizer.encode_batch([source for source, _ in flat])
         targets = self.tokenizer.encode_batch([target for _, target in flat])
-        for text, source, target in zip(flat, sources, targets, strict=True):
-            self._check_length(self.splits.name, text[0], max(len(source), len(target) + 1))
         return [(source, [*target, EOS]) for source, target in zip(sources, targets, strict=True)]
 
     def _check_length(self, where: str, text: str, n: int) -> None:
@@ -182,20 +212,26 @@ class Translation:
         for a pair that alone has more."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.rows), generator=generator).tolist()
-        order.sort(key=lambda i: (len(self.rows[i][1]), len(self.rows[i][0])))  # ties stay shuffled
+        found = self._packed(self.rows, order)
+        shuffled = torch.randperm(len(found), generator=generator).tolist()
+        return [found[i] for i in shuffled]
+
+    def _packed(self, rows: Rows, order: list[int]) -> list[list[int]]:
+        """The indices of `order` in batches of rows of similar length."""
+        order = sorted(
+            order, key=lambda i: (len(rows[i][1]), len(rows[i][0]))
+        )  # ties stay shuffled
         found: list[list[int]] = []
         batch: list[int] = []
         n_source = n_target = 0  # of the longest of the batch
         for i in order:
-            source, target = map(len, self.rows[i])
+            source, target = map(len, rows[i])
             n_source, n_target = max(n_source, source), max(n_target, target)
             if batch and (n_source + n_target) * (len(batch) + 1) > self.batch_tokens:
                 found.append(batch)
                 batch, n_source, n_target = [], source, target
             batch.append(i)
-        found.append(batch)
-        shuffled = torch.randperm(len(found), generator=generator).tolist()
-        return [found[i] for i in shuffled]
+        return [*found, batch]
 
     def loss(self, model: Model, batch: list[int], share: Share = WHOLE) -> tuple[Tensor, int]:
         source, mask = pad([self.rows[i][0] for i in batch], self.device)
@@ -204,18 +240,45 @@ class Translation:
         rows = share.rows(len(batch))
         deal_rows(model, rows)
         source, mask, target, real = (part[rows] for part in (source, mask, target, real))
+        return self._nats(model, source, mask, target, real) / n_targets, int(
+            mask.sum() + real.sum()
+        )
+
+    def _nats(
+        self, model: Model, source: Tensor, mask: Tensor, target: Tensor, real: Tensor
+    ) -> Tensor:
+        """The smoothed loss summed over all tokens of target (B,T), from source (B,S), each with
+        its mask, True = real."""
         shifted = F.pad(target[:, :-1], (1, 0), value=BOS)
         logits = model(shifted, source=model.encode(source, mask))
-        loss = F.cross_entropy(
+        return F.cross_entropy(
             logits.flatten(0, 1).float(),
             target.masked_fill(~real, -100).flatten(),
             label_smoothing=self.smoothing,
             reduction="sum",
         )
-        return loss / n_targets, int(mask.sum() + real.sum())
 
     def evaluate(self, model: Model) -> dict[str, float]:
-        return self.score(model, self.dev).figures
+        figures = self.figures(self.score(model, self.dev))
+        return figures if not self.dev_rows else {**figures, "loss": self._held_out_loss(model)}
+
+    @torch.inference_mode()
+    def _held_out_loss(self, model: Model) -> float:
+        """Nats per token of the dev sample."""
+        nats = n = 0.0
+        for batch in self._packed(self.dev_rows, list(range(len(self.dev_rows)))):
+            source, target = (
+                pad([self.dev_rows[i][side] for i in batch], self.device) for side in (0, 1)
+            )
+            nats += float(self._nats(model, *source, *target))
+            n += float(target[1].sum())
+        return nats / n
+
+    def figures(self, score: Score | TextScore) -> dict[str, float]:
+        """By name, in percent or as sacreBLEU gives them."""
+        if isinstance(score, TextScore):
+            return score.figures
+        return {self.error_rate: score.token_error_rate, "wer": score.wer}
 
     def score(
         self, model: Model, pairs: Sequence[Pair], beam: Beam | None = None

@@ -18,6 +18,8 @@ MARKERS = "os^DvPX"
 DASH = 5.0  # line widths, of each of several kinds that lie on each other
 TOUCHING = 0.015  # of an axis: lines that are nearer to each other are seen as one
 
+RATES = ("per", "cer", "ser")  # scores that are percentages of errors
+
 
 def new_figure(width: float = 7.2, height: float = 4.4) -> tuple[Any, Any]:
     """A figure with one axes, in the house style."""
@@ -42,38 +44,63 @@ def save_figure(figure: Any, path: Path) -> None:
     write_durable(path, buffer.getvalue())
 
 
-def loss_plot(path: Path, log: Sequence[Mapping[str, Any]], score_name: str) -> None:
-    """The training loss and the held-out score against steps, that of averaged weights too, if
-    there is one; nothing if there is no step yet."""
+def loss_plot(
+    path: Path,
+    log: Sequence[Mapping[str, Any]],
+    score_name: str,
+    loss_name: str = "",
+    loss_floor: float = 0.0,
+    title: str = "",
+) -> None:
+    """The losses of training and of held-out data, `loss_name` of its figures, and the held-out
+    score against steps, those of averaged weights too, if there are any; nothing if there is no
+    step yet. Both axes begin at 0, so that a line that looks flat is flat."""
     steps = [row for row in log if "loss" in row]
     if not steps:
         return
     figure, axes = new_figure()
+    axes.set_title(title, fontsize=10)
     axes.plot(
         [row["step"] for row in steps],
         [row["loss"] for row in steps],
         color=COLOURS[1],
         linewidth=1,
+        label="loss in training",
     )
+    held_out = {"held out": "valid", "held out, averaged weights": "averaged"}
+    for i, (label, kind) in enumerate(held_out.items()):
+        points = _points(log, kind, loss_name)
+        if points:
+            _line(axes, 1 + 5 * i, f"loss, {label}", points, linewidth=1.5 - 0.5 * i, dashed=True)
+    if loss_floor:
+        label = f"lowest loss that label smoothing leaves: {loss_floor:.2f}"
+        axes.axhline(loss_floor, color="#777777", linestyle=":", linewidth=1.2, label=label)
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss, nats per token", color=COLOURS[1])
-    _value_axis(axes, "{:g}".format)
-    series = {"held out": "valid", "held out, averaged weights": "averaged"}
-    scores = {
-        label: [(row["step"], row[kind][score_name]) for row in log if kind in row]
-        for label, kind in series.items()
-    }
-    if scores["held out"]:
-        right = axes.twinx()
+    axes.set_ylabel("loss, nats per token", color=COLOURS[1])
+    axes.set_ylim(bottom=0)
+    drawn = [axes]
+    name = score_name.upper() if len(score_name) <= 4 else score_name.replace("_", " ")
+    name += " %" * (score_name in RATES)
+    if _points(log, "valid", score_name):
+        drawn.append(right := axes.twinx())
         right.spines["top"].set_visible(False)
-        for i, (label, points) in enumerate(scores.items()):
+        for i, (label, kind) in enumerate(held_out.items()):
+            points = _points(log, kind, score_name)
             if points:
-                _line(right, 2 + 3 * i, label, points, linewidth=1.5 - 0.5 * i)
-        name = score_name.upper() if len(score_name) <= 4 else score_name.replace("_", " ")
+                _line(right, 2 + 3 * i, f"{name}, {label}", points, linewidth=1.5 - 0.5 * i)
         right.set_ylabel(f"held out: {name}", color=COLOURS[2])
-        if scores["held out, averaged weights"]:
-            right.legend(frameon=False, loc="upper right")
+        right.set_ylim(bottom=0)
+    handles, labels = zip(
+        *(entry for each in drawn for entry in zip(*each.get_legend_handles_labels(), strict=True)),
+        strict=True,
+    )
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     save_figure(figure, path)
+
+
+def _points(log: Sequence[Mapping[str, Any]], kind: str, figure: str) -> list[tuple[int, float]]:
+    """(step, figure) of the held-out figures of a kind; a log may have older ones without it."""
+    return [(row["step"], row[kind][figure]) for row in log if figure in row.get(kind, ())]
 
 
 def bench_plot(
