@@ -112,7 +112,10 @@ class Settings:
 
 def run(settings: Settings, out: Output) -> Report:
     """Judge the model with each kind of cache in every scenario, then a planted bug."""
-    from kvtool.core.machine import prepare
+    import torch
+
+    from kvtool.core import footprint
+    from kvtool.core.machine import prepare, require_memory
     from kvtool.core.verify import transformers_subject as hub
 
     names = chosen_scenarios(settings.scenarios)
@@ -120,6 +123,10 @@ def run(settings: Settings, out: Output) -> Report:
     device, dtype = prepare(settings.run)
     model, note = hub.load_model(settings.run.model, settings.run.seed)
     model = model.to(device, dtype)
+    n_vocab = model.config.get_text_config(decoder=True).vocab_size
+    needed = footprint.converted(model, torch.float64)
+    needed += footprint.arms(n_vocab, hub.PREFILL, settings.tokens, dtype.itemsize)
+    require_memory("the weights in float64, and the logits of all runs", needed, device)
     kinds = settings.caches or list(TRANSFORMERS_CACHES)
     if note:
         out.note(note)

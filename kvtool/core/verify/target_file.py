@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from kvtool.core.verify.target import TargetSubject, is_decoder
-from kvtool.errors import FileError, UsageError, first_line
+from kvtool.errors import FileError, UsageError, first_line, pass_on_shortage
 
 FLAG = "--target"
 
@@ -67,6 +67,7 @@ def _imported(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        pass_on_shortage(error)
         sys.modules.pop(name, None)
         raise FileError(f"{path}: importing it raised {told(error, path)}") from error
     return module
@@ -85,6 +86,7 @@ def _built(factory: Any, path: str, name: str) -> Any:
     try:
         return factory()
     except (Exception, SystemExit) as error:
+        pass_on_shortage(error)
         raise FileError(f"{path}: {name}() raised {told(error, Path(path))}") from error
 
 
