@@ -6,6 +6,8 @@ stderr. Anything else that escapes is a defect of kvtool itself and keeps its tr
 
 from __future__ import annotations
 
+import errno
+
 CLOSED_PIPE = 141  # as a shell reports SIGPIPE
 
 
@@ -52,6 +54,25 @@ class CacheOpUnsupported(KvtoolError):
         super().__init__(f"{kind} cache cannot {op}: {why}", hint)
         self.kind = kind
         self.op = op
+
+
+OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory",
+)  # fmt: skip
+
+
+def short_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, in the words of Python, the system or PyTorch."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(text in said for text in OUT_OF_MEMORY)
+
+
+def pass_on_shortage(error: BaseException) -> None:
+    """Raise it again if there was not enough memory: that says nothing of who raised it."""
+    if short_of_memory(error):
+        raise error
 
 
 def first_line(error: BaseException) -> str:

@@ -21,8 +21,8 @@ from kvtool.core.kernels import (
     attention_of_one,
     make_kernels,
     reference_attention,
-    visible,
 )
+from kvtool.core.sight import visible
 from kvtool.errors import UsageError
 
 E = EMPTY  # short, for the tables

@@ -176,3 +176,46 @@ def test_a_processor_with_the_instructions_multiplies_bfloat16(
         assert machine.multiplies_bfloat16(CPU) is has
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as before PyTorch 2.11
     assert machine.multiplies_bfloat16(CPU) is False
+
+
+def test_a_limit_of_the_process_counts_what_it_has_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    Files(monkeypatch, meminfo=MEMINFO, statm=f"{GIB // resource.getpagesize()} 5 5 0 0 0 0\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (6 * GIB, 6 * GIB))
+    assert machine.available_bytes(CPU) == 5 * GIB - machine.RESERVED
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (GIB, GIB))
+    assert machine.available_bytes(CPU) == 0
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
+    assert machine.available_bytes(CPU) == 8 * GIB
+
+
+@pytest.mark.parametrize(
+    ("own", "limits"),
+    [
+        ("0::/a/b\n", {"/sys/fs/cgroup/a": ("memory.max", "memory.current")}),
+        ("0::/a/b\n", {"/sys/fs/cgroup/a/b": ("memory.max", "memory.current")}),
+        (
+            "4:cpu,memory:/a\n0::/\n",
+            {"/sys/fs/cgroup/memory/a": ("memory.limit_in_bytes", "memory.usage_in_bytes")},
+        ),
+        (
+            "4:memory:/elsewhere\n",
+            {"/sys/fs/cgroup/memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")},
+        ),
+    ],
+)
+def test_the_limit_of_each_group_around_the_process_counts(
+    monkeypatch: pytest.MonkeyPatch, own: str, limits: dict[str, tuple[str, str]]
+) -> None:
+    texts = {"/proc/self/cgroup": own, "/proc/meminfo": MEMINFO}
+    for folder, (limit, used) in limits.items():
+        texts |= {f"{folder}/{limit}": f"{4 * GIB}\n", f"{folder}/{used}": f"{3 * GIB}\n"}
+        texts[f"{folder}/memory.stat"] = f"file {GIB // 2}\ntotal_cache {GIB // 2}\n"
+
+    def read(path: Path, **_: str) -> str:
+        if str(path) not in texts:
+            raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+        return texts[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert machine.available_bytes(CPU) == 3 * GIB // 2

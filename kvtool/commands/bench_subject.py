@@ -42,7 +42,8 @@ def check_fits(
     settings: Settings, lengths: list[int], config: Any, device: Any, dtype: Any
 ) -> None:
     """Raise CapacityError if the longest run exceeds the context or the memory."""
-    from kvtool.core.cache import CacheSpec
+    from kvtool.core import footprint
+    from kvtool.core.cache import CacheSpec, make_cache
     from kvtool.core.machine import require_memory
 
     flag, n_prompt = settings.start
@@ -61,7 +62,14 @@ def check_fits(
             f"The longest that fits is {config.context - start}.",
         )
     spec = CacheSpec.of(config, settings.batch_size, start + lengths[-1], dtype, device)
-    require_memory("the caches", 2 * spec.capacity * spec.token_nbytes, device)
+    read = spec.capacity if "none" in settings.caches else n_prompt
+    needed = 2 * spec.capacity * spec.token_nbytes
+    needed += footprint.activations(config, settings.batch_size * read, dtype.itemsize)
+    require_memory("the caches, and the longest pass", needed, device)
+    one = CacheSpec.of(config, 1, 1)
+    if not config.n_encoder_layers and any(make_cache(k, one).loses for k in settings.caches):
+        needed = footprint.quality(config, config.context, dtype.itemsize)
+        require_memory("the predictions of two caches", needed, device)
 
 
 def read_ids(settings: Settings, loaded: Checkpoint, device: Any) -> Any:

@@ -240,7 +240,7 @@ class Generator:
             start = torch.tensor([ids], device=self.device)
             prompt, source = engine.begin(self.loaded.model, start, self.kernels)
         n_new = self.n_new(ids)
-        cache = self._new_cache(self._spec(prompt.shape[1] + n_new))
+        cache = self._new_cache(self._fitting(prompt.shape[1], n_new))
         if self.saved is not None:
             # The last token is always computed: its logits are what comes next.
             self.reused = min(common_prefix(self.saved.ids, ids), len(ids) - 1)
@@ -252,6 +252,24 @@ class Generator:
                 save_cache(self.settings.save_cache, cache, ids, self.loaded.sha256)
             self._used(cache.nbytes().allocated + (source.nbytes() if source else 0))
             yield token
+
+    def _fitting(self, n_prompt: int, n_new: int) -> CacheSpec:
+        """The spec for a prompt and `n_new` tokens. Raises CapacityError if they do not fit."""
+        from kvtool.core import footprint
+        from kvtool.core.cache import predicted_nbytes
+        from kvtool.core.machine import require_memory
+
+        spec, config = self._spec(n_prompt + n_new), self.loaded.config
+        kind = self.settings.cache
+        kept = predicted_nbytes(kind, spec, spec.capacity, n_prompt)
+        # A kind that stores holds what is read at once exactly, until that is done.
+        held = kept and max(kept, n_prompt * spec.token_nbytes)
+        longest = n_prompt if kept else spec.capacity
+        read = footprint.activations(config, longest, spec.dtype.itemsize)
+        logits = config.vocab_size * (spec.dtype.itemsize + footprint.FLOAT64)
+        what = f"--cache {kind} for {spec.capacity:,} tokens"
+        require_memory(what, held + read + logits, self.device)
+        return spec
 
     def _spec(self, capacity: int) -> CacheSpec:
         from kvtool.core.cache import CacheSpec

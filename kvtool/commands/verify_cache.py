@@ -95,7 +95,10 @@ def load_model(
     settings: Settings, device: Any, dtype: Any
 ) -> tuple[Checkpoint, str | None, list[int]]:
     """The checkpoint, the prompt, and its ids. Raises FileError and UsageError."""
-    from kvtool.core import checkpoint
+    import torch
+
+    from kvtool.core import checkpoint, footprint
+    from kvtool.core.machine import require_memory
     from kvtool.core.translation import check_sources
 
     try:
@@ -111,6 +114,9 @@ def load_model(
         raise UsageError("--prompt: is empty (expected 1 token or more)")
     if loaded.source_tokenizer is not None:
         check_sources([ids], loaded.config.context)
+    needed = footprint.converted(loaded.model, torch.float64)
+    needed += footprint.verdicts(loaded.config, len(ids), settings.tokens, dtype.itemsize)
+    require_memory("the weights in float64, and the logits of all runs", needed, device)
     return loaded, prompt, ids
 
 
@@ -171,7 +177,8 @@ def check_target(
     settings: Settings, names: list[str], device: Any, dtype: Any, out: Output
 ) -> Report:
     """Check the user's own decoder, from a file of Python."""
-    from kvtool.core.machine import dtype_name
+    from kvtool.core import footprint
+    from kvtool.core.machine import dtype_name, require_memory
     from kvtool.core.verify import api
     from kvtool.core.verify.target_file import identity
 
@@ -184,6 +191,9 @@ def check_target(
     if main.given is not None and main.given.shape[1] < main.n_prompt + settings.tokens:
         n = main.given.shape[1] - main.n_prompt
         out.note(f"--tokens {settings.tokens}: {n}, since the decoder holds {subject.context}")
+    fed = settings.tokens if main.given is None else main.given.shape[1] - main.n_prompt
+    needed = footprint.arms(subject.vocab_size, main.n_prompt, fed, subject.dtype.itemsize)
+    require_memory("the logits of all runs", needed, subject.device)
     # What the decoder prints, hundreds of times, must not get between the results.
     said = sys.stderr if out.verbose else io.StringIO()
     computed = dtype_name(subject.dtype)

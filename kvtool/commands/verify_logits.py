@@ -124,24 +124,31 @@ def run(settings: Settings, out: Output) -> Report:
     """Compare the model, in the working dtype and in float64, with the reference."""
     import torch
 
-    from kvtool.core import checkpoint, reference
-    from kvtool.core.machine import prepare
+    from kvtool.core import checkpoint, footprint, reference
+    from kvtool.core.machine import prepare, require_memory
 
     device, dtype = prepare(settings.run)
     loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
     reference.check_decoder(loaded.config)
     tokenizer = loaded.tokenizer
+    weights_take = footprint.witness(loaded.model, settings.against)
+    what = "verify-logits in float64"
     if settings.against is None:
         path = settings.reference or own_reference(loaded.path)
         references, name = reference.load(path), path.name
+        require_memory(what, weights_take, device)
     else:
-        weights = checkpoint.load_weights(loaded.path, loaded.config)
         texts: tuple[str | None, ...] = (settings.prompt,)
         if settings.prompt is None and loaded.reads_text:
             texts = PROMPTS
         prompts = [(text, checkpoint.prompt_ids(loaded, text)) for text in texts]
-        against = settings.against
+        lengths, against = [len(ids) for _, ids in prompts], settings.against
+        sizes = sum(lengths), max(lengths), dtype.itemsize
+        logits_take = footprint.reference(loaded.config, *sizes)
+        require_memory(f"{what}, --against {against}", weights_take + logits_take, device)
+        weights = checkpoint.load_weights(loaded.path, loaded.config)
         references = reference.make_reference(weights, loaded.config, prompts, against, loaded.path)
+        del weights
         name = AGAINST[against]
     if settings.save_reference is not None:
         reference.save(settings.save_reference, references)

@@ -119,8 +119,11 @@ class Settings:
 
 def run(settings: Settings, out: Output) -> Report:
     """Judge the model with each kind of cache in every scenario, then a planted bug."""
+    import torch
+
+    from kvtool.core import footprint
     from kvtool.core.checkpoint import tell_format
-    from kvtool.core.machine import dtype_name, prepare
+    from kvtool.core.machine import dtype_name, prepare, require_memory
     from kvtool.core.verify import transformers_subject as hub
     from kvtool.core.weight_files import folder_sha256
 
@@ -133,6 +136,10 @@ def run(settings: Settings, out: Output) -> Report:
     if folder.is_dir():
         tell_format(settings.run.model, stored, dtype)
     model = model.to(device, dtype)
+    n_vocab = model.config.get_text_config(decoder=True).vocab_size
+    needed = footprint.converted(model, torch.float64)
+    needed += footprint.arms(n_vocab, hub.PREFILL, settings.tokens, dtype.itemsize)
+    require_memory("the weights in float64, and the logits of all runs", needed, device)
     kinds = settings.caches or list(TRANSFORMERS_CACHES)
     resolved = {
         "model": settings.run.model,

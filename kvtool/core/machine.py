@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,12 @@ import torch
 
 from kvtool.config import RunConfig
 from kvtool.errors import CapacityError, DeviceError
+
+# A control group's limit, what it uses, and the page cache among that.
+CGROUP_2 = "memory.max", "memory.current", "file"
+CGROUP_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"
+# Bytes of addresses that threads and native code take when they are first used.
+RESERVED = 2**28
 
 
 def prepare(config: RunConfig) -> tuple[torch.device, torch.dtype]:
@@ -71,8 +78,9 @@ def available_bytes(device: torch.device) -> int | None:
     """Memory that can still be had, in bytes; None if nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = [n for n in (_meminfo(), _cgroup()) if n is not None]
-    return min(limits) if limits else None
+    found = [_meminfo(), _own_limit(), *(_cgroup(*group) for group in _cgroups())]
+    limits = [n for n in found if n is not None]
+    return max(min(limits), 0) if limits else None
 
 
 def require_memory(what: str, needed: int, device: torch.device) -> None:
@@ -95,14 +103,48 @@ def _meminfo() -> int | None:
     return None
 
 
-def _cgroup() -> int | None:
-    """What a container may still allocate (cgroup v2)."""
-    folder = Path("/sys/fs/cgroup")
+def _own_limit() -> int | None:
+    """What the process may still allocate (ulimit -v)."""
     try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = (folder / "memory.current").read_text(encoding="ascii").strip()
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit == resource.RLIM_INFINITY:
+            return None
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        return limit - pages * resource.getpagesize() - RESERVED
+    except (ImportError, OSError, ValueError):  # Windows has none
+        return None
+
+
+def _cgroups() -> Iterator[tuple[Path, Sequence[str]]]:
+    """The control groups that the process is in, from the innermost out, with the names of their
+    files; a container sees its own as the root."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        lines = ["0::/"]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        second = not controllers
+        if second or "memory" in controllers.split(","):
+            top = root if second else root / "memory"
+            inner = top / path.strip("/")
+            for folder in (inner, *inner.parents):
+                yield folder, CGROUP_2 if second else CGROUP_1
+                if folder == top:
+                    break
+
+
+def _cgroup(folder: Path, names: Sequence[str]) -> int | None:
+    """What a control group may still allocate."""
+    limit_name, used_name, cached_name = names
+    try:
+        limit = (folder / limit_name).read_text(encoding="ascii").strip()
+        used = (folder / used_name).read_text(encoding="ascii").strip()
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         # The page cache counts as used, and is given back when it is needed.
-        return int(limit) - int(used) + int(stat.get("file", 0))  # "max" means no limit
+        return int(limit) - int(used) + int(stat.get(cached_name, 0))  # "max" means no limit
     except (OSError, ValueError):
         return None

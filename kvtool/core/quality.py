@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.core.cache import CacheSpec, make_cache
-from kvtool.core.engine import feed, generate
+from kvtool.core.cache import Cache, CacheSpec, make_cache
+from kvtool.core.engine import advance, generate
+from kvtool.core.footprint import piece
 from kvtool.core.models import Model
 from kvtool.core.sampling import Sampler
 
@@ -30,20 +31,23 @@ class Quality:
 def measure_quality(model: Model, kind: str, ids: Tensor, block: int) -> Quality:
     """Predict each token of `ids` (n,) from those before it in its block of `block` tokens.
 
-    A block is fed at once: what a token sees does not depend on that, whatever the kind.
+    A block is fed in pieces whose logits fit into memory: what a token sees does not depend on
+    that, whatever the kind.
     """
     kl = same = lossy = lossless = 0.0
     n = 0
-    for piece in ids.split(block):
-        if len(piece) < 2:
+    for text in ids.split(block):
+        if len(text) < 2:
             continue
-        found, full = (_log_probs(model, name, piece) for name in (kind, "dynamic"))
-        wanted = piece[1:, None]
-        kl += float(F.kl_div(found, full, log_target=True, reduction="sum"))
-        same += float((found.argmax(-1) == full.argmax(-1)).sum())
-        lossy -= float(found.gather(1, wanted).sum())
-        lossless -= float(full.gather(1, wanted).sum())
-        n += len(wanted)
+        caches = [make_cache(name, _spec(model, len(text))) for name in (kind, "dynamic")]
+        size = piece(model.config.vocab_size, len(text))
+        for read, wanted in zip(text[:-1].split(size), text[1:, None].split(size), strict=True):
+            found, full = (_log_probs(model, cache, read) for cache in caches)
+            kl += float(F.kl_div(found, full, log_target=True, reduction="sum"))
+            same += float((found.argmax(-1) == full.argmax(-1)).sum())
+            lossy -= float(found.gather(1, wanted).sum())
+            lossless -= float(full.gather(1, wanted).sum())
+            n += len(wanted)
     return Quality(kl / n, same / n, math.exp(lossy / n), math.exp(lossless / n), n)
 
 
@@ -57,10 +61,9 @@ def own_text(model: Model, n_tokens: int, seed: int) -> Tensor:
     return torch.cat([start[0], *tokens])
 
 
-def _log_probs(model: Model, kind: str, ids: Tensor) -> Tensor:
-    """Log probabilities (n-1,V), float64, of what follows each token of `ids` (n,) but the last."""
-    cache = make_cache(kind, _spec(model, len(ids)))
-    return feed(model, cache, ids[None, :-1])[0].double().log_softmax(-1)
+def _log_probs(model: Model, cache: Cache, ids: Tensor) -> Tensor:
+    """Log probabilities (n,V), float64, of what follows each of the next tokens `ids` (n,)."""
+    return advance(model, cache, ids[None])[0].double().log_softmax(-1)
 
 
 def _spec(model: Model, capacity: int) -> CacheSpec:

@@ -10,7 +10,7 @@ import copy
 import math
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from kvtool.core.models import Model
 from kvtool.core.verify.compare import distances, spacing
 from kvtool.core.verify.judge import NOISE, ROUNDING_64
 from kvtool.core.weight_files import refuse_lookalike
-from kvtool.errors import CapacityError, FileError, UsageError
+from kvtool.errors import CapacityError, FileError, UsageError, pass_on_shortage
 from kvtool.files import write_durable
 
 FORMATS = ("float64", "float32", "float16")  # of reference logits
@@ -58,6 +58,23 @@ class Position:
     kl: float  # nats, from the reference to the working run
 
 
+class InFloat64(Mapping[str, np.ndarray]):
+    """Weights as arrays in float64, each made when it is read: all at once would take twice the
+    memory of a model."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.weights[name].double().cpu().numpy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
 def make_reference(
     weights: Mapping[str, Tensor],
     config: Any,
@@ -72,7 +89,7 @@ def make_reference(
     has not, CapacityError for a prompt too long.
     """
     check_decoder(config)
-    arrays = {name: tensor.double().cpu().numpy() for name, tensor in weights.items()}
+    arrays = InFloat64(weights)
     compute: Callable[[list[int]], np.ndarray] = partial(oracle.logits, arrays, config)
     if against == "transformers":
         from kvtool.core import witness  # it is slow to import, and may not be installed
@@ -150,9 +167,8 @@ def _load_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with np.load(path, allow_pickle=False) as file:  # a pickle could run code
             return {name: file[name] for name in file.files}, {}
-    except MemoryError:
-        raise
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds between them
+        pass_on_shortage(error)
         raise FileError(f"{path}: is not an .npz file of plain arrays ({error})") from error
 
 

@@ -27,7 +27,7 @@ from kvtool.core.safetensors_file import (
     TensorInfo,
     short,
 )
-from kvtool.errors import FileError
+from kvtool.errors import FileError, pass_on_shortage
 from kvtool.files import read_json_object, require_file, sha256
 
 WEIGHTS = "model.safetensors"
@@ -237,6 +237,7 @@ def _unpickle(path: Path) -> Any:
             warnings.simplefilter("ignore")  # on TorchScript, which is refused in the next line
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything, from EOFError to KeyError
+        pass_on_shortage(error)
         # torch's text is left out: it recommends weights_only=False, which runs the file's code.
         refused = isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error)
         if refused or "TorchScript" in str(error):

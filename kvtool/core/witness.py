@@ -89,7 +89,7 @@ def folder_witness(folder: Path) -> Any | None:
     if config.tie_word_embeddings:
         tensors.pop(HEAD, None)  # equal to the embedding, or loading would have failed
     state = {
-        name if name == HEAD else prefix + name: tensor.double().numpy()
+        name if name == HEAD else prefix + name: tensor
         for name, tensor in tensors.items()
         if not BUFFERS.search(name)
     }
@@ -122,11 +122,12 @@ def witness_logits(model: Any, ids: list[int]) -> np.ndarray:
         return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
 
-def fill(model: Any, state: Arrays) -> None:
-    """Copy `state` into the model; every parameter must be there, and nothing be left over."""
+def fill(model: Any, state: dict[str, Any]) -> None:
+    """Move arrays or tensors into the model; every parameter must be there, and nothing be left
+    over. Each is let go as it is copied, in the model's format: there is no other copy."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # a tied head is listed once
-            parameter.copy_(torch.from_numpy(state.pop(name)))
+            parameter.copy_(torch.as_tensor(state.pop(name)))
     if state:
         raise ValueError(f"transformers' model has no {', '.join(sorted(state))}")
 

@@ -15,13 +15,12 @@ from typing import Any, TextIO
 
 import typer
 
-from kvtool.errors import KvtoolError, UsageError
+from kvtool.errors import KvtoolError, UsageError, short_of_memory
 from kvtool.nearest import did_you_mean, nearest_names
 
 # The class that Typer raises for every misuse; where it is defined has moved between releases.
 UsageProblem: Any = typer.BadParameter.__mro__[1]
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 ALLOCATE = re.compile(r"allocate ([\d.]+) (\w+)")  # in what torch and NumPy say
 WORDS_FOR_TYPES = {  # pydantic's names of what can be wrong with one value
     "int_parsing": "is not a whole number",
@@ -109,13 +108,9 @@ def _bad_value(error: Exception, message: str) -> str:
 
 def explain_machine(error: BaseException) -> KvtoolError | None:
     """The error for a machine that is too small, or None if `error` is a defect of kvtool."""
-    said = str(error).strip()
-    short_of_memory = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in said.lower() for text in OUT_OF_MEMORY)
-    )
-    if short_of_memory:
+    if short_of_memory(error):
         return KvtoolError(
-            f"memory: there is not enough for this{_asked_for(said)}",
+            f"memory: there is not enough for this{_asked_for(str(error).strip())}",
             "Use shorter lengths, a smaller batch, or a smaller model or number format.",
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -131,5 +126,7 @@ def _asked_for(said: str) -> str:
         return ""
     number, unit = found.groups()
     if unit == "bytes":
-        number, unit = f"{int(number) / 2**30:,.1f}", "GiB"
+        nbytes = int(number)
+        large = nbytes >= 2**30
+        number, unit = f"{nbytes / 2 ** (30 if large else 20):,.1f}", "GiB" if large else "MiB"
     return f" ({number} {unit} more were asked for)"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtool.errors import UsageError, first_line
+from kvtool.errors import UsageError, first_line, pass_on_shortage
 
 CACHES = (
     "past_key_values", "kv_cache", "kv_caches", "cache", "caches", "past_kv", "past_kvs", "past",
@@ -332,6 +332,7 @@ def _completed(decoder: ModuleDecoder, ids: Tensor) -> ModuleDecoder:
         try:
             gap = _gap(bare, ids)
         except (Exception, SystemExit) as error:
+            pass_on_shortage(error)
             decoder.note = f"without {plan.position} it raises {type(error).__name__}"
         else:
             if not gap <= AGREES < math.inf and _gap(decoder, ids) <= AGREES:

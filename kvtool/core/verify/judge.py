@@ -33,7 +33,7 @@ from kvtool.core.verify.outcome import (
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.scenarios import Run, Scenario, TooShort
 from kvtool.core.verify.subject import Source, Subject
-from kvtool.errors import CacheOpUnsupported, CheckFailed, first_line
+from kvtool.errors import CacheOpUnsupported, CheckFailed, first_line, pass_on_shortage
 
 ROUNDING_64 = 1e-12  # between right caches (about 1e-15) and everything else (1e-9 and more)
 # How much further a right cache may be from float64 than the uncached run: 2.0 was the most in 144
@@ -123,6 +123,7 @@ def play(subject: Subject, case: Case, promote: tuple[bool, bool] = (False, Fals
         try:
             case.scenario.play(run)
         except (Exception, SystemExit) as error:  # a subject may raise anything: that is its result
+            pass_on_shortage(error)
             played.raised = (run.n_steps, error)
     played.unrefused, played.promoted = run.unrefused, all(promote)
     played.vacuous = next(filter(None, (s.vacuous() for s in run.sessions)), None)
@@ -233,6 +234,7 @@ class Judge:
             try:
                 exact = play(self.double, case, promote)
             except (RuntimeError, NotImplementedError) as raised:
+                pass_on_shortage(raised)
                 error = raised
             else:
                 if exact.raised is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core.verify.subject import Session, Source, Start, Subject
+from kvtool.errors import pass_on_shortage
 
 PREFILL = 11  # tokens of a prompt that no power of two divides
 STEPS = 6  # one-token steps that follow
@@ -179,7 +180,11 @@ class Lane:
         self.run.n_steps += 1
         try:
             self.session.feed(self.run.draw(self.start.batch, 1))
-        except (Exception, SystemExit):  # whatever the subject raises: that it does is what counts
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # whatever it raises: that is what counts
+            pass_on_shortage(error)
             return
         self.run.unrefused = step
 

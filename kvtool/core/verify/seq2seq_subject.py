@@ -30,7 +30,7 @@ from kvtool.core.verify.transformers_subject import (
     ordinary_ids,
     require_static,
 )
-from kvtool.errors import CacheOpUnsupported, first_line
+from kvtool.errors import CacheOpUnsupported, first_line, pass_on_shortage
 
 DYNAMIC, STATIC = "dynamic", "static"
 SOURCE = 7  # tokens of a source where nobody gave one
@@ -181,7 +181,8 @@ class EncoderDecoderSubject(TransformersSubject):
         if "gap" not in self._shared:
             try:
                 self._shared["gap"] = self._padding_gap()
-            except Exception:  # it cannot run in float64, or not with a batch
+            except Exception as error:  # it cannot run in float64, or not with a batch
+                pass_on_shortage(error)
                 self._shared["gap"] = float("inf")
         return float(self._shared["gap"])
 
@@ -247,6 +248,7 @@ def encoder_decoder(model: Any, kind: str) -> EncoderDecoder:
     try:
         found.start(1, NEEDED, None, Source(ids % len(source_words), torch.ones_like(ids) > 0))
     except Exception as error:  # what `generate` refuses to make
+        pass_on_shortage(error)
         raise CacheOpUnsupported(kind, "be made", first_line(error)) from error
     return found
 

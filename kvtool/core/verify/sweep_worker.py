@@ -23,7 +23,7 @@ from kvtool.core.verify.outcome import (
     Outcome,
 )
 from kvtool.core.verify.sweep import NOT_BUILT, Swept, Task
-from kvtool.errors import CheckFailed, UsageError, first_line
+from kvtool.errors import CheckFailed, UsageError, first_line, short_of_memory
 
 # The worst first. A model that is not causal has wrong logits too, and that is why.
 UNTRUSTWORTHY = "the check did not report the bug that was planted to test it"
@@ -67,6 +67,9 @@ def judge(task: Task) -> Swept:
     except (CheckFailed, UsageError) as error:
         return Swept(task.type, ERROR, False, joined(note, error.message))
     except (Exception, SystemExit) as error:  # a model may raise anything: that is its result
+        if short_of_memory(error):
+            reason = f"there is not enough memory for it (within {task.memory / 2**30:.3g} GiB)"
+            return Swept(task.type, NOT_BUILT, False, joined(note, reason))
         reason = f"{type(error).__name__}: {first_line(error)}"
         return Swept(task.type, ERROR, False, joined(note, reason))
 

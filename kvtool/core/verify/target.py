@@ -33,7 +33,7 @@ from kvtool.core.verify.adapter import adapt
 from kvtool.core.verify.kept import fingerprint
 from kvtool.core.verify.scenarios import PREFILL, STEPS
 from kvtool.core.verify.subject import Start
-from kvtool.errors import CacheOpUnsupported, UsageError, first_line
+from kvtool.errors import CacheOpUnsupported, UsageError, first_line, pass_on_shortage
 
 NEEDED = 2 * (PREFILL + STEPS)  # tokens that the longest scenario feeds, and some more
 HISTORY = 24  # tokens over which the work of a step is compared with that of a pass
@@ -201,6 +201,7 @@ class TargetSubject:
             logits = self.whole(ids)
             found, _ = self._after(ids)
         except (Exception, SystemExit) as error:
+            pass_on_shortage(error)
             text = f"{self.name}: {type(error).__name__}: {first_line(error)}"
             raise UsageError(
                 text, "full(ids) and step(ids, state) are called as documented."
@@ -225,7 +226,8 @@ class TargetSubject:
             try:
                 self.whole(torch.zeros(1, middle, dtype=torch.long, device=self.device))
                 low = middle
-            except (Exception, SystemExit):  # whatever it raises: it cannot take that many
+            except (Exception, SystemExit) as error:  # whatever it raises: it cannot take that many
+                pass_on_shortage(error)
                 high = middle - 1
         return low
 
@@ -240,8 +242,8 @@ class TargetSubject:
             found.add("batch")
             if getattr(self.decoder, "takes_padding", False):
                 found.add("padding")
-        except (Exception, SystemExit):  # whatever it raises: it takes no batch
-            pass
+        except (Exception, SystemExit) as error:  # whatever it raises: it takes no batch
+            pass_on_shortage(error)
         try:
             _, state = self._after(ids[:1])
             # A copy of a state that holds no numbers, a row number say, would share what it names.
@@ -250,8 +252,8 @@ class TargetSubject:
                 for leaf in contents(copy.deepcopy(state))
             ):
                 found.add("fork")
-        except (Exception, SystemExit):
-            pass
+        except (Exception, SystemExit) as error:
+            pass_on_shortage(error)
         return frozenset(found)
 
     def vacuous(self) -> str | None:

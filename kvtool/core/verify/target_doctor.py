@@ -23,6 +23,7 @@ from kvtool.core.verify.scenarios import Stopped
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target import TargetSession, TargetSubject
 from kvtool.core.verify.target_trace import Index, Spot, Trace, Watch, first_difference
+from kvtool.errors import pass_on_shortage
 
 BEYOND = 6  # steps behind the first wrong one that a hypothesis has to reproduce too
 
@@ -311,7 +312,8 @@ def _decode(subject: TargetSubject, case: Case, n_steps: int) -> list[Tensor]:
         case.scenario.play(run)
     except Stopped:
         pass
-    except Exception:  # a hypothesis may make no sense here: then it explains nothing
+    except Exception as error:  # a hypothesis may make no sense here: then it explains nothing
+        pass_on_shortage(error)
         return []
     answers = {a.step: s.real(a.found, a.first) for s in run.segments for a in s.answers}
     return [answers[step] for step in sorted(answers)]

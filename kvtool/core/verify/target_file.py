@@ -16,7 +16,7 @@ from torch import nn
 
 from kvtool.core.verify.target import TargetSubject, is_decoder
 from kvtool.core.verify.target_place import FLAG, target_place
-from kvtool.errors import FileError, UsageError, first_line
+from kvtool.errors import FileError, UsageError, first_line, pass_on_shortage
 from kvtool.files import sha256
 
 
@@ -68,6 +68,7 @@ def _imported(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        pass_on_shortage(error)
         sys.modules.pop(name, None)
         raise FileError(f"{path}: importing it raised {told(error, path)}") from error
     return module
@@ -86,6 +87,7 @@ def _built(factory: Any, path: str, name: str) -> Any:
     try:
         return factory()
     except (Exception, SystemExit) as error:
+        pass_on_shortage(error)
         raise FileError(f"{path}: {name}() raised {told(error, Path(path))}") from error
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from kvtool.errors import UsageError
+from kvtool.errors import UsageError, pass_on_shortage
 from kvtool.files import shipped_models
 from kvtool.registry import TRANSFORMERS_MODELS
 
@@ -145,6 +145,7 @@ def tiny_model(model_type: str, seed: int = 0, decoder: bool = True, kind: str =
             config, note = tiny_config(model_type, decoder, kind)
             model = _classes(model_type, kind)[1]._from_config(config)
         except (Exception, SystemExit) as error:
+            pass_on_shortage(error)
             said = " ".join(str(error).split())[:200]
             raise UsageError(
                 f"{model_type}: could not build ({type(error).__name__}: {said})"

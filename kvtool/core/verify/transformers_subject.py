@@ -34,7 +34,7 @@ from kvtool.core.verify.tiny import (
     loop_over_experts,
     tiny_model,
 )
-from kvtool.errors import CacheOpUnsupported, FileError, UsageError, first_line
+from kvtool.errors import CacheOpUnsupported, FileError, UsageError, first_line, pass_on_shortage
 
 PARAMETERS = ("past_key_values", "cache_params")  # of a forward, that take these caches
 BACKENDS = ("quanto", "hqq", "fp8")  # of QuantizedCache; the first that is installed counts
@@ -154,6 +154,7 @@ def hub_decoder(model: Any, kind: str, words: Tensor) -> HubDecoder:
     try:
         make_cache(kind, model.config, NEEDED)
     except Exception as error:  # a backend that is missing, layers of which it has no kind
+        pass_on_shortage(error)
         raise CacheOpUnsupported(kind, "be made", first_line(error)) from error
     plan = Plan(
         cache=parameter,
@@ -175,8 +176,8 @@ def converted(model: Any, dtype: torch.dtype) -> Any:
     if dtype == torch.float64:
         try:
             return _built_in_float64(model)
-        except Exception:  # a model that is not made from its configuration alone
-            pass
+        except Exception as error:  # a model that is not made from its configuration alone
+            pass_on_shortage(error)
     return copy.deepcopy(model).to(dtype)
 
 
@@ -237,7 +238,8 @@ def reach(config: Any) -> tuple[list[int], bool]:
     windows = [window for layer in layers if (window := getattr(layer, "sliding_window", None))]
     try:
         static = make_cache("static", config, NEEDED).layers
-    except Exception:  # layers of which there is no static kind
+    except Exception as error:  # layers of which there is no static kind
+        pass_on_shortage(error)
         return windows, False
     return windows, any(isinstance(s, StaticLayer) and not s.is_sliding for s in static)
 
@@ -317,6 +319,7 @@ def read_folder(folder: str | Path, **options: Any) -> Any:
             auto = AutoModelForSeq2SeqLM if whole else AutoModelForCausalLM
             model = auto.from_pretrained(str(folder), **local, **options)
     except Exception as error:
+        pass_on_shortage(error)
         why = first_line(error) or type(error).__name__
         raise FileError(f"{folder}: transformers cannot read it ({why})") from error
     return model.eval().requires_grad_(False)

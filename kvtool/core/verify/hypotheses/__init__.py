@@ -19,6 +19,7 @@ from kvtool.core.verify.judge import Case
 from kvtool.core.verify.scenarios import Answer, Segment, Stopped
 from kvtool.core.verify.subject import ModelSubject
 from kvtool.core.verify.tape import Tape
+from kvtool.errors import pass_on_shortage
 
 HEALED = 1e-10  # a right hypothesis leaves about 1e-15, a wrong one 1e-5 and more
 UNKNOWN = "none of the known bugs reproduces it"
@@ -74,6 +75,7 @@ def reproduces(
         case.scenario.play(run)
     except Stopped:
         return True
-    except Exception:  # a hypothesis may make no sense here: then it explains nothing
+    except Exception as error:  # a hypothesis may make no sense here: then it explains nothing
+        pass_on_shortage(error)
         return False
     return False
