@@ -21,6 +21,10 @@ import pytest
 from cli_probe import Ran, probe
 from kvtool import app, ending, registry
 
+# A shell has its background jobs ignore Ctrl-C, and kvtool lets it be; its tests shall not differ.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture
 def probe_command(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
