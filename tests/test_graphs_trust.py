@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import graph_cases
 from graph_cases import KINDS, PROMPT, SHAPES, Capturing, Case, N, Story, both
-from kvtool.core import native
+from kvtool.core import compiling
 from kvtool.core.cache import Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
@@ -287,7 +287,7 @@ def test_another_way_to_compute_is_recorded_anew(
 
 
 def never_played(capturing: Capturing, story: Story, make: Callable[[], Case] = Case) -> None:
-    with mock.patch.object(native.LOG, "warning") as failed:
+    with mock.patch.object(compiling.LOG, "warning") as failed:
         recorder = both(capturing, story, make)
     assert (recorder.recorded, recorder.played, failed.call_count) == (0, 0, 0)
 

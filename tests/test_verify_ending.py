@@ -361,7 +361,7 @@ def test_results_of_another_model_are_refused(
     file = Path(modes["target"][1].partition(":")[0])
     file.write_text(TARGET.replace("zeros(3)", "zeros(3) + 1"))
     message = refused(verify(*modes["target"], "--resume", str(path)))
-    assert "file was " in message and "weights was " in message
+    assert "sha256 was " in message and "weights was " in message
     message = refused(verify(*modes["self-test"], "--resume", str(path)))
     assert "check was 'target' and is now 'self-test'" in message
 

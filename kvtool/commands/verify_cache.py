@@ -98,15 +98,11 @@ def load_model(
     import torch
 
     from kvtool.core import checkpoint, footprint
+    from kvtool.core.engine import check_context
     from kvtool.core.machine import require_memory
     from kvtool.core.translation import check_sources
 
-    try:
-        loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
-    except FileError as error:
-        if hint := vt.other_way(settings.run.model):
-            raise FileError(error.message, hint) from error
-        raise
+    loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
     default = SOURCE_PROMPT if loaded.source_tokenizer else DEFAULT_PROMPT
     prompt = default if settings.prompt is None and loaded.reads_text else settings.prompt
     ids = checkpoint.prompt_ids(loaded, prompt)
@@ -114,6 +110,8 @@ def load_model(
         raise UsageError("--prompt: is empty (expected 1 token or more)")
     if loaded.source_tokenizer is not None:
         check_sources([ids], loaded.config.context)
+    n_prompt = len(ids) if loaded.source_tokenizer is None else 1
+    check_context(n_prompt, settings.tokens, loaded.config.context)
     needed = footprint.converted(loaded.model, torch.float64)
     needed += footprint.verdicts(loaded.config, len(ids), settings.tokens, dtype.itemsize)
     require_memory("the weights in float64, and the logits of all runs", needed, device)
@@ -204,7 +202,7 @@ def check_target(
         "device": str(subject.device),
         "scenarios": names,
     }
-    decides = {**resolved, "target": name, "tokens": settings.tokens}
+    decides = {**resolved, "model": name, "tokens": settings.tokens}
     if settings.resume is not None:
         decides["weights"] = subject.fingerprint()
     kept = kept_rows(settings.resume, facts("target", settings.run, **decides), out)
@@ -410,7 +408,7 @@ def command(
         present("verify-cache", one, vt.run, show, out)
     refuse({"--sweep": sweep}, "needs --impl transformers", "Add --impl transformers.")
     if target is None:
-        o.require_inputs(model)
+        vt.require_model(model)
     else:
         from kvtool.core.verify.target_place import target_place
 

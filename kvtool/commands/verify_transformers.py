@@ -16,7 +16,7 @@ from kvtool.commands.verify_report import Report, Row
 from kvtool.commands.verify_rows import Rows, facts, kept_rows
 from kvtool.config import RunConfig, check_int
 from kvtool.ending import until_ended
-from kvtool.errors import UsageError
+from kvtool.errors import FileError, UsageError
 from kvtool.registry import TRANSFORMERS_CACHES, choose
 from kvtool.ui import options as o
 from kvtool.ui.documents import check_writable
@@ -189,23 +189,25 @@ def tell_model(model: Any, note: str, kinds: list[str], out: Output) -> None:
 def decides(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
     """What the results depend on."""
     from kvtool.core.verify.kept import fingerprint
-    from kvtool.core.verify.transformers_subject import need_transformers
 
     asked = {"model": Path(settings.run.model).name, "tokens": settings.tokens}
     if settings.resume is not None:
         config = json.loads(model.config.to_json_string())
         asked |= {"weights": fingerprint({"": model}, {}), "config": config}
-    version = {"transformers": need_transformers()}
-    return facts("transformers", settings.run, **resolved, **asked, **version)
+    return facts("transformers", settings.run, **{**resolved, **asked})
 
 
-def other_way(model: str) -> str:
-    """What to do about a model that was not found, and is a type of transformers; "" otherwise."""
-    from kvtool.core.verify.tiny import is_type
+def require_model(name: str) -> None:
+    """Raise FileError for a model that is not there; it says so if transformers has such a type."""
+    try:
+        o.require_inputs(name)
+    except FileError as error:
+        from kvtool.core.verify.tiny import is_type
 
-    if Path(model).exists() or not is_type(model):
-        return ""
-    return f"{model} is a model type of transformers: add --impl transformers."
+        if Path(name).exists() or not is_type(name):
+            raise
+        hint = f"{name} is a model type of transformers: add --impl transformers."
+        raise FileError(error.message, hint) from error
 
 
 def chosen_scenarios(names: list[str]) -> list[str]:

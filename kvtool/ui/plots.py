@@ -71,7 +71,8 @@ def loss_plot(
     for i, (label, kind) in enumerate(held_out.items()):
         points = _points(log, kind, loss_name)
         if points:
-            _line(axes, 1 + 5 * i, f"loss, {label}", points, linewidth=1.5 - 0.5 * i, dashed=True)
+            look = {"linewidth": 1.5 - 0.5 * i, "linestyle": "--"}
+            _line(axes, 1 + 5 * i, f"loss, {label}", points, **look)
     if loss_floor:
         label = f"lowest loss that label smoothing leaves: {loss_floor:.2f}"
         axes.axhline(loss_floor, color="#777777", linestyle=":", linewidth=1.2, label=label)
