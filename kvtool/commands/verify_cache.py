@@ -99,8 +99,10 @@ def check_model(
     if loaded.source_tokenizer is not None:
         check_sources([ids], loaded.config.context)
     needed = footprint.converted(loaded.model, torch.float64)
-    needed += footprint.verdicts(loaded.config, len(ids), settings.tokens, dtype.itemsize)
-    require_memory("the weights in float64, and the logits of all runs", needed, device)
+    n_tokens = min(settings.tokens, loaded.config.context)  # more are refused below
+    needed += footprint.verdicts(loaded.config, len(ids), n_tokens, dtype.itemsize)
+    what = "the weights in float64, and the logits of all runs"
+    require_memory(what, needed, device, footprint.FEWER)
     total = len(settings.caches) * len(settings.kernels) * len(names) + 1
     with out.progress("verify-cache", total) as bar:
         main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
@@ -145,7 +147,7 @@ def check_target(
         out.note(f"--tokens {settings.tokens}: {n}, since the decoder holds {subject.context}")
     fed = settings.tokens if main.given is None else main.given.shape[1] - main.n_prompt
     needed = footprint.arms(subject.vocab_size, main.n_prompt, fed, subject.dtype.itemsize)
-    require_memory("the logits of all runs", needed, subject.device)
+    require_memory("the logits of all runs", needed, subject.device, footprint.FEWER)
     # What the decoder prints, hundreds of times, must not get between the results.
     said = sys.stderr if out.verbose else io.StringIO()
     with redirect_stdout(said), out.progress("verify-cache", len(names) + 1) as bar:
