@@ -156,7 +156,7 @@ def test_every_command_takes_the_kinds_of_the_page(run: Callable[..., Ran], deco
             "--caches", *KINDS_OF_THE_PAGE)
     )  # fmt: skip
     assert [row["cache"] for row in measured["measurements"]] == KINDS_OF_THE_PAGE
-    assert all(row["cache_bytes"] == row["predicted_bytes"] for row in measured["measurements"])
+    assert all(row["bytes_measured"] == row["bytes_predicted"] for row in measured["measurements"])
 
 
 # A model family

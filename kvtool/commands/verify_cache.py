@@ -114,7 +114,8 @@ def load_model(
     check_context(n_prompt, settings.tokens, loaded.config.context)
     needed = footprint.converted(loaded.model, torch.float64)
     needed += footprint.verdicts(loaded.config, len(ids), settings.tokens, dtype.itemsize)
-    require_memory("the weights in float64, and the logits of all runs", needed, device)
+    what = "the weights in float64, and the logits of all runs"
+    require_memory(what, needed, device, footprint.FEWER)
     return loaded, prompt, ids
 
 
@@ -191,7 +192,7 @@ def check_target(
         out.note(f"--tokens {settings.tokens}: {n}, since the decoder holds {subject.context}")
     fed = settings.tokens if main.given is None else main.given.shape[1] - main.n_prompt
     needed = footprint.arms(subject.vocab_size, main.n_prompt, fed, subject.dtype.itemsize)
-    require_memory("the logits of all runs", needed, subject.device)
+    require_memory("the logits of all runs", needed, subject.device, footprint.FEWER)
     # What the decoder prints, hundreds of times, must not get between the results.
     said = sys.stderr if out.verbose else io.StringIO()
     computed = dtype_name(subject.dtype)

@@ -23,6 +23,7 @@ PROMPTS = (
     "KING RICHARD III:\nNow is the winter of our discontent",
     "Once upon a midnight dreary, while I pondered, weak and weary",
 )
+SMALLER = "Free memory, or check a smaller model."
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def run(settings: Settings, out: Output) -> Report:
     if settings.against is None:
         path = settings.reference or own_reference(loaded.path)
         references, name = reference.load(path), path.name
-        require_memory(what, weights_take, device)
+        require_memory(what, weights_take, device, SMALLER)
     else:
         texts: tuple[str | None, ...] = (settings.prompt,)
         if settings.prompt is None and loaded.reads_text:
@@ -145,7 +146,8 @@ def run(settings: Settings, out: Output) -> Report:
         lengths, against = [len(ids) for _, ids in prompts], settings.against
         sizes = sum(lengths), max(lengths), dtype.itemsize
         logits_take = footprint.reference(loaded.config, *sizes)
-        require_memory(f"{what}, --against {against}", weights_take + logits_take, device)
+        needed = weights_take + logits_take
+        require_memory(f"{what}, --against {against}", needed, device, SMALLER)
         weights = checkpoint.load_weights(loaded.path, loaded.config)
         references = reference.make_reference(weights, loaded.config, prompts, against, loaded.path)
         del weights

@@ -139,7 +139,8 @@ def run(settings: Settings, out: Output) -> Report:
     n_vocab = model.config.get_text_config(decoder=True).vocab_size
     needed = footprint.converted(model, torch.float64)
     needed += footprint.arms(n_vocab, hub.PREFILL, settings.tokens, dtype.itemsize)
-    require_memory("the weights in float64, and the logits of all runs", needed, device)
+    what = "the weights in float64, and the logits of all runs"
+    require_memory(what, needed, device, footprint.FEWER)
     kinds = settings.caches or list(TRANSFORMERS_CACHES)
     resolved = {
         "model": settings.run.model,

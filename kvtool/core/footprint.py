@@ -9,6 +9,7 @@ from kvtool.config import ModelConfig
 
 FLOAT64 = torch.float64.itemsize
 SCENARIO = 512  # tokens of all rows; no scenario but the one on the prompt feeds more
+FEWER = "Free memory, ask for fewer --tokens, or check a smaller model."
 PIECE = 2**25  # logits that are held at once where only sums over them are wanted
 
 
@@ -51,7 +52,7 @@ def witness(model: nn.Module, against: str | None) -> int:
     itemsize = max(itemsize, torch.float32.itemsize)  # as most are stored
     largest = max(weight.numel() for weight in weights) * FLOAT64
     again = n * (itemsize + FLOAT64)
-    if against == "transformers":  # what is stored, twice, and their model
+    if against == "transformers":  # what is stored, twice or converted, and their model
         return max(n * (2 * itemsize + FLOAT64), again)
     return max(n * itemsize + largest, again) if against else again
 

@@ -83,13 +83,16 @@ def available_bytes(device: torch.device) -> int | None:
     return max(min(limits), 0) if limits else None
 
 
-def require_memory(what: str, needed: int, device: torch.device) -> None:
+LESS = "Free memory, use a smaller --dtype, or ask for less."
+
+
+def require_memory(what: str, needed: int, device: torch.device, hint: str = LESS) -> None:
     """Raise CapacityError if `needed` bytes for `what` are more than there are."""
     available = available_bytes(device)
     if available is not None and needed > available:
         raise CapacityError(
             f"{what}: needs {needed / 2**30:.3g} GiB ({available / 2**30:.3g} GiB available)",
-            "Free memory, use a smaller --dtype, or ask for less.",
+            hint,
         )
 
 

@@ -75,6 +75,16 @@ class InFloat64(Mapping[str, np.ndarray]):
         return len(self.weights)
 
 
+def _unrounded(weights: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Weights as arrays that hold the same numbers, without a copy of those in float32."""
+    arrays = {
+        name: (tensor.float() if tensor.dtype.itemsize < 4 else tensor).cpu().numpy()
+        for name, tensor in weights.items()
+    }
+    embedding = "embed.tokens.weight"  # may be scaled
+    return arrays | {embedding: arrays[embedding].astype(np.float64)}
+
+
 def make_reference(
     weights: Mapping[str, Tensor],
     config: Any,
@@ -89,13 +99,14 @@ def make_reference(
     has not, CapacityError for a prompt too long.
     """
     check_decoder(config)
-    arrays = InFloat64(weights)
-    compute: Callable[[list[int]], np.ndarray] = partial(oracle.logits, arrays, config)
+    compute: Callable[[list[int]], np.ndarray]
+    compute = partial(oracle.logits, InFloat64(weights), config)
     if against == "transformers":
         from kvtool.core import witness  # it is slow to import, and may not be installed
 
         own = None if folder is None else witness.folder_witness(folder)
-        compute = partial(witness.witness_logits, own or witness.witness(arrays, config))
+        theirs = own or witness.witness(_unrounded(weights), config)
+        compute = partial(witness.witness_logits, theirs)
     found = []
     for text, ids in prompts:
         if not ids:
