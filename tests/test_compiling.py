@@ -103,6 +103,7 @@ def test_a_second_process_waits_for_the_first_and_says_so(
         waits.set()
 
     monkeypatch.setattr(compiling.LOG, "info", tell)
+    monkeypatch.setattr(compiling, "PATIENCE", 0.0)
     forms = [(Made(tmp_path, lambda: bool(done.append("made"))), ())]
     with open(tmp_path / compiling.LOCK, "a") as first:
         fcntl.flock(first, fcntl.LOCK_EX)

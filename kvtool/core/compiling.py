@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("kvtool")
 LOCK = "kvtool.lock"
+PATIENCE = 1.0  # seconds; who reads what is there already is done before
 
 
 def available(load: Callable[[], ModuleType]) -> ModuleType | None:
@@ -66,9 +67,14 @@ def _alone(folder: Path | None) -> Iterator[None]:
         yield
         return
     with lock:  # closing it lets go
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            LOG.info("waiting for another process that compiles native code ...")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        patient_until = time.monotonic() + PATIENCE
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() >= patient_until:
+                LOG.info("waiting for another process that compiles native code ...")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                break
+            time.sleep(0.02)
         yield
