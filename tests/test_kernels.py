@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -315,3 +316,17 @@ def test_keys_in_half_formats_are_attended_without_copies_of_them(
     monkeypatch.setattr(native, "threads_for", lambda n: native._loaded().MOST_THREADS)
     found = DEFAULT.attention(q, k, v, mask, False)
     assert found.dtype is dtype and found.equal(widened.to(dtype))
+
+
+def test_spans_tell_columns_with_one_interruption_at_most() -> None:
+    random_numbers = np.random.default_rng(0)
+    for _ in range(200):
+        seen = random_numbers.random((2, 3, 6)) < 0.5
+        found = native.two_spans_of(seen)
+        shown = ["".join("x" if s else " " for s in row).split() for row in seen.reshape(6, 6)]
+        assert (found is None) == any(len(parts) > 2 for parts in shown)
+        if found is not None:
+            for row, (begin, end, first, last) in zip(
+                seen.reshape(6, 6), found.reshape(6, 4), strict=True
+            ):
+                assert [*range(first, last), *range(begin, end)] == row.nonzero()[0].tolist()

@@ -232,7 +232,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 
 def _attend_seen(q: Array, read: tuple[Stored, Stored], seen: Array, y: Array) -> None:
     """`_attend` over the columns that are True in seen (B,T,S)."""
-    spans = spans_of(seen)
+    spans = two_spans_of(seen)
     if spans is not None:
         _attend(q, read, spans, y)
         return
@@ -242,6 +242,23 @@ def _attend_seen(q: Array, read: tuple[Stored, Stored], seen: Array, y: Array) -
         _loaded().attend_columns(
             q[row, i], row, k.tensor.shape[1], k.place, v.place, columns, y[row, i]
         )
+
+
+def two_spans_of(seen: Array) -> Array | None:
+    """As `spans_of`, but with room for one interruption: the last stretch of True, and in front of
+    it the first, or nothing -> (...,4); None if there are more."""
+    flags = np.zeros((*seen.shape[:-1], seen.shape[-1] + 2), bool)
+    flags[..., 1:-1] = seen
+    begins, ends = flags[..., 1:] & ~flags[..., :-1], flags[..., :-1] & ~flags[..., 1:]
+    if (begins.sum(-1) > 2).any():
+        return None
+    whole = np.zeros((*seen.shape[:-1], 4), np.int64)
+    last, n = begins.shape[-1] - 1, begins.sum(-1)
+    whole[..., 0] = np.where(n > 0, last - begins[..., ::-1].argmax(-1), 0)
+    whole[..., 1] = np.where(n > 0, last - ends[..., ::-1].argmax(-1), 0)
+    whole[..., 2] = np.where(n > 1, begins.argmax(-1), 0)
+    whole[..., 3] = np.where(n > 1, ends.argmax(-1), 0)
+    return whole
 
 
 def spans_of(seen: Array) -> Array | None:
@@ -256,15 +273,16 @@ def spans_of(seen: Array) -> Array | None:
 
 
 def _attend(q: Array, read: tuple[Stored, Stored], spans: Array, y: Array) -> None:
-    """Queries (B,T,H,D) over keys and values, each from spans[...,0] to spans[...,1] of their
-    columns -> y (B,T,H,D)"""
+    """Queries (B,T,H,D) over keys and values, each from spans[...,2] to spans[...,3] of their
+    columns, if there are four, and from spans[...,0] to spans[...,1] -> y (B,T,H,D)"""
     k, v = read
     batch, n_queries, n_heads, width = q.shape
     flat = batch * n_queries, n_heads, width
     n_groups = k.tensor.shape[1]
     with_sinks = np.zeros((batch * n_queries, 4), np.int64)  # none
-    with_sinks[:, :2] = spans.reshape(-1, 2)
-    threads = threads_for(2 * n_groups * width * int((spans[..., 1] - spans[..., 0]).sum()))
+    with_sinks[:, : spans.shape[-1]] = spans.reshape(batch * n_queries, -1)
+    n_seen = int((with_sinks[:, 1::2] - with_sinks[:, ::2]).sum())
+    threads = threads_for(2 * n_groups * width * n_seen)
     _loaded().attend(
         q.reshape(flat), n_queries, n_groups, k.place, v.place, with_sinks, y.reshape(flat),
         threads, LARGE,

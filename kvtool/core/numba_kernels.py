@@ -305,6 +305,8 @@ def sinks_apart(
         return others[:0], others
     sinks = seen_of(stored, row, group, span[2], span[3], width)
     n_moved = min(-n_sinks % 8, others.shape[0])
+    if not n_moved:
+        return sinks, others
     first = np.empty((n_sinks + n_moved, width), others.dtype)
     copy_rows(sinks, first[:n_sinks])
     copy_rows(others[:n_moved], first[n_sinks:])
