@@ -265,3 +265,13 @@ def test_the_settings_of_a_conversation_are_in_the_document(talk: Callable[..., 
         False,
     )
     assert json.dumps(settings)
+
+
+@pytest.mark.parametrize("source", ["{# nothing #}", "{{ none.x }}", "{{ ''|attr('__class__') }}"])
+def test_a_template_that_writes_nothing_is_blamed_and_not_the_prompt(
+    generate: Callable[..., Ran], tmp_path: Path, source: str
+) -> None:
+    folder = save_instruct(tmp_path / "instruct", source)
+    said = refused(generate("--chat", "--prompt", "hi", model=folder))
+    assert said.startswith("--chat: the template in ")
+    assert "writes nothing for this conversation" in said

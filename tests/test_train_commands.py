@@ -159,7 +159,7 @@ def test_rates_are_told_in_percent_and_other_scores_are_not(
     lm: Command, seq2seq: Command, tmp_path: Path
 ) -> None:
     said = seq2seq().err
-    assert re.search(r"^step 3: per [\d.]+ %, wer [\d.]+ %", said, flags=re.MULTILINE)
+    assert re.search(r"^step 3: ser [\d.]+ %, wer [\d.]+ %", said, flags=re.MULTILINE)
     assert "%" not in lm("--out", str(tmp_path / "lm")).err
 
 

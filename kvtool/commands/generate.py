@@ -164,7 +164,8 @@ def run(settings: Settings, out: Output) -> Generated:
     judge_special_tokens(loaded, prompts.texts, settings, out)
     encoded = generator.encode_all(prompts, chats)
     note_blank(prompts, out)
-    warn_unknown(loaded.source_tokenizer or loaded.tokenizer, prompts.texts, out)
+    read = [text for text, ids in zip(prompts.texts, encoded, strict=True) if ids]
+    warn_unknown(loaded.source_tokenizer or loaded.tokenizer, read, out)
     started = time.perf_counter()
     with native.where_it_pays(sum(generator.n_new(ids) for ids in encoded if ids)):
         results = continue_all(settings, generator, prompts.texts, encoded, out)
@@ -201,7 +202,7 @@ def continue_all(
     if settings.beams > 1 or (settings.input_file is not None and generator.greedy_pairs):
         asked = [i for i, ids in enumerate(encoded) if ids]
         found = generator.together([texts[i] for i in asked], [encoded[i] for i in asked])
-        results = with_blanks(found, encoded, settings.n_best)
+        results = with_blanks(found, encoded)
         for result, line in zip(results, lines_of_results(results, settings), strict=True):
             tell(result, line, settings, out)
         return results

@@ -65,7 +65,9 @@ def write_chats(
     specials = Tokenizer.load(folder / "tokenizer.json").special_tokens
     conversations = [chat.conversation(text, settings.system) for text in texts]
     written = chat.render(template, conversations, [] if settings.special_tokens else specials)
-    for pieces in written:
+    for text, pieces in zip(texts, written, strict=True):
+        if text.strip() and not any(piece for piece, _ in pieces):
+            raise chat.refusal(template, "nothing")
         out.detail(f"as the template writes it: {''.join(text for text, _ in pieces)!r}")
     return written
 

@@ -48,20 +48,19 @@ class Result:
 BLANK = Result("", "", 0, 0, False)  # the answer to a blank line
 
 
-def with_blanks(results: list[Result], encoded: list[list[int]], n_best: int) -> list[Result]:
-    """`results` of those prompts that have tokens, and as many blank ones for each that has none,
-    each with the number of its prompt."""
+def with_blanks(results: list[Result], encoded: list[list[int]]) -> list[Result]:
+    """`results` of those prompts that have tokens, and a blank one for each that has none, all with
+    the number of their prompt."""
     of_prompts: list[list[Result]] = []
     for result in results:
         if result.rank == 1:
             of_prompts.append([])
         of_prompts[-1].append(result)
-    blank = [replace(BLANK, rank=rank) for rank in range(1, n_best + 1)]
     found = iter(of_prompts)
     return [
         replace(result, number=number)
         for number, ids in enumerate(encoded, start=1)
-        for result in (next(found) if ids else blank)
+        for result in (next(found) if ids else [BLANK])
     ]
 
 

@@ -155,18 +155,18 @@ def _render_elsewhere(
     try:
         code, output = _run_worker(json.dumps(asked).encode())
     except subprocess.TimeoutExpired:
-        raise _refusal(template, "slow", WAIT_SECONDS) from None
+        raise refusal(template, "slow", WAIT_SECONDS) from None
     try:
         found = json.loads(output)
     except ValueError:
         why = "time" if code == -signal.SIGXCPU else "ended"
-        raise _refusal(template, why, seconds) from None
+        raise refusal(template, why, seconds) from None
     if "texts" in found:
         return list(found["texts"])
-    refusal = _refusal(template, found["error"], seconds, found.get("said", ""))
-    if conversations[0][0]["role"] == "system" and "system" in refusal.message.lower():
-        raise UsageError(refusal.message, "Leave --system out.")
-    raise refusal
+    error = refusal(template, found["error"], seconds, found.get("said", ""))
+    if conversations[0][0]["role"] == "system" and "system" in error.message.lower():
+        raise UsageError(error.message, "Leave --system out.")
+    raise error
 
 
 def _run_worker(data: bytes) -> tuple[int, bytes]:
@@ -200,14 +200,15 @@ def _package_folder(name: str) -> str:
     return str(Path(spec.origin).parent.parent)
 
 
-def _refusal(template: ChatTemplate, why: str, seconds: int, said: str = "") -> UsageError:
+def refusal(template: ChatTemplate, why: str, seconds: int = 0, said: str = "") -> UsageError:
     reason = {
         "time": f"takes more than {seconds} s of processor time",
         "slow": f"is not done after {seconds} s",
         "memory": f"takes more than {NBYTES >> 20} MiB of memory",
         "long": f"writes more than {CHARACTERS:,} characters",
         "deep": "calls itself too often",
-        "failed": f"cannot write this conversation ({said})",
+        "failed": "cannot write this conversation" + f" ({said.rstrip('. ')})" * bool(said.strip()),
+        "nothing": "writes nothing for this conversation",
         "ended": "ended the process that rendered it",
     }[why]
     return UsageError(

@@ -125,7 +125,7 @@ class Translation:
 
     loss_name = "loss"
 
-    in_percent = ("per", "wer")
+    in_percent = ("per", "cer", "ser", "wer")
 
     def __init__(
         self,
