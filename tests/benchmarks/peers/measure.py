@@ -23,6 +23,7 @@ from kvtool.core.peers import TransformersGenerate, load_peer
 from kvtool.core.sampling import Sampler
 from kvtool.core.timing import Run, Workload, iqr
 
+DISTURBED = 0.25  # of the median between the quartiles: what took so unlike times was disturbed
 COMPARED = 32  # tokens that all subjects must agree in before anything is timed
 
 
@@ -48,6 +49,10 @@ class Series:
 
     def iqr(self, length: int) -> float:
         return iqr(self.samples[length])
+
+    def quiet(self, length: int) -> bool:
+        """Whether the samples are alike enough for a figure."""
+        return self.iqr(length) <= DISTURBED * self.median(length)
 
 
 def make_model(context: int, dtype: torch.dtype = torch.float32) -> Model:

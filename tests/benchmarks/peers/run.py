@@ -72,7 +72,8 @@ Written by `make peers`: the same random weights in GPT-2's form (2 layers, widt
 vocabulary 4,096, float32) in every program, batch 1, a prompt of {N_PROMPT} tokens, greedy. All
 generate the same tokens. Microseconds per token of a whole run, prompt and allocation included:
 medians of {rounds} rounds, in which the programs take turns, another one first in each; behind ±
-the distance between the quartiles. What a program makes of a model once is not in them: loading
+the distance between the quartiles, and where that is over a quarter of the median, no figure:
+something else had the processor. What a program makes of a model once is not in them: loading
 it, or kvtool's table of addresses. The floor is the time of one token's matrix products, and of
 reading its keys and values, each in one call of compiled code.
 
@@ -91,21 +92,10 @@ def section(threads: int, series: Sequence[Series], reading: Sequence[Series]) -
     """The tables for a number of threads."""
     floor, ours = series[-1], series[0]
     title = "One thread" if threads == 1 else f"{threads} threads"
-    times = {
-        each.name: [f"{each.median(n):,.0f} ± {each.iqr(n):,.0f}" for n in each.samples]
-        for each in series
-    }
-    ratios = {
-        each.name: [f"{each.median(n) / ours.median(n):.2f}" for n in each.samples]
-        for each in series[1:-1]
-    }
-    ratios["kvtool dynamic, times the floor"] = [
-        f"{ours.median(n) / floor.median(n):.2f}" for n in ours.samples
-    ]
-    prompts = {
-        each.name: [f"{each.median(1) / 1000:,.1f} ± {each.iqr(1) / 1000:,.1f}"]
-        for each in reading[:-1]
-    }
+    times = {each.name: [time(each, n) for n in each.samples] for each in series}
+    ratios = {each.name: [ratio(each, ours, n) for n in each.samples] for each in series[1:-1]}
+    ratios["kvtool dynamic, times the floor"] = [ratio(ours, floor, n) for n in ours.samples]
+    prompts = {each.name: [time(each, 1, 1000)] for each in reading[:-1]}
     lengths = [f"n = {n:,}" for n in ours.samples]
     tables = [
         table("µs per token", lengths, times),
@@ -113,6 +103,22 @@ def section(threads: int, series: Sequence[Series], reading: Sequence[Series]) -
         table(f"a prompt of {LONG_PROMPT:,} tokens and the first token", ["ms"], prompts),
     ]
     return "\n".join([f"## {title}\n", *tables])
+
+
+def time(series: Series, length: int, unit: int = 1) -> str:
+    """The median and the distance between the quartiles, in so many microseconds."""
+    if not series.quiet(length):
+        return "disturbed"
+    digits = 0 if unit == 1 else 1
+    median, iqr = series.median(length) / unit, series.iqr(length) / unit
+    return f"{median:,.{digits}f} ± {iqr:,.{digits}f}"
+
+
+def ratio(above: Series, below: Series, length: int) -> str:
+    """How many times as long one takes as another."""
+    if not (above.quiet(length) and below.quiet(length)):
+        return "disturbed"
+    return f"{above.median(length) / below.median(length):.2f}"
 
 
 def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
@@ -124,7 +130,7 @@ def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]])
 
 def refill(path: Path, series: Sequence[Series]) -> None:
     """Put a short table between the marks of a document."""
-    rows = {each.name: [f"{each.median(n):,.0f}" for n in each.samples] for each in series}
+    rows = {each.name: [time(each, n).partition(" ")[0] for n in each.samples] for each in series}
     lengths = [f"n = {n:,}" for n in series[0].samples]
     before, mark, rest = path.read_text().partition("<!-- peers -->\n")
     _, end, after = rest.partition("<!-- end of peers -->")
