@@ -177,3 +177,27 @@ def test_the_last_line_says_where_a_cache_starts_to_pay(
 def test_without_none_nothing_is_said_about_paying(bench: Callable[..., Ran]) -> None:
     ran = bench("--caches", "static", "--repeats", "1")
     assert ran.out.splitlines()[-1] == "Add none to --caches to see what a cache buys."
+
+
+def test_without_a_kind_that_caches_one_is_asked_for(bench: Callable[..., Ran]) -> None:
+    said = bench("--caches", "none", "--repeats", "1").out.splitlines()[-1]
+    assert said == "Add a kind that caches, such as dynamic, to --caches to see what a cache buys."
+
+
+@pytest.mark.parametrize(
+    ("static", "sentence"),
+    [
+        ({1: 0.5, 2: 0.5}, "static pays from 1 token on, the fewest measured."),
+        ({1: 1.1, 2: 0.5}, "static pays from about 2 tokens on."),  # it is slower at 1
+        ({1: 1.1, 2: 3.0}, "static does not pay at 2 tokens, the most measured."),
+    ],
+)
+def test_a_length_from_which_on_a_kind_pays_is_one_at_which_it_does(
+    bench: Callable[..., Ran],
+    slow: Callable[..., None],
+    static: dict[int, float],
+    sentence: str,
+) -> None:
+    slow(lambda kind, n: 1.0 if kind == "none" else static[min(n, 2)])
+    ran = bench("--lengths", "1", "2", "--caches", "none", "static")
+    assert ran.out.splitlines()[-1] == sentence

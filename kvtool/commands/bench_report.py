@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,9 @@ def number(value: float | None, scale: float, form: str, unit: str = "") -> str:
 def pays_text(report: Report) -> str:
     """From which length on a cache is worth having."""
     if not report.pays_from:
-        return "Add none to --caches to see what a cache buys."
+        caching = any(row.cache != "none" for row in report.measurements)
+        other = "none" if caching else "a kind that caches, such as dynamic,"
+        return f"Add {other} to --caches to see what a cache buys."
     groups: dict[tuple[str, str], list[str]] = {}
     for kind, length in report.pays_from.items():
         rows = [row for row in report.measurements if report.name(row) == kind]
@@ -164,16 +167,34 @@ def pays_text(report: Report) -> str:
         if not compared:
             said = "was|were", "not measured beside no cache"
         elif length is None:
-            said = "does|do", f"not pay at {compared[-1]} tokens, the most measured"
+            said = "does|do", f"not pay at {tokens(compared[-1])}, the most measured"
         elif length == compared[0]:
-            said = "pays|pay", f"from {compared[0]} tokens on, the fewest measured"
+            said = "pays|pay", f"from {tokens(compared[0])} on, the fewest measured"
         else:
-            said = "pays|pay", f"from about {length:.0f} tokens on"
+            said = "pays|pay", f"from about {tokens(first_above(length))} on"
         groups.setdefault(said, []).append(kind)
     sentences = [
         f"{listed(kinds)} {verb(kinds, forms)} {rest}" for (forms, rest), kinds in groups.items()
     ]
     return "; ".join(sentences) + "."
+
+
+def first_above(crossing: float) -> int:
+    """The first whole length that is not below a crossing, which is known to some digits only.
+
+    >>> first_above(1.3), first_above(10.000000001)
+    (2, 10)
+    """
+    return math.ceil(crossing * (1 - 1e-6))
+
+
+def tokens(n: int) -> str:
+    """So many, in words.
+
+    >>> tokens(1), tokens(1000)
+    ('1 token', '1,000 tokens')
+    """
+    return f"{n:,} token{'s' if n != 1 else ''}"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -196,7 +217,7 @@ def best_text(report: Report) -> str:
     least = min(row.bytes_measured or 0 for row in rows)
     smallest = listed([report.name(row) for row in rows if row.bytes_measured == least])
     return (
-        f"At {max(lengths):,} tokens {report.name(fastest)} is fastest here "
+        f"At {tokens(max(lengths))} {report.name(fastest)} is fastest here "
         f"({number(fastest.tokens_per_s, 1, ',.0f')} tokens/s), and {smallest} smallest "
         f"({least / 1024:,.0f} KiB)."
     )
@@ -223,7 +244,7 @@ def versus_text(report: Report) -> str:
         f"{faster} is faster than {slower} by a factor of {listed(found)}"
         for (faster, slower), found in factors.items()
     ]
-    return f"At {longest:,} tokens {'; '.join(said)}."
+    return f"At {tokens(longest)} {'; '.join(said)}."
 
 
 def missing_text(report: Report) -> str:
@@ -253,7 +274,7 @@ def missing(report: Report) -> str:
             groups.setdefault(report.name(row), []).append(row)
     said = []
     for name, rows in groups.items():
-        lengths = [f"{row.length:,}" for row in rows[:-1]] + [f"{rows[-1].length:,} tokens"]
+        lengths = [f"{row.length:,}" for row in rows[:-1]] + [tokens(rows[-1].length)]
         takes = [f" (about {seconds(t)})" if (t := row.would_take_s) else "" for row in rows]
         said.append(f"{name} at {listed([n + t for n, t in zip(lengths, takes, strict=True)])}")
     return "; ".join(said)
@@ -267,7 +288,7 @@ def nothing_text(report: Report) -> str:
     if least is None:
         return f"{said}."
     takes = seconds(least.would_take_s or 0.0)
-    return f"{said}: {report.name(least)} at {least.length:,} tokens would take about {takes}."
+    return f"{said}: {report.name(least)} at {tokens(least.length)} would take about {takes}."
 
 
 def seconds(value: float) -> str:
