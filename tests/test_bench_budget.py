@@ -48,8 +48,20 @@ def test_rows_that_the_budget_left_out_are_null_and_said(
     assert found["conclusion"].endswith(f"Left out by --budget 5 s: {left_out}.")
     said = bench(*words).out.splitlines()
     row = next(line for line in said if line.startswith("    50  none"))
-    assert row.split() == ["50", "none", "-", "-", "0", "-", "-", "-", "11", "s"]
+    assert row.split() == ["50", "none", "~11", "s", "-", "0", "-", "-", "-", "0"]
     assert said[-1] == f"Left out by --budget 5 s: {left_out}."
+
+
+def test_a_row_that_was_left_out_needs_no_table_of_its_own(
+    bench: Callable[..., Ran], slow: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    slow(lambda kind, length: length * length / 100 if kind == "none" else 0.1)
+    kinds = ["none", "sliding:window=16:sinks=4"]
+    said = bench("--lengths", "5", "50", "--budget", "5", "--caches", *kinds).out
+    times = said.partition("One more token")[0]
+    assert times.count("─\n") == 1 and "~11 s" in times and "would take" not in times
+    assert not [line for line in said.splitlines() if line != line.rstrip()]
 
 
 def test_fewer_samples_than_asked_for_are_said(

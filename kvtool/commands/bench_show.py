@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvtool.commands.bench_report import Report, memory_text, number, pays_text, seconds
+from kvtool.commands.bench_report import Report, Row, memory_text, number, pays_text, seconds
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
 
@@ -12,33 +12,30 @@ from kvtool.ui.tables import Column
 def show(report: Report, out: Output) -> None:
     """The tables, and in words which cache pays, is fastest and smallest."""
     several = len(report.impls) > 1
-    left_out = any(row.would_take_s is not None for row in report.measurements)
     columns = [
         Column("tokens", key=True),
         Column("cache", "left", key=True),
         *[Column("impl", "left", key=True)] * several,
         Column("median ms"),
         Column("IQR ms"),
-        Column("samples"),
+        Column("samples", spare=1),
         Column("tokens/s"),
         Column("speed-up"),
         Column("cache KiB"),
-        Column("predicted KiB", spare=int(several or left_out)),
-        *[Column("would take about")] * left_out,
+        Column("predicted KiB", spare=2),
     ]
     rows = [
         [
             str(row.length),
             row.cache,
             *[row.impl] * several,
-            number(row.median_s, 1000, ",.1f"),
+            median_text(row),
             number(row.iqr_s, 1000, ",.1f"),
             str(len(row.samples_s)),
             number(row.tokens_per_s, 1, ",.0f"),
             number(row.speedup, 1, ".2f", "x"),
             number(row.bytes_measured, 1 / 1024, ",.0f"),
             number(row.bytes_predicted, 1 / 1024, ",.0f"),
-            *["-" if row.would_take_s is None else seconds(row.would_take_s)] * left_out,
         ]
         for row in report.measurements
     ]
@@ -47,6 +44,13 @@ def show(report: Report, out: Output) -> None:
     for sentence in report.sentences:
         out.text(sentence)
     show_changes(report, out)
+
+
+def median_text(row: Row) -> str:
+    """Milliseconds; of a row that was left out, what it would take: ~2.2 s."""
+    if row.median_s is None and row.would_take_s is not None:
+        return f"~{seconds(row.would_take_s)}"
+    return number(row.median_s, 1000, ",.1f")
 
 
 def title(report: Report) -> str:
