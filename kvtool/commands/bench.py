@@ -146,6 +146,7 @@ def run(settings: Settings, out: Output) -> Report:
         ended=outcome.how,
         budget=settings.budget,
         repeats=settings.repeats,
+        seed=settings.run.seed,
     )
     tell_missing(report, settings, out)
     if baseline is not None and not outcome.how:

@@ -82,6 +82,7 @@ class Report:
     ended: End | None = None  # by what, so that samples are missing
     budget: float = 0.0  # seconds
     repeats: int = 1
+    seed: int = 0
 
     @property
     def measured(self) -> bool:
@@ -110,6 +111,17 @@ class Report:
             }
             for row in self.measurements
         ]
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """What was run: of prompt length and depth the one that counts."""
+        return {
+            "batch_size": self.batch_size,
+            "prompt_length": self.prompt_length if self.depth is None else None,
+            "depth": self.depth,
+            "kernels": self.kernels,
+            "seed": self.seed,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvtool.errors import FileError, UsageError
-from kvtool.ui.environment import caption, environment, measured_on, peak_memory
+from kvtool.ui.environment import cache_settings, caption, environment, measured_on, peak_memory
 
 SUFFIXES = (".json", ".csv", ".md")
 
@@ -23,8 +23,8 @@ SUFFIXES = (".json", ".csv", ".md")
 class Report(Protocol):
     """What a command's work returns: a dataclass; `to_dict()` may stand in for its fields.
 
-    If it has them, `resolved` is what `measured_on` describes, and `conclusion` in the document is
-    what Markdown ends with.
+    If it has them, `resolved` is what `measured_on` describes, `load` what was done there, for CSV
+    and Markdown, and `conclusion` in the document is what Markdown ends with.
     """
 
     @property
@@ -122,17 +122,28 @@ def _short(value: Any) -> str:
 def render(path: Path, content: Mapping[str, Any], report: Report) -> bytes:
     """The bytes of the document that the suffix of `path` asks for."""
     suffix = path.suffix.lower()
+    rows, load = report.rows(), getattr(report, "load", {})
     if suffix == ".json":
         text = to_json(content)
     elif suffix == ".csv":
         # What is said once in other formats stands in every row, so that files can be joined.
-        text = to_csv([{**row, **_others(content["measured_on"], row)} for row in report.rows()])
+        text = to_csv([{**row, **_others({**load, **_facts(content, row)}, row)} for row in rows])
     else:
         schema = str(content["schema"])
         title = schema.removesuffix("/1").replace(".", " ", 1)
-        about, conclusion = caption(content["measured_on"]), str(content.get("conclusion", ""))
-        text = to_markdown(title, report.rows(), about, conclusion)
+        facts = caption(content["measured_on"], n_digits=64)
+        said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in load.items() if v is not None)
+        about = "; ".join(part for part in (facts, said) if part)
+        text = to_markdown(title, rows, about, str(content.get("conclusion", "")))
     return text.encode()
+
+
+def _facts(content: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row is of: of the settings of caches those of its own kind."""
+    facts, resolved = dict(content["measured_on"]), content.get("resolved") or {}
+    if "cache_settings" in resolved:
+        facts["cache_settings"] = cache_settings(resolved, str(row.get("cache", "")))
+    return facts
 
 
 def _others(facts: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
