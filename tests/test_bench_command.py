@@ -15,8 +15,9 @@ import bench_cases
 from bench_cases import cells
 from cli_probe import Ran, refused
 from kvtool import files
-from kvtool.commands.bench_report import Report, Row, memory_text, number
+from kvtool.commands.bench_report import Report, Row, memory_text
 from kvtool.commands.bench_show import draw
+from kvtool.commands.bench_words import number
 from kvtool.core import timing, traffic
 from kvtool.core.kernels import DefaultKernels
 from kvtool.core.traffic import Bandwidth

@@ -10,9 +10,10 @@ import typer
 
 from kvtool.commands import bench_compare, bench_peers
 from kvtool.commands.bench_compare import Limit
-from kvtool.commands.bench_report import Report, Row, ended_text, label, missing
+from kvtool.commands.bench_report import Report, Row, ended_text, missing
 from kvtool.commands.bench_show import draw, show
 from kvtool.commands.bench_subject import check_fits, load_model, qualities, read_ids
+from kvtool.commands.bench_words import label
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.ending import Ended, until_ended
 from kvtool.errors import FileError, UsageError
@@ -116,7 +117,8 @@ def run(settings: Settings, out: Output) -> Report:
     if model is not loaded.model:
         resolved["changed"] = f"with {settings.n_kv_heads} key-value heads and random weights"
     if baseline is not None:
-        check_comparable(settings, baseline, conditions(settings, resolved), out)
+        now = conditions(settings, resolved)
+        bench_compare.check_comparable(baseline, now, settings, out)
     text = read_ids(settings, loaded, device)
     vocab = model.config.source_vocab_size or model.config.vocab_size
     prompt = torch.randint(vocab, (settings.batch_size, settings.start[1])).to(device)
@@ -150,8 +152,9 @@ def run(settings: Settings, out: Output) -> Report:
     )
     tell_missing(report, settings, out)
     if baseline is not None and not outcome.how:
-        report.changes, report.regressions = bench_compare.compare(
-            baseline, list(map(vars, report.measurements)), settings.fail_if
+        rows = list(map(vars, report.measurements))
+        report.comparison = bench_compare.compare(
+            baseline, rows, settings.fail_if, str(settings.compare)
         )
     return report
 
@@ -198,22 +201,6 @@ def conditions(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
         "depth": settings.depth,
         "batch_size": settings.batch_size,
     }
-
-
-def check_comparable(
-    settings: Settings, baseline: dict[str, Any], facts: dict[str, Any], out: Output
-) -> None:
-    """Say what differs from the baseline's conditions; raise FileError where a verdict is wanted
-    all the same."""
-    different = bench_compare.differences(baseline, facts)
-    if not different:
-        return
-    if settings.fail_if and not settings.force:
-        raise FileError(
-            f"--compare {settings.compare}: times are not comparable ({'; '.join(different)})",
-            "Save a run of this machine and these settings, or give --force.",
-        )
-    out.warn(f"--compare {settings.compare}: not the same conditions: {'; '.join(different)}")
 
 
 def tell_missing(report: Report, settings: Settings, out: Output) -> None:

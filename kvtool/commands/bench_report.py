@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvtool.commands.bench_compare import Change, Comparison
+from kvtool.commands.bench_words import label, listed, number, seconds, tokens, verb
 from kvtool.ending import End
+from kvtool.ui.output import MARKS
 
 if TYPE_CHECKING:
-    from kvtool.commands.bench_compare import Change
     from kvtool.core.timing import Cell
     from kvtool.core.traffic import Bandwidth
 
@@ -77,8 +79,7 @@ class Report:
     quality: dict[str, dict[str, Any]]  # of each lossy kind
     seconds: float
     resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
-    changes: list[Change] = field(default_factory=list)  # against the baseline
-    regressions: list[str] = field(default_factory=list)
+    comparison: Comparison = field(default_factory=Comparison)
     ended: End | None = None  # by what, so that samples are missing
     budget: float = 0.0  # seconds
     repeats: int = 1
@@ -92,7 +93,7 @@ class Report:
     def exit_code(self) -> int:
         if self.ended is not None:
             return self.ended.exit_code
-        return 0 if self.measured and not self.regressions else 1
+        return 0 if self.measured and not self.comparison.regressions else 1
 
     @property
     def sentences(self) -> list[str]:
@@ -123,14 +124,21 @@ class Report:
             "seed": self.seed,
         }
 
+    def more_rows(self) -> dict[str, list[dict[str, Any]]]:
+        """The table of changes, under its heading, if this run was compared."""
+        heading = f"Medians against {self.comparison.baseline}"
+        return {heading: self.comparison.rows()} if self.comparison.changes else {}
+
     def to_dict(self) -> dict[str, Any]:
+        marked = [f"{MARKS[ok][0]} {said}." for ok, said in self.comparison.verdicts]
         return {
-            **vars(self),
+            **{name: value for name, value in vars(self).items() if name != "comparison"},
+            **vars(self.comparison),
             "bandwidth": self.bandwidth.best,
             "bandwidth_samples": self.bandwidth.rates,
             "bandwidth_disturbed": self.bandwidth.disturbed,
             "own_caches": self.bandwidth.own_caches,
-            "conclusion": " ".join([*self.sentences, *self.regressions]),
+            "conclusion": " ".join([*self.sentences, *marked]),
         }
 
     @property
@@ -149,21 +157,12 @@ class Report:
         return label(row.impl, row.cache, len(self.impls) > 1)
 
 
-def label(impl: str, cache: str, several: bool) -> str:
-    return f"{impl} {cache}" if several else cache
-
-
 def middle(values: Iterable[float | None]) -> float | None:
     """The median of those that are there."""
     from statistics import median
 
     found = [value for value in values if value is not None]
     return median(found) if found else None
-
-
-def number(value: float | None, scale: float, form: str, unit: str = "") -> str:
-    """A figure for the table; a dash for what was not measured."""
-    return "-" if value is None else f"{value * scale:{form}}{unit}"
 
 
 def pays_text(report: Report) -> str:
@@ -198,21 +197,6 @@ def first_above(crossing: float) -> int:
     (2, 10)
     """
     return math.ceil(crossing * (1 - 1e-6))
-
-
-def tokens(n: int) -> str:
-    """So many, in words.
-
-    >>> tokens(1), tokens(1000)
-    ('1 token', '1,000 tokens')
-    """
-    return f"{n:,} token{'s' if n != 1 else ''}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """`a`, `a and b`, or `a, b and c`."""
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def best_text(report: Report) -> str:
@@ -303,15 +287,6 @@ def nothing_text(report: Report) -> str:
     return f"{said}: {report.name(least)} at {tokens(least.length)} would take about {takes}."
 
 
-def seconds(value: float) -> str:
-    """An estimate, with no more digits than it has.
-
-    >>> seconds(134.21), seconds(3.2345), seconds(0.01234)
-    ('134 s', '3.2 s', '0.012 s')
-    """
-    return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
-
-
 def memory_text(report: Report) -> str:
     """How fast memory was read, and why tokens may have been read faster."""
     found, gb = report.bandwidth, 1e-9
@@ -343,8 +318,3 @@ def memory_text(report: Report) -> str:
             f"do not explain: {why}."
         )
     return said
-
-
-def verb(names: Sequence[str], forms: str) -> str:
-    """The form of a verb that fits one name, or several: "pays|pay"."""
-    return forms.split("|")[len(names) > 1]

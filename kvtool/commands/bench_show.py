@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvtool.commands.bench_report import Report, Row, memory_text, number, pays_text, seconds
+from kvtool.commands.bench_report import Report, Row, memory_text, pays_text
+from kvtool.commands.bench_words import number, seconds
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
 
@@ -112,8 +113,9 @@ def show_tokens(report: Report, out: Output) -> None:
 
 
 def show_changes(report: Report, out: Output) -> None:
-    """What has changed since the baseline."""
-    if report.changes:
+    """What has changed since the baseline, and whether that is allowed."""
+    comparison = report.comparison
+    if comparison.changes:
         columns = [Column("tokens", key=True), Column("cache", "left", key=True)]
         columns += [Column("before ms"), Column("now ms"), Column("change")]
         rows = [
@@ -122,13 +124,13 @@ def show_changes(report: Report, out: Output) -> None:
                 report.name(change),
                 number(change.before_s, 1000, ",.1f"),
                 number(change.now_s, 1000, ",.1f"),
-                f"{change.now_s / change.before_s - 1:+.1%}",
+                row["change"],
             ]
-            for change in report.changes
+            for change, row in zip(comparison.changes, comparison.rows(), strict=True)
         ]
-        out.table("Medians against the baseline", columns, rows)
-    for sentence in report.regressions:
-        out.verdict(False, sentence)
+        out.table(f"Medians against {comparison.baseline}", columns, rows)
+    for ok, sentence in comparison.verdicts:
+        out.verdict(ok, sentence)
 
 
 def draw(report: Report, path: Path, about: str = "") -> None:

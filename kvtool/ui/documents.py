@@ -24,7 +24,8 @@ class Report(Protocol):
     """What a command's work returns: a dataclass; `to_dict()` may stand in for its fields.
 
     If it has them, `resolved` is what `measured_on` describes, `load` what was done there, for CSV
-    and Markdown, and `conclusion` in the document is what Markdown ends with.
+    and Markdown, `more_rows()` further tables of Markdown by their headings, and `conclusion` in
+    the document is what Markdown ends with.
     """
 
     @property
@@ -90,15 +91,25 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def to_markdown(
-    title: str, rows: Sequence[Mapping[str, Any]], about: str = "", conclusion: str = ""
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    about: str = "",
+    conclusion: str = "",
+    more: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> str:
-    """A heading, what it is about, a table, and what follows from it; numbers have six significant
-    digits."""
+    """A heading, what it is about, a table, more of them under their headings, and what follows
+    from them; numbers have six significant digits."""
+    parts = [f"# {title}", about, _table(rows)]
+    for heading, others in (more or {}).items():
+        parts += [f"## {heading}", _table(others)]
+    return "\n\n".join(part for part in (*parts, conclusion) if part) + "\n"
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = columns_of(rows)
     lines = [list(columns), ["---"] * len(columns)]
     lines += [[_short(row.get(name)) for name in columns] for row in rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) if columns else "No rows."
-    return "\n\n".join(part for part in (f"# {title}", about, table, conclusion) if part) + "\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if columns else "No rows."
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -134,7 +145,8 @@ def render(path: Path, content: Mapping[str, Any], report: Report) -> bytes:
         facts = caption(content["measured_on"], n_digits=64)
         said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in load.items() if v is not None)
         about = "; ".join(part for part in (facts, said) if part)
-        text = to_markdown(title, rows, about, str(content.get("conclusion", "")))
+        more = report.more_rows() if hasattr(report, "more_rows") else {}
+        text = to_markdown(title, rows, about, str(content.get("conclusion", "")), more)
     return text.encode()
 
 
