@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -83,6 +84,7 @@ def test_nothing_measured_at_all_is_exit_1_and_draws_nothing(
     said = "Nothing was measured within --budget 0.001 s: none at 3 tokens would take about 1 s."
     assert ran.out.splitlines()[-1] == said
     assert "does not pay" not in ran.out
+    assert f"--plot {tmp_path / 'a.png'}: nothing was measured, so nothing is drawn\n" in ran.err
     assert not (tmp_path / "a.png").exists()
 
 
@@ -103,6 +105,7 @@ def test_a_signal_shows_and_writes_what_was_measured(
     bench: Callable[..., Ran],
     slow: Callable[..., None],
     signals_as_in_the_app: None,
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     number: int,
     code: int,
@@ -118,8 +121,14 @@ def test_a_signal_shows_and_writes_what_was_measured(
 
     slow(cost)
     written = tmp_path / "a.json"
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "bench_plot", lambda *args: drawn.append(args))
     words = ["--caches", "none", "static", "--lengths", "3", "5", "--output", str(written)]
-    ran = bench(*words, "--save", "stopped")
+    ran = bench(*words, "--save", "stopped", "--plot", str(tmp_path / "a.png"))
+    assert f"plot: {tmp_path / 'a.png'}\n" in ran.err
+    (((_, times, _, _, caption, _)),) = drawn
+    assert {kind: len(points) for kind, points in times.items()} == {"static": 2, "none": 1}
+    assert caption.endswith(f"{word.capitalize()} after 3 of 8 runs.")
     assert ran.code == code
     assert f"warning: {word} after 3 of 8 runs\n" in ran.err
     assert "--save stopped: nothing is kept" in ran.err and not place("stopped").exists()
@@ -145,7 +154,7 @@ def test_a_signal_behind_the_last_run_keeps_all_samples(
     row = next(line for line in ran.out.splitlines() if line.startswith("     3  sliding"))
     assert row.split()[4] == "2"
     assert ran.out.endswith("\nTerminated behind the last of 4 runs.\n")
-    assert not (tmp_path / "a.png").exists()
+    assert (tmp_path / "a.png").exists() == (module is not plots)  # which ended while it drew
 
 
 def test_a_signal_before_the_first_sample_leaves_one_line(
@@ -159,6 +168,9 @@ def test_a_signal_before_the_first_sample_leaves_one_line(
     ran = bench("--output", str(written))
     assert (ran.code, ran.out, ran.err) == (143, "", "kvtool: terminated\n")
     assert not written.exists()
+    ran = bench("--plot", str(tmp_path / "a.png"))
+    said = f"--plot {tmp_path / 'a.png'}: nothing was measured, so nothing is drawn\n"
+    assert (ran.code, ran.err) == (143, f"{said}kvtool: terminated\n")
 
 
 # What is concluded

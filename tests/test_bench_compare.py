@@ -219,3 +219,13 @@ def test_a_pass_is_said_with_its_limits_in_every_format(
     assert ran.code == 1 and written.endswith(f" ✗ {why} (median).\n")
     assert "\n## Medians against before\n" in written
     assert "\n| 3 | kvtool | static | 1 | 1.2 | +20.0% |\n" in written
+
+
+def test_a_run_that_is_slower_than_allowed_is_drawn_all_the_same(
+    bench: Callable[..., Ran], pace: dict[str, float], tmp_path: Path
+) -> None:
+    bench("--save", "before")
+    pace["static"] = 9.0
+    words = ["--fail-if", "median:1%", "--plot", "slow.svg"]
+    assert bench("--compare", "before", *words).code == 1
+    assert (tmp_path / "slow.svg").exists()

@@ -31,6 +31,7 @@ LENGTHS = [10, 50, 100, 500, 1000]
 CACHES = ["none", "dynamic", "static"]
 IMPL = [bench_peers.KVTOOL]
 PROMPT_LENGTH = 32
+NOTHING_DRAWN = "nothing was measured, so nothing is drawn"
 COMPARE = "Against an earlier run"
 
 
@@ -134,6 +135,8 @@ def run(settings: Settings, out: Output) -> Report:
         measure(settings, measurement, out)
         quality = qualities(settings, model, text, lengths[-1], out)
     if outcome.how and not any(cell.runs for cell in measurement.cells):
+        if settings.plot is not None:
+            out.note(f"--plot {settings.plot}: {NOTHING_DRAWN}")
         raise Ended(outcome.how)
     report = Report(
         *summary(settings, lanes, measurement, weights_read(model)),
@@ -366,11 +369,13 @@ def command(
 
     def work(settings: Settings, out: Output) -> Report:
         report = run(settings, out)
-        if settings.plot is not None and report.exit_code == 0:
+        if settings.plot is not None and not report.measured:
+            out.note(f"--plot {settings.plot}: {NOTHING_DRAWN}")
+        elif settings.plot is not None:  # of an ended or a failed run too
             with until_ended() as outcome:
                 draw(report, settings.plot, caption(measured_on(settings, report.resolved)))
                 out.note(f"plot: {settings.plot}")
-            report.ended = outcome.how
+            report.ended = report.ended or outcome.how
         return report
 
     def keep(report: Report, content: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvtool.commands.bench_report import Report, Row, memory_text, pays_text
+from kvtool.commands.bench_report import Report, Row, memory_text, missing_text, pays_text
 from kvtool.commands.bench_words import number, seconds
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
@@ -150,5 +150,6 @@ def draw(report: Report, path: Path, about: str = "") -> None:
         for kind, length in report.pays_from.items()
         if length is not None and length > times[kind][0][0]
     }
-    said = pays_text(report) if report.pays_from else ""
+    found = [pays_text(report) if report.pays_from else "", missing_text(report)]
+    said = " ".join(sentence for sentence in found if sentence)
     bench_plot(path, times, memory, marks, said, f"{title(report)}\n{about}")
