@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -48,8 +49,20 @@ def test_rows_that_the_budget_left_out_are_null_and_said(
     assert found["conclusion"].endswith(f"Left out by --budget 5 s: {left_out}.")
     said = bench(*words).out.splitlines()
     row = next(line for line in said if line.startswith("    50  none"))
-    assert row.split() == ["50", "none", "-", "-", "0", "-", "-", "-", "11", "s"]
+    assert row.split() == ["50", "none", "~11", "s", "-", "0", "-", "-", "-", "0"]
     assert said[-1] == f"Left out by --budget 5 s: {left_out}."
+
+
+def test_a_row_that_was_left_out_needs_no_table_of_its_own(
+    bench: Callable[..., Ran], slow: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    slow(lambda kind, length: length * length / 100 if kind == "none" else 0.1)
+    kinds = ["none", "sliding:window=16:sinks=4"]
+    said = bench("--lengths", "5", "50", "--budget", "5", "--caches", *kinds).out
+    times = said.partition("One more token")[0]
+    assert times.count("─\n") == 1 and "~11 s" in times and "would take" not in times
+    assert not [line for line in said.splitlines() if line != line.rstrip()]
 
 
 def test_fewer_samples_than_asked_for_are_said(
@@ -71,6 +84,7 @@ def test_nothing_measured_at_all_is_exit_1_and_draws_nothing(
     said = "Nothing was measured within --budget 0.001 s: none at 3 tokens would take about 1 s."
     assert ran.out.splitlines()[-1] == said
     assert "does not pay" not in ran.out
+    assert f"--plot {tmp_path / 'a.png'}: nothing was measured, so nothing is drawn\n" in ran.err
     assert not (tmp_path / "a.png").exists()
 
 
@@ -91,6 +105,7 @@ def test_a_signal_shows_and_writes_what_was_measured(
     bench: Callable[..., Ran],
     slow: Callable[..., None],
     signals_as_in_the_app: None,
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     number: int,
     code: int,
@@ -106,8 +121,14 @@ def test_a_signal_shows_and_writes_what_was_measured(
 
     slow(cost)
     written = tmp_path / "a.json"
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "bench_plot", lambda *args: drawn.append(args))
     words = ["--caches", "none", "static", "--lengths", "3", "5", "--output", str(written)]
-    ran = bench(*words, "--save", "stopped")
+    ran = bench(*words, "--save", "stopped", "--plot", str(tmp_path / "a.png"))
+    assert f"plot: {tmp_path / 'a.png'}\n" in ran.err
+    (((_, times, _, _, caption, _)),) = drawn
+    assert {kind: len(points) for kind, points in times.items()} == {"static": 2, "none": 1}
+    assert caption.endswith(f"{word.capitalize()} after 3 of 8 runs.")
     assert ran.code == code
     assert f"warning: {word} after 3 of 8 runs\n" in ran.err
     assert "--save stopped: nothing is kept" in ran.err and not place("stopped").exists()
@@ -133,7 +154,7 @@ def test_a_signal_behind_the_last_run_keeps_all_samples(
     row = next(line for line in ran.out.splitlines() if line.startswith("     3  sliding"))
     assert row.split()[4] == "2"
     assert ran.out.endswith("\nTerminated behind the last of 4 runs.\n")
-    assert not (tmp_path / "a.png").exists()
+    assert (tmp_path / "a.png").exists() == (module is not plots)  # which ended while it drew
 
 
 def test_a_signal_before_the_first_sample_leaves_one_line(
@@ -147,6 +168,9 @@ def test_a_signal_before_the_first_sample_leaves_one_line(
     ran = bench("--output", str(written))
     assert (ran.code, ran.out, ran.err) == (143, "", "kvtool: terminated\n")
     assert not written.exists()
+    ran = bench("--plot", str(tmp_path / "a.png"))
+    said = f"--plot {tmp_path / 'a.png'}: nothing was measured, so nothing is drawn\n"
+    assert (ran.code, ran.err) == (143, f"{said}kvtool: terminated\n")
 
 
 # What is concluded
@@ -177,3 +201,27 @@ def test_the_last_line_says_where_a_cache_starts_to_pay(
 def test_without_none_nothing_is_said_about_paying(bench: Callable[..., Ran]) -> None:
     ran = bench("--caches", "static", "--repeats", "1")
     assert ran.out.splitlines()[-1] == "Add none to --caches to see what a cache buys."
+
+
+def test_without_a_kind_that_caches_one_is_asked_for(bench: Callable[..., Ran]) -> None:
+    said = bench("--caches", "none", "--repeats", "1").out.splitlines()[-1]
+    assert said == "Add a kind that caches, such as dynamic, to --caches to see what a cache buys."
+
+
+@pytest.mark.parametrize(
+    ("static", "sentence"),
+    [
+        ({1: 0.5, 2: 0.5}, "static pays from 1 token on, the fewest measured."),
+        ({1: 1.1, 2: 0.5}, "static pays from about 2 tokens on."),  # it is slower at 1
+        ({1: 1.1, 2: 3.0}, "static does not pay at 2 tokens, the most measured."),
+    ],
+)
+def test_a_length_from_which_on_a_kind_pays_is_one_at_which_it_does(
+    bench: Callable[..., Ran],
+    slow: Callable[..., None],
+    static: dict[int, float],
+    sentence: str,
+) -> None:
+    slow(lambda kind, n: 1.0 if kind == "none" else static[min(n, 2)])
+    ran = bench("--lengths", "1", "2", "--caches", "none", "static")
+    assert ran.out.splitlines()[-1] == sentence

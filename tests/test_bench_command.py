@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ import bench_cases
 from bench_cases import cells
 from cli_probe import Ran, refused
 from kvtool import files
-from kvtool.commands.bench_report import Report, Row, memory_text, number
+from kvtool.commands.bench_report import Report, Row, memory_text
 from kvtool.commands.bench_show import draw
+from kvtool.commands.bench_words import number
 from kvtool.core import timing, traffic
 from kvtool.core.kernels import DefaultKernels
 from kvtool.core.traffic import Bandwidth
@@ -181,18 +180,6 @@ def test_exact_kernels_are_measured_with_and_without_a_cache(
     assert found["settings"]["kernels"] == found["kernels"] == "exact"
     assert [len(row["samples_s"]) for row in found["measurements"]] == [2, 2]
     assert "batch of 1, exact kernels" in bench(*given, model=tmp_path).out
-
-
-def test_the_reports_have_a_row_for_every_cell(bench: Callable[..., Ran], tmp_path: Path) -> None:
-    for name in ("rows.csv", "rows.md"):
-        ran = bench("-q", "--output", str(tmp_path / name))
-        assert (ran.code, ran.err) == (0, "")
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "rows.csv").read_text())))
-    assert [row["cache"] for row in rows] == ["none", "dynamic", "static"]
-    assert [row["samples"] for row in rows] == ["2"] * 3
-    written = (tmp_path / "rows.md").read_text()
-    assert written.count("\n| ") == 2 + 3 and "samples_s" not in written
-    assert written.splitlines()[-1].startswith("dynamic ") or "pay" in written.splitlines()[-1]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])

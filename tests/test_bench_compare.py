@@ -43,8 +43,9 @@ def bench(
     monkeypatch.setattr(traffic, "LARGE", 2**20)
 
     def call(*args: str) -> Ran:
-        given = ["--model", str(decoder), "--threads", "1", "--device", "cpu", "--lengths", "3"]
-        given += ["--caches", "none", "static", "--repeats", "3"]
+        given = ["--model", str(decoder), "--threads", "1", "--device", "cpu", "--repeats", "3"]
+        given += [] if "--lengths" in args else ["--lengths", "3"]
+        given += [] if "--caches" in args else ["--caches", "none", "static"]
         return kv(*given, *args, command="bench")
 
     return call
@@ -169,4 +170,62 @@ def test_what_is_missing_from_a_baseline_differs() -> None:
 def test_rows_that_one_run_did_not_measure_are_left_out() -> None:
     before = {"measurements": [{"length": 1, "cache": "none", "samples_s": []}]}
     now = [{"length": 1, "cache": "none", "samples_s": [1.0]}]
-    assert compare(before, now, ())[0] == []
+    found = compare(before, now, ())
+    assert (found.changes, found.not_in_baseline) == ([], ["none at 1 token: not in the baseline"])
+    found = compare({"measurements": now}, before["measurements"], ())
+    assert found.changes == found.regressions == []
+    assert found.not_measured_now == ["none at 1 token: in the baseline, not measured now"]
+
+
+def test_a_row_of_the_baseline_that_is_not_measured_now_is_no_pass(
+    bench: Callable[..., Ran], pace: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench("--save", "before")
+    monkeypatch.setattr(
+        timing.Measurement,
+        "run",
+        lambda self, *_: [self._time(c) for c in self.cells if c.cache == "static"],
+    )
+    said = "none at 3 tokens: in the baseline, not measured now"
+    ran = bench("--compare", "before")
+    assert ran.code == 0 and f"! {said}\n" in ran.out
+    ran = bench("--compare", "before", "--fail-if", "median:900%")
+    assert ran.code == 1 and ran.out.count(said) == 1 and f"✗ {said}\n" in ran.out
+    found = bench("--compare", "before", "--fail-if", "median:900%", "--caches", "static")
+    assert found.code == 0  # another kind was not asked for
+
+
+def test_a_row_that_the_baseline_has_not_is_named(
+    bench: Callable[..., Ran], pace: dict[str, float]
+) -> None:
+    bench("--save", "before")
+    ran = bench("--compare", "before", "--lengths", "3", "5", "--fail-if", "median:10%")
+    assert ran.code == 0 and "! static at 5 tokens: not in the baseline\n" in ran.out
+
+
+def test_a_pass_is_said_with_its_limits_in_every_format(
+    bench: Callable[..., Ran], pace: dict[str, float], tmp_path: Path
+) -> None:
+    bench("--save", "before")
+    limits = ["--fail-if", "median:10%", "--fail-if", "min:0.5"]
+    ran = bench("--compare", "before", *limits, "--output", str(tmp_path / "pass.md"))
+    said = "✓ no row is slower than before by more than 10 % (median) or 0.5 s (min)"
+    assert ran.out.splitlines()[-1] == said
+    assert (tmp_path / "pass.md").read_text().endswith(f" {said}.\n")
+    pace["static"] = 1.2
+    ran = bench("--compare", "before", *limits, "--output", str(tmp_path / "fail.md"))
+    written = (tmp_path / "fail.md").read_text()
+    why = "static at 3 tokens: median 1,000.0 -> 1,200.0 ms (+20%), beyond the limit of 10 %"
+    assert ran.code == 1 and written.endswith(f" ✗ {why} (median).\n")
+    assert "\n## Medians against before\n" in written
+    assert "\n| 3 | kvtool | static | 1 | 1.2 | +20.0% |\n" in written
+
+
+def test_a_run_that_is_slower_than_allowed_is_drawn_all_the_same(
+    bench: Callable[..., Ran], pace: dict[str, float], tmp_path: Path
+) -> None:
+    bench("--save", "before")
+    pace["static"] = 9.0
+    words = ["--fail-if", "median:1%", "--plot", "slow.svg"]
+    assert bench("--compare", "before", *words).code == 1
+    assert (tmp_path / "slow.svg").exists()

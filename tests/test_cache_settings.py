@@ -55,6 +55,24 @@ def test_a_setting_that_means_nothing_is_named(text: str, message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ("sliding:window=16,sinks=0", "Write sliding:window=16:sinks=0."),
+        ("none,sliding,window=16,sinks=0,paged", "Write sliding:window=16:sinks=0."),
+        ("int4:group=0", "--caches: int4: group: 0 is too small (expected 1 or more)"),
+        ("paged:page=0", "--caches: paged: page: 0 is too small (expected 1 or more)"),
+        ("none,window=16", "--caches: 'window=16' is not known (expected one of none, dynamic"),
+    ],
+)
+def test_a_setting_is_refused_with_its_option_and_kind(
+    run: Callable[..., Ran], kinds: str, message: str
+) -> None:
+    said = refused(run("bench", "--caches", kinds))
+    assert message in said and said.startswith("--caches: ")
+    assert said.count("Write ") == message.count("Write ")
+
+
 def test_an_option_fills_in_what_the_name_does_not_say() -> None:
     given = {"window": 9, "page": None, "group": 8}
     assert with_settings("sliding", given) == "sliding:window=9"

@@ -97,6 +97,19 @@ def test_every_axis_has_two_ticks_or_more(
     assert low <= min(seconds) and max(seconds) <= high
 
 
+def test_a_colour_belongs_to_the_kind_in_whichever_order_and_company(figures: list[Any]) -> None:
+    """Two of a kind differ nevertheless."""
+    for kinds in (["static", "none"], ["none", "paged", "static"], ["static", "static:a=1"]):
+        times = {kind: [(n, [0.1 * n * 3**i]) for n in (10, 100)] for i, kind in enumerate(kinds)}
+        plots.bench_plot(Path("a.png"), times, {}, {})
+    first, second, third = (
+        {line.get_label(): line.get_color() for line in figure.axes[0].lines} for figure in figures
+    )
+    assert first["static cache"] == second["static cache"] == third["static cache"]
+    assert first["no cache"] == second["no cache"] == plots.COLOURS[0]
+    assert len(set(second.values())) == 3 and len(set(third.values())) == 2
+
+
 def test_kinds_that_lie_on_each_other_are_told_apart(figures: list[Any]) -> None:
     """They take turns along one line: where one has a dash, the others have gaps."""
     times = {kind: [(10, [0.1]), (100, [1.0])] for kind in ("dynamic", "static", "paged")}

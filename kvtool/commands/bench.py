@@ -10,9 +10,10 @@ import typer
 
 from kvtool.commands import bench_compare, bench_peers
 from kvtool.commands.bench_compare import Limit
-from kvtool.commands.bench_report import Report, Row, ended_text, label, missing
+from kvtool.commands.bench_report import Report, Row, ended_text, missing
 from kvtool.commands.bench_show import draw, show
 from kvtool.commands.bench_subject import check_fits, load_model, qualities, read_ids
+from kvtool.commands.bench_words import label
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.ending import Ended, until_ended
 from kvtool.errors import FileError, UsageError
@@ -30,6 +31,7 @@ LENGTHS = [10, 50, 100, 500, 1000]
 CACHES = ["none", "dynamic", "static"]
 IMPL = [bench_peers.KVTOOL]
 PROMPT_LENGTH = 32
+NOTHING_DRAWN = "nothing was measured, so nothing is drawn"
 COMPARE = "Against an earlier run"
 
 
@@ -116,7 +118,8 @@ def run(settings: Settings, out: Output) -> Report:
     if model is not loaded.model:
         resolved["changed"] = f"with {settings.n_kv_heads} key-value heads and random weights"
     if baseline is not None:
-        check_comparable(settings, baseline, conditions(settings, resolved), out)
+        now = conditions(settings, resolved)
+        bench_compare.check_comparable(baseline, now, settings, out)
     text = read_ids(settings, loaded, device)
     vocab = model.config.source_vocab_size or model.config.vocab_size
     prompt = torch.randint(vocab, (settings.batch_size, settings.start[1])).to(device)
@@ -132,6 +135,8 @@ def run(settings: Settings, out: Output) -> Report:
         measure(settings, measurement, out)
         quality = qualities(settings, model, text, lengths[-1], out)
     if outcome.how and not any(cell.runs for cell in measurement.cells):
+        if settings.plot is not None:
+            out.note(f"--plot {settings.plot}: {NOTHING_DRAWN}")
         raise Ended(outcome.how)
     report = Report(
         *summary(settings, lanes, measurement, weights_read(model)),
@@ -146,11 +151,13 @@ def run(settings: Settings, out: Output) -> Report:
         ended=outcome.how,
         budget=settings.budget,
         repeats=settings.repeats,
+        seed=settings.run.seed,
     )
     tell_missing(report, settings, out)
     if baseline is not None and not outcome.how:
-        report.changes, report.regressions = bench_compare.compare(
-            baseline, list(map(vars, report.measurements)), settings.fail_if
+        rows = list(map(vars, report.measurements))
+        report.comparison = bench_compare.compare(
+            baseline, rows, settings.fail_if, str(settings.compare)
         )
     return report
 
@@ -197,22 +204,6 @@ def conditions(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
         "depth": settings.depth,
         "batch_size": settings.batch_size,
     }
-
-
-def check_comparable(
-    settings: Settings, baseline: dict[str, Any], facts: dict[str, Any], out: Output
-) -> None:
-    """Say what differs from the baseline's conditions; raise FileError where a verdict is wanted
-    all the same."""
-    different = bench_compare.differences(baseline, facts)
-    if not different:
-        return
-    if settings.fail_if and not settings.force:
-        raise FileError(
-            f"--compare {settings.compare}: times are not comparable ({'; '.join(different)})",
-            "Save a run of this machine and these settings, or give --force.",
-        )
-    out.warn(f"--compare {settings.compare}: not the same conditions: {'; '.join(different)}")
 
 
 def tell_missing(report: Report, settings: Settings, out: Output) -> None:
@@ -378,11 +369,13 @@ def command(
 
     def work(settings: Settings, out: Output) -> Report:
         report = run(settings, out)
-        if settings.plot is not None and report.exit_code == 0:
+        if settings.plot is not None and not report.measured:
+            out.note(f"--plot {settings.plot}: {NOTHING_DRAWN}")
+        elif settings.plot is not None:  # of an ended or a failed run too
             with until_ended() as outcome:
                 draw(report, settings.plot, caption(measured_on(settings, report.resolved)))
                 out.note(f"plot: {settings.plot}")
-            report.ended = outcome.how
+            report.ended = report.ended or outcome.how
         return report
 
     def keep(report: Report, content: dict[str, Any]) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kvtool.commands.bench_words import tokens
 from kvtool.errors import FileError, UsageError
 from kvtool.files import nearest, read_json_object
+
+if TYPE_CHECKING:
+    from kvtool.commands.bench import Settings
+    from kvtool.ui.output import Output
 
 FOLDER = Path(".benchmarks") / "kvtool"
 SCHEMA = "kvtool.bench/1"
@@ -59,6 +64,10 @@ class Limit:
             )
         return cls(match[1], float(match[2]), bool(match[3]))
 
+    def __str__(self) -> str:
+        most = f"{self.most:g} %" if self.percent else f"{self.most:g} s"
+        return f"{most} ({self.field})"
+
     def exceeded(self, before: Sequence[float], now: Sequence[float]) -> bool:
         old, new = FIELDS[self.field](before), FIELDS[self.field](now)
         return new - old > (old * self.most / 100 if self.percent else self.most)
@@ -73,6 +82,38 @@ class Change:
     cache: str
     before_s: float  # medians
     now_s: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What has changed since a run that was kept, and whether that is allowed."""
+
+    baseline: str = ""  # as it was asked for; "" of a run that is compared with none
+    limits: tuple[Limit, ...] = ()
+    changes: list[Change] = field(default_factory=list)  # of the rows that both have
+    regressions: list[str] = field(default_factory=list)  # why the answer is no
+    not_measured_now: list[str] = field(default_factory=list)  # though asked for
+    not_in_baseline: list[str] = field(default_factory=list)
+
+    @property
+    def verdicts(self) -> list[tuple[bool | None, str]]:
+        """What is to be said of it: right, wrong, or (None) neither."""
+        said: list[tuple[bool | None, str]] = []
+        if not self.limits:  # with limits that is a regression
+            said += [(None, sentence) for sentence in self.not_measured_now]
+        said += [(None, sentence) for sentence in self.not_in_baseline]
+        said += [(False, sentence) for sentence in self.regressions]
+        if self.limits and not self.regressions:
+            most = " or ".join(map(str, self.limits))
+            said.append((True, f"no row is slower than {self.baseline} by more than {most}"))
+        return said
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The changes as flat rows."""
+        return [
+            {**vars(change), "change": f"{change.now_s / change.before_s - 1:+.1%}"}
+            for change in self.changes
+        ]
 
 
 def place(name: str) -> Path:
@@ -135,25 +176,52 @@ def _at(content: Any, place: Sequence[str]) -> Any:
 
 
 def compare(
-    before: Mapping[str, Any], now: Sequence[Mapping[str, Any]], limits: Sequence[Limit]
-) -> tuple[list[Change], list[str]]:
-    """Changes of the rows that both have, and a sentence for each that exceeds a limit."""
+    before: Mapping[str, Any],
+    now: Sequence[Mapping[str, Any]],
+    limits: Sequence[Limit],
+    baseline: str = "the baseline",
+) -> Comparison:
+    """Changes of the rows that both have, a sentence for each that exceeds a limit, and one for
+    each that only one of them has; `now` has a row for all that was asked for."""
     old = samples_of(before)
-    changes, regressions = [], []
+    found = Comparison(baseline, tuple(limits))
     for row in now:
         length, impl, cache = key = _key(row)
         then, samples = old.get(key), row["samples_s"]
+        whose = "" if impl == "kvtool" else f"{impl} "
+        name = f"{whose}{cache} at {tokens(length)}"
+        if then and not samples:
+            found.not_measured_now.append(f"{name}: in the baseline, not measured now")
+        elif samples and not then:
+            found.not_in_baseline.append(f"{name}: not in the baseline")
         if not then or not samples:
             continue
-        changes.append(Change(length, impl, cache, median(then), median(samples)))
+        found.changes.append(Change(length, impl, cache, median(then), median(samples)))
         for limit in limits:
             if limit.exceeded(then, samples):
                 was, is_now = (FIELDS[limit.field](values) for values in (then, samples))
-                whose = "" if impl == "kvtool" else f"{impl} "
-                regressions.append(
-                    f"{whose}{cache} at {length} tokens: {limit.field} {was * 1000:,.1f} -> "
-                    f"{is_now * 1000:,.1f} ms ({is_now / was - 1:+.0%})"
+                found.regressions.append(
+                    f"{name}: {limit.field} {was * 1000:,.1f} -> {is_now * 1000:,.1f} ms "
+                    f"({is_now / was - 1:+.0%}), beyond the limit of {limit}"
                 )
-    if limits and not changes:
-        regressions.append("no row was measured both times")
-    return changes, regressions
+    if limits:
+        found.regressions.extend(found.not_measured_now)
+        if not found.changes:
+            found.regressions.append("no row was measured both times")
+    return found
+
+
+def check_comparable(
+    before: Mapping[str, Any], now: Mapping[str, Any], settings: Settings, out: Output
+) -> None:
+    """Say what differs from the baseline's conditions; raise FileError where a verdict is wanted
+    all the same."""
+    different = differences(before, now)
+    if not different:
+        return
+    if settings.fail_if and not settings.force:
+        raise FileError(
+            f"--compare {settings.compare}: times are not comparable ({'; '.join(different)})",
+            "Save a run of this machine and these settings, or give --force.",
+        )
+    out.warn(f"--compare {settings.compare}: not the same conditions: {'; '.join(different)}")

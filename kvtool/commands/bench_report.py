@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvtool.commands.bench_compare import Change, Comparison
+from kvtool.commands.bench_words import label, listed, number, seconds, tokens, verb
 from kvtool.ending import End
+from kvtool.ui.output import MARKS
 
 if TYPE_CHECKING:
-    from kvtool.commands.bench_compare import Change
     from kvtool.core.timing import Cell
     from kvtool.core.traffic import Bandwidth
 
@@ -76,11 +79,11 @@ class Report:
     quality: dict[str, dict[str, Any]]  # of each lossy kind
     seconds: float
     resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
-    changes: list[Change] = field(default_factory=list)  # against the baseline
-    regressions: list[str] = field(default_factory=list)
+    comparison: Comparison = field(default_factory=Comparison)
     ended: End | None = None  # by what, so that samples are missing
     budget: float = 0.0  # seconds
     repeats: int = 1
+    seed: int = 0
 
     @property
     def measured(self) -> bool:
@@ -90,7 +93,7 @@ class Report:
     def exit_code(self) -> int:
         if self.ended is not None:
             return self.ended.exit_code
-        return 0 if self.measured and not self.regressions else 1
+        return 0 if self.measured and not self.comparison.regressions else 1
 
     @property
     def sentences(self) -> list[str]:
@@ -110,14 +113,32 @@ class Report:
             for row in self.measurements
         ]
 
-    def to_dict(self) -> dict[str, Any]:
+    @property
+    def load(self) -> dict[str, Any]:
+        """What was run: of prompt length and depth the one that counts."""
         return {
-            **vars(self),
+            "batch_size": self.batch_size,
+            "prompt_length": self.prompt_length if self.depth is None else None,
+            "depth": self.depth,
+            "kernels": self.kernels,
+            "seed": self.seed,
+        }
+
+    def more_rows(self) -> dict[str, list[dict[str, Any]]]:
+        """The table of changes, under its heading, if this run was compared."""
+        heading = f"Medians against {self.comparison.baseline}"
+        return {heading: self.comparison.rows()} if self.comparison.changes else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        marked = [f"{MARKS[ok][0]} {said}." for ok, said in self.comparison.verdicts]
+        return {
+            **{name: value for name, value in vars(self).items() if name != "comparison"},
+            **vars(self.comparison),
             "bandwidth": self.bandwidth.best,
             "bandwidth_samples": self.bandwidth.rates,
             "bandwidth_disturbed": self.bandwidth.disturbed,
             "own_caches": self.bandwidth.own_caches,
-            "conclusion": " ".join([*self.sentences, *self.regressions]),
+            "conclusion": " ".join([*self.sentences, *marked]),
         }
 
     @property
@@ -136,10 +157,6 @@ class Report:
         return label(row.impl, row.cache, len(self.impls) > 1)
 
 
-def label(impl: str, cache: str, several: bool) -> str:
-    return f"{impl} {cache}" if several else cache
-
-
 def middle(values: Iterable[float | None]) -> float | None:
     """The median of those that are there."""
     from statistics import median
@@ -148,15 +165,12 @@ def middle(values: Iterable[float | None]) -> float | None:
     return median(found) if found else None
 
 
-def number(value: float | None, scale: float, form: str, unit: str = "") -> str:
-    """A figure for the table; a dash for what was not measured."""
-    return "-" if value is None else f"{value * scale:{form}}{unit}"
-
-
 def pays_text(report: Report) -> str:
     """From which length on a cache is worth having."""
     if not report.pays_from:
-        return "Add none to --caches to see what a cache buys."
+        caching = any(row.cache != "none" for row in report.measurements)
+        other = "none" if caching else "a kind that caches, such as dynamic,"
+        return f"Add {other} to --caches to see what a cache buys."
     groups: dict[tuple[str, str], list[str]] = {}
     for kind, length in report.pays_from.items():
         rows = [row for row in report.measurements if report.name(row) == kind]
@@ -164,11 +178,11 @@ def pays_text(report: Report) -> str:
         if not compared:
             said = "was|were", "not measured beside no cache"
         elif length is None:
-            said = "does|do", f"not pay at {compared[-1]} tokens, the most measured"
+            said = "does|do", f"not pay at {tokens(compared[-1])}, the most measured"
         elif length == compared[0]:
-            said = "pays|pay", f"from {compared[0]} tokens on, the fewest measured"
+            said = "pays|pay", f"from {tokens(compared[0])} on, the fewest measured"
         else:
-            said = "pays|pay", f"from about {length:.0f} tokens on"
+            said = "pays|pay", f"from about {tokens(first_above(length))} on"
         groups.setdefault(said, []).append(kind)
     sentences = [
         f"{listed(kinds)} {verb(kinds, forms)} {rest}" for (forms, rest), kinds in groups.items()
@@ -176,10 +190,13 @@ def pays_text(report: Report) -> str:
     return "; ".join(sentences) + "."
 
 
-def listed(names: Sequence[str]) -> str:
-    """`a`, `a and b`, or `a, b and c`."""
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
+def first_above(crossing: float) -> int:
+    """The first whole length that is not below a crossing, which is known to some digits only.
+
+    >>> first_above(1.3), first_above(10.000000001)
+    (2, 10)
+    """
+    return math.ceil(crossing * (1 - 1e-6))
 
 
 def best_text(report: Report) -> str:
@@ -196,7 +213,7 @@ def best_text(report: Report) -> str:
     least = min(row.bytes_measured or 0 for row in rows)
     smallest = listed([report.name(row) for row in rows if row.bytes_measured == least])
     return (
-        f"At {max(lengths):,} tokens {report.name(fastest)} is fastest here "
+        f"At {tokens(max(lengths))} {report.name(fastest)} is fastest here "
         f"({number(fastest.tokens_per_s, 1, ',.0f')} tokens/s), and {smallest} smallest "
         f"({least / 1024:,.0f} KiB)."
     )
@@ -223,7 +240,7 @@ def versus_text(report: Report) -> str:
         f"{faster} is faster than {slower} by a factor of {listed(found)}"
         for (faster, slower), found in factors.items()
     ]
-    return f"At {longest:,} tokens {'; '.join(said)}."
+    return f"At {tokens(longest)} {'; '.join(said)}."
 
 
 def missing_text(report: Report) -> str:
@@ -253,7 +270,7 @@ def missing(report: Report) -> str:
             groups.setdefault(report.name(row), []).append(row)
     said = []
     for name, rows in groups.items():
-        lengths = [f"{row.length:,}" for row in rows[:-1]] + [f"{rows[-1].length:,} tokens"]
+        lengths = [f"{row.length:,}" for row in rows[:-1]] + [tokens(rows[-1].length)]
         takes = [f" (about {seconds(t)})" if (t := row.would_take_s) else "" for row in rows]
         said.append(f"{name} at {listed([n + t for n, t in zip(lengths, takes, strict=True)])}")
     return "; ".join(said)
@@ -267,16 +284,7 @@ def nothing_text(report: Report) -> str:
     if least is None:
         return f"{said}."
     takes = seconds(least.would_take_s or 0.0)
-    return f"{said}: {report.name(least)} at {least.length:,} tokens would take about {takes}."
-
-
-def seconds(value: float) -> str:
-    """An estimate, with no more digits than it has.
-
-    >>> seconds(134.21), seconds(3.2345), seconds(0.01234)
-    ('134 s', '3.2 s', '0.012 s')
-    """
-    return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
+    return f"{said}: {report.name(least)} at {tokens(least.length)} would take about {takes}."
 
 
 def memory_text(report: Report) -> str:
@@ -310,8 +318,3 @@ def memory_text(report: Report) -> str:
             f"do not explain: {why}."
         )
     return said
-
-
-def verb(names: Sequence[str], forms: str) -> str:
-    """The form of a verb that fits one name, or several: "pays|pay"."""
-    return forms.split("|")[len(names) > 1]

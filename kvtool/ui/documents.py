@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvtool.errors import FileError, UsageError
-from kvtool.ui.environment import caption, environment, measured_on, peak_memory
+from kvtool.ui.environment import cache_settings, caption, environment, measured_on, peak_memory
 
 SUFFIXES = (".json", ".csv", ".md")
 
@@ -23,8 +23,9 @@ SUFFIXES = (".json", ".csv", ".md")
 class Report(Protocol):
     """What a command's work returns: a dataclass; `to_dict()` may stand in for its fields.
 
-    If it has them, `resolved` is what `measured_on` describes, and `conclusion` in the document is
-    what Markdown ends with.
+    If it has them, `resolved` is what `measured_on` describes, `load` what was done there, for CSV
+    and Markdown, `more_rows()` further tables of Markdown by their headings, and `conclusion` in
+    the document is what Markdown ends with.
     """
 
     @property
@@ -90,15 +91,25 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def to_markdown(
-    title: str, rows: Sequence[Mapping[str, Any]], about: str = "", conclusion: str = ""
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    about: str = "",
+    conclusion: str = "",
+    more: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> str:
-    """A heading, what it is about, a table, and what follows from it; numbers have six significant
-    digits."""
+    """A heading, what it is about, a table, more of them under their headings, and what follows
+    from them; numbers have six significant digits."""
+    parts = [f"# {title}", about, _table(rows)]
+    for heading, others in (more or {}).items():
+        parts += [f"## {heading}", _table(others)]
+    return "\n\n".join(part for part in (*parts, conclusion) if part) + "\n"
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = columns_of(rows)
     lines = [list(columns), ["---"] * len(columns)]
     lines += [[_short(row.get(name)) for name in columns] for row in rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) if columns else "No rows."
-    return "\n\n".join(part for part in (f"# {title}", about, table, conclusion) if part) + "\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if columns else "No rows."
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -122,17 +133,29 @@ def _short(value: Any) -> str:
 def render(path: Path, content: Mapping[str, Any], report: Report) -> bytes:
     """The bytes of the document that the suffix of `path` asks for."""
     suffix = path.suffix.lower()
+    rows, load = report.rows(), getattr(report, "load", {})
     if suffix == ".json":
         text = to_json(content)
     elif suffix == ".csv":
         # What is said once in other formats stands in every row, so that files can be joined.
-        text = to_csv([{**row, **_others(content["measured_on"], row)} for row in report.rows()])
+        text = to_csv([{**row, **_others({**load, **_facts(content, row)}, row)} for row in rows])
     else:
         schema = str(content["schema"])
         title = schema.removesuffix("/1").replace(".", " ", 1)
-        about, conclusion = caption(content["measured_on"]), str(content.get("conclusion", ""))
-        text = to_markdown(title, report.rows(), about, conclusion)
+        facts = caption(content["measured_on"], n_digits=64)
+        said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in load.items() if v is not None)
+        about = "; ".join(part for part in (facts, said) if part)
+        more = report.more_rows() if hasattr(report, "more_rows") else {}
+        text = to_markdown(title, rows, about, str(content.get("conclusion", "")), more)
     return text.encode()
+
+
+def _facts(content: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row is of: of the settings of caches those of its own kind."""
+    facts, resolved = dict(content["measured_on"]), content.get("resolved") or {}
+    if "cache_settings" in resolved:
+        facts["cache_settings"] = cache_settings(resolved, str(row.get("cache", "")))
+    return facts
 
 
 def _others(facts: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

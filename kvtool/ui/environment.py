@@ -58,13 +58,23 @@ def measured_on(settings: Any, resolved: Mapping[str, Any]) -> dict[str, Any]:
         "stored_dtype": resolved.get("stored_dtype"),
         "threads": torch and torch.get_num_threads(),
         "processor": torch.cuda.get_device_name() if torch and on_gpu else cpu_name(),
-        "cache_settings": "; ".join(
-            f"{kind.partition(':')[0]}: {', '.join(f'{k} {v}' for k, v in chosen.items())}"
-            for kind, chosen in resolved.get("cache_settings", {}).items()
-            if chosen
-        ),
+        "cache_settings": cache_settings(resolved),
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def cache_settings(resolved: Mapping[str, Any], only: str = "") -> str:
+    """The settings of the kinds of caches that a command found out, or of one of them alone.
+
+    >>> cache_settings({"cache_settings": {"static": {}, "paged": {"page": 16}}})
+    'paged: page 16'
+    """
+    found = resolved.get("cache_settings", {})
+    return "; ".join(
+        f"{kind.partition(':')[0]}: {', '.join(f'{k} {v}' for k, v in chosen.items())}"
+        for kind, chosen in found.items()
+        if chosen and only in ("", kind)
+    )
 
 
 def model_name(asked: str, resolved: Mapping[str, Any]) -> str:
@@ -77,8 +87,8 @@ def model_name(asked: str, resolved: Mapping[str, Any]) -> str:
     return f"{name} {note}".strip() if (note := resolved.get("changed")) else name
 
 
-def caption(facts: Mapping[str, Any]) -> str:
-    """What `measured_on` found, in a line.
+def caption(facts: Mapping[str, Any], n_digits: int = 8) -> str:
+    """What `measured_on` found, in a line, with the first `n_digits` of the checksum.
 
     >>> caption({"model": "a", "sha256": "0123456789ab", "dtype": "float32", "threads": 2})
     'a (01234567), float32, 2 threads'
@@ -86,7 +96,7 @@ def caption(facts: Mapping[str, Any]) -> str:
     model, sha256 = facts.get("model", ""), facts.get("sha256", "")
     dtype, stored, threads = (facts.get(name) for name in ("dtype", "stored_dtype", "threads"))
     parts = [
-        f"{model} ({sha256[:8]})" if model and sha256 else model,
+        f"{model} ({sha256[:n_digits]})" if model and sha256 else model,
         f"{dtype} (stored in {stored})" if stored and stored != dtype else dtype,
         f"{threads} thread{'s' if threads != 1 else ''}" if threads else "",
         facts.get("processor", ""),

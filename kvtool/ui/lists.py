@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 from typing import Any
 
 import typer
@@ -82,12 +83,32 @@ def parse_elements(flag: str, values: Iterable[Any], element: Element, example: 
         pieces = [piece.strip() for piece in value.split(",")]
         if "" in pieces[1:-1]:  # at the ends a comma is a habit: "10, 50"
             raise UsageError(f"{flag}: {value!r} has an empty element", "Take out a comma.")
-        for piece in filter(None, pieces):
-            one = element(piece, flag)
+        for i, piece in enumerate(pieces):
+            if not piece:
+                continue
+            try:
+                one = element(piece, flag)
+            except UsageError as error:
+                hint = _rejoined(pieces, i, element, flag) or error.hint
+                raise UsageError(error.message, hint) from error
             found += one if isinstance(one, list) else [one]
     if "" in values or (values and not found):  # "" is what repeat_flags makes of a bare flag
         raise UsageError(f"{flag}: needs at least one value, e.g. {flag} {example}")
     return found
+
+
+def _rejoined(pieces: list[str], i: int, element: Element, flag: str) -> str:
+    """How to write settings that were split off an element by commas, from the i-th piece on, which
+    means nothing alone: "sliding:window=16,sinks=0"; "" if it is something else."""
+    whole = list(takewhile(lambda piece: "=" in piece and ":" not in piece, pieces[i:]))
+    if not i or not whole:
+        return ""
+    meant = ":".join([pieces[i - 1], *whole])
+    try:
+        element(meant, flag)
+    except UsageError:
+        return ""
+    return f"Write {meant}."
 
 
 def whole_number(text: str, flag: str) -> int:

@@ -35,8 +35,11 @@ def _complete(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
 
 
 def cache_kind(text: str, flag: str) -> str:
-    """One registered cache kind, perhaps with settings. Raises UsageError with the nearest name."""
-    split_kind(text, flag)
+    """One registered cache kind, perhaps with settings. Raises UsageError with the nearest name,
+    or for a setting that is too small."""
+    kind, settings = split_kind(text, flag)
+    for name, value in settings.items():
+        check_int(f"{flag}: {kind}: {name}", value, 0 if name in MAY_BE_0 else 1)
     return text
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from kvtool.errors import UsageError
@@ -70,12 +70,22 @@ class Output:
             return
         parts = build_table(title, columns, rows, self._out.width, self._out.encoding)
         if title:
-            self._out.print(next(parts))
+            self._block(next(parts))
         if self.caption:
-            self._out.print(Text(self.caption, style="dim"))  # as wide as the table, not more
+            self._block(Text(self.caption, style="dim"))  # as wide as the table, not more
             self.caption = ""
         for part in parts:
+            self._block(part)
+
+    def _block(self, part: RenderableType) -> None:
+        """Print what is as wide as the screen; to a file or pipe without blanks at line ends."""
+        if self._out.is_terminal:
             self._out.print(part)
+            return
+        with self._out.capture() as captured:
+            self._out.print(part)
+        for line in captured.get().splitlines():
+            self._out.print(line.rstrip(), soft_wrap=True)
 
     def text(self, text: str = "", style: str = "", end: str = "\n", wrap: bool = True) -> None:
         """Print a paragraph, wrapped on a terminal only; without `wrap` what is to be copied."""

@@ -6,11 +6,13 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from kvtool.files import write_durable
+from kvtool.registry import CACHES
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008).
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -223,12 +225,24 @@ class _Look(NamedTuple):
 
 
 def _looks(names: Sequence[str]) -> dict[str, _Look]:
-    """How each series is drawn: a colour for its kind, and dashed from the second implementation
-    on."""
+    """How each series is drawn: a colour for its kind, the same in every figure, and dashed from
+    the second implementation on."""
     parts = {name: name.rpartition(" ") for name in names}
-    kinds = list(dict.fromkeys(kind for *_, kind in parts.values()))
+    colours = _colours(list(dict.fromkeys(kind for *_, kind in parts.values())))
     first = next(iter(parts.values()))[0] if parts else ""
-    return {n: _Look(kinds.index(kind), impl != first) for n, (impl, _, kind) in parts.items()}
+    return {n: _Look(colours[kind], impl != first) for n, (impl, _, kind) in parts.items()}
+
+
+def _colours(kinds: Sequence[str]) -> dict[str, int]:
+    """The place of each kind's colour: its name's, or of a second one of that name a free one."""
+    own = {name: place for place, name in enumerate(CACHES)}
+    found: dict[str, int] = {}
+    for kind in kinds:
+        place = own.pop(kind.partition(":")[0], None)
+        if place is not None:
+            found[kind] = place
+    free = (place for place in count() if place not in set(found.values()))
+    return {kind: found[kind] if kind in found else next(free) for kind in kinds}
 
 
 def _series(name: str) -> str:

@@ -1,0 +1,43 @@
+"""The words and figures that bench's tables and sentences share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def label(impl: str, cache: str, several: bool) -> str:
+    return f"{impl} {cache}" if several else cache
+
+
+def number(value: float | None, scale: float, form: str, unit: str = "") -> str:
+    """A figure for the table; a dash for what was not measured."""
+    return "-" if value is None else f"{value * scale:{form}}{unit}"
+
+
+def tokens(n: int) -> str:
+    """So many, in words.
+
+    >>> tokens(1), tokens(1000)
+    ('1 token', '1,000 tokens')
+    """
+    return f"{n:,} token{'s' if n != 1 else ''}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, or `a, b and c`."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def seconds(value: float) -> str:
+    """An estimate, with no more digits than it has.
+
+    >>> seconds(134.21), seconds(3.2345), seconds(0.01234)
+    ('134 s', '3.2 s', '0.012 s')
+    """
+    return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
+
+
+def verb(names: Sequence[str], forms: str) -> str:
+    """The form of a verb that fits one name, or several: "pays|pay"."""
+    return forms.split("|")[len(names) > 1]
