@@ -401,6 +401,24 @@ def test_where_nothing_can_be_kept_is_refused_before_any_work(
         assert "does not exist" in refused(verify(*given, "--resume", str(absent)))
 
 
+@pytest.mark.parametrize("flag", ["--output", "--plot"])
+@pytest.mark.parametrize("alias", ["same", "dots", "link", "hard link", "link to nothing yet"])
+def test_a_file_to_go_on_from_is_never_written_over(
+    verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path, flag: str, alias: str
+) -> None:
+    kept = tmp_path / f"kept{'.json' if flag == '--output' else '.png'}"
+    other = {"same": kept, "dots": f"{tmp_path}/../{tmp_path.name}/{kept.name}"}.get(alias, kept.with_stem("other"))
+    if alias != "link to nothing yet":
+        kept.write_bytes(b"hours of work")
+    if alias.startswith("link"):
+        Path(other).symlink_to(kept)
+    if alias == "hard link":
+        os.link(kept, other)
+    message = refused(verify(*modes["kvtool"], "--resume", str(kept), flag, str(other)))
+    assert message.startswith(f"{flag} {other}: is the file of --resume too")
+    assert alias == "link to nothing yet" or kept.read_bytes() == b"hours of work"
+
+
 # A process of its own
 
 PROCESS = """
