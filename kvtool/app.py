@@ -59,7 +59,6 @@ class Command(HelpPage, ListCommand):
                 if f"{flag}=" in args or (flag, "") in itertools.pairwise(args):
                     raise UsageError(f"{flag}: is empty (expected {param.metavar})")
 
-
     def invoke(self, ctx: Any) -> Any:
         check_apart(dict(self._files(ctx)))
         return super().invoke(ctx)

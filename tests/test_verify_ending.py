@@ -407,16 +407,48 @@ def test_a_file_to_go_on_from_is_never_written_over(
     verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path, flag: str, alias: str
 ) -> None:
     kept = tmp_path / f"kept{'.json' if flag == '--output' else '.png'}"
-    other = {"same": kept, "dots": f"{tmp_path}/../{tmp_path.name}/{kept.name}"}.get(alias, kept.with_stem("other"))
+    other = {"same": kept, "dots": f"{tmp_path}/../{tmp_path.name}/{kept.name}"}.get(
+        alias, kept.with_stem("other")
+    )
     if alias != "link to nothing yet":
         kept.write_bytes(b"hours of work")
     if alias.startswith("link"):
-        Path(other).symlink_to(kept)
+        other.symlink_to(kept)
     if alias == "hard link":
         os.link(kept, other)
     message = refused(verify(*modes["kvtool"], "--resume", str(kept), flag, str(other)))
     assert message.startswith(f"{flag} {other}: is the file of --resume too")
     assert alias == "link to nothing yet" or kept.read_bytes() == b"hours of work"
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from kvtool.files import take_lock
+lock = take_lock(Path(sys.argv[1]), "", "file")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("mode", ["kvtool", "transformers", "target", "self-test"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_file_that_another_process_goes_on_from_is_refused_until_that_ends(
+    verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path, mode: str, begun: bool
+) -> None:
+    path = tmp_path / "kept.jsonl"
+    given = [*modes[mode], "--resume", str(path)]
+    if begun:
+        verify(*given)
+    before = path.read_bytes() if begun else b""
+    held = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        message = refused(verify(*given))
+        assert message.startswith(f"--resume {path}: in use by pid {other.pid}. Wait for it")
+        assert path.read_bytes() == before
+        other.kill()  # whoever dies lets go
+    assert verify(*given).code == 0
 
 
 # A process of its own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +111,8 @@ def run(settings: Settings, out: Output) -> Report:
         decides = facts("self-test", settings.run, tried=names)
         kept = told(Kept(settings.resume, selftest.Outcome, decides), out)
     found = {outcome.name: outcome for outcome in (kept.known if kept is not None else ())}
-    with out.progress("self-test", len(names)) as bar, until_ended() as outcome:
+    bars = out.progress("self-test", len(names))
+    with kept or nullcontext(), bars as bar, until_ended() as outcome:
         bar.advance(len(found))
         for tried in selftest.run(bar.update, found.keys()):
             ending.check()  # what was tried while a signal came may be wrong

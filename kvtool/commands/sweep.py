@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +166,8 @@ def run(settings: Settings, out: Output) -> Report:
         decides = facts("sweep", settings.run, **asked, transformers=version)
         kept = told(Kept(settings.resume, sweep.Swept, decides), out)
     found: list[Swept] = []
-    with out.progress("sweep", len(tasks)) as bar, until_ended() as outcome:
+    bars = out.progress("sweep", len(tasks))
+    with kept or nullcontext(), bars as bar, until_ended() as outcome:
         for swept in sweep.sweep(tasks, settings.time_limit, kept, bar.update):
             found.append(swept)
             bar.advance()

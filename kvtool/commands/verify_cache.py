@@ -142,7 +142,7 @@ def check_model(
     kept = kept_rows(settings.resume, facts("kvtool", settings.run, **decides, **kinds), out)
     rows = Rows(product(settings.caches, settings.kernels, names), kept)
     total = len(rows.plan) + 1
-    with out.progress("verify-cache", total) as bar, until_ended() as outcome:
+    with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
         formats = Formats(loaded.model)
@@ -210,7 +210,7 @@ def check_target(
     rows = Rows([(name, api.OWN, scenario) for scenario in names], kept)
     total = len(names) + 1
     bars = out.progress("verify-cache", total)
-    with redirect_stdout(said), bars as bar, until_ended() as outcome:
+    with rows, redirect_stdout(said), bars as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         left = [check.scenario for check in rows.not_run]
         for found in api.check_target(subject, left, main, bar.update):

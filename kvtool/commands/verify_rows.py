@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Rows:
     """The rows of the checks in `plan`, in that order; with `kept` each is written at once.
 
-    A row of a scenario that is not in the plan stands for all checks of its kind.
+    Use as a context manager: nobody else can write the file meanwhile. A row of a scenario that is
+    not in the plan stands for all checks of its kind.
     """
 
     def __init__(self, plan: Iterable[tuple[str, str, str]], kept: Kept[Row] | None) -> None:
@@ -30,6 +31,13 @@ class Rows:
         self.control: Row | None = None  # the planted bug
         for row in kept.known if kept is not None else ():
             self._take(row)
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.kept is not None:
+            self.kept.__exit__()
 
     @property
     def known(self) -> set[tuple[str, str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from kvtool.core.facts import changes, flat
 from kvtool.errors import FileError
-from kvtool.files import read_bytes
+from kvtool.files import read_bytes, take_lock
 
 SCHEMA = "kvtool.results/1"
 BEGINNING = f'{{"schema": "{SCHEMA}"'.encode()
@@ -25,7 +26,8 @@ class Kept(Generic[T]):
     """A file of JSON lines that --resume named: what the results are of, then a result in each.
 
     make: builds a result, a dataclass, from its fields. `known` are the results in the file; a last
-    line that was cut off is none. Raises FileError for a file that something else wrote, and for
+    line that was cut off is none. No other process can use the file until this is left as a context
+    manager. Raises FileError for a file that is in use or that something else wrote, and for
     results of other `facts`, naming the difference.
     """
 
@@ -34,7 +36,21 @@ class Kept(Generic[T]):
         self.make = make
         header = {"schema": SCHEMA, "of": flat(facts)}
         self.header = json.dumps(header, default=str).encode()
-        self.known: list[T] = self._read()
+        self._there = path.exists()
+        self._lock = take_lock(path, f"--resume {path}", "file")
+        try:
+            self.known: list[T] = self._read()
+        except FileError:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Kept[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._there and not os.fstat(self._lock.fileno()).st_size:
+            self.path.unlink(missing_ok=True)  # nothing was reached: no trace
+        self._lock.close()
 
     def _read(self) -> list[T]:
         if not self.path.exists() or (self.path.is_file() and not self.path.stat().st_size):
