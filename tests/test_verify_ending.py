@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from kvtool.core.verify import judge as judging
 from kvtool.core.verify import locate, selftest
 from kvtool.core.verify.mutants.contents import ReadsLayerZero
 from kvtool.core.verify.scenarios import SCENARIOS, Lane
+from kvtool.errors import FileError
 from small_models import save_decoder
 
 pytestmark = pytest.mark.usefixtures("signals_as_in_the_app")
@@ -149,7 +151,8 @@ def test_the_conclusion_claims_nothing_of_what_was_not_run(
         "checks; not run: decoder_of_a_user.py:right (crop); the planted bug was not tried",
         "transformers": "interrupted after 2 of 12 checks; not run: dynamic (crop), static, "
         "quantized, own; the planted bug was not tried",
-        "self-test": "interrupted after 2 of 6 checks, 4 not run",
+        "self-test": "interrupted after 2 of 6 checks; not run: position counts steps, a chunk "
+        "stands at one position, position one too high, rotary positions shifted",
     }
     assert said.endswith(expected[mode])
     # How many steps round is the processor's affair.
@@ -361,9 +364,32 @@ def test_results_of_another_model_are_refused(
     file = Path(modes["target"][1].partition(":")[0])
     file.write_text(TARGET.replace("zeros(3)", "zeros(3) + 1"))
     message = refused(verify(*modes["target"], "--resume", str(path)))
-    assert "sha256 was " in message and "weights was " in message
+    said = message.partition("another check: ")[2]
+    assert said.startswith("sha256 was ") and ", weights was " in said
     message = refused(verify(*modes["self-test"], "--resume", str(path)))
-    assert "check was 'target' and is now 'self-test'" in message
+    said = message.partition("another check: ")[2]
+    assert said.startswith("check was 'target' and is now 'self-test', model was 'decoder_of_a")
+    assert "is now None. Give the settings" in said, "of another check nearly all differs"
+
+
+def test_a_line_names_a_few_of_many_differences_the_weights_first(tmp_path: Path) -> None:
+    from kvtool.core.verify.kept import Kept
+
+    def make(**fields: Any) -> Any:
+        raise AssertionError
+
+    facts = {"check": "kvtool", "model": "a", **dict.fromkeys("bcdefghi", 1), "sha256": "1"}
+    with Kept[Any](tmp_path / "kept", make, facts) as kept:
+        kept.path.write_bytes(kept.header + b"\n")
+    for changed, said in (
+        ({**dict.fromkeys("bcdefghi", 2), "sha256": "2"}, "sha256, b, c, d, e and 4 more"),
+        (dict.fromkeys("bcdef", 2), "b, c, d, e, f"),
+        ({"b": 2, "sha256": "2", "model": "z"}, "model"),
+    ):
+        with pytest.raises(FileError) as caught:
+            Kept[Any](tmp_path / "kept", make, {**facts, **changed})
+        words = caught.value.message.partition("another check: ")[2]
+        assert re.sub(r" was \S+ and is now [^, ]+", "", words) == said
 
 
 @pytest.mark.parametrize("data", [b"something else\nand more\n", b"no end", b"{}\n", b"[]\n"])

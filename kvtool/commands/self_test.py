@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool import ending
-from kvtool.commands.verify_rows import facts, tell_ended, told
+from kvtool.commands.verify_rows import facts, first_few, tell_ended, told
 from kvtool.ending import End, until_ended
 from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output
@@ -72,7 +72,8 @@ class Report:
             return told
         done = n + others
         total = done + len(self.not_run)
-        return f"{told}; {self.ended.value} after {done} of {total} checks, {total - done} not run"
+        how = f"{self.ended.value} after {done} of {total} checks"
+        return f"{told}; {how}; not run: {first_few(self.not_run)}"
 
     def rows(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(outcome) for outcome in (*self.planted, *self.lookalikes)]
@@ -150,10 +151,12 @@ def show(report: Report, out: Output) -> None:
         ]
         for o in report.planted
     ]
-    out.table("Planted bugs, by class of bugs that happened", columns, rows)
+    if rows:
+        out.table("Planted bugs, by class of bugs that happened", columns, rows)
     names = [Column("right, though it looks suspicious", "left", key=True)]
     right = [[o.name, o.found, mark(o.quiet)] for o in report.lookalikes]
-    out.table("", [*names, Column("found", "left"), Column("quiet", "center")], right)
+    if right:
+        out.table("", [*names, Column("found", "left"), Column("quiet", "center")], right)
     for outcome in report.failed:
         out.text(f"{outcome.name} ({outcome.scenario}): {outcome.detail}")
     if report.verbose:

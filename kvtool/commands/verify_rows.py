@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
     from kvtool.core.verify.kept import Kept
+
+FEW = 3  # names of what was not run
 
 
 class Rows:
@@ -96,6 +98,17 @@ def tell_ended(
     out.warn(f"{ended.value} after {done} of {total} {what}")
     if kept is not None:
         out.note(f"--resume {kept.path}: the same command goes on from here")
+
+
+def first_few(names: Sequence[str]) -> str:
+    """What was not run by name, as far as a line holds it.
+
+    >>> first_few(["gpt2", "llama", "mamba", "opt", "t5"])
+    'gpt2, llama, mamba and 2 more'
+    """
+    shown = names if len(names) <= FEW + 1 else names[:FEW]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def facts(check: str, run: RunConfig, **more: Any) -> dict[str, Any]:

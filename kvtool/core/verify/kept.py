@@ -13,12 +13,15 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kvtool.core.facts import changes, flat
+from kvtool.core.facts import changed, changes, flat
 from kvtool.errors import FileError
 from kvtool.files import read_bytes, take_lock
 
 SCHEMA = "kvtool.results/1"
 BEGINNING = f'{{"schema": "{SCHEMA}"'.encode()
+WHOLE = ("check", "model")  # where these differ, nearly all else does
+SHA256 = "sha256"
+TOLD = 5  # differences that one line names
 T = TypeVar("T")
 
 
@@ -72,9 +75,9 @@ class Kept(Generic[T]):
             self._refuse(1, error)
         if not same_kind:
             self._refuse(1)
-        if changed := changes(facts, json.loads(self.header)["of"]):
+        if differences := _told(facts, json.loads(self.header)["of"]):
             raise FileError(
-                f"--resume {self.path}: has results of another check: {', '.join(changed)}",
+                f"--resume {self.path}: has results of another check: {differences}",
                 "Give the settings, model and versions that it was begun with, or another file.",
             )
 
@@ -105,6 +108,15 @@ class Kept(Generic[T]):
             raise FileError(
                 f"--resume {self.path}: cannot be written ({error.strerror})"
             ) from error
+
+
+def _told(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs in words, what matters most first; of another check or model that alone."""
+    names = changed(before, now)
+    names = [name for name in WHOLE if name in names] or sorted(names, key=lambda n: n != SHA256)
+    shown = names[:TOLD]
+    words = [word for n in shown for word in changes({n: before.get(n)}, {n: now.get(n)})]
+    return ", ".join(words) + (f" and {len(names) - TOLD} more" if len(names) > TOLD else "")
 
 
 def fingerprint(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> str:
