@@ -102,6 +102,7 @@ def load_model(
     from kvtool.core.machine import require_memory
     from kvtool.core.translation import check_sources
 
+    checkpoint.require_context(settings.run.model, "--tokens", settings.tokens)
     loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
     default = SOURCE_PROMPT if loaded.source_tokenizer else DEFAULT_PROMPT
     prompt = default if settings.prompt is None and loaded.reads_text else settings.prompt

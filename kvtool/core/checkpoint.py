@@ -38,7 +38,7 @@ from kvtool.core.weight_files import (
     refuse_lookalike,
     require_tensors,
 )
-from kvtool.errors import CheckFailed, FileError, UsageError
+from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
 from kvtool.files import (
     CHECKPOINT_FOLDER,
     model_folder,
@@ -134,6 +134,19 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     # The weights are there already; the tables follow them.
     model = model.to(device).eval()
     return Checkpoint(model, config, tokenizer, source_tokenizer, folder, sha256, dtype_name(kept))
+
+
+def require_context(name: str, flag: str, n_tokens: int) -> None:
+    """Raise CapacityError for more tokens than the model `name` holds, before its weights are read.
+
+    Raises FileError as `load` does.
+    """
+    context = _read_config(model_folder(name))[0].context
+    if n_tokens > context:
+        raise CapacityError(
+            f"{flag} {n_tokens:,}: is beyond the context (the model holds {context:,})",
+            "Ask for fewer tokens.",
+        )
 
 
 def stored_dtype(source: WeightFile) -> torch.dtype:
