@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import io
 import json
 import os
 import stat
@@ -64,6 +65,57 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def take_lock(path: Path, where: str, kind: str) -> io.TextIOWrapper:
+    """Open `path`, made if it is not there, so that no other process can until it is closed.
+
+    Raises FileError that begins with `where`, for a `kind`, a file say, that is in use.
+    """
+    import fcntl
+
+    try:
+        lock = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
+    except OSError as error:
+        raise FileError(f"{where}: cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        pid = _holder(lock) or "unknown"
+        lock.close()
+        raise FileError(
+            f"{where}: in use by pid {pid}", f"Wait for it, or use another {kind}."
+        ) from error
+    except OSError as error:
+        lock.close()
+        raise FileError(f"{where}: cannot be locked ({error.strerror})") from error
+    if not _is_at(path, lock):  # whoever held it has removed it meanwhile
+        lock.close()
+        return take_lock(path, where, kind)
+    return lock
+
+
+def _is_at(path: Path, file: io.TextIOWrapper) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _holder(lock: io.TextIOWrapper) -> str:
+    """The process that holds a lock: what it wrote into the file, or what the system knows."""
+    lock.seek(0)
+    written = lock.read(20).strip()
+    if written.isdigit():
+        return written
+    end = f":{os.fstat(lock.fileno()).st_ino}"  # devices are numbered in another way on some disks
+    try:
+        lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return ""
+    fields = (line.split() for line in lines)
+    found = [f[4] for f in fields if len(f) > 5 and f[1] == "FLOCK" and f[5].endswith(end)]
+    return next((pid for pid in found if int(pid) > 0), "")
 
 
 def sha256(path: Path) -> str:

@@ -30,7 +30,10 @@ decoder, seq2seq, generate, stdin = (
     [
         ("--max-tokens 0", "--max-tokens: 0 is too small"),
         ("--max-tokens -1", "--max-tokens: -1 is too small"),
-        ("--max-tokens 1000000000", "the prompt is 2 tokens and 1,000,000,000 more"),
+        (
+            "--max-tokens 1000000000",
+            "--max-tokens 1,000,000,000: is beyond the context (the model holds 64)",
+        ),
         (
             "--max-tokens 63",
             "the prompt is 2 tokens and 63 more were asked for (the model holds 64)",

@@ -154,6 +154,19 @@ def test_more_memory_than_there_is_is_refused_with_both_figures(
         machine.require_memory("weights", int(8.5 * GIB), CPU)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "lower"),
+    [(torch.float64, True), (torch.float32, True), (torch.bfloat16, False), (None, False)],
+)
+def test_a_smaller_dtype_is_advised_only_where_it_would_help(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, lower: bool
+) -> None:
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 1)
+    with pytest.raises(CapacityError) as caught:
+        machine.require_memory("weights", 2, CPU, dtype=dtype)
+    assert ("--dtype" in caught.value.hint) == lower
+
+
 def test_this_machine_says_how_much_memory_it_has() -> None:
     available = machine.available_bytes(CPU)
     assert available is None or 2**20 < available < 2**50

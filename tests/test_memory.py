@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cli_probe import Ran
-from kvtool.core import footprint, machine, quality
+from kvtool.core import checkpoint, footprint, machine, quality
 from kvtool.core.cache import Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
@@ -111,6 +111,22 @@ def test_what_does_not_fit_is_refused_before_work_begins_with_both_figures(
     ran = kv("--model", str(small), *others, command=command)
     assert ran.code == 2 and not ran.out
     assert "GiB (0.000233 GiB available)" in ran.err, ran.err
+
+
+@pytest.mark.parametrize(
+    "words", ["generate --prompt x --max-tokens", "verify-cache --prompt x --tokens"]
+)
+def test_more_tokens_than_the_model_holds_are_refused_before_its_weights_are_read(
+    words: str, small: Path, kv: Kv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*args: Any) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(checkpoint, "_open", read)
+    command, *others, flag = words.split()
+    ran = kv("--model", str(small), *others, flag, "1000000000", command=command)
+    assert ran.code == 2 and not ran.out
+    assert f"{flag} 1,000,000,000: is beyond the context (the model holds " in ran.err
 
 
 @pytest.mark.parametrize("limit", ["decode", "float64"])

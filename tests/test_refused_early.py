@@ -27,6 +27,10 @@ generate --prompt x --chat --model g2p-1x1
 bench --model none
 bench --text none
 bench --compare none.json
+bench --compare old.json --output ./old.json
+generate --input lines.json --output lines.json
+generate --prompt x --attention-plot a.png --save-cache a.png
+verify-cache --resume kept.json --output ./kept.json
 verify-cache --model none
 verify-cache --target none.py:build
 verify-cache --target no-name

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -230,7 +231,8 @@ def test_a_sweep_that_is_ended_tells_what_it_has_and_goes_on(
     ran = swept(*types)
     assert ran.code == code and f"warning: {word} after 1 of 3 types\n" in ran.err
     assert "without an answer" not in ran.out
-    assert f"1 rounding; {word} after 1 of 3 types" in " ".join(ran.out.split())
+    said = f"1 rounding; {word} after 1 of 3 types; not run: mamba, gemma3n"
+    assert said in " ".join(ran.out.split())
     report = json.loads(swept(*types, "--json").out)
     assert asked == ["gpt2", "mamba", "mamba", "gemma3n"]
     assert (report["exit_code"], report["ended"], report["not_run"]) == (1, None, [])
@@ -262,6 +264,25 @@ def test_a_sweep_says_what_of_a_kind_was_not_judged(
         assert ("quantized: its codes were not judged" in report["conclusion"]) == said
         assert report["not_judged"] == ({"quantized": "codes"} if said else {})
         Path(report["settings"]["resume"]).unlink()
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [((), 1), (("--threads", "1"), 1), (("--threads", "2"), 2)]
+)
+def test_a_sweep_records_the_threads_that_judged_its_types(
+    swept: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], used: int
+) -> None:
+    asked = []
+
+    def judged(given: Task, limit: float) -> Swept:
+        asked.append(given.threads)
+        return KNOWN[given.type, given.kind]
+
+    monkeypatch.setattr(sweep, "judge_type", judged)
+    torch.set_num_threads(2)
+    report = json.loads(swept("--types", "gpt2", "--json", *given).out)
+    assert asked == [used]
+    assert report["environment"]["threads"] == report["measured_on"]["threads"] == used
 
 
 def test_a_sweep_as_json_has_every_figure(swept: Callable[..., Ran]) -> None:

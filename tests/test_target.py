@@ -25,6 +25,7 @@ from kvtool.core.verify.judge import BUG, ERROR, PRECISION, ROUNDING, VACUOUS
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target import TargetSubject
 from kvtool.core.verify.target_doctor import UNNAMED
+from kvtool.ending import End, Ended
 from kvtool.errors import UsageError
 
 
@@ -161,6 +162,43 @@ def test_a_step_that_raises_is_an_error_at_that_step() -> None:
     finding = judged(Short())
     assert (finding.verdict, finding.first_wrong) == (ERROR, 3)
     assert "IndexError: no slot 13" in finding.evidence
+
+
+class RaisesLate(Stepper):
+    """It holds 20 tokens, although it promises more."""
+
+    def step(self, ids: Tensor, state: Buffers) -> tuple[Tensor, Buffers]:
+        if state.length > 20:
+            raise ValueError("boom")
+        return super().step(ids, state)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "step", "said"),
+    [
+        ("decode", 11, "step 11 raised ValueError: boom"),
+        ("one-then-chunks", None, "finding out whether the cache is used raised ValueError: boom"),
+    ],
+)
+def test_a_cache_that_raises_late_is_an_error_wherever_it_does(
+    scenario: str, step: int | None, said: str
+) -> None:
+    finding = judged(RaisesLate(), scenario)
+    assert (finding.verdict, finding.first_wrong, finding.evidence) == (ERROR, step, said)
+    report = kvtool.verify(RaisesLate(), scenarios=[scenario])
+    assert (report.ok, report.exit_code) == (False, 1)
+
+
+@pytest.mark.parametrize("error", [MemoryError, Ended])
+def test_what_says_nothing_of_the_cache_is_no_verdict(error: type[BaseException]) -> None:
+    class Late(RaisesLate):
+        def step(self, ids: Tensor, state: Buffers) -> tuple[Tensor, Buffers]:
+            if state.length > 20:
+                raise Ended(End.INTERRUPTED) if error is Ended else error()
+            return super().step(ids, state)
+
+    with pytest.raises(error):
+        judged(Late(), "one-then-chunks")
 
 
 def test_a_cache_that_stores_bfloat16_is_a_loss_and_no_bug() -> None:

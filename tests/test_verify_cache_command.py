@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -234,7 +235,7 @@ def test_what_decides_a_verdict_is_shown_at_every_width(
     for digit, name in zip("123", GAPS, strict=True):
         figures = re.findall(rf"\b{digit}(?:\.4e-0|e-){digit}\b", shown)
         assert len(figures) == len(rows) + 1, f"{name} of {len(rows) + 1} rows:\n{shown}"
-    assert "planted" in shown and "lossy, step" in shown
+    assert "planted" in shown and "precision, step" in shown
     for note in re.findall(r"\(no room for (.*)\)", shown):
         assert set(note.split(", ")) <= {"identical steps", "max ULP"}
 
@@ -279,7 +280,11 @@ def test_the_help_explains_every_option(
     ("mutant", "last", "line"),
     [
         (ReadsLayerZero, "bug, step 1 in decode", "what: past values are read from layer 0"),
-        (StoresLower, "precision lost, step 1 in decode", "below the model's own format"),
+        (
+            StoresLower,
+            "precision, step 1 in decode and 1 more (the cache stores lower)",
+            "below the model's own format",
+        ),
         (WrongBelowFloat64, "bug, step 1 in decode", "wrong in float32 alone"),
     ],
 )
@@ -335,6 +340,17 @@ def test_a_kind_that_was_only_checked_in_vain_is_exit_1(
     ran = check("--caches", "dynamic", "--scenarios", "decode")
     assert ran.code == 1
     assert ran.out.splitlines()[-1] == "✗ nothing was checked of dynamic"
+
+
+def test_a_kind_that_should_store_and_computes_again_was_checked_in_vain(
+    check: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.CACHES, "dynamic", f"{MUTANTS}.contents:NeverUsed")
+    ran = check("--caches", "none", "static", "dynamic", "--scenarios", "decode", "--json")
+    report = json.loads(ran.out)
+    found = {row["cache"]: row["verdict"] for row in report["checks"]}
+    assert (found["none"], found["dynamic"]) == ("no cache", "vacuous")
+    assert (ran.code, report["conclusion"]) == (1, "nothing was checked of dynamic")
 
 
 def test_only_none_checks_nothing_and_is_exit_1(check: Callable[..., Ran]) -> None:
@@ -425,8 +441,7 @@ def row_of(cache: str, verdict: str, identical: int) -> Row:
 
 def test_a_step_of_lost_precision_fits_the_table() -> None:
     lost = replace(row_of("static", "bug", identical=1), verdict="precision", first_wrong_step=123)
-    assert lost.words() == "precision lost, step 123"
-    assert lost.words(short=True) == "lossy, step 123"
+    assert lost.words() == lost.words(short=True) == "precision, step 123"
 
 
 def test_the_folder_of_a_run_is_told_from_its_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from kvtool.core.verify import judge as judging
 from kvtool.core.verify import locate, selftest
 from kvtool.core.verify.mutants.contents import ReadsLayerZero
 from kvtool.core.verify.scenarios import SCENARIOS, Lane
+from kvtool.errors import FileError
 from small_models import save_decoder
 
 pytestmark = pytest.mark.usefixtures("signals_as_in_the_app")
@@ -149,7 +151,8 @@ def test_the_conclusion_claims_nothing_of_what_was_not_run(
         "checks; not run: decoder_of_a_user.py:right (crop); the planted bug was not tried",
         "transformers": "interrupted after 2 of 12 checks; not run: dynamic (crop), static, "
         "quantized, own; the planted bug was not tried",
-        "self-test": "interrupted after 2 of 6 checks, 4 not run",
+        "self-test": "interrupted after 2 of 6 checks; not run: position counts steps, a chunk "
+        "stands at one position, position one too high, rotary positions shifted",
     }
     assert said.endswith(expected[mode])
     # How many steps round is the processor's affair.
@@ -361,9 +364,32 @@ def test_results_of_another_model_are_refused(
     file = Path(modes["target"][1].partition(":")[0])
     file.write_text(TARGET.replace("zeros(3)", "zeros(3) + 1"))
     message = refused(verify(*modes["target"], "--resume", str(path)))
-    assert "sha256 was " in message and "weights was " in message
+    said = message.partition("another check: ")[2]
+    assert said.startswith("sha256 was ") and ", weights was " in said
     message = refused(verify(*modes["self-test"], "--resume", str(path)))
-    assert "check was 'target' and is now 'self-test'" in message
+    said = message.partition("another check: ")[2]
+    assert said.startswith("check was 'target' and is now 'self-test', model was 'decoder_of_a")
+    assert "is now None. Give the settings" in said, "of another check nearly all differs"
+
+
+def test_a_line_names_a_few_of_many_differences_the_weights_first(tmp_path: Path) -> None:
+    from kvtool.core.verify.kept import Kept
+
+    def make(**fields: Any) -> Any:
+        raise AssertionError
+
+    facts = {"check": "kvtool", "model": "a", **dict.fromkeys("bcdefghi", 1), "sha256": "1"}
+    with Kept[Any](tmp_path / "kept", make, facts) as kept:
+        kept.path.write_bytes(kept.header + b"\n")
+    for changed, said in (
+        ({**dict.fromkeys("bcdefghi", 2), "sha256": "2"}, "sha256, b, c, d, e and 4 more"),
+        (dict.fromkeys("bcdef", 2), "b, c, d, e, f"),
+        ({"b": 2, "sha256": "2", "model": "z"}, "model"),
+    ):
+        with pytest.raises(FileError) as caught:
+            Kept[Any](tmp_path / "kept", make, {**facts, **changed})
+        words = caught.value.message.partition("another check: ")[2]
+        assert re.sub(r" was \S+ and is now [^, ]+", "", words) == said
 
 
 @pytest.mark.parametrize("data", [b"something else\nand more\n", b"no end", b"{}\n", b"[]\n"])
@@ -399,6 +425,56 @@ def test_where_nothing_can_be_kept_is_refused_before_any_work(
         assert "is a folder" in refused(verify(*given, "--resume", str(tmp_path)))
         absent = tmp_path / "absent" / "kept.jsonl"
         assert "does not exist" in refused(verify(*given, "--resume", str(absent)))
+
+
+@pytest.mark.parametrize("flag", ["--output", "--plot"])
+@pytest.mark.parametrize("alias", ["same", "dots", "link", "hard link", "link to nothing yet"])
+def test_a_file_to_go_on_from_is_never_written_over(
+    verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path, flag: str, alias: str
+) -> None:
+    kept = tmp_path / f"kept{'.json' if flag == '--output' else '.png'}"
+    other = {"same": kept, "dots": f"{tmp_path}/../{tmp_path.name}/{kept.name}"}.get(
+        alias, kept.with_stem("other")
+    )
+    if alias != "link to nothing yet":
+        kept.write_bytes(b"hours of work")
+    if alias.startswith("link"):
+        other.symlink_to(kept)
+    if alias == "hard link":
+        os.link(kept, other)
+    message = refused(verify(*modes["kvtool"], "--resume", str(kept), flag, str(other)))
+    assert message.startswith(f"{flag} {other}: is the file of --resume too")
+    assert alias == "link to nothing yet" or kept.read_bytes() == b"hours of work"
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from kvtool.files import take_lock
+lock = take_lock(Path(sys.argv[1]), "", "file")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("mode", ["kvtool", "transformers", "target", "self-test"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_file_that_another_process_goes_on_from_is_refused_until_that_ends(
+    verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path, mode: str, begun: bool
+) -> None:
+    path = tmp_path / "kept.jsonl"
+    given = [*modes[mode], "--resume", str(path)]
+    if begun:
+        verify(*given)
+    before = path.read_bytes() if begun else b""
+    held = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        message = refused(verify(*given))
+        assert message.startswith(f"--resume {path}: in use by pid {other.pid}. Wait for it")
+        assert path.read_bytes() == before
+        other.kill()  # whoever dies lets go
+    assert verify(*given).code == 0
 
 
 # A process of its own

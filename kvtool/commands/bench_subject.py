@@ -64,9 +64,9 @@ def check_fits(
     spec = CacheSpec.of(config, settings.batch_size, start + lengths[-1], dtype, device)
     read = spec.capacity if "none" in settings.caches else n_prompt
     caches = 2 * spec.capacity * spec.token_nbytes
-    require_memory("the caches", caches, device)
+    require_memory("the caches", caches, device, dtype=dtype)
     once = footprint.activations(config, settings.batch_size * read, dtype.itemsize)
-    require_memory("the caches, and the longest pass", caches + once, device)
+    require_memory("the caches, and the longest pass", caches + once, device, dtype=dtype)
     one = CacheSpec.of(config, 1, 1)
     if not config.n_encoder_layers and any(make_cache(k, one).loses for k in settings.caches):
         needed = footprint.quality(config, config.context, dtype.itemsize)

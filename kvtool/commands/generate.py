@@ -153,6 +153,8 @@ def run(settings: Settings, out: Output) -> Generated:
     from kvtool.core.machine import prepare
 
     device, dtype = prepare(settings.run)
+    if settings.max_tokens is not None:
+        checkpoint.require_context(settings.run.model, "--max-tokens", settings.max_tokens)
     loaded = checkpoint.load(settings.run.model, device, dtype)
     settings = replace(settings, cache=with_own_window(settings.cache, loaded.config.window))
     if not prompts.lines and loaded.source_tokenizer is not None:

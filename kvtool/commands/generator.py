@@ -267,7 +267,7 @@ class Generator:
         read = footprint.activations(config, longest, spec.dtype.itemsize)
         logits = config.vocab_size * (spec.dtype.itemsize + footprint.FLOAT64)
         what = f"--cache {kind} for {spec.capacity:,} tokens"
-        require_memory(what, held + read + logits, self.device)
+        require_memory(what, held + read + logits, self.device, dtype=spec.dtype)
         return spec
 
     def _spec(self, capacity: int) -> CacheSpec:

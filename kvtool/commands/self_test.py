@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool import ending
-from kvtool.commands.verify_rows import facts, tell_ended, told
+from kvtool.commands.verify_rows import facts, first_few, tell_ended, told
 from kvtool.ending import End, until_ended
 from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output
@@ -71,7 +72,8 @@ class Report:
             return told
         done = n + others
         total = done + len(self.not_run)
-        return f"{told}; {self.ended.value} after {done} of {total} checks, {total - done} not run"
+        how = f"{self.ended.value} after {done} of {total} checks"
+        return f"{told}; {how}; not run: {first_few(self.not_run)}"
 
     def rows(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(outcome) for outcome in (*self.planted, *self.lookalikes)]
@@ -110,7 +112,8 @@ def run(settings: Settings, out: Output) -> Report:
         decides = facts("self-test", settings.run, tried=names)
         kept = told(Kept(settings.resume, selftest.Outcome, decides), out)
     found = {outcome.name: outcome for outcome in (kept.known if kept is not None else ())}
-    with out.progress("self-test", len(names)) as bar, until_ended() as outcome:
+    bars = out.progress("self-test", len(names))
+    with kept or nullcontext(), bars as bar, until_ended() as outcome:
         bar.advance(len(found))
         for tried in selftest.run(bar.update, found.keys()):
             ending.check()  # what was tried while a signal came may be wrong
@@ -148,10 +151,12 @@ def show(report: Report, out: Output) -> None:
         ]
         for o in report.planted
     ]
-    out.table("Planted bugs, by class of bugs that happened", columns, rows)
+    if rows:
+        out.table("Planted bugs, by class of bugs that happened", columns, rows)
     names = [Column("right, though it looks suspicious", "left", key=True)]
     right = [[o.name, o.found, mark(o.quiet)] for o in report.lookalikes]
-    out.table("", [*names, Column("found", "left"), Column("quiet", "center")], right)
+    if right:
+        out.table("", [*names, Column("found", "left"), Column("quiet", "center")], right)
     for outcome in report.failed:
         out.text(f"{outcome.name} ({outcome.scenario}): {outcome.detail}")
     if report.verbose:

@@ -6,11 +6,12 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtool.commands.verify_rows import facts, tell_ended, told
+from kvtool.commands.verify_rows import facts, first_few, tell_ended, told
 from kvtool.commands.verify_transformers import chosen_scenarios
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.ending import End, until_ended
@@ -103,6 +104,7 @@ class Report:
         if self.ended is not None:
             total = len(self.types) + len(self.not_run)
             sums.append(f"{self.ended.value} after {len(self.types)} of {total} types")
+            sums.append(f"not run: {first_few(self.not_run)}")
         return f"transformers {self.transformers}: {'; '.join(sums)}"
 
     def rows(self) -> list[dict[str, Any]]:
@@ -139,6 +141,8 @@ def counted(types: Sequence[Swept]) -> dict[str, int]:
 
 def run(settings: Settings, out: Output) -> Report:
     """Judge each type in a process of its own; what --resume's file has is not judged again."""
+    import torch
+
     from kvtool.core.verify import sweep
     from kvtool.core.verify.kept import Kept
     from kvtool.core.verify.tiny import known_types
@@ -151,9 +155,12 @@ def run(settings: Settings, out: Output) -> Report:
     scenarios = tuple(chosen_scenarios(settings.scenarios))
     caches = tuple(settings.caches or TRANSFORMERS_CACHES)
     started = time.perf_counter()
+    # Tiny models: a second thread would only be waited for. It is set here too, to be recorded.
+    threads = settings.run.threads or 1
+    torch.set_num_threads(threads)
     given = (caches, scenarios, settings.tokens, settings.run.seed)
     tasks = [
-        sweep.Task(name, *given, kind=kind)
+        sweep.Task(name, *given, kind=kind, threads=threads)
         for kind, types in known.items()
         for name in settings.types or types
         if name in types
@@ -165,7 +172,8 @@ def run(settings: Settings, out: Output) -> Report:
         decides = facts("sweep", settings.run, **asked, transformers=version)
         kept = told(Kept(settings.resume, sweep.Swept, decides), out)
     found: list[Swept] = []
-    with out.progress("sweep", len(tasks)) as bar, until_ended() as outcome:
+    bars = out.progress("sweep", len(tasks))
+    with kept or nullcontext(), bars as bar, until_ended() as outcome:
         for swept in sweep.sweep(tasks, settings.time_limit, kept, bar.update):
             found.append(swept)
             bar.advance()

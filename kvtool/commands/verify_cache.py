@@ -102,6 +102,7 @@ def load_model(
     from kvtool.core.machine import require_memory
     from kvtool.core.translation import check_sources
 
+    checkpoint.require_context(settings.run.model, "--tokens", settings.tokens)
     loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
     default = SOURCE_PROMPT if loaded.source_tokenizer else DEFAULT_PROMPT
     prompt = default if settings.prompt is None and loaded.reads_text else settings.prompt
@@ -142,7 +143,7 @@ def check_model(
     kept = kept_rows(settings.resume, facts("kvtool", settings.run, **decides, **kinds), out)
     rows = Rows(product(settings.caches, settings.kernels, names), kept)
     total = len(rows.plan) + 1
-    with out.progress("verify-cache", total) as bar, until_ended() as outcome:
+    with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
         formats = Formats(loaded.model)
@@ -210,7 +211,7 @@ def check_target(
     rows = Rows([(name, api.OWN, scenario) for scenario in names], kept)
     total = len(names) + 1
     bars = out.progress("verify-cache", total)
-    with redirect_stdout(said), bars as bar, until_ended() as outcome:
+    with rows, redirect_stdout(said), bars as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         left = [check.scenario for check in rows.not_run]
         for found in api.check_target(subject, left, main, bar.update):
@@ -224,7 +225,9 @@ def check_target(
 
 def show(report: Report, out: Output) -> None:
     """A row for each scenario, but one for all that came out alike; then every bug in words."""
-    out.table(*table(report))
+    title, columns, cells = table(report)
+    if cells:  # an unfinished check may have found only what its subject cannot do
+        out.table(title, columns, cells)
     for first, *others in alike(report.bugs):
         out.text(f"{first.cache}, {first.kernels} kernels, {first.scenario}: {first.words()}")
         for label, text in (

@@ -95,7 +95,7 @@ class Row:
 
     def words(self, short: bool = False) -> str:
         """The verdict, as a sentence says it, or short for a table."""
-        from kvtool.core.verify.outcome import NOT_CAUSAL, PRECISION, ROUNDING
+        from kvtool.core.verify.outcome import NOT_CAUSAL, ROUNDING
 
         step = self.first_wrong_step
         if self.verdict == ROUNDING and not self.right:
@@ -104,9 +104,7 @@ class Row:
             return self.verdict
         if self.verdict == NOT_CAUSAL and short:
             return self.verdict
-        lost = "lossy" if short else "precision lost"
-        word = lost if self.verdict == PRECISION else self.verdict
-        return f"{word}, step {step}"
+        return f"{self.verdict}, step {step}"
 
     @property
     def cell(self) -> str:
@@ -231,10 +229,13 @@ class Report:
         return [f"{cache}: its {part} were not judged" for cache, part in parts]
 
     def _worst(self, kind: str, verdict: str) -> str:
+        from kvtool.core.verify.outcome import PRECISION
+
         rows = [row for row in self.bugs if (row.cache, row.verdict) == (kind, verdict)]
         names = list(dict.fromkeys(row.scenario for row in rows))
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return f"{rows[0].words()} in {names[0]}{more}"
+        why = " (the cache stores lower)" if verdict == PRECISION else ""
+        return f"{rows[0].words()} in {names[0]}{more}{why}"
 
     def _steps(self, kernels: str) -> str:
         from kvtool.core.verify.outcome import IDENTICAL, ROUNDING

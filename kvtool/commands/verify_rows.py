@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,14 @@ from kvtool.ui.output import Output
 if TYPE_CHECKING:
     from kvtool.core.verify.kept import Kept
 
+FEW = 3  # names of what was not run
+
 
 class Rows:
     """The rows of the checks in `plan`, in that order; with `kept` each is written at once.
 
-    A row of a scenario that is not in the plan stands for all checks of its kind.
+    Use as a context manager: nobody else can write the file meanwhile. A row of a scenario that is
+    not in the plan stands for all checks of its kind.
     """
 
     def __init__(self, plan: Iterable[tuple[str, str, str]], kept: Kept[Row] | None) -> None:
@@ -30,6 +33,13 @@ class Rows:
         self.control: Row | None = None  # the planted bug
         for row in kept.known if kept is not None else ():
             self._take(row)
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.kept is not None:
+            self.kept.__exit__()
 
     @property
     def known(self) -> set[tuple[str, str, str]]:
@@ -88,6 +98,17 @@ def tell_ended(
     out.warn(f"{ended.value} after {done} of {total} {what}")
     if kept is not None:
         out.note(f"--resume {kept.path}: the same command goes on from here")
+
+
+def first_few(names: Sequence[str]) -> str:
+    """What was not run by name, as far as a line holds it.
+
+    >>> first_few(["gpt2", "llama", "mamba", "opt", "t5"])
+    'gpt2, llama, mamba and 2 more'
+    """
+    shown = names if len(names) <= FEW + 1 else names[:FEW]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def facts(check: str, run: RunConfig, **more: Any) -> dict[str, Any]:

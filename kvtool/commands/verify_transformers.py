@@ -157,7 +157,8 @@ def run(settings: Settings, out: Output) -> Report:
     kept = kept_rows(settings.resume, decides(settings, model, resolved), out)
     tell_model(model, note, kinds, out)
     rows = Rows(product(kinds, [hub.OWN], names), kept)
-    with out.progress("verify-cache", len(rows.plan) + 1) as bar, until_ended() as outcome:
+    total = len(rows.plan) + 1
+    with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         asked = (model, kinds, names, settings.tokens, bool(settings.caches))
         check = partial(hub.check_transformers, tell=bar.update, remark=out.note)

@@ -97,7 +97,8 @@ def beam_search(
     capacity = prompt.shape[1] + max(limits)
     n_rows = len(limits) * beam.n_rows
     spec = CacheSpec.of(model.config, n_rows, capacity, weight.dtype, weight.device, kernels)
-    require_memory(f"a cache for {n_rows} beams", capacity * spec.token_nbytes, weight.device)
+    what, needed = f"a cache for {n_rows} beams", capacity * spec.token_nbytes
+    require_memory(what, needed, weight.device, dtype=weight.dtype)
     cache: Cache = make_cache(kind, spec)
     cache.select(torch.arange(len(limits), device=prompt.device))  # one row reads a prompt
     decode, read, reading = decoding_form(model), source, search.prompts

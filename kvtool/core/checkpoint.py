@@ -38,7 +38,7 @@ from kvtool.core.weight_files import (
     refuse_lookalike,
     require_tensors,
 )
-from kvtool.errors import CheckFailed, FileError, UsageError
+from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
 from kvtool.files import (
     CHECKPOINT_FOLDER,
     model_folder,
@@ -51,6 +51,7 @@ CONFIG = "config.json"
 TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
 LARGEST_TENSOR = 2**48  # values; torch counts bytes in 63 bits, and no file holds this many
 CPU = torch.device("cpu")
+SMALLER = "Free memory, or use a smaller model."
 LOG = logging.getLogger("kvtool")
 
 
@@ -135,6 +136,19 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     return Checkpoint(model, config, tokenizer, source_tokenizer, folder, sha256, dtype_name(kept))
 
 
+def require_context(name: str, flag: str, n_tokens: int) -> None:
+    """Raise CapacityError for more tokens than the model `name` holds, before its weights are read.
+
+    Raises FileError as `load` does.
+    """
+    context = _read_config(model_folder(name))[0].context
+    if n_tokens > context:
+        raise CapacityError(
+            f"{flag} {n_tokens:,}: is beyond the context (the model holds {context:,})",
+            "Ask for fewer tokens.",
+        )
+
+
 def stored_dtype(source: WeightFile) -> torch.dtype:
     """The format of most weights in a file."""
     nbytes: Counter[torch.dtype] = Counter()
@@ -169,7 +183,7 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     source = _open(folder, config, family)
     model = _empty_model(config, source)
     _check_tensors(source, model)
-    require_memory(str(source.path), _nbytes(source.tensors.values()), CPU)
+    require_memory(str(source.path), _nbytes(source.tensors.values()), CPU, SMALLER)
     return _read(source, model)[0]
 
 
@@ -281,7 +295,7 @@ def _empty_model(config: ModelConfig, source: WeightFile) -> Model:
     """
     where = source.path.parent / CONFIG
     # Making a table takes about two more of its size for a moment.
-    require_memory(f"{where}: context {config.context}", 3 * _table_bytes(config), CPU)
+    require_memory(f"{where}: context {config.context}", 3 * _table_bytes(config), CPU, SMALLER)
     with _WithoutWeights():
         return build_model(config)
 
@@ -318,9 +332,11 @@ def _check_memory(
         if not (on_cpu and info.dtype == dtype)
     )
     where = str(source.path)
-    require_memory(where, stored + (made if on_cpu else 0), CPU)
+    # As it is stored on a CPU it takes the least: any other format is made beside it.
+    wider = dtype if on_cpu and dtype.itemsize > stored_dtype(source).itemsize else None
+    require_memory(where, stored + (made if on_cpu else 0), CPU, SMALLER, wider)
     if not on_cpu:
-        require_memory(where, made + _table_bytes(config), device)
+        require_memory(where, made + _table_bytes(config), device, SMALLER, dtype)
 
 
 def _nbytes(tensors: Iterable[TensorInfo]) -> int:

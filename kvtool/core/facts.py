@@ -15,6 +15,11 @@ def flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of the facts that differ, of facts without others inside."""
+    return [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Each fact that differs, of facts without others inside, in words.
 
@@ -23,8 +28,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     return [
         f"{name} was {_short(before.get(name))} and is now {_short(now.get(name))}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        for name in changed(before, now)
     ]
 
 

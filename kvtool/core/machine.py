@@ -83,11 +83,23 @@ def available_bytes(device: torch.device) -> int | None:
     return max(min(limits), 0) if limits else None
 
 
-LESS = "Free memory, use a smaller --dtype, or ask for less."
+LESS = "Free memory, or ask for less."
+LOWER = "Free memory, use a smaller --dtype, or ask for less."
 
 
-def require_memory(what: str, needed: int, device: torch.device, hint: str = LESS) -> None:
-    """Raise CapacityError if `needed` bytes for `what` are more than there are."""
+def require_memory(
+    what: str,
+    needed: int,
+    device: torch.device,
+    hint: str = LESS,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise CapacityError if `needed` bytes for `what` are more than there are.
+
+    dtype: the format that --dtype gave, where a smaller one, if there is one, would take less.
+    """
+    if dtype is not None and dtype.itemsize > torch.half.itemsize:
+        hint = LOWER
     available = available_bytes(device)
     if available is not None and needed > available:
         raise CapacityError(

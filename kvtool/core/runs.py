@@ -23,7 +23,7 @@ import torch
 
 from kvtool.core.facts import changes, flat
 from kvtool.errors import FileError, UsageError, first_line
-from kvtool.files import read_json_object, write_durable, write_json
+from kvtool.files import read_json_object, take_lock, write_durable, write_json
 
 KEPT = 2
 LOCK, RUN, LOG, EVENTS = ".lock", "run.json", "log.jsonl", "tensorboard"
@@ -93,24 +93,7 @@ class RunFolder:
             raise FileError(f"--out {self.path}: holds no run to resume", "Leave out --resume.")
 
     def _take_lock(self) -> io.TextIOWrapper:
-        import fcntl
-
-        try:
-            lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise FileError(f"--out {self.path}: cannot be written ({error.strerror})") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            pid = lock.read().strip() or "unknown"
-            lock.close()
-            raise FileError(
-                f"--out {self.path}: in use by pid {pid}", "Wait for it, or use another folder."
-            ) from error
-        except OSError as error:
-            lock.close()
-            raise FileError(f"--out {self.path}: cannot be locked ({error.strerror})") from error
+        lock = take_lock(self.path / LOCK, f"--out {self.path}", "folder")
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -181,6 +181,7 @@ class Cache(ABC):
     exact: ClassVar[bool] = True  # stored keys and values are what the model computed
     compilable: ClassVar[bool] = False  # fixed addresses and no host sync in write and attend
     small: ClassVar[Mapping[str, int]] = {}  # options with which a short check makes it do all
+    stores: ClassVar[bool] = True  # False: caches nothing on purpose, to be compared with
     recompute: ClassVar[bool] = False  # holds nothing: must be given the whole sequence each time
     quantization: Quantization | None = None  # how tokens are rounded, and by when
     window: int = 0  # how many positions a token sees, its own included; 0: all before it

@@ -15,6 +15,7 @@ class NoCache(Cache):
     """Holds nothing but a count of tokens; each step must bring the whole sequence."""
 
     kind: ClassVar[str] = "none"
+    stores: ClassVar[bool] = False
     recompute: ClassVar[bool] = True
 
     def _place(self, start: int, n_new: int) -> Step:

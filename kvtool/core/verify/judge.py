@@ -58,6 +58,19 @@ class Case:
         return Run(subject, self.given, self.n_prompt, last, self.source)
 
 
+class Raised(NamedTuple):
+    """What code that is judged raised, and where: a step of the cached arm has a number."""
+
+    error: BaseException
+    step: int | None = None
+    where: str = ""
+
+    @property
+    def words(self) -> str:
+        where = self.where or f"step {self.step}"
+        return f"{where} raised {type(self.error).__name__}: {first_line(self.error)}"
+
+
 @dataclass
 class Played:
     """A scenario in one precision: for each step the logits of both arms, (B,n,V)."""
@@ -66,7 +79,7 @@ class Played:
     expected: list[Tensor] = field(default_factory=list)
     unrefused: int | None = None
     vacuous: str | None = None
-    raised: tuple[int, BaseException] | None = None  # by the cached arm, and at which step
+    raised: Raised | None = None
     promoted: bool = False  # both arms ran without lower types
 
 
@@ -124,9 +137,14 @@ def play(subject: Subject, case: Case, promote: tuple[bool, bool] = (False, Fals
             case.scenario.play(run)
         except (Exception, SystemExit) as error:  # a subject may raise anything: that is its result
             pass_on_shortage(error)
-            played.raised = (run.n_steps, error)
+            played.raised = Raised(error, run.n_steps)
     played.unrefused, played.promoted = run.unrefused, all(promote)
-    played.vacuous = next(filter(None, (s.vacuous() for s in run.sessions)), None)
+    if played.raised is None:  # or asking whether its cache is used would only raise again
+        try:
+            played.vacuous = next(filter(None, (s.vacuous() for s in run.sessions)), None)
+        except (Exception, SystemExit) as error:  # its code runs here too
+            pass_on_shortage(error)
+            played.raised = Raised(error, where="finding out whether the cache is used")
     answers: dict[int, tuple[Tensor, ...]] = {}
     with Promote() if promote[1] else contextlib.nullcontext():
         for segment in run.segments:
@@ -238,7 +256,7 @@ class Judge:
                 error = raised
             else:
                 if exact.raised is not None:
-                    error = exact.raised[1]
+                    error = exact.raised.error
                 elif _finite(exact):
                     return exact
                 else:
@@ -310,11 +328,10 @@ def _check_finite(played: Played) -> None:
 
 def _raised(scenario: Scenario, played: Played) -> Finding:
     assert played.raised is not None
-    step, error = played.raised
-    if isinstance(error, (CacheOpUnsupported, TooShort)):
-        return Finding(scenario.name, UNSUPPORTED, str(error))
-    words = f"step {step} raised {type(error).__name__}: {first_line(error)}"
-    return Finding(scenario.name, ERROR, words, first_wrong=step)
+    raised = played.raised
+    if isinstance(raised.error, (CacheOpUnsupported, TooShort)):
+        return Finding(scenario.name, UNSUPPORTED, str(raised.error))
+    return Finding(scenario.name, ERROR, raised.words, first_wrong=raised.step)
 
 
 def _not_in_float64(finding: Finding, error: BaseException) -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
@@ -12,12 +13,15 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kvtool.core.facts import changes, flat
+from kvtool.core.facts import changed, changes, flat
 from kvtool.errors import FileError
-from kvtool.files import read_bytes
+from kvtool.files import read_bytes, take_lock
 
 SCHEMA = "kvtool.results/1"
 BEGINNING = f'{{"schema": "{SCHEMA}"'.encode()
+WHOLE = ("check", "model")  # where these differ, nearly all else does
+SHA256 = "sha256"
+TOLD = 5  # differences that one line names
 T = TypeVar("T")
 
 
@@ -25,7 +29,8 @@ class Kept(Generic[T]):
     """A file of JSON lines that --resume named: what the results are of, then a result in each.
 
     make: builds a result, a dataclass, from its fields. `known` are the results in the file; a last
-    line that was cut off is none. Raises FileError for a file that something else wrote, and for
+    line that was cut off is none. No other process can use the file until this is left as a context
+    manager. Raises FileError for a file that is in use or that something else wrote, and for
     results of other `facts`, naming the difference.
     """
 
@@ -34,7 +39,21 @@ class Kept(Generic[T]):
         self.make = make
         header = {"schema": SCHEMA, "of": flat(facts)}
         self.header = json.dumps(header, default=str).encode()
-        self.known: list[T] = self._read()
+        self._there = path.exists()
+        self._lock = take_lock(path, f"--resume {path}", "file")
+        try:
+            self.known: list[T] = self._read()
+        except FileError:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Kept[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._there and not os.fstat(self._lock.fileno()).st_size:
+            self.path.unlink(missing_ok=True)  # nothing was reached: no trace
+        self._lock.close()
 
     def _read(self) -> list[T]:
         if not self.path.exists() or (self.path.is_file() and not self.path.stat().st_size):
@@ -56,9 +75,9 @@ class Kept(Generic[T]):
             self._refuse(1, error)
         if not same_kind:
             self._refuse(1)
-        if changed := changes(facts, json.loads(self.header)["of"]):
+        if differences := _told(facts, json.loads(self.header)["of"]):
             raise FileError(
-                f"--resume {self.path}: has results of another check: {', '.join(changed)}",
+                f"--resume {self.path}: has results of another check: {differences}",
                 "Give the settings, model and versions that it was begun with, or another file.",
             )
 
@@ -89,6 +108,15 @@ class Kept(Generic[T]):
             raise FileError(
                 f"--resume {self.path}: cannot be written ({error.strerror})"
             ) from error
+
+
+def _told(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs in words, what matters most first; of another check or model that alone."""
+    names = changed(before, now)
+    names = [name for name in WHOLE if name in names] or sorted(names, key=lambda n: n != SHA256)
+    shown = names[:TOLD]
+    words = [word for n in shown for word in changes({n: before.get(n)}, {n: now.get(n)})]
+    return ", ".join(words) + (f" and {len(names) - TOLD} more" if len(names) > TOLD else "")
 
 
 def fingerprint(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> str:

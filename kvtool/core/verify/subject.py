@@ -190,7 +190,7 @@ class ModelSubject:
         self.source_vocab_size = model.config.source_vocab_size
         self.context = model.config.context
         probe = make(CacheSpec.of(model.config, 1, 1, self.dtype, self.device), None)
-        self.stores = not probe.recompute
+        self.stores = probe.stores
         self.window, self.sinks = probe.window, probe.sinks
         self.quantization, self.page = probe.quantization, probe.page
         abilities = {"batch", "padding", "crop", "select", "reset", "fork", "capacity"}

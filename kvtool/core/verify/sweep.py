@@ -80,6 +80,7 @@ class Task:
     seed: int
     memory: int = MEMORY
     kind: str = "causal"
+    threads: int = 1
 
 
 def sweep(
@@ -106,7 +107,7 @@ def sweep(
 
 
 def judge_type(task: Task, limit: float) -> Swept:
-    """Run one type in a process of its own for `limit` seconds, with one thread and no network."""
+    """Run one type in a process of its own for `limit` seconds, with its threads and no network."""
     from kvtool.core.verify.sweep_worker import answer
 
     os.environ.update(ALONE)  # of the server too, which starts with the first type

@@ -125,7 +125,7 @@ def answer(task: Task, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who waits for the answer decides, and kills
 
     limit_memory(task.memory)
-    torch.set_num_threads(1)
+    torch.set_num_threads(task.threads)
     warnings.simplefilter("ignore")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # also what is written below Python

@@ -132,6 +132,8 @@ class Raises(DynamicCache):
 class NeverUsed(NoCache):
     """A cache by its name: the whole sequence is computed again in each step."""
 
+    stores = True  # says its user
+
 
 class SeesAll(DefaultKernels):
     """A model whose attention is not causal, so that nothing may be cached."""
@@ -169,7 +171,7 @@ CONTENTS = (
     Mutant("bfloat16 in a float32 model", StoresLower, verdict="precision"),
     Mutant("a step that raises", Raises, verdict="error", step=3),
     Mutant("a model that is not causal", kernels=SeesAll(), verdict="not-causal", step=0),
-    Mutant("a cache that is never used", NeverUsed, verdict="no cache", step=None),
+    Mutant("a cache that is never used", NeverUsed, verdict="vacuous", step=None),
     Mutant(
         "a window that never evicts", partial(SlidingCache, window=6, slack=ALL),
         verdict="vacuous", step=None,
