@@ -290,10 +290,11 @@ def test_only_a_type_is_called_one(name: str) -> None:
 
 
 def test_transformers_is_not_imported_for_a_name_that_is_none_of_its(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, kv: Callable[..., Ran]
 ) -> None:
-    monkeypatch.setattr(tiny, "known_types", lambda kind: pytest.fail("it was imported"))
-    assert not tiny.is_type("shakespeare-3l")
+    monkeypatch.setattr(tiny, "is_type", lambda name: pytest.fail("it was imported"))
+    message = refused(kv("--model", "shakespeare-3l", command="verify-cache"))
+    assert "is a model type of transformers" not in message
 
 
 def test_a_model_of_ours_is_told_the_way_back(verify: Callable[..., Ran]) -> None:

@@ -397,7 +397,7 @@ def test_logits_that_overflow_are_exit_1_and_name_the_step(
     [
         ("--tokens 1", "--tokens: 1 is too small (expected 2 or more)"),
         ("--tokens 0", "--tokens: 0 is too small (expected 2 or more)"),
-        ("--tokens 1000000000", "the prompt is 14 tokens and 1,000,000,000 more were asked for"),
+        ("--tokens 1000000000", "--tokens 1,000,000,000: is beyond the context (the model holds "),
         ("--tokens 51", "the prompt is 14 tokens and 51 more were asked for (the model holds 64)"),
         ("--prompt=", "--prompt: is empty"),
         ("--caches dynamik", "--caches: 'dynamik' is not known"),

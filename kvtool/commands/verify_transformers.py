@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -204,12 +206,25 @@ def require_model(name: str) -> None:
     try:
         o.require_inputs(name)
     except FileError as error:
-        from kvtool.core.verify.tiny import is_type
+        if Path(name).exists() or not begins_as_a_type(name):
+            raise
+        from kvtool.core.verify.tiny import is_type  # which loads torch and transformers
 
-        if Path(name).exists() or not is_type(name):
+        if not is_type(name):
             raise
         hint = f"{name} is a model type of transformers: add --impl transformers."
         raise FileError(error.message, hint) from error
+
+
+def begins_as_a_type(name: str) -> bool:
+    """Whether transformers, if it is installed, has a folder of models that begins the name."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not re.fullmatch(r"[\w.-]+", name):
+        return False
+    folders = [Path(place) / "models" for place in spec.submodule_search_locations or ()]
+    parts = re.split("[-_]", name)
+    begins = ["_".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    return any((folder / begin).is_dir() for folder in folders for begin in begins)
 
 
 def chosen_scenarios(names: list[str]) -> list[str]:
