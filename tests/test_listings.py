@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import listings
 from bench_cases import small_array  # noqa: F401
@@ -30,6 +31,7 @@ from listings import Listing, form, same
 from self_tested import outcome_of
 
 ALL = listings.listings()
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +70,7 @@ def printed(
 
 
 ROW = re.compile(
-    r"^ *([\d,]+)  (\w+) +(?:(kvtool|transformers) +)?([\d,.]+) +([\d,.]+) +\d+ .* ([\d,]+)$",
+    r"^ *([\d,]+)  (\w+) +(?:(kvtool|transformers) +)?([\d,.]+) +([\d,.]+) +\d+ .*x +([\d,]+)\b",
     re.MULTILINE,
 )
 
@@ -100,7 +102,8 @@ def at_listed_speed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
             monkeypatch.setattr(work, "run", run)
         if speed := re.search(r"read at ([\d.]+) GB/s", text):
-            monkeypatch.setattr(traffic, "read_bandwidth", lambda _: float(speed[1]) * 1e9)
+            found = traffic.Bandwidth((float(speed[1]) * 1e9,), traffic.own_caches(CPU))
+            monkeypatch.setattr(traffic, "read_bandwidth", lambda _: found)
 
     return use
 
