@@ -81,7 +81,7 @@ def test_nothing_measured_at_all_is_exit_1_and_draws_nothing(
     slow(lambda kind, length: 1.0)
     ran = bench("--budget", "0.001", "--plot", str(tmp_path / "a.png"))
     assert ran.code == 1
-    said = "Nothing was measured within --budget 0.001 s: none at 3 tokens would take about 1 s."
+    said = "Nothing was measured within --budget 0.001 s: none at 3 tokens would take about 1.6 s."
     assert ran.out.splitlines()[-1] == said
     assert "does not pay" not in ran.out
     assert f"--plot {tmp_path / 'a.png'}: nothing was measured, so nothing is drawn\n" in ran.err
@@ -115,7 +115,7 @@ def test_a_signal_shows_and_writes_what_was_measured(
 
     def cost(kind: str, length: int) -> float:
         runs.append(kind)
-        if len(runs) > 2 * 7:  # twice for a run: 4 to warm up, then 3 of the first round
+        if len(runs) > 2 * 9:  # twice for a run: 6 to warm up, then 3 of the first round
             os.kill(os.getpid(), number)
         return 1.0
 

@@ -89,20 +89,29 @@ def test_kinds_take_turns_shortest_first_and_no_cache_last(fake: Callable[..., F
     found = measure(work, [3, 20], ["none", "static", "paged"], repeats=2, budget=1e9)
     kinds = ["static", "paged", "none"]
     turn = [(kind, n) for n in (3, 20) for kind in kinds]
-    assert work.runs[6:] == turn + turn
+    assert work.runs[9:] == turn + turn
     order = [(c.length, c.cache) for c in found]
     assert order == [(n, kind) for n in (3, 20) for kind in ("none", "static", "paged")]
 
 
-def test_each_kind_runs_twice_for_a_few_tokens_first_and_that_is_no_sample(
+def test_each_kind_runs_for_a_few_tokens_first_and_that_is_no_sample(
     fake: Callable[..., Fake],
 ) -> None:
     work = fake()
     found = measure(work, [500], ["none", "static"], repeats=1, budget=1e9)
-    assert work.runs[:4] == [("none", 10)] * 2 + [("static", 10)] * 2
+    few = [[(kind, 2), (kind, 2), (kind, 10)] for kind in ("none", "static")]
+    assert work.runs[:6] == few[0] + few[1]
     assert [cell.samples for cell in found] == [[500], [500]]
     measure(work, [1, 4], ["none"], repeats=1, budget=1e9)
-    assert work.runs[6:8] == [("none", 4)] * 2  # no longer than what is asked for
+    assert work.runs[8:11] == [("none", 2), ("none", 2), ("none", 4)]  # never longer than asked for
+
+
+def test_two_tokens_tell_where_more_of_every_kind_would_take_longer_than_the_budget(
+    fake: Callable[..., Fake],
+) -> None:
+    work = fake()
+    measure(work, [500], ["none", "static"], repeats=1, budget=3)
+    assert work.runs == [("none", 2)] * 2 + [("static", 2)] * 2
 
 
 def test_every_sample_is_kept_with_the_bytes(fake: Callable[..., Fake]) -> None:
@@ -161,7 +170,8 @@ def test_a_costly_kind_at_a_short_length_waits_for_cheap_ones_at_longer_lengths(
 
 
 def test_kinds_of_equal_cost_are_measured_as_far_as_it_goes(fake: Callable[..., Fake]) -> None:
-    found = measure(fake(lambda kind, length: 1.0), [10], ["dynamic", "static"], 1, budget=1.5)
+    work = fake(lambda kind, length: length / 10)
+    found = measure(work, [10], ["dynamic", "static"], 1, budget=1.5)
     assert counts(found) == [1, 0]
 
 
@@ -178,7 +188,10 @@ def test_nothing_is_measured_if_nothing_fits_and_it_is_known_what_it_would_take(
     measurement = Measurement([Lane("none", work), Lane("static", work)], [10])
     measurement.run(3, budget=1.0)
     assert counts(measurement.cells) == [0, 0]
-    assert [measurement.expected(cell) for cell in measurement.cells] == [10, 10]  # seconds
+    assert [measurement.expected(cell) for cell in measurement.cells] == [
+        50,
+        14,
+    ]  # seconds, as two tokens tell
 
 
 def test_what_stands_before_counts_in_what_a_longer_run_may_take(

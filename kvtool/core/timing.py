@@ -24,6 +24,7 @@ from kvtool.core.sampling import Sampler
 from kvtool.ending import check
 
 SHORT = 10  # tokens of the runs before those that count
+TINY = 2  # of those to warm up
 
 
 class Run(NamedTuple):
@@ -208,28 +209,37 @@ class Measurement:
         # By length, and by lane in the order in which they were given.
         self.cells = [cells[i] for i in range(len(lengths)) for cells in of_lane.values()]
         self._works = {(kind, impl): work for kind, work, impl in lanes}
-        self._short = {
-            key: Cell(cells[0].cache, min(lengths[-1], SHORT), impl=cells[0].impl, before=before)
-            for key, cells in of_lane.items()
-        }
+        self._tiny, self._short = (
+            {
+                key: Cell(cells[0].cache, min(lengths[-1], n), impl=cells[0].impl, before=before)
+                for key, cells in of_lane.items()
+            }
+            for n in (TINY, SHORT)
+        )
 
     def run(
         self, repeats: int, budget: float, progress: Callable[[Cell], None] = lambda cell: None
     ) -> None:
         """Time every cell `repeats` times, or until `budget` seconds are spent.
 
-        Before they count, each lane runs twice for a few tokens: for allocator, thread pool and
-        code paths, and to learn what longer runs will take. Then a round visits every cell once,
+        Before they count, each lane runs twice for two tokens, for allocator, thread pool and code
+        paths, and once for ten, to learn what longer runs will take. Where two of every lane take
+        more than the budget, two have to tell. Then a round visits every cell once,
         lanes side by side, so that a slow minute of the machine hits all of them; the shortest
         lengths come first, and what keeps nothing last. A cell whose run would not fit any more, or
         would take the time of cheaper ones that have no sample yet, is passed over: it keeps fewer
         samples, or none.
         """
-        for short in self._short.values():
+        for key, tiny in self._tiny.items():
             for _ in range(2):
                 check()
-                self._time(short)
-            del short.runs[0], short.took[0]
+                self._time(tiny)
+            del tiny.runs[0], tiny.took[0]
+            if tiny.took[0] * len(self._tiny) > budget:
+                self._short[key] = tiny
+            else:
+                check()
+                self._time(self._short[key])
         deadline = time.perf_counter() + budget
         visits = sorted(self.cells, key=lambda cell: (cell.length, cell.cache == "none"))
         for _ in range(repeats):
