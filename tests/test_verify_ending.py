@@ -357,7 +357,7 @@ def test_results_of_another_model_are_refused(
     path = tmp_path / "kept.jsonl"
     given = [*modes["kvtool"], "--resume", str(path)]
     verify(*given)
-    other = str(save_decoder(tmp_path / "decoder0", seed=1))
+    other = str(save_decoder(tmp_path / Path(modes["kvtool"][1]).name, seed=1))  # same name
     assert "sha256 was " in refused(verify(*given, "--model", other))
     path.unlink()
     verify(*modes["target"], "--resume", str(path))
