@@ -21,6 +21,7 @@ from kvtool.core import machine
 from kvtool.core.text import Tokenizer
 from kvtool.core.train import Trainer
 from kvtool.files import sha256
+from kvtool.ui import plots
 from small_models import answer, explains_every_option
 from training_commands import LM, PLACE, WORDS, Command
 
@@ -46,6 +47,18 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
 
 
 # A run
+
+
+def test_the_plot_of_a_run_names_the_command_the_format_and_the_machine(
+    either: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(plots, "loss_plot", lambda *args: titles.append(args[-1]))
+    either()
+    (title,) = titles
+    first, second = title.splitlines()
+    assert first.startswith("kvtool train-") and first.endswith(str(tmp_path / "run"))
+    assert second.startswith("float32") and "1 thread" in second
 
 
 def test_a_run_leaves_checkpoints_a_log_and_a_plot_and_says_where(

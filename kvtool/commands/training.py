@@ -21,6 +21,7 @@ from kvtool.config import (
     TrainLength,
     follows,
 )
+from kvtool.ui.environment import caption, cpu_name
 from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
@@ -293,6 +294,19 @@ def device_of(run: RunConfig, config: TrainConfig) -> torch.device:
     return device
 
 
+def trained_in(device: torch.device, amp: bool | None) -> str:
+    """The format, threads and processor of a run, for a title."""
+    import torch
+
+    return caption(
+        {
+            "dtype": "float32, products in bfloat16" if amp else "float32",
+            "threads": torch.get_num_threads(),
+            "processor": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        }
+    )
+
+
 def train(model: Model, task: Task, config: TrainConfig, description: str, out: Output) -> Position:
     """Train within config.out, show how it goes, and draw the loss.
 
@@ -329,7 +343,7 @@ def train(model: Model, task: Task, config: TrainConfig, description: str, out: 
                         task.score_name,
                         task.loss_name,
                         task.loss_floor,
-                        f"kvtool {description}, {config.out}",
+                        f"kvtool {description}, {config.out}\n{trained_in(device, config.amp)}",
                     )
     if not team.leads:
         raise typer.Exit()
