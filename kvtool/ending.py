@@ -118,6 +118,24 @@ def held() -> Iterator[None]:
             signal.raise_signal(came[0][0])
 
 
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Let both signals end the process where it is: for a library that reads a stranger's file and
+    may not come back to Python. Nothing is written meanwhile, so that nothing is lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers are the main thread's
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    obeyed = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in obeyed:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in obeyed.items():
+            signal.signal(number, handler)
+
+
 @dataclass
 class Outcome:
     """Whether a block ran to its end: `how` says what ended it before, None that nothing did."""

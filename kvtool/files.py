@@ -1,23 +1,21 @@
-"""Files that survive a crash, and paths that are what they claim to be. Imports no torch."""
+"""Files that survive a crash, locks, and the folders of models. Imports no torch."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import io
 import json
 import os
-import stat
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from kvtool.errors import FileError
 from kvtool.hub import cache_folder, cached_snapshot
+from kvtool.reading import nearest
 
 PACKAGE = Path(__file__).resolve().parent
-FIXED_NAMES = ("config.json", "tokenizer.json", "source.json", "target.json", "model.safetensors")
 
 
 def write_durable(path: Path, data: bytes) -> None:
@@ -116,95 +114,6 @@ def _holder(lock: io.TextIOWrapper) -> str:
     fields = (line.split() for line in lines)
     found = [f[4] for f in fields if len(f) > 5 and f[1] == "FLOCK" and f[5].endswith(end)]
     return next((pid for pid in found if int(pid) > 0), "")
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _named(path: Path, flag: str) -> str:
-    return f"{flag} {path}" if flag else str(path)
-
-
-def require_file(path: Path, what: str, flag: str = "") -> Path:
-    """Return `path`, which `flag` gave, if it is a regular, non-empty file; else raise FileError
-    saying what it is."""
-    where = _named(path, flag)
-    try:
-        info = path.stat()
-    except FileNotFoundError:
-        if path.is_symlink():
-            lost = f"{where}: is a link to {os.readlink(path)}, which does not exist"
-            raise FileError(f"{lost} (expected {what})") from None
-        hint = nearest(path) or "Check the path."
-        raise FileError(f"{where}: not found (expected {what})", hint) from None
-    except OSError as error:
-        raise FileError(f"{where}: {what} cannot be opened ({error.strerror})") from error
-    if stat.S_ISDIR(info.st_mode):
-        raise FileError(f"{where}: is a folder (expected {what})")
-    if not stat.S_ISREG(info.st_mode):
-        raise FileError(f"{where}: is not a regular file (expected {what})")
-    if info.st_size == 0:
-        raise FileError(f"{where}: is empty, 0 bytes (expected {what})")
-    return path
-
-
-def nearest(path: Path) -> str:
-    """Name the files beside `path` with similar names in a sentence, the most similar first; "" for
-    none, and for a name that a checkpoint's file must have."""
-    try:
-        names = sorted(entry.name for entry in path.parent.iterdir())
-    except FileNotFoundError:
-        return f"The folder {path.parent} does not exist either." if str(path.parent) != "." else ""
-    except OSError:
-        return ""
-    if path.name in FIXED_NAMES:
-        return ""
-    # Two names are alike for their suffix alone: what stands before it must be similar too.
-    stems = difflib.get_close_matches(path.stem, {Path(n).stem for n in names}, n=9, cutoff=0.7)
-    similar = [name for name in names if Path(name).stem in stems]
-    close = difflib.get_close_matches(path.name, similar, n=3)
-    found = " or ".join(str(path.parent / name) for name in close)
-    return f"Did you mean {found}?" if close else ""
-
-
-def read_text(path: Path, what: str, flag: str = "") -> str:
-    """Read UTF-8 text without a byte order mark. Raises FileError with a bad byte's offset."""
-    data = read_bytes(path, what, flag)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = _named(path, flag)
-        raise FileError(
-            f"{where}: is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})",
-            "Convert it to UTF-8 first.",
-        ) from error
-
-
-def read_bytes(path: Path, what: str, flag: str = "") -> bytes:
-    """Read a whole regular file, which `flag` gave. Raises FileError."""
-    require_file(path, what, flag)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        where = _named(path, flag)
-        raise FileError(f"{where}: {what} cannot be read ({error.strerror})") from error
-
-
-def read_json_object(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON file that holds one object. Raises FileError with the line of a syntax error."""
-    try:
-        data = json.loads(read_text(path, what))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise FileError(f"{path}: holds no JSON object (found {type(data).__name__})")
-    return data
 
 
 def weights_folder() -> Path:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpoint_cases import load, refusal, same, saved
-from kvtool import files
+from kvtool import reading
 from kvtool.core import checkpoint, machine
 from kvtool.core.models import Model
 from kvtool.errors import CapacityError, FileError
@@ -53,7 +53,7 @@ def test_a_pickled_state_dict_loads(
     torch.save(found, tmp_path / name, _use_new_zipfile_serialization=zipped)
     assert same(dict(load(tmp_path).state_dict()), dict(model.state_dict()))
     digest = checkpoint.load(str(tmp_path), torch.device("cpu"), torch.float32).sha256
-    assert digest == files.sha256(tmp_path / name)
+    assert digest == reading.sha256(tmp_path / name)
 
 
 def test_pickled_views_become_weights_of_their_own(tmp_path: Path, model: Model) -> None:

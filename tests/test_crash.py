@@ -21,7 +21,8 @@ import deaths
 import training_cases
 from crash_lab import newest_state, resumed
 from deaths import KILLED, Aim
-from kvtool.files import PACKAGE, sha256
+from kvtool.files import PACKAGE
+from kvtool.reading import sha256
 from training_cases import EVAL_EVERY, STEPS, outcome, unreadable
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}

@@ -68,7 +68,7 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("llama", set_to(hidden_size=-1), "hidden_size: -1 is too small"),
     ("llama", set_to(hidden_size=2**62), "hidden_size: 4611686018427387904 is too large"),
     ("llama", set_to(hidden_size="32"), "hidden_size: '32' is not a whole number"),
-    ("llama", set_to(rms_norm_eps=float("nan")), "rms_norm_eps: nan is out of range"),
+    ("llama", set_to(rms_norm_eps=float("nan")), "is not valid JSON (NaN is no JSON number)"),
     ("llama", set_to(head_dim=7), "head_dim: 7 is odd"),
     ("llama", set_to(num_key_value_heads=3), "num_key_value_heads: 3 do not divide 4"),
     ("llama", set_to(head_dim=None, num_attention_heads=5), "5 heads do not divide hidden_size 32"),

@@ -11,7 +11,8 @@ import torch
 from kvtool import app
 from kvtool.core import checkpoint, oracle, reference
 from kvtool.core.witness import witness, witness_logits
-from kvtool.files import DEFAULT_MODEL, sha256, shipped_models, weights_folder
+from kvtool.files import DEFAULT_MODEL, shipped_models, weights_folder
+from kvtool.reading import sha256
 from oracle_cases import gap
 
 FOLDER = weights_folder() / DEFAULT_MODEL

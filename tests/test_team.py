@@ -21,7 +21,7 @@ import torch
 from cli_probe import HANGS
 from kvtool.core import runs
 from kvtool.core.team import ALONE, Share
-from kvtool.files import sha256
+from kvtool.reading import sha256
 from training_cases import check_that_shares_drop_as_the_whole
 
 WORDS = [f"{a}{b}{c}" for a in "abcdef" for b in "xyz" for c in "aeiou"]

@@ -20,7 +20,7 @@ from kvtool.commands.train_lm import opening
 from kvtool.core import machine
 from kvtool.core.text import Tokenizer
 from kvtool.core.train import Trainer
-from kvtool.files import sha256
+from kvtool.reading import sha256
 from kvtool.ui import plots
 from small_models import answer, explains_every_option
 from training_commands import LM, PLACE, WORDS, Command

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from kvtool import files
+from kvtool import reading
 from kvtool.config import ModelConfig, TrainConfig, TrainLength
 from kvtool.core import checkpoint, runs
 from kvtool.core.layers import Dropout, deal_rows
@@ -120,7 +120,7 @@ def train(out: Path, warn: Callable[[str], None] = lambda _: None, **changes: An
 
 def outcome(out: Path) -> dict[str, Any]:
     """What must not depend on whether a run was stopped: all but the seconds."""
-    weights = {name: files.sha256(out / name / WEIGHTS) for name in ("best", "last")}
+    weights = {name: reading.sha256(out / name / WEIGHTS) for name in ("best", "last")}
     log = [json.loads(line) for line in (out / runs.LOG).read_text().splitlines()]
     for line in log:
         del line["seconds"]
@@ -143,7 +143,7 @@ def unreadable(out: Path) -> list[str]:
     found = []
     for path in out.iterdir() if out.exists() else ():
         match = runs.STATE.fullmatch(path.name)
-        if match and not files.sha256(path).startswith(match[2]):
+        if match and not reading.sha256(path).startswith(match[2]):
             found.append(f"{path.name}: is not what was written")
     for folder in (out / "best", out / "last"):
         if (folder / WEIGHTS).exists():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtool.commands.bench_words import tokens
 from kvtool.errors import FileError, UsageError
-from kvtool.files import nearest, read_json_object
+from kvtool.reading import nearest, read_json_object
 
 if TYPE_CHECKING:
     from kvtool.commands.bench import Settings

@@ -78,7 +78,7 @@ def read_ids(settings: Settings, loaded: Checkpoint, device: Any) -> Any:
     import torch
 
     from kvtool.core.lm import split_text
-    from kvtool.files import read_text
+    from kvtool.reading import read_text
 
     if settings.text is None:
         return None

@@ -27,7 +27,8 @@ from kvtool.commands.prompt_cache import (
 from kvtool.commands.prompts import note_blank, read_prompts, warn_unknown
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.errors import UsageError
-from kvtool.files import model_folder, require_file, write_durable
+from kvtool.files import model_folder, write_durable
+from kvtool.reading import require_file
 from kvtool.registry import with_own_window
 from kvtool.ui import options as o
 from kvtool.ui.documents import SUFFIXES, check_writable

@@ -9,7 +9,7 @@ import typer
 
 from kvtool.commands.prompts import MOST_NAMED
 from kvtool.errors import UsageError
-from kvtool.files import read_json_object
+from kvtool.reading import read_json_object
 from kvtool.ui.options import utf8_text
 from kvtool.ui.output import Output
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtool.errors import UsageError
-from kvtool.files import read_text
+from kvtool.reading import read_text
 from kvtool.ui.output import Output
 
 if TYPE_CHECKING:

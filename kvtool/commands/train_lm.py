@@ -11,7 +11,7 @@ import typer
 from kvtool.commands import training as t
 from kvtool.config import ModelConfig, RunConfig, TrainConfig, check_int
 from kvtool.errors import UsageError
-from kvtool.files import read_text
+from kvtool.reading import read_text
 from kvtool.ui import options as o
 from kvtool.ui.output import Output, present
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from kvtool.core.cache import Cache, CacheSpec
 from kvtool.core.machine import dtype_name
-from kvtool.core.safetensors_file import SafetensorsFile, short
+from kvtool.core.safetensors_file import SafetensorsFile
 from kvtool.errors import CacheOpUnsupported, FileError
 from kvtool.files import write_durable
+from kvtool.reading import short
 
 FORMAT = "kvtool.cache/1"
 

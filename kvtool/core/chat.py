@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtool.errors import FileError, KvtoolError, UsageError
-from kvtool.files import read_json_object, read_text
+from kvtool.reading import read_json_object, read_text
 
 TEMPLATE, CONFIG, LEGACY = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
 TOKENS = "special_tokens_map.json"  # of older folders

@@ -39,13 +39,8 @@ from kvtool.core.weight_files import (
     require_tensors,
 )
 from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
-from kvtool.files import (
-    CHECKPOINT_FOLDER,
-    model_folder,
-    read_json_object,
-    write_durable,
-    write_json,
-)
+from kvtool.files import CHECKPOINT_FOLDER, model_folder, write_durable, write_json
+from kvtool.reading import read_json_object
 
 CONFIG = "config.json"
 TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"

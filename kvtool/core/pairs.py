@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvtool.errors import FileError, UsageError
-from kvtool.files import PACKAGE, nearest, read_bytes
+from kvtool.files import PACKAGE
+from kvtool.reading import nearest, read_bytes
 
 CMUDICT = "cmudict"
 CMUDICT_FILE = PACKAGE / "data" / "cmudict.txt.xz"

@@ -24,7 +24,7 @@ from kvtool.core.verify.compare import distances
 from kvtool.core.verify.tiny import hushed
 from kvtool.core.witness import IMPL, witness
 from kvtool.errors import CheckFailed, FileError
-from kvtool.files import read_json_object
+from kvtool.reading import read_json_object
 
 COMPARED_PROMPT, COMPARED = 32, 16  # tokens of a prompt, and behind it, that both must agree in
 # Of the largest logit. Rounding in float32 leaves about 1e-6 of it, other mathematics 1e-3 or more;

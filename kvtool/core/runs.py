@@ -23,7 +23,8 @@ import torch
 
 from kvtool.core.facts import changes, flat
 from kvtool.errors import FileError, UsageError, first_line
-from kvtool.files import read_json_object, take_lock, write_durable, write_json
+from kvtool.files import take_lock, write_durable, write_json
+from kvtool.reading import read_json_object
 
 KEPT = 2
 LOCK, RUN, LOG, EVENTS = ".lock", "run.json", "log.jsonl", "tensorboard"

@@ -7,12 +7,9 @@ header too, but its errors name no tensor, and sizes would not be known before i
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvtool.errors import FileError
+from kvtool.reading import opened, parse_json, short
 
 LARGEST_HEADER = 100_000_000  # bytes, as in the reference implementation
 MOST_DIMENSIONS = 8  # bounds the work on a shape of a million numbers; weights have one or two
@@ -61,7 +59,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _opened(path) as file:
+        with opened(path, "safetensors") as file:
             size = file.seek(0, 2)
             file.seek(0)
             self._prefix = _read_prefix(file, size, path)
@@ -75,7 +73,7 @@ class SafetensorsFile:
         One pass over the file yields both, so that the digest is of the very bytes loaded.
         """
         found = {}
-        with _opened(self.path) as file:
+        with opened(self.path, "safetensors") as file:
             # A training run may have replaced the file since its header was checked.
             if file.read(len(self._prefix)) != self._prefix:
                 raise FileError(f"{self.path}: changed while it was read", "Try again.")
@@ -87,20 +85,6 @@ class SafetensorsFile:
                 digest.update(buffer.numpy().data)
                 found[name] = buffer.view(info.dtype).view(info.shape)
         return found, digest.hexdigest()
-
-
-def short(name: str, length: int = 80) -> str:
-    """A name or value from a file, cut where it would flood an error message."""
-    return name if len(name) <= length else f"{name[:length]}..."
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _read_prefix(file: BinaryIO, size: int, path: Path) -> bytes:
@@ -125,9 +109,8 @@ def _read_prefix(file: BinaryIO, size: int, path: Path) -> bytes:
 def _parse(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """What the header says of tensors, and its metadata."""
     try:
-        # Python's parser would take the last of two equal names, and NaN for a number.
-        found = json.loads(header.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(header.decode())
+    except ValueError as error:
         raise DamagedFile(f"{path}: its header is not valid JSON ({error})") from error
     if not isinstance(found, dict):
         raise FileError(f"{path}: its header holds no JSON object (found {type(found).__name__})")
@@ -135,19 +118,6 @@ def _parse(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileError(f"{path}: __metadata__ in its header is not an object of strings")
     return found, metadata
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"{short(twice)} occurs twice")
-    return found
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
 
 
 def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:

@@ -16,7 +16,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kvtool.errors import FileError, UsageError
-from kvtool.files import read_text, write_durable
+from kvtool.files import write_durable
+from kvtool.reading import read_text
 from kvtool.registry import choose
 
 KINDS = ("char", "symbol", "word", "bpe")

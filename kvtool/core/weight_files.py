@@ -25,10 +25,9 @@ from kvtool.core.safetensors_file import (
     DTYPES,
     SafetensorsFile,
     TensorInfo,
-    short,
 )
 from kvtool.errors import FileError, pass_on_shortage
-from kvtool.files import read_json_object, require_file, sha256
+from kvtool.reading import opened, read_json_object, sha256, short
 
 WEIGHTS = "model.safetensors"
 INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
@@ -71,12 +70,8 @@ def open_weights(folder: Path) -> WeightFile:
 
 def refuse_lookalike(path: Path, what: str) -> None:
     """Raise FileError unless `path` is a file, and not a pointer or web page in place of one."""
-    require_file(path, what)
-    try:
-        with open(path, "rb") as file:
-            head = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+    with opened(path, what) as file:
+        head = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for start, (found, hint) in LOOKALIKES.items():
         if head.startswith(start):
             raise FileError(f"{path}: is {found} (expected {what})", hint)

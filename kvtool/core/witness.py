@@ -19,7 +19,7 @@ from kvtool.core.safetensors_file import BUFFERS
 from kvtool.core.verify.precision import Promote
 from kvtool.core.weight_files import open_weights
 from kvtool.errors import UsageError
-from kvtool.files import read_json_object
+from kvtool.reading import read_json_object
 
 Arrays = dict[str, np.ndarray]
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}

@@ -14,7 +14,8 @@ import typer
 
 from kvtool.config import DEVICES, DTYPES, check_int
 from kvtool.errors import UsageError
-from kvtool.files import model_folder, require_file, shipped_models
+from kvtool.files import model_folder, shipped_models
+from kvtool.reading import require_file
 from kvtool.registry import CACHE_SETTINGS, CACHES, KERNELS, choose, split_kind, with_settings
 from kvtool.ui.lists import lengths, list_option
 

@@ -17,7 +17,7 @@ from kvtool.core.families.fields import Fields
 from kvtool.core.families.weights import MappedFile, NameMap
 from kvtool.core.weight_files import WeightFile
 from kvtool.errors import FileError, UsageError
-from kvtool.files import read_json_object
+from kvtool.reading import read_json_object
 
 __all__ = ["FAMILIES", "Family", "end_ids"]
 

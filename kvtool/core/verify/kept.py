@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from kvtool.core.facts import changed, changes, flat
 from kvtool.errors import FileError
-from kvtool.files import read_bytes, take_lock
+from kvtool.files import take_lock
+from kvtool.reading import read_bytes
 
 SCHEMA = "kvtool.results/1"
 BEGINNING = f'{{"schema": "{SCHEMA}"'.encode()

@@ -17,7 +17,7 @@ from torch import nn
 from kvtool.core.verify.target import TargetSubject, is_decoder
 from kvtool.core.verify.target_place import FLAG, target_place
 from kvtool.errors import FileError, UsageError, first_line, pass_on_shortage
-from kvtool.files import sha256
+from kvtool.reading import sha256
 
 
 def target_subject(spec: str, vocab_size: int = 0, context: int = 0) -> TargetSubject:
