@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtool.errors import FileError, UsageError
+from kvtool.errors import FileError, UsageError, shown
 from kvtool.registry import MODELS, choose
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -46,7 +46,7 @@ def own_types() -> list[str]:
 def check_int(flag: str, value: object, low: int, high: int = LARGEST_SIZE) -> None:
     """Raise UsageError, naming `flag`, unless `value` is an int within low..high."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"{flag}: {value!r} is not a whole number")
+        raise UsageError(f"{flag}: {shown(value)} is not a whole number")
     if value < low:
         raise UsageError(f"{flag}: {value} is too small (expected {low} or more)")
     if value > high:
@@ -58,7 +58,7 @@ def check_float(
 ) -> None:
     """Raise UsageError, naming `flag`, unless `value` is a finite number within low..high."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UsageError(f"{flag}: {value!r} is not a number")
+        raise UsageError(f"{flag}: {shown(value)} is not a number")
     inside = (low < value if open_low else low <= value) and value <= high
     if not inside or value in (float("inf"), float("-inf")):  # NaN fails both comparisons
         bound = f"above {low:g}" if open_low else f"{low:g} or more"
@@ -69,7 +69,7 @@ def check_float(
 def check_bool(flag: str, value: object) -> None:
     """Raise UsageError, naming `flag`, unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise UsageError(f"{flag}: {value!r} is not true or false")
+        raise UsageError(f"{flag}: {shown(value)} is not true or false")
 
 
 @dataclass(frozen=True)

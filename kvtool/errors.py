@@ -75,6 +75,12 @@ def pass_on_shortage(error: BaseException) -> None:
         raise error
 
 
+def shown(value: object, length: int = 60) -> str:
+    """A value from outside as an error shows it: as Python writes it, cut where it would flood."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error).strip().splitlines() or [""])[0][:160]
