@@ -7,7 +7,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 BASELINE := tests/baselines/0001_baseline.json
 
-.PHONY: demo test crash lint bench baseline peers clean help
+.PHONY: demo test attack crash lint bench baseline peers clean help
 .NOTPARALLEL: # all share .venv
 
 demo: .venv/installed ## check the caches, then measure them and plot out/bench.png
@@ -20,6 +20,9 @@ test: .venv/installed-test ## run the tests, each benchmark once and untimed
 
 crash: .venv/installed-test ## kill training at 50 random moments, resume, compare the bytes
 	$(PYTEST) -v --benchmark-disable --kills 50 tests/test_crash.py
+
+attack: .venv/installed-test ## attack it by the files of strangers, into docs/security.md
+	$(BIN)/python tests/attack/run.py
 
 lint: .venv/installed-dev ## check style and types
 	$(BIN)/ruff check .
