@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from kvtool.files import write_durable
 from kvtool.registry import CACHES
+from kvtool.ui.inert import visible
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008).
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -40,7 +41,15 @@ def _plain(axes: Any) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write the figure in the format of the suffix, durably. Raises FileError."""
+    """Write the figure in the format of the suffix, durably. Raises FileError.
+
+    Its texts are shown as they are, and not read as formulas: `$` is a letter like others.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(visible(text.get_text()))
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lower().lstrip("."), dpi=150)
     write_durable(path, buffer.getvalue())
