@@ -122,6 +122,21 @@ def test_a_defect_keeps_its_traceback_and_is_not_exit_1(
     assert "Traceback" in ran.err and name in ran.err
 
 
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        ("panic", "a library failed on this input: index \\x1b[31m out of range"),
+        ("recursion", "the input is nested more deeply than Python's stack"),
+    ],
+)
+def test_what_a_library_makes_of_an_input_is_one_line_and_never_exit_1(
+    kv: Callable[..., Ran], work: str, message: str
+) -> None:
+    assert refused(kv("-q", "--work", work)) == f"{message}. --debug shows where."
+    ran = kv("-q", "--work", work, "--debug")
+    assert ran.code == 2 and "Traceback" in ran.err
+
+
 def test_debug_shows_where_an_error_comes_from(kv: Callable[..., Ran]) -> None:
     ran = kv("--work", "missing", "--debug")
     assert ran.code == 2

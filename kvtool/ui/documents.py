@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import html
 import io
 import json
 import math
@@ -29,7 +28,8 @@ WRITTEN = ("--output", "--plot", "--attention-plot", "--save-cache", "--save-ref
 # What begins a formula (OWASP, CSV Injection), also in full width, where a cell may begin: a
 # spreadsheet that expects other separators than commas sees one behind ; and in each line.
 FORMULA = re.compile(r"(^|[;\t\n])(?=[ \"]*[=+\-@\t\uff1d\uff0b\uff0d\uff20])")
-MARKS = re.compile(r"[\\`*\[\]|#~]")  # of Markdown; HTML's become entities
+MARKS = re.compile(r"[\\`*\[\]|#~]|^>")  # of Markdown
+ENTITIES = {"&": "&amp;", "<": "&lt;"}  # without < there is no HTML
 IN_PLACE = ("--save-cache", "--load-cache")  # is read whole before it is replaced, by what it held
 
 
@@ -134,10 +134,10 @@ def _plain(text: str) -> str:
     """A line of Markdown that shows `text` and means nothing.
 
     >>> print(_plain("<b>[a|b]"))
-    &lt;b&gt;\\[a\\|b\\]
+    &lt;b>\\[a\\|b\\]
     """
     line = " ".join(visible(text).splitlines())
-    return html.escape(MARKS.sub(r"\\\g<0>", line), quote=False)
+    return MARKS.sub(r"\\\g<0>", line).translate(str.maketrans(ENTITIES))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
