@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -44,6 +45,7 @@ WORK: dict[str, Callable[[], None]] = {
     "ctrl-c": lambda: fail(KeyboardInterrupt()),
     "sigterm": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "disk full": lambda: fail(OSError(28, "No space left on device", "best.safetensors")),
+    "quota": lambda: fail(OSError(errno.EDQUOT, "Disk quota exceeded")),
     "exit 1": lambda: fail(typer.Exit(1)),
 }
 

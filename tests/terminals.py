@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-# What rich and kvtool send themselves: colours that never blink, cursors and lines of progress bars.
+# What rich and kvtool send themselves: colours, no blinking, cursors and lines of a bar.
 OURS = re.compile(r"\x1b\[(?!5m)[\d;]*m|\x1b\[\?25[lh]|\r?\x1b\[1A|\r?\x1b\[2K|\r\n")
 REORDERS = {"RLE", "LRE", "RLO", "LRO", "PDF", "RLI", "LRI", "FSI", "PDI"}
 # A title, blinking, an erased screen in one byte, a line begun anew, letters turned, a line break.

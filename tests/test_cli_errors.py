@@ -103,6 +103,7 @@ def test_an_error_is_one_line_with_its_exit_code(
         ("torch memory", "memory: there is not enough for this (8.00 GiB more were asked for)"),
         ("cpu memory", "memory: there is not enough for this (32.0 GiB more were asked for)"),
         ("disk full", "best.safetensors: no space left on the device."),
+        ("quota", "output: no space left in the quota."),
     ],
 )
 def test_a_machine_that_is_too_small_is_one_line_not_a_traceback(

@@ -240,7 +240,7 @@ def test_what_a_model_writes_and_a_prompt_says_is_inert_on_a_terminal(
     on_terminal: Callable[..., str], evil_speaker: Path, tmp_path: Path
 ) -> None:
     given = ["generate", "--model", str(evil_speaker), "--max-tokens", "40"]
-    for more in ([], ["--beams", "2", "--n-best", "2"]):
+    for more in ([], ["--beams", "8", "--n-best", "8"]):
         out = tmp_path / f"{EVIL.replace('/', '')}.json"
         code, sent = run_on(on_terminal, *given, "--prompt", EVIL, *more, "--output", str(out))
         assert code == 0 and obeyed(sent) == []

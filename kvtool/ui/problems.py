@@ -32,6 +32,11 @@ WORDS_FOR_TYPES = {  # pydantic's names of what can be wrong with one value
     "string_unicode": "is not valid UTF-8",
 }
 WORDS_FOR_CLICK = {"valid integer": "whole number", "valid float": "number"}  # Typer before 0.26
+NO_SPACE = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "no space left in the quota",
+    errno.EFBIG: "no space left in the largest file that is allowed",
+}
 DEBUG_HINT = "--debug shows where."
 RED, DIM, PLAIN = "\x1b[31m", "\x1b[2m", "\x1b[0m"
 
@@ -119,9 +124,9 @@ def explain_machine(error: BaseException) -> KvtoolError | None:
             f"memory: there is not enough for this{_asked_for(str(error).strip())}",
             "Use shorter lengths, a smaller batch, or a smaller model or number format.",
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = error.filename or "output"
-        return KvtoolError(f"{where}: no space left on the device", "Free some and run it again.")
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        what = f"{error.filename or 'output'}: {NO_SPACE[error.errno]}"
+        return KvtoolError(what, "Free some and run it again.")
     if isinstance(error, RecursionError):
         return KvtoolError("the input is nested more deeply than Python's stack", DEBUG_HINT)
     if not isinstance(error, Exception):  # so panics of libraries in Rust are told (PyO3)
