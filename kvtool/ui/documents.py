@@ -29,7 +29,7 @@ WRITTEN = ("--output", "--plot", "--attention-plot", "--save-cache", "--save-ref
 # spreadsheet that expects other separators than commas sees one behind ; and in each line.
 FORMULA = re.compile(r"(^|[;\t\n])(?=[ \"]*[=+\-@\t\uff1d\uff0b\uff0d\uff20])")
 MARKS = re.compile(r"[\\`*\[\]|#~]|^>")  # of Markdown
-ENTITIES = {"&": "&amp;", "<": "&lt;"}  # without < there is no HTML
+ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;"})  # without < there is no HTML
 IN_PLACE = ("--save-cache", "--load-cache")  # is read whole before it is replaced, by what it held
 
 
@@ -137,7 +137,7 @@ def _plain(text: str) -> str:
     &lt;b>\\[a\\|b\\]
     """
     line = " ".join(visible(text).splitlines())
-    return MARKS.sub(r"\\\g<0>", line).translate(str.maketrans(ENTITIES))
+    return MARKS.sub(r"\\\g<0>", line).translate(ENTITIES)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

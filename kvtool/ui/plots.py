@@ -169,7 +169,7 @@ def bench_plot(
         shown.sort(key=lambda line: names.index(line.get_label()))
         axes.legend(handles=shown, frameon=False, loc="best", handlelength=4)
     if caption:
-        figure.supxlabel(caption, fontsize=8.5, wrap=True)
+        figure.supxlabel(_wrapped(figure, caption), fontsize=8.5)
     _entitle(figure, title)
     save_figure(figure, path)
 
@@ -177,9 +177,13 @@ def bench_plot(
 def _entitle(figure: Any, title: str) -> None:
     """What the picture shows, wrapped to its width."""
     if title:
-        n_letters = int(figure.get_figwidth() * 13)  # of this size
-        lines = [part for line in title.splitlines() for part in textwrap.wrap(line, n_letters)]
-        figure.suptitle("\n".join(lines), fontsize=9)
+        figure.suptitle(_wrapped(figure, title), fontsize=9)
+
+
+def _wrapped(figure: Any, text: str) -> str:
+    """Lines as wide as the figure; matplotlib's own wrapping takes `$` for a formula's."""
+    n_letters = int(figure.get_figwidth() * 13)  # of 9 points
+    return "\n".join(part for line in text.splitlines() for part in textwrap.wrap(line, n_letters))
 
 
 def _draw_kinds(
