@@ -11,7 +11,6 @@ import errno
 import itertools
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -26,8 +25,15 @@ from kvtool.registry import COMMANDS, choose, load
 from kvtool.ui.completion import require_shell
 from kvtool.ui.documents import check_apart
 from kvtool.ui.help import HelpPage
+from kvtool.ui.inert import guard_libraries
 from kvtool.ui.lists import ListCommand
-from kvtool.ui.problems import UsageProblem, explain_machine, explain_usage, show_error
+from kvtool.ui.problems import (
+    UsageProblem,
+    explain_machine,
+    explain_usage,
+    show_error,
+    show_traceback,
+)
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 COMPLETION = "_KVTOOL_COMPLETE"
@@ -169,6 +175,7 @@ def kvtool(
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code; every error becomes a line on stderr here."""
     _prepare_streams()
+    guard_libraries()
     ending.listen()
     if COMPLETION in os.environ:
         app(prog_name="kvtool")
@@ -195,10 +202,10 @@ def run(args: list[str]) -> int:
         # Whoever ends the process from within, the user's own decoder say: nothing was finished.
         stopped = KvtoolError(f"the work was ended from within (SystemExit: {error.code})")
         return _report(stopped, args)
-    except Exception as error:
+    except BaseException as error:  # 1 is an answer, so nothing that was not judged may end with it
         known = explain_machine(error)
         if known is None:
-            traceback.print_exc()  # a defect of kvtool: whoever reports it needs the place
+            show_traceback()  # a defect of kvtool: whoever reports it needs the place
             return KvtoolError.exit_code
         return _report(known, args)
 
@@ -233,7 +240,7 @@ def _context(group: Any, args: list[str]) -> Any:
 
 def _report(error: KvtoolError, args: list[str]) -> int:
     if "--debug" in args:
-        traceback.print_exc()
+        show_traceback()
     if not follows():
         show_error(error)
     return error.exit_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,12 @@ CPU_MEMORY = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
     "tried to allocate 34359738368 bytes. Error code 12 (Cannot allocate memory)"
 )
+
+
+class PanicException(BaseException):
+    """Looks like what a panic of a library in Rust raises."""
+
+
 WORK: dict[str, Callable[[], None]] = {
     "fine": lambda: None,
     "missing": lambda: fail(MISSING),
@@ -32,10 +39,13 @@ WORK: dict[str, Callable[[], None]] = {
     "torch memory": lambda: fail(RuntimeError("CUDA out of memory. Tried to allocate 8.00 GiB\n")),
     "cpu memory": lambda: fail(RuntimeError(CPU_MEMORY)),
     "defect": lambda: fail(ZeroDivisionError("a defect")),
+    "recursion": lambda: fail(RecursionError("maximum recursion depth exceeded")),
+    "panic": lambda: fail(PanicException("index \x1b[31m out of range\nnote: run with")),
     "runtime": lambda: fail(RuntimeError("shapes differ")),
     "ctrl-c": lambda: fail(KeyboardInterrupt()),
     "sigterm": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "disk full": lambda: fail(OSError(28, "No space left on device", "best.safetensors")),
+    "quota": lambda: fail(OSError(errno.EDQUOT, "Disk quota exceeded")),
     "exit 1": lambda: fail(typer.Exit(1)),
 }
 

@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -139,22 +138,34 @@ def test_a_signal_shows_and_writes_what_was_measured(
     assert found["ended"] == word and len(found["measurements"]) == 4
 
 
-@pytest.mark.parametrize(("module", "name"), [(quality, "own_text"), (plots, "bench_plot")])
 def test_a_signal_behind_the_last_run_keeps_all_samples(
     bench: Callable[..., Ran],
     signals_as_in_the_app: None,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    module: ModuleType,
-    name: str,
 ) -> None:
-    monkeypatch.setattr(module, name, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(quality, "own_text", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     ran = bench("--caches", "none", "sliding", "--plot", str(tmp_path / "a.png"))
     assert ran.code == 143
     row = next(line for line in ran.out.splitlines() if line.startswith("     3  sliding"))
     assert row.split()[4] == "2"
     assert ran.out.endswith("\nTerminated behind the last of 4 runs.\n")
-    assert (tmp_path / "a.png").exists() == (module is not plots)  # which ended while it drew
+    assert (tmp_path / "a.png").exists()
+
+
+def test_a_signal_that_comes_while_it_draws_finds_all_else_told_and_written(
+    bench: Callable[..., Ran],
+    signals_as_in_the_app: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(plots, "bench_plot", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    written = tmp_path / "a.json"
+    ran = bench("--save", "drawn", "--output", str(written), "--plot", str(tmp_path / "a.png"))
+    assert ran.code == 143 and ran.err.endswith("kvtool: terminated\n")
+    assert "is fastest" in ran.out.splitlines()[-1]
+    assert json.loads(written.read_text()) == json.loads(place("drawn").read_text())
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_a_signal_before_the_first_sample_leaves_one_line(

@@ -103,6 +103,7 @@ def test_an_error_is_one_line_with_its_exit_code(
         ("torch memory", "memory: there is not enough for this (8.00 GiB more were asked for)"),
         ("cpu memory", "memory: there is not enough for this (32.0 GiB more were asked for)"),
         ("disk full", "best.safetensors: no space left on the device."),
+        ("quota", "output: no space left in the quota."),
     ],
 )
 def test_a_machine_that_is_too_small_is_one_line_not_a_traceback(
@@ -120,6 +121,21 @@ def test_a_defect_keeps_its_traceback_and_is_not_exit_1(
     ran = kv("--work", work)
     assert ran.code == 2
     assert "Traceback" in ran.err and name in ran.err
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        ("panic", "a library failed on this input: index \\x1b[31m out of range"),
+        ("recursion", "the input is nested more deeply than Python's stack"),
+    ],
+)
+def test_what_a_library_makes_of_an_input_is_one_line_and_never_exit_1(
+    kv: Callable[..., Ran], work: str, message: str
+) -> None:
+    assert refused(kv("-q", "--work", work)) == f"{message}. --debug shows where."
+    ran = kv("-q", "--work", work, "--debug")
+    assert ran.code == 2 and "Traceback" in ran.err
 
 
 def test_debug_shows_where_an_error_comes_from(kv: Callable[..., Ran]) -> None:

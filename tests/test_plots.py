@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from kvtool.errors import FileError
-from kvtool.ui import plots
+from kvtool.ui import heat_maps, plots
 
 STARTS = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<?xml", ".pdf": b"%PDF-"}
 SERIES = {
@@ -244,3 +246,44 @@ def test_what_label_smoothing_leaves_of_the_loss_is_a_line_with_its_reason(
 def test_a_training_without_a_step_leaves_no_plot(figures: list[Any]) -> None:
     plots.loss_plot(Path("a.png"), [{"step": 0, "valid": {"x": 1.0}}], "x")
     assert figures == []
+
+
+# Names of others
+
+
+FORMULA = "$\\frac{$ \\x1b[31m\x1b[31m\udcff"  # which matplotlib cannot parse, nor a file encode
+DRAWINGS: dict[str, Callable[[Path], None]] = {
+    "bench": lambda path: plots.bench_plot(
+        path, {FORMULA: SERIES["none"]}, {FORMULA: MEMORY["static"]}, {}, FORMULA, FORMULA
+    ),
+    "loss": lambda path: plots.loss_plot(path, LOG, FORMULA, FORMULA, 0.5, FORMULA),
+    "gap": lambda path: plots.gap_plot(path, {FORMULA: {FORMULA: [0.1, 0.2]}}, FORMULA),
+    "attention": lambda path: heat_maps.attention_plot(
+        path, [[[0.5, 0.5]]], [FORMULA, "$a$"], [FORMULA], [FORMULA]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+@pytest.mark.parametrize("suffix", STARTS)
+def test_no_name_is_a_formula_or_steers_in_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, suffix: str
+) -> None:
+    written: list[bytes] = []
+    monkeypatch.setattr(plots, "write_durable", lambda _, data: written.append(data))
+    DRAWINGS[name](tmp_path / f"a{suffix}")
+    assert written[0].startswith(STARTS[suffix])
+    if suffix == ".svg":  # whose comments say what is drawn
+        said = written[0].decode()
+        ElementTree.fromstring(said)
+        assert "$\\frac{$" in said and "\x1b" not in said
+
+
+def test_every_drawing_is_tried_above() -> None:
+    drawn = {
+        name.removesuffix("_plot")
+        for module in (plots, heat_maps)
+        for name in vars(module)
+        if name.endswith("_plot")
+    }
+    assert drawn == DRAWINGS.keys()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtool.commands.generator import Result
 from kvtool.errors import UsageError
 from kvtool.ui.environment import caption, measured_on
+from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
     from kvtool.commands.generate import Settings
@@ -34,14 +34,15 @@ def check_attention(settings: Settings, loaded: Checkpoint, n_sources: int) -> N
 
 
 def draw(
-    path: Path, settings: Settings, loaded: Checkpoint, source: list[int], result: Result
+    settings: Settings, loaded: Checkpoint, source: list[int], result: Result, out: Output
 ) -> None:
     """The plot of what each token of `result`, the best of its source, read from the source."""
     from kvtool.core.attention_maps import cross_attention_weights, labels, visible
     from kvtool.core.kernels import make_kernels
     from kvtool.ui.heat_maps import attention_plot
 
-    assert loaded.source_tokenizer is not None
+    path = settings.attention_plot
+    assert loaded.source_tokenizer is not None and path is not None
     n_layers = loaded.config.n_layers
     layer = settings.attention_layer or n_layers
     kernels = make_kernels(settings.kernels)
@@ -55,6 +56,7 @@ def draw(
         labels(loaded.tokenizer, result.ids),
         [title, about, f"{shorten(visible(result.prompt))} → {shorten(visible(result.text))}"],
     )
+    out.note(f"plot: {path}")
 
 
 def shorten(text: str, width: int = 60) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -367,23 +368,27 @@ def command(
     if compare is not None:
         bench_compare.load(compare)  # read again, but refused before torch is loaded
 
-    def work(settings: Settings, out: Output) -> Report:
-        report = run(settings, out)
-        if settings.plot is not None and not report.measured:
-            out.note(f"--plot {settings.plot}: {NOTHING_DRAWN}")
-        elif settings.plot is not None:  # of an ended or a failed run too
-            with until_ended() as outcome:
-                draw(report, settings.plot, caption(measured_on(settings, report.resolved)))
-                out.note(f"plot: {settings.plot}")
-            report.ended = report.ended or outcome.how
-        return report
+    if save is not None:
+        out.later(lambda report, content: keep(report, content, save, out))
+    if plot is not None:
+        out.later(lambda report, _: draw_measured(report, settings, plot, out))
+    present("bench", settings, run, show, out)
 
-    def keep(report: Report, content: dict[str, Any]) -> None:
-        if report.ended:
-            out.note(f"--save {save}: nothing is kept of a run that was {report.ended.value}")
-        elif save is not None:
-            path = bench_compare.place(save)
-            write_durable(path, to_json(content).encode())
-            out.note(f"saved: {path}")
 
-    present("bench", settings, work, show, out, None if save is None else keep)
+def keep(report: Report, content: Mapping[str, Any], name: str, out: Output) -> None:
+    """Save the document for later comparisons, unless a signal ended the run."""
+    if report.ended:
+        out.note(f"--save {name}: nothing is kept of a run that was {report.ended.value}")
+        return
+    path = bench_compare.place(name)
+    write_durable(path, to_json(content).encode())
+    out.note(f"saved: {path}")
+
+
+def draw_measured(report: Report, settings: Settings, path: Path, out: Output) -> None:
+    """Draw what there is, of an ended or a failed run too."""
+    if not report.measured:
+        out.note(f"--plot {path}: {NOTHING_DRAWN}")
+        return
+    draw(report, path, caption(measured_on(settings, report.resolved)))
+    out.note(f"plot: {path}")

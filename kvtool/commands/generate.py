@@ -162,20 +162,19 @@ def run(settings: Settings, out: Output) -> Generated:
         prompts = prompts.by_line()
     if settings.attention_plot is not None:
         check_attention(settings, loaded, len(prompts.texts))
-    generator = Generator(loaded, settings, device, dtype)
+    generator = Generator(loaded, settings, device, dtype, out.attempt)
     prepare_cache_files(settings, loaded, generator)
     judge_special_tokens(loaded, prompts.texts, settings, out)
     encoded = generator.encode_all(prompts, chats)
     note_blank(prompts, out)
     read = [text for text, ids in zip(prompts.texts, encoded, strict=True) if ids]
     warn_unknown(loaded.source_tokenizer or loaded.tokenizer, read, out)
+    if settings.attention_plot is not None:
+        out.later(lambda report, _: draw(settings, loaded, encoded[0], report.results[0], out))
     started = time.perf_counter()
     with native.where_it_pays(sum(generator.n_new(ids) for ids in encoded if ids)):
         results = continue_all(settings, generator, prompts.texts, encoded, out)
     seconds = time.perf_counter() - started
-    if settings.attention_plot is not None:
-        draw(settings.attention_plot, settings, loaded, encoded[0], results[0])
-        out.note(f"plot: {settings.attention_plot}")
     tell_cache_files(settings, generator, len(encoded[0]), out)
     n_new = sum(result.new_tokens for result in results)
     return Generated(
@@ -246,6 +245,21 @@ def lines_of_results(results: list[Result], settings: Settings) -> list[str]:
 def one_line(text: str) -> str:
     """`text` with line breaks and backslashes escaped, so that each result is one line."""
     return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
+
+
+def write_lines(report: Generated, settings: Settings, out: Output) -> None:
+    """Write --output's text, a result a line."""
+    assert settings.text_file is not None
+    lines = lines_of_results(report.results, settings)
+    write_durable(settings.text_file, "".join(f"{line}\n" for line in lines).encode())
+    out.note(f"written to {settings.text_file}")
+
+
+def tell_unwritten(report: Generated, settings: Settings, out: Output) -> None:
+    """Print results that were meant for a file, if it could not be written."""
+    if out.failed:
+        for line in lines_of_results(report.results, settings):
+            out.stream(f"{line}\n")
 
 
 def show(report: Generated, out: Output) -> None:
@@ -424,12 +438,8 @@ def command(
         special_tokens=special_tokens,
     )
 
-    def work(settings: Settings, out: Output) -> Generated:
-        report = run(settings, out)
-        if settings.text_file is not None:
-            lines = lines_of_results(report.results, settings)
-            write_durable(settings.text_file, "".join(f"{line}\n" for line in lines).encode())
-            out.note(f"written to {settings.text_file}")
-        return report
-
-    present("generate", settings, work, show, out)
+    if plain:
+        out.later(lambda report, _: write_lines(report, settings, out))
+    if output_file is not None and input_file is not None and not as_json:
+        out.later(lambda report, _: tell_unwritten(report, settings, out))
+    present("generate", settings, run, show, out)

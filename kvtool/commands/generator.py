@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,10 +66,18 @@ def with_blanks(results: list[Result], encoded: list[list[int]]) -> list[Result]
 
 
 class Generator:
-    """One checkpoint and one way of choosing tokens, for any number of prompts."""
+    """One checkpoint and one way of choosing tokens, for any number of prompts.
+
+    attempt: Output's, for what is written while tokens are generated.
+    """
 
     def __init__(
-        self, loaded: Checkpoint, settings: Settings, device: torch.device, dtype: torch.dtype
+        self,
+        loaded: Checkpoint,
+        settings: Settings,
+        device: torch.device,
+        dtype: torch.dtype,
+        attempt: Callable[[Callable[[], None]], bool],
     ) -> None:
         from kvtool.core.kernels import make_kernels
 
@@ -76,8 +85,10 @@ class Generator:
         self.settings = settings
         self.device = device
         self.dtype = dtype
+        self.attempt = attempt
         self.kernels = make_kernels(settings.kernels)
         self.cache_bytes = 0
+        self.kept = False  # the prompt's cache, in --save-cache
         self.saved: SavedCache | None = None
         self.reused = 0  # tokens of the prompt that came from it
         if settings.top_k > loaded.config.vocab_size:
@@ -136,7 +147,7 @@ class Generator:
         emit: Callable[[str], None] = out.stream if out is not None else lambda text: None
         goes_on = self.loaded.source_tokenizer is None and not self.settings.chat
         if out is not None and out.interactive and goes_on:
-            out.text(text, style="dim", end="")
+            out.echo(text)
         ends = self.loaded.tokenizer.end_ids
         stream, log_prob = self.loaded.tokenizer.stream(), LogProb()
         made: list[int] = []
@@ -247,8 +258,8 @@ class Generator:
         sampler, model = self.sampler(), self.loaded.model
         steps = engine.generate(model, prompt, cache, n_new, sampler, source, log_prob)
         for i, token in enumerate(steps):
-            if i == 0 and self.settings.save_cache is not None:
-                save_cache(self.settings.save_cache, cache, ids, self.loaded.sha256)
+            if i == 0 and (path := self.settings.save_cache) is not None:
+                self.kept = self.attempt(partial(save_cache, path, cache, ids, self.loaded.sha256))
             self._used(cache.nbytes().allocated + (source.nbytes() if source else 0))
             yield token
 

@@ -59,5 +59,5 @@ def tell_cache_files(settings: Settings, generator: Generator, n_prompt: int, ou
         out.note(f"{generator.reused} of {n_prompt} prompt tokens from {settings.load_cache}")
         if not generator.reused:
             out.warn(f"--load-cache {settings.load_cache}: the prompt does not start as that one")
-    if settings.save_cache is not None:
+    if generator.kept:
         out.note(f"the prompt's cache: {settings.save_cache}")

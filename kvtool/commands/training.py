@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from kvtool.config import (
     follows,
 )
 from kvtool.ui.environment import caption, cpu_name
+from kvtool.ui.inert import in_a_line
 from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from kvtool.core.checkpoint import Checkpoint
     from kvtool.core.models import Model
+    from kvtool.core.runs import RunFolder
     from kvtool.core.train import Position, Task
 
 LENGTH = "How long"
@@ -316,7 +319,6 @@ def train(model: Model, task: Task, config: TrainConfig, description: str, out: 
     from kvtool.core.runs import RunFolder
     from kvtool.core.team import joined
     from kvtool.core.train import Trainer
-    from kvtool.ui.plots import loss_plot
 
     device = next(model.parameters()).device
     if config.amp is None:
@@ -337,17 +339,20 @@ def train(model: Model, task: Task, config: TrainConfig, description: str, out: 
                 position = trainer.run()
             finally:
                 if folder is not None:
-                    loss_plot(
-                        config.out / "loss.png",
-                        folder.read_log(),
-                        task.score_name,
-                        task.loss_name,
-                        task.loss_floor,
-                        f"kvtool {description}, {config.out}\n{trained_in(device, config.amp)}",
-                    )
+                    title = f"kvtool {description}, {in_a_line(str(config.out))}"
+                    about = trained_in(device, config.amp)
+                    out.attempt(partial(draw, folder, task, f"{title}\n{about}"))
     if not team.leads:
         raise typer.Exit()
     return position
+
+
+def draw(folder: RunFolder, task: Task, title: str) -> None:
+    """The plot of the loss, from the log."""
+    from kvtool.ui.plots import loss_plot
+
+    path = folder.path / "loss.png"
+    loss_plot(path, folder.read_log(), task.score_name, task.loss_name, task.loss_floor, title)
 
 
 def show_trained(report: Trained, out: Output) -> None:

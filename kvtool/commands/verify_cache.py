@@ -254,7 +254,7 @@ def alike(rows: list[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def draw(report: Report, path: Path, about: str) -> None:
+def draw(report: Report, settings: Settings, path: Path, out: Output) -> None:
     """The plot of the gap by step in three precisions."""
     from kvtool.ui.plots import gap_plot
 
@@ -266,7 +266,9 @@ def draw(report: Report, path: Path, about: str) -> None:
             for name, gaps in row.gap_by_step.items():
                 working = f"{report.dtype}, {row.kernels} kernels"
                 lines[working if name == "working" else name] = gaps
+    about = caption(measured_on(settings, report.resolved))
     gap_plot(path, panels, f"Cached against uncached logits, by step\n{about}")
+    out.note(f"plot: {path}")
 
 
 def refuse(given: dict[str, Any], why: str, hint: str) -> None:
@@ -420,11 +422,6 @@ def command(
     chosen = o.kinds_with_settings(caches, **kinds_own)
     settings = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume)
 
-    def work(settings: Settings, out: Output) -> Report:
-        report = run(settings, out)
-        if settings.plot is not None:
-            draw(report, settings.plot, caption(measured_on(settings, report.resolved)))
-            out.note(f"plot: {settings.plot}")
-        return report
-
-    present("verify-cache", settings, work, show, out)
+    if plot is not None:
+        out.later(lambda report, _: draw(report, settings, plot, out))
+    present("verify-cache", settings, run, show, out)

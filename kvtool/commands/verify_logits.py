@@ -152,9 +152,10 @@ def run(settings: Settings, out: Output) -> Report:
         references = reference.make_reference(weights, loaded.config, prompts, against, loaded.path)
         del weights
         name = AGAINST[against]
-    if settings.save_reference is not None:
-        reference.save(settings.save_reference, references)
-        out.note(f"written to {settings.save_reference}")
+    if (kept := settings.save_reference) is not None and out.attempt(
+        lambda: reference.save(kept, references)
+    ):
+        out.note(f"written to {kept}")
     reference.check_fits(references, loaded.config)
     agree = all(r.text is None or tokenizer.encode(r.text) == r.ids for r in references)
     # Loaded again: a model rounded to bfloat16 first would be another one in float64 too.

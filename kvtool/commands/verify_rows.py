@@ -128,6 +128,8 @@ def kept_rows(path: Path | None, found: dict[str, Any], out: Output) -> Kept[Row
 
 
 def told(kept: Kept[Any], out: Output) -> Kept[Any]:
+    """Say what is there already; what cannot be added is told behind the verdicts."""
+    kept.attempt = out.attempt
     if kept.known:
         out.note(f"--resume {kept.path}: {len(kept.known)} results are there already")
     return kept

@@ -1,4 +1,8 @@
-"""A report as a document: JSON that any reader accepts, CSV, or a Markdown table."""
+"""A report as a document: JSON that any reader accepts, CSV, or a Markdown table.
+
+JSON holds texts as they are. In CSV and Markdown they are inert: no spreadsheet takes one for a
+formula, and no renderer for HTML, a link or an image.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -16,9 +21,15 @@ from typing import Any, Protocol
 
 from kvtool.errors import FileError, UsageError
 from kvtool.ui.environment import cache_settings, caption, environment, measured_on, peak_memory
+from kvtool.ui.inert import visible
 
 SUFFIXES = (".json", ".csv", ".md")
 WRITTEN = ("--output", "--plot", "--attention-plot", "--save-cache", "--save-reference")
+# What begins a formula (OWASP, CSV Injection), also in full width, where a cell may begin: a
+# spreadsheet that expects other separators than commas sees one behind ; and in each line.
+FORMULA = re.compile(r"(^|[;\t\n])(?=[ \"]*[=+\-@\t\uff1d\uff0b\uff0d\uff20])")
+MARKS = re.compile(r"[\\`*\[\]|#~]|^>")  # of Markdown
+ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;"})  # without < there is no HTML
 IN_PLACE = ("--save-cache", "--load-cache")  # is read whole before it is replaced, by what it held
 
 
@@ -83,13 +94,25 @@ def to_json(content: Mapping[str, Any]) -> str:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A header and a line for every row; what is missing or not finite is an empty field."""
+    """A header and a line for every row; what is missing or not finite is an empty field. A text
+    that begins as a formula has an apostrophe in front."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns_of(rows), restval="", lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = columns_of(rows)
+    writer.writerow(map(_no_formula, columns))
     for row in rows:
-        writer.writerow({str(key): _flat(value) for key, value in row.items()})
+        found = {str(key): _flat(value) for key, value in row.items()}
+        writer.writerow(_no_formula(found.get(name, "")) for name in columns)
     return text.getvalue()
+
+
+def _no_formula(cell: Any) -> Any:
+    """A cell as it is, or a text with an apostrophe wherever a formula could begin.
+
+    >>> _no_formula("=1+1"), _no_formula("a;-b"), _no_formula(-1)
+    ("'=1+1", "a;'-b", -1)
+    """
+    return FORMULA.sub(r"\1'", visible(cell)) if isinstance(cell, str) else cell
 
 
 def to_markdown(
@@ -101,15 +124,25 @@ def to_markdown(
 ) -> str:
     """A heading, what it is about, a table, more of them under their headings, and what follows
     from them; numbers have six significant digits."""
-    parts = [f"# {title}", about, _table(rows)]
+    parts = [f"# {_plain(title)}", _plain(about), _table(rows)]
     for heading, others in (more or {}).items():
-        parts += [f"## {heading}", _table(others)]
-    return "\n\n".join(part for part in (*parts, conclusion) if part) + "\n"
+        parts += [f"## {_plain(heading)}", _table(others)]
+    return "\n\n".join(part for part in (*parts, _plain(conclusion)) if part) + "\n"
+
+
+def _plain(text: str) -> str:
+    """A line of Markdown that shows `text` and means nothing.
+
+    >>> print(_plain("<b>[a|b]"))
+    &lt;b>\\[a\\|b\\]
+    """
+    line = " ".join(visible(text).splitlines())
+    return MARKS.sub(r"\\\g<0>", line).translate(ENTITIES)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = columns_of(rows)
-    lines = [list(columns), ["---"] * len(columns)]
+    lines = [list(map(_plain, columns)), ["---"] * len(columns)]
     lines += [[_short(row.get(name)) for name in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if columns else "No rows."
 
@@ -128,8 +161,7 @@ def _flat(value: Any) -> Any:
 
 def _short(value: Any) -> str:
     plain = _flat(value)
-    text = f"{plain:.6g}" if isinstance(plain, float) else str(plain)
-    return " ".join(text.replace("|", "\\|").splitlines())
+    return f"{plain:.6g}" if isinstance(plain, float) else _plain(str(plain))
 
 
 def render(path: Path, content: Mapping[str, Any], report: Report) -> bytes:

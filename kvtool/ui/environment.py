@@ -14,6 +14,7 @@ from typing import Any
 from kvtool import __version__
 from kvtool.config import RunConfig
 from kvtool.files import PACKAGE
+from kvtool.ui.inert import in_a_line
 
 LONGEST_NAME = 40  # characters of a model's name in a caption
 
@@ -102,7 +103,7 @@ def caption(facts: Mapping[str, Any], n_digits: int = 8) -> str:
         facts.get("processor", ""),
     ]
     line = ", ".join(part for part in parts if part)
-    return "; ".join(part for part in (line, facts.get("cache_settings", "")) if part)
+    return in_a_line("; ".join(part for part in (line, facts.get("cache_settings", "")) if part))
 
 
 def cpu_name() -> str | None:

@@ -99,7 +99,7 @@ def _panels(
     figure.text((left + grid_width / 2) / width, 0.2 / height, "source tokens", **style)
     middle = (below + grid_height / 2) / height
     figure.text((spare + 0.2) / width, middle, "target tokens", **style, rotation=90)
-    figure.suptitle("\n".join(lines), y=1 - 0.1 / height, va="top", fontsize=11, parse_math=False)
+    figure.suptitle("\n".join(lines), y=1 - 0.1 / height, va="top", fontsize=11)
     return figure, grid, figure.add_axes(at), cell
 
 

@@ -1,15 +1,19 @@
 """The one sink: results on stdout, talk on stderr, for people or as JSON.
 
-Commands return data and hand it to `present`; nothing else prints.
+Commands return data and hand it to `present`; nothing else prints. What is printed is inert: names,
+fields of files and what a model writes cannot steer the terminal. What cannot be written costs
+nothing that was found: results are told first, and the error comes last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -17,15 +21,18 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from kvtool.errors import UsageError
+from kvtool.errors import KvtoolError, UsageError, first_line
 from kvtool.files import write_durable
 from kvtool.ui.documents import SUFFIXES, Report, check_destination, document, render, to_json
 from kvtool.ui.environment import caption, measured_on, peak_memory
+from kvtool.ui.inert import in_a_line, visible
+from kvtool.ui.problems import explain_machine
 from kvtool.ui.progress import Progress, open_progress
 from kvtool.ui.tables import Column, build_table
 
 Settings = TypeVar("Settings")
 Result = TypeVar("Result", bound=Report)
+Write = Callable[[Any, Mapping[str, Any]], None]  # what a report, and its document, leave in a file
 
 MARKS = {True: ("✓", "OK", "green"), False: ("✗", "FAILED", "red"), None: ("!", "!", "yellow")}
 
@@ -52,6 +59,9 @@ class Output:
         self.quiet = quiet
         self.verbose = verbose
         self.caption = ""  # what the next table is of
+        self.failed: list[Exception] = []  # what could not be written
+        self._later: list[Write] = []
+        self._unheard: OSError | None = None  # stdout took no more of a stream
         self._out = Console(highlight=False, markup=False, emoji=False)
         self._err = Console(highlight=False, markup=False, emoji=False, stderr=True)
         Notes.take(self)
@@ -72,7 +82,8 @@ class Output:
         if title:
             self._block(next(parts))
         if self.caption:
-            self._block(Text(self.caption, style="dim"))  # as wide as the table, not more
+            # As wide as the table, not more.
+            self._block(Text(in_a_line(self.caption), style="dim"))
             self.caption = ""
         for part in parts:
             self._block(part)
@@ -91,23 +102,39 @@ class Output:
         """Print a paragraph, wrapped on a terminal only; without `wrap` what is to be copied."""
         if not self.json:
             soft = not (wrap and self._out.is_terminal)
-            self._out.print(text, style=style, end=end, soft_wrap=soft)
+            self._out.print(in_a_line(text), style=style, end=end, soft_wrap=soft)
+
+    def echo(self, text: str) -> None:
+        """Repeat dimly the text that what is streamed goes on from."""
+        if not self.json:
+            soft = not self._out.is_terminal
+            self._out.print(visible(text), style="dim", end="", soft_wrap=soft)
 
     def verdict(self, ok: bool | None, text: str) -> None:
         """Print the final sentence: right, wrong, or (None) undecided."""
         symbol, word, colour = MARKS[ok]
         mark = symbol if self._out.encoding.startswith("utf") else word
-        line = Text.assemble(
-            (mark, f"bold {colour}"), " ", (text, colour if ok is not True else "")
-        )
+        sentence = (in_a_line(text), colour if ok is not True else "")
+        line = Text.assemble((mark, f"bold {colour}"), " ", sentence)
         if not self.json:
             self._out.print(line, soft_wrap=not self._out.is_terminal)
 
     def stream(self, text: str) -> None:
-        """Write raw text to stdout and flush it, so that a token is seen when it is made."""
-        if not self.json:
-            sys.stdout.write(text)
+        """Write text of a model to stdout and flush it, so that a token is seen when it is made.
+
+        A terminal gets it inert, with its tabs and line breaks; a pipe or a file gets it as it is,
+        for there it is data. Where stdout takes no more, the work goes on if it is written to a
+        file too.
+        """
+        if self.json or self._unheard is not None:
+            return
+        try:
+            sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
+        except OSError as error:
+            if not self._writes:
+                raise
+            self._unheard = error
 
     def note(self, text: str) -> None:
         """Talk on stderr; -q silences it."""
@@ -117,7 +144,7 @@ class Output:
     def hint(self, text: str) -> None:
         """Say on stderr what to do next, in a line that can be copied; -q silences it."""
         if not self.quiet:
-            self._err.print(f"hint: {text}", style="cyan", soft_wrap=True)
+            self._talk(f"hint: {in_a_line(text)}", "cyan")
 
     def warn(self, text: str) -> None:
         """Say on stderr what may spoil the result; never silenced."""
@@ -130,11 +157,16 @@ class Output:
 
     def _say(self, text: str, style: str) -> None:
         """Print on stderr, wrapped between words on a terminal only: paths stay whole."""
+        text = in_a_line(text)
         if self._err.is_terminal:
             text = textwrap.fill(
                 text, self._err.width, break_long_words=False, break_on_hyphens=False
             )
-        self._err.print(text, style=style, soft_wrap=True)
+        self._talk(text, style)
+
+    def _talk(self, text: str, style: str) -> None:
+        with contextlib.suppress(OSError):  # a log on a full disk must not cost the result
+            self._err.print(text, style=style, soft_wrap=True)
 
     def progress(self, description: str, total: int | None) -> AbstractContextManager[Progress]:
         """A bar on stderr while the block runs, if stderr is a terminal and -q is not given.
@@ -146,6 +178,66 @@ class Output:
         shown = self._err.is_terminal and not self.quiet
         return open_progress(self._err if shown else None, description, total)
 
+    def later(self, write: Write) -> None:
+        """Have `write(report, document)` called once the result is told and --output is written."""
+        self._later.append(write)
+
+    def attempt(self, write: Callable[[], object]) -> bool:
+        """Whether `write()` worked. If not, that is the error with which the command ends, behind
+        the result, which goes on to be found."""
+        try:
+            write()
+        except Exception as error:
+            self.failed.append(error)
+            return False
+        return True
+
+    @property
+    def documented(self) -> bool:
+        """Whether somebody is to get the document."""
+        return self.json or self._writes
+
+    @property
+    def _writes(self) -> bool:
+        return self.output_file is not None or bool(self._later)
+
+    def _write_all(self, report: Report, content: Mapping[str, Any]) -> None:
+        def whole() -> None:
+            if self.output_file is not None:
+                write_durable(self.output_file, render(self.output_file, content, report))
+                self.note(f"written to {self.output_file}")
+
+        self.attempt(whole)
+        for write in self._later:
+            self.attempt(partial(write, report, content))
+
+    @contextlib.contextmanager
+    def telling(self, report: Report, content: Mapping[str, Any]) -> Iterator[None]:
+        """Tell the result in the block, then write it, whatever became of the block. Raises what
+        was raised there, or the first of what could not be written; warns of the others."""
+        lost: BaseException | None = None
+        try:
+            yield
+            sys.stdout.flush()
+            if self._unheard is not None:
+                raise self._unheard
+        except BaseException as error:
+            lost = error
+        self._write_all(report, content)
+        # A closed pipe is no error; rich makes a SystemExit of it.
+        if lost is None or (self.failed and isinstance(lost, (BrokenPipeError, SystemExit))):
+            lost = self.failed.pop(0) if self.failed else None
+        self.warn_of_failed()
+        if lost is not None:
+            raise lost
+
+    def warn_of_failed(self) -> None:
+        """Say what could not be written, where something else is the error."""
+        for error in self.failed:
+            known = error if isinstance(error, KvtoolError) else explain_machine(error)
+            self.warn(known.message if known else f"{type(error).__name__}: {first_line(error)}")
+        self.failed.clear()
+
 
 def present(
     command: str,
@@ -153,27 +245,24 @@ def present(
     run: Callable[[Settings, Output], Result],
     show: Callable[[Result, Output], None],
     out: Output,
-    keep: Callable[[Result, dict[str, Any]], None] | None = None,
 ) -> NoReturn:
-    """Run a command's work, print or write its report, and leave with the report's exit code.
+    """Run a command's work, print its report, then write it, and leave with its exit code.
 
-    `settings` is a dataclass or a mapping; all of it goes into the document, which `keep` is given
-    too. Raises typer.Exit.
+    `settings` is a dataclass or a mapping; all of it goes into the document. Raises typer.Exit, or
+    the error of the first file that could not be written.
     """
-    report = run(settings, out)
-    if out.json or out.output_file is not None or keep is not None:
-        content: dict[str, Any] = document(command, settings, report)
-        if keep is not None:
-            keep(report, content)
-        if out.output_file is not None:
-            write_durable(out.output_file, render(out.output_file, content, report))
+    try:
+        report = run(settings, out)
+    except BaseException:
+        out.warn_of_failed()
+        raise
+    content = document(command, settings, report) if out.documented else {}
+    with out.telling(report, content):
         if out.json:
             sys.stdout.write(to_json(content))
-    if not out.json:
-        out.caption = caption(measured_on(settings, getattr(report, "resolved", {})))
-        show(report, out)
-    if out.output_file is not None:
-        out.note(f"written to {out.output_file}")
+        else:
+            out.caption = caption(measured_on(settings, getattr(report, "resolved", {})))
+            show(report, out)
     if peak := peak_memory():
         out.detail(f"peak memory: {peak / 2**20:,.0f} MiB")
     raise typer.Exit(report.exit_code)

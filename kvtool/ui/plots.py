@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from kvtool.files import write_durable
 from kvtool.registry import CACHES
+from kvtool.ui.inert import visible
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008).
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -40,7 +41,15 @@ def _plain(axes: Any) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write the figure in the format of the suffix, durably. Raises FileError."""
+    """Write the figure in the format of the suffix, durably. Raises FileError.
+
+    Its texts are shown as they are, and not read as formulas: `$` is a letter like others.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(visible(text.get_text()))
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lower().lstrip("."), dpi=150)
     write_durable(path, buffer.getvalue())
@@ -160,7 +169,7 @@ def bench_plot(
         shown.sort(key=lambda line: names.index(line.get_label()))
         axes.legend(handles=shown, frameon=False, loc="best", handlelength=4)
     if caption:
-        figure.supxlabel(caption, fontsize=8.5, wrap=True)
+        figure.supxlabel(_wrapped(figure, caption), fontsize=8.5)
     _entitle(figure, title)
     save_figure(figure, path)
 
@@ -168,9 +177,13 @@ def bench_plot(
 def _entitle(figure: Any, title: str) -> None:
     """What the picture shows, wrapped to its width."""
     if title:
-        n_letters = int(figure.get_figwidth() * 13)  # of this size
-        lines = [part for line in title.splitlines() for part in textwrap.wrap(line, n_letters)]
-        figure.suptitle("\n".join(lines), fontsize=9)
+        figure.suptitle(_wrapped(figure, title), fontsize=9)
+
+
+def _wrapped(figure: Any, text: str) -> str:
+    """Lines as wide as the figure; matplotlib's own wrapping takes `$` for a formula's."""
+    n_letters = int(figure.get_figwidth() * 13)  # of 9 points
+    return "\n".join(part for line in text.splitlines() for part in textwrap.wrap(line, n_letters))
 
 
 def _draw_kinds(

@@ -11,12 +11,14 @@ import errno
 import os
 import re
 import sys
+import traceback
 from typing import Any, TextIO
 
 import typer
 
-from kvtool.errors import KvtoolError, UsageError, short_of_memory
+from kvtool.errors import KvtoolError, UsageError, first_line, short_of_memory
 from kvtool.nearest import did_you_mean, nearest_names
+from kvtool.ui.inert import in_a_line, visible
 
 # The class that Typer raises for every misuse; where it is defined has moved between releases.
 UsageProblem: Any = typer.BadParameter.__mro__[1]
@@ -30,25 +32,27 @@ WORDS_FOR_TYPES = {  # pydantic's names of what can be wrong with one value
     "string_unicode": "is not valid UTF-8",
 }
 WORDS_FOR_CLICK = {"valid integer": "whole number", "valid float": "number"}  # Typer before 0.26
+NO_SPACE = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "no space left in the quota",
+    errno.EFBIG: "no space left in the largest file that is allowed",
+}
+DEBUG_HINT = "--debug shows where."
 RED, DIM, PLAIN = "\x1b[31m", "\x1b[2m", "\x1b[0m"
 
 
 def error_line(message: str, hint: str = "", colour: bool = False) -> str:
     """One physical line: `kvtool: error: <message>. <hint>`, control characters made visible."""
-    message, hint = _printable(message).rstrip("."), _printable(hint)
+    message, hint = _joined(message).rstrip("."), _joined(hint)
     head = f"kvtool: error: {message}"
     if colour:
         head, hint = f"{RED}{head}{PLAIN}", hint and f"{DIM}{hint}{PLAIN}"
     return f"{head}. {hint}" if hint else head
 
 
-def _printable(text: str) -> str:
-    """Spaces for line breaks, escapes for what could steer a terminal or cannot be encoded."""
-    joined = " ".join(part.strip() for part in text.splitlines() if part.strip())
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in joined
-    )
+def _joined(text: str) -> str:
+    """Blanks for line breaks, escapes for what could steer a terminal."""
+    return in_a_line(" ".join(part.strip() for part in text.splitlines() if part.strip()))
 
 
 def wants_colour(stream: TextIO) -> bool:
@@ -61,6 +65,12 @@ def show_error(error: KvtoolError) -> None:
     line = error_line(error.message, error.hint, wants_colour(sys.stderr))
     with contextlib.suppress(OSError):  # stderr is closed or full: the exit code still tells
         print(line, file=sys.stderr, flush=True)
+
+
+def show_traceback() -> None:
+    """Write the traceback of the error that is being handled to stderr, made inert."""
+    with contextlib.suppress(OSError):
+        print(visible(traceback.format_exc()), end="", file=sys.stderr, flush=True)
 
 
 def explain_usage(error: Exception) -> UsageError:
@@ -107,15 +117,21 @@ def _bad_value(error: Exception, message: str) -> str:
 
 
 def explain_machine(error: BaseException) -> KvtoolError | None:
-    """The error for a machine that is too small, or None if `error` is a defect of kvtool."""
+    """The error for a machine that is too small, or an input that is too much for a library; None
+    if `error` is a defect of kvtool."""
     if short_of_memory(error):
         return KvtoolError(
             f"memory: there is not enough for this{_asked_for(str(error).strip())}",
             "Use shorter lengths, a smaller batch, or a smaller model or number format.",
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = error.filename or "output"
-        return KvtoolError(f"{where}: no space left on the device", "Free some and run it again.")
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        what = f"{error.filename or 'output'}: {NO_SPACE[error.errno]}"
+        return KvtoolError(what, "Free some and run it again.")
+    if isinstance(error, RecursionError):
+        return KvtoolError("the input is nested more deeply than Python's stack", DEBUG_HINT)
+    if not isinstance(error, Exception):  # so panics of libraries in Rust are told (PyO3)
+        why = first_line(error) or "it does not say why"
+        return KvtoolError(f"a library failed on this input: {why}", DEBUG_HINT)
     return None
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
+from kvtool.ui.inert import in_a_line
+
 WIDE = 90  # columns of a terminal in which the bar takes what is left over
 BAR, WORDS = 12, 12  # columns of a bar in others, and what words need to say anything
 
@@ -33,7 +35,7 @@ class _Bar(Progress):
     def update(self, text: str = "", **fields: Any) -> None:
         words = [text] if text else []
         words += [f"{name} {_figure(value)}" for name, value in fields.items()]
-        self._progress.update(self._task, words="  ".join(words))
+        self._progress.update(self._task, words=in_a_line("  ".join(words)))
 
 
 def _figure(value: Any) -> str:
@@ -51,12 +53,13 @@ def open_progress(
     from rich import progress as bars
     from rich.table import Column
 
+    description = in_a_line(description)
     # What the words and the bar have too little room for must not be taken from the numbers.
     counts = 2 * len(str(total or 0)) + 1
     room = console.width - len(description) - BAR - counts - len("0:00:00") - len("00:00") - 5
     narrow = BAR if room >= 0 else max(BAR + room + 1, 1)
     layout = [
-        bars.TextColumn("{task.description}"),
+        bars.TextColumn("{task.description}", markup=False),
         bars.BarColumn(bar_width=None if console.width >= WIDE else narrow),
         bars.MofNCompleteColumn(),
         bars.TimeElapsedColumn(),
@@ -64,7 +67,8 @@ def open_progress(
     ]
     if room >= WORDS:
         words = Column(no_wrap=True, max_width=room)
-        layout.append(bars.TextColumn("{task.fields[words]}", style="dim", table_column=words))
+        dim: dict[str, Any] = {"style": "dim", "markup": False, "table_column": words}
+        layout.append(bars.TextColumn("{task.fields[words]}", **dim))
     # Results go to stdout unchanged even while the bar is drawn, so rich must not redirect it.
     with bars.Progress(
         *layout, console=console, transient=True, redirect_stdout=False, refresh_per_second=8

@@ -14,6 +14,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kvtool.ui.inert import in_a_line
+
 GAP = 2  # blanks between two columns
 PROSE = 16  # a column of words is not squeezed below this
 
@@ -50,8 +52,10 @@ def build_table(
     second table below.
     """
     named = [Column(each, "left") if isinstance(each, str) else each for each in columns]
+    named = [replace(column, name=in_a_line(column.name)) for column in named]
+    rows = [[in_a_line(cell) for cell in row] for row in rows]
     if title:
-        yield Text(title, style="bold")
+        yield Text(in_a_line(title), style="bold")
     if not rows:
         yield Text("(no rows)", style="dim")
         return

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -40,6 +41,9 @@ class Kept(Generic[T]):
         self.make = make
         header = {"schema": SCHEMA, "of": flat(facts)}
         self.header = json.dumps(header, default=str).encode()
+        # How a line is written, and whether that worked: --resume's file may be left incomplete.
+        self.attempt: Callable[[Callable[[], None]], bool] = _always
+        self._writable = True
         self._there = path.exists()
         self._lock = take_lock(path, f"--resume {path}", "file")
         try:
@@ -96,9 +100,13 @@ class Kept(Generic[T]):
         ) from error
 
     def append(self, result: T) -> None:
-        """Add a result, in place of a line that was cut off. Raises FileError."""
+        """Add a result, in place of a line that was cut off; none behind one that `attempt` could
+        not write. Raises FileError unless `attempt` keeps it."""
         fields: Any = result
         line = json.dumps(dataclasses.asdict(fields)).encode() + b"\n"
+        self._writable = self._writable and self.attempt(partial(self._write, line))
+
+    def _write(self, line: bytes) -> None:
         try:
             with self.path.open("a+b") as file:
                 file.seek(0)
@@ -109,6 +117,11 @@ class Kept(Generic[T]):
             raise FileError(
                 f"--resume {self.path}: cannot be written ({error.strerror})"
             ) from error
+
+
+def _always(write: Callable[[], None]) -> bool:
+    write()
+    return True
 
 
 def _told(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
