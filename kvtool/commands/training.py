@@ -313,7 +313,7 @@ def train(model: Model, task: Task, config: TrainConfig, description: str, out: 
     Of the processes of a team, only the leader returns.
     """
     from kvtool.core.machine import multiplies_bfloat16
-    from kvtool.core.runs import RunFolder
+    from kvtool.core.runs import PLOT, RunFolder
     from kvtool.core.team import joined
     from kvtool.core.train import Trainer
     from kvtool.ui.plots import loss_plot
@@ -338,12 +338,13 @@ def train(model: Model, task: Task, config: TrainConfig, description: str, out: 
             finally:
                 if folder is not None:
                     loss_plot(
-                        config.out / "loss.png",
+                        config.out / PLOT,
                         folder.read_log(),
                         task.score_name,
                         task.loss_name,
                         task.loss_floor,
                         f"kvtool {description}, {config.out}\n{trained_in(device, config.amp)}",
+                        folder.write,
                     )
     if not team.leads:
         raise typer.Exit()
