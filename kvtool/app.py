@@ -12,8 +12,6 @@ import itertools
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -23,15 +21,14 @@ from kvtool import __version__, ending
 from kvtool.config import follows
 from kvtool.errors import CLOSED_PIPE, FileError, KvtoolError, UsageError
 from kvtool.registry import COMMANDS, choose, load
+from kvtool.ui.apart import check_apart, named
 from kvtool.ui.completion import require_shell
-from kvtool.ui.documents import check_apart
 from kvtool.ui.help import HelpPage
 from kvtool.ui.lists import ListCommand
 from kvtool.ui.problems import UsageProblem, explain_machine, explain_usage, show_error
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 COMPLETION = "_KVTOOL_COMPLETE"
-NAMED = ("--data", "--compare")  # a file, or the name of what is known
 
 
 class Command(HelpPage, ListCommand):
@@ -60,16 +57,9 @@ class Command(HelpPage, ListCommand):
                     raise UsageError(f"{flag}: is empty (expected {param.metavar})")
 
     def invoke(self, ctx: Any) -> Any:
-        check_apart(dict(self._files(ctx)))
-        return super().invoke(ctx)
-
-    def _files(self, ctx: Any) -> Iterator[tuple[str, Path]]:
-        """The files that were given, by their options."""
         params: list[Any] = list(self.get_params(ctx))
-        for param in params:
-            value = ctx.params.get(param.name)
-            if isinstance(value, Path) or (isinstance(value, str) and param.opts[0] in NAMED):
-                yield param.opts[0], Path(value)
+        check_apart(named(params, ctx.params))
+        return super().invoke(ctx)
 
 
 class Commands(HelpPage, TyperGroup):

@@ -6,6 +6,7 @@ import difflib
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,35 @@ def _holder(lock: io.TextIOWrapper) -> str:
     fields = (line.split() for line in lines)
     found = [f[4] for f in fields if len(f) > 5 and f[1] == "FLOCK" and f[5].endswith(end)]
     return next((pid for pid in found if int(pid) > 0), "")
+
+
+# --- what runs and benchmarks are called
+
+LOCK, RUN, LOG, PLOT, EVENTS = ".lock", "run.json", "log.jsonl", "loss.png", "tensorboard"
+CHECKPOINTS = BEST, LAST = "best", "last"
+STATE = re.compile(r"state-(\d{9})-([0-9a-f]{16})\.pt")
+SAVED = (".benchmarks", "kvtool")  # where bench keeps runs: folders below the one that one is in
+NAME = re.compile(r"[\w.-]+")
+
+
+def is_of_run(path: Path, run: Path) -> bool:
+    """Whether what is, or would be, at `path` is what training writes into the folder of a run."""
+    try:
+        inside = Path(os.path.realpath(path)).relative_to(os.path.realpath(run))
+    except ValueError:
+        return False
+    first = inside.parts[0] if inside.parts else ""
+    own = (LOCK, RUN, LOG, PLOT, EVENTS, *CHECKPOINTS)
+    return first in own or bool(STATE.fullmatch(first))
+
+
+def saved_run(text: str) -> Path:
+    """The file of a benchmark by its name, or by its path."""
+    path = Path(text)
+    return Path(*SAVED, f"{text}.json") if NAME.fullmatch(text) and not path.is_file() else path
+
+
+# --- models
 
 
 def weights_folder() -> Path:

@@ -92,7 +92,7 @@ def die() -> NoReturn:
 
 
 def _dies(mark: Mark) -> Callable[..., NoReturn]:
-    def act(*_: object) -> NoReturn:
+    def act(*_: object, **__: object) -> NoReturn:
         mark()
         die()
 

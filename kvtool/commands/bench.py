@@ -17,7 +17,6 @@ from kvtool.commands.bench_words import label
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.ending import Ended, until_ended
 from kvtool.errors import FileError, UsageError
-from kvtool.files import write_durable
 from kvtool.registry import with_own_window
 from kvtool.ui import options as o
 from kvtool.ui.documents import jsonable, to_json
@@ -382,8 +381,7 @@ def command(
         if report.ended:
             out.note(f"--save {save}: nothing is kept of a run that was {report.ended.value}")
         elif save is not None:
-            path = bench_compare.place(save)
-            write_durable(path, to_json(content).encode())
+            path = bench_compare.save(save, to_json(content).encode())
             out.note(f"saved: {path}")
 
     present("bench", settings, work, show, out, None if save is None else keep)

@@ -21,6 +21,7 @@ from kvtool.config import (
     TrainLength,
     follows,
 )
+from kvtool.files import PLOT
 from kvtool.ui.environment import caption, cpu_name
 from kvtool.ui.output import Output
 
@@ -313,7 +314,7 @@ def train(model: Model, task: Task, config: TrainConfig, description: str, out: 
     Of the processes of a team, only the leader returns.
     """
     from kvtool.core.machine import multiplies_bfloat16
-    from kvtool.core.runs import PLOT, RunFolder
+    from kvtool.core.runs import RunFolder
     from kvtool.core.team import joined
     from kvtool.core.train import Trainer
     from kvtool.ui.plots import loss_plot

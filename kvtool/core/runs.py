@@ -29,21 +29,18 @@ from kvtool.core.facts import changes, flat
 from kvtool.core.machine import require_memory
 from kvtool.core.run_files import Strange, log_line, unpickled
 from kvtool.errors import FileError, UsageError, first_line
-from kvtool.files import json_bytes, take_lock
+from kvtool.files import CHECKPOINTS, EVENTS, LOCK, LOG, PLOT, RUN, STATE, json_bytes, take_lock
 from kvtool.folders import Folder
 from kvtool.outside import elsewhere
 from kvtool.reading import MOST_JSON, parse_json
 
 KEPT = 2
-LOCK, RUN, LOG, PLOT, EVENTS = ".lock", "run.json", "log.jsonl", "loss.png", "tensorboard"
-CHECKPOINTS = BEST, LAST = "best", "last"
 DAMAGED = ".damaged"
 TOLD = 8  # settings that one line names
 MOST_LOG = 2**28  # bytes; a million lines have half of it
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what a killed write leaves behind
 # What runs did that were started before the setting was there.
 BEFORE = {"average": 0, "schedule": "cosine"}
-STATE = re.compile(r"state-(\d{9})-([0-9a-f]{16})\.pt")
 
 
 class RunFolder:

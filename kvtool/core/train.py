@@ -27,10 +27,11 @@ from kvtool.core import fused
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
 from kvtool.core.run_files import Strange, checked
-from kvtool.core.runs import BEST, LAST, RunFolder
+from kvtool.core.runs import RunFolder
 from kvtool.core.team import ALONE, Share, Team
 from kvtool.core.weight_files import WEIGHTS
 from kvtool.errors import CheckFailed
+from kvtool.files import BEST, LAST
 
 LOG_EVERY = 10  # steps
 FLOOR = 0.05  # of the peak learning rate, reached at the end
