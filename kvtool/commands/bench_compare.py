@@ -141,7 +141,10 @@ def save(name: str, data: bytes) -> Path:
 def _folder(make: bool = False) -> Folder:
     """The folder of all runs, which is reached through no link: one stands in a stranger's, maybe.
     Raises FileError."""
-    found = Folder.at(Path())
+    try:
+        found = Folder.at(Path())
+    except OSError as error:
+        raise FileError(f"{FOLDER}: cannot be opened ({error.strerror})") from error
     for name in SAVED:
         with found:
             found = found.below(name, make)
