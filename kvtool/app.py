@@ -11,8 +11,6 @@ import errno
 import itertools
 import os
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -22,8 +20,8 @@ from kvtool import __version__, ending
 from kvtool.config import follows
 from kvtool.errors import CLOSED_PIPE, FileError, KvtoolError, UsageError
 from kvtool.registry import COMMANDS, choose, load
+from kvtool.ui.apart import check_apart, named
 from kvtool.ui.completion import require_shell
-from kvtool.ui.documents import check_apart
 from kvtool.ui.help import HelpPage
 from kvtool.ui.inert import guard_libraries
 from kvtool.ui.lists import ListCommand
@@ -37,7 +35,6 @@ from kvtool.ui.problems import (
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 COMPLETION = "_KVTOOL_COMPLETE"
-NAMED = ("--data", "--compare")  # a file, or the name of what is known
 
 
 class Command(HelpPage, ListCommand):
@@ -66,16 +63,9 @@ class Command(HelpPage, ListCommand):
                     raise UsageError(f"{flag}: is empty (expected {param.metavar})")
 
     def invoke(self, ctx: Any) -> Any:
-        check_apart(dict(self._files(ctx)))
-        return super().invoke(ctx)
-
-    def _files(self, ctx: Any) -> Iterator[tuple[str, Path]]:
-        """The files that were given, by their options."""
         params: list[Any] = list(self.get_params(ctx))
-        for param in params:
-            value = ctx.params.get(param.name)
-            if isinstance(value, Path) or (isinstance(value, str) and param.opts[0] in NAMED):
-                yield param.opts[0], Path(value)
+        check_apart(named(params, ctx.params))
+        return super().invoke(ctx)
 
 
 class Commands(HelpPage, TyperGroup):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import io
 import json
 import os
-import tempfile
+import re
 from pathlib import Path
 from typing import Any
 
 from kvtool.errors import FileError
+from kvtool.folders import Folder, open_lock, write_at
 from kvtool.hub import cache_folder, cached_snapshot
 from kvtool.reading import nearest
 
@@ -21,61 +21,31 @@ PACKAGE = Path(__file__).resolve().parent
 def write_durable(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a crash leaves the old file or the new one, never a part.
 
-    A temporary file in the same folder is written, synced, and renamed over `path` (through a
-    symbolic link, whose target is replaced); then the folder is synced. Raises FileError.
+    As `write_at`, but through a symbolic link, whose target is replaced. Raises FileError.
     """
     target = Path(os.path.realpath(path))
-    temporary = None
     try:
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        temporary = None
-        _sync_folder(target.parent)
+        with Folder.at(target.parent) as folder:
+            write_at(folder.handle, target.name, data)
     except OSError as error:
         raise FileError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write `data` as indented JSON, durably. Raises FileError, and ValueError on NaN."""
-    write_durable(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+def json_bytes(data: Any) -> bytes:
+    """Indented JSON with a line break at its end. Raises ValueError on NaN."""
+    return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def take_lock(path: Path, where: str, kind: str) -> io.TextIOWrapper:
-    """Open `path`, made if it is not there, so that no other process can until it is closed.
+def take_lock(path: Path, where: str, kind: str, folder: Folder | None = None) -> io.TextIOWrapper:
+    """Open `path`, made if it is not there, so that no other process can until it is closed; in an
+    open `folder` the file of that name. A link is not followed, and nothing is changed in the file.
 
     Raises FileError that begins with `where`, for a `kind`, a file say, that is in use.
     """
     import fcntl
 
-    try:
-        lock = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
-    except OSError as error:
-        raise FileError(f"{where}: cannot be written ({error.strerror})") from error
+    place = (path, None) if folder is None else (path.name, folder.handle)
+    lock = open_lock(place[0], where, place[1])
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -87,15 +57,16 @@ def take_lock(path: Path, where: str, kind: str) -> io.TextIOWrapper:
     except OSError as error:
         lock.close()
         raise FileError(f"{where}: cannot be locked ({error.strerror})") from error
-    if not _is_at(path, lock):  # whoever held it has removed it meanwhile
+    if not _is_at(place, lock):  # whoever held it has removed it meanwhile
         lock.close()
-        return take_lock(path, where, kind)
+        return take_lock(path, where, kind, folder)
     return lock
 
 
-def _is_at(path: Path, file: io.TextIOWrapper) -> bool:
+def _is_at(place: tuple[str | Path, int | None], file: io.TextIOWrapper) -> bool:
+    name, folder = place
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(name, dir_fd=folder))
     except FileNotFoundError:
         return False
 
@@ -114,6 +85,35 @@ def _holder(lock: io.TextIOWrapper) -> str:
     fields = (line.split() for line in lines)
     found = [f[4] for f in fields if len(f) > 5 and f[1] == "FLOCK" and f[5].endswith(end)]
     return next((pid for pid in found if int(pid) > 0), "")
+
+
+# --- what runs and benchmarks are called
+
+LOCK, RUN, LOG, PLOT, EVENTS = ".lock", "run.json", "log.jsonl", "loss.png", "tensorboard"
+CHECKPOINTS = BEST, LAST = "best", "last"
+STATE = re.compile(r"state-(\d{9})-([0-9a-f]{16})\.pt")
+SAVED = (".benchmarks", "kvtool")  # where bench keeps runs: folders below the one that one is in
+NAME = re.compile(r"[\w.-]+")
+
+
+def is_of_run(path: Path, run: Path) -> bool:
+    """Whether what is, or would be, at `path` is what training writes into the folder of a run."""
+    try:
+        inside = Path(os.path.realpath(path)).relative_to(os.path.realpath(run))
+    except ValueError:
+        return False
+    first = inside.parts[0] if inside.parts else ""
+    own = (LOCK, RUN, LOG, PLOT, EVENTS, *CHECKPOINTS)
+    return first in own or bool(STATE.fullmatch(first))
+
+
+def saved_run(text: str) -> Path:
+    """The file of a benchmark by its name, or by its path."""
+    path = Path(text)
+    return Path(*SAVED, f"{text}.json") if NAME.fullmatch(text) and not path.is_file() else path
+
+
+# --- models
 
 
 def weights_folder() -> Path:
@@ -139,7 +139,8 @@ CHECKPOINT_FOLDER = (
 def model_folder(name: str) -> Path:
     """The folder of a checkpoint: `name` as a path, as a shipped model, or as a repository that is
     in Hugging Face's cache. Raises FileError."""
-    name = name or DEFAULT_MODEL
+    if not name:  # a folder of that name, where one stands, was not asked for
+        return weights_folder() / DEFAULT_MODEL
     path = Path(name)
     try:
         path.stat()

@@ -19,8 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
-from kvtool import files
-from kvtool.core import checkpoint, runs, text
+from kvtool import files, folders
 from kvtool.core.runs import RunFolder
 from kvtool.core.train import Trainer
 
@@ -93,7 +92,7 @@ def die() -> NoReturn:
 
 
 def _dies(mark: Mark) -> Callable[..., NoReturn]:
-    def act(*_: object) -> NoReturn:
+    def act(*_: object, **__: object) -> NoReturn:
         mark()
         die()
 
@@ -143,13 +142,14 @@ def in_full_disk(n: int, mark: Mark) -> None:
 def in_plain_write(n: int, mark: Mark) -> None:
     """As `in_write`, with a planted bug: files are written in place."""
     os.fsync = nth(n, _halves(mark, die), os.fsync)
-    for module in (files, runs, checkpoint, text):
-        module.write_durable = plain_write  # type: ignore[attr-defined]
+    for module in (files, folders):
+        module.write_at = plain_write  # type: ignore[attr-defined]
 
 
-def plain_write(path: Path, data: bytes) -> None:
-    """The mistake that write_durable is there to prevent: a file is emptied, then written."""
-    with open(path, "wb") as file:
+def plain_write(folder: int, name: str, data: bytes) -> None:
+    """The mistake that write_at is there to prevent: a file is emptied, then written."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with open(os.open(name, flags, 0o666, dir_fd=folder), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -138,7 +138,7 @@ def test_text_is_on_one_line_and_escapes_what_cannot_be_seen() -> None:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved, for looking at."""
     seen: list[Any] = []
-    monkeypatch.setattr(heat_maps, "save_figure", lambda figure, path: seen.append(figure))
+    monkeypatch.setattr(heat_maps, "save_figure", lambda figure, *_: seen.append(figure))
     return seen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def test_a_folder_that_cannot_be_made_is_exit_2_before_anything_runs(
 ) -> None:
     monkeypatch.setattr(timing.Workload, "run", None)  # calling it would fail
     FOLDER.parent.touch()
-    assert refused(bench("--save", "a")).startswith("--save: .benchmarks/kvtool cannot be made (")
+    assert refused(bench("--save", "a")).startswith(".benchmarks: cannot be made (")
 
 
 def test_limits_are_read_as_pytest_benchmark_writes_them() -> None:
@@ -229,3 +230,29 @@ def test_a_run_that_is_slower_than_allowed_is_drawn_all_the_same(
     words = ["--fail-if", "median:1%", "--plot", "slow.svg"]
     assert bench("--compare", "before", *words).code == 1
     assert (tmp_path / "slow.svg").exists()
+
+
+@pytest.mark.parametrize("link", [".benchmarks", ".benchmarks/kvtool", ".benchmarks/kvtool/x.json"])
+def test_a_kept_run_is_not_reached_through_a_link(
+    bench: Callable[..., Ran], tmp_path: Path, link: str
+) -> None:
+    """One may stand in a folder that somebody handed over."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "x.json").write_text("mine")
+    target = other if link != ".benchmarks/kvtool/x.json" else other / "x.json"
+    Path(link).parent.mkdir(parents=True, exist_ok=True)
+    Path(link).symlink_to(target)
+    for flag in ("--save", "--compare"):
+        if link == ".benchmarks" and flag == "--compare":
+            (other / "kvtool").mkdir()
+            (other / "kvtool" / "x.json").write_text("{}")
+        assert refused(bench(flag, "x")).startswith(f"{link}: is a link (expected a f")
+    assert (other / "x.json").read_text() == "mine"
+
+
+def test_a_fifo_is_no_kept_run(bench: Callable[..., Ran]) -> None:
+    FOLDER.mkdir(parents=True)
+    os.mkfifo(FOLDER / "x.json")
+    for flag in ("--save", "--compare"):
+        assert "neither a file nor a folder" in refused(bench(flag, "x"))

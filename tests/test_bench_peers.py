@@ -335,7 +335,7 @@ def test_the_plot_has_a_line_for_each_implementation_and_kind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     figures: list[Any] = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *_: figures.append(figure))
     bench(*BOTH, "--caches", "none", "static", "--plot", str(tmp_path / "a.png"))
     lines = {line.get_label(): line for line in figures[0].axes[0].lines}
     names = [f"{impl}, {what}" for what in ("no cache", "static cache") for impl in BOTH[1:]]

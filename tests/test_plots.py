@@ -29,7 +29,7 @@ LOG: list[dict[str, Any]] = [
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved, for looking at."""
     seen: list[Any] = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: seen.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *_: seen.append(figure))
     return seen
 
 

@@ -18,7 +18,6 @@ from kvtool.commands.bench_words import label
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.ending import Ended, until_ended
 from kvtool.errors import FileError, UsageError
-from kvtool.files import write_durable
 from kvtool.registry import with_own_window
 from kvtool.ui import options as o
 from kvtool.ui.documents import jsonable, to_json
@@ -380,8 +379,7 @@ def keep(report: Report, content: Mapping[str, Any], name: str, out: Output) -> 
     if report.ended:
         out.note(f"--save {name}: nothing is kept of a run that was {report.ended.value}")
         return
-    path = bench_compare.place(name)
-    write_durable(path, to_json(content).encode())
+    path = bench_compare.save(name, to_json(content).encode())
     out.note(f"saved: {path}")
 
 

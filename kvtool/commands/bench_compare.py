@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from kvtool.commands.bench_words import tokens
 from kvtool.errors import FileError, UsageError
+from kvtool.files import NAME, SAVED, saved_run
+from kvtool.folders import Folder
 from kvtool.reading import nearest, read_json_object
 
 if TYPE_CHECKING:
     from kvtool.commands.bench import Settings
     from kvtool.ui.output import Output
 
-FOLDER = Path(".benchmarks") / "kvtool"
+FOLDER = Path(*SAVED)
 SCHEMA = "kvtool.bench/1"
-NAME = re.compile(r"[\w.-]+")
 FIELDS: dict[str, Callable[[Sequence[float]], float]] = {
     "min": min,
     "median": median,
@@ -123,20 +125,40 @@ def place(name: str) -> Path:
         raise UsageError(
             f"--save: {name!r} is not a name (expected letters, digits, '.', '-' and '_')"
         )
-    try:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"--save: {FOLDER} cannot be made ({error.strerror})") from error
+    with _folder(make=True) as folder:
+        folder.require_own(f"{name}.json", "a file")
     return FOLDER / f"{name}.json"
+
+
+def save(name: str, data: bytes) -> Path:
+    """Keep a run where `place` says, durably. Raises FileError."""
+    path = place(name)
+    with _folder() as folder:
+        folder.write(path.name, data)
+    return path
+
+
+def _folder(make: bool = False) -> Folder:
+    """The folder of all runs, which is reached through no link: one stands in a stranger's, maybe.
+    Raises FileError."""
+    try:
+        found = Folder.at(Path())
+    except OSError as error:
+        raise FileError(f"{FOLDER}: cannot be opened ({error.strerror})") from error
+    for name in SAVED:
+        with found:
+            found = found.below(name, make)
+    return found
 
 
 def load(text: str) -> dict[str, Any]:
     """The document of a saved run, by name or by path. Raises FileError."""
-    path = Path(text)
-    if NAME.fullmatch(text) and not path.is_file():
-        path = FOLDER / f"{text}.json"
-    if not path.exists():
+    path = saved_run(text)
+    if not os.path.lexists(path):
         raise FileError(f"--compare {text}: not found", nearest(path) or "Save a run with --save.")
+    if path.parent == FOLDER:
+        with _folder() as folder:
+            folder.require_own(path.name, "a file")
     content = read_json_object(path, "a run that bench saved")
     if content.get("schema") != SCHEMA:
         raise FileError(

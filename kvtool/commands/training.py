@@ -351,8 +351,8 @@ def draw(folder: RunFolder, task: Task, title: str) -> None:
     """The plot of the loss, from the log."""
     from kvtool.ui.plots import loss_plot
 
-    path = folder.path / "loss.png"
-    loss_plot(path, folder.read_log(), task.score_name, task.loss_name, task.loss_floor, title)
+    names = task.score_name, task.loss_name, task.loss_floor
+    loss_plot(folder.path / PLOT, folder.read_log(), *names, title, folder.write)
 
 
 def show_trained(report: Trained, out: Output) -> None:

@@ -39,7 +39,7 @@ from kvtool.core.weight_files import (
     require_tensors,
 )
 from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
-from kvtool.files import CHECKPOINT_FOLDER, model_folder, write_durable, write_json
+from kvtool.files import CHECKPOINT_FOLDER, json_bytes, model_folder, write_durable
 from kvtool.reading import read_json_object
 
 CONFIG = "config.json"
@@ -80,30 +80,40 @@ class Checkpoint:
 def save(
     folder: Path, model: Model, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None = None
 ) -> str:
-    """Write a checkpoint, durably, and return the SHA-256 of model.safetensors.
+    """Write a checkpoint, durably, and return the SHA-256 of model.safetensors. Raises FileError.
 
-    The weights come last, so that a folder which has them is complete. Raises FileError.
+    A folder which has its weights is complete.
     """
-    config = model.config
-    if (source_tokenizer is not None) != bool(config.n_encoder_layers):
-        raise ValueError("an encoder-decoder model, and no other, has a source tokenizer")
+    contents = files(model, tokenizer, source_tokenizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"{folder}: cannot be made ({error.strerror})") from error
-    tokenizer.save(folder / (TOKENIZER if source_tokenizer is None else TARGET))
-    if source_tokenizer is not None:
-        source_tokenizer.save(folder / SOURCE)
-    write_json(folder / CONFIG, config.to_dict())
+    for name, data in contents.items():
+        write_durable(folder / name, data)
+    return hashlib.sha256(contents[WEIGHTS]).hexdigest()
+
+
+def files(
+    model: Model, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None = None
+) -> dict[str, bytes]:
+    """A checkpoint's files by their names, in the order in which to write them: the weights come
+    last."""
+    config = model.config
+    if (source_tokenizer is not None) != bool(config.n_encoder_layers):
+        raise ValueError("an encoder-decoder model, and no other, has a source tokenizer")
     aliases = _aliases(model)
     weights = {
         name: tensor.detach().to("cpu").contiguous()
         for name, tensor in model.state_dict().items()
         if name not in aliases
     }
-    data = safetensors.torch.save(weights, metadata={"format": "pt"})
-    write_durable(folder / WEIGHTS, data)
-    return hashlib.sha256(data).hexdigest()
+    found = {TOKENIZER if source_tokenizer is None else TARGET: tokenizer.to_json()}
+    if source_tokenizer is not None:
+        found[SOURCE] = source_tokenizer.to_json()
+    found[CONFIG] = json_bytes(config.to_dict())
+    found[WEIGHTS] = safetensors.torch.save(weights, metadata={"format": "pt"})
+    return found
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = False) -> Checkpoint:

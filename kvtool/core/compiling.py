@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvtool import ending
+from kvtool.outside import elsewhere
 
 if TYPE_CHECKING:
     from kvtool.core.numba_tools import Forms
@@ -27,7 +29,8 @@ def available(load: Callable[[], ModuleType]) -> ModuleType | None:
     NumPy for example."""
     threads = torch.get_num_threads()
     try:
-        return load()
+        with elsewhere():  # numba looks for settings where one stands
+            return load()
     except Exception:  # of numba, of LLVM, of a file that it kept: PyTorch does all without it
         return None
     finally:
@@ -47,10 +50,18 @@ def load_all(forms: Forms, name: str) -> None:
             with ending.held():
                 made = function.load(*kinds)
             if made and not compiles:
-                LOG.info(f"compiling native code for {name}, once after an installation ...")
+                LOG.info(f"compiling native code for {name}, {_how_often(listed[0][0].folder)} ...")
                 compiles = True
     if compiles:
         LOG.info(f"compiled native code in {time.monotonic() - started:.0f} s")
+
+
+def _how_often(folder: Path | None) -> str:
+    if folder is not None:
+        return "once after an installation"
+    from kvtool.core.numba_tools import NOT_KEPT
+
+    return f"each time, as it cannot be kept ({NOT_KEPT})" if NOT_KEPT else "each time"
 
 
 @contextmanager
@@ -60,13 +71,14 @@ def _alone(folder: Path | None) -> Iterator[None]:
     try:
         import fcntl
 
-        lock = open(folder / LOCK, "a") if folder is not None else None  # noqa: SIM115
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        lock = None if folder is None else os.open(folder / LOCK, flags, 0o600)
     except (ImportError, OSError):
         lock = None
     if lock is None:
         yield
         return
-    with lock:  # closing it lets go
+    with open(lock):  # closing it lets go
         patient_until = time.monotonic() + PATIENCE
         while True:
             with suppress(BlockingIOError):

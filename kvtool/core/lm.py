@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -156,8 +155,8 @@ class LanguageModelling:
         """The score on the last 10 % of the text."""
         return score_text(model, self.tokenizer, self.valid_ids, self.context)
 
-    def save(self, folder: Path, model: Model) -> str:
-        return checkpoint.save(folder, model, self.tokenizer)
+    def files(self, model: Model) -> dict[str, bytes]:
+        return checkpoint.files(model, self.tokenizer)
 
     def facts(self) -> dict[str, Any]:
         return {

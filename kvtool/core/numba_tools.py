@@ -30,9 +30,16 @@ from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin
 from numpy.typing import NDArray
 
+from kvtool.outside import made_private
+
 Array = NDArray[Any]
 Forms = Iterator[tuple["Shared", tuple[Any, ...]]]  # functions, each with the types of arguments
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+# numba looks for this file in the current folder, also whenever it compiles; who imported it before
+# may have stood in a stranger's.
+numba.core.config._config_fname = os.devnull  # type: ignore[attr-defined]
+numba.core.config.reload_config()  # type: ignore[attr-defined]
 
 # What is kept on disk refers to functions of numba's threads; and numba forgets to load these first
 # where the functions that it was made of came from disk themselves.
@@ -59,8 +66,32 @@ SOURCES = sorted(Path(__file__).parent.glob("numba_*.py"))
 VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:8]
 
 
+def _places() -> Iterator[Path]:
+    """Where code may be kept, the first choice first."""
+    if asked := os.environ.get("NUMBA_CACHE_DIR"):
+        yield Path(asked)
+    yield Path(__file__).parent / "__pycache__" / "native"
+    for cache in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        yield Path(cache) / "kvtool" / "native"
+
+
+def _chosen() -> tuple[str, str]:
+    """The folder where code is kept, and why not in the first choice: it is run when it is read, so
+    nobody else may be able to put it there, nor a folder that one happens to stand in."""
+    reasons = []
+    for place in _places():
+        reason = made_private(place) if place.is_absolute() else f"{place} depends on where one is"
+        if not reason:
+            return str(place), ""
+        reasons.append(reason)
+    return "", reasons[0]
+
+
+FOLDER, NOT_KEPT = _chosen()  # the second says why there is none
+
+
 def compiled(parallel: bool = False, fast: bool = True) -> Callable[[Function], Function]:
-    """numba.njit, kept on disk for the next process where there is a folder to write to.
+    """numba.njit, kept on disk for the next process where there is a folder for it.
 
     fast: whether sums may be taken in another order, and a product and a sum be rounded once.
     """
@@ -70,12 +101,23 @@ def compiled(parallel: bool = False, fast: bool = True) -> Callable[[Function], 
         options: dict[str, Any] = {"nogil": True, "parallel": parallel}
         options["fastmath"] = FAST if fast else False
         options["error_model"] = "numpy"  # division by zero gives infinity, as in an array
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # neither beside this file nor at home
-            return numba.njit(**options)(function)
+        plain = numba.njit(**options)(function)
+        return _kept(function, options) or plain if FOLDER else plain
 
     return decorate
+
+
+def _kept(function: Function, options: dict[str, Any]) -> Any:
+    """As `compiled`, kept in FOLDER; None where numba would keep it elsewhere, or not at all."""
+    settings: Any = numba.core.config
+    before, settings.CACHE_DIR = settings.CACHE_DIR, FOLDER
+    try:
+        made = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # the disk is full by now
+        return None
+    finally:
+        settings.CACHE_DIR = before
+    return made if made.stats.cache_path.startswith(FOLDER) else None
 
 
 class Shared:

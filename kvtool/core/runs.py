@@ -3,8 +3,12 @@
 run.json               settings, data and tokenizer; a resumed run must agree with all of it
 log.jsonl              one line for every logged step and evaluation
 best/ last/            checkpoints: the best by dev score, and the newest
+loss.png               the log as a picture
 tensorboard/           the log again, for TensorBoard, if it was asked for
 state-STEP-SHA.pt      what a resumed run needs; the last two are kept, and any that is damaged
+
+A run may be a stranger's: none of these is reached through a link, or written where it has another
+name, and what the log and the states hold is looked at before it is used.
 """
 
 from __future__ import annotations
@@ -22,40 +26,49 @@ from typing import Any
 import torch
 
 from kvtool.core.facts import changes, flat
+from kvtool.core.machine import require_memory
+from kvtool.core.run_files import Strange, log_line, unpickled
 from kvtool.errors import FileError, UsageError, first_line
-from kvtool.files import take_lock, write_durable, write_json
-from kvtool.reading import read_json_object
+from kvtool.files import CHECKPOINTS, EVENTS, LOCK, LOG, PLOT, RUN, STATE, json_bytes, take_lock
+from kvtool.folders import Folder
+from kvtool.outside import elsewhere
+from kvtool.reading import MOST_JSON, parse_json
 
 KEPT = 2
-LOCK, RUN, LOG, EVENTS = ".lock", "run.json", "log.jsonl", "tensorboard"
 DAMAGED = ".damaged"
-TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what a killed write_durable leaves behind
+TOLD = 8  # settings that one line names
+MOST_LOG = 2**28  # bytes; a million lines have half of it
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what a killed write leaves behind
 # What runs did that were started before the setting was there.
 BEFORE = {"average": 0, "schedule": "cosine"}
-STATE = re.compile(r"state-(\d{9})-([0-9a-f]{16})\.pt")
 
 
 class RunFolder:
     """Use as a context manager: nobody else can work in the folder while it is open.
 
     Raises FileError for a folder that cannot be written, is in use, or is not empty while `resume`
-    is not given; or where there is nothing to resume.
+    is not given; where there is nothing to resume; and for a run with links in it.
     """
 
-    def __init__(self, path: Path, resume: bool, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: Path, resume: bool, warn: Callable[[str], None], probing: bool = False
+    ) -> None:
         self.path = path
         self._warn = warn
         self._lock: io.TextIOWrapper | None = None
         self._events: Any = None
-        names = self._names(make=not resume)
-        # Any other folder is somebody else's: it is refused without a trace.
-        if names & {LOCK, RUN} or not (names or resume):
-            self._lock = self._take_lock()
-            self._remove_unfinished()
-            names = self._names()
+        self._open: Folder | None = None
         try:
+            names = self._names(make=not resume)
+            # Any other folder is somebody else's: it is refused without a trace.
+            if names & {LOCK, RUN} or not (names or resume):
+                self._require_own(names)
+                self._lock = self._take_lock(probing)
+                if not probing:
+                    self._remove_unfinished()
+                names = {name for name in self._names() if not TEMPORARY.fullmatch(name)}
             self._check(names - {LOCK}, resume)
-        except FileError:
+        except BaseException:
             self.__exit__()
             raise
 
@@ -63,18 +76,26 @@ class RunFolder:
     def probe(cls, path: Path, resume: bool) -> None:
         """Raise what opening it would raise, before there is any work to lose; leaves no trace."""
         absent = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
-        locked_before = os.path.exists(path / LOCK)
-        with cls(path, resume, lambda _: None), contextlib.suppress(OSError):
+        locked_before = os.path.lexists(path / LOCK)
+        with cls(path, resume, lambda _: None, probing=True) as run:
             if not locked_before:
-                (path / LOCK).unlink()
-            for folder in absent:
-                folder.rmdir()
+                run._folder.remove(LOCK)
+            with contextlib.suppress(OSError):
+                for folder in absent:
+                    folder.rmdir()
+
+    @property
+    def _folder(self) -> Folder:
+        assert self._open is not None, "it was opened, or an error raised"
+        return self._open
 
     def _names(self, make: bool = False) -> set[str]:
         try:
             if make:
                 self.path.mkdir(parents=True, exist_ok=True)
-            return {entry.name for entry in self.path.iterdir()}
+            if self._open is None:
+                self._open = Folder.at(self.path)
+            return self._open.names()
         except FileNotFoundError:
             return set()
         except OSError as error:
@@ -83,6 +104,18 @@ class RunFolder:
                 f"--out {self.path}: cannot be written ({error.strerror})",
                 "Give a folder, not a file." if is_file else "",
             ) from error
+
+    def _require_own(self, names: set[str]) -> None:
+        """Raise FileError for a link, FIFO or device where something of a run is."""
+        for name in sorted(names):
+            if name in (LOCK, RUN, LOG, PLOT) or STATE.fullmatch(name):
+                self._folder.require_own(name, "a file of this run")
+            elif name in (*CHECKPOINTS, EVENTS):
+                self._folder.require_own(name, "a folder of this run")
+                if (self.path / name).is_dir():
+                    with self._folder.below(name) as folder:
+                        for entry in sorted(folder.names()):
+                            folder.require_own(entry, "a file of this run")
 
     def _check(self, names: set[str], resume: bool) -> None:
         if names and not resume:
@@ -93,19 +126,24 @@ class RunFolder:
         if resume and RUN not in names:
             raise FileError(f"--out {self.path}: holds no run to resume", "Leave out --resume.")
 
-    def _take_lock(self) -> io.TextIOWrapper:
-        lock = take_lock(self.path / LOCK, f"--out {self.path}", "folder")
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    def _take_lock(self, probing: bool) -> io.TextIOWrapper:
+        lock = take_lock(self.path / LOCK, f"--out {self.path}", "folder", self._folder)
+        if not probing:
+            lock.seek(0)
+            lock.truncate()
+            lock.write(str(os.getpid()))
+            lock.flush()
         return lock
 
     def _remove_unfinished(self) -> None:
-        for folder in (self.path, self.path / "best", self.path / "last"):
-            for entry in folder.iterdir() if folder.is_dir() else ():
-                if TEMPORARY.fullmatch(entry.name):
-                    with contextlib.suppress(OSError):
-                        entry.unlink()
+        with contextlib.ExitStack() as stack:
+            folders = [self._folder]
+            for name in CHECKPOINTS:
+                if (self.path / name).is_dir():
+                    folders.append(stack.enter_context(self._folder.below(name)))
+            for folder in folders:
+                for name in filter(TEMPORARY.fullmatch, folder.names()):
+                    folder.remove(name)
 
     def __enter__(self) -> RunFolder:
         return self
@@ -115,21 +153,43 @@ class RunFolder:
             self._events.close()
         if self._lock is not None:
             self._lock.close()
+        if self._open is not None:
+            self._open.close()
 
     def agree(self, facts: dict[str, Any]) -> None:
         """Record what the run is started with, or raise FileError where a resumed one differs."""
-        path = self.path / RUN
-        if not path.exists():
-            write_json(path, facts)
+        if RUN not in self._folder.names():
+            self._folder.write(RUN, json_bytes(facts))
             return
         now = flat(facts)
         before = {name: value for name, value in BEFORE.items() if name in now}
-        before |= flat(read_json_object(path, "the settings of a run"))
+        before |= flat(self._settings())
         if changed := changes(before, now):
+            more = f" and {len(changed) - TOLD} more" if len(changed) > TOLD else ""
             raise FileError(
-                f"--resume: {', '.join(changed)}",
+                f"--resume: {', '.join(changed[:TOLD])}{more}",
                 "Resume with the settings, data and tokenizer that the run was started with.",
             )
+
+    def _settings(self) -> dict[str, Any]:
+        path = self.path / RUN
+        try:
+            found = parse_json(self._folder.read(RUN, "the settings of a run", MOST_JSON))
+        except ValueError as error:
+            raise FileError(f"{path}: is not valid JSON ({error})") from error
+        if not isinstance(found, dict):
+            raise FileError(f"{path}: holds no JSON object (found {type(found).__name__})")
+        return found
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Replace a file of the run, durably. Raises FileError."""
+        self._folder.write(path.name, data)
+
+    def save_checkpoint(self, name: str, files: Mapping[str, bytes]) -> None:
+        """Write the files of a checkpoint, in their order, each durably. Raises FileError."""
+        with self._folder.below(name, make=True) as folder:
+            for file, data in files.items():
+                folder.write(file, data)
 
     # --- state: all or nothing
 
@@ -139,53 +199,64 @@ class RunFolder:
         torch.save(state, buffer)
         data = buffer.getvalue()
         digest = hashlib.sha256(data).hexdigest()[:16]
-        write_durable(self.path / f"state-{step:09d}-{digest}.pt", data)
+        self._folder.write(f"state-{step:09d}-{digest}.pt", data)
         for old in self._states()[KEPT:]:
-            with contextlib.suppress(OSError):
-                old.unlink()
+            self._folder.remove(old)
 
-    def load_state(self) -> dict[str, Any] | None:
-        """The newest state whose SHA-256 is right; damaged ones before it are set aside.
+    def load_state(self, check: Callable[[Any], Any] = lambda state: state) -> Any:
+        """What `check` makes of the newest state whose SHA-256 is right; damaged ones before it are
+        set aside.
 
-        None if no state was ever written. Raises FileError if all are damaged.
+        None if no state was ever written. Raises FileError if all are damaged, and for one that
+        holds more than tensors, numbers and texts, or that `check` finds Strange.
         """
-        damaged: list[Path] = []
-        for path in self._states():
-            data = _intact(path)
+        damaged: list[str] = []
+        for name in self._states():
+            path, data = self.path / name, self._intact(name)
             if data is not None:
+                try:
+                    state = check(unpickled(data))
+                except Strange as error:
+                    hint = "Start a new run, or remove that state."
+                    raise FileError(f"{path}: {error}", hint) from error
                 for bad in damaged:  # else they would be counted among those that are kept
-                    os.replace(bad, f"{bad}{DAMAGED}")
-                return torch.load(io.BytesIO(data), weights_only=True)
-            damaged.append(path)
+                    self._folder.rename(bad, f"{bad}{DAMAGED}")
+                return state
+            damaged.append(name)
             self._warn(f"{path}: is damaged (its SHA-256 is not that of its name); going back")
         if damaged:
             raise FileError(f"--out {self.path}: every state in it is damaged", "Start a new run.")
         return None
 
-    def _states(self) -> list[Path]:
+    def _states(self) -> list[str]:
         """Newest first."""
-        found = (entry for entry in self.path.iterdir() if STATE.fullmatch(entry.name))
-        return sorted(found, key=lambda path: path.name, reverse=True)
+        return sorted(filter(STATE.fullmatch, self._folder.names()), reverse=True)
+
+    def _intact(self, name: str) -> bytes | None:
+        """The bytes of a state, or None if they cannot be read or are not those that were written.
+        Raises CapacityError."""
+        match = STATE.fullmatch(name)
+        with contextlib.suppress(FileError):
+            size = self._folder.size(name)
+            require_memory(str(self.path / name), size, torch.device("cpu"))
+            data = self._folder.read(name, "a state", size)
+            if match and hashlib.sha256(data).hexdigest().startswith(match[2]):
+                return data
+        return None
 
     # --- the log
 
     def log(self, **fields: Any) -> None:
         """Append one line to log.jsonl. Raises FileError, and ValueError on NaN."""
         line = json.dumps(fields, allow_nan=False)
-        try:
-            with open(self.path / LOG, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            message = f"{self.path / LOG}: cannot be written ({error.strerror})"
-            raise FileError(message) from error
+        self._folder.append(LOG, f"{line}\n".encode())
         self._show(fields)
 
     def rewind_log(self, step: int) -> None:
         """Forget the lines of steps after `step`, and a line that a crash cut short."""
-        if (self.path / LOG).exists():
+        if LOG in self._folder.names():
             kept = [line for line in self.read_log() if line["step"] <= step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_durable(self.path / LOG, text.encode())
+            self._folder.write(LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def open_events(self, step: int) -> None:
         """Show the log in TensorBoard too, from now on; what it shows of steps after `step` goes.
@@ -206,7 +277,7 @@ class RunFolder:
         if self._events is None:
             return
         figures = {f"train/{n}": fields[n] for n in ("loss", "lr", "grad_norm") if n in fields}
-        if fields.get("tokens") and fields["seconds"]:
+        if fields.get("tokens") and fields.get("seconds"):
             figures["train/tokens_per_s"] = fields["tokens"] / fields["seconds"]
         for part in ("valid", "averaged"):
             figures |= {f"{part}/{name}": value for name, value in fields.get(part, {}).items()}
@@ -215,37 +286,27 @@ class RunFolder:
         self._events.flush()  # or a kill would take the last two minutes with it
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl, without those that a crash or a person has spoilt."""
+        """The lines of log.jsonl, without those that a crash or a person has spoilt. Raises
+        FileError."""
         return list(self._log_lines())
 
     def _log_lines(self) -> Iterator[dict[str, Any]]:
-        path = self.path / LOG
-        if not path.exists():
+        if LOG not in self._folder.names():
             return
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                fields = json.loads(line)
-                if isinstance(fields, dict) and isinstance(fields.get("step"), int):
-                    yield fields
+        data = self._folder.read(LOG, "the log of a run", MOST_LOG)
+        for line in data.decode("utf-8", "replace").splitlines():
+            if fields := log_line(line):
+                yield fields
 
 
 def event_writer() -> Any:
     """torch's SummaryWriter. Raises UsageError where TensorBoard is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        with elsewhere():
+            from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError(
             f"--tensorboard: TensorBoard cannot be used ({first_line(error)})",
             "Install it with pip install tensorboard.",
         ) from error
     return SummaryWriter
-
-
-def _intact(path: Path) -> bytes | None:
-    """The bytes of a state, or None if they cannot be read or are not those that were written."""
-    match = STATE.fullmatch(path.name)
-    with contextlib.suppress(OSError):
-        data = path.read_bytes()
-        if match and hashlib.sha256(data).hexdigest().startswith(match[2]):
-            return data
-    return None

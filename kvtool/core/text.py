@@ -90,7 +90,11 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write a tokenizer.json, durably. Raises FileError."""
-        write_durable(path, self._inner.to_str(pretty=True).encode())
+        write_durable(path, self.to_json())
+
+    def to_json(self) -> bytes:
+        """What `save` writes."""
+        return bytes(self._inner.to_str(pretty=True).encode())
 
     @property
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import math
 import signal
 import threading
@@ -16,7 +17,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -26,9 +26,12 @@ from kvtool.config import TrainConfig
 from kvtool.core import fused
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
+from kvtool.core.run_files import Strange, checked
 from kvtool.core.runs import RunFolder
 from kvtool.core.team import ALONE, Share, Team
+from kvtool.core.weight_files import WEIGHTS
 from kvtool.errors import CheckFailed
+from kvtool.files import BEST, LAST
 
 LOG_EVERY = 10  # steps
 FLOOR = 0.05  # of the peak learning rate, reached at the end
@@ -82,8 +85,8 @@ class Task(Protocol):
     def evaluate(self, model: Model) -> dict[str, float]:
         """Figures on held-out data, `score_name` among them; the model is in eval mode."""
 
-    def save(self, folder: Path, model: Model) -> str:
-        """Write a checkpoint folder; returns the SHA-256 of its weights."""
+    def files(self, model: Model) -> dict[str, bytes]:
+        """Of a checkpoint, by name, as checkpoint.files has them."""
 
     def facts(self) -> dict[str, Any]:
         """What a resumed run must share: the model, the data, the tokenizer."""
@@ -186,19 +189,31 @@ class Trainer:
         if state is None:
             return
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # The groups are the configuration, which has been compared.
+        groups = self.optimizer.state_dict()["param_groups"]
+        moments = state["optimizer"]["state"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.at = Position(**state["position"])
-        self.recent = state.get("recent", [])  # a run from before --average has none
+        self.recent = state["recent"]
         self.watcher.advance(self.at.step)
         self.say(f"resumed at step {self.at.step:,}")
 
     def _read_state(self) -> dict[str, Any] | None:
-        state = self.folder.load_state() if self.config.resume else None
+        state = self.folder.load_state(self._checked) if self.config.resume else None
         step = -1 if state is None else state["position"]["step"]
         self.folder.rewind_log(step)
         if self.config.tensorboard:
             self.folder.open_events(step)
         return state
+
+    def _checked(self, state: Any) -> dict[str, Any]:
+        """A state that this run can have written. Raises Strange."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        found = checked(state, self.model.state_dict(), parameters, self.config.average)
+        at = found["position"]
+        if at["batch"] >= len(self.task.batches(at["epoch"])):
+            raise Strange("stands behind the end of its epoch")
+        return found
 
     def _done(self) -> float:
         at = self.at
@@ -254,7 +269,7 @@ class Trainer:
         """Return `value`, or raise CheckFailed before it gets into the weights or a state."""
         if not math.isfinite(value):
             kept = "the last good checkpoint is kept"
-            if self.team.leads and not (self.folder.path / "last").exists():
+            if self.team.leads and not (self.folder.path / LAST).exists():
                 kept = "no checkpoint was saved yet: remove the folder, or give another --out"
             raise CheckFailed(
                 f"step {step}: the {what} is {value}",
@@ -296,7 +311,7 @@ class Trainer:
             best = self._is_better(score)
             better = better or best
             if best:
-                sha256 = self.task.save(self.folder.path / "best", model)
+                sha256 = self._save_checkpoint(BEST, model)
                 at.best_score, at.best_step, at.best_sha256 = score, at.step, sha256
             rates = self.task.in_percent
             words = ", ".join(
@@ -330,7 +345,7 @@ class Trainer:
         return model
 
     def _save(self) -> None:
-        self.task.save(self.folder.path / "last", self.model)
+        self._save_checkpoint(LAST, self.model)
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -338,6 +353,12 @@ class Trainer:
             "recent": self.recent,
         }
         self.folder.save_state(self.at.step, state)
+
+    def _save_checkpoint(self, name: str, model: Model) -> str:
+        """Write it; the SHA-256 of its weights."""
+        files = self.task.files(model)
+        self.folder.save_checkpoint(name, files)
+        return hashlib.sha256(files[WEIGHTS]).hexdigest()
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -298,8 +297,8 @@ class Translation:
         references = [[units(text) for text in pair.targets] for pair in pairs]
         return score_sequences(references, [units(text) for text in texts])
 
-    def save(self, folder: Path, model: Model) -> str:
-        return checkpoint.save(folder, model, self.tokenizer, self.source_tokenizer)
+    def files(self, model: Model) -> dict[str, bytes]:
+        return checkpoint.files(model, self.tokenizer, self.source_tokenizer)
 
     def facts(self) -> dict[str, Any]:
         return {

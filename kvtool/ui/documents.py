@@ -24,13 +24,11 @@ from kvtool.ui.environment import cache_settings, caption, environment, measured
 from kvtool.ui.inert import visible
 
 SUFFIXES = (".json", ".csv", ".md")
-WRITTEN = ("--output", "--plot", "--attention-plot", "--save-cache", "--save-reference")
 # What begins a formula (OWASP, CSV Injection), also in full width, where a cell may begin: a
 # spreadsheet that expects other separators than commas sees one behind ; and in each line.
 FORMULA = re.compile(r"(^|[;\t\n])(?=[ \"]*[=+\-@\t\uff1d\uff0b\uff0d\uff20])")
 MARKS = re.compile(r"[\\`*\[\]|#~]|^>")  # of Markdown
 ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;"})  # without < there is no HTML
-IN_PLACE = ("--save-cache", "--load-cache")  # is read whole before it is replaced, by what it held
 
 
 class Report(Protocol):
@@ -224,30 +222,3 @@ def check_writable(path: Path, flag: str) -> None:
         ).close()  # asking for permission says yes on a read-only disk
     except OSError as error:
         raise FileError(f"{flag} {path}: cannot be written ({error.strerror})") from error
-
-
-def check_apart(given: Mapping[str, Path]) -> None:
-    """Refuse to write over a file that the same command reads, keeps results in or writes already.
-
-    given: the files by their options; the same file may be named by other paths and links. Raises
-    UsageError.
-    """
-    for flag in (flag for flag in given if flag in WRITTEN):
-        for other, path in given.items():
-            pair = {flag, other}
-            if len(pair) == 2 and pair != set(IN_PLACE) and _same(given[flag], path):
-                raise UsageError(
-                    f"{flag} {given[flag]}: is the file of {other} too, which would be lost",
-                    "Give another file.",
-                )
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether both are one regular file, which need not be there yet; a terminal can take both."""
-    try:
-        if one.exists() and not one.is_file():
-            return False
-        same = os.path.realpath(one) == os.path.realpath(other)
-        return same or (one.exists() and other.exists() and one.samefile(other))
-    except (OSError, ValueError):  # what cannot be looked at is refused by who opens it
-        return False

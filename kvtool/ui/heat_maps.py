@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvtool.ui.drawing import drawing
 from kvtool.ui.plots import save_figure
 
 CELL, LARGEST_CELL = 0.18, 0.4  # inches; the first has room for a label
@@ -18,6 +19,7 @@ LABEL = 14  # characters of a token that are shown
 GREY = "#888888"
 
 
+@drawing()
 def attention_plot(
     path: Path,
     weights: Sequence[Sequence[Sequence[float]]],
@@ -30,12 +32,11 @@ def attention_plot(
     All panels share one scale, from 0 to the largest weight, rounded up to a tenth. `title` has
     lines, which are wrapped.
     """
-    from matplotlib import rc_context
     from matplotlib.ticker import MaxNLocator
 
     top = math.ceil(10 * max(max(map(max, rows)) for rows in weights) - 1e-9) / 10
     fonts = _fonts("".join([*title, *source, *target]))
-    with warnings.catch_warnings(), rc_context({"font.family": fonts}):
+    with warnings.catch_warnings(), drawing(**{"font.family": fonts}):
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the picture has a box for it
         figure, grid, bar_axes, cell = _panels(len(weights), source, target, title)
         for i, (axes, rows) in enumerate(zip(grid.flat, weights, strict=False)):

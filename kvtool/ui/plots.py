@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from kvtool.files import write_durable
 from kvtool.registry import CACHES
+from kvtool.ui.drawing import drawing
 from kvtool.ui.inert import visible
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008).
@@ -40,7 +41,10 @@ def _plain(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def save_figure(figure: Any, path: Path) -> None:
+Write = Callable[[Path, bytes], None]
+
+
+def save_figure(figure: Any, path: Path, write: Write = write_durable) -> None:
     """Write the figure in the format of the suffix, durably. Raises FileError.
 
     Its texts are shown as they are, and not read as formulas: `$` is a letter like others.
@@ -52,9 +56,10 @@ def save_figure(figure: Any, path: Path) -> None:
         text.set_text(visible(text.get_text()))
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lower().lstrip("."), dpi=150)
-    write_durable(path, buffer.getvalue())
+    write(path, buffer.getvalue())
 
 
+@drawing()
 def loss_plot(
     path: Path,
     log: Sequence[Mapping[str, Any]],
@@ -62,6 +67,7 @@ def loss_plot(
     loss_name: str = "",
     loss_floor: float = 0.0,
     title: str = "",
+    write: Write = write_durable,
 ) -> None:
     """The losses of training and of held-out data, `loss_name` of its figures, and the held-out
     score against steps, those of averaged weights too, if there are any; nothing if there is no
@@ -107,7 +113,7 @@ def loss_plot(
         strict=True,
     )
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    save_figure(figure, path)
+    save_figure(figure, path, write)
 
 
 def _points(log: Sequence[Mapping[str, Any]], kind: str, figure: str) -> list[tuple[int, float]]:
@@ -115,6 +121,7 @@ def _points(log: Sequence[Mapping[str, Any]], kind: str, figure: str) -> list[tu
     return [(row["step"], row[kind][figure]) for row in log if figure in row.get(kind, ())]
 
 
+@drawing()
 def bench_plot(
     path: Path,
     times: Mapping[str, Sequence[tuple[int, Sequence[float]]]],
@@ -360,6 +367,7 @@ def bytes_text(n: float) -> str:
 NOTHING = 1e-18  # where a gap of exactly 0 is drawn on a log axis
 
 
+@drawing()
 def gap_plot(
     path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], title: str = ""
 ) -> None:

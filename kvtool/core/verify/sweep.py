@@ -27,6 +27,7 @@ from kvtool.core.verify.outcome import (
     UNSUPPORTED,
     VACUOUS,
 )
+from kvtool.outside import elsewhere
 
 NOT_BUILT = "not built"  # the model, by its default configuration or for want of a package
 VERDICTS = (
@@ -114,7 +115,8 @@ def judge_type(task: Task, limit: float) -> Swept:
     started = time.perf_counter()
     receiver, sender = _processes().Pipe(duplex=False)
     process = _processes().Process(target=answer, args=(task, sender), daemon=True)
-    process.start()
+    with elsewhere():  # where modules beside the user are not its own
+        process.start()
     sender.close()
     try:
         if receiver.poll(limit):

@@ -1,0 +1,119 @@
+"""What a command writes is kept apart from what it reads, and from what else it writes.
+
+Every option that names a file or folder is in one of the two tables here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from kvtool.errors import FileError, UsageError
+from kvtool.files import is_of_run, model_folder, saved_run
+from kvtool.reading import read_json_object
+
+# Of a model's folder, what one of the programs that load it reads.
+OF_A_MODEL = (
+    "*config.json", "*.index.json", "model*.safetensors", "pytorch_model*.bin", "model.pt",
+    "tokenizer*", "source.json", "target.json", "vocab.*", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.*", "spiece.model", "reference.safetensors",
+)  # fmt: skip
+RUN = "--out"  # a folder, of which training writes some entries
+
+
+def _one(value: Any) -> list[Path]:
+    return [Path(value)]
+
+
+def _of_model(value: Any) -> list[Path]:
+    """The files in a model's folder that are read, and the shards that an index names."""
+    found: list[Path] = []
+    with contextlib.suppress(FileError, OSError, RuntimeError):  # who loads it tells what is wrong
+        folder = model_folder(str(value))
+        entries = sorted(folder.iterdir())
+        found = [e for e in entries if any(fnmatch(e.name, known) for known in OF_A_MODEL)]
+        for index in [entry for entry in found if entry.name.endswith(".index.json")]:
+            shards = read_json_object(index, "an index of weights").get("weight_map")
+            names = list(shards.values()) if isinstance(shards, dict) else []
+            found += [entry for entry in entries if entry.name in names and entry not in found]
+    return found
+
+
+READ: dict[str, Callable[[Any], list[Path]]] = {
+    "--model": _of_model,
+    "--target": lambda value: _one(str(value).rpartition(":")[0]),
+    "--compare": lambda value: [saved_run(str(value))],
+    "--data": _one,
+    "--valid": _one,
+    "--test": _one,
+    "--input": _one,
+    "--prompt-file": _one,
+    "--text": _one,
+    "--reference": _one,
+    "--load-cache": _one,
+}
+WRITTEN: dict[str, Callable[[Any], list[Path]]] = {
+    "--output": _one,
+    "--plot": _one,
+    "--attention-plot": _one,
+    "--save-cache": _one,
+    "--save-reference": _one,
+    "--resume": _one,  # a file; of training it is a switch
+    "--save": lambda value: [saved_run(str(value))],
+}
+# These are read whole before they are replaced, by what they held and more, or by what the user
+# asks to compare with the next time.
+IN_PLACE = ({"--save-cache", "--load-cache"}, {"--save", "--compare"})
+
+
+def check_apart(given: Mapping[str, Any]) -> None:
+    """Refuse to write over a file that the same command reads, keeps results in or writes already.
+
+    given: what options name, those of the tables among them; the same file may be named by other
+    paths and links. Raises UsageError.
+    """
+    named = {flag: value for flag, value in given.items() if isinstance(value, (str, Path))}
+    written = {flag: WRITTEN[flag](named[flag]) for flag in WRITTEN if flag in named}
+    if not written and RUN not in named:
+        return
+    read = {flag: READ[flag](named[flag]) for flag in READ if flag in named}
+    for flag, paths in written.items():
+        for other, others in {**read, **written}.items():
+            if other == flag or {flag, other} in IN_PLACE:
+                continue
+            if any(_same(path, one) for path in paths for one in others):
+                raise _lost(flag, paths[0], other, "a" if other == "--model" else "the")
+    for flag, paths in {**read, **written}.items():
+        if RUN in named and any(is_of_run(path, Path(named[RUN])) for path in paths):
+            raise _lost(flag, paths[0], RUN, "a")
+
+
+def _lost(flag: str, path: Path, other: str, article: str) -> UsageError:
+    return UsageError(
+        f"{flag} {path}: is {article} file of {other} too, which would be lost",
+        "Give another file.",
+    )
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether both are one regular file, which need not be there yet; a terminal can take both."""
+    try:
+        if one.exists() and not one.is_file():
+            return False
+        same = os.path.realpath(one) == os.path.realpath(other)
+        return same or (one.exists() and other.exists() and one.samefile(other))
+    except (OSError, ValueError):  # what cannot be looked at is refused by who opens it
+        return False
+
+
+def named(params: Iterator[Any] | list[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options of a command were given, by their first names; the default model too."""
+    return {
+        param.opts[0]: values.get(param.name)
+        for param in params
+        if param.opts[0] in (RUN, *READ, *WRITTEN) and not param.is_flag
+    }
