@@ -22,6 +22,7 @@ from kvtool.config import (
     TrainLength,
     follows,
 )
+from kvtool.files import PLOT
 from kvtool.ui.environment import caption, cpu_name
 from kvtool.ui.inert import in_a_line
 from kvtool.ui.output import Output
