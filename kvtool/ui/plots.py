@@ -44,7 +44,7 @@ def _plain(axes: Any) -> None:
 Write = Callable[[Path, bytes], None]
 
 
-def save_figure(figure: Any, path: Path, write: Write = write_durable) -> None:
+def save_figure(figure: Any, path: Path, write: Write | None = None) -> None:
     """Write the figure in the format of the suffix, durably. Raises FileError.
 
     Its texts are shown as they are, and not read as formulas: `$` is a letter like others.
@@ -56,7 +56,7 @@ def save_figure(figure: Any, path: Path, write: Write = write_durable) -> None:
         text.set_text(visible(text.get_text()))
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lower().lstrip("."), dpi=150)
-    write(path, buffer.getvalue())
+    (write or write_durable)(path, buffer.getvalue())
 
 
 @drawing()
@@ -67,7 +67,7 @@ def loss_plot(
     loss_name: str = "",
     loss_floor: float = 0.0,
     title: str = "",
-    write: Write = write_durable,
+    write: Write | None = None,
 ) -> None:
     """The losses of training and of held-out data, `loss_name` of its figures, and the held-out
     score against steps, those of averaged weights too, if there are any; nothing if there is no
