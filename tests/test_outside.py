@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cli_probe import HANGS
 from kvtool.core import compiling, numba_tools
 from kvtool.files import model_folder, weights_folder
 from kvtool.outside import STAND, elsewhere, made_private
@@ -35,7 +36,7 @@ def run_in(folder: Path, code: str, *words: str) -> str:
     script = folder.parent / "script.py"
     script.write_text(code)
     command = [sys.executable, str(script), *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
