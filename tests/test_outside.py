@@ -26,7 +26,7 @@ assert native.layer_code(torch.float32) is not None
 from kvtool.core import numba_kernels, numba_tools
 import numba
 pathlib.Path(".numba_config.yaml").write_text("opt: 1\\ncache_dir: evil\\n")
-numba_tools.vector.compile((numba.int64, numba.int64, numba.float64[::1]))
+numba.njit(lambda x: x + 1)(1)
 print(numba.config.OPT + 0, numba.config.CACHE_DIR or "none", numba_kernels.product.folder)
 """
 
