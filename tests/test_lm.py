@@ -228,8 +228,9 @@ def test_its_facts_tell_texts_tokenizers_and_batches_apart() -> None:
 
 def test_it_saves_a_checkpoint_that_loads(tmp_path: Path) -> None:
     subject = random_model(vocab_size=TOKENIZER.vocab_size, context=32)
-    sha256 = lm().save(tmp_path / "best", subject)
-    loaded = checkpoint.load(str(tmp_path / "best"), CPU, torch.float32)
-    assert loaded.sha256 == sha256 and loaded.tokenizer.fingerprint == TOKENIZER.fingerprint
+    for name, data in lm().files(subject).items():
+        (tmp_path / name).write_bytes(data)
+    loaded = checkpoint.load(str(tmp_path), CPU, torch.float32)
+    assert loaded.tokenizer.fingerprint == TOKENIZER.fingerprint
     for name, weight in subject.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], weight)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cli_probe import HANGS
 from kvtool.core import compiling, numba_tools
 from kvtool.files import model_folder, weights_folder
 from kvtool.outside import STAND, elsewhere, made_private
@@ -25,7 +26,7 @@ assert native.layer_code(torch.float32) is not None
 from kvtool.core import numba_kernels, numba_tools
 import numba
 pathlib.Path(".numba_config.yaml").write_text("opt: 1\\ncache_dir: evil\\n")
-numba_tools.vector.compile((numba.int64, numba.int64, numba.float64[::1]))
+numba.njit(lambda x: x + 1)(1)
 print(numba.config.OPT + 0, numba.config.CACHE_DIR or "none", numba_kernels.product.folder)
 """
 
@@ -35,7 +36,7 @@ def run_in(folder: Path, code: str, *words: str) -> str:
     script = folder.parent / "script.py"
     script.write_text(code)
     command = [sys.executable, str(script), *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -53,7 +53,7 @@ def test_the_plot_of_a_run_names_the_command_the_format_and_the_machine(
     either: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles: list[str] = []
-    monkeypatch.setattr(plots, "loss_plot", lambda *args: titles.append(args[-1]))
+    monkeypatch.setattr(plots, "loss_plot", lambda *args: titles.append(args[5]))
     either()
     (title,) = titles
     first, second = title.splitlines()
