@@ -314,8 +314,8 @@ def require_tables(
     most = max(MOST_TABLES, 4 * n_bytes(source))
     if nbytes > most:
         raise FileError(
-            f"{where}: {what} takes {nbytes / 2**30:.3g} GiB of tables (expected "
-            f"{most / 2**30:.3g} or fewer, beside {n_bytes(source) / 2**30:.3g} GiB of weights)"
+            f"{where}: {what} takes {nbytes / 2**30:.3g} GiB of tables "
+            f"(expected {most / 2**30:.3g} GiB or less, beside its weights)"
         )
 
 

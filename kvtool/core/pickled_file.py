@@ -87,7 +87,7 @@ def _check_zip(file: BinaryIO, size: int, path: Path) -> None:
         # torch.load inflates, so that a small file can stand for any amount.
         nbytes = sum(entry.file_size for entry in entries)
         require_memory(str(path), nbytes, torch.device("cpu"))
-        if archive.start_dir + _directory(file, size) != size:
+        if _end_of_directory(file, size) != size:
             raise Refused("its table of contents is not where it says")
         names = {entry.filename.lower(): entry for entry in entries}  # torch ignores the case
         if len(names) < len(entries):
@@ -105,22 +105,19 @@ def _check_zip(file: BinaryIO, size: int, path: Path) -> None:
                 raise Refused(f"{short(record.key)} has other values than it says")
 
 
-def _directory(file: BinaryIO, size: int) -> int:
-    """The bytes from the table of contents to the end of the file, by the last records of it: there
-    is no comment, where a reader might find another end."""
-    file.seek(max(size - END - LOCATOR - END64, 0))
+def _end_of_directory(file: BinaryIO, size: int) -> int:
+    """Where an archive ends by its own word: its table of contents, and the records after it. They
+    are its last bytes, with no comment, where a reader might find another end. Raises Refused."""
+    file.seek(max(size - END64 - LOCATOR - END, 0))
     tail = file.read()
-    end = tail[-END:]
-    if end[:4] != b"PK\x05\x06" or end[-2:] != b"\0\0":
+    end, locator, record = tail[-END:], tail[-END - LOCATOR : -END], tail[: -END - LOCATOR]
+    length, offset, comment = struct.unpack("<LLH", end[12:])
+    if end[:4] != b"PK\x05\x06" or comment:
         raise Refused("it does not end as torch.save ends it")
-    (length,) = struct.unpack("<L", end[12:16])
-    if tail[-END - LOCATOR : -END][:4] != b"PK\x06\x07":
-        return int(length) + END
-    record = tail[: -END - LOCATOR]
-    if record[:4] != b"PK\x06\x06":
-        raise Refused("it does not end as torch.save ends it")
-    (length,) = struct.unpack("<Q", record[40:48])
-    return int(length) + END64 + LOCATOR + END
+    if not locator.startswith(b"PK\x06\x07"):
+        return int(offset + length + END)
+    length, offset = struct.unpack("<QQ", record[40:])  # of an archive of many or large files
+    return int(offset + length + END64 + LOCATOR + END)
 
 
 def _check_apart(entries: list[zipfile.ZipInfo], end: int) -> None:

@@ -102,7 +102,7 @@ def refuse_names(path: Path, missing: list[str], extra: list[str], n_required: i
     if missing:
         raise FileError(
             f"{path}: lacks {len(missing)} of {n_required} tensors ({_listed(missing)})",
-            f"It holds others instead: {_listed(extra)}." if extra else "",
+            f"It holds others instead: {_listed(extra)}".rstrip(".") + "." if extra else "",
         )
     if extra:
         raise FileError(

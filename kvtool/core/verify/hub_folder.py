@@ -81,14 +81,13 @@ def read_folder(
     what is missing, damaged or contradictory, CapacityError, and `kind` for weights that are NaN.
     """
     offline()
-    where = f"{folder / CONFIG}: what it describes"
+    path = folder / CONFIG
     settings = read_settings(folder)
     source = open_weights(folder, STORED_DTYPES)
     _check_depths(settings, source, folder)
     with hushed(), _in_one_line(folder):
-        with limited(where), _counted(source, folder):
-            config = make_config(settings)
-            made, config = _class_of(config)
+        with limited(f"{path}: what it describes"), _counted(source, folder):
+            made, config = _class_of(make_config(settings, path), path)
             chosen = dtype or _named_dtype(config) or stored_dtype(source)
             shapes = {
                 name: torch.empty(info.shape, dtype=info.dtype, device="meta").as_subclass(_Shape)
@@ -171,14 +170,14 @@ def _check_depths(settings: Mapping[str, Any], source: WeightFile, folder: Path)
             )
 
 
-def make_config(settings: Mapping[str, Any]) -> Any:
-    """What transformers makes of a configuration. Raises what it raises, and FileError for a type
-    that it does not know."""
+def make_config(settings: Mapping[str, Any], where: Path) -> Any:
+    """What transformers makes of the configuration in the file `where`. Raises what it raises, and
+    FileError for a type that it does not know."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = settings["model_type"]
     if kind not in CONFIG_MAPPING:
-        raise FileError(f"{CONFIG}: model_type {short(repr(kind))} is none that transformers knows")
+        raise FileError(f"{where}: model_type {short(repr(kind))} is none that transformers knows")
     # Through a folder of our own: which class a type means is decided where it reads one.
     with tempfile.TemporaryDirectory(prefix="kvtool-") as folder:
         Path(folder, CONFIG).write_text(json.dumps(settings), encoding="utf-8")
@@ -190,7 +189,7 @@ def _named_dtype(config: Any) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def _class_of(config: Any) -> tuple[Any, Any]:
+def _class_of(config: Any, where: Path) -> tuple[Any, Any]:
     """The class of the model that a configuration describes, as AutoModel would choose it, and the
     configuration of that class: of a part, where a type that reads images has a decoder of text."""
     from transformers import (
@@ -201,7 +200,7 @@ def _class_of(config: Any) -> tuple[Any, Any]:
     whole = config.is_encoder_decoder and kind_of(config.model_type) == SEQ2SEQ
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if whole else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in mapping:
-        raise FileError(f"{CONFIG}: model_type {config.model_type} has no model that writes text")
+        raise FileError(f"{where}: model_type {config.model_type} has no model that writes text")
     found: Any = mapping[type(config)]
     if isinstance(found, (list, tuple)):
         named = {each.__name__: each for each in found}
@@ -215,7 +214,7 @@ def _class_of(config: Any) -> tuple[Any, Any]:
 # --- the model
 
 
-def _load(made: Any, config: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
+def _load(made: Any, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
     """The model, and what of its tensors was not there or left over."""
     return made.from_pretrained(
         None,
