@@ -142,6 +142,11 @@ def short(text: str, length: int = MOST_SHOWN) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
+def quoted(value: object) -> str:
+    """A value from a file as Python writes it, cut where it would flood an error message."""
+    return short(repr(value[:MOST_SHOWN] if isinstance(value, str) else value))
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

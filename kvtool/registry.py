@@ -12,6 +12,7 @@ from typing import Any
 
 from kvtool.errors import UsageError
 from kvtool.nearest import did_you_mean, nearest_names
+from kvtool.reading import quoted, short
 
 CACHES = {
     "none": "kvtool.core.cache.none:NoCache",
@@ -68,13 +69,14 @@ def choose(value: str, choices: list[str] | tuple[str, ...], flag: str) -> str:
     """Return `value` if it is one of `choices`; else raise UsageError with the nearest name."""
     if value in choices:
         return value
-    near = nearest_names(str(value), choices, 2)
+    text = short(str(value))
+    near = nearest_names(text, choices, 2)
     shown = ", ".join(choices)
     if len(choices) > MOST_LISTED:
-        closest = difflib.get_close_matches(str(value), choices, n=5, cutoff=0.0)
+        closest = difflib.get_close_matches(text, choices, n=5, cutoff=0.0)
         shown = f"{', '.join(closest)} and {len(choices) - len(closest):,} more"
     raise UsageError(
-        f"{flag}: {value!r} is not known (expected one of {shown})", did_you_mean(near)
+        f"{flag}: {quoted(value)} is not known (expected one of {shown})", did_you_mean(near)
     )
 
 

@@ -40,7 +40,7 @@ from kvtool.core.weight_files import (
 )
 from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
 from kvtool.files import CHECKPOINT_FOLDER, model_folder, write_durable, write_json
-from kvtool.reading import MOST_CONFIG, read_json_object, short
+from kvtool.reading import MOST_CONFIG, quoted, read_json_object
 
 CONFIG = "config.json"
 TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
@@ -203,7 +203,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
         is_own = isinstance(kind, str) and kind.startswith(OWN)
         own = "A family of your own needs its line in MODELS (docs/extending.md)."
         raise FileError(
-            f"{path}: model_type {short(repr(kind))} is not supported "
+            f"{path}: model_type {quoted(kind)} is not supported "
             f"(expected one of {', '.join((*own_types(), *FAMILIES))})",
             own if is_own else "kvtool never runs code from a checkpoint.",
         )

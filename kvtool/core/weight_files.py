@@ -18,7 +18,7 @@ from torch import Tensor
 from kvtool.core.pickled_file import PickledFile
 from kvtool.core.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
 from kvtool.errors import FileError
-from kvtool.reading import opened, read_json_object, short
+from kvtool.reading import opened, quoted, read_json_object, short
 
 WEIGHTS = "model.safetensors"
 INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
@@ -167,7 +167,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         plain = name.isprintable() and len(name) < LONGEST_NAME and name not in ("", ".", "..")
         if not plain or "/" in name or "\\" in name:
             raise FileError(
-                f"{path}: places {short(tensor)} in {short(repr(name))} (expected a file name)",
+                f"{path}: places {short(tensor)} in {quoted(name)} (expected a file name)",
                 "Shards lie beside their index; kvtool opens nothing elsewhere.",
             )
     return places

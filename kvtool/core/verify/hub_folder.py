@@ -13,6 +13,7 @@ import json
 import math
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ from kvtool.core.weight_files import (
 )
 from kvtool.errors import FileError, KvtoolError, first_line, pass_on_shortage
 from kvtool.hub import offline
-from kvtool.reading import MOST_CONFIG, read_json_object, short
+from kvtool.reading import MOST_CONFIG, quoted, read_json_object, short
 
 ADAPTER = "adapter_config.json"
 # Fields of a configuration that have something else loaded, or the model changed as it is built.
@@ -147,7 +148,7 @@ def _check_field(name: str, value: Any, path: Path) -> None:
         for each in value.values() if isinstance(value, dict) else [value]:
             if each is not None and not (isinstance(each, str) and PLAIN_NAME.fullmatch(each)):
                 raise FileError(
-                    f"{path}: {name} is {short(repr(each))} (expected a plain name, as sdpa)",
+                    f"{path}: {name} is {quoted(each)} (expected a plain name, as sdpa)",
                     "kvtool loads no code for a checkpoint.",
                 )
     if name in ("dtype", "torch_dtype"):
@@ -155,7 +156,7 @@ def _check_field(name: str, value: Any, path: Path) -> None:
             plain = each.removeprefix("torch.") if isinstance(each, str) else ""
             if each is not None and plain not in (*FORMATS, "auto"):
                 raise FileError(
-                    f"{path}: {name} is {short(repr(each))} (expected one of {', '.join(FORMATS)})"
+                    f"{path}: {name} is {quoted(each)} (expected one of {', '.join(FORMATS)})"
                 )
 
 
@@ -177,7 +178,7 @@ def make_config(settings: Mapping[str, Any], where: Path) -> Any:
 
     kind = settings["model_type"]
     if kind not in CONFIG_MAPPING:
-        raise FileError(f"{where}: model_type {short(repr(kind))} is none that transformers knows")
+        raise FileError(f"{where}: model_type {quoted(kind)} is none that transformers knows")
     # Through a folder of our own: which class a type means is decided where it reads one.
     with tempfile.TemporaryDirectory(prefix="kvtool-") as folder:
         Path(folder, CONFIG).write_text(json.dumps(settings), encoding="utf-8")
@@ -315,9 +316,11 @@ def _needed(source: WeightFile, dtype: torch.dtype) -> int:
 
 @contextmanager
 def _in_one_line(folder: Path) -> Iterator[None]:
-    """What transformers raises, as FileError in one line."""
+    """What transformers raises, as FileError in one line, and nothing of what it warns of."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except KvtoolError:
         raise
     except (Exception, SystemExit) as error:
