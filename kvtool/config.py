@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtool.errors import FileError, UsageError, shown
+from kvtool.errors import FileError, UsageError
+from kvtool.reading import quoted, short
 from kvtool.registry import MODELS, choose
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -46,7 +47,7 @@ def own_types() -> list[str]:
 def check_int(flag: str, value: object, low: int, high: int = LARGEST_SIZE) -> None:
     """Raise UsageError, naming `flag`, unless `value` is an int within low..high."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"{flag}: {shown(value)} is not a whole number")
+        raise UsageError(f"{flag}: {quoted(value)} is not a whole number")
     if value < low:
         raise UsageError(f"{flag}: {value} is too small (expected {low} or more)")
     if value > high:
@@ -58,7 +59,7 @@ def check_float(
 ) -> None:
     """Raise UsageError, naming `flag`, unless `value` is a finite number within low..high."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UsageError(f"{flag}: {shown(value)} is not a number")
+        raise UsageError(f"{flag}: {quoted(value)} is not a number")
     inside = (low < value if open_low else low <= value) and value <= high
     if not inside or value in (float("inf"), float("-inf")):  # NaN fails both comparisons
         bound = f"above {low:g}" if open_low else f"{low:g} or more"
@@ -69,7 +70,7 @@ def check_float(
 def check_bool(flag: str, value: object) -> None:
     """Raise UsageError, naming `flag`, unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise UsageError(f"{flag}: {shown(value)} is not true or false")
+        raise UsageError(f"{flag}: {quoted(value)} is not true or false")
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class ModelConfig:
         if self.rope_scaling is None:
             return
         if not isinstance(self.rope_scaling, RopeScaling):
-            raise UsageError(f"rope_scaling: {self.rope_scaling!r} is not an object")
+            raise UsageError(f"rope_scaling: {quoted(self.rope_scaling)} is not an object")
         if self.positions != "rotary":
             raise UsageError(f"rope_scaling: contradicts --positions {self.positions}")
         if self.rope_scaling.kind == "yarn" and self.rope_theta <= 1.0:
@@ -247,14 +248,14 @@ class ModelConfig:
         kind = data.get("model_type")
         if kind not in own_types():
             raise FileError(
-                f"{where}: model_type {kind!r} is not supported "
+                f"{where}: model_type {quoted(kind)} is not supported "
                 f"(expected {' or '.join(own_types())})",
                 "Point --model at a folder written by kvtool.",
             )
         family = kind.removeprefix(OWN)
         unknown = sorted(set(data) - known - {"model_type"})
         if unknown:
-            raise FileError(f"{where}: unknown field {unknown[0]!r} would change the model")
+            raise FileError(f"{where}: unknown field {quoted(unknown[0])} would change the model")
         if "vocab_size" not in data:
             raise FileError(f"{where}: vocab_size is missing")
         values = {key: value for key, value in data.items() if key in known}
@@ -264,7 +265,7 @@ class ModelConfig:
             own = family not in ("decoder", "seq2seq")
             config = cls(**values, family=family if own else "")
         except (TypeError, UsageError) as error:
-            raise FileError(f"{where}: {error}") from error
+            raise FileError(f"{where}: {short(str(error), 300)}") from error
         if config.kind != family:
             raise FileError(f"{where}: model_type {kind} contradicts n_encoder_layers")
         return config

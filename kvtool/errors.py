@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 
+MOST_SAID = 2000  # characters of a message, and of a hint: names of files may be long
 CLOSED_PIPE = 141  # as a shell reports SIGPIPE
 
 
@@ -20,9 +21,15 @@ class KvtoolError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, hint: str = "") -> None:
+        message, hint = _bounded(message), _bounded(hint)
         super().__init__(f"{message}. {hint}" if hint else message)
         self.message = message
         self.hint = hint
+
+
+def _bounded(text: str) -> str:
+    """A text without the rest of what was quoted whole in it, megabytes of a file perhaps."""
+    return text if len(text) <= MOST_SAID else f"{text[:MOST_SAID]}..."
 
 
 class UsageError(KvtoolError):
@@ -73,12 +80,6 @@ def pass_on_shortage(error: BaseException) -> None:
     """Raise it again if there was not enough memory: that says nothing of who raised it."""
     if short_of_memory(error):
         raise error
-
-
-def shown(value: object, length: int = 60) -> str:
-    """A value from outside as an error shows it: as Python writes it, cut where it would flood."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def first_line(error: BaseException) -> str:

@@ -12,6 +12,12 @@ REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
 
 
+def offline() -> None:
+    """Have Hugging Face's libraries download nothing, whatever a folder asks for; before they are
+    imported."""
+    os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+
 def cache_folder() -> Path:
     """Where that cache is: HF_HUB_CACHE, or HF_HOME/hub, or ~/.cache/huggingface/hub."""
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):

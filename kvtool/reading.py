@@ -23,6 +23,8 @@ from kvtool.errors import FileError
 
 FIXED_NAMES = ("config.json", "tokenizer.json", "source.json", "target.json", "model.safetensors")
 MOST_JSON = 2**26  # bytes; the tokenizers of the largest vocabularies have half of it
+MOST_CONFIG = 2**24  # bytes of a configuration; the largest known has a tenth of it
+MOST_NESTED = 64  # lists and objects within each other; tokenizers have some ten
 MOST_TEXT = 2**30  # bytes, of a text to train on
 MOST_SHOWN = 80  # characters of a name or value from a file, in an error
 
@@ -86,13 +88,27 @@ def read_json_object(
 
 def parse_json(text: str | bytes, finite: bool = True) -> Any:
     """What JSON says, if it says one thing (RFC 8259): no name twice in an object, where Python's
-    parser would take the last, no nesting beyond Python's stack, and if `finite` no NaN, Infinity,
-    or number that becomes infinite. Raises ValueError."""
+    parser would take the last, no nesting that whoever prints or copies it would fail on, and if
+    `finite` no NaN, Infinity, or number that becomes infinite. Raises ValueError."""
     checks: Any = {"parse_constant": _refuse, "parse_float": _finite} if finite else {}
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_int=_whole, **checks)
+        found = json.loads(text, object_pairs_hook=_unique, parse_int=_whole, **checks)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    _check_nesting(found)
+    return found
+
+
+def _check_nesting(value: Any) -> None:
+    within = [value]
+    for _ in range(MOST_NESTED):
+        containers = [item for item in within if isinstance(item, (dict, list))]
+        within = []
+        for item in containers:
+            within += item.values() if isinstance(item, dict) else item
+        if not within:
+            return
+    raise ValueError("it is nested too deeply")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -124,6 +140,11 @@ def _whole(text: str) -> int:
 def short(text: str, length: int = MOST_SHOWN) -> str:
     """A name or value from a file, cut where it would flood an error message."""
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def quoted(value: object) -> str:
+    """A value from a file as Python writes it, cut where it would flood an error message."""
+    return short(repr(value[:MOST_SHOWN] if isinstance(value, str) else value))
 
 
 def sha256(path: Path) -> str:

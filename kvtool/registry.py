@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from kvtool.errors import UsageError, shown
+from kvtool.errors import UsageError
 from kvtool.nearest import did_you_mean, nearest_names
+from kvtool.reading import quoted, short
 
 CACHES = {
     "none": "kvtool.core.cache.none:NoCache",
@@ -53,7 +54,6 @@ MODELS = {
 }
 
 MOST_LISTED = 12  # names in an error; of more, the nearest are
-LONGEST_NAME = 60  # characters that are compared with the known ones
 
 COMMANDS = {
     "train-lm": "kvtool.commands.train_lm:command",
@@ -69,14 +69,14 @@ def choose(value: str, choices: list[str] | tuple[str, ...], flag: str) -> str:
     """Return `value` if it is one of `choices`; else raise UsageError with the nearest name."""
     if value in choices:
         return value
-    text = str(value)[:LONGEST_NAME]
+    text = short(str(value))
     near = nearest_names(text, choices, 2)
-    listed = ", ".join(choices)
+    shown = ", ".join(choices)
     if len(choices) > MOST_LISTED:
         closest = difflib.get_close_matches(text, choices, n=5, cutoff=0.0)
-        listed = f"{', '.join(closest)} and {len(choices) - len(closest):,} more"
+        shown = f"{', '.join(closest)} and {len(choices) - len(closest):,} more"
     raise UsageError(
-        f"{flag}: {shown(value)} is not known (expected one of {listed})", did_you_mean(near)
+        f"{flag}: {quoted(value)} is not known (expected one of {shown})", did_you_mean(near)
     )
 
 
@@ -95,7 +95,7 @@ def split_kind(text: str, flag: str = "--cache") -> tuple[str, dict[str, int]]:
             has = f"expected one of {', '.join(known)}" if known else "it has none"
             raise UsageError(f"{flag}: {name} has no setting {setting!r} ({has})")
         if not (value.isascii() and value.isdigit()) or len(value) > 9:
-            raise UsageError(f"{flag}: {setting}: {shown(value)} is not a whole number")
+            raise UsageError(f"{flag}: {setting}: {quoted(value)} is not a whole number")
         settings[setting] = int(value)
     return name, settings
 

@@ -136,17 +136,15 @@ def test_models_that_transformers_has_not_are_exit_2_with_a_way_out(
         assert message.endswith("Leave it out, or give --model a folder of Hugging Face.")
 
 
-def test_weights_that_transformers_does_not_read_are_exit_2(
+def test_weights_of_a_name_that_only_kvtool_reads_are_handed_to_transformers_too(
     bench: Callable[..., Ran], folders: Callable[[str], Path]
 ) -> None:
     folder = folders("gpt2")
     weights = folder / "model.safetensors"
     torch.save(safetensors.torch.load_file(weights), folder / "model.pt")
     weights.unlink()
-    assert bench(model=folder).code == 0
-    message = refused(bench(*BOTH, model=folder))
-    assert message.startswith(f"--impl transformers: {folder}: transformers cannot read it (")
-    assert message.endswith("model.safetensors and pytorch_model.bin, whole or in shards.")
+    found = answer(bench(*BOTH, "--json", model=folder))["resolved"]
+    assert found["agreement"]["same"] == 16
 
 
 def test_without_transformers_the_message_says_what_to_install(

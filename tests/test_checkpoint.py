@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -28,7 +30,7 @@ from checkpoint_cases import (
 from kvtool import reading
 from kvtool.config import ModelConfig
 from kvtool.core import checkpoint, machine
-from kvtool.core.safetensors_file import SafetensorsFile
+from kvtool.core.safetensors_file import SafetensorsFile, TensorInfo
 from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
 
 EMBEDDING, QKV = "embed.tokens.weight", "layers.0.attn.qkv.weight"
@@ -328,13 +330,41 @@ def test_a_number_of_too_many_digits_is_refused(folder: Path) -> None:
     assert "config.json: is not valid JSON" in refusal(folder)
 
 
+@pytest.mark.parametrize("context", [2**31 - 1, 2 * 10**7])
+def test_a_context_out_of_proportion_to_the_weights_is_refused_before_its_table_is_made(
+    folder: Path, context: int
+) -> None:
+    saved(folder, d_model=16)
+    change_config(folder, context=context)
+    message = refusal(folder)
+    assert f"config.json: context {context} takes {context / 2**23:.3g} GiB of tables" in message
+    assert "(expected 1 GiB or less, beside its weights)" in message
+
+
+@pytest.mark.parametrize(("nbytes", "fits"), [(2**30, True), (2**30 + 1, False), (4 * 2**34, True)])
+def test_a_million_positions_fit_beside_the_weights_of_a_model_that_has_them(
+    nbytes: int, fits: bool
+) -> None:
+    weights = 2**34 if nbytes > 2**31 else 8
+    source = SimpleNamespace(tensors={"a": TensorInfo(torch.float16, (weights // 2,), 0, weights)})
+    with nullcontext() if fits else pytest.raises(FileError, match="beside its weights"):
+        checkpoint.require_tables(Path("config.json"), nbytes, source)
+
+
 def test_a_context_beyond_the_memory_is_refused_before_its_table_is_made(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change_config(folder, context=2**31 - 1)
-    monkeypatch.setattr(machine, "available_bytes", lambda device: 2**36)
+    change_config(folder, context=2**25)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 2**31)
     message = refusal(folder, CapacityError)
-    assert "config.json: context 2147483647: needs 192 GiB (64 GiB available)" in message
+    assert "config.json: context 33554432: needs 3 GiB (2 GiB available)" in message
+
+
+def test_a_configuration_is_no_gigabyte_of_holes(folder: Path) -> None:
+    with open(folder / "config.json", "ab") as file:
+        file.truncate(3 * 2**30)
+    message = refusal(folder)
+    assert "config.json: is too large for a configuration (3,221,225,472 bytes, expected" in message
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
@@ -394,3 +424,18 @@ def test_parameters_train_and_own_their_memory(tmp_path: Path) -> None:
     parameters = dict(load(tmp_path).named_parameters())
     assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in parameters.values())
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in parameters.values())
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "norm", "tied", "norm_eps", "model_type", "new"])
+@pytest.mark.parametrize("value", [10**6 * "x", 10**5 * ["y"], {10**6 * "z": 1}], ids=type)
+def test_a_value_of_a_megabyte_does_not_flood_the_message(
+    folder: Path, field: str, value: object
+) -> None:
+    change_config(folder, **{field: value})
+    assert len(refusal(folder).removeprefix(str(folder))) < 400
+
+
+def test_no_error_says_more_than_fits_a_screen() -> None:
+    error = FileError(10**6 * "a", 10**6 * "b")
+    assert len(str(error)) < 4100 and "aaa... bbb" not in str(error)
+    assert error.message.endswith("a...") and error.hint.endswith("b...")

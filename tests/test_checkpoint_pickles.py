@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import pickle as pickle_errors
+import signal
+import struct
+import tarfile
 import zipfile
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ import torch
 
 from checkpoint_cases import load, refusal, same, saved
 from kvtool import reading
-from kvtool.core import checkpoint, machine
+from kvtool.core import checkpoint, machine, pickle_walk, pickled_file
 from kvtool.core.models import Model
 from kvtool.errors import CapacityError, FileError
 
@@ -148,3 +153,153 @@ def test_a_pickle_that_inflates_beyond_the_memory_is_refused_before_it_is_opened
     assert pickle.stat().st_size < 2000
     monkeypatch.setattr(machine, "available_bytes", lambda device: 500_000)
     assert "model.pt: needs 0.000931 GiB" in refusal(pickle.parent, CapacityError)
+
+
+# --- pickles that would build what nobody asked for
+
+
+def step(text: str) -> bytes:
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+# A tuple that holds itself doubled sixty times: three bytes a doubling, 2^60 numbers to hash.
+DOUBLED = b"K\x01\x85q\x00" + 60 * b"h\x00\x86q\x00"
+MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+STORAGE = step("storage") + b"ctorch\nFloatStorage\n"
+BOMBS = {
+    "a key": b"}" + DOUBLED + b"K\x01s",
+    "a key among others": b"}(" + DOUBLED + b"K\x01u",
+    "a storage's kind": b"(" + DOUBLED + b"tQ",
+    "a storage's key": b"(" + STORAGE + DOUBLED + step("cpu") + b"K\x04tQ",
+    "a key of an ordered dictionary": b"ccollections\nOrderedDict\n(](" + DOUBLED + b"K\x01\x86etR",
+    "an element of a set": b"cbuiltins\nset\n(](" + DOUBLED + b"etR",
+    "a size": b"ctorch\nSize\n" + DOUBLED + b"\x85R",
+    "a device": b"ctorch\ndevice\n" + DOUBLED + b"\x85R",
+}
+
+
+def pickled(body: bytes) -> bytes:
+    return b"\x80\x02" + body + b"."
+
+
+def write_zip(path: Path, body: bytes, **others: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled(body))
+        for name, data in {"byteorder": b"little", "version": b"3\n", **others}.items():
+            archive.writestr(f"archive/{name}", data)
+
+
+def write_legacy(path: Path, *bodies: bytes) -> None:
+    usual = (MAGIC, b"M\xe9\x03", b"}", b"}", b"]")
+    path.write_bytes(b"".join(map(pickled, [*bodies, *usual[len(bodies) :]])))
+
+
+@pytest.mark.parametrize("what", BOMBS)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_would_be_hashed_or_printed_for_ever_is_refused(
+    pickle: Path, what: str, zipped: bool
+) -> None:
+    if zipped:
+        write_zip(pickle, BOMBS[what])
+    else:
+        write_legacy(pickle, MAGIC, b"M\xe9\x03", b"}", BOMBS[what])
+    assert pickle.stat().st_size < 1000
+    assert "model.pt: is damaged or no PyTorch file (" in refusal(pickle.parent)
+
+
+def test_the_small_pickles_of_the_old_format_are_bounded_too(pickle: Path) -> None:
+    write_legacy(pickle)
+    assert "lacks 8 of 8 tensors" in refusal(pickle.parent)
+    write_legacy(pickle, DOUBLED)
+    assert "(it does not begin as torch.save begins it)" in refusal(pickle.parent)
+    write_legacy(pickle, MAGIC, DOUBLED)
+    assert "(it does not begin as torch.save begins it)" in refusal(pickle.parent)
+    write_legacy(pickle, MAGIC, b"M\xe9\x03", b"}", b"}", b"](" + DOUBLED + b"e")
+    assert "(its keys are no list of strings)" in refusal(pickle.parent)
+
+
+def test_what_is_not_hashed_may_be_nested_and_is_no_tensor(pickle: Path) -> None:
+    write_zip(pickle, b"}" + step("a") + DOUBLED + b"s")
+    assert "model.pt: a is of type tuple (expected a named tensor)" in refusal(pickle.parent)
+
+
+def test_memory_that_only_a_pickle_asks_for_is_refused(pickle: Path) -> None:
+    write_zip(pickle, b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R")
+    assert "holds code objects" in refusal(pickle.parent)
+    huge = b"(" + STORAGE + step("0") + step("cpu") + b"\x8a\x06\0\0\0\0\0\x01"
+    write_legacy(pickle, MAGIC, b"M\xe9\x03", b"}", huge + b"NtQ", b"](" + step("0") + b"e")
+    assert "(it has fewer values than it says)" in refusal(pickle.parent)
+    write_zip(pickle, huge + b"tQ", **{"data/0": bytes(16)})
+    assert "(0 has other values than it says)" in refusal(pickle.parent)
+
+
+def test_steps_without_end_are_refused(pickle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickle_walk, "MOST_STEPS", 1000)
+    write_zip(pickle, 999 * b"]0" + b"}")
+    assert "is no step of a state_dict" in refusal(pickle.parent)  # torch's reader drops nothing
+    write_zip(pickle, 1001 * b"]" + b"}")
+    assert "(it takes more than 1,000 steps)" in refusal(pickle.parent)
+    monkeypatch.setattr(pickled_file, "MOST_PICKLE", 100)
+    write_zip(pickle, 101 * b"]" + b"}")
+    assert "(its pickle is too large)" in refusal(pickle.parent)
+
+
+# --- archives that two readers would see in two ways
+
+
+def test_an_archive_has_one_table_of_contents_at_its_end(pickle: Path, model: Model) -> None:
+    torch.save(model.state_dict(), pickle)
+    whole = pickle.read_bytes()
+    for changed in (whole + b"\0", b"PK\x03\x04" + whole, whole + whole, whole[:-2] + b"\1\0x"):
+        pickle.write_bytes(changed)
+        assert "model.pt: is damaged or no PyTorch file (" in refusal(pickle.parent)
+
+
+def test_no_two_files_of_an_archive_have_one_name_or_bytes(
+    pickle: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    write_zip(pickle, b"}", **{"DATA.pkl": pickled(BOMBS["a key"])})  # torch ignores the case
+    assert "(two files have one name)" in refusal(pickle.parent)
+    write_zip(pickle, b"}")
+    with zipfile.ZipFile(pickle, "a") as archive:
+        entry = copy(archive.infolist()[0])
+        entry.filename = entry.orig_filename = "archive/data/0"
+        archive.filelist.append(entry)
+        archive._didModify = True
+    assert "(files in it overlap)" in refusal(pickle.parent)
+
+
+def test_a_tar_archive_is_never_opened_as_one(pickle: Path) -> None:
+    """torch looks for the oldest format first, by a reader of archives of all kinds."""
+    write_legacy(pickle)
+    head = tarfile.TarInfo().tobuf()
+    pickle.write_bytes(head + pickle.read_bytes())
+    assert "(it is a tar archive)" in refusal(pickle.parent)
+
+
+def test_what_torch_advises_is_never_shown(pickle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def advise(*given: Any, **options: Any) -> None:
+        raise pickle_errors.UnpicklingError("Weights only load failed. Use weights_only=False")
+
+    write_zip(pickle, b"}")
+    monkeypatch.setattr(torch, "load", advise)
+    message = refusal(pickle.parent)
+    assert "weights_only" not in message and "(UnpicklingError)" in message
+
+
+def test_signals_end_torchs_reader_at_once(pickle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the main thread in native code, where a handler of Python's would wait."""
+    seen = []
+
+    def look(*given: Any, **options: Any) -> dict[str, Any]:
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return {}
+
+    write_zip(pickle, b"}")
+    monkeypatch.setattr(torch, "load", look)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        refusal(pickle.parent)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIG_DFL]

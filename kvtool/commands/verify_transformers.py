@@ -127,15 +127,13 @@ def run(settings: Settings, out: Output) -> Report:
     from kvtool.core.checkpoint import tell_format
     from kvtool.core.machine import dtype_name, prepare, require_memory
     from kvtool.core.verify import transformers_subject as hub
-    from kvtool.core.weight_files import folder_sha256
 
     names = chosen_scenarios(settings.scenarios)
     started = time.perf_counter()
     device, dtype = prepare(settings.run)
-    model, note = hub.load_model(settings.run.model, settings.run.seed)
-    folder = Path(settings.run.model)
+    model, note, sha256 = hub.load_model(settings.run.model, settings.run.seed)
     stored = getattr(model.config, "dtype", None) or dtype
-    if folder.is_dir():
+    if sha256 is not None:
         tell_format(settings.run.model, stored, dtype)
     model = model.to(device, dtype)
     n_vocab = model.config.get_text_config(decoder=True).vocab_size
@@ -146,7 +144,7 @@ def run(settings: Settings, out: Output) -> Report:
     kinds = settings.caches or list(TRANSFORMERS_CACHES)
     resolved = {
         "model": settings.run.model,
-        "sha256": folder_sha256(folder),
+        "sha256": sha256,
         "stored_dtype": dtype_name(stored),
         "transformers": hub.need_transformers(),
         "architecture": type(model).__name__,

@@ -40,10 +40,11 @@ from kvtool.core.weight_files import (
 )
 from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
 from kvtool.files import CHECKPOINT_FOLDER, json_bytes, model_folder, write_durable
-from kvtool.reading import read_json_object
+from kvtool.reading import MOST_CONFIG, quoted, read_json_object
 
 CONFIG = "config.json"
 TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
+MOST_TABLES = 2**30  # bytes
 LARGEST_TENSOR = 2**48  # values; torch counts bytes in 63 bits, and no file holds this many
 CPU = torch.device("cpu")
 SMALLER = "Free memory, or use a smaller model."
@@ -132,7 +133,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     _check_memory(source, config, device, dtype)
     stored, sha256 = _read(source, model)
     weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
-    _check_finite(source.path, stored, weights, CheckFailed if check else FileError)
+    require_finite(source.path, stored, weights, CheckFailed if check else FileError)
     _fill(model, weights)
     kept = stored_dtype(source)
     tell_format(name or folder.name, kept, dtype)
@@ -188,7 +189,7 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     source = _open(folder, config, family)
     model = _empty_model(config, source)
     _check_tensors(source, model)
-    require_memory(str(source.path), _nbytes(source.tensors.values()), CPU, SMALLER)
+    require_memory(str(source.path), n_bytes(source), CPU, SMALLER)
     return _read(source, model)[0]
 
 
@@ -203,7 +204,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
             f"--model {folder}: holds no {CONFIG}: not a checkpoint folder", CHECKPOINT_FOLDER
         )
     refuse_lookalike(path, "a configuration")
-    data = read_json_object(path, "a configuration")
+    data = read_json_object(path, "a configuration", MOST_CONFIG)
     kind = data.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is not None:
@@ -212,7 +213,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
         is_own = isinstance(kind, str) and kind.startswith(OWN)
         own = "A family of your own needs its line in MODELS (docs/extending.md)."
         raise FileError(
-            f"{path}: model_type {kind!r} is not supported "
+            f"{path}: model_type {quoted(kind)} is not supported "
             f"(expected one of {', '.join((*own_types(), *FAMILIES))})",
             own if is_own else "kvtool never runs code from a checkpoint.",
         )
@@ -226,7 +227,7 @@ def _read_tokenizers(
         if not os.path.lexists(folder / TOKENIZER):
             return NoTokenizer(folder / TOKENIZER), None
         tokenizer = _read_tokenizer(folder / TOKENIZER, "vocab_size", config.vocab_size)
-        ends = end_ids(folder, read_json_object(folder / CONFIG, "a configuration"))
+        ends = end_ids(folder, read_json_object(folder / CONFIG, "a configuration", MOST_CONFIG))
         return tokenizer.as_it_is(ends), None
     if not config.n_encoder_layers:
         return _read_tokenizer(folder / TOKENIZER, "vocab_size", config.vocab_size), None
@@ -296,9 +297,11 @@ def _check_sizes(config: ModelConfig, source: WeightFile) -> None:
 def _empty_model(config: ModelConfig, source: WeightFile) -> Model:
     """The model with all its parts but the weights, whose names and shapes it says.
 
-    Raises CapacityError for tables of positions that do not fit into memory.
+    Raises FileError for tables of positions out of proportion to the weights, CapacityError for
+    those that do not fit into memory.
     """
     where = source.path.parent / CONFIG
+    require_tables(where, _table_bytes(config), source, f"context {config.context}")
     # Making a table takes about two more of its size for a moment.
     require_memory(f"{where}: context {config.context}", 3 * _table_bytes(config), CPU, SMALLER)
     with _WithoutWeights():
@@ -309,6 +312,21 @@ def _table_bytes(config: ModelConfig) -> int:
     """Of the float64 tables of positions, which no file holds and so no file's size bounds."""
     width = {"sinusoidal": config.d_model, "rotary": config.head_dim}.get(config.positions, 0)
     return (2 if config.n_encoder_layers else 1) * config.context * width * 8
+
+
+def require_tables(
+    where: Path, nbytes: int, source: WeightFile, what: str = "what it describes"
+) -> None:
+    """Raise FileError for tables, which no file holds, of so many bytes beside its weights.
+
+    Contexts of a million positions take a gibibyte, in models of fifteen.
+    """
+    most = max(MOST_TABLES, 4 * n_bytes(source))
+    if nbytes > most:
+        raise FileError(
+            f"{where}: {what} takes {nbytes / 2**30:.3g} GiB of tables "
+            f"(expected {most / 2**30:.3g} GiB or less, beside its weights)"
+        )
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -329,7 +347,7 @@ def _check_memory(
     source: WeightFile, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Raise CapacityError unless the weights fit, as stored and as converted at once."""
-    stored = _nbytes(source.tensors.values())
+    stored = n_bytes(source)
     on_cpu = device.type == "cpu"  # then a weight of the right dtype is used as it was read
     made = sum(
         math.prod(info.shape) * dtype.itemsize
@@ -342,6 +360,11 @@ def _check_memory(
     require_memory(where, stored + (made if on_cpu else 0), CPU, SMALLER, wider)
     if not on_cpu:
         require_memory(where, made + _table_bytes(config), device, SMALLER, dtype)
+
+
+def n_bytes(source: WeightFile) -> int:
+    """What its tensors take, as stored."""
+    return _nbytes(source.tensors.values())
 
 
 def _nbytes(tensors: Iterable[TensorInfo]) -> int:
@@ -370,7 +393,7 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def _check_finite(
+def require_finite(
     path: Path, stored: Mapping[str, Tensor], weights: Mapping[str, Tensor], kind: type[Exception]
 ) -> None:
     """Raise `kind` for NaN or infinity in the file, UsageError if only the conversion made it."""

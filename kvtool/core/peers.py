@@ -21,10 +21,11 @@ from kvtool.core.sampling import Sampler
 from kvtool.core.timing import Run, Workload, now
 from kvtool.core.verify import transformers_subject as hub
 from kvtool.core.verify.compare import distances
+from kvtool.core.verify.hub_folder import read_folder
 from kvtool.core.verify.tiny import hushed
 from kvtool.core.witness import IMPL, witness
 from kvtool.errors import CheckFailed, FileError
-from kvtool.reading import read_json_object
+from kvtool.reading import MOST_CONFIG, read_json_object
 
 COMPARED_PROMPT, COMPARED = 32, 16  # tokens of a prompt, and behind it, that both must agree in
 # Of the largest logit. Rounding in float32 leaves about 1e-6 of it, other mathematics 1e-3 or more;
@@ -112,7 +113,7 @@ def cache_nbytes(cache: Any) -> int:
 
 def source_of(folder: Path) -> Path | None:
     """The folder, if transformers reads it by itself. Raises FileError."""
-    kind = read_json_object(folder / CONFIG, "a configuration").get("model_type")
+    kind = read_json_object(folder / CONFIG, "a configuration", MOST_CONFIG).get("model_type")
     return folder if kind in FAMILIES else None
 
 
@@ -130,12 +131,9 @@ def load_peer(source: Path | None, model: Model) -> Any:
     )
     if source is not None:
         try:
-            return hub.read_folder(source, dtype=weight.dtype).to(weight.device)
+            return read_folder(source, weight.dtype).model.to(weight.device)
         except FileError as error:
-            raise FileError(
-                f"{IMPL}: {error.message}",
-                "transformers reads model.safetensors and pytorch_model.bin, whole or in shards.",
-            ) from error
+            raise FileError(f"{IMPL}: {error.message}", error.hint) from error
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     arrays = {name: t.detach().to("cpu", exact).numpy() for name, t in model.state_dict().items()}
     made = witness(arrays, model.config, weight.dtype, IMPL)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +32,14 @@ DTYPES = {
 # Constants that versions of transformers stored beside the weights: masks and rotary rates.
 BUFFERS = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 BUFFER_DTYPES = {**DTYPES, "BOOL": torch.bool, "U8": torch.uint8}
+# What models of transformers store beside their weights, such as the numbers of positions.
+STORED_DTYPES = {
+    **BUFFER_DTYPES,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 class DamagedFile(FileError):
@@ -51,20 +60,22 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """The checked header of the regular file `path`, and its tensors on demand.
+    """The checked header of the regular file `path`, and its tensors of `dtypes` on demand.
 
     Raises FileError, here for a damaged header or a size that contradicts it, and in `read` for a
     file that changed in between.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> None:
         self.path = path
         with opened(path, "safetensors") as file:
             size = file.seek(0, 2)
             file.seek(0)
             self._prefix = _read_prefix(file, size, path)
         spec, self.metadata = _parse(self._prefix[8:], path)
-        self.tensors = {name: _tensor_info(name, entry, path) for name, entry in spec.items()}
+        self.tensors = {
+            name: _tensor_info(name, entry, path, dtypes) for name, entry in spec.items()
+        }
         _check_layout(self.tensors, len(self._prefix), size, path)
 
     def read(self) -> tuple[dict[str, Tensor], str]:
@@ -120,15 +131,17 @@ def _parse(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return found, metadata
 
 
-def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
+def _tensor_info(
+    name: str, entry: Any, path: Path, dtypes: Mapping[str, torch.dtype]
+) -> TensorInfo:
     where = f"{path}: {short(name)}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise DamagedFile(f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    known = BUFFER_DTYPES if BUFFERS.search(name) else DTYPES
+    known = {**BUFFER_DTYPES, **dtypes} if BUFFERS.search(name) else dtypes
     if not isinstance(dtype, str) or dtype not in known:
         raise FileError(
-            f"{where} has dtype {short(str(dtype))} (expected one of {', '.join(DTYPES)})",
+            f"{where} has dtype {short(str(dtype))} (expected one of {', '.join(dtypes)})",
             "Weights are floating-point numbers.",
         )
     if not _whole_numbers(shape) or len(shape) > MOST_DIMENSIONS:

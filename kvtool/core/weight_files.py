@@ -8,32 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
-import warnings
-import zipfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvtool.core.machine import require_memory
-from kvtool.core.safetensors_file import (
-    BUFFER_DTYPES,
-    BUFFERS,
-    DTYPES,
-    SafetensorsFile,
-    TensorInfo,
-)
-from kvtool.errors import FileError, pass_on_shortage
-from kvtool.reading import opened, read_json_object, sha256, short
+from kvtool.core.pickled_file import PickledFile
+from kvtool.core.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
+from kvtool.errors import FileError
+from kvtool.reading import opened, quoted, read_json_object, short
 
 WEIGHTS = "model.safetensors"
 INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 PICKLES = ("model.pt", "pytorch_model.bin")
 NAMES_SHOWN = 10
-WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights
+LONGEST_NAME = 256  # characters; no file system has longer names
 
 # What a download may leave in place of the file. Neither can start a valid file of ours.
 LOOKALIKES = {
@@ -53,18 +44,30 @@ class WeightFile(Protocol):
         """All tensors, on the CPU, contiguous, and a SHA-256 of the file(s) in hexadecimal."""
 
 
-def open_weights(folder: Path) -> WeightFile:
-    """The weights in `folder`; safetensors are preferred. Raises FileError if there are none."""
+def open_weights(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> WeightFile:
+    """The weights in `folder`; safetensors are preferred. `dtypes` are what tensors may be of.
+
+    Raises FileError if there are none.
+    """
+
+    def safetensors(path: Path) -> SafetensorsFile:
+        refuse_lookalike(path, "weights")
+        return SafetensorsFile(path, dtypes)
+
+    def pickled(path: Path) -> PickledFile:
+        refuse_lookalike(path, "weights")
+        return PickledFile(path, dtypes)
+
     # lexists: a broken link is an error about that file, not a reason to take another one.
     if os.path.lexists(folder / WEIGHTS):
-        return _open_safetensors(folder / WEIGHTS)
+        return safetensors(folder / WEIGHTS)
     if os.path.lexists(folder / INDEX):
-        return ShardedFile(folder / INDEX, _open_safetensors)
+        return ShardedFile(folder / INDEX, safetensors)
     for name in PICKLES:
         if os.path.lexists(folder / name):
-            return PickledFile(folder / name)
+            return pickled(folder / name)
     if os.path.lexists(folder / PICKLED_INDEX):
-        return ShardedFile(folder / PICKLED_INDEX, PickledFile)
+        return ShardedFile(folder / PICKLED_INDEX, pickled)
     raise FileError(f"{folder / WEIGHTS}: not found (expected weights)", "Copy them there.")
 
 
@@ -77,11 +80,6 @@ def refuse_lookalike(path: Path, what: str) -> None:
             raise FileError(f"{path}: is {found} (expected {what})", hint)
 
 
-def _open_safetensors(path: Path) -> SafetensorsFile:
-    refuse_lookalike(path, "weights")
-    return SafetensorsFile(path)
-
-
 def require_tensors(
     path: Path,
     tensors: Mapping[str, TensorInfo],
@@ -92,23 +90,29 @@ def require_tensors(
     required = [name for name in shapes if name not in optional]
     missing = [name for name in required if name not in tensors]
     extra = [name for name in tensors if name not in shapes]
+    refuse_names(path, missing, extra, len(required))
+    for name, expected in shapes.items():
+        found = tensors[name].shape if name in tensors else expected
+        if found != expected:
+            raise wrong_shape(f"{path}: {short(name)}", found, expected)
+
+
+def refuse_names(path: Path, missing: list[str], extra: list[str], n_required: int) -> None:
+    """Raise FileError if tensors are missing, of `n_required`, or there are others."""
     if missing:
         raise FileError(
-            f"{path}: lacks {len(missing)} of {len(required)} tensors ({_listed(missing)})",
-            f"It holds others instead: {_listed(extra)}." if extra else "",
+            f"{path}: lacks {len(missing)} of {n_required} tensors ({_listed(missing)})",
+            f"It holds others instead: {_listed(extra)}".rstrip(".") + "." if extra else "",
         )
     if extra:
         raise FileError(
             f"{path}: holds {len(extra)} tensors that the model of config.json does not have "
             f"({_listed(extra)})"
         )
-    for name, expected in shapes.items():
-        found = tensors[name].shape if name in tensors else expected
-        if found != expected:
-            raise _wrong_shape(f"{path}: {name}", found, expected)
 
 
-def _wrong_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> FileError:
+def wrong_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> FileError:
+    """What is said of a tensor of another shape than its model's."""
     transposed = len(found) == 2 and found == expected[::-1]
     return FileError(
         f"{where} has shape {list(found)} (expected {list(expected)})",
@@ -123,19 +127,6 @@ def _listed(names: list[str]) -> str:
     return shown if len(names) <= NAMES_SHOWN else f"{shown}, ..."
 
 
-def folder_sha256(folder: Path) -> str | None:
-    """The SHA-256 of the weights in a folder, as `WeightFile.read` has it; None without any."""
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        digests = [sha256(path) for path in sorted(folder.glob(pattern))]
-        if digests:
-            return _together(digests) if digests[1:] else digests[0]
-    return None
-
-
-def _together(digests: Sequence[str]) -> str:
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
 class ShardedFile:
     """Several files that `open_shard` opens, and an index that says which tensor is in which."""
 
@@ -143,11 +134,16 @@ class ShardedFile:
         self.path = path
         refuse_lookalike(path, "an index of weights")
         places = _weight_map(path)
-        names = sorted(set(places.values()))
-        self._shards = [open_shard(path.parent / name) for name in names]
+        listed: dict[str, set[str]] = {}
+        for tensor, name in places.items():
+            listed.setdefault(name, set()).add(tensor)
+        self._shards: list[WeightFile] = []
         self.tensors: dict[str, TensorInfo] = {}
-        for name, shard in zip(names, self._shards, strict=True):
-            _check_shard(path, name, places, set(shard.tensors))
+        for name in sorted(listed):
+            shard = open_shard(path.parent / name)
+            # Before the next is opened: of what nobody listed, no more than one shard is held.
+            _check_shard(path, name, places, listed[name], set(shard.tensors))
+            self._shards.append(shard)
             self.tensors |= shard.tensors
 
     def read(self) -> tuple[dict[str, Tensor], str]:
@@ -158,7 +154,7 @@ class ShardedFile:
             tensors, digest = shard.read()
             found |= tensors
             digests.append(digest)
-        return found, _together(digests)
+        return found, hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -168,16 +164,18 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise FileError(f"{path}: weight_map is not an object of file names")
     for tensor, name in places.items():
         # isprintable: a NUL or half a surrogate pair is in no file's name, and breaks open().
-        if not name.isprintable() or "/" in name or "\\" in name or name in ("", ".", ".."):
+        plain = name.isprintable() and len(name) < LONGEST_NAME and name not in ("", ".", "..")
+        if not plain or "/" in name or "\\" in name:
             raise FileError(
-                f"{path}: places {short(tensor)} in {short(repr(name))} (expected a file name)",
+                f"{path}: places {short(tensor)} in {quoted(name)} (expected a file name)",
                 "Shards lie beside their index; kvtool opens nothing elsewhere.",
             )
     return places
 
 
-def _check_shard(index: Path, shard: str, places: Mapping[str, str], held: set[str]) -> None:
-    listed = {tensor for tensor, place in places.items() if place == shard}
+def _check_shard(
+    index: Path, shard: str, places: Mapping[str, str], listed: set[str], held: set[str]
+) -> None:
     if listed - held:
         tensor = min(listed - held)
         raise FileError(f"{index}: places {short(tensor)} in {shard}, which does not hold it")
@@ -188,86 +186,3 @@ def _check_shard(index: Path, shard: str, places: Mapping[str, str], held: set[s
                 f"{index}: places {short(tensor)} in {places[tensor]}, but {shard} holds one too"
             )
         raise FileError(f"{index}: does not list {short(tensor)}, which {shard} holds")
-
-
-class PickledFile:
-    """A state_dict that torch.save wrote. It has no header, so that opening it reads it.
-
-    Nothing but tensors is ever unpickled: a file that asks for more is refused.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        refuse_lookalike(path, "weights")
-        require_memory(str(path), _unpacked_size(path), torch.device("cpu"))
-        self._state = _checked_state(_unpickle(path), path)
-        self.tensors = {
-            name: TensorInfo(tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
-            for name, tensor in self._state.items()
-        }
-
-    def read(self) -> tuple[dict[str, Tensor], str]:
-        # Views may share memory, be transposed or repeat one value; a model owns its weights.
-        found = {
-            name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in self._state.items()
-        }
-        return found, sha256(self.path)
-
-
-def _unpacked_size(path: Path) -> int:
-    """In bytes. torch.load also inflates, so that a small file can stand for any amount."""
-    try:
-        if not zipfile.is_zipfile(path):
-            return path.stat().st_size  # the format before torch 1.6, or damaged: torch.load tells
-        with zipfile.ZipFile(path) as archive:
-            return sum(info.file_size for info in archive.infolist())
-    except Exception as error:  # BadZipFile, but also UnicodeDecodeError, struct.error and others
-        raise _damaged_pickle(path, error) from error
-
-
-def _unpickle(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on TorchScript, which is refused in the next line
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises almost anything, from EOFError to KeyError
-        pass_on_shortage(error)
-        # torch's text is left out: it recommends weights_only=False, which runs the file's code.
-        refused = isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error)
-        if refused or "TorchScript" in str(error):
-            raise FileError(
-                f"{path}: holds code objects, which kvtool never runs (expected tensors)",
-                "Save a state_dict or safetensors.",
-            ) from error
-        raise _damaged_pickle(path, error) from error
-
-
-def _damaged_pickle(path: Path, error: Exception) -> FileError:
-    return FileError(
-        f"{path}: is damaged or no PyTorch file ({type(error).__name__})",
-        "Save a state_dict or safetensors.",
-    )
-
-
-def _checked_state(found: Any, path: Path) -> dict[str, Tensor]:
-    """The state_dict itself, unwrapped, if it holds ordinary tensors alone."""
-    for name in WRAPPERS:
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
-            found = found[name]
-    if not isinstance(found, dict):
-        raise FileError(f"{path}: holds no state_dict (found {type(found).__name__})")
-    for name, tensor in found.items():
-        where = f"{path}: {short(str(name))}"
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise FileError(f"{where} is of type {type(tensor).__name__} (expected a named tensor)")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise FileError(f"{where} is {tensor.layout} on {tensor.device} (expected dense)")
-        known = BUFFER_DTYPES if BUFFERS.search(name) else DTYPES
-        if tensor.dtype not in known.values():
-            raise FileError(
-                f"{where} has dtype {str(tensor.dtype).removeprefix('torch.')} "
-                f"(expected one of {', '.join(DTYPES)})",
-                "Weights are floating-point numbers.",
-            )
-    return found

@@ -16,10 +16,12 @@ from kvtool.core import oracle
 from kvtool.core.families import FAMILIES
 from kvtool.core.families.weights import HEAD
 from kvtool.core.safetensors_file import BUFFERS
+from kvtool.core.verify.hub_folder import make_config, read_settings
 from kvtool.core.verify.precision import Promote
 from kvtool.core.weight_files import open_weights
 from kvtool.errors import UsageError
-from kvtool.reading import read_json_object
+from kvtool.hub import offline
+from kvtool.reading import MOST_CONFIG, read_json_object
 
 Arrays = dict[str, np.ndarray]
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
@@ -76,11 +78,11 @@ def folder_witness(folder: Path) -> Any | None:
 
     Raises UsageError if transformers is not installed.
     """
-    data = read_json_object(folder / "config.json", "a configuration")
+    data = read_json_object(folder / "config.json", "a configuration", MOST_CONFIG)
     if data.get("model_type") not in FAMILIES:
         return None
     transformers = _transformers()
-    config = transformers.CONFIG_MAPPING[data["model_type"]].from_dict(data)
+    config = make_config(read_settings(folder), folder / "config.json")
     model = _empty(transformers, config, torch.float64)
     tensors = open_weights(folder).read()[0]
     prefix = f"{model.base_model_prefix}."
@@ -98,6 +100,7 @@ def folder_witness(folder: Path) -> Any | None:
 
 
 def _transformers() -> Any:
+    offline()
     try:
         import transformers
     except ImportError as error:

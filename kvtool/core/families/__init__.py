@@ -17,7 +17,7 @@ from kvtool.core.families.fields import Fields
 from kvtool.core.families.weights import MappedFile, NameMap
 from kvtool.core.weight_files import WeightFile
 from kvtool.errors import FileError, UsageError
-from kvtool.reading import read_json_object
+from kvtool.reading import MOST_CONFIG, read_json_object
 
 __all__ = ["FAMILIES", "Family", "end_ids"]
 
@@ -65,7 +65,7 @@ def end_ids(folder: Path, data: Mapping[str, Any]) -> frozenset[int]:
     """
     path, found = folder / "config.json", data.get("eos_token_id")
     if (folder / GENERATION_CONFIG).is_file():
-        own = read_json_object(folder / GENERATION_CONFIG, "settings of generation")
+        own = read_json_object(folder / GENERATION_CONFIG, "settings of generation", MOST_CONFIG)
         if own.get("eos_token_id") is not None:
             path, found = folder / GENERATION_CONFIG, own["eos_token_id"]
     ids = found if isinstance(found, list) else [] if found is None else [found]

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvtool.config import check_bool, check_float, check_int
 from kvtool.errors import UsageError
+from kvtool.reading import quoted, short
 
 # Fields that change no logit of a decoder in evaluation, whatever their value, by what they are.
 _HARMLESS = {
@@ -91,7 +92,7 @@ class Fields:
         value = self.take(name, default)
         if not isinstance(value, str) or value not in choices:
             raise UsageError(
-                f"{name}: {value!r} is not supported (expected one of {', '.join(choices)})"
+                f"{name}: {quoted(value)} is not supported (expected one of {', '.join(choices)})"
             )
         return choices[value]
 
@@ -101,13 +102,14 @@ class Fields:
             if name in self._taken or name in HARMLESS:
                 continue
             if name not in NEUTRAL:
+                found = f"{quoted(name)} (found {quoted(str(value))})"
                 raise UsageError(
-                    f"unknown field {name!r} (found {str(value)[:60]!r}) might change the model",
+                    f"unknown field {found} might change the model",
                     "kvtool ignores only what is known to change no logit.",
                 )
             if value != NEUTRAL[name]:
                 raise UsageError(
-                    f"{name}: {str(value)[:60]} is not supported (expected {NEUTRAL[name]})"
+                    f"{name}: {short(str(value))} is not supported (expected {NEUTRAL[name]})"
                 )
 
 

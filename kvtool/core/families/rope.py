@@ -8,6 +8,7 @@ from typing import Any
 from kvtool.config import RopeScaling
 from kvtool.core.families.fields import Fields
 from kvtool.errors import UsageError
+from kvtool.reading import quoted
 
 THETA = 10_000.0
 KINDS = {"default": "", "linear": "linear", "dynamic": "", "llama3": "llama3", "yarn": "yarn"}
@@ -27,7 +28,7 @@ def rotation(f: Fields, context: int) -> tuple[float, RopeScaling | None]:
     kind = spec.take("type", "default")
     named = spec.take("rope_type", kind)
     if "type" in spec.data and named != kind:
-        raise UsageError(f"rope_type: {named!r} contradicts type {kind!r}")
+        raise UsageError(f"rope_type: {quoted(named)} contradicts type {quoted(kind)}")
     kind = Fields({"rope_type": named}).one_of("rope_type", {name: name for name in KINDS})
     scaling = _scaling(spec, KINDS[kind], context)
     if kind == "dynamic":
@@ -43,7 +44,7 @@ def _spec(f: Fields) -> Fields:
         raise UsageError("rope_scaling: contradicts rope_parameters")
     found: Any = {} if new is None and old is None else new if old is None else old
     if not isinstance(found, dict):
-        raise UsageError(f"rope_parameters: {str(found)[:60]!r} is not an object")
+        raise UsageError(f"rope_parameters: {quoted(found)} is not an object")
     return Fields(found)
 
 

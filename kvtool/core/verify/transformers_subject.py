@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from kvtool.core.verify.adapter import ModuleDecoder, Plan, State, adapt
 from kvtool.core.verify.api import OWN, decode_case, target_control
 from kvtool.core.verify.check import MAIN, Checked
+from kvtool.core.verify.hub_folder import read_folder
 from kvtool.core.verify.judge import UNSUPPORTED, Case, Finding, Judge
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.scenarios import PREFILL as PREFILL
@@ -27,14 +29,14 @@ from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.target import NEEDED, TargetSubject
 from kvtool.core.verify.target_doctor import examine
 from kvtool.core.verify.tiny import (
-    SEQ2SEQ,
     hushed,
     kind_of,
     known_types,
     loop_over_experts,
     tiny_model,
 )
-from kvtool.errors import CacheOpUnsupported, FileError, UsageError, first_line, pass_on_shortage
+from kvtool.errors import CacheOpUnsupported, CheckFailed, UsageError, first_line, pass_on_shortage
+from kvtool.hub import offline
 
 PARAMETERS = ("past_key_values", "cache_params")  # of a forward, that take these caches
 BACKENDS = ("quanto", "hqq", "fp8")  # of QuantizedCache; the first that is installed counts
@@ -289,44 +291,31 @@ def context(config: Any) -> int:
 # The model, and the check
 
 
-def load_model(name: str, seed: int = 0) -> tuple[Any, str]:
-    """The model in a saved folder, or a tiny random one of a type; and what is special about it.
+class Loaded(NamedTuple):
+    """A model of transformers that is to be judged."""
 
-    Nothing is downloaded, and no code that lies beside the weights is run. Raises UsageError and
-    FileError.
+    model: Any  # a PreTrainedModel
+    note: str  # what is special about how it was built
+    sha256: str | None = None  # of its weights, if they are from a folder
+
+
+def load_model(name: str, seed: int = 0) -> Loaded:
+    """The model in a saved folder, or a tiny random one of a type.
+
+    Raises UsageError, FileError, and CheckFailed for weights that are NaN.
     """
     need_transformers()
     kind = kind_of(name)
-    if name in known_types(kind) or not Path(name).exists():
-        return tiny_model(name, seed, kind=kind)
-    model = read_folder(name)
-    loop_over_experts(model)
-    return model, ""
-
-
-def read_folder(folder: str | Path, **options: Any) -> Any:
-    """What transformers itself reads from a saved folder; `options` are of its from_pretrained.
-
-    Nothing is downloaded, and no code that lies beside the weights is run. Raises FileError.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    local = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with hushed():
-            config = AutoConfig.from_pretrained(str(folder), **local)
-            whole = config.is_encoder_decoder and kind_of(config.model_type) == SEQ2SEQ
-            auto = AutoModelForSeq2SeqLM if whole else AutoModelForCausalLM
-            model = auto.from_pretrained(str(folder), **local, **options)
-    except Exception as error:
-        pass_on_shortage(error)
-        why = first_line(error) or type(error).__name__
-        raise FileError(f"{folder}: transformers cannot read it ({why})") from error
-    return model.eval().requires_grad_(False)
+    if name in known_types(kind) or not os.path.lexists(name):
+        return Loaded(*tiny_model(name, seed, kind=kind))
+    read = read_folder(Path(name), kind=CheckFailed)
+    loop_over_experts(read.model)
+    return Loaded(read.model, "", read.sha256)
 
 
 def need_transformers() -> str:
     """The version of transformers. Raises UsageError if it is not installed."""
+    offline()
     try:
         import transformers
     except ImportError as error:
