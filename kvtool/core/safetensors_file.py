@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,18 +54,22 @@ class TensorInfo:
 class SafetensorsFile:
     """The checked header of the regular file `path`, and its tensors on demand.
 
+    also: formats that tensors of it may have, besides those of weights.
     Raises FileError, here for a damaged header or a size that contradicts it, and in `read` for a
     file that changed in between.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, also: Mapping[str, torch.dtype] | None = None) -> None:
         self.path = path
+        known = {**DTYPES, **(also or {})}
         with opened(path, "safetensors") as file:
             size = file.seek(0, 2)
             file.seek(0)
             self._prefix = _read_prefix(file, size, path)
         spec, self.metadata = _parse(self._prefix[8:], path)
-        self.tensors = {name: _tensor_info(name, entry, path) for name, entry in spec.items()}
+        self.tensors = {
+            name: _tensor_info(name, entry, path, known) for name, entry in spec.items()
+        }
         _check_layout(self.tensors, len(self._prefix), size, path)
 
     def read(self) -> tuple[dict[str, Tensor], str]:
@@ -120,16 +125,18 @@ def _parse(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return found, metadata
 
 
-def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
+def _tensor_info(
+    name: str, entry: Any, path: Path, floats: Mapping[str, torch.dtype]
+) -> TensorInfo:
     where = f"{path}: {short(name)}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise DamagedFile(f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    known = BUFFER_DTYPES if BUFFERS.search(name) else DTYPES
+    known = BUFFER_DTYPES if BUFFERS.search(name) else floats
     if not isinstance(dtype, str) or dtype not in known:
         raise FileError(
-            f"{where} has dtype {short(str(dtype))} (expected one of {', '.join(DTYPES)})",
-            "Weights are floating-point numbers.",
+            f"{where} has dtype {short(str(dtype))} (expected one of {', '.join(floats)})",
+            "Weights are floating-point numbers." if floats == DTYPES else "",
         )
     if not _whole_numbers(shape) or len(shape) > MOST_DIMENSIONS:
         raise FileError(
