@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from kvtool import ending
 from kvtool.core.tokenizer_calls import Asking
 from kvtool.core.tokenizer_rules import LONGEST_TOKEN, around, check_rules, is_sure, rules
 from kvtool.errors import FileError, KvtoolError, UsageError
@@ -25,6 +26,8 @@ KINDS = ("char", "symbol", "word", "bpe")
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0 to 3 of a tokenizer that has them
 PAD, BOS, EOS, UNK = range(4)
 LARGEST_WORD_VOCAB = 30_000
+PART = 1 << 20  # characters of texts that are encoded together
+ENCODED_NBYTES = 256  # what the library takes for a byte of text while it encodes it
 
 # How text falls apart, by kind; what a file's pre-tokenizer says is its kind.
 _SPLITTERS: dict[str, Any] = {
@@ -76,7 +79,11 @@ class Tokenizer:
         texts without a single token.
         """
         choose(kind, KINDS, "--tokenizer")
-        inner = _train_bpe(texts, vocab_size, specials) if kind == "bpe" else _count(kind, texts)
+        with ending.at_once():  # nothing is kept yet, and the library comes back when it is done
+            if kind == "bpe":
+                inner = _train_bpe(texts, vocab_size, specials)
+            else:
+                inner = _count(kind, texts)
         return cls(inner)
 
     @classmethod
@@ -204,9 +211,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once."""
-        with self._asking("encode"):
-            found = self._inner.encode_batch(list(texts), add_special_tokens=self._frames)
-        return [self._as_text(encoding.ids) for encoding in found]
+        ids: list[list[int]] = []
+        for some in _parts(texts):
+            with self._asking("encode"):
+                found = self._inner.encode_batch(some, add_special_tokens=self._frames)
+            ids += [self._as_text(encoding.ids) for encoding in found]
+        return ids
 
     def _as_text(self, ids: list[int]) -> list[int]:
         """`ids` of a text: a vocabulary of whole pieces finds a piece "<eos>" among SPECIALS."""
@@ -279,6 +289,32 @@ class TextStream:
     def finish(self) -> str:
         """What was still waiting."""
         return self._tokenizer.decode(self._ids)[self._shown :]
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """`texts` in runs of about PART characters: between calls of the library signals are heard, and
+    memory is given back."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= PART:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def require_room(where: str, text: str) -> None:
+    """Raise CapacityError, which begins with `where`, for a text too long to be encoded at once."""
+    import torch
+
+    from kvtool.core.machine import require_memory
+
+    needed = ENCODED_NBYTES * len(text.encode())
+    what = f"{where}: the tokens of {len(text):,} characters"
+    require_memory(what, needed, torch.device("cpu"))
 
 
 def guess_kind(texts: Sequence[str]) -> str:
