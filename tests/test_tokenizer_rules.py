@@ -90,6 +90,11 @@ def added(content: str, number: int = 900) -> Spec:
     }
 
 
+def specials(n: int, name: str) -> Spec:
+    kept = [added(name.format(i), 900 + i)["added_tokens"][-1] for i in range(n)]
+    return {"added_tokens": kept}
+
+
 def padding(length: int, pad_id: int = 0) -> Spec:
     return {
         "padding": {
@@ -140,6 +145,8 @@ def written(folder: Path, change: Spec) -> Path:
         (template(special()), "its template has the text 0 times (expected once)"),
         (template(*[special()] * 90, A_TEXT, ids=(1,) * 90), "its rules make 8,100 tokens around"),
         (added("z" * 5000), "has a token of 5,000 characters (expected 4,096 or fewer)"),
+        (specials(20_000, "<{}>"), "has 20,000 special tokens of 128,890 characters (expected 16,"),
+        (specials(300, "z" * 4000 + "{}"), "has 300 special tokens of 1,200,790 characters"),
         (vocabulary(zz=70, yy=70), "several tokens have the id 70 (expected one)"),
         (model(end_of_word_suffix="x" * 99), "end_of_word_suffix has 99 characters (expected 64"),
         (

@@ -25,7 +25,8 @@ MOST_AROUND = 1024  # tokens that a template puts around a text
 LONGEST_TOKEN = 4096  # characters; decoding repeats it as often as it is generated
 LONGEST_AFFIX = 64  # characters, of what marks that a word begins, goes on or ends
 LONGEST_WORD = 1000  # characters, of WordPiece, whose time grows with the square; 100 is usual
-MOST_SPECIAL = 65_536  # special tokens, each of which is looked for in a text
+# Special tokens, each of which is looked for in a text, and their characters.
+MOST_SPECIAL, MOST_SPECIAL_TEXT = 16_384, 1_048_576
 
 Rule = dict[str, Any]
 
@@ -45,13 +46,16 @@ def check_rules(inner: tokenizers.Tokenizer, vocab: Mapping[str, int], where: st
     _most(where, "characters of one", there, MOST_GROWTH)
     back = growth(rules(inner.decoder), where)
     _most(where, "characters of one that is decoded", back, MOST_DECODED)
-    found = around(inner)
-    if found.n_texts != 1:
-        times = f"{found.n_texts:,} times (expected once)"
+    framed = around(inner)
+    if framed.n_texts != 1:
+        times = f"{framed.n_texts:,} times (expected once)"
         raise FileError(f"{where}: its template has the text {times}")
-    _most(where, "tokens around a text", found.n_tokens, MOST_AROUND)
-    n_special = sum(token.special for token in inner.get_added_tokens_decoder().values())
-    _most(where, "special tokens", n_special, MOST_SPECIAL)
+    _most(where, "tokens around a text", framed.n_tokens, MOST_AROUND)
+    specials = [t.content for t in inner.get_added_tokens_decoder().values() if t.special]
+    if len(specials) > MOST_SPECIAL or sum(map(len, specials)) > MOST_SPECIAL_TEXT:
+        found = f"{len(specials):,} special tokens of {sum(map(len, specials)):,} characters"
+        expected = f"expected {MOST_SPECIAL:,} of {MOST_SPECIAL_TEXT:,} in all, or fewer"
+        raise FileError(f"{where}: has {found} ({expected})")
     _check_model(inner.model, vocab, where)
 
 
