@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 from kvtool.errors import FileError
+from kvtool.reading import read_text, short
 
 REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+LONGEST_REFERENCE = 1000  # bytes
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
 
 
@@ -19,13 +21,28 @@ def offline() -> None:
 
 
 def cache_folder() -> Path:
-    """Where that cache is: HF_HUB_CACHE, or HF_HOME/hub, or ~/.cache/huggingface/hub."""
+    """Where that cache is: HF_HUB_CACHE, or HF_HOME/hub, or ~/.cache/huggingface/hub.
+
+    Raises FileError for a variable that begins with the home of nobody.
+    """
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(variable):
-            return Path(os.environ[variable]).expanduser()
+            return _expanded(os.environ[variable], variable)
+    if home := os.environ.get("HF_HOME"):
+        return _expanded(home, "HF_HOME") / "hub"
     general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or os.path.join(general, "huggingface")
-    return Path(home).expanduser() / "hub"
+    return _expanded(general, "XDG_CACHE_HOME") / "huggingface" / "hub"
+
+
+def _expanded(folder: str, variable: str) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        who = short(Path(folder).parts[0])
+        raise FileError(
+            f"{variable}={short(folder)}: there is no home folder for {who}",
+            f"Set {variable} to a folder.",
+        ) from error
 
 
 def cached_snapshot(name: str) -> Path | None:
@@ -38,13 +55,13 @@ def cached_snapshot(name: str) -> Path | None:
     if not REPOSITORY.fullmatch(name) or "--" in name or ".." in name or name.endswith("."):
         return None
     folder = cache_folder() / f"models--{name.replace('/', '--')}"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which also says no for a name that no folder can have
         return None
     reference = folder / "refs" / "main"
     hint = f"Complete it with: hf download {name}"
     try:
-        commit = reference.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
+        commit = read_text(reference, "the name of a commit", most=LONGEST_REFERENCE).strip()
+    except FileError:
         raise FileError(f"--model {name}: {reference} cannot be read", hint) from None
     if not COMMIT.fullmatch(commit):
         raise FileError(f"--model {name}: {reference} names no commit", hint)

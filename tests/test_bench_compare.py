@@ -122,6 +122,62 @@ def test_a_limit_that_no_row_could_be_held_against_is_exit_1(
     assert ran.code == 1 and "no row was measured both times" in ran.out
 
 
+def row(**fields: Any) -> str:
+    """A row of measurements as JSON."""
+    return json.dumps({"length": 3, "cache": "none", "samples_s": [2.0], **fields})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("3", "they are no list of up to 100,000 rows"),
+        (f"[{', '.join(['1'] * 100_001)}]", "they are no list of up to 100,000 rows"),
+        ("[3]", "row 1 is no object"),
+        ("[{}]", "'length' is missing"),
+        ('[{"length": 3, "cache": "none"}]', "'samples_s' is missing"),
+        (f"[{row()}, {row(length=4)}, {row()}]", "row 3, 'none' at 3, is there twice"),
+        (f"[{row()}, {row(impl='kvtool')}]", "row 2, 'none' at 3, is there twice"),
+        (f"[{row(length=3.0)}]", "(3.0, 'kvtool', 'none') is no length, implementation and kind"),
+        (f"[{row(length=True)}]", "(True, 'kvtool', 'none') is no length"),
+        (f"[{row(length=0)}]", "(0, 'kvtool', 'none') is no length"),
+        (f"[{row(cache=None)}]", "(3, 'kvtool', None) is no length"),
+        (f"[{row(impl=[1])}]", "(3, [1], 'none') is no length"),
+        (f"[{row(samples_s=2.0)}]", "the samples of row 1, 'none' at 3 are no list of up to"),
+        (f"[{row(samples_s=[2.0, 0])}]", "row 1, 'none' at 3, has a sample of 0 s"),
+        (f"[{row(samples_s=[-1.5])}]", "row 1, 'none' at 3, has a sample of -1.5 s"),
+        (f"[{row(samples_s=[True])}]", "row 1, 'none' at 3, has a sample of True s"),
+        (f"[{row(samples_s=['2.0'])}]", "row 1, 'none' at 3, has a sample of '2.0' s"),
+        (f"[{row(samples_s=[1e300])}]", "row 1, 'none' at 3, has a sample of 1e+300 s"),
+        (f"[{row(samples_s=[float('nan')])}]", "is not valid JSON (NaN is no JSON number)"),
+        (f"[{row(samples_s=[float('inf')])}]", "is not valid JSON (Infinity is no JSON number)"),
+        (f"[{row().replace('2.0', '1e999')}]", "is not valid JSON (1e999 is beyond every"),
+        (f"[{row().replace('{', '{' + chr(34) + 'length' + chr(34) + ': 9, ')}]", "length occurs"),
+        ("[" * 100_000, "is not valid JSON (it is nested too deeply)"),
+        (f"[{row().replace('2.0', '9' * 5000)}]", "is a number of 5,000 digits"),
+    ],
+)
+@pytest.mark.parametrize("limit", [[], ["--fail-if", "min:10%"]], ids=["shown", "judged"])
+def test_a_baseline_that_bench_cannot_have_written_is_refused(
+    bench: Callable[..., Ran], pace: dict[str, float], rows: str, message: str, limit: list[str]
+) -> None:
+    path = Path("other.json")
+    path.write_text(f'{{"schema": "kvtool.bench/1", "measurements": {rows}}}')
+    found = refused(bench("--compare", str(path), *limit))
+    assert found.startswith("other.json: ") and message in found
+
+
+def test_what_a_baseline_says_of_its_conditions_is_cut_where_it_would_flood(
+    bench: Callable[..., Ran], pace: dict[str, float]
+) -> None:
+    bench("--save", "before")
+    path = FOLDER / "before.json"
+    content = json.loads(path.read_text())
+    content["environment"]["cpu"] = "x" * 10**5
+    path.write_text(json.dumps(content))
+    ran = bench("--compare", "before")
+    assert ran.code == 0 and f"processor was {'x' * 80}... and is" in ran.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

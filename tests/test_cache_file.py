@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ import torch
 from cli_probe import Ran, refused
 from kvtool.core import cache_file
 from kvtool.core.cache import CacheSpec, make_cache
-from kvtool.core.cache_file import common_prefix, load_cache, save_cache
+from kvtool.core.cache_file import Origin, common_prefix, load_cache, save_cache
 from kvtool.core.engine import feed
 from kvtool.errors import CacheOpUnsupported, FileError
 from small_models import answer, change_weights, random_model, save_decoder, save_seq2seq
 
 WHOLE = ("dynamic", "static", "paged")  # the kinds that store all that the model computes
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
-SHA = "ab" * 32
+CONFIG = random_model(context=64).config.to_dict()
+ORIGIN = Origin("ab" * 32, CONFIG, "cd" * 32)
 PROMPT, N_PROMPT = "abacus beach", 10  # tokens of the small tokenizer
 
 
@@ -49,15 +51,18 @@ def saved(tmp_path: Path, spec: CacheSpec) -> Path:
     path = tmp_path / "prompt.safetensors"
     cache = make_cache("dynamic", spec)
     feed(random_model(context=64), cache, torch.tensor([IDS]))
-    save_cache(path, cache, IDS, SHA)
+    save_cache(path, cache, IDS, ORIGIN)
     return path
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    return cache_file.SafetensorsFile(path).metadata
 
 
 def changed(path: Path, **metadata: str) -> Path:
     """The file with other metadata."""
     tensors = safetensors.torch.load(path.read_bytes())
-    given = {"format": cache_file.FORMAT, "sha256": SHA, "ids": json.dumps(IDS), **metadata}
-    path.write_bytes(safetensors.torch.save(tensors, given))
+    path.write_bytes(safetensors.torch.save(tensors, {**metadata_of(path), **metadata}))
     return path
 
 
@@ -67,7 +72,7 @@ def test_a_filled_cache_holds_what_was_saved(
     saved: Path, spec: CacheSpec, kind: str, n: int
 ) -> None:
     model, cache = random_model(context=64), make_cache(kind, spec)
-    load_cache(saved, spec, SHA).fill(cache, n)
+    load_cache(saved, spec, ORIGIN).fill(cache, n)
     assert cache.length == n
     ids = torch.tensor([[*IDS[:n], 7, 7]])
     fresh = make_cache(kind, spec)
@@ -81,9 +86,9 @@ def test_a_kind_that_does_not_store_everything_is_refused(
 ) -> None:
     cache = make_cache(kind, spec)
     with pytest.raises(CacheOpUnsupported, match=f"{kind} cache cannot be saved"):
-        save_cache(tmp_path / "x", cache, IDS, SHA)
+        save_cache(tmp_path / "x", cache, IDS, ORIGIN)
     with pytest.raises(CacheOpUnsupported, match=f"{kind} cache cannot be filled from a file"):
-        load_cache(saved, spec, SHA).fill(cache, 3)
+        load_cache(saved, spec, ORIGIN).fill(cache, 3)
     assert not (tmp_path / "x").exists()
 
 
@@ -91,7 +96,23 @@ def test_a_kind_that_does_not_store_everything_is_refused(
     ("metadata", "message"),
     [
         ({"format": "pt"}, "is not a saved cache"),
-        ({"sha256": "cd" * 32}, "is of another model (SHA-256 cdcdcdcdcdcd..., expected abab"),
+        ({"format": "kvtool.cache/1"}, "is of an older kvtool, and does not say of what config"),
+        ({"sha256": "ef" * 32}, "with other weights (SHA-256 efefefefefef..., expected abababab"),
+        ({"tokenizer": "ef"}, "with other rules of the tokenizer (SHA-256 ef..., expected cdcdcd"),
+        ({"config": "{"}, "is damaged (its configuration is no object)"),
+        ({"config": "[]"}, "is damaged (its configuration is no object)"),
+        ({"config": json.dumps({**CONFIG, "norm_eps": 0.1})}, "norm_eps was 0.1 and is now 1e-05"),
+        ({"config": json.dumps({**CONFIG, "window": 9})}, "window was 9 and is now None"),
+        (
+            {"config": json.dumps({**CONFIG, "norm": "x", "tied": 3, "rope_theta": 2})},
+            "another configuration: norm was 'x' and is now 'layernorm', and 2 more. Save it again",
+        ),
+        ({"ids": "[1, 2, 1e400]"}, "its tokens are no list of whole numbers"),
+        ({"ids": f"[{'9' * 5000}]"}, "its tokens are no list of whole numbers"),
+        ({"ids": "[" * 10**5}, "its tokens are no list of whole numbers"),
+        ({"ids": "[3, 1, 4, 1, 5, 9, 2, 23]"}, "its tokens are not all within 0 to 22"),
+        ({"ids": "[3, 1, 4, 1, 5, 9, 2, -1]"}, "its tokens are not all within 0 to 22"),
+        ({"ids": json.dumps([1] * 65)}, "holds 65 tokens (the model holds 64)"),
         ({"ids": "[1, 2"}, "its tokens are no list of whole numbers"),
         ({"ids": "[]"}, "its tokens are no list of whole numbers"),
         ({"ids": "[true]"}, "its tokens are no list of whole numbers"),
@@ -102,7 +123,7 @@ def test_a_file_of_another_model_or_a_damaged_one_is_refused(
     saved: Path, spec: CacheSpec, metadata: dict[str, str], message: str
 ) -> None:
     with pytest.raises(FileError) as caught:
-        load_cache(changed(saved, **metadata), spec, SHA)
+        load_cache(changed(saved, **metadata), spec, ORIGIN)
     assert message in str(caught.value) and str(saved) in str(caught.value)
 
 
@@ -110,8 +131,7 @@ def altered(path: Path, **tensors: Any) -> Path:
     """The file with other tensors; None takes one away."""
     found = {**safetensors.torch.load(path.read_bytes()), **tensors}
     kept = {name: tensor for name, tensor in found.items() if tensor is not None}
-    metadata = {"format": cache_file.FORMAT, "sha256": SHA, "ids": json.dumps(IDS)}
-    path.write_bytes(safetensors.torch.save(kept, metadata))
+    path.write_bytes(safetensors.torch.save(kept, metadata_of(path)))
     return path
 
 
@@ -128,7 +148,7 @@ def test_tensors_that_are_not_those_of_the_model_are_named(
     saved: Path, spec: CacheSpec, tensors: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(FileError) as caught:
-        load_cache(altered(saved, **tensors), spec, SHA)
+        load_cache(altered(saved, **tensors), spec, ORIGIN)
     assert message in str(caught.value)
 
 
@@ -208,6 +228,43 @@ def test_what_cannot_be_saved_or_loaded_is_exit_2_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["lines"]
 
 
+def test_a_cache_is_of_one_configuration_and_one_tokenizer(
+    generate: Callable[..., Ran], decoder: Path, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "prompt")
+    generate("--prompt", PROMPT, "--save-cache", path)
+
+    def changed_model(name: str, file: str, change: Callable[[dict[str, Any]], None]) -> Path:
+        other = shutil.copytree(decoder, tmp_path / name)
+        data = json.loads((other / file).read_text())
+        change(data)
+        (other / file).write_text(json.dumps(data))
+        return other
+
+    def split_otherwise(data: dict[str, Any]) -> None:
+        data["pre_tokenizer"]["use_regex"] = False
+
+    eps = changed_model("eps", "config.json", lambda data: data.update(norm_eps=0.5))
+    found = refused(generate("--prompt", PROMPT, "--load-cache", path, model=eps))
+    assert "another configuration: norm_eps was 1e-05 and is now 0.5. Save it again" in found
+    rules = changed_model("rules", "tokenizer.json", split_otherwise)
+    found = refused(generate("--prompt", PROMPT, "--load-cache", path, model=rules))
+    assert "was computed with other rules of the tokenizer (SHA-256 " in found
+    same = changed_model("same", "config.json", lambda data: None)
+    assert generate("--prompt", PROMPT, "--load-cache", path, model=same).code == 0
+
+
+def test_values_that_no_model_computed_are_no_verdict_on_the_model(
+    generate: Callable[..., Ran], tmp_path: Path
+) -> None:
+    path = tmp_path / "prompt"
+    generate("--prompt", PROMPT, "--save-cache", str(path))
+    tensors = safetensors.torch.load(path.read_bytes())
+    huge = {name: torch.full_like(tensor, 3e38) for name, tensor in tensors.items()}
+    message = refused(generate("--prompt", PROMPT, "--load-cache", str(altered(path, **huge))))
+    assert message.startswith(f"--load-cache {path}: step 0: the logits are not finite. Leave it")
+
+
 def test_another_model_or_an_encoder_decoder_is_refused(
     generate: Callable[..., Ran], decoder: Path, tmp_path: Path
 ) -> None:
@@ -217,7 +274,7 @@ def test_another_model_or_an_encoder_decoder_is_refused(
         decoder, tmp_path / "other", lambda weights: {k: v * 0.5 for k, v in weights.items()}
     )
     message = refused(generate("--prompt", PROMPT, "--load-cache", path, model=other))
-    assert "is of another model" in message
+    assert "was computed with other weights" in message
     pairs = save_seq2seq(tmp_path / "pairs")
     message = refused(generate("--prompt", "a", "--load-cache", path, model=pairs))
     assert message.startswith(f"--load-cache: {pairs} is an encoder-decoder")

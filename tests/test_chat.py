@@ -155,6 +155,16 @@ def test_a_template_is_found_where_folders_have_it(
             "{folder}/tokenizer_config.json: chat_template has no text called default (found to",
         ),
         (
+            {"tokenizer_config__json": {"chat_template": [*NAMED, *NAMED]}},
+            FileError,
+            "{folder}/tokenizer_config.json: chat_template has 2 texts called default",
+        ),
+        (
+            {"chat_template__jinja": "x" * (chat.MOST_TEMPLATE + 1)},
+            FileError,
+            "{folder}/chat_template.jinja: is too large for a chat template (4,194,305 bytes",
+        ),
+        (
             {"tokenizer_config__json": {"chat_template": 3}},
             FileError,
             "{folder}/tokenizer_config.json: chat_template is neither a text nor a list of them",

@@ -49,6 +49,25 @@ def test_a_template_that_takes_too_much_is_refused(source: str, reason: str) -> 
     assert refusal(source).startswith(reason)
 
 
+def test_half_a_character_is_no_text() -> None:
+    assert refusal("{{ '\\ud800' }}").startswith(
+        "cannot write this conversation (UnicodeEncodeError"
+    )
+
+
+@pytest.mark.parametrize(
+    "output",
+    [b"", b"[]", b'{"texts": []}', b'{"texts": ["a", "b"]}', b'{"texts": [1]}', b"[" * 10**5,
+     b'{"texts": ["a"], "texts": ["b"]}', b'{"error": "other", "said": ""}', b'{"error": "failed"}',
+     b'{"error": "failed", "said": 3}'],
+)  # fmt: skip
+def test_what_the_worker_cannot_have_written_is_not_taken_for_its_answer(
+    monkeypatch: pytest.MonkeyPatch, output: bytes
+) -> None:
+    monkeypatch.setattr(chat, "_run_worker", lambda data: (0, output))
+    assert refusal("x") == "ended the process that rendered it"
+
+
 @pytest.mark.parametrize(
     ("source", "what"),
     [

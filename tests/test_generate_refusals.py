@@ -10,6 +10,7 @@ import torch
 
 import generate_cases
 from cli_probe import Ran, refused
+from kvtool.commands import prompts
 from kvtool.core import checkpoint
 from kvtool.core.text import Tokenizer
 from small_models import WORDS, change_weights, random_model, with_nan
@@ -126,6 +127,30 @@ def test_a_line_that_does_not_fit_is_named(generate: Callable[..., Ran], tmp_pat
     path.write_text("one\n" + "x" * 70 + "\n")
     message = refused(generate("--input", str(path), "--max-tokens", "9"))
     assert message.startswith(f"{path}: line 2: the prompt is 70 tokens and 9 more were asked for")
+
+
+def test_prompts_are_bounded_wherever_they_are_from(
+    generate: Callable[..., Ran],
+    stdin: Callable[[bytes], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\n" + "b" * 99 + "\n")
+    monkeypatch.setattr(prompts, "LONGEST_PROMPT", 98)
+    too_long = "characters (expected 98 or fewer)"
+    assert refused(generate("--input", str(file))) == f"{file}: line 2: has 99 {too_long}"
+    assert refused(generate("--prompt-file", str(file))) == f"{file}: has 102 {too_long}"
+    stdin(b"c" * 99)
+    assert refused(generate()) == f"stdin: has 99 {too_long}"
+    monkeypatch.setattr(prompts, "MOST_LINES", 1)
+    assert refused(generate("--input", str(file))).endswith("holds 2 lines (expected 1 or fewer)")
+    monkeypatch.setattr(prompts, "MOST_INPUT", 50)
+    for flag in ("--input", "--prompt-file"):
+        found = refused(generate(flag, str(file)))
+        assert found.startswith(f"{flag} {file}: is too large for a") and "102 bytes" in found
+    stdin(b"c" * 51)
+    assert refused(generate()) == "stdin: has more than 50 bytes (expected prompts)"
 
 
 def test_a_prompt_without_a_token_is_refused(generate: Callable[..., Ran], tmp_path: Path) -> None:

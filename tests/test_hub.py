@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cli_probe import Ran
+from cli_probe import Ran, refused
 from kvtool.errors import FileError
 from kvtool.files import model_folder
 from kvtool.hub import cache_folder
@@ -74,6 +75,34 @@ def test_the_cache_is_where_the_hubs_own_client_looks(
     assert cache_folder() == Path(place)
 
 
+@pytest.mark.parametrize(
+    "variable", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"]
+)
+def test_a_cache_in_the_home_of_nobody_is_one_line(
+    variable: str, hub: Path, kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv(variable, "~nosuchuser/x")
+    message = refused(kv("--model", "some-org/other", command="bench"))
+    assert message.startswith(f"{variable}=~nosuchuser/x: there is no home folder for ~nosuchuser")
+
+
+def test_a_general_cache_is_where_the_hubs_own_client_looks(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/x/huggingface/hub")
+
+
+def test_a_revision_in_what_is_no_file_is_an_error(hub: Path) -> None:
+    reference = put(hub).parent.parent / "refs" / "main"
+    reference.unlink()
+    os.mkfifo(reference)
+    with pytest.raises(FileError, match="refs/main cannot be read"):
+        model_folder("some-org/tiny.1")
+
+
 def test_what_is_not_there_is_not_downloaded(hub: Path, kv: Callable[..., Ran]) -> None:
     ran = kv("--model", "some-org/other", command="bench")
     assert ran.code == 2 and ran.err.count("\n") == 1
@@ -81,7 +110,9 @@ def test_what_is_not_there_is_not_downloaded(hub: Path, kv: Callable[..., Ran]) 
     assert "kvtool downloads nothing" in ran.err
 
 
-@pytest.mark.parametrize("text", ["", "../../../etc", "main", COMMIT[::-1], "\0", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "../../../etc", "main", COMMIT[::-1], "\0", "\xff", "a" * 10**6]
+)
 def test_a_revision_that_is_not_there_is_an_error(text: str, hub: Path) -> None:
     snapshot = put(hub)
     (snapshot.parent.parent / "refs" / "main").write_text(text, encoding="latin-1")

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli_probe import HANGS
-from kvtool.core import pairs
+from kvtool.core import machine, pairs
 from kvtool.core.pairs import Pair, Splits, load_cmudict, load_data, read_tsv
-from kvtool.errors import FileError, UsageError
+from kvtool.errors import CapacityError, FileError, UsageError
 
 lzma = pytest.importorskip("lzma")
 steady = settings(derandomize=True, deadline=None, database=None)
@@ -236,6 +236,44 @@ def test_a_bad_file_is_refused_with_its_line_and_offset(tsv, data, message):
     with pytest.raises(FileError) as caught:
         read_tsv(path)
     assert caught.value.message.startswith(f"{path}{message}")
+
+
+@pytest.mark.parametrize("letter", ["x", "\t", "é", "🦉"])
+def test_a_line_may_have_so_many_characters_and_no_more(tsv, letter):
+    room = pairs.LONGEST_LINE - 4
+    line = f"a{letter * room}b\tc"
+    with pytest.raises(FileError) as caught:
+        read_tsv(tsv(f"x\ty\n{line}d\r\n".encode()))
+    said = "line 2: 65,538 characters (expected 65,536 or fewer). Write source TAB target"
+    assert said in str(caught.value)
+    if letter == "\t":
+        with pytest.raises(FileError, match=f"line 1: {room + 2} fields, need 2"):
+            read_tsv(tsv(line.encode()))
+    else:
+        assert read_tsv(tsv(line.encode())).pairs == (Pair(f"a{letter * room}b", ("c",)),)
+
+
+@pytest.mark.parametrize("copies", [1, 3])  # a gzip file may be several, one behind the other
+def test_a_gzip_file_is_unpacked_up_to_a_bound(tsv, monkeypatch, copies):
+    monkeypatch.setattr(pairs, "BLOCK", 100)
+    monkeypatch.setattr(pairs, "MOST_TEXT", 8 * 3000)
+    whole = tsv(gzip.compress(b"ab\tcdef\n" * (3000 // copies)) * copies)
+    assert read_tsv(whole).n_rows == 3000
+    more = tsv(gzip.compress(b"ab\tcdef\n" * (3003 // copies)) * copies)
+    with pytest.raises(FileError, match=r"unpacks to more than 24,000 bytes\. Train on a part"):
+        read_tsv(more)
+
+
+@pytest.mark.parametrize("data", [rows(3000), gzip.compress(rows(3000))], ids=["plain", "gzip"])
+def test_the_memory_that_pairs_take_is_counted(tsv, monkeypatch, data):
+    monkeypatch.setattr(pairs, "MANY_LINES", 1000)
+    asked = []
+    monkeypatch.setattr(machine, "available_bytes", lambda device: asked.append(1) or 500_000)
+    with pytest.raises(CapacityError, match=r"pairs.tsv: its text: needs"):
+        read_tsv(tsv(data))
+    assert asked
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 600_000)
+    assert read_tsv(tsv(data)).n_rows == 3000
 
 
 def test_a_flipped_byte_in_a_gzip_file_is_noticed(tsv):

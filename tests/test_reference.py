@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from kvtool.core import oracle, reference
+from kvtool.core import machine, oracle, reference, reference_file
 from kvtool.core.models import Model
 from kvtool.core.reference import Reference
 from kvtool.errors import CapacityError, FileError, UsageError
@@ -61,7 +62,7 @@ def test_prompts_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["ids_0 logits_0", "ids logits"])
 def test_an_npz_that_numpy_wrote_is_read(tmp_path: Path, name: str) -> None:
     ids, logits = name.split()
-    (found,) = reference.load(npz(tmp_path, **{ids: IDS, logits: LOGITS, "other": [1]}))
+    (found,) = reference.load(npz(tmp_path, **{ids: IDS, logits: LOGITS}))
     assert found.ids == IDS and np.array_equal(found.logits, LOGITS) and found.text is None
 
 
@@ -86,9 +87,19 @@ def test_the_oracle_makes_the_reference_in_float64() -> None:
         ({"ids_0": IDS}, "logits.0 is missing, and ids.0 is there"),
         ({"logits_0": LOGITS}, "ids.0 is missing, and logits.0 is there"),
         ({"ids_0": IDS, "logits_0": LOGITS, "logits_1": LOGITS}, "ids.1 is missing"),
-        ({"other": IDS}, "holds no references"),
-        ({"ids_007": IDS, "logits_007": LOGITS}, "holds no references"),
-        ({"ids_²": IDS, "logits_²": LOGITS}, "holds no references"),
+        ({}, "holds no references (expected ids.0 and logits.0)"),
+        ({"other": IDS}, "holds 'other' (expected ids.0, logits.0, ids.1 and so on)"),
+        ({"ids_0": IDS, "logits_0": LOGITS, "logit_1": LOGITS}, "holds 'logit.1' (expected"),
+        ({"ids_007": IDS, "logits_007": LOGITS}, "holds 'ids.007'"),
+        ({f"ids_{'9' * 5000}": IDS}, f"holds 'ids.{'9' * 76}...' (expected"),
+        ({"ids_²": IDS, "logits_²": LOGITS}, "holds 'ids.²'"),
+        ({"ids": IDS, "logits": LOGITS, "ids_0": IDS}, "holds ids and ids.0, which are one"),
+        ({"ids_0": IDS, "logits": LOGITS, "logits_0": LOGITS}, "holds logits and logits.0, which"),
+        (
+            {"ids_0": IDS, "logits_0": LOGITS + 0j},
+            "logits.0 is complex128 (expected plain",
+        ),
+        ({"ids_0": ["a"], "logits_0": LOGITS}, "ids.0 is <U1 (expected plain numbers)"),
         ({"ids_0": [1.0, 2.0], "logits_0": LOGITS[:2]}, "ids.0 is float64 [2] (expected whole"),
         ({"ids_0": [], "logits_0": LOGITS[:0]}, "ids.0 is float64 [0]"),
         ({"ids_0": [IDS], "logits_0": LOGITS}, "ids.0 is int64 [1, 5]"),
@@ -127,9 +138,9 @@ class Trap:
 
 def test_pickled_objects_are_refused_and_never_run(tmp_path: Path) -> None:
     path = npz(tmp_path, ids_0=np.array([Trap()], dtype=object), logits_0=LOGITS)
-    assert "is not an .npz file of plain arrays" in refusal(path)
+    assert refusal(path) == f"{path}: ids.0 is object (expected plain numbers)"
     path.write_bytes(pickle.dumps(Trap()))
-    assert refusal(path) == f"{path}: is not an .npz file"
+    assert refusal(path) == f"{path}: is not an .npz file (File is not a zip file)"
     assert SPRUNG == []
     pickle.loads(pickle.dumps(Trap()))
     assert SPRUNG == ["code ran"]
@@ -167,7 +178,7 @@ def test_what_is_not_a_reference_is_named(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.array(IDS))
     path.write_bytes(buffer.getvalue())
-    assert refusal(path) == f"{path}: is not an .npz file"
+    assert refusal(path) == f"{path}: is not an .npz file (File is not a zip file)"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("ids.0.npy", b"no array")
     assert refusal(path).startswith(f"{path}: ")
@@ -182,12 +193,97 @@ def test_what_is_not_a_reference_is_named(tmp_path: Path) -> None:
     assert refusal(other) == f"--reference {other}: .bin (expected .safetensors or .npz)"
 
 
+def header(shape: str, descr: str = "'<f8'", fortran: str = "False") -> bytes:
+    """The beginning of an .npy file, which may lie."""
+    text = f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def archive(path: Path, *members: tuple[str, bytes]) -> Path:
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        warnings.simplefilter("ignore")  # of a name that is there twice
+        for name, data in members:
+            file.writestr(name, data)
+    return path
+
+
+IDS_NPY = ("ids.0.npy", header("(5,)", "'<i8'") + np.array(IDS).tobytes())
+LOGITS_NPY = ("logits.0.npy", header("(5, 23)") + LOGITS.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([IDS_NPY, IDS_NPY, LOGITS_NPY], "holds ids.0 twice"),
+        ([IDS_NPY, LOGITS_NPY, ("notes.txt", b"x")], "'notes.txt' in it is no array"),
+        (
+            [IDS_NPY, ("logits.0.npy", header("(5, 23)") + LOGITS.tobytes()[:-8])],
+            "logits.0 has 912 bytes (not as many as float64 [5, 23] has)",
+        ),
+        (
+            [IDS_NPY, ("logits.0.npy", header("(5, 1000000000)"))],
+            "logits.0 has 0 bytes (not as many as float64 [5, 1000000000] has)",
+        ),
+        ([IDS_NPY, ("logits.0.npy", header("(5, -23)"))], "logits.0 has 0 bytes (not as many"),
+        ([IDS_NPY, ("logits.0.npy", header(f"({'9' * 4000},)"))], "logits.0 has 0 bytes (not"),
+        ([IDS_NPY, ("logits.0.npy", header(f"({'9' * 5000},)"))], "is not an .npz file of plain"),
+        ([IDS_NPY, ("logits.0.npy", header("(" * 900))], "is not an .npz file of plain arrays ("),
+        (
+            [IDS_NPY, ("logits.0.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + bytes(2**22))],
+            "logits.0 is not an array of plain numbers",
+        ),
+        ([(f"ids.{i}.npy", b"") for i in range(20_000)], "is not an .npz file (its list of"),
+    ],
+)
+def test_an_archive_that_lies_is_refused(
+    tmp_path: Path, members: list[tuple[str, bytes]], message: str
+) -> None:
+    found = refusal(archive(tmp_path / "r.npz", *members))
+    assert found.startswith(f"{tmp_path / 'r.npz'}: {message}") and "\n" not in found
+
+
+def test_arrays_by_columns_and_of_the_other_byte_order_are_read(tmp_path: Path) -> None:
+    by_columns = np.asfortranarray(LOGITS).astype(">f8", order="F")
+    (found,) = reference.load(npz(tmp_path, ids_0=np.array(IDS, ">i2"), logits_0=by_columns))
+    assert found.ids == IDS and np.array_equal(found.logits, LOGITS)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_reference_that_fits_no_memory_or_not_the_model_is_refused_unread(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = npz(tmp_path, ids_0=IDS, logits_0=LOGITS)
+    if suffix == ".safetensors":
+        path = tmp_path / "r.safetensors"
+        reference.save(path, [Reference(IDS, LOGITS)])
+    for kind in (reference_file.NpzArrays, reference_file.SafetensorsArrays):
+        monkeypatch.setattr(kind, "read", None)  # calling it is a TypeError
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 900)
+    with pytest.raises(CapacityError, match=r"r\..*needs"):
+        reference.load(path)
+    with pytest.raises(FileError, match=r"logits.0 are over 23 tokens \(the model has 24\)"):
+        reference.load(path, random_model(vocab_size=24).config)
+    with pytest.raises(CapacityError, match=r"ids.0: is 5 tokens long \(the model holds 4\)"):
+        reference.load(path, random_model(context=4).config)
+
+
+@pytest.mark.parametrize("bad", ['"ids.0": {}, "ids.0"', '"__metadata__": {"a": NaN}, "ids.0"'])
+def test_a_header_that_says_two_things_is_refused(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "r.safetensors"
+    reference.save(path, [Reference(IDS, LOGITS)])
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + length].decode().replace('"ids.0"', bad, 1).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    assert "its header is not valid JSON" in refusal(path)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_a_format_that_numpy_does_not_have_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "r.safetensors"
     logits = torch.from_numpy(LOGITS).to(dtype)
     safetensors.torch.save_file({"ids.0": torch.tensor(IDS), "logits.0": logits}, path)
-    assert "is not a safetensors file" in refusal(path)
+    assert refusal(path).startswith(f"{path}: logits.0 ") and "(expected " in refusal(path)
 
 
 def test_only_safetensors_are_written(tmp_path: Path) -> None:

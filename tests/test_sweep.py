@@ -23,6 +23,7 @@ from kvtool.core.verify.judge import Finding
 from kvtool.core.verify.kept import Kept
 from kvtool.core.verify.sweep import Swept, Task, judge_type
 from kvtool.core.verify.sweep_worker import judge, summary
+from kvtool.errors import FileError
 
 RIGHT = Swept("gpt2", "rounding", True, gap=2e-7, gap_float64=5e-16, seconds=1.5)
 BUGGY = Swept("mamba", "bug", False, "dynamic in chunks: the gap stays", 3e-2, 3e-2, 3e-2)
@@ -145,6 +146,35 @@ def test_what_a_file_of_results_has_is_not_judged_again(
     assert list(sweep.sweep(tasks, 60.0, kept(path, RIGHT))) == [RIGHT, BUGGY]
     assert asked == ["mamba"]
     assert kept(path).known == [RIGHT, BUGGY]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"type": "gpt2", "verdict": "rounding", "right": 1}',
+        '{"type": "gpt2", "verdict": "bug", "right": true, "verdict": "rounding"}',
+        '{"type": ["gpt2"], "verdict": "rounding", "right": true}',
+        '{"type": "gpt2", "verdict": "rounding", "right": true, "gap": "small"}',
+        '{"type": "gpt2", "verdict": "rounding", "right": true, "by_cache": {"static": 1}}',
+        '{"type": "gpt2", "verdict": "rounding", "right": true, "seconds": %s}' % ("9" * 5000),
+        "[" * 10**5,
+        "",
+    ],
+)
+def test_results_that_no_sweep_can_have_kept_are_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "sweep.jsonl"
+    kept(path, RIGHT)
+    whole = path.read_text()
+    path.write_text(f"{whole}{line}\n")
+    with pytest.raises(FileError, match="line 3 is no result of this command"):
+        Kept(path, Swept, {})
+    path.write_text(f"{whole}{line}")  # cut off while it was written
+    assert Kept(path, Swept, {}).known == [RIGHT]
+
+
+def test_a_gap_that_is_infinite_is_kept(tmp_path: Path) -> None:
+    endless = replace(BUGGY, gap=float("inf"), gap_float64=1)
+    assert kept(tmp_path / "sweep.jsonl", endless).known == [endless]
 
 
 def test_a_type_that_is_both_kinds_of_model_has_a_result_of_each(tmp_path: Path) -> None:

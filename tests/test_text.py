@@ -11,8 +11,9 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kvtool.core import machine, text
 from kvtool.core.text import BOS, EOS, KINDS, PAD, SPECIALS, UNK, Tokenizer, guess_kind
-from kvtool.errors import FileError, UsageError
+from kvtool.errors import CapacityError, FileError, UsageError
 
 TEXTS = ["the cat sat on the mat.", "a b\tc", 'naïve <pad> "quotes" 日本語 🙂', "don't"]
 ALL_BYTES = 256
@@ -118,6 +119,29 @@ def test_what_was_never_seen_is_unknown_but_for_bytes(
 
 
 # Streaming
+
+
+@every_tokenizer
+def test_a_batch_is_encoded_in_parts_between_which_signals_are_heard(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, heard = TOKENIZERS[name], []
+    monkeypatch.setattr(text, "PART", 5)
+    asking = Tokenizer._asking
+    monkeypatch.setattr(Tokenizer, "_asking", lambda *a: heard.append(a) or asking(*a))
+    texts = ["the cat", "", "a", "b", "the mat", "sat on"]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(each) for each in texts]
+    assert len(heard) == 3 + len(texts)
+
+
+def test_a_text_that_memory_has_no_room_to_encode_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 99 * text.ENCODED_NBYTES)
+    text.require_room("--data x", "a" * 99)
+    said = r"--data x: the tokens of 50 characters: needs 2.38e-05 GiB"
+    with pytest.raises(CapacityError, match=said):
+        text.require_room("--data x", "é" * 50)
 
 
 @every_tokenizer

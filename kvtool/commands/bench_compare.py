@@ -14,7 +14,7 @@ from kvtool.commands.bench_words import tokens
 from kvtool.errors import FileError, UsageError
 from kvtool.files import NAME, SAVED, saved_run
 from kvtool.folders import Folder
-from kvtool.reading import nearest, read_json_object
+from kvtool.reading import nearest, read_json_object, short
 
 if TYPE_CHECKING:
     from kvtool.commands.bench import Settings
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(*SAVED)
 SCHEMA = "kvtool.bench/1"
+MOST_ROWS, MOST_SAMPLES = 100_000, 1_000_000  # of a row
+LONGEST = 1e9  # seconds
 FIELDS: dict[str, Callable[[Sequence[float]], float]] = {
     "min": min,
     "median": median,
@@ -44,6 +46,9 @@ SAME = {
     "transformers": ("resolved", "transformers"),  # its version
 }
 OF_SOME = {"transformers"}  # what only some runs have: one without it has no rows to compare
+
+
+Key = tuple[int, str, str]  # length, implementation, kind of cache
 
 
 @dataclass(frozen=True)
@@ -161,24 +166,49 @@ def load(text: str) -> dict[str, Any]:
             folder.require_own(path.name, "a file")
     content = read_json_object(path, "a run that bench saved")
     if content.get("schema") != SCHEMA:
-        raise FileError(
-            f"{path}: is not a run of bench (schema {content.get('schema')!r}, expected {SCHEMA})"
-        )
+        found = f"schema {short(repr(content.get('schema')))}, expected {SCHEMA}"
+        raise FileError(f"{path}: is not a run of bench ({found})")
     try:
         samples_of(content)
     except (KeyError, TypeError, ValueError) as error:
-        raise FileError(f"{path}: its measurements are damaged ({error!r})") from error
+        raise FileError(f"{path}: its measurements are damaged ({_said(error)})") from error
     return content
 
 
-def samples_of(content: Mapping[str, Any]) -> dict[tuple[int, str, str], list[float]]:
-    """Seconds of each length, implementation and kind."""
-    return {_key(row): [float(s) for s in row["samples_s"]] for row in content["measurements"]}
+def _said(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else short(str(error))
 
 
-def _key(row: Mapping[str, Any]) -> tuple[int, str, str]:
+def samples_of(content: Mapping[str, Any]) -> dict[Key, list[float]]:
+    """Seconds of each length, implementation and kind; a row may have none.
+
+    Raises KeyError, TypeError or ValueError for what bench cannot have written.
+    """
+    rows, found = content["measurements"], {}
+    if not isinstance(rows, list) or len(rows) > MOST_ROWS:
+        raise TypeError(f"they are no list of up to {MOST_ROWS:,} rows")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"row {number} is no object")
+        key, samples = _key(row), row["samples_s"]
+        name = f"row {number}, {short(key[2], 20)!r} at {key[0]}"
+        if key in found:
+            raise ValueError(f"{name}, is there twice")
+        if not isinstance(samples, list) or len(samples) > MOST_SAMPLES:
+            raise TypeError(f"the samples of {name} are no list of up to {MOST_SAMPLES:,}")
+        for sample in samples:
+            if type(sample) not in (int, float) or not 0 < sample < LONGEST:
+                raise ValueError(f"{name}, has a sample of {short(repr(sample), 20)} s")
+        found[key] = [float(sample) for sample in samples]
+    return found
+
+
+def _key(row: Mapping[str, Any]) -> Key:
     # Runs that were kept before there was a choice are kvtool's.
-    return int(row["length"]), str(row.get("impl", "kvtool")), str(row["cache"])
+    key = row["length"], row.get("impl", "kvtool"), row["cache"]
+    if [type(part) for part in key] != [int, str, str] or key[0] < 1:
+        raise TypeError(f"{short(repr(key))} is no length, implementation and kind")
+    return key
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -187,7 +217,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for what, place in SAME.items():
         old, new = _at(before, place), _at(now, place)
         if old != new and not (what in OF_SOME and None in (old, new)):
-            found.append(f"{what} was {old} and is {new}")
+            found.append(f"{what} was {short(str(old))} and is {new}")
     return found
 
 

@@ -78,6 +78,7 @@ def read_ids(settings: Settings, loaded: Checkpoint, device: Any) -> Any:
     import torch
 
     from kvtool.core.lm import split_text
+    from kvtool.core.text import require_room
     from kvtool.reading import read_text
 
     if settings.text is None:
@@ -85,6 +86,7 @@ def read_ids(settings: Settings, loaded: Checkpoint, device: Any) -> Any:
     if loaded.config.n_encoder_layers or loaded.tokenizer is None:
         raise UsageError("--text: needs a decoder with a tokenizer", "Leave out --text.")
     held_out = split_text(read_text(settings.text, "a text to measure on", "--text"))[1]
+    require_room(f"--text {settings.text}", held_out)
     ids = loaded.tokenizer.encode(held_out)
     if len(ids) < 2:
         raise FileError(

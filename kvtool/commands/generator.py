@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtool.errors import CapacityError, FileError, UsageError
+from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
 from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
@@ -226,13 +226,13 @@ class Generator:
 
     def load_prompt(self, path: Path) -> None:
         """Take what is known of prompts from a saved cache. Raises FileError."""
-        from kvtool.core.cache_file import load_cache, require_whole
+        from kvtool.core.cache_file import Origin, load_cache, require_whole
         from kvtool.core.safetensors_file import DamagedFile
 
         spec = self._spec(1)
         require_whole(self._new_cache(spec), "be filled from a file")
         try:
-            self.saved = load_cache(path, spec, self.loaded.sha256)
+            self.saved = load_cache(path, spec, Origin.of(self.loaded))
         except FileError as error:
             hint = "" if isinstance(error, DamagedFile) else error.hint
             raise FileError(
@@ -244,7 +244,7 @@ class Generator:
         import torch
 
         from kvtool.core import engine
-        from kvtool.core.cache_file import common_prefix, save_cache
+        from kvtool.core.cache_file import Origin, common_prefix, save_cache
 
         with torch.inference_mode():
             start = torch.tensor([ids], device=self.device)
@@ -257,11 +257,20 @@ class Generator:
             self.saved.fill(cache, self.reused)
         sampler, model = self.sampler(), self.loaded.model
         steps = engine.generate(model, prompt, cache, n_new, sampler, source, log_prob)
-        for i, token in enumerate(steps):
-            if i == 0 and (path := self.settings.save_cache) is not None:
-                self.kept = self.attempt(partial(save_cache, path, cache, ids, self.loaded.sha256))
-            self._used(cache.nbytes().allocated + (source.nbytes() if source else 0))
-            yield token
+        try:
+            for i, token in enumerate(steps):
+                if i == 0 and (path := self.settings.save_cache) is not None:
+                    origin = Origin.of(self.loaded)
+                    self.kept = self.attempt(partial(save_cache, path, cache, ids, origin))
+                self._used(cache.nbytes().allocated + (source.nbytes() if source else 0))
+                yield token
+        except CheckFailed as error:
+            if not self.reused:
+                raise
+            raise FileError(
+                f"--load-cache {self.settings.load_cache}: {error.message}",
+                "Leave it out to see whether its values are the reason.",
+            ) from error
 
     def _fitting(self, n_prompt: int, n_new: int) -> CacheSpec:
         """The spec for a prompt and `n_new` tokens. Raises CapacityError if they do not fit."""

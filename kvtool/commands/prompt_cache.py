@@ -31,7 +31,8 @@ LoadCache = Annotated[
     typer.Option(
         "--load-cache",
         metavar="FILE",
-        help="Take from such a file what the prompt has in common with that one.",
+        help="Take from such a file what the prompt has in common with that one. Only from people "
+        "you trust: what it holds decides what the model says, and cannot be checked.",
         rich_help_panel=CACHE_FILES,
     ),
 ]

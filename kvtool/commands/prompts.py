@@ -15,6 +15,9 @@ from kvtool.ui.output import Output
 if TYPE_CHECKING:
     from kvtool.core.text import Tokenizer
 
+MOST_INPUT = 2**26  # bytes of all prompts
+MOST_LINES = 1_000_000
+LONGEST_PROMPT = 2**24  # characters; the longest contexts hold a million tokens
 MOST_NAMED = 5  # unknown pieces, blank lines, special tokens
 LAST_LINE_END = re.compile(r"(\r\n|\r|\n)\Z")
 LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would also split at form feeds and others
@@ -41,15 +44,18 @@ class Prompts:
 def read_prompts(prompt: str | None, prompt_file: Path | None, input_file: Path | None) -> Prompts:
     """Find the prompts. Raises UsageError where there are none, FileError for a bad file."""
     if input_file is not None:
-        return _lines(read_text(input_file, "a file of prompts", "--input"), str(input_file))
+        text = read_text(input_file, "a file of prompts", "--input", most=MOST_INPUT)
+        return _lines(text, str(input_file))
     if prompt is not None:
         return Prompts([prompt], False, "--prompt")
     if prompt_file is not None:
-        text = read_text(prompt_file, "a prompt", "--prompt-file")
+        text = read_text(prompt_file, "a prompt", "--prompt-file", most=MOST_INPUT)
+        require_length(text, str(prompt_file))
         return Prompts([non_empty(text, str(prompt_file))], False, str(prompt_file))
     # A line break at the end is from `echo`; one in a file was put there.
     given = read_stdin()
     text = non_empty(LAST_LINE_END.sub("", given), "stdin")
+    require_length(text, "stdin")
     return Prompts([text], False, "stdin", end=given[len(text) :])
 
 
@@ -59,7 +65,19 @@ def _lines(text: str, where: str) -> Prompts:
         plural = "" if len(lines) == 1 else "s"
         found = f"{len(lines):,} blank line{plural}" if lines else "no line"
         raise UsageError(f"{where}: holds no prompt (found {found})")
+    if len(lines) > MOST_LINES:
+        raise UsageError(f"{where}: holds {len(lines):,} lines (expected {MOST_LINES:,} or fewer)")
+    for number, line in enumerate(lines, start=1):
+        require_length(line, f"{where}: line {number:,}")
     return Prompts(lines, True, where)
+
+
+def require_length(text: str, where: str) -> None:
+    """Raise UsageError for a prompt that is longer than any model's context."""
+    if len(text) > LONGEST_PROMPT:
+        raise UsageError(
+            f"{where}: has {len(text):,} characters (expected {LONGEST_PROMPT:,} or fewer)"
+        )
 
 
 def note_blank(prompts: Prompts, out: Output) -> None:
@@ -85,7 +103,9 @@ def read_stdin() -> str:
             "--prompt: is missing (stdin is a terminal)",
             "Give --prompt TEXT or --prompt-file FILE, or pipe a text in.",
         )
-    data = sys.stdin.buffer.read()
+    data = sys.stdin.buffer.read(MOST_INPUT + 1)
+    if len(data) > MOST_INPUT:
+        raise UsageError(f"stdin: has more than {MOST_INPUT:,} bytes (expected prompts)")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

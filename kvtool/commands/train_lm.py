@@ -47,10 +47,11 @@ def run(settings: Settings, out: Output) -> t.Trained:
     from kvtool.core import checkpoint
     from kvtool.core.lm import LanguageModelling, split_text
     from kvtool.core.models import build_model
-    from kvtool.core.text import Tokenizer
+    from kvtool.core.text import Tokenizer, require_room
 
     device = t.device_of(settings.run, settings.train)
     text = read_text(settings.data, "a text to train on", "--data")
+    require_room(f"--data {settings.data}", text)
     tokenizer = Tokenizer.train(
         "bpe", [split_text(text)[0]], settings.model.vocab_size, specials=False
     )

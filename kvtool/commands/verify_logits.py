@@ -136,7 +136,7 @@ def run(settings: Settings, out: Output) -> Report:
     what = "verify-logits in float64"
     if settings.against is None:
         path = settings.reference or own_reference(loaded.path)
-        references, name = reference.load(path), path.name
+        references, name = reference.load(path, loaded.config), path.name
         require_memory(what, weights_take, device, SMALLER)
     else:
         texts: tuple[str | None, ...] = (settings.prompt,)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtool.errors import FileError, KvtoolError, UsageError
-from kvtool.reading import read_json_object, read_text
+from kvtool.reading import parse_json, read_json_object, read_text, short
 
 TEMPLATE, CONFIG, LEGACY = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
 TOKENS = "special_tokens_map.json"  # of older folders
@@ -28,6 +28,18 @@ SECONDS = 2  # of the processor, for up to a thousand conversations
 WAIT_SECONDS = 120  # for the process, which a busy machine may keep waiting
 NBYTES = 1 << 29
 CHARACTERS = 1 << 20  # of one text, besides what it was given
+MOST_TEMPLATE = 1 << 22  # bytes; the longest of real ones have a hundredth of it
+DEFAULT = "default"
+REASONS = {
+    "time": "takes more than {seconds} s of processor time",
+    "slow": "is not done after {seconds} s",
+    "memory": f"takes more than {NBYTES >> 20} MiB of memory",
+    "long": f"writes more than {CHARACTERS:,} characters",
+    "deep": "calls itself too often",
+    "failed": "cannot write this conversation",
+    "nothing": "writes nothing for this conversation",
+    "ended": "ended the process that rendered it",
+}
 PASSED_ON = ("TZ", "LD_LIBRARY_PATH")  # what the time is, and where Python itself may be
 
 Message = dict[str, str]  # role and content
@@ -49,7 +61,8 @@ def read_template(folder: Path) -> ChatTemplate:
     config = _object(folder / CONFIG, "settings of a tokenizer")
     variables = _named_tokens(folder, config)
     if os.path.lexists(folder / TEMPLATE):
-        path, found = folder / TEMPLATE, read_text(folder / TEMPLATE, "a chat template")
+        path = folder / TEMPLATE
+        found = read_text(path, "a chat template", most=MOST_TEMPLATE)
         return ChatTemplate(found, variables, path)
     legacy = _object(folder / LEGACY, "a chat template")
     for path, data in ((folder / CONFIG, config), (folder / LEGACY, legacy)):
@@ -70,13 +83,16 @@ def _chosen(path: Path, found: Any) -> str:
     if isinstance(found, str):
         return found
     try:
-        named = {str(entry["name"]): entry["template"] for entry in found}
+        names = [str(entry["name"]) for entry in found]
+        texts = [entry["template"] for entry in found if entry["name"] == DEFAULT]
     except (TypeError, KeyError):
         raise FileError(f"{path}: chat_template is neither a text nor a list of them") from None
-    if not isinstance(named.get("default"), str):
-        names = ", ".join(named) or "none"
-        raise FileError(f"{path}: chat_template has no text called default (found {names})")
-    return str(named["default"])
+    if len(texts) > 1:
+        raise FileError(f"{path}: chat_template has {len(texts)} texts called {DEFAULT}")
+    if not texts or not isinstance(texts[0], str):
+        there = short(", ".join(names) or "none")
+        raise FileError(f"{path}: chat_template has no text called {DEFAULT} (found {there})")
+    return texts[0]
 
 
 def _named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -157,16 +173,28 @@ def _render_elsewhere(
     except subprocess.TimeoutExpired:
         raise refusal(template, "slow", WAIT_SECONDS) from None
     try:
-        found = json.loads(output)
+        found = _answer(output, len(conversations))
     except ValueError:
         why = "time" if code == -signal.SIGXCPU else "ended"
         raise refusal(template, why, seconds) from None
-    if "texts" in found:
-        return list(found["texts"])
-    error = refusal(template, found["error"], seconds, found.get("said", ""))
+    if not isinstance(found, dict):
+        return found
+    error = refusal(template, found["error"], seconds, found["said"])
     if conversations[0][0]["role"] == "system" and "system" in error.message.lower():
         raise UsageError(error.message, "Leave --system out.")
     raise error
+
+
+def _answer(output: bytes, n: int) -> list[str] | dict[str, str]:
+    """What the worker wrote: `n` texts, or an error. Raises ValueError if it is neither: then the
+    worker is not what wrote it."""
+    found = parse_json(output)
+    match found:
+        case {"texts": [*texts]} if len(texts) == n and all(isinstance(t, str) for t in texts):
+            return texts
+        case {"error": str(error), "said": str(said)} if error in REASONS:
+            return {"error": error, "said": said}
+    raise ValueError("the worker answered otherwise")
 
 
 def _run_worker(data: bytes) -> tuple[int, bytes]:
@@ -201,16 +229,9 @@ def _package_folder(name: str) -> str:
 
 
 def refusal(template: ChatTemplate, why: str, seconds: int = 0, said: str = "") -> UsageError:
-    reason = {
-        "time": f"takes more than {seconds} s of processor time",
-        "slow": f"is not done after {seconds} s",
-        "memory": f"takes more than {NBYTES >> 20} MiB of memory",
-        "long": f"writes more than {CHARACTERS:,} characters",
-        "deep": "calls itself too often",
-        "failed": "cannot write this conversation" + f" ({said.rstrip('. ')})" * bool(said.strip()),
-        "nothing": "writes nothing for this conversation",
-        "ended": "ended the process that rendered it",
-    }[why]
+    reason = REASONS[why].format(seconds=seconds)
+    if why == "failed" and said.strip():
+        reason += f" ({said.rstrip('. ')})"
     return UsageError(
         f"--chat: the template in {template.path} {reason}",
         "Leave --chat out, and write the prompt as the model expects it.",

@@ -126,14 +126,17 @@ def confine(seconds: int, nbytes: int) -> None:
 
 
 def render(template: Any, limit: int, variables: dict[str, Any]) -> str:
-    """One text. Raises TooLong above `limit` characters, whatever is still to come."""
+    """One text. Raises TooLong above `limit` characters, whatever is still to come, and
+    UnicodeEncodeError for what is no text."""
     parts, size = [], 0
     for part in template.generate(**variables):
         size += len(part)
         if size > limit:
             raise TooLong
         parts.append(part)
-    return "".join(parts)
+    text = "".join(parts)
+    text.encode()  # half of a character is no text
+    return text
 
 
 def answer(asked: dict[str, Any], environment: Any) -> dict[str, Any]:
@@ -152,11 +155,11 @@ def answer(asked: dict[str, Any], environment: Any) -> dict[str, Any]:
             for messages in asked["conversations"]
         ]
     except TooLong:
-        return {"error": "long"}
+        return {"error": "long", "said": ""}
     except MemoryError:
-        return {"error": "memory"}
+        return {"error": "memory", "said": ""}
     except RecursionError:
-        return {"error": "deep"}
+        return {"error": "deep", "said": ""}
     except TemplateSyntaxError as error:
         return {"error": "failed", "said": f"line {error.lineno}: {error.message}"[:LONGEST_ERROR]}
     except TemplateError as error:

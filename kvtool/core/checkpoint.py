@@ -244,6 +244,15 @@ def _read_tokenizer(path: Path, field: str, embedded: int) -> Tokenizer:
             f"(expected {embedded} or fewer, the {field} of {CONFIG})",
             "The model has no embedding for the rest: the tokenizer is another model's.",
         )
+    for what, token in tokenizer.named_ids.items():
+        if token >= embedded:
+            raise FileError(
+                f"{path}: {what} has the token {token} "
+                f"(expected one below {embedded}, the {field} of {CONFIG})"
+            )
+    if tokenizer.left_out:
+        what = " and ".join(tokenizer.left_out)
+        LOG.info(f"{path}: its {what}, for batches in training, will not be done")
     return tokenizer
 
 

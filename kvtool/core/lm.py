@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool import ending
 from kvtool.core import checkpoint
 from kvtool.core.cache import Step
 from kvtool.core.layers import deal_rows
@@ -98,8 +99,9 @@ class LanguageModelling:
         self.tokenizer = tokenizer
         self.context = context
         self.seed = seed
-        self.train_ids = torch.tensor(tokenizer.encode(train), device=device)
-        self.valid_ids = torch.tensor(tokenizer.encode(valid), device=device)
+        with ending.at_once():  # nothing is kept yet, and the library comes back when it is done
+            ids = tokenizer.encode(train), tokenizer.encode(valid)
+        self.train_ids, self.valid_ids = (torch.tensor(part, device=device) for part in ids)
         self.batch_tokens = batch_tokens
         self.text_sha256 = hashlib.sha256(text.encode()).hexdigest()
         self.lengths = sorted({max(1, context // share) for share in SHARES})

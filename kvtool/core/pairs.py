@@ -9,16 +9,17 @@ from __future__ import annotations
 import difflib
 import gzip
 import hashlib
+import io
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvtool.errors import FileError, UsageError
 from kvtool.files import PACKAGE
-from kvtool.reading import nearest, read_bytes
+from kvtool.reading import MOST_TEXT, nearest, read_bytes
 
 CMUDICT = "cmudict"
 CMUDICT_FILE = PACKAGE / "data" / "cmudict.txt.xz"
@@ -35,6 +36,11 @@ _PHONES = (
     "Y Z ZH"
 )
 PHONES = frozenset(_PHONES.split())
+
+LONGEST_LINE = 65_536  # characters of a source and its target; a model's context holds fewer
+BLOCK = 1 << 24  # bytes that are unpacked at once
+# Lines after which memory is looked at, and what one may take: two texts, and places for them.
+MANY_LINES, LINE_NBYTES = 1 << 20, 512
 
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # all but the tab
 _HEADER_NAMES = {"source", "src", "input", "word", "target", "tgt", "output", "pronunciation"}
@@ -157,17 +163,18 @@ def read_tsv(path: Path, flag: str = "") -> TsvFile:
     The pairs stand in the order of their sources' first lines. There is no header: the first line
     is a pair. Spaces around a source or target are dropped, blank lines skipped and counted; a byte
     order mark and CRLF are accepted. Raises FileError that names the line for a number of fields
-    other than two, an empty field, a control character, or a byte that is not UTF-8 (its offset is
-    in the decompressed file), and FileError if there is no pair at all.
+    other than two, an empty field, a line of more than LONGEST_LINE characters, a control
+    character, or a byte that is not UTF-8 (its offset is in the decompressed file), and FileError
+    if there is no pair at all; CapacityError where there is too little memory for them.
     """
     raw = read_bytes(path, "a TSV file", flag)
-    text = _decode(path, _decompress(path, raw))
+    data = _decompress(path, raw)
+    _check_kind(path, data)
     merged: dict[str, dict[str, None]] = {}
     n_rows = n_blank = 0
-    lines = text.split("\n")
-    if not lines[-1]:
-        lines.pop()  # what follows the last line end is not a line
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path, data), start=1):
+        if not number % MANY_LINES:
+            _count_memory(path, MANY_LINES * LINE_NBYTES)
         # Files with a byte order mark that were joined have one in the middle too.
         line = line.removesuffix("\r").removeprefix("\ufeff")
         if "\t" not in line and not line.strip():
@@ -295,26 +302,61 @@ def _decompress(path: Path, raw: bytes) -> bytes:
     """Gzip is known by its first bytes, whatever the file is called."""
     if not raw.startswith(b"\x1f\x8b"):
         return raw
+    found: list[bytes] = []
+    nbytes = 0
     try:
-        return gzip.decompress(raw)
+        with gzip.open(io.BytesIO(raw)) as file:
+            while block := file.read(BLOCK):
+                found.append(block)
+                nbytes += len(block)
+                if nbytes > MOST_TEXT:
+                    raise FileError(
+                        f"{path}: unpacks to more than {MOST_TEXT:,} bytes",
+                        "Train on a part of it.",
+                    )
+                _count_memory(path, 2 * nbytes)  # these blocks, and what is made of them
     except (OSError, EOFError, zlib.error) as error:
         raise FileError(f"{path}: is a damaged gzip file ({error})") from error
+    return b"".join(found)
 
 
-def _decode(path: Path, data: bytes) -> str:
+def _count_memory(path: Path, nbytes: int) -> None:
+    """Raise CapacityError unless `nbytes` more can be had."""
+    import torch  # whoever reads pairs trains on them
+
+    from kvtool.core.machine import require_memory
+
+    require_memory(f"{path}: its text", nbytes, torch.device("cpu"))
+
+
+def _check_kind(path: Path, data: bytes) -> None:
+    """Raise FileError for a file that begins like one of another kind."""
     start = data[:32].lower()
     for magic, (what, hint) in _NOT_TSV.items():
         if start.startswith(magic.lower()):
             raise FileError(f"{path}: is {what} (expected UTF-8 text, source TAB target)", hint)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise FileError(
-            f"{path}: line {line}: is not UTF-8 "
-            f"(byte 0x{data[error.start]:02x} at offset {error.start})",
-            _CONVERT,
-        ) from error
+
+
+def _lines(path: Path, data: bytes) -> Iterator[str]:
+    """The lines without their line feeds, one at a time. Raises FileError."""
+    offset = 0
+    for number, line in enumerate(io.BytesIO(data), start=1):
+        if len(line) > LONGEST_LINE:  # bytes: a character has one to four
+            n = len(line.removesuffix(b"\n").decode(errors="replace"))
+            if n > LONGEST_LINE:
+                raise FileError(
+                    f"{path}: line {number}: {n:,} characters (expected {LONGEST_LINE:,} or fewer)",
+                    "Write source TAB target on each line.",
+                )
+        try:
+            yield line.removesuffix(b"\n").decode()
+        except UnicodeDecodeError as error:
+            raise FileError(
+                f"{path}: line {number}: is not UTF-8 "
+                f"(byte 0x{line[error.start]:02x} at offset {offset + error.start})",
+                _CONVERT,
+            ) from error
+        offset += len(line)
 
 
 def _fields(where: str, line: str) -> tuple[str, str]:

@@ -30,9 +30,7 @@ WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts
 MOST_PICKLE = 2**26  # bytes, without the values; a hundred thousand tensors take a tenth of it
 ZIP = b"PK\x03\x04"
 END, END64, LOCATOR = 22, 56, 20  # bytes of a zip archive's last records
-STEPS = (
-    5  # pickles of the format before torch 1.6: the fourth has the tensors, the fifth their keys
-)
+STEPS = 5  # pickles of the format before torch 1.6; tensors are in the fourth, keys in the fifth
 
 
 class PickledFile:
@@ -70,7 +68,7 @@ def _check(path: Path) -> None:
         size = file.seek(0, 2)
         file.seek(0)
         try:
-            (_check_zip if zipped else _check_legacy)(file, size, path)
+            (check_zip if zipped else _check_legacy)(file, size, path)
         except Foreign as error:
             raise _code(path) from error
         except KvtoolError:
@@ -80,7 +78,7 @@ def _check(path: Path) -> None:
             raise _damaged(path, error) from error
 
 
-def _check_zip(file: BinaryIO, size: int, path: Path) -> None:
+def check_zip(file: BinaryIO, size: int, path: Path) -> None:
     """Raise Refused, CapacityError, or what zipfile raises, for an archive."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,22 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.core import oracle
+from kvtool.core.machine import require_memory
 from kvtool.core.models import Model
+from kvtool.core.reference_file import ArrayFile, ArrayInfo, open_arrays
 from kvtool.core.verify.compare import distances, spacing
 from kvtool.core.verify.judge import NOISE, ROUNDING_64
 from kvtool.core.weight_files import refuse_lookalike
-from kvtool.errors import CapacityError, FileError, UsageError, pass_on_shortage
+from kvtool.errors import CapacityError, FileError, UsageError
 from kvtool.files import write_durable
+from kvtool.reading import short
 
 FORMATS = ("float64", "float32", "float16")  # of reference logits
-ARRAY = re.compile(r"(?:ids|logits)\.(0|[1-9][0-9]*)")
+ARRAY = re.compile(r"(?:ids|logits)\.(0|[1-9][0-9]{0,5})")
 
 
 @dataclass(frozen=True)
@@ -151,64 +152,71 @@ def save(path: Path, references: Sequence[Reference]) -> None:
     write_durable(path, safetensors.numpy.save(arrays, metadata=texts))
 
 
-def load(path: Path) -> list[Reference]:
-    """Read a .safetensors or .npz file of references. Raises FileError."""
+def load(path: Path, config: Any = None) -> list[Reference]:
+    """Read a .safetensors or .npz file of references, if it fits a model of `config`.
+
+    All that its headers say is checked before any array is read. Raises FileError, and
+    CapacityError as `check_fits` does or for too little memory.
+    """
     refuse_lookalike(path, "reference logits")
-    if path.suffix == ".npz":
-        arrays, texts = _load_npz(path)
-    elif path.suffix == ".safetensors":
-        arrays, texts = _load_safetensors(path)
-    else:
-        found = path.suffix or "no suffix"
-        raise FileError(f"--reference {path}: {found} (expected .safetensors or .npz)")
-    arrays = {f"{name}.0" if name in ("ids", "logits") else name: a for name, a in arrays.items()}
-    numbers = sorted({int(match[1]) for name in arrays if (match := ARRAY.fullmatch(name))})
+    file = open_arrays(path)
+    names = _array_names(file)
+    numbers = sorted({int(match[1]) for name in names if (match := ARRAY.fullmatch(name))})
     if not numbers:
         raise FileError(f"{path}: holds no references (expected ids.0 and logits.0)")
-    references = [_reference(path, arrays, texts, n) for n in numbers]
-    formats = {reference.logits.dtype.name for reference in references}
+    for n in numbers:
+        shape = _checked_shape(path, names, n)
+        if config is not None:
+            _check_shape(n, shape, config)
+    formats = {names[f"logits.{n}"][1].dtype for n in numbers}
     if len(formats) > 1:  # the coarsest would decide how exact the others have to be
         raise FileError(f"{path}: holds logits of {' and '.join(sorted(formats))} (expected one)")
-    return references
+    nbytes = sum(info.nbytes for _, info in names.values())
+    require_memory(str(path), nbytes, torch.device("cpu"))
+    arrays = file.read()
+    found = {name: arrays[there] for name, (there, _) in names.items()}
+    return [
+        _reference(path, n, found[f"ids.{n}"], found[f"logits.{n}"], file.texts) for n in numbers
+    ]
 
 
-def _load_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    if not zipfile.is_zipfile(path):
-        raise FileError(f"{path}: is not an .npz file")
-    try:
-        with np.load(path, allow_pickle=False) as file:  # a pickle could run code
-            return {name: file[name] for name in file.files}, {}
-    except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds between them
-        pass_on_shortage(error)
-        raise FileError(f"{path}: is not an .npz file of plain arrays ({error})") from error
+def _array_names(file: ArrayFile) -> dict[str, tuple[str, ArrayInfo]]:
+    """The arrays by `ids.N` and `logits.N`, with their names in the file. Raises FileError for any
+    other, and for two of one name."""
+    found: dict[str, tuple[str, ArrayInfo]] = {}
+    for there, info in file.arrays.items():
+        name = f"{there}.0" if there in ("ids", "logits") else there
+        if not ARRAY.fullmatch(name):
+            expected = "expected ids.0, logits.0, ids.1 and so on"
+            raise FileError(f"{file.path}: holds {short(there)!r} ({expected})")
+        if name in found:
+            both = " and ".join(sorted((there, found[name][0])))
+            raise FileError(f"{file.path}: holds {both}, which are one (expected one of them)")
+        found[name] = there, info
+    return found
 
 
-def _load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (safetensors.SafetensorError, OSError, TypeError, AttributeError) as error:
-        # The last two are about formats that NumPy does not have, such as bfloat16.
-        raise FileError(f"{path}: is not a safetensors file ({error})") from error
+def _checked_shape(
+    path: Path, names: Mapping[str, tuple[str, ArrayInfo]], n: int
+) -> tuple[int, int]:
+    """How many tokens reference `n` has, and over how many its logits are. Raises FileError."""
+    absent = [name for name in (f"ids.{n}", f"logits.{n}") if name not in names]
+    if absent:
+        there = f"logits.{n}" if absent[0].startswith("ids") else f"ids.{n}"
+        raise FileError(f"{path}: {absent[0]} is missing, and {there} is there")
+    ids, logits = names[f"ids.{n}"][1], names[f"logits.{n}"][1]
+    if len(ids.shape) != 1 or "int" not in ids.dtype or not ids.shape[0]:
+        raise FileError(f"{path}: ids.{n} is {ids} (expected whole numbers [T])")
+    length = ids.shape[0]
+    if len(logits.shape) != 2 or logits.shape[0] != length or logits.dtype not in FORMATS:
+        expected = f"expected {', '.join(FORMATS)} [{length}, V]"
+        raise FileError(f"{path}: logits.{n} is {logits} ({expected})")
+    return length, logits.shape[1]
 
 
 def _reference(
-    path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, str], n: int
+    path: Path, n: int, ids: np.ndarray, logits: np.ndarray, texts: Mapping[str, str]
 ) -> Reference:
-    ids, logits = arrays.get(f"ids.{n}"), arrays.get(f"logits.{n}")
-    if ids is None or logits is None:
-        missing, there = ("ids", "logits") if ids is None else ("logits", "ids")
-        raise FileError(f"{path}: {missing}.{n} is missing, and {there}.{n} is there")
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or not len(ids):
-        raise FileError(
-            f"{path}: ids.{n} is {ids.dtype} {list(ids.shape)} (expected whole numbers [T])"
-        )
-    if logits.ndim != 2 or logits.shape[0] != len(ids) or logits.dtype.name not in FORMATS:
-        raise FileError(
-            f"{path}: logits.{n} is {logits.dtype} {list(logits.shape)} "
-            f"(expected {', '.join(FORMATS)} [{len(ids)}, V])"
-        )
     if not np.isfinite(logits).all():
         raise FileError(f"{path}: logits.{n} holds NaN or infinities")
     return Reference([int(i) for i in ids], logits, texts.get(f"text.{n}"))
@@ -218,16 +226,21 @@ def check_fits(references: Sequence[Reference], config: Any) -> None:
     """Raise FileError where a reference is of another vocabulary, CapacityError where it is longer
     than the context."""
     for n, reference in enumerate(references):
-        vocab = reference.logits.shape[1]
-        if vocab != config.vocab_size:
-            raise FileError(
-                f"--reference: logits.{n} are over {vocab} tokens "
-                f"(the model has {config.vocab_size})",
-                "Take the reference that was made for this model.",
-            )
-        if min(reference.ids) < 0 or max(reference.ids) >= vocab:
-            raise FileError(f"--reference: ids.{n} are not all within 0 to {vocab - 1}")
-        check_length(f"--reference: ids.{n}", len(reference.ids), config.context)
+        _check_shape(n, reference.logits.shape, config)
+        last = config.vocab_size - 1
+        if min(reference.ids) < 0 or max(reference.ids) > last:
+            raise FileError(f"--reference: ids.{n} are not all within 0 to {last}")
+
+
+def _check_shape(n: int, shape: tuple[int, ...], config: Any) -> None:
+    """Raise unless a reference of that many tokens and logits is one of a model's."""
+    length, vocab = shape
+    if vocab != config.vocab_size:
+        raise FileError(
+            f"--reference: logits.{n} are over {vocab} tokens (the model has {config.vocab_size})",
+            "Take the reference that was made for this model.",
+        )
+    check_length(f"--reference: ids.{n}", length, config.context)
 
 
 @torch.inference_mode()

@@ -8,12 +8,15 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvtool import ending
+from kvtool.core.pickle_walk import Foreign
+from kvtool.core.pickled_file import check_zip
 from kvtool.errors import pass_on_shortage
 from kvtool.reading import parse_json
 
@@ -57,13 +60,14 @@ def unpickled(data: bytes) -> Any:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if sum(info.file_size for info in archive.infolist()) > len(data):
                 raise ValueError("packed")  # torch.save never does it, and it could be any amount
+        check_zip(io.BytesIO(data), len(data), Path("state"))
         with warnings.catch_warnings(), ending.at_once():
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a strange file raises almost anything
         pass_on_shortage(error)
         # torch's text is left out: it recommends weights_only=False, which runs the file's code.
-        if isinstance(error, pickle.UnpicklingError):
+        if isinstance(error, (Foreign, pickle.UnpicklingError)):
             raise Strange("holds code objects, which kvtool never runs") from error
         raise Strange(f"is no state of a run ({type(error).__name__})") from error
 

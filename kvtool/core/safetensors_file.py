@@ -62,6 +62,7 @@ class TensorInfo:
 class SafetensorsFile:
     """The checked header of the regular file `path`, and its tensors of `dtypes` on demand.
 
+    dtypes: the formats that tensors of it may have; those of weights.
     Raises FileError, here for a damaged header or a size that contradicts it, and in `read` for a
     file that changed in between.
     """
@@ -142,7 +143,7 @@ def _tensor_info(
     if not isinstance(dtype, str) or dtype not in known:
         raise FileError(
             f"{where} has dtype {short(str(dtype))} (expected one of {', '.join(dtypes)})",
-            "Weights are floating-point numbers.",
+            "Weights are floating-point numbers." if dtypes == DTYPES else "",
         )
     if not _whole_numbers(shape) or len(shape) > MOST_DIMENSIONS:
         raise FileError(

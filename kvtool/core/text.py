@@ -6,24 +6,28 @@ The work is done by Hugging Face's `tokenizers`, and a file is its tokenizer.jso
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from kvtool.errors import FileError, UsageError
+from kvtool import ending
+from kvtool.core.tokenizer_calls import Asking
+from kvtool.core.tokenizer_rules import LONGEST_TOKEN, around, check_rules, is_sure, rules
+from kvtool.errors import FileError, KvtoolError, UsageError
 from kvtool.files import write_durable
-from kvtool.reading import read_text
+from kvtool.reading import MOST_JSON, parse_json, read_text, short
 from kvtool.registry import choose
 
 KINDS = ("char", "symbol", "word", "bpe")
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0 to 3 of a tokenizer that has them
 PAD, BOS, EOS, UNK = range(4)
 LARGEST_WORD_VOCAB = 30_000
+PART = 1 << 20  # characters of texts that are encoded together
+ENCODED_NBYTES = 256  # what the library takes for a byte of text while it encodes it
 
 # How text falls apart, by kind; what a file's pre-tokenizer says is its kind.
 _SPLITTERS: dict[str, Any] = {
@@ -48,19 +52,22 @@ class Tokenizer:
     text). One with `specials` starts with SPECIALS; without them nothing marks an end.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, vocab: Mapping[str, int] | None = None) -> None:
         self._inner = inner
         # Text that spells "<pad>" is text: only we put special tokens anywhere.
         inner.encode_special_tokens = True
-        spec = json.loads(inner.to_str())
-        self.kind = _PRE_TOKENIZER_KINDS.get(
-            str((spec["pre_tokenizer"] or {}).get("type")), "other"
-        )
+        pre = [rule["type"] for rule in rules(inner.pre_tokenizer)]
+        self.kind = _PRE_TOKENIZER_KINDS.get(pre[0], "other") if len(pre) == 1 else "other"
         # A vocabulary may have gaps, and the embedding needs a row for the largest id.
-        self.vocab_size: int = max(inner.get_vocab().values(), default=-1) + 1
+        ids = (inner.get_vocab() if vocab is None else vocab).values()
+        self.vocab_size: int = max(ids, default=-1) + 1
         self.has_specials = all(inner.token_to_id(name) == i for i, name in enumerate(SPECIALS))
         self.end_ids = frozenset({EOS} if self.has_specials else ())  # each ends a text
         self._frames = False  # whether its own rules put special tokens around a text
+        self.path: Path | None = None  # of the file that it is from, and so its rules
+        self.left_out: tuple[str, ...] = ()  # what of its rules is not followed
+        self.named_ids: dict[str, int] = {}  # the largest that a rule names, by which rule
+        self._sure_back = False  # whether decoding takes little time and cannot fail
 
     @classmethod
     def train(
@@ -72,21 +79,54 @@ class Tokenizer:
         texts without a single token.
         """
         choose(kind, KINDS, "--tokenizer")
-        inner = _train_bpe(texts, vocab_size, specials) if kind == "bpe" else _count(kind, texts)
+        with ending.at_once():  # nothing is kept yet, and the library comes back when it is done
+            if kind == "bpe":
+                inner = _train_bpe(texts, vocab_size, specials)
+            else:
+                inner = _count(kind, texts)
         return cls(inner)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a tokenizer.json. Raises FileError."""
-        text = read_text(path, "a tokenizer")
+        """Read a tokenizer.json, which may be a stranger's, and bound what its rules may do.
+
+        What in it is made for batches in training, such as cutting texts, is `left_out`. Raises
+        FileError.
+        """
+        text = read_text(path, "a tokenizer", most=MOST_JSON)
+
+        def failed(said: str) -> KvtoolError:
+            return FileError(f"{path}: is not a tokenizer ({said})")
+
         try:
+            parse_json(text)  # it says one thing, whoever reads it
+        except ValueError as error:
+            raise failed(str(error)) from error
+        with Asking(failed, careful=True):
             inner = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise FileError(f"{path}: is not a tokenizer ({error})") from error
-        tokenizer = cls(inner)
-        if not tokenizer.vocab_size:
+            vocab = inner.get_vocab()
+        if not vocab:
             raise FileError(f"{path}: is a tokenizer without a vocabulary")
+        check_rules(inner, vocab, str(path))
+        tokenizer = cls(inner, vocab)
+        tokenizer._take_rules(path)
         return tokenizer
+
+    def _take_rules(self, path: Path) -> None:
+        """Note what the rules of the file `path` are, and leave out those that are for training."""
+        inner, self.path = self._inner, path
+        padding, model = inner.padding, inner.model
+        pad = set() if padding is None else {padding["pad_id"]}
+        named = {"its template": around(inner).ids, "its padding": pad}
+        self.named_ids = {name: max(ids) for name, ids in named.items() if ids}
+        self._sure_back = all(is_sure(rule) for rule in rules(inner.decoder))
+        found = {"truncation": inner.truncation, "padding": padding}
+        inner.no_truncation()
+        inner.no_padding()
+        for name in ("dropout", "alpha", "nbest_size"):  # of bpe and of unigram
+            if found.setdefault(name, getattr(model, name, None)) is not None:
+                setattr(model, name, None)
+        self.left_out = tuple(name for name, value in found.items() if value is not None)
 
     def save(self, path: Path) -> None:
         """Write a tokenizer.json, durably. Raises FileError."""
@@ -137,13 +177,22 @@ class Tokenizer:
         return behind[n:] if behind[:n] == line_break else self._ids(text, spelled)
 
     def _ids(self, text: str, spelled: bool = False, frames: bool = False) -> list[int]:
-        self._inner.encode_special_tokens = not spelled
-        try:
-            return self._inner.encode(text, add_special_tokens=frames).ids
-        except Exception as error:  # the library raises bare Exception
-            raise UsageError(f"the text cannot be encoded ({error})") from error
-        finally:
-            self._inner.encode_special_tokens = True
+        with self._asking("encode"):
+            self._inner.encode_special_tokens = not spelled
+            try:
+                return self._inner.encode(text, add_special_tokens=frames).ids
+            finally:
+                self._inner.encode_special_tokens = True
+
+    def _asking(self, what: str) -> Asking:
+        """A call of the library, which may take any time, and panic, on a stranger's rules."""
+        where = "" if self.path is None else f"{self.path}: "
+
+        def failed(said: str) -> KvtoolError:
+            return UsageError(f"{where}the text cannot be {what}d ({said})")
+
+        sure = self.path is None or (what == "decode" and self._sure_back)
+        return Asking(failed, careful=not sure)
 
     @property
     def special_tokens(self) -> list[str]:
@@ -159,14 +208,19 @@ class Tokenizer:
         """The pieces of `text` that encode makes UNK, each once."""
         if not self.has_specials:
             return []
-        encoding = self._inner.encode(text, add_special_tokens=False)
+        with self._asking("encode"):
+            encoding = self._inner.encode(text, add_special_tokens=False)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         return list(dict.fromkeys(text[start:end] for i, (start, end) in spans if i <= UNK))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once."""
-        found = self._inner.encode_batch(list(texts), add_special_tokens=self._frames)
-        return [self._as_text(encoding.ids) for encoding in found]
+        ids: list[list[int]] = []
+        for some in _parts(texts):
+            with self._asking("encode"):
+                found = self._inner.encode_batch(some, add_special_tokens=self._frames)
+            ids += [self._as_text(encoding.ids) for encoding in found]
+        return ids
 
     def _as_text(self, ids: list[int]) -> list[int]:
         """`ids` of a text: a vocabulary of whole pieces finds a piece "<eos>" among SPECIALS."""
@@ -174,7 +228,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are left out, and broken UTF-8 becomes U+FFFD."""
-        return self._inner.decode(self._plain(ids), skip_special_tokens=False)
+        plain = self._plain(ids)
+        with self._asking("decode"):
+            return self._inner.decode(plain, skip_special_tokens=False)
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """Each token's own text, for comparing token by token."""
@@ -229,13 +285,40 @@ class TextStream:
         if not self._tokenizer._plain([token]):
             return ""
         self._ids.append(token)
-        text = self._inner.step(self._tokenizer._inner, token) or ""
+        with self._tokenizer._asking("decode"):
+            text = self._inner.step(self._tokenizer._inner, token) or ""
         self._shown += len(text)
         return text
 
     def finish(self) -> str:
         """What was still waiting."""
         return self._tokenizer.decode(self._ids)[self._shown :]
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """`texts` in runs of about PART characters: between calls of the library signals are heard, and
+    memory is given back."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= PART:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def require_room(where: str, text: str) -> None:
+    """Raise CapacityError, which begins with `where`, for a text too long to be encoded at once."""
+    import torch
+
+    from kvtool.core.machine import require_memory
+
+    needed = ENCODED_NBYTES * len(text.encode())
+    what = f"{where}: the tokens of {len(text):,} characters"
+    require_memory(what, needed, torch.device("cpu"))
 
 
 def guess_kind(texts: Sequence[str]) -> str:
@@ -267,6 +350,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, specials: bool) -> tokeniz
         vocab_size=vocab_size,
         initial_alphabet=alphabet,
         special_tokens=list(SPECIALS) if specials else [],
+        max_token_length=LONGEST_TOKEN,
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
@@ -281,6 +365,13 @@ def _count(kind: str, texts: Iterable[str]) -> tokenizers.Tokenizer:
         counts.update(piece for piece, _ in splitter.pre_tokenize_str(text))
     if not counts:
         raise UsageError("the texts hold no token to learn from")
+    longest = max(counts, key=len)
+    if len(longest) > LONGEST_TOKEN:
+        raise UsageError(
+            f"--tokenizer {kind}: a token of {len(longest):,} characters, {short(longest, 20)!r} "
+            f"(expected {LONGEST_TOKEN:,} or fewer)",
+            "Use --tokenizer char or bpe.",
+        )
     ranked = sorted(counts, key=lambda piece: (-counts[piece], piece))[:LARGEST_WORD_VOCAB]
     names = [*SPECIALS, *(piece for piece in ranked if piece not in SPECIALS)]
     vocab = {name: index for index, name in enumerate(names)}

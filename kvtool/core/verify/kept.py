@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from kvtool.core.facts import changed, changes, flat
 from kvtool.errors import FileError
 from kvtool.files import take_lock
-from kvtool.reading import read_bytes
+from kvtool.reading import parse_json, read_bytes
 
 SCHEMA = "kvtool.results/1"
 BEGINNING = f'{{"schema": "{SCHEMA}"'.encode()
+MOST_RESULTS = 2**28  # bytes
 WHOLE = ("check", "model")  # where these differ, nearly all else does
 SHA256 = "sha256"
 TOLD = 5  # differences that one line names
@@ -63,18 +65,20 @@ class Kept(Generic[T]):
     def _read(self) -> list[T]:
         if not self.path.exists() or (self.path.is_file() and not self.path.stat().st_size):
             return []
-        data = read_bytes(self.path, "results to go on from", "--resume")
-        *lines, rest = data.split(b"\n")
-        if not lines:
-            if not BEGINNING.startswith(rest[: len(BEGINNING)]):
+        data = read_bytes(self.path, "results to go on from", "--resume", MOST_RESULTS)
+        lines = io.BytesIO(data)
+        first = lines.readline()
+        if not first.endswith(b"\n"):
+            if not BEGINNING.startswith(first[: len(BEGINNING)]):
                 self._refuse(1)
             return []
-        self._agree(lines[0])
-        return [self._parsed(i, line) for i, line in enumerate(lines[1:], start=2)]
+        self._agree(first)
+        whole = (line for line in lines if line.endswith(b"\n"))
+        return [self._parsed(i, line) for i, line in enumerate(whole, start=2)]
 
     def _agree(self, line: bytes) -> None:
         try:
-            before = json.loads(line)
+            before = parse_json(line)
             same_kind, facts = before["schema"] == SCHEMA, dict(before["of"])
         except (ValueError, TypeError, KeyError) as error:
             self._refuse(1, error)
@@ -88,7 +92,9 @@ class Kept(Generic[T]):
 
     def _parsed(self, number: int, line: bytes) -> T:
         try:
-            return self.make(**json.loads(line))
+            result = self.make(**parse_json(line, finite=False))
+            _check_types(result)
+            return result
         except (ValueError, TypeError) as error:
             self._refuse(number, error)
 
@@ -122,6 +128,26 @@ class Kept(Generic[T]):
 def _always(write: Callable[[], None]) -> bool:
     write()
     return True
+
+
+def _check_types(result: Any) -> None:
+    """Raise TypeError unless each field of a dataclass is what it is declared to be."""
+    for name, kind in get_type_hints(type(result)).items():
+        if not _fits(getattr(result, name), kind):
+            raise TypeError(f"{name} is not {kind}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether what JSON says can be of a type, of those that results have."""
+    parts = get_args(kind)
+    outer = get_origin(kind)
+    if outer is dict:
+        return isinstance(value, dict) and all(_fits(part, parts[1]) for part in value.values())
+    if outer is list:
+        return isinstance(value, list) and all(_fits(part, parts[0]) for part in value)
+    if parts:  # a union
+        return any(_fits(value, part) for part in parts)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _told(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

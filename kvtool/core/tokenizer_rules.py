@@ -1,0 +1,167 @@
+"""What the rules of a tokenizer.json may do: they are a program by whoever wrote the file.
+
+A few replacements one after another make gigabytes of one word, and a template may hold the text a
+thousand times. What each rule can make of one character is known before any of them runs; where all
+together can make too much, the file is refused. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import tokenizers
+
+from kvtool.errors import FileError
+from kvtool.reading import parse_json
+
+MOST_GROWTH = 256  # characters made of one; the rules of ALBERT and T5 may make 72
+MOST_DECODED = 16  # the same of the way back, where 2 is usual
+MOST_AROUND = 1024  # tokens that a template puts around a text
+LONGEST_TOKEN = 4096  # characters; decoding repeats it as often as it is generated
+LONGEST_AFFIX = 64  # characters, of what marks that a word begins, goes on or ends
+LONGEST_WORD = 1000  # characters, of WordPiece, whose time grows with the square; 100 is usual
+# Special tokens, each of which is looked for in a text, and their characters.
+MOST_SPECIAL, MOST_SPECIAL_TEXT = 16_384, 1_048_576
+
+Rule = dict[str, Any]
+
+
+@dataclass
+class Around:
+    """The special tokens that a tokenizer's own rules put around a text."""
+
+    ids: set[int] = field(default_factory=set)
+    n_tokens: int = 0
+    n_texts: int = 1  # how often the text is there itself
+
+
+def check_rules(inner: tokenizers.Tokenizer, vocab: Mapping[str, int], where: str) -> None:
+    """Raise FileError, which begins with `where`, if the rules could make too much of a text."""
+    there = growth([*rules(inner.normalizer), *rules(inner.pre_tokenizer)], where)
+    _most(where, "characters of one", there, MOST_GROWTH)
+    back = growth(rules(inner.decoder), where)
+    _most(where, "characters of one that is decoded", back, MOST_DECODED)
+    framed = around(inner)
+    if framed.n_texts != 1:
+        times = f"{framed.n_texts:,} times (expected once)"
+        raise FileError(f"{where}: its template has the text {times}")
+    _most(where, "tokens around a text", framed.n_tokens, MOST_AROUND)
+    specials = [t.content for t in inner.get_added_tokens_decoder().values() if t.special]
+    if len(specials) > MOST_SPECIAL or sum(map(len, specials)) > MOST_SPECIAL_TEXT:
+        found = f"{len(specials):,} special tokens of {sum(map(len, specials)):,} characters"
+        expected = f"expected {MOST_SPECIAL:,} of {MOST_SPECIAL_TEXT:,} in all, or fewer"
+        raise FileError(f"{where}: has {found} ({expected})")
+    _check_model(inner.model, vocab, where)
+
+
+def _most(where: str, what: str, found: int, most: int) -> None:
+    if found > most:
+        many = f"{found:,}" if found < 10**9 else "more than 10^9"
+        raise FileError(f"{where}: its rules make {many} {what} (expected {most:,} or fewer)")
+
+
+def _check_model(model: Any, vocab: Mapping[str, int], where: str) -> None:
+    longest = max(map(len, vocab), default=0)
+    if longest > LONGEST_TOKEN:
+        raise FileError(
+            f"{where}: has a token of {longest:,} characters (expected {LONGEST_TOKEN:,} or fewer)"
+        )
+    if len(set(vocab.values())) < len(vocab):  # which of them an id means would be up to chance
+        seen: dict[int, str] = {}
+        twice = next(i for name, i in sorted(vocab.items()) if seen.setdefault(i, name) != name)
+        raise FileError(f"{where}: several tokens have the id {twice} (expected one)")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        affix = getattr(model, name, None) or ""
+        if len(affix) > LONGEST_AFFIX:
+            raise FileError(
+                f"{where}: {name} has {len(affix):,} characters (expected {LONGEST_AFFIX} or fewer)"
+            )
+    most = getattr(model, "max_input_chars_per_word", 0)
+    if most > LONGEST_WORD:
+        raise FileError(
+            f"{where}: max_input_chars_per_word is {most:,} (expected {LONGEST_WORD:,} or less)"
+        )
+
+
+def rules(part: Any) -> Iterator[Rule]:
+    """The rules in a part of a tokenizer, in order, and those in a sequence one by one."""
+    if part is not None:
+        yield from _flat(parse_json(part.__getstate__()))
+
+
+def _flat(rule: Rule) -> Iterator[Rule]:
+    inside = next((part for part in rule.values() if isinstance(part, list)), [])
+    if rule["type"] != "Sequence":
+        yield rule
+        return
+    for part in inside:
+        yield from _flat(part)
+
+
+def growth(found: Any, where: str) -> int:
+    """The most characters that rules one after another can make of one that a text has, but for
+    what the alphabet itself does, as in changes of case."""
+    total = 1
+    for rule in found:
+        try:
+            total *= max(1, GROWTH.get(rule["type"], lambda _: 1)(rule))
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileError(f"{where}: its {rule['type']} rule is damaged ({error})") from error
+    return total
+
+
+def _replaced(rule: Rule) -> int:
+    pattern, content = rule["pattern"], len(rule["content"])
+    if not pattern.get("String"):  # an expression may match between any two characters
+        return content + 1
+    return math.ceil(content / len(pattern["String"]))
+
+
+def _longest_replacement(rule: Rule) -> int:
+    """Of a table by sentencepiece: the size of a trie, the trie, and texts that end in NUL."""
+    table = base64.b64decode(rule["precompiled_charsmap"] or "")
+    texts = table[4 + int.from_bytes(table[:4], "little") :].decode(errors="replace")
+    return max(map(len, texts.split("\0")))
+
+
+GROWTH: dict[str, Callable[[Rule], int]] = {
+    "Replace": _replaced,
+    "Prepend": lambda rule: len(rule["prepend"]) + 1,
+    "Precompiled": _longest_replacement,
+    "ByteLevel": lambda _: 4,  # a character of four bytes, each a character
+    "Metaspace": lambda _: 2,
+    "BPEDecoder": lambda rule: 1 if rule["suffix"] else 2,
+    "CTC": lambda rule: 1 if rule["word_delimiter_token"] else 2,
+}
+
+
+def is_sure(rule: Rule) -> bool:
+    """Whether a rule of decoding takes little time and cannot panic, whatever the text."""
+    plain = rule["type"] in ("ByteLevel", "ByteFallback", "Fuse", "Metaspace")
+    replaces = rule["type"] == "Replace" and bool(rule["pattern"].get("String"))
+    # The library looks for `stop` characters behind those of a shorter text.
+    strips = rule["type"] == "Strip" and not rule["stop"]
+    return plain or replaces or strips
+
+
+def around(inner: tokenizers.Tokenizer) -> Around:
+    """What the rules put around a text, were they followed."""
+    found = Around()
+    for rule in rules(inner.post_processor):
+        if rule["type"] in ("BertProcessing", "RobertaProcessing"):
+            found.n_tokens += 2
+            found.ids |= {rule["cls"][1], rule["sep"][1]}
+        elif rule["type"] == "TemplateProcessing":
+            pieces, known = rule["single"], rule["special_tokens"]
+            found.n_texts *= sum("Sequence" in piece for piece in pieces)
+            names = Counter(p["SpecialToken"]["id"] for p in pieces if "SpecialToken" in p)
+            for name, times in names.items():
+                ids = known[name]["ids"] if name in known else ()
+                found.n_tokens += times * len(ids)
+                found.ids.update(ids)
+    return found

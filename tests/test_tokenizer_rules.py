@@ -1,0 +1,404 @@
+"""A tokenizer.json is a program by whoever wrote it: it is followed within bounds, or refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+
+from cli_probe import HANGS
+from kvtool.core import checkpoint
+from kvtool.core.text import Tokenizer
+from kvtool.core.tokenizer_calls import Asking
+from kvtool.core.tokenizer_rules import LONGEST_TOKEN
+from kvtool.errors import FileError, KvtoolError, UsageError
+from small_models import save_decoder
+
+TEXT = "a bee and a wasp"
+Spec = dict[str, Any]
+SPEC: Spec = json.loads(Tokenizer.train("bpe", [TEXT * 9], 300)._inner.to_str())
+A_TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+
+
+def replace(pattern: str, content: str, kind: str = "String") -> Spec:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def normalized(*parts: Spec) -> Spec:
+    return {"normalizer": {"type": "Sequence", "normalizers": list(parts)}}
+
+
+def split_by(*parts: Spec) -> Spec:
+    every = [*parts, SPEC["pre_tokenizer"]]
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": every}}
+
+
+def decoded(*parts: Spec) -> Spec:
+    return {"decoder": {"type": "Sequence", "decoders": [SPEC["decoder"], *parts]}}
+
+
+def charsmap(trie: bytes, texts: bytes, size: int | None = None) -> Spec:
+    table = struct.pack("<I", len(trie) if size is None else size) + trie + texts
+    return normalized(
+        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+    )
+
+
+def template(*pieces: Spec, ids: tuple[int, ...] = (1,)) -> Spec:
+    special = {"id": "X", "ids": list(ids), "tokens": ["X"] * len(ids)}
+    pair = [*pieces, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": list(pieces),
+            "pair": pair,
+            "special_tokens": {"X": special},
+        }
+    }
+
+
+def special(name: str = "X") -> Spec:
+    return {"SpecialToken": {"id": name, "type_id": 0}}
+
+
+def model(**fields: Any) -> Spec:
+    return {"model": {**SPEC["model"], **fields}}
+
+
+def vocabulary(**tokens: int) -> Spec:
+    return model(vocab={**SPEC["model"]["vocab"], **tokens})
+
+
+def added(content: str, number: int = 900) -> Spec:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "added_tokens": [
+            *SPEC["added_tokens"],
+            {"id": number, "content": content, "special": True, **flags},
+        ]
+    }
+
+
+def specials(n: int, name: str) -> Spec:
+    kept = [added(name.format(i), 900 + i)["added_tokens"][-1] for i in range(n)]
+    return {"added_tokens": kept}
+
+
+def padding(length: int, pad_id: int = 0) -> Spec:
+    return {
+        "padding": {
+            "strategy": {"Fixed": length},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": pad_id,
+            "pad_type_id": 0,
+            "pad_token": "<pad>",
+        }
+    }
+
+
+def truncation(length: int, stride: int = 0) -> Spec:
+    return {
+        "truncation": {
+            "direction": "Right",
+            "max_length": length,
+            "strategy": "LongestFirst",
+            "stride": stride,
+        }
+    }
+
+
+def written(folder: Path, change: Spec) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**SPEC, **change}))
+    return path
+
+
+# What is refused before it runs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (normalized(*[replace("a", "a" * 1000)] * 4), "its rules make more than 10^9 characters"),
+        (normalized(*[replace(".", "aa", "Regex")] * 30), "its rules make more than 10^9"),
+        ({"normalizer": replace("a", "b" * 300)}, "its rules make 1,200 characters of one"),
+        (normalized({"type": "Prepend", "prepend": "a" * 1000}), "its rules make 4,004 characters"),
+        (normalized(*[{"type": "ByteLevel"}] * 9), "its rules make 1,048,576 characters"),
+        (charsmap(b"\0" * 64, b"x" * 5000 + b"\0"), "its rules make 20,000 characters of one"),
+        (split_by(*[SPEC["pre_tokenizer"]] * 9), "its rules make 1,048,576 characters of one"),
+        (decoded(*[replace("", "x" * 9)] * 9), "characters of one that is decoded (expected 16"),
+        (decoded(*[{"type": "BPEDecoder", "suffix": ""}] * 9), "its rules make 2,048 characters"),
+        (template(*[A_TEXT] * 1000), "its template has the text 1,000 times (expected once)"),
+        (template(special()), "its template has the text 0 times (expected once)"),
+        (template(*[special()] * 90, A_TEXT, ids=(1,) * 90), "its rules make 8,100 tokens around"),
+        (added("z" * 5000), "has a token of 5,000 characters (expected 4,096 or fewer)"),
+        (specials(20_000, "<{}>"), "has 20,000 special tokens of 128,890 characters (expected 16,"),
+        (specials(300, "z" * 4000 + "{}"), "has 300 special tokens of 1,200,790 characters"),
+        (vocabulary(zz=70, yy=70), "several tokens have the id 70 (expected one)"),
+        (model(end_of_word_suffix="x" * 99), "end_of_word_suffix has 99 characters (expected 64"),
+        (
+            {
+                "model": {
+                    "type": "WordPiece",
+                    "vocab": {"a": 0},
+                    "unk_token": "a",
+                    "continuing_subword_prefix": "##",
+                    "max_input_chars_per_word": 10**9,
+                },
+                "added_tokens": [],
+            },
+            "max_input_chars_per_word is 1,000,000,000 (expected 1,000 or less)",
+        ),
+        (charsmap(b"", b"", size=2**31), "is not a tokenizer (Precompiled"),
+        (model(continuing_subword_prefix="x" * 999), "is not a tokenizer (range end index"),
+        ({"truncation": {"a": 1}}, "is not a tokenizer (missing field"),
+    ],
+)
+def test_rules_that_could_make_too_much_of_a_text_are_refused_unrun(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], change: Spec, message: str
+) -> None:
+    path = written(tmp_path, change)
+    with pytest.raises(FileError) as caught:
+        Tokenizer.load(path)
+    assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('"version"', '"truncation": null, "version"', "truncation occurs twice"),
+        ('"normalizer": null', f'"normalizer": {"[" * 9**5}', "it is nested too deeply"),
+        ('"version": "1.0"', f'"version": {"9" * 5000}', "is a number of 5,000 digits"),
+    ],
+)
+def test_a_tokenizer_that_is_no_json_of_one_meaning_is_refused(
+    tmp_path: Path, before: str, after: str, message: str
+) -> None:
+    path = written(tmp_path, {})
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    with pytest.raises(FileError, match=message):
+        Tokenizer.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        normalized(
+            replace("``", '"'),
+            {"type": "NFKD"},
+            {"type": "StripAccents"},
+            {"type": "Lowercase"},
+            replace(" {2,}", " ", "Regex"),
+        ),
+        normalized({"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")),
+        split_by({"type": "Digits", "individual_digits": True}),
+        template(special(), A_TEXT, special()),
+        decoded({"type": "Strip", "content": " ", "start": 1, "stop": 0}, replace("▁", " ")),
+    ],
+    ids=["ALBERT", "Llama 2", "digits", "BERT", "decoders"],
+)
+def test_rules_as_models_have_them_are_followed(tmp_path: Path, change: Spec) -> None:
+    path = written(tmp_path, change)
+    foreign = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.load(path).as_it_is(frozenset())
+    assert tokenizer.encode(TEXT) == foreign.encode(TEXT).ids
+    assert tokenizer.left_out == ()
+
+
+# What is for batches in training
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (truncation(3), ("truncation",)),
+        (truncation(3, stride=9), ("truncation",)),  # which the library panics at
+        (padding(60_000_000), ("padding",)),
+        ({**padding(50), **truncation(3)}, ("truncation", "padding")),
+        (model(dropout=0.9), ("dropout",)),
+    ],
+)
+def test_what_is_for_batches_in_training_is_left_out(
+    tmp_path: Path, change: Spec, named: tuple[str, ...]
+) -> None:
+    tokenizer = Tokenizer.load(written(tmp_path, change))
+    plain = Tokenizer.load(written(tmp_path / "plain", {}))
+    assert tokenizer.left_out == named and plain.left_out == ()
+    assert tokenizer.encode(TEXT) == plain.encode(TEXT)
+    assert tokenizer.encode_batch([TEXT, "a"]) == plain.encode_batch([TEXT, "a"])
+
+
+def test_sampling_of_pieces_is_left_out() -> None:
+    pieces = [("a", -1.0), ("aa", -1.5), ("aaa", -2.0)]
+    unigram = tokenizers.models.Unigram(pieces, alpha=0.1, nbest_size=9)
+    tokenizer = Tokenizer(tokenizers.Tokenizer(unigram))
+    tokenizer._take_rules(Path("tokenizer.json"))
+    assert tokenizer.left_out == ("alpha", "nbest_size")
+    assert len({tuple(tokenizer.encode("a" * 30)) for _ in range(20)}) == 1
+
+
+def load(folder: Path) -> checkpoint.Checkpoint:
+    return checkpoint.load(str(folder), torch.device("cpu"), torch.float32)
+
+
+def change_tokenizer(folder: Path, change: Spec) -> Path:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    return path
+
+
+def test_what_is_left_out_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save_decoder(tmp_path)
+    path = change_tokenizer(folder, {**padding(50), **truncation(3)})
+    with caplog.at_level("INFO", "kvtool"):
+        load(folder)
+    said = "its truncation and padding, for batches in training, will not be done"
+    assert caplog.messages == [f"{path}: {said}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (template(special(), A_TEXT, ids=(10**6,)), "its template"),
+        (
+            {"post_processor": {"type": "BertProcessing", "sep": ["x", 10**6], "cls": ["y", 1]}},
+            "its template",
+        ),
+        (
+            {
+                "post_processor": {
+                    "type": "Sequence",
+                    "processors": [
+                        {
+                            "type": "RobertaProcessing",
+                            "sep": ["x", 1],
+                            "cls": ["y", 10**6],
+                            "trim_offsets": True,
+                            "add_prefix_space": False,
+                        }
+                    ],
+                }
+            },
+            "its template",
+        ),
+        (padding(9, pad_id=10**6), "its padding"),
+    ],
+)
+def test_ids_of_rules_beyond_the_embedding_are_refused_at_load(
+    tmp_path: Path, change: Spec, what: str
+) -> None:
+    folder = save_decoder(tmp_path)
+    path = change_tokenizer(folder, change)
+    with pytest.raises(FileError) as caught:
+        load(folder)
+    assert str(caught.value).startswith(f"{path}: {what} has the token 1000000 (expected one below")
+
+
+# What only the text brings out
+
+
+@pytest.mark.parametrize(
+    ("change", "text", "said"),
+    [
+        (split_by({**replace("(a+)+$", "", "Regex"), "type": "Split", "behavior": "Isolated",
+                   "invert": False}), "a" * 40 + "b", "retry-limit-in-match over"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, TEXT, "chunk size must be"),
+        (charsmap(b"\xff" * 64, b"abc\0"), TEXT, "index out of bounds"),
+        (template(special("nobody"), A_TEXT), TEXT, "no entry found for key"),
+    ],
+)  # fmt: skip
+def test_a_panic_of_the_library_is_one_line_and_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], change: Spec, text: str, said: str
+) -> None:
+    path = written(tmp_path, change)
+    tokenizer = Tokenizer.load(path).as_it_is(frozenset())
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(UsageError) as caught:
+            encode(text)
+        assert str(caught.value).startswith(f"{path}: the text cannot be encoded (")
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+    os.write(2, b"still there")
+    assert capfd.readouterr().err == "still there"
+
+
+def test_a_panic_while_decoding_is_one_line_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    strip = {"type": "Strip", "content": "a", "start": 0, "stop": 5}
+    path = written(tmp_path, {"decoder": strip})
+    tokenizer = Tokenizer.load(path)
+    (a,) = tokenizer.encode("a")
+    for decode in (tokenizer.decode, lambda ids: tokenizer.stream().step(ids[0])):
+        with pytest.raises(UsageError, match="the text cannot be decoded"):
+            decode([a])
+    assert capfd.readouterr().err == ""
+
+
+def test_only_errors_are_taken_for_failures_of_the_library() -> None:
+    def failed(said: str) -> KvtoolError:
+        return UsageError(said)
+
+    with pytest.raises(KeyboardInterrupt), Asking(failed, careful=True):
+        raise KeyboardInterrupt
+    with pytest.raises(UsageError, match=r"^one$"), Asking(failed, careful=True):
+        raise ValueError("one\ntwo")
+    with Asking(failed, careful=True):
+        assert signal.getsignal(signal.SIGTERM) is not None
+
+
+SLOW = """
+import sys
+from pathlib import Path
+from kvtool import ending
+from kvtool.core.text import Tokenizer
+ending.listen()
+tokenizer = Tokenizer.load(Path(sys.argv[1]))
+print("go", flush=True)
+tokenizer.encode(("a" * 23 + "b") * 10_000)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_rules_that_never_end_are_ended_by_a_signal(tmp_path: Path, number: int) -> None:
+    rule = {**replace("(a+)+$", "", "Regex"), "type": "Split", "behavior": "Isolated"}
+    path = written(tmp_path, split_by({**rule, "invert": False}))
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "go\n"
+        time.sleep(0.2)  # so that it has begun, on most machines: before, Python ends it
+        process.send_signal(number)
+        try:
+            assert process.wait(HANGS) in (-number, -signal.SIGINT)
+        finally:
+            process.kill()
+
+
+# What we write ourselves is within the bounds
+
+
+def test_no_tokenizer_of_ours_has_a_token_that_it_would_refuse(tmp_path: Path) -> None:
+    long = "ab" * LONGEST_TOKEN * 4
+    tokenizer = Tokenizer.train("bpe", [long], 400)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    longest = max(map(len, loaded.pieces(range(loaded.vocab_size))))
+    assert LONGEST_TOKEN // 4 < longest <= LONGEST_TOKEN
+    with pytest.raises(UsageError, match="a token of 32,768 characters, 'abab"):
+        Tokenizer.train("word", [long])
