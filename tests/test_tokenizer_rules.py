@@ -31,6 +31,11 @@ SPEC: Spec = json.loads(Tokenizer.train("bpe", [TEXT * 9], 300)._inner.to_str())
 A_TEXT = {"Sequence": {"id": "A", "type_id": 0}}
 
 
+METASPACE = {
+    "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True
+}  # fmt: skip
+
+
 def replace(pattern: str, content: str, kind: str = "String") -> Spec:
     return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
 
@@ -139,6 +144,7 @@ def written(folder: Path, change: Spec) -> Path:
         (normalized(*[{"type": "ByteLevel"}] * 9), "its rules make 1,048,576 characters"),
         (charsmap(b"\0" * 64, b"x" * 5000 + b"\0"), "its rules make 20,000 characters of one"),
         (split_by(*[SPEC["pre_tokenizer"]] * 9), "its rules make 1,048,576 characters of one"),
+        (split_by(*[METASPACE] * 9), "its rules make 2,048 characters of one (expected 256 or"),
         (decoded(*[replace("", "x" * 9)] * 9), "characters of one that is decoded (expected 16"),
         (decoded(*[{"type": "BPEDecoder", "suffix": ""}] * 9), "its rules make 2,048 characters"),
         (template(*[A_TEXT] * 1000), "its template has the text 1,000 times (expected once)"),
