@@ -199,6 +199,8 @@ def write_legacy(path: Path, *bodies: bytes) -> None:
 def test_a_pickle_that_would_be_hashed_or_printed_for_ever_is_refused(
     pickle: Path, what: str, zipped: bool
 ) -> None:
+    with pytest.raises(pickle_walk.Refused):  # and if not, this test fails, and does not hang
+        pickle_walk.walk(io.BytesIO(pickled(BOMBS[what])))
     if zipped:
         write_zip(pickle, BOMBS[what])
     else:
@@ -231,6 +233,14 @@ def test_memory_that_only_a_pickle_asks_for_is_refused(pickle: Path) -> None:
     assert "(it has fewer values than it says)" in refusal(pickle.parent)
     write_zip(pickle, huge + b"tQ", **{"data/0": bytes(16)})
     assert "(0 has other values than it says)" in refusal(pickle.parent)
+
+
+def test_a_value_that_a_stride_repeats_without_end_is_refused(pickle: Path) -> None:
+    torch.save({"a": torch.ones(1).expand(2**40)}, pickle)
+    message = refusal(pickle.parent)
+    assert (
+        "its tensors repeat values (they have 4,398,046,511,104 bytes, but it holds 4)" in message
+    )
 
 
 def test_steps_without_end_are_refused(pickle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,10 @@ from kvtool.core.weight_files import (
     WeightFile,
     open_weights,
     refuse_lookalike,
+    require_finite,
     require_tensors,
 )
-from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
+from kvtool.errors import CapacityError, CheckFailed, FileError
 from kvtool.files import CHECKPOINT_FOLDER, json_bytes, model_folder, write_durable
 from kvtool.reading import MOST_CONFIG, quoted, read_json_object
 
@@ -400,30 +401,6 @@ def _read(source: WeightFile, model: nn.Module) -> tuple[dict[str, Tensor], str]
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
     # As bytes, because NaN differs from itself.
     return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
-def require_finite(
-    path: Path, stored: Mapping[str, Tensor], weights: Mapping[str, Tensor], kind: type[Exception]
-) -> None:
-    """Raise `kind` for NaN or infinity in the file, UsageError if only the conversion made it."""
-    counts = {name: _count_bad(tensor) for name, tensor in weights.items()}
-    bad = [name for name, count in counts.items() if count]
-    if not bad:
-        return
-    from_file = [name for name in bad if _count_bad(stored[name])]
-    if not from_file:
-        dtype = dtype_name(weights[bad[0]].dtype)
-        raise UsageError(
-            f"--dtype {dtype}: {counts[bad[0]]} values of {bad[0]} are beyond its range",
-            "Use a --dtype of more range, such as float32 or float64.",
-        )
-    first = from_file[0]
-    more = f", and so do {len(from_file) - 1} more tensors" if from_file[1:] else ""
-    raise kind(f"{path}: {first} holds {_count_bad(stored[first])} NaN or infinite values{more}")
-
-
-def _count_bad(tensor: Tensor) -> int:
-    return tensor.numel() - int(torch.isfinite(tensor).sum())
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

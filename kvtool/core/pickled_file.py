@@ -28,6 +28,7 @@ from kvtool.reading import opened, sha256, short
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights
 MOST_PICKLE = 2**26  # bytes, without the values; a hundred thousand tensors take a tenth of it
+SHARED = 8  # how often tensors may share one value: embeddings and heads do
 ZIP = b"PK\x03\x04"
 END, END64, LOCATOR = 22, 56, 20  # bytes of a zip archive's last records
 STEPS = 5  # pickles of the format before torch 1.6; tensors are in the fourth, keys in the fifth
@@ -43,6 +44,7 @@ class PickledFile:
         self.path = path
         _check(path)
         self._state = _checked_state(_unpickle(path), path, dtypes)
+        _check_held(self._state, path)
         self.tensors = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
             for name, tensor in self._state.items()
@@ -204,3 +206,16 @@ def _checked_state(found: Any, path: Path, dtypes: Mapping[str, torch.dtype]) ->
                 "Weights are floating-point numbers.",
             )
     return found
+
+
+def _check_held(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise FileError for tensors that stand for far more values than there are: a stride of 0
+    repeats one without end, and the file's size would bound nothing."""
+    storages = (tensor.untyped_storage() for tensor in state.values())
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    said = sum(tensor.nbytes for tensor in state.values())
+    if said > SHARED * held + 2**20:
+        raise FileError(
+            f"{path}: its tensors repeat values (they have {said:,} bytes, but it holds {held:,})",
+            "Save contiguous copies of them.",
+        )

@@ -15,9 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvtool.core.machine import dtype_name
 from kvtool.core.pickled_file import PickledFile
 from kvtool.core.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
-from kvtool.errors import FileError
+from kvtool.errors import FileError, UsageError
 from kvtool.reading import opened, quoted, read_json_object, short
 
 WEIGHTS = "model.safetensors"
@@ -120,6 +121,30 @@ def wrong_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -
         if transposed
         else "config.json implies that shape: is it of the same model?",
     )
+
+
+def require_finite(
+    path: Path, stored: Mapping[str, Tensor], weights: Mapping[str, Tensor], kind: type[Exception]
+) -> None:
+    """Raise `kind` for NaN or infinity in the file, UsageError if only the conversion made it."""
+    counts = {name: _count_bad(tensor) for name, tensor in weights.items()}
+    bad = [name for name, count in counts.items() if count]
+    if not bad:
+        return
+    from_file = [name for name in bad if _count_bad(stored[name])]
+    if not from_file:
+        dtype = dtype_name(weights[bad[0]].dtype)
+        raise UsageError(
+            f"--dtype {dtype}: {counts[bad[0]]} values of {bad[0]} are beyond its range",
+            "Use a --dtype of more range, such as float32 or float64.",
+        )
+    first = from_file[0]
+    more = f", and so do {len(from_file) - 1} more tensors" if from_file[1:] else ""
+    raise kind(f"{path}: {first} holds {_count_bad(stored[first])} NaN or infinite values{more}")
+
+
+def _count_bad(tensor: Tensor) -> int:
+    return tensor.numel() - int(torch.isfinite(tensor).sum())
 
 
 def _listed(names: list[str]) -> str:

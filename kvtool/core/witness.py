@@ -82,7 +82,7 @@ def folder_witness(folder: Path) -> Any | None:
     if data.get("model_type") not in FAMILIES:
         return None
     transformers = _transformers()
-    config = make_config(read_settings(folder), folder / "config.json")
+    config = make_config(read_settings(folder))
     model = _empty(transformers, config, torch.float64)
     tensors = open_weights(folder).read()[0]
     prefix = f"{model.base_model_prefix}."

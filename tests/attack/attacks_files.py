@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from arena import Arena, Try, attack, edit, header_of, safetensors_of
-from attacks_models import CODE, QUICK, SAY, SIZES, SOUND, TWICE
+from attacks_models import CODE, PICKLES, QUICK, SAY, SIZES, SOUND, TWICE, archive, bomb
 from subjects import PAIRS, RUN
 
 BENCH = ["--lengths", "4", "--caches", "dynamic", "--threads", "1"]
@@ -394,8 +395,6 @@ for line in (
 
 
 def _with_state(a: Arena, state: Any) -> Try:
-    import hashlib
-
     run = a.run()
     for old in run.glob("state-*.pt"):
         old.unlink()
@@ -410,6 +409,17 @@ for what, state in (
     ("empty", {}), ("a list", [1, 2]), ("of wrong types", {"model": 1, "optimizer": "x"}),
 ):  # fmt: skip
     attack(LOGS, f"a state that is {what}")(lambda a, state=state: _with_state(a, state))
+
+
+@attack(PICKLES, "a key of 60 doubled tuples in a state of a run")
+def _(a: Arena) -> Try:
+    run = a.run()
+    for old in run.glob("state-*.pt"):
+        old.unlink()
+    archive(a.here / "bomb.pt", bomb(60))
+    digest = hashlib.sha256((a.here / "bomb.pt").read_bytes()).hexdigest()[:16]
+    (a.here / "bomb.pt").rename(run / f"state-000000002-{digest}.pt")
+    return _resumed(a)
 
 
 class _Opens:

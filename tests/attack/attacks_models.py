@@ -269,7 +269,7 @@ def _(a: Arena) -> Try:
 # --- pickles
 
 
-def _bomb(doublings: int) -> bytes:
+def bomb(doublings: int) -> bytes:
     """A dictionary whose key is a tuple that holds the last one twice, so many times."""
     # By hand: EMPTY_DICT, then "()" doubled, None, SETITEM. pickle would not write it.
     body = b"\x80\x02}" + b")"
@@ -278,11 +278,11 @@ def _bomb(doublings: int) -> bytes:
     return body + b"Ns."
 
 
-def _archive(path: Path, data: bytes, method: int = zipfile.ZIP_STORED) -> None:
-    with zipfile.ZipFile(path, "w", method) as archive:
-        archive.writestr("archive/data.pkl", data)
-        archive.writestr("archive/version", b"3\n")
-        archive.writestr("archive/byteorder", b"little")
+def archive(path: Path, data: bytes, method: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", method) as holder:
+        holder.writestr("archive/data.pkl", data)
+        holder.writestr("archive/version", b"3\n")
+        holder.writestr("archive/byteorder", b"little")
 
 
 for number in (signal.SIGTERM, signal.SIGINT):
@@ -290,7 +290,7 @@ for number in (signal.SIGTERM, signal.SIGINT):
     def _doubled(a: Arena, number: signal.Signals = number) -> Try:
         folder = a.model()
         (folder / "model.safetensors").unlink()
-        _archive(folder / "model.pt", _bomb(60))
+        archive(folder / "model.pt", bomb(60))
         return generate(folder, signal=number)
 
     attack(PICKLES, f"a key of 60 doubled tuples in model.pt, then {number.name}")(_doubled)
@@ -299,14 +299,14 @@ for number in (signal.SIGTERM, signal.SIGINT):
 @attack(PICKLES, "a key of 60 doubled tuples in pytorch_model.bin of the old format")
 def _(a: Arena) -> Try:
     folder = a.model("pickle")
-    (folder / "pytorch_model.bin").write_bytes(_bomb(60))
+    (folder / "pytorch_model.bin").write_bytes(bomb(60))
     return generate(folder)
 
 
 @attack(PICKLES, "a key of 60 doubled tuples, read by transformers")
 def _(a: Arena) -> Try:
     folder = a.model("pickle")
-    _archive(folder / "pytorch_model.bin", _bomb(60))
+    archive(folder / "pytorch_model.bin", bomb(60))
     return theirs(folder)
 
 
@@ -314,7 +314,7 @@ def _(a: Arena) -> Try:
 def _(a: Arena) -> Try:
     folder = a.model()
     (folder / "model.safetensors").unlink()
-    _archive(folder / "model.pt", b"\x80\x02" + b"N0" * 50_000_000 + b"}.", zipfile.ZIP_DEFLATED)
+    archive(folder / "model.pt", b"\x80\x02" + b"N0" * 50_000_000 + b"}.", zipfile.ZIP_DEFLATED)
     return generate(folder)
 
 
@@ -322,7 +322,7 @@ def _(a: Arena) -> Try:
 def _(a: Arena) -> Try:
     folder = a.model()
     (folder / "model.safetensors").unlink()
-    _archive(folder / "model.pt", b"\x80\x02\x8b\xff\xff\xff\x7f" + b"\x01" * 100 + b".")
+    archive(folder / "model.pt", b"\x80\x02\x8b\xff\xff\xff\x7f" + b"\x01" * 100 + b".")
     return generate(folder)
 
 
@@ -331,8 +331,8 @@ def _(a: Arena) -> Try:
     folder = a.model()
     (folder / "model.safetensors").unlink()
     with (
-        zipfile.ZipFile(folder / "model.pt", "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("archive/data.pkl", "w", force_zip64=True) as record,
+        zipfile.ZipFile(folder / "model.pt", "w", zipfile.ZIP_DEFLATED) as holder,
+        holder.open("archive/data.pkl", "w", force_zip64=True) as record,
     ):
         for _ in range(512):
             record.write(bytes(2**24))

@@ -6,6 +6,7 @@ its tensors are ours. Adding one is a file and a line in FAMILIES.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def end_ids(folder: Path, data: Mapping[str, Any]) -> frozenset[int]:
     Raises FileError.
     """
     path, found = folder / "config.json", data.get("eos_token_id")
-    if (folder / GENERATION_CONFIG).is_file():
+    if os.path.lexists(folder / GENERATION_CONFIG):
         own = read_json_object(folder / GENERATION_CONFIG, "settings of generation", MOST_CONFIG)
         if own.get("eos_token_id") is not None:
             path, found = folder / GENERATION_CONFIG, own["eos_token_id"]

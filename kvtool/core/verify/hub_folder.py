@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
+from kvtool.config import own_types
 from kvtool.core.checkpoint import (
     CONFIG,
     CPU,
     SMALLER,
     n_bytes,
-    require_finite,
     require_tables,
     stored_dtype,
 )
@@ -41,6 +41,7 @@ from kvtool.core.weight_files import (
     open_weights,
     refuse_lookalike,
     refuse_names,
+    require_finite,
     wrong_shape,
 )
 from kvtool.errors import FileError, KvtoolError, first_line, pass_on_shortage
@@ -88,7 +89,7 @@ def read_folder(
     _check_depths(settings, source, folder)
     with hushed(), _in_one_line(folder):
         with limited(f"{path}: what it describes"), _counted(source, folder):
-            made, config = _class_of(make_config(settings, path), path)
+            made, config = _class_of(make_config(settings), path)
             chosen = dtype or _named_dtype(config) or stored_dtype(source)
             shapes = {
                 name: torch.empty(info.shape, dtype=info.dtype, device="meta").as_subclass(_Shape)
@@ -125,9 +126,20 @@ def read_settings(folder: Path) -> dict[str, Any]:
     for name, value in _fields(settings):
         _check_field(name, value, path)
     settings.pop("auto_map", None)  # where code would lie; none is run
-    if not isinstance(settings.get("model_type"), str):
-        raise FileError(f"{path}: model_type is missing or not a string")
+    _check_type(settings.get("model_type"), path)
     return settings
+
+
+def _check_type(kind: Any, path: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    if not isinstance(kind, str):
+        raise FileError(f"{path}: model_type is missing or not a string")
+    if kind not in CONFIG_MAPPING:
+        raise FileError(
+            f"{path}: model_type {quoted(kind)} is none that transformers knows",
+            "It is kvtool's own: leave out --impl transformers." if kind in own_types() else "",
+        )
 
 
 def _fields(value: Any) -> Iterator[tuple[str, Any]]:
@@ -171,14 +183,10 @@ def _check_depths(settings: Mapping[str, Any], source: WeightFile, folder: Path)
             )
 
 
-def make_config(settings: Mapping[str, Any], where: Path) -> Any:
-    """What transformers makes of the configuration in the file `where`. Raises what it raises, and
-    FileError for a type that it does not know."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+def make_config(settings: Mapping[str, Any]) -> Any:
+    """What transformers makes of the fields of a configuration. Raises what it raises."""
+    from transformers import AutoConfig
 
-    kind = settings["model_type"]
-    if kind not in CONFIG_MAPPING:
-        raise FileError(f"{where}: model_type {quoted(kind)} is none that transformers knows")
     # Through a folder of our own: which class a type means is decided where it reads one.
     with tempfile.TemporaryDirectory(prefix="kvtool-") as folder:
         Path(folder, CONFIG).write_text(json.dumps(settings), encoding="utf-8")
