@@ -437,7 +437,7 @@ def _(a: Arena) -> Try:
     folder = a.model("theirs")
     (folder / "generation_config.json").unlink(missing_ok=True)
     os.mkfifo(folder / "generation_config.json")
-    return theirs(folder)
+    return theirs(folder, refused=None)
 
 
 @attack(SIZES, "a gzip file of 2 MB in place of a tokenizer")
