@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from arena import Arena, Try, attack, edit
-from attacks_models import CODE, QUICK, SAY, SOUND, generate
+from commands import (
+    BENCH,
+    CHECK,
+    CODE,
+    QUICK,
+    SAY,
+    SOUND,
+    generate,
+)
 from subjects import RUN
 
 HERE = "Settings in the folder where the user stands"
@@ -20,8 +28,6 @@ OVER = "Outputs onto what is read"
 FULL = "A full disk"
 SCREEN = "Escape sequences"
 INERT = "Formulas, HTML and mathematics in names"
-CHECK = ["--caches", "dynamic", "--scenarios", "token-by-token", "--tokens", "4", "--threads", "1"]
-BENCH = ["--lengths", "4", "--caches", "dynamic", "--threads", "1"]
 RED, TITLE, C1 = "\x1b[31m", "\x1b]0;evil\x07", "\x9b31m"
 
 

@@ -19,7 +19,10 @@ from pathlib import Path
 
 import attacks_around  # noqa: F401
 import attacks_files  # noqa: F401
-import attacks_models  # noqa: F401
+import attacks_runs  # noqa: F401
+import attacks_sizes  # noqa: F401
+import attacks_tokenizers  # noqa: F401
+import attacks_weights  # noqa: F401
 from arena import ATTACKS, Arena, Attack
 from storm import Storm, storm
 from subjects import Subject, make_subjects

@@ -160,6 +160,8 @@ def _serve(ask: int, answer: int, plan: Callable[[int], Subject], place: Path) -
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(captured[0], 1)
     os.dup2(captured[1], 2)
+    sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     try:
         with open(ask) as numbers:
             for line in numbers:
