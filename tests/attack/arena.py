@@ -27,6 +27,7 @@ PATIENCE = 240.0  # seconds on the wall, after which a command hangs
 ENDS_WITHIN = 10.0  # seconds after a signal
 KVTOOL = (sys.executable, "-P", "-m", "kvtool")
 KEEPS = "to be kept"
+RESET = "\x1b[0m"  # is written at the end of every process that has loaded colorama
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Arena:
         if tried.signal is not None:
             return _why_not_ended(ended, tried.signal)
         said = ended.out + ended.err
-        if tried.tty and (found := STEERS.search(ended.out)):
+        if tried.tty and (found := STEERS.search(ended.out.removesuffix(RESET))):
             return f"the control character {found[0]!r} reached the terminal"
         why = why_not_held(
             ended.code, ended.out, ended.err, ended.seconds, ended.memory, LIMITS, talks=True

@@ -230,7 +230,12 @@ def _(a: Arena) -> Try:
 @attack(FULL, "generate --save-cache")
 def _(a: Arena) -> Try:
     argv = ["generate", "--model", a.model(), *SAY, "--save-cache", a.here / "c.safetensors"]
-    return Try(argv, file_limit=64, held=_result("To be"), says="c.safetensors")
+    return Try(
+        argv,
+        file_limit=64,
+        held=lambda e: "" if e.out.strip() else "the text is lost",
+        says="c.safetensors",
+    )
 
 
 # --- text
