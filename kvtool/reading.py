@@ -22,7 +22,7 @@ from typing import Any
 from kvtool.errors import FileError
 
 FIXED_NAMES = ("config.json", "tokenizer.json", "source.json", "target.json", "model.safetensors")
-MOST_JSON = 2**26  # bytes; the tokenizers of the largest vocabularies have half of it
+MOST_JSON = 3 * 2**24  # bytes; the tokenizer.json of gemma-2 has 34 million, and few are larger
 MOST_CONFIG = 2**24  # bytes of a configuration; the largest known has a tenth of it
 MOST_NESTED = 64  # lists and objects within each other; tokenizers have some ten
 MOST_TEXT = 2**30  # bytes, of a text to train on
