@@ -176,7 +176,9 @@ def run(args: list[str]) -> int:
     """Run `args` and return the exit code, after reporting what went wrong, if anything."""
     ending.forget()
     try:
-        return _invoke(args)
+        code = _invoke(args)
+        ending.check()
+        return code
     except KvtoolError as error:
         return _report(error, args)
     except UsageProblem as error:
@@ -193,6 +195,8 @@ def run(args: list[str]) -> int:
         stopped = KvtoolError(f"the work was ended from within (SystemExit: {error.code})")
         return _report(stopped, args)
     except BaseException as error:  # 1 is an answer, so nothing that was not judged may end with it
+        if how := ending.lost():
+            return _stop(how)
         known = explain_machine(error)
         if known is None:
             show_traceback()  # a defect of kvtool: whoever reports it needs the place
@@ -229,6 +233,8 @@ def _context(group: Any, args: list[str]) -> Any:
 
 
 def _report(error: KvtoolError, args: list[str]) -> int:
+    if how := ending.lost():  # which is why: within an import that failed, say
+        return _stop(how)
     if "--debug" in args:
         show_traceback()
     if not follows():

@@ -83,9 +83,14 @@ def _kill(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def lost() -> End | None:
+    """What a signal asked for that was raised and did not arrive: it got lost in a callback from C,
+    say, or in an import that takes any exception for a module that is not there."""
+    return _signals.pending
+
+
 def check() -> None:
-    """Raise Ended if a signal came and what it raised got lost, in a callback from C for example:
-    to be called between the steps of long work."""
+    """Raise Ended if what a signal raised got lost: to be called between the steps of long work."""
     if _signals.pending is not None:
         raise Ended(_signals.pending)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cli_probe import Ran, probe
 from kvtool import app, ending, registry
@@ -24,6 +25,15 @@ from kvtool import app, ending, registry
 # A shell has its background jobs ignore Ctrl-C, and kvtool lets it be; its tests shall not differ.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_to_the_next_test() -> Iterator[None]:
+    """A command sets the number of PyTorch's threads, and a signal may not have arrived yet."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    ending.forget()
 
 
 @pytest.fixture

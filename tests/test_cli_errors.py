@@ -86,6 +86,8 @@ def test_a_prompt_that_is_not_utf8_is_refused_with_the_place_of_the_byte(
         ("lines", 2, "kvtool: error: a b\\x1b[31m: is odd"),
         ("ctrl-c", 130, "kvtool: interrupted"),
         ("sigterm", 143, "kvtool: terminated"),
+        ("sigterm lost, then a defect", 143, "kvtool: terminated"),
+        ("sigterm lost, then an error", 143, "kvtool: terminated"),
     ],
 )
 def test_an_error_is_one_line_with_its_exit_code(
@@ -94,6 +96,12 @@ def test_an_error_is_one_line_with_its_exit_code(
     ending.listen()
     ran = kv("-q", "--work", work)
     assert (ran.code, ran.out, ran.err) == (code, "", f"{line}\n")
+
+
+def test_a_signal_that_got_lost_is_told_at_the_end_at_the_latest(kv: Callable[..., Ran]) -> None:
+    ending.listen()
+    ran = kv("--work", "sigterm lost")
+    assert ran.code == 143 and ran.err.endswith("\nkvtool: terminated\n")
 
 
 @pytest.mark.parametrize(

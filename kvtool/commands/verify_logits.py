@@ -13,6 +13,7 @@ from kvtool.config import RunConfig
 from kvtool.errors import FileError, UsageError
 from kvtool.registry import choose
 from kvtool.ui import options as o
+from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
 
@@ -53,10 +54,7 @@ def check_destination(path: Path) -> None:
     if path.suffix != ".safetensors":
         found = path.suffix or "no suffix"
         raise UsageError(f"--save-reference {path}: {found} (expected .safetensors)")
-    if path.is_dir():
-        raise FileError(f"--save-reference {path}: is a folder (expected a file)")
-    if not path.parent.is_dir():
-        raise FileError(f"--save-reference {path}: the folder {path.parent} does not exist")
+    check_writable(path, "--save-reference")
 
 
 @dataclass

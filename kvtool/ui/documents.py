@@ -213,6 +213,8 @@ def check_writable(path: Path, flag: str) -> None:
     """Raise FileError for a file that could not be written, whatever its format."""
     if path.is_dir():
         raise FileError(f"{flag} {path}: is a folder (expected a file)")
+    if path.exists() and not path.is_file():  # a file would take the place of a device
+        raise FileError(f"{flag} {path}: is not a regular file (expected one, or none yet)")
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise FileError(f"{flag} {path}: the folder {folder} does not exist", "Create it first.")
