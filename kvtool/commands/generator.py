@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvtool import ending
 from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
 from kvtool.ui.output import Output
 
@@ -259,6 +260,7 @@ class Generator:
         steps = engine.generate(model, prompt, cache, n_new, sampler, source, log_prob)
         try:
             for i, token in enumerate(steps):
+                ending.check()
                 if i == 0 and (path := self.settings.save_cache) is not None:
                     origin = Origin.of(self.loaded)
                     self.kept = self.attempt(partial(save_cache, path, cache, ids, origin))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvtool import ending
 from kvtool.config import (
     ACTIVATIONS,
     NORMS,
@@ -336,6 +337,7 @@ def train(model: Model, task: Task, config: TrainConfig, description: str, out: 
         total = length.steps or (length.epochs or 0) * len(task.batches(0)) or None
         with out.progress(description, total) as bar:
             trainer = Trainer(model, task, config, folder, bar, out.note, team)
+            ending.check()
             try:
                 position = trainer.run()
             finally:

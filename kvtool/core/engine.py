@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kvtool import ending
 from kvtool.core.cache import Cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.kernels import DEFAULT, Kernels
@@ -97,7 +96,6 @@ def generate(
     new: Tensor | Array = prompt if cache.recompute else prompt[:, cache.length :]
     without_gradients = torch.inference_mode()
     for index in range(n_new):
-        ending.check()
         last = _logits_at_once(decode, cache, new, source) if sampler.greedy else None
         if last is not None:
             logits, found = torch.from_numpy(last), likeliest(last, index)

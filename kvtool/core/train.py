@@ -22,7 +22,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from kvtool import ending
 from kvtool.config import TrainConfig
 from kvtool.core import fused
 from kvtool.core.machine import derived_seed
@@ -168,7 +167,6 @@ class Trainer:
         """Train to the end. Raises CheckFailed on a loss, gradient or score that is not finite."""
         self.team.lead(lambda: self.folder.agree(self._facts()))
         self._restore()
-        ending.check()
         # torchrun passes on a Ctrl-C that its processes have had already.
         with stopping(insist=not self.team.alone) as wanted:
             number = 0
