@@ -137,10 +137,11 @@ CHECKPOINT_FOLDER = (
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a checkpoint: `name` as a path, as a shipped model, or as a repository that is
+    """The folder of a checkpoint: `name` as a shipped model, as a path, or as a repository that is
     in Hugging Face's cache. Raises FileError."""
-    if not name:  # a folder of that name, where one stands, was not asked for
-        return weights_folder() / DEFAULT_MODEL
+    name = name or DEFAULT_MODEL
+    if name in shipped_models():  # whatever lies where the user stands: that is ./name
+        return weights_folder() / name
     path = Path(name)
     try:
         path.stat()
@@ -149,8 +150,6 @@ def model_folder(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise FileError(f"--model {name[:60]}: cannot be opened ({reason})") from error
-    if not path.is_dir() and name in shipped_models():
-        return weights_folder() / name
     if not path.exists():
         snapshot = cached_snapshot(name)
         if snapshot is None:

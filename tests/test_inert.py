@@ -315,7 +315,8 @@ def test_many_lines_of_a_cell_take_time_by_their_number() -> None:
     ("text", "written"),
     [
         ("<img src=x onerror=y>&amp;", "&lt;img src=x onerror=y>&amp;amp;"),
-        ("![a](http://b)", "!\\[a\\](http://b)"),
+        ("![a](http://b)", "!\\[a\\](http&#58;//b)"),
+        ("www.a.b, @c", "www&#46;a.b, &#64;c"),
         ("a\n\n# b | c", "a  \\# b \\| c"),
         ("\\|`*~", "\\\\\\|\\`\\*\\~"),
         ("> quoted -> not", "\\> quoted -> not"),

@@ -129,6 +129,8 @@ def test_the_model_that_nobody_named_is_the_shipped_one(
     (hostile / "shakespeare-2l").mkdir()
     monkeypatch.chdir(hostile)
     assert model_folder("") == weights_folder() / "shakespeare-2l"
+    assert model_folder("shakespeare-2l") == weights_folder() / "shakespeare-2l"
+    assert model_folder("./shakespeare-2l") == Path("shakespeare-2l")
 
 
 # The way there and back

@@ -28,7 +28,8 @@ SUFFIXES = (".json", ".csv", ".md")
 # spreadsheet that expects other separators than commas sees one behind ; and in each line.
 FORMULA = re.compile(r"(^|[;\t\n])(?=[ \"]*[=+\-@\t\uff1d\uff0b\uff0d\uff20])")
 MARKS = re.compile(r"[\\`*\[\]|#~]|^>")  # of Markdown
-ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;"})  # without < there is no HTML
+ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", "@": "&#64;"})  # without < there is no HTML
+ADDRESSES = re.compile(r"\b(https?|ftp|mailto|xmpp):|\bwww\.", re.IGNORECASE)  # are made links
 
 
 class Report(Protocol):
@@ -135,7 +136,8 @@ def _plain(text: str) -> str:
     &lt;b>\\[a\\|b\\]
     """
     line = " ".join(visible(text).splitlines())
-    return MARKS.sub(r"\\\g<0>", line).translate(ENTITIES)
+    line = MARKS.sub(r"\\\g<0>", line).translate(ENTITIES)
+    return ADDRESSES.sub(lambda found: f"{found[0][:-1]}&#{ord(found[0][-1])};", line)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,7 @@ def attention_plot(
 
     top = math.ceil(10 * max(max(map(max, rows)) for rows in weights) - 1e-9) / 10
     fonts = _fonts("".join([*title, *source, *target]))
-    with warnings.catch_warnings(), drawing(**{"font.family": fonts}):
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the picture has a box for it
+    with drawing(**{"font.family": fonts}):
         figure, grid, bar_axes, cell = _panels(len(weights), source, target, title)
         for i, (axes, rows) in enumerate(zip(grid.flat, weights, strict=False)):
             image = axes.imshow(rows, cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
