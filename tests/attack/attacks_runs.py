@@ -6,6 +6,8 @@ import hashlib
 import io
 import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +140,59 @@ for line in (
     attack(LOGS, f"a line of the log: {line[:30]}")(_line)
 
 
+for what, text in (
+    ("a million lines", '{"step": 1}\n' * 1_000_000),
+    ("60 MB of empty lines", "\n" * 60_000_000),
+):
+    for number in (None, signal.SIGTERM):
+
+        def _long(a: Arena, text: str = text, number: Any = number) -> Try:
+            path = a.run() / "log.jsonl"
+            path.write_text(text)
+            return _resumed(a, refused=None, signal=number, after=3.0)
+
+        attack(LOGS, f"a log of {what}{', then SIGTERM' if number else ''}")(_long)
+
+
+@attack(LOGS, "another model in place of the run's best")
+def _(a: Arena) -> Try:
+    run, other = a.run(), a.model("pair", "other")
+    shutil.rmtree(run / "best")
+    other.rename(run / "best")
+    return _resumed(a)
+
+
+@attack(LOGS, "a decoder in place of the run's best")
+def _(a: Arena) -> Try:
+    run, other = a.run(), a.model("own", "other")
+    shutil.rmtree(run / "best")
+    other.rename(run / "best")
+    return _resumed(a)
+
+
+def _changed_state(a: Arena, change: Callable[[dict[str, Any]], None]) -> Try:
+    path = sorted((a.run()).glob("state-*.pt"))[-1]
+    state = torch.load(path, weights_only=True)
+    change(state)
+    return _with_state(a, state)
+
+
+@attack(LOGS, "a state of a step that its name denies")
+def _(a: Arena) -> Try:
+    def change(state: dict[str, Any]) -> None:
+        for part in state.values():
+            if isinstance(part, dict) and "step" in part:
+                part["step"] = 2**52
+        if "step" in state:
+            state["step"] = 2**52
+
+    return _changed_state(a, change)
+
+
 def _with_state(a: Arena, state: Any) -> Try:
-    run = a.run()
+    run = a.here / "run"
+    if not run.exists():
+        a.run()
     for old in run.glob("state-*.pt"):
         old.unlink()
     buffer = io.BytesIO()

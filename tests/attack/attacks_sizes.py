@@ -6,11 +6,13 @@ import gzip
 import os
 import signal
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 from arena import Arena, Try, attack, edit, header_of, safetensors_of, tensors_of
 from commands import (
     PICKLES,
+    SAY,
     SIZES,
     generate,
     theirs,
@@ -89,6 +91,23 @@ def _(a: Arena) -> Try:
     return generate(folder)
 
 
+class _Shadowed:
+    """A parameter whose methods its own state replaces."""
+
+    def __reduce__(self) -> Any:
+        state = {"detach": OrderedDict(), "clone": OrderedDict()}
+        build = torch._utils._rebuild_parameter_with_state  # type: ignore[attr-defined]
+        return build, (torch.ones(3), False, OrderedDict(), state)
+
+
+@attack(PICKLES, "a tensor whose methods are replaced")
+def _(a: Arena) -> Try:
+    folder = a.model("pickle")
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({**weights, "model.norm.weight": _Shadowed()}, folder / "pytorch_model.bin")
+    return generate(folder)
+
+
 @attack(PICKLES, "model.pt is a FIFO")
 def _(a: Arena) -> Try:
     folder = a.model()
@@ -105,6 +124,27 @@ def _(a: Arena) -> Try:
     folder = a.model("theirs")
     edit(folder / "config.json", num_hidden_layers=10**6)
     return theirs(folder)
+
+
+@attack(SIZES, "40 million labels, asked of verify-logits --against transformers")
+def _(a: Arena) -> Try:
+    folder = a.model("theirs")
+    edit(folder / "config.json", num_labels=40_000_000)
+    return Try(["verify-logits", "--model", folder, "--against", "transformers"], refused=None)
+
+
+NESTED = '{"a":[' + ",".join(["[" * 50 + "]" * 50] * 450_000) + "]}"  # 45 MB
+for name in ("tokenizer.json", "model.safetensors", "tokenizer_config.json"):
+    for number in (None, signal.SIGTERM):
+
+        def _nested(a: Arena, name: str = name, number: Any = number) -> Try:
+            folder = a.model("theirs")
+            header = name.endswith(".safetensors")
+            text = safetensors_of(NESTED) if header else NESTED.encode()
+            (folder / name).write_bytes(text)
+            return Try(["generate", "--model", folder, "--chat", *SAY], signal=number, after=3.0)
+
+        attack(SIZES, f"{name} of 45 MB of lists{', then SIGTERM' if number else ''}")(_nested)
 
 
 @attack(SIZES, "2^62 tokens in the vocabulary, read by transformers")

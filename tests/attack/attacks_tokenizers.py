@@ -77,6 +77,23 @@ def _(a: Arena) -> Try:
     return generate(folder)
 
 
+@attack(TOKENIZERS, "2,500 tokens of 4,000 characters, of which the library makes a tree")
+def _(a: Arena) -> Try:
+    folder = a.model()
+    words = [[f"{i:04}{'ab' * 1998}", -1.0] for i in range(2500)]
+    edit(folder / "tokenizer.json", model={"type": "Unigram", "unk_id": 0, "vocab": words})
+    return generate(folder)
+
+
+@attack(TOKENIZERS, "a template and rules that multiply each other")
+def _(a: Arena) -> Try:
+    folder = a.model("theirs")
+    edit(folder / "tokenizer_config.json", chat_template="{{ 'a' * 1000000 }}")
+    rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 60}
+    edit(folder / "tokenizer.json", normalizer=rule)
+    return Try(["generate", "--model", folder, "--chat", *SAY])
+
+
 @attack(TOKENIZERS, "more tokens than the model has")
 def _(a: Arena) -> Try:
     folder = a.model()

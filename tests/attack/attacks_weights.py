@@ -103,6 +103,34 @@ def _(a: Arena) -> Try:
     return Try(["verify-logits", "--model", folder, "--against", "transformers"], says="q_proj")
 
 
+@attack(FOREIGN, "one tensor under two names")
+def _(a: Arena) -> Try:
+    folder = a.model("theirs")
+    kept = tensors_of(folder / "model.safetensors")
+    with_tensors(
+        folder / "model.safetensors", {**kept, "norm.weight": 7 * kept["model.norm.weight"]}
+    )
+    return theirs(folder, says="norm.weight")
+
+
+@attack(FOREIGN, "a head that is tied in the configuration, and another in the file")
+def _(a: Arena) -> Try:
+    folder = a.model("theirs")
+    edit(folder / "config.json", tie_word_embeddings=True)
+    return theirs(folder, says="lm_head")
+
+
+for name, value in (("id2label", 7), ("bos_token_id", "x"), ("return_dict", False)):
+
+    def _field(a: Arena, name: str = name, value: Any = value) -> Try:
+        folder = a.model("theirs")
+        edit(folder / "config.json", **{name: value})
+        argv = ["verify-logits", "--model", folder, "--against", "transformers"]
+        return Try(argv, refused=None)
+
+    attack(FOREIGN, f"{name} is {value!r}, asked of verify-logits")(_field)
+
+
 @attack(FOREIGN, "NaN in the last shard")
 def _(a: Arena) -> Try:
     folder = a.model("shards")
