@@ -140,15 +140,15 @@ for line in (
     attack(LOGS, f"a line of the log: {line[:30]}")(_line)
 
 
-for what, text in (
-    ("a million lines", '{"step": 1}\n' * 1_000_000),
-    ("60 MB of empty lines", "\n" * 60_000_000),
+for what, line, times in (
+    ("a million lines", '{"step": 1}\n', 1_000_000),
+    ("60 MB of empty lines", "\n", 60_000_000),
 ):
     for number in (None, signal.SIGTERM):
 
-        def _long(a: Arena, text: str = text, number: Any = number) -> Try:
+        def _long(a: Arena, line: str = line, times: int = times, number: Any = number) -> Try:
             path = a.run() / "log.jsonl"
-            path.write_text(text)
+            path.write_text(line * times)
             return _resumed(a, refused=None, signal=number, after=3.0)
 
         attack(LOGS, f"a log of {what}{', then SIGTERM' if number else ''}")(_long)

@@ -8,7 +8,9 @@ import signal
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
+import torch
 from arena import Arena, Try, attack, edit, header_of, safetensors_of, tensors_of
 from commands import (
     PICKLES,
@@ -133,14 +135,17 @@ def _(a: Arena) -> Try:
     return Try(["verify-logits", "--model", folder, "--against", "transformers"], refused=None)
 
 
-NESTED = '{"a":[' + ",".join(["[" * 50 + "]" * 50] * 450_000) + "]}"  # 45 MB
+def _lists() -> str:
+    return '{"a":[' + ",".join(["[" * 50 + "]" * 50] * 450_000) + "]}"  # 45 MB
+
+
 for name in ("tokenizer.json", "model.safetensors", "tokenizer_config.json"):
     for number in (None, signal.SIGTERM):
 
         def _nested(a: Arena, name: str = name, number: Any = number) -> Try:
             folder = a.model("theirs")
             header = name.endswith(".safetensors")
-            text = safetensors_of(NESTED) if header else NESTED.encode()
+            text = safetensors_of(_lists()) if header else _lists().encode()
             (folder / name).write_bytes(text)
             return Try(["generate", "--model", folder, "--chat", *SAY], signal=number, after=3.0)
 
