@@ -106,6 +106,8 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("llama, yarn", turn_to(partial_rotary_factor=0.5), "partial_rotary_factor: 0.5"),
     ("llama, yarn", set_to(rope_theta=7.0), "rope_theta: 7 contradicts 500.0"),
     ("llama, yarn", set_to(rope_scaling={"type": "linear"}), "rope_scaling: contradicts rope_para"),
+    ("llama", set_to(max_sequence_length=9), "max_sequence_length: 9 contradicts max_position_emb"),
+    ("llama", set_to(max_sequence_length="9"), "max_sequence_length: '9' is not a whole number"),
     ("llama", set_to(rope_parameters="fast"), "rope_parameters: 'fast' is not an object"),
     ("llama", set_to(rope_parameters={"rope_type": "llama3"}), "is missing"),
 ]
@@ -140,6 +142,16 @@ def test_fields_that_change_nothing_are_passed_over(copy: Callable[[str], Path])
     before = load(folder).config
     harmless = dict.fromkeys(HARMLESS - {"model_type", "eos_token_id"}, "anything")
     edit(folder, set_to(**harmless, **NEUTRAL, unknown_but_null=None))
+    assert load(folder).config == before
+
+
+@pytest.mark.parametrize("new", [CONTEXT, None])
+def test_the_context_of_early_conversions_is_read(
+    new: int | None, copy: Callable[[str], Path]
+) -> None:
+    folder = copy("llama")
+    before = load(folder).config
+    edit(folder, set_to(max_position_embeddings=new, max_sequence_length=CONTEXT))
     assert load(folder).config == before
 
 
