@@ -88,13 +88,15 @@ def folder_witness(folder: Path) -> Any | None:
     prefix = f"{model.base_model_prefix}."
     if any(name.startswith(prefix) for name in tensors):
         prefix = ""
-    if config.tie_word_embeddings:
-        tensors.pop(HEAD, None)  # equal to the embedding, or loading would have failed
     state = {
         name if name == HEAD else prefix + name: tensor
         for name, tensor in tensors.items()
         if not BUFFERS.search(name)
     }
+    if config.tie_word_embeddings and HEAD in state:
+        # Equal to the embedding, or loading would have failed; or stored in place of it.
+        head = state.pop(HEAD)
+        state.setdefault(next(name for name, _ in model.named_parameters()), head)
     fill(model, state)
     return model
 
