@@ -188,6 +188,25 @@ def test_nothing_is_drawn_for_what_a_tied_head_lacks(tmp_path: Path) -> None:
     assert re.search(r"lacks 1 of \d+ tensors \(lm_head.weight\)", refusal(folder))
 
 
+def test_a_tensor_under_two_names_is_refused(folder: Path) -> None:
+    def again(weights: dict[str, torch.Tensor]) -> None:
+        weights["norm.weight"] = weights["model.norm.weight"] + 1
+
+    change_weights(folder, again)
+    assert "holds 1 tensors that the model of config.json does not have (norm.weight)" in refusal(
+        folder
+    )
+
+
+def test_tensors_that_are_tied_may_not_differ(folder: Path) -> None:
+    change(folder, tie_word_embeddings=True)
+    message = refusal(folder)
+    assert "lm_head.weight differs from model.embed_tokens.weight (expected the same" in message
+    copied = safetensors.torch.load_file(folder / WEIGHTS)["model.embed_tokens.weight"].clone()
+    change_weights(folder, lambda weights: weights.update({"lm_head.weight": copied}))
+    assert read_folder(folder).model.config.tie_word_embeddings
+
+
 def test_whole_numbers_in_place_of_weights_are_refused(folder: Path) -> None:
     change_weights(folder, lambda weights: weights.update({Q: weights[Q].long()}))
     assert f"{Q} has dtype int64 (expected one of F32, F16, BF16, F64)" in refusal(folder)

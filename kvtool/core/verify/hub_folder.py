@@ -102,6 +102,7 @@ def read_folder(
         floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
         require_finite(source.path, floats, floats, kind)
         model, _ = _load(made, config, tensors, chosen)
+        _check_tied(model, skeleton, source)
     model.config.name_or_path = str(folder)
     return Read(model.eval().requires_grad_(False), sha256)
 
@@ -297,6 +298,7 @@ def _check_names(model: Any, info: Mapping[str, Any], source: WeightFile) -> Non
     """Raise FileError for tensors that are missing, left over or misshapen, as transformers maps
     their names; what it computes itself may be missing, and what it ignores be left over."""
     missing, extra = (sorted(info.get(name) or ()) for name in ("missing_keys", "unexpected_keys"))
+    extra = extra or _second_names(model, source)
     refuse_names(source.path, missing, extra, len(model.state_dict()))
     for name, found, expected in sorted(info.get("mismatched_keys") or ()):
         raise wrong_shape(f"{source.path}: {short(name)}", tuple(found), tuple(expected))
@@ -314,6 +316,41 @@ def _check_names(model: Any, info: Mapping[str, Any], source: WeightFile) -> Non
                     f"(expected one of {', '.join(DTYPES)})",
                     "Weights are floating-point numbers.",
                 )
+
+
+def _second_names(model: Any, source: WeightFile) -> list[str]:
+    """Tensors that transformers would take for one that is there under another name as well."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    steps: list[Any] = get_model_conversion_mapping(model)
+    merges = [step for step in steps if isinstance(step, WeightConverter)]
+    renames = [step for step in steps if not isinstance(step, WeightConverter)]
+    state, found = model.state_dict(), dict[str, list[str]]()
+    merged: set[str] = set()  # of several, which are as many as they should be, by their shape
+    for name in sorted(source.tensors):
+        theirs, pattern = rename_source_key(name, renames, merges, model.base_model_prefix, state)
+        found.setdefault(theirs, []).append(name)
+        if pattern is not None:
+            merged.add(name)
+    return [
+        name
+        for theirs, names in found.items()
+        if len(names) > 1 and not merged.issuperset(names)
+        for name in ([name for name in names if name != theirs] or names)
+    ]
+
+
+def _check_tied(model: Any, skeleton: Any, source: WeightFile) -> None:
+    """Raise FileError for tensors that differ although the configuration ties them: transformers
+    would not tie them then."""
+    for name, owner in skeleton.all_tied_weights_keys.items():
+        if not torch.equal(model.get_parameter(name), model.get_parameter(owner)):
+            raise FileError(
+                f"{source.path}: {name} differs from {owner} (expected the same values, as "
+                f"{CONFIG} ties them)",
+                "Set tie_word_embeddings to false to keep both, or leave one out of the file.",
+            )
 
 
 def _needed(source: WeightFile, dtype: torch.dtype) -> int:
