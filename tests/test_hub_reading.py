@@ -253,6 +253,7 @@ def test_shards_lie_beside_their_index(place: str, folder: Path) -> None:
         ({"model_type": "vit"}, "model_type vit has no model that writes text"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, but model.safetensors holds"),
         ({"num_hidden_layers": 900}, "describes a larger model than model.safetensors holds"),
+        ({"num_labels": 10**8}, "num_labels is 100000000 (expected 100,000 or fewer)"),
         ({"vocab_size": 10**9}, "describes a larger model than model.safetensors holds"),
     ],
 )

@@ -65,6 +65,7 @@ DEPTHS = (*LAYERS, "encoder_layers")  # fields that say how often something is b
 # Of what a model is built without its weights: tied tensors are built more than once, and a
 # thousand of them, or a few million numbers, cost nothing.
 TIED, SLACK, MOST_FREE = 8, 1000, 2**24
+MOST_LABELS = 100_000  # of which a configuration makes two tables of names
 
 
 class Read(NamedTuple):
@@ -87,8 +88,8 @@ def read_folder(
     settings = read_settings(folder)
     source = open_weights(folder, STORED_DTYPES)
     _check_depths(settings, source, folder)
-    with hushed(), _in_one_line(folder):
-        with limited(f"{path}: what it describes"), _counted(source, folder):
+    with hushed(), in_one_line(folder):
+        with limited(f"{path}: what it describes"), counted(source, folder):
             made, config = _class_of(make_config(settings), path)
             chosen = dtype or _named_dtype(config) or stored_dtype(source)
             shapes = {
@@ -164,6 +165,9 @@ def _check_field(name: str, value: Any, path: Path) -> None:
                     f"{path}: {name} is {quoted(each)} (expected a plain name, as sdpa)",
                     "kvtool loads no code for a checkpoint.",
                 )
+    labels = value if name in ("num_labels", "_num_labels") else 0
+    if isinstance(labels, (int, float)) and labels > MOST_LABELS:
+        raise FileError(f"{path}: {name} is {value} (expected {MOST_LABELS:,} or fewer)")
     if name in ("dtype", "torch_dtype"):
         for each in value.values() if isinstance(value, dict) else [value]:
             plain = each.removeprefix("torch.") if isinstance(each, str) else ""
@@ -262,7 +266,7 @@ def _without_values(made: Any) -> Any:
 
 
 @contextmanager
-def _counted(source: WeightFile, folder: Path) -> Iterator[None]:
+def counted(source: WeightFile, folder: Path) -> Iterator[None]:
     """Raise FileError as soon as more is built than the file can fill."""
     most = TIED * len(source.tensors) + SLACK
     most_numbers = TIED * sum(math.prod(info.shape) for info in source.tensors.values()) + MOST_FREE
@@ -360,7 +364,7 @@ def _needed(source: WeightFile, dtype: torch.dtype) -> int:
 
 
 @contextmanager
-def _in_one_line(folder: Path) -> Iterator[None]:
+def in_one_line(where: Path) -> Iterator[None]:
     """What transformers raises, as FileError in one line, and nothing of what it warns of."""
     try:
         with warnings.catch_warnings():
@@ -371,4 +375,4 @@ def _in_one_line(folder: Path) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         pass_on_shortage(error)
         why = first_line(error) or type(error).__name__
-        raise FileError(f"{folder}: transformers cannot read it ({why})") from error
+        raise FileError(f"{where}: transformers cannot read it ({why})") from error
