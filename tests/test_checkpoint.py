@@ -338,10 +338,10 @@ def test_a_context_out_of_proportion_to_the_weights_is_refused_before_its_table_
     change_config(folder, context=context)
     message = refusal(folder)
     assert f"config.json: context {context} takes {context / 2**23:.3g} GiB of tables" in message
-    assert "(expected 1 GiB or less, beside its weights)" in message
+    assert "(expected 0.25 GiB or less, beside its weights)" in message
 
 
-@pytest.mark.parametrize(("nbytes", "fits"), [(2**30, True), (2**30 + 1, False), (4 * 2**34, True)])
+@pytest.mark.parametrize(("nbytes", "fits"), [(2**28, True), (2**28 + 1, False), (4 * 2**34, True)])
 def test_a_million_positions_fit_beside_the_weights_of_a_model_that_has_them(
     nbytes: int, fits: bool
 ) -> None:
@@ -354,10 +354,10 @@ def test_a_million_positions_fit_beside_the_weights_of_a_model_that_has_them(
 def test_a_context_beyond_the_memory_is_refused_before_its_table_is_made(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change_config(folder, context=2**25)
-    monkeypatch.setattr(machine, "available_bytes", lambda device: 2**31)
+    change_config(folder, context=2**23)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 2**29)
     message = refusal(folder, CapacityError)
-    assert "config.json: context 33554432: needs 3 GiB (2 GiB available)" in message
+    assert "config.json: context 8388608: needs 0.75 GiB (0.5 GiB available)" in message
 
 
 def test_a_configuration_is_no_gigabyte_of_holes(folder: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import struct
 import tarfile
 import zipfile
+from collections import OrderedDict
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,31 @@ def test_memory_that_only_a_pickle_asks_for_is_refused(pickle: Path) -> None:
     assert "(it has fewer values than it says)" in refusal(pickle.parent)
     write_zip(pickle, huge + b"tQ", **{"data/0": bytes(16)})
     assert "(0 has other values than it says)" in refusal(pickle.parent)
+
+
+class Calls:
+    """Is pickled as what a call makes, with attributes set on it."""
+
+    def __init__(self, *reduced: Any) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_attributes_in_place_of_methods_do_nothing(
+    pickle: Path, model: Model, zipped: bool
+) -> None:
+    weights = {name: value for name, value in model.state_dict().items() if name != "head.weight"}
+    make, hides = torch._utils._rebuild_parameter_with_state, {"detach": OrderedDict()}
+    hidden = {name: Calls(make, (w, False, OrderedDict(), hides)) for name, w in weights.items()}
+    torch.save(hidden, pickle, _use_new_zipfile_serialization=zipped)
+    assert "holds code objects" in refusal(pickle.parent)
+    methods = dict.fromkeys(("items", "get", "keys", "values", "__len__"), 7)
+    state = Calls(OrderedDict, ([*weights.items()],), methods)
+    torch.save(state, pickle, _use_new_zipfile_serialization=zipped)
+    assert same(dict(load(pickle.parent).state_dict()), dict(model.state_dict()))
 
 
 def test_a_value_that_a_stride_repeats_without_end_is_refused(pickle: Path) -> None:

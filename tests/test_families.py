@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from cli_probe import Ran
@@ -196,6 +197,20 @@ def test_a_model_saved_without_a_head_has_names_without_a_prefix(
     model, folder = made(case)
     save(model.base_model, tmp_path)
     assert found(tmp_path, tokens(9)).equal(found(folder, tokens(9)))
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama, tied head"])
+def test_a_tied_head_may_be_stored_in_place_of_the_embedding(
+    case: str, tmp_path: Path, made: Made, kv: Callable[..., Ran]
+) -> None:
+    model, folder = made(case)
+    save(model, tmp_path)
+    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" in stored and not any("embed_tok" in x or "wte" in x for x in stored)
+    assert found(tmp_path, tokens(9)).equal(found(folder, tokens(9)))
+    args = f"--model {tmp_path} --against transformers --threads 1 --json"
+    assert answer(kv(*args.split(), command="verify-logits"))["worst_float64"] < 1e-13
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from cli_probe import Ran
 from family_cases import CASES, CONTEXT, build, edit, found, load, refusal, save, tokens
 from family_configs import PUBLISHED
 from kvtool.config import RopeScaling
+from kvtool.core import witness
 from kvtool.core.families import FAMILIES
 from kvtool.core.families.fields import HARMLESS, NEUTRAL
 from kvtool.errors import FileError
@@ -106,6 +107,8 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("llama, yarn", turn_to(partial_rotary_factor=0.5), "partial_rotary_factor: 0.5"),
     ("llama, yarn", set_to(rope_theta=7.0), "rope_theta: 7 contradicts 500.0"),
     ("llama, yarn", set_to(rope_scaling={"type": "linear"}), "rope_scaling: contradicts rope_para"),
+    ("llama", set_to(max_sequence_length=9), "max_sequence_length: 9 contradicts max_position_emb"),
+    ("llama", set_to(max_sequence_length="9"), "max_sequence_length: '9' is not a whole number"),
     ("llama", set_to(rope_parameters="fast"), "rope_parameters: 'fast' is not an object"),
     ("llama", set_to(rope_parameters={"rope_type": "llama3"}), "is missing"),
 ]
@@ -143,6 +146,16 @@ def test_fields_that_change_nothing_are_passed_over(copy: Callable[[str], Path])
     assert load(folder).config == before
 
 
+@pytest.mark.parametrize("new", [CONTEXT, None])
+def test_the_context_of_early_conversions_is_read(
+    new: int | None, copy: Callable[[str], Path]
+) -> None:
+    folder = copy("llama")
+    before = load(folder).config
+    edit(folder, set_to(max_position_embeddings=new, max_sequence_length=CONTEXT))
+    assert load(folder).config == before
+
+
 def test_an_unknown_model_type_is_answered_with_the_known_ones(
     copy: Callable[[str], Path], kv: Callable[..., Ran]
 ) -> None:
@@ -165,6 +178,43 @@ def test_an_end_token_that_is_no_token_is_refused(copy: Callable[[str], Path]) -
 
 def _shipped() -> Path:
     return Path(__file__).parent.parent / "weights" / "shakespeare-2l"
+
+
+# --- the model that transformers makes of them, to be compared with
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("llama", {"num_labels": 10**8}, "num_labels is 100000000 (expected 100,000 or fewer)"),
+        ("llama", {"id2label": 7}, "transformers cannot read it ("),
+        ("llama", {"bos_token_id": "x"}, "transformers cannot read it ("),
+        ("llama", {"return_dict": False}, "transformers cannot read it ("),
+        ("gpt2", {"scale_attn_weights": None}, "transformers cannot read it ("),
+        ("gpt2", {"bos_token_id": 999}, ""),
+    ],
+)
+def test_what_transformers_makes_of_a_field_is_one_line_or_nothing(
+    case: str,
+    fields: dict[str, Any],
+    message: str,
+    copy: Callable[[str], Path],
+    kv: Callable[..., Ran],
+) -> None:
+    folder = edit(copy(case), set_to(**fields))
+    words = f"--model {folder} --against transformers --threads 1 --json"
+    ran = kv(*words.split(), command="verify-logits")
+    assert ran.code == (2 if message else 0)
+    told = f"kvtool: error: {folder / 'config.json'}: {message}" if message else ""
+    assert ran.err.startswith(told) and ran.err.count("\n") == bool(message)
+
+
+def test_what_transformers_builds_of_a_folder_is_bounded(
+    copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(witness, "make_config", lambda settings: bytearray(2**40))
+    with pytest.raises(FileError, match=r"config\.json: what it describes takes more than 2 GiB"):
+        witness.folder_witness(copy("llama"))
 
 
 # --- tensors

@@ -188,6 +188,25 @@ def test_nothing_is_drawn_for_what_a_tied_head_lacks(tmp_path: Path) -> None:
     assert re.search(r"lacks 1 of \d+ tensors \(lm_head.weight\)", refusal(folder))
 
 
+def test_a_tensor_under_two_names_is_refused(folder: Path) -> None:
+    def again(weights: dict[str, torch.Tensor]) -> None:
+        weights["norm.weight"] = weights["model.norm.weight"] + 1
+
+    change_weights(folder, again)
+    assert "holds 1 tensors that the model of config.json does not have (norm.weight)" in refusal(
+        folder
+    )
+
+
+def test_tensors_that_are_tied_may_not_differ(folder: Path) -> None:
+    change(folder, tie_word_embeddings=True)
+    message = refusal(folder)
+    assert "lm_head.weight differs from model.embed_tokens.weight (expected the same" in message
+    copied = safetensors.torch.load_file(folder / WEIGHTS)["model.embed_tokens.weight"].clone()
+    change_weights(folder, lambda weights: weights.update({"lm_head.weight": copied}))
+    assert read_folder(folder).model.config.tie_word_embeddings
+
+
 def test_whole_numbers_in_place_of_weights_are_refused(folder: Path) -> None:
     change_weights(folder, lambda weights: weights.update({Q: weights[Q].long()}))
     assert f"{Q} has dtype int64 (expected one of F32, F16, BF16, F64)" in refusal(folder)
@@ -234,6 +253,7 @@ def test_shards_lie_beside_their_index(place: str, folder: Path) -> None:
         ({"model_type": "vit"}, "model_type vit has no model that writes text"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, but model.safetensors holds"),
         ({"num_hidden_layers": 900}, "describes a larger model than model.safetensors holds"),
+        ({"num_labels": 10**8}, "num_labels is 100000000 (expected 100,000 or fewer)"),
         ({"vocab_size": 10**9}, "describes a larger model than model.safetensors holds"),
     ],
 )

@@ -45,7 +45,7 @@ from kvtool.reading import MOST_CONFIG, quoted, read_json_object
 
 CONFIG = "config.json"
 TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
-MOST_TABLES = 2**30  # bytes
+MOST_TABLES = 2**28  # bytes; they cost three times that while they are made
 LARGEST_TENSOR = 2**48  # values; torch counts bytes in 63 bits, and no file holds this many
 CPU = torch.device("cpu")
 SMALLER = "Free memory, or use a smaller model."

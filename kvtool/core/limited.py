@@ -14,7 +14,7 @@ from kvtool import ending
 from kvtool.errors import FileError, short_of_memory
 
 SECONDS = 120  # of all processors: the largest models are built without their weights in some ten
-NBYTES = 4 * 2**30  # beside what is there: configurations and modules, and code that is imported
+NBYTES = 2 * 2**30  # beside what is there: configurations and modules, and code that is imported
 
 
 class _TooLong(BaseException):

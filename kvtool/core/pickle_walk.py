@@ -26,11 +26,11 @@ ITEMSIZE = {
     "BoolStorage": 1, "UntypedStorage": 1, "ComplexDoubleStorage": 16, "ComplexFloatStorage": 8,
 }  # fmt: skip
 STORAGES = {f"{module}.{name}" for name in ITEMSIZE for module in ("torch", "torch.storage")}
+# No parameter_with_state: its attributes would hide the methods of the parameter.
 TENSORS = {
     f"torch._utils._rebuild_{name}"
     for name in (
-        "tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state", "sparse_tensor",
-        "meta_tensor_no_storage",
+        "tensor", "tensor_v2", "tensor_v3", "parameter", "sparse_tensor", "meta_tensor_no_storage",
     )
 } | {"torch.serialization._get_layout", "torch.Size", "torch.device"}  # fmt: skip
 ORDERED_DICT = "collections.OrderedDict"

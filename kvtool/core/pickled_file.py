@@ -188,10 +188,12 @@ def _damaged(path: Path, error: Exception) -> FileError:
 def _checked_state(found: Any, path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """The state_dict itself, unwrapped, if it holds ordinary tensors alone."""
     for name in WRAPPERS:
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
+        if isinstance(found, dict) and isinstance(dict.get(found, name), dict):
             found = found[name]
     if not isinstance(found, dict):
         raise FileError(f"{path}: holds no state_dict (found {type(found).__name__})")
+    # By dict's own method: an ordered dictionary has attributes, which may hide its methods.
+    found = dict(dict.items(found))
     for name, tensor in found.items():
         where = f"{path}: {short(str(name))}"
         if not isinstance(name, str) or not isinstance(tensor, Tensor):

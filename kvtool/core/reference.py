@@ -107,7 +107,7 @@ def make_reference(
 
         own = None if folder is None else witness.folder_witness(folder)
         theirs = own or witness.witness(_unrounded(weights), config)
-        compute = partial(witness.witness_logits, theirs)
+        compute = partial(witness.witness_logits, theirs, folder=folder if own else None)
     found = []
     for text, ids in prompts:
         if not ids:

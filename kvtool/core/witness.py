@@ -13,11 +13,14 @@ import torch
 
 from kvtool.config import ModelConfig
 from kvtool.core import oracle
+from kvtool.core.checkpoint import CONFIG
 from kvtool.core.families import FAMILIES
 from kvtool.core.families.weights import HEAD
+from kvtool.core.limited import limited
 from kvtool.core.safetensors_file import BUFFERS
-from kvtool.core.verify.hub_folder import make_config, read_settings
+from kvtool.core.verify.hub_folder import counted, in_one_line, make_config, read_settings
 from kvtool.core.verify.precision import Promote
+from kvtool.core.verify.tiny import hushed
 from kvtool.core.weight_files import open_weights
 from kvtool.errors import UsageError
 from kvtool.hub import offline
@@ -76,27 +79,39 @@ def folder_witness(folder: Path) -> Any | None:
     """The model of transformers in float64 for a folder of `families`, by its own configuration and
     its tensors' own names, so that kvtool's reading of both is checked too; None for others.
 
-    Raises UsageError if transformers is not installed.
+    Raises UsageError if transformers is not installed, FileError for what it cannot build.
     """
-    data = read_json_object(folder / "config.json", "a configuration", MOST_CONFIG)
+    path = folder / CONFIG
+    data = read_json_object(path, "a configuration", MOST_CONFIG)
     if data.get("model_type") not in FAMILIES:
         return None
     transformers = _transformers()
-    config = make_config(read_settings(folder))
-    model = _empty(transformers, config, torch.float64)
-    tensors = open_weights(folder).read()[0]
+    source = open_weights(folder)
+    with hushed(), in_one_line(path):
+        with limited(f"{path}: what it describes"), counted(source, folder):
+            config = make_config(read_settings(folder))
+            with torch.device("meta"):  # what this costs, its weights do not
+                _empty(transformers, config, torch.float64)
+        model = _empty(transformers, config, torch.float64)
+        _fill_as_stored(model, config.tie_word_embeddings, source.read()[0])
+    return model
+
+
+def _fill_as_stored(model: Any, tied: bool, tensors: dict[str, torch.Tensor]) -> None:
+    """Move tensors of a folder's own names into its model."""
     prefix = f"{model.base_model_prefix}."
     if any(name.startswith(prefix) for name in tensors):
         prefix = ""
-    if config.tie_word_embeddings:
-        tensors.pop(HEAD, None)  # equal to the embedding, or loading would have failed
     state = {
         name if name == HEAD else prefix + name: tensor
         for name, tensor in tensors.items()
         if not BUFFERS.search(name)
     }
+    if tied and HEAD in state:
+        # Equal to the embedding, or loading would have failed; or stored in place of it.
+        head = state.pop(HEAD)
+        state.setdefault(next(name for name, _ in model.named_parameters()), head)
     fill(model, state)
-    return model
 
 
 def _transformers() -> Any:
@@ -119,9 +134,13 @@ def _no_model(flag: str) -> UsageError:
     )
 
 
-def witness_logits(model: Any, ids: list[int]) -> np.ndarray:
-    """Logits (T,V) of one uncached pass in which nothing is computed below float64."""
-    with torch.inference_mode(), Promote():
+def witness_logits(model: Any, ids: list[int], folder: Path | None = None) -> np.ndarray:
+    """Logits (T,V) of one uncached pass in which nothing is computed below float64.
+
+    Raises FileError for what the configuration in `folder`, if it has the model's, breaks there.
+    """
+    told = contextlib.nullcontext() if folder is None else in_one_line(folder / CONFIG)
+    with told, hushed(), torch.inference_mode(), Promote():
         return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
 

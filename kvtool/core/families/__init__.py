@@ -46,8 +46,7 @@ class Family:
 
     def weights(self, source: WeightFile, config: ModelConfig) -> MappedFile:
         """Their tensors under our names. Raises FileError for any that is missing or misshapen."""
-        optional = frozenset({"head.weight"} if config.tied else ())
-        return MappedFile(source, self.names(config), self.prefix, optional)
+        return MappedFile(source, self.names(config), self.prefix, config.tied)
 
 
 FAMILIES = {

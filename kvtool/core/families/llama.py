@@ -53,7 +53,7 @@ def _read(
         )
     if head_dim % 2:
         raise UsageError(f"head_dim: {head_dim} is odd (expected an even one, to be rotated)")
-    context = f.size("max_position_embeddings")
+    context = _context(f)
     theta, scaling = rotation(f, context)
     return ModelConfig(
         vocab_size=f.size("vocab_size"),
@@ -75,6 +75,15 @@ def _read(
         window=window if window < context else 0,  # a wider one hides nothing
         **extra,
     )
+
+
+def _context(f: Fields) -> int:
+    """max_position_embeddings, which the first conversions of Llama call max_sequence_length."""
+    fields = ("max_position_embeddings", "max_sequence_length")
+    new, old = (f.size(name) if name in f.data else None for name in fields)
+    if new and old and new != old:
+        raise UsageError(f"{fields[1]}: {old} contradicts {fields[0]} {new}")
+    return new or old or f.size(fields[0])
 
 
 def _window_of_some_layers(f: Fields) -> dict[str, int]:

@@ -12,6 +12,7 @@ from kvtool.core.safetensors_file import BUFFERS, TensorInfo
 from kvtool.core.weight_files import WeightFile, require_tensors
 
 HEAD = "lm_head.weight"
+EMBEDDING = "embed.tokens.weight"  # ours
 Shape = tuple[int, ...]
 
 
@@ -46,22 +47,23 @@ NameMap = dict[str, Stored]
 
 class MappedFile:
     """A weight file of another naming as one of ours. `prefix` stands before all its names but the
-    head's, unless it was saved without a head; names in `optional` may be absent.
+    head's, unless it was saved without a head. A tied head may be absent, or the embedding instead:
+    of tensors that share memory, safetensors' save_model keeps the last by name.
 
     Raises FileError, before anything is read, for tensors that are missing, left over or misshapen,
     in the names that the file uses. Buffers that hold no weights are passed over.
     """
 
-    def __init__(
-        self, source: WeightFile, names: NameMap, prefix: str, optional: frozenset[str]
-    ) -> None:
+    def __init__(self, source: WeightFile, names: NameMap, prefix: str, tied: bool) -> None:
         self.path: Path = source.path
         self._source = source
         held = {name: info for name, info in source.tensors.items() if not BUFFERS.search(name)}
         self._prefix = prefix if any(name.startswith(prefix) for name in held) else ""
+        if tied and HEAD in held and self._theirs(names[EMBEDDING].parts[0][0]) not in held:
+            names = {**names, EMBEDDING: Stored.one(HEAD, *names[EMBEDDING].shape)}
+            del names["head.weight"]
         shapes = {self._theirs(n): shape for s in names.values() for n, shape in s.parts}
-        may_lack = {self._theirs(n) for ours in optional for n, _ in names[ours].parts}
-        require_tensors(source.path, held, shapes, may_lack)
+        require_tensors(source.path, held, shapes, {HEAD} if tied else ())
         self._names = {
             ours: stored
             for ours, stored in names.items()

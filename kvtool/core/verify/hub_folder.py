@@ -65,6 +65,7 @@ DEPTHS = (*LAYERS, "encoder_layers")  # fields that say how often something is b
 # Of what a model is built without its weights: tied tensors are built more than once, and a
 # thousand of them, or a few million numbers, cost nothing.
 TIED, SLACK, MOST_FREE = 8, 1000, 2**24
+MOST_LABELS = 100_000  # of which a configuration makes two tables of names
 
 
 class Read(NamedTuple):
@@ -87,8 +88,8 @@ def read_folder(
     settings = read_settings(folder)
     source = open_weights(folder, STORED_DTYPES)
     _check_depths(settings, source, folder)
-    with hushed(), _in_one_line(folder):
-        with limited(f"{path}: what it describes"), _counted(source, folder):
+    with hushed(), in_one_line(folder):
+        with limited(f"{path}: what it describes"), counted(source, folder):
             made, config = _class_of(make_config(settings), path)
             chosen = dtype or _named_dtype(config) or stored_dtype(source)
             shapes = {
@@ -102,6 +103,7 @@ def read_folder(
         floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
         require_finite(source.path, floats, floats, kind)
         model, _ = _load(made, config, tensors, chosen)
+        _check_tied(model, skeleton, source)
     model.config.name_or_path = str(folder)
     return Read(model.eval().requires_grad_(False), sha256)
 
@@ -163,6 +165,9 @@ def _check_field(name: str, value: Any, path: Path) -> None:
                     f"{path}: {name} is {quoted(each)} (expected a plain name, as sdpa)",
                     "kvtool loads no code for a checkpoint.",
                 )
+    labels = value if name in ("num_labels", "_num_labels") else 0
+    if isinstance(labels, (int, float)) and labels > MOST_LABELS:
+        raise FileError(f"{path}: {name} is {value} (expected {MOST_LABELS:,} or fewer)")
     if name in ("dtype", "torch_dtype"):
         for each in value.values() if isinstance(value, dict) else [value]:
             plain = each.removeprefix("torch.") if isinstance(each, str) else ""
@@ -261,7 +266,7 @@ def _without_values(made: Any) -> Any:
 
 
 @contextmanager
-def _counted(source: WeightFile, folder: Path) -> Iterator[None]:
+def counted(source: WeightFile, folder: Path) -> Iterator[None]:
     """Raise FileError as soon as more is built than the file can fill."""
     most = TIED * len(source.tensors) + SLACK
     most_numbers = TIED * sum(math.prod(info.shape) for info in source.tensors.values()) + MOST_FREE
@@ -297,6 +302,7 @@ def _check_names(model: Any, info: Mapping[str, Any], source: WeightFile) -> Non
     """Raise FileError for tensors that are missing, left over or misshapen, as transformers maps
     their names; what it computes itself may be missing, and what it ignores be left over."""
     missing, extra = (sorted(info.get(name) or ()) for name in ("missing_keys", "unexpected_keys"))
+    extra = extra or _second_names(model, source)
     refuse_names(source.path, missing, extra, len(model.state_dict()))
     for name, found, expected in sorted(info.get("mismatched_keys") or ()):
         raise wrong_shape(f"{source.path}: {short(name)}", tuple(found), tuple(expected))
@@ -316,6 +322,41 @@ def _check_names(model: Any, info: Mapping[str, Any], source: WeightFile) -> Non
                 )
 
 
+def _second_names(model: Any, source: WeightFile) -> list[str]:
+    """Tensors that transformers would take for one that is there under another name as well."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    steps: list[Any] = get_model_conversion_mapping(model)
+    merges = [step for step in steps if isinstance(step, WeightConverter)]
+    renames = [step for step in steps if not isinstance(step, WeightConverter)]
+    state, found = model.state_dict(), dict[str, list[str]]()
+    merged: set[str] = set()  # of several, which are as many as they should be, by their shape
+    for name in sorted(source.tensors):
+        theirs, pattern = rename_source_key(name, renames, merges, model.base_model_prefix, state)
+        found.setdefault(theirs, []).append(name)
+        if pattern is not None:
+            merged.add(name)
+    return [
+        name
+        for theirs, names in found.items()
+        if len(names) > 1 and not merged.issuperset(names)
+        for name in ([name for name in names if name != theirs] or names)
+    ]
+
+
+def _check_tied(model: Any, skeleton: Any, source: WeightFile) -> None:
+    """Raise FileError for tensors that differ although the configuration ties them: transformers
+    would not tie them then."""
+    for name, owner in skeleton.all_tied_weights_keys.items():
+        if not torch.equal(model.get_parameter(name), model.get_parameter(owner)):
+            raise FileError(
+                f"{source.path}: {name} differs from {owner} (expected the same values, as "
+                f"{CONFIG} ties them)",
+                "Set tie_word_embeddings to false to keep both, or leave one out of the file.",
+            )
+
+
 def _needed(source: WeightFile, dtype: torch.dtype) -> int:
     """Bytes of the weights as stored, and of those that are converted."""
     others = (info for info in source.tensors.values() if info.dtype != dtype)
@@ -323,7 +364,7 @@ def _needed(source: WeightFile, dtype: torch.dtype) -> int:
 
 
 @contextmanager
-def _in_one_line(folder: Path) -> Iterator[None]:
+def in_one_line(where: Path) -> Iterator[None]:
     """What transformers raises, as FileError in one line, and nothing of what it warns of."""
     try:
         with warnings.catch_warnings():
@@ -334,4 +375,4 @@ def _in_one_line(folder: Path) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         pass_on_shortage(error)
         why = first_line(error) or type(error).__name__
-        raise FileError(f"{folder}: transformers cannot read it ({why})") from error
+        raise FileError(f"{where}: transformers cannot read it ({why})") from error
