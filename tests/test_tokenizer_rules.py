@@ -227,6 +227,58 @@ def test_rules_as_models_have_them_are_followed(tmp_path: Path, change: Spec) ->
     assert tokenizer.left_out == ()
 
 
+# What is refused before the library reads the vocabulary
+
+
+def unigram(names: list[str]) -> Spec:
+    return {"model": {"type": "Unigram", "unk_id": 0, "vocab": [[name, -1.0] for name in names]}}
+
+
+LONG = [f"{i:03}{'z' * 4000}" for i in range(600)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (unigram(LONG), "its tokens have too many beginnings for Unigram (expected 2,097,152 or"),
+        (unigram(["z" * 5000]), "has a token of 5,000 characters (expected 4,096 or fewer)"),
+        (vocabulary(**{"z" * 5000: 900}), "has a token of 5,000 characters"),
+        (added("z" * 5000), "has a token of 5,000 characters"),
+        (specials(1100, "z" * 4000 + "{}"), "make 4,403,290 characters of its added tokens (exp"),
+        (
+            {**specials(99, "a" * 200 + "{}"), "normalizer": replace("a", "b" * 250)},
+            "its rules make 4,997,000 characters of its added tokens (expected 4,194,304 or fewer)",
+        ),
+        (unigram(["\ud800"]), "its vocabulary is damaged: UnicodeEncodeError"),
+        ({"model": {"type": "Unigram", "vocab": [7]}}, "its vocabulary is damaged: TypeError"),
+        ({"added_tokens": [{}]}, "its vocabulary is damaged: KeyError 'content'"),
+    ],
+)
+def test_a_vocabulary_too_large_for_the_library_never_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Spec, message: str
+) -> None:
+    read: list[str] = []
+    real = tokenizers.Tokenizer.from_str
+
+    class Watched:
+        @staticmethod
+        def from_str(text: str) -> tokenizers.Tokenizer:
+            read.append(text)
+            return real(text)
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Watched)
+    with pytest.raises(FileError) as caught:
+        Tokenizer.load(written(tmp_path, change))
+    assert message in str(caught.value)
+    assert all(len(json.loads(text)["model"]["vocab"]) == 0 for text in read)
+
+
+def test_a_unigram_vocabulary_of_a_quarter_of_a_million_tokens_is_read(tmp_path: Path) -> None:
+    names = [f"\u2581{i:x}" for i in range(250_000)]  # more than 2^21 bytes, fewer beginnings
+    path = written(tmp_path, {**unigram(names), "added_tokens": []})
+    assert Tokenizer.load(path).vocab_size == 250_000
+
+
 # What is for batches in training
 
 

@@ -16,7 +16,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kvtool import ending
 from kvtool.core.tokenizer_calls import Asking
-from kvtool.core.tokenizer_rules import LONGEST_TOKEN, around, check_rules, is_sure, rules
+from kvtool.core.tokenizer_rules import (
+    LONGEST_TOKEN,
+    around,
+    check_model,
+    check_rules,
+    check_vocabulary,
+    is_sure,
+    rules,
+    without_vocabulary,
+)
 from kvtool.errors import FileError, KvtoolError, UsageError
 from kvtool.files import write_durable
 from kvtool.reading import MOST_JSON, parse_json, read_text, short
@@ -99,15 +108,20 @@ class Tokenizer:
             return FileError(f"{path}: is not a tokenizer ({said})")
 
         try:
-            parse_json(text)  # it says one thing, whoever reads it
+            data = parse_json(text)  # it says one thing, whoever reads it
         except ValueError as error:
             raise failed(str(error)) from error
+        with Asking(failed, careful=True):
+            inner = tokenizers.Tokenizer.from_str(without_vocabulary(data))
+        check_rules(inner, str(path))
+        check_vocabulary(data, inner, str(path))
+        del data  # large, and what the library makes of it is too
         with Asking(failed, careful=True):
             inner = tokenizers.Tokenizer.from_str(text)
             vocab = inner.get_vocab()
         if not vocab:
             raise FileError(f"{path}: is a tokenizer without a vocabulary")
-        check_rules(inner, vocab, str(path))
+        check_model(inner, vocab, str(path))
         tokenizer = cls(inner, vocab)
         tokenizer._take_rules(path)
         return tokenizer
