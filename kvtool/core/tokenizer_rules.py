@@ -22,6 +22,8 @@ from kvtool.errors import FileError, first_line
 from kvtool.reading import parse_json, short
 
 MOST_GROWTH = 256  # characters made of one; the rules of ALBERT and T5 may make 72
+MOST_MADE = 2**22  # characters made of a text; the library takes up to 300 bytes for each
+USUAL_GROWTH = 4  # of rules that may be run on any text: those for bytes, or for blanks
 MOST_DECODED = 16  # the same of the way back, where 2 is usual
 MOST_AROUND = 1024  # tokens that a template puts around a text
 LONGEST_TOKEN = 4096  # characters; decoding repeats it as often as it is generated
@@ -70,8 +72,8 @@ def check_vocabulary(data: Any, inner: tokenizers.Tokenizer, where: str) -> None
             f"{where}: has a token of {longest:,} characters (expected {LONGEST_TOKEN:,} or fewer)"
         )
     if _n_beginnings(pieces) > MOST_TRIE:
-        expected = f"expected {MOST_TRIE:,} or fewer"
-        raise FileError(f"{where}: its tokens have too many beginnings for Unigram ({expected})")
+        found = f"they have more than {MOST_TRIE:,} beginnings"
+        raise FileError(f"{where}: its tokens are too many or too long for Unigram ({found})")
     made = sum(added) * growth(rules(inner.normalizer), where)
     _most(where, "characters of its added tokens", made, MOST_ADDED)
 
@@ -91,7 +93,7 @@ def _n_beginnings(names: Iterable[bytes]) -> int:
 def check_rules(inner: tokenizers.Tokenizer, where: str) -> int:
     """The most characters that the rules can make of one, as `growth` has it.
 
-    Raises FileError, which begins with `where`, if that or anything else that they make is too much.
+    Raises FileError, which begins with `where`, if that or what else they make is too much.
     """
     there = growth([*rules(inner.normalizer), *rules(inner.pre_tokenizer)], where)
     _most(where, "characters of one", there, MOST_GROWTH)
@@ -103,6 +105,23 @@ def check_rules(inner: tokenizers.Tokenizer, where: str) -> int:
         raise FileError(f"{where}: its template has the text {times}")
     _most(where, "tokens around a text", framed.n_tokens, MOST_AROUND)
     return there
+
+
+def made_of(text: str, inner: tokenizers.Tokenizer, made_of_one: int) -> int:
+    """How many characters the rules make of a text, or, beyond MOST_MADE, of its beginning.
+
+    made_of_one: the most that they can make of one character. They seldom do: so they are tried,
+    on parts of which they cannot make too much.
+    """
+    behind = growth(rules(inner.pre_tokenizer), "")
+    made, n = 0, MOST_MADE // made_of_one
+    for start in range(0, len(text), n):
+        part = text[start : start + n]
+        normalized = part if inner.normalizer is None else inner.normalizer.normalize_str(part)
+        made += len(normalized) * behind
+        if made > MOST_MADE:
+            break
+    return made
 
 
 def _most(where: str, what: str, found: int, most: int) -> None:
