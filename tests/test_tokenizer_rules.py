@@ -385,9 +385,10 @@ BEES = {"normalizer": replace("a", "b" * 60)}
         lambda tokenizer, text: tokenizer.encode(text, spelled=True),
         lambda tokenizer, text: tokenizer.encode_batch(["a", text]),
         lambda tokenizer, text: tokenizer.encode_pieces([("a", True), (text, False)]),
+        lambda tokenizer, text: tokenizer.encode_pieces([(text[:10], False)] * (len(text) // 10)),
         lambda tokenizer, text: tokenizer.unknown(text),
     ],
-    ids=["text", "spelled", "batch", "pieces", "unknown"],
+    ids=["text", "spelled", "batch", "pieces", "small pieces", "unknown"],
 )
 def test_rules_that_make_too_much_of_a_long_text_are_not_run_on_all_of_it(
     tmp_path: Path, encode: Callable[[Tokenizer, str], object]

@@ -184,6 +184,8 @@ class Tokenizer:
         """Token ids of what a chat template wrote, with special tokens where it spells them, and
         none around it. A piece that is marked True is text, whatever it spells."""
         ids: list[int] = []
+        pieces = list(pieces)
+        self._check("".join(text for text, _ in pieces))  # and not one by one alone
         for text, only_text in pieces:
             ids += self._continued(text, not only_text) if ids else self._ids(text, not only_text)
         return ids
