@@ -251,7 +251,7 @@ LONG = [f"{i:03}{'z' * 4000}" for i in range(600)]
         (specials(1100, "z" * 4000 + "{}"), "make 4,403,290 characters of its added tokens (exp"),
         (
             {**specials(400, "a" * 200 + "{}"), "normalizer": replace("a", "b" * 63)},
-            "its rules make 5,108,670 characters of its added tokens (expected 4,194,304 or fewer)",
+            "its rules make 5,108,670 characters of its added tokens (expected 2,097,152 or fewer)",
         ),
         (unigram(["\ud800"]), "its vocabulary is damaged: UnicodeEncodeError"),
         ({"model": {"type": "Unigram", "vocab": [7]}}, "its vocabulary is damaged: TypeError"),

@@ -31,7 +31,7 @@ LONGEST_AFFIX = 64  # characters, of what marks that a word begins, goes on or e
 LONGEST_WORD = 1000  # characters, of WordPiece, whose time grows with the square; 100 is usual
 # Special tokens, each of which is looked for in a text, and their characters.
 MOST_SPECIAL, MOST_SPECIAL_TEXT = 16_384, 1_048_576
-MOST_ADDED = 2**22  # characters of added tokens, normalized; the library takes 80 bytes for each
+MOST_ADDED = 2**21  # characters of added tokens, normalized; the library takes 80 bytes for each
 MOST_TRIE = 2**21  # beginnings of tokens of Unigram, which takes 360 bytes for each
 
 Rule = dict[str, Any]
