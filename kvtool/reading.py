@@ -19,11 +19,14 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from kvtool import ending
 from kvtool.errors import FileError
 
 FIXED_NAMES = ("config.json", "tokenizer.json", "source.json", "target.json", "model.safetensors")
 MOST_JSON = 3 * 2**24  # bytes; the tokenizer.json of gemma-2 has 34 million, and few are larger
 MOST_CONFIG = 2**24  # bytes of a configuration; the largest known has a tenth of it
+MOST_PARTS = 3 * 2**20  # commas, lists and objects of JSON; gemma-2 has 2.4 million
+QUICK_JSON = 2**20  # characters; beyond, the parser is native code that takes a second or more
 MOST_NESTED = 64  # lists and objects within each other; tokenizers have some ten
 MOST_TEXT = 2**30  # bytes, of a text to train on
 MOST_SHOWN = 80  # characters of a name or value from a file, in an error
@@ -88,11 +91,18 @@ def read_json_object(
 
 def parse_json(text: str | bytes, finite: bool = True) -> Any:
     """What JSON says, if it says one thing (RFC 8259): no name twice in an object, where Python's
-    parser would take the last, no nesting that whoever prints or copies it would fail on, and if
-    `finite` no NaN, Infinity, or number that becomes infinite. Raises ValueError."""
+    parser would take the last, no nesting that whoever prints or copies it would fail on, no more
+    parts than fit in a gigabyte, and if `finite` no NaN, Infinity, or number that becomes infinite.
+    Raises ValueError."""
     checks: Any = {"parse_constant": _refuse, "parse_float": _finite} if finite else {}
+    signs: Any = "[{," if isinstance(text, str) else (b"[", b"{", b",")
+    n_parts = sum(map(text.count, signs))  # also those in strings, of which there are few
+    if n_parts > MOST_PARTS:
+        expected = f"expected {MOST_PARTS:,} or fewer"
+        raise ValueError(f"it has {n_parts:,} commas and brackets, {expected}")
     try:
-        found = json.loads(text, object_pairs_hook=_unique, parse_int=_whole, **checks)
+        with ending.at_once() if len(text) > QUICK_JSON else contextlib.nullcontext():
+            found = json.loads(text, object_pairs_hook=_unique, parse_int=_whole, **checks)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     _check_nesting(found)

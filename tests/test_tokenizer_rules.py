@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cli_probe import HANGS
 from kvtool.core import checkpoint
 from kvtool.core.text import Tokenizer
 from kvtool.core.tokenizer_calls import Asking
-from kvtool.core.tokenizer_rules import LONGEST_TOKEN
+from kvtool.core.tokenizer_rules import LONGEST_TOKEN, MOST_MADE
 from kvtool.errors import FileError, KvtoolError, UsageError
 from small_models import save_decoder
 
@@ -227,6 +228,61 @@ def test_rules_as_models_have_them_are_followed(tmp_path: Path, change: Spec) ->
     assert tokenizer.left_out == ()
 
 
+# What is refused before the library reads the vocabulary
+
+
+def unigram(names: list[str]) -> Spec:
+    return {"model": {"type": "Unigram", "unk_id": 0, "vocab": [[name, -1.0] for name in names]}}
+
+
+LONG = [f"{i:03}{'z' * 4000}" for i in range(600)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            unigram(LONG),
+            "its tokens are too many or too long for Unigram (they have more than",
+        ),
+        (unigram(["z" * 5000]), "has a token of 5,000 characters (expected 4,096 or fewer)"),
+        (vocabulary(**{"z" * 5000: 900}), "has a token of 5,000 characters"),
+        (added("z" * 5000), "has a token of 5,000 characters"),
+        (specials(1100, "z" * 4000 + "{}"), "make 4,403,290 characters of its added tokens (exp"),
+        (
+            {**specials(400, "a" * 200 + "{}"), "normalizer": replace("a", "b" * 63)},
+            "its rules make 5,108,670 characters of its added tokens (expected 2,097,152 or fewer)",
+        ),
+        (unigram(["\ud800"]), "its vocabulary is damaged: UnicodeEncodeError"),
+        ({"model": {"type": "Unigram", "vocab": [7]}}, "its vocabulary is damaged: TypeError"),
+        ({"added_tokens": [{}]}, "its vocabulary is damaged: KeyError 'content'"),
+    ],
+)
+def test_a_vocabulary_too_large_for_the_library_never_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Spec, message: str
+) -> None:
+    read: list[str] = []
+    real = tokenizers.Tokenizer.from_str
+
+    class Watched:
+        @staticmethod
+        def from_str(text: str) -> tokenizers.Tokenizer:
+            read.append(text)
+            return real(text)
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Watched)
+    with pytest.raises(FileError) as caught:
+        Tokenizer.load(written(tmp_path, change))
+    assert message in str(caught.value)
+    assert all(len(json.loads(text)["model"]["vocab"]) == 0 for text in read)
+
+
+def test_a_unigram_vocabulary_of_a_quarter_of_a_million_tokens_is_read(tmp_path: Path) -> None:
+    names = [f"\u2581{i:x}" for i in range(250_000)]  # more than 2^21 bytes, fewer beginnings
+    path = written(tmp_path, {**unigram(names), "added_tokens": []})
+    assert Tokenizer.load(path).vocab_size == 250_000
+
+
 # What is for batches in training
 
 
@@ -317,6 +373,56 @@ def test_ids_of_rules_beyond_the_embedding_are_refused_at_load(
 
 
 # What only the text brings out
+
+
+BEES = {"normalizer": replace("a", "b" * 60)}
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda tokenizer, text: tokenizer.encode(text),
+        lambda tokenizer, text: tokenizer.encode(text, spelled=True),
+        lambda tokenizer, text: tokenizer.encode_batch(["a", text]),
+        lambda tokenizer, text: tokenizer.encode_pieces([("a", True), (text, False)]),
+        lambda tokenizer, text: tokenizer.encode_pieces([(text[:10], False)] * (len(text) // 10)),
+        lambda tokenizer, text: tokenizer.unknown(text),
+    ],
+    ids=["text", "spelled", "batch", "pieces", "small pieces", "unknown"],
+)
+def test_rules_that_make_too_much_of_a_long_text_are_not_run_on_all_of_it(
+    tmp_path: Path, encode: Callable[[Tokenizer, str], object]
+) -> None:
+    tokenizer = Tokenizer.load(written(tmp_path, BEES))
+    assert tokenizer.has_specials
+    with pytest.raises(UsageError) as caught:
+        encode(tokenizer, "a" * 100_000)
+    said = str(caught.value)
+    assert said.startswith(f"{tokenizer.path}: its rules make more than 4,194,304 characters of")
+    assert "\n" not in said
+
+
+def test_a_long_text_of_which_such_rules_make_little_is_encoded(tmp_path: Path) -> None:
+    path = written(tmp_path, BEES)
+    text = "c " * 100_000
+    expected = tokenizers.Tokenizer.from_file(str(path)).encode(text).ids
+    tokenizer = Tokenizer.load(path).as_it_is(frozenset())
+    assert tokenizer.encode(text) == expected
+    assert tokenizer.encode_batch([text]) == [expected]
+
+
+def test_texts_are_encoded_together_as_far_as_the_rules_allow(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(written(tmp_path, BEES))
+    inner, together = tokenizer._inner, []
+
+    class Watched:
+        def encode_batch(self, texts: list[str], **options: Any) -> Any:
+            together.append(sum(map(len, texts)))
+            return inner.encode_batch(texts, **options)
+
+    tokenizer._inner = Watched()
+    assert len(tokenizer.encode_batch(["a" * 100] * 1000)) == 1000
+    assert len(together) > 1 and max(together) * 60 * 4 <= MOST_MADE + 100 * 60 * 4
 
 
 @pytest.mark.parametrize(

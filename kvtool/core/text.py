@@ -16,7 +16,19 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kvtool import ending
 from kvtool.core.tokenizer_calls import Asking
-from kvtool.core.tokenizer_rules import LONGEST_TOKEN, around, check_rules, is_sure, rules
+from kvtool.core.tokenizer_rules import (
+    LONGEST_TOKEN,
+    MOST_MADE,
+    USUAL_GROWTH,
+    around,
+    check_model,
+    check_rules,
+    check_vocabulary,
+    is_sure,
+    made_of,
+    rules,
+    without_vocabulary,
+)
 from kvtool.errors import FileError, KvtoolError, UsageError
 from kvtool.files import write_durable
 from kvtool.reading import MOST_JSON, parse_json, read_text, short
@@ -67,6 +79,7 @@ class Tokenizer:
         self.path: Path | None = None  # of the file that it is from, and so its rules
         self.left_out: tuple[str, ...] = ()  # what of its rules is not followed
         self.named_ids: dict[str, int] = {}  # the largest that a rule names, by which rule
+        self._made_of_one = 1  # characters that rules of a file can make of one
         self._sure_back = False  # whether decoding takes little time and cannot fail
 
     @classmethod
@@ -99,16 +112,22 @@ class Tokenizer:
             return FileError(f"{path}: is not a tokenizer ({said})")
 
         try:
-            parse_json(text)  # it says one thing, whoever reads it
+            data = parse_json(text)  # it says one thing, whoever reads it
         except ValueError as error:
             raise failed(str(error)) from error
+        with Asking(failed, careful=True):
+            inner = tokenizers.Tokenizer.from_str(without_vocabulary(data))
+        made_of_one = check_rules(inner, str(path))
+        check_vocabulary(data, inner, str(path))
+        del data  # large, and what the library makes of it is too
         with Asking(failed, careful=True):
             inner = tokenizers.Tokenizer.from_str(text)
             vocab = inner.get_vocab()
         if not vocab:
             raise FileError(f"{path}: is a tokenizer without a vocabulary")
-        check_rules(inner, vocab, str(path))
+        check_model(inner, vocab, str(path))
         tokenizer = cls(inner, vocab)
+        tokenizer._made_of_one = made_of_one
         tokenizer._take_rules(path)
         return tokenizer
 
@@ -165,6 +184,8 @@ class Tokenizer:
         """Token ids of what a chat template wrote, with special tokens where it spells them, and
         none around it. A piece that is marked True is text, whatever it spells."""
         ids: list[int] = []
+        pieces = list(pieces)
+        self._check("".join(text for text, _ in pieces))  # and not one by one alone
         for text, only_text in pieces:
             ids += self._continued(text, not only_text) if ids else self._ids(text, not only_text)
         return ids
@@ -177,12 +198,26 @@ class Tokenizer:
         return behind[n:] if behind[:n] == line_break else self._ids(text, spelled)
 
     def _ids(self, text: str, spelled: bool = False, frames: bool = False) -> list[int]:
+        self._check(text)
         with self._asking("encode"):
             self._inner.encode_special_tokens = not spelled
             try:
                 return self._inner.encode(text, add_special_tokens=frames).ids
             finally:
                 self._inner.encode_special_tokens = True
+
+    def _check(self, text: str) -> None:
+        """Raise UsageError where the rules of a file would make too much of a text."""
+        one = self._made_of_one
+        if one <= USUAL_GROWTH or len(text) * one <= MOST_MADE:
+            return
+        with self._asking("encode"):
+            made = made_of(text, self._inner, one)
+        if made > MOST_MADE:
+            raise UsageError(
+                f"{self.path}: its rules make more than {MOST_MADE:,} characters of the text",
+                f"It has {len(text):,}: shorten it.",
+            )
 
     def _asking(self, what: str) -> Asking:
         """A call of the library, which may take any time, and panic, on a stranger's rules."""
@@ -208,6 +243,7 @@ class Tokenizer:
         """The pieces of `text` that encode makes UNK, each once."""
         if not self.has_specials:
             return []
+        self._check(text)
         with self._asking("encode"):
             encoding = self._inner.encode(text, add_special_tokens=False)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
@@ -216,7 +252,10 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once."""
         ids: list[list[int]] = []
-        for some in _parts(texts):
+        part = min(PART, MOST_MADE // self._made_of_one)
+        for some in _parts(texts, part):
+            for text in some:
+                self._check(text)
             with self._asking("encode"):
                 found = self._inner.encode_batch(some, add_special_tokens=self._frames)
             ids += [self._as_text(encoding.ids) for encoding in found]
@@ -295,15 +334,15 @@ class TextStream:
         return self._tokenizer.decode(self._ids)[self._shown :]
 
 
-def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
-    """`texts` in runs of about PART characters: between calls of the library signals are heard, and
+def _parts(texts: Sequence[str], n: int) -> Iterator[list[str]]:
+    """`texts` in runs of about `n` characters: between calls of the library signals are heard, and
     memory is given back."""
     part: list[str] = []
     size = 0
     for text in texts:
         part.append(text)
         size += len(text)
-        if size >= PART:
+        if size >= n:
             yield part
             part, size = [], 0
     if part:

@@ -8,18 +8,22 @@ together can make too much, the file is refused. Imports no torch.
 from __future__ import annotations
 
 import base64
+import itertools
+import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import tokenizers
 
-from kvtool.errors import FileError
-from kvtool.reading import parse_json
+from kvtool.errors import FileError, first_line
+from kvtool.reading import parse_json, short
 
 MOST_GROWTH = 256  # characters made of one; the rules of ALBERT and T5 may make 72
+MOST_MADE = 2**22  # characters made of a text; the library takes up to 300 bytes for each
+USUAL_GROWTH = 4  # of rules that may be run on any text: those for bytes, or for blanks
 MOST_DECODED = 16  # the same of the way back, where 2 is usual
 MOST_AROUND = 1024  # tokens that a template puts around a text
 LONGEST_TOKEN = 4096  # characters; decoding repeats it as often as it is generated
@@ -27,8 +31,11 @@ LONGEST_AFFIX = 64  # characters, of what marks that a word begins, goes on or e
 LONGEST_WORD = 1000  # characters, of WordPiece, whose time grows with the square; 100 is usual
 # Special tokens, each of which is looked for in a text, and their characters.
 MOST_SPECIAL, MOST_SPECIAL_TEXT = 16_384, 1_048_576
+MOST_ADDED = 2**21  # characters of added tokens, normalized; the library takes 80 bytes for each
+MOST_TRIE = 2**21  # beginnings of tokens of Unigram, which takes 360 bytes for each
 
 Rule = dict[str, Any]
+NO_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 
 
 @dataclass
@@ -40,8 +47,54 @@ class Around:
     n_texts: int = 1  # how often the text is there itself
 
 
-def check_rules(inner: tokenizers.Tokenizer, vocab: Mapping[str, int], where: str) -> None:
-    """Raise FileError, which begins with `where`, if the rules could make too much of a text."""
+def without_vocabulary(data: Any) -> str:
+    """A tokenizer.json of the rules alone that one says, as `data`."""
+    return json.dumps({**data, "added_tokens": [], "model": NO_MODEL})
+
+
+def check_vocabulary(data: Any, inner: tokenizers.Tokenizer, where: str) -> None:
+    """Raise FileError, which begins with `where`, if what a tokenizer.json says, `data`, is too
+    large a vocabulary for the library, which bounds nothing while it reads it.
+
+    inner: the rules of the file alone, for they change added tokens too.
+    """
+    try:
+        vocab = data["model"]["vocab"]
+        pieces = [] if isinstance(vocab, dict) else [name.encode() for name, _ in vocab]  # Unigram
+        added = [len(token["content"]) for token in data.get("added_tokens") or ()]
+        names = vocab if isinstance(vocab, dict) else (name for name, _ in vocab)
+        longest = max(itertools.chain(added, map(len, names)), default=0)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        said = f"its vocabulary is damaged: {type(error).__name__} {short(first_line(error))}"
+        raise FileError(f"{where}: is not a tokenizer ({said})") from error
+    if longest > LONGEST_TOKEN:
+        raise FileError(
+            f"{where}: has a token of {longest:,} characters (expected {LONGEST_TOKEN:,} or fewer)"
+        )
+    if _n_beginnings(pieces) > MOST_TRIE:
+        found = f"they have more than {MOST_TRIE:,} beginnings"
+        raise FileError(f"{where}: its tokens are too many or too long for Unigram ({found})")
+    made = sum(added) * growth(rules(inner.normalizer), where)
+    _most(where, "characters of its added tokens", made, MOST_ADDED)
+
+
+def _n_beginnings(names: Iterable[bytes]) -> int:
+    """How many nodes a trie of tokens has, or, beyond MOST_TRIE, some of them."""
+    total, before = 0, b""
+    for name in sorted(names):
+        pairs = enumerate(zip(before, name, strict=False))
+        total += len(name) - next((i for i, (a, b) in pairs if a != b), len(before))
+        before = name
+        if total > MOST_TRIE:
+            break
+    return total
+
+
+def check_rules(inner: tokenizers.Tokenizer, where: str) -> int:
+    """The most characters that the rules can make of one, as `growth` has it.
+
+    Raises FileError, which begins with `where`, if that or what else they make is too much.
+    """
     there = growth([*rules(inner.normalizer), *rules(inner.pre_tokenizer)], where)
     _most(where, "characters of one", there, MOST_GROWTH)
     back = growth(rules(inner.decoder), where)
@@ -51,12 +104,24 @@ def check_rules(inner: tokenizers.Tokenizer, vocab: Mapping[str, int], where: st
         times = f"{framed.n_texts:,} times (expected once)"
         raise FileError(f"{where}: its template has the text {times}")
     _most(where, "tokens around a text", framed.n_tokens, MOST_AROUND)
-    specials = [t.content for t in inner.get_added_tokens_decoder().values() if t.special]
-    if len(specials) > MOST_SPECIAL or sum(map(len, specials)) > MOST_SPECIAL_TEXT:
-        found = f"{len(specials):,} special tokens of {sum(map(len, specials)):,} characters"
-        expected = f"expected {MOST_SPECIAL:,} of {MOST_SPECIAL_TEXT:,} in all, or fewer"
-        raise FileError(f"{where}: has {found} ({expected})")
-    _check_model(inner.model, vocab, where)
+    return there
+
+
+def made_of(text: str, inner: tokenizers.Tokenizer, made_of_one: int) -> int:
+    """How many characters the rules make of a text, or, beyond MOST_MADE, of its beginning.
+
+    made_of_one: the most that they can make of one character. They seldom do: so they are tried,
+    on parts of which they cannot make too much.
+    """
+    behind = growth(rules(inner.pre_tokenizer), "")
+    made, n = 0, MOST_MADE // made_of_one
+    for start in range(0, len(text), n):
+        part = text[start : start + n]
+        normalized = part if inner.normalizer is None else inner.normalizer.normalize_str(part)
+        made += len(normalized) * behind
+        if made > MOST_MADE:
+            break
+    return made
 
 
 def _most(where: str, what: str, found: int, most: int) -> None:
@@ -65,12 +130,15 @@ def _most(where: str, what: str, found: int, most: int) -> None:
         raise FileError(f"{where}: its rules make {many} {what} (expected {most:,} or fewer)")
 
 
-def _check_model(model: Any, vocab: Mapping[str, int], where: str) -> None:
-    longest = max(map(len, vocab), default=0)
-    if longest > LONGEST_TOKEN:
-        raise FileError(
-            f"{where}: has a token of {longest:,} characters (expected {LONGEST_TOKEN:,} or fewer)"
-        )
+def check_model(inner: tokenizers.Tokenizer, vocab: Mapping[str, int], where: str) -> None:
+    """Raise FileError, which begins with `where`, for tokens and limits that cost too much later,
+    and for an id with two tokens."""
+    model: Any = inner.model
+    specials = [t.content for t in inner.get_added_tokens_decoder().values() if t.special]
+    if len(specials) > MOST_SPECIAL or sum(map(len, specials)) > MOST_SPECIAL_TEXT:
+        found = f"{len(specials):,} special tokens of {sum(map(len, specials)):,} characters"
+        expected = f"expected {MOST_SPECIAL:,} of {MOST_SPECIAL_TEXT:,} in all, or fewer"
+        raise FileError(f"{where}: has {found} ({expected})")
     if len(set(vocab.values())) < len(vocab):  # which of them an id means would be up to chance
         seen: dict[int, str] = {}
         twice = next(i for name, i in sorted(vocab.items()) if seen.setdefault(i, name) != name)
