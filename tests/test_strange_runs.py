@@ -9,11 +9,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from kvtool import files
+from kvtool import ending, files
+from kvtool.core import runs
 from kvtool.core.runs import RunFolder
 from kvtool.errors import FileError
 from test_runs import opened, refusal, states
@@ -190,6 +192,67 @@ def test_a_line_of_the_log_that_is_none_is_passed_over(tmp_path: Path, line: str
 def test_a_log_of_any_size_is_not_read(run: Path) -> None:
     os.truncate(run / "log.jsonl", 2**40)
     assert "is too large for the log of a run" in refusal(train, run, steps=4, resume=True)
+
+
+@pytest.mark.parametrize("line", [b"\n", b'{"step": 1}\n'])
+def test_a_log_of_more_lines_than_a_run_writes_is_refused_unread(run: Path, line: bytes) -> None:
+    most = runs.MOST_LOG // len(line)
+    (run / "log.jsonl").write_bytes(line * most)
+    with patch.object(runs, "log_line", side_effect=lambda text: None) as asked:
+        message = refusal(train, run, steps=4, resume=True)
+    assert (
+        message == f"{run / 'log.jsonl'}: is too long for the log of a run (more than 250,000 "
+        "lines)"
+    )
+    assert asked.call_count == 250_000
+
+
+def test_a_line_without_end_is_no_line_of_the_log(run: Path) -> None:
+    good = (run / "log.jsonl").read_bytes()
+    (run / "log.jsonl").write_bytes(b'{"step": 1, "loss": 1' + b" " * 2**16 + b"}\n" + good)
+    train(run, steps=4, resume=True)
+    assert (run / "log.jsonl").read_bytes() == good
+
+
+def test_a_signal_that_got_lost_ends_the_reading_of_a_long_log(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(run, resume=True) as folder:
+        monkeypatch.setattr(ending._signals, "pending", ending.End.TERMINATED)
+        folder.read_log()  # a short one is read, for the plot of a run that was stopped
+        (run / "log.jsonl").write_bytes(b"\n" * runs.CHECKED_EVERY)
+        with pytest.raises(ending.Ended):
+            folder.read_log()
+
+
+@pytest.mark.parametrize("entry", [*FILES, "best", "last", "tensorboard"])
+def test_a_folder_in_place_of_a_file_is_refused_and_a_file_in_place_of_a_folder(
+    run: Path, entry: str
+) -> None:
+    path, is_file = run / entry, entry in FILES
+    path.rename(run.parent / "moved") if path.exists() else None
+    path.mkdir() if is_file else path.touch()
+    found, expected = ("a folder", "a file") if is_file else ("a file", "a folder")
+    assert refused(run, entry).endswith(f"is {found} (expected {expected} of this run)")
+
+
+def test_thousands_of_damaged_states_are_told_in_one_line(run: Path) -> None:
+    for step in range(10, 310):
+        (run / f"state-{step:09d}-0123456789abcdef.pt").touch()
+    told: list[str] = []
+    train(run, told.append, steps=4, resume=True)
+    assert told == [
+        f"{run / 'state-000000309-0123456789abcdef.pt'}: is damaged (its SHA-256 is not that of "
+        "its name), and so are 299 more; going back"
+    ]
+
+
+def test_a_damaged_state_that_cannot_be_set_aside_is_told_in_one_line(run: Path) -> None:
+    name = "state-000000009-0123456789abcdef.pt"
+    (run / name).touch()
+    (run / f"{name}.damaged").mkdir()
+    message = refusal(train, run, steps=4, resume=True)
+    assert message.startswith(f"{run / name}: cannot be renamed to {name}.damaged (")
 
 
 # What run.json holds

@@ -339,7 +339,7 @@ def train(model: Model, task: Task, config: TrainConfig, description: str, out: 
             try:
                 position = trainer.run()
             finally:
-                if folder is not None:
+                if folder is not None and trainer.at.step:  # else there is none, or it was refused
                     title = f"kvtool {description}, {in_a_line(str(config.out))}"
                     about = trained_in(device, config.amp)
                     out.attempt(partial(draw, folder, task, f"{title}\n{about}"))

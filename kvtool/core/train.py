@@ -206,8 +206,8 @@ class Trainer:
             self.folder.open_events(step)
         return state
 
-    def _checked(self, state: Any) -> dict[str, Any]:
-        """A state that this run can have written. Raises Strange."""
+    def _checked(self, state: Any, step: int) -> dict[str, Any]:
+        """A state that this run can have written at `step`. Raises Strange."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         found = checked(state, self.model.state_dict(), parameters, self.config.average)
         at = found["position"]
