@@ -276,14 +276,14 @@ def test_settings_without_end_are_told_in_part(run: Path) -> None:
 # What states hold
 
 
-def replaced(run: Path, change: Callable[[Any], Any]) -> Path:
+def replaced(run: Path, change: Callable[[Any], Any], step: Callable[[], int] = lambda: 4) -> Path:
     """The newest state as a stranger would write it, with the right SHA-256."""
     newest = states(run)[-1]
     buffer = io.BytesIO()
     torch.save(change(torch.load(newest, weights_only=True)), buffer)
     newest.unlink()
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
-    path = run / f"state-000000004-{digest}.pt"
+    path = run / f"state-{step():09d}-{digest}.pt"
     path.write_bytes(buffer.getvalue())
     return path
 
@@ -298,7 +298,9 @@ def in_part(part: str, **fields: Any) -> Callable[[Any], Any]:
 
 def moments(**fields: Any) -> Callable[[Any], Any]:
     def change(state: Any) -> Any:
-        state["optimizer"]["state"][0].update(fields)
+        found = state["optimizer"]["state"][0]
+        for name, value in fields.items():
+            found[name] = torch.full_like(found[name], value) if type(value) is float else value
         return state
 
     return change
@@ -341,6 +343,21 @@ STRANGE: dict[str, Callable[[Any], Any]] = {
     "one thing more": in_part("position", more=1),
     "weights to average": lambda state: {**state, "recent": [state["model"]]},
     "an average of nothing": with_part("recent", 3),
+    "another step than its name's": in_part("position", step=3),
+    "more epochs than steps": in_part("position", epoch=2**53 - 1),
+    "more tokens than any step has": in_part("position", tokens=2**53 - 1),
+    "a million years": in_part("position", seconds=3e38),
+    "a best step to come": in_part("position", best_step=5),
+    "a best score of nothing": in_part("position", best_sha256=""),
+    "a best of no score": in_part("position", best_score=None),
+    "no moments behind steps": in_part("optimizer", state={}),
+    "moments of a step below zero": moments(step=torch.tensor(-1.0)),
+    "moments of half a step": moments(step=torch.tensor(1.5)),
+    "moments of no number": moments(step=torch.tensor(float("nan"))),
+    "moments of steps to come": moments(step=torch.tensor(9.0)),
+    "squares below zero": moments(exp_avg_sq=-1.0),
+    "moments that are not finite": moments(exp_avg=float("inf")),
+    "weights that are not finite": model_tensor(lambda x: x / 0),
 }
 
 
@@ -355,6 +372,29 @@ def test_a_state_that_the_run_cannot_have_written_is_refused_by_its_name(
     assert message.endswith(". Start a new run, or remove that state.")
     assert "weights_only" not in message and "\n" not in message
     assert everything(run) == {**before, str(run / ".lock"): str(os.getpid()).encode()}
+
+
+@pytest.mark.parametrize(
+    "place", [{"step": 5}, {"step": 4, "epoch": 1, "batch": 1}, {"step": 4, "epoch": 2, "batch": 0}]
+)
+def test_a_state_behind_the_end_of_its_run_is_refused(
+    tmp_path: Path, place: dict[str, int]
+) -> None:
+    place = dict(place)
+    length = {"steps": 4} if place["step"] == 5 else {"epochs": 1}
+    train(tmp_path, **length)
+    last = int(states(tmp_path)[-1].name[6:15])
+    for path in states(tmp_path)[:-1]:
+        path.unlink()
+
+    def change(state: Any) -> Any:
+        place["step"] += last - 4
+        for moments in state["optimizer"]["state"].values():
+            moments["step"].fill_(place["step"])
+        return in_part("position", **place)(state)
+
+    replaced(tmp_path, change, lambda: place["step"])
+    assert "stands behind the end of its run" in refusal(train, tmp_path, resume=True, **length)
 
 
 def test_a_state_with_settings_of_an_optimizer_changes_none(tmp_path: Path) -> None:

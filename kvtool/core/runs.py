@@ -238,9 +238,9 @@ class RunFolder:
             return
         more = f", and so are {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
         why = "its SHA-256 is not that of its name"
-        self._warn(f"{self.path / damaged[0]}: is damaged ({why}){more}; going back")
         for bad in damaged:
             self._folder.rename(bad, f"{bad}{DAMAGED}")
+        self._warn(f"{self.path / damaged[0]}: is damaged ({why}){more}; going back")
 
     def _states(self) -> list[str]:
         """Newest first."""

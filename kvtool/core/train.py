@@ -209,8 +209,11 @@ class Trainer:
     def _checked(self, state: Any, step: int) -> dict[str, Any]:
         """A state that this run can have written at `step`. Raises Strange."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        found = checked(state, self.model.state_dict(), parameters, self.config.average)
-        at = found["position"]
+        found = checked(state, step, self.model.state_dict(), parameters, self.config.average)
+        at, length = found["position"], self.config.length
+        over = (at["epoch"], min(at["batch"], 1)) > (length.epochs or step, 0)
+        if step > (length.steps or step) or over:
+            raise Strange("stands behind the end of its run")
         if at["batch"] >= len(self.task.batches(at["epoch"])):
             raise Strange("stands behind the end of its epoch")
         return found
