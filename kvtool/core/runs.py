@@ -29,8 +29,20 @@ from kvtool import ending
 from kvtool.core.facts import changes, flat
 from kvtool.core.machine import require_memory
 from kvtool.core.run_files import Strange, log_line, unpickled
+from kvtool.core.weight_files import WEIGHTS
 from kvtool.errors import FileError, UsageError, first_line
-from kvtool.files import CHECKPOINTS, EVENTS, LOCK, LOG, PLOT, RUN, STATE, json_bytes, take_lock
+from kvtool.files import (
+    BEST,
+    CHECKPOINTS,
+    EVENTS,
+    LOCK,
+    LOG,
+    PLOT,
+    RUN,
+    STATE,
+    json_bytes,
+    take_lock,
+)
 from kvtool.folders import Folder
 from kvtool.outside import elsewhere
 from kvtool.reading import MOST_JSON, parse_json
@@ -196,6 +208,15 @@ class RunFolder:
         with self._folder.below(name, make=True) as folder:
             for file, data in files.items():
                 folder.write(file, data)
+
+    def require_best(self, step: int) -> None:
+        """Raise FileError if the best checkpoint is gone, which the run saved at `step`, before its
+        state. It may be a newer one: a kill can come between the two."""
+        if not (self.path / BEST / WEIGHTS).is_file():
+            raise FileError(
+                f"--out {self.path}: its best checkpoint is missing ({BEST}/, of step {step:,})",
+                "Put it back, or start a new run.",
+            )
 
     # --- state: all or nothing
 

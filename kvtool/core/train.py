@@ -201,6 +201,8 @@ class Trainer:
     def _read_state(self) -> dict[str, Any] | None:
         state = self.folder.load_state(self._checked) if self.config.resume else None
         step = -1 if state is None else state["position"]["step"]
+        if state is not None and state["position"]["best_sha256"]:
+            self.folder.require_best(state["position"]["best_step"])
         self.folder.rewind_log(step)
         if self.config.tensorboard:
             self.folder.open_events(step)
