@@ -50,14 +50,18 @@ class Folder:
         """Of its entries. Raises OSError."""
         return set(os.listdir(self.handle))
 
-    def require_own(self, name: str, expected: str) -> None:
-        """Raise FileError for an entry that is a link, or neither a file nor a folder."""
+    def require_own(self, name: str, expected: str, folder: bool | None = None) -> None:
+        """Raise FileError for an entry that is a link, or neither a file nor a folder; one of the
+        two, if `folder` says which."""
         try:
             mode = os.lstat(name, dir_fd=self.handle).st_mode
         except OSError:
             return  # whoever opens it tells
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             found = LINK if stat.S_ISLNK(mode) else OTHER
+            raise FileError(f"{self.path / name}: is {found} (expected {expected})")
+        if folder is not None and stat.S_ISDIR(mode) != folder:
+            found = "a file" if folder else "a folder"
             raise FileError(f"{self.path / name}: is {found} (expected {expected})")
 
     def below(self, name: str, make: bool = False) -> Folder:
@@ -119,8 +123,12 @@ class Folder:
             raise FileError(f"{self.path / name}: cannot be opened ({error.strerror})") from error
 
     def rename(self, name: str, to: str) -> None:
-        """Give an entry another name, in place of what has it. Raises OSError."""
-        os.replace(name, to, src_dir_fd=self.handle, dst_dir_fd=self.handle)
+        """Give an entry another name, in place of what has it."""
+        try:
+            os.replace(name, to, src_dir_fd=self.handle, dst_dir_fd=self.handle)
+        except OSError as error:
+            where = f"{self.path / name}: cannot be renamed to {to}"
+            raise FileError(f"{where} ({error.strerror})") from error
 
     def remove(self, name: str) -> None:
         """Remove a file, if that is possible."""

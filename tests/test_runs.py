@@ -317,7 +317,7 @@ def test_if_all_states_are_damaged_nothing_is_trained_and_nothing_touched(tmp_pa
         warnings: list[str] = []
         message = refusal(train, tmp_path, warn=warnings.append, resume=True)
         assert message == f"--out {tmp_path}: every state in it is damaged. Start a new run."
-        assert len(warnings) == 2
+        assert warnings == []
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 

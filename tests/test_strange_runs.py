@@ -9,11 +9,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from kvtool import files
+from kvtool import ending, files
+from kvtool.core import runs
 from kvtool.core.runs import RunFolder
 from kvtool.errors import FileError
 from test_runs import opened, refusal, states
@@ -192,6 +194,67 @@ def test_a_log_of_any_size_is_not_read(run: Path) -> None:
     assert "is too large for the log of a run" in refusal(train, run, steps=4, resume=True)
 
 
+@pytest.mark.parametrize("line", [b"\n", b'{"step": 1}\n'])
+def test_a_log_of_more_lines_than_a_run_writes_is_refused_unread(run: Path, line: bytes) -> None:
+    most = runs.MOST_LOG // len(line)
+    (run / "log.jsonl").write_bytes(line * most)
+    with patch.object(runs, "log_line", side_effect=lambda text: None) as asked:
+        message = refusal(train, run, steps=4, resume=True)
+    assert (
+        message == f"{run / 'log.jsonl'}: is too long for the log of a run (more than 250,000 "
+        "lines)"
+    )
+    assert asked.call_count == 250_000
+
+
+def test_a_line_without_end_is_no_line_of_the_log(run: Path) -> None:
+    good = (run / "log.jsonl").read_bytes()
+    (run / "log.jsonl").write_bytes(b'{"step": 1, "loss": 1' + b" " * 2**16 + b"}\n" + good)
+    train(run, steps=4, resume=True)
+    assert (run / "log.jsonl").read_bytes() == good
+
+
+def test_a_signal_that_got_lost_ends_the_reading_of_a_long_log(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(run, resume=True) as folder:
+        monkeypatch.setattr(ending._signals, "pending", ending.End.TERMINATED)
+        folder.read_log()  # a short one is read, for the plot of a run that was stopped
+        (run / "log.jsonl").write_bytes(b"\n" * runs.CHECKED_EVERY)
+        with pytest.raises(ending.Ended):
+            folder.read_log()
+
+
+@pytest.mark.parametrize("entry", [*FILES, "best", "last", "tensorboard"])
+def test_a_folder_in_place_of_a_file_is_refused_and_a_file_in_place_of_a_folder(
+    run: Path, entry: str
+) -> None:
+    path, is_file = run / entry, entry in FILES
+    path.rename(run.parent / "moved") if path.exists() else None
+    path.mkdir() if is_file else path.touch()
+    found, expected = ("a folder", "a file") if is_file else ("a file", "a folder")
+    assert refused(run, entry).endswith(f"is {found} (expected {expected} of this run)")
+
+
+def test_thousands_of_damaged_states_are_told_in_one_line(run: Path) -> None:
+    for step in range(10, 310):
+        (run / f"state-{step:09d}-0123456789abcdef.pt").touch()
+    told: list[str] = []
+    train(run, told.append, steps=4, resume=True)
+    assert told == [
+        f"{run / 'state-000000309-0123456789abcdef.pt'}: is damaged (its SHA-256 is not that of "
+        "its name), and so are 299 more; going back"
+    ]
+
+
+def test_a_damaged_state_that_cannot_be_set_aside_is_told_in_one_line(run: Path) -> None:
+    name = "state-000000009-0123456789abcdef.pt"
+    (run / name).touch()
+    (run / f"{name}.damaged").mkdir()
+    message = refusal(train, run, steps=4, resume=True)
+    assert message.startswith(f"{run / name}: cannot be renamed to {name}.damaged (")
+
+
 # What run.json holds
 
 
@@ -213,14 +276,14 @@ def test_settings_without_end_are_told_in_part(run: Path) -> None:
 # What states hold
 
 
-def replaced(run: Path, change: Callable[[Any], Any]) -> Path:
+def replaced(run: Path, change: Callable[[Any], Any], step: Callable[[], int] = lambda: 4) -> Path:
     """The newest state as a stranger would write it, with the right SHA-256."""
     newest = states(run)[-1]
     buffer = io.BytesIO()
     torch.save(change(torch.load(newest, weights_only=True)), buffer)
     newest.unlink()
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
-    path = run / f"state-000000004-{digest}.pt"
+    path = run / f"state-{step():09d}-{digest}.pt"
     path.write_bytes(buffer.getvalue())
     return path
 
@@ -235,7 +298,9 @@ def in_part(part: str, **fields: Any) -> Callable[[Any], Any]:
 
 def moments(**fields: Any) -> Callable[[Any], Any]:
     def change(state: Any) -> Any:
-        state["optimizer"]["state"][0].update(fields)
+        found = state["optimizer"]["state"][0]
+        for name, value in fields.items():
+            found[name] = torch.full_like(found[name], value) if type(value) is float else value
         return state
 
     return change
@@ -278,6 +343,21 @@ STRANGE: dict[str, Callable[[Any], Any]] = {
     "one thing more": in_part("position", more=1),
     "weights to average": lambda state: {**state, "recent": [state["model"]]},
     "an average of nothing": with_part("recent", 3),
+    "another step than its name's": in_part("position", step=3),
+    "more epochs than steps": in_part("position", epoch=2**53 - 1),
+    "more tokens than any step has": in_part("position", tokens=2**53 - 1),
+    "a million years": in_part("position", seconds=3e38),
+    "a best step to come": in_part("position", best_step=5),
+    "a best score of nothing": in_part("position", best_sha256=""),
+    "a best of no score": in_part("position", best_score=None),
+    "no moments behind steps": in_part("optimizer", state={}),
+    "moments of a step below zero": moments(step=torch.tensor(-1.0)),
+    "moments of half a step": moments(step=torch.tensor(1.5)),
+    "moments of no number": moments(step=torch.tensor(float("nan"))),
+    "moments of steps to come": moments(step=torch.tensor(9.0)),
+    "squares below zero": moments(exp_avg_sq=-1.0),
+    "moments that are not finite": moments(exp_avg=float("inf")),
+    "weights that are not finite": model_tensor(lambda x: x / 0),
 }
 
 
@@ -292,6 +372,29 @@ def test_a_state_that_the_run_cannot_have_written_is_refused_by_its_name(
     assert message.endswith(". Start a new run, or remove that state.")
     assert "weights_only" not in message and "\n" not in message
     assert everything(run) == {**before, str(run / ".lock"): str(os.getpid()).encode()}
+
+
+@pytest.mark.parametrize(
+    "place", [{"step": 5}, {"step": 4, "epoch": 1, "batch": 1}, {"step": 4, "epoch": 2, "batch": 0}]
+)
+def test_a_state_behind_the_end_of_its_run_is_refused(
+    tmp_path: Path, place: dict[str, int]
+) -> None:
+    place = dict(place)
+    length = {"steps": 4} if place["step"] == 5 else {"epochs": 1}
+    train(tmp_path, **length)
+    last = int(states(tmp_path)[-1].name[6:15])
+    for path in states(tmp_path)[:-1]:
+        path.unlink()
+
+    def change(state: Any) -> Any:
+        place["step"] += last - 4
+        for moments in state["optimizer"]["state"].values():
+            moments["step"].fill_(place["step"])
+        return in_part("position", **place)(state)
+
+    replaced(tmp_path, change, lambda: place["step"])
+    assert "stands behind the end of its run" in refusal(train, tmp_path, resume=True, **length)
 
 
 def test_a_state_with_settings_of_an_optimizer_changes_none(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import training_commands as commands
 from cli_probe import refused
@@ -324,3 +326,55 @@ def test_the_parts_of_modern_decoders_can_be_trained_and_are_written_down(
     assert "--norm: 'batch' is not known" in refused(
         request.getfixturevalue(command)("--norm", "batch", "--out", str(tmp_path / "b"))
     )
+
+
+def with_best(run: Path, other: Path, known: bool) -> None:
+    """Put `other` in place of best/; `known`: so that the state of the run names its weights."""
+    shutil.rmtree(run / "best")
+    shutil.copytree(other, run / "best")
+    for path in run.glob("state-*.pt") if known else ():
+        state = torch.load(path, weights_only=True)
+        state["position"]["best_sha256"] = sha256(run / "best" / "model.safetensors")
+        torch.save(state, path)
+        digest = sha256(path)[:16]
+        path.rename(run / f"{path.name[:16]}{digest}.pt")
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["in best/ alone", "in the state too"])
+@pytest.mark.parametrize("kind", ["lm", "seq2seq"])
+@pytest.mark.parametrize("other", ["lm", "seq2seq", "wider"])
+def test_another_model_in_place_of_the_best_is_not_reported_as_the_runs_own(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, other: str, known: bool
+) -> None:
+    more = ["--d-model", "32"] if other == "wider" or other == kind else []
+    theirs = request.getfixturevalue(kind if other == "wider" else other)
+    assert theirs("--out", str(tmp_path / "other"), "-q", *more).code == 0
+    ours = request.getfixturevalue(kind)
+    assert ours("-q").code == 0
+    with_best(tmp_path / "run", tmp_path / "other" / "best", known)
+    message = refused(ours("-q", "--resume"))
+    what = "configuration or tokenizer" if known else "SHA-256 of model.safetensors"
+    said = f"is not the best checkpoint that the run saved, at step 3 (another {what})"
+    assert message.startswith(f"{tmp_path / 'run' / 'best'}: {said}")
+
+
+def test_the_same_weights_with_another_tokenizer_are_not_the_runs_own(
+    lm: Command, text: Path, tmp_path: Path
+) -> None:
+    assert lm("-q").code == 0
+    path = tmp_path / "run" / "best" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(tokenizer))
+    assert "(another configuration or tokenizer)" in refused(lm("-q", "--resume"))
+
+
+def test_a_run_whose_best_is_gone_is_named_before_it_goes_on(
+    either: Command, tmp_path: Path
+) -> None:
+    assert either("-q").code == 0
+    shutil.rmtree(tmp_path / "run" / "best")
+    message = refused(either("-q", "--resume"))
+    said = "its best checkpoint is missing (best/, of step 3)"
+    assert message == f"--out {tmp_path / 'run'}: {said}. Put it back, or start a new run."

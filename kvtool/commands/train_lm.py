@@ -42,9 +42,6 @@ class Settings:
 
 def run(settings: Settings, out: Output) -> t.Trained:
     """Train, then measure the best checkpoint on the last 10 % of the text."""
-    import torch
-
-    from kvtool.core import checkpoint
     from kvtool.core.lm import LanguageModelling, split_text
     from kvtool.core.models import build_model
     from kvtool.core.text import Tokenizer, require_room
@@ -61,7 +58,7 @@ def run(settings: Settings, out: Output) -> t.Trained:
     )
     model = build_model(config).to(device)
     at = t.train(model, task, settings.train, "train-lm", out)
-    best = checkpoint.load(str(settings.train.out / "best"), device, torch.float32)
+    best = t.best_of(at, model, task, settings.train)
     score = task.score(best.model)
     row = {
         "data": settings.data.name,

@@ -58,9 +58,6 @@ def require_data(data: str, valid: Path | None, test: Path | None) -> None:
 
 def run(settings: Settings, out: Output) -> t.Trained:
     """Train, then decode all held-out sources with the best checkpoint."""
-    import torch
-
-    from kvtool.core import checkpoint
     from kvtool.core.models import build_model
     from kvtool.core.pairs import load_data
     from kvtool.core.translation import Translation
@@ -84,7 +81,7 @@ def run(settings: Settings, out: Output) -> t.Trained:
     )
     model = build_model(config).to(device)
     at = t.train(model, task, settings.train, "train-seq2seq", out)
-    best = checkpoint.load(str(settings.train.out / "best"), device, torch.float32)
+    best = t.best_of(at, model, task, settings.train)
     parts = [("dev", splits.valid_name, splits.valid), ("test", splits.test_name, splits.test)]
     beams = [1, settings.beams] if settings.beams > 1 else [1]
     scores = [

@@ -23,7 +23,8 @@ from kvtool.config import (
     TrainLength,
     follows,
 )
-from kvtool.files import PLOT
+from kvtool.files import BEST, PLOT
+from kvtool.reading import sha256
 from kvtool.ui.environment import caption, cpu_name
 from kvtool.ui.inert import in_a_line
 from kvtool.ui.output import Output
@@ -341,13 +342,46 @@ def train(model: Model, task: Task, config: TrainConfig, description: str, out: 
             try:
                 position = trainer.run()
             finally:
-                if folder is not None:
+                if folder is not None and trainer.at.step:  # else there is none, or it was refused
                     title = f"kvtool {description}, {in_a_line(str(config.out))}"
                     about = trained_in(device, config.amp)
                     out.attempt(partial(draw, folder, task, f"{title}\n{about}"))
     if not team.leads:
         raise typer.Exit()
     return position
+
+
+def best_of(at: Position, model: Model, task: Task, config: TrainConfig) -> Checkpoint:
+    """The best checkpoint of a run that ended at `at`.
+
+    Raises FileError for another one than the run saved: other weights, model or tokenizers.
+    """
+    import torch
+
+    from kvtool.core import checkpoint
+    from kvtool.core.weight_files import WEIGHTS
+    from kvtool.errors import FileError
+
+    def require(same: bool, what: str) -> None:
+        # A run that goes on to its end at the same steps saves it anew; one by --minutes, or with
+        # other threads, may not, and then no score of it is known.
+        if not same:
+            raise FileError(
+                f"{folder}: is not the best checkpoint that the run saved, at step "
+                f"{at.best_step:,} (another {what})",
+                "It was changed, or is newer: saved as the run was killed, which went another way.",
+            )
+
+    def rest(files: dict[str, bytes]) -> dict[str, bytes]:
+        return {name: data for name, data in files.items() if name != WEIGHTS}
+
+    folder = config.out / BEST
+    require(sha256(folder / WEIGHTS) == at.best_sha256, f"SHA-256 of {WEIGHTS}")
+    device = next(model.parameters()).device
+    best = checkpoint.load(str(folder), device, torch.float32)
+    found = checkpoint.files(best.model, best.tokenizer, best.source_tokenizer)
+    require(rest(found) == rest(task.files(model)), "configuration or tokenizer")
+    return best
 
 
 def draw(folder: RunFolder, task: Task, title: str) -> None:

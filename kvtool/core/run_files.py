@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,10 @@ from kvtool.reading import parse_json
 
 MOST_STEPS = 2**53  # a float counts so far
 LARGEST = 2.0**128  # beyond every float32, of which all figures are
+MOST_TOKENS = 2**31  # of a step
+MOST_SECONDS = 2**31  # of a run: 68 years
+EXACT = 2**24  # a float32, as AdamW's count of steps is, counts so far
+SHA256 = re.compile("[0-9a-f]{64}")
 PARTS = ("valid", "averaged")  # the figures of an evaluation
 
 
@@ -73,9 +78,9 @@ def unpickled(data: bytes) -> Any:
 
 
 def checked(
-    state: Any, weights: Mapping[str, Tensor], parameters: Sequence[Tensor], average: int
+    state: Any, step: int, weights: Mapping[str, Tensor], parameters: Sequence[Tensor], average: int
 ) -> dict[str, Any]:
-    """`state`, if its parts are of the types, names and shapes that a run writes.
+    """`state`, if its parts are of the types, names, shapes and values that a run writes at `step`.
 
     weights: those of the model; parameters: the optimizer's, in its order. "recent" holds up to
     `average` sets of weights, and is missing in a run from before --average. Raises Strange.
@@ -92,20 +97,26 @@ def checked(
         raise Strange("has other weights to average than its run keeps")
     for before in recent:
         _check_tensors("recent weights", before, weights)
-    _check_moments(found["optimizer"].get("state"), parameters)
-    _check_position(found["position"])
+    _check_position(found["position"], step)
+    _check_moments(found["optimizer"].get("state"), parameters, step)
     return found
 
 
-def _check_moments(found: Any, parameters: Sequence[Tensor]) -> None:
+def _check_moments(found: Any, parameters: Sequence[Tensor], step: int) -> None:
+    """They may be missing for a parameter that no step has used, but not for all."""
     if not isinstance(found, dict) or not all(_is_index(n, parameters) for n in found):
         raise Strange("has an optimizer of other parameters")
     for number, moments in found.items():
         like = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[number])
         _check_tensors(f"optimizer, {number}", moments, {"step": torch.tensor(0.0), **like})
+        if bool((moments["exp_avg_sq"] < 0).any()):
+            raise Strange(f"has a mean of squares below zero (optimizer, {number})")
+    steps = [float(moments["step"]) for moments in found.values()]
+    if max(steps, default=0) != min(step, EXACT) or not all(n >= 1 and n % 1 == 0 for n in steps):
+        raise Strange(f"has an optimizer that did not make its {step:,} steps")
 
 
-def _check_position(found: Mapping[str, Any]) -> None:
+def _check_position(found: Mapping[str, Any], step: int) -> None:
     counts = ("step", "epoch", "batch", "tokens", "best_step", "stale")
     score = found.get("best_score")
     seconds = found.get("seconds", -1.0)
@@ -114,11 +125,18 @@ def _check_position(found: Mapping[str, Any]) -> None:
         and all(_is_count(found[name]) for name in counts)
         and (score is None or _is_figures({"best_score": score}))
         and _is_figures({"seconds": seconds})
-        and seconds >= 0
+        and 0 <= seconds <= MOST_SECONDS
+        and found["epoch"] + found["batch"] <= found["step"]
+        and found["tokens"] <= found["step"] * MOST_TOKENS
+        and max(found["best_step"], found["stale"]) <= found["step"]
         and isinstance(found["best_sha256"], str)
+        and (SHA256.fullmatch(found["best_sha256"]) is None) == (score is None)
+        and (found["best_step"] == 0) == (score is None)
     )
     if not right:
         raise Strange("stands at no place of a run")
+    if found["step"] != step:
+        raise Strange(f"is of step {found['step']:,}, and by its name of {step:,}")
 
 
 def _check_tensors(what: str, found: Any, like: Mapping[str, Tensor]) -> None:
@@ -136,6 +154,8 @@ def _check_tensor(what: str, found: Any, like: Tensor) -> None:
             f"has a tensor of shape {list(found.shape)} in {_kind(found)}, expected "
             f"{list(like.shape)} in {_kind(like)} ({what})"
         )
+    if not bool(found.isfinite().all()):
+        raise Strange(f"has numbers that are not finite ({what})")
 
 
 def _is_dense(tensor: Tensor) -> bool:

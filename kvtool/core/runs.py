@@ -25,11 +25,24 @@ from typing import Any
 
 import torch
 
+from kvtool import ending
 from kvtool.core.facts import changes, flat
 from kvtool.core.machine import require_memory
 from kvtool.core.run_files import Strange, log_line, unpickled
+from kvtool.core.weight_files import WEIGHTS
 from kvtool.errors import FileError, UsageError, first_line
-from kvtool.files import CHECKPOINTS, EVENTS, LOCK, LOG, PLOT, RUN, STATE, json_bytes, take_lock
+from kvtool.files import (
+    BEST,
+    CHECKPOINTS,
+    EVENTS,
+    LOCK,
+    LOG,
+    PLOT,
+    RUN,
+    STATE,
+    json_bytes,
+    take_lock,
+)
 from kvtool.folders import Folder
 from kvtool.outside import elsewhere
 from kvtool.reading import MOST_JSON, parse_json
@@ -37,7 +50,10 @@ from kvtool.reading import MOST_JSON, parse_json
 KEPT = 2
 DAMAGED = ".damaged"
 TOLD = 8  # settings that one line names
-MOST_LOG = 2**28  # bytes; a million lines have half of it
+MOST_LOG = 2**26  # bytes
+MOST_LINES = 250_000  # of the log: of some two million steps, and read in seconds
+MOST_LINE = 2**16  # bytes; a run writes some hundred
+CHECKED_EVERY = 2**15  # lines, behind each of which a signal that got lost ends the reading
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what a killed write leaves behind
 # What runs did that were started before the setting was there.
 BEFORE = {"average": 0, "schedule": "cosine"}
@@ -106,16 +122,18 @@ class RunFolder:
             ) from error
 
     def _require_own(self, names: set[str]) -> None:
-        """Raise FileError for a link, FIFO or device where something of a run is."""
+        """Raise FileError for a link, FIFO or device where something of a run is, and for a folder
+        in place of a file or a file in place of a folder."""
         for name in sorted(names):
-            if name in (LOCK, RUN, LOG, PLOT) or STATE.fullmatch(name):
+            if name in (LOCK, RUN, LOG, PLOT):
+                self._folder.require_own(name, "a file of this run", folder=False)
+            elif STATE.fullmatch(name):  # a folder is as good as a damaged one
                 self._folder.require_own(name, "a file of this run")
             elif name in (*CHECKPOINTS, EVENTS):
-                self._folder.require_own(name, "a folder of this run")
-                if (self.path / name).is_dir():
-                    with self._folder.below(name) as folder:
-                        for entry in sorted(folder.names()):
-                            folder.require_own(entry, "a file of this run")
+                self._folder.require_own(name, "a folder of this run", folder=True)
+                with self._folder.below(name) as folder:
+                    for entry in sorted(folder.names()):
+                        folder.require_own(entry, "a file of this run")
 
     def _check(self, names: set[str], resume: bool) -> None:
         if names and not resume:
@@ -191,6 +209,15 @@ class RunFolder:
             for file, data in files.items():
                 folder.write(file, data)
 
+    def require_best(self, step: int) -> None:
+        """Raise FileError if the best checkpoint is gone, which the run saved at `step`, before its
+        state. It may be a newer one: a kill can come between the two."""
+        if not (self.path / BEST / WEIGHTS).is_file():
+            raise FileError(
+                f"--out {self.path}: its best checkpoint is missing ({BEST}/, of step {step:,})",
+                "Put it back, or start a new run.",
+            )
+
     # --- state: all or nothing
 
     def save_state(self, step: int, state: dict[str, Any]) -> None:
@@ -203,9 +230,9 @@ class RunFolder:
         for old in self._states()[KEPT:]:
             self._folder.remove(old)
 
-    def load_state(self, check: Callable[[Any], Any] = lambda state: state) -> Any:
-        """What `check` makes of the newest state whose SHA-256 is right; damaged ones before it are
-        set aside.
+    def load_state(self, check: Callable[[Any, int], Any] = lambda state, step: state) -> Any:
+        """What `check` makes of the newest state whose SHA-256 is right, and of the step in its
+        name; damaged ones before it are set aside.
 
         None if no state was ever written. Raises FileError if all are damaged, and for one that
         holds more than tensors, numbers and texts, or that `check` finds Strange.
@@ -215,18 +242,26 @@ class RunFolder:
             path, data = self.path / name, self._intact(name)
             if data is not None:
                 try:
-                    state = check(unpickled(data))
+                    state = check(unpickled(data), int(name.split("-")[1]))
                 except Strange as error:
                     hint = "Start a new run, or remove that state."
                     raise FileError(f"{path}: {error}", hint) from error
-                for bad in damaged:  # else they would be counted among those that are kept
-                    self._folder.rename(bad, f"{bad}{DAMAGED}")
+                self._set_aside(damaged)
                 return state
             damaged.append(name)
-            self._warn(f"{path}: is damaged (its SHA-256 is not that of its name); going back")
         if damaged:
             raise FileError(f"--out {self.path}: every state in it is damaged", "Start a new run.")
         return None
+
+    def _set_aside(self, damaged: list[str]) -> None:
+        """Rename damaged states: else they would be counted among those that are kept."""
+        if not damaged:
+            return
+        more = f", and so are {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
+        why = "its SHA-256 is not that of its name"
+        for bad in damaged:
+            self._folder.rename(bad, f"{bad}{DAMAGED}")
+        self._warn(f"{self.path / damaged[0]}: is damaged ({why}){more}; going back")
 
     def _states(self) -> list[str]:
         """Newest first."""
@@ -255,8 +290,8 @@ class RunFolder:
     def rewind_log(self, step: int) -> None:
         """Forget the lines of steps after `step`, and a line that a crash cut short."""
         if LOG in self._folder.names():
-            kept = [line for line in self.read_log() if line["step"] <= step]
-            self._folder.write(LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            kept = (line for line, fields in self._log_lines() if fields["step"] <= step)
+            self._folder.write(LOG, b"".join(kept))
 
     def open_events(self, step: int) -> None:
         """Show the log in TensorBoard too, from now on; what it shows of steps after `step` goes.
@@ -288,15 +323,23 @@ class RunFolder:
     def read_log(self) -> list[dict[str, Any]]:
         """The lines of log.jsonl, without those that a crash or a person has spoilt. Raises
         FileError."""
-        return list(self._log_lines())
+        return [fields for _, fields in self._log_lines()]
 
-    def _log_lines(self) -> Iterator[dict[str, Any]]:
+    def _log_lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Each line as it stands, and its fields."""
         if LOG not in self._folder.names():
             return
         data = self._folder.read(LOG, "the log of a run", MOST_LOG)
-        for line in data.decode("utf-8", "replace").splitlines():
-            if fields := log_line(line):
-                yield fields
+        for number, line in enumerate(io.BytesIO(data), start=1):
+            if number > MOST_LINES:
+                raise FileError(
+                    f"{self.path / LOG}: is too long for the log of a run "
+                    f"(more than {MOST_LINES:,} lines)"
+                )
+            if number % CHECKED_EVERY == 0:
+                ending.check()
+            if len(line) <= MOST_LINE and (fields := log_line(line.decode("utf-8", "replace"))):
+                yield line.rstrip(b"\r\n") + b"\n", fields
 
 
 def event_writer() -> Any:

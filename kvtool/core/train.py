@@ -201,16 +201,21 @@ class Trainer:
     def _read_state(self) -> dict[str, Any] | None:
         state = self.folder.load_state(self._checked) if self.config.resume else None
         step = -1 if state is None else state["position"]["step"]
+        if state is not None and state["position"]["best_sha256"]:
+            self.folder.require_best(state["position"]["best_step"])
         self.folder.rewind_log(step)
         if self.config.tensorboard:
             self.folder.open_events(step)
         return state
 
-    def _checked(self, state: Any) -> dict[str, Any]:
-        """A state that this run can have written. Raises Strange."""
+    def _checked(self, state: Any, step: int) -> dict[str, Any]:
+        """A state that this run can have written at `step`. Raises Strange."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        found = checked(state, self.model.state_dict(), parameters, self.config.average)
-        at = found["position"]
+        found = checked(state, step, self.model.state_dict(), parameters, self.config.average)
+        at, length = found["position"], self.config.length
+        over = (at["epoch"], min(at["batch"], 1)) > (length.epochs or step, 0)
+        if step > (length.steps or step) or over:
+            raise Strange("stands behind the end of its run")
         if at["batch"] >= len(self.task.batches(at["epoch"])):
             raise Strange("stands behind the end of its epoch")
         return found
