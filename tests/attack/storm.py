@@ -24,9 +24,7 @@ from subjects import Subject
 
 from kvtool import app
 
-LIMITS = Limits(
-    seconds=20.0, memory=3 * 2**29
-)  # processor time; bytes beyond what the libraries take
+LIMITS = Limits(seconds=20.0, memory=3 * 2**29)  # of the processor; bytes beyond the libraries'
 SILENT = 60.0  # seconds, after which a process hangs
 ADDRESSES = 8 * 2**30  # bytes that a process may ask for beside what it has
 RESET_PEAK = "5"  # what clear_refs is told (proc(5))
