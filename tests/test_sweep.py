@@ -202,6 +202,31 @@ def swept(
     return call
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"type": "lama"},
+        {"kind": "seq2seq"},
+        {"verdict": "perfect"},
+        {"verdict": "bug"},
+        {"right": False},
+        {"gap": float("nan")},
+        {"seconds": -1.0},
+        {},
+    ],
+)
+def test_a_result_that_contradicts_itself_or_is_there_twice_is_refused(
+    swept: Callable[..., Ran], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    swept("--types", "gpt2")
+    path = tmp_path / "sweep.jsonl"
+    header, row = path.read_text().splitlines()
+    other = {**json.loads(row), "type": "llama", **(changes or {"type": "gpt2"})}
+    path.write_text(f"{header}\n{row}\n{json.dumps(other)}\n")
+    message = refused(swept("--types", "gpt2"))
+    assert message.startswith(f"--resume {path}: line 3 is no result of this command")
+
+
 def test_a_sweep_lists_its_types_and_counts_its_verdicts(swept: Callable[..., Ran]) -> None:
     ran = swept("--types", "gpt2", "mamba", "gemma3n")
     assert ran.code == 1  # there is a bug

@@ -16,8 +16,11 @@ import pytest
 
 from cli_probe import Ran, refused
 from kvtool.commands import verify_rows
+from kvtool.commands.verify_report import Row
 from kvtool.core.verify import judge as judging
 from kvtool.core.verify import locate, selftest
+from kvtool.core.verify.check import Checked
+from kvtool.core.verify.mutants import MUTANTS
 from kvtool.core.verify.mutants.contents import ReadsLayerZero
 from kvtool.core.verify.scenarios import SCENARIOS, Lane
 from kvtool.errors import FileError
@@ -416,6 +419,100 @@ def test_a_line_that_is_no_result_is_refused_and_one_that_was_cut_off_is_found_a
         assert path.read_bytes() == whole
     path.write_bytes(whole + b'{"cache": "static"}\n')
     assert "line 5 is no result of this command" in refused(verify(*given))
+
+
+BUG = {"verdict": "bug", "right": False, "first_wrong_step": 0}
+CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], list[dict[str, Any]]]] = {
+    "a bug that is right": lambda row: [{**row, **BUG, "right": True}],
+    "a bug without a step": lambda row: [{**row, **BUG, "first_wrong_step": None}],
+    "identical, and wrong": lambda row: [{**row, "right": False}],
+    "identical, with a gap": lambda row: [
+        {**row, "gap": 1.0, "gap_by_step": {**row["gap_by_step"], "working": [1.0] * row["steps"]}}
+    ],
+    "right, and far off in float64": lambda row: [
+        {**row, "gap_float64": 1.0, "gap_by_step": {**row["gap_by_step"], "float64": [1.0]}}
+    ],
+    "a verdict that there is not": lambda row: [{**row, "verdict": "perfect"}],
+    "steps below zero": lambda row: [{**row, "steps": -5, "identical_steps": -5}],
+    "more identical steps than steps": lambda row: [{**row, "identical_steps": 10**30}],
+    "a layer below zero": lambda row: [{**row, "layer": -7}],
+    "a head below zero": lambda row: [{**row, "heads": [-1]}],
+    "units that are no number": lambda row: [{**row, "max_ulp": float("nan")}],
+    "a gap that is no number": lambda row: [
+        {
+            **row,
+            "gap": float("nan"),
+            "gap_by_step": {**row["gap_by_step"], "working": [float("nan")] * row["steps"]},
+        }
+    ],
+    "gaps of a precision that there is not": lambda row: [
+        {**row, "gap_by_step": {**row["gap_by_step"], "$\\frac{": [1.0]}}
+    ],
+    "another kind": lambda row: [{**row, "cache": "static2"}],
+    "other kernels": lambda row: [{**row, "kernels": "exact"}],
+    "another scenario": lambda row: [{**row, "scenario": "beam"}],
+    "all scenarios": lambda row: [{**row, "scenario": "all"}],
+    "beyond it in all scenarios": lambda row: [
+        {
+            **row,
+            "scenario": "all",
+            "verdict": "unsupported",
+            "right": False,
+            "steps": 0,
+            "identical_steps": 0,
+            "gap": None,
+            "gap_float64": None,
+            "gap_promoted": None,
+            "gap_by_step": {},
+        }
+    ],
+    "twice": lambda row: [row, row],
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_a_result_that_contradicts_itself_or_the_command_is_refused(
+    verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "kept.jsonl"
+    given = [*modes["target"], "--resume", str(path)]
+    verify(*given)
+    header, first, *_ = path.read_text().splitlines()
+    rows = CONTRADICTIONS[kind](json.loads(first))
+    path.write_text("".join(f"{line}\n" for line in (header, *map(json.dumps, rows))))
+    before = path.read_bytes()
+    message = refused(verify(*given))
+    assert message.startswith(f"--resume {path}: line {len(rows) + 1} is no result of this command")
+    assert path.read_bytes() == before
+    path.unlink()  # and nobody holds it any more
+    assert verify(*given).code == 0
+
+
+def test_a_planted_bug_that_there_is_not_or_that_is_there_twice_is_refused(
+    verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path
+) -> None:
+    path = tmp_path / "kept.jsonl"
+    given = [*modes["self-test"], "--resume", str(path)]
+    verify(*given)
+    header, first, *_ = path.read_text().splitlines()
+    for other in (first, json.dumps({**json.loads(first), "name": "none of them"})):
+        path.write_text(f"{header}\n{first}\n{other}\n")
+        assert "line 3 is no result of this command" in refused(verify(*given))
+
+
+def test_all_that_planted_bugs_and_right_caches_come_to_is_coherent() -> None:
+    verdicts = set()
+    for mutant in MUTANTS[::9]:
+        for finding in (
+            judging.Judge(mutant.subject()).judge(
+                judging.Case(SCENARIOS[mutant.scenario]), thorough
+            )
+            for thorough in (False, True)
+        ):
+            row = Row.of(Checked("static", "own", True, finding))
+            assert verify_rows.is_coherent(row), row
+            verdicts.add(row.verdict)
+    assert "bug" in verdicts
 
 
 def test_where_nothing_can_be_kept_is_refused_before_any_work(

@@ -108,10 +108,12 @@ def run(settings: Settings, out: Output) -> Report:
     prepare(replace(settings.run, threads=settings.run.threads or 1))
     started = time.perf_counter()
     kept, names = None, selftest.names()
+    found: dict[str, Outcome] = {}
     if settings.resume is not None:
         decides = facts("self-test", settings.run, tried=names)
-        kept = told(Kept(settings.resume, selftest.Outcome, decides), out)
-    found = {outcome.name: outcome for outcome in (kept.known if kept is not None else ())}
+        kept = Kept(settings.resume, selftest.Outcome, decides)
+        kept.require(lambda o: o.name in names and found.setdefault(o.name, o) is o)
+        told(kept, out)
     bars = out.progress("self-test", len(names))
     with kept or nullcontext(), bars as bar, until_ended() as outcome:
         bar.advance(len(found))

@@ -170,7 +170,16 @@ def run(settings: Settings, out: Output) -> Report:
         asked = {"caches": caches, "scenarios": scenarios, "tokens": settings.tokens}
         asked |= {"time_limit": settings.time_limit, "memory_limit": sweep.MEMORY}
         decides = facts("sweep", settings.run, **asked, transformers=version)
-        kept = told(Kept(settings.resume, sweep.Swept, decides), out)
+        kept = Kept(settings.resume, sweep.Swept, decides)
+        first: dict[tuple[str, str], Swept] = {}
+        kept.require(
+            lambda swept: (
+                swept.type in known.get(swept.kind, ())
+                and sweep.is_coherent(swept)
+                and first.setdefault((swept.type, swept.kind), swept) is swept
+            )
+        )
+        told(kept, out)
     found: list[Swept] = []
     bars = out.progress("sweep", len(tasks))
     with kept or nullcontext(), bars as bar, until_ended() as outcome:

@@ -140,8 +140,8 @@ def check_model(
     }
     decides = {**resolved, "model": loaded.path.name, "config": vars(loaded.config), "ids": ids}
     kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
-    kept = kept_rows(settings.resume, facts("kvtool", settings.run, **decides, **kinds), out)
-    rows = Rows(product(settings.caches, settings.kernels, names), kept)
+    kept = kept_rows(settings.resume, facts("kvtool", settings.run, **decides, **kinds))
+    rows = Rows(product(settings.caches, settings.kernels, names), kept, out)
     total = len(rows.plan) + 1
     with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
@@ -207,8 +207,8 @@ def check_target(
     decides = {**resolved, "model": name, "tokens": settings.tokens}
     if settings.resume is not None:
         decides["weights"] = subject.fingerprint()
-    kept = kept_rows(settings.resume, facts("target", settings.run, **decides), out)
-    rows = Rows([(name, api.OWN, scenario) for scenario in names], kept)
+    kept = kept_rows(settings.resume, facts("target", settings.run, **decides))
+    rows = Rows([(name, api.OWN, scenario) for scenario in names], kept, out)
     total = len(names) + 1
     bars = out.progress("verify-cache", total)
     with rows, redirect_stdout(said), bars as bar, until_ended() as outcome:

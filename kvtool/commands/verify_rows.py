@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,16 +24,26 @@ class Rows:
     """The rows of the checks in `plan`, in that order; with `kept` each is written at once.
 
     Use as a context manager: nobody else can write the file meanwhile. A row of a scenario that is
-    not in the plan stands for all checks of its kind.
+    not in the plan stands for all checks of its kind; in the file that is `whole` alone, of a kind
+    that cannot be used. Raises FileError for a file with rows of other checks, with one twice, and
+    with rows that contradict themselves.
     """
 
-    def __init__(self, plan: Iterable[tuple[str, str, str]], kept: Kept[Row] | None) -> None:
+    def __init__(
+        self,
+        plan: Iterable[tuple[str, str, str]],
+        kept: Kept[Row] | None,
+        out: Output,
+        whole: str = "",
+    ) -> None:
         self.plan = [NotRun(*check) for check in plan]
         self.kept = kept
         self.found: dict[NotRun, Row] = {}
         self.control: Row | None = None  # the planted bug
-        for row in kept.known if kept is not None else ():
-            self._take(row)
+        self.whole = whole
+        if kept is not None:
+            kept.require(self._take_known)
+            told(kept, out)
 
     def __enter__(self) -> Rows:
         return self
@@ -57,6 +68,19 @@ class Rows:
         """Take what was found of the planted bug, which is tried anew in every run."""
         ending.check()
         self.control = row
+
+    def _take_known(self, row: Row) -> bool:
+        """Take a row of the file, if the command can have written it."""
+        check = NotRun(row.cache, row.kernels, row.scenario)
+        of_kind = [c for c in self.plan if (c.cache, c.kernels) == (row.cache, row.kernels)]
+        if self.whole and row.scenario == self.whole:
+            mine = row.beyond and bool(of_kind) and self.found.keys().isdisjoint(of_kind)
+        else:
+            mine = check in of_kind and check not in self.found
+        if mine and is_coherent(row):
+            self._take(row)
+            return True
+        return False
 
     def _take(self, row: Row) -> None:
         check = NotRun(row.cache, row.kernels, row.scenario)
@@ -100,6 +124,60 @@ def tell_ended(
         out.note(f"--resume {kept.path}: the same command goes on from here")
 
 
+def is_coherent(row: Row) -> bool:
+    """Whether what a row says can be true together, by the rules that verdicts are given by.
+
+    The promoted gap of a bug may be NaN: its logits may overflow.
+    """
+    gaps = {"working": row.gap, "float64": row.gap_float64, "promoted": row.gap_promoted}
+    known = {name: gap for name, gap in gaps.items() if gap is not None}
+    steps, same, first = row.steps, row.identical_steps, row.first_difference
+    counts = [row.first_wrong_step or 0, row.layer or 0, *row.heads]
+    return (
+        _agrees(row)
+        and all(n >= 0 for n in counts)
+        and (0 <= same < steps and first in range(same + 1) if same != steps else first is None)
+        and (steps > 0) == ("working" in known)
+        and row.gap_by_step.keys() == known.keys()
+        and len(row.gap_by_step.get("working", ())) == steps
+        and all(_is_worst(g, row.gap_by_step[n], n == "promoted") for n, g in known.items())
+        and row.max_ulp >= 0
+        and (row.max_ulp > 0) == ((row.gap or 0) > 0) == (same != steps)
+    )
+
+
+def _is_worst(gap: float, by_step: list[float], nan: bool) -> bool:
+    numbers = all(x >= 0 or (nan and math.isnan(x)) for x in by_step)
+    return numbers and bool(by_step) and (gap == max(by_step) or (nan and math.isnan(gap)))
+
+
+def _agrees(row: Row) -> bool:
+    """Whether a verdict is known, and its row is right or not, and by gaps, as it says."""
+    from kvtool.core.verify import outcome as o
+    from kvtool.core.verify.judge import ROUNDING_64
+
+    exact, promoted = row.gap_float64, row.gap_promoted
+    differs, placed = row.identical_steps < row.steps, row.first_wrong_step is not None
+    close = (exact is None or exact <= ROUNDING_64) and (promoted or 0) <= ROUNDING_64
+    judged = row.steps > 0 and not placed
+    fits = {
+        o.IDENTICAL: row.right and judged and close and not differs,
+        o.ROUNDING: row.right == (row.kernels != "exact")
+        and judged and close and differs and exact is not None,
+        o.PRECISION: row.right != placed
+        and exact is not None and exact > ROUNDING_64
+        and promoted is not None and promoted <= ROUNDING_64,
+        o.BUG: not row.right and placed and row.steps > 0,
+        o.NOT_CAUSAL: not row.right and placed and row.steps > 0,
+        o.UNDECIDED: not row.right and differs and exact is None,
+        o.VACUOUS: not row.right,
+        o.NO_CACHE: not row.right and not row.stores,
+        o.ERROR: not row.right,
+        o.UNSUPPORTED: not row.right and not row.steps,
+    }  # fmt: skip
+    return fits.get(row.verdict, False)
+
+
 def first_few(names: Sequence[str]) -> str:
     """What was not run by name, as far as a line holds it.
 
@@ -118,18 +196,17 @@ def facts(check: str, run: RunConfig, **more: Any) -> dict[str, Any]:
     return {"check": check, **more, "dtype": run.dtype, "seed": run.seed, **machine}
 
 
-def kept_rows(path: Path | None, found: dict[str, Any], out: Output) -> Kept[Row] | None:
+def kept_rows(path: Path | None, found: dict[str, Any]) -> Kept[Row] | None:
     """The file that --resume named. Raises FileError."""
     if path is None:
         return None
     from kvtool.core.verify.kept import Kept
 
-    return told(Kept(path, Row, found), out)
+    return Kept(path, Row, found)
 
 
-def told(kept: Kept[Any], out: Output) -> Kept[Any]:
+def told(kept: Kept[Any], out: Output) -> None:
     """Say what is there already; what cannot be added is told behind the verdicts."""
     kept.attempt = out.attempt
     if kept.known:
         out.note(f"--resume {kept.path}: {len(kept.known)} results are there already")
-    return kept

@@ -154,9 +154,9 @@ def run(settings: Settings, out: Output) -> Report:
         "scenarios": names,
         "caches": kinds,
     }
-    kept = kept_rows(settings.resume, decides(settings, model, resolved), out)
+    kept = kept_rows(settings.resume, decides(settings, model, resolved))
     tell_model(model, note, kinds, out)
-    rows = Rows(product(kinds, [hub.OWN], names), kept)
+    rows = Rows(product(kinds, [hub.OWN], names), kept, out, hub.ALL)
     total = len(rows.plan) + 1
     with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))

@@ -105,6 +105,14 @@ class Kept(Generic[T]):
             "It takes a file that verify-cache --resume wrote, or a new one.",
         ) from error
 
+    def require(self, fits: Callable[[T], bool]) -> None:
+        """Raise FileError, and let go of the file, at the first result that does not fit; each is
+        asked about once, in order."""
+        for number, result in enumerate(self.known, start=2):
+            if not fits(result):
+                self.__exit__()
+                self._refuse(number)
+
     def append(self, result: T) -> None:
         """Add a result, in place of a line that was cut off; none behind one that `attempt` could
         not write. Raises FileError unless `attempt` keeps it."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtool import ending
+from kvtool.core.verify.judge import RIGHT
 from kvtool.core.verify.kept import Kept
 from kvtool.core.verify.outcome import (
     BUG,
@@ -68,6 +69,13 @@ class Swept:
     def wrong(self) -> bool:
         """Whether it was run, and the answer is no, or cannot be given."""
         return not self.right and (self.judged or self.verdict in (UNDECIDED, ERROR))
+
+
+def is_coherent(swept: Swept) -> bool:
+    """Whether what a result says can be true together."""
+    gaps = (swept.gap or 0, swept.gap_float64 or 0, swept.seconds)
+    known = swept.verdict in VERDICTS and all(gap >= 0 for gap in gaps)
+    return known and (swept.verdict == PRECISION or swept.right == (swept.verdict in RIGHT))
 
 
 @dataclass(frozen=True)
