@@ -324,9 +324,11 @@ def _check_names(model: Any, info: Mapping[str, Any], source: WeightFile) -> Non
 
 def _second_names(model: Any, source: WeightFile) -> list[str]:
     """Tensors that transformers would take for one that is there under another name as well."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ImportError:  # a release that has these elsewhere: it says what is left over itself
+        return []
     steps: list[Any] = get_model_conversion_mapping(model)
     merges = [step for step in steps if isinstance(step, WeightConverter)]
     renames = [step for step in steps if not isinstance(step, WeightConverter)]
