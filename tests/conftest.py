@@ -22,6 +22,8 @@ import torch
 from cli_probe import Ran, probe
 from kvtool import app, ending, registry
 
+N_THREADS = torch.get_num_threads()
+
 # A shell has its background jobs ignore Ctrl-C, and kvtool lets it be; its tests shall not differ.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,10 +32,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(autouse=True)
 def nothing_is_left_to_the_next_test() -> Iterator[None]:
     """A command sets the number of PyTorch's threads, and a signal may not have arrived yet."""
-    before = torch.get_num_threads()
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(N_THREADS)
     ending.forget()
+
+
+def pytest_collection_finish() -> None:
+    """Files of tests may import numba, which sets the number as well."""
+    torch.set_num_threads(N_THREADS)
 
 
 @pytest.fixture
