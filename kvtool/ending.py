@@ -10,12 +10,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from types import FrameType
 
+Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 ECHO = 0.5  # seconds; `timeout` and torchrun send a signal twice, to the process and to its group
 
 
@@ -96,12 +97,26 @@ def check() -> None:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """Let signals wait for the end of a block that is short: for work that C calls back from, where
-    what a signal raises would be printed and lost. A second signal kills."""
+def _handled(handler: Handler) -> Iterator[None]:
+    """Let `handler` have both signals in a block, but for those that are ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are obeyed in the main thread alone
         return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    obeyed = {number: usual for number, usual in before.items() if callable(usual)}
+    for number in obeyed:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, usual in obeyed.items():
+            signal.signal(number, usual)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Let signals wait for the end of a block that is short: for work that C calls back from, where
+    what a signal raises would be printed and lost. A second signal kills."""
     came: list[tuple[int, float]] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -110,35 +125,18 @@ def held() -> Iterator[None]:
             _kill(number)
         came.append((number, now))
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    obeyed = {number: handler for number, handler in before.items() if callable(handler)}
-    for number in obeyed:
-        signal.signal(number, remember)
     try:
-        yield
+        with _handled(remember):
+            yield
     finally:
-        for number, handler in obeyed.items():
-            signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0][0])
 
 
-@contextmanager
-def at_once() -> Iterator[None]:
+def at_once() -> AbstractContextManager[None]:
     """Let both signals end the process where it is: for a library that reads a stranger's file and
     may not come back to Python. Nothing is written meanwhile, so that nothing is lost."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # handlers are the main thread's
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    obeyed = {number: handler for number, handler in before.items() if callable(handler)}
-    for number in obeyed:
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for number, handler in obeyed.items():
-            signal.signal(number, handler)
+    return _handled(signal.SIG_DFL)
 
 
 @dataclass

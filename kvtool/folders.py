@@ -15,7 +15,7 @@ import stat
 from pathlib import Path
 
 from kvtool.errors import FileError
-from kvtool.reading import MOST_TEXT
+from kvtool.reading import MOST_TEXT, read_whole, require_regular
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 HERE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # nobody waits for the other end of a FIFO
@@ -84,15 +84,8 @@ class Folder:
         try:
             handle = os.open(name, os.O_RDONLY | HERE, dir_fd=self.handle)
             with open(handle, "rb") as file:
-                found = os.fstat(handle)
-                if not stat.S_ISREG(found.st_mode):
-                    raise FileError(f"{path}: is not a regular file (expected {what})")
-                if found.st_size > most:
-                    raise FileError(
-                        f"{path}: is too large for {what} "
-                        f"({found.st_size:,} bytes, expected {most:,} or fewer)"
-                    )
-                return file.read(most)
+                require_regular(file, str(path), what)
+                return read_whole(file, str(path), what, most)
         except OSError as error:
             raise FileError(f"{path}: {what} cannot be read ({error.strerror})") from error
 

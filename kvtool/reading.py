@@ -43,8 +43,7 @@ def opened(path: Path, what: str, flag: str = "") -> Iterator[BufferedReader]:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise FileError(f"{_named(path, flag)}: is not a regular file (expected {what})")
+            require_regular(file, _named(path, flag), what)
             yield file
     except OSError as error:
         where = _named(path, flag)
@@ -54,13 +53,23 @@ def opened(path: Path, what: str, flag: str = "") -> Iterator[BufferedReader]:
 def read_bytes(path: Path, what: str, flag: str = "", most: int = MOST_TEXT) -> bytes:
     """Read a whole regular file of up to `most` bytes, which `flag` gave. Raises FileError."""
     with opened(path, what, flag) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise FileError(
-                f"{_named(path, flag)}: is too large for {what} "
-                f"({size:,} bytes, expected {most:,} or fewer)"
-            )
-        return file.read(most)
+        return read_whole(file, _named(path, flag), what, most)
+
+
+def require_regular(file: BufferedReader, where: str, what: str) -> None:
+    """Raise FileError, which begins with `where`, unless an open file is a regular one."""
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise FileError(f"{where}: is not a regular file (expected {what})")
+
+
+def read_whole(file: BufferedReader, where: str, what: str, most: int) -> bytes:
+    """All of an open file. Raises FileError, which begins with `where`, above `most` bytes."""
+    size = os.fstat(file.fileno()).st_size
+    if size > most:
+        raise FileError(
+            f"{where}: is too large for {what} ({size:,} bytes, expected {most:,} or fewer)"
+        )
+    return file.read(most)
 
 
 def read_text(path: Path, what: str, flag: str = "", most: int = MOST_TEXT) -> str:
@@ -80,8 +89,13 @@ def read_json_object(
     path: Path, what: str, most: int = MOST_JSON, finite: bool = True
 ) -> dict[str, Any]:
     """Read a JSON file that holds one object. Raises FileError with the place of an error."""
+    return json_object(path, read_text(path, what, most=most), finite)
+
+
+def json_object(path: Path, text: str | bytes, finite: bool = True) -> dict[str, Any]:
+    """The object that the text of the file `path` holds. Raises FileError."""
     try:
-        data = parse_json(read_text(path, what, most=most), finite)
+        data = parse_json(text, finite)
     except ValueError as error:
         raise FileError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(data, dict):

@@ -45,7 +45,7 @@ from kvtool.files import (
 )
 from kvtool.folders import Folder
 from kvtool.outside import elsewhere
-from kvtool.reading import MOST_JSON, parse_json
+from kvtool.reading import MOST_JSON, json_object
 
 KEPT = 2
 DAMAGED = ".damaged"
@@ -190,14 +190,8 @@ class RunFolder:
             )
 
     def _settings(self) -> dict[str, Any]:
-        path = self.path / RUN
-        try:
-            found = parse_json(self._folder.read(RUN, "the settings of a run", MOST_JSON))
-        except ValueError as error:
-            raise FileError(f"{path}: is not valid JSON ({error})") from error
-        if not isinstance(found, dict):
-            raise FileError(f"{path}: holds no JSON object (found {type(found).__name__})")
-        return found
+        data = self._folder.read(RUN, "the settings of a run", MOST_JSON)
+        return json_object(self.path / RUN, data)
 
     def write(self, path: Path, data: bytes) -> None:
         """Replace a file of the run, durably. Raises FileError."""
