@@ -9,6 +9,7 @@ import os
 import signal
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +63,19 @@ def _(a: Arena) -> Try:
     return _cached(a, folder, says="tokenizer")
 
 
-@attack(CACHES, "token ids beyond the vocabulary")
-def _(a: Arena) -> Try:
-    path = a.file("c.safetensors")
-    header, data = header_of(path)
-    ids = json.loads(header["__metadata__"]["ids"])
-    header["__metadata__"]["ids"] = json.dumps([10**6, *ids[1:]])
-    path.write_bytes(safetensors_of(header, data))
-    return _cached(a, a.model())
+for what, change in (
+    ("beyond the vocabulary", lambda ids: json.dumps([10**6, *json.loads(ids)[1:]])),
+    ("nested 100,000 deep", lambda ids: "[" * 100_000),
+):
 
+    def _other_ids(a: Arena, change: Callable[[str], str] = change) -> Try:
+        path = a.file("c.safetensors")
+        header, data = header_of(path)
+        header["__metadata__"]["ids"] = change(header["__metadata__"]["ids"])
+        path.write_bytes(safetensors_of(header, data))
+        return _cached(a, a.model())
 
-@attack(CACHES, "token ids nested 100,000 deep")
-def _(a: Arena) -> Try:
-    path = a.file("c.safetensors")
-    header, data = header_of(path)
-    header["__metadata__"]["ids"] = "[" * 100_000
-    path.write_bytes(safetensors_of(header, data))
-    return _cached(a, a.model())
+    attack(CACHES, f"token ids {what}")(_other_ids)
 
 
 @attack(NUMBERS, "a saved cache with NaN")

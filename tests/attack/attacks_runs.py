@@ -154,20 +154,15 @@ for what, line, times in (
         attack(LOGS, f"a log of {what}{', then SIGTERM' if number else ''}")(_long)
 
 
-@attack(LOGS, "another model in place of the run's best")
-def _(a: Arena) -> Try:
-    run, other = a.run(), a.model("pair", "other")
-    shutil.rmtree(run / "best")
-    other.rename(run / "best")
-    return _resumed(a)
+for what, name in (("another model", "pair"), ("a decoder", "own")):
 
+    def _other_best(a: Arena, name: str = name) -> Try:
+        run, other = a.run(), a.model(name, "other")
+        shutil.rmtree(run / "best")
+        other.rename(run / "best")
+        return _resumed(a)
 
-@attack(LOGS, "a decoder in place of the run's best")
-def _(a: Arena) -> Try:
-    run, other = a.run(), a.model("own", "other")
-    shutil.rmtree(run / "best")
-    other.rename(run / "best")
-    return _resumed(a)
+    attack(LOGS, f"{what} in place of the run's best")(_other_best)
 
 
 def _changed_state(a: Arena, change: Callable[[dict[str, Any]], None]) -> Try:
@@ -193,12 +188,17 @@ def _with_state(a: Arena, state: Any) -> Try:
     run = a.here / "run"
     if not run.exists():
         a.run()
-    for old in run.glob("state-*.pt"):
-        old.unlink()
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
-    (run / f"state-000000002-{digest}.pt").write_bytes(buffer.getvalue())
+    return _with_bytes(a, run, buffer.getvalue())
+
+
+def _with_bytes(a: Arena, run: Path, data: bytes) -> Try:
+    """A run goes on whose only state is `data`, by its right name."""
+    for old in run.glob("state-*.pt"):
+        old.unlink()
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    (run / f"state-000000002-{digest}.pt").write_bytes(data)
     return _resumed(a)
 
 
@@ -210,13 +210,8 @@ for what, state in (
 
 @attack(PICKLES, "a key of 60 doubled tuples in a state of a run")
 def _(a: Arena) -> Try:
-    run = a.run()
-    for old in run.glob("state-*.pt"):
-        old.unlink()
     archive(a.here / "bomb.pt", bomb(60))
-    digest = hashlib.sha256((a.here / "bomb.pt").read_bytes()).hexdigest()[:16]
-    (a.here / "bomb.pt").rename(run / f"state-000000002-{digest}.pt")
-    return _resumed(a)
+    return _with_bytes(a, a.run(), (a.here / "bomb.pt").read_bytes())
 
 
 class _Opens:

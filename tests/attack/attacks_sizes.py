@@ -121,11 +121,17 @@ def _(a: Arena) -> Try:
 # --- sizes
 
 
-@attack(SIZES, "10^6 layers, read by transformers")
-def _(a: Arena) -> Try:
-    folder = a.model("theirs")
-    edit(folder / "config.json", num_hidden_layers=10**6)
-    return theirs(folder)
+for what, field in (
+    ("10^6 layers", {"num_hidden_layers": 10**6}),
+    ("2^62 tokens in the vocabulary", {"vocab_size": 2**62}),
+):
+
+    def _larger(a: Arena, field: dict[str, int] = field) -> Try:
+        folder = a.model("theirs")
+        edit(folder / "config.json", **field)
+        return theirs(folder)
+
+    attack(SIZES, f"{what}, read by transformers")(_larger)
 
 
 @attack(SIZES, "40 million labels, asked of verify-logits --against transformers")
@@ -150,13 +156,6 @@ for name in ("tokenizer.json", "model.safetensors", "tokenizer_config.json"):
             return Try(["generate", "--model", folder, "--chat", *SAY], signal=number, after=3.0)
 
         attack(SIZES, f"{name} of 45 MB of lists{', then SIGTERM' if number else ''}")(_nested)
-
-
-@attack(SIZES, "2^62 tokens in the vocabulary, read by transformers")
-def _(a: Arena) -> Try:
-    folder = a.model("theirs")
-    edit(folder / "config.json", vocab_size=2**62)
-    return theirs(folder)
 
 
 @attack(SIZES, "2^62 as width, layers, heads")

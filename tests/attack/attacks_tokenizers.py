@@ -59,22 +59,16 @@ def _(a: Arena) -> Try:
     return generate(folder)
 
 
-@attack(TOKENIZERS, "a vocabulary with the id 2^62")
-def _(a: Arena) -> Try:
-    folder = a.model()
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    model["vocab"][next(iter(model["vocab"]))] = 2**62
-    edit(folder / "tokenizer.json", model=model)
-    return generate(folder)
+for what, token in (("2^62", 2**62), ("2^32 - 1", 2**32 - 1)):
 
+    def _far_id(a: Arena, token: int = token) -> Try:
+        folder = a.model()
+        model = json.loads((folder / "tokenizer.json").read_text())["model"]
+        model["vocab"][next(iter(model["vocab"]))] = token
+        edit(folder / "tokenizer.json", model=model)
+        return generate(folder)
 
-@attack(TOKENIZERS, "a vocabulary with the id 2^32 - 1")
-def _(a: Arena) -> Try:
-    folder = a.model()
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    model["vocab"][next(iter(model["vocab"]))] = 2**32 - 1
-    edit(folder / "tokenizer.json", model=model)
-    return generate(folder)
+    attack(TOKENIZERS, f"a vocabulary with the id {what}")(_far_id)
 
 
 @attack(TOKENIZERS, "2,500 tokens of 4,000 characters, of which the library makes a tree")

@@ -243,25 +243,21 @@ def _(a: Arena) -> Try:
     return theirs(folder)
 
 
-@attack(CODE, "a chat template climbs to Python's classes")
-def _(a: Arena) -> Try:
-    folder = a.model("theirs")
-    climbs = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    edit(folder / "tokenizer_config.json", chat_template=climbs)
-    return Try(["generate", "--model", folder, "--chat", *SAY])
+for what, template in (
+    ("climbs to Python's classes", "{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+    (
+        "never ends",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    ),
+    (
+        "writes without end",
+        "{% set x = 'aaaaaaaaaaaaaaaa' * 99999 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+    ),
+):
 
+    def _template(a: Arena, template: str = template) -> Try:
+        folder = a.model("theirs")
+        edit(folder / "tokenizer_config.json", chat_template=template)
+        return Try(["generate", "--model", folder, "--chat", *SAY])
 
-@attack(CODE, "a chat template never ends")
-def _(a: Arena) -> Try:
-    folder = a.model("theirs")
-    long = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    edit(folder / "tokenizer_config.json", chat_template=long)
-    return Try(["generate", "--model", folder, "--chat", *SAY])
-
-
-@attack(CODE, "a chat template writes without end")
-def _(a: Arena) -> Try:
-    folder = a.model("theirs")
-    wide = "{% set x = 'aaaaaaaaaaaaaaaa' * 99999 %}{% for i in range(99999) %}{{ x }}{% endfor %}"
-    edit(folder / "tokenizer_config.json", chat_template=wide)
-    return Try(["generate", "--model", folder, "--chat", *SAY])
+    attack(CODE, f"a chat template {what}")(_template)
