@@ -32,6 +32,8 @@ CACHE_SETTINGS = {
     "paged": ("page",),
 }
 
+IMPLEMENTATIONS = ("kvtool", "transformers")  # whose code runs a model
+
 # Caches of transformers, which verify-cache --impl transformers judges.
 TRANSFORMERS_CACHES = {
     "dynamic": "DynamicCache, with the sliding and linear layers that the configuration asks for",
@@ -44,8 +46,8 @@ TRANSFORMERS_CACHES = {
 TRANSFORMERS_MODELS = {"causal": "causal language models", "seq2seq": "encoder-decoders"}
 
 KERNELS = {
-    "default": "kvtool.core.kernels:DefaultKernels",
-    "exact": "kvtool.core.exact:ExactKernels",
+    "default": "kvtool.core.kernels.default:DefaultKernels",
+    "exact": "kvtool.core.kernels.exact:ExactKernels",
 }
 
 MODELS = {
@@ -56,12 +58,12 @@ MODELS = {
 MOST_LISTED = 12  # names in an error; of more, the nearest are
 
 COMMANDS = {
-    "train-lm": "kvtool.commands.train_lm:command",
-    "train-seq2seq": "kvtool.commands.train_seq2seq:command",
-    "generate": "kvtool.commands.generate:command",
-    "verify-logits": "kvtool.commands.verify_logits:command",
-    "verify-cache": "kvtool.commands.verify_cache:command",
-    "bench": "kvtool.commands.bench:command",
+    "train-lm": "kvtool.commands.train.lm:command",
+    "train-seq2seq": "kvtool.commands.train.seq2seq:command",
+    "generate": "kvtool.commands.generate.command:command",
+    "verify-logits": "kvtool.commands.verify.logits:command",
+    "verify-cache": "kvtool.commands.verify.cache:command",
+    "bench": "kvtool.commands.bench.command:command",
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cli_probe import Ran
-from kvtool.core import timing, traffic
+from kvtool.core.bench import timing, traffic
 from small_models import save_decoder
 
 

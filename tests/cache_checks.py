@@ -23,7 +23,7 @@ from helpers import (
 )
 from kvtool.core.cache import EMPTY, Cache, CacheSpec, Step
 from kvtool.core.cache.none import NoCache
-from kvtool.core.sight import visible
+from kvtool.core.kernels.sight import visible
 from kvtool.errors import CacheOpUnsupported, UsageError
 
 

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import family_cases
-from kvtool.core.chat import Message
+from kvtool.core.text.chat import Message
 
 TURNS: list[list[Message]] = [
     [{"role": "user", "content": "Who are you?"}],

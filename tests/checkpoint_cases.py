@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
-from kvtool.core import checkpoint
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.checkpoint.safetensors_file import DamagedFile
 from kvtool.core.models import Model, build_model
-from kvtool.core.safetensors_file import DamagedFile
-from kvtool.core.text import Tokenizer
+from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.errors import FileError, KvtoolError
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ import torch
 import deaths
 from cli_probe import HANGS
 from deaths import Aim
-from kvtool.core import runs
+from kvtool.core.training import runs
 from training_cases import STEPS, TRAINERS, model, train, unreadable
 
 

@@ -20,8 +20,8 @@ from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 from kvtool import files, folders
-from kvtool.core.runs import RunFolder
-from kvtool.core.train import Trainer
+from kvtool.core.training.runs import RunFolder
+from kvtool.core.training.train import Trainer
 
 KILLED = -signal.SIGKILL
 

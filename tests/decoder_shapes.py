@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kvtool.core.verify.judge import Case, Finding, Judge
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.target import TargetSubject
-from kvtool.core.verify.target_doctor import examine
+from kvtool.core.verify.target.doctor import examine
+from kvtool.core.verify.target.subject import TargetSubject
 
 VOCAB, CONTEXT, LAYERS, HEADS, WIDTH = 19, 64, 2, 2, 16
 

@@ -12,8 +12,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvtool.core import checkpoint
-from kvtool.core.checkpoint import Checkpoint
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.checkpoint.checkpoint import Checkpoint
 from kvtool.core.verify.precision import Promote
 from kvtool.errors import FileError, KvtoolError
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvtool.core import native
 from kvtool.core.cache import Cache, CacheSpec
 from kvtool.core.cache.paged import PagedCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.engine import begin, feed
-from kvtool.core.models import graphs
-from kvtool.core.models.flat import decoding_form
+from kvtool.core.decoding import cuda_graphs as graphs
+from kvtool.core.decoding.engine import begin, feed
+from kvtool.core.decoding.flat import decoding_form
+from kvtool.core.native import arrays as native
 from recorded_steps import Recorder
 from small_models import random_model
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtool.app import main
-from kvtool.core.train import Trainer
+from kvtool.core.training.train import Trainer
 
 at, told, *words = sys.argv[1:]
 EPOCH, REPORT = Trainer._epoch, Trainer._report

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.core.cache import Cache, CacheSpec, Step
-from kvtool.core.engine import feed
+from kvtool.core.cache.quantization import Quantization
+from kvtool.core.decoding.engine import feed
 from kvtool.core.models import Model
-from kvtool.core.quantization import Quantization
 from small_models import random_model
 
 Make = Callable[[CacheSpec, "Tensor | None"], Cache]

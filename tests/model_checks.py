@@ -15,13 +15,13 @@ from torch import Tensor
 
 import kvtool
 from kvtool.config import POSITIONS, ModelConfig
-from kvtool.core import checkpoint
 from kvtool.core.cache import CacheSpec, Step, make_cache
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.engine import feed
-from kvtool.core.kernels import make_kernels
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.decoding.engine import feed
+from kvtool.core.kernels.default import make_kernels
 from kvtool.core.models import Model, build_model
-from kvtool.core.text import Tokenizer
+from kvtool.core.text.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {"n_layers": 2, "d_model": 16, "n_heads": 4, "n_kv_heads": 2, "context": 32}
 SOURCE = {"n_encoder_layers": 1, "source_vocab_size": 23}

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 
 from kvtool.config import ACTIVATIONS, NORMS, POSITIONS, ModelConfig
-from kvtool.core import oracle
+from kvtool.core.reference import oracle
 
 TINY = ModelConfig(vocab_size=11, n_layers=2, d_model=16, n_heads=4, d_ff=24, context=12)
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from kvtool.core.verify import selftest
-from kvtool.core.verify.mutants import Lookalike, Mutant, Planted
-from kvtool.core.verify.selftest import Outcome
+from kvtool.core.verify.mutants import Lookalike, Mutant, Planted, selftest
+from kvtool.core.verify.mutants.selftest import Outcome
 
 TRY_MUTANT, TRY_LOOKALIKE = selftest.try_mutant, selftest.try_lookalike
 FOUND: dict[str, Outcome] = {}

@@ -14,9 +14,9 @@ from torch import Tensor
 from cli_probe import Ran
 from kvtool.app import build_command
 from kvtool.config import ModelConfig
-from kvtool.core import checkpoint
+from kvtool.core.checkpoint import checkpoint
 from kvtool.core.models import Model, build_model
-from kvtool.core.text import Tokenizer
+from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.registry import COMMANDS, load
 
 TEXT = "To be, or not to be, that is the question.\n"

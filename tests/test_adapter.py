@@ -20,8 +20,8 @@ from decoder_shapes import (
 )
 from kvtool.core.verify.judge import BUG, ROUNDING, Case, Judge
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.target import TargetSubject
-from kvtool.core.verify.target_doctor import examine
+from kvtool.core.verify.target.doctor import examine
+from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.errors import UsageError
 
 

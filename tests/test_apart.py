@@ -16,9 +16,9 @@ import typer
 from cli_probe import Ran, refused
 from family_cases import CASES, build, save
 from kvtool import app
-from kvtool.core import checkpoint
-from kvtool.core.chat import read_template
-from kvtool.core.text import Tokenizer
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.text.chat import read_template
+from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.files import shipped_models, weights_folder
 from kvtool.registry import COMMANDS
 from kvtool.registry import load as load_entry

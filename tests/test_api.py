@@ -15,7 +15,7 @@ from cli_probe import HANGS
 from decoder_shapes import VOCAB, Pairs, Stepper, after, joined
 from kvtool.core.verify.api import WrongToken, check_target, decode_case, evidence
 from kvtool.core.verify.judge import BUG, Judge
-from kvtool.core.verify.target import TargetSession, TargetSubject
+from kvtool.core.verify.target.subject import TargetSession, TargetSubject
 from kvtool.errors import CheckFailed, UsageError
 from kvtool.testing import assert_cache_matches
 from small_models import random_model

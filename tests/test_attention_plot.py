@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from cli_probe import Ran, refused
-from kvtool.core import checkpoint
-from kvtool.core.attention_maps import Recorder, cross_attention_weights, labels, visible
 from kvtool.core.cache import CacheSpec, Step, make_cache
-from kvtool.core.engine import feed
-from kvtool.core.exact import EXACT
-from kvtool.core.kernels import DEFAULT
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.decoding.attention_maps import Recorder, cross_attention_weights, labels, visible
+from kvtool.core.decoding.engine import feed
+from kvtool.core.kernels.default import DEFAULT
+from kvtool.core.kernels.exact import EXACT
 from kvtool.core.models import Model
-from kvtool.core.text import BOS, EOS, PAD, UNK, Tokenizer
+from kvtool.core.text.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
 from kvtool.ui import heat_maps
 from small_models import (
     PHONES,

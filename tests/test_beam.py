@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
-from kvtool.core import beam as beam_module
-from kvtool.core.beam import Beam, Hypothesis, beam_search
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.engine import generate
-from kvtool.core.exact import ExactKernels
+from kvtool.core.decoding import beam as beam_module
+from kvtool.core.decoding.beam import Beam, Hypothesis, beam_search
+from kvtool.core.decoding.engine import generate
+from kvtool.core.decoding.sampling import Sampler
+from kvtool.core.kernels.exact import ExactKernels
 from kvtool.core.models import Model
-from kvtool.core.sampling import Sampler
-from kvtool.core.text import BOS, EOS
+from kvtool.core.text.tokenizer import BOS, EOS
 from kvtool.errors import CapacityError, CheckFailed
 from kvtool.registry import CACHES
 from small_models import SIZES, random_model

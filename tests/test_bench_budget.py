@@ -14,8 +14,8 @@ import pytest
 import bench_cases
 from bench_cases import cells
 from cli_probe import Ran
-from kvtool.commands.bench_compare import place
-from kvtool.core import quality
+from kvtool.commands.bench.compare import place
+from kvtool.core.bench import quality
 from kvtool.ui import plots
 from small_models import answer
 

@@ -13,12 +13,12 @@ import bench_cases
 from bench_cases import cells
 from cli_probe import Ran, refused
 from kvtool import files
-from kvtool.commands.bench_report import Report, Row, memory_text
-from kvtool.commands.bench_show import draw
-from kvtool.commands.bench_words import number
-from kvtool.core import timing, traffic
-from kvtool.core.kernels import DefaultKernels
-from kvtool.core.traffic import Bandwidth
+from kvtool.commands.bench.report import Report, Row, memory_text
+from kvtool.commands.bench.show import draw
+from kvtool.commands.bench.words import number
+from kvtool.core.bench import timing, traffic
+from kvtool.core.bench.traffic import Bandwidth
+from kvtool.core.kernels.default import DefaultKernels
 from kvtool.ui import plots
 from small_models import (
     answer,

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cli_probe import Ran, refused
-from kvtool.commands.bench_compare import FOLDER, Limit, compare, differences
-from kvtool.core import timing, traffic
+from kvtool.commands.bench.compare import FOLDER, Limit, compare, differences
+from kvtool.core.bench import timing, traffic
 from kvtool.errors import UsageError
 from kvtool.ui import documents
 from small_models import answer, save_decoder

@@ -16,9 +16,10 @@ import torch
 import bench_cases
 import family_cases
 from cli_probe import Ran, refused
-from kvtool.commands.bench_compare import FOLDER
-from kvtool.core import checkpoint, peers, timing
-from kvtool.core.peers import Agreement, TransformersGenerate, agreement, load_peer
+from kvtool.commands.bench.compare import FOLDER
+from kvtool.core.bench import peers, timing
+from kvtool.core.bench.peers import Agreement, TransformersGenerate, agreement, load_peer
+from kvtool.core.checkpoint import checkpoint
 from kvtool.errors import CheckFailed
 from kvtool.ui import plots
 from small_models import answer, save_decoder, save_seq2seq

@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 
 from cli_probe import Ran, refused
-from kvtool.core import cache_file
 from kvtool.core.cache import CacheSpec, make_cache
-from kvtool.core.cache_file import Origin, common_prefix, load_cache, save_cache
-from kvtool.core.engine import feed
+from kvtool.core.decoding import prompt_cache as cache_file
+from kvtool.core.decoding.engine import feed
+from kvtool.core.decoding.prompt_cache import Origin, common_prefix, load_cache, save_cache
 from kvtool.errors import CacheOpUnsupported, FileError
 from small_models import answer, change_weights, random_model, save_decoder, save_seq2seq
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from chat_cases import OTHERS, SPECIALS, TEMPLATES, TURNS, make_tokenizer
-from kvtool.core import chat
-from kvtool.core.chat import ChatTemplate, Piece, conversation
-from kvtool.core.text import Tokenizer
+from kvtool.core.text import chat
+from kvtool.core.text.chat import ChatTemplate, Piece, conversation
+from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.errors import FileError, UsageError
 
 

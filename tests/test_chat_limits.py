@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtool.core import chat
-from kvtool.core.chat import ChatTemplate, conversation
+from kvtool.core.text import chat
+from kvtool.core.text.chat import ChatTemplate, conversation
 from kvtool.ending import Ended
 from kvtool.errors import UsageError
 

@@ -29,8 +29,9 @@ from checkpoint_cases import (
 )
 from kvtool import reading
 from kvtool.config import ModelConfig
-from kvtool.core import checkpoint, machine
-from kvtool.core.safetensors_file import SafetensorsFile, TensorInfo
+from kvtool.core import machine
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
 
 EMBEDDING, QKV = "embed.tokens.weight", "layers.0.attn.qkv.weight"

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from checkpoint_cases import TINY, load, put_together, refusal, same, saved, take_apart
 from kvtool import reading
-from kvtool.core import checkpoint, safetensors_file
+from kvtool.core.checkpoint import checkpoint, safetensors_file
+from kvtool.core.checkpoint.safetensors_file import SafetensorsFile
 from kvtool.core.models import Model
-from kvtool.core.safetensors_file import SafetensorsFile
 from kvtool.errors import FileError, KvtoolError
 
 QKV = "layers.0.attn.qkv.weight"

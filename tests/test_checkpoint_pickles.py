@@ -18,7 +18,8 @@ import torch
 
 from checkpoint_cases import load, refusal, same, saved
 from kvtool import reading
-from kvtool.core import checkpoint, machine, pickle_walk, pickled_file
+from kvtool.core import machine
+from kvtool.core.checkpoint import checkpoint, pickle_walk, pickled_file
 from kvtool.core.models import Model
 from kvtool.errors import CapacityError, FileError
 

@@ -17,18 +17,20 @@ import pytest
 import torch
 from numba import types
 
-from kvtool.core import compiling, native
-from kvtool.core.kernels import DEFAULT, make_kernels
-from kvtool.core.timing import Workload
+from kvtool.core.bench.timing import Workload
+from kvtool.core.kernels.default import DEFAULT, make_kernels
+from kvtool.core.native import arrays as native
+from kvtool.core.native import compiling
 from kvtool.registry import CACHES
 from kvtool.ui.output import Output
 from small_models import random_model
 
 THREE = """
 import numpy
-from kvtool.core import compiling, numba_kernels
+from kvtool.core.native import compiling
+from kvtool.core.native.compiled import layers
 from numba import float32
-forms = list(numba_kernels.forms(float32, float32))[:3]
+forms = list(layers.forms(float32, float32))[:3]
 compiling.load_all(forms, "it")
 one = numpy.ones((1, 1), "f")
 forms[2][0](one, one, one[0], one.copy(), 1, 1)

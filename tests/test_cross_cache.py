@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvtool.core.attention import CrossAttention
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.engine import feed
+from kvtool.core.decoding.engine import feed
 from kvtool.core.models import Model
+from kvtool.core.models.attention import CrossAttention
 from kvtool.registry import CACHES
 from small_models import random_model
 

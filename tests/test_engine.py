@@ -11,10 +11,10 @@ from torch import Tensor
 
 from kvtool.core.cache import Cache, CacheSpec, Step, make_cache
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.engine import begin, check_context, feed, generate
+from kvtool.core.decoding.engine import begin, check_context, feed, generate
+from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.models import Model
-from kvtool.core.sampling import Sampler
-from kvtool.core.text import BOS
+from kvtool.core.text.tokenizer import BOS
 from kvtool.errors import CapacityError, CheckFailed, UsageError
 from kvtool.registry import CACHES
 from planted_bugs import MUTANTS

@@ -17,12 +17,12 @@ from kvtool.config import ModelConfig
 from kvtool.core.cache import CacheSpec, Step, make_cache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.engine import feed
-from kvtool.core.exact import EXACT, ExactKernels, aligned
-from kvtool.core.kernels import DEFAULT, DefaultKernels, Kernels, reference_attention
-from kvtool.core.layers import MLP
+from kvtool.core.decoding.engine import feed
+from kvtool.core.kernels.default import DEFAULT, DefaultKernels, Kernels, reference_attention
+from kvtool.core.kernels.exact import EXACT, ExactKernels, aligned
+from kvtool.core.kernels.sight import visible
 from kvtool.core.models import Model
-from kvtool.core.sight import visible
+from kvtool.core.models.layers import MLP
 from small_models import random_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

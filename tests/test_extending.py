@@ -21,11 +21,11 @@ from cli_probe import Ran, refused
 from helpers import CASES, Case
 from kvtool import registry
 from kvtool.config import ModelConfig
-from kvtool.core import checkpoint
 from kvtool.core.cache import CacheSpec, cache_class, make_cache
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.decoding.flat import DecodingForm, decoding_form
 from kvtool.core.models import build_model, model_class
-from kvtool.core.models.flat import DecodingForm, decoding_form
-from kvtool.core.text import Tokenizer
+from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.errors import FileError, UsageError
 from small_models import SIZES, TEXT, answer, random_model, save_decoder
 from test_cache_contract import CHECKS

@@ -36,12 +36,14 @@ from family_cases import (
 from helpers import advance
 from kvtool import registry
 from kvtool.config import ModelConfig
-from kvtool.core import checkpoint, engine, oracle
 from kvtool.core.cache import CacheSpec, Step, make_cache
-from kvtool.core.kernels import make_kernels
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.decoding import engine
+from kvtool.core.decoding.sampling import Sampler
+from kvtool.core.kernels.default import make_kernels
 from kvtool.core.models import build_model
-from kvtool.core.sampling import Sampler
-from kvtool.core.text import Tokenizer
+from kvtool.core.reference import oracle
+from kvtool.core.text.tokenizer import Tokenizer
 from small_models import answer
 
 Made = Callable[[str], tuple[Any, Path]]

@@ -17,9 +17,9 @@ from cli_probe import Ran
 from family_cases import CASES, CONTEXT, build, edit, found, load, refusal, save, tokens
 from family_configs import PUBLISHED
 from kvtool.config import RopeScaling
-from kvtool.core import witness
-from kvtool.core.families import FAMILIES
-from kvtool.core.families.fields import HARMLESS, NEUTRAL
+from kvtool.core.checkpoint.families import FAMILIES
+from kvtool.core.checkpoint.families.fields import HARMLESS, NEUTRAL
+from kvtool.core.reference import witness
 from kvtool.errors import FileError
 
 Change = Callable[[dict[str, Any]], object]

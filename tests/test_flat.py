@@ -13,20 +13,20 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvtool import registry
-from kvtool.core import native
 from kvtool.core.cache import Cache, CacheSpec, cache_class, make_cache
 from kvtool.core.cache.dynamic import GRAIN, DynamicCache
 from kvtool.core.cache.paged import PagedCache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.engine import begin, feed, generate
-from kvtool.core.kernels import DEFAULT, make_kernels
-from kvtool.core.layers import Linear
+from kvtool.core.decoding.engine import begin, feed, generate
+from kvtool.core.decoding.flat import decoding_form
+from kvtool.core.decoding.native_decoder import NativeDecoder
+from kvtool.core.decoding.sampling import Sampler
+from kvtool.core.kernels.default import DEFAULT, make_kernels
 from kvtool.core.models import Model
-from kvtool.core.models.flat import decoding_form
-from kvtool.core.models.native_decoder import NativeDecoder
+from kvtool.core.models.layers import Linear
 from kvtool.core.models.seq2seq import Seq2Seq
-from kvtool.core.sampling import Sampler
+from kvtool.core.native import arrays as native
 from small_models import random_model
 
 N, PROMPT = 12, 5

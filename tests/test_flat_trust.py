@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvtool.core import native
 from kvtool.core.cache import Cache, CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.engine import feed, generate
-from kvtool.core.kernels import DEFAULT, DefaultKernels, make_kernels
-from kvtool.core.layers import Linear
+from kvtool.core.decoding.engine import feed, generate
+from kvtool.core.decoding.flat import decoding_form
+from kvtool.core.decoding.native_decoder import AT_ONCE
+from kvtool.core.decoding.sampling import Sampler
+from kvtool.core.kernels.default import DEFAULT, DefaultKernels, make_kernels
 from kvtool.core.models import Model
-from kvtool.core.models.flat import decoding_form
-from kvtool.core.models.native_decoder import AT_ONCE
-from kvtool.core.sampling import Sampler
+from kvtool.core.models.layers import Linear
+from kvtool.core.native import arrays as native
 from kvtool.errors import CapacityError
 from small_models import random_model
 

@@ -189,7 +189,7 @@ def test_a_file_to_resume_from_keeps_what_was_written_before(
 def test_a_failure_is_told_beside_the_error_that_ended_the_work(
     kv: Callable[..., Ran], full: Callable[..., None], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvtool.core import reference
+    from kvtool.core.reference import reference
 
     def fail(*_: object) -> None:
         raise FileError("a model: is gone")

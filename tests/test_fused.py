@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import training_cases
-from kvtool.core import fused
-from kvtool.core.attention import merge_heads
-from kvtool.core.kernels import DEFAULT, reference_attention
-from kvtool.core.layers import Dropout
+from kvtool.core.kernels.default import DEFAULT, reference_attention
+from kvtool.core.models.attention import merge_heads
+from kvtool.core.models.layers import Dropout
+from kvtool.core.native import fused
 from training_cases import check_that_shares_drop_as_the_whole, outcome, stop_and_resume, train
 
 EPS = {torch.float32: 5e-6, torch.bfloat16: 2**-7}  # of the largest; bfloat16 rounds to 2**-9

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from cli_probe import Ran, refused
-from kvtool.commands.generate import Settings, lines_of_results
-from kvtool.commands.generator import Result
+from kvtool.commands.generate.command import lines_of_results
+from kvtool.commands.generate.generator import Result
+from kvtool.commands.generate.settings import Settings
 from kvtool.config import RunConfig
-from kvtool.core import checkpoint
-from kvtool.core.engine import begin
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.decoding.engine import begin
 from small_models import WORDS, answer, save_decoder, save_seq2seq
 
 

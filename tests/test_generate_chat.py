@@ -15,10 +15,10 @@ import generate_cases
 from chat_cases import TEMPLATES, save_instruct, set_generation
 from cli_probe import Ran, refused
 from generate_cases import texts
-from kvtool.commands import generate as command
-from kvtool.commands.generate import continue_all
-from kvtool.commands.generator import Result
-from kvtool.core.text import Tokenizer
+from kvtool.commands.generate import command
+from kvtool.commands.generate.command import continue_all
+from kvtool.commands.generate.generator import Result
+from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.ui.output import Output
 from small_models import answer
 

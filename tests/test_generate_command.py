@@ -15,10 +15,10 @@ import torch
 import generate_cases
 from cli_probe import HANGS, Ran, refused
 from generate_cases import texts
-from kvtool.commands.generate import one_line
-from kvtool.core import checkpoint
-from kvtool.core.kernels import DefaultKernels
-from kvtool.core.text import Tokenizer
+from kvtool.commands.generate.command import one_line
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.kernels.default import DefaultKernels
+from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.registry import CACHES
 from kvtool.ui.output import Output
 from small_models import WORDS, answer, explains_every_option, random_model

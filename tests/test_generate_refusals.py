@@ -10,9 +10,9 @@ import torch
 
 import generate_cases
 from cli_probe import Ran, refused
-from kvtool.commands import prompts
-from kvtool.core import checkpoint
-from kvtool.core.text import Tokenizer
+from kvtool.commands.generate import prompts
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.text.tokenizer import Tokenizer
 from small_models import WORDS, change_weights, random_model, with_nan
 
 decoder, seq2seq, generate, stdin = (

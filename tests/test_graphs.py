@@ -18,13 +18,14 @@ import graph_cases
 from cli_probe import Ran
 from gpu import needs_cuda
 from graph_cases import KINDS, PROMPT, SHAPES, Capturing, Case, N, both
-from kvtool.core import timing
+from kvtool.core.bench import timing
 from kvtool.core.cache import CacheSpec
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.engine import begin, feed, generate
-from kvtool.core.models import Model, graphs
-from kvtool.core.models.flat import DecodingForm, decoding_form
-from kvtool.core.sampling import Sampler
+from kvtool.core.decoding import cuda_graphs as graphs
+from kvtool.core.decoding.engine import begin, feed, generate
+from kvtool.core.decoding.flat import DecodingForm, decoding_form
+from kvtool.core.decoding.sampling import Sampler
+from kvtool.core.models import Model
 from recorded_steps import Recorder, storage
 from small_models import random_model
 

@@ -18,13 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import graph_cases
 from graph_cases import KINDS, PROMPT, SHAPES, Capturing, Case, N, Story, both
-from kvtool.core import compiling
 from kvtool.core.cache import Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.kernels import make_kernels
-from kvtool.core.models import graphs
+from kvtool.core.decoding import cuda_graphs as graphs
+from kvtool.core.kernels.default import make_kernels
+from kvtool.core.native import compiling
 from kvtool.errors import UsageError
 from recorded_steps import Recorder
 

@@ -18,7 +18,7 @@ import bench_cases
 from cli_probe import Ran, refused
 from family_cases import MISTRAL, build, load, save
 from kvtool import registry
-from kvtool.core.text import Tokenizer
+from kvtool.core.text.tokenizer import Tokenizer
 from small_models import TEXT, answer
 
 small_array = bench_cases.small_array

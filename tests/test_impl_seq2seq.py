@@ -15,12 +15,13 @@ pytest.importorskip("transformers")
 
 from cli_probe import Ran
 from kvtool.core.verify.check import Checked
+from kvtool.core.verify.hf.check import check_transformers, load_model, subject_of
+from kvtool.core.verify.hf.library import CAUSAL, SEQ2SEQ, kind_of, known_types
+from kvtool.core.verify.hf.seq2seq import EncoderDecoderSubject
+from kvtool.core.verify.hf.tiny import tiny_config, tiny_model
 from kvtool.core.verify.judge import BUG, NOT_CAUSAL, PRECISION, ROUNDING, UNSUPPORTED, VACUOUS
 from kvtool.core.verify.outcome import Outcome
-from kvtool.core.verify.seq2seq_subject import EncoderDecoderSubject
 from kvtool.core.verify.subject import Source, Start
-from kvtool.core.verify.tiny import CAUSAL, SEQ2SEQ, kind_of, known_types, tiny_config, tiny_model
-from kvtool.core.verify.transformers_subject import check_transformers, load_model, subject_of
 from kvtool.errors import CacheOpUnsupported
 
 FEW = ("decode", "chunks", "padded", "permuted", "two-sources")

@@ -15,18 +15,15 @@ import torch
 pytest.importorskip("transformers")
 
 from cli_probe import Ran, refused
-from kvtool.commands.verify_report import Report, Row
-from kvtool.core.verify import tiny
+from kvtool.commands.verify.report import Report, Row
 from kvtool.core.verify.check import Checked
+from kvtool.core.verify.hf import tiny
+from kvtool.core.verify.hf.check import check_transformers, load_model
+from kvtool.core.verify.hf.library import is_type
+from kvtool.core.verify.hf.subject import TransformersSubject, ordinary_ids
+from kvtool.core.verify.hf.tiny import tiny_config, tiny_model
 from kvtool.core.verify.judge import BUG, NOT_CAUSAL, UNSUPPORTED
 from kvtool.core.verify.outcome import Outcome
-from kvtool.core.verify.tiny import tiny_config, tiny_model
-from kvtool.core.verify.transformers_subject import (
-    TransformersSubject,
-    check_transformers,
-    load_model,
-    ordinary_ids,
-)
 from kvtool.errors import FileError, UsageError
 from kvtool.registry import TRANSFORMERS_CACHES
 
@@ -286,7 +283,7 @@ def test_a_type_that_was_meant_for_transformers_is_told_the_way(
 
 @pytest.mark.parametrize("name", ["vit", "phi3-mini", "weights/phi3", "", "auto"])
 def test_only_a_type_is_called_one(name: str) -> None:
-    assert not tiny.is_type(name)
+    assert not is_type(name)
 
 
 def test_transformers_is_not_imported_for_a_name_that_is_none_of_its(

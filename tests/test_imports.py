@@ -84,7 +84,7 @@ from kvtool import core
 from ..core import engine
 """
     found = set(imports(ast.parse(source), "kvtool.ui"))
-    assert {"torch.nn", "numpy", "kvtool.core", "kvtool.core.engine"} <= found
+    assert {"torch.nn", "numpy", "kvtool.core", "kvtool.core.decoding.engine"} <= found
     assert "transformers" not in found
     assert "numpy" not in set(imports(ast.parse(source), "kvtool.ui", top_level_only=True))
 

@@ -21,8 +21,8 @@ import kvtool
 import terminals
 from cli_probe import Ran
 from kvtool import app
-from kvtool.core import checkpoint
-from kvtool.core.text import Tokenizer
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.ui import documents, inert
 from kvtool.ui.output import Notes, Output
 from kvtool.ui.problems import error_line
@@ -210,7 +210,7 @@ def test_the_app_listens_to_libraries(monkeypatch: pytest.MonkeyPatch, kv: Any) 
     assert called == ["guarded"]
 
 
-PRINTERS = {"ui/output.py", "ui/problems.py", "ui/inert.py", "app.py", "core/chat_worker.py"}
+PRINTERS = {"ui/output.py", "ui/problems.py", "ui/inert.py", "app.py", "core/text/chat_worker.py"}
 
 
 def test_nothing_prints_but_the_sink() -> None:

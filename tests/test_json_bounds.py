@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from kvtool import reading
-from kvtool.core.safetensors_file import SafetensorsFile
-from kvtool.core.text import Tokenizer
-from kvtool.core.weight_files import open_weights
+from kvtool.core.checkpoint.safetensors_file import SafetensorsFile
+from kvtool.core.checkpoint.weight_files import open_weights
+from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.errors import FileError
 
 pytestmark = pytest.mark.usefixtures("signals_as_in_the_app")

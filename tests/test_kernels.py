@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu import needs_cuda
 from kvtool import registry
-from kvtool.core import kernels, native
 from kvtool.core.cache import EMPTY
-from kvtool.core.kernels import (
+from kvtool.core.kernels import default as kernels
+from kvtool.core.kernels.default import (
     DEFAULT,
     SHORT,
     attention_by_products,
@@ -23,7 +23,8 @@ from kvtool.core.kernels import (
     make_kernels,
     reference_attention,
 )
-from kvtool.core.sight import visible
+from kvtool.core.kernels.sight import visible
+from kvtool.core.native import arrays as native
 from kvtool.errors import UsageError
 
 E = EMPTY  # short, for the tables

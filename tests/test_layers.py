@@ -17,9 +17,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvtool.config import ACTIVATIONS, ModelConfig
-from kvtool.core import native
-from kvtool.core.kernels import DEFAULT, reference_attention
-from kvtool.core.layers import ACTIVATION, MLP, LayerNorm, Linear, RMSNorm
+from kvtool.core.kernels.default import DEFAULT, reference_attention
+from kvtool.core.models.layers import ACTIVATION, MLP, LayerNorm, Linear, RMSNorm
+from kvtool.core.native import arrays as native
 from small_models import SIZES, random_model
 
 # What may be wrong after a sum of some tens; half formats are rounded once, at the end.
@@ -243,7 +243,7 @@ def test_who_watches_what_pytorch_does_misses_nothing(served: list[str]) -> None
 def test_without_numba_everything_is_done_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = linear(), torch.randn(1, WIDTH)
     with_numba = layer(x)
-    monkeypatch.setitem(sys.modules, "kvtool.core.numba_kernels", None)
+    monkeypatch.setitem(sys.modules, "kvtool.core.native.compiled.layers", None)
     monkeypatch.setattr(native, "layer_code", native.layer_code.__wrapped__)
     assert not native.serves(x)
     torch.testing.assert_close(layer(x), with_numba)

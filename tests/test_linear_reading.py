@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from kvtool.core.safetensors_file import SafetensorsFile
-from kvtool.core.weight_files import open_weights
+from kvtool.core.checkpoint.safetensors_file import SafetensorsFile
+from kvtool.core.checkpoint.weight_files import open_weights
 from kvtool.errors import FileError
 
 ENTRY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}

@@ -24,9 +24,9 @@ import torch
 import listings
 from bench_cases import small_array  # noqa: F401
 from kvtool import app
-from kvtool.core import timing, traffic
-from kvtool.core.peers import TransformersGenerate
-from kvtool.core.verify import selftest
+from kvtool.core.bench import timing, traffic
+from kvtool.core.bench.peers import TransformersGenerate
+from kvtool.core.verify.mutants import selftest
 from listings import Listing, form, same
 from self_tested import outcome_of
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.core import checkpoint
 from kvtool.core.cache import Step
-from kvtool.core.lm import Blocks, LanguageModelling, score_text, split_text
+from kvtool.core.checkpoint import checkpoint
 from kvtool.core.models import Model
-from kvtool.core.text import Tokenizer
+from kvtool.core.text.tokenizer import Tokenizer
+from kvtool.core.training.lm import Blocks, LanguageModelling, score_text, split_text
 from kvtool.errors import FileError
 from small_models import random_model
 from training_cases import one_thread

@@ -16,7 +16,7 @@ import family_cases
 from cli_probe import Ran
 from kvtool import files
 from kvtool.core.cache import settings_of
-from kvtool.core.verify.hub_folder import read_folder
+from kvtool.core.verify.hf.folder import read_folder
 from kvtool.registry import CACHE_SETTINGS
 from small_models import answer, save_decoder
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from cli_probe import Ran
-from kvtool.core import checkpoint, footprint, machine, quality
+from kvtool.core import footprint, machine
+from kvtool.core.bench import quality
+from kvtool.core.bench.quality import measure_quality
 from kvtool.core.cache import Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.quality import measure_quality
-from kvtool.core.reference import InFloat64
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.reference.reference import InFloat64
 from kvtool.core.verify.judge import Case, Judge
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.errors import pass_on_shortage, short_of_memory

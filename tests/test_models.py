@@ -11,10 +11,10 @@ from torch import Tensor
 
 from kvtool.config import POSITIONS, ModelConfig
 from kvtool.core.cache import Step
-from kvtool.core.layers import Dropout, Linear, sinusoids
 from kvtool.core.models import Model, build_model
+from kvtool.core.models.layers import Dropout, Linear, sinusoids
+from kvtool.core.models.rope import Rotary
 from kvtool.core.models.seq2seq import Seq2Seq
-from kvtool.core.rope import Rotary
 from kvtool.errors import UsageError
 from small_models import random_model
 

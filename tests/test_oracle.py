@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvtool.config import POSITIONS, ModelConfig
-from kvtool.core import oracle
+from kvtool.core.reference import oracle
 from kvtool.errors import FileError
 from oracle_cases import EVERY_CONFIG, IDS, TINY, gap, random_weights
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from kvtool.config import POSITIONS, ModelConfig
-from kvtool.core import oracle
 from kvtool.core.models import build_model
-from kvtool.core.witness import witness, witness_logits
+from kvtool.core.reference import oracle
+from kvtool.core.reference.witness import witness, witness_logits
 from kvtool.errors import UsageError
 from oracle_cases import EVERY_CONFIG, IDS, TINY, gap, random_weights
 
@@ -89,7 +89,7 @@ def test_llama_of_transformers_computes_some_of_it_in_float32(
 ) -> None:
     """Even in float64: the casts that are lifted above are there, and cost 6e-8 each time."""
     pytest.importorskip("transformers")
-    monkeypatch.setattr("kvtool.core.witness.Promote", contextlib.nullcontext)
+    monkeypatch.setattr("kvtool.core.reference.witness.Promote", contextlib.nullcontext)
     assert 1e-9 < witness_gap(LLAMA) < 1e-5
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from cli_probe import HANGS
-from kvtool.core import compiling, numba_tools
+from kvtool.core.native import compiling
+from kvtool.core.native.compiled import tools as numba_tools
 from kvtool.files import model_folder, weights_folder
 from kvtool.outside import STAND, elsewhere, made_private
 from kvtool.ui.plots import loss_plot
@@ -20,10 +21,12 @@ MARK = "import pathlib; pathlib.Path({!r}).touch()\n"
 SETTINGS = """
 import os, sys, pathlib
 {before}
-from kvtool.core import compiling, native
+from kvtool.core.native import compiling
+from kvtool.core.native import arrays as native
 import torch
 assert native.layer_code(torch.float32) is not None
-from kvtool.core import numba_kernels, numba_tools
+from kvtool.core.native.compiled import layers
+from kvtool.core.native.compiled import tools as numba_tools
 import numba
 pathlib.Path(".numba_config.yaml").write_text("opt: 1\\ncache_dir: evil\\n")
 numba.njit(lambda x: x + 1)(1)
@@ -109,10 +112,10 @@ def test_no_module_beside_the_user_is_taken_for_a_library(hostile: Path) -> None
 
 
 SWEEP = """
-from kvtool.core.verify import sweep
+from kvtool.core.verify.hf import sweep
 if __name__ == "__main__":
     sweep.PRELOADED.clear()
-    print(sweep.judge_type(sweep.Task("no-such-type", (), (), 2, 0), 300).verdict)
+    print(sweep.judge_type(Task("no-such-type", (), (), 2, 0), 300).verdict)
 """
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from helpers import Subject, addresses, agree, compilations, storage_nbytes, tokens, write
-from kvtool.core.beam import Beam, beam_search
 from kvtool.core.cache import EMPTY, CacheSpec
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.paged import PagedCache, PagedStep, pages_for
-from kvtool.core.engine import feed
-from kvtool.core.exact import EXACT
+from kvtool.core.decoding.beam import Beam, beam_search
+from kvtool.core.decoding.engine import feed
+from kvtool.core.kernels.exact import EXACT
 from kvtool.errors import CapacityError, UsageError
 from paged_cases import FOURS, PADDED, PLAIN, SPEC, check_contents, check_pages, put, tables
 from small_models import random_model
@@ -261,7 +261,7 @@ def test_beams_share_the_prompt_and_find_what_others_find(monkeypatch: pytest.Mo
     live: list[int] = []
     expected = beam_search(model, prompt, "dynamic", [9], Beam(4, n_best=4))
     with monkeypatch.context() as patch:
-        patch.setattr("kvtool.core.beam.make_cache", make)
+        patch.setattr("kvtool.core.decoding.beam.make_cache", make)
         tell = lambda nbytes: live.append(made[0].pool.n_live)  # noqa: E731
         found = beam_search(model, prompt, "paged", [9], Beam(4, n_best=4), tell=tell)
     assert [h.ids for h in found[0]] == [h.ids for h in expected[0]]

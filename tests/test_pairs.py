@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli_probe import HANGS
-from kvtool.core import machine, pairs
-from kvtool.core.pairs import Pair, Splits, load_cmudict, load_data, read_tsv
+from kvtool.core import machine
+from kvtool.core.training import pairs
+from kvtool.core.training.pairs import Pair, Splits, load_cmudict, load_data, read_tsv
 from kvtool.errors import CapacityError, FileError, UsageError
 
 lzma = pytest.importorskip("lzma")
@@ -152,7 +153,8 @@ def test_a_python_without_lzma_is_told_so(monkeypatch):
 
 
 def test_pairs_and_scores_import_without_torch():
-    code = "import sys, kvtool.core.pairs, kvtool.core.scoring; sys.exit('torch' in sys.modules)"
+    wing = "kvtool.core.training"
+    code = f"import sys, {wing}.pairs, {wing}.scoring; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=HANGS).returncode == 0
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from helpers import Subject, advance, full, storage_nbytes, write
 from kvtool.config import ModelConfig
 from kvtool.core.cache import CacheSpec, Step, cache_class
+from kvtool.core.cache.quantization import Quantization
 from kvtool.core.cache.quantized import Int4Cache, Packed, QuantizedCache
-from kvtool.core.quantization import Quantization
 from kvtool.errors import UsageError
 from quantized_cases import (
     KINDS,

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvtool.core.cache import cache_class
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.quantized import Int4Cache, Int8Cache, Packed
-from kvtool.core.exact import EXACT
+from kvtool.core.kernels.exact import EXACT
 from kvtool.core.verify.check import small
 from kvtool.core.verify.judge import Case, Judge
 from kvtool.core.verify.mutants.mutant import SIZES

@@ -14,9 +14,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from kvtool.core import machine, oracle, reference, reference_file
+from kvtool.core import machine
 from kvtool.core.models import Model
-from kvtool.core.reference import Reference
+from kvtool.core.reference import oracle, reference, reference_file
+from kvtool.core.reference.reference import Reference
 from kvtool.errors import CapacityError, FileError, UsageError
 from small_models import random_model
 

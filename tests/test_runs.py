@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvtool.core import runs
-from kvtool.core.runs import RunFolder
+from kvtool.core.training import runs
+from kvtool.core.training.runs import RunFolder
 from kvtool.errors import FileError
 from training_cases import STEPS, TEXT, Hook, outcome, task, train
 

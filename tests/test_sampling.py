@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvtool.core.sampling import Sampler, require_finite
+from kvtool.core.decoding.sampling import Sampler, require_finite
 from kvtool.errors import CheckFailed
 
 PROBS = torch.tensor([[0.5, 0.25, 0.15, 0.1]])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtool.core.scoring import Score, detokenize, score_sequences, score_translations
+from kvtool.core.training.scoring import Score, detokenize, score_sequences, score_translations
 from kvtool.errors import UsageError
 
 steady = settings(derandomize=True, deadline=None, database=None)

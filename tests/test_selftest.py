@@ -9,9 +9,10 @@ import dataclasses
 import pytest
 import torch
 
-from kvtool.core.verify import hypotheses, judge, locate, selftest
-from kvtool.core.verify.hypotheses import HYPOTHESES, UNKNOWN
-from kvtool.core.verify.mutants import LOOKALIKES, MUTANTS, Lookalike, Mutant, Planted
+from kvtool.core.verify import judge
+from kvtool.core.verify.diagnosis import hypotheses, locate
+from kvtool.core.verify.diagnosis.hypotheses import HYPOTHESES, UNKNOWN
+from kvtool.core.verify.mutants import LOOKALIKES, MUTANTS, Lookalike, Mutant, Planted, selftest
 from kvtool.core.verify.scenarios import SCENARIOS
 from self_tested import outcome_of
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kvtool import app
-from kvtool.core import checkpoint, oracle, reference
-from kvtool.core.witness import witness, witness_logits
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.reference import oracle, reference
+from kvtool.core.reference.witness import witness, witness_logits
 from kvtool.files import DEFAULT_MODEL, shipped_models, weights_folder
 from kvtool.reading import sha256
 from oracle_cases import gap

@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from helpers import CASES, TOLERANCE, VOCAB, Case, tokens
-from kvtool.core import kernels, sight
 from kvtool.core.cache import Cache, CacheSpec, Step, cache_class
-from kvtool.core.engine import advance
-from kvtool.core.kernels import DEFAULT, Kernels, make_kernels
+from kvtool.core.cache.quantization import Quantization
+from kvtool.core.decoding.engine import advance
+from kvtool.core.kernels import default as kernels
+from kvtool.core.kernels import sight
+from kvtool.core.kernels.default import DEFAULT, Kernels, make_kernels
+from kvtool.core.kernels.sight import Sight, sees, visible, whole
 from kvtool.core.models import Model
-from kvtool.core.quantization import Quantization
-from kvtool.core.sight import Sight, sees, visible, whole
 from small_models import random_model
 from test_cache_contract import KINDS
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from kvtool import ending, files
-from kvtool.core import runs
-from kvtool.core.runs import RunFolder
+from kvtool.core.training import runs
+from kvtool.core.training.runs import RunFolder
 from kvtool.errors import FileError
 from test_runs import opened, refusal, states
 from training_cases import outcome, train

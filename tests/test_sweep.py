@@ -16,13 +16,14 @@ import torch
 pytest.importorskip("transformers")
 
 from cli_probe import HANGS, Ran, refused
-from kvtool.core.verify import sweep
 from kvtool.core.verify.check import Checked
 from kvtool.core.verify.compare import Gap
+from kvtool.core.verify.hf import sweep
+from kvtool.core.verify.hf.sweep import judge_type
+from kvtool.core.verify.hf.sweep_worker import judge, summary
+from kvtool.core.verify.hf.task import Swept, Task
 from kvtool.core.verify.judge import Finding
 from kvtool.core.verify.kept import Kept
-from kvtool.core.verify.sweep import Swept, Task, judge_type
-from kvtool.core.verify.sweep_worker import judge, summary
 from kvtool.errors import FileError
 
 RIGHT = Swept("gpt2", "rounding", True, gap=2e-7, gap_float64=5e-16, seconds=1.5)
@@ -296,7 +297,7 @@ def test_a_sweep_that_is_ended_tells_what_it_has_and_goes_on(
 def test_a_sweep_refuses_results_of_other_settings(
     swept: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvtool.core.verify import transformers_subject
+    from kvtool.core.verify.hf import library
 
     assert swept("--types", "gpt2").code == 0
     for options, words in (
@@ -305,7 +306,7 @@ def test_a_sweep_refuses_results_of_other_settings(
         (("--time-limit", "7"), "time_limit was 60.0 and is now 7.0"),
     ):
         assert words in refused(swept("--types", "gpt2", *options))
-    monkeypatch.setattr(transformers_subject, "need_transformers", lambda: "1.0")
+    monkeypatch.setattr(library, "need_transformers", lambda: "1.0")
     assert "and is now '1.0'" in refused(swept("--types", "gpt2"))
 
 

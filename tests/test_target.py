@@ -23,8 +23,8 @@ from decoder_shapes import (
 )
 from kvtool.core.verify.judge import BUG, ERROR, PRECISION, ROUNDING, VACUOUS
 from kvtool.core.verify.subject import Start
-from kvtool.core.verify.target import TargetSubject
-from kvtool.core.verify.target_doctor import UNNAMED
+from kvtool.core.verify.target.doctor import UNNAMED
+from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.ending import End, Ended
 from kvtool.errors import UsageError
 

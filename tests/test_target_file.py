@@ -8,8 +8,8 @@ import pytest
 
 from kvtool.core.verify.judge import BUG, ROUNDING, Case, Judge
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.target_doctor import examine
-from kvtool.core.verify.target_file import target_subject
+from kvtool.core.verify.target.doctor import examine
+from kvtool.core.verify.target.file import target_subject
 from kvtool.errors import FileError, KvtoolError, UsageError
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "my_decoder.py"

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from cli_probe import HANGS
-from kvtool.core import runs
-from kvtool.core.team import ALONE, Share
+from kvtool.core.training import runs
+from kvtool.core.training.team import ALONE, Share
 from kvtool.reading import sha256
 from training_cases import check_that_shares_drop_as_the_whole
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtool.core.runs import RunFolder
+from kvtool.core.training.runs import RunFolder
 from kvtool.errors import FileError
 from training_cases import Hook, outcome, train
 

@@ -11,8 +11,9 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvtool.core import machine, text
-from kvtool.core.text import BOS, EOS, KINDS, PAD, SPECIALS, UNK, Tokenizer, guess_kind
+from kvtool.core import machine
+from kvtool.core.text import tokenizer as text
+from kvtool.core.text.tokenizer import BOS, EOS, KINDS, PAD, SPECIALS, UNK, Tokenizer, guess_kind
 from kvtool.errors import CapacityError, FileError, UsageError
 
 TEXTS = ["the cat sat on the mat.", "a b\tc", 'naïve <pad> "quotes" 日本語 🙂', "don't"]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvtool.core import timing
+from kvtool.core.bench import timing
+from kvtool.core.bench.timing import Cell, Lane, Measurement, Run, Workload, crossover, speedups
 from kvtool.core.cache import make_cache
-from kvtool.core.timing import Cell, Lane, Measurement, Run, Workload, crossover, speedups
 from kvtool.ending import until_ended
 from kvtool.registry import CACHES
 from small_models import random_model

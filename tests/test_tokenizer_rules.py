@@ -19,10 +19,10 @@ import tokenizers
 import torch
 
 from cli_probe import HANGS
-from kvtool.core import checkpoint
-from kvtool.core.text import Tokenizer
-from kvtool.core.tokenizer_calls import Asking
-from kvtool.core.tokenizer_rules import LONGEST_TOKEN, MOST_MADE
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.text.calls import Asking
+from kvtool.core.text.rules import LONGEST_TOKEN, MOST_MADE
+from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.errors import FileError, KvtoolError, UsageError
 from small_models import save_decoder
 
@@ -478,7 +478,7 @@ SLOW = """
 import sys
 from pathlib import Path
 from kvtool import ending
-from kvtool.core.text import Tokenizer
+from kvtool.core.text.tokenizer import Tokenizer
 ending.listen()
 tokenizer = Tokenizer.load(Path(sys.argv[1]))
 print("go", flush=True)

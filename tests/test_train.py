@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from kvtool.config import SCHEDULES, TrainLength
-from kvtool.core.runs import RunFolder
-from kvtool.core.train import FLOOR, LOG_EVERY, Trainer, learning_rate
+from kvtool.core.training.runs import RunFolder
+from kvtool.core.training.train import FLOOR, LOG_EVERY, Trainer, learning_rate
 from kvtool.errors import UsageError
 from training_cases import (
     STEPS,

@@ -18,10 +18,10 @@ import torch
 import training_commands as commands
 from cli_probe import refused
 from kvtool import ending
-from kvtool.commands.train_lm import opening
+from kvtool.commands.train.lm import opening
 from kvtool.core import machine
-from kvtool.core.text import Tokenizer
-from kvtool.core.train import Trainer
+from kvtool.core.text.tokenizer import Tokenizer
+from kvtool.core.training.train import Trainer
 from kvtool.reading import sha256
 from kvtool.ui import plots
 from small_models import answer, explains_every_option

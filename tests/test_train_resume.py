@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from kvtool import ending
-from kvtool.core import checkpoint
-from kvtool.core.runs import RunFolder
-from kvtool.core.train import Trainer
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.training.runs import RunFolder
+from kvtool.core.training.train import Trainer
 from kvtool.errors import CheckFailed
 from kvtool.ui.progress import Progress
 from training_cases import (

@@ -14,16 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.core import beam, checkpoint, translation
-from kvtool.core.exact import EXACT
-from kvtool.core.kernels import DefaultKernels
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.decoding import beam
+from kvtool.core.kernels.default import DefaultKernels
+from kvtool.core.kernels.exact import EXACT
 from kvtool.core.models import Model
-from kvtool.core.pairs import PHONES, Pair, Splits, load_cmudict
-from kvtool.core.runs import RunFolder
-from kvtool.core.scoring import Score
-from kvtool.core.text import BOS, EOS, KINDS, PAD, Tokenizer
-from kvtool.core.train import Trainer
-from kvtool.core.translation import Translation, check_sources, pad, target_limit, translate
+from kvtool.core.text.tokenizer import BOS, EOS, KINDS, PAD, Tokenizer
+from kvtool.core.training import translation
+from kvtool.core.training.pairs import PHONES, Pair, Splits, load_cmudict
+from kvtool.core.training.runs import RunFolder
+from kvtool.core.training.scoring import Score
+from kvtool.core.training.train import Trainer
+from kvtool.core.training.translation import (
+    Translation,
+    check_sources,
+    pad,
+    target_limit,
+    translate,
+)
 from kvtool.errors import CapacityError, FileError, KvtoolError
 from kvtool.registry import CACHES
 from kvtool.ui.progress import Progress

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from cli_probe import Ran, refused
 from kvtool import registry
-from kvtool.commands.verify_report import Report, Row
-from kvtool.commands.verify_table import table
+from kvtool.commands.verify.report import Report, Row
+from kvtool.commands.verify.table import table
 from kvtool.core import verify
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.verify.check import Checked

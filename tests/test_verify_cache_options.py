@@ -172,7 +172,7 @@ def test_an_empty_target_is_refused(kv: Callable[..., Ran]) -> None:
 def test_the_self_test_prints_what_was_planted_and_exits_by_it(
     kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvtool.core.verify import selftest
+    from kvtool.core.verify.mutants import selftest
 
     few = tuple(m for m in selftest.MUTANTS if m.bug_class in (1, 12))[:4]
     monkeypatch.setattr(selftest, "MUTANTS", few)

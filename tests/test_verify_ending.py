@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from cli_probe import Ran, refused
-from kvtool.commands import verify_rows
-from kvtool.commands.verify_report import Row
+from kvtool.commands.verify import rows as verify_rows
+from kvtool.commands.verify.report import Row
 from kvtool.core.verify import judge as judging
-from kvtool.core.verify import locate, selftest
 from kvtool.core.verify.check import Checked
-from kvtool.core.verify.mutants import MUTANTS
+from kvtool.core.verify.diagnosis import locate
+from kvtool.core.verify.mutants import MUTANTS, selftest
 from kvtool.core.verify.mutants.contents import ReadsLayerZero
 from kvtool.core.verify.scenarios import SCENARIOS, Lane
 from kvtool.errors import FileError
@@ -255,7 +255,7 @@ def test_a_bug_that_was_being_located_is_found_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from kvtool import registry
-    from kvtool.core.verify import doctor
+    from kvtool.core.verify.diagnosis import doctor
 
     place = f"{ReadsLayerZero.__module__}:{ReadsLayerZero.__name__}"
     monkeypatch.setitem(registry.CACHES, "static", place)

@@ -12,8 +12,8 @@ from torch import Tensor
 from kvtool.core.cache import Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.none import NoCache
-from kvtool.core.exact import EXACT
-from kvtool.core.kernels import DefaultKernels
+from kvtool.core.kernels.default import DefaultKernels
+from kvtool.core.kernels.exact import EXACT
 from kvtool.core.verify.check import small
 from kvtool.core.verify.judge import (
     BUG,
@@ -32,9 +32,9 @@ from kvtool.core.verify.judge import (
 from kvtool.core.verify.mutants.contents import NaNBelowFloat64, StoresLower, WrongBelowFloat64
 from kvtool.core.verify.mutants.lookalikes import LowSoftmax
 from kvtool.core.verify.mutants.mutant import moved
+from kvtool.core.verify.mutants.selftest import one_thread
 from kvtool.core.verify.mutants.slots import NaNBehind
 from kvtool.core.verify.scenarios import PREFILL, SCENARIOS, STEPS
-from kvtool.core.verify.selftest import one_thread
 from kvtool.core.verify.subject import ModelSession
 from kvtool.errors import CacheOpUnsupported, CheckFailed
 from verify_subjects import MODELS, ROTARY, STORING, judged, subject

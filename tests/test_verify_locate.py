@@ -12,19 +12,19 @@ from torch import Tensor
 
 from kvtool.core.cache import Step
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.kernels import DefaultKernels
+from kvtool.core.kernels.default import DefaultKernels
 from kvtool.core.verify.compare import distances
-from kvtool.core.verify.doctor import BEYOND, examine
-from kvtool.core.verify.hypotheses import HEALED, HYPOTHESES, UNKNOWN, explain, reproduces
-from kvtool.core.verify.hypotheses.positions import OneTooFar
+from kvtool.core.verify.diagnosis.doctor import BEYOND, examine
+from kvtool.core.verify.diagnosis.hypotheses import HEALED, HYPOTHESES, UNKNOWN, explain, reproduces
+from kvtool.core.verify.diagnosis.hypotheses.positions import OneTooFar
+from kvtool.core.verify.diagnosis.locate import Place, Record, Recorder, locate, ranges
+from kvtool.core.verify.diagnosis.tape import Tape
 from kvtool.core.verify.judge import ROUNDING_64, UNSUPPORTED, Case, Diagnosis, Judge, Played, play
-from kvtool.core.verify.locate import Place, Record, Recorder, locate, ranges
 from kvtool.core.verify.mutants.mutant import moved
+from kvtool.core.verify.mutants.selftest import one_thread
 from kvtool.core.verify.mutants.windows import windowed
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.selftest import one_thread
 from kvtool.core.verify.subject import ModelSession
-from kvtool.core.verify.tape import Tape
 from verify_subjects import MODELS, ROTARY, judged, subject
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cli_probe import Ran, refused
-from kvtool.core import reference
-from kvtool.core.reference import Reference
-from kvtool.core.text import Tokenizer
+from kvtool.core.reference import reference
+from kvtool.core.reference.reference import Reference
+from kvtool.core.text.tokenizer import Tokenizer
 from small_models import (
     answer,
     change_weights,

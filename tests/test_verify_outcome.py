@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvtool.commands.verify_report import Report, Row
+from kvtool.commands.verify.report import Report, Row
 from kvtool.core.verify import api
 from kvtool.core.verify.check import Checked
 from kvtool.core.verify.compare import Gap

@@ -15,8 +15,8 @@ from kvtool.core.verify import subject as subjects
 from kvtool.core.verify.api import decode_case
 from kvtool.core.verify.check import check_model, control
 from kvtool.core.verify.judge import BUG, Case, Judge, play
+from kvtool.core.verify.mutants.selftest import one_thread
 from kvtool.core.verify.scenarios import SCENARIOS, Run
-from kvtool.core.verify.selftest import one_thread
 from kvtool.core.verify.subject import Formats, ModelSession, Start
 from small_models import random_model
 from verify_subjects import MODELS, judged, subject

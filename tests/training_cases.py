@@ -17,14 +17,15 @@ from torch import Tensor
 
 from kvtool import reading
 from kvtool.config import ModelConfig, TrainConfig, TrainLength
-from kvtool.core import checkpoint, runs
-from kvtool.core.layers import Dropout, deal_rows
-from kvtool.core.lm import LanguageModelling
+from kvtool.core.checkpoint import checkpoint
 from kvtool.core.models import Model, build_model
-from kvtool.core.runs import RunFolder
-from kvtool.core.team import Share
-from kvtool.core.text import Tokenizer
-from kvtool.core.train import Position, Trainer
+from kvtool.core.models.layers import Dropout, deal_rows
+from kvtool.core.text.tokenizer import Tokenizer
+from kvtool.core.training import runs
+from kvtool.core.training.lm import LanguageModelling
+from kvtool.core.training.runs import RunFolder
+from kvtool.core.training.team import Share
+from kvtool.core.training.train import Position, Trainer
 from kvtool.errors import KvtoolError
 from kvtool.ui.progress import Progress
 

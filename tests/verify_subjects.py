@@ -9,7 +9,7 @@ import torch
 
 from kvtool.core.cache import cache_class
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.verify.doctor import examine
+from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.judge import Case, Finding, Judge
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import Make, ModelSession, ModelSubject

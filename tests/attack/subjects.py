@@ -14,8 +14,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 from kvtool import app
-from kvtool.core import checkpoint
-from kvtool.core.text import Tokenizer
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.text.tokenizer import Tokenizer
 from small_models import save_decoder, save_seq2seq
 
 PAIRS = "".join(f"word{i}\tW O {i}\n" for i in range(30))

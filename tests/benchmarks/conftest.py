@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvtool.config import ModelConfig
-from kvtool.core import checkpoint
+from kvtool.core.checkpoint import checkpoint
 from kvtool.core.models import Model, build_model
 from kvtool.files import DEFAULT_MODEL, weights_folder
 

@@ -21,15 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu import needs_cuda
 from kvtool.config import ModelConfig
+from kvtool.core.bench.peers import TransformersGenerate, load_peer
+from kvtool.core.bench.timing import now
+from kvtool.core.bench.traffic import weights_read
 from kvtool.core.cache import Cache, CacheSpec, make_cache
-from kvtool.core.engine import feed, generate
-from kvtool.core.kernels import attention_of_one
-from kvtool.core.models import Model, build_model, graphs
-from kvtool.core.models.flat import decoding_form
-from kvtool.core.peers import TransformersGenerate, load_peer
-from kvtool.core.sampling import Sampler
-from kvtool.core.timing import now
-from kvtool.core.traffic import weights_read
+from kvtool.core.decoding import cuda_graphs as graphs
+from kvtool.core.decoding.engine import feed, generate
+from kvtool.core.decoding.flat import decoding_form
+from kvtool.core.decoding.sampling import Sampler
+from kvtool.core.kernels.default import attention_of_one
+from kvtool.core.models import Model, build_model
 
 N_PROMPT, N_NEW, ROUNDS = 128, 128, 7
 COPIED = 2**30  # bytes; far more than a GPU's caches hold

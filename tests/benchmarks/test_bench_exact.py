@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kvtool import registry
 from kvtool.core.cache import CacheSpec, Step, make_cache
-from kvtool.core.engine import feed
-from kvtool.core.kernels import make_kernels
+from kvtool.core.decoding.engine import feed
+from kvtool.core.decoding.flat import decoding_form
+from kvtool.core.kernels.default import make_kernels
 from kvtool.core.models import Model
-from kvtool.core.models.flat import decoding_form
 
 LENGTHS = [10, 100, 500, 1000]
 MOST = 2.0  # times the default kernels' time; docs/exact.md has what was measured

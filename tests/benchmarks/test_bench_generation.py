@@ -10,9 +10,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from kvtool import registry
 from kvtool.core.cache import Cache, CacheSpec, make_cache
-from kvtool.core.engine import generate
+from kvtool.core.decoding.engine import generate
+from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.models import Model
-from kvtool.core.sampling import Sampler
 
 N_PROMPT = 16
 ROUNDS = {10: 20, 50: 10, 100: 6, 300: 3}  # tokens -> how often they are generated

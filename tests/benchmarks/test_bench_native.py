@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from kvtool.core import native
-from kvtool.core.kernels import DEFAULT
+from kvtool.core.kernels.default import DEFAULT
+from kvtool.core.native import arrays as native
 
 SHAPES = [(256, 1024), (1024, 256), (256, 4096), (768, 3072), (2048, 5632)]  # in, out
 MORE_THAN_L2 = 2**23  # bytes

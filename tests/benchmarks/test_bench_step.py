@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kvtool import registry
 from kvtool.core.cache import CacheSpec, Step, cache_class
-from kvtool.core.engine import feed
+from kvtool.core.decoding.engine import feed
+from kvtool.core.decoding.flat import decoding_form
 from kvtool.core.models import Model
-from kvtool.core.models.flat import decoding_form
 
 LENGTHS = [16, 130, 520, 1000]  # at 128 and 512 a group is filled and quantized, as one in 32 is
 

@@ -17,15 +17,15 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
-from kvtool.core import fused
-from kvtool.core.layers import sinusoids
-from kvtool.core.lm import Blocks, LanguageModelling
 from kvtool.core.models import build_model
 from kvtool.core.models.decoder import Decoder
+from kvtool.core.models.layers import sinusoids
 from kvtool.core.models.seq2seq import Seq2Seq
-from kvtool.core.pairs import load_cmudict
-from kvtool.core.text import BOS, Tokenizer
-from kvtool.core.translation import Translation, pad
+from kvtool.core.native import fused
+from kvtool.core.text.tokenizer import BOS, Tokenizer
+from kvtool.core.training.lm import Blocks, LanguageModelling
+from kvtool.core.training.pairs import load_cmudict
+from kvtool.core.training.translation import Translation, pad
 
 PAIRS = 4000  # of the dictionary
 SEQ2SEQ_TOKENS, LM_TOKENS, LM_CONTEXT = 2048, 4608, 1152  # of the commands' defaults

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from kvtool.config import ModelConfig
 from kvtool.core.cache.places import Fixed, InPlace, laid_open, none_of_each
-from kvtool.core.kernels import DEFAULT, Kernels
-from kvtool.core.native import Array
-from kvtool.core.quantization import Quantization
-from kvtool.core.sight import Sight, sees
+from kvtool.core.cache.quantization import Quantization
+from kvtool.core.kernels.default import DEFAULT, Kernels
+from kvtool.core.kernels.sight import Sight, sees
+from kvtool.core.native.arrays import Array
 from kvtool.errors import CapacityError, UsageError
 
 # How a cache stores and reads.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
 from kvtool.core.cache.places import InPlace
-from kvtool.core.sight import sees
+from kvtool.core.kernels.sight import sees
 
 
 class BufferedCache(Cache):

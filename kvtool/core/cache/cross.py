@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvtool.core import native
 from kvtool.core.cache.base import CacheSpec
 from kvtool.core.cache.places import laid_open
-from kvtool.core.kernels import Kernels
-from kvtool.core.native import Array
+from kvtool.core.kernels.default import Kernels
+from kvtool.core.native import arrays as native
+from kvtool.core.native.arrays import Array
 
 
 class InPlaceSource(NamedTuple):

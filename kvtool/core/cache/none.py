@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvtool.core.cache.base import Bytes, Cache, CacheSpec, Step
-from kvtool.core.sight import sees
+from kvtool.core.kernels.sight import sees
 from kvtool.errors import CacheOpUnsupported
 
 

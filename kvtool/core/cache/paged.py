@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtool.config import check_int
 from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
 from kvtool.core.cache.places import Fixed, InPlace
-from kvtool.core.sight import sees
+from kvtool.core.kernels.sight import sees
 from kvtool.errors import CapacityError
 
 PAGE = 16  # tokens

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtool.core.native import Array
+from kvtool.core.native.arrays import Array
 
 
 class InPlace(NamedTuple):
@@ -25,7 +25,7 @@ class InPlace(NamedTuple):
     window: int  # how many positions a token sees, its own included; 0: all before it
     sinks: Array  # (B,2) and besides, the columns from one to another
     # Where what is met quantized is, before the others: (6,layers) the addresses of codes, scales
-    # and zero points of keys, and of values, and how they are packed, as numba_quantized has it.
+    # and zero points of keys, and of values, and how they are packed, as compiled/codes.py has it.
     codes: Array = np.empty((6, 0), np.int64)
     packings: Array = np.array([[0, 1, 1, 1, 1]] * 2)
     exact: int = 0  # the first column that is met besides

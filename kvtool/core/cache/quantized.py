@@ -14,8 +14,8 @@ from kvtool.config import check_int
 from kvtool.core.cache.base import Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.places import InPlace, is_readable
-from kvtool.core.quantization import Quantization
-from kvtool.core.sight import sees
+from kvtool.core.cache.quantization import Quantization
+from kvtool.core.kernels.sight import sees
 from kvtool.errors import CacheOpUnsupported, UsageError
 
 GROUP, RESIDUAL = 32, 32  # KIVI has groups of 32 and keeps up to 128, for longer texts
@@ -82,7 +82,7 @@ class Packed:
         return wide.to(scale.dtype).flatten(self.dim, self.dim + 1)
 
     def packing(self, n: int) -> tuple[int, int, int, int, int]:
-        """As numba_quantized.read_codes has it, for the first n columns."""
+        """As compiled.codes.read_codes has it, for the first n columns."""
         shared = (self.size, 1) if self.dim == 2 else (1, self.size)  # by tokens, and channels
         return n, self.codes.shape[2] * self.per_byte, self.per_byte, *shared
 

@@ -13,7 +13,7 @@ from kvtool.config import check_int
 from kvtool.core.cache.base import EMPTY, Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.places import InPlace
-from kvtool.core.sight import sees
+from kvtool.core.kernels.sight import sees
 from kvtool.errors import CacheOpUnsupported
 
 

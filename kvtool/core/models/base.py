@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kvtool.config import ModelConfig
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.kernels import DEFAULT, Kernels
+from kvtool.core.kernels.default import DEFAULT, Kernels
 
 
 class Model(nn.Module):

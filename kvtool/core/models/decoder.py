@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
-from kvtool.core.attention import CrossAttention, SelfAttention
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.layers import MLP, Dropout, Linear, TokenEmbedding, make_norm
+from kvtool.core.models.attention import CrossAttention, SelfAttention
 from kvtool.core.models.base import Model
-from kvtool.core.rope import Rotary
+from kvtool.core.models.layers import MLP, Dropout, Linear, TokenEmbedding, make_norm
+from kvtool.core.models.rope import Rotary
 
 
 class Block(nn.Module):

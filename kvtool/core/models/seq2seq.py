@@ -7,13 +7,13 @@ from typing import cast
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
-from kvtool.core.attention import CrossAttention
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.kernels import DEFAULT, Kernels
-from kvtool.core.layers import Dropout, TokenEmbedding, make_norm
+from kvtool.core.kernels.default import DEFAULT, Kernels
+from kvtool.core.models.attention import CrossAttention
 from kvtool.core.models.base import Model
 from kvtool.core.models.decoder import Block, Decoder, make_rotary
+from kvtool.core.models.layers import Dropout, TokenEmbedding, make_norm
 
 
 class Encoder(nn.Module):

@@ -19,8 +19,8 @@ from kvtool.core.verify.judge import Case, Finding, Judge
 from kvtool.core.verify.outcome import Outcome, Summary
 from kvtool.core.verify.scenarios import PREFILL, SCENARIOS
 from kvtool.core.verify.subject import Formats, Session, Start
-from kvtool.core.verify.target import TargetSession, TargetSubject
-from kvtool.core.verify.target_doctor import examine
+from kvtool.core.verify.target.doctor import examine
+from kvtool.core.verify.target.subject import TargetSession, TargetSubject
 from kvtool.errors import UsageError
 
 OWN = "own"  # the kernels of a decoder that brings its own
@@ -132,7 +132,7 @@ def verify(
     """Compare a decoder's cached with its uncached logits: bug or rounding, where, and what.
 
     model: a model of kvtool's, an nn.Module, or an object with full and step as documented in
-    kvtool.core.verify.target. It is not changed: a copy of it is checked.
+    kvtool.core.verify.target.subject. It is not changed: a copy of it is checked.
     ids: what to decode (N,) or (1,N), the last `tokens` of it one by one, at most half; else they
     are random. scenarios: names of SCENARIOS, all by default. dtype: the working format, the
     model's own by default. caches: kinds for a model of kvtool's, all by default. vocab_size,

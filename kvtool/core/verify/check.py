@@ -13,11 +13,11 @@ from torch import Tensor
 from kvtool import registry
 from kvtool.core.cache import Cache, CacheSpec, Step, cache_class, make_cache
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.engine import begin, check_context, generate
-from kvtool.core.kernels import make_kernels
+from kvtool.core.decoding.engine import begin, check_context, generate
+from kvtool.core.decoding.sampling import Sampler
+from kvtool.core.kernels.default import make_kernels
 from kvtool.core.models import Model
-from kvtool.core.sampling import Sampler
-from kvtool.core.verify.doctor import examine
+from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.judge import Case, Finding, Judge
 from kvtool.core.verify.outcome import ROUNDING, Outcome, outcome
 from kvtool.core.verify.scenarios import SCENARIOS

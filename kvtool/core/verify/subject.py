@@ -13,10 +13,10 @@ from torch import Tensor
 from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.engine import feed
-from kvtool.core.kernels import DEFAULT, Kernels
+from kvtool.core.decoding.engine import feed
+from kvtool.core.decoding.flat import decoding_form
+from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.models import Model
-from kvtool.core.models.flat import decoding_form
 
 # What a subject may be able to do; a scenario names those that it needs.
 ABILITIES = (

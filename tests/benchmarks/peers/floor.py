@@ -7,13 +7,13 @@ import time
 import numba
 import numpy as np
 
-from kvtool.core import native
-from kvtool.core.layers import Linear
+from kvtool.core.bench.timing import Run
+from kvtool.core.decoding.native_decoder import linear_record
 from kvtool.core.models import Model
-from kvtool.core.models.native_decoder import linear_record
-from kvtool.core.numba_decoder import LINEAR, through
-from kvtool.core.numba_tools import Array, compiled
-from kvtool.core.timing import Run
+from kvtool.core.models.layers import Linear
+from kvtool.core.native import arrays as native
+from kvtool.core.native.compiled.decoder import LINEAR, through
+from kvtool.core.native.compiled.tools import Array, compiled
 
 
 class Floor:

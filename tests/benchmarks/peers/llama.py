@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtool.core.bench.timing import Run
 from kvtool.core.models import Model
-from kvtool.core.timing import Run
 
 # Of each block: our names and those of GGUF's GPT-2.
 NAMES = {

@@ -15,13 +15,13 @@ from llama import LlamaCpp, write_gguf
 from torch import Tensor
 
 from kvtool.config import ModelConfig
+from kvtool.core.bench.peers import TransformersGenerate, load_peer
+from kvtool.core.bench.timing import Run, Workload, iqr
 from kvtool.core.cache import CacheSpec, make_cache
-from kvtool.core.engine import generate
-from kvtool.core.kernels import make_kernels
+from kvtool.core.decoding.engine import generate
+from kvtool.core.decoding.sampling import Sampler
+from kvtool.core.kernels.default import make_kernels
 from kvtool.core.models import Model, build_model
-from kvtool.core.peers import TransformersGenerate, load_peer
-from kvtool.core.sampling import Sampler
-from kvtool.core.timing import Run, Workload, iqr
 
 DISTURBED = 0.25  # of the median between the quartiles: what took so unlike times was disturbed
 COMPARED = 32  # tokens that all subjects must agree in before anything is timed

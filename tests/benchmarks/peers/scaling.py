@@ -16,11 +16,11 @@ from statistics import median
 import torch
 from measure import make_model
 
+from kvtool.core.bench.traffic import weights_read
 from kvtool.core.cache import Cache, CacheSpec, make_cache
-from kvtool.core.engine import feed
+from kvtool.core.decoding.engine import feed
+from kvtool.core.decoding.flat import decoding_form
 from kvtool.core.models import Model
-from kvtool.core.models.flat import decoding_form
-from kvtool.core.traffic import weights_read
 
 STEPS = 24  # of which the median counts
 

@@ -12,9 +12,9 @@ from kvtool.core.cache import Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.none import NoCache
 from kvtool.core.cache.sliding import SlidingCache
-from kvtool.core.kernels import DefaultKernels
-from kvtool.core.sight import Sight
-from kvtool.core.verify.hypotheses import contents
+from kvtool.core.kernels.default import DefaultKernels
+from kvtool.core.kernels.sight import Sight
+from kvtool.core.verify.diagnosis.hypotheses import contents
 from kvtool.core.verify.mutants.mutant import Mutant
 
 SEEN, KEYS, VALUES = "visible keys", "stored K", "stored V"

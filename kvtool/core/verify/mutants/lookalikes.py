@@ -14,9 +14,9 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.quantized import Int4Cache, Int8Cache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.exact import EXACT
-from kvtool.core.kernels import DefaultKernels
-from kvtool.core.sight import Sight, whole
+from kvtool.core.kernels.default import DefaultKernels
+from kvtool.core.kernels.exact import EXACT
+from kvtool.core.kernels.sight import Sight, whole
 from kvtool.core.verify.mutants.mutant import LayerwiseCache, Lookalike, moved, stepping
 from kvtool.core.verify.mutants.windows import Ring
 from kvtool.core.verify.subject import ModelSession, Start

@@ -9,9 +9,9 @@ from torch import Tensor
 from kvtool.core.cache import EMPTY, Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.exact import EXACT
-from kvtool.core.sight import whole
-from kvtool.core.verify.hypotheses import masks
+from kvtool.core.kernels.exact import EXACT
+from kvtool.core.kernels.sight import whole
+from kvtool.core.verify.diagnosis.hypotheses import masks
 from kvtool.core.verify.mutants.mutant import Mutant, masked, seeing, sides, stepping
 
 SEEN = "visible keys"

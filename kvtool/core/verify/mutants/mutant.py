@@ -13,9 +13,9 @@ from kvtool.config import ModelConfig
 from kvtool.core.cache import Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.kernels import DEFAULT, Kernels
+from kvtool.core.kernels.default import DEFAULT, Kernels
+from kvtool.core.kernels.sight import whole
 from kvtool.core.models import Model, build_model
-from kvtool.core.sight import whole
 from kvtool.core.verify.subject import Make, ModelSession, ModelSubject, Session, Start
 
 SIZES: dict[str, Any] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvtool.core.cache import Cache
 from kvtool.core.cache.paged import PagedCache
-from kvtool.core.verify.hypotheses import pages, rollback
+from kvtool.core.verify.diagnosis.hypotheses import pages, rollback
 from kvtool.core.verify.mutants.mutant import Mutant
 
 KEYS = "stored K"

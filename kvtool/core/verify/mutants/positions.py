@@ -10,8 +10,8 @@ from torch import Tensor
 from kvtool.core.cache import CacheSpec, Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.rope import Rotary
-from kvtool.core.verify.hypotheses import contents, positions
+from kvtool.core.models.rope import Rotary
+from kvtool.core.verify.diagnosis.hypotheses import contents, positions
 from kvtool.core.verify.mutants.mutant import SIZES, Mutant, moved, stepping
 
 EMBEDDED, ROTATED = "attention input", "queries"  # where added and rotary positions first show

@@ -12,8 +12,8 @@ from torch import Tensor
 from kvtool.core.cache import CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.quantized import Int4Cache, Int8Cache, Packed, QuantizedCache
-from kvtool.core.sight import visible
-from kvtool.core.verify.hypotheses import quantized
+from kvtool.core.kernels.sight import visible
+from kvtool.core.verify.diagnosis.hypotheses import quantized
 from kvtool.core.verify.mutants.mutant import Mutant
 
 KEYS, VALUES = "stored K", "stored V"

@@ -10,8 +10,8 @@ from torch import Tensor
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.sight import whole
-from kvtool.core.verify.hypotheses import rollback
+from kvtool.core.kernels.sight import whole
+from kvtool.core.verify.diagnosis.hypotheses import rollback
 from kvtool.core.verify.mutants.mutant import DirectSession, LayerwiseCache, Mutant
 from kvtool.core.verify.subject import ModelSession, Start
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from kvtool.core.cache import EMPTY, Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.sight import whole
-from kvtool.core.verify.hypotheses import NOT_A_NUMBER, contents
+from kvtool.core.kernels.sight import whole
+from kvtool.core.verify.diagnosis.hypotheses import NOT_A_NUMBER, contents
 from kvtool.core.verify.mutants.mutant import Mutant, masked
 
 SEEN, KEYS = "visible keys", "stored K"

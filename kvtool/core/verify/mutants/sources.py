@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.verify.hypotheses import contents
+from kvtool.core.verify.diagnosis.hypotheses import contents
 from kvtool.core.verify.mutants.mutant import Mutant
 from kvtool.core.verify.subject import ModelSession, Start
 

@@ -14,8 +14,8 @@ from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.sliding import SlidingCache
-from kvtool.core.sight import visible, whole
-from kvtool.core.verify.hypotheses import positions, rollback, windows
+from kvtool.core.kernels.sight import visible, whole
+from kvtool.core.verify.diagnosis.hypotheses import positions, rollback, windows
 from kvtool.core.verify.mutants.mutant import DirectSession, Mutant
 from kvtool.errors import CacheOpUnsupported
 

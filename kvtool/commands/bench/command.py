@@ -1,0 +1,343 @@
+"""kvtool bench: what does a cache buy, at which length, for which kind?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtool.commands.bench import compare as bench_compare
+from kvtool.commands.bench import peers as bench_peers
+from kvtool.commands.bench.compare import Limit
+from kvtool.commands.bench.report import Report, Row, ended_text, missing
+from kvtool.commands.bench.settings import KVTOOL, Settings
+from kvtool.commands.bench.show import draw, show
+from kvtool.commands.bench.subject import check_fits, load_model, qualities, read_ids
+from kvtool.commands.bench.words import label
+from kvtool.config import RunConfig
+from kvtool.ending import Ended, until_ended
+from kvtool.registry import with_own_window
+from kvtool.ui import options as o
+from kvtool.ui.documents import jsonable, to_json
+from kvtool.ui.environment import caption, environment, measured_on
+from kvtool.ui.output import Output, present
+
+if TYPE_CHECKING:
+    from kvtool.core.bench.timing import Cell, Lane, Measurement
+
+LENGTHS = [10, 50, 100, 500, 1000]
+CACHES = ["none", "dynamic", "static"]
+IMPL = [KVTOOL]
+PROMPT_LENGTH = 32
+NOTHING_DRAWN = "nothing was measured, so nothing is drawn"
+COMPARE = "Against an earlier run"
+
+
+def run(settings: Settings, out: Output) -> Report:
+    """Measure within the budget, and compare with the baseline."""
+    import time
+
+    import torch
+
+    from kvtool.core.bench import timing
+    from kvtool.core.bench.traffic import read_bandwidth, weights_read
+    from kvtool.core.cache import settings_of
+    from kvtool.core.kernels.default import make_kernels
+    from kvtool.core.machine import prepare
+    from kvtool.core.native import arrays as native
+
+    baseline = bench_compare.load(settings.compare) if settings.compare is not None else None
+    lengths = sorted(set(settings.lengths))
+    if lengths != settings.lengths:
+        out.note(f"lengths sorted, each once: {' '.join(map(str, lengths))}")
+    device, dtype = prepare(settings.run)
+    loaded, model = load_model(settings, device, dtype, out)
+    caches = [with_own_window(kind, model.config.window) for kind in settings.caches]
+    settings = replace(settings, caches=list(dict.fromkeys(caches)))
+    check_fits(settings, lengths, model.config, device, dtype)
+    resolved = {
+        **loaded.facts,
+        "device": str(device),
+        "lengths": lengths,
+        "cache_settings": {kind: settings_of(kind) for kind in settings.caches},
+        **bench_peers.facts(settings),
+    }
+    if model is not loaded.model:
+        resolved["changed"] = f"with {settings.n_kv_heads} key-value heads and random weights"
+    if baseline is not None:
+        now = conditions(settings, resolved)
+        strict = bool(settings.fail_if) and not settings.force
+        bench_compare.check_comparable(baseline, now, settings.compare, strict, out)
+    text = read_ids(settings, loaded, device)
+    vocab = model.config.source_vocab_size or model.config.vocab_size
+    prompt = torch.randint(vocab, (settings.batch_size, settings.start[1])).to(device)
+    decode_only = settings.depth is not None
+    work = timing.Workload(model, prompt, make_kernels(settings.kernels), decode_only)
+    native.prepare(next(model.parameters()))  # or compiling would be timed
+    lanes = bench_peers.make_lanes(settings, loaded, work, resolved, out)
+    started = time.perf_counter()
+    bandwidth = read_bandwidth(device)
+    measurement = timing.Measurement(lanes, lengths, work.n_start)
+    quality: dict[str, dict[str, Any]] = {}
+    with until_ended() as outcome:
+        measure(settings, measurement, out)
+        quality = qualities(settings, model, text, lengths[-1], out)
+    if outcome.how and not any(cell.runs for cell in measurement.cells):
+        if settings.plot is not None:
+            out.note(f"--plot {settings.plot}: {NOTHING_DRAWN}")
+        raise Ended(outcome.how)
+    report = Report(
+        *summary(settings, lanes, measurement, weights_read(model)),
+        settings.batch_size,
+        settings.prompt_length,
+        settings.depth,
+        settings.kernels,
+        bandwidth,
+        quality,
+        time.perf_counter() - started,
+        resolved,
+        ended=outcome.how,
+        budget=settings.budget,
+        repeats=settings.repeats,
+        seed=settings.run.seed,
+    )
+    tell_missing(report, settings, out)
+    if baseline is not None and not outcome.how:
+        rows = list(map(vars, report.measurements))
+        report.comparison = bench_compare.compare(
+            baseline, rows, settings.fail_if, str(settings.compare)
+        )
+    return report
+
+
+def summary(
+    settings: Settings, lanes: list[Lane], measurement: Measurement, weights: int
+) -> tuple[list[Row], dict[str, float | None]]:
+    """The rows, and from which length on each kind pays; weights: bytes that a step reads."""
+    from kvtool.core.bench import timing
+
+    cells = measurement.cells
+    rows = [
+        Row.of(cell, speedup, settings.batch_size, weights, measurement.expected(cell))
+        for cell, speedup in timing.speedups(cells)
+    ]
+    several = len(settings.impl) > 1
+    pays_from = {
+        label(impl, kind, several): timing.crossover(cells, kind, impl)
+        for kind, _, impl in lanes
+        if kind != "none" and "none" in settings.caches
+    }
+    return rows, pays_from
+
+
+def measure(settings: Settings, measurement: Measurement, out: Output) -> None:
+    """Fill the cells, behind a bar."""
+    several = len(settings.impl) > 1
+    with out.progress("bench", settings.repeats * len(measurement.cells)) as bar:
+
+        def advance(cell: Cell) -> None:
+            bar.update(f"{label(cell.impl, cell.cache, several)} {cell.length}")
+            bar.advance()
+
+        measurement.run(settings.repeats, settings.budget, advance)
+
+
+def conditions(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
+    """What the document of this run will say of them, before anything is measured."""
+    return {
+        "environment": environment(),
+        "settings": jsonable(settings),
+        "resolved": resolved,
+        "prompt_length": settings.prompt_length,
+        "depth": settings.depth,
+        "batch_size": settings.batch_size,
+    }
+
+
+def tell_missing(report: Report, settings: Settings, out: Output) -> None:
+    """Say which cells a signal or the budget left with fewer samples than asked for."""
+    rows = report.measurements
+    if report.ended:
+        out.warn(ended_text(report))
+        return
+    if left_out := missing(report):
+        out.warn(
+            f"--budget {settings.budget:g} s leaves no room, so not measured: {left_out}; give a "
+            "larger --budget"
+        )
+    few = [row for row in rows if 0 < len(row.samples_s) < settings.repeats]
+    if few:
+        out.note(
+            f"{len(few)} of {len(rows)} rows have fewer than {settings.repeats} samples "
+            f"(--budget {settings.budget:g} s)"
+        )
+
+
+def command(
+    lengths: o.Lengths = LENGTHS,
+    caches: o.Caches = CACHES,
+    impl: bench_peers.Impls = IMPL,
+    prompt_length: Annotated[
+        int, typer.Option("--prompt-length", metavar="N", help="Tokens of the prompt.")
+    ] = PROMPT_LENGTH,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            "--depth",
+            metavar="N",
+            help="Time decoding alone, behind N tokens that are read first.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", help="Sequences side by side.")
+    ] = 1,
+    repeats: Annotated[
+        int, typer.Option("--repeats", metavar="N", help="Samples of each row, at most.")
+    ] = 7,
+    budget: Annotated[
+        float,
+        typer.Option(
+            "--budget",
+            metavar="SECONDS",
+            help="For all runs, behind short ones that show what they will take. What does "
+            "not fit is left out and said.",
+        ),
+    ] = 150.0,
+    plot: o.Plot = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="Measure lossy kinds on the last tenth of this text, not on the model's own.",
+        ),
+    ] = None,
+    kernels: o.Kernels = "default",
+    window: o.Window = None,
+    sinks: o.Sinks = None,
+    group: o.Group = None,
+    residual: o.Residual = None,
+    page: o.Page = None,
+    n_kv_heads: Annotated[
+        int,
+        typer.Option(
+            "--n-kv-heads",
+            metavar="N",
+            show_default="the model's",
+            help="Key-value heads; other than the model's, its weights are random.",
+        ),
+    ] = 0,
+    save: Annotated[
+        str | None,
+        typer.Option(
+            "--save",
+            metavar="NAME",
+            help=f"Keep this run in {bench_compare.FOLDER}.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            metavar="NAME|FILE",
+            help="Show what has changed since a run that was kept.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = None,
+    fail_if: Annotated[
+        list[str],
+        typer.Option(
+            "--fail-if",
+            metavar="FIELD:LIMIT",
+            help="Exit 1 if a row is slower than before by more: median:10% or min:0.5 (seconds).",
+            rich_help_panel=COMPARE,
+        ),
+    ] = [],  # noqa: B006
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Compare although machine or settings differ.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = False,
+    model: o.Model = "",
+    device: o.Device = "auto",
+    dtype: o.Dtype = "float32",
+    threads: o.Threads = 0,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    output_file: o.OutputFile = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Measure the time to generate n tokens without a cache and with each kind.
+
+    Prompt and allocation are part of the time, but on a GPU not that of a static or paged cache,
+    whose steps are recorded by a run before it. Rows give the median and the distance between the
+    quartiles (IQR); --json has every sample. Kinds are measured in turns, so that a slow moment of
+    the machine hits all of them.
+
+    --impl kvtool transformers measures transformers' generate beside ours, on the same weights and
+    with caches that it makes itself; what its loop does around the model is part of its time.
+    First, both must generate the same tokens in float32. Nothing is compiled.
+
+      kvtool bench --lengths 10 100 1000 --plot latency.png
+
+      kvtool bench --impl kvtool transformers --caches dynamic
+    """
+    out = Output(as_json, output_file, quiet, verbose)
+    settings = Settings(
+        run=RunConfig(model, device, dtype, threads, seed),
+        lengths=lengths,
+        caches=o.kinds_with_settings(
+            caches, window=window, sinks=sinks, group=group, residual=residual, page=page
+        ),
+        prompt_length=prompt_length,
+        batch_size=batch_size,
+        repeats=repeats,
+        budget=budget,
+        plot=plot,
+        kernels=kernels,
+        depth=depth,
+        n_kv_heads=n_kv_heads,
+        text=text,
+        save=save,
+        compare=compare,
+        fail_if=tuple(map(Limit.parse, fail_if)),
+        force=force,
+        impl=tuple(impl),
+    )
+
+    o.require_inputs(model, ("--text", text, "a text to measure on"))
+    if compare is not None:
+        bench_compare.load(compare)  # read again, but refused before torch is loaded
+
+    if save is not None:
+        out.later(lambda report, content: keep(report, content, save, out))
+    if plot is not None:
+        out.later(lambda report, _: draw_measured(report, settings, plot, out))
+    present("bench", settings, run, show, out)
+
+
+def keep(report: Report, content: Mapping[str, Any], name: str, out: Output) -> None:
+    """Save the document for later comparisons, unless a signal ended the run."""
+    if report.ended:
+        out.note(f"--save {name}: nothing is kept of a run that was {report.ended.value}")
+        return
+    path = bench_compare.save(name, to_json(content).encode())
+    out.note(f"saved: {path}")
+
+
+def draw_measured(report: Report, settings: Settings, path: Path, out: Output) -> None:
+    """Draw what there is, of an ended or a failed run too."""
+    if not report.measured:
+        out.note(f"--plot {path}: {NOTHING_DRAWN}")
+        return
+    draw(report, path, caption(measured_on(settings, report.resolved)))
+    out.note(f"plot: {path}")

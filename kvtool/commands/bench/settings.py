@@ -1,0 +1,83 @@
+"""What bench was asked for, and whether that can be measured together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvtool.commands.bench.compare import Limit, place
+from kvtool.config import RunConfig, check_float, check_int
+from kvtool.errors import FileError, UsageError
+from kvtool.registry import IMPLEMENTATIONS
+
+KVTOOL, TRANSFORMERS = IMPLEMENTATIONS
+KINDS = ("none", "dynamic", "static")  # of transformers
+
+
+def check(impls: Sequence[str], caches: Sequence[str], kernels: str) -> None:
+    """Raise UsageError for kinds and kernels that none of the implementations has."""
+    if TRANSFORMERS not in impls:
+        return
+    others = [kind for kind in caches if kind not in KINDS]
+    if others and (KVTOOL not in impls or len(others) == len(caches)):
+        raise UsageError(
+            f"--caches: {others[0]} is no kind of transformers (expected {', '.join(KINDS)})",
+            "Its generate is measured with those.",
+        )
+    if kernels != "default" and KVTOOL not in impls:
+        raise UsageError(
+            f"--kernels: {kernels} kernels are kvtool's", "Add kvtool to --impl, or leave it out."
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that bench was asked for."""
+
+    run: RunConfig
+    lengths: list[int]
+    caches: list[str]
+    prompt_length: int
+    batch_size: int
+    repeats: int
+    budget: float
+    plot: Path | None
+    kernels: str = "default"
+    depth: int | None = None
+    n_kv_heads: int = 0
+    text: Path | None = None
+    save: str | None = None
+    compare: str | None = None
+    fail_if: tuple[Limit, ...] = ()
+    force: bool = False
+    impl: tuple[str, ...] = (KVTOOL,)
+
+    def __post_init__(self) -> None:
+        check_int("--prompt-length", self.prompt_length, 1)
+        check_int("--batch-size", self.batch_size, 1)
+        check_int("--repeats", self.repeats, 1)
+        check_int("--n-kv-heads", self.n_kv_heads, 0)
+        check_float("--budget", self.budget, 0.0, open_low=True)
+        if self.depth is not None:
+            check_int("--depth", self.depth, 1)
+        if self.plot is not None and self.plot.is_dir():
+            raise FileError(f"--plot {self.plot}: is a folder (expected a file)")
+        if self.plot is not None and not self.plot.parent.is_dir():
+            raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
+        if self.fail_if and self.compare is None:
+            raise UsageError("--fail-if: needs a run to compare with", "Give --compare NAME.")
+        if self.force and self.compare is None:
+            raise UsageError("--force: needs a run to compare with", "Give --compare NAME.")
+        check(self.impl, self.caches, self.kernels)
+        if self.save is not None:
+            place(self.save)
+
+    @property
+    def start(self) -> tuple[str, int]:
+        """How many tokens are there before those that are counted, and which option says so."""
+        return (
+            ("--prompt-length", self.prompt_length)
+            if self.depth is None
+            else ("--depth", self.depth)
+        )

@@ -1,0 +1,375 @@
+"""kvtool generate: continue a text, or turn a source into its target."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvtool.commands.generate.attention_plot import check_attention, draw
+from kvtool.commands.generate.chat import (
+    Chat,
+    SpecialTokens,
+    System,
+    judge_special_tokens,
+    write_chats,
+)
+from kvtool.commands.generate.generator import BLANK, Generator, Result, with_blanks
+from kvtool.commands.generate.prompt_cache import (
+    LoadCache,
+    SaveCache,
+    prepare_cache_files,
+    tell_cache_files,
+)
+from kvtool.commands.generate.prompts import note_blank, read_prompts, warn_unknown
+from kvtool.commands.generate.settings import LENGTH_PENALTY, Settings
+from kvtool.config import RunConfig
+from kvtool.errors import UsageError
+from kvtool.files import model_folder, write_durable
+from kvtool.reading import require_file
+from kvtool.registry import with_own_window
+from kvtool.ui import options as o
+from kvtool.ui.documents import SUFFIXES
+from kvtool.ui.output import Output, present
+
+SAMPLING = "Choosing tokens"
+SEARCH = "Beam search"
+ATTENTION = "Attention of encoder-decoders"
+
+
+@dataclass
+class Generated:
+    """All results, in the order of the prompts."""
+
+    results: list[Result]
+    seconds: float
+    tokens_per_second: float
+    cache: str
+    cache_bytes: int  # the largest, keys and values of a source included
+    reused_tokens: int = 0  # of the prompt, from --load-cache
+    exit_code: int = 0
+    resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
+
+    @property
+    def conclusion(self) -> str:
+        """How fast it came, and what the cache needed."""
+        n_new = sum(result.new_tokens for result in self.results)
+        return (
+            f"{n_new} tokens in {self.seconds:.2f} s ({self.tokens_per_second:,.0f} tokens/s), "
+            f"{self.cache} cache: {self.cache_bytes / 2**20:.2f} MiB"
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [result.row() for result in self.results]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "results": self.rows(), "conclusion": self.conclusion}
+
+
+def run(settings: Settings, out: Output) -> Generated:
+    """Generate for every prompt, streaming to stdout."""
+    prompts = read_prompts(settings.prompt, settings.prompt_file, settings.input_file)
+    folder, chats = model_folder(settings.run.model), None
+    if settings.load_cache is not None:
+        require_file(settings.load_cache, "a saved cache", "--load-cache")
+    if settings.chat:
+        chats = write_chats(folder, prompts.texts, settings, out)
+    # All that can be refused without torch, which takes seconds to load, is refused by now.
+    from kvtool.core.cache import settings_of
+    from kvtool.core.checkpoint import checkpoint
+    from kvtool.core.machine import prepare
+    from kvtool.core.native import arrays as native
+
+    device, dtype = prepare(settings.run)
+    if settings.max_tokens is not None:
+        checkpoint.require_context(settings.run.model, "--max-tokens", settings.max_tokens)
+    loaded = checkpoint.load(settings.run.model, device, dtype)
+    settings = replace(settings, cache=with_own_window(settings.cache, loaded.config.window))
+    if not prompts.lines and loaded.source_tokenizer is not None:
+        prompts = prompts.by_line()
+    if settings.attention_plot is not None:
+        check_attention(settings, loaded, len(prompts.texts))
+    generator = Generator(loaded, settings, device, dtype, out.attempt)
+    prepare_cache_files(settings, loaded, generator)
+    judge_special_tokens(loaded, prompts.texts, settings, out)
+    encoded = generator.encode_all(prompts, chats)
+    note_blank(prompts, out)
+    read = [text for text, ids in zip(prompts.texts, encoded, strict=True) if ids]
+    warn_unknown(loaded.source_tokenizer or loaded.tokenizer, read, out)
+    if settings.attention_plot is not None:
+        out.later(lambda report, _: draw(settings, loaded, encoded[0], report.results[0], out))
+    started = time.perf_counter()
+    with native.where_it_pays(sum(generator.n_new(ids) for ids in encoded if ids)):
+        results = continue_all(settings, generator, prompts.texts, encoded, out)
+    seconds = time.perf_counter() - started
+    tell_cache_files(settings, generator, len(encoded[0]), out)
+    n_new = sum(result.new_tokens for result in results)
+    return Generated(
+        results,
+        seconds,
+        n_new / seconds,
+        settings.cache,
+        generator.cache_bytes,
+        generator.reused,
+        resolved={
+            **loaded.facts,
+            "device": str(device),
+            "temperature": generator.sampler().temperature,
+            "cache_settings": {settings.cache: settings_of(settings.cache)},
+        },
+    )
+
+
+def continue_all(
+    settings: Settings,
+    generator: Generator,
+    texts: list[str],
+    encoded: list[list[int]],
+    out: Output,
+) -> list[Result]:
+    """What follows each prompt, told as soon as it is known; nothing where `encoded` is empty."""
+    if settings.beams > 1 or (settings.input_file is not None and generator.greedy_pairs):
+        asked = [i for i, ids in enumerate(encoded) if ids]
+        found = generator.together([texts[i] for i in asked], [encoded[i] for i in asked])
+        results = with_blanks(found, encoded)
+        for result, line in zip(results, lines_of_results(results, settings), strict=True):
+            tell(result, line, settings, out)
+        return results
+    results = []
+    for number, (text, ids) in enumerate(zip(texts, encoded, strict=True), start=1):
+        shown = out if settings.input_file is None else None
+        results.append(generator.one(text, ids, shown) if ids else replace(BLANK))
+        results[-1].number = number
+        if settings.input_file is None:
+            out.stream("\n")
+        else:
+            tell(results[-1], one_line(results[-1].text), settings, out)
+    return results
+
+
+def tell(result: Result, line: str, settings: Settings, out: Output) -> None:
+    """Print a result: as it is, or as one line of several, unless those go to a file."""
+    if settings.input_file is None:
+        out.stream((result.text if settings.n_best == 1 else line) + "\n")
+    elif out.output_file is None and settings.text_file is None:
+        out.stream(line + "\n")
+
+
+def lines_of_results(results: list[Result], settings: Settings) -> list[str]:
+    """Each result as one line. Those of --n-best have their rank and score before the text, and the
+    number of their prompt before these if there may be several; tabs between."""
+    lines = []
+    several = settings.input_file is not None or results[-1].number > 1
+    for result in results:
+        columns = [one_line(result.text)]
+        if settings.n_best > 1 and result.score is not None:
+            columns = [str(result.rank), f"{result.score:.4f}", *columns]
+            columns = [str(result.number), *columns] if several else columns
+        lines.append("\t".join(columns))
+    return lines
+
+
+def one_line(text: str) -> str:
+    """`text` with line breaks and backslashes escaped, so that each result is one line."""
+    return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
+
+
+def write_lines(report: Generated, settings: Settings, out: Output) -> None:
+    """Write --output's text, a result a line."""
+    assert settings.text_file is not None
+    lines = lines_of_results(report.results, settings)
+    write_durable(settings.text_file, "".join(f"{line}\n" for line in lines).encode())
+    out.note(f"written to {settings.text_file}")
+
+
+def tell_unwritten(report: Generated, settings: Settings, out: Output) -> None:
+    """Print results that were meant for a file, if it could not be written."""
+    if out.failed:
+        for line in lines_of_results(report.results, settings):
+            out.stream(f"{line}\n")
+
+
+def show(report: Generated, out: Output) -> None:
+    """The text is out already; say how fast it came."""
+    out.note(report.conclusion)
+
+
+def command(
+    prompt: o.Prompt = None,
+    prompt_file: o.PromptFile = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="One prompt or source a line; one result a line, breaks in it written as \\n; "
+            "a blank line for a blank one.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            metavar="N",
+            show_default="200, or what the model holds",
+            help="Stop after N tokens.",
+        ),
+    ] = None,
+    cache: o.Cache = "dynamic",
+    kernels: o.Kernels = "default",
+    window: o.Window = None,
+    sinks: o.Sinks = None,
+    group: o.Group = None,
+    residual: o.Residual = None,
+    page: o.Page = None,
+    chat: Chat = False,
+    system: System = None,
+    special_tokens: SpecialTokens = False,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            metavar="X",
+            show_default="0.8; 0 for encoder-decoders",
+            help="0 always takes the likeliest token.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            "--top-k",
+            metavar="N",
+            help="Choose among the N likeliest (0: all).",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p",
+            metavar="X",
+            help="Choose among the likeliest that together have probability X.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 1.0,
+    beams: Annotated[
+        int,
+        typer.Option(
+            "--beams",
+            metavar="N",
+            help="Search with N continuations at a time; 1 takes or draws one token after another.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = 1,
+    length_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--length-penalty",
+            metavar="X",
+            show_default=f"{LENGTH_PENALTY:g}",
+            help="0 favours short results, 1 does not (Wu 2016).",
+            rich_help_panel=SEARCH,
+        ),
+    ] = None,
+    n_best: Annotated[
+        int,
+        typer.Option(
+            "--n-best",
+            metavar="N",
+            help="The N best results of each prompt, best first, a line each: the prompt's number "
+            "if there are several, rank, score and text, with tabs between.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = 1,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--attention-plot",
+            metavar="FILE",
+            help="Draw what each token of the (best) target read from the source, a map a head: "
+            ".png, .svg or .pdf. For one source.",
+            callback=o.plot_file,
+            rich_help_panel=ATTENTION,
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            "--attention-layer",
+            metavar="N",
+            show_default="the last",
+            help="Which decoder layer to draw, from 1.",
+            rich_help_panel=ATTENTION,
+        ),
+    ] = None,
+    save_cache: SaveCache = None,
+    load_cache: LoadCache = None,
+    model: o.Model = "",
+    device: o.Device = "auto",
+    dtype: o.Dtype = "float32",
+    threads: o.Threads = 0,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    output_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Also write the result here: .txt, .json, .csv or .md.",
+            rich_help_panel=o.REPORT,
+        ),
+    ] = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Generate text with a cache: continue a prompt, or turn a source into its target.
+
+    Without --prompt, --prompt-file or --input, stdin is read, without a line break at its end; an
+    encoder-decoder takes each line of it as a source.
+
+      kvtool generate --prompt "ROMEO:" --max-tokens 100
+
+      kvtool generate --model DIR --chat --prompt "Who are you?"
+
+      echo kvtool | kvtool generate --model runs/seq2seq/best
+    """
+    plain = output_file is not None and output_file.suffix.lower() == ".txt"
+    out = Output(as_json, None if plain else output_file, quiet, verbose, (".txt", *SUFFIXES))
+    if length_penalty is not None and beams == 1:
+        raise UsageError("--length-penalty: needs --beams 2 or more", "It ranks their results.")
+    settings = Settings(
+        run=RunConfig(model, device, dtype, threads, seed),
+        prompt=prompt,
+        prompt_file=prompt_file,
+        input_file=input_file,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        cache=o.kinds_with_settings(
+            [cache], window=window, sinks=sinks, group=group, residual=residual, page=page
+        )[0],
+        kernels=kernels,
+        beams=beams,
+        length_penalty=LENGTH_PENALTY if length_penalty is None else length_penalty,
+        n_best=n_best,
+        text_file=output_file if plain else None,
+        attention_plot=plot,
+        attention_layer=layer,
+        save_cache=save_cache,
+        load_cache=load_cache,
+        chat=chat,
+        system=system,
+        special_tokens=special_tokens,
+    )
+
+    if plain:
+        out.later(lambda report, _: write_lines(report, settings, out))
+    if output_file is not None and input_file is not None and not as_json:
+        out.later(lambda report, _: tell_unwritten(report, settings, out))
+    present("generate", settings, run, show, out)

@@ -1,0 +1,1 @@
+"""kvtool train-lm and train-seq2seq."""

@@ -1,0 +1,1 @@
+"""kvtool verify-cache and verify-logits."""

@@ -1,0 +1,237 @@
+"""kvtool verify-cache --impl transformers: its own models and caches."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvtool.commands.verify.report import Report, Row
+from kvtool.commands.verify.rows import Rows, facts, kept_rows
+from kvtool.config import RunConfig, check_int
+from kvtool.ending import until_ended
+from kvtool.errors import FileError, UsageError
+from kvtool.registry import IMPLEMENTATIONS, TRANSFORMERS_CACHES, choose
+from kvtool.ui import options as o
+from kvtool.ui.documents import check_writable
+from kvtool.ui.lists import list_option
+from kvtool.ui.output import Output
+
+EVERY: list[str] = []  # types
+SWEEP = "Sweep (--impl transformers)"
+
+
+def _text(text: str, flag: str) -> str:
+    return text
+
+
+def _kind(text: str, flag: str) -> list[str]:
+    """A kind of kvtool's caches, or of those of transformers."""
+    return [text] if text in TRANSFORMERS_CACHES else o.cache_kinds(text, flag)
+
+
+Impl = Annotated[
+    str,
+    typer.Option(
+        "--impl",
+        metavar="|".join(IMPLEMENTATIONS),
+        help="Whose models and caches. Of transformers, --model is a saved folder or a type; of a "
+        "type that has both, such as bart, it is the encoder-decoder, and --sweep judges both.",
+    ),
+]
+Caches = Annotated[
+    list[str],
+    list_option(
+        "--caches",
+        element=_kind,
+        example="none static",
+        help=f"Cache kinds: {', '.join(o.ALL_CACHES)}; or all. "
+        f"Of transformers: {', '.join(TRANSFORMERS_CACHES)}.",
+        metavar="KIND...",
+        unique=True,
+        complete=lambda: o.ALL_CACHES,
+    ),
+]
+# Small, so that a short check makes a kind do all that it does: see `small` of the kinds.
+Window = Annotated[int | None, o.setting("window", "5")]
+Sinks = Annotated[int | None, o.setting("sinks", "1")]
+Group = Annotated[int | None, o.setting("group", "4")]
+Residual = Annotated[int | None, o.setting("residual", "2")]
+Page = Annotated[int | None, o.setting("page", "4")]
+Sweep = Annotated[
+    bool,
+    typer.Option("--sweep", help="Judge every model type.", rich_help_panel=SWEEP),
+]
+Types = Annotated[
+    list[str],
+    list_option(
+        "--types",
+        element=_text,
+        example="llama mamba",
+        help="Only these types.",
+        metavar="TYPE...",
+        unique=True,
+        panel=SWEEP,
+    ),
+]
+TimeLimit = Annotated[
+    float,
+    typer.Option("--time-limit", metavar="SECONDS", help="For a type.", rich_help_panel=SWEEP),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        metavar="FILE",
+        help="Keep each verdict in FILE at once, and go on from those that it has.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for; no caches: all that the model takes."""
+
+    run: RunConfig
+    caches: list[str]
+    scenarios: list[str]  # none: all
+    tokens: int
+    resume: Path | None = None
+    impl: str = "transformers"
+
+    def __post_init__(self) -> None:
+        check_int("--tokens", self.tokens, 2)
+        for kind in self.caches:
+            choose(kind, tuple(TRANSFORMERS_CACHES), "--caches")
+        if not self.run.model:
+            hint = "Give a folder or a type: --model qwen3; --sweep takes all types."
+            raise UsageError("--impl transformers: needs --model", hint)
+        if self.resume is not None:
+            check_writable(self.resume, "--resume")
+
+
+def run(settings: Settings, out: Output) -> Report:
+    """Judge the model with each kind of cache in every scenario, then a planted bug."""
+    import torch
+
+    from kvtool.core import footprint
+    from kvtool.core.checkpoint.checkpoint import tell_format
+    from kvtool.core.machine import dtype_name, prepare, require_memory
+    from kvtool.core.verify.api import OWN
+    from kvtool.core.verify.hf.check import ALL, check_transformers, load_model
+    from kvtool.core.verify.hf.library import need_transformers
+    from kvtool.core.verify.scenarios import PREFILL
+
+    names = chosen_scenarios(settings.scenarios)
+    started = time.perf_counter()
+    device, dtype = prepare(settings.run)
+    model, note, sha256 = load_model(settings.run.model, settings.run.seed)
+    stored = getattr(model.config, "dtype", None) or dtype
+    if sha256 is not None:
+        tell_format(settings.run.model, stored, dtype)
+    model = model.to(device, dtype)
+    n_vocab = model.config.get_text_config(decoder=True).vocab_size
+    needed = footprint.converted(model, torch.float64)
+    needed += footprint.arms(n_vocab, PREFILL, settings.tokens, dtype.itemsize)
+    what = "the weights in float64, and the logits of all runs"
+    require_memory(what, needed, device, footprint.FEWER)
+    kinds = settings.caches or list(TRANSFORMERS_CACHES)
+    resolved = {
+        "model": settings.run.model,
+        "sha256": sha256,
+        "stored_dtype": dtype_name(stored),
+        "transformers": need_transformers(),
+        "architecture": type(model).__name__,
+        "built": note,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "device": str(device),
+        "scenarios": names,
+        "caches": kinds,
+    }
+    kept = kept_rows(settings.resume, decides(settings, model, resolved))
+    tell_model(model, note, kinds, out)
+    rows = Rows(product(kinds, [OWN], names), kept, out, ALL)
+    total = len(rows.plan) + 1
+    with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
+        bar.advance(len(rows.found))
+        asked = (model, kinds, names, settings.tokens, bool(settings.caches))
+        check = partial(check_transformers, tell=bar.update, remark=out.note)
+        for found in check(*asked, known=rows.known):
+            if found.planted:
+                rows.add_control(Row.of(found))
+            else:
+                rows.add(Row.of(found))
+            bar.advance()
+            if not found.usable and (settings.caches or out.verbose):
+                out.note(f"{found.cache}: {found.finding.evidence}")
+    if outcome.how is None and not any(row.scenario in names for row in rows.rows):
+        raise UsageError(f"--model {settings.run.model}: {rows.rows[0].evidence}")
+    report = rows.report(PREFILL, settings.run.dtype, resolved, outcome.how, out)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def tell_model(model: Any, note: str, kinds: list[str], out: Output) -> None:
+    """Say what is special about the model, and about its caches."""
+    from kvtool.core.verify.hf.caches import quantized_backend
+    from kvtool.core.verify.hf.subject import QUANTIZED
+
+    if note:
+        out.note(note)
+    if QUANTIZED in kinds and not model.config.is_encoder_decoder:
+        backend = quantized_backend()
+        out.note(f"quantized: judged with exact values in place of its codes, backend {backend}")
+
+
+def decides(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
+    """What the results depend on."""
+    from kvtool.core.verify.kept import fingerprint
+
+    asked = {"model": Path(settings.run.model).name, "tokens": settings.tokens}
+    if settings.resume is not None:
+        config = json.loads(model.config.to_json_string())
+        asked |= {"weights": fingerprint({"": model}, {}), "config": config}
+    return facts("transformers", settings.run, **{**resolved, **asked})
+
+
+def require_model(name: str) -> None:
+    """Raise FileError for a model that is not there; it says so if transformers has such a type."""
+    try:
+        o.require_inputs(name)
+    except FileError as error:
+        if Path(name).exists() or not begins_as_a_type(name):
+            raise
+        from kvtool.core.verify.hf.library import is_type  # which loads torch and transformers
+
+        if not is_type(name):
+            raise
+        hint = f"{name} is a model type of transformers: add --impl transformers."
+        raise FileError(error.message, hint) from error
+
+
+def begins_as_a_type(name: str) -> bool:
+    """Whether transformers, if it is installed, has a folder of models that begins the name."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not re.fullmatch(r"[\w.-]+", name):
+        return False
+    folders = [Path(place) / "models" for place in spec.submodule_search_locations or ()]
+    parts = re.split("[-_]", name)
+    begins = ["_".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    return any((folder / begin).is_dir() for folder in folders for begin in begins)
+
+
+def chosen_scenarios(names: list[str]) -> list[str]:
+    """Those given, or all. Raises UsageError for one that there is not."""
+    from kvtool.core.verify.scenarios import SCENARIOS
+
+    for name in names:
+        choose(name, list(SCENARIOS), "--scenarios")
+    return names or list(SCENARIOS)

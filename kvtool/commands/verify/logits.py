@@ -1,0 +1,272 @@
+"""kvtool verify-logits: does the model compute what its weights and the formulas say?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvtool.config import RunConfig
+from kvtool.errors import FileError, UsageError
+from kvtool.registry import choose
+from kvtool.ui import options as o
+from kvtool.ui.documents import check_writable
+from kvtool.ui.output import Output, present
+from kvtool.ui.tables import Column
+
+AGAINST = {"numpy": "the NumPy oracle", "transformers": "transformers' model"}
+REFERENCE_NAME = "reference.safetensors"
+PROMPTS = (
+    "ROMEO:\nBut, soft! what light through yonder window breaks?",
+    "KING RICHARD III:\nNow is the winter of our discontent",
+    "Once upon a midnight dreary, while I pondered, weak and weary",
+)
+SMALLER = "Free memory, or check a smaller model."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that verify-logits was asked for."""
+
+    run: RunConfig
+    reference: Path | None
+    against: str | None
+    prompt: str | None
+    save_reference: Path | None
+
+    def __post_init__(self) -> None:
+        if self.against is not None:
+            choose(self.against, tuple(AGAINST), "--against")
+            if self.reference is not None:
+                raise UsageError("--reference: contradicts --against", "Give one of them.")
+        elif self.prompt is not None or self.save_reference is not None:
+            flag = "--prompt" if self.prompt is not None else "--save-reference"
+            raise UsageError(f"{flag}: needs --against", "A file has its own prompts.")
+        if self.save_reference is not None:
+            check_destination(self.save_reference)
+
+
+def check_destination(path: Path) -> None:
+    """Refuse a --save-reference that could not be written, before the work that it is meant for."""
+    if path.suffix != ".safetensors":
+        found = path.suffix or "no suffix"
+        raise UsageError(f"--save-reference {path}: {found} (expected .safetensors)")
+    check_writable(path, "--save-reference")
+
+
+@dataclass
+class Report:
+    """Every position, and what they say together."""
+
+    positions: list[dict[str, Any]]
+    tokens_agree: bool
+    tolerance_float64: float
+    against: str
+    dtype: str
+    resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
+
+    @property
+    def worst_float64(self) -> float:
+        return max(row["gap_float64"] for row in self.positions)
+
+    @property
+    def not_finite(self) -> list[dict[str, Any]]:
+        return [row for row in self.positions if not math.isfinite(row["max_difference"])]
+
+    @property
+    def right(self) -> bool:
+        exact = self.worst_float64 <= self.tolerance_float64
+        return exact and self.tokens_agree and not self.not_finite
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.right else 1
+
+    @property
+    def conclusion(self) -> str:
+        """The last line, in words."""
+        n = len(self.positions)
+        if not self.tokens_agree:
+            return "mismatch: the tokenizer makes other tokens of the reference's text"
+        wrong = [r for r in self.positions if not r["gap_float64"] <= self.tolerance_float64]
+        if wrong:
+            return (
+                f"mismatch: {len(wrong)} of {n} positions are wrong, also in float64 (gap "
+                f"{self.worst_float64:.1e}), first at {place(wrong[0])}"
+            )
+        if bad := self.not_finite:
+            return (
+                f"mismatch: {len(bad)} of {n} positions are not finite in {self.dtype}, first at "
+                f"{place(bad[0])}"
+            )
+        top1 = sum(row["same_top1"] for row in self.positions)
+        return (
+            f"rounding only: {n} positions agree with {self.against} to {self.worst_float64:.1e} "
+            f"in float64; top token the same at {top1} of {n} in {self.dtype}"
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self.positions
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "worst_float64": self.worst_float64, "conclusion": self.conclusion}
+
+
+def place(row: dict[str, Any]) -> str:
+    return f"prompt {row['prompt']}, position {row['position']}"
+
+
+def run(settings: Settings, out: Output) -> Report:
+    """Compare the model, in the working dtype and in float64, with the reference."""
+    import torch
+
+    from kvtool.core import footprint
+    from kvtool.core.checkpoint import checkpoint
+    from kvtool.core.machine import prepare, require_memory
+    from kvtool.core.reference import reference
+
+    device, dtype = prepare(settings.run)
+    loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
+    reference.check_decoder(loaded.config)
+    tokenizer = loaded.tokenizer
+    weights_take = footprint.witness(loaded.model, settings.against)
+    what = "verify-logits in float64"
+    if settings.against is None:
+        path = settings.reference or own_reference(loaded.path)
+        references, name = reference.load(path, loaded.config), path.name
+        require_memory(what, weights_take, device, SMALLER)
+    else:
+        texts: tuple[str | None, ...] = (settings.prompt,)
+        if settings.prompt is None and loaded.reads_text:
+            texts = PROMPTS
+        prompts = [(text, checkpoint.prompt_ids(loaded, text)) for text in texts]
+        lengths, against = [len(ids) for _, ids in prompts], settings.against
+        sizes = sum(lengths), max(lengths), dtype.itemsize
+        logits_take = footprint.reference(loaded.config, *sizes)
+        needed = weights_take + logits_take
+        require_memory(f"{what}, --against {against}", needed, device, SMALLER)
+        weights = checkpoint.load_weights(loaded.path, loaded.config)
+        references = reference.make_reference(weights, loaded.config, prompts, against, loaded.path)
+        del weights
+        name = AGAINST[against]
+    if (kept := settings.save_reference) is not None and out.attempt(
+        lambda: reference.save(kept, references)
+    ):
+        out.note(f"written to {kept}")
+    reference.check_fits(references, loaded.config)
+    agree = all(r.text is None or tokenizer.encode(r.text) == r.ids for r in references)
+    # Loaded again: a model rounded to bfloat16 first would be another one in float64 too.
+    precise = checkpoint.load(settings.run.model, device, torch.float64, check=True).model
+    positions = [
+        {**vars(row), "piece": tokenizer.decode([row.token])}
+        for row in reference.compare(loaded.model, precise, references)
+    ]
+    tolerance = reference.allowance(precise, references)
+    resolved = {**loaded.facts, "device": str(device)}
+    return Report(positions, agree, tolerance, name, settings.run.dtype, resolved)
+
+
+def own_reference(folder: Path) -> Path:
+    """The reference that a checkpoint brings along. Raises FileError if there is none."""
+    path = folder / REFERENCE_NAME
+    if not path.exists():
+        raise FileError(
+            f"{path}: not found, so the model has no reference of its own",
+            "Give --reference FILE, or --against numpy to compute one now.",
+        )
+    return path
+
+
+def show(report: Report, out: Output) -> None:
+    """A row per position and the conclusion."""
+    columns = [
+        Column("prompt", key=True),
+        Column("position", key=True),
+        Column("token", "left"),
+        Column("max difference"),
+        Column("max ULP"),
+        Column("gap float64"),
+        Column("top-1", "left"),
+        Column("KL, nats"),
+    ]
+    rows = [
+        [
+            str(row["prompt"]),
+            str(row["position"]),
+            repr(row["piece"]),  # with its quotes, or a blank would not be seen
+            f"{row['max_difference']:.1e}",
+            f"{row['ulps']:.3g}",
+            f"{row['gap_float64']:.1e}",
+            "same" if row["same_top1"] else "differs",
+            f"{row['kl']:.1e}",
+        ]
+        for row in report.positions
+    ]
+    out.table(f"Logits against {report.against}", columns, rows)
+    out.verdict(report.right, report.conclusion)
+
+
+def command(
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference",
+            metavar="FILE",
+            show_default="the model's own reference.safetensors",
+            help="Reference logits: .safetensors or .npz with ids.0, logits.0, ids.1 ...",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="|".join(AGAINST),
+            help="Compute the reference now in float64, by the NumPy oracle or a model of "
+            "transformers with the same weights.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            show_default="three texts",
+            help="Compare at every token of this text, with --against.",
+            callback=o.utf8_text,
+        ),
+    ] = None,
+    save_reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-reference", metavar="FILE", help="Keep what --against computed (.safetensors)."
+        ),
+    ] = None,
+    model: o.Model = "",
+    device: o.Device = "auto",
+    dtype: o.Dtype = "float32",
+    threads: o.Threads = 0,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    output_file: o.OutputFile = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Compare the logits of a decoder with a reference, position by position.
+
+    The reference is a file, or what independent code computes from the same weights: a NumPy
+    implementation, or GPT-2 or Llama of transformers. The float64 run decides: right weights and
+    right code leave about 1e-15.
+
+    Exit code 0: the same up to rounding; 1: not; 2: a reference that does not fit the model.
+
+      kvtool verify-logits --against numpy --prompt "Hear me."
+    """
+    out = Output(as_json, output_file, quiet, verbose)
+    run_config = RunConfig(model, device, dtype, threads, seed)
+    settings = Settings(run_config, reference, against, prompt, save_reference)
+    o.require_inputs(model, ("--reference", reference, "reference logits"))
+    present("verify-logits", settings, run, show, out)

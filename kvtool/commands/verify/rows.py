@@ -1,0 +1,212 @@
+"""The rows of verify-cache as they are reached: kept in a file, gone on with, and cut short."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvtool import ending
+from kvtool.commands.verify.report import NotRun, Report, Row
+from kvtool.config import RunConfig
+from kvtool.ending import End
+from kvtool.ui.environment import environment
+from kvtool.ui.output import Output
+
+if TYPE_CHECKING:
+    from kvtool.core.verify.kept import Kept
+
+FEW = 3  # names of what was not run
+
+
+class Rows:
+    """The rows of the checks in `plan`, in that order; with `kept` each is written at once.
+
+    Use as a context manager: nobody else can write the file meanwhile. A row of a scenario that is
+    not in the plan stands for all checks of its kind; in the file that is `whole` alone, of a kind
+    that cannot be used. Raises FileError for a file with rows of other checks, with one twice, and
+    with rows that contradict themselves.
+    """
+
+    def __init__(
+        self,
+        plan: Iterable[tuple[str, str, str]],
+        kept: Kept[Row] | None,
+        out: Output,
+        whole: str = "",
+    ) -> None:
+        self.plan = [NotRun(*check) for check in plan]
+        self.kept = kept
+        self.found: dict[NotRun, Row] = {}
+        self.control: Row | None = None  # the planted bug
+        self.whole = whole
+        if kept is not None:
+            kept.require(self._take_known)
+            told(kept, out)
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.kept is not None:
+            self.kept.__exit__()
+
+    @property
+    def known(self) -> set[tuple[str, str, str]]:
+        """Cache, kernels and scenario of every row."""
+        return {(row.cache, row.kernels, row.scenario) for row in self.found.values()}
+
+    def add(self, row: Row) -> None:
+        """Take a row, unless a signal came while it was made: what it says may be wrong then."""
+        ending.check()
+        self._take(row)
+        if self.kept is not None:
+            self.kept.append(row)
+
+    def add_control(self, row: Row) -> None:
+        """Take what was found of the planted bug, which is tried anew in every run."""
+        ending.check()
+        self.control = row
+
+    def _take_known(self, row: Row) -> bool:
+        """Take a row of the file, if the command can have written it."""
+        check = NotRun(row.cache, row.kernels, row.scenario)
+        of_kind = [c for c in self.plan if (c.cache, c.kernels) == (row.cache, row.kernels)]
+        if self.whole and row.scenario == self.whole:
+            mine = row.beyond and bool(of_kind) and self.found.keys().isdisjoint(of_kind)
+        else:
+            mine = check in of_kind and check not in self.found
+        if mine and is_coherent(row):
+            self._take(row)
+            return True
+        return False
+
+    def _take(self, row: Row) -> None:
+        check = NotRun(row.cache, row.kernels, row.scenario)
+        if check not in self.plan:
+            at = next((i for i, c in enumerate(self.plan) if c.cache == row.cache), len(self.plan))
+            self.plan = [c for c in self.plan if c.cache != row.cache]
+            self.plan.insert(at, check)
+        self.found[check] = row
+
+    @property
+    def rows(self) -> list[Row]:
+        return [self.found[check] for check in self.plan if check in self.found]
+
+    @property
+    def not_run(self) -> list[NotRun]:
+        return [check for check in self.plan if check not in self.found]
+
+    def report(
+        self,
+        prompt_tokens: int,
+        dtype: str,
+        resolved: dict[str, Any],
+        ended: End | None,
+        out: Output,
+    ) -> Report:
+        """What the rows come to. Raises Ended if a signal came before the first of them."""
+        if ended is not None:
+            tell_ended(ended, len(self.found), len(self.plan), self.kept, out)
+        found = (self.rows, self.control, prompt_tokens, dtype, resolved)
+        return Report(*found, ended=ended, not_run=self.not_run, verbose=out.verbose)
+
+
+def tell_ended(
+    ended: End, done: int, total: int, kept: Kept[Any] | None, out: Output, what: str = "checks"
+) -> None:
+    """Say how far work came that a signal ended, and how it goes on. Raises Ended if not far."""
+    if not done:
+        raise ending.Ended(ended)
+    out.warn(f"{ended.value} after {done} of {total} {what}")
+    if kept is not None:
+        out.note(f"--resume {kept.path}: the same command goes on from here")
+
+
+def is_coherent(row: Row) -> bool:
+    """Whether what a row says can be true together, by the rules that verdicts are given by.
+
+    The promoted gap of a bug may be NaN: its logits may overflow.
+    """
+    gaps = {"working": row.gap, "float64": row.gap_float64, "promoted": row.gap_promoted}
+    known = {name: gap for name, gap in gaps.items() if gap is not None}
+    steps, same, first = row.steps, row.identical_steps, row.first_difference
+    counts = [row.first_wrong_step or 0, row.layer or 0, *row.heads]
+    return (
+        _agrees(row)
+        and all(n >= 0 for n in counts)
+        and (0 <= same < steps and first in range(same + 1) if same != steps else first is None)
+        and (steps > 0) == ("working" in known)
+        and row.gap_by_step.keys() == known.keys()
+        and len(row.gap_by_step.get("working", ())) == steps
+        and all(_is_worst(g, row.gap_by_step[n], n == "promoted") for n, g in known.items())
+        and row.max_ulp >= 0
+        and (row.max_ulp > 0) == ((row.gap or 0) > 0) == (same != steps)
+    )
+
+
+def _is_worst(gap: float, by_step: list[float], nan: bool) -> bool:
+    numbers = all(x >= 0 or (nan and math.isnan(x)) for x in by_step)
+    return numbers and bool(by_step) and (gap == max(by_step) or (nan and math.isnan(gap)))
+
+
+def _agrees(row: Row) -> bool:
+    """Whether a verdict is known, and its row is right or not, and by gaps, as it says."""
+    from kvtool.core.verify import outcome as o
+    from kvtool.core.verify.judge import ROUNDING_64
+
+    exact, promoted = row.gap_float64, row.gap_promoted
+    differs, placed = row.identical_steps < row.steps, row.first_wrong_step is not None
+    close = (exact is None or exact <= ROUNDING_64) and (promoted or 0) <= ROUNDING_64
+    judged = row.steps > 0 and not placed
+    fits = {
+        o.IDENTICAL: row.right and judged and close and not differs,
+        o.ROUNDING: row.right == (row.kernels != "exact")
+        and judged and close and differs and exact is not None,
+        o.PRECISION: row.right != placed
+        and exact is not None and exact > ROUNDING_64
+        and promoted is not None and promoted <= ROUNDING_64,
+        o.BUG: not row.right and placed and row.steps > 0,
+        o.NOT_CAUSAL: not row.right and placed and row.steps > 0,
+        o.UNDECIDED: not row.right and differs and exact is None,
+        o.VACUOUS: not row.right,
+        o.NO_CACHE: not row.right and not row.stores,
+        o.ERROR: not row.right,
+        o.UNSUPPORTED: not row.right and not row.steps,
+    }  # fmt: skip
+    return fits.get(row.verdict, False)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """What was not run by name, as far as a line holds it.
+
+    >>> first_few(["gpt2", "llama", "mamba", "opt", "t5"])
+    'gpt2, llama, mamba and 2 more'
+    """
+    shown = names if len(names) <= FEW + 1 else names[:FEW]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def facts(check: str, run: RunConfig, **more: Any) -> dict[str, Any]:
+    """What decides the results of a check; `more` beside the machine, its settings and versions."""
+    known = environment()
+    machine = {name: known[name] for name in ("cpu", "threads", "kvtool", "commit", "torch")}
+    return {"check": check, **more, "dtype": run.dtype, "seed": run.seed, **machine}
+
+
+def kept_rows(path: Path | None, found: dict[str, Any]) -> Kept[Row] | None:
+    """The file that --resume named. Raises FileError."""
+    if path is None:
+        return None
+    from kvtool.core.verify.kept import Kept
+
+    return Kept(path, Row, found)
+
+
+def told(kept: Kept[Any], out: Output) -> None:
+    """Say what is there already; what cannot be added is told behind the verdicts."""
+    kept.attempt = out.attempt
+    if kept.known:
+        out.note(f"--resume {kept.path}: {len(kept.known)} results are there already")

@@ -1,0 +1,90 @@
+"""The table of verify-cache: a line for rows that came out alike, and its evidence at any width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from kvtool.commands.verify.report import Report, Row
+from kvtool.ui.tables import Column
+
+TITLE = "Cached against uncached logits, the same tokens fed to both"
+Described = tuple[Column, Callable[[list[Row]], str]]  # a column, and its cell of some rows
+BRIEF = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+def table(report: Report) -> tuple[str, list[Column], list[list[str]]]:
+    """The title, the columns and the cells; what all checks have in common stands in the title.
+
+    The gaps decide the verdict, so their columns are never left out.
+    """
+    spare = not report.verbose
+    working = "" if report.dtype == "float64" else f" {report.dtype}"
+    brief = f"gap{working}".replace(report.dtype, BRIEF.get(report.dtype, ""))
+    common, columns = keys(report)
+    columns += [
+        (Column("verdict", "left"), lambda rows: rows[0].cell),
+        (Column("identical steps", spare=1 * spare), identical),
+        (Column("max ULP", spare=3 * spare), ulps),
+        (Column(f"gap{working}", spare=2, brief=brief), partial(worst, name="gap")),
+        (Column("float64", spare=2, brief="f64"), partial(worst, name="gap_float64")),
+        (Column("promoted", spare=2, brief="prom."), partial(worst, name="gap_promoted")),
+    ]
+    title = f"{TITLE}: {', '.join(common)}" if common else TITLE
+    cells = [[cell(group) for _, cell in columns] for group in grouped(report)]
+    return title, [column for column, _ in columns], cells
+
+
+def keys(report: Report) -> tuple[list[str], list[Described]]:
+    """What all checks have in common, and the columns of what tells them apart."""
+    common: list[str] = []
+    columns: list[Described] = []
+    caches = {row.cache for row in report.checks}
+    kernels = {row.kernels for row in report.checks}
+    if len(caches) == 1:
+        common += caches
+    else:
+        columns.append((Column("cache", "left", key=True, by_word=True), lambda g: g[0].cache))
+    if len(kernels) == 1:
+        common += [f"{name} kernels" for name in kernels]
+    else:
+        columns.append((Column("kernels", "left", key=True), lambda g: g[0].kernels))
+
+    def scenario(rows: list[Row]) -> str:
+        if rows[0] is report.control and len(caches) == 1:
+            return rows[0].cache  # that it is the planted bug stands nowhere else
+        return rows[0].scenario if len(rows) == 1 else f"{len(rows)} more"
+
+    return common, [*columns, (Column("scenario", "left", key=True), scenario)]
+
+
+def grouped(report: Report) -> list[list[Row]]:
+    """Rows that a table shows as one: the same kind, kernels and good verdict. -v shows each."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    shown = [row for row in report.checks if report.verbose or not row.beyond]
+    for row in [*shown, *([report.control] if report.control else [])]:
+        single = row.scenario if report.verbose or row.wrong or row.scenario == "decode" else ""
+        groups.setdefault((row.cache, row.kernels, row.verdict, single), []).append(row)
+    return list(groups.values())
+
+
+def identical(rows: list[Row]) -> str:
+    """How many steps were equal to the last bit."""
+    same, steps = sum(row.identical_steps for row in rows), sum(row.steps for row in rows)
+    return f"{same:,} of {steps:,}" if steps else "-"
+
+
+def ulps(rows: list[Row]) -> str:
+    """The largest difference in units in the last place."""
+    value = max(row.max_ulp for row in rows)
+    if not any(row.steps for row in rows):
+        return "-"
+    return f"{value:,.1f}" if value < 1e5 else f"{value:.0e}"
+
+
+def worst(rows: list[Row], name: str) -> str:
+    """The largest of a gap, 0 if none differs, or a dash if it was not needed."""
+    gaps = [value for row in rows if (value := getattr(row, name)) is not None]
+    if not gaps:
+        return "-"
+    return f"{max(gaps):.1e}" if max(gaps) else "0"

@@ -1,0 +1,1 @@
+"""Models in folders: weights, configuration, tokenizers, and the families of other projects."""

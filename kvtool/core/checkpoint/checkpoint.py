@@ -1,0 +1,413 @@
+"""Checkpoints: a model, its configuration and its tokenizers, in a folder.
+
+    config.json         ModelConfig, so that a checkpoint needs no flag to be loaded
+    model.safetensors   the weights, without a logits head that shares the embedding's
+    tokenizer.json      of a decoder-only model; an encoder-decoder has source.json and target.json
+
+A folder of Hugging Face is read too, if its model_type is one of `families`.
+Everything is checked before it costs memory or time: sizes, then names and shapes, then memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from kvtool.config import OWN, ModelConfig, own_types
+from kvtool.core.checkpoint.families import FAMILIES, Family, end_ids
+from kvtool.core.checkpoint.safetensors_file import TensorInfo
+from kvtool.core.checkpoint.weight_files import (
+    WEIGHTS,
+    WeightFile,
+    open_weights,
+    refuse_lookalike,
+    require_finite,
+    require_tensors,
+)
+from kvtool.core.machine import dtype_name, require_memory
+from kvtool.core.models import Model, build_model, model_class, read_config
+from kvtool.core.text.tokenizer import NoTokenizer, Tokenizer
+from kvtool.errors import CapacityError, CheckFailed, FileError
+from kvtool.files import CHECKPOINT_FOLDER, json_bytes, model_folder, write_durable
+from kvtool.reading import MOST_CONFIG, quoted, read_json_object
+
+CONFIG = "config.json"
+TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
+MOST_TABLES = 2**28  # bytes; they cost three times that while they are made
+LARGEST_TENSOR = 2**48  # values; torch counts bytes in 63 bits, and no file holds this many
+CPU = torch.device("cpu")
+SMALLER = "Free memory, or use a smaller model."
+LOG = logging.getLogger("kvtool")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model ready to run, and where it is from."""
+
+    model: Model  # on its device, in its dtype, in eval mode
+    config: ModelConfig
+    tokenizer: Tokenizer  # of what the model writes; decoder-only: also of what it reads
+    source_tokenizer: Tokenizer | None  # of what an encoder reads
+    path: Path
+    sha256: str  # of model.safetensors
+    stored_dtype: str  # of most of its weights in the file; that of `model` may be another
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {
+            "model": str(self.path),
+            "sha256": self.sha256,
+            "stored_dtype": self.stored_dtype,
+        }
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it came with a tokenizer; a folder of Hugging Face may have none."""
+        return not isinstance(self.tokenizer, NoTokenizer)
+
+
+def save(
+    folder: Path, model: Model, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None = None
+) -> str:
+    """Write a checkpoint, durably, and return the SHA-256 of model.safetensors. Raises FileError.
+
+    A folder which has its weights is complete.
+    """
+    contents = files(model, tokenizer, source_tokenizer)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be made ({error.strerror})") from error
+    for name, data in contents.items():
+        write_durable(folder / name, data)
+    return hashlib.sha256(contents[WEIGHTS]).hexdigest()
+
+
+def files(
+    model: Model, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None = None
+) -> dict[str, bytes]:
+    """A checkpoint's files by their names, in the order in which to write them: the weights come
+    last."""
+    config = model.config
+    if (source_tokenizer is not None) != bool(config.n_encoder_layers):
+        raise ValueError("an encoder-decoder model, and no other, has a source tokenizer")
+    aliases = _aliases(model)
+    weights = {
+        name: tensor.detach().to("cpu").contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in aliases
+    }
+    found = {TOKENIZER if source_tokenizer is None else TARGET: tokenizer.to_json()}
+    if source_tokenizer is not None:
+        found[SOURCE] = source_tokenizer.to_json()
+    found[CONFIG] = json_bytes(config.to_dict())
+    found[WEIGHTS] = safetensors.torch.save(weights, metadata={"format": "pt"})
+    return found
+
+
+def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = False) -> Checkpoint:
+    """Read the checkpoint `name`, a folder or a shipped model.
+
+    Raises FileError for anything missing, damaged or contradictory; UsageError for weights that
+    overflow `dtype`; CapacityError if there is too little memory; and for NaN or infinite weights
+    FileError, or CheckFailed with `check`, for a command whose verdict is about them.
+    """
+    folder = model_folder(name)
+    config, family = _read_config(folder)
+    tokenizer, source_tokenizer = _read_tokenizers(folder, config, family)
+    source = _open(folder, config, family)
+    model = _empty_model(config, source)
+    _check_tensors(source, model)
+    _check_memory(source, config, device, dtype)
+    stored, sha256 = _read(source, model)
+    weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
+    require_finite(source.path, stored, weights, CheckFailed if check else FileError)
+    _fill(model, weights)
+    kept = stored_dtype(source)
+    tell_format(name or folder.name, kept, dtype)
+    # The weights are there already; the tables follow them.
+    model = model.to(device).eval()
+    return Checkpoint(model, config, tokenizer, source_tokenizer, folder, sha256, dtype_name(kept))
+
+
+def require_context(name: str, flag: str, n_tokens: int) -> None:
+    """Raise CapacityError for more tokens than the model `name` holds, before its weights are read.
+
+    Raises FileError as `load` does.
+    """
+    context = _read_config(model_folder(name))[0].context
+    if n_tokens > context:
+        raise CapacityError(
+            f"{flag} {n_tokens:,}: is beyond the context (the model holds {context:,})",
+            "Ask for fewer tokens.",
+        )
+
+
+def stored_dtype(source: WeightFile) -> torch.dtype:
+    """The format of most weights in a file."""
+    nbytes: Counter[torch.dtype] = Counter()
+    for info in source.tensors.values():
+        nbytes[info.dtype] += _nbytes([info])
+    return nbytes.most_common(1)[0][0]
+
+
+def tell_format(model: str, stored: torch.dtype, dtype: torch.dtype) -> None:
+    """Say that a model is not run in the format that it is stored in, if it has fewer bits: then a
+    default decided that. float64 is always asked for."""
+    if stored.itemsize < dtype.itemsize and dtype != torch.float64:
+        kept, run = dtype_name(stored), dtype_name(dtype)
+        LOG.info(f"{model}: stored in {kept}, run in {run} (--dtype {kept} runs it as stored)")
+
+
+def prompt_ids(loaded: Checkpoint, text: str | None) -> list[int]:
+    """Token ids of `text`; of None, ids from all over the vocabulary. Raises FileError for text
+    without a tokenizer."""
+    if text is not None:
+        return (loaded.source_tokenizer or loaded.tokenizer).encode(text)
+    n, n_vocab = min(12, max(loaded.config.context // 4, 1)), loaded.config.vocab_size
+    return [(2 * i + 1) * n_vocab // (2 * n) for i in range(n)]
+
+
+def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a model of `config` as stored, on the CPU; NaN is not looked for.
+
+    A head that shares the embedding's weights is left out. Raises FileError and CapacityError.
+    """
+    family = _read_config(folder)[1] if os.path.lexists(folder / CONFIG) else None
+    source = _open(folder, config, family)
+    model = _empty_model(config, source)
+    _check_tensors(source, model)
+    require_memory(str(source.path), n_bytes(source), CPU, SMALLER)
+    return _read(source, model)[0]
+
+
+# --- the small files
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
+    """What config.json says, and whose names the weights have; None: kvtool's own."""
+    path = folder / CONFIG
+    if not os.path.lexists(path):
+        raise FileError(
+            f"--model {folder}: holds no {CONFIG}: not a checkpoint folder", CHECKPOINT_FOLDER
+        )
+    refuse_lookalike(path, "a configuration")
+    data = read_json_object(path, "a configuration", MOST_CONFIG)
+    kind = data.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is not None:
+        return family.config(data, str(path)), family
+    if kind not in own_types():
+        is_own = isinstance(kind, str) and kind.startswith(OWN)
+        own = "A family of your own needs its line in MODELS (docs/extending.md)."
+        raise FileError(
+            f"{path}: model_type {quoted(kind)} is not supported "
+            f"(expected one of {', '.join((*own_types(), *FAMILIES))})",
+            own if is_own else "kvtool never runs code from a checkpoint.",
+        )
+    return read_config(data, str(path)), None
+
+
+def _read_tokenizers(
+    folder: Path, config: ModelConfig, family: Family | None
+) -> tuple[Tokenizer, Tokenizer | None]:
+    if family is not None:
+        if not os.path.lexists(folder / TOKENIZER):
+            return NoTokenizer(folder / TOKENIZER), None
+        tokenizer = _read_tokenizer(folder / TOKENIZER, "vocab_size", config.vocab_size)
+        ends = end_ids(folder, read_json_object(folder / CONFIG, "a configuration", MOST_CONFIG))
+        return tokenizer.as_it_is(ends), None
+    if not config.n_encoder_layers:
+        return _read_tokenizer(folder / TOKENIZER, "vocab_size", config.vocab_size), None
+    source = _read_tokenizer(folder / SOURCE, "source_vocab_size", config.source_vocab_size)
+    return _read_tokenizer(folder / TARGET, "vocab_size", config.vocab_size), source
+
+
+def _read_tokenizer(path: Path, field: str, embedded: int) -> Tokenizer:
+    refuse_lookalike(path, "a tokenizer")
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > embedded:
+        raise FileError(
+            f"{path}: has {tokenizer.vocab_size} tokens "
+            f"(expected {embedded} or fewer, the {field} of {CONFIG})",
+            "The model has no embedding for the rest: the tokenizer is another model's.",
+        )
+    for what, token in tokenizer.named_ids.items():
+        if token >= embedded:
+            raise FileError(
+                f"{path}: {what} has the token {token} "
+                f"(expected one below {embedded}, the {field} of {CONFIG})"
+            )
+    if tokenizer.left_out:
+        what = " and ".join(tokenizer.left_out)
+        LOG.info(f"{path}: its {what}, for batches in training, will not be done")
+    return tokenizer
+
+
+# --- what must be there
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """Gives what torch.empty makes, which is every weight, no memory and no values.
+
+    Tables are computed as ever: on the meta device torch.arange and normal_ would import torch's
+    compiler, which takes a second. Nothing is drawn, so the generator's state stays as it was.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
+        if func is torch.empty:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _open(folder: Path, config: ModelConfig, family: Family | None) -> WeightFile:
+    """The weights in `folder`, under our names. Raises FileError."""
+    source = open_weights(folder)
+    _check_sizes(config, source)
+    return source if family is None else family.weights(source, config)
+
+
+def _check_sizes(config: ModelConfig, source: WeightFile) -> None:
+    """Raise FileError for a configuration whose model would be expensive without its weights."""
+    where = source.path.parent / CONFIG
+    n_layers = config.n_layers + config.n_encoder_layers
+    # A thousand tensors are cheap, and then the usual message names what is missing.
+    least = n_layers * model_class(config.kind).tensors_per_layer
+    if least > max(len(source.tensors), 1000):
+        raise FileError(
+            f"{source.path}: holds {len(source.tensors)} tensors (expected "
+            f"{least} or more for the {n_layers} layers of {CONFIG})"
+        )
+    longest = max(config.vocab_size, config.source_vocab_size, config.d_ff, config.context)
+    largest = config.d_model * max(config.d_model, longest, config.n_heads * config.head_dim)
+    if largest > LARGEST_TENSOR:
+        raise FileError(
+            f"{where}: implies a tensor of {largest} values (expected {LARGEST_TENSOR} or fewer)"
+        )
+
+
+def _empty_model(config: ModelConfig, source: WeightFile) -> Model:
+    """The model with all its parts but the weights, whose names and shapes it says.
+
+    Raises FileError for tables of positions out of proportion to the weights, CapacityError for
+    those that do not fit into memory.
+    """
+    where = source.path.parent / CONFIG
+    require_tables(where, _table_bytes(config), source, f"context {config.context}")
+    # Making a table takes about two more of its size for a moment.
+    require_memory(f"{where}: context {config.context}", 3 * _table_bytes(config), CPU, SMALLER)
+    with _WithoutWeights():
+        return build_model(config)
+
+
+def _table_bytes(config: ModelConfig) -> int:
+    """Of the float64 tables of positions, which no file holds and so no file's size bounds."""
+    width = {"sinusoidal": config.d_model, "rotary": config.head_dim}.get(config.positions, 0)
+    return (2 if config.n_encoder_layers else 1) * config.context * width * 8
+
+
+def require_tables(
+    where: Path, nbytes: int, source: WeightFile, what: str = "what it describes"
+) -> None:
+    """Raise FileError for tables, which no file holds, of so many bytes beside its weights.
+
+    Contexts of a million positions take a gibibyte, in models of fifteen.
+    """
+    most = max(MOST_TABLES, 4 * n_bytes(source))
+    if nbytes > most:
+        raise FileError(
+            f"{where}: {what} takes {nbytes / 2**30:.3g} GiB of tables "
+            f"(expected {most / 2**30:.3g} GiB or less, beside its weights)"
+        )
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Second names of shared parameters -> their first: {"head.weight": "embed.tokens.weight"}."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    owners = {name: first.setdefault(id(parameter), name) for name, parameter in named}
+    return {name: owner for name, owner in owners.items() if name != owner}
+
+
+def _check_tensors(source: WeightFile, model: nn.Module) -> None:
+    """Raise FileError unless the names and shapes are those of the model."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    require_tensors(source.path, source.tensors, shapes, _aliases(model).keys())
+
+
+def _check_memory(
+    source: WeightFile, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise CapacityError unless the weights fit, as stored and as converted at once."""
+    stored = n_bytes(source)
+    on_cpu = device.type == "cpu"  # then a weight of the right dtype is used as it was read
+    made = sum(
+        math.prod(info.shape) * dtype.itemsize
+        for info in source.tensors.values()
+        if not (on_cpu and info.dtype == dtype)
+    )
+    where = str(source.path)
+    # As it is stored on a CPU it takes the least: any other format is made beside it.
+    wider = dtype if on_cpu and dtype.itemsize > stored_dtype(source).itemsize else None
+    require_memory(where, stored + (made if on_cpu else 0), CPU, SMALLER, wider)
+    if not on_cpu:
+        require_memory(where, made + _table_bytes(config), device, SMALLER, dtype)
+
+
+def n_bytes(source: WeightFile) -> int:
+    """What its tensors take, as stored."""
+    return _nbytes(source.tensors.values())
+
+
+def _nbytes(tensors: Iterable[TensorInfo]) -> int:
+    return sum(math.prod(info.shape) * info.dtype.itemsize for info in tensors)
+
+
+# --- from the file into the model
+
+
+def _read(source: WeightFile, model: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """The tensors without the second names of shared ones, and the SHA-256 of the file."""
+    weights, sha256 = source.read()
+    for alias, owner in _aliases(model).items():
+        twin = weights.pop(alias, None)
+        if twin is not None and not _same_bytes(twin, weights[owner]):
+            raise FileError(
+                f"{source.path}: {alias} differs from {owner} (expected the same values, as "
+                f"{CONFIG} ties them)",
+                "Set tied to false to keep both, or leave the head out of the file.",
+            )
+    return weights, sha256
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    # As bytes, because NaN differs from itself.
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Make `weights` the model's own, without a copy, and share again what was shared."""
+    aliases = _aliases(model)
+    shared = {alias: weights[owner] for alias, owner in aliases.items()}
+    model.load_state_dict({**weights, **shared}, assign=True)
+    for alias, owner in aliases.items():
+        module, _, name = alias.rpartition(".")
+        setattr(model.get_submodule(module), name, model.get_parameter(owner))

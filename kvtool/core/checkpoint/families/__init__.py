@@ -1,0 +1,77 @@
+"""Checkpoint folders of Hugging Face: a configuration and a name map for each model_type.
+
+All become kvtool's own decoder: a family says which ModelConfig has its mathematics, and which of
+its tensors are ours. Adding one is a file and a line in FAMILIES.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvtool.config import ModelConfig, check_int
+from kvtool.core.checkpoint.families import gpt2, llama
+from kvtool.core.checkpoint.families.fields import Fields
+from kvtool.core.checkpoint.families.weights import MappedFile, NameMap
+from kvtool.core.checkpoint.weight_files import WeightFile
+from kvtool.errors import FileError, UsageError
+from kvtool.reading import MOST_CONFIG, read_json_object
+
+__all__ = ["FAMILIES", "Family", "end_ids"]
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to read one model_type."""
+
+    read: Callable[[Fields], ModelConfig]
+    names: Callable[[ModelConfig], NameMap]
+    prefix: str  # of the names, if the file has the logits head as well
+
+    def config(self, data: Mapping[str, Any], where: str) -> ModelConfig:
+        """The configuration with this mathematics; `where` names the file. Raises FileError for a
+        field that is missing, unsound, or unknown and so might change it."""
+        fields = Fields(data)
+        try:
+            config = self.read(fields)
+            fields.finish()
+        except UsageError as error:
+            raise FileError(f"{where}: {error.message}", error.hint) from error
+        return config
+
+    def weights(self, source: WeightFile, config: ModelConfig) -> MappedFile:
+        """Their tensors under our names. Raises FileError for any that is missing or misshapen."""
+        return MappedFile(source, self.names(config), self.prefix, config.tied)
+
+
+FAMILIES = {
+    "gpt2": Family(gpt2.read, gpt2.names, gpt2.PREFIX),
+    "llama": Family(llama.read_llama, llama.names, llama.PREFIX),
+    "mistral": Family(llama.read_mistral, llama.names, llama.PREFIX),
+    "qwen2": Family(llama.read_qwen2, llama.names, llama.PREFIX),
+    "qwen3": Family(llama.read_qwen3, llama.names, llama.PREFIX),
+}
+
+
+def end_ids(folder: Path, data: Mapping[str, Any]) -> frozenset[int]:
+    """The tokens that end a text, from generation_config.json or else from config.json `data`.
+
+    Raises FileError.
+    """
+    path, found = folder / "config.json", data.get("eos_token_id")
+    if os.path.lexists(folder / GENERATION_CONFIG):
+        own = read_json_object(folder / GENERATION_CONFIG, "settings of generation", MOST_CONFIG)
+        if own.get("eos_token_id") is not None:
+            path, found = folder / GENERATION_CONFIG, own["eos_token_id"]
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    for token in ids:
+        try:
+            check_int("eos_token_id", token, 0)
+        except UsageError as error:
+            raise FileError(f"{path}: {error.message}") from error
+    return frozenset(ids)

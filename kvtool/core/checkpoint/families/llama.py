@@ -1,0 +1,152 @@
+"""Llama (Touvron 2023) and its kin: rotary positions, RMSNorm, SwiGLU, grouped queries.
+
+They differ in biases, in norms of queries and keys, in windows, and in what a missing field means
+(as in transformers).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvtool.config import ModelConfig, check_int
+from kvtool.core.checkpoint.families.fields import Fields, head_size
+from kvtool.core.checkpoint.families.rope import rotation
+from kvtool.core.checkpoint.families.weights import HEAD, NameMap, Stored
+from kvtool.errors import UsageError
+
+PREFIX = "model."
+ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu"}
+
+
+def read_llama(f: Fields) -> ModelConfig:
+    """Raises UsageError, naming the field; so do the others."""
+    bias = f.flag("attention_bias", False)
+    mlp_bias = f.flag("mlp_bias", False)
+    return _read(f, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
+
+
+def read_mistral(f: Fields) -> ModelConfig:
+    window = 0 if f.is_null("sliding_window") else f.size("sliding_window", 4096)
+    return _read(f, kv_heads=8, window=window)
+
+
+def read_qwen2(f: Fields) -> ModelConfig:
+    return _read(f, kv_heads=32, qkv_bias=True, **_window_of_some_layers(f))
+
+
+def read_qwen3(f: Fields) -> ModelConfig:
+    bias = f.flag("attention_bias", False)
+    windows = _window_of_some_layers(f)
+    return _read(f, kv_heads=32, head=128, qkv_bias=bias, out_bias=bias, qk_norm=True, **windows)
+
+
+def _read(
+    f: Fields, kv_heads: int = 0, head: int | None = None, window: int = 0, **extra: Any
+) -> ModelConfig:
+    """`kv_heads` and `head` are the defaults of their fields; 0: as many as query heads."""
+    d_model, n_heads, head_dim = head_size(f, "num_attention_heads", "hidden_size", head)
+    absent = n_heads if f.is_null("num_key_value_heads") else kv_heads or n_heads
+    n_kv_heads = f.size("num_key_value_heads", absent)
+    if n_heads % n_kv_heads:
+        raise UsageError(
+            f"num_key_value_heads: {n_kv_heads} do not divide {n_heads} num_attention_heads"
+        )
+    if head_dim % 2:
+        raise UsageError(f"head_dim: {head_dim} is odd (expected an even one, to be rotated)")
+    context = _context(f)
+    theta, scaling = rotation(f, context)
+    return ModelConfig(
+        vocab_size=f.size("vocab_size"),
+        n_layers=f.size("num_hidden_layers"),
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_size=0 if head_dim * n_heads == d_model else head_dim,
+        d_ff=f.size("intermediate_size"),
+        context=context,
+        positions="rotary",
+        norm="rmsnorm",
+        norm_eps=f.number("rms_norm_eps", 1e-6),
+        activation=f.one_of("hidden_act", ACTIVATIONS, "silu"),
+        bias=False,
+        tied=f.flag("tie_word_embeddings", False),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        window=window if window < context else 0,  # a wider one hides nothing
+        **extra,
+    )
+
+
+def _context(f: Fields) -> int:
+    """max_position_embeddings, which the first conversions of Llama call max_sequence_length."""
+    fields = ("max_position_embeddings", "max_sequence_length")
+    new, old = (f.size(name) if name in f.data else None for name in fields)
+    if new and old and new != old:
+        raise UsageError(f"{fields[1]}: {old} contradicts {fields[0]} {new}")
+    return new or old or f.size(fields[0])
+
+
+def _window_of_some_layers(f: Fields) -> dict[str, int]:
+    """The window of Qwen's later layers, if it is used."""
+    n_layers, used = f.size("num_hidden_layers"), f.flag("use_sliding_window", False)
+    window = f.size("sliding_window", 4096) if not f.is_null("sliding_window") else 0
+    first = f.take("max_window_layers", 28)
+    layers = f.take("layer_types")
+    if not used:
+        window = 0
+    if layers is not None:
+        first = _first_sliding(layers, n_layers, window)
+    check_int("max_window_layers", first, 0)
+    if not window or first >= n_layers:
+        return {}
+    return {"window": window, "first_window_layer": first}
+
+
+def _first_sliding(layers: Any, n_layers: int, window: int) -> int:
+    """The number of the first layer with a window. Raises UsageError if a later one has none."""
+    kinds = ("full_attention", "sliding_attention")
+    known = isinstance(layers, list) and all(kind in kinds for kind in layers)
+    if not known or len(layers) != n_layers:
+        raise UsageError(f"layer_types: expected {n_layers} of {' and '.join(kinds)}")
+    first = layers.index(kinds[1]) if kinds[1] in layers else n_layers
+    if kinds[0] in layers[first:]:
+        raise UsageError(
+            f"layer_types: layer {first + layers[first:].index(kinds[0])} has no window after one "
+            "that has (expected full_attention first)"
+        )
+    if first < n_layers and not window:
+        raise UsageError("layer_types: names sliding_attention, but sliding_window is not used")
+    return first
+
+
+def names(config: ModelConfig) -> NameMap:
+    """Where our tensors are in theirs."""
+    d, ff, width = config.d_model, config.d_ff, config.head_dim
+    heads = {"q": config.n_heads, "k": config.n_kv_heads, "v": config.n_kv_heads}
+    found = {
+        "embed.tokens.weight": Stored.one("embed_tokens.weight", config.vocab_size, d),
+        "norm.weight": Stored.one("norm.weight", d),
+        "head.weight": Stored.one(HEAD, config.vocab_size, d),
+    }
+    for i in range(config.n_layers):
+        ours, theirs = f"layers.{i}", f"layers.{i}"
+        qkv = [(f"{theirs}.self_attn.{x}_proj", n * width) for x, n in heads.items()]
+        up = [(f"{theirs}.mlp.{x}_proj", ff) for x in ("gate", "up")]
+        stacks = (
+            ("qkv", f"{ours}.attn.qkv", qkv, d),
+            ("out", f"{ours}.attn.out", [(f"{theirs}.self_attn.o_proj", d)], heads["q"] * width),
+            ("mlp", f"{ours}.mlp.up", up, d),
+            ("mlp", f"{ours}.mlp.down", [(f"{theirs}.mlp.down_proj", d)], ff),
+        )
+        for part, name, rows, n_in in stacks:
+            found[f"{name}.weight"] = Stored(tuple((f"{x}.weight", (n, n_in)) for x, n in rows))
+            if config.has_bias(part):
+                found[f"{name}.bias"] = Stored(tuple((f"{x}.bias", (n,)) for x, n in rows))
+        for a, b in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")):
+            found[f"{ours}.{a}.weight"] = Stored.one(f"{theirs}.{b}.weight", d)
+        if config.qk_norm:
+            for x in ("q_norm", "k_norm"):
+                found[f"{ours}.attn.{x}.weight"] = Stored.one(
+                    f"{theirs}.self_attn.{x}.weight", width
+                )
+    return found

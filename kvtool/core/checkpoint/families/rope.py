@@ -1,0 +1,80 @@
+"""The fields that say how fast rotary positions turn, in the old spelling and in the new."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from kvtool.config import RopeScaling
+from kvtool.core.checkpoint.families.fields import Fields
+from kvtool.errors import UsageError
+from kvtool.reading import quoted
+
+THETA = 10_000.0
+KINDS = {"default": "", "linear": "linear", "dynamic": "", "llama3": "llama3", "yarn": "yarn"}
+
+
+def rotation(f: Fields, context: int) -> tuple[float, RopeScaling | None]:
+    """theta, and what stretches the angles, from rope_parameters (transformers 5) or from
+    rope_theta and rope_scaling. Raises UsageError.
+
+    "dynamic" (NTK-aware) changes the angles only of texts longer than max_position_embeddings, and
+    kvtool takes none: a cached key could not follow (transformers #25104).
+    """
+    spec = _spec(f)
+    theta = f.number("rope_theta", spec.data.get("rope_theta", THETA))
+    if spec.number("rope_theta", theta) != theta:
+        raise UsageError(f"rope_theta: {theta:g} contradicts {spec.data['rope_theta']}")
+    kind = spec.take("type", "default")
+    named = spec.take("rope_type", kind)
+    if "type" in spec.data and named != kind:
+        raise UsageError(f"rope_type: {quoted(named)} contradicts type {quoted(kind)}")
+    kind = Fields({"rope_type": named}).one_of("rope_type", {name: name for name in KINDS})
+    scaling = _scaling(spec, KINDS[kind], context)
+    if kind == "dynamic":
+        spec.number("factor")
+    spec.finish()
+    return theta, scaling
+
+
+def _spec(f: Fields) -> Fields:
+    """The fields within rope_parameters or rope_scaling."""
+    new, old = f.take("rope_parameters"), f.take("rope_scaling")
+    if new is not None and old is not None and new != old:
+        raise UsageError("rope_scaling: contradicts rope_parameters")
+    found: Any = {} if new is None and old is None else new if old is None else old
+    if not isinstance(found, dict):
+        raise UsageError(f"rope_parameters: {quoted(found)} is not an object")
+    return Fields(found)
+
+
+def _scaling(spec: Fields, kind: str, context: int) -> RopeScaling | None:
+    if not kind:
+        return None
+    if kind == "linear":
+        return RopeScaling(kind, spec.number("factor"))
+    first = spec.size("original_max_position_embeddings", context)
+    if kind == "llama3":
+        low, high = spec.number("low_freq_factor"), spec.number("high_freq_factor")
+        return RopeScaling(kind, spec.number("factor"), first, low=low, high=high)
+    factor = spec.number("factor", context / first)
+    return RopeScaling(
+        kind,
+        factor,
+        first,
+        beta_slow=spec.number("beta_slow", 1.0),
+        beta_fast=spec.number("beta_fast", 32.0),
+        truncate=spec.flag("truncate", True),
+        attention_factor=_attention_factor(spec, factor),
+    )
+
+
+def _attention_factor(spec: Fields, factor: float) -> float:
+    """What yarn multiplies queries and keys by (Peng 2023, eq. 22; mscale is of DeepSeek-V2)."""
+    top, bottom = spec.take("mscale", 0), spec.take("mscale_all_dim", 0)
+    scale = math.log(factor) if factor > 1 else 0.0
+    default = 1.0 + 0.1 * scale
+    if top and bottom:
+        top, bottom = spec.number("mscale"), spec.number("mscale_all_dim")
+        default = (1.0 + 0.1 * top * scale) / (1.0 + 0.1 * bottom * scale)
+    return spec.number("attention_factor", default)

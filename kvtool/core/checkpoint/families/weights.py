@@ -1,0 +1,93 @@
+"""Tensors of one naming, presented in another: the same values, other names and pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvtool.core.checkpoint.safetensors_file import BUFFERS, TensorInfo
+from kvtool.core.checkpoint.weight_files import WeightFile, require_tensors
+
+HEAD = "lm_head.weight"
+EMBEDDING = "embed.tokens.weight"  # ours
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one of our tensors is: `parts` of theirs, (name, shape) each, stacked along dim 0.
+
+    transposed: each is stored as (inputs, outputs), as GPT-2's Conv1D is.
+    """
+
+    parts: tuple[tuple[str, Shape], ...]
+    transposed: bool = False
+
+    @classmethod
+    def one(cls, name: str, *shape: int) -> Stored:
+        return cls(((name, shape),))
+
+    @classmethod
+    def conv1d(cls, name: str, n_out: int, n_in: int) -> Stored:
+        return cls(((name, (n_in, n_out)),), transposed=True)
+
+    @property
+    def shape(self) -> Shape:
+        first = self.parts[0][1]
+        if self.transposed:
+            return first[::-1]
+        return (sum(shape[0] for _, shape in self.parts), *first[1:])
+
+
+NameMap = dict[str, Stored]
+
+
+class MappedFile:
+    """A weight file of another naming as one of ours. `prefix` stands before all its names but the
+    head's, unless it was saved without a head. A tied head may be absent, or the embedding instead:
+    of tensors that share memory, safetensors' save_model keeps the last by name.
+
+    Raises FileError, before anything is read, for tensors that are missing, left over or misshapen,
+    in the names that the file uses. Buffers that hold no weights are passed over.
+    """
+
+    def __init__(self, source: WeightFile, names: NameMap, prefix: str, tied: bool) -> None:
+        self.path: Path = source.path
+        self._source = source
+        held = {name: info for name, info in source.tensors.items() if not BUFFERS.search(name)}
+        self._prefix = prefix if any(name.startswith(prefix) for name in held) else ""
+        if tied and HEAD in held and self._theirs(names[EMBEDDING].parts[0][0]) not in held:
+            names = {**names, EMBEDDING: Stored.one(HEAD, *names[EMBEDDING].shape)}
+            del names["head.weight"]
+        shapes = {self._theirs(n): shape for s in names.values() for n, shape in s.parts}
+        require_tensors(source.path, held, shapes, {HEAD} if tied else ())
+        self._names = {
+            ours: stored
+            for ours, stored in names.items()
+            if self._theirs(stored.parts[0][0]) in held
+        }
+        self.tensors = {ours: self._info(stored) for ours, stored in self._names.items()}
+
+    def _theirs(self, name: str) -> str:
+        return name if name == HEAD else self._prefix + name
+
+    def _info(self, stored: Stored) -> TensorInfo:
+        infos = [self._source.tensors[self._theirs(name)] for name, _ in stored.parts]
+        dtype = infos[0].dtype
+        for info in infos[1:]:
+            dtype = torch.promote_types(dtype, info.dtype)
+        return TensorInfo(dtype, stored.shape, 0, 0)
+
+    def read(self) -> tuple[dict[str, Tensor], str]:
+        tensors, sha256 = self._source.read()
+        found = {}
+        for ours, stored in self._names.items():
+            parts = [tensors.pop(self._theirs(name)) for name, _ in stored.parts]
+            if stored.transposed:
+                found[ours] = parts[0].T.contiguous()
+            else:
+                found[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return found, sha256

@@ -1,0 +1,213 @@
+"""The weights in a checkpoint's folder, in whichever form they are: one file, shards, or a pickle.
+
+`open_weights` finds them and says what there is, from headers alone where the form has any; `read`
+then yields the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvtool.core.checkpoint.pickled_file import PickledFile
+from kvtool.core.checkpoint.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
+from kvtool.core.machine import dtype_name
+from kvtool.errors import FileError, UsageError
+from kvtool.reading import opened, quoted, read_json_object, short
+
+WEIGHTS = "model.safetensors"
+INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+PICKLES = ("model.pt", "pytorch_model.bin")
+NAMES_SHOWN = 10
+LONGEST_NAME = 256  # characters; no file system has longer names
+
+# What a download may leave in place of the file. Neither can start a valid file of ours.
+LOOKALIKES = {
+    b"version https://git-lfs": ("a Git LFS pointer", "Run git lfs pull to fetch the file itself."),
+    b"<!doctype": ("an HTML page", "Download the file itself, not the page that shows it."),
+    b"<html": ("an HTML page", "Download the file itself, not the page that shows it."),
+}
+
+
+class WeightFile(Protocol):
+    """Tensors that can be looked at before they are read; all that it raises is FileError."""
+
+    path: Path  # for error messages
+    tensors: dict[str, TensorInfo]
+
+    def read(self) -> tuple[dict[str, Tensor], str]:
+        """All tensors, on the CPU, contiguous, and a SHA-256 of the file(s) in hexadecimal."""
+
+
+def open_weights(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> WeightFile:
+    """The weights in `folder`; safetensors are preferred. `dtypes` are what tensors may be of.
+
+    Raises FileError if there are none.
+    """
+
+    def safetensors(path: Path) -> SafetensorsFile:
+        refuse_lookalike(path, "weights")
+        return SafetensorsFile(path, dtypes)
+
+    def pickled(path: Path) -> PickledFile:
+        refuse_lookalike(path, "weights")
+        return PickledFile(path, dtypes)
+
+    # lexists: a broken link is an error about that file, not a reason to take another one.
+    if os.path.lexists(folder / WEIGHTS):
+        return safetensors(folder / WEIGHTS)
+    if os.path.lexists(folder / INDEX):
+        return ShardedFile(folder / INDEX, safetensors)
+    for name in PICKLES:
+        if os.path.lexists(folder / name):
+            return pickled(folder / name)
+    if os.path.lexists(folder / PICKLED_INDEX):
+        return ShardedFile(folder / PICKLED_INDEX, pickled)
+    raise FileError(f"{folder / WEIGHTS}: not found (expected weights)", "Copy them there.")
+
+
+def refuse_lookalike(path: Path, what: str) -> None:
+    """Raise FileError unless `path` is a file, and not a pointer or web page in place of one."""
+    with opened(path, what) as file:
+        head = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for start, (found, hint) in LOOKALIKES.items():
+        if head.startswith(start):
+            raise FileError(f"{path}: is {found} (expected {what})", hint)
+
+
+def require_tensors(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    shapes: Mapping[str, tuple[int, ...]],
+    optional: Collection[str],
+) -> None:
+    """Raise FileError unless `tensors` are those of `shapes`; the `optional` ones may be absent."""
+    required = [name for name in shapes if name not in optional]
+    missing = [name for name in required if name not in tensors]
+    extra = [name for name in tensors if name not in shapes]
+    refuse_names(path, missing, extra, len(required))
+    for name, expected in shapes.items():
+        found = tensors[name].shape if name in tensors else expected
+        if found != expected:
+            raise wrong_shape(f"{path}: {short(name)}", found, expected)
+
+
+def refuse_names(path: Path, missing: list[str], extra: list[str], n_required: int) -> None:
+    """Raise FileError if tensors are missing, of `n_required`, or there are others."""
+    if missing:
+        raise FileError(
+            f"{path}: lacks {len(missing)} of {n_required} tensors ({_listed(missing)})",
+            f"It holds others instead: {_listed(extra)}".rstrip(".") + "." if extra else "",
+        )
+    if extra:
+        raise FileError(
+            f"{path}: holds {len(extra)} tensors that the model of config.json does not have "
+            f"({_listed(extra)})"
+        )
+
+
+def wrong_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> FileError:
+    """What is said of a tensor of another shape than its model's."""
+    transposed = len(found) == 2 and found == expected[::-1]
+    return FileError(
+        f"{where} has shape {list(found)} (expected {list(expected)})",
+        "It looks transposed: GPT-2's own matrices are (inputs, outputs), all others the reverse."
+        if transposed
+        else "config.json implies that shape: is it of the same model?",
+    )
+
+
+def require_finite(
+    path: Path, stored: Mapping[str, Tensor], weights: Mapping[str, Tensor], kind: type[Exception]
+) -> None:
+    """Raise `kind` for NaN or infinity in the file, UsageError if only the conversion made it."""
+    counts = {name: _count_bad(tensor) for name, tensor in weights.items()}
+    bad = [name for name, count in counts.items() if count]
+    if not bad:
+        return
+    from_file = [name for name in bad if _count_bad(stored[name])]
+    if not from_file:
+        dtype = dtype_name(weights[bad[0]].dtype)
+        raise UsageError(
+            f"--dtype {dtype}: {counts[bad[0]]} values of {bad[0]} are beyond its range",
+            "Use a --dtype of more range, such as float32 or float64.",
+        )
+    first = from_file[0]
+    more = f", and so do {len(from_file) - 1} more tensors" if from_file[1:] else ""
+    raise kind(f"{path}: {first} holds {_count_bad(stored[first])} NaN or infinite values{more}")
+
+
+def _count_bad(tensor: Tensor) -> int:
+    return tensor.numel() - int(torch.isfinite(tensor).sum())
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(short(name) for name in names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown}, ..."
+
+
+class ShardedFile:
+    """Several files that `open_shard` opens, and an index that says which tensor is in which."""
+
+    def __init__(self, path: Path, open_shard: Callable[[Path], WeightFile]) -> None:
+        self.path = path
+        refuse_lookalike(path, "an index of weights")
+        places = _weight_map(path)
+        listed: dict[str, set[str]] = {}
+        for tensor, name in places.items():
+            listed.setdefault(name, set()).add(tensor)
+        self._shards: list[WeightFile] = []
+        self.tensors: dict[str, TensorInfo] = {}
+        for name in sorted(listed):
+            shard = open_shard(path.parent / name)
+            # Before the next is opened: of what nobody listed, no more than one shard is held.
+            _check_shard(path, name, places, listed[name], set(shard.tensors))
+            self._shards.append(shard)
+            self.tensors |= shard.tensors
+
+    def read(self) -> tuple[dict[str, Tensor], str]:
+        """The SHA-256 is of the shards' own SHA-256s, in the order of their names."""
+        found: dict[str, Tensor] = {}
+        digests = []
+        for shard in self._shards:
+            tensors, digest = shard.read()
+            found |= tensors
+            digests.append(digest)
+        return found, hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """The index's table of tensor -> shard. Raises FileError before any shard is opened."""
+    places = read_json_object(path, "an index of weights").get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise FileError(f"{path}: weight_map is not an object of file names")
+    for tensor, name in places.items():
+        # isprintable: a NUL or half a surrogate pair is in no file's name, and breaks open().
+        plain = name.isprintable() and len(name) < LONGEST_NAME and name not in ("", ".", "..")
+        if not plain or "/" in name or "\\" in name:
+            raise FileError(
+                f"{path}: places {short(tensor)} in {quoted(name)} (expected a file name)",
+                "Shards lie beside their index; kvtool opens nothing elsewhere.",
+            )
+    return places
+
+
+def _check_shard(
+    index: Path, shard: str, places: Mapping[str, str], listed: set[str], held: set[str]
+) -> None:
+    if listed - held:
+        tensor = min(listed - held)
+        raise FileError(f"{index}: places {short(tensor)} in {shard}, which does not hold it")
+    if held - listed:
+        tensor = min(held - listed)
+        if tensor in places:
+            raise FileError(
+                f"{index}: places {short(tensor)} in {places[tensor]}, but {shard} holds one too"
+            )
+        raise FileError(f"{index}: does not list {short(tensor)}, which {shard} holds")

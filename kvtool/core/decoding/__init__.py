@@ -1,0 +1,1 @@
+"""The decode loop, and the forms that a step of it takes."""

@@ -1,0 +1,86 @@
+"""How much each token of a target read from each token of its source: cross-attention weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+
+from kvtool.core.cache import Step
+from kvtool.core.kernels.default import DEFAULT, Kernels, Layer, reference_weights
+from kvtool.core.kernels.sight import Sight, whole
+from kvtool.core.models import Model
+from kvtool.core.text.tokenizer import BOS, SPECIALS, Tokenizer
+
+
+class Recorder:
+    """Kernels that compute as `kernels` do, and keep the weights of each attention over `keys`."""
+
+    def __init__(self, kernels: Kernels, keys: Tensor) -> None:
+        self.name = kernels.name
+        self.kernels = kernels
+        self.keys = keys
+        self.found: list[Tensor] = []  # each (B,H,T,S), float64
+
+    def rows(self, x: Tensor, *layers: Layer) -> Tensor:
+        return self.kernels.rows(x, *layers)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
+    ) -> Tensor:
+        if k is self.keys:
+            self.found.append(reference_weights(q, k, whole(mask), causal))
+        return self.kernels.attention(q, k, v, mask, causal)
+
+
+@torch.inference_mode()
+def cross_attention_weights(
+    model: Model,
+    source: Sequence[int],
+    target: Sequence[int],
+    layer: int,
+    kernels: Kernels = DEFAULT,
+) -> Tensor:
+    """The weights of one decoder layer for a target that the model has chosen, (H,T,S) in float64.
+
+    Row t has the weights of the step that chose target[t], which read the tokens before it; so the
+    end token has a row if it is in `target`. They come from the queries and keys of one pass over
+    the whole target, which are those of decoding: bit for bit with exact kernels, else to rounding.
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor([source], device=device)
+    encoded = model.encode(ids, torch.ones_like(ids, dtype=torch.bool), kernels)
+    recorder = Recorder(kernels, encoded.layers[layer][0])
+    read = torch.tensor([[BOS, *target[:-1]]], device=device)
+    model(read, Step.full(1, len(target), device, kernels=recorder), source=encoded)
+    (weights,) = recorder.found
+    return weights[0].cpu()
+
+
+def labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Each token's own text in visible characters; a special token's is its name."""
+    return [_label(tokenizer, token) for token in ids]
+
+
+def _label(tokenizer: Tokenizer, token: int) -> str:
+    if tokenizer.has_specials and token < len(SPECIALS):
+        return SPECIALS[token]
+    (piece,) = tokenizer.pieces([token])
+    return visible(_text_of_bytes(piece) if tokenizer.kind == "bpe" else piece).replace(" ", "␣")
+
+
+def _text_of_bytes(piece: str) -> str:
+    """The text that a byte-level piece stands for, with \\x.. for part of a character."""
+    alphabet = set(ByteLevel.alphabet())  # a character a byte: itself, or one from 256 on
+    if not alphabet.issuperset(piece):
+        return piece
+    others = [byte for byte in range(256) if chr(byte) not in alphabet]
+    spelt = bytes(ord(c) if ord(c) < 256 else others[ord(c) - 256] for c in piece)
+    return spelt.decode("utf-8", "backslashreplace")
+
+
+def visible(text: str) -> str:
+    """`text` on one line, with escapes such as \\n for what cannot be seen."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,265 @@
+"""A decoder's step in native code: one call for a few tokens, or one before and after attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kvtool.config import ModelConfig
+from kvtool.core.cache import Cache, CacheSpec, Step
+from kvtool.core.cache.cross import InPlaceSource
+from kvtool.core.cache.places import InPlace
+from kvtool.core.models.decoder import Block, Decoder
+from kvtool.core.models.layers import LayerNorm, Linear, RMSNorm
+from kvtool.core.native import arrays as native
+from kvtool.core.native.arrays import Array
+
+AT_ONCE = 256  # tokens; a Ctrl-C waits for the end of a call
+NO_SOURCE = InPlaceSource(np.empty((2, 0), np.int64), 0, np.empty((0, 2), np.int64))
+
+
+class NativeDecoder:
+    """The step of a Decoder on the weights that it has now, which it keeps.
+
+    The same functions in the same order as the modules', so the same bits. Where the memory of the
+    weights is moved, as share_memory does, make it anew.
+    """
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> NativeDecoder | None:
+        """None unless each layer is where, and has the size, that the configuration asks for, in
+        memory that native code can read. Compiled code trusts them, and would read other memory."""
+        c = decoder.config
+        usual = all(_is_usual(c, i, block) for i, block in enumerate(decoder.layers))
+        if not usual or len(decoder.layers) != c.n_layers or decoder.norm.eps is None:
+            return None
+        blocks, ends = [_parts(c, block) for block in decoder.layers], _ends(decoder)
+        constants = _constants(decoder)
+        weights = [sized for part in chain(*blocks, ends) for sized in part.weights()]
+        read = weights + [(table, shape) for table, shape in constants if table is not None]
+        if not all(x.shape == shape and x.is_contiguous() for x, shape in read):
+            return None
+        fixed = all(x.dtype is torch.float64 and x.is_cpu for x, _ in read[len(weights) :])
+        if not fixed or not native.can_read(*(weight for weight, _ in weights)):
+            return None
+        code = native.decoder_code(decoder.head.weight.dtype)
+        if code is None:
+            return None
+        return cls(decoder, blocks, [tensor for tensor, _ in read], code)
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        blocks: Sequence[Sequence[Part]],
+        read: Sequence[Tensor],
+        code: ModuleType,
+    ) -> None:
+        self.code, self.config = code, decoder.config
+        self.dtype = decoder.head.weight.dtype
+        self.kind = native.kind_of(self.dtype)
+        self.no_scratch = np.empty((2, 0), self.kind.dtype)
+        self.computed = native.computed(decoder.head.weight[:0]).dtype
+        c, embed, head = decoder.config, decoder.embed, decoder.head
+        # What the addresses point to, also when a parameter is given another tensor.
+        self.kept = [tensor.detach() for tensor in read]
+        windows = [c.window if i >= c.first_window_layer else 0 for i in range(c.n_layers)]
+        records = [(*map(Part.record, block), windows[i]) for i, block in enumerate(blocks)]
+        self.blocks = np.array(records, self.code.BLOCK)
+        positions = None if embed.positions is None else embed.positions.weight
+        tables = embed.tokens.weight, positions, *(table for table, _ in _constants(decoder))
+        sizes = len(embed.tokens.weight), c.context, c.n_heads, c.n_kv_heads, c.head_dim
+        found = *sizes, native.number_of(c.activation), embed.scale
+        ends = norm_record(decoder.norm), linear_record(head)
+        self.model = np.array([(*map(_address, tables), *found, *ends)], self.code.MODEL)
+        device = head.weight.device
+        self.stored = c.n_layers, c.n_kv_heads, c.head_dim, self.dtype, device
+        self.n_logits = len(head.weight)
+        self.token_size = 2 * c.n_kv_heads * c.head_dim  # keys and values of a layer
+        self.largest = max(tensor.numel() for tensor in read)
+
+    def stores_in(self, spec: CacheSpec) -> bool:
+        """Whether a cache with that spec holds what the model computes."""
+        sizes = spec.n_layers, spec.n_kv_heads, spec.head_dim
+        return self.stored == (*sizes, spec.dtype, spec.device)
+
+    def at_once(self, tokens: Array, place: InPlace, source: InPlaceSource, last: bool) -> Array:
+        """The step of tokens (B,T), which are stored -> logits (B,T,V), or (B,1,V) of the last
+        token alone, those of half formats in float32. Raises IndexError for a token or position
+        that does not exist."""
+        batch, n = tokens.shape
+        if batch * n <= AT_ONCE:
+            return self._part(tokens, 0, place, source, last)
+        width = max(AT_ONCE // batch, 1)
+        parts = [
+            self._part(tokens[:, first : first + width], first, place, source, last)
+            for first in range(0, n, width)
+        ]
+        return parts[-1] if last else np.concatenate(parts, axis=1)
+
+    def _part(
+        self, tokens: Array, first: int, place: InPlace, source: InPlaceSource, last: bool
+    ) -> Array:
+        """`at_once` for the tokens from number `first` on."""
+        batch, n = tokens.shape
+        start = place.start + first
+        place = place._replace(start=start, slot=place.slot + first) if first else place
+        ids = np.ascontiguousarray(tokens, np.int64).reshape(-1)
+        logits = np.empty((batch if last else batch * n, self.n_logits), self.computed)
+        scratch = self.no_scratch
+        if place.codes.size:
+            met = int(place.packings[0, 0]) + place.slot + n - place.exact
+            scratch = np.empty((2, batch * met * self.token_size // 2), self.kind.dtype)
+        known = self.code.decode(
+            self.model, self.blocks, ids, *place, scratch, *source, logits, self.kind,
+            *self._threads(batch * (start + n), source),
+        )  # fmt: skip
+        if not known:
+            self._refuse(ids)
+        return logits.reshape(batch, -1, self.n_logits)
+
+    def by_layers(self, tokens: Tensor, step: Step, cache: Cache, source: InPlaceSource) -> Tensor:
+        """The step of single tokens (B,1) -> logits (B,1,V), where a cache stores and attends in
+        its own way. Raises as `at_once`."""
+        c, batch, model = self.config, len(tokens), (self.model, self.blocks)
+        ids, pos = (
+            np.ascontiguousarray(x.numpy(), np.int64).reshape(batch) for x in (tokens, step.q_pos)
+        )
+        x = np.empty((batch, c.d_model), self.computed)
+        if not self.code.embed(self.model, ids, pos, x, self.kind):
+            self._refuse(ids)
+        near, threads = step.within(c.window), self._threads(0, source)
+        n_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
+        for i in range(c.n_layers):
+            qkv = np.empty((batch, sum(n_heads), c.head_dim), self.computed)
+            self.code.before_attention(*model, i, x, pos, qkv, self.kind, *threads)
+            heads = torch.from_numpy(qkv).to(self.dtype)[:, :, None]
+            q, k, v = heads.split_with_sizes(n_heads, dim=1)
+            seen = near if i >= c.first_window_layer else step
+            y = self._given(cache.attend(i, q, k, v, seen), (batch, c.n_heads, 1, c.head_dim))
+            self.code.after_attention(*model, i, y, x, self.kind, *source, *threads)
+        logits = np.empty((batch, 1, self.n_logits), self.computed)
+        self.code.logits_of(self.model, x, logits[:, 0], self.kind, *threads)
+        return torch.from_numpy(logits).to(self.dtype)
+
+    def _threads(self, n_seen: int, source: InPlaceSource) -> tuple[int, int]:
+        """How many threads share what reads so many numbers or more: the weights of a layer, or
+        keys and values of `n_seen` tokens, or of the source."""
+        n_seen = max(n_seen, len(source.seen) * source.columns)
+        return native.threads_for(max(self.largest, n_seen * self.token_size)), native.LARGE
+
+    def _given(self, y: Tensor, shape: tuple[int, ...]) -> Array:
+        """What a cache's attention gave, as (B,H,D). Raises ValueError."""
+        if (y.shape, y.dtype) != (shape, self.dtype):
+            raise ValueError(
+                f"attention gave {tuple(y.shape)} {y.dtype} (expected {shape} {self.dtype})"
+            )
+        return native.computed(y)[:, :, 0]
+
+    def _refuse(self, ids: Array) -> NoReturn:
+        wrong = ids[(ids < 0) | (ids >= self.model[0]["n_vocab"])].tolist()
+        what = f"token {wrong[0]} is" if wrong else f"tokens beyond {self.config.context} are"
+        raise IndexError(f"{what} unknown to the model")
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def linear_record(layer: Linear | None) -> tuple[int, ...]:
+    """As compiled.decoder.LINEAR."""
+    if layer is None:
+        return 0, 0, 0, 0
+    return _address(layer.weight), _address(layer.bias), *layer.weight.shape
+
+
+def norm_record(norm: LayerNorm | RMSNorm | None) -> tuple[float, ...]:
+    """As compiled.decoder.NORM."""
+    if norm is None:
+        return 0, 0, 0, 0, 0.0
+    centred = isinstance(norm, LayerNorm)
+    shift = _address(norm.bias) if isinstance(norm, LayerNorm) else 0
+    return _address(norm.weight), shift, len(norm.weight), centred, norm.eps or 0.0
+
+
+class Part(NamedTuple):
+    """A layer that has weights, if it is there, and the shape that they must have."""
+
+    layer: Any  # an nn.Module or None
+    shape: tuple[int, ...]
+
+    def weights(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """What is read of it, each with the shape that it must have."""
+        if self.layer is None:
+            return []
+        weight, bias = self.layer.weight, getattr(self.layer, "bias", None)
+        found = [(weight if isinstance(weight, Tensor) else torch.empty(0), self.shape)]
+        return found if bias is None else [*found, (bias, self.shape[:1])]
+
+    def record(self) -> tuple[float, ...]:
+        """As compiled.decoder.NORM, or LINEAR."""
+        return (norm_record if len(self.shape) == 1 else linear_record)(self.layer)
+
+
+def _is_usual(c: ModelConfig, i: int, block: nn.Module) -> bool:
+    """Whether a block has the parts that block i of the configuration has, with no other ways."""
+    if type(block) is not Block:
+        return False
+    attn, cross, norms = block.attn, block.cross, (block.norm1, block.norm2, block.norm_cross)
+    reads = bool(c.n_encoder_layers)
+    heads, stored = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    return (
+        (attn.layer, attn.head_dim, attn.widths) == (i, c.head_dim, [heads, stored, stored])
+        and (cross is not None) == (block.norm_cross is not None) == reads
+        and (cross is None or (cross.layer, cross.head_dim) == (i, c.head_dim))
+        and (attn.q_norm is not None) == (attn.k_norm is not None) == c.qk_norm
+        and block.mlp.activation == c.activation
+        and all(x is None or x.eps is not None for x in (*norms, attn.q_norm, attn.k_norm))
+    )
+
+
+def _constants(decoder: Decoder) -> list[tuple[Tensor | None, tuple[int, ...]]]:
+    """The tables in float64, as the last of compiled.decoder.TABLES, and the shapes that they must
+    have."""
+    c, waves, rotary = decoder.config, decoder.embed.table, decoder.rotary
+    return [
+        (None if waves is None else waves.table, (c.context, c.d_model)),
+        (None if rotary is None else rotary.table.table, (c.context, c.head_dim)),
+    ]
+
+
+def _ends(decoder: Decoder) -> list[Part]:
+    """What stands before and behind the blocks."""
+    c, embed, head = decoder.config, decoder.embed, decoder.head
+    return [
+        Part(embed.tokens, (len(embed.tokens.weight), c.d_model)),
+        Part(embed.positions, (c.context, c.d_model)),
+        Part(decoder.norm, (c.d_model,)),
+        Part(head, (len(head.weight), c.d_model)),
+    ]
+
+
+def _parts(c: ModelConfig, block: nn.Module) -> list[Part]:
+    """The norms and linear layers of a block, in the order of compiled.decoder.BLOCK."""
+    assert isinstance(block, Block)
+    attn, cross, mlp = block.attn, block.cross, block.mlp
+    heads, stored = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    wide = mlp.down.weight.shape[-1]
+    return [
+        Part(block.norm1, (c.d_model,)),
+        Part(attn.q_norm, (c.head_dim,)),
+        Part(attn.k_norm, (c.head_dim,)),
+        Part(block.norm_cross, (c.d_model,)),
+        Part(block.norm2, (c.d_model,)),
+        Part(attn.qkv, (heads + 2 * stored, c.d_model)),
+        Part(attn.out, (c.d_model, heads)),
+        Part(cross and cross.q, (heads, c.d_model)),
+        Part(cross and cross.out, (c.d_model, heads)),
+        Part(mlp.up, (wide * (2 if c.activation == "swiglu" else 1), c.d_model)),
+        Part(mlp.down, (c.d_model, wide)),
+    ]

@@ -1,0 +1,1 @@
+"""Native code: loops in numba, and what lends them tensors."""

@@ -1,0 +1,355 @@
+"""A few tokens at a time through native code, where PyTorch is far from the speed of memory.
+
+PyTorch's library multiplies one row by a matrix at a third of the speed at which a processor reads
+the matrix, and four rows at half of it (docs/performance.md). So modules, the flat form of a step
+and the exact kernels give such work to compiled/layers.py, where it can be done: on
+a CPU, without gradients, half formats computed in float32. All of them get the same bits.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from kvtool.core.native import compiling
+
+Array = NDArray[Any]
+ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row by itself
+
+FEW = 8  # rows; PyTorch is faster for many more
+LARGE = 2**17  # numbers that a layer or attention reads; to share fewer gains little
+PAYS = 500  # tokens to decode; loading takes 0.3 s, and a token gains 0.5 ms or more
+
+COMPUTED = torch.float32, torch.float64
+# Of no type that NumPy or numba has, and so as bits of their own type; computed in float32.
+HALVES = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+READ = *COMPUTED, *HALVES
+
+_allowed = True
+
+
+@contextmanager
+def where_it_pays(n_tokens: int) -> Iterator[None]:
+    """For a command that decodes about `n_tokens`: without native code if loading it would take
+    longer than is gained."""
+    global _allowed
+    before, _allowed = _allowed, n_tokens >= PAYS
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
+def serves(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether x (...,in) holds few tokens, and `can_read` them and the parameters."""
+    return x.numel() <= FEW * x.shape[-1] and can_read(x, *parameters)
+
+
+def can_read(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether native code is there, and can stand in for PyTorch with these tensors."""
+    if not _allowed or not numpy_can_read(first, *others, dtypes=READ):
+        return False
+    return layer_code(first.dtype) is not None
+
+
+def numpy_can_read(
+    first: Tensor, *others: Tensor | None, dtypes: Sequence[torch.dtype] = COMPUTED
+) -> bool:
+    """Whether arrays can stand for these tensors, which are of one of `dtypes`, and may: what is
+    done to arrays is missed by gradients, by a compiler, and by a mode that watches or replaces
+    what PyTorch does."""
+    if first.dtype not in dtypes:
+        return False
+    graded = torch.is_grad_enabled()
+    for x in (first, *others):
+        if x is not None and (
+            x.dtype is not first.dtype
+            or not x.is_cpu
+            or (graded and x.requires_grad)
+            or type(x) not in (Tensor, nn.Parameter)
+        ):
+            return False
+    return not watched()
+
+
+def away() -> bool:
+    """Whether a command does without native code, or something watches what PyTorch does."""
+    return not _allowed or watched()
+
+
+def watched() -> bool:
+    """Whether something would miss what PyTorch does not do: a compiler, a tracer, autocast, a
+    mode, a transform of functions, forward derivatives."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._functorch.peek_interpreter_stack()
+        or forward_ad._current_level >= 0
+    )
+
+
+def can_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether `attention` can do it: with queries and keys, and a mask as `Kernels` has it."""
+    sizes = k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]
+    masked = mask is None or (
+        mask.dtype is torch.bool and (mask.shape[1], mask.shape[3]) == (1, k.shape[2])
+    )
+    return sizes and masked and bool(q.numel() and k.numel()) and can_read(q, k, v)
+
+
+def array(tensor: Tensor) -> Array:
+    """A tensor's memory as an array, of half formats as bits; a copy if it is not dense."""
+    return tensor.detach().contiguous().view(HALVES.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+def computed(tensor: Tensor) -> Array:
+    """A tensor as an array to compute with, half formats as float32."""
+    return array(tensor.float() if tensor.dtype in HALVES else tensor)
+
+
+def on_tensor(layer: ArrayLayer, x: Tensor) -> Tensor:
+    """A layer of arrays applied to (...,in) -> (...,out)."""
+    y = layer(computed(x).reshape(x.numel() // x.shape[-1], x.shape[-1]))
+    return torch.from_numpy(y).view(*x.shape[:-1], y.shape[1]).to(x.dtype)
+
+
+class Weights(NamedTuple):
+    """Of a linear layer: weight (out,in), bias (out,) or (0,)"""
+
+    weight: Array
+    bias: Array
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Weights:
+        _require_width(weight, bias)
+        return cls(array(weight), _or_empty(bias, weight))
+
+
+class Norm(NamedTuple):
+    """Of a LayerNorm, which is centred, or of an RMSNorm: scale (d,), shift (d,) or (0,)"""
+
+    centred: bool
+    scale: Array
+    shift: Array
+    eps: float
+
+    @classmethod
+    def of(cls, scale: Tensor, shift: Tensor | None, eps: float, centred: bool) -> Norm:
+        _require_width(scale, shift)
+        return cls(centred, array(scale), _or_empty(shift, scale), eps)
+
+
+def _require_width(weight: Tensor, bias: Tensor | None) -> None:
+    """Compiled functions trust the shapes that they are given. Raises ValueError."""
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"weights of {len(weight)} outputs have a bias of shape {tuple(bias.shape)}"
+        )
+
+
+def _require_input(x: Array, width: int) -> None:
+    if x.ndim != 2 or x.shape[1] != width or not x.flags.c_contiguous:
+        raise ValueError(f"a layer of {width} inputs was given {x.shape}, or no dense array")
+
+
+def _or_empty(bias: Tensor | None, weight: Tensor) -> Array:
+    return array(weight.new_empty(0) if bias is None else bias)
+
+
+def linear(weights: Weights) -> ArrayLayer:
+    """`F.linear`. Large weights are shared by as many threads as PyTorch has."""
+    kernel, (n_out, n_in) = _loaded().product, weights.weight.shape
+
+    def layer(x: Array) -> Array:
+        _require_input(x, n_in)
+        y = np.empty((len(x), n_out), x.dtype)
+        kernel(x, *weights, y, threads_for(weights.weight.size), LARGE)
+        return y
+
+    return layer
+
+
+def normalised(norm: Norm) -> ArrayLayer:
+    """`F.layer_norm` or `F.rms_norm` over the last dimension."""
+    kernel, width = _loaded().normalise, len(norm.scale)
+
+    def layer(x: Array) -> Array:
+        _require_input(x, width)
+        y = np.empty_like(x)
+        kernel(x, *norm, y)
+        return y
+
+    return layer
+
+
+def activation(name: str) -> ArrayLayer:
+    """The activation of a feed-forward network, by its name in a ModelConfig; swiglu (n,2d) ->
+    (n,d)."""
+    kernel, number = _loaded().activate, number_of(name)
+    parts = 1 + (name == "swiglu")
+
+    def layer(x: Array) -> Array:
+        y = np.empty((len(x), x.shape[1] // parts), x.dtype)
+        kernel(number, x, y)
+        return y
+
+    return layer
+
+
+def threads_for(n_read: int) -> int:
+    """How many threads share work that reads so many numbers: as many as PyTorch has, if these are
+    many and compiled code has so many."""
+    n = torch.get_num_threads() if n_read >= LARGE else 1
+    return n if n == 1 else min(n, _loaded().MOST_THREADS)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """`Kernels.attention`, each query by itself over the keys that it sees, in their order."""
+    batch, _, n_queries, _ = q.shape
+    queries, n_keys = computed(q.transpose(1, 2)), k.shape[2]  # (B,T,H,D)
+    y, read = np.empty_like(queries), (Stored.of(k), Stored.of(v))
+    if mask is None:
+        spans = np.zeros((batch, n_queries, 2), np.int64)
+        spans[:, :, 1] = np.arange(1, n_queries + 1) if causal else n_keys
+        _attend(queries, read, spans, y)
+    else:
+        _attend_seen(queries, read, mask[:, 0].expand(batch, n_queries, n_keys).numpy(), y)
+    return torch.from_numpy(y).transpose(1, 2).to(q.dtype)
+
+
+def _attend_seen(q: Array, read: tuple[Stored, Stored], seen: Array, y: Array) -> None:
+    """`_attend` over the columns that are True in seen (B,T,S)."""
+    spans = two_spans_of(seen)
+    if spans is not None:
+        _attend(q, read, spans, y)
+        return
+    k, v = read
+    for row, i in np.ndindex(*seen.shape[:2]):
+        columns = seen[row, i].nonzero()[0]
+        _loaded().attend_columns(
+            q[row, i], row, k.tensor.shape[1], k.place, v.place, columns, y[row, i]
+        )
+
+
+def two_spans_of(seen: Array) -> Array | None:
+    """As `spans_of`, but with room for one interruption: the last stretch of True, and in front of
+    it the first, or nothing -> (...,4); None if there are more."""
+    flags = np.zeros((*seen.shape[:-1], seen.shape[-1] + 2), bool)
+    flags[..., 1:-1] = seen
+    begins, ends = flags[..., 1:] & ~flags[..., :-1], flags[..., :-1] & ~flags[..., 1:]
+    if (begins.sum(-1) > 2).any():
+        return None
+    whole = np.zeros((*seen.shape[:-1], 4), np.int64)
+    last, n = begins.shape[-1] - 1, begins.sum(-1)
+    whole[..., 0] = np.where(n > 0, last - begins[..., ::-1].argmax(-1), 0)
+    whole[..., 1] = np.where(n > 0, last - ends[..., ::-1].argmax(-1), 0)
+    whole[..., 2] = np.where(n > 1, begins.argmax(-1), 0)
+    whole[..., 3] = np.where(n > 1, ends.argmax(-1), 0)
+    return whole
+
+
+def spans_of(seen: Array) -> Array | None:
+    """Where True begins and ends in each (...,n) -> (...,2); None if in one it is interrupted."""
+    if not seen.shape[-1]:
+        return np.zeros((*seen.shape[:-1], 2), np.int64)
+    n, first = seen.sum(-1), seen.argmax(-1)
+    last = seen.shape[-1] - seen[..., ::-1].argmax(-1)
+    if ((last - first != n) & (n > 0)).any():
+        return None
+    return np.stack([first, first + n], axis=-1)
+
+
+def _attend(q: Array, read: tuple[Stored, Stored], spans: Array, y: Array) -> None:
+    """Queries (B,T,H,D) over keys and values, each from spans[...,2] to spans[...,3] of their
+    columns, if there are four, and from spans[...,0] to spans[...,1] -> y (B,T,H,D)"""
+    k, v = read
+    batch, n_queries, n_heads, width = q.shape
+    flat = batch * n_queries, n_heads, width
+    n_groups = k.tensor.shape[1]
+    with_sinks = np.zeros((batch * n_queries, 4), np.int64)  # none
+    with_sinks[:, : spans.shape[-1]] = spans.reshape(batch * n_queries, -1)
+    n_seen = int((with_sinks[:, 1::2] - with_sinks[:, ::2]).sum())
+    threads = threads_for(2 * n_groups * width * n_seen)
+    _loaded().attend(
+        q.reshape(flat), n_queries, n_groups, k.place, v.place, with_sinks, y.reshape(flat),
+        threads, LARGE,
+    )  # fmt: skip
+
+
+class Stored(NamedTuple):
+    """Where the memory of keys or values (B,G,S,D) is, which the tensor keeps."""
+
+    tensor: Tensor
+    # Its address, the bytes of a row, the columns of a head, and an array of its type.
+    place: tuple[int, int, int, Array]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Stored:
+        """Copied only if a head's columns are not dense."""
+        n, width = x.shape[2:]
+        if x.stride()[2:] != (width, 1) or x.stride(1) % width or x.stride(1) < n * width:
+            x = x.contiguous()
+        at = x.data_ptr(), x.stride(0) * x.itemsize, x.stride(1) // width
+        return cls(x, (*at, kind_of(x.dtype)))
+
+
+def number_of(activation: str) -> int:
+    """By which compiled functions know an activation."""
+    return int(_loaded().ACTIVATIONS[activation])
+
+
+@cache
+def kind_of(dtype: torch.dtype) -> Array:
+    """An empty array of the type by which compiled code knows `dtype`."""
+    return array(torch.empty(0, dtype=dtype))
+
+
+@cache
+def layer_code(dtype: torch.dtype) -> ModuleType | None:
+    """The compiled functions of layers and attention, with weights of that type; None where numba
+    does not work."""
+    return _code("layers", dtype, "layers")
+
+
+@cache
+def decoder_code(dtype: torch.dtype) -> ModuleType | None:
+    """The compiled functions of a whole step, with weights of that type; None as `layer_code`."""
+    return _code("decoder", dtype, "whole steps")
+
+
+def prepare(tensor: Tensor) -> None:
+    """Have all code for such weights ready, so that none is made while something is timed."""
+    if tensor.is_cpu and tensor.dtype in READ:
+        decoder_code(tensor.dtype)
+
+
+def _code(name: str, dtype: torch.dtype, what: str) -> ModuleType | None:
+    def load() -> ModuleType:
+        code = importlib.import_module(f"kvtool.core.native.compiled.{name}")
+        if dtype is torch.float16 and not code.CONVERTS_FLOAT16:
+            raise NotImplementedError("float16 on this processor")
+        real = computed(torch.empty(0, dtype=dtype))
+        forms = code.forms(*(code.from_dtype(x.dtype) for x in (real, kind_of(dtype))))
+        compiling.load_all(forms, f"{what} in {str(dtype).removeprefix('torch.')}")
+        return code
+
+    return compiling.available(load)
+
+
+@cache
+def _loaded() -> ModuleType:
+    """The functions of `layer_code`, of a type for which `can_read` was asked."""
+    return importlib.import_module("kvtool.core.native.compiled.layers")

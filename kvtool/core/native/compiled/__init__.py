@@ -1,0 +1,1 @@
+"""The functions that numba compiles; nothing here knows PyTorch."""

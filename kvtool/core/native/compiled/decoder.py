@@ -1,0 +1,293 @@
+"""A decoder's step as compiled code: from tokens to logits without coming back to Python.
+
+What stands between a small model's layers in Python takes as long as the layers. Here is the same
+mathematics as in models/decoder.py, in the same order, by the functions of layers.py; a
+model is handed over as records of addresses, so that one compiled form serves every depth and size.
+Who calls must keep alive what the addresses point to.
+
+`kind` is an array of the type that is at those addresses, for its type alone. With half formats all
+is computed in float32, and rounded wherever a module would give a tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray, typeof, types
+from numba import from_dtype as from_dtype
+
+from kvtool.core.native.compiled import codes, layers
+from kvtool.core.native.compiled.codes import read_codes
+from kvtool.core.native.compiled.layers import activate, attend, normalise, product, settle
+from kvtool.core.native.compiled.tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
+from kvtool.core.native.compiled.tools import (
+    Array,
+    Forms,
+    compiled,
+    copy_rows,
+    dense,
+    kept,
+    number,
+    pointer,
+    shared,
+    vector,
+)
+
+# A model as records of addresses and sizes. What is not there has the address 0.
+NORM = np.dtype(
+    [(name, np.int64) for name in ("scale", "shift", "width", "centred")] + [("eps", np.float64)]
+)
+LINEAR = np.dtype([(name, np.int64) for name in ("weight", "bias", "n_out", "n_in")])
+NORMS = ("norm1", "q_norm", "k_norm", "norm_cross", "norm2")
+LINEARS = ("qkv", "out", "cross_q", "cross_out", "up", "down")
+BLOCK = np.dtype(
+    [(name, NORM) for name in NORMS] + [(name, LINEAR) for name in LINEARS] + [("window", np.int64)]
+)
+SIZES = ("n_vocab", "context", "n_heads", "n_groups", "head_dim", "activation")
+TABLES = ("tokens", "positions", "sinusoids", "angles")  # the last two in float64
+MODEL = np.dtype(
+    [(name, np.int64) for name in (*TABLES, *SIZES)]
+    + [("scale", np.float64), ("norm", NORM), ("head", LINEAR)]
+)
+
+
+@compiled()
+def normed(norm: Any, x: Array, y: Array, kind: Array) -> None:
+    """y (n,d) = x (n,d) through the norm of a record."""
+    scale = vector(norm.scale, norm.width, kind)
+    shift = vector(norm.shift, norm.width if norm.shift else 0, kind)
+    normalise(x, norm.centred != 0, scale, shift, norm.eps, y)
+    settle(y, kind)
+
+
+@compiled()
+def through(layer: Any, x: Array, y: Array, kind: Array, threads: int, large: int) -> None:
+    """y (n,out) = x (n,in) through the linear layer of a record."""
+    weight = carray(pointer(layer.weight, kind), (layer.n_out, layer.n_in))
+    bias = vector(layer.bias, layer.n_out if layer.bias else 0, kind)
+    product(x, weight, bias, y, threads, large)
+    settle(y, kind)
+
+
+@compiled()
+def rounded(x: float, kind: Array) -> float:
+    """What is left of a number in the type of `kind`."""
+    return number(kept(x, kind))
+
+
+@shared(fast=False)  # rounded after each operation, as PyTorch's are
+def embed(models: Array, tokens: Array, pos: Array, x: Array, kind: Array) -> bool:
+    """x (n,d) = tokens (n,) at positions (n,), those of padding negative -> whether all exist."""
+    model, width, size = models[0], x.shape[1], kind.itemsize
+    for n in range(x.shape[0]):
+        at = max(pos[n], 0)
+        placed = model.positions or model.sinusoids or model.angles
+        if not 0 <= tokens[n] < model.n_vocab or (placed and at >= model.context):
+            return False
+        token = vector(model.tokens + tokens[n] * width * size, width, kind)
+        if model.sinusoids:
+            wave = carray(pointer(model.sinusoids + at * width * 8, np.float64), (width,))
+            for j in range(width):
+                scaled = rounded(number(token[j]) * x.dtype.type(model.scale), kind)
+                x[n, j] = rounded(scaled + rounded(x.dtype.type(wave[j]), kind), kind)
+        elif model.positions:
+            position = vector(model.positions + at * width * size, width, kind)
+            for j in range(width):
+                x[n, j] = rounded(number(token[j]) + number(position[j]), kind)
+        else:
+            for j in range(width):
+                x[n, j] = number(token[j])
+    return True
+
+
+@compiled(fast=False)
+def rotate(heads: Array, n_turned: int, angles: Array, kind: Array) -> None:
+    """Turn the first heads (H,D) of a token by cosines and sines (D,), in place (Su 2021)."""
+    half = heads.shape[1] // 2
+    for h in range(n_turned):
+        for j in range(half):
+            cos = rounded(heads.dtype.type(angles[j]), kind)
+            sin = rounded(heads.dtype.type(angles[half + j]), kind)
+            a, b = heads[h, j], heads[h, half + j]
+            heads[h, j] = rounded(rounded(a * cos, kind) - rounded(b * sin, kind), kind)
+            heads[h, half + j] = rounded(rounded(b * cos, kind) + rounded(a * sin, kind), kind)
+
+
+@shared()
+def before_attention(
+    models: Array, blocks: Array, layer: int, x: Array, pos: Array, qkv: Array, kind: Array,
+    threads: int, large: int,
+) -> None:  # fmt: skip
+    """qkv (n,H+2*G,D) = the queries, keys and values of x (n,d) at positions (n,)"""
+    model, block = models[0], blocks[layer]
+    n_heads, n_turned, width = model.n_heads, model.n_heads + model.n_groups, model.head_dim
+    normal = np.empty_like(x)
+    normed(block.norm1, x, normal, kind)
+    through(block.qkv, normal, qkv.reshape(x.shape[0], -1), kind, threads, large)
+    for n in range(x.shape[0]):
+        if block.q_norm.scale:
+            before = qkv[n].copy()
+            normed(block.q_norm, before[:n_heads], qkv[n, :n_heads], kind)
+            normed(block.k_norm, before[n_heads:n_turned], qkv[n, n_heads:n_turned], kind)
+        if model.angles:
+            at = model.angles + max(pos[n], 0) * width * 8
+            rotate(qkv[n], n_turned, carray(pointer(at, np.float64), (width,)), kind)
+
+
+@compiled()
+def add_through(layer: Any, y: Array, x: Array, kind: Array, threads: int, large: int) -> None:
+    """x (n,d) += y (n,in) through the linear layer of a record."""
+    out = np.empty_like(x)
+    through(layer, y, out, kind, threads, large)
+    x += out
+    settle(x, kind)
+
+
+@compiled()
+def read_source(
+    model: Any, block: Any, x: Array, k: int, v: int, columns: int, seen: Array, kind: Array,
+    threads: int, large: int,
+) -> None:  # fmt: skip
+    """x (n,d) += attention to a source: addresses of its keys and values (B,G,columns,D), of which
+    each row sees those from seen[row,0] to seen[row,1]."""
+    n, n_groups, width = x.shape[0], model.n_groups, model.head_dim
+    normal, q = np.empty_like(x), np.empty((n, model.n_heads, width), x.dtype)
+    normed(block.norm_cross, x, normal, kind)
+    through(block.cross_q, normal, q.reshape(n, -1), kind, threads, large)
+    n_each, row_bytes = n // seen.shape[0], n_groups * columns * width * kind.itemsize
+    spans, y = np.zeros((n, 4), np.int64), np.empty_like(q)
+    for i in range(n):
+        spans[i, 0], spans[i, 1] = seen[i // n_each]
+    keys, values = (k, row_bytes, columns, kind), (v, row_bytes, columns, kind)
+    attend(q, n_each, n_groups, keys, values, spans, y, threads, large)
+    given = y.reshape(n, -1)
+    settle(given, kind)
+    add_through(block.cross_out, given, x, kind, threads, large)
+
+
+@shared()
+def after_attention(
+    models: Array, blocks: Array, layer: int, y: Array, x: Array, kind: Array,
+    source: Array, columns: int, seen: Array, threads: int, large: int,
+) -> None:  # fmt: skip
+    """x (n,d) += what attention gave, y (n,H,D); then what the source gives, if there is one; then
+    the feed-forward network. source (2,layers), columns and seen as in `read_source`, or (2,0)."""
+    model, block, n = models[0], blocks[layer], x.shape[0]
+    add_through(block.out, y.reshape(n, -1), x, kind, threads, large)
+    if source.shape[1]:
+        k, v = source[0, layer], source[1, layer]
+        read_source(model, block, x, k, v, columns, seen, kind, threads, large)
+    normal = np.empty_like(x)
+    normed(block.norm2, x, normal, kind)
+    wide = np.empty((n, block.up.n_out), x.dtype)
+    through(block.up, normal, wide, kind, threads, large)
+    active = np.empty((n, block.down.n_in), x.dtype)
+    activate(model.activation, wide, active)
+    settle(active, kind)
+    add_through(block.down, active, x, kind, threads, large)
+
+
+@shared()
+def logits_of(
+    models: Array, x: Array, logits: Array, kind: Array, threads: int, large: int
+) -> None:
+    """logits (n,V) of x (n,d)"""
+    normal = np.empty_like(x)
+    normed(models[0].norm, x, normal, kind)
+    through(models[0].head, normal, logits, kind, threads, large)
+
+
+@compiled()
+def spans_of_step(pos: Array, n_each: int, slot: int, window: int, sinks: Array) -> Array:
+    """Which columns each token at positions pos (n,) sees, as in `attend`: a row's first is stored
+    in column `slot`. From its position 0 on, or as many as the window (0: all), its own included;
+    and always the row's sinks (B,2), the columns from one to another."""
+    spans = np.zeros((pos.shape[0], 4), np.int64)
+    for i in range(pos.shape[0]):
+        row, last = i // n_each, slot + i % n_each + 1
+        n_seen = max(pos[i] + 1, 1)  # padding sees itself
+        n_seen = min(n_seen, window) if window else n_seen
+        first, begin, end = last - n_seen, sinks[row, 0], min(sinks[row, 1], last)
+        if pos[i] >= 0 and begin < end:
+            if end < first:
+                spans[i, 2], spans[i, 3] = begin, end
+            else:
+                first = begin
+        spans[i, 0], spans[i, 1] = first, last
+    return spans
+
+
+@shared()
+def decode(
+    models: Array, blocks: Array, tokens: Array,
+    start: int, padding: Array, stored: Array, columns: int, slot: int, window: int, sinks: Array,
+    codes: Array, packings: Array, exact: int, scratch: Array,
+    source: Array, source_columns: int, seen: Array,
+    logits: Array, kind: Array, threads: int, large: int,
+) -> bool:  # fmt: skip
+    """A decoder's step: a few tokens of each row behind `start` others, of which `padding` (B,) are
+    none -> whether all tokens and positions exist.
+
+    tokens (n,), a row's together, n a multiple of B. stored (2,layers): addresses of keys and
+    values (B,G,columns,D), new ones from column `slot` on. window and sinks as in `spans_of_step`;
+    codes (6,layers) of keys and values as in `read_codes`, or (6,0); these use scratch (2,numbers).
+    source as in `after_attention`. logits (n,V), or of each row's last token (B,V).
+    """
+    model, n, batch = models[0], tokens.shape[0], padding.shape[0]
+    n_each, n_heads, n_groups, width = n // batch, model.n_heads, model.n_groups, model.head_dim
+    pos = np.empty(n, np.int64)
+    for i in range(n):
+        pos[i] = start + i % n_each - padding[i // n_each]
+    x = np.empty((n, model.head.n_in), logits.dtype)
+    if not embed(models, tokens, pos, x, kind):
+        return False
+    qkv = np.empty((n, n_heads + 2 * n_groups, width), x.dtype)
+    q, y = np.empty((n, n_heads, width), x.dtype), np.empty((n, n_heads, width), x.dtype)
+    shape = batch, n_groups, columns, width
+    row_bytes = n_groups * columns * width * kind.itemsize
+    for layer in range(blocks.shape[0]):
+        before_attention(models, blocks, layer, x, pos, qkv, kind, threads, large)
+        k, v = stored[0, layer], stored[1, layer]
+        keys, values = carray(pointer(k, kind), shape), carray(pointer(v, kind), shape)
+        for i in range(n):
+            row, column = i // n_each, slot + i % n_each
+            copy_rows(qkv[i, :n_heads], q[i])
+            for group in range(n_groups):
+                for j in range(width):
+                    keys[row, group, column, j] = kept(qkv[i, n_heads + group, j], kind)
+                    value = qkv[i, n_heads + n_groups + group, j]
+                    values[row, group, column, j] = kept(value, kind)
+        k_at, v_at, at = (k, row_bytes, columns, kind), (v, row_bytes, columns, kind), slot
+        if codes.shape[1]:
+            at = packings[0, 0] + slot - exact
+            met = batch, n_groups, at + n_each, width
+            k_at = read_codes(codes[:3, layer].copy(), packings[0], k_at, exact, met, scratch[0])
+            v_at = read_codes(codes[3:, layer].copy(), packings[1], v_at, exact, met, scratch[1])
+        if layer + 1 == blocks.shape[0] and logits.shape[0] < n:  # no other tokens are asked for
+            x, pos = x[n_each - 1 :: n_each].copy(), pos[n_each - 1 :: n_each].copy()
+            q = q[n_each - 1 :: n_each].copy()
+            y, n, at, n_each = np.empty_like(q), batch, at + n_each - 1, 1
+        spans = spans_of_step(pos, n_each, at, blocks[layer].window or window, sinks)
+        attend(q, n_each, n_groups, k_at, v_at, spans, y, threads, large)
+        settle(y.reshape(n, -1), kind)
+        after_attention(
+            models, blocks, layer, y, x, kind, source, source_columns, seen, threads, large
+        )
+    logits_of(models, x, logits, kind, threads, large)
+    return True
+
+
+def forms(real: types.Type, kind: types.Type) -> Forms:
+    """All that decodes in `real` with weights, keys and values of `kind`, what is called first."""
+    yield from layers.forms(real, kind)
+    yield from codes.forms(kind)
+    n, (_, x2, x3), (k1, k2, _), (n1, n2, _) = types.intp, *map(dense, (real, kind, types.intp))
+    records = tuple(typeof(np.empty(0, record)) for record in (MODEL, BLOCK))
+    source = n2, n, n2
+    yield embed, (records[0], n1, n1, x2, k1)
+    yield before_attention, (*records, n, x2, n1, x3, k1, n, n)
+    yield after_attention, (*records, n, x3, x2, k1, *source, n, n)
+    yield logits_of, (records[0], x2, x2, k1, n, n)
+    place = n, n1, n2, n, n, n, n2, n2, n2, n
+    yield decode, (*records, n1, *place, k2, *source, x2, k1, n, n)

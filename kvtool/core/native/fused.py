@@ -1,0 +1,215 @@
+"""Parts of a training step that PyTorch does in several passes over memory, done in one.
+
+On a CPU, in float32 or bfloat16, within `in_training`, where numba works. What is compiled is in
+compiled/training.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kvtool.core.native import arrays as native
+from kvtool.core.native import compiling
+
+LEAST = 2**14  # numbers; fewer are not worth the 0.3 s of loading
+LONGEST = 24  # keys; products of many heads at once are faster for more
+LANES = 16  # numbers of a head that are multiplied at once
+DTYPES = torch.float32, torch.bfloat16
+
+_training = False
+
+
+@contextmanager
+def in_training() -> Iterator[None]:
+    """For a step of training: what runs within has first derivatives, and no second ones."""
+    global _training
+    before, _training = _training, True
+    try:
+        yield
+    finally:
+        _training = before
+
+
+def serves(x: Tensor, *others: Tensor) -> bool:
+    """Whether there is code for these tensors, the first of which says how much work it is."""
+    return (
+        _training
+        and torch.is_grad_enabled()
+        and x.numel() >= LEAST
+        and all(t.is_cpu and t.dtype in DTYPES for t in (x, *others))
+        and _code() is not None
+    )
+
+
+@cache
+def _code() -> ModuleType | None:
+    def load() -> ModuleType:
+        code = importlib.import_module("kvtool.core.native.compiled.training")
+        compiling.load_all(code.forms(), "steps of training")
+        return code
+
+    return compiling.available(load)
+
+
+def _compiled() -> ModuleType:
+    code = _code()
+    assert code is not None, "ask serves() first"
+    return code
+
+
+def _threads() -> int:
+    return min(torch.get_num_threads(), int(_compiled().MOST_THREADS))
+
+
+def _rows(x: Tensor) -> native.Array:
+    """(...,d) -> (n,d), bfloat16 as uint16"""
+    return native.array(x).reshape(-1, x.shape[-1])
+
+
+class Mask(NamedTuple):
+    """Which elements a dropout keeps: a hash of each one's index decides."""
+
+    start: int  # the index of the first
+    least: int  # hash, an int32, that stays
+    scale: float  # of what stays
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Where elements of x stay, bool; as compiled.training.keeps."""
+        h = torch.arange(x.numel(), dtype=torch.int32, device=x.device).add_(_int32(self.start))
+        h.bitwise_xor_(h >> 16 & 0xFFFF).mul_(0x7FEB352D)
+        h.bitwise_xor_(h >> 15 & 0x1FFFF).mul_(_int32(0x846CA68B))
+        return (h >= self.least).view(x.shape)
+
+
+def _int32(x: int) -> int:
+    """The int32 of the same 32 bits."""
+    return (x + 2**31) % 2**32 - 2**31
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, onto: Tensor | None, mask: Mask) -> Tensor:
+        y = torch.empty_like(x if onto is None else onto, memory_format=torch.contiguous_format)
+        ctx.mask, ctx.dtype, ctx.adds = mask, x.dtype, onto is not None
+        _drop(x, onto, mask, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        dx = torch.empty(dy.shape, dtype=ctx.dtype)
+        _drop(dy, None, ctx.mask, dx)
+        return dx, dy if ctx.adds else None, None
+
+
+def _drop(x: Tensor, onto: Tensor | None, mask: Mask, y: Tensor) -> None:
+    added = x.new_empty(0, 1, dtype=torch.float32) if onto is None else onto
+    _compiled().dropout(_rows(x), _rows(added), *mask, _rows(y), _threads())
+
+
+def dropout(x: Tensor, onto: Tensor | None, mask: Mask) -> Tensor:
+    """What the mask leaves of x (...,d), added to `onto` (...,d) if there is one."""
+    found: Tensor = _Dropout.apply(x, onto, mask)
+    return found
+
+
+class View(NamedTuple):
+    """Where a part (B,H,T,D) of a tensor is; heads of a token are side by side."""
+
+    of: int  # which tensor
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    behind: int  # numbers from the tensor's first
+
+    def place(self, bases: Sequence[Tensor]) -> tuple[int, int, int, int]:
+        """As compiled.training.Place."""
+        base, (of_row, _, of_token, _) = bases[self.of], self.stride
+        size = base.itemsize
+        return base.data_ptr() + self.behind * size, of_row * size, of_token * size, self.shape[2]
+
+
+class _Attention(torch.autograd.Function):
+    """Of the tensors that q, k and v are parts of, so that gradients need not be joined."""
+
+    @staticmethod
+    def forward(ctx: Any, seen: Tensor, views: Sequence[View], *bases: Tensor) -> Tensor:
+        (batch, n_heads, n, width), (_, n_groups, n_keys, _) = (view.shape for view in views[:2])
+        weights = torch.empty(batch, n_heads, n, n_keys)
+        y = torch.empty(batch, n, n_heads, width, dtype=bases[0].dtype)
+        ctx.views = views
+        ctx.save_for_backward(weights, *bases)
+        places = (view.place(bases) for view in views)
+        result = _rows(y).reshape(y.shape)
+        _compiled().attend(*places, n_groups, seen.numpy(), weights.numpy(), result, _threads())
+        return y.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        weights, *bases = ctx.saved_tensors
+        dy = _dense(dy)
+        grads = [torch.empty_like(base) for base in bases]
+        _compiled().attend_backward(
+            View(0, dy.shape, dy.stride(), 0).place((dy,)),
+            *(view.place(bases) for view in ctx.views),
+            ctx.views[1].shape[1],
+            weights.numpy(),
+            _rows(dy[0, 0, :1])[0],
+            *(view.place(grads) for view in ctx.views),
+            _threads(),
+        )
+        return None, None, *grads
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x (B,H,T,D), of which (B,T,H,D) is dense; a copy if it is not."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention` takes them."""
+    fits = k.shape[2] <= LONGEST and k.shape == v.shape and not k.shape[3] % LANES
+    return fits and q.dtype is k.dtype is v.dtype and serves(q, k, v)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """`Kernels.attention`; within, all is float32."""
+    n, n_keys = q.shape[2], k.shape[2]
+    if mask is None or causal:
+        seen = torch.ones(1, n, n_keys, dtype=torch.bool)
+        seen = seen.tril() if causal else seen
+    else:
+        seen = mask[:, 0].expand(-1, n, n_keys).contiguous()
+    parts: Sequence[Tensor] = (q, k, v)
+    bases = _bases(parts)
+    if not bases:
+        bases = parts = [_dense(x) for x in parts]
+    views = [_view(x, bases) for x in parts]
+    found: Tensor = _Attention.apply(seen, views, *bases)
+    return found
+
+
+def _bases(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The dense tensors whose every number is in one of the parts (B,H,T,D), where the heads of a
+    token lie side by side; none if there are no such."""
+    bases = list({id(x._base): x._base for x in parts if x._base is not None}.values())
+    whole = sum(base.numel() for base in bases) == sum(x.numel() for x in parts)
+    apart = len({x.data_ptr() for x in parts}) == len(parts)
+    beside = all(x.stride()[1::2] == (x.shape[3], 1) and 0 not in x.stride() for x in parts)
+    graded = all(base.is_contiguous() and base.requires_grad for base in bases)
+    return bases if whole and apart and beside and graded else ()
+
+
+def _view(x: Tensor, bases: Sequence[Tensor]) -> View:
+    of = next(i for i, base in enumerate(bases) if base is x or base is x._base)
+    behind = int(x.storage_offset() - bases[of].storage_offset())
+    return View(of, x.shape, x.stride(), behind)

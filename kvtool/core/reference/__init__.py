@@ -1,0 +1,1 @@
+"""A second implementation in NumPy, and the logits that it vouches for."""

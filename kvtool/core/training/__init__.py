@@ -1,0 +1,1 @@
+"""Training runs, and the tasks that they learn."""

@@ -1,0 +1,169 @@
+"""Language modelling: predict the next token of a text, and measure how well."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvtool import ending
+from kvtool.core.cache import Step
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.machine import derived_seed
+from kvtool.core.models import Model
+from kvtool.core.models.layers import deal_rows
+from kvtool.core.text.tokenizer import Tokenizer
+from kvtool.core.training.team import WHOLE, Share
+from kvtool.errors import FileError
+
+SHARES = (8, 4, 2, 1)  # blocks of context/8, context/4, context/2 and the whole context
+
+
+@dataclass(frozen=True)
+class LMScore:
+    """How well held-out text is predicted."""
+
+    nats_per_token: float
+    bits_per_char: float
+    n_tokens: int
+    n_chars: int
+
+
+def split_text(text: str) -> tuple[str, str]:
+    """The first 90 % of the characters, to train on, and the rest to measure with, as nanoGPT."""
+    cut = int(0.9 * len(text))
+    return text[:cut], text[cut:]
+
+
+@torch.inference_mode()
+def score_text(model: Model, tokenizer: Tokenizer, ids: Tensor, context: int) -> LMScore:
+    """Predict every token of `ids` (n,) but the first, each from half a context or more before it.
+
+    Windows of `context` tokens overlap by half, and only the first one's early tokens see less.
+    """
+    size, half = max(context, 2), max(context // 2, 1)  # a window of 1 would predict nothing
+    total = 0.0
+    done = 1  # the first token is given
+    start = 0
+    while done < len(ids):
+        end = min(start + size, len(ids))
+        window = ids[start:end]
+        logits = model(window[None, :-1])[0, done - start - 1 :]
+        total += float(F.cross_entropy(logits.double(), window[done - start :], reduction="sum"))
+        done = end
+        start = max(end - half, 0)
+    n_chars = len(tokenizer.decode(ids[1:].tolist()))
+    n_tokens = len(ids) - 1
+    return LMScore(total / n_tokens, total / math.log(2) / n_chars, n_tokens, n_chars)
+
+
+class Blocks(NamedTuple):
+    """One batch: where each block (rows,) begins in the text, the position that its first token is
+    given, and the length of all."""
+
+    starts: Tensor
+    offsets: Tensor
+    length: int
+
+
+class LanguageModelling:
+    """The training task over one text; an epoch draws about as many tokens as the text has.
+
+    Each batch holds `batch_tokens` tokens in blocks of one length, a part of the context or the
+    whole of it. Only long blocks reach late positions by themselves, and those are few: so short
+    ones are also placed there, or late tokens would be predicted worse than early ones.
+    """
+
+    score_name = "bits_per_char"
+    loss_name = "nats_per_token"
+    loss_floor = 0.0
+    higher_is_better = False
+    in_percent = ()
+
+    def __init__(
+        self,
+        text: str,
+        tokenizer: Tokenizer,
+        context: int,
+        batch_tokens: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        train, valid = split_text(text)
+        self.tokenizer = tokenizer
+        self.context = context
+        self.seed = seed
+        with ending.at_once():  # nothing is kept yet, and the library comes back when it is done
+            ids = tokenizer.encode(train), tokenizer.encode(valid)
+        self.train_ids, self.valid_ids = (torch.tensor(part, device=device) for part in ids)
+        self.batch_tokens = batch_tokens
+        self.text_sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.lengths = sorted({max(1, context // share) for share in SHARES})
+        self._check()
+
+    def _check(self) -> None:
+        if len(self.valid_ids) < 2:
+            raise FileError(
+                f"--data: the text is too short (found {len(self.train_ids)} tokens to train on "
+                f"and {len(self.valid_ids)} to measure with)",
+                "Its last 10 % must hold two tokens or more, to measure with.",
+            )
+        self.lengths = [n for n in self.lengths if n < len(self.train_ids)]
+        if not self.lengths:
+            raise FileError(
+                f"--data: the text is too short ({len(self.train_ids)} tokens to train on, "
+                f"expected more than {max(1, self.context // SHARES[0])})"
+            )
+
+    def batches(self, epoch: int) -> Sequence[Blocks]:
+        """Blocks drawn at random; half of them stand at random positions of the context."""
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
+
+        def draw(below: int, n: int) -> Tensor:
+            return torch.randint(below, (n,), generator=generator)
+
+        found = []
+        for _ in range(max(1, len(self.train_ids) // self.batch_tokens)):
+            length = self.lengths[int(draw(len(self.lengths), 1))]
+            rows = max(1, self.batch_tokens // length)
+            offsets = draw(self.context - length + 1, rows) * draw(2, rows)
+            found.append(Blocks(draw(len(self.train_ids) - length, rows), offsets, length))
+        return found
+
+    def loss(self, model: Model, batch: Blocks, share: Share = WHOLE) -> tuple[Tensor, int]:
+        device = self.train_ids.device
+        rows = share.rows(len(batch.starts))
+        deal_rows(model, rows)
+        columns = torch.arange(batch.length + 1)
+        ids = self.train_ids[(batch.starts[rows, None] + columns).to(device)]
+        positions = (batch.offsets[rows, None] + columns[:-1]).to(device)
+        step = Step.full(len(ids), batch.length, device=device)
+        logits = model(ids[:, :-1], replace(step, q_pos=positions, k_pos=positions))
+        wanted = ids[:, 1:].flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted, reduction="sum")
+        return loss / (len(batch.starts) * batch.length), positions.numel()
+
+    def evaluate(self, model: Model) -> dict[str, float]:
+        score = self.score(model)
+        return {"bits_per_char": score.bits_per_char, "nats_per_token": score.nats_per_token}
+
+    def score(self, model: Model) -> LMScore:
+        """The score on the last 10 % of the text."""
+        return score_text(model, self.tokenizer, self.valid_ids, self.context)
+
+    def files(self, model: Model) -> dict[str, bytes]:
+        return checkpoint.files(model, self.tokenizer)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "task": "train-lm",
+            "data_sha256": self.text_sha256,
+            "tokenizer_sha256": self.tokenizer.fingerprint,
+            "batch_tokens": self.batch_tokens,
+        }

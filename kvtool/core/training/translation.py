@@ -1,0 +1,311 @@
+"""From source to target with an encoder-decoder: padding, batched decoding, the training task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.decoding.beam import Beam, Hypothesis, beam_search
+from kvtool.core.kernels.default import DEFAULT, Kernels
+from kvtool.core.machine import derived_seed
+from kvtool.core.models import Model
+from kvtool.core.models.layers import deal_rows
+from kvtool.core.text.tokenizer import BOS, EOS, PAD, Tokenizer
+from kvtool.core.training.pairs import PHONES, Pair, Splits
+from kvtool.core.training.scoring import (
+    Score,
+    TextScore,
+    detokenize,
+    score_sequences,
+    score_translations,
+)
+from kvtool.core.training.team import WHOLE, Share
+from kvtool.errors import CapacityError, FileError
+
+Ids = Sequence[int]
+Rows = Sequence[tuple[list[int], list[int]]]  # of a source and its target
+DECODING_BATCH = 256  # sources decoded together
+DEV_SAMPLE = 1000  # sources decoded at each evaluation during training
+
+
+def pad(rows: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of ids -> ids (B,S) with PAD behind the shorter ones, and mask (B,S), True = real."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) < lengths[:, None]
+
+
+def check_sources(sources: Sequence[Ids], context: int, first: int = 0) -> None:
+    """Raise CapacityError for a source that is empty or longer than the model's context.
+
+    Messages count from 1; `first` is the index of the first of `sources`.
+    """
+    for number, source in enumerate(sources, start=first + 1):
+        if not source:
+            raise CapacityError(f"source {number}: is empty (expected 1 token or more)")
+        if len(source) > context:
+            raise CapacityError(
+                f"source {number}: is {len(source)} tokens long (the model holds {context})",
+                "Shorten it, or train with a longer --context.",
+            )
+
+
+def translate(
+    model: Model,
+    sources: Sequence[Ids],
+    max_tokens: int = 0,
+    kind: str = "dynamic",
+    kernels: Kernels = DEFAULT,
+) -> list[list[int]]:
+    """The greedy target of each source, without special tokens; else as `search`."""
+    found = search(model, sources, Beam(1), max_tokens, kind, kernels)
+    return [hypotheses[0].ids for hypotheses in found]
+
+
+@torch.inference_mode()
+def search(
+    model: Model,
+    sources: Sequence[Ids],
+    beam: Beam,
+    max_tokens: int = 0,
+    kind: str = "dynamic",
+    kernels: Kernels = DEFAULT,
+    tell: Callable[[int], None] = lambda nbytes: None,
+) -> list[list[Hypothesis]]:
+    """The best targets of each source by beam search, in the order of the sources.
+
+    max_tokens 0: as `target_limit` says for each source. Sources of similar length are decoded
+    together, and each target is what it would be alone. `tell` is given the bytes of the caches.
+    Raises CapacityError.
+    """
+    found: list[list[Hypothesis]] = [[] for _ in sources]
+    size = max(1, DECODING_BATCH // beam.size)
+    for rows, ids, mask, limits in _batches(model, sources, max_tokens, size):
+        source = model.encode(ids, mask, kernels)
+        start = torch.full((len(rows), 1), BOS, device=ids.device)
+        best = beam_search(model, start, kind, limits, beam, EOS, source, kernels, tell)
+        for i, hypotheses in zip(rows, best, strict=True):
+            found[i] = hypotheses
+    return found
+
+
+def _batches(
+    model: Model, sources: Sequence[Ids], max_tokens: int, size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor, list[int]]]:
+    """Sources of similar length together, padded: their indices, ids and mask (B,S), and how long
+    each target may become. Raises CapacityError before the first."""
+    context, device = model.config.context, next(model.parameters()).device
+    check_sources(sources, context)
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    for first in range(0, len(order), size):
+        rows = order[first : first + size]
+        ids, mask = pad([sources[i] for i in rows], device)
+        yield rows, ids, mask, [max_tokens or target_limit(len(sources[i]), context) for i in rows]
+
+
+def target_limit(n_source: int, context: int) -> int:
+    """How long a target may become where nobody says."""
+    return min(2 * n_source + 20, context - 1)
+
+
+class Translation:
+    """The training task over pairs: batches of similar length, label-smoothed cross-entropy
+    (Szegedy 2016), and scores of real greedy decoding: error rates of targets spelt in characters
+    or symbols, BLEU and chrF of any other text. Held-out pairs have a loss too, by the same rule.
+    """
+
+    loss_name = "loss"
+
+    in_percent = ("per", "cer", "ser", "wer")
+
+    def __init__(
+        self,
+        splits: Splits,
+        source_tokenizer: Tokenizer,
+        tokenizer: Tokenizer,
+        context: int,
+        batch_tokens: int,
+        smoothing: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.splits = splits
+        self.source_tokenizer = source_tokenizer
+        self.tokenizer = tokenizer
+        self.context = context
+        self.batch_tokens = batch_tokens
+        self.smoothing = smoothing
+        self.seed = seed
+        self.device = device
+        self.rows = self._encode(splits.train)
+        self.dev = splits.valid[:: max(1, len(splits.valid) // DEV_SAMPLE)]
+        self.is_text = tokenizer.kind not in ("char", "symbol")
+        self.dev_rows = [row for row in self._ids(self.dev) if max(map(len, row)) <= context]
+        for pairs, name in ((splits.valid, splits.valid_name), (splits.test, splits.test_name)):
+            texts = [pair.source for pair in pairs]
+            for text, source in zip(texts, source_tokenizer.encode_batch(texts), strict=True):
+                self._check_length(name, text, len(source))
+
+    @cached_property
+    def error_rate(self) -> str:
+        """What the errors of a token are called: of a character, a phone, or any other symbol."""
+        if self.tokenizer.kind == "char":
+            return "cer"
+        targets = (target for pair in self.splits.train for target in pair.targets)
+        symbols = {symbol.rstrip("012") for target in targets for symbol in target.split()}
+        return "per" if symbols <= PHONES else "ser"
+
+    @property
+    def loss_floor(self) -> float:
+        """The lowest loss that label smoothing leaves, in nats: the entropy of what is aimed at."""
+        n = self.tokenizer.vocab_size
+        wrong = self.smoothing / n
+        right = 1 - (n - 1) * wrong
+        return -sum(m * p * math.log(p) for m, p in ((1, right), (n - 1, wrong)) if p)
+
+    @property
+    def score_name(self) -> str:
+        if not self.is_text:
+            return self.error_rate
+        # BLEU is 0, however right the outputs are, where no target has four words.
+        long = any(len(target.split()) >= 4 for pair in self.dev for target in pair.targets)
+        return "bleu" if long else "chrf"
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.is_text
+
+    def _encode(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
+        """As `_ids`. Raises FileError for what is too long."""
+        found = self._ids(pairs)
+        texts = (pair.source for pair in pairs for _ in pair.targets)
+        for text, row in zip(texts, found, strict=True):
+            self._check_length(self.splits.name, text, max(map(len, row)))
+        return found
+
+    def _ids(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
+        """Ids of each source with each of its targets, EOS at the end."""
+        flat = [(pair.source, target) for pair in pairs for target in pair.targets]
+        sources = self.source_tokenizer.encode_batch([source for source, _ in flat])
+        targets = self.tokenizer.encode_batch([target for _, target in flat])
+        return [(source, [*target, EOS]) for source, target in zip(sources, targets, strict=True)]
+
+    def _check_length(self, where: str, text: str, n: int) -> None:
+        """Raise FileError before any work for a source or target that the model cannot hold."""
+        if n > self.context:
+            raise FileError(
+                f"{where}: {text[:40]!r} makes {n} tokens (the model holds {self.context})",
+                f"Give --context {n} or more, or leave it out.",
+            )
+
+    def batches(self, epoch: int) -> Sequence[list[int]]:
+        """Indices of pairs; a batch's padded tokens, of both sides, are at most batch_tokens, but
+        for a pair that alone has more."""
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
+        order = torch.randperm(len(self.rows), generator=generator).tolist()
+        found = self._packed(self.rows, order)
+        shuffled = torch.randperm(len(found), generator=generator).tolist()
+        return [found[i] for i in shuffled]
+
+    def _packed(self, rows: Rows, order: list[int]) -> list[list[int]]:
+        """The indices of `order` in batches of rows of similar length."""
+        order = sorted(
+            order, key=lambda i: (len(rows[i][1]), len(rows[i][0]))
+        )  # ties stay shuffled
+        found: list[list[int]] = []
+        batch: list[int] = []
+        n_source = n_target = 0  # of the longest of the batch
+        for i in order:
+            source, target = map(len, rows[i])
+            n_source, n_target = max(n_source, source), max(n_target, target)
+            if batch and (n_source + n_target) * (len(batch) + 1) > self.batch_tokens:
+                found.append(batch)
+                batch, n_source, n_target = [], source, target
+            batch.append(i)
+        return [*found, batch]
+
+    def loss(self, model: Model, batch: list[int], share: Share = WHOLE) -> tuple[Tensor, int]:
+        source, mask = pad([self.rows[i][0] for i in batch], self.device)
+        target, real = pad([self.rows[i][1] for i in batch], self.device)
+        n_targets = real.sum()
+        rows = share.rows(len(batch))
+        deal_rows(model, rows)
+        source, mask, target, real = (part[rows] for part in (source, mask, target, real))
+        return self._nats(model, source, mask, target, real) / n_targets, int(
+            mask.sum() + real.sum()
+        )
+
+    def _nats(
+        self, model: Model, source: Tensor, mask: Tensor, target: Tensor, real: Tensor
+    ) -> Tensor:
+        """The smoothed loss summed over all tokens of target (B,T), from source (B,S), each with
+        its mask, True = real."""
+        shifted = F.pad(target[:, :-1], (1, 0), value=BOS)
+        logits = model(shifted, source=model.encode(source, mask))
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            target.masked_fill(~real, -100).flatten(),
+            label_smoothing=self.smoothing,
+            reduction="sum",
+        )
+
+    def evaluate(self, model: Model) -> dict[str, float]:
+        figures = self.figures(self.score(model, self.dev))
+        return figures if not self.dev_rows else {**figures, "loss": self._held_out_loss(model)}
+
+    @torch.inference_mode()
+    def _held_out_loss(self, model: Model) -> float:
+        """Nats per token of the dev sample."""
+        nats = n = 0.0
+        for batch in self._packed(self.dev_rows, list(range(len(self.dev_rows)))):
+            source, target = (
+                pad([self.dev_rows[i][side] for i in batch], self.device) for side in (0, 1)
+            )
+            nats += float(self._nats(model, *source, *target))
+            n += float(target[1].sum())
+        return nats / n
+
+    def figures(self, score: Score | TextScore) -> dict[str, float]:
+        """By name, in percent or as sacreBLEU gives them."""
+        if isinstance(score, TextScore):
+            return score.figures
+        return {self.error_rate: score.token_error_rate, "wer": score.wer}
+
+    def score(
+        self, model: Model, pairs: Sequence[Pair], beam: Beam | None = None
+    ) -> Score | TextScore:
+        """Scores of greedy decoding, or of beam search, against all targets of each source."""
+        sources = self.source_tokenizer.encode_batch([pair.source for pair in pairs])
+        if beam is None:
+            targets = translate(model, sources)
+        else:
+            targets = [best[0].ids for best in search(model, sources, beam)]
+        texts = [self.tokenizer.decode(ids) for ids in targets]
+        if self.is_text:
+            if self.tokenizer.kind == "word":
+                texts = [detokenize(text) for text in texts]
+            return score_translations([pair.targets for pair in pairs], texts)
+        units = self.tokenizer.units
+        references = [[units(text) for text in pair.targets] for pair in pairs]
+        return score_sequences(references, [units(text) for text in texts])
+
+    def files(self, model: Model) -> dict[str, bytes]:
+        return checkpoint.files(model, self.tokenizer, self.source_tokenizer)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "task": "train-seq2seq",
+            "data_sha256": self.splits.sha256,
+            "source_tokenizer_sha256": self.source_tokenizer.fingerprint,
+            "tokenizer_sha256": self.tokenizer.fingerprint,
+            "batch_tokens": self.batch_tokens,
+            "label_smoothing": self.smoothing,
+        }

@@ -1,0 +1,1 @@
+"""Where a bug is, and what kind of bug."""

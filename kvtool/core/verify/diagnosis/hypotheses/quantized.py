@@ -1,0 +1,131 @@
+"""Hypotheses: keys and values are rounded to other ones, or too early."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvtool.core.cache.quantization import Codes, Quantization
+from kvtool.core.verify.diagnosis.tape import Tape
+
+
+class Rounding(Tape):
+    """Changes what codes are read as."""
+
+    needs = ("quantized",)
+
+    def rounded(
+        self, quantization: Quantization, k: Tensor, v: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = quantization.codes(k, v, positions)
+        keys, values = self.read(keys, 3), self.read(values, 2)
+        return keys.decoded(k.dtype).flatten(2, 3), values.decoded(v.dtype).flatten(3, 4)
+
+    def read(self, codes: Codes, tokens: int) -> Codes:
+        """Codes as they are read; `tokens` is the dimension in which tokens follow each other."""
+        return codes
+
+
+class ZeroPointLost(Rounding):
+    hint = "the zero point is not added: codes times their scale are read"
+
+    def read(self, codes: Codes, tokens: int) -> Codes:
+        return codes._replace(low=torch.zeros_like(codes.low))
+
+
+class ScaleOfAllLevels(Rounding):
+    hint = "the scale read back divides the range by 2**bits: there is one step less"
+
+    def read(self, codes: Codes, tokens: int) -> Codes:
+        assert self.quantization is not None
+        n = 2**self.quantization.bits
+        return codes._replace(scale=codes.scale * (n - 1) / n)
+
+
+class ScaleBefore(Rounding):
+    hint = "scales and zero points are those of the group before, the first its own"
+
+    def read(self, codes: Codes, tokens: int) -> Codes:
+        n = codes.scale.shape[2]
+        index = (torch.arange(n, device=codes.scale.device) - 1).clamp(min=0)
+        scale, low = codes.scale[:, :, index], codes.low[:, :, index]
+        return codes._replace(scale=scale, low=low)
+
+
+class TokensSwapped(Rounding):
+    hint = "the two tokens of a byte are read in the wrong order"
+
+    def read(self, codes: Codes, tokens: int) -> Codes:
+        pairs = codes.codes.unflatten(tokens, (-1, 2)).flip(tokens + 1)
+        return codes._replace(codes=pairs.flatten(tokens, tokens + 1))
+
+
+class KeysByToken(Tape):
+    hint = "keys are rounded by token, as values are: a large channel coarsens all others"
+    needs = ("quantized",)
+
+    def rounded(
+        self, quantization: Quantization, k: Tensor, v: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        _, values = quantization.rounded(k, v, positions)
+        return by_token(quantization, k), values
+
+
+class RoundedTwice(Tape):
+    hint = "keys are rounded twice: by token, and what is left once more by channel"
+    needs = ("quantized",)
+
+    def rounded(
+        self, quantization: Quantization, k: Tensor, v: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return quantization.rounded(by_token(quantization, k), v, positions)
+
+
+class PaddingCounted(Tape):
+    hint = "the range of a group counts the keys of its padding"
+    needs = ("quantized", "padding")
+
+    def rounded(
+        self, quantization: Quantization, k: Tensor, v: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return quantization.rounded(k, v, positions.clamp(min=0))
+
+
+class NoResidual(Tape):
+    hint = "behind the prompt a group is met rounded once it is full: no residual stays exact"
+    needs = ("quantized",)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        found = super().quantization
+        return replace(found, residual=0) if found is not None and self.rows[0] else found
+
+
+class RoundedBeforeRead(Tape):
+    hint = "a step of several tokens is rounded before its first tokens have read it"
+    needs = ("quantized",)
+
+    def rounded_for(self, end: int) -> Sequence[int]:
+        return [end - 1] * self.n_new
+
+
+def by_token(quantization: Quantization, x: Tensor) -> Tensor:
+    """Keys (B,Hkv,T,D) rounded as values are."""
+    folded = x.unflatten(3, (-1, quantization.channels(x.shape[3])))
+    return quantization.encoded(folded, 4).decoded(x.dtype).flatten(3, 4)
+
+
+QUANTIZED: tuple[type[Tape], ...] = (
+    ZeroPointLost,
+    ScaleOfAllLevels,
+    ScaleBefore,
+    TokensSwapped,
+    KeysByToken,
+    RoundedTwice,
+    PaddingCounted,
+    NoResidual,
+    RoundedBeforeRead,
+)

@@ -1,0 +1,1 @@
+"""Models and caches of transformers as subjects."""

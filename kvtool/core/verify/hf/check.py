@@ -1,0 +1,106 @@
+"""Judging a model of transformers with each of its caches."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from kvtool.core.verify.api import OWN, decode_case, target_control
+from kvtool.core.verify.check import MAIN, Checked
+from kvtool.core.verify.hf.folder import read_folder
+from kvtool.core.verify.hf.library import (
+    hushed,
+    kind_of,
+    known_types,
+    loop_over_experts,
+    need_transformers,
+)
+from kvtool.core.verify.hf.seq2seq import EncoderDecoderSubject
+from kvtool.core.verify.hf.subject import TransformersSubject
+from kvtool.core.verify.hf.tiny import tiny_model
+from kvtool.core.verify.judge import UNSUPPORTED, Case, Finding, Judge
+from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.core.verify.target.doctor import examine
+from kvtool.errors import CacheOpUnsupported, CheckFailed, UsageError
+
+ALL = "all"  # scenarios
+
+
+class Loaded(NamedTuple):
+    """A model of transformers that is to be judged."""
+
+    model: Any  # a PreTrainedModel
+    note: str  # what is special about how it was built
+    sha256: str | None = None  # of its weights, if they are from a folder
+
+
+def load_model(name: str, seed: int = 0) -> Loaded:
+    """The model in a saved folder, or a tiny random one of a type.
+
+    Raises UsageError, FileError, and CheckFailed for weights that are NaN.
+    """
+    need_transformers()
+    kind = kind_of(name)
+    if name in known_types(kind) or not os.path.lexists(name):
+        return Loaded(*tiny_model(name, seed, kind=kind))
+    read = read_folder(Path(name), kind=CheckFailed)
+    loop_over_experts(read.model)
+    return Loaded(read.model, "", read.sha256)
+
+
+def subject_of(model: Any, kind: str) -> TransformersSubject:
+    """A model of either kind as a subject. Raises what TransformersSubject raises."""
+    if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+        return TransformersSubject(model, kind)
+    return EncoderDecoderSubject(model, kind)
+
+
+def check_transformers(
+    model: nn.Module,
+    kinds: Sequence[str],
+    scenarios: Sequence[str],
+    tokens: int,
+    asked: bool = False,
+    diagnose: bool = True,
+    tell: Callable[[str], None] = lambda text: None,
+    remark: Callable[[str], None] = lambda text: None,
+    known: Container[tuple[str, str, str]] = (),
+) -> Iterator[Checked]:
+    """Judge a model with kinds of transformers' caches in all scenarios, then a planted bug.
+
+    What cannot be used is one finding for its kind, and counts only if it was `asked` for. What is
+    `known` is passed over: kind, kernels, scenario.
+    `diagnose` locates bugs, which takes longer than to find them. `remark` is told what is to be
+    known beside the verdicts. Raises CheckFailed.
+    """
+    planted = None
+    for kind in kinds:
+        left = [scenario for scenario in scenarios if (kind, OWN, scenario) not in known]
+        if (kind, OWN, ALL) in known or not (left or planted is None):
+            continue
+        try:
+            subject = subject_of(model, kind)
+        except (CacheOpUnsupported, UsageError) as error:
+            finding = Finding(ALL, UNSUPPORTED, error.message)
+            yield Checked(kind, OWN, asked, finding, usable=False)
+            continue
+        if planted is None and (text := subject.remark()):
+            remark(text)
+        sizes = (subject.vocab_size, subject.context)
+        main = decode_case(*sizes, None, tokens, subject.device)
+        judge = Judge(subject, examine if diagnose else None)
+        for scenario in left:
+            tell(f"{kind}, {scenario}")
+            case = main if scenario == MAIN else Case(SCENARIOS[scenario])
+            with hushed():
+                finding = judge.judge(case, thorough=scenario == MAIN and planted is None)
+            yield Checked(kind, OWN, True, finding, not_judged=subject.not_judged)
+        with hushed():
+            planted = planted or target_control(subject, main)
+    if planted is not None:
+        yield Checked("planted bug", OWN, True, planted, planted=True)

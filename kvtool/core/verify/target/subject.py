@@ -1,0 +1,388 @@
+"""The user's own decoder as a subject. It is an object that has
+
+    full(ids) -> logits                  whole sequences (B,T) -> (B,T,V), no cache takes part
+    step(ids, state) -> logits, state    the next tokens (B,n) -> (B,n,V), at first of state None
+
+and whichever of these it can do:
+
+    start(batch, capacity) -> state      the empty state, in place of None
+    crop(state, length) -> state         forget all but the first `length` tokens
+    select(state, rows) -> state         go on from the histories of rows (n,), in that order
+    reset(state) -> state                forget everything and begin again on the same object
+    to(dtype) -> decoder                 the same mathematics in another format
+    vocab_size, context                  how many ids there are, and the longest sequence
+
+A state may be changed in place; what returns None has done that, and what raises
+NotImplementedError cannot be done. Logits of the last token alone will do. Where `to` is lacking,
+the modules and tensors in the object's attributes are converted. An nn.Module without `full` and
+`step` is adapted: see kvtool.core.verify.target.adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from kvtool.core.verify.kept import fingerprint
+from kvtool.core.verify.scenarios import PREFILL, STEPS
+from kvtool.core.verify.subject import Start
+from kvtool.core.verify.target.adapter import adapt
+from kvtool.errors import CacheOpUnsupported, UsageError, first_line, pass_on_shortage
+
+NEEDED = 2 * (PREFILL + STEPS)  # tokens that the longest scenario feeds, and some more
+HISTORY = 24  # tokens over which the work of a step is compared with that of a pass
+CONTEXT_NAMES = (
+    "context", "context_length", "block_size", "max_position_embeddings", "n_positions", "n_ctx",
+    "max_seq_len", "max_seq_length", "max_len", "seq_len",
+)  # fmt: skip
+CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
+
+
+class TargetSession:
+    """The user's decoder and its state."""
+
+    def __init__(self, subject: TargetSubject, start: Start) -> None:
+        self.subject = subject
+        self._begin(start)
+        self.state = subject.empty(start)
+
+    def _begin(self, start: Start) -> None:
+        self.start = start
+        self.ids = torch.empty(start.batch, 0, dtype=torch.long, device=self.subject.device)
+
+    def feed(self, ids: Tensor) -> Tensor:
+        found, self.state = self.subject.step(ids, self.state)
+        self.ids = torch.cat([self.ids, ids], dim=1)
+        n = ids.shape[1]
+        if found.shape[1] == n:
+            return found
+        # Only the last token was answered: the others, of which nothing is known, count as right.
+        logits = self.subject.full(self.ids[:, :-1], self.start)[:, 1 - n :]
+        return torch.cat([logits, found], dim=1)
+
+    def crop(self, length: int) -> None:
+        self._change("crop", length)
+        self.ids = self.ids[:, :length]
+
+    def select(self, rows: Tensor) -> None:
+        self._change("select", rows)
+        self.ids = self.ids[rows]
+
+    def reset(self, start: Start) -> None:
+        self._change("reset", *self.subject.anew(start))
+        self._begin(start)
+
+    def _change(self, op: str, *args: Any) -> None:
+        try:
+            changed = getattr(self.subject.decoder, op)(self.state, *args)
+        except NotImplementedError as error:
+            raise CacheOpUnsupported(self.subject.name, op, first_line(error)) from error
+        self.state = self.state if changed is None else changed
+
+    def fork(self) -> TargetSession:
+        other = copy.copy(self)
+        other.state = copy.deepcopy(self.state)
+        return other
+
+    def vacuous(self) -> str | None:
+        return self.subject.vacuous()
+
+
+class TargetSubject:
+    """A decoder that was given by its user: an object of the protocol above, or an nn.Module.
+
+    vocab_size, context: 0 looks for them. Raises UsageError if it cannot be called.
+    """
+
+    stores = True
+    source_vocab_size = 0
+    window = 0
+
+    def __init__(self, given: Any, name: str, vocab_size: int = 0, context: int = 0) -> None:
+        self.name = name
+        self.session: Callable[[TargetSubject, Start], Any] = TargetSession
+        for module in owned_modules(given).values():
+            module.eval()
+        with torch.inference_mode():
+            self.device = _device(given)
+            self.decoder: Any = given if is_decoder(given) else adapt(given, name, self.device)
+            self.vocab_size, self.dtype = self._probe(vocab_size or _number(given, ("vocab_size",)))
+            self.context = context or _number(given, CONTEXT_NAMES) or self._longest()
+            self.abilities = self._abilities()
+        if self.context < NEEDED:
+            raise UsageError(
+                f"{name}: holds {self.context} tokens (expected {NEEDED} or more)",
+                "A check feeds about that many: build it with a longer context.",
+            )
+        self._vacuous: tuple[str | None] | None = None
+
+    @property
+    def guess(self) -> str:
+        """How an nn.Module is called, in words; "" for a decoder of the protocol."""
+        return getattr(self.decoder, "guess", "")
+
+    # Calls
+
+    def whole(self, ids: Tensor, start: Start | None = None) -> Tensor:
+        """One call of full: (B,T) -> (B,T,V), or (B,1,V) from a decoder that answers the last."""
+        padding = None if start is None else start.padding
+        logits = self.decoder.full(ids) if padding is None else self.decoder.full(ids, padding)
+        return shaped(logits, ids, "full")
+
+    def full(self, ids: Tensor, start: Start) -> Tensor:
+        logits = self.whole(ids, start)
+        if logits.shape[1] == ids.shape[1]:
+            return logits
+        ends = range(1, ids.shape[1] + 1)
+        return torch.cat([self.whole(ids[:, :end], start) for end in ends], dim=1)
+
+    def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """(B,n) -> (B,n,V) or (B,1,V), and the next state."""
+        answer = self.decoder.step(ids, state)
+        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+            raise TypeError(f"step returned a {type(answer).__name__}, not (logits, state)")
+        return shaped(answer[0], ids, "step"), answer[1]
+
+    def empty(self, start: Start) -> Any:
+        """The state before the first token."""
+        make = getattr(self.decoder, "start", None)
+        if make is None:
+            return None
+        if start.padding is None:
+            return make(start.batch, start.capacity)
+        return make(start.batch, start.capacity, start.padding)
+
+    def anew(self, start: Start) -> tuple[Any, ...]:
+        """What the decoder's reset is told besides the state."""
+        return ()
+
+    def start(self, start: Start) -> Any:
+        return self.session(self, start)
+
+    # Variants
+
+    def with_session(self, session: Callable[[TargetSubject, Start], Any]) -> TargetSubject:
+        """The same subject, decoding in another way."""
+        other = copy.copy(self)
+        other.session = session
+        return other
+
+    def unrounded(self) -> None:
+        """A cache of the user's is compared with what the user's decoder computes, as it is."""
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the decoder's weights, as far as they can be found in its attributes."""
+        held = {
+            f"{name}.{i}": leaf
+            for name, value in getattr(self.decoder, "__dict__", {}).items()
+            for i, leaf in enumerate(tree_leaves(value))
+            if isinstance(leaf, Tensor)
+        }
+        return fingerprint(owned_modules(self.decoder), held)
+
+    def to(self, dtype: torch.dtype) -> TargetSubject:
+        """Raises what the decoder raises, NotImplementedError if it holds nothing to convert."""
+        other = copy.copy(self)
+        other.decoder, other.dtype = converted(self.decoder, dtype), dtype
+        return other
+
+    # What it is able to do
+
+    def _probe(self, vocab_size: int) -> tuple[int, torch.dtype]:
+        """Call everything once: the number of ids, and the format of the logits."""
+        ids = torch.arange(4, device=self.device)[None] % (vocab_size or 4)
+        try:
+            logits = self.whole(ids)
+            found, _ = self._after(ids)
+        except (Exception, SystemExit) as error:
+            pass_on_shortage(error)
+            text = f"{self.name}: {type(error).__name__}: {first_line(error)}"
+            raise UsageError(
+                text, "full(ids) and step(ids, state) are called as documented."
+            ) from error
+        if found.shape[-1] != logits.shape[-1]:
+            raise UsageError(
+                f"{self.name}: step answers {found.shape[-1]} logits and full {logits.shape[-1]}"
+            )
+        return vocab_size or logits.shape[-1], logits.dtype
+
+    def _after(self, ids: Tensor) -> tuple[Tensor, Any]:
+        """The logits and the state behind ids that are fed in two steps."""
+        state = self.empty(Start(ids.shape[0], max(NEEDED, ids.shape[1])))
+        _, state = self.step(ids[:, :-1], state)
+        return self.step(ids[:, -1:], state)
+
+    def _longest(self) -> int:
+        """The longest sequence that a pass takes, as far as anyone needs to know."""
+        low, high = 4, 16 * NEEDED
+        while low < high:
+            middle = (low + high + 1) // 2
+            try:
+                self.whole(torch.zeros(1, middle, dtype=torch.long, device=self.device))
+                low = middle
+            except (Exception, SystemExit) as error:  # whatever it raises: it cannot take that many
+                pass_on_shortage(error)
+                high = middle - 1
+        return low
+
+    def _abilities(self) -> frozenset[str]:
+        found = {
+            op for op in ("crop", "select", "reset") if callable(getattr(self.decoder, op, None))
+        }
+        found -= set(getattr(self.decoder, "unable", ()))
+        ids = torch.arange(8, device=self.device).reshape(2, 4) % self.vocab_size
+        try:
+            self._after(ids), self.whole(ids)
+            found.add("batch")
+            if getattr(self.decoder, "takes_padding", False):
+                found.add("padding")
+        except (Exception, SystemExit) as error:  # whatever it raises: it takes no batch
+            pass_on_shortage(error)
+        try:
+            _, state = self._after(ids[:1])
+            # A copy of a state that holds no numbers, a row number say, would share what it names.
+            if any(
+                isinstance(leaf, Tensor) and leaf.numel() > 1
+                for leaf in contents(copy.deepcopy(state))
+            ):
+                found.add("fork")
+        except (Exception, SystemExit) as error:
+            pass_on_shortage(error)
+        return frozenset(found)
+
+    def vacuous(self) -> str | None:
+        """Why nothing would be proved by equal logits."""
+        if self._vacuous is None:
+            self._vacuous = (self._self_compared() or self._unused(),)
+        return self._vacuous[0]
+
+    def _unused(self) -> str | None:
+        """Whether a step computes as much as a pass over the history."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.vocab_size, (1, HISTORY), generator=generator).to(self.device)
+        state = self.empty(Start(1, NEEDED))
+        _, state = self.step(ids[:, :-1], state)
+        step = work(lambda: self.step(ids[:, -1:], state))
+        whole = work(lambda: self.whole(ids))
+        if not whole or step < whole / 2:
+            return None
+        return f"a step computes as much as a pass over all {HISTORY} tokens: the cache is not used"
+
+    def _self_compared(self) -> str | None:
+        """Whether full is made of several steps, and the cache would be compared with itself."""
+        held, right = getattr(self.decoder, "__dict__", {"step": None}), self.decoder.step
+        if "step" in held:
+            return None
+        n_steps = 0
+
+        def counted(*args: Any) -> Any:
+            nonlocal n_steps
+            n_steps += 1
+            return right(*args)
+
+        held["step"] = counted
+        try:
+            self.whole(torch.zeros(1, 4, dtype=torch.long, device=self.device))
+        finally:
+            del held["step"]
+        if n_steps < 2:  # one step from an empty state is a pass over the whole sequence
+            return None
+        return "full is made of steps: the cache would be compared with itself"
+
+
+def is_decoder(given: Any) -> bool:
+    """Whether an object has full and step."""
+    return callable(getattr(given, "full", None)) and callable(getattr(given, "step", None))
+
+
+def shaped(logits: Any, ids: Tensor, what: str) -> Tensor:
+    """Logits as (B,n,V), or (B,1,V) if only the last token was answered.
+
+    Raises ValueError for any other shape.
+    """
+    found = logits if isinstance(logits, Tensor) else torch.as_tensor(logits)
+    batch, n = ids.shape
+    if found.dim() == 2:
+        found = found[:, None] if found.shape[0] == batch else found[None]
+    if found.dim() == 3 and found.shape[0] == batch and found.shape[1] in (n, 1):
+        return found
+    shape = ", ".join(map(str, getattr(logits, "shape", ())))
+    raise ValueError(f"{what} answered ids ({batch}, {n}) with ({shape}), not ({batch}, {n}, V)")
+
+
+def work(call: Callable[[], object]) -> int:
+    """How many floating-point operations the matrix products of a call take."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+# What a decoder holds
+
+
+def owned_modules(decoder: Any) -> dict[str, nn.Module]:
+    """The modules of a decoder by their dotted names, a module itself under ""."""
+    module = getattr(decoder, "module", None) if not isinstance(decoder, nn.Module) else decoder
+    if isinstance(module, nn.Module):
+        return dict(module.named_modules())
+    found: dict[str, nn.Module] = {}
+    for name, value in getattr(decoder, "__dict__", {}).items():
+        if isinstance(value, nn.Module):
+            found.update({f"{name}.{n}".rstrip("."): m for n, m in value.named_modules()})
+    return found
+
+
+def contents(state: Any, depth: int = 6) -> Iterator[Any]:
+    """Everything that a state holds: in containers, and in the attributes of its objects."""
+    for leaf in tree_leaves(state):
+        yield leaf
+        if depth and not isinstance(leaf, Tensor):
+            yield from contents(list(getattr(leaf, "__dict__", {}).values()), depth - 1)
+
+
+def converted(decoder: Any, dtype: torch.dtype) -> Any:
+    """A copy of a decoder in another format."""
+    other = copy.deepcopy(decoder)
+    if callable(getattr(other, "to", None)):
+        return other.to(dtype) or other
+    n_converted = 0
+
+    def convert(value: Any) -> Any:
+        nonlocal n_converted
+        if isinstance(value, nn.Module) or (
+            isinstance(value, Tensor) and value.is_floating_point()
+        ):
+            n_converted += 1
+            return value.to(dtype)
+        return value
+
+    held = getattr(other, "__dict__", {})
+    held.update({name: tree_map(convert, value) for name, value in held.items()})
+    if not n_converted:
+        raise NotImplementedError("it has no to(dtype), and no modules or tensors to convert")
+    return other
+
+
+def _device(given: Any) -> torch.device:
+    for value in (given, *getattr(given, "__dict__", {}).values()):
+        tensors = value.parameters() if isinstance(value, nn.Module) else tree_leaves(value)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                return tensor.device
+    return torch.device("cpu")
+
+
+def _number(given: Any, names: tuple[str, ...]) -> int:
+    """The first whole number that an object, or its configuration, has under one of the names."""
+    for holder in (given, *(getattr(given, name, None) for name in CONFIG_NAMES)):
+        for name in names:
+            value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    return 0

@@ -1,0 +1,198 @@
+"""Where two passes of a user's decoder first differ.
+
+Nothing is known of such a decoder but the modules in it: hooks keep what each is given and answers,
+cached and uncached, in float64. The first difference in the order of execution is where a bug is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kvtool.core.verify.diagnosis.locate import TOLERANCE, differs, ranges, scale
+from kvtool.core.verify.target.subject import owned_modules
+
+HEADS = ("n_heads", "num_heads", "n_head", "num_attention_heads", "heads", "nhead")
+
+
+class Key(NamedTuple):
+    """A value that a module was given or answered."""
+
+    module: str
+    call: int  # the how manieth call of the module
+    side: str  # "in" or "out"
+    name: str  # of the parameter; of an answer its number
+
+    @property
+    def layer(self) -> int | None:
+        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.module)
+        return int(number[1]) if number else None
+
+
+Trace = dict[Key, Tensor]  # in the order of execution
+Index = tuple[str, str]  # a module and its parameter that is given whole numbers
+
+
+class Watch:
+    """Hooks on every module of a decoder. `trace` is what they saw since it was last emptied;
+    `places` are whole numbers (B,T) to give instead, for parameters that look something up."""
+
+    def __init__(self, places: dict[Index, Tensor] | None = None) -> None:
+        self.trace: Trace = {}
+        self.places = places or {}
+        self.calls: dict[str, int] = {}
+
+    def empty(self) -> None:
+        self.trace, self.calls = {}, {}
+
+    def given(self, index: Index) -> Tensor:
+        """What a module was given in its first call. Raises KeyError if it was not called."""
+        module, name = index
+        return self.trace[Key(module, 0, "in", name)]
+
+    @contextmanager
+    def on(self, decoder: Any) -> Iterator[None]:
+        handles = []
+        for name, module in owned_modules(decoder).items():
+            enter, leave = self._enter(name), self._leave(name)
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module_name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self.calls[module_name] = self.calls.get(module_name, -1) + 1
+            names = parameter_names(module, len(args))
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            for name, value in given.items():
+                self._keep(Key(module_name, call, "in", name), value)
+                if (module_name, name) in self.places and isinstance(value, Tensor):
+                    given[name] = like(self.places[module_name, name], value)
+            return tuple(given[n] for n in names[: len(args)]), {n: given[n] for n in kwargs}
+
+        return hook
+
+    def _leave(self, module_name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, answer: Any) -> None:
+            values = answer if isinstance(answer, (tuple, list)) else [answer]
+            for i, value in enumerate(values):
+                self._keep(Key(module_name, self.calls[module_name], "out", str(i)), value)
+
+        return hook
+
+    def _keep(self, key: Key, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.trace[key] = value.clone()
+
+
+def parameter_names(module: nn.Module, n_args: int) -> list[str]:
+    """What a module's positional arguments are called, numbers where it does not say."""
+    code = module.forward.__func__.__code__ if hasattr(module.forward, "__func__") else None
+    names = [] if code is None else list(code.co_varnames[1 : code.co_argcount])
+    return names[:n_args] + [str(i) for i in range(len(names), n_args)]
+
+
+def like(places: Tensor, given: Tensor) -> Tensor:
+    """Whole numbers (B,T) in the shape that a module was given, (T,) where all rows are equal."""
+    if given.dim() == 1 and bool((places == places[:1]).all()):
+        return places[0]
+    return places[: given.shape[0]] if given.dim() == 2 and given.shape[0] == 1 else places
+
+
+# Where
+
+
+@dataclass(frozen=True)
+class Spot:
+    """The first difference: a value that is wrong, the value before it, and details."""
+
+    key: Key
+    before: Key | None
+    found: Tensor
+    expected: Tensor
+    heads: tuple[int, ...] = ()
+
+    @property
+    def part(self) -> str:
+        """The module's own name, and which side of it is wrong."""
+        name = self.key.module.rpartition(".")[2] or "decoder"
+        return f"{name} {'input' if self.key.side == 'in' else 'output'}"
+
+    def __str__(self) -> str:
+        layer = "" if self.key.layer is None else f"layer {self.key.layer}, "
+        heads = ""
+        if self.heads:
+            heads = f", head{'s' if len(self.heads) > 1 else ''} {ranges(self.heads)}"
+        return f"{layer}{self._what()}{heads}"
+
+    def _what(self) -> str:
+        module, name = self.key.module or "the decoder", self.key.name
+        named = name if not name.isdigit() and name not in ("input", "x") else "input"
+        if self.key.side == "out":
+            return f"{module}: its output is wrong, and its input is right"
+        if self.found.dtype in (torch.int64, torch.int32):
+            wrong = self.found != self.expected
+            asked, right = (sorted(set(t[wrong].tolist())) for t in (self.found, self.expected))
+            return f"{module} was asked for {ranges(asked)}, not {ranges(right)}"
+        if self.before is None or self.before.side == "in":
+            return f"{module}: its {named} is wrong"
+        before = self.before.module or "the input"
+        return f"{module}: its {named} is wrong, and the output of {before} before it is right"
+
+
+def first_difference(cached: Trace, full: Trace, first: int, n: int, decoder: Any) -> Spot | None:
+    """The first value of the cached run that is not that of the same tokens, uncached."""
+    before = None
+    for key, found in cached.items():
+        expected = None if key not in full else aligned(full[key], found.shape, first, n)
+        if expected is None or found.numel() == 0:
+            continue
+        wrong = (
+            differs(found, expected)
+            if found.is_floating_point()
+            else not bool(torch.equal(found, expected))
+        )
+        if wrong:
+            return Spot(key, before, found, expected, _heads(key, found, expected, decoder))
+        before = key
+    return None
+
+
+def aligned(value: Tensor, shape: torch.Size, first: int, n: int) -> Tensor | None:
+    """A value of the whole pass, narrowed to the n tokens from `first` on; None if it is no match.
+
+    Where the sizes differ, the step's is n and the pass's is a number of tokens.
+    """
+    if value.dim() != len(shape):
+        return None
+    for dim, (size, wanted) in enumerate(zip(value.shape, shape, strict=True)):
+        if size == wanted:
+            continue
+        if wanted != n or size < first + n:
+            return None
+        value = value.narrow(dim, first, n)
+    return value
+
+
+def _heads(key: Key, found: Tensor, expected: Tensor, decoder: Any) -> tuple[int, ...]:
+    """The heads whose channels are wrong, if some are right: for inputs of an output projection."""
+    modules = owned_modules(decoder)
+    parts = key.module.split(".")
+    owners = [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
+    counts = (getattr(modules.get(o), name, None) for o in owners for name in HEADS)
+    count = next((c for c in counts if isinstance(c, int)), 0)
+    if key.side == "out" or not count or not found.is_floating_point() or found.shape[-1] % count:
+        return ()
+    gap = (found - expected).abs().unflatten(-1, (count, -1)).amax(-1).flatten(0, -2).amax(0)
+    wrong = (~(gap <= TOLERANCE * scale(expected))).nonzero()[:, 0].tolist()
+    return () if len(wrong) == count else tuple(wrong)
