@@ -19,7 +19,7 @@ test: .venv/installed-test ## run the tests, each benchmark once and untimed
 	$(PYTEST) -q --benchmark-disable
 
 crash: .venv/installed-test ## kill training at 50 random moments, resume, compare the bytes
-	$(PYTEST) -v --benchmark-disable --kills 50 tests/test_crash.py
+	$(PYTEST) -v --benchmark-disable --kills 50 tests/training/test_crash.py
 
 attack: .venv/installed-test ## attack it by the files of strangers, into docs/security.md
 	$(BIN)/python tests/attack/run.py

@@ -82,13 +82,13 @@ def signals_as_in_the_app() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--kills", type=int, default=0, help="random moments that tests/test_crash.py adds"
+        "--kills", type=int, default=0, help="random moments that tests/training/test_crash.py adds"
     )
     parser.addoption(
         "--update-listings",
         metavar="WORD",
         default="",
-        help="print listings of commands with WORD, or all, anew; see tests/test_listings.py",
+        help="print listings of commands with WORD, or all, anew; see test_listings.py",
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 from kvtool import app
 from kvtool.core.checkpoint import checkpoint
 from kvtool.core.text.tokenizer import Tokenizer

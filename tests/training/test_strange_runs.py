@@ -18,7 +18,7 @@ from kvtool import ending, files
 from kvtool.core.training import runs
 from kvtool.core.training.runs import RunFolder
 from kvtool.errors import FileError
-from test_runs import opened, refusal, states
+from run_cases import opened, refusal, states
 from training_cases import outcome, train
 
 FILES = (".lock", "run.json", "log.jsonl", "loss.png")

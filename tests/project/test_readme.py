@@ -14,7 +14,7 @@ from kvtool.registry import COMMANDS as COMMAND_NAMES
 from kvtool.registry import load
 
 FLAGS = re.MULTILINE | re.DOTALL
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLE = "verify-cache --target docs/my_decoder.py:build"  # has a bug on purpose
 COMMANDS = re.findall(r"^\$ kvtool (.+)$", README, flags=re.MULTILINE)

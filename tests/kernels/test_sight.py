@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cache_contract import KINDS
 from helpers import CASES, TOLERANCE, VOCAB, Case, tokens
 from kvtool.core.cache import Cache, CacheSpec, Step, cache_class
 from kvtool.core.cache.quantization import Quantization
@@ -23,7 +24,6 @@ from kvtool.core.kernels.default import DEFAULT, Kernels, make_kernels
 from kvtool.core.kernels.sight import Sight, sees, visible, whole
 from kvtool.core.models import Model
 from small_models import random_model
-from test_cache_contract import KINDS
 
 BOTH = ("default", "exact")
 

@@ -90,7 +90,7 @@ def test_what_transformers_runs_is_named_too(kv: Callable[..., Ran], bfloat16: P
 
 
 def test_a_target_is_named_with_the_checksum_of_its_file(kv: Callable[..., Ran]) -> None:
-    target = Path(__file__).parent.parent / "docs" / "my_decoder.py"
+    target = Path(__file__).parents[2] / "docs" / "my_decoder.py"
     words = ["--target", f"{target}:build", "--scenarios", "decode", "--tokens", "4", "--json"]
     ran = kv(*words, command="verify-cache")
     found: dict[str, Any] = json.loads(ran.out)

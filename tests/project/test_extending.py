@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import model_checks
+from cache_contract import CHECKS
 from cli_probe import Ran, refused
 from helpers import CASES, Case
 from kvtool import registry
@@ -28,9 +29,8 @@ from kvtool.core.models import build_model, model_class
 from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.errors import FileError, UsageError
 from small_models import SIZES, TEXT, answer, random_model, save_decoder
-from test_cache_contract import CHECKS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n# ([^\n]+)\n(.+?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 FILES = {name: code for name, code in BLOCKS if name.endswith(".py")}

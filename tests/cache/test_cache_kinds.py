@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from cache_contract import KINDS
 from helpers import CASES, Subject, addresses, agree, compilations, owned, write
 from kvtool.core.cache import Bytes, CacheSpec, cache_class, make_cache
 from kvtool.core.cache.base import EMPTY
 from kvtool.core.cache.dynamic import GRAIN, DynamicCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.errors import CacheOpUnsupported, CapacityError, UsageError
-from test_cache_contract import KINDS
 
 PLAIN, PADDED = CASES[0], CASES[3]
 SPEC = CacheSpec(2, 3, 2, 4, 200, torch.float64)

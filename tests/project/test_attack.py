@@ -15,7 +15,7 @@ import pytest
 from kvtool import app
 from small_models import save_decoder
 
-sys.path.append(str(Path(__file__).parent / "attack"))
+sys.path.append(str(Path(__file__).parents[1] / "attack"))
 import attacks_around  # noqa: F401
 import attacks_files  # noqa: F401
 import attacks_runs  # noqa: F401

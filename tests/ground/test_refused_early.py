@@ -51,7 +51,7 @@ def test_what_can_be_judged_without_torch_is_refused_before_it_is_loaded(
     hostile = tmp_path / "hostile"
     hostile.mkdir()
     (hostile / "chat_template.jinja").write_text("{{ 'x' * 10**10 }}")
-    shipped = Path(__file__).parent.parent / "weights" / "shakespeare-2l" / "tokenizer.json"
+    shipped = Path(__file__).parents[2] / "weights" / "shakespeare-2l" / "tokenizer.json"
     (hostile / "tokenizer.json").write_bytes(shipped.read_bytes())
     command = [sys.executable, "-c", EARLY, *words.split()]
     done = subprocess.run(command, input="", capture_output=True, text=True, cwd=tmp_path)

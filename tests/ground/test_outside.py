@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import drawn
 from cli_probe import HANGS
 from kvtool.core.native import compiling
 from kvtool.core.native.compiled import tools as numba_tools
 from kvtool.files import model_folder, weights_folder
 from kvtool.outside import STAND, elsewhere, made_private
-from kvtool.ui.plots import loss_plot
 
 MARK = "import pathlib; pathlib.Path({!r}).touch()\n"
 SETTINGS = """
@@ -26,11 +26,10 @@ from kvtool.core.native import arrays as native
 import torch
 assert native.layer_code(torch.float32) is not None
 from kvtool.core.native.compiled import layers
-from kvtool.core.native.compiled import tools as numba_tools
 import numba
 pathlib.Path(".numba_config.yaml").write_text("opt: 1\\ncache_dir: evil\\n")
 numba.njit(lambda x: x + 1)(1)
-print(numba.config.OPT + 0, numba.config.CACHE_DIR or "none", numba_kernels.product.folder)
+print(numba.config.OPT + 0, numba.config.CACHE_DIR or "none", layers.product.folder)
 """
 
 
@@ -66,18 +65,7 @@ def test_numba_takes_no_settings_from_where_one_stands_nor_later(
     assert not (hostile / "evil").exists()
 
 
-def draw(path: Path) -> bytes:
-    loss_plot(path, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}], "per", title="a_b $c$")
-    return path.read_bytes()
-
-
-DRAW = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_outside import draw
-draw(Path(sys.argv[1]))
-"""
+DRAW = Path(drawn.__file__).read_text()
 
 
 def test_a_picture_is_the_same_whatever_settings_lie_about(
@@ -88,14 +76,18 @@ def test_a_picture_is_the_same_whatever_settings_lie_about(
     for folder in (hostile, home):
         (folder / "matplotlibrc").write_text("text.usetex: True\naxes.facecolor: red\n")
     monkeypatch.setenv("MPLCONFIGDIR", str(home))
-    run_in(hostile, DRAW.format(tests=str(Path(__file__).parent)), str(tmp_path / "b.png"))
-    assert (tmp_path / "b.png").read_bytes() == draw(tmp_path / "a.png")
+    run_in(
+        hostile,
+        DRAW,
+        str(tmp_path / "b.png"),
+    )
+    assert (tmp_path / "b.png").read_bytes() == drawn.draw(tmp_path / "a.png")
 
 
 def test_settings_beside_the_user_that_nobody_writes_are_not_waited_for(hostile: Path) -> None:
     os.mkfifo(hostile / "matplotlibrc")
     out = hostile.parent / "a.png"
-    run_in(hostile, DRAW.format(tests=str(Path(__file__).parent)), str(out))
+    run_in(hostile, DRAW, str(out))
     assert out.exists()
 
 
@@ -113,6 +105,7 @@ def test_no_module_beside_the_user_is_taken_for_a_library(hostile: Path) -> None
 
 SWEEP = """
 from kvtool.core.verify.hf import sweep
+from kvtool.core.verify.hf.task import Task
 if __name__ == "__main__":
     sweep.PRELOADED.clear()
     print(sweep.judge_type(Task("no-such-type", (), (), 2, 0), 300).verdict)

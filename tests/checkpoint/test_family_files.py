@@ -178,7 +178,7 @@ def test_an_end_token_that_is_no_token_is_refused(copy: Callable[[str], Path]) -
 
 
 def _shipped() -> Path:
-    return Path(__file__).parent.parent / "weights" / "shakespeare-2l"
+    return Path(__file__).parents[2] / "weights" / "shakespeare-2l"
 
 
 # --- the model that transformers makes of them, to be compared with
@@ -393,7 +393,7 @@ def opened() -> Iterator[Callable[[], list[str]]]:
     def since() -> list[str]:
         global _log
         paths, _log = _log or [], []
-        package = str(Path(__file__).parent.parent / "kvtool")
+        package = str(Path(__file__).parents[2] / "kvtool")
         own = (sys.prefix, sys.base_prefix, package, "/proc/", "/sys/fs/cgroup/")
         return [path for path in paths if not path.startswith(own)]
 

@@ -12,7 +12,7 @@ from kvtool.core.verify.target.doctor import examine
 from kvtool.core.verify.target.file import target_subject
 from kvtool.errors import FileError, KvtoolError, UsageError
 
-EXAMPLE = Path(__file__).parent.parent / "docs" / "my_decoder.py"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "my_decoder.py"
 
 FILE = """
 import helper_beside_it

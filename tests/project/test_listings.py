@@ -2,7 +2,7 @@
 
 After a change to what commands print,
 
-    python -m pytest tests/test_listings.py --update-listings self-test
+    python -m pytest tests/project/test_listings.py --update-listings self-test
 
 runs each command whose text has that word, and writes what it prints into the page; "all" runs
 every one. Commands that measure time want a quiet machine, and minutes. listings.py says how a page

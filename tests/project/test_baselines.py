@@ -19,7 +19,7 @@ from pytest_benchmark.storage.file import FileStorage
 
 from kvtool import registry
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tests" / "baselines"
 PATHS = sorted(FOLDER.glob("*.json"))  # not what --benchmark-save adds in a machine's own folder
 ADVICE = "run `make baseline`"

@@ -243,7 +243,7 @@ def test_what_decides_a_verdict_is_shown_at_every_width(
 def test_seven_columns_of_a_target_fit_into_80(
     kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = Path(__file__).parent.parent / "docs" / "my_decoder.py"
+    target = Path(__file__).parents[2] / "docs" / "my_decoder.py"
     given = ("--target", f"{target}:build", "--tokens", "8")
     for columns, head in (
         (80, ["identical gap", "scenario verdict steps max ULP float32 float64 promoted"]),

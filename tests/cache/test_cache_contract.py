@@ -1,0 +1,48 @@
+"""The promises of DESIGN.md, section 3, over every registered kind of cache.
+
+cache_checks.py and cache_cost_checks.py have the checks; test_cache_controls.py holds them against
+broken caches. I10 to I12 are about kinds of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cache_checks import (
+    check_a_cache_without_columns_says_so,
+    check_columns_hold_what_their_positions_say,
+)
+from cache_contract import CHECKS, KINDS, MAKES
+from cache_cost_checks import (
+    check_device_work_needs_no_host,
+)
+from helpers import CASES, Case, Make
+from kvtool.core.cache import cache_class
+
+COMPILABLE = [kind for kind in KINDS if cache_class(kind).compilable]
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+every_check = pytest.mark.parametrize(
+    "check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_")
+)
+
+
+@every_case
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+@every_check
+def test_promise(check: Callable[[Make, Case], None], make: Any, case: Case) -> None:
+    recompute = getattr(make, "recompute", False)
+    if check is check_columns_hold_what_their_positions_say and recompute:
+        check = check_a_cache_without_columns_says_so
+    check(make, case)
+
+
+@every_case
+@pytest.mark.parametrize("kind", COMPILABLE)
+def test_promise_of_compilable_kinds(kind: str, case: Case) -> None:
+    check_device_work_needs_no_host(cache_class(kind), case)
