@@ -26,6 +26,12 @@ HEAVY = {
     "jinja2",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
+# From the bottom to the top: a file imports from its own wing, and from those before it.
+SPINE = (
+    "native", "kernels", "cache", "models", "text", "checkpoint", "decoding", "training", "verify",
+    "reference", "bench",
+)  # fmt: skip
+DOORS = {"kvtool", "kvtool.__main__", "kvtool.app", "kvtool.testing"}  # what users come in by
 
 
 def module_name(path: Path) -> str:
@@ -33,17 +39,19 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(tree: ast.AST, package: str, top_level_only: bool = False) -> Iterator[str]:
-    """Full names of what a module imports; imports for type checkers alone do not count."""
+def imports(
+    tree: ast.AST, package: str, top_level_only: bool = False, types: bool = False
+) -> Iterator[str]:
+    """Full names of what a module imports; imports for type checkers alone count with `types`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from imported_from(node, package)
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        elif not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             yield from imports(ast.Module(node.orelse, []), package, top_level_only)
         elif not (top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
-            yield from imports(node, package, top_level_only)
+            yield from imports(node, package, top_level_only, types)
 
 
 def imported_from(node: ast.ImportFrom, package: str) -> Iterator[str]:
@@ -55,10 +63,51 @@ def imported_from(node: ast.ImportFrom, package: str) -> Iterator[str]:
     yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
+def imports_of(path: Path, top_level_only: bool = False, types: bool = False) -> set[str]:
     name = module_name(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    return set(imports(ast.parse(path.read_text(encoding="utf-8")), package, top_level_only))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return set(imports(tree, package, top_level_only, types))
+
+
+def arrows() -> dict[str, set[str]]:
+    """Which modules of kvtool each of them imports, late imports and those for types included."""
+    paths = {module_name(path): path for path in FILES}
+    return {
+        name: (imports_of(path, types=True) & paths.keys()) - {name, *packages_of(name)}
+        for name, path in paths.items()
+    }
+
+
+def packages_of(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:n]) for n in range(1, len(parts))}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Names that import each other in turn, the first once more at the end; none if there is no
+    circle."""
+    done: set[str] = set()
+
+    def follow(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        done.add(name)
+        return next(filter(None, (follow(other, [*way, name]) for other in graph[name])), [])
+
+    return next(filter(None, (follow(name, []) for name in sorted(graph))), [])
+
+
+def storey(name: str) -> int:
+    """How high in the house a module is: the ground, the wings of core, then the commands."""
+    if name in DOORS:
+        return len(SPINE) + 2
+    if name.startswith("kvtool.commands"):
+        return len(SPINE) + 1
+    wing = name.removeprefix("kvtool.core.").partition(".")[0]
+    return SPINE.index(wing) + 1 if wing in SPINE else 0
 
 
 def within(names: set[str], package: str) -> set[str]:
@@ -81,12 +130,29 @@ def late():
 if TYPE_CHECKING:
     import transformers
 from kvtool import core
-from ..core import engine
+from ..core.decoding import engine
 """
     found = set(imports(ast.parse(source), "kvtool.ui"))
     assert {"torch.nn", "numpy", "kvtool.core", "kvtool.core.decoding.engine"} <= found
     assert "transformers" not in found
     assert "numpy" not in set(imports(ast.parse(source), "kvtool.ui", top_level_only=True))
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle(arrows()) == []
+
+
+def test_nothing_imports_what_is_above_it() -> None:
+    wings = {path.name for path in (PACKAGE / "core").iterdir() if (path / "__init__.py").exists()}
+    assert wings == set(SPINE)
+    up = [
+        f"{name} -> {other}"
+        for name, others in arrows().items()
+        for other in others
+        if storey(other) > storey(name)
+    ]
+    assert up == []
 
 
 @pytest.mark.parametrize(("folder", "other"), [("ui", "kvtool.core"), ("core", "kvtool.ui")])
