@@ -115,7 +115,7 @@ def test_a_check_without_the_hypothesis_is_found_out(monkeypatch: pytest.MonkeyP
 
 
 def test_a_check_that_heals_everything_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hypotheses, "HEALED", float("inf"))
+    monkeypatch.setattr(hypotheses, "REPRODUCED", float("inf"))
     assert selftest.try_mutant(mutant("a value is lost")).hint_right is False
 
 

@@ -193,7 +193,7 @@ def tell_model(model: Any, note: str, kinds: list[str], out: Output) -> None:
 
 def decides(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
     """What the results depend on."""
-    from kvtool.core.verify.kept import fingerprint
+    from kvtool.core.verify.fingerprint import fingerprint
 
     asked = {"model": Path(settings.run.model).name, "tokens": settings.tokens}
     if settings.resume is not None:

@@ -27,9 +27,9 @@ OWN = "own"  # the kernels of a decoder that brings its own
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was found: true if all that was checked is right, something was, and the planted bug was
-    found. str() is the evidence."""
+class Verification:
+    """What `verify` found: true if something was checked, all of it is right, and the planted bug
+    was found. str() is the evidence."""
 
     name: str
     dtype: str
@@ -39,10 +39,12 @@ class Report:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
+        """What was found in each scenario, for one kind of cache after the other."""
         return tuple(checked.finding for checked in self.checked)
 
     @property
     def summary(self) -> Summary[Checked]:
+        """What all of it comes to."""
         control = Checked("planted bug", OWN, True, self.control, planted=True)
         return Summary(self.checked, control.outcome)
 
@@ -58,6 +60,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether something was checked, all of it is right, and the planted bug was found."""
         return self.summary.ok
 
     @property
@@ -70,6 +73,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
+        """0 if it is ok, else 1."""
         return 0 if self.ok else 1
 
     @property
@@ -83,8 +87,8 @@ class Report:
             return f"{where} ({len(self.wrong)} of {n_judged} scenarios not right)"
         if not n_right:
             return "nothing was checked"
-        if in_vain := self.summary.in_vain:
-            return f"nothing was checked of {', '.join(in_vain)}"
+        if kinds := self.summary.unjudged_kinds:
+            return f"nothing was checked of {', '.join(kinds)}"
         if not self.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
         more = f", {n_judged - n_right} proved nothing" if n_right < n_judged else ""
@@ -128,11 +132,11 @@ def verify(
     caches: Sequence[str] | None = None,
     vocab_size: int = 0,
     context: int = 0,
-) -> Report:
+) -> Verification:
     """Compare a decoder's cached with its uncached logits: bug or rounding, where, and what.
 
     model: a model of kvtool's, an nn.Module, or an object with full and step as documented in
-    kvtool.core.verify.target.subject. It is not changed: a copy of it is checked.
+    kvtool.core.verify.target. It is not changed: a copy of it is checked.
     ids: what to decode (N,) or (1,N), the last `tokens` of it one by one, at most half; else they
     are random. scenarios: names of SCENARIOS, all by default. dtype: the working format, the
     model's own by default. caches: kinds for a model of kvtool's, all by default. vocab_size,
@@ -154,7 +158,7 @@ def verify(
     main = decode_case(subject.vocab_size, subject.context, ids, tokens, subject.device)
     checked = tuple(check_target(subject, names, main))
     planted = target_control(subject, main)
-    return Report(subject.name, dtype_name(subject.dtype), checked, planted, subject.guess)
+    return Verification(subject.name, dtype_name(subject.dtype), checked, planted, subject.guess)
 
 
 def check_target(
@@ -217,6 +221,7 @@ class WrongToken(TargetSession):
         self.right: Session | None = TargetSession(subject, start)
 
     def feed(self, ids: Tensor) -> Tensor:
+        """The next tokens of each row (B,n) -> their logits (B,n,V)."""
         if self.right is None:
             return super().feed(ids)
         # The first step answers rightly, so that the bug has to be found in what was stored.
@@ -233,7 +238,7 @@ def _verify_own(
     scenarios: Sequence[str],
     tokens: int,
     caches: Sequence[str],
-) -> Report:
+) -> Verification:
     config, weight = model.config, next(model.parameters())
     if config.n_encoder_layers:
         case = decode_case(config.source_vocab_size, config.context, ids, 1, weight.device)
@@ -244,7 +249,7 @@ def _verify_own(
     formats = Formats(model)
     checked = tuple(check_model(formats, caches, ["default"], scenarios, main))
     planted = control(formats, main)
-    return Report(type(model).__name__, dtype_name(weight.dtype), checked, planted)
+    return Verification(type(model).__name__, dtype_name(weight.dtype), checked, planted)
 
 
 def _copied(model: Any) -> Any:

@@ -69,12 +69,12 @@ class Summary(Generic[C]):
         return [check for check in self.checks if check.outcome.wrong]
 
     @property
-    def nothing(self) -> list[C]:
+    def proved_nothing(self) -> list[C]:
         """What was played, and proved nothing."""
         return [check for check in self.checks if check.outcome == Outcome.NOTHING]
 
     @property
-    def in_vain(self) -> list[str]:
+    def unjudged_kinds(self) -> list[str]:
         """Kinds that store something, and of which nothing is known."""
         kinds = dict.fromkeys(check.cache for check in self.checks if check.stores)
         known = {check.cache for check in (*self.right, *self.wrong)}
@@ -88,4 +88,4 @@ class Summary(Generic[C]):
     @property
     def ok(self) -> bool:
         """Something is right, nothing wrong, no kind was checked in vain, and the bug was found."""
-        return bool(self.right) and not self.wrong and not self.in_vain and self.trustworthy
+        return bool(self.right) and not self.wrong and not self.unjudged_kinds and self.trustworthy

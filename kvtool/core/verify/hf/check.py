@@ -16,9 +16,9 @@ from kvtool.core.verify.hf.folder import read_folder
 from kvtool.core.verify.hf.library import (
     kind_of,
     known_types,
-    loop_over_experts,
     need_transformers,
     quiet_transformers,
+    use_eager_experts,
 )
 from kvtool.core.verify.hf.seq2seq import EncoderDecoderSubject
 from kvtool.core.verify.hf.subject import TransformersSubject
@@ -49,7 +49,7 @@ def load_model(name: str, seed: int = 0) -> Loaded:
     if name in known_types(kind) or not os.path.lexists(name):
         return Loaded(*tiny_model(name, seed, kind=kind))
     read = read_folder(Path(name), kind=CheckFailed)
-    loop_over_experts(read.model)
+    use_eager_experts(read.model)
     return Loaded(read.model, "", read.sha256)
 
 

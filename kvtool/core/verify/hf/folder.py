@@ -44,7 +44,7 @@ from kvtool.core.checkpoint.weight_files import (
 from kvtool.core.limited import limited
 from kvtool.core.machine import dtype_name, require_memory
 from kvtool.core.verify.hf.library import SEQ2SEQ, kind_of, quiet_transformers
-from kvtool.core.verify.hf.tiny import LAYERS
+from kvtool.core.verify.hf.shrink import LAYERS
 from kvtool.errors import FileError, KvtoolError, first_line, pass_on_shortage
 from kvtool.hub import offline
 from kvtool.reading import MOST_CONFIG, quoted, read_json_object, short

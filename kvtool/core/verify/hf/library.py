@@ -50,7 +50,7 @@ def kind_of(model_type: str) -> str:
     return SEQ2SEQ if model_type in known_types(SEQ2SEQ) else CAUSAL
 
 
-def loop_over_experts(model: Any) -> None:
+def use_eager_experts(model: Any) -> None:
     """Let a mixture of experts compute them one by one: its faster kernels have no float64."""
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")

@@ -110,7 +110,7 @@ class EncoderDecoder(HubDecoder):
         )
 
     def _tokens(self, ids: Tensor, past: int, padding: Tensor | None) -> dict[str, Any]:
-        given = self._places(ids, past, padding)
+        given = self._position_arguments(ids, past, padding)
         if "attention_mask" in given:
             given["decoder_attention_mask"] = given.pop("attention_mask")
         return {"decoder_input_ids": self.words[ids], **given}
@@ -135,7 +135,7 @@ class EncoderDecoderSubject(TransformersSubject):
 
     # Calls
 
-    def whole(self, ids: Tensor, start: Start | None = None) -> Tensor:
+    def call_full(self, ids: Tensor, start: Start | None = None) -> Tensor:
         start = start or Start(ids.shape[0], ids.shape[1])
         logits = self.decoder.full(ids, start.padding, self._source(start))
         return shaped(logits, ids, "full")
@@ -150,9 +150,9 @@ class EncoderDecoderSubject(TransformersSubject):
     def _each_alone(self, ids: Tensor, start: Start) -> Tensor:
         rows = torch.arange(ids.shape[0], device=ids.device)[:, None]
         alone = [unpadded(start.select(row)) for row in rows]
-        return torch.cat([self.whole(ids[i], one) for i, one in zip(rows, alone, strict=True)])
+        return torch.cat([self.call_full(ids[i], one) for i, one in zip(rows, alone, strict=True)])
 
-    def empty(self, start: Start) -> Any:
+    def initial_state(self, start: Start) -> Any:
         return self.decoder.start(start.batch, start.capacity, start.padding, self._source(start))
 
     def reset_arguments(self, start: Start) -> tuple[Any, ...]:
@@ -194,7 +194,7 @@ class EncoderDecoderSubject(TransformersSubject):
         source.mask[0, SOURCE // 2 :] = False
         start = Start(2, HISTORY, None, source)
         with Promote(), quiet_transformers():
-            found, expected = double.whole(ids, start), double._each_alone(ids, start)
+            found, expected = double.call_full(ids, start), double._each_alone(ids, start)
         return max(distances([found], [expected]))
 
     def remark(self) -> str:
@@ -211,7 +211,7 @@ class EncoderDecoderSubject(TransformersSubject):
     def _encoded_again(self) -> str | None:
         """Whether a step computes the source's keys and values again: then it reads its states."""
         ids = torch.arange(4, device=self.device)[None] % self.vocab_size
-        _, state = self.step(ids[:, :-1], self.empty(Start(1, NEEDED)))
+        _, state = self.step(ids[:, :-1], self.initial_state(Start(1, NEEDED)))
         other = copy.deepcopy(state)
         other.encoded.last_hidden_state.neg_()
         found, expected = (self.step(ids[:, -1:], s)[0] for s in (other, state))

@@ -53,13 +53,13 @@ class HubDecoder(ModuleDecoder):
         self.mask_length = state.room if by_mask else 0
         return super().step(self.words[ids], state)
 
-    def _initial(self, batch: int, capacity: int) -> Any:
+    def _initial_cache(self, batch: int, capacity: int) -> Any:
         if self.kind == "own":
-            return super()._initial(batch, capacity)
+            return super()._initial_cache(batch, capacity)
         return make_cache(self.kind, self.module.config, capacity)
 
-    def _places(self, ids: Tensor, past: int, padding: Tensor | None) -> dict[str, Any]:
-        found = super()._places(ids, past, padding)
+    def _position_arguments(self, ids: Tensor, past: int, padding: Tensor | None) -> dict[str, Any]:
+        found = super()._position_arguments(ids, past, padding)
         if past and self.plan.cache == "cache_params":  # `generate` gives it to the prompt alone
             found.pop("attention_mask", None)
         if (mask := found.get("attention_mask")) is not None:

@@ -73,8 +73,8 @@ def try_mutant(mutant: Mutant) -> Trial:
     finding = Judge(mutant.subject(), examine).judge(Case(SCENARIOS[mutant.scenario]))
     caught = finding.verdict == mutant.verdict and not finding.right
     place = (finding.diagnosis.layer, finding.diagnosis.part)
-    bugs, in_vain = finding.diagnosis.bugs, finding.diagnosis.in_vain
-    named = mutant.hint in bugs if mutant.hint else bool(in_vain) and not bugs
+    bugs, unexplained = finding.diagnosis.bugs, finding.diagnosis.unexplained
+    named = mutant.hint in bugs if mutant.hint else bool(unexplained) and not bugs
     return Trial(
         mutant.name,
         mutant.bug_class,

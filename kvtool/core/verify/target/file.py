@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from kvtool.core.verify.target.place import FLAG, target_place
+from kvtool.core.verify.target.spec import FLAG, parse_spec
 from kvtool.core.verify.target.subject import TargetSubject, is_decoder
 from kvtool.errors import FileError, UsageError, first_line, pass_on_shortage
 from kvtool.reading import sha256
@@ -38,7 +38,7 @@ def identity(spec: str) -> dict[str, str]:
 
 def load_target(spec: str) -> Any:
     """The object that FILE.py:NAME is, or that it returns when called without arguments."""
-    place, name = target_place(spec)
+    place, name = parse_spec(spec)
     path = spec.rpartition(":")[0]
     module = _imported(place)
     if not hasattr(module, name):
