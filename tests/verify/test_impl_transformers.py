@@ -17,9 +17,10 @@ pytest.importorskip("transformers")
 from cli_probe import Ran, refused
 from kvtool.commands.verify.report import Report, Row
 from kvtool.core.verify.check import Checked
-from kvtool.core.verify.hf import tiny
+from kvtool.core.verify.hf import library
 from kvtool.core.verify.hf.check import check_transformers, load_model
 from kvtool.core.verify.hf.library import is_type
+from kvtool.core.verify.hf.shrink import SPECIAL, WINDOW
 from kvtool.core.verify.hf.subject import TransformersSubject, ordinary_ids
 from kvtool.core.verify.hf.tiny import tiny_config, tiny_model
 from kvtool.core.verify.judge import BUG, NOT_CAUSAL, UNSUPPORTED
@@ -48,7 +49,7 @@ def verdicts(found: dict[tuple[str, str], Checked], cache: str = "dynamic") -> d
 def test_a_tiny_model_keeps_one_layer_of_each_kind_and_the_ratio_of_its_heads() -> None:
     config, _ = tiny_config("gemma3_text")
     assert sorted(config.layer_types) == ["full_attention", "sliding_attention"]
-    assert config.num_hidden_layers == 2 and config.sliding_window == tiny.WINDOW
+    assert config.num_hidden_layers == 2 and config.sliding_window == WINDOW
     grouped, _ = tiny_config("mistral")
     assert (grouped.num_attention_heads, grouped.num_key_value_heads) == (4, 2)
 
@@ -85,7 +86,7 @@ def test_an_unknown_type_is_refused_with_the_nearest_name() -> None:
 
 
 def test_a_type_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiny.SPECIAL, "gpt2", {"n_embd": 63})
+    monkeypatch.setitem(SPECIAL, "gpt2", {"n_embd": 63})
     with pytest.raises(UsageError, match=r"gpt2: could not build \(ValueError"):
         tiny_model("gpt2")
 
@@ -136,7 +137,7 @@ def test_sliding_layers_are_checked_beyond_their_window() -> None:
     model = tiny_model("mistral").model
     found = check(model, ("dynamic", "static"), ("window", "padded"))
     for kind in ("dynamic", "static"):
-        assert TransformersSubject(model, kind).window == tiny.WINDOW
+        assert TransformersSubject(model, kind).window == WINDOW
         assert found[kind, "window"].outcome == Outcome.RIGHT
         assert found[kind, "padded"].outcome == Outcome.RIGHT
 
@@ -289,7 +290,7 @@ def test_only_a_type_is_called_one(name: str) -> None:
 def test_transformers_is_not_imported_for_a_name_that_is_none_of_its(
     monkeypatch: pytest.MonkeyPatch, kv: Callable[..., Ran]
 ) -> None:
-    monkeypatch.setattr(tiny, "is_type", lambda name: pytest.fail("it was imported"))
+    monkeypatch.setattr(library, "is_type", lambda name: pytest.fail("it was imported"))
     message = refused(kv("--model", "shakespeare-3l", command="verify-cache"))
     assert "is a model type of transformers" not in message
 

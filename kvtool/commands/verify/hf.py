@@ -164,7 +164,7 @@ def run(settings: Settings, out: Output) -> Report:
         bar.advance(len(rows.found))
         asked = (model, kinds, names, settings.tokens, bool(settings.caches))
         check = partial(check_transformers, tell=bar.update, remark=out.note)
-        for found in check(*asked, known=rows.known):
+        for found in check(*asked, skip=rows.known):
             if found.planted:
                 rows.add_control(Row.of(found))
             else:

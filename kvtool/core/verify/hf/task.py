@@ -44,6 +44,7 @@ class Swept:
 
     @property
     def judged(self) -> bool:
+        """Whether there is a verdict, good or bad."""
         return self.verdict in JUDGED
 
     @property
