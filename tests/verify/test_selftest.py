@@ -12,11 +12,17 @@ import torch
 from kvtool.core.verify import judge
 from kvtool.core.verify.diagnosis import hypotheses, locate
 from kvtool.core.verify.diagnosis.hypotheses import HYPOTHESES, UNKNOWN
-from kvtool.core.verify.mutants import LOOKALIKES, MUTANTS, Lookalike, Mutant, Planted, selftest
+from kvtool.core.verify.mutants import (
+    BUG_CLASSES,
+    LOOKALIKES,
+    MUTANTS,
+    Lookalike,
+    Mutant,
+    Planted,
+    selftest,
+)
 from kvtool.core.verify.scenarios import SCENARIOS
 from self_tested import outcome_of
-
-CLASSES = range(1, 19)  # the rows of the table of real bugs
 
 
 def named(planted: Planted) -> str:
@@ -44,7 +50,8 @@ def test_what_is_right_is_not_reported(lookalike: Lookalike) -> None:
 
 def test_every_class_of_real_bugs_is_planted_at_least_twice() -> None:
     count = collections.Counter(mutant.bug_class for mutant in MUTANTS)
-    assert all(count[number] >= 2 for number in CLASSES), count
+    assert all(count[number] >= 2 for number in BUG_CLASSES), count
+    assert count.keys() <= {0, *BUG_CLASSES}
     assert len(MUTANTS) >= 40 and len(LOOKALIKES) >= 8
 
 
@@ -56,7 +63,7 @@ def test_names_are_unique_and_scenarios_are_those_that_a_user_runs() -> None:
 
 def test_every_hypothesis_explains_a_planted_bug_and_few_bugs_have_none() -> None:
     hints = [mutant.hint for mutant in MUTANTS]
-    assert {tape.hint for tape in HYPOTHESES} <= set(hints)
+    assert {hypothesis.hint for hypothesis in HYPOTHESES} <= set(hints)
     assert 1 <= hints.count("") <= 3
 
 

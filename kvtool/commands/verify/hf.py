@@ -125,10 +125,10 @@ def run(settings: Settings, out: Output) -> Report:
     from kvtool.core import footprint
     from kvtool.core.checkpoint.checkpoint import tell_format
     from kvtool.core.machine import dtype_name, prepare, require_memory
-    from kvtool.core.verify.api import OWN
     from kvtool.core.verify.hf.check import ALL, check_transformers, load_model
     from kvtool.core.verify.hf.library import need_transformers
     from kvtool.core.verify.scenarios import PREFILL
+    from kvtool.core.verify.target.check import OWN
 
     names = chosen_scenarios(settings.scenarios)
     started = time.perf_counter()

@@ -17,8 +17,10 @@ from kvtool.core.decoding.engine import begin, check_context, generate
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import make_kernels
 from kvtool.core.models import Model
+from kvtool.core.verify.arms import Case
 from kvtool.core.verify.diagnosis.doctor import examine
-from kvtool.core.verify.judge import Case, Finding, Judge
+from kvtool.core.verify.finding import Finding
+from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.outcome import ROUNDING, Outcome, outcome
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import Formats, ModelSubject, Source
@@ -49,6 +51,11 @@ class Checked:
     def outcome(self) -> Outcome:
         """What the verdict says of the cache."""
         return outcome(self.finding.verdict, self.right, self.stores)
+
+
+def planted_bug(finding: Finding, kernels: str) -> Checked:
+    """What was found of the planted bug, as the other checks are."""
+    return Checked("planted bug", kernels, True, finding, planted=True)
 
 
 def main_case(model: Model, prompt: Tensor, n_new: int) -> Case:

@@ -39,18 +39,23 @@ def outcome(verdict: str, right: bool, stores: bool) -> Outcome:
     return Outcome.RIGHT if right else Outcome.WRONG
 
 
-class Check(Protocol):
-    """A kind of cache in a scenario."""
+class HasOutcome(Protocol):
+    """A check of a kind of cache in a scenario."""
 
     @property
-    def cache(self) -> str: ...
+    def cache(self) -> str:
+        """The kind of cache."""
+
     @property
-    def stores(self) -> bool: ...
+    def stores(self) -> bool:
+        """Whether that kind stores anything."""
+
     @property
-    def outcome(self) -> Outcome: ...
+    def outcome(self) -> Outcome:
+        """What came of it."""
 
 
-C = TypeVar("C", bound=Check)
+C = TypeVar("C", bound=HasOutcome)
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,12 @@ class Summary(Generic[C]):
 
     @property
     def right(self) -> list[C]:
+        """What keeps its promise."""
         return [check for check in self.checks if check.outcome == Outcome.RIGHT]
 
     @property
     def wrong(self) -> list[C]:
+        """What breaks its promise, or may."""
         return [check for check in self.checks if check.outcome.wrong]
 
     @property

@@ -272,6 +272,7 @@ def _output(cached: Record, full: Record, columns: slice, cross: str) -> Locatio
 
 
 def scale(values: Tensor) -> float:
+    """The largest absolute value; 1 if all are 0."""
     return float(values.abs().max()) or 1.0
 
 

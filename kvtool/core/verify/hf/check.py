@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from kvtool.core.verify.api import OWN, decode_case, target_control
-from kvtool.core.verify.check import MAIN, Checked
+from kvtool.core.verify.arms import Case
+from kvtool.core.verify.check import MAIN, Checked, planted_bug
+from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.hf.folder import read_folder
 from kvtool.core.verify.hf.library import (
     kind_of,
@@ -23,8 +24,10 @@ from kvtool.core.verify.hf.library import (
 from kvtool.core.verify.hf.seq2seq import EncoderDecoderSubject
 from kvtool.core.verify.hf.subject import TransformersSubject
 from kvtool.core.verify.hf.tiny import tiny_model
-from kvtool.core.verify.judge import UNSUPPORTED, Case, Finding, Judge
+from kvtool.core.verify.judge import Judge
+from kvtool.core.verify.outcome import UNSUPPORTED
 from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.core.verify.target.check import OWN, decode_case, target_control
 from kvtool.core.verify.target.doctor import examine
 from kvtool.errors import CacheOpUnsupported, CheckFailed, UsageError
 
@@ -101,7 +104,7 @@ def check_transformers(
             with quiet_transformers():
                 planted = target_control(subject, main)
     if planted is not None:
-        yield Checked("planted bug", OWN, True, planted, planted=True)
+        yield planted_bug(planted, OWN)
 
 
 def _judged(

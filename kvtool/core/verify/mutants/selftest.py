@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from kvtool.core.verify.arms import Case
 from kvtool.core.verify.diagnosis.doctor import examine
-from kvtool.core.verify.judge import Case, Finding, Judge
+from kvtool.core.verify.finding import Finding
+from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.mutants import LOOKALIKES, MUTANTS, Lookalike, Mutant
 from kvtool.core.verify.outcome import UNSUPPORTED
 from kvtool.core.verify.scenarios import SCENARIOS
@@ -20,7 +22,7 @@ class Trial:
     """What the check said of one planted bug, or of one look-alike. None: does not apply."""
 
     name: str
-    bug_class: int  # a row of the table of real bugs; 0: none of them
+    bug_class: int  # of BUG_CLASSES; 0: none of them
     seen_in: str  # where it happened
     scenario: str  # the one it is planted in, or that was loud about a look-alike
     expected: str  # the verdict

@@ -70,7 +70,7 @@ def _imported(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         pass_on_shortage(error)
         sys.modules.pop(name, None)
-        raise FileError(f"{path}: importing it raised {told(error, path)}") from error
+        raise FileError(f"{path}: importing it raised {describe(error, path)}") from error
     return module
 
 
@@ -88,7 +88,7 @@ def _built(factory: Any, path: str, name: str) -> Any:
         return factory()
     except (Exception, SystemExit) as error:
         pass_on_shortage(error)
-        raise FileError(f"{path}: {name}() raised {told(error, Path(path))}") from error
+        raise FileError(f"{path}: {name}() raised {describe(error, Path(path))}") from error
 
 
 def _no_such_name(path: str, name: str, module: ModuleType) -> UsageError:
@@ -99,7 +99,7 @@ def _no_such_name(path: str, name: str, module: ModuleType) -> UsageError:
     return UsageError(f"{path}: has no {name}", hint)
 
 
-def told(error: BaseException, path: Path) -> str:
+def describe(error: BaseException, path: Path) -> str:
     """An error's type and message, and the last line of the file that it came through."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} (line {error.lineno})"

@@ -28,10 +28,13 @@ class EmptySlots(Hypothesis):
         return [*super().past_columns(layer, row), *[Column(ZERO, ZERO, 0)] * max(n, 0)]
 
     def buffer_end(self, used: int) -> int:
+        """How many slots of the buffer are attended, of which `used` are filled."""
         return self.capacity
 
 
 class EmptyBlock(EmptySlots):
+    """The slots of the block that is filled last are attended."""
+
     def buffer_end(self, used: int) -> int:
         return min(-(-used // 64) * 64, self.capacity)
 
@@ -132,6 +135,8 @@ class RotatedAgain(Hypothesis):
 
 
 class RotatedAgainAll(RotatedAgain):
+    """The step's own keys are rotated again too."""
+
     fresh = True
 
 
