@@ -96,56 +96,55 @@ class Judge:
             finding = replace(finding, verdict=verdict, evidence=arms.vacuous)
         if not _differs(finding) and not thorough:
             return finding
-        return self._three(case, finding, arms, thorough)
+        return self._by_precision(case, finding, arms, thorough)
 
-    def _three(self, case: Case, finding: Finding, arms: Arms, thorough: bool) -> Finding:
+    def _by_precision(self, case: Case, finding: Finding, arms: Arms, thorough: bool) -> Finding:
         """Decide by the float64 run, and by the promoted one where that is not enough."""
         exact = self._exact(case)
         if isinstance(exact, BaseException):
             return _not_in_float64(finding, exact)
-        gap64 = compare(exact.found, exact.expected)
-        finding = replace(finding, float64=gap64)
-        wrong64 = _first_wrong(gap64)
-        if thorough or wrong64 is not None:
+        gap = compare(exact.found, exact.expected)
+        finding, lower = replace(finding, float64=gap), _first_wrong(gap)
+        if thorough or lower is not None:
             promoted = play(self.double, case, (True, True))
             gap = compare(promoted.found, promoted.expected)
-            finding = replace(finding, promoted=gap)
-            wrong = _first_wrong(gap)
+            finding, wrong = replace(finding, promoted=gap), _first_wrong(gap)
             if wrong is not None:
                 return self._wrong(case, finding, wrong, exact)
-            if wrong64 is not None:
-                return _precision(finding, exact, promoted, wrong64)
-        low = _beyond_noise(arms, exact)
-        if low is not None:
-            low = _beyond_noise(arms, exact, self._by_codes(case, exact))
-        if low is not None:
+            if lower is not None:
+                return _precision(finding, exact, promoted, lower)
+        return self._in_working_format(case, finding, arms, exact)
+
+    def _in_working_format(self, case: Case, finding: Finding, arms: Arms, exact: Arms) -> Finding:
+        """Decide where float64 is right: other kernels may serve the working format."""
+        wrong = _beyond_noise(arms, exact)
+        if wrong is not None:
+            wrong = _beyond_noise(arms, exact, self._by_codes(case, exact))
+        if wrong is not None:
             text = f"right in float64, wrong in {dtype_name(self.subject.dtype)} alone"
-            return replace(finding, verdict=BUG, evidence=text, first_wrong=low)
+            return replace(finding, verdict=BUG, evidence=text, first_wrong=wrong)
         if finding.verdict == IDENTICAL and _differs(finding):
             return replace(finding, verdict=ROUNDING)
         return finding
 
     def _exact(self, case: Case) -> Arms | BaseException:
         """The float64 run; the promoted one, where a cast to float32 does not fit its weights, or
-        makes -inf of a mask of float64's least number. The error, if neither can be."""
-        first: BaseException | None = None
+        makes -inf of a mask of float64's least number. The first error, if neither can be."""
+        errors: list[BaseException] = []
         for promote in ((False, False), (True, True)):
-            error: BaseException
             try:
                 exact = play(self.double, case, promote)
-            except (RuntimeError, NotImplementedError) as raised:
-                pass_on_shortage(raised)
-                error = raised
+            except (RuntimeError, NotImplementedError) as error:
+                pass_on_shortage(error)
+                errors.append(error)
+                continue
+            if exact.raised is not None:
+                errors.append(exact.raised.error)
+            elif not _finite(exact):
+                errors.append(ArithmeticError("its logits are not finite there"))
             else:
-                if exact.raised is not None:
-                    error = exact.raised.error
-                elif _finite(exact):
-                    return exact
-                else:
-                    error = ArithmeticError("its logits are not finite there")
-            first = first or error
-        assert first is not None
-        return first
+                return exact
+        return errors[0]
 
     def _by_codes(self, case: Case, exact: Arms) -> float:
         """How far a quantizer moves the logits, all its codes together; 0 without one.
@@ -232,7 +231,8 @@ def _differs(finding: Finding) -> bool:
 
 @torch.inference_mode()
 def _random(subject: Subject) -> str:
-    """Whether two uncached passes over the same tokens differ: then nothing can be compared."""
+    """How two uncached passes over the same tokens differ, since nothing can be compared then; ""
+    if they do not."""
     run = ScenarioRun(subject)
     start, ids = run.start(), run.next_ids(1, 10)
     with Promote():
@@ -245,7 +245,7 @@ def _random(subject: Subject) -> str:
 
 @torch.inference_mode()
 def _changed_by_later(subject: Subject) -> str:
-    """Whether changing later tokens changes earlier logits of an uncached pass."""
+    """How changing later tokens changes earlier logits of an uncached pass, "" if it does not."""
     run = ScenarioRun(subject)
     start = run.start()
     ids = run.next_ids(1, 10)
