@@ -20,7 +20,7 @@ from kvtool.core.verify.check import Checked
 from kvtool.core.verify.hf import library
 from kvtool.core.verify.hf.check import check_transformers, load_model
 from kvtool.core.verify.hf.library import is_type
-from kvtool.core.verify.hf.shrink import SPECIAL, WINDOW
+from kvtool.core.verify.hf.shrink import SPECIAL, WINDOW, shrunk
 from kvtool.core.verify.hf.subject import TransformersSubject, ordinary_ids
 from kvtool.core.verify.hf.tiny import tiny_config, tiny_model
 from kvtool.core.verify.judge import BUG, NOT_CAUSAL, UNSUPPORTED
@@ -83,6 +83,36 @@ def test_ids_with_a_meaning_of_their_own_are_not_fed() -> None:
 def test_an_unknown_type_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UsageError, match=r"lama: .*Did you mean llama\?"):
         load_model("lama")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "small"),
+    [
+        ("vocab_size", 50_000, 192),
+        ("eos_token_id", 2, 2),
+        ("num_key_value_heads", 1, 1),
+        ("num_key_value_heads", 32, 4),
+        ("num_key_value_heads", 8, 2),
+        ("sliding_window", 4096, WINDOW),
+        ("sliding_window", 4, 4),
+        ("head_dim", None, 16),
+        ("use_sliding_window", True, True),
+        ("rms_norm_eps", 1e-6, 1e-6),
+        ("hidden_act", "silu", "silu"),
+        ("text_config", {"model_type": "llama", "hidden_size": 4096}, {"hidden_size": 64}),
+    ],
+)
+def test_a_field_is_shrunk_by_its_name_and_stays_where_no_rule_names_it(
+    field: str, value: object, small: object
+) -> None:
+    assert shrunk({"num_attention_heads": 32, field: value})[field] == small
+
+
+def test_layers_are_dropped_but_for_the_first_of_each_kind() -> None:
+    kinds = ["window", "window", "all", "window", "window", "all"]
+    small = shrunk({"num_hidden_layers": 6, "layer_types": kinds, "moe_layers": [2, 5]})
+    assert small["num_hidden_layers"] == 2
+    assert small["layer_types"] == ["window", "all"] and small["moe_layers"] == [1]
 
 
 def test_a_type_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

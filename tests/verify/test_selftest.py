@@ -113,7 +113,7 @@ def test_a_check_that_takes_rounding_for_a_bug_is_found_out(
 
 
 def test_a_check_without_the_hypothesis_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = tuple(tape for tape in HYPOTHESES if tape.hint != OFF_BY_ONE.hint)
+    kept = tuple(h for h in HYPOTHESES if h.hint != OFF_BY_ONE.hint)
     monkeypatch.setattr(hypotheses, "HYPOTHESES", kept)
     outcome = selftest.try_mutant(OFF_BY_ONE)
     assert (outcome.caught, outcome.step_right, outcome.layer_right) == (True, True, True)
