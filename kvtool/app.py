@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvtool import __version__, ending
-from kvtool.config import follows
+from kvtool.config import is_main_rank
 from kvtool.errors import CLOSED_PIPE, FileError, KvtoolError, UsageError
 from kvtool.registry import COMMANDS, choose, load
 from kvtool.ui.apart import check_apart, named
@@ -237,14 +237,14 @@ def _report(error: KvtoolError, args: list[str]) -> int:
         return _stop(how)
     if "--debug" in args:
         show_traceback()
-    if not follows():
+    if is_main_rank():
         show_error(error)
     return error.exit_code
 
 
 def _stop(how: ending.End) -> int:
     with contextlib.suppress(OSError):
-        if not follows():
+        if is_main_rank():
             print(f"kvtool: {how.value}", file=sys.stderr, flush=True)
     return how.exit_code
 

@@ -33,10 +33,10 @@ def process_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def follows() -> bool:
-    """Whether another process talks for this one."""
+def is_main_rank() -> bool:
+    """Whether this process talks and writes: of several, the one of rank 0 does."""
     rank, size = process_rank()
-    return size > 1 and rank > 0
+    return size == 1 or rank == 0
 
 
 def own_types() -> list[str]:

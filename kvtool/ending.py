@@ -133,21 +133,21 @@ def held() -> Iterator[None]:
             signal.raise_signal(came[0][0])
 
 
-def at_once() -> AbstractContextManager[None]:
+def signals_at_default() -> AbstractContextManager[None]:
     """Let both signals end the process where it is: for a library that reads a stranger's file and
     may not come back to Python. Nothing is written meanwhile, so that nothing is lost."""
     return _handled(signal.SIG_DFL)
 
 
 @dataclass
-class Outcome:
+class Ending:
     """Whether a block ran to its end: `how` says what ended it before, None that nothing did."""
 
     how: End | None = None
 
 
 @contextmanager
-def until_ended() -> Iterator[Outcome]:
+def until_ended() -> Iterator[Ending]:
     """Let Ctrl-C and SIGTERM end the block alone, and go on behind it with what is done.
 
     >>> with until_ended() as outcome:
@@ -155,7 +155,7 @@ def until_ended() -> Iterator[Outcome]:
     ...         results.append(step())
     >>> report = Report(results, ended=outcome.how)
     """
-    outcome = Outcome()
+    outcome = Ending()
     try:
         yield outcome
         check()

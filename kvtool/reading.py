@@ -115,7 +115,7 @@ def parse_json(text: str | bytes, finite: bool = True) -> Any:
         expected = f"expected {MOST_PARTS:,} or fewer"
         raise ValueError(f"it has {n_parts:,} commas and brackets, {expected}")
     try:
-        with ending.at_once() if len(text) > QUICK_JSON else contextlib.nullcontext():
+        with ending.signals_at_default() if len(text) > QUICK_JSON else contextlib.nullcontext():
             found = json.loads(text, object_pairs_hook=_unique, parse_int=_whole, **checks)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error

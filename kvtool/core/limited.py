@@ -26,7 +26,7 @@ def limited(what: str, seconds: float = SECONDS, nbytes: int = NBYTES) -> Iterat
     """Raise FileError, which begins with `what`, if a block takes more of the processors' time, or
     more memory, where the system can tell (in the main thread, on Linux)."""
     try:
-        with ending.at_once(), _clock(seconds), _ceiling(nbytes):
+        with ending.signals_at_default(), _clock(seconds), _ceiling(nbytes):
             yield
     except _TooLong:
         raise FileError(f"{what} takes more than {seconds:g} s to build") from None

@@ -10,16 +10,24 @@ import pytest
 import torch
 
 from kvtool.core.bench import timing
-from kvtool.core.bench.timing import Cell, Lane, Measurement, Run, Workload, crossover, speedups
+from kvtool.core.bench.timing import (
+    Cell,
+    Contender,
+    Measurement,
+    TimedRun,
+    Workload,
+    crossover,
+    speedups,
+)
 from kvtool.core.cache import make_cache
 from kvtool.ending import until_ended
 from kvtool.registry import CACHES
 from small_models import random_model
 
 
-def taking(seconds: float, nbytes: int = 0) -> Run:
+def taking(seconds: float, nbytes: int = 0) -> TimedRun:
     """A run of that many seconds, a quarter of them before the first token."""
-    return Run(seconds, seconds / 4, seconds * 3 / 4, None, nbytes, 0)
+    return TimedRun(seconds, seconds / 4, seconds * 3 / 4, None, nbytes, 0)
 
 
 class Fake:
@@ -33,7 +41,7 @@ class Fake:
     def perf_counter(self) -> float:
         return self.now
 
-    def run(self, kind: str, length: int) -> Run:
+    def run(self, kind: str, length: int) -> TimedRun:
         seconds = self.cost(kind, length)
         self.now += seconds
         self.runs.append((kind, length))
@@ -52,7 +60,7 @@ def measure(
     before: int = 0,
     **named: Any,
 ) -> list[Cell]:
-    measurement = Measurement([Lane(kind, work) for kind in kinds], lengths, before)
+    measurement = Measurement([Contender(kind, work) for kind in kinds], lengths, before)
     measurement.run(repeats, budget, **named)
     return measurement.cells
 
@@ -185,7 +193,7 @@ def test_nothing_is_measured_if_nothing_fits_and_it_is_known_what_it_would_take(
     fake: Callable[..., Fake],
 ) -> None:
     work = fake()
-    measurement = Measurement([Lane("none", work), Lane("static", work)], [10])
+    measurement = Measurement([Contender("none", work), Contender("static", work)], [10])
     measurement.run(3, budget=1.0)
     assert counts(measurement.cells) == [0, 0]
     assert [measurement.expected(cell) for cell in measurement.cells] == [
@@ -210,7 +218,7 @@ def test_a_signal_keeps_what_was_measured(fake: Callable[..., Fake]) -> None:
         return length
 
     work = fake(cost)
-    measurement = Measurement([Lane(kind, work) for kind in ("none", "static")], [3, 20, 30])
+    measurement = Measurement([Contender(kind, work) for kind in ("none", "static")], [3, 20, 30])
     with until_ended() as outcome:
         measurement.run(2, 1e9)
     assert outcome.how is not None
@@ -221,12 +229,13 @@ def test_a_signal_keeps_what_was_measured(fake: Callable[..., Fake]) -> None:
 
 
 def measurement_of(*known: Cell, short: float = 1.0) -> Measurement:
-    """A measurement with some cells, of lanes whose run of 10 tokens took `short` seconds."""
-    lanes = {
-        (cell.cache, cell.impl): Lane(cell.cache, Fake(lambda *_: 0), cell.impl) for cell in known
+    """A measurement with some cells, of contenders whose run of 10 tokens took `short` seconds."""
+    contenders = {
+        (cell.cache, cell.impl): Contender(cell.cache, Fake(lambda *_: 0), cell.impl)
+        for cell in known
     }
     lengths = sorted({cell.length for cell in known})
-    made = Measurement(list(lanes.values()), lengths)
+    made = Measurement(list(contenders.values()), lengths)
     for cell in made._short.values():
         cell.runs, cell.took, cell.length = [taking(short)], [short], 10
     for cell in made.cells:
@@ -249,7 +258,7 @@ def test_without_a_cache_a_longer_run_takes_the_square_of_the_longest_shorter_on
 
 
 def test_with_a_cache_each_further_token_takes_as_long_as_the_last_ones() -> None:
-    last = Run(20.0, 2.0, 18.0, 0.5, 9, 9)  # 100 tokens
+    last = TimedRun(20.0, 2.0, 18.0, 0.5, 9, 9)  # 100 tokens
     made = measurement_of(Cell("static", 100, [last]), Cell("static", 300))
     assert made.expected(made.cells[1]) == 20.0 + 200 * 0.5
     made = measurement_of(Cell("static", 300))
@@ -264,7 +273,7 @@ def test_what_is_not_timed_of_a_run_counts_in_what_it_takes() -> None:
 
 
 def test_before_its_first_run_nothing_is_known_of_a_kind(fake: Callable[..., Fake]) -> None:
-    measurement = Measurement([Lane("none", fake())], [10])
+    measurement = Measurement([Contender("none", fake())], [10])
     assert measurement.expected(measurement.cells[0]) is None
 
 

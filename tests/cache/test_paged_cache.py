@@ -183,24 +183,24 @@ def test_an_only_row_is_read_in_place_until_it_has_shared_a_page() -> None:
     cache = FOURS(dataclasses.replace(SPEC, batch=1), None, rows=3)
     write(cache, 6)
 
-    def in_place() -> bool:
+    def step_addresses() -> bool:
         step, s = cache.begin(1), cache.spec
         new = torch.ones(cache.batch, s.n_kv_heads, 1, s.head_dim, dtype=s.dtype)
         keys, _ = cache.write(0, new, new, step)
         cache.commit(1)
         return keys.untyped_storage().data_ptr() == cache.pool.keys[0].untyped_storage().data_ptr()
 
-    assert in_place()
+    assert step_addresses()
     cache.select(torch.tensor([0, 0]))
-    assert not in_place()
+    assert not step_addresses()
     cache.select(torch.tensor([0]))  # whose last page is a copy at the end of the others
-    assert not in_place()
+    assert not step_addresses()
     cache.reset()
     for _ in range(6):
-        assert in_place() or cache.length == 1
+        assert step_addresses() or cache.length == 1
     cache.crop(3)
     for _ in range(10):
-        assert in_place(), cache.length
+        assert step_addresses(), cache.length
 
 
 def test_bytes_tell_whether_the_next_token_will_find_its_pages_in_place() -> None:

@@ -34,9 +34,9 @@ from quantized_cases import (
 
 
 def test_whole_groups_are_quantized_once_enough_newer_tokens_are_there() -> None:
-    settled = Quantization(8, group=4, residual=2).settled
-    assert [settled(n) for n in range(12)] == [0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
-    assert [Quantization(8, 3, 0).settled(n) for n in (2, 3, 5, 6)] == [0, 3, 3, 6]
+    n_quantized = Quantization(8, group=4, residual=2).n_quantized
+    assert [n_quantized(n) for n in range(12)] == [0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
+    assert [Quantization(8, 3, 0).n_quantized(n) for n in (2, 3, 5, 6)] == [0, 3, 3, 6]
 
 
 def by_hand(x: np.ndarray, axis: int, levels: int) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_a_decoding_step_reads_each_token_once_and_masks_nothing() -> None:
 
 
 def test_only_what_settles_within_a_step_is_handed_out_twice() -> None:
-    cache = filled(small4, 15)  # 12 are settled
+    cache = filled(small4, 15)  # 12 are n_quantized
     step = cache.begin(6)  # and 16 when the last token comes
     assert step.k_pos[0].tolist() == [*range(16), *range(12, 21)]
     assert step.mask is not None

@@ -287,7 +287,7 @@ def test_the_plot_marks_the_lengths_from_which_on_kinds_pay_and_says_the_rest(
     runs = {("none", 10): 1.0, ("none", 90): 9.0, ("static", 10): 2.0, ("static", 90): 3.0}
     runs |= {("paged", 10): 0.5, ("paged", 90): 1.0}
     made = [
-        timing.Cell(kind, n, [timing.Run(s, 0.0, s, None, 9, None)])
+        timing.Cell(kind, n, [timing.TimedRun(s, 0.0, s, None, 9, None)])
         for (kind, n), s in runs.items()
     ]
     rows = [Row.of(cell, speedup, 1, 0) for cell, speedup in timing.speedups(made)]
@@ -306,7 +306,7 @@ def reading(
     *rates: float, own_caches: int | None, token_bytes: int = 4 * 2**30, token_s: float = 0.1
 ) -> str:
     """What is said of memory where a token of static reads so much in such a time."""
-    run = timing.Run(1.0, 0.5, 0.5, token_s, 9, token_bytes)
+    run = timing.TimedRun(1.0, 0.5, 0.5, token_s, 9, token_bytes)
     row = Row.of(timing.Cell("static", 10, [run]), None, 1, 0)
     return memory_text(
         Report([row], {}, 1, 8, None, "default", Bandwidth(rates, own_caches), {}, 1.0)

@@ -46,15 +46,15 @@ def pace(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     seconds = {"kvtool": 1.0, "transformers": 2.0}
     for impl, work in (("kvtool", timing.Workload), ("transformers", TransformersGenerate)):
 
-        def run(self: Any, kind: str, length: int, impl: str = impl) -> timing.Run:
+        def run(self: Any, kind: str, length: int, impl: str = impl) -> timing.TimedRun:
             taken = seconds[impl] * (3 if kind == "none" else 1)
-            return timing.Run(taken, 0.0, taken, taken / length, 8, 8)
+            return timing.TimedRun(taken, 0.0, taken, taken / length, 8, 8)
 
         monkeypatch.setattr(work, "run", run)
     return seconds
 
 
-def lanes(document: dict[str, Any]) -> list[tuple[str, str]]:
+def contenders(document: dict[str, Any]) -> list[tuple[str, str]]:
     return [(row["cache"], row["impl"]) for row in document["measurements"]]
 
 
@@ -70,7 +70,7 @@ def pair(folder: Path) -> tuple[timing.Workload, Any]:
 
 def test_only_kvtool_is_measured_unless_more_is_asked_for(bench: Callable[..., Ran]) -> None:
     found = answer(bench("--json"))
-    assert lanes(found) == [(kind, "kvtool") for kind in ("none", "dynamic", "static")]
+    assert contenders(found) == [(kind, "kvtool") for kind in ("none", "dynamic", "static")]
     assert found["settings"]["impl"] == ["kvtool"]
     assert "transformers" not in found["resolved"]
     assert "impl" not in bench().out
@@ -82,14 +82,16 @@ def test_both_take_turns_on_each_kind(
     visited = []
     for impl, work in (("kvtool", timing.Workload), ("transformers", TransformersGenerate)):
 
-        def run(self: Any, kind: str, n: int, impl: str = impl, real: Any = work.run) -> timing.Run:
+        def run(
+            self: Any, kind: str, n: int, impl: str = impl, real: Any = work.run
+        ) -> timing.TimedRun:
             visited.append((kind, impl))
             return real(self, kind, n)
 
         monkeypatch.setattr(work, "run", run)
     found = answer(bench(*BOTH, "--json", "--repeats", "2"))
     turn = [(kind, i) for kind in ("none", "dynamic", "static") for i in BOTH[1:]]
-    assert lanes(found) == turn
+    assert contenders(found) == turn
     visit = turn[2:] + turn[:2]  # what keeps nothing comes last
     assert visited[-2 * len(turn) :] == visit + visit
     assert all(len(row["samples_s"]) == 2 for row in found["measurements"])
@@ -97,14 +99,14 @@ def test_both_take_turns_on_each_kind(
 
 def test_transformers_can_be_measured_alone(bench: Callable[..., Ran]) -> None:
     ran = bench("--impl", "transformers", "--json")
-    assert lanes(answer(ran)) == [(k, "transformers") for k in ("none", "dynamic", "static")]
+    assert contenders(answer(ran)) == [(k, "transformers") for k in ("none", "dynamic", "static")]
     assert "impl" not in bench("--impl", "transformers").out
 
 
 def test_kinds_that_transformers_has_not_are_left_out_and_said(bench: Callable[..., Ran]) -> None:
     ran = bench(*BOTH, "--caches", "dynamic", "paged", "--json", "--repeats", "1")
     names = [("dynamic", "kvtool"), ("dynamic", "transformers"), ("paged", "kvtool")]
-    assert lanes(answer(ran)) == names
+    assert contenders(answer(ran)) == names
     assert "transformers: not measured with paged" in ran.err
 
 

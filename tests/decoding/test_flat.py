@@ -232,7 +232,7 @@ def test_who_asks_for_gradients_or_watches_later_gets_pytorch(
     with torch.inference_mode(False), torch.no_grad():
         model = random_model(0)
         decode = decoding_form(model)
-        for name in ("at_once", "by_layers"):
+        for name in ("at_once", "layerwise_step"):
             monkeypatch.setattr(NativeDecoder, name, lambda *_: pytest.fail("native code"))
         for mode in (torch.enable_grad(), FlopCounterMode(display=False)):
             cache = make_cache("dynamic", CacheSpec.of(model.config, 1, N))

@@ -73,7 +73,7 @@ def test_a_step_that_is_made_by_device_work_alone_is_the_one_that_begin_makes(
     case = Case(KINDS[kind], batch)
     for end in range(PROMPT, N):
         case.steps(end)
-        step, fixed = case.cache.begin(1), case.cache.fixed()
+        step, fixed = case.cache.begin(1), case.cache.graph_step()
         assert fixed is not None and fixed.start == end
         same = case.cache.step_at(torch.tensor([end]), fixed.tables, fixed.form)
         assert type(same) is type(step)

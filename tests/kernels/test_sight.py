@@ -46,7 +46,7 @@ def drawn_sight(rng: random.Random) -> Sight:
     q_pos = k_pos[:, held:]
     if rng.random() < 0.5:
         by = Quantization(4, rng.choice([2, 4, 8]), rng.choice([0, 3, 30]))
-        last, first = by.settled(held + n - 1), by.settled(held)
+        last, first = by.n_quantized(held + n - 1), by.n_quantized(held)
         met = by.met(range(held, held + n), range(last), range(first, held + n))
         k_pos = torch.cat([k_pos[:, :last], k_pos[:, first:]], dim=1)
     elif rng.random() < 0.5:
@@ -61,8 +61,8 @@ def whole_mask(of: Sight) -> Tensor:
     if of.near:
         mask = mask & (of.q_pos[:, None, :, None] - of.k_pos[:, None, None] < of.near)
     if of.met is not None:
-        settled = of.met.settled[:, None]
-        mask = mask & (of.met.since <= settled) & (settled < of.met.until)
+        n_quantized = of.met.n_quantized[:, None]
+        mask = mask & (of.met.since <= n_quantized) & (n_quantized < of.met.until)
     return mask
 
 
@@ -181,10 +181,10 @@ class Largest(TorchDispatchMode):
         return made
 
 
-WAYS = ("plain", "padded", "behind others", "within a window")
+STORAGE_METHODS = ("plain", "padded", "behind others", "within a window")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", STORAGE_METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_for_a_prompt_grows_with_its_length_and_not_with_the_square(
     kind: str, way: str

@@ -112,7 +112,7 @@ def test_the_compiled_step_serves_who_says_that_it_may() -> None:
         }
     assert served == {"dynamic": True, "concat": False, "steady": True}
     steady: Any = cache_class("steady")
-    assert type("Derived", (steady,), {})(spec).in_place(1) is None
+    assert type("Derived", (steady,), {})(spec).step_addresses(1) is None
 
 
 @pytest.fixture(scope="module")

@@ -44,10 +44,10 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def make(cost: Callable[[str, int], float]) -> None:
         clock = {"now": 0.0}
 
-        def run(self: timing.Workload, kind: str, length: int) -> timing.Run:
+        def run(self: timing.Workload, kind: str, length: int) -> timing.TimedRun:
             clock["now"] += cost(kind, length)
             seconds, nbytes = cost(kind, length), self.predicted(kind, length)
-            return timing.Run(seconds, 0.0, seconds, seconds / length, nbytes, nbytes)
+            return timing.TimedRun(seconds, 0.0, seconds, seconds / length, nbytes, nbytes)
 
         monkeypatch.setattr(timing.Workload, "run", run)
         monkeypatch.setattr(timing, "now", lambda device: clock["now"])

@@ -55,8 +55,8 @@ def may_be_rounded(cache: Cache, length: int) -> bool:
     cache may have kept it exactly too."""
     if cache.quantization is None:
         return False
-    settled = cache.quantization.settled
-    return settled(length) < min(length, settled(cache.length))
+    n_quantized = cache.quantization.n_quantized
+    return n_quantized(length) < min(length, n_quantized(cache.length))
 
 
 def cropped(promise: str, cache: Cache, length: int) -> bool:
@@ -101,12 +101,12 @@ class Recorder(NoCache):
     def stored(self, layer: int, n: int, like: Cache) -> tuple[Tensor, Tensor]:
         """What a cache that holds the first n tokens should have of a layer."""
         k, v = self.seen[layer]
-        if like.quantization is None or not (settled := like.quantization.settled(n)):
+        if like.quantization is None or not (n_quantized := like.quantization.n_quantized(n)):
             return k, v
-        old = k[:, :, :settled], v[:, :, :settled]
-        rounded = like.quantization.rounded(*old, self._positions(0, settled))
+        old = k[:, :, :n_quantized], v[:, :, :n_quantized]
+        rounded = like.quantization.rounded(*old, self._positions(0, n_quantized))
         pairs = zip(rounded, (k, v), strict=True)
-        keys, values = (torch.cat([a, b[:, :, settled:]], dim=2) for a, b in pairs)
+        keys, values = (torch.cat([a, b[:, :, n_quantized:]], dim=2) for a, b in pairs)
         return keys, values
 
 

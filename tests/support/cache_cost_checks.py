@@ -108,7 +108,7 @@ def saved_by_codes(cache: Cache) -> int:
     q, s = cache.quantization, cache.spec
     if q is None:
         return 0
-    n, item = q.settled(cache.length), s.dtype.itemsize
+    n, item = q.n_quantized(cache.length), s.dtype.itemsize
     codes = 2 * n * s.head_dim * q.bits // 8
     pairs = n // q.group * s.head_dim + n * s.head_dim // q.channels(s.head_dim)
     saved = 2 * n * s.head_dim * item - codes - 2 * pairs * item

@@ -40,7 +40,7 @@ Capturing = Callable[["graphs.Capture | None"], None]
 @pytest.fixture(autouse=True)
 def by_pytorch() -> Iterator[None]:
     """Without native code, which no recording sees, and without gradients."""
-    with native.where_it_pays(0), torch.inference_mode():
+    with native.native_if_worthwhile(0), torch.inference_mode():
         yield
 
 

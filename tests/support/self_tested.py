@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from kvtool.core.verify.mutants import Lookalike, Mutant, Planted, selftest
-from kvtool.core.verify.mutants.selftest import Outcome
+from kvtool.core.verify.mutants.selftest import Trial
 
 TRY_MUTANT, TRY_LOOKALIKE = selftest.try_mutant, selftest.try_lookalike
-FOUND: dict[str, Outcome] = {}
+FOUND: dict[str, Trial] = {}
 
 
-def outcome_of(planted: Planted) -> Outcome:
+def outcome_of(planted: Planted) -> Trial:
     """As `try_mutant` or `try_lookalike`."""
     if planted.name not in FOUND:
         if isinstance(planted, Mutant):

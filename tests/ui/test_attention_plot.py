@@ -16,7 +16,12 @@ from torch import Tensor
 from cli_probe import Ran, refused
 from kvtool.core.cache import CacheSpec, Step, make_cache
 from kvtool.core.checkpoint import checkpoint
-from kvtool.core.decoding.attention_maps import Recorder, cross_attention_weights, labels, visible
+from kvtool.core.decoding.attention_maps import (
+    WeightRecorder,
+    cross_attention_weights,
+    labels,
+    visible,
+)
 from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import DEFAULT
 from kvtool.core.kernels.exact import EXACT
@@ -63,7 +68,7 @@ def test_recorded_weights_times_the_values_are_what_attention_gives() -> None:
     )
     real = (torch.arange(7) < torch.tensor([7, 4, 6])[:, None])[:, None, None, :]
     for mask in (None, real):
-        recorder = Recorder(DEFAULT, k)
+        recorder = WeightRecorder(DEFAULT, k)
         given = recorder.attention(q, k, v, mask, False)
         (weights,) = recorder.found
         torch.testing.assert_close(
@@ -77,7 +82,7 @@ def test_recording_keeps_attention_over_one_layers_source_and_changes_nothing() 
     ids, target = torch.tensor([SOURCE]), torch.tensor([[BOS, *TARGET[:-1]]])
     with torch.inference_mode():
         source = model.encode(ids, torch.ones_like(ids, dtype=torch.bool))
-        recorder = Recorder(DEFAULT, source.layers[1][0])
+        recorder = WeightRecorder(DEFAULT, source.layers[1][0])
         recorded = model(target, Step.full(1, 5, kernels=recorder), source=source)
         assert torch.equal(recorded, model(target, source=source))
     assert [tuple(found.shape) for found in recorder.found] == [(1, 4, 5, 6)]
@@ -90,7 +95,7 @@ def test_one_pass_has_the_weights_of_decoding_bit_for_bit(layer: int) -> None:
     ids = torch.tensor([SOURCE])
     with torch.inference_mode():
         source = model.encode(ids, torch.ones_like(ids, dtype=torch.bool), EXACT)
-        recorder = Recorder(EXACT, source.layers[layer][0])
+        recorder = WeightRecorder(EXACT, source.layers[layer][0])
         spec = CacheSpec.of(model.config, 1, 8, kernels=recorder)
         cache, read = make_cache("static", spec), torch.tensor([[BOS, *TARGET]])
         for end in range(1, 1 + len(TARGET)):

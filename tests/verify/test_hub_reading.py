@@ -21,7 +21,7 @@ from cli_probe import Ran, refused
 from kvtool.core import limited
 from kvtool.core.verify.hf import folder as hub_folder
 from kvtool.core.verify.hf.folder import read_folder
-from kvtool.core.verify.hf.library import SEQ2SEQ, hushed, kind_of
+from kvtool.core.verify.hf.library import SEQ2SEQ, kind_of, quiet_transformers
 from kvtool.core.verify.hf.tiny import tiny_model
 from kvtool.errors import CheckFailed, FileError
 from kvtool.reading import MOST_CONFIG
@@ -39,7 +39,7 @@ TYPES = (
 
 def save(model_type: str, folder: Path, **options: Any) -> Path:
     model = tiny_model(model_type, kind=kind_of(model_type)).model
-    with hushed():
+    with quiet_transformers():
         model.save_pretrained(folder, **options)
     return folder
 
@@ -80,7 +80,7 @@ def refusal(folder: Path, kind: type[Exception] = FileError) -> str:
 def test_a_saved_model_is_read_as_transformers_reads_it(model_type: str, tmp_path: Path) -> None:
     folder = save(model_type, tmp_path)
     kind = "Seq2SeqLM" if kind_of(model_type) == SEQ2SEQ else "CausalLM"
-    with hushed():
+    with quiet_transformers():
         theirs = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder)
     for form in ("one file", "pickled"):
         if form == "pickled":

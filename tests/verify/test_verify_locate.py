@@ -17,7 +17,7 @@ from kvtool.core.verify.compare import distances
 from kvtool.core.verify.diagnosis.doctor import BEYOND, examine
 from kvtool.core.verify.diagnosis.hypotheses import HEALED, HYPOTHESES, UNKNOWN, explain, reproduces
 from kvtool.core.verify.diagnosis.hypotheses.positions import OneTooFar
-from kvtool.core.verify.diagnosis.locate import Place, Record, Recorder, locate, ranges
+from kvtool.core.verify.diagnosis.locate import AttentionRecorder, Location, Record, locate, ranges
 from kvtool.core.verify.diagnosis.tape import Tape
 from kvtool.core.verify.judge import ROUNDING_64, UNSUPPORTED, Case, Diagnosis, Judge, Played, play
 from kvtool.core.verify.mutants.mutant import moved
@@ -139,7 +139,7 @@ def test_kernels_are_asked_as_they_were_when_attention_is_recorded() -> None:
             asked.extend(rest[2:])  # PyTorch's attention on a GPU refuses both of them
             return q
 
-    recorder, qkv = Recorder(Asked()), torch.ones(3, 1, 2, 4, 8)
+    recorder, qkv = AttentionRecorder(Asked()), torch.ones(3, 1, 2, 4, 8)
     recorder.current = Record()
     recorder.attention(*qkv, None, True)
     assert asked == [None, True]
@@ -148,8 +148,8 @@ def test_kernels_are_asked_as_they_were_when_attention_is_recorded() -> None:
 
 def test_places_and_ranges_read_well() -> None:
     assert ranges([3, 4, 5, 9]) == "3-5, 9"
-    assert str(Place(None, "logits")) == "after the last layer, logits"
-    assert str(Place(2, "stored K", (0, 1), "of token 3")) == (
+    assert str(Location(None, "logits")) == "after the last layer, logits"
+    assert str(Location(2, "stored K", (0, 1), "of token 3")) == (
         "layer 2, stored K, heads 0-1 (of token 3)"
     )
 

@@ -26,7 +26,7 @@ from kvtool.ui.environment import caption, environment, measured_on
 from kvtool.ui.output import Output, present
 
 if TYPE_CHECKING:
-    from kvtool.core.bench.timing import Cell, Lane, Measurement
+    from kvtool.core.bench.timing import Cell, Contender, Measurement
 
 LENGTHS = [10, 50, 100, 500, 1000]
 CACHES = ["none", "dynamic", "static"]
@@ -77,10 +77,10 @@ def run(settings: Settings, out: Output) -> Report:
     decode_only = settings.depth is not None
     work = timing.Workload(model, prompt, make_kernels(settings.kernels), decode_only)
     native.prepare(next(model.parameters()))  # or compiling would be timed
-    lanes = bench_peers.make_lanes(settings, loaded, work, resolved, out)
+    contenders = bench_peers.make_contenders(settings, loaded, work, resolved, out)
     started = time.perf_counter()
     bandwidth = read_bandwidth(device)
-    measurement = timing.Measurement(lanes, lengths, work.n_start)
+    measurement = timing.Measurement(contenders, lengths, work.n_start)
     quality: dict[str, dict[str, Any]] = {}
     with until_ended() as outcome:
         measure(settings, measurement, out)
@@ -90,7 +90,7 @@ def run(settings: Settings, out: Output) -> Report:
             out.note(f"--plot {settings.plot}: {NOTHING_DRAWN}")
         raise Ended(outcome.how)
     report = Report(
-        *summary(settings, lanes, measurement, weights_read(model)),
+        *summary(settings, contenders, measurement, weights_read(model)),
         settings.batch_size,
         settings.prompt_length,
         settings.depth,
@@ -114,7 +114,7 @@ def run(settings: Settings, out: Output) -> Report:
 
 
 def summary(
-    settings: Settings, lanes: list[Lane], measurement: Measurement, weights: int
+    settings: Settings, contenders: list[Contender], measurement: Measurement, weights: int
 ) -> tuple[list[Row], dict[str, float | None]]:
     """The rows, and from which length on each kind pays; weights: bytes that a step reads."""
     from kvtool.core.bench import timing
@@ -127,7 +127,7 @@ def summary(
     several = len(settings.impl) > 1
     pays_from = {
         label(impl, kind, several): timing.crossover(cells, kind, impl)
-        for kind, _, impl in lanes
+        for kind, _, impl in contenders
         if kind != "none" and "none" in settings.caches
     }
     return rows, pays_from

@@ -13,7 +13,7 @@ from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
     from kvtool.commands.bench.settings import Settings
-    from kvtool.core.bench.timing import Lane, Workload
+    from kvtool.core.bench.timing import Contender, Workload
     from kvtool.core.checkpoint.checkpoint import Checkpoint
 
 
@@ -46,15 +46,15 @@ def facts(settings: Settings) -> dict[str, Any]:
     return {"transformers": need_transformers()}
 
 
-def make_lanes(
+def make_contenders(
     settings: Settings, loaded: Checkpoint, work: Workload, resolved: dict[str, Any], out: Output
-) -> list[Lane]:
+) -> list[Contender]:
     """Who is timed: each kind, of one implementation after the other.
 
     transformers' model is loaded and compared with ours first, and `resolved` told what came of it.
     Raises UsageError, FileError, CapacityError, and CheckFailed if they do other work.
     """
-    from kvtool.core.bench.timing import Lane
+    from kvtool.core.bench.timing import Contender
 
     works: dict[str, Any] = {KVTOOL: work}
     has = {KVTOOL: settings.caches, TRANSFORMERS: [k for k in settings.caches if k in KINDS]}
@@ -64,7 +64,7 @@ def make_lanes(
         if left_out:
             out.note(f"transformers: not measured with {', '.join(left_out)}, kinds of kvtool's")
     return [
-        Lane(kind, works[impl], impl)
+        Contender(kind, works[impl], impl)
         for kind in settings.caches
         for impl in settings.impl
         if kind in has[impl]

@@ -102,7 +102,7 @@ def run(settings: Settings, out: Output) -> Generated:
     if settings.attention_plot is not None:
         out.later(lambda report, _: draw(settings, loaded, encoded[0], report.results[0], out))
     started = time.perf_counter()
-    with native.where_it_pays(sum(generator.n_new(ids) for ids in encoded if ids)):
+    with native.native_if_worthwhile(sum(generator.n_new(ids) for ids in encoded if ids)):
         results = continue_all(settings, generator, prompts.texts, encoded, out)
     seconds = time.perf_counter() - started
     tell_cache_files(settings, generator, len(encoded[0]), out)

@@ -21,7 +21,7 @@ from kvtool.config import (
     RunConfig,
     TrainConfig,
     TrainLength,
-    follows,
+    is_main_rank,
 )
 from kvtool.files import BEST, PLOT
 from kvtool.reading import sha256
@@ -271,7 +271,7 @@ def with_vocab(config: ModelConfig, target: int, source: int = 0) -> ModelConfig
 
 def output(as_json: bool, output_file: Path | None, quiet: bool, verbose: bool) -> Output:
     """Where words go; those of a process that follows another go nowhere."""
-    if follows():
+    if not is_main_rank():
         return Output(quiet=True)
     return Output(as_json, output_file, quiet, verbose)
 
@@ -291,7 +291,7 @@ def device_of(run: RunConfig, config: TrainConfig) -> torch.device:
         )
     if config.tensorboard:
         event_writer()
-    if not follows():
+    if is_main_rank():
         RunFolder.probe(config.out, config.resume)
     device = prepare(run)[0]
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process

@@ -17,7 +17,7 @@ from kvtool.ui.tables import Column
 
 if TYPE_CHECKING:
     from kvtool.config import RunConfig
-    from kvtool.core.verify.mutants.selftest import Outcome
+    from kvtool.core.verify.mutants.selftest import Trial
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Settings:
 class Report:
     """Planted bugs that have to be caught, and right caches that must not be reported."""
 
-    planted: list[Outcome]
-    lookalikes: list[Outcome]
+    planted: list[Trial]
+    lookalikes: list[Trial]
     seconds: float
     verbose: bool = field(repr=False)
     ended: End | None = None  # by what, so that some were not tried
     not_run: list[str] = field(default_factory=list)  # their names
 
     @property
-    def failed(self) -> list[Outcome]:
+    def failed(self) -> list[Trial]:
         return [outcome for outcome in (*self.planted, *self.lookalikes) if not outcome.ok]
 
     @property
@@ -90,7 +90,7 @@ class Report:
         }
 
 
-def count(outcomes: list[Outcome], name: str) -> str:
+def count(outcomes: list[Trial], name: str) -> str:
     """How many of those that a question applies to were answered rightly: 39 of 40."""
     answers = [answer for o in outcomes if (answer := getattr(o, name)) is not None]
     return f"{sum(answers)} of {len(answers)}"
@@ -108,10 +108,10 @@ def run(settings: Settings, out: Output) -> Report:
     prepare(replace(settings.run, threads=settings.run.threads or 1))
     started = time.perf_counter()
     kept, names = None, selftest.names()
-    found: dict[str, Outcome] = {}
+    found: dict[str, Trial] = {}
     if settings.resume is not None:
         decides = facts("self-test", settings.run, tried=names)
-        kept = Kept(settings.resume, selftest.Outcome, decides)
+        kept = Kept(settings.resume, selftest.Trial, decides)
         kept.require(lambda o: o.name in names and found.setdefault(o.name, o) is o)
         told(kept, out)
     bars = out.progress("self-test", len(names))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.core.bench.timing import Run, Workload, now
+from kvtool.core.bench.timing import TimedRun, Workload, now
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.checkpoint.checkpoint import CONFIG
 from kvtool.core.checkpoint.families import FAMILIES
@@ -23,7 +23,7 @@ from kvtool.core.reference.witness import IMPL, witness
 from kvtool.core.verify.compare import distances
 from kvtool.core.verify.hf import caches
 from kvtool.core.verify.hf.folder import read_folder
-from kvtool.core.verify.hf.library import hushed
+from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.errors import CheckFailed, FileError
 from kvtool.reading import MOST_CONFIG, read_json_object
 
@@ -71,16 +71,16 @@ class TransformersGenerate:
             do_sample=False, eos_token_id=None, pad_token_id=0, disable_compile=True
         )
 
-    def run(self, kind: str, length: int) -> Run:
+    def run(self, kind: str, length: int) -> TimedRun:
         """Generate `length` tokens a row; with decode_only, after a first one that is not timed."""
         n_new = length + self.decode_only
         clock = Clock(self.prompt.device)
-        with hushed():
+        with quiet_transformers():
             started = now(clock.device)
             _, cache = self._generate(kind, n_new, clock)
         stamps = clock.stamps[1:]  # the first is of the prompt, which generate hands on at once
         nbytes = 0 if cache is None else cache_nbytes(cache)
-        return Run.of(started, stamps, nbytes, decode_only=self.decode_only)
+        return TimedRun.of(started, stamps, nbytes, decode_only=self.decode_only)
 
     def predicted(self, kind: str, length: int) -> int | None:
         """None: how transformers lays out its caches is not ours to predict."""
@@ -88,7 +88,7 @@ class TransformersGenerate:
 
     def tokens(self, kind: str, n_new: int) -> Tensor:
         """The tokens (B,n_new) that it generates."""
-        with hushed():
+        with quiet_transformers():
             return self._generate(kind, n_new, None)[0][:, self.prompt.shape[1] :]
 
     def _generate(self, kind: str, n_new: int, clock: Clock | None) -> tuple[Tensor, Any]:

@@ -28,7 +28,7 @@ SHORT = 10  # tokens of the runs before those that count
 TINY = 2  # of those to warm up
 
 
-class Run(NamedTuple):
+class TimedRun(NamedTuple):
     """One generation: seconds, and bytes at its end."""
 
     seconds: float  # what a sample is: all of it, or after a depth the decoding alone
@@ -46,7 +46,7 @@ class Run(NamedTuple):
         nbytes: int = 0,
         read: int | None = None,
         decode_only: bool = False,
-    ) -> Run:
+    ) -> TimedRun:
         """A run that began at `started` and had its tokens at `stamps`, in seconds."""
         prefill, decode = stamps[0] - started, stamps[-1] - stamps[0]
         last = [b - a for a, b in pairwise(stamps[-max(2, len(stamps) // 10) :])]
@@ -59,14 +59,14 @@ class Run(NamedTuple):
 class Work(Protocol):
     """What can be timed: one implementation of one model."""
 
-    def run(self, kind: str, length: int) -> Run:
+    def run(self, kind: str, length: int) -> TimedRun:
         """Generate `length` tokens a row with a kind of cache."""
 
     def predicted(self, kind: str, length: int) -> int | None:
         """Bytes that the kind should need for that; None: nothing is predicted."""
 
 
-class Lane(NamedTuple):
+class Contender(NamedTuple):
     """Who is timed: a kind of cache of an implementation."""
 
     kind: str
@@ -80,7 +80,7 @@ class Cell:
 
     cache: str
     length: int  # tokens generated
-    runs: list[Run] = field(default_factory=list)
+    runs: list[TimedRun] = field(default_factory=list)
     bytes_predicted: int | None = 0
     impl: str = "kvtool"
     before: int = 0  # tokens that stand before those
@@ -122,7 +122,7 @@ class Workload:
     kernels: Kernels = DEFAULT
     decode_only: bool = False
 
-    def run(self, kind: str, length: int) -> Run:
+    def run(self, kind: str, length: int) -> TimedRun:
         """Generate `length` tokens a row; with decode_only, after a first one that is not timed.
 
         Where steps are recorded, a run that is not timed does that, and makes the cache.
@@ -139,7 +139,7 @@ class Workload:
             tokens = generate(decode, prompt, cache, n_new, Sampler(), source)
         stamps = [now(device) for _ in tokens]
         held = cache.nbytes()
-        return Run.of(started, stamps, held.allocated, held.read_per_step, self.decode_only)
+        return TimedRun.of(started, stamps, held.allocated, held.read_per_step, self.decode_only)
 
     @cached_property
     def _decode(self) -> Model | DecodingForm:
@@ -197,23 +197,25 @@ def now(device: torch.device) -> float:
 
 
 class Measurement:
-    """Every lane at every length, behind `before` tokens: cells that fill while `run` runs, so that
-    what is there outlives whatever ends it."""
+    """Every contender at every length, behind `before` tokens: cells that fill while `run` runs, so
+    that what is there outlives whatever ends it."""
 
-    def __init__(self, lanes: Sequence[Lane], lengths: Sequence[int], before: int = 0) -> None:
-        of_lane = {
+    def __init__(
+        self, contenders: Sequence[Contender], lengths: Sequence[int], before: int = 0
+    ) -> None:
+        of_contender = {
             (kind, impl): [
                 Cell(kind, n, [], work.predicted(kind, n), impl, before) for n in lengths
             ]
-            for kind, work, impl in lanes
+            for kind, work, impl in contenders
         }
-        # By length, and by lane in the order in which they were given.
-        self.cells = [cells[i] for i in range(len(lengths)) for cells in of_lane.values()]
-        self._works = {(kind, impl): work for kind, work, impl in lanes}
+        # By length, and by contender in the order in which they were given.
+        self.cells = [cells[i] for i in range(len(lengths)) for cells in of_contender.values()]
+        self._works = {(kind, impl): work for kind, work, impl in contenders}
         self._tiny, self._short = (
             {
                 key: Cell(cells[0].cache, min(lengths[-1], n), impl=cells[0].impl, before=before)
-                for key, cells in of_lane.items()
+                for key, cells in of_contender.items()
             }
             for n in (TINY, SHORT)
         )
@@ -223,10 +225,10 @@ class Measurement:
     ) -> None:
         """Time every cell `repeats` times, or until `budget` seconds are spent.
 
-        Before they count, each lane runs twice for two tokens, for allocator, thread pool and code
-        paths, and once for ten, to learn what longer runs will take. Where two of every lane take
-        more than the budget, two have to tell. Then a round visits every cell once,
-        lanes side by side, so that a slow minute of the machine hits all of them; the shortest
+        Before they count, each contender runs twice for two tokens, for allocator, thread pool
+        and code paths, and once for ten, to learn what longer runs will take. Where two of every
+        contender take more than the budget, two have to tell. Then a round visits every cell once,
+        contenders side by side, so that a slow minute of the machine hits all of them; the shortest
         lengths come first, and what keeps nothing last. A cell whose run would not fit any more, or
         would take the time of cheaper ones that have no sample yet, is passed over: it keeps fewer
         samples, or none.
@@ -252,15 +254,17 @@ class Measurement:
 
     def expected(self, cell: Cell) -> float | None:
         """Seconds that the next run of a cell may take: its own slowest, or what the longest run of
-        its lane up to there says. None before the first.
+        its contender up to there says. None before the first.
 
         Without a cache the time grows with the tokens that are computed; with one, each further
         token takes as long as the last ones did.
         """
         if cell.runs:
             return max(cell.took)
-        lane = [c for c in self.cells if (c.impl, c.cache) == (cell.impl, cell.cache) and c.runs]
-        shorter = [c for c in lane if c.length <= cell.length]
+        contender = [
+            c for c in self.cells if (c.impl, c.cache) == (cell.impl, cell.cache) and c.runs
+        ]
+        shorter = [c for c in contender if c.length <= cell.length]
         near = shorter[-1] if shorter else self._short[cell.cache, cell.impl]
         if not near.runs:
             return None
@@ -302,8 +306,8 @@ def crossover(cells: Sequence[Cell], kind: str, impl: str = "kvtool") -> float |
     Interpolated between the last length at which it is not and the next, as if times were powers of
     the length; the shortest measured length if it is faster everywhere; None if not at the longest.
     """
-    of_lane = [(c, s) for c, s in speedups(cells) if (c.impl, c.cache) == (impl, kind)]
-    found = [(c.length, s) for c, s in of_lane if s is not None]
+    of_contender = [(c, s) for c, s in speedups(cells) if (c.impl, c.cache) == (impl, kind)]
+    found = [(c.length, s) for c, s in of_contender if s is not None]
     if not found or found[-1][1] <= 1:
         return None
     slower = [i for i, (_, speedup) in enumerate(found) if speedup <= 1]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
-from kvtool.core.cache.places import Fixed, InPlace, laid_open, none_of_each
+from kvtool.core.cache.places import GraphStep, StepAddresses, buffer_addresses, none_of_each
 from kvtool.core.cache.quantization import Quantization
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.kernels.sight import Sight, sees
@@ -25,7 +25,7 @@ from kvtool.core.native.arrays import Array
 from kvtool.errors import CapacityError, UsageError
 
 # How a cache stores and reads.
-WAYS = ("begin", "_place", "_positions", "_at", "step_at", "write", "attend", "commit")
+STORAGE_METHODS = ("begin", "_place", "_positions", "_at", "step_at", "write", "attend", "commit")
 
 EMPTY = -(2**30)  # the position of a key column that holds nothing; no padding is that long
 
@@ -112,7 +112,7 @@ class Step:
         """
         slots = torch.arange(n, device=device)
         q_pos = slots.expand(batch, n)
-        n_quantized = 0 if quantization is None else quantization.settled(n - 1)
+        n_quantized = 0 if quantization is None else quantization.n_quantized(n - 1)
         if left_padding is None and (not window or n <= window) and not n_quantized:
             return cls(q_pos, q_pos, slots, None, True, kernels)
         if left_padding is not None:
@@ -150,7 +150,7 @@ class Step:
         return cls(q_pos, q_pos, slots, mask[:, None, None, :], False, kernels)
 
 
-class Written(NamedTuple):
+class MethodSnapshot(NamedTuple):
     """The methods by which a kind stores and reads."""
 
     names: frozenset[str]
@@ -187,8 +187,8 @@ class Cache(ABC):
     window: int = 0  # how many positions a token sees, its own included; 0: all before it
     sinks: int = 0  # and how many of the first ones, always
     page: int = 0  # tokens of a page; 0: columns are not in pages
-    _as_written: ClassVar[Written]  # of a kind that has `in_place` or `fixed`
-    _opened: tuple[Any, Array] | None = None  # what `in_place` found, and the addresses
+    _frozen: ClassVar[MethodSnapshot]  # of a kind that has `step_addresses` or `graph_step`
+    _opened: tuple[Any, Array] | None = None  # what `step_addresses` found, and the addresses
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
         """An empty cache; left_padding (B,) counts the padding tokens at the start of each row."""
@@ -245,12 +245,12 @@ class Cache(ABC):
         keys, values = self.write(layer, k, v, step)
         return step.kernels.attention(q, keys, values, step.mask, step.causal)
 
-    def in_place(self, n_new: int) -> InPlace | None:
+    def step_addresses(self, n_new: int) -> StepAddresses | None:
         """As `begin`, for code that stores and reads by itself; None from a cache whose memory or
         methods are not as that code expects. Raises CapacityError."""
         return None
 
-    def fixed(self) -> Fixed | None:
+    def graph_step(self) -> GraphStep | None:
         """As `begin(1)`, for who plays a recording of `step_at` and what follows it; None from a
         kind that is not compilable, from a cache whose methods have been replaced, and for a step
         that is not like others. Raises CapacityError."""
@@ -259,31 +259,31 @@ class Cache(ABC):
     def step_at(
         self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
     ) -> Step:
-        """What `begin(1)` gives behind `start` (1,) tokens, and for the rest of a Fixed, by device
-        work alone."""
+        """What `begin(1)` gives behind `start` (1,) tokens, and for the rest of a GraphStep, by
+        device work alone."""
         raise NotImplementedError(f"{self.kind} is not compilable")
 
     def _padding_table(self) -> tuple[Tensor, ...]:
-        """The padding as one of the tables of a Fixed, if there is any."""
+        """The padding as one of the tables of a GraphStep, if there is any."""
         return () if self.left_padding is None else (self.left_padding,)
 
     @classmethod
-    def keep_ways(cls, *more: str) -> None:
-        """Say that this kind is now as it was written: its WAYS, and `more` of its methods."""
-        names = frozenset({*WAYS, *more})
+    def freeze_methods(cls, *more: str) -> None:
+        """Say that this kind is now as written: its STORAGE_METHODS, and `more` of its methods."""
+        names = frozenset({*STORAGE_METHODS, *more})
         get = attrgetter(*names)
-        cls._as_written = Written(names, get, get(cls))
+        cls._frozen = MethodSnapshot(names, get, get(cls))
 
-    def _is_as_written(self) -> bool:
+    def _is_as_frozen(self) -> bool:
         """Whether nobody has put other methods into it or its kind, which is none derived from one
-        that has `in_place` or `fixed`: what those do must not be passed over."""
+        that has `step_addresses` or `graph_step`: what those do must not be passed over."""
         kind = type(self)
-        written: Written | None = vars(kind).get("_as_written")
+        written: MethodSnapshot | None = vars(kind).get("_frozen")
         if written is None:
             return False
         return written.get(kind) == written.found and written.names.isdisjoint(vars(self))
 
-    def _lay_open(
+    def _addresses_in(
         self,
         start: int,
         n_new: int,
@@ -294,9 +294,9 @@ class Cache(ABC):
         offset: int = 0,
         window: int = 0,
         sinks: Array | None = None,
-    ) -> InPlace | None:
+    ) -> StepAddresses | None:
         """The buffers of each layer, whose first column is `offset` bytes behind their beginning,
-        with the first new token in column `slot`, window and sinks as InPlace has them; None unless
+        with the first new token in column `slot`, window and sinks as in StepAddresses; None unless
         the buffers are alike and as the spec says, and hold all new tokens."""
         padding = self._padding()
         if padding is None or slot < 0 or slot + n_new > columns:
@@ -304,14 +304,14 @@ class Cache(ABC):
         all_ = [(x.data_ptr(), x.dtype) for x in (*keys, *values)]
         found = keys[0].shape, self.spec.dtype, all_
         if self._opened is None or found != self._opened[0]:
-            addresses = laid_open(keys, values, found[0], self.spec.dtype)
+            addresses = buffer_addresses(keys, values, found[0], self.spec.dtype)
             if addresses is None:
                 return None
             self._opened = found, addresses
         self._begun = n_new
         addresses = self._opened[1] + offset if offset else self._opened[1]
         sinks = none_of_each(self.batch)[1] if sinks is None else sinks
-        return InPlace(start, padding, addresses, columns, slot, window, sinks)
+        return StepAddresses(start, padding, addresses, columns, slot, window, sinks)
 
     def _padding(self) -> Array | None:
         """How many tokens at the start of each row are none, (B,); None if that is not told."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
-from kvtool.core.cache.places import InPlace
+from kvtool.core.cache.places import StepAddresses
 from kvtool.core.kernels.sight import sees
 
 
@@ -103,14 +103,14 @@ class BufferedCache(Cache):
         reach = step.k_pos.shape[1]
         return keys.narrow(2, 0, reach), values.narrow(2, 0, reach)
 
-    def in_place(self, n_new: int) -> InPlace | None:
-        if not self._is_as_written():
+    def step_addresses(self, n_new: int) -> StepAddresses | None:
+        if not self._is_as_frozen():
             return None
         start = self.make_room(n_new)
         columns = self._sized()
         if columns is None:
             return None
-        return self._lay_open(start, n_new, self._keys, self._values, columns, start)
+        return self._addresses_in(start, n_new, self._keys, self._values, columns, start)
 
     def _sized(self) -> int | None:
         """How many columns there are; None unless the buffers are for the spec and all rows."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from kvtool.core.cache.base import CacheSpec
-from kvtool.core.cache.places import laid_open
+from kvtool.core.cache.places import buffer_addresses
 from kvtool.core.kernels.default import Kernels
 from kvtool.core.native import arrays as native
 from kvtool.core.native.arrays import Array
 
 
-class InPlaceSource(NamedTuple):
+class SourceAddresses(NamedTuple):
     """Where a source's keys and values are, and which of them each row sees."""
 
     addresses: Array  # (2,layers) of keys and values, (B,Hkv,columns,D)
@@ -43,27 +43,27 @@ class CrossCache:
         k, v = self.layers[layer]
         return kernels.attention(q, k, v, self.mask[:, None, None, :], False)
 
-    def in_place(self, spec: CacheSpec, batch: int) -> InPlaceSource | None:
+    def step_addresses(self, spec: CacheSpec, batch: int) -> SourceAddresses | None:
         """For code that reads memory by itself; None if this is not a source for `batch` rows of a
         cache with that spec, or if what a row sees of it does not stand side by side."""
         mask, pairs = self.mask, self.layers
-        if not self._is_as_written() or len(pairs) != spec.n_layers:
+        if not self._is_as_frozen() or len(pairs) != spec.n_layers:
             return None
         if mask.dtype is not torch.bool or len(mask) != batch or not mask.is_cpu:
             return None
         shape = batch, spec.n_kv_heads, mask.shape[1], spec.head_dim
         keys, values = zip(*pairs, strict=True)
-        addresses = laid_open(keys, values, shape, spec.dtype)
+        addresses = buffer_addresses(keys, values, shape, spec.dtype)
         seen = native.spans_of(mask.numpy())
         if addresses is None or seen is None:
             return None
-        return InPlaceSource(addresses, mask.shape[1], seen)
+        return SourceAddresses(addresses, mask.shape[1], seen)
 
     def memory(self) -> list[Tensor] | None:
         """All tensors that `attend` reads; None if that is another method than ours."""
-        return [self.mask, *chain(*self.layers)] if self._is_as_written() else None
+        return [self.mask, *chain(*self.layers)] if self._is_as_frozen() else None
 
-    def _is_as_written(self) -> bool:
+    def _is_as_frozen(self) -> bool:
         ours = type(self) is CrossCache and CrossCache.attend is ATTEND
         return ours and "attend" not in vars(self)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvtool.config import check_int
 from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
-from kvtool.core.cache.places import Fixed, InPlace
+from kvtool.core.cache.places import GraphStep, StepAddresses
 from kvtool.core.kernels.sight import sees
 from kvtool.errors import CapacityError
 
@@ -198,14 +198,14 @@ class PagedCache(Cache):
             pages=pages, first=first, empty=empty[-self.page :, None],
         )  # fmt: skip
 
-    def fixed(self) -> Fixed | None:
-        if not self.length or not self._is_as_written():
+    def graph_step(self) -> GraphStep | None:
+        if not self.length or not self._is_as_frozen():
             return None
         start = self.make_room(1)
         tables = (self._pages(), *self._padding_table())
         form = (_first_of_run(self._table),)
         self._begun = 1
-        return Fixed(start, tables, form, [*self.pool.keys, *self.pool.values])
+        return GraphStep(start, tables, form, [*self.pool.keys, *self.pool.values])
 
     def step_at(
         self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
@@ -213,9 +213,9 @@ class PagedCache(Cache):
         padding = tables[1] if len(tables) > 1 else None
         return self._step(start, padding, tables[0], *form)
 
-    def in_place(self, n_new: int) -> InPlace | None:
+    def step_addresses(self, n_new: int) -> StepAddresses | None:
         """Of an only row whose pages follow one another, so that its tokens do."""
-        if len(self._table) != 1 or not self._is_as_written():
+        if len(self._table) != 1 or not self._is_as_frozen():
             return None
         start = self.make_room(n_new)
         first = _first_of_run(self._table)
@@ -223,7 +223,7 @@ class PagedCache(Cache):
             return None
         keys, values, columns = self.pool.keys, self.pool.values, self.pool.n_pages * self.page
         offset = first * self.page * self.spec.head_dim * self.spec.dtype.itemsize
-        return self._lay_open(start, n_new, keys, values, columns, start, offset)
+        return self._addresses_in(start, n_new, keys, values, columns, start, offset)
 
     def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
         """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""
@@ -376,7 +376,7 @@ class PagedCache(Cache):
         return n_pages * page * (spec.token_nbytes // spec.batch)
 
 
-PagedCache.keep_ways("_step", "_slots", "_gather", "_pages")
+PagedCache.freeze_methods("_step", "_slots", "_gather", "_pages")
 
 
 def _first_of_run(table: list[list[int]]) -> int | None:

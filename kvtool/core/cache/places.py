@@ -14,7 +14,7 @@ from torch import Tensor
 from kvtool.core.native.arrays import Array
 
 
-class InPlace(NamedTuple):
+class StepAddresses(NamedTuple):
     """Where a step's tokens are stored, and those before them: in columns by order of arrival."""
 
     start: int  # how many tokens stand before the first new one
@@ -31,7 +31,7 @@ class InPlace(NamedTuple):
     exact: int = 0  # the first column that is met besides
 
 
-class Fixed(NamedTuple):
+class GraphStep(NamedTuple):
     """A step of one token a row, for who plays a recording of it."""
 
     start: int  # how many tokens stand before it
@@ -42,7 +42,7 @@ class Fixed(NamedTuple):
 
 @cache
 def none_of_each(batch: int) -> tuple[Array, Array]:
-    """No padding and no sinks, as InPlace has them; nobody writes there."""
+    """No padding and no sinks, as StepAddresses has them; nobody writes there."""
     return np.zeros(batch, np.int64), np.zeros((batch, 2), np.int64)
 
 
@@ -51,7 +51,7 @@ def is_readable(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and x.is_contiguous() and x.data_ptr() != 0
 
 
-def laid_open(
+def buffer_addresses(
     keys: Sequence[Tensor], values: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
 ) -> Array | None:
     """The addresses (2,layers) of keys and values, for code that reads memory by itself; None

@@ -36,16 +36,16 @@ class Quantization:
     of its own; values have them for each token, over `group` channels (over all of a head that
     `group` does not divide). Codes have `bits` bits.
 
-    A token with n others before it in its row, padding included, meets the first `settled(n)` of
-    them quantized, and the others and itself exactly. So what it meets depends on its place alone,
-    never on the steps in which a cache was filled.
+    A token with n others before it in its row, padding included, meets the first `n_quantized(n)`
+    of them quantized, and the others and itself exactly. So what it meets depends on its place
+    alone, never on the steps in which a cache was filled.
     """
 
     bits: int
     group: int
     residual: int  # of the newest tokens, this many are not quantized yet, or more
 
-    def settled(self, n: int) -> int:
+    def n_quantized(self, n: int) -> int:
         """How many of n tokens are quantized: whole groups, all but the newest `residual`."""
         return max(n - self.residual, 0) // self.group * self.group
 
@@ -63,17 +63,17 @@ class Quantization:
         """The same as a rule."""
         since = [n + 1 for n in quantized] + [0] * len(exact)
         until = [sys.maxsize] * len(quantized) + [n + 1 for n in exact]
-        settled = [self.settled(n) for n in tokens]
-        return Met(torch.tensor(settled), torch.tensor(since), torch.tensor(until))
+        n_quantized = [self.n_quantized(n) for n in tokens]
+        return Met(torch.tensor(n_quantized), torch.tensor(since), torch.tensor(until))
 
     def channels(self, head_dim: int) -> int:
         """How many channels of a value share a scale."""
         return head_dim if head_dim % self.group else self.group
 
     def both(self, k: Tensor, v: Tensor, q_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """All that the tokens of a whole pass meet, k, v (B,Hkv,T,D) -> (B,Hkv,Q+T,D): what is
-        settled when the last one comes, quantized, and then everything exactly."""
-        n = self.settled(k.shape[2] - 1)
+        """All that the tokens of a whole pass meet, k, v (B,Hkv,T,D) -> (B,Hkv,Q+T,D): those that
+        are quantized when the last one comes, and then everything exactly."""
+        n = self.n_quantized(k.shape[2] - 1)
         keys, values = self.rounded(k[:, :, :n], v[:, :, :n], q_pos[:, :n])
         return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
 

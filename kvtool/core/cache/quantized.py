@@ -13,7 +13,7 @@ from torch import Tensor
 from kvtool.config import check_int
 from kvtool.core.cache.base import Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
-from kvtool.core.cache.places import InPlace, is_readable
+from kvtool.core.cache.places import StepAddresses, is_readable
 from kvtool.core.cache.quantization import Quantization
 from kvtool.core.kernels.sight import sees
 from kvtool.errors import CacheOpUnsupported, UsageError
@@ -86,7 +86,7 @@ class Packed:
         shared = (self.size, 1) if self.dim == 2 else (1, self.size)  # by tokens, and channels
         return n, self.codes.shape[2] * self.per_byte, self.per_byte, *shared
 
-    def laid_open(self, like: Tensor) -> tuple[int, int, int] | None:
+    def buffer_addresses(self, like: Tensor) -> tuple[int, int, int] | None:
         """The addresses of codes, scales and zero points, for code that reads memory by itself;
         None unless all are for (rows,Hkv,D) and of the type that code expects."""
         codes, *others = self.tensors
@@ -161,7 +161,7 @@ class QuantizedCache(BufferedCache):
 
     def _allocate(self, batch: int, columns: int) -> None:
         super()._allocate(batch, columns)
-        q, n = self.quantization, self.quantization.settled(self.spec.capacity)
+        q, n = self.quantization, self.quantization.n_quantized(self.spec.capacity)
         channels = q.channels(self.spec.head_dim)
         self._packed = [
             (
@@ -179,8 +179,8 @@ class QuantizedCache(BufferedCache):
 
     def _place(self, start: int, n_new: int) -> Step:
         self._set_aside = []
-        end, settled = start + n_new, self.quantization.settled
-        first, last = settled(start), settled(end - 1)  # of the first new token, and of the last
+        end, n_quantized = start + n_new, self.quantization.n_quantized
+        first, last = n_quantized(start), n_quantized(end - 1)  # for the first and last new token
         k_pos = torch.cat([self._positions(0, last), self._positions(first, end)], dim=1)
         q_pos = k_pos[:, -n_new:]
         causal = start == 0 and not last and self.left_padding is None
@@ -192,21 +192,21 @@ class QuantizedCache(BufferedCache):
         slots = torch.arange(start, end, device=self.spec.device) - self._first
         return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
 
-    def in_place(self, n_new: int) -> InPlace | None:
+    def step_addresses(self, n_new: int) -> StepAddresses | None:
         """Unless a group of tokens becomes full, or they are more than there is room for."""
-        if not self._is_as_written() or packed_ways(Packed) != PACKED:
+        if not self._is_as_frozen() or packed_ways(Packed) != PACKED:
             return None
-        start, settled = self.make_room(n_new), self.quantization.settled
-        n, slot, columns = settled(start), start - self._first, self._sized()
-        if columns is None or slot + n_new > columns or settled(start + n_new) > n:
+        start, n_quantized = self.make_room(n_new), self.quantization.n_quantized
+        n, slot, columns = n_quantized(start), start - self._first, self._sized()
+        if columns is None or slot + n_new > columns or n_quantized(start + n_new) > n:
             return None
         self._set_aside = []
-        opened = self._lay_open(start, n_new, self._keys, self._values, columns, slot)
+        opened = self._addresses_in(start, n_new, self._keys, self._values, columns, slot)
         if opened is None or not n:
             return opened
         like = self._keys[0][:, :, 0]
         keys, values = (
-            [part.laid_open(like) for part in x] for x in zip(*self._packed, strict=True)
+            [part.buffer_addresses(like) for part in x] for x in zip(*self._packed, strict=True)
         )
         if None in keys or None in values:
             return None
@@ -215,9 +215,9 @@ class QuantizedCache(BufferedCache):
         return opened._replace(codes=codes, packings=packings, exact=n - self._first)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        start, settled = self.length, self.quantization.settled
+        start, n_quantized = self.length, self.quantization.n_quantized
         end = start + k.shape[2]
-        first, last, full = settled(start), settled(end - 1), settled(end)
+        first, last, full = n_quantized(start), n_quantized(end - 1), n_quantized(end)
         padding = None if self.left_padding is None else self._positions(first, full) < 0
         buffers = self._keys[layer], self._values[layer]
         met = []
@@ -241,7 +241,7 @@ class QuantizedCache(BufferedCache):
     def commit(self, n_new: int) -> None:
         super().commit(n_new)
         self._longest = max(self._longest, self.length)
-        first = max(self._first, self.quantization.settled(max(self.length - self.slack, 0)))
+        first = max(self._first, self.quantization.n_quantized(max(self.length - self.slack, 0)))
         contents = self._set_aside or [(b, b) for b in (*self._keys, *self._values)]
         if self._set_aside or first > self._first:
             tokens = slice(first - self._first, self.length - self._first)
@@ -260,7 +260,7 @@ class QuantizedCache(BufferedCache):
         would meet exactly has only been kept quantized.
         """
         if 0 <= length < self.length:
-            needed = self.quantization.settled(length)
+            needed = self.quantization.n_quantized(length)
             if needed < min(self._first, length):
                 raise CacheOpUnsupported(
                     self.kind,
@@ -282,13 +282,13 @@ class QuantizedCache(BufferedCache):
 
     def vacuous(self) -> str | None:
         padding = 0 if self.left_padding is None else int(self.left_padding.min())
-        met = self.quantization.settled(max(self._longest - 1, 0))  # by the last token
+        met = self.quantization.n_quantized(max(self._longest - 1, 0))  # by the last token
         if met > padding:
             return None
         return f"no token met a quantized one ({self._longest} tokens held at most)"
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        n = self.quantization.settled(self.length)
+        n = self.quantization.n_quantized(self.length)
         exact = slice(n - self._first, self.length - self._first)
         buffers = self._keys[layer], self._values[layer]
         keys, values = (
@@ -299,7 +299,7 @@ class QuantizedCache(BufferedCache):
 
     def nbytes(self) -> Bytes:
         q, token = self.quantization, self.spec.token_nbytes // self.spec.batch  # of one row
-        n = q.settled(self.length)
+        n = q.n_quantized(self.length)
         codes = packed_nbytes(self.spec, n, q) // self.spec.batch
         packed = [t for pair in self._packed for part in pair for t in part.tensors]
         buffers = [*self._keys, *self._values, *packed, *(whole for _, whole in self._set_aside)]
@@ -319,7 +319,7 @@ class QuantizedCache(BufferedCache):
     ) -> int:
         q = Quantization(cls.bits, group, residual)
         exact = exact_columns(spec.capacity, q, slack) * spec.token_nbytes
-        return exact + packed_nbytes(spec, q.settled(spec.capacity), q)
+        return exact + packed_nbytes(spec, q.n_quantized(spec.capacity), q)
 
 
 class Int8Cache(QuantizedCache):
@@ -329,7 +329,7 @@ class Int8Cache(QuantizedCache):
     bits: ClassVar[int] = 8
 
 
-Int8Cache.keep_ways()
+Int8Cache.freeze_methods()
 
 
 class Int4Cache(QuantizedCache):
@@ -339,7 +339,7 @@ class Int4Cache(QuantizedCache):
     bits: ClassVar[int] = 4
 
 
-Int4Cache.keep_ways()
+Int4Cache.freeze_methods()
 
 
 def exact_columns(capacity: int, q: Quantization, slack: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvtool.config import check_int
 from kvtool.core.cache.base import EMPTY, Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
-from kvtool.core.cache.places import InPlace
+from kvtool.core.cache.places import StepAddresses
 from kvtool.core.kernels.sight import sees
 from kvtool.errors import CacheOpUnsupported
 
@@ -92,10 +92,10 @@ class SlidingCache(BufferedCache):
             held = slice(self._n_sinks, self._n_sinks + start - self._first)
             self._evict([(b, b[:, :, held]) for b in (*self._keys, *self._values)])
 
-    def in_place(self, n_new: int) -> InPlace | None:
+    def step_addresses(self, n_new: int) -> StepAddresses | None:
         """Unless the step's tokens are set aside, or sinks of a row stand in two places."""
         as_made = self.window > 0 <= self.sinks and self._n_sinks in (0, self.sinks)
-        if not self._is_as_written() or not as_made:
+        if not self._is_as_frozen() or not as_made:
             return None
         start = self.make_room(n_new)
         self._make_way(start, n_new)
@@ -107,7 +107,7 @@ class SlidingCache(BufferedCache):
             return None
         slot, sinks = self._n_sinks + start - self._first, np.stack([begin, begin + self.sinks], 1)
         opened = start, n_new, self._keys, self._values
-        return self._lay_open(*opened, columns, slot, window=self.window, sinks=sinks)
+        return self._addresses_in(*opened, columns, slot, window=self.window, sinks=sinks)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         begin = 0 if self._first else self._n_sinks
@@ -230,7 +230,7 @@ class SlidingCache(BufferedCache):
         return columns_for(spec.capacity, window, sinks, slack) * spec.token_nbytes
 
 
-SlidingCache.keep_ways("_held_positions")
+SlidingCache.freeze_methods("_held_positions")
 
 
 def columns_for(capacity: int, window: int, sinks: int, slack: int) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvtool.core.cache.base import CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache, round_up
-from kvtool.core.cache.places import Fixed
+from kvtool.core.cache.places import GraphStep
 from kvtool.errors import CacheOpUnsupported
 
 
@@ -44,12 +44,12 @@ class StaticCache(BufferedCache):
             filled = buffer[:, :, : self.length]
             filled[: self.batch] = filled.index_select(0, rows)  # a copy first: rows may overlap
 
-    def fixed(self) -> Fixed | None:
-        if not self.length or not self._is_as_written():
+    def graph_step(self) -> GraphStep | None:
+        if not self.length or not self._is_as_frozen():
             return None
         start, memory = self.make_room(1), [*self._keys, *self._values]
         self._begun = 1
-        return Fixed(start, self._padding_table(), (self._reach(start + 1),), memory)
+        return GraphStep(start, self._padding_table(), (self._reach(start + 1),), memory)
 
     def step_at(
         self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
@@ -63,4 +63,4 @@ class StaticCache(BufferedCache):
         return spec.capacity * spec.token_nbytes
 
 
-StaticCache.keep_ways("_step", "_reach")
+StaticCache.freeze_methods("_step", "_reach")

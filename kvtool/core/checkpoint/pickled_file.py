@@ -161,7 +161,7 @@ def _begins_a_tar(head: bytes) -> bool:
 
 def _unpickle(path: Path) -> Any:
     try:
-        with warnings.catch_warnings(), ending.at_once():
+        with warnings.catch_warnings(), ending.signals_at_default():
             warnings.simplefilter("ignore")  # on protocols, and on what is refused anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything, from EOFError to KeyError

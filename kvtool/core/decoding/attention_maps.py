@@ -15,7 +15,7 @@ from kvtool.core.models import Model
 from kvtool.core.text.tokenizer import BOS, SPECIALS, Tokenizer
 
 
-class Recorder:
+class WeightRecorder:
     """Kernels that compute as `kernels` do, and keep the weights of each attention over `keys`."""
 
     def __init__(self, kernels: Kernels, keys: Tensor) -> None:
@@ -52,7 +52,7 @@ def cross_attention_weights(
     device = next(model.parameters()).device
     ids = torch.tensor([source], device=device)
     encoded = model.encode(ids, torch.ones_like(ids, dtype=torch.bool), kernels)
-    recorder = Recorder(kernels, encoded.layers[layer][0])
+    recorder = WeightRecorder(kernels, encoded.layers[layer][0])
     read = torch.tensor([[BOS, *target[:-1]]], device=device)
     model(read, Step.full(1, len(target), device, kernels=recorder), source=encoded)
     (weights,) = recorder.found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.cache.places import Fixed
+from kvtool.core.cache.places import GraphStep
 from kvtool.core.native import arrays as native
 from kvtool.core.native import compiling
 
@@ -104,7 +104,7 @@ class Graphs:
         if self._failed or watched or tokens.device != self.device:
             return None
         read = [] if source is None else source.memory()
-        fixed = None if read is None else cache.fixed()
+        fixed = None if read is None else cache.graph_step()
         if fixed is None or read is None:
             return None
         recordings, key = self._recordings_on([*fixed.memory, *read]), _key(tokens, cache, fixed)
@@ -143,7 +143,12 @@ class Graphs:
         return self._recordings
 
     def _record(
-        self, decode: Decode, tokens: Tensor, cache: Cache, fixed: Fixed, source: CrossCache | None
+        self,
+        decode: Decode,
+        tokens: Tensor,
+        cache: Cache,
+        fixed: GraphStep,
+        source: CrossCache | None,
     ) -> Recording:
         with torch.inference_mode(False):  # or they could be written to in that mode alone
             start = torch.full((1,), fixed.start, device=self.device)
@@ -157,7 +162,7 @@ class Graphs:
         return Recording([start, *own], self.capture(step))
 
 
-def _key(tokens: Tensor, cache: Cache, fixed: Fixed) -> tuple[Any, ...]:
+def _key(tokens: Tensor, cache: Cache, fixed: GraphStep) -> tuple[Any, ...]:
     """What a step depends on beside numbers in memory: forms, Python's numbers, and by which
     kernels PyTorch computes."""
     cuda, products = torch.backends.cuda, torch.backends.cuda.matmul

@@ -96,12 +96,12 @@ class DecodingForm:
         few = not torch.is_grad_enabled() and self._few(tokens, step.kernels)
         if not (few and self._reads_weights()):
             return self._flat_form()(tokens, step, cache, source)
-        place = NO_SOURCE if source is None else source.in_place(cache.spec, len(tokens))
+        place = NO_SOURCE if source is None else source.step_addresses(cache.spec, len(tokens))
         form = self._native
         fits = form is not None and form.stores_in(cache.spec) and tokens.dtype in IDS
         if form is None or place is None or not fits:
             return self.model(tokens, step, cache, source, last)
-        return form.by_layers(tokens, step, cache, place)
+        return form.layerwise_step(tokens, step, cache, place)
 
     def records(self, cache: Cache) -> bool:
         """Whether single-token steps with this cache are recorded, so that the first ones take
@@ -134,8 +134,8 @@ class DecodingForm:
             if new.dtype not in IDS or not new.is_cpu:
                 return None
             new = new.numpy()
-        source_place = NO_SOURCE if source is None else source.in_place(cache.spec, batch)
-        place = None if source_place is None else cache.in_place(n)
+        source_place = NO_SOURCE if source is None else source.step_addresses(cache.spec, batch)
+        place = None if source_place is None else cache.step_addresses(n)
         if place is None or source_place is None or (place.window and form.config.window):
             return None
         logits = form.at_once(new, place, source_place, last)

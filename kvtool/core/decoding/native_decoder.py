@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
 from kvtool.core.cache import Cache, CacheSpec, Step
-from kvtool.core.cache.cross import InPlaceSource
-from kvtool.core.cache.places import InPlace
+from kvtool.core.cache.cross import SourceAddresses
+from kvtool.core.cache.places import StepAddresses
 from kvtool.core.models.decoder import Block, Decoder
 from kvtool.core.models.layers import LayerNorm, Linear, RMSNorm
 from kvtool.core.native import arrays as native
 from kvtool.core.native.arrays import Array
 
 AT_ONCE = 256  # tokens; a Ctrl-C waits for the end of a call
-NO_SOURCE = InPlaceSource(np.empty((2, 0), np.int64), 0, np.empty((0, 2), np.int64))
+NO_SOURCE = SourceAddresses(np.empty((2, 0), np.int64), 0, np.empty((0, 2), np.int64))
 
 
 class NativeDecoder:
@@ -88,7 +88,9 @@ class NativeDecoder:
         sizes = spec.n_layers, spec.n_kv_heads, spec.head_dim
         return self.stored == (*sizes, spec.dtype, spec.device)
 
-    def at_once(self, tokens: Array, place: InPlace, source: InPlaceSource, last: bool) -> Array:
+    def at_once(
+        self, tokens: Array, place: StepAddresses, source: SourceAddresses, last: bool
+    ) -> Array:
         """The step of tokens (B,T), which are stored -> logits (B,T,V), or (B,1,V) of the last
         token alone, those of half formats in float32. Raises IndexError for a token or position
         that does not exist."""
@@ -103,7 +105,7 @@ class NativeDecoder:
         return parts[-1] if last else np.concatenate(parts, axis=1)
 
     def _part(
-        self, tokens: Array, first: int, place: InPlace, source: InPlaceSource, last: bool
+        self, tokens: Array, first: int, place: StepAddresses, source: SourceAddresses, last: bool
     ) -> Array:
         """`at_once` for the tokens from number `first` on."""
         batch, n = tokens.shape
@@ -123,7 +125,9 @@ class NativeDecoder:
             self._refuse(ids)
         return logits.reshape(batch, -1, self.n_logits)
 
-    def by_layers(self, tokens: Tensor, step: Step, cache: Cache, source: InPlaceSource) -> Tensor:
+    def layerwise_step(
+        self, tokens: Tensor, step: Step, cache: Cache, source: SourceAddresses
+    ) -> Tensor:
         """The step of single tokens (B,1) -> logits (B,1,V), where a cache stores and attends in
         its own way. Raises as `at_once`."""
         c, batch, model = self.config, len(tokens), (self.model, self.blocks)
@@ -147,7 +151,7 @@ class NativeDecoder:
         self.code.logits_of(self.model, x, logits[:, 0], self.kind, *threads)
         return torch.from_numpy(logits).to(self.dtype)
 
-    def _threads(self, n_seen: int, source: InPlaceSource) -> tuple[int, int]:
+    def _threads(self, n_seen: int, source: SourceAddresses) -> tuple[int, int]:
         """How many threads share what reads so many numbers or more: the weights of a layer, or
         keys and values of `n_seen` tokens, or of the source."""
         n_seen = max(n_seen, len(source.seen) * source.columns)

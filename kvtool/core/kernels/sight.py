@@ -46,14 +46,14 @@ class Met(NamedTuple):
     """Which columns a query meets by how many tokens are quantized when it comes (T,): at least
     `since` and fewer than `until` of its column (S,)."""
 
-    settled: Tensor
+    n_quantized: Tensor
     since: Tensor
     until: Tensor
 
     def mask(self, queries: slice, columns: slice | Tensor) -> Tensor:
         """(t,s) bool"""
-        settled = self.settled[queries, None]
-        return (self.since[columns] <= settled) & (settled < self.until[columns])
+        n_quantized = self.n_quantized[queries, None]
+        return (self.since[columns] <= n_quantized) & (n_quantized < self.until[columns])
 
     def to(self, device: torch.device) -> Met:
         return Met(*(x.to(device) for x in self))
@@ -135,8 +135,8 @@ class Sight:
             some &= first - k < self.near
             every &= last - k < self.near
         if self.met is not None:
-            settled = self.met.settled[queries]
-            fewest, most = settled.min(), settled.max()
+            n_quantized = self.met.n_quantized[queries]
+            fewest, most = n_quantized.min(), n_quantized.max()
             some &= (self.met.since <= most) & (fewest < self.met.until)
             every &= (self.met.since <= fewest) & (most < self.met.until)
         return some.any(0).cpu().numpy(), every.all(0).cpu().numpy()

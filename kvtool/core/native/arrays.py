@@ -39,7 +39,7 @@ _allowed = True
 
 
 @contextmanager
-def where_it_pays(n_tokens: int) -> Iterator[None]:
+def native_if_worthwhile(n_tokens: int) -> Iterator[None]:
     """For a command that decodes about `n_tokens`: without native code if loading it would take
     longer than is gained."""
     global _allowed

@@ -20,7 +20,7 @@ from kvtool.core.checkpoint.weight_files import open_weights
 from kvtool.core.limited import limited
 from kvtool.core.reference import oracle
 from kvtool.core.verify.hf.folder import counted, in_one_line, make_config, read_settings
-from kvtool.core.verify.hf.library import hushed
+from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.core.verify.precision import Promote
 from kvtool.errors import UsageError
 from kvtool.hub import offline
@@ -87,7 +87,7 @@ def folder_witness(folder: Path) -> Any | None:
         return None
     transformers = _transformers()
     source = open_weights(folder)
-    with hushed(), in_one_line(path):
+    with quiet_transformers(), in_one_line(path):
         with limited(f"{path}: what it describes"), counted(source, folder):
             config = make_config(read_settings(folder))
             with torch.device("meta"):  # what this costs, its weights do not
@@ -140,7 +140,7 @@ def witness_logits(model: Any, ids: list[int], folder: Path | None = None) -> np
     Raises FileError for what the configuration in `folder`, if it has the model's, breaks there.
     """
     told = contextlib.nullcontext() if folder is None else in_one_line(folder / CONFIG)
-    with told, hushed(), torch.inference_mode(), Promote():
+    with told, quiet_transformers(), torch.inference_mode(), Promote():
         return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
 

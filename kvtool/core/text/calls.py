@@ -29,7 +29,7 @@ class Asking:
 
     def __enter__(self) -> None:
         if self.around is not None:
-            self.around.enter_context(ending.at_once())
+            self.around.enter_context(ending.signals_at_default())
             self.around.enter_context(silence())
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

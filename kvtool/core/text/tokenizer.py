@@ -92,7 +92,8 @@ class Tokenizer:
         texts without a single token.
         """
         choose(kind, KINDS, "--tokenizer")
-        with ending.at_once():  # nothing is kept yet, and the library comes back when it is done
+        # Nothing is kept yet, and the library comes back when it is done.
+        with ending.signals_at_default():
             if kind == "bpe":
                 inner = _train_bpe(texts, vocab_size, specials)
             else:

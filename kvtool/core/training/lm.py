@@ -99,7 +99,8 @@ class LanguageModelling:
         self.tokenizer = tokenizer
         self.context = context
         self.seed = seed
-        with ending.at_once():  # nothing is kept yet, and the library comes back when it is done
+        # Nothing is kept yet, and the library comes back when it is done.
+        with ending.signals_at_default():
             ids = tokenizer.encode(train), tokenizer.encode(valid)
         self.train_ids, self.valid_ids = (torch.tensor(part, device=device) for part in ids)
         self.batch_tokens = batch_tokens

@@ -66,7 +66,7 @@ def unpickled(data: bytes) -> Any:
             if sum(info.file_size for info in archive.infolist()) > len(data):
                 raise ValueError("packed")  # torch.save never does it, and it could be any amount
         check_zip(io.BytesIO(data), len(data), Path("state"))
-        with warnings.catch_warnings(), ending.at_once():
+        with warnings.catch_warnings(), ending.signals_at_default():
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a strange file raises almost anything

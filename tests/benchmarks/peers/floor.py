@@ -7,12 +7,12 @@ import time
 import numba
 import numpy as np
 
-from kvtool.core.bench.timing import Run
+from kvtool.core.bench.timing import TimedRun
 from kvtool.core.decoding.native_decoder import linear_record
 from kvtool.core.models import Model
 from kvtool.core.models.layers import Linear
 from kvtool.core.native import arrays as native
-from kvtool.core.native.compiled.decoder import LINEAR, through
+from kvtool.core.native.compiled.decoder import LINEAR, apply_linear
 from kvtool.core.native.compiled.tools import Array, compiled
 
 
@@ -34,7 +34,7 @@ class Floor:
         self.stored = np.ones(shape, np.float32)
         self.n_prompt = n_prompt
 
-    def run(self, kind: str, length: int) -> Run:
+    def run(self, kind: str, length: int) -> TimedRun:
         seen, sums = self.n_prompt + length // 2, np.empty(len(self.stored), np.float32)
         threads = native.threads_for(native.LARGE)
         started = time.perf_counter()
@@ -42,7 +42,7 @@ class Floor:
             products(self.layers, self.x, self.y, threads, native.LARGE)
             (read_by_threads if threads > 1 else read)(self.stored, seen, sums)
         seconds = time.perf_counter() - started
-        return Run(seconds, 0.0, seconds, None, 0, None)
+        return TimedRun(seconds, 0.0, seconds, None, 0, None)
 
 
 @compiled()
@@ -50,7 +50,7 @@ def products(layers: Array, x: Array, y: Array, threads: int, large: int) -> Non
     for i in range(layers.shape[0]):
         layer = layers[i]
         x_in, y_out = x[:, : layer.n_in].copy(), y[:, : layer.n_out].copy()
-        through(layer, x_in, y_out, x[0], threads, large)
+        apply_linear(layer, x_in, y_out, x[0], threads, large)
 
 
 @compiled()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvtool.core.bench.timing import Run
+from kvtool.core.bench.timing import TimedRun
 from kvtool.core.models import Model
 
 # Of each block: our names and those of GGUF's GPT-2.
@@ -76,7 +76,7 @@ class LlamaCpp:
             str(path).encode(), llama_cpp.llama_model_default_params()
         )
 
-    def run(self, kind: str, length: int) -> Run:
+    def run(self, kind: str, length: int) -> TimedRun:
         """Generate `length` tokens; memory for them is allocated first, as in ours."""
         started = time.perf_counter()
         context = self._context(len(self.prompt) + length)
@@ -84,7 +84,7 @@ class LlamaCpp:
             stamps = [time.perf_counter() for _ in self._tokens(context, length)]
         finally:
             self.lib.llama_free(context)
-        return Run.of(started, stamps)
+        return TimedRun.of(started, stamps)
 
     def tokens(self, length: int) -> list[int]:
         """The tokens that it generates."""

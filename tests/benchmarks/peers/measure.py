@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvtool.config import ModelConfig
 from kvtool.core.bench.peers import TransformersGenerate, load_peer
-from kvtool.core.bench.timing import Run, Workload, iqr
+from kvtool.core.bench.timing import TimedRun, Workload, iqr
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.decoding.engine import generate
 from kvtool.core.decoding.sampling import Sampler
@@ -28,7 +28,7 @@ COMPARED = 32  # tokens that all subjects must agree in before anything is timed
 
 
 class Subject(Protocol):
-    def run(self, kind: str, length: int) -> Run: ...
+    def run(self, kind: str, length: int) -> TimedRun: ...
 
 
 @dataclass

@@ -19,7 +19,7 @@ from numba import from_dtype as from_dtype
 
 from kvtool.core.native.compiled import codes, layers
 from kvtool.core.native.compiled.codes import read_codes
-from kvtool.core.native.compiled.layers import activate, attend, normalise, product, settle
+from kvtool.core.native.compiled.layers import activate, attend, normalise, product, round_to_format
 from kvtool.core.native.compiled.tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
 from kvtool.core.native.compiled.tools import (
     Array,
@@ -53,21 +53,21 @@ MODEL = np.dtype(
 
 
 @compiled()
-def normed(norm: Any, x: Array, y: Array, kind: Array) -> None:
+def apply_norm(norm: Any, x: Array, y: Array, kind: Array) -> None:
     """y (n,d) = x (n,d) through the norm of a record."""
     scale = vector(norm.scale, norm.width, kind)
     shift = vector(norm.shift, norm.width if norm.shift else 0, kind)
     normalise(x, norm.centred != 0, scale, shift, norm.eps, y)
-    settle(y, kind)
+    round_to_format(y, kind)
 
 
 @compiled()
-def through(layer: Any, x: Array, y: Array, kind: Array, threads: int, large: int) -> None:
+def apply_linear(layer: Any, x: Array, y: Array, kind: Array, threads: int, large: int) -> None:
     """y (n,out) = x (n,in) through the linear layer of a record."""
     weight = carray(pointer(layer.weight, kind), (layer.n_out, layer.n_in))
     bias = vector(layer.bias, layer.n_out if layer.bias else 0, kind)
     product(x, weight, bias, y, threads, large)
-    settle(y, kind)
+    round_to_format(y, kind)
 
 
 @compiled()
@@ -123,25 +123,25 @@ def before_attention(
     model, block = models[0], blocks[layer]
     n_heads, n_turned, width = model.n_heads, model.n_heads + model.n_groups, model.head_dim
     normal = np.empty_like(x)
-    normed(block.norm1, x, normal, kind)
-    through(block.qkv, normal, qkv.reshape(x.shape[0], -1), kind, threads, large)
+    apply_norm(block.norm1, x, normal, kind)
+    apply_linear(block.qkv, normal, qkv.reshape(x.shape[0], -1), kind, threads, large)
     for n in range(x.shape[0]):
         if block.q_norm.scale:
             before = qkv[n].copy()
-            normed(block.q_norm, before[:n_heads], qkv[n, :n_heads], kind)
-            normed(block.k_norm, before[n_heads:n_turned], qkv[n, n_heads:n_turned], kind)
+            apply_norm(block.q_norm, before[:n_heads], qkv[n, :n_heads], kind)
+            apply_norm(block.k_norm, before[n_heads:n_turned], qkv[n, n_heads:n_turned], kind)
         if model.angles:
             at = model.angles + max(pos[n], 0) * width * 8
             rotate(qkv[n], n_turned, carray(pointer(at, np.float64), (width,)), kind)
 
 
 @compiled()
-def add_through(layer: Any, y: Array, x: Array, kind: Array, threads: int, large: int) -> None:
+def add_linear(layer: Any, y: Array, x: Array, kind: Array, threads: int, large: int) -> None:
     """x (n,d) += y (n,in) through the linear layer of a record."""
     out = np.empty_like(x)
-    through(layer, y, out, kind, threads, large)
+    apply_linear(layer, y, out, kind, threads, large)
     x += out
-    settle(x, kind)
+    round_to_format(x, kind)
 
 
 @compiled()
@@ -153,8 +153,8 @@ def read_source(
     each row sees those from seen[row,0] to seen[row,1]."""
     n, n_groups, width = x.shape[0], model.n_groups, model.head_dim
     normal, q = np.empty_like(x), np.empty((n, model.n_heads, width), x.dtype)
-    normed(block.norm_cross, x, normal, kind)
-    through(block.cross_q, normal, q.reshape(n, -1), kind, threads, large)
+    apply_norm(block.norm_cross, x, normal, kind)
+    apply_linear(block.cross_q, normal, q.reshape(n, -1), kind, threads, large)
     n_each, row_bytes = n // seen.shape[0], n_groups * columns * width * kind.itemsize
     spans, y = np.zeros((n, 4), np.int64), np.empty_like(q)
     for i in range(n):
@@ -162,8 +162,8 @@ def read_source(
     keys, values = (k, row_bytes, columns, kind), (v, row_bytes, columns, kind)
     attend(q, n_each, n_groups, keys, values, spans, y, threads, large)
     given = y.reshape(n, -1)
-    settle(given, kind)
-    add_through(block.cross_out, given, x, kind, threads, large)
+    round_to_format(given, kind)
+    add_linear(block.cross_out, given, x, kind, threads, large)
 
 
 @shared()
@@ -174,18 +174,18 @@ def after_attention(
     """x (n,d) += what attention gave, y (n,H,D); then what the source gives, if there is one; then
     the feed-forward network. source (2,layers), columns and seen as in `read_source`, or (2,0)."""
     model, block, n = models[0], blocks[layer], x.shape[0]
-    add_through(block.out, y.reshape(n, -1), x, kind, threads, large)
+    add_linear(block.out, y.reshape(n, -1), x, kind, threads, large)
     if source.shape[1]:
         k, v = source[0, layer], source[1, layer]
         read_source(model, block, x, k, v, columns, seen, kind, threads, large)
     normal = np.empty_like(x)
-    normed(block.norm2, x, normal, kind)
+    apply_norm(block.norm2, x, normal, kind)
     wide = np.empty((n, block.up.n_out), x.dtype)
-    through(block.up, normal, wide, kind, threads, large)
+    apply_linear(block.up, normal, wide, kind, threads, large)
     active = np.empty((n, block.down.n_in), x.dtype)
     activate(model.activation, wide, active)
-    settle(active, kind)
-    add_through(block.down, active, x, kind, threads, large)
+    round_to_format(active, kind)
+    add_linear(block.down, active, x, kind, threads, large)
 
 
 @shared()
@@ -194,8 +194,8 @@ def logits_of(
 ) -> None:
     """logits (n,V) of x (n,d)"""
     normal = np.empty_like(x)
-    normed(models[0].norm, x, normal, kind)
-    through(models[0].head, normal, logits, kind, threads, large)
+    apply_norm(models[0].norm, x, normal, kind)
+    apply_linear(models[0].head, normal, logits, kind, threads, large)
 
 
 @compiled()
@@ -270,7 +270,7 @@ def decode(
             y, n, at, n_each = np.empty_like(q), batch, at + n_each - 1, 1
         spans = spans_of_step(pos, n_each, at, blocks[layer].window or window, sinks)
         attend(q, n_each, n_groups, k_at, v_at, spans, y, threads, large)
-        settle(y.reshape(n, -1), kind)
+        round_to_format(y.reshape(n, -1), kind)
         after_attention(
             models, blocks, layer, y, x, kind, source, source_columns, seen, threads, large
         )

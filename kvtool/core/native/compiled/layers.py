@@ -40,7 +40,7 @@ ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "swiglu": SWI
 
 
 @compiled()
-def settle(x: Array, kind: Array) -> None:
+def round_to_format(x: Array, kind: Array) -> None:
     """Round x (n,d) to numbers that arrays of the type of `kind` can hold, in place."""
     if kind.itemsize < x.itemsize:
         for n in range(x.shape[0]):

@@ -23,7 +23,7 @@ TOLERANCE = 1e-10  # of the largest value of the uncached pass; both are float64
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """The first thing that is wrong. Heads are key-value heads for stored keys and values."""
 
     layer: int | None  # None: after the last layer
@@ -53,7 +53,7 @@ class Record:
     out: Tensor | None = None  # (B,T,d)
 
 
-class Recorder:
+class AttentionRecorder:
     """Kernels that keep what attention was given, under the layer that is running."""
 
     def __init__(self, kernels: Kernels) -> None:
@@ -65,7 +65,7 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kernels, name)
 
-    def __deepcopy__(self, memo: object) -> Recorder:
+    def __deepcopy__(self, memo: object) -> AttentionRecorder:
         return self  # a forked cache reports to the same place
 
     def attention(
@@ -82,7 +82,7 @@ class Recorder:
 
 
 @contextmanager
-def recording(model: Model, recorder: Recorder) -> Iterator[None]:
+def recording(model: Model, recorder: AttentionRecorder) -> Iterator[None]:
     """Within, each pass of the decoder leaves a Record for every attention layer."""
     handles = []
     decoder = getattr(model, "decoder", model)
@@ -98,7 +98,7 @@ def recording(model: Model, recorder: Recorder) -> Iterator[None]:
             handle.remove()
 
 
-def _enter(recorder: Recorder, key: tuple[str, int]) -> Callable[[nn.Module, Any], None]:
+def _enter(recorder: AttentionRecorder, key: tuple[str, int]) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, args: Any) -> None:
         step = args[1] if isinstance(args[1], Step) else None
         recorder.current = recorder.records[key] = Record(args[0].clone(), step)
@@ -106,7 +106,7 @@ def _enter(recorder: Recorder, key: tuple[str, int]) -> Callable[[nn.Module, Any
     return hook
 
 
-def _leave(recorder: Recorder) -> Callable[[nn.Module, Any, Any], None]:
+def _leave(recorder: AttentionRecorder) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, args: Any, out: Any) -> None:
         if recorder.current is not None:
             recorder.current.out = out.clone()
@@ -116,12 +116,12 @@ def _leave(recorder: Recorder) -> Callable[[nn.Module, Any, Any], None]:
 
 
 @torch.inference_mode()
-def locate(subject: ModelSubject, case: Case, step: int) -> Place | None:
+def locate(subject: ModelSubject, case: Case, step: int) -> Location | None:
     """Compare both arms layer by layer at `step`, the first that is wrong, in float64.
 
     None if the step cannot be reached again, or shows no difference.
     """
-    recorder = Recorder(subject.kernels)
+    recorder = AttentionRecorder(subject.kernels)
     watched = subject.with_kernels(recorder)
     run = case.run(watched, last=step)
     with recording(subject.model, recorder):
@@ -135,7 +135,7 @@ def locate(subject: ModelSubject, case: Case, step: int) -> Place | None:
     columns = slice(answer.first, answer.first + answer.found.shape[1])
     place = _first_difference(cached, recorder.records, columns, segment.start.padding)
     if place is None and differs(answer.found, logits[:, columns]):
-        return Place(None, "logits")
+        return Location(None, "logits")
     return place
 
 
@@ -144,7 +144,7 @@ def _first_difference(
     full: dict[tuple[str, int], Record],
     columns: slice,
     padding: Tensor | None,
-) -> Place | None:
+) -> Location | None:
     """Go through the attention layers in the order in which they ran."""
     for (kind, layer), record in cached.items():
         found = _in_layer(record, full[kind, layer], kind, columns, padding)
@@ -157,17 +157,17 @@ def _first_difference(
 
 def _in_layer(
     cached: Record, full: Record, kind: str, columns: slice, padding: Tensor | None
-) -> Place | None:
+) -> Location | None:
     """The first thing in one layer that differs, in the order in which they are computed."""
     cross = "" if kind == "self" else "cross-attention "
     row = _wrong_row(cached.x, full.x, columns, padding)
     if row is not None:
-        return Place(None, f"{cross}attention input")
+        return Location(None, f"{cross}attention input")
     if cached.q is None or full.q is None or cached.k is None or full.k is None:
         return _output(cached, full, columns, cross)  # a cache with a kernel of its own
     heads = _heads(cached.q, full.q[:, :, columns], padding, columns)
     if heads:
-        return Place(None, f"{cross}queries", heads, "their positions, where positions rotate")
+        return Location(None, f"{cross}queries", heads, "their positions, where positions rotate")
     return (
         _keys_seen(cached, full, columns, cross, padding)
         or _stored(cached, full, columns, cross, padding)
@@ -224,18 +224,18 @@ def _pairs(
 
 def _keys_seen(
     cached: Record, full: Record, columns: slice, cross: str, padding: Tensor | None
-) -> Place | None:
+) -> Location | None:
     """Whether a token sees another number of keys than it should."""
     for row, i, seen, expected in _pairs(cached, full, columns, padding):
         if len(seen) != len(expected):
             detail = f"token {columns.start + i} of row {row} sees {len(seen)}, not {len(expected)}"
-            return Place(None, f"{cross}visible keys", (), detail)
+            return Location(None, f"{cross}visible keys", (), detail)
     return None
 
 
 def _stored(
     cached: Record, full: Record, columns: slice, cross: str, padding: Tensor | None
-) -> Place | None:
+) -> Location | None:
     """Whether keys, then values, are others than those of the positions that should be seen."""
     for part in ("k", "v"):
         found, expected = getattr(cached, part), getattr(full, part)
@@ -252,7 +252,7 @@ def _stored(
             every = len(heads) == found.shape[1]
             detail = f"of {'token' if len(places) == 1 else 'tokens'} {ranges(sorted(places))}"
             shown = () if every else tuple(sorted(heads))
-            return Place(None, f"{cross}stored {part.upper()}", shown, detail)
+            return Location(None, f"{cross}stored {part.upper()}", shown, detail)
     return None
 
 
@@ -265,10 +265,10 @@ def _tokens(full: Record, columns: Tensor) -> list[int]:
     return [c - n_quantized if c >= n_quantized else c for c in columns.tolist()]
 
 
-def _output(cached: Record, full: Record, columns: slice, cross: str) -> Place | None:
+def _output(cached: Record, full: Record, columns: slice, cross: str) -> Location | None:
     if cached.out is None or full.out is None or not differs(cached.out, full.out[:, columns]):
         return None
-    return Place(None, f"{cross}attention output")
+    return Location(None, f"{cross}attention output")
 
 
 def scale(values: Tensor) -> float:

@@ -181,7 +181,7 @@ class Tape:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same with quantized columns in front, each met in place of its exact one."""
         width = k.shape[2]
-        if not (n := by.settled(width - 1)):
+        if not (n := by.n_quantized(width - 1)):
             return k, v, mask
         at = torch.tensor([[c.at for c in row[:n]] for row in rows], device=k.device)
         keys, values = self.rounded(by, k[:, :, :n], v[:, :, :n], at)

@@ -14,11 +14,11 @@ from kvtool.core.verify.api import OWN, decode_case, target_control
 from kvtool.core.verify.check import MAIN, Checked
 from kvtool.core.verify.hf.folder import read_folder
 from kvtool.core.verify.hf.library import (
-    hushed,
     kind_of,
     known_types,
     loop_over_experts,
     need_transformers,
+    quiet_transformers,
 )
 from kvtool.core.verify.hf.seq2seq import EncoderDecoderSubject
 from kvtool.core.verify.hf.subject import TransformersSubject
@@ -97,10 +97,10 @@ def check_transformers(
         for scenario in left:
             tell(f"{kind}, {scenario}")
             case = main if scenario == MAIN else Case(SCENARIOS[scenario])
-            with hushed():
+            with quiet_transformers():
                 finding = judge.judge(case, thorough=scenario == MAIN and planted is None)
             yield Checked(kind, OWN, True, finding, not_judged=subject.not_judged)
-        with hushed():
+        with quiet_transformers():
             planted = planted or target_control(subject, main)
     if planted is not None:
         yield Checked("planted bug", OWN, True, planted, planted=True)

@@ -43,7 +43,7 @@ from kvtool.core.checkpoint.weight_files import (
 )
 from kvtool.core.limited import limited
 from kvtool.core.machine import dtype_name, require_memory
-from kvtool.core.verify.hf.library import SEQ2SEQ, hushed, kind_of
+from kvtool.core.verify.hf.library import SEQ2SEQ, kind_of, quiet_transformers
 from kvtool.core.verify.hf.tiny import LAYERS
 from kvtool.errors import FileError, KvtoolError, first_line, pass_on_shortage
 from kvtool.hub import offline
@@ -89,7 +89,7 @@ def read_folder(
     settings = read_settings(folder)
     source = open_weights(folder, STORED_DTYPES)
     _check_depths(settings, source, folder)
-    with hushed(), in_one_line(folder):
+    with quiet_transformers(), in_one_line(folder):
         with limited(f"{path}: what it describes"), counted(source, folder):
             made, config = _class_of(make_config(settings), path)
             chosen = dtype or _named_dtype(config) or stored_dtype(source)

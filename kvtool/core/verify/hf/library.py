@@ -57,7 +57,7 @@ def loop_over_experts(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without the warnings and bars of transformers."""
     from transformers.utils import logging as bars
 

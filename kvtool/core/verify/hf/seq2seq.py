@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.core.verify.compare import distances
-from kvtool.core.verify.hf.library import hushed
+from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.core.verify.hf.subject import (
     HubDecoder,
     TransformersSubject,
@@ -126,7 +126,7 @@ class EncoderDecoderSubject(TransformersSubject):
 
     def __init__(self, model: Any, kind: str) -> None:
         self._shared: dict[Any, Any] = {}  # between this subject and its variants
-        with hushed(), torch.inference_mode():
+        with quiet_transformers(), torch.inference_mode():
             decoder = encoder_decoder(model, kind)
             self.source_vocab_size = len(decoder.source_words)
             TargetSubject.__init__(self, decoder, kind, len(decoder.words), context(model.config))
@@ -155,7 +155,7 @@ class EncoderDecoderSubject(TransformersSubject):
     def empty(self, start: Start) -> Any:
         return self.decoder.start(start.batch, start.capacity, start.padding, self._source(start))
 
-    def anew(self, start: Start) -> tuple[Any, ...]:
+    def reset_arguments(self, start: Start) -> tuple[Any, ...]:
         return (self._source(start),)
 
     def _source(self, start: Start) -> Source:
@@ -193,7 +193,7 @@ class EncoderDecoderSubject(TransformersSubject):
         source = self._some_source(2)
         source.mask[0, SOURCE // 2 :] = False
         start = Start(2, HISTORY, None, source)
-        with Promote(), hushed():
+        with Promote(), quiet_transformers():
             found, expected = double.whole(ids, start), double._each_alone(ids, start)
         return max(distances([found], [expected]))
 

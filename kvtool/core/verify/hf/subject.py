@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.core.verify.hf.caches import make_cache, reach
-from kvtool.core.verify.hf.library import hushed
+from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.scenarios import PREFILL as PREFILL
 from kvtool.core.verify.target.adapter import ModuleDecoder, Plan, State, adapt
@@ -85,7 +85,7 @@ class TransformersSubject(TargetSubject):
 
     def __init__(self, model: Any, kind: str) -> None:
         words = ordinary_ids(model.config)
-        with hushed(), torch.inference_mode():
+        with quiet_transformers(), torch.inference_mode():
             decoder = hub_decoder(model, kind, words.to(model.device))
             super().__init__(decoder, kind, len(words), context(model.config))
         if kind != "own":
@@ -170,7 +170,7 @@ def _built_in_float64(model: Any) -> Any:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with Promote(), hushed(), torch.random.fork_rng(devices=[]):
+        with Promote(), quiet_transformers(), torch.random.fork_rng(devices=[]):
             other = type(model)(copy.deepcopy(model.config)).to(model.device)
     finally:
         torch.set_default_dtype(default)

@@ -17,7 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from kvtool.core.verify.hf.library import CAUSAL, SEQ2SEQ, hushed, known_types, loop_over_experts
+from kvtool.core.verify.hf.library import (
+    CAUSAL,
+    SEQ2SEQ,
+    known_types,
+    loop_over_experts,
+    quiet_transformers,
+)
 from kvtool.errors import UsageError, pass_on_shortage
 from kvtool.files import shipped_models
 
@@ -97,7 +103,7 @@ def tiny_model(model_type: str, seed: int = 0, decoder: bool = True, kind: str =
             hint = "It comes with kvtool: leave out --impl transformers."
         what = "is neither a folder nor a model type that transformers knows"
         raise UsageError(f"--model {model_type}: {what}", hint)
-    with hushed(), torch.random.fork_rng(devices=[]):
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             config, note = tiny_config(model_type, decoder, kind)

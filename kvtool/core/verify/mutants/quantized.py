@@ -142,8 +142,8 @@ class RoundsBeforeReading(Int4Cache):
         step = super()._place(start, n_new)
         if n_new == 1:
             return step
-        settled, end = self.quantization.settled, start + n_new
-        quantized, exact = range(settled(end - 1)), range(settled(start), end)
+        n_quantized, end = self.quantization.n_quantized, start + n_new
+        quantized, exact = range(n_quantized(end - 1)), range(n_quantized(start), end)
         met = self.quantization.meets([end - 1] * n_new, quantized, exact)
         return replace(step, mask=visible(step.q_pos, step.k_pos) & met, causal=False)
 
@@ -153,7 +153,7 @@ class CropsBlindly(Int8Cache):
 
     def crop(self, length: int) -> None:
         BufferedCache.crop(self, length)
-        n, first = self.quantization.settled(length), self._first
+        n, first = self.quantization.n_quantized(length), self._first
         if n < first:
             buffers = zip(self._keys, self._values, strict=True)
             for packed, pair in zip(self._packed, buffers, strict=True):

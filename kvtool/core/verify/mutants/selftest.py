@@ -16,7 +16,7 @@ from kvtool.core.verify.scenarios import SCENARIOS
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Trial:
     """What the check said of one planted bug, or of one look-alike. None: does not apply."""
 
     name: str
@@ -45,7 +45,7 @@ def names() -> list[str]:
 
 def run(
     progress: Callable[[str], None] = lambda name: None, known: Container[str] = ()
-) -> Iterator[Outcome]:
+) -> Iterator[Trial]:
     """Judge every mutant in its scenario and every look-alike in all of them, mutants first, but
     for those whose names are `known`. progress is told the name of what comes next."""
     everything: tuple[Mutant | Lookalike, ...] = (*MUTANTS, *LOOKALIKES)
@@ -68,14 +68,14 @@ def one_thread() -> Iterator[None]:
 
 
 @one_thread()
-def try_mutant(mutant: Mutant) -> Outcome:
+def try_mutant(mutant: Mutant) -> Trial:
     """Judge a planted bug as a user would."""
     finding = Judge(mutant.subject(), examine).judge(Case(SCENARIOS[mutant.scenario]))
     caught = finding.verdict == mutant.verdict and not finding.right
     place = (finding.diagnosis.layer, finding.diagnosis.part)
     bugs, in_vain = finding.diagnosis.bugs, finding.diagnosis.in_vain
     named = mutant.hint in bugs if mutant.hint else bool(in_vain) and not bugs
-    return Outcome(
+    return Trial(
         mutant.name,
         mutant.bug_class,
         mutant.seen_in,
@@ -98,7 +98,7 @@ def elsewhere(mutant: Mutant) -> str:
 
 
 @one_thread()
-def try_lookalike(lookalike: Lookalike) -> Outcome:
+def try_lookalike(lookalike: Lookalike) -> Trial:
     """Judge right behaviour in all scenarios: quiet if none of them reports it."""
     judge = Judge(lookalike.subject(), examine)
     findings = [judge.judge(Case(scenario)) for scenario in SCENARIOS.values()]
@@ -106,7 +106,7 @@ def try_lookalike(lookalike: Lookalike) -> Outcome:
     loud = [finding for finding in tried if not finding.right]
     verdicts = {finding.verdict for finding in loud or tried}
     as_expected = not lookalike.verdict or lookalike.verdict in verdicts
-    return Outcome(
+    return Trial(
         lookalike.name,
         0,
         "",

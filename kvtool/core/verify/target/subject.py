@@ -75,7 +75,7 @@ class TargetSession:
         self.ids = self.ids[rows]
 
     def reset(self, start: Start) -> None:
-        self._change("reset", *self.subject.anew(start))
+        self._change("reset", *self.subject.reset_arguments(start))
         self._begin(start)
 
     def _change(self, op: str, *args: Any) -> None:
@@ -158,7 +158,7 @@ class TargetSubject:
             return make(start.batch, start.capacity)
         return make(start.batch, start.capacity, start.padding)
 
-    def anew(self, start: Start) -> tuple[Any, ...]:
+    def reset_arguments(self, start: Start) -> tuple[Any, ...]:
         """What the decoder's reset is told besides the state."""
         return ()
 
