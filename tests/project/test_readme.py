@@ -183,6 +183,16 @@ def test_the_tree_names_every_folder_and_none_that_is_not_there() -> None:
     assert {name for name in there - named if name.removeprefix("tests/") not in wings} == set()
 
 
+def test_no_folder_of_the_tree_imports_one_above_it() -> None:
+    _, _, core = text_of(ROOT / "docs" / "tree.md").partition("      core/\n")
+    wings = re.findall(r"^ {8}(\w+)/ ", core.partition("    tests/")[0], re.MULTILINE)
+    assert len(wings) > 5
+    for at, wing in enumerate(wings):
+        for path in (ROOT / "kvtool" / "core" / wing).rglob("*.py"):
+            found = re.findall(r"^ *from kvtool\.core\.(\w+)", text_of(path), re.MULTILINE)
+            assert not {*found} & {*wings[:at]}, path
+
+
 def test_the_tables_to_add_to_are_where_the_readme_says() -> None:
     adding = README.partition("## Adding to it")[2]
     for path in re.findall(r"`(kvtool/[\w/.]+)`", adding):
