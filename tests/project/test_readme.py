@@ -160,6 +160,14 @@ def test_the_command_beside_the_journey_counts_its_files() -> None:
     assert sorted(found) == sorted(re.findall(r"\[(\S+\.py)\]\(kvtool/core/\1\) \|", JOURNEY))
 
 
+def test_what_the_journey_names_is_in_its_files() -> None:
+    path = JOURNEY.partition("**The fast ways.**")[0]
+    code = "".join(text_of(ROOT / link) for link in re.findall(r"\((kvtool/\S+\.py)\)", path))
+    names = set(re.findall(r"`([A-Za-z_]+)`", path))
+    assert {"begin", "attend", "visible"} <= names
+    assert [name for name in names if not re.search(rf"\b(?:def|class) {name}\b", code)] == []
+
+
 def test_the_thresholds_of_the_journey_are_those_of_the_code() -> None:
     said = dict(re.findall(r"`([A-Z_]+)` \((\d+)\b", JOURNEY))
     assert said
