@@ -75,15 +75,15 @@ ROW = re.compile(
 )
 
 
-def listed_runs(text: str) -> dict[tuple[str, str, int], Iterator[timing.Run]]:
+def listed_runs(text: str) -> dict[tuple[str, str, int], Iterator[timing.TimedRun]]:
     """Runs by implementation, kind and length: about the median listed, as far from it as the IQR
     says, and with a cache of as many KiB."""
-    found: dict[tuple[str, str, int], Iterator[timing.Run]] = {}
+    found: dict[tuple[str, str, int], Iterator[timing.TimedRun]] = {}
     for row in ROW.findall(text):
         tokens, _, _, median, iqr, kib = (cell.replace(",", "") for cell in row)
         middle, far, nbytes = float(median) / 1000, float(iqr) / 1000, 1024 * int(kib)
         runs = [
-            timing.Run(seconds, 0.0, seconds, seconds / int(tokens), nbytes, nbytes)
+            timing.TimedRun(seconds, 0.0, seconds, seconds / int(tokens), nbytes, nbytes)
             for seconds in (middle, middle - 0.7 * far, middle + 0.7 * far)
         ]
         found[row[2] or "kvtool", row[1], int(tokens)] = cycle(runs)
@@ -97,7 +97,7 @@ def at_listed_speed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         assert runs
         for impl, work in (("kvtool", timing.Workload), ("transformers", TransformersGenerate)):
 
-            def run(self: Any, kind: str, length: int, impl: str = impl) -> timing.Run:
+            def run(self: Any, kind: str, length: int, impl: str = impl) -> timing.TimedRun:
                 return next(runs[impl, kind, max(length, 10)])  # fewer, to warm up
 
             monkeypatch.setattr(work, "run", run)
