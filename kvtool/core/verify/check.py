@@ -94,7 +94,7 @@ def check_model(
 ) -> Iterator[Checked]:
     """Judge every kind with all kernels in all scenarios, in that order.
 
-    skip: kind, kernels and scenario of what is not judged. `tell` is told what comes next. Raises
+    skip: kind, kernels and scenario of what is not judged. `tell` hears what comes next. Raises
     CheckFailed.
     """
     for kind in caches:

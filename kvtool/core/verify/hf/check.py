@@ -77,20 +77,20 @@ def check_transformers(
     """Judge a model with kinds of transformers' caches in all scenarios, then a planted bug.
 
     A kind that cannot be used is one finding, and counts only if it was `asked` for. skip: kind,
-    kernels and scenario of what is not judged. `diagnose` locates bugs, which takes longer than to
-    find them. `tell` is told what comes next, `remark` what is to be known beside the verdicts.
-    Raises CheckFailed.
+    kernels and scenario of what is not judged. `diagnose` locates bugs, which takes longer. `tell`
+    hears what comes next, `remark` what goes with the verdicts. Raises CheckFailed.
     """
     planted = None
     for kind in kinds:
         left = [scenario for scenario in scenarios if (kind, OWN, scenario) not in skip]
+        # The bug is planted in the first kind that can be used, even if nothing of it is left.
         if (kind, OWN, ALL) in skip or not (left or planted is None):
             continue
         try:
             subject = subject_of(model, kind)
         except (CacheOpUnsupported, UsageError) as error:
-            finding = Finding(ALL, UNSUPPORTED, error.message)
-            yield Checked(kind, OWN, asked, finding, usable=False)
+            why = Finding(ALL, UNSUPPORTED, error.message)
+            yield Checked(kind, OWN, asked, why, usable=False)
             continue
         first = planted is None
         if first and (text := subject.remark()):
