@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kvtool.config import check_int
 from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
-from kvtool.core.cache.places import GraphStep, StepAddresses
-from kvtool.core.kernels.sight import sees
+from kvtool.core.cache.direct_access import DirectAccess, GraphStep, StepAddresses, no_sinks
+from kvtool.core.kernels.masks import make_mask
 from kvtool.errors import CapacityError
 
 PAGE = 16  # tokens
@@ -101,7 +101,7 @@ class PagedStep(Step):
     empty: Tensor | None = None
 
 
-class PagedCache(Cache):
+class PagedCache(DirectAccess, Cache):
     """Pages of `page` tokens from one pool, and a table of each row's pages (vLLM, Kwon 2023).
 
     A row takes a page when its tokens reach it. `select` and `fork` copy tables, not tokens; a page
@@ -170,20 +170,20 @@ class PagedCache(Cache):
         self._take_pages(start, start + n_new)
         return start
 
-    def _place(self, start: int, n_new: int) -> Step:
+    def _make_step(self, start: int, n_new: int) -> Step:
         pages = self._pages()
         numbers = torch.arange(start, start + n_new, device=self.spec.device)
         if start:
-            return self._step(numbers, self.left_padding, pages, _first_of_run(self._table))
+            return self._device_step(numbers, self.left_padding, pages, _first_of_run(self._table))
         q_pos, slots = self._at(numbers, self.left_padding), self._slots(pages, numbers)
-        mask = None if self.left_padding is None else sees(q_pos, q_pos)
+        mask = None if self.left_padding is None else make_mask(q_pos, q_pos)
         return PagedStep(q_pos, q_pos, slots, mask, mask is None, self.spec.kernels)
 
     def _pages(self) -> Tensor:
         """The table (B,n) on the device."""
         return torch.tensor(self._table, device=self.spec.device)
 
-    def _step(
+    def _device_step(
         self, numbers: Tensor, padding: Tensor | None, pages: Tensor, first: int | None
     ) -> PagedStep:
         """The step of tokens with these numbers (T,) behind others: by device work alone."""
@@ -193,13 +193,13 @@ class PagedCache(Cache):
         k_pos = self._at(columns, padding).masked_fill(empty, EMPTY)
         return PagedStep(
             q_pos, k_pos, self._slots(pages, numbers),
-            sees(q_pos, k_pos),  # always there, or a full page would be recorded anew
+            make_mask(q_pos, k_pos),  # always there, or a full page would be recorded anew
             causal=False, kernels=self.spec.kernels,
             pages=pages, first=first, empty=empty[-self.page :, None],
         )  # fmt: skip
 
     def graph_step(self) -> GraphStep | None:
-        if not self.length or not self._is_as_frozen():
+        if not self.length or not self._is_unpatched():
             return None
         start = self.make_room(1)
         tables = (self._pages(), *self._padding_table())
@@ -211,19 +211,23 @@ class PagedCache(Cache):
         self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
     ) -> Step:
         padding = tables[1] if len(tables) > 1 else None
-        return self._step(start, padding, tables[0], *form)
+        return self._device_step(start, padding, tables[0], *form)
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
         """Of an only row whose pages follow one another, so that its tokens do."""
-        if len(self._table) != 1 or not self._is_as_frozen():
+        if len(self._table) != 1 or not self._is_unpatched():
             return None
         start = self.make_room(n_new)
         first = _first_of_run(self._table)
-        if first is None:
+        padding, addresses = self._padding(), self._addresses_of(self.pool.keys, self.pool.values)
+        if first is None or padding is None or addresses is None:
             return None
-        keys, values, columns = self.pool.keys, self.pool.values, self.pool.n_pages * self.page
-        offset = first * self.page * self.spec.head_dim * self.spec.dtype.itemsize
-        return self._addresses_in(start, n_new, keys, values, columns, start, offset)
+        columns = self.pool.n_pages * self.page
+        if first:  # the row's column 0 is that page's
+            page_nbytes = self.page * self.spec.head_dim * self.spec.dtype.itemsize
+            addresses = addresses + first * page_nbytes
+        self._begun = n_new
+        return StepAddresses(start, padding, addresses, columns, start, 0, no_sinks(1))
 
     def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
         """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""
@@ -376,7 +380,7 @@ class PagedCache(Cache):
         return n_pages * page * (spec.token_nbytes // spec.batch)
 
 
-PagedCache.freeze_methods("_step", "_slots", "_gather", "_pages")
+PagedCache.freeze_methods("_device_step", "_slots", "_gather", "_pages")
 
 
 def _first_of_run(table: list[list[int]]) -> int | None:

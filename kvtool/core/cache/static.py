@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvtool.core.cache.base import CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache, round_up
-from kvtool.core.cache.places import GraphStep
+from kvtool.core.cache.direct_access import GraphStep
 from kvtool.errors import CacheOpUnsupported
 
 
@@ -45,7 +45,7 @@ class StaticCache(BufferedCache):
             filled[: self.batch] = filled.index_select(0, rows)  # a copy first: rows may overlap
 
     def graph_step(self) -> GraphStep | None:
-        if not self.length or not self._is_as_frozen():
+        if not self.length or not self._is_unpatched():
             return None
         start, memory = self.make_room(1), [*self._keys, *self._values]
         self._begun = 1
@@ -56,11 +56,11 @@ class StaticCache(BufferedCache):
     ) -> Step:
         (reach,), padding = form, tables[0] if tables else None
         assert reach is not None
-        return self._step(start, padding, reach)
+        return self._device_step(start, padding, reach)
 
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
         return spec.capacity * spec.token_nbytes
 
 
-StaticCache.freeze_methods("_step", "_reach")
+StaticCache.freeze_methods("_device_step", "_reach")

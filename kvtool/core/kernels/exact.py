@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kvtool.core.kernels.default import Layer, by_parts
-from kvtool.core.kernels.sight import Sight
+from kvtool.core.kernels.default import Layer, attention_by_blocks
+from kvtool.core.kernels.masks import LazyMask
 from kvtool.core.native import arrays as native
 
 ALIGNMENT = 64  # bytes; where fresh memory begins, and vector code may take another path elsewhere
@@ -51,10 +51,10 @@ class ExactKernels:
         return torch.cat(found).view(batch, n, -1)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
-        if isinstance(mask, Sight):
-            return by_parts(self.attention, q, k, v, mask)
+        if isinstance(mask, LazyMask):
+            return attention_by_blocks(self.attention, q, k, v, mask)
         batch, n_heads, n_queries, head_dim = q.shape
         n_kv_heads, n_keys = k.shape[1:3]
         if causal and n_queries != n_keys:

@@ -186,7 +186,7 @@ class Tape:
         at = torch.tensor([[c.at for c in row[:n]] for row in rows], device=k.device)
         keys, values = self.rounded(by, k[:, :, :n], v[:, :, :n], at)
         tokens = self.rounded_for(width)
-        met = by.meets(tokens, range(n), range(width)).to(mask.device)
+        met = by.copy_mask(tokens, range(n), range(width)).to(mask.device)
         mask = torch.cat([mask[..., :n], mask], dim=3) & met
         return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), mask
 
