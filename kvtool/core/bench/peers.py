@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvtool.core.bench.timing import TimedRun, Workload, now
 from kvtool.core.cache import CacheSpec, make_cache
-from kvtool.core.checkpoint.checkpoint import CONFIG
 from kvtool.core.checkpoint.families import FAMILIES
+from kvtool.core.checkpoint.weight_files import CONFIG
 from kvtool.core.decoding.engine import generate
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.machine import require_memory
