@@ -93,14 +93,17 @@ class Cell:
 
     @property
     def samples(self) -> list[float]:
+        """What each run took, in seconds."""
         return [run.seconds for run in self.runs]
 
     @property
     def bytes_measured(self) -> int:
+        """Bytes that the cache occupied at the end of the last run; 0 before the first."""
         return self.runs[-1].nbytes if self.runs else 0
 
     @property
     def median(self) -> float | None:
+        """Of the samples, in seconds; None before the first run."""
         return statistics.median(self.samples) if self.runs else None
 
     @property

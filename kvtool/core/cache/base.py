@@ -153,6 +153,7 @@ class Bytes(NamedTuple):
 
     @property
     def overhead(self) -> int:
+        """Bytes that hold no committed token."""
         return self.allocated - self.live
 
 

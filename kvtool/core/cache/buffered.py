@@ -105,6 +105,7 @@ class BufferedCache(DirectAccess, Cache):
         return keys.narrow(2, 0, reach), values.narrow(2, 0, reach)
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
+        """Of the buffers, if the kind's methods are as it froze them."""
         if not self._is_unpatched():
             return None
         start = self.make_room(n_new)

@@ -41,6 +41,7 @@ class Pool:
 
     @property
     def n_free(self) -> int:
+        """How many pages nobody uses."""
         return len(self._free)
 
     @property
@@ -50,6 +51,7 @@ class Pool:
 
     @property
     def n_live(self) -> int:
+        """How many pages a row uses, or several."""
         return sum(n > 0 for n in self.users)
 
     def take(self, n: int, sources: list[int]) -> list[int]:
@@ -266,6 +268,8 @@ class PagedCache(DirectAccess, Cache):
         return found
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """As Cache.write; gives views of the pool for an only row whose pages follow one another, and
+        gathers the pages otherwise."""
         assert isinstance(step, PagedStep)
         buffers = self.pool.keys[layer], self.pool.values[layer]
         for buffer, new in zip(buffers, (k, v), strict=True):
@@ -289,10 +293,12 @@ class PagedCache(DirectAccess, Cache):
         return found.view(buffer.shape[0], batch, n * self.page, buffer.shape[3]).transpose(0, 1)
 
     def commit(self, n_new: int) -> None:
+        """As Cache.commit; pages taken for tokens beyond `n_new` are given back."""
         super().commit(n_new)
         self._trim()
 
     def crop(self, length: int) -> None:
+        """As Cache.crop; pages behind `length` are given back."""
         super().crop(length)
         self._trim()
 

@@ -228,6 +228,7 @@ class QuantizedCache(BufferedCache):
         return np.concatenate([keys, values], axis=1).T.copy()  # dense, as compiled code has it
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """As Cache.write; quantizes a group that becomes full."""
         end, n_quantized = self.length + k.shape[2], self.quantization.n_quantized
         # Quantized before the step, when its last token comes, and behind it.
         n_first, n_last, n_full = (n_quantized(n) for n in (self.length, end - 1, end))
@@ -252,6 +253,7 @@ class QuantizedCache(BufferedCache):
         return whole
 
     def commit(self, n_new: int) -> None:
+        """As Cache.commit; forgets the exact copies of quantized tokens, but for `slack` of them."""
         super().commit(n_new)
         self._longest = max(self._longest, self.length)
         first = max(self._first, self.quantization.n_quantized(max(self.length - self.slack, 0)))

@@ -121,6 +121,7 @@ class SlidingCache(BufferedCache):
         return np.stack([begin, begin + self.sinks], 1)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """As Cache.write; tokens that do not fit are set aside until `commit`."""
         begin = 0 if self._first else self._n_sinks
         end = begin + step.k_pos.shape[1]
         keys, values = self._keys[layer], self._values[layer]
@@ -137,6 +138,7 @@ class SlidingCache(BufferedCache):
         return whole[0], whole[1]
 
     def commit(self, n_new: int) -> None:
+        """As Cache.commit; evicts what no later token sees, if there is no more room."""
         super().commit(n_new)
         if self._set_aside or self.length - self._first > self._room:
             self._evict(self._set_aside)

@@ -32,6 +32,7 @@ class StaticCache(BufferedCache):
         return min(round_up(length, self.block), self.spec.capacity)
 
     def select(self, rows: Tensor) -> None:
+        """As Cache.select. Raises CacheOpUnsupported for more rows than it was made for."""
         if rows.shape[0] > self.spec.batch:
             raise CacheOpUnsupported(
                 self.kind,

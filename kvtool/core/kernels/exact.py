@@ -35,6 +35,7 @@ class ExactKernels:
     name = "exact"
 
     def rows(self, x: Tensor, *layers: Layer) -> Tensor:
+        """Each token through all layers by itself, (B,T,in) -> (B,T,out)."""
         batch, n, width = x.shape
         if batch * n == 1:
             x = x.clone(memory_format=torch.contiguous_format)
@@ -53,6 +54,7 @@ class ExactKernels:
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
+        """As Kernels.attention, each query by itself over the keys that it sees."""
         if isinstance(mask, LazyMask):
             return attention_by_blocks(self.attention, q, k, v, mask)
         batch, n_heads, n_queries, head_dim = q.shape

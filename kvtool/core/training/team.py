@@ -50,6 +50,7 @@ class Team:
 
     @property
     def alone(self) -> bool:
+        """Whether it is one process."""
         return self.share.of == 1
 
     def wrap(self, module: nn.Module) -> nn.Module:
