@@ -69,7 +69,7 @@ class BufferedCache(DirectAccess, Cache):
         reach = end if start == 0 and n_new > 1 else self._reach(end)
         causal = start == 0 and reach == end and self.left_padding is None
         # One new token sees every filled column; without empty ones or padding nothing is masked.
-        # A compilable kind keeps the mask, or the last token of a block would be recorded anew.
+        # A compilable kind keeps the mask, or the last token of a block would need another capture.
         all_seen = n_new == 1 and reach == end and self.left_padding is None
         free = causal or (all_seen and not self.compilable)
         numbers = torch.arange(start, end, device=self.spec.device)
@@ -109,18 +109,24 @@ class BufferedCache(DirectAccess, Cache):
         if not self._is_unpatched():
             return None
         start = self.make_room(n_new)
-        return self._addresses_from(start, n_new, slot=start)
+        return self._addresses_from(start, n_new, start, self._padding())
 
     def _addresses_from(
-        self, start: int, n_new: int, slot: int, window: int = 0, sinks: Array | None = None
+        self,
+        start: int,
+        n_new: int,
+        slot: int,
+        padding: Array | None,
+        window: int = 0,
+        sinks: Array | None = None,
     ) -> StepAddresses | None:
-        """The StepAddresses of new tokens whose columns begin with `slot`; None unless the buffers
-        are as the spec says, with room for them all."""
+        """The StepAddresses of new tokens whose columns begin with `slot`; None unless the padding
+        is known, and the buffers are as the spec says, with room for all of them."""
         rows, n_kv_heads, columns, head_dim = self._keys[0].shape
         fits = (n_kv_heads, head_dim) == (self.spec.n_kv_heads, self.spec.head_dim)
         if not fits or rows < self.batch or not 0 <= slot <= columns - n_new:
             return None
-        padding, addresses = self._padding(), self._addresses_of(self._keys, self._values)
+        addresses = self._addresses_of(self._keys, self._values)
         if padding is None or addresses is None:
             return None
         self._begun = n_new

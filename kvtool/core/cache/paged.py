@@ -195,7 +195,7 @@ class PagedCache(DirectAccess, Cache):
         k_pos = self._at(columns, padding).masked_fill(empty, EMPTY)
         return PagedStep(
             q_pos, k_pos, self._slots(pages, numbers),
-            make_mask(q_pos, k_pos),  # always there, or a full page would be recorded anew
+            make_mask(q_pos, k_pos),  # always there, or a full page would need another capture
             causal=False, kernels=self.spec.kernels,
             pages=pages, first=first, empty=empty[-self.page :, None],
         )  # fmt: skip
@@ -268,8 +268,8 @@ class PagedCache(DirectAccess, Cache):
         return found
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """As Cache.write; gives views of the pool for an only row whose pages follow one another, and
-        gathers the pages otherwise."""
+        """As Cache.write; gives views of the pool for an only row whose pages follow one another,
+        and gathers the pages otherwise."""
         assert isinstance(step, PagedStep)
         buffers = self.pool.keys[layer], self.pool.values[layer]
         for buffer, new in zip(buffers, (k, v), strict=True):

@@ -207,7 +207,7 @@ class QuantizedCache(BufferedCache):
         if n_quantized(start + n_new) > n:
             return None
         self._set_aside = []
-        exact = self._addresses_from(start, n_new, slot=start - self._first)
+        exact = self._addresses_from(start, n_new, start - self._first, self._padding())
         if exact is None or not n:
             return exact
         codes = self._code_addresses()
@@ -253,7 +253,7 @@ class QuantizedCache(BufferedCache):
         return whole
 
     def commit(self, n_new: int) -> None:
-        """As Cache.commit; forgets the exact copies of quantized tokens, but for `slack` of them."""
+        """As Cache.commit; forgets exact copies of quantized tokens, but for `slack` of them."""
         super().commit(n_new)
         self._longest = max(self._longest, self.length)
         first = max(self._first, self.quantization.n_quantized(max(self.length - self.slack, 0)))

@@ -22,8 +22,7 @@ class SlidingCache(BufferedCache):
     """Keeps the first `sinks` positions of each row, and the last `window`: what `visible` shows.
 
     A window without the first tokens, which draw much attention, makes a model fail (StreamingLLM,
-    Xiao 2023). Positions stay absolute and are not numbered anew within the cache, as they are
-    there: so the logits are those of one pass under the same window, and `capacity` still bounds
+    Xiao 2023). Positions stay absolute and are not renumbered within the cache, as they are there: so the logits are those of one pass under the same window, and `capacity` still bounds
     the length of the text, not only what is held.
 
     Columns: the sinks, then the tokens from number `_first` on in order of arrival. When they reach
@@ -100,18 +99,16 @@ class SlidingCache(BufferedCache):
             return None
         start = self.make_room(n_new)
         self._evict_for(start, n_new)
-        sinks = self._columns_of_sinks()
+        padding = self._padding()
+        sinks = None if padding is None else self._columns_of_sinks(padding)
         if sinks is None or start + n_new - self._first > self._room:
             return None
         slot = self._n_sinks + start - self._first
-        return self._addresses_from(start, n_new, slot, self.window, sinks)
+        return self._addresses_from(start, n_new, slot, padding, self.window, sinks)
 
-    def _columns_of_sinks(self) -> Array | None:
+    def _columns_of_sinks(self, padding: Array) -> Array | None:
         """The first column of each row's sinks, and the one behind the last, (B,2); None while some
         have been moved to the start and others, behind much padding, are still to come."""
-        padding = self._padding()
-        if padding is None:
-            return None
         if not self._first:  # nothing was moved: they are the first tokens that are no padding
             begin = self._n_sinks + padding
         elif padding.max() + self.sinks <= self._first:
