@@ -196,7 +196,7 @@ def run(args: list[str]) -> int:
         # rich turns a closed pipe into SystemExit(1), which here would read as "a mismatch"
         if isinstance(error.__context__, BrokenPipeError):
             return _close_pipe()
-        # Whoever ends the process from within, the user's own decoder say: nothing was finished.
+        # Something within ended the process, the user's own decoder say: nothing was finished.
         stopped = KvtoolError(f"the work was ended from within (SystemExit: {error.code})")
         return _report(stopped, args)
     except BaseException as error:  # 1 is an answer, so nothing that was not judged may end with it
@@ -204,7 +204,7 @@ def run(args: list[str]) -> int:
             return _stop(how)
         known = explain_machine(error)
         if known is None:
-            show_traceback()  # a defect of kvtool: whoever reports it needs the place
+            show_traceback()  # a defect of kvtool: a report of it needs the traceback
             return KvtoolError.exit_code
         return _report(known, args)
 

@@ -65,7 +65,7 @@ def listen() -> None:
 
 
 def forget() -> None:
-    """Begin anew: no signal was received."""
+    """Start over, as if no signal had come."""
     _signals.first_at = _signals.pending = None
 
 

@@ -57,7 +57,7 @@ def take_lock(path: Path, where: str, kind: str, folder: Folder | None = None) -
     except OSError as error:
         lock.close()
         raise FileError(f"{where}: cannot be locked ({error.strerror})") from error
-    if not _is_at(place, lock):  # whoever held it has removed it meanwhile
+    if not _is_at(place, lock):  # its last owner has removed it meanwhile
         lock.close()
         return take_lock(path, where, kind, folder)
     return lock

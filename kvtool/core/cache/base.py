@@ -205,7 +205,8 @@ class Cache(ABC):
         return step
 
     def make_room(self, n_new: int) -> int:
-        """As `begin`, but only -> how many tokens stand before them."""
+        """The first part of `begin` -> how many tokens come before the new ones. Raises UsageError
+        for a step without tokens, and CapacityError."""
         start = 0 if self.recompute else self.length
         if n_new < 1:
             raise UsageError(f"a step needs 1 token or more (found {n_new})")

@@ -17,7 +17,7 @@ from kvtool.core.native.arrays import Array
 
 
 class SourceAddresses(NamedTuple):
-    """Where a source's keys and values are, and which of them each row sees."""
+    """Where a source's keys and values are, and which columns each row sees."""
 
     addresses: Array  # (2,layers) of keys and values, (B,Hkv,columns,D)
     columns: int
@@ -44,8 +44,8 @@ class CrossCache:
         return kernels.attention(q, k, v, self.mask[:, None, None, :], False)
 
     def step_addresses(self, spec: CacheSpec, batch: int) -> SourceAddresses | None:
-        """For code that reads memory by itself; None if this is not a source for `batch` rows of a
-        cache with that spec, or if what a row sees of it does not stand side by side."""
+        """For compiled code; None if this is not a source for `batch` rows of a cache with that
+        spec, or if the columns that a row sees are not one range."""
         mask, pairs = self.mask, self.layers
         if not self._is_unpatched() or len(pairs) != spec.n_layers:
             return None
@@ -79,4 +79,4 @@ class CrossCache:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-ATTEND = CrossCache.attend  # whoever replaces it is not passed over
+ATTEND = CrossCache.attend  # a patch of it is not passed over

@@ -22,8 +22,9 @@ class SlidingCache(BufferedCache):
     """Keeps the first `sinks` positions of each row, and the last `window`: what `visible` shows.
 
     A window without the first tokens, which draw much attention, makes a model fail (StreamingLLM,
-    Xiao 2023). Positions stay absolute and are not renumbered within the cache, as they are there: so the logits are those of one pass under the same window, and `capacity` still bounds
-    the length of the text, not only what is held.
+    Xiao 2023). Positions stay absolute, where StreamingLLM renumbers them within the cache: so the
+    logits are those of one pass under the same window, and `capacity` still bounds the length of
+    the text, not only what is held.
 
     Columns: the sinks, then the tokens from number `_first` on in order of arrival. When they reach
     the end, the last `window - 1 + slack` are moved to the start, which an eighth of a window of
@@ -100,8 +101,10 @@ class SlidingCache(BufferedCache):
         start = self.make_room(n_new)
         self._evict_for(start, n_new)
         padding = self._padding()
-        sinks = None if padding is None else self._columns_of_sinks(padding)
-        if sinks is None or start + n_new - self._first > self._room:
+        if padding is None or start + n_new - self._first > self._room:
+            return None
+        sinks = self._columns_of_sinks(padding)
+        if sinks is None:
             return None
         slot = self._n_sinks + start - self._first
         return self._addresses_from(start, n_new, slot, padding, self.window, sinks)

@@ -1,13 +1,13 @@
 """Kernels whose results do not depend on shapes: cached equals uncached, bit for bit.
 
 Floating point adds in an order that PyTorch chooses by the shape of the whole call, so a token gets
-other bits alone than among others. Here every token has a computation that the model and its own
-place decide:
+other bits alone than among others. Here the model and a token's own position decide how it is
+computed:
 
 - `rows`: each token goes through its layers by itself, in native code, or where that cannot be used
   (core/native/arrays.py) in calls of its own and in fresh memory.
-- `attention`: each query meets the keys that it sees, and no others: as many as tokens stand before
-  it, whether they were computed just now or come from a cache.
+- `attention`: each query attends to the keys that it sees, and to no masked ones, whether they were
+  computed just now or come from a cache.
 
 So a token's logits are the same in every split of its sequence into steps, behind any padding and
 beside any other rows, by construction, on one machine with one number of threads. A cache must hand

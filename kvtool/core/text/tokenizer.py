@@ -103,7 +103,7 @@ class Tokenizer:
             return FileError(f"{path}: is not a tokenizer ({said})")
 
         try:
-            data = parse_json(text)  # it says one thing, whoever reads it
+            data = parse_json(text)  # it says the same to every parser
         except ValueError as error:
             raise failed(str(error)) from error
         with Asking(failed, careful=True):

@@ -92,7 +92,7 @@ class Task(Protocol):
 
 
 class Watcher(Protocol):
-    """Who is told how it goes; a progress bar is one."""
+    """Is told about progress; a progress bar is one."""
 
     def advance(self, n: int = 1) -> None:
         """So many more steps are done."""
@@ -261,7 +261,7 @@ class Trainer:
         with fused.in_training(), amp:
             loss, n = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss * self.team.share.of).backward()  # the team takes the mean of the gradients
+        (loss * self.team.share.world_size).backward()  # the team takes the mean of the gradients
         parts = self.team.gather(float(loss.detach()), n)
         value = self._finite("loss", sum(part[0] for part in parts), at.step + 1)
         length = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
