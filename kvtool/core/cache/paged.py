@@ -27,7 +27,7 @@ class PagedStep(Step):
 
     pages (B,n): the pages of each row, in the order of their tokens; None if the step's own tokens
         are the first, and so all that there is to read.
-    first: the first page of an only row whose pages follow one another in the pool, if they do.
+    first: the first page of an only row whose pages are contiguous in the pool, if they are.
     empty (page,1) bool: the columns of the last page that hold nothing yet.
     """
 
@@ -109,7 +109,9 @@ class PagedCache(DirectAccess, Cache):
         pages = self._pages()
         numbers = torch.arange(start, start + n_new, device=self.spec.device)
         if start:
-            return self._device_step(numbers, self.left_padding, pages, _first_of_run(self._table))
+            return self._device_step(
+                numbers, self.left_padding, pages, _first_contiguous(self._table)
+            )
         q_pos, slots = self._at(numbers, self.left_padding), self._slots(pages, numbers)
         mask = None if self.left_padding is None else make_mask(q_pos, q_pos)
         return PagedStep(q_pos, q_pos, slots, mask, mask is None, self.spec.kernels)
@@ -138,7 +140,7 @@ class PagedCache(DirectAccess, Cache):
             return None
         start = self.make_room(1)
         tables = (self._pages(), *self._padding_table())
-        form = (_first_of_run(self._table),)
+        form = (_first_contiguous(self._table),)
         self._begun = 1
         return GraphStep(start, tables, form, [*self.pool.keys, *self.pool.values])
 
@@ -149,11 +151,11 @@ class PagedCache(DirectAccess, Cache):
         return self._device_step(start, padding, tables[0], *form)
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
-        """Of an only row whose pages follow one another, so that its tokens do."""
+        """Of an only row whose pages are contiguous in the pool, so that its tokens are."""
         if len(self._table) != 1 or not self._is_unpatched():
             return None
         start = self.make_room(n_new)
-        first = _first_of_run(self._table)
+        first = _first_contiguous(self._table)
         padding, addresses = self._padding(), self._addresses_of(self.pool.keys, self.pool.values)
         if first is None or padding is None or addresses is None:
             return None
@@ -201,8 +203,8 @@ class PagedCache(DirectAccess, Cache):
         return found
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """As Cache.write; gives views of the pool for an only row whose pages follow one another,
-        and gathers the pages otherwise."""
+        """As Cache.write; gives views of the pool for an only row whose pages are contiguous, and
+        gathers the pages otherwise."""
         assert isinstance(step, PagedStep)
         buffers = self.pool.keys[layer], self.pool.values[layer]
         for buffer, new in zip(buffers, (k, v), strict=True):
@@ -291,7 +293,7 @@ class PagedCache(DirectAccess, Cache):
             for row in self._table
             for i, page in enumerate(row[:n])
         }
-        times = 2 if _first_of_run(self._next_table()) is None else 1
+        times = 2 if _first_contiguous(self._next_table()) is None else 1
         read = times * self._n_pages(self.length + 1) * self.page * self.batch
         return Bytes(allocated, sum(filled.values()) * token, read * token)
 
@@ -322,8 +324,8 @@ class PagedCache(DirectAccess, Cache):
 PagedCache.freeze_methods("_device_step", "_slots", "_gather", "_pages")
 
 
-def _first_of_run(table: list[list[int]]) -> int | None:
-    """The first page of an only row whose pages follow one another, if they do."""
+def _first_contiguous(table: list[list[int]]) -> int | None:
+    """The first page of an only row whose pages are contiguous in the pool, if they are."""
     if len(table) != 1 or not table[0]:
         return None
     first, n = table[0][0], len(table[0])
