@@ -67,8 +67,8 @@ class DefaultKernels:
         4. one query by products: on a GPU, with a mask or many float32 keys
         5. SDPA without cuDNN: all else on a GPU, without gradients
         6. products: training in bfloat16 on a CPU with few keys
-        7. float32: and with more keys, by these routes again
-        8. one query in float32: in a half format on a CPU, where native code cannot be used
+        7. float32: the same with more keys, by these routes again
+        8. one query in float32: in a half format on a CPU where native code cannot be used
         9. SDPA: everything else
         """
         if isinstance(mask, LazyMask):
@@ -98,7 +98,7 @@ class DefaultKernels:
     def _in_float32(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     ) -> Tensor:
-        """bfloat16 in and out; the backward pass of PyTorch's own takes 2 to 8 times as long."""
+        """bfloat16 in and out; many keys by products take 3 times as long (docs/training.md)."""
         with torch.autocast("cpu", enabled=False):  # or they become bfloat16 again
             return self.attention(q.float(), k.float(), v.float(), mask, causal).bfloat16()
 
