@@ -41,6 +41,7 @@ class Command(HelpPage, ListCommand):
     """Every command: lists in every habit, and a page of help that fits a narrow terminal."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As click's. Raises UsageError for an option that was given as an empty text."""
         if not ctx.resilient_parsing:
             self._refuse_empty(ctx, args)
         try:
@@ -63,6 +64,7 @@ class Command(HelpPage, ListCommand):
                     raise UsageError(f"{flag}: is empty (expected {param.metavar})")
 
     def invoke(self, ctx: Any) -> Any:
+        """As click's. Raises UsageError for two options that write to the same file."""
         params: list[Any] = list(self.get_params(ctx))
         check_apart(named(params, ctx.params))
         return super().invoke(ctx)
@@ -72,9 +74,11 @@ class Commands(HelpPage, TyperGroup):
     """The group of all commands in the registry, each loaded when it is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
+        """All names, without loading a command."""
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command, loaded now; None for a name that is not registered."""
         if cmd_name not in COMMANDS:
             return None
         if cmd_name not in self.commands:
@@ -89,6 +93,7 @@ class Commands(HelpPage, TyperGroup):
         return self.commands[cmd_name]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As click's. Raises UsageError for an unknown command."""
         name = args[0]
         if not ctx.resilient_parsing and not name.startswith("-"):
             _require_command(name, args[1:])
@@ -191,7 +196,7 @@ def run(args: list[str]) -> int:
         # rich turns a closed pipe into SystemExit(1), which here would read as "a mismatch"
         if isinstance(error.__context__, BrokenPipeError):
             return _close_pipe()
-        # Whoever ends the process from within, the user's own decoder say: nothing was finished.
+        # Something within ended the process, the user's own decoder say: nothing was finished.
         stopped = KvtoolError(f"the work was ended from within (SystemExit: {error.code})")
         return _report(stopped, args)
     except BaseException as error:  # 1 is an answer, so nothing that was not judged may end with it
@@ -199,7 +204,7 @@ def run(args: list[str]) -> int:
             return _stop(how)
         known = explain_machine(error)
         if known is None:
-            show_traceback()  # a defect of kvtool: whoever reports it needs the place
+            show_traceback()  # a defect of kvtool: a report of it needs the traceback
             return KvtoolError.exit_code
         return _report(known, args)
 

@@ -218,6 +218,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head: `head_size`, or by default d_model / n_heads."""
         return self.head_size or self.d_model // self.n_heads
 
     def has_bias(self, part: str) -> bool:

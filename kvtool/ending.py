@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from types import FrameType
@@ -65,7 +65,7 @@ def listen() -> None:
 
 
 def forget() -> None:
-    """Begin anew: no signal was received."""
+    """Start over, as if no signal had come."""
     _signals.first_at = _signals.pending = None
 
 
@@ -103,7 +103,7 @@ def _handled(handler: Handler) -> Iterator[None]:
         yield  # signals are obeyed in the main thread alone
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    obeyed = {number: usual for number, usual in before.items() if callable(usual)}
+    obeyed = {n: usual for n, usual in before.items() if usual not in (None, signal.SIG_IGN)}
     for number in obeyed:
         signal.signal(number, handler)
     try:
@@ -131,6 +131,22 @@ def held() -> Iterator[None]:
     finally:
         if came:
             signal.raise_signal(came[0][0])
+
+
+@contextmanager
+def noted(insist: bool = False) -> Iterator[Callable[[], int]]:
+    """Let a signal only leave its number, which a block asks for between its steps (0: none came),
+    so that a step is finished and saved. A second one takes effect at once, unless `insist`."""
+    came: list[int] = []
+    with ExitStack() as handled:
+
+        def note(number: int, frame: FrameType | None) -> None:
+            came.append(number)
+            if not insist:
+                handled.close()
+
+        handled.enter_context(_handled(note))
+        yield lambda: came[0] if came else 0
 
 
 def signals_at_default() -> AbstractContextManager[None]:

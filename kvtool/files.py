@@ -44,8 +44,8 @@ def take_lock(path: Path, where: str, kind: str, folder: Folder | None = None) -
     """
     import fcntl
 
-    place = (path, None) if folder is None else (path.name, folder.handle)
-    lock = open_lock(place[0], where, place[1])
+    name, handle = (path, None) if folder is None else (path.name, folder.handle)
+    lock = open_lock(name, where, handle)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -57,14 +57,13 @@ def take_lock(path: Path, where: str, kind: str, folder: Folder | None = None) -
     except OSError as error:
         lock.close()
         raise FileError(f"{where}: cannot be locked ({error.strerror})") from error
-    if not _is_at(place, lock):  # whoever held it has removed it meanwhile
+    if not _is_at(name, handle, lock):  # its last owner has removed it meanwhile
         lock.close()
         return take_lock(path, where, kind, folder)
     return lock
 
 
-def _is_at(place: tuple[str | Path, int | None], file: io.TextIOWrapper) -> bool:
-    name, folder = place
+def _is_at(name: str | Path, folder: int | None, file: io.TextIOWrapper) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(name, dir_fd=folder))
     except FileNotFoundError:

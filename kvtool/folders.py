@@ -56,7 +56,7 @@ class Folder:
         try:
             mode = os.lstat(name, dir_fd=self.handle).st_mode
         except OSError:
-            return  # whoever opens it tells
+            return  # opening it will tell
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             found = LINK if stat.S_ISLNK(mode) else OTHER
             raise FileError(f"{self.path / name}: is {found} (expected {expected})")

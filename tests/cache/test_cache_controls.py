@@ -155,7 +155,7 @@ class Unlimited(StaticCache):
 
     def begin(self, n_new: int) -> Step:
         self._begun = n_new
-        step = self._place(self.length, n_new)
+        step = self._make_step(self.length, n_new)
         return dataclasses.replace(step, slots=step.slots % self.spec.capacity)
 
 

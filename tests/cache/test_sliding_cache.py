@@ -363,10 +363,10 @@ def test_a_bug_of_each_kind_that_windows_had_is_seen() -> None:
     """The checks above can fail: off by one, dropped sinks, a store before the read."""
 
     class OneLess(SlidingCache):
-        def _place(self, start: int, n_new: int) -> Step:
+        def _make_step(self, start: int, n_new: int) -> Step:
             self.window -= 1
             try:
-                return super()._place(start, n_new)
+                return super()._make_step(start, n_new)
             finally:
                 self.window += 1
 

@@ -30,7 +30,7 @@ from checkpoint_cases import (
 from kvtool import reading
 from kvtool.config import ModelConfig
 from kvtool.core import machine
-from kvtool.core.checkpoint import checkpoint
+from kvtool.core.checkpoint import checkpoint, sizes
 from kvtool.core.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
 
@@ -349,7 +349,7 @@ def test_a_million_positions_fit_beside_the_weights_of_a_model_that_has_them(
     weights = 2**34 if nbytes > 2**31 else 8
     source = SimpleNamespace(tensors={"a": TensorInfo(torch.float16, (weights // 2,), 0, weights)})
     with nullcontext() if fits else pytest.raises(FileError, match="beside its weights"):
-        checkpoint.require_tables(Path("config.json"), nbytes, source)
+        sizes.require_tables(Path("config.json"), nbytes, source)
 
 
 def test_a_context_beyond_the_memory_is_refused_before_its_table_is_made(

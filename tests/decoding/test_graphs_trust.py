@@ -340,7 +340,7 @@ def test_how_a_step_is_placed_may_be_changed_at_any_time(
         first, before = case.steps(9), case.steps(10)
         with monkeypatch.context() as patch:
             place: Any = case.cache if level == "object" else type(case.cache)
-            patch.setattr(place, "_step", seeing_itself_alone(place._step))
+            patch.setattr(place, "_device_step", seeing_itself_alone(place._device_step))
             changed = case.steps(12)
         return torch.cat([first, before, changed, case.steps(N)], dim=1)
 

@@ -20,7 +20,7 @@ from kvtool.core.cache.static import StaticCache
 from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import DEFAULT, DefaultKernels, Kernels, reference_attention
 from kvtool.core.kernels.exact import EXACT, ExactKernels, aligned
-from kvtool.core.kernels.sight import visible
+from kvtool.core.kernels.masks import visible
 from kvtool.core.models import Model
 from kvtool.core.models.layers import MLP
 from small_models import random_model

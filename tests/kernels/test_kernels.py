@@ -23,7 +23,7 @@ from kvtool.core.kernels.default import (
     make_kernels,
     reference_attention,
 )
-from kvtool.core.kernels.sight import visible
+from kvtool.core.kernels.masks import visible
 from kvtool.core.native import arrays as native
 from kvtool.errors import UsageError
 
@@ -200,7 +200,7 @@ def test_plans_for_each_number_of_keys_are_made_only_where_others_may_not_be_cho
     enabled = torch.backends.cuda.cudnn_sdp_enabled
     with sdpa_kernel(asked or list(SDPBackend.__members__.values())):
         before = enabled()
-        with kernels.PLANS.off():
+        with kernels.CUDNN.off():
             assert enabled() == chosen
         assert enabled() == before
 
@@ -208,7 +208,7 @@ def test_plans_for_each_number_of_keys_are_made_only_where_others_may_not_be_cho
 def test_two_threads_leave_the_process_as_it_was() -> None:
     enabled = torch.backends.cuda.cudnn_sdp_enabled
     before = enabled()
-    one, other = kernels.PLANS.off(), kernels.PLANS.off()
+    one, other = kernels.CUDNN.off(), kernels.CUDNN.off()
     one.__enter__()
     other.__enter__()
     one.__exit__(None, None, None)

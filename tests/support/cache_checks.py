@@ -23,7 +23,7 @@ from helpers import (
 )
 from kvtool.core.cache import EMPTY, Cache, CacheSpec, Step
 from kvtool.core.cache.none import NoCache
-from kvtool.core.kernels.sight import visible
+from kvtool.core.kernels.masks import visible
 from kvtool.errors import CacheOpUnsupported, UsageError
 
 
@@ -95,7 +95,7 @@ class Recorder(NoCache):
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         self.seen[layer] = k, v
         if step.quantization is not None:
-            return step.quantization.both(k, v, step.q_pos)
+            return step.quantization.both_copies(k, v, step.q_pos)
         return k, v
 
     def stored(self, layer: int, n: int, like: Cache) -> tuple[Tensor, Tensor]:

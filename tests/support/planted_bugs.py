@@ -25,8 +25,8 @@ def moved(shift: Callable[[Cache, int], int]) -> type[Cache]:
     """A cache whose tokens stand `shift` places further than they should."""
 
     class Moved(DynamicCache):
-        def _place(self, start: int, n_new: int) -> Step:
-            step = super()._place(start, n_new)
+        def _make_step(self, start: int, n_new: int) -> Step:
+            step = super()._make_step(start, n_new)
             return dataclasses.replace(step, q_pos=step.q_pos + shift(self, start))
 
     return Moved
@@ -36,8 +36,8 @@ def masked(rule: Callable[[Step], Tensor]) -> type[Cache]:
     """A cache whose decoding steps use another mask."""
 
     class Masked(DynamicCache):
-        def _place(self, start: int, n_new: int) -> Step:
-            step = super()._place(start, n_new)
+        def _make_step(self, start: int, n_new: int) -> Step:
+            step = super()._make_step(start, n_new)
             return dataclasses.replace(step, mask=rule(step), causal=False) if start else step
 
     return Masked
@@ -46,8 +46,8 @@ def masked(rule: Callable[[Step], Tensor]) -> type[Cache]:
 class WholeBuffer(StaticCache):
     """Slots that nothing was written to are attended."""
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         if not start or step.mask is None:
             return step
         return dataclasses.replace(step, mask=torch.ones_like(step.mask))
@@ -56,8 +56,8 @@ class WholeBuffer(StaticCache):
 class WrongSlot(StaticCache):
     """Every new token overwrites the last of the prompt."""
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         return dataclasses.replace(step, slots=step.slots - 1) if start else step
 
 

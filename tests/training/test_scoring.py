@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Callable
 from math import exp
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cli_probe import Ran
+from kvtool.core.training import scoring
 from kvtool.core.training.scoring import Score, detokenize, score_sequences, score_translations
 from kvtool.errors import UsageError
 
@@ -34,6 +40,36 @@ def test_rates_are_percentages_over_the_corpus_not_means_over_words():
     assert score == Score(n=2, n_wrong=1, n_edits=1, n_reference_tokens=5)
     assert score.wer == 50.0
     assert score.token_error_rate == 20.0
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [(["sacrebleu"], "sacrebleu is"), (["rapidfuzz", "sacrebleu"], "rapidfuzz and sacrebleu are")],
+)
+def test_training_that_could_not_be_scored_is_refused_before_it_begins(
+    kv: Callable[..., Ran],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: list[str],
+    said: str,
+) -> None:
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    ran = kv("--steps", "1", "--out", str(tmp_path / "run"), command="train-seq2seq")
+    assert ran.code == 2 and not (tmp_path / "run").exists()
+    assert f"train-seq2seq: {said} not installed" in ran.err
+    assert "pip install 'kvtool[train]'" in ran.err
+
+
+def test_nothing_but_scores_uses_the_libraries_of_the_extra() -> None:
+    package = Path(scoring.__file__).parents[2]
+    users = {
+        path.name
+        for path in package.rglob("*.py")
+        for name in scoring.LIBRARIES
+        if re.search(rf"^\s*(from|import) {name}\b", path.read_text("utf-8"), re.MULTILINE)
+    }
+    assert users == {"scoring.py"}
 
 
 def test_a_sequence_that_equals_any_reference_is_right():

@@ -111,7 +111,7 @@ def test_a_stopped_team_saves_the_step_and_goes_on_to_the_same_bytes(
     start: Start, two: tuple[Path, str, str], tmp_path: Path
 ) -> None:
     out, waits, step = tmp_path / "run", tmp_path / "waits", 12
-    held = [str(Path(__file__).with_name("held_training.py")), str(step), str(waits)]
+    held = [str(Path(__file__).parents[1] / "support" / "held_training.py"), str(step), str(waits)]
     process = start(out, "--steps", str(STEPS), program=held)
     while not waits.exists() and process.poll() is None:
         time.sleep(0.01)

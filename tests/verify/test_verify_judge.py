@@ -124,8 +124,8 @@ def test_a_session_says_itself_why_it_proves_nothing() -> None:
 
 def test_a_wrong_cache_is_not_excused_by_being_unused() -> None:
     class Wrong(NoCache):
-        def _place(self, start: int, n_new: int) -> Step:
-            step = super()._place(start, n_new)
+        def _make_step(self, start: int, n_new: int) -> Step:
+            step = super()._make_step(start, n_new)
             return dataclasses.replace(step, q_pos=step.q_pos + 1)
 
     assert judged(Wrong).verdict == BUG
@@ -144,8 +144,8 @@ def test_a_bug_is_dated_to_the_step_in_which_it_begins(late: int) -> None:
 
 def test_a_bug_in_the_prompt_alone_is_dated_to_step_0() -> None:
     class WrongPrompt(DynamicCache):
-        def _place(self, start: int, n_new: int) -> Step:
-            step = super()._place(start, n_new)
+        def _make_step(self, start: int, n_new: int) -> Step:
+            step = super()._make_step(start, n_new)
             return step if start else dataclasses.replace(step, causal=False)
 
     found = judged(WrongPrompt)

@@ -97,8 +97,8 @@ def test_wrong_positions_show_in_rotated_queries_or_in_the_input_that_they_add_t
 
 def test_a_key_too_few_is_told_with_the_token_and_both_numbers() -> None:
     class SeesLess(DynamicCache):
-        def _place(self, start: int, n_new: int) -> Step:
-            step = super()._place(start, n_new)
+        def _make_step(self, start: int, n_new: int) -> Step:
+            step = super()._make_step(start, n_new)
             mask = (step.k_pos > 0)[:, None, None].expand(-1, 1, n_new, -1)
             return dataclasses.replace(step, mask=mask, causal=False) if start else step
 

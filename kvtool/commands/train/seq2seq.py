@@ -60,8 +60,10 @@ def run(settings: Settings, out: Output) -> t.Trained:
     """Train, then decode all held-out sources with the best checkpoint."""
     from kvtool.core.models import build_model
     from kvtool.core.training.pairs import load_data
+    from kvtool.core.training.scoring import require_libraries
     from kvtool.core.training.translation import Translation
 
+    require_libraries()
     device = t.device_of(settings.run, settings.train)
     splits = load_data(settings.data, settings.valid, settings.test)
     for note in splits.notes:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvtool.core.bench.timing import TimedRun, Workload, now
 from kvtool.core.cache import CacheSpec, make_cache
-from kvtool.core.checkpoint.checkpoint import CONFIG
 from kvtool.core.checkpoint.families import FAMILIES
+from kvtool.core.checkpoint.weight_files import CONFIG
 from kvtool.core.decoding.engine import generate
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.machine import require_memory
@@ -41,6 +41,7 @@ class Clock:
         self.stamps: list[float] = []
 
     def put(self, tokens: Tensor) -> None:
+        """Note the time, in seconds, at which these tokens were there."""
         self.stamps.append(now(self.device))
 
     def end(self) -> None:
@@ -154,6 +155,7 @@ class Agreement:
 
     @property
     def right(self) -> bool:
+        """Whether nothing but rounding tells the two apart."""
         return self.gap <= ROUNDING and (self.margin is None or self.margin <= ROUNDING)
 
     def __str__(self) -> str:

@@ -67,7 +67,7 @@ class Work(Protocol):
 
 
 class Contender(NamedTuple):
-    """Who is timed: a kind of cache of an implementation."""
+    """What is timed: a kind of cache of an implementation."""
 
     kind: str
     work: Work
@@ -93,14 +93,17 @@ class Cell:
 
     @property
     def samples(self) -> list[float]:
+        """What each run took, in seconds."""
         return [run.seconds for run in self.runs]
 
     @property
     def bytes_measured(self) -> int:
+        """Bytes that the cache occupied at the end of the last run; 0 before the first."""
         return self.runs[-1].nbytes if self.runs else 0
 
     @property
     def median(self) -> float | None:
+        """Of the samples, in seconds; None before the first run."""
         return statistics.median(self.samples) if self.runs else None
 
     @property
@@ -152,8 +155,8 @@ class Workload:
     def _rehearse(
         self, kind: str, n_new: int
     ) -> tuple[DecodingForm, Cache, CrossCache | None] | None:
-        """Who has recorded the steps of such a run, on which cache, empty again, and on which
-        source, of the same contents as others will be; None where steps are not recorded."""
+        """The decoder that has captured the steps of such a run, its cache, empty again, and its
+        source, which equals that of later runs; None where steps are not captured."""
         if graphs.capture_for(self.prompt.device) is None:
             return None
         decode = decoding_form(self.model)

@@ -53,6 +53,7 @@ class Bandwidth:
 
     @property
     def best(self) -> float:
+        """The highest rate, in bytes a second."""
         return max(self.rates)
 
     @property

@@ -10,22 +10,16 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from operator import attrgetter
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
-from kvtool.core.cache.places import GraphStep, StepAddresses, buffer_addresses, none_of_each
 from kvtool.core.cache.quantization import Quantization
 from kvtool.core.kernels.default import DEFAULT, Kernels
-from kvtool.core.kernels.sight import Sight, sees
-from kvtool.core.native.arrays import Array
+from kvtool.core.kernels.masks import LazyMask, make_mask
 from kvtool.errors import CapacityError, UsageError
-
-# How a cache stores and reads.
-STORAGE_METHODS = ("begin", "_place", "_positions", "_at", "step_at", "write", "attend", "commit")
 
 EMPTY = -(2**30)  # the position of a key column that holds nothing; no padding is that long
 
@@ -80,15 +74,15 @@ class Step:
     k_pos (B,S): absolute position held by each key column, EMPTY = nothing. If a position is there
         twice, quantized and exactly, `mask` lets each query see one of the two.
     slots (T,): the storage column of each new token.
-    mask (B,1,T,S) bool, or None if every query sees every column (or `causal`); a Sight in place of
-        one that would be large.
+    mask (B,1,T,S) bool, or None if every query sees every column (or `causal`); a LazyMask for one
+        that would be large.
     causal: T == S, in order, and nothing else is masked.
     """
 
     q_pos: Tensor
     k_pos: Tensor
     slots: Tensor
-    mask: Tensor | Sight | None
+    mask: Tensor | LazyMask | None
     causal: bool
     kernels: Kernels = DEFAULT
     quantization: Quantization | None = None  # of a pass without a cache, if it has any
@@ -118,11 +112,11 @@ class Step:
         if left_padding is not None:
             q_pos = q_pos - left_padding[:, None]
         if quantization is None or not n_quantized:
-            mask = sees(q_pos, q_pos, window, sinks)
+            mask = make_mask(q_pos, q_pos, window, sinks)
             return cls(q_pos, q_pos, slots, mask, False, kernels)
         k_pos = torch.cat([q_pos[:, :n_quantized], q_pos], dim=1)
-        met = quantization.met(range(n), range(n_quantized), range(n)).to(slots.device)
-        mask = sees(q_pos, k_pos, window, sinks, met)
+        copies = quantization.copy_rule(range(n), range(n_quantized), range(n)).to(slots.device)
+        mask = make_mask(q_pos, k_pos, window, sinks, copies)
         return cls(q_pos, k_pos, slots, mask, False, kernels, quantization)
 
     def within(self, window: int) -> Step:
@@ -132,10 +126,10 @@ class Step:
         """
         if not window or (self.causal and self.q_pos.shape[1] <= window):
             return self
-        mask: Tensor | Sight
+        mask: Tensor | LazyMask
         if self.causal or self.mask is None:
-            mask = sees(self.q_pos, self.k_pos, window)
-        elif isinstance(self.mask, Sight):
+            mask = make_mask(self.q_pos, self.k_pos, window)
+        elif isinstance(self.mask, LazyMask):
             mask = self.mask.within(window)
         else:
             near = self.q_pos[:, :, None] - self.k_pos[:, None] < window
@@ -150,14 +144,6 @@ class Step:
         return cls(q_pos, q_pos, slots, mask[:, None, None, :], False, kernels)
 
 
-class MethodSnapshot(NamedTuple):
-    """The methods by which a kind stores and reads."""
-
-    names: frozenset[str]
-    get: attrgetter[tuple[Any, ...]]
-    found: tuple[Any, ...]
-
-
 class Bytes(NamedTuple):
     """Memory of a cache, in bytes."""
 
@@ -167,6 +153,7 @@ class Bytes(NamedTuple):
 
     @property
     def overhead(self) -> int:
+        """Bytes that hold no committed token."""
         return self.allocated - self.live
 
 
@@ -187,8 +174,6 @@ class Cache(ABC):
     window: int = 0  # how many positions a token sees, its own included; 0: all before it
     sinks: int = 0  # and how many of the first ones, always
     page: int = 0  # tokens of a page; 0: columns are not in pages
-    _frozen: ClassVar[MethodSnapshot]  # of a kind that has `step_addresses` or `graph_step`
-    _opened: tuple[Any, Array] | None = None  # what `step_addresses` found, and the addresses
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
         """An empty cache; left_padding (B,) counts the padding tokens at the start of each row."""
@@ -215,12 +200,13 @@ class Cache(ABC):
     def begin(self, n_new: int) -> Step:
         """Make room for `n_new` tokens a row and say where they stand. Raises CapacityError."""
         start = self.make_room(n_new)
-        step = self._place(start, n_new)
+        step = self._make_step(start, n_new)
         self._begun = n_new
         return step
 
     def make_room(self, n_new: int) -> int:
-        """As `begin`, but only -> how many tokens stand before them."""
+        """The first part of `begin` -> how many tokens come before the new ones. Raises UsageError
+        for a step without tokens, and CapacityError."""
         start = 0 if self.recompute else self.length
         if n_new < 1:
             raise UsageError(f"a step needs 1 token or more (found {n_new})")
@@ -233,7 +219,7 @@ class Cache(ABC):
         return start
 
     @abstractmethod
-    def _place(self, start: int, n_new: int) -> Step:
+    def _make_step(self, start: int, n_new: int) -> Step:
         """The Step of `n_new` tokens behind the first `start`; capacity has been checked."""
 
     @abstractmethod
@@ -244,84 +230,6 @@ class Cache(ABC):
         """Store k, v (B,Hkv,T,D) and attend with q (B,H,T,D) -> (B,H,T,D)."""
         keys, values = self.write(layer, k, v, step)
         return step.kernels.attention(q, keys, values, step.mask, step.causal)
-
-    def step_addresses(self, n_new: int) -> StepAddresses | None:
-        """As `begin`, for code that stores and reads by itself; None from a cache whose memory or
-        methods are not as that code expects. Raises CapacityError."""
-        return None
-
-    def graph_step(self) -> GraphStep | None:
-        """As `begin(1)`, for who plays a recording of `step_at` and what follows it; None from a
-        kind that is not compilable, from a cache whose methods have been replaced, and for a step
-        that is not like others. Raises CapacityError."""
-        return None
-
-    def step_at(
-        self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
-    ) -> Step:
-        """What `begin(1)` gives behind `start` (1,) tokens, and for the rest of a GraphStep, by
-        device work alone."""
-        raise NotImplementedError(f"{self.kind} is not compilable")
-
-    def _padding_table(self) -> tuple[Tensor, ...]:
-        """The padding as one of the tables of a GraphStep, if there is any."""
-        return () if self.left_padding is None else (self.left_padding,)
-
-    @classmethod
-    def freeze_methods(cls, *more: str) -> None:
-        """Say that this kind is now as written: its STORAGE_METHODS, and `more` of its methods."""
-        names = frozenset({*STORAGE_METHODS, *more})
-        get = attrgetter(*names)
-        cls._frozen = MethodSnapshot(names, get, get(cls))
-
-    def _is_as_frozen(self) -> bool:
-        """Whether nobody has put other methods into it or its kind, which is none derived from one
-        that has `step_addresses` or `graph_step`: what those do must not be passed over."""
-        kind = type(self)
-        written: MethodSnapshot | None = vars(kind).get("_frozen")
-        if written is None:
-            return False
-        return written.get(kind) == written.found and written.names.isdisjoint(vars(self))
-
-    def _addresses_in(
-        self,
-        start: int,
-        n_new: int,
-        keys: list[Tensor],
-        values: list[Tensor],
-        columns: int,
-        slot: int,
-        offset: int = 0,
-        window: int = 0,
-        sinks: Array | None = None,
-    ) -> StepAddresses | None:
-        """The buffers of each layer, whose first column is `offset` bytes behind their beginning,
-        with the first new token in column `slot`, window and sinks as in StepAddresses; None unless
-        the buffers are alike and as the spec says, and hold all new tokens."""
-        padding = self._padding()
-        if padding is None or slot < 0 or slot + n_new > columns:
-            return None
-        all_ = [(x.data_ptr(), x.dtype) for x in (*keys, *values)]
-        found = keys[0].shape, self.spec.dtype, all_
-        if self._opened is None or found != self._opened[0]:
-            addresses = buffer_addresses(keys, values, found[0], self.spec.dtype)
-            if addresses is None:
-                return None
-            self._opened = found, addresses
-        self._begun = n_new
-        addresses = self._opened[1] + offset if offset else self._opened[1]
-        sinks = none_of_each(self.batch)[1] if sinks is None else sinks
-        return StepAddresses(start, padding, addresses, columns, slot, window, sinks)
-
-    def _padding(self) -> Array | None:
-        """How many tokens at the start of each row are none, (B,); None if that is not told."""
-        padded = self.left_padding
-        if padded is None:
-            return none_of_each(self.batch)[0]
-        if (padded.shape, padded.dtype) != ((self.batch,), torch.long) or not padded.is_cpu:
-            return None
-        padding = padded.numpy()
-        return None if (padding < 0).any() else padding
 
     def commit(self, n_new: int) -> None:
         """Make the first `n_new` tokens of the step part of the sequence; call it after all layers.

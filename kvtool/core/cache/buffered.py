@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
-from kvtool.core.cache.places import StepAddresses
-from kvtool.core.kernels.sight import sees
+from kvtool.core.cache.direct_access import DirectAccess, StepAddresses, no_sinks
+from kvtool.core.kernels.masks import make_mask
+from kvtool.core.native.arrays import Array
 
 
-class BufferedCache(Cache):
+class BufferedCache(DirectAccess, Cache):
     """Tokens stand in columns 0, 1, 2 ... of `_keys[layer]` and `_values[layer]`.
 
     Each of these is (rows,Hkv,columns,D). Columns behind `length` may hold anything: they are
@@ -62,20 +63,20 @@ class BufferedCache(Cache):
         self._reserve(start + n_new)
         return start
 
-    def _place(self, start: int, n_new: int) -> Step:
+    def _make_step(self, start: int, n_new: int) -> Step:
         end = start + n_new
         # A prompt has a shape of its own anyway, and is causal if it reads nothing behind itself.
         reach = end if start == 0 and n_new > 1 else self._reach(end)
         causal = start == 0 and reach == end and self.left_padding is None
         # One new token sees every filled column; without empty ones or padding nothing is masked.
-        # A compilable kind keeps the mask, or the last token of a block would be recorded anew.
+        # A compilable kind keeps the mask, or the last token of a block would need another capture.
         all_seen = n_new == 1 and reach == end and self.left_padding is None
         free = causal or (all_seen and not self.compilable)
         numbers = torch.arange(start, end, device=self.spec.device)
         hides = reach > end or self.compilable
-        return self._step(numbers, self.left_padding, reach, hides, causal, free)
+        return self._device_step(numbers, self.left_padding, reach, hides, causal, free)
 
-    def _step(
+    def _device_step(
         self,
         numbers: Tensor,
         padding: Tensor | None,
@@ -90,7 +91,7 @@ class BufferedCache(Cache):
         q_pos, k_pos = self._at(numbers, padding), self._at(columns, padding)
         if hides:
             k_pos = k_pos.masked_fill(columns > numbers[-1], EMPTY)
-        mask = None if free else sees(q_pos, k_pos)
+        mask = None if free else make_mask(q_pos, k_pos)
         return Step(q_pos, k_pos, numbers, mask, causal, self.spec.kernels)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -104,19 +105,33 @@ class BufferedCache(Cache):
         return keys.narrow(2, 0, reach), values.narrow(2, 0, reach)
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
-        if not self._is_as_frozen():
+        """Of the buffers, if the kind's methods are as it froze them."""
+        if not self._is_unpatched():
             return None
         start = self.make_room(n_new)
-        columns = self._sized()
-        if columns is None:
-            return None
-        return self._addresses_in(start, n_new, self._keys, self._values, columns, start)
+        return self._addresses_from(start, n_new, start, self._padding())
 
-    def _sized(self) -> int | None:
-        """How many columns there are; None unless the buffers are for the spec and all rows."""
-        rows, n_groups, columns, width = self._keys[0].shape
-        fits = (n_groups, width) == (self.spec.n_kv_heads, self.spec.head_dim)
-        return columns if fits and rows >= self.batch else None
+    def _addresses_from(
+        self,
+        start: int,
+        n_new: int,
+        slot: int,
+        padding: Array | None,
+        window: int = 0,
+        sinks: Array | None = None,
+    ) -> StepAddresses | None:
+        """The StepAddresses of new tokens whose columns begin with `slot`; None unless the padding
+        is known, and the buffers are as the spec says, with room for all of them."""
+        rows, n_kv_heads, columns, head_dim = self._keys[0].shape
+        fits = (n_kv_heads, head_dim) == (self.spec.n_kv_heads, self.spec.head_dim)
+        if not fits or rows < self.batch or not 0 <= slot <= columns - n_new:
+            return None
+        addresses = self._addresses_of(self._keys, self._values)
+        if padding is None or addresses is None:
+            return None
+        self._begun = n_new
+        sinks = no_sinks(self.batch) if sinks is None else sinks
+        return StepAddresses(start, padding, addresses, columns, slot, window, sinks)
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = (

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from kvtool.core.cache.base import CacheSpec
-from kvtool.core.cache.places import buffer_addresses
+from kvtool.core.cache.direct_access import buffer_addresses
 from kvtool.core.kernels.default import Kernels
 from kvtool.core.native import arrays as native
 from kvtool.core.native.arrays import Array
 
 
 class SourceAddresses(NamedTuple):
-    """Where a source's keys and values are, and which of them each row sees."""
+    """Where a source's keys and values are, and which columns each row sees."""
 
     addresses: Array  # (2,layers) of keys and values, (B,Hkv,columns,D)
     columns: int
@@ -44,10 +44,10 @@ class CrossCache:
         return kernels.attention(q, k, v, self.mask[:, None, None, :], False)
 
     def step_addresses(self, spec: CacheSpec, batch: int) -> SourceAddresses | None:
-        """For code that reads memory by itself; None if this is not a source for `batch` rows of a
-        cache with that spec, or if what a row sees of it does not stand side by side."""
+        """For compiled code; None if this is not a source for `batch` rows of a cache with that
+        spec, or if the columns that a row sees are not one range."""
         mask, pairs = self.mask, self.layers
-        if not self._is_as_frozen() or len(pairs) != spec.n_layers:
+        if not self._is_unpatched() or len(pairs) != spec.n_layers:
             return None
         if mask.dtype is not torch.bool or len(mask) != batch or not mask.is_cpu:
             return None
@@ -61,9 +61,9 @@ class CrossCache:
 
     def memory(self) -> list[Tensor] | None:
         """All tensors that `attend` reads; None if that is another method than ours."""
-        return [self.mask, *chain(*self.layers)] if self._is_as_frozen() else None
+        return [self.mask, *chain(*self.layers)] if self._is_unpatched() else None
 
-    def _is_as_frozen(self) -> bool:
+    def _is_unpatched(self) -> bool:
         ours = type(self) is CrossCache and CrossCache.attend is ATTEND
         return ours and "attend" not in vars(self)
 
@@ -79,4 +79,4 @@ class CrossCache:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-ATTEND = CrossCache.attend  # whoever replaces it is not passed over
+ATTEND = CrossCache.attend  # a patch of it is not passed over

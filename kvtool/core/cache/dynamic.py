@@ -52,4 +52,4 @@ class DynamicCache(BufferedCache):
         return columns * spec.token_nbytes
 
 
-DynamicCache.freeze_methods("_step", "_reach")
+DynamicCache.freeze_methods("_device_step", "_reach")

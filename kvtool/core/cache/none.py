@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvtool.core.cache.base import Bytes, Cache, CacheSpec, Step
-from kvtool.core.kernels.sight import sees
+from kvtool.core.kernels.masks import make_mask
 from kvtool.errors import CacheOpUnsupported
 
 
@@ -18,10 +18,10 @@ class NoCache(Cache):
     stores: ClassVar[bool] = False
     recompute: ClassVar[bool] = True
 
-    def _place(self, start: int, n_new: int) -> Step:
+    def _make_step(self, start: int, n_new: int) -> Step:
         pos = self._positions(start, start + n_new)
         slots = pos[0] if self.left_padding is None else pos[0] + self.left_padding[0]
-        mask = None if self.left_padding is None else sees(pos, pos)
+        mask = None if self.left_padding is None else make_mask(pos, pos)
         return Step(pos, pos, slots, mask, mask is None, self.spec.kernels)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:

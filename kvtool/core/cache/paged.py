@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import neg
 from typing import ClassVar
 
 import torch
@@ -15,75 +13,12 @@ from torch import Tensor
 
 from kvtool.config import check_int
 from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
-from kvtool.core.cache.places import GraphStep, StepAddresses
-from kvtool.core.kernels.sight import sees
+from kvtool.core.cache.direct_access import DirectAccess, GraphStep, StepAddresses, no_sinks
+from kvtool.core.cache.pool import Pool
+from kvtool.core.kernels.masks import make_mask
 from kvtool.errors import CapacityError
 
 PAGE = 16  # tokens
-
-
-class Pool:
-    """Pages for the rows of a cache and of its forks, with a count of the rows that use each.
-
-    Page p of a layer is `keys[layer][p]` and `values[layer][p]`, each (page,Hkv,D). A page that
-    nobody uses is free: `n_live + n_free == n_pages` at every moment.
-    """
-
-    def __init__(self, spec: CacheSpec, page: int, n_pages: int) -> None:
-        shape = (spec.n_kv_heads, n_pages, page, spec.head_dim)
-        self.keys = [
-            torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(spec.n_layers)
-        ]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.n_pages = n_pages
-        self.users = [0] * n_pages
-        self._free = list(range(n_pages))[::-1]  # the lowest last: it is taken next
-
-    @property
-    def n_free(self) -> int:
-        return len(self._free)
-
-    @property
-    def next_free(self) -> list[int]:
-        """The page that is taken next, if there is one."""
-        return self._free[-1:]
-
-    @property
-    def n_live(self) -> int:
-        return sum(n > 0 for n in self.users)
-
-    def take(self, n: int, sources: list[int]) -> list[int]:
-        """`n` free pages for one row each, the first of them copies of `sources`."""
-        taken = self._free[len(self._free) - n :][::-1]
-        if sources:
-            goals, old = (
-                torch.tensor(pages, device=self.keys[0].device)
-                for pages in (taken[: len(sources)], sources)
-            )
-            for buffer in (*self.keys, *self.values):
-                buffer.index_copy_(1, goals, buffer.index_select(1, old))
-        # Only now, when memory for the copies has not run out.
-        del self._free[len(self._free) - n :]
-        self.share(taken)
-        return taken
-
-    def share(self, pages: list[int]) -> None:
-        """Count one more row that uses each page."""
-        for page in pages:
-            self.users[page] += 1
-
-    def drop(self, pages: list[int]) -> None:
-        """Count one row less that uses each page; nobody's are free."""
-        for page in pages:
-            self.users[page] -= 1
-            if not self.users[page]:
-                insort(self._free, page, key=neg)
-
-    def drop_all(self, table: list[list[int]]) -> None:
-        """Empty every row of a table."""
-        for row in table:
-            self.drop(row)
-            row.clear()
 
 
 @dataclass(frozen=True)
@@ -92,7 +27,7 @@ class PagedStep(Step):
 
     pages (B,n): the pages of each row, in the order of their tokens; None if the step's own tokens
         are the first, and so all that there is to read.
-    first: the first page of an only row whose pages follow one another in the pool, if they do.
+    first: the first page of an only row whose pages are contiguous in the pool, if they are.
     empty (page,1) bool: the columns of the last page that hold nothing yet.
     """
 
@@ -101,7 +36,7 @@ class PagedStep(Step):
     empty: Tensor | None = None
 
 
-class PagedCache(Cache):
+class PagedCache(DirectAccess, Cache):
     """Pages of `page` tokens from one pool, and a table of each row's pages (vLLM, Kwon 2023).
 
     A row takes a page when its tokens reach it. `select` and `fork` copy tables, not tokens; a page
@@ -170,20 +105,22 @@ class PagedCache(Cache):
         self._take_pages(start, start + n_new)
         return start
 
-    def _place(self, start: int, n_new: int) -> Step:
+    def _make_step(self, start: int, n_new: int) -> Step:
         pages = self._pages()
         numbers = torch.arange(start, start + n_new, device=self.spec.device)
         if start:
-            return self._step(numbers, self.left_padding, pages, _first_of_run(self._table))
+            return self._device_step(
+                numbers, self.left_padding, pages, _first_contiguous(self._table)
+            )
         q_pos, slots = self._at(numbers, self.left_padding), self._slots(pages, numbers)
-        mask = None if self.left_padding is None else sees(q_pos, q_pos)
+        mask = None if self.left_padding is None else make_mask(q_pos, q_pos)
         return PagedStep(q_pos, q_pos, slots, mask, mask is None, self.spec.kernels)
 
     def _pages(self) -> Tensor:
         """The table (B,n) on the device."""
         return torch.tensor(self._table, device=self.spec.device)
 
-    def _step(
+    def _device_step(
         self, numbers: Tensor, padding: Tensor | None, pages: Tensor, first: int | None
     ) -> PagedStep:
         """The step of tokens with these numbers (T,) behind others: by device work alone."""
@@ -193,17 +130,17 @@ class PagedCache(Cache):
         k_pos = self._at(columns, padding).masked_fill(empty, EMPTY)
         return PagedStep(
             q_pos, k_pos, self._slots(pages, numbers),
-            sees(q_pos, k_pos),  # always there, or a full page would be recorded anew
+            make_mask(q_pos, k_pos),  # always there, or a full page would need another capture
             causal=False, kernels=self.spec.kernels,
             pages=pages, first=first, empty=empty[-self.page :, None],
         )  # fmt: skip
 
     def graph_step(self) -> GraphStep | None:
-        if not self.length or not self._is_as_frozen():
+        if not self.length or not self._is_unpatched():
             return None
         start = self.make_room(1)
         tables = (self._pages(), *self._padding_table())
-        form = (_first_of_run(self._table),)
+        form = (_first_contiguous(self._table),)
         self._begun = 1
         return GraphStep(start, tables, form, [*self.pool.keys, *self.pool.values])
 
@@ -211,19 +148,23 @@ class PagedCache(Cache):
         self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
     ) -> Step:
         padding = tables[1] if len(tables) > 1 else None
-        return self._step(start, padding, tables[0], *form)
+        return self._device_step(start, padding, tables[0], *form)
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
-        """Of an only row whose pages follow one another, so that its tokens do."""
-        if len(self._table) != 1 or not self._is_as_frozen():
+        """Of an only row whose pages are contiguous in the pool, so that its tokens are."""
+        if len(self._table) != 1 or not self._is_unpatched():
             return None
         start = self.make_room(n_new)
-        first = _first_of_run(self._table)
-        if first is None:
+        first = _first_contiguous(self._table)
+        padding, addresses = self._padding(), self._addresses_of(self.pool.keys, self.pool.values)
+        if first is None or padding is None or addresses is None:
             return None
-        keys, values, columns = self.pool.keys, self.pool.values, self.pool.n_pages * self.page
-        offset = first * self.page * self.spec.head_dim * self.spec.dtype.itemsize
-        return self._addresses_in(start, n_new, keys, values, columns, start, offset)
+        columns = self.pool.n_pages * self.page
+        if first:  # the row's column 0 is that page's
+            page_nbytes = self.page * self.spec.head_dim * self.spec.dtype.itemsize
+            addresses = addresses + first * page_nbytes
+        self._begun = n_new
+        return StepAddresses(start, padding, addresses, columns, start, 0, no_sinks(1))
 
     def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
         """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""
@@ -262,6 +203,8 @@ class PagedCache(Cache):
         return found
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """As Cache.write; gives views of the pool for an only row whose pages are contiguous, and
+        gathers the pages otherwise."""
         assert isinstance(step, PagedStep)
         buffers = self.pool.keys[layer], self.pool.values[layer]
         for buffer, new in zip(buffers, (k, v), strict=True):
@@ -285,10 +228,12 @@ class PagedCache(Cache):
         return found.view(buffer.shape[0], batch, n * self.page, buffer.shape[3]).transpose(0, 1)
 
     def commit(self, n_new: int) -> None:
+        """As Cache.commit; pages taken for tokens beyond `n_new` are given back."""
         super().commit(n_new)
         self._trim()
 
     def crop(self, length: int) -> None:
+        """As Cache.crop; pages behind `length` are given back."""
         super().crop(length)
         self._trim()
 
@@ -348,7 +293,7 @@ class PagedCache(Cache):
             for row in self._table
             for i, page in enumerate(row[:n])
         }
-        times = 2 if _first_of_run(self._next_table()) is None else 1
+        times = 2 if _first_contiguous(self._next_table()) is None else 1
         read = times * self._n_pages(self.length + 1) * self.page * self.batch
         return Bytes(allocated, sum(filled.values()) * token, read * token)
 
@@ -376,11 +321,11 @@ class PagedCache(Cache):
         return n_pages * page * (spec.token_nbytes // spec.batch)
 
 
-PagedCache.freeze_methods("_step", "_slots", "_gather", "_pages")
+PagedCache.freeze_methods("_device_step", "_slots", "_gather", "_pages")
 
 
-def _first_of_run(table: list[list[int]]) -> int | None:
-    """The first page of an only row whose pages follow one another, if they do."""
+def _first_contiguous(table: list[list[int]]) -> int | None:
+    """The first page of an only row whose pages are contiguous in the pool, if they are."""
     if len(table) != 1 or not table[0]:
         return None
     first, n = table[0][0], len(table[0])

@@ -13,9 +13,10 @@ from torch import Tensor
 from kvtool.config import check_int
 from kvtool.core.cache.base import Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
-from kvtool.core.cache.places import StepAddresses, is_readable
+from kvtool.core.cache.direct_access import StepAddresses, is_readable
 from kvtool.core.cache.quantization import Quantization
-from kvtool.core.kernels.sight import sees
+from kvtool.core.kernels.masks import make_mask
+from kvtool.core.native.arrays import Array
 from kvtool.errors import CacheOpUnsupported, UsageError
 
 GROUP, RESIDUAL = 32, 32  # KIVI has groups of 32 and keeps up to 128, for longer texts
@@ -41,6 +42,7 @@ class Packed:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and zero points."""
         return self.codes, self.scale, self.low
 
     def write(self, start: int, x: Tensor, padding: Tensor | None = None) -> None:
@@ -71,7 +73,7 @@ class Packed:
         return low, folded.masked_fill(left_out, -torch.inf).amax(3, keepdim=True)
 
     def read(self, n: int) -> Tensor:
-        """The first n columns, whole groups, as they are met -> (rows,Hkv,n,D)."""
+        """The first n columns, whole groups, dequantized -> (rows,Hkv,n,D)."""
         codes = self.codes[:, :, : n // self.per_byte]
         if self.per_byte == 2:
             codes = torch.stack([codes & 15, codes >> 4], dim=3).flatten(2, 3)
@@ -107,19 +109,20 @@ class Packed:
         self.codes, self.scale, self.low = (t.index_select(0, rows) for t in self.tensors)
 
 
-packed_ways = attrgetter("write", "read", "_range")  # as cache.base.ways
-PACKED = packed_ways(Packed)
+# As DirectAccess.freeze_methods: codes too are read directly.
+packed_methods = attrgetter("write", "read", "_range")
+PACKED_METHODS = packed_methods(Packed)
 
 
 class QuantizedCache(BufferedCache):
     """Rounds keys by channel over `group` tokens, and values by token over channels, as soon as a
     group is full and `residual` newer tokens are there (KIVI, Liu 2024, arXiv 2402.02750).
 
-    What a token meets is said by `Quantization` and depends on its place alone: in a step of many
-    tokens a key may be met exactly by the first of them, and quantized by the last. Such a key is
-    handed out twice, and the mask tells which of the two a query sees.
+    What a token reads is said by `Quantization` and depends on its number alone: in a step of many
+    tokens the first may read a key exactly, and the last quantized. Such a key is handed out twice,
+    and the mask says which of the two copies a query reads.
 
-        group=2, residual=1, Q quantized and . exact; the token that comes next meets
+        group=2, residual=1, Q quantized and . exact; the token that comes next reads
         0 -> [.]   1 -> [. .]   2 -> [. . .]   3 -> [Q Q . .]   4 -> [Q Q . . .]
 
     Codes are in `_packed` from column 0 on, and exact tokens in `_keys` and `_values` from token
@@ -177,58 +180,69 @@ class QuantizedCache(BufferedCache):
         self._longest = 0  # the most tokens that were committed
         self._set_aside: list[tuple[Tensor, Tensor]] = []  # (buffer, the exact tokens from _first)
 
-    def _place(self, start: int, n_new: int) -> Step:
+    def _make_step(self, start: int, n_new: int) -> Step:
         self._set_aside = []
         end, n_quantized = start + n_new, self.quantization.n_quantized
-        first, last = n_quantized(start), n_quantized(end - 1)  # for the first and last new token
-        k_pos = torch.cat([self._positions(0, last), self._positions(first, end)], dim=1)
+        # Quantized when the first and the last new token come: those between are handed out twice.
+        n_first, n_last = n_quantized(start), n_quantized(end - 1)
+        k_pos = torch.cat([self._positions(0, n_last), self._positions(n_first, end)], dim=1)
         q_pos = k_pos[:, -n_new:]
-        causal = start == 0 and not last and self.left_padding is None
-        free = causal or (n_new == 1 and self.left_padding is None)
+        causal = start == 0 and not n_last and self.left_padding is None
+        all_seen = n_new == 1 and self.left_padding is None
         mask = None
-        if not free:
-            met = self.quantization.met(range(start, end), range(last), range(first, end))
-            mask = sees(q_pos, k_pos, met=met.to(self.spec.device))
+        if not (causal or all_seen):
+            copies = self.quantization.copy_rule(
+                range(start, end), range(n_last), range(n_first, end)
+            )
+            mask = make_mask(q_pos, k_pos, copies=copies.to(self.spec.device))
         slots = torch.arange(start, end, device=self.spec.device) - self._first
         return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
-        """Unless a group of tokens becomes full, or they are more than there is room for."""
-        if not self._is_as_frozen() or packed_ways(Packed) != PACKED:
+        """None too if a group becomes full, and so is rounded, or the tokens are set aside."""
+        if not self._is_unpatched() or packed_methods(Packed) != PACKED_METHODS:
             return None
         start, n_quantized = self.make_room(n_new), self.quantization.n_quantized
-        n, slot, columns = n_quantized(start), start - self._first, self._sized()
-        if columns is None or slot + n_new > columns or n_quantized(start + n_new) > n:
+        n = n_quantized(start)
+        if n_quantized(start + n_new) > n:
             return None
         self._set_aside = []
-        opened = self._addresses_in(start, n_new, self._keys, self._values, columns, slot)
-        if opened is None or not n:
-            return opened
+        exact = self._addresses_from(start, n_new, start - self._first, self._padding())
+        if exact is None or not n:
+            return exact
+        codes = self._code_addresses()
+        if codes is None:
+            return None
+        packings = np.array([part.packing(n) for part in self._packed[0]])
+        return exact._replace(codes=codes, packings=packings, exact=n - self._first)
+
+    def _code_addresses(self) -> Array | None:
+        """The addresses (6,layers) of codes, scales and zero points, as in StepAddresses; None if
+        compiled code cannot read them."""
         like = self._keys[0][:, :, 0]
         keys, values = (
             [part.buffer_addresses(like) for part in x] for x in zip(*self._packed, strict=True)
         )
         if None in keys or None in values:
             return None
-        codes = np.concatenate([keys, values], axis=1).T.copy()  # dense, as compiled code has it
-        packings = np.array([part.packing(n) for part in self._packed[0]])
-        return opened._replace(codes=codes, packings=packings, exact=n - self._first)
+        return np.concatenate([keys, values], axis=1).T.copy()  # dense, as compiled code has it
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        start, n_quantized = self.length, self.quantization.n_quantized
-        end = start + k.shape[2]
-        first, last, full = n_quantized(start), n_quantized(end - 1), n_quantized(end)
-        padding = None if self.left_padding is None else self._positions(first, full) < 0
+        """As Cache.write; quantizes a group that becomes full."""
+        end, n_quantized = self.length + k.shape[2], self.quantization.n_quantized
+        # Quantized before the step, when its last token comes, and behind it.
+        n_first, n_last, n_full = (n_quantized(n) for n in (self.length, end - 1, end))
+        padding = None if self.left_padding is None else self._positions(n_first, n_full) < 0
         buffers = self._keys[layer], self._values[layer]
-        met = []
+        found = []
         for buffer, packed, new in zip(buffers, self._packed[layer], (k, v), strict=True):
-            exact = self._with(buffer, new, step)[:, :, first - self._first :]
-            if full > first:  # columns that nothing reads before they are committed
-                packed.write(first, exact[:, :, : full - first], padding)
-            met.append(torch.cat([packed.read(last), exact], dim=2) if last else exact)
-        return met[0], met[1]
+            exact = self._store_exact(buffer, new, step)[:, :, n_first - self._first :]
+            if n_full > n_first:  # into columns that nothing reads before they are committed
+                packed.write(n_first, exact[:, :, : n_full - n_first], padding)
+            found.append(torch.cat([packed.read(n_last), exact], dim=2) if n_last else exact)
+        return found[0], found[1]
 
-    def _with(self, buffer: Tensor, new: Tensor, step: Step) -> Tensor:
+    def _store_exact(self, buffer: Tensor, new: Tensor, step: Step) -> Tensor:
         """All exact tokens from `_first` on, the new ones too; set aside if they do not fit."""
         held = self.length - self._first
         end = held + new.shape[2]
@@ -239,6 +253,7 @@ class QuantizedCache(BufferedCache):
         return whole
 
     def commit(self, n_new: int) -> None:
+        """As Cache.commit; forgets exact copies of quantized tokens, but for `slack` of them."""
         super().commit(n_new)
         self._longest = max(self._longest, self.length)
         first = max(self._first, self.quantization.n_quantized(max(self.length - self.slack, 0)))
@@ -257,7 +272,7 @@ class QuantizedCache(BufferedCache):
         """Forget all but the first `length` tokens.
 
         Raises UsageError beyond what is held, and CacheOpUnsupported if a token that the next one
-        would meet exactly has only been kept quantized.
+        would read exactly has only been kept quantized.
         """
         if 0 <= length < self.length:
             needed = self.quantization.n_quantized(length)
@@ -282,8 +297,8 @@ class QuantizedCache(BufferedCache):
 
     def vacuous(self) -> str | None:
         padding = 0 if self.left_padding is None else int(self.left_padding.min())
-        met = self.quantization.n_quantized(max(self._longest - 1, 0))  # by the last token
-        if met > padding:
+        n_read = self.quantization.n_quantized(max(self._longest - 1, 0))  # by the last token
+        if n_read > padding:
             return None
         return f"no token met a quantized one ({self._longest} tokens held at most)"
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from kvtool.config import check_int
 from kvtool.core.cache.base import EMPTY, Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
-from kvtool.core.cache.places import StepAddresses
-from kvtool.core.kernels.sight import sees
+from kvtool.core.cache.direct_access import StepAddresses
+from kvtool.core.kernels.masks import make_mask
+from kvtool.core.native.arrays import Array
 from kvtool.errors import CacheOpUnsupported
 
 
@@ -21,9 +22,9 @@ class SlidingCache(BufferedCache):
     """Keeps the first `sinks` positions of each row, and the last `window`: what `visible` shows.
 
     A window without the first tokens, which draw much attention, makes a model fail (StreamingLLM,
-    Xiao 2023). Positions stay absolute and are not numbered anew within the cache, as they are
-    there: so the logits are those of one pass under the same window, and `capacity` still bounds
-    the length of the text, not only what is held.
+    Xiao 2023). Positions stay absolute, where StreamingLLM renumbers them within the cache: so the
+    logits are those of one pass under the same window, and `capacity` still bounds the length of
+    the text, not only what is held.
 
     Columns: the sinks, then the tokens from number `_first` on in order of arrival. When they reach
     the end, the last `window - 1 + slack` are moved to the start, which an eighth of a window of
@@ -71,9 +72,9 @@ class SlidingCache(BufferedCache):
         self._furthest = 0  # where that has been at most
         self._set_aside: list[tuple[Tensor, Tensor]] = []  # (buffer, what it should hold)
 
-    def _place(self, start: int, n_new: int) -> Step:
+    def _make_step(self, start: int, n_new: int) -> Step:
         end = start + n_new
-        self._make_way(start, n_new)
+        self._evict_for(start, n_new)
         k_pos = self._held_positions(end)
         q_pos = k_pos[:, -n_new:]
         sinks_held = self._first == 0 or self._first >= self._n_sinks
@@ -81,11 +82,11 @@ class SlidingCache(BufferedCache):
         plain = all_in_window and self.left_padding is None
         causal = plain and start == 0
         free = causal or (plain and n_new == 1)
-        mask = None if free else sees(q_pos, k_pos, self.window, self.sinks)
+        mask = None if free else make_mask(q_pos, k_pos, self.window, self.sinks)
         slots = torch.arange(start, end, device=self.spec.device) - self._first + self._n_sinks
         return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
 
-    def _make_way(self, start: int, n_new: int) -> None:
+    def _evict_for(self, start: int, n_new: int) -> None:
         """Evict what no token sees any more, if the new ones do not fit behind it."""
         self._set_aside = []
         if start + n_new - self._first > self._room and start - self._first > self._kept:
@@ -93,23 +94,34 @@ class SlidingCache(BufferedCache):
             self._evict([(b, b[:, :, held]) for b in (*self._keys, *self._values)])
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
-        """Unless the step's tokens are set aside, or sinks of a row stand in two places."""
+        """None too if the step's tokens are set aside, or the sinks of a row are apart."""
         as_made = self.window > 0 <= self.sinks and self._n_sinks in (0, self.sinks)
-        if not self._is_as_frozen() or not as_made:
+        if not self._is_unpatched() or not as_made:
             return None
         start = self.make_room(n_new)
-        self._make_way(start, n_new)
-        columns, padding = self._sized(), self._padding()
-        if columns is None or padding is None or start + n_new - self._first > self._room:
+        self._evict_for(start, n_new)
+        padding = self._padding()
+        if padding is None or start + n_new - self._first > self._room:
             return None
-        begin = np.zeros_like(padding) if self._first else self._n_sinks + padding
-        if self._first and padding.max() + self.sinks > self._first:
+        sinks = self._columns_of_sinks(padding)
+        if sinks is None:
             return None
-        slot, sinks = self._n_sinks + start - self._first, np.stack([begin, begin + self.sinks], 1)
-        opened = start, n_new, self._keys, self._values
-        return self._addresses_in(*opened, columns, slot, window=self.window, sinks=sinks)
+        slot = self._n_sinks + start - self._first
+        return self._addresses_from(start, n_new, slot, padding, self.window, sinks)
+
+    def _columns_of_sinks(self, padding: Array) -> Array | None:
+        """The first column of each row's sinks, and the one behind the last, (B,2); None while some
+        have been moved to the start and others, behind much padding, are still to come."""
+        if not self._first:  # nothing was moved: they are the first tokens that are no padding
+            begin = self._n_sinks + padding
+        elif padding.max() + self.sinks <= self._first:
+            begin = np.zeros_like(padding)
+        else:
+            return None
+        return np.stack([begin, begin + self.sinks], 1)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """As Cache.write; tokens that do not fit are set aside until `commit`."""
         begin = 0 if self._first else self._n_sinks
         end = begin + step.k_pos.shape[1]
         keys, values = self._keys[layer], self._values[layer]
@@ -126,6 +138,7 @@ class SlidingCache(BufferedCache):
         return whole[0], whole[1]
 
     def commit(self, n_new: int) -> None:
+        """As Cache.commit; evicts what no later token sees, if there is no more room."""
         super().commit(n_new)
         if self._set_aside or self.length - self._first > self._room:
             self._evict(self._set_aside)

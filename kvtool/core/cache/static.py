@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvtool.core.cache.base import CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache, round_up
-from kvtool.core.cache.places import GraphStep
+from kvtool.core.cache.direct_access import GraphStep
 from kvtool.errors import CacheOpUnsupported
 
 
@@ -32,6 +32,7 @@ class StaticCache(BufferedCache):
         return min(round_up(length, self.block), self.spec.capacity)
 
     def select(self, rows: Tensor) -> None:
+        """As Cache.select. Raises CacheOpUnsupported for more rows than it was made for."""
         if rows.shape[0] > self.spec.batch:
             raise CacheOpUnsupported(
                 self.kind,
@@ -45,7 +46,7 @@ class StaticCache(BufferedCache):
             filled[: self.batch] = filled.index_select(0, rows)  # a copy first: rows may overlap
 
     def graph_step(self) -> GraphStep | None:
-        if not self.length or not self._is_as_frozen():
+        if not self.length or not self._is_unpatched():
             return None
         start, memory = self.make_room(1), [*self._keys, *self._values]
         self._begun = 1
@@ -56,11 +57,11 @@ class StaticCache(BufferedCache):
     ) -> Step:
         (reach,), padding = form, tables[0] if tables else None
         assert reach is not None
-        return self._step(start, padding, reach)
+        return self._device_step(start, padding, reach)
 
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
         return spec.capacity * spec.token_nbytes
 
 
-StaticCache.freeze_methods("_step", "_reach")
+StaticCache.freeze_methods("_device_step", "_reach")

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,18 @@ from torch.overrides import TorchFunctionMode
 
 from kvtool.config import OWN, ModelConfig, own_types
 from kvtool.core.checkpoint.families import FAMILIES, Family, end_ids
-from kvtool.core.checkpoint.safetensors_file import TensorInfo
+from kvtool.core.checkpoint.sizes import (
+    CPU,
+    SMALLER,
+    check_sizes,
+    n_bytes,
+    require_memory_for,
+    require_tables,
+    stored_dtype,
+    table_nbytes,
+)
 from kvtool.core.checkpoint.weight_files import (
+    CONFIG,
     WEIGHTS,
     WeightFile,
     open_weights,
@@ -37,18 +45,13 @@ from kvtool.core.checkpoint.weight_files import (
     require_tensors,
 )
 from kvtool.core.machine import dtype_name, require_memory
-from kvtool.core.models import Model, build_model, model_class, read_config
+from kvtool.core.models import Model, build_model, read_config
 from kvtool.core.text.tokenizer import NoTokenizer, Tokenizer
 from kvtool.errors import CapacityError, CheckFailed, FileError
 from kvtool.files import CHECKPOINT_FOLDER, json_bytes, model_folder, write_durable
 from kvtool.reading import MOST_CONFIG, quoted, read_json_object
 
-CONFIG = "config.json"
 TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
-MOST_TABLES = 2**28  # bytes; they cost three times that while they are made
-LARGEST_TENSOR = 2**48  # values; torch counts bytes in 63 bits, and no file holds this many
-CPU = torch.device("cpu")
-SMALLER = "Free memory, or use a smaller model."
 LOG = logging.getLogger("kvtool")
 
 
@@ -131,7 +134,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     source = _open(folder, config, family)
     model = _empty_model(config, source)
     _check_tensors(source, model)
-    _check_memory(source, config, device, dtype)
+    require_memory_for(source, config, device, dtype)
     stored, sha256 = _read(source, model)
     weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
     require_finite(source.path, stored, weights, CheckFailed if check else FileError)
@@ -154,14 +157,6 @@ def require_context(name: str, flag: str, n_tokens: int) -> None:
             f"{flag} {n_tokens:,}: is beyond the context (the model holds {context:,})",
             "Ask for fewer tokens.",
         )
-
-
-def stored_dtype(source: WeightFile) -> torch.dtype:
-    """The format of most weights in a file."""
-    nbytes: Counter[torch.dtype] = Counter()
-    for info in source.tensors.values():
-        nbytes[info.dtype] += _nbytes([info])
-    return nbytes.most_common(1)[0][0]
 
 
 def tell_format(model: str, stored: torch.dtype, dtype: torch.dtype) -> None:
@@ -281,27 +276,8 @@ class _WithoutWeights(TorchFunctionMode):
 def _open(folder: Path, config: ModelConfig, family: Family | None) -> WeightFile:
     """The weights in `folder`, under our names. Raises FileError."""
     source = open_weights(folder)
-    _check_sizes(config, source)
+    check_sizes(config, source)
     return source if family is None else family.weights(source, config)
-
-
-def _check_sizes(config: ModelConfig, source: WeightFile) -> None:
-    """Raise FileError for a configuration whose model would be expensive without its weights."""
-    where = source.path.parent / CONFIG
-    n_layers = config.n_layers + config.n_encoder_layers
-    # A thousand tensors are cheap, and then the usual message names what is missing.
-    least = n_layers * model_class(config.kind).tensors_per_layer
-    if least > max(len(source.tensors), 1000):
-        raise FileError(
-            f"{source.path}: holds {len(source.tensors)} tensors (expected "
-            f"{least} or more for the {n_layers} layers of {CONFIG})"
-        )
-    longest = max(config.vocab_size, config.source_vocab_size, config.d_ff, config.context)
-    largest = config.d_model * max(config.d_model, longest, config.n_heads * config.head_dim)
-    if largest > LARGEST_TENSOR:
-        raise FileError(
-            f"{where}: implies a tensor of {largest} values (expected {LARGEST_TENSOR} or fewer)"
-        )
 
 
 def _empty_model(config: ModelConfig, source: WeightFile) -> Model:
@@ -311,32 +287,11 @@ def _empty_model(config: ModelConfig, source: WeightFile) -> Model:
     those that do not fit into memory.
     """
     where = source.path.parent / CONFIG
-    require_tables(where, _table_bytes(config), source, f"context {config.context}")
+    require_tables(where, table_nbytes(config), source, f"context {config.context}")
     # Making a table takes about two more of its size for a moment.
-    require_memory(f"{where}: context {config.context}", 3 * _table_bytes(config), CPU, SMALLER)
+    require_memory(f"{where}: context {config.context}", 3 * table_nbytes(config), CPU, SMALLER)
     with _WithoutWeights():
         return build_model(config)
-
-
-def _table_bytes(config: ModelConfig) -> int:
-    """Of the float64 tables of positions, which no file holds and so no file's size bounds."""
-    width = {"sinusoidal": config.d_model, "rotary": config.head_dim}.get(config.positions, 0)
-    return (2 if config.n_encoder_layers else 1) * config.context * width * 8
-
-
-def require_tables(
-    where: Path, nbytes: int, source: WeightFile, what: str = "what it describes"
-) -> None:
-    """Raise FileError for tables, which no file holds, of so many bytes beside its weights.
-
-    Contexts of a million positions take a gibibyte, in models of fifteen.
-    """
-    most = max(MOST_TABLES, 4 * n_bytes(source))
-    if nbytes > most:
-        raise FileError(
-            f"{where}: {what} takes {nbytes / 2**30:.3g} GiB of tables "
-            f"(expected {most / 2**30:.3g} GiB or less, beside its weights)"
-        )
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -351,34 +306,6 @@ def _check_tensors(source: WeightFile, model: nn.Module) -> None:
     """Raise FileError unless the names and shapes are those of the model."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     require_tensors(source.path, source.tensors, shapes, _aliases(model).keys())
-
-
-def _check_memory(
-    source: WeightFile, config: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Raise CapacityError unless the weights fit, as stored and as converted at once."""
-    stored = n_bytes(source)
-    on_cpu = device.type == "cpu"  # then a weight of the right dtype is used as it was read
-    made = sum(
-        math.prod(info.shape) * dtype.itemsize
-        for info in source.tensors.values()
-        if not (on_cpu and info.dtype == dtype)
-    )
-    where = str(source.path)
-    # As it is stored on a CPU it takes the least: any other format is made beside it.
-    wider = dtype if on_cpu and dtype.itemsize > stored_dtype(source).itemsize else None
-    require_memory(where, stored + (made if on_cpu else 0), CPU, SMALLER, wider)
-    if not on_cpu:
-        require_memory(where, made + _table_bytes(config), device, SMALLER, dtype)
-
-
-def n_bytes(source: WeightFile) -> int:
-    """What its tensors take, as stored."""
-    return _nbytes(source.tensors.values())
-
-
-def _nbytes(tensors: Iterable[TensorInfo]) -> int:
-    return sum(math.prod(info.shape) * info.dtype.itemsize for info in tensors)
 
 
 # --- from the file into the model

@@ -80,12 +80,15 @@ def _check(path: Path) -> None:
             raise _damaged(path, error) from error
 
 
-def check_zip(file: BinaryIO, size: int, path: Path) -> None:
-    """Raise Refused, CapacityError, or what zipfile raises, for an archive."""
+def check_zip(file: BinaryIO, size: int, path: Path, compressed: bool = True) -> None:
+    """Raise Refused, CapacityError, or what zipfile raises, for an archive; ValueError for one that
+    is compressed where it must not be."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         # torch.load inflates, so that a small file can stand for any amount.
         nbytes = sum(entry.file_size for entry in entries)
+        if nbytes > size and not compressed:
+            raise ValueError("compressed")
         require_memory(str(path), nbytes, torch.device("cpu"))
         if _end_of_directory(file, size) != size:
             raise Refused("its table of contents is not where it says")

@@ -21,6 +21,7 @@ from kvtool.core.machine import dtype_name
 from kvtool.errors import FileError, UsageError
 from kvtool.reading import opened, quoted, read_json_object, short
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 PICKLES = ("model.pt", "pytorch_model.bin")

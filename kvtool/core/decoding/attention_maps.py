@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvtool.core.cache import Step
 from kvtool.core.kernels.default import DEFAULT, Kernels, Layer, reference_weights
-from kvtool.core.kernels.sight import Sight, whole
+from kvtool.core.kernels.masks import LazyMask, mask_tensor
 from kvtool.core.models import Model
 from kvtool.core.text.tokenizer import BOS, SPECIALS, Tokenizer
 
@@ -28,10 +28,10 @@ class WeightRecorder:
         return self.kernels.rows(x, *layers)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
         if k is self.keys:
-            self.found.append(reference_weights(q, k, whole(mask), causal))
+            self.found.append(reference_weights(q, k, mask_tensor(mask), causal))
         return self.kernels.attention(q, k, v, mask, causal)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.cache.places import GraphStep
+from kvtool.core.cache.direct_access import DirectAccess, GraphStep
 from kvtool.core.native import arrays as native
 from kvtool.core.native import compiling
 
@@ -104,8 +104,10 @@ class Graphs:
         if self._failed or watched or tokens.device != self.device:
             return None
         read = [] if source is None else source.memory()
-        fixed = None if read is None else cache.graph_step()
-        if fixed is None or read is None:
+        if read is None or not isinstance(cache, DirectAccess):
+            return None
+        fixed = cache.graph_step()
+        if fixed is None:
             return None
         recordings, key = self._recordings_on([*fixed.memory, *read]), _key(tokens, cache, fixed)
         if key not in recordings:
@@ -150,6 +152,7 @@ class Graphs:
         fixed: GraphStep,
         source: CrossCache | None,
     ) -> Recording:
+        assert isinstance(cache, DirectAccess), "it gave the step"
         with torch.inference_mode(False):  # or they could be written to in that mode alone
             start = torch.full((1,), fixed.start, device=self.device)
             changing = (tokens, *fixed.tables)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.cross import CrossCache
+from kvtool.core.cache.direct_access import DirectAccess
 from kvtool.core.decoding import cuda_graphs as graphs
 from kvtool.core.decoding.native_decoder import NO_SOURCE, NativeDecoder
 from kvtool.core.kernels.default import DefaultKernels, Kernels
@@ -135,8 +136,10 @@ class DecodingForm:
                 return None
             new = new.numpy()
         source_place = NO_SOURCE if source is None else source.step_addresses(cache.spec, batch)
-        place = None if source_place is None else cache.step_addresses(n)
-        if place is None or source_place is None or (place.window and form.config.window):
+        if source_place is None or not isinstance(cache, DirectAccess):
+            return None
+        place = cache.step_addresses(n)
+        if place is None or (place.window and form.config.window):
             return None
         logits = form.at_once(new, place, source_place, last)
         cache.commit(n)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kvtool.config import ModelConfig
 from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.cross import SourceAddresses
-from kvtool.core.cache.places import StepAddresses
+from kvtool.core.cache.direct_access import StepAddresses
 from kvtool.core.models.decoder import Block, Decoder
 from kvtool.core.models.layers import LayerNorm, Linear, RMSNorm
 from kvtool.core.native import arrays as native

@@ -8,7 +8,7 @@ multiplying and casting elements need no kernels: IEEE 754 fixes their every bit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from threading import Lock
 from typing import Protocol
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool import registry
-from kvtool.core.kernels.sight import Part, Sight
+from kvtool.core.kernels.masks import LazyMask, QueryBlock
 from kvtool.core.native import arrays as native
 from kvtool.core.native import fused
 
@@ -36,12 +36,12 @@ class Kernels(Protocol):
         """Apply layers that look at one token each, one after another: (B,T,in) -> (B,T,out)"""
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
         """(B,H,T,D), (B,Hkv,S,D), (B,Hkv,S,D), (B,1,T,S) bool or None -> (B,H,T,D)
 
-        A Sight stands for a mask that would be large: `by_parts` makes it for a few queries at a
-        time.
+        A LazyMask stands for a mask that would be large: `attention_by_blocks` makes it for a few
+        queries at a time.
         """
 
 
@@ -51,15 +51,28 @@ class DefaultKernels:
     name = "default"
 
     def rows(self, x: Tensor, *layers: Layer) -> Tensor:
+        """Each layer over all tokens at once, (B,T,in) -> (B,T,out)."""
         for layer in layers:
             x = layer(x)
         return x
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
-        if isinstance(mask, Sight):
-            return by_parts(self.attention, q, k, v, mask, merges=_merges(q))
+        """As `Kernels.attention`, by the first of these routes that applies:
+
+        1. blocks: a LazyMask, some queries at a time
+        2. native: few queries on a CPU, without gradients, in compiled code
+        3. fused: training on a CPU, forward and backward in compiled code
+        4. one query by products: on a GPU, with a mask or many float32 keys
+        5. SDPA without cuDNN: all else on a GPU, without gradients
+        6. products: training in bfloat16 on a CPU with few keys
+        7. float32: the same with more keys, by these routes again
+        8. one query in float32: in a half format on a CPU where native code cannot be used
+        9. SDPA: everything else
+        """
+        if isinstance(mask, LazyMask):
+            return attention_by_blocks(self.attention, q, k, v, mask, merges=_can_merge(q))
         # is_causal aligns the mask at the top left: right only when T == S (pytorch #144858).
         if causal and q.shape[2] != k.shape[2]:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
@@ -68,29 +81,31 @@ class DefaultKernels:
             return native.attention(q, k, v, mask, causal)
         if fused.attends(q, k, v):
             return fused.attention(q, k, v, mask, causal)
-        on_gpu = q.is_cuda and not (torch.is_grad_enabled() or native.watched())
-        if on_gpu and _reads_slowly(q, k, mask):
-            return attention_of_one(q, k, v, mask)
-        grouped = q.shape[1] != k.shape[1]
-        if q.dtype.itemsize < 4 and q.device.type == "cpu":
+        if q.is_cuda and not (torch.is_grad_enabled() or native.watched()):
+            if _is_serial(q, k, mask):
+                return attention_of_one(q, k, v, mask)
+            with CUDNN.off():
+                return sdpa(q, k, v, mask, causal)
+        if q.is_cpu and q.dtype.itemsize < 4:
             if q.requires_grad and q.dtype is torch.bfloat16:
                 if k.shape[2] <= SHORT:
                     return attention_by_products(q, k, v, mask, causal)
-                q, k, v = q.float(), k.float(), v.float()
-                with torch.autocast("cpu", enabled=False):  # or they become bfloat16 again
-                    return self.attention(q, k, v, mask, causal).bfloat16()
+                return self._in_float32(q, k, v, mask, causal)
             if q.shape[2] == 1:
                 return self._one_query(q, k, v, mask)
-        with PLANS.off() if on_gpu else nullcontext():
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-            )
+        return sdpa(q, k, v, mask, causal)
+
+    def _in_float32(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        """bfloat16 in and out; many keys by products take 3 times as long (docs/training.md)."""
+        with torch.autocast("cpu", enabled=False):  # or they become bfloat16 again
+            return self.attention(q.float(), k.float(), v.float(), mask, causal).bfloat16()
 
     def _one_query(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """In float32: PyTorch's kernel for half formats takes 2 to 4 times as long for one query.
+        """Half formats in and out; PyTorch's own kernel takes 2 to 4 times as long for one query.
 
-        Where native code cannot be used. Row by row, since copies of all rows
-        would soon be too large for memory that is used again.
+        Row by row: copies of all rows would soon be too large for memory that is used again.
         """
         found = []
         for row in range(q.shape[0]):
@@ -100,16 +115,24 @@ class DefaultKernels:
         return torch.cat(found).to(q.dtype)
 
 
-class Plans:
-    """cuDNN's attention, which PyTorch may choose for half formats on a GPU: it plans anew for each
-    number of keys, so that a token of a growing cache took 27 ms on an H200."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """PyTorch's scaled_dot_product_attention; shapes as `Kernels.attention`."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
+
+
+class CudnnSwitch:
+    """Turns off cuDNN's attention, which PyTorch may choose for half formats on a GPU: it makes a
+    new plan for each number of keys, so that a token of a growing cache took 27 ms on an H200."""
 
     def __init__(self) -> None:
         self._lock, self._without, self._before = Lock(), 0, True
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within, it is not chosen, unless all other fused attention has been turned off. The
+        """It is not chosen in this block, unless all other fused attention has been turned off. The
         setting is the process's: it is as before when the last of several threads has left."""
         cuda = torch.backends.cuda
         with self._lock:
@@ -127,11 +150,12 @@ class Plans:
                     cuda.enable_cudnn_sdp(self._before)
 
 
-PLANS = Plans()
+CUDNN = CudnnSwitch()
 
 
-def _reads_slowly(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
-    """Whether PyTorch's attention on a GPU is slower than `attention_of_one`, which can do it."""
+def _is_serial(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """Whether PyTorch would read a head's keys one after another on a GPU, and `attention_of_one`
+    can do it."""
     serial = mask is not None or (q.dtype.itemsize >= 4 and k.shape[2] >= LONG)
     return q.shape[2] == 1 and serial and not torch.is_autocast_enabled("cuda")
 
@@ -182,50 +206,51 @@ def attention_by_products(
 Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None", bool], Tensor]
 
 
-def by_parts(
-    attention: Attention, q: Tensor, k: Tensor, v: Tensor, sight: Sight, merges: bool = False
+def attention_by_blocks(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: LazyMask, merges: bool = False
 ) -> Tensor:
-    """`Kernels.attention` where the mask would be large, some queries at a time.
+    """`Kernels.attention` where the mask would be large, a block of queries at a time.
 
-    merges: the columns that all of them see are read without a mask, and apart from the others.
+    merges: the columns that a whole block sees are read apart from the others, without a mask.
     """
     batch, n_heads, n, width = q.shape
     y = q.new_empty(batch, n, n_heads, width).transpose(1, 2)
-    for part in sight.parts:
-        if merges and part.edges:
-            _merge(q, k, v, sight, part, y)
+    for block in mask.blocks:
+        queries, columns = block.queries, block.columns
+        if merges and block.masked:
+            _merge(q, k, v, mask, block, y)
             continue
-        mask = sight.mask(part.queries, part.columns)
-        keys, values = (taken(x, part.columns) for x in (k, v))
-        y[:, :, part.queries] = attention(q[:, :, part.queries], keys, values, mask, False)
+        keys, values = (columns_of(x, columns) for x in (k, v))
+        here = mask.mask(queries, columns)
+        y[:, :, queries] = attention(q[:, :, queries], keys, values, here, False)
     return y
 
 
-def taken(x: Tensor, columns: slice | Tensor) -> Tensor:
-    """Those columns of (B,H,S,D), a view if they are a stretch."""
+def columns_of(x: Tensor, columns: slice | Tensor) -> Tensor:
+    """Those columns of (B,H,S,D), a view if they are a slice."""
     return x[:, :, columns] if isinstance(columns, slice) else x.index_select(2, columns)
 
 
-# PyTorch's attention on a CPU, which tells the logarithm of the sum of each softmax as well.
+# PyTorch's attention on a CPU, which also gives the log-sum-exp of each softmax.
 FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
-def _merges(q: Tensor) -> bool:
-    """Whether there is an attention that can be merged with another, for queries such as these."""
+def _can_merge(q: Tensor) -> bool:
+    """Whether `_merge` can attend with these queries."""
     return FLASH is not None and q.is_cpu and not (torch.is_grad_enabled() and q.requires_grad)
 
 
-def _merge(q: Tensor, k: Tensor, v: Tensor, sight: Sight, part: Part, y: Tensor) -> None:
-    """Attention over the columns that all queries of a part see, and over the others, each weighed
-    by its part in the sum of the softmax (Dao 2022, arXiv 2205.14135, 3.1) -> y (B,H,T,D)"""
+def _merge(q: Tensor, k: Tensor, v: Tensor, mask: LazyMask, block: QueryBlock, y: Tensor) -> None:
+    """Attention of a block over the columns that all of it sees, and over the others, each weighted
+    by its share in the softmax's sum (Dao 2022, arXiv 2205.14135, 3.1) -> y (B,H,T,D)"""
     assert FLASH is not None
-    common, total = FLASH(q[:, :, part.queries], k[:, :, part.run], v[:, :, part.run])
-    for queries, columns in part.edges:
-        hidden = ~sight.mask(queries, columns)
-        mask = q.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-        keys, values = (taken(x, columns) for x in (k, v))
-        own, total_own = FLASH(q[:, :, queries], keys, values, attn_mask=mask)
-        first = part.queries.start
+    common, total = FLASH(q[:, :, block.queries], k[:, :, block.shared], v[:, :, block.shared])
+    for queries, columns in block.masked:
+        hidden = ~mask.mask(queries, columns)
+        bias = q.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        keys, values = (columns_of(x, columns) for x in (k, v))
+        own, total_own = FLASH(q[:, :, queries], keys, values, attn_mask=bias)
+        first = block.queries.start
         here = slice(queries.start - first, queries.stop - first)
         weight = torch.sigmoid(total[:, :, here] - total_own)[..., None]
         shared = common[:, :, here].to(weight.dtype)

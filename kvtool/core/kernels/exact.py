@@ -1,13 +1,13 @@
 """Kernels whose results do not depend on shapes: cached equals uncached, bit for bit.
 
 Floating point adds in an order that PyTorch chooses by the shape of the whole call, so a token gets
-other bits alone than among others. Here every token has a computation that the model and its own
-place decide:
+other bits alone than among others. Here the model and a token's own position decide how it is
+computed:
 
 - `rows`: each token goes through its layers by itself, in native code, or where that cannot be used
   (core/native/arrays.py) in calls of its own and in fresh memory.
-- `attention`: each query meets the keys that it sees, and no others: as many as tokens stand before
-  it, whether they were computed just now or come from a cache.
+- `attention`: each query attends to the keys that it sees, and to no masked ones, whether they were
+  computed just now or come from a cache.
 
 So a token's logits are the same in every split of its sequence into steps, behind any padding and
 beside any other rows, by construction, on one machine with one number of threads. A cache must hand
@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kvtool.core.kernels.default import Layer, by_parts
-from kvtool.core.kernels.sight import Sight
+from kvtool.core.kernels.default import Layer, attention_by_blocks
+from kvtool.core.kernels.masks import LazyMask
 from kvtool.core.native import arrays as native
 
 ALIGNMENT = 64  # bytes; where fresh memory begins, and vector code may take another path elsewhere
@@ -35,6 +35,7 @@ class ExactKernels:
     name = "exact"
 
     def rows(self, x: Tensor, *layers: Layer) -> Tensor:
+        """Each token through all layers by itself, (B,T,in) -> (B,T,out)."""
         batch, n, width = x.shape
         if batch * n == 1:
             x = x.clone(memory_format=torch.contiguous_format)
@@ -51,10 +52,11 @@ class ExactKernels:
         return torch.cat(found).view(batch, n, -1)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
-        if isinstance(mask, Sight):
-            return by_parts(self.attention, q, k, v, mask)
+        """As Kernels.attention, each query by itself over the keys that it sees."""
+        if isinstance(mask, LazyMask):
+            return attention_by_blocks(self.attention, q, k, v, mask)
         batch, n_heads, n_queries, head_dim = q.shape
         n_kv_heads, n_keys = k.shape[1:3]
         if causal and n_queries != n_keys:

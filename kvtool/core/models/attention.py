@@ -63,7 +63,7 @@ class SelfAttention(nn.Module):
             q, k = rotary(q, step.q_pos), rotary(k, step.q_pos)
         if cache is None:
             if step.quantization is not None:
-                k, v = step.quantization.both(k, v, step.q_pos)
+                k, v = step.quantization.both_copies(k, v, step.q_pos)
             y = step.kernels.attention(q, k, v, step.mask, step.causal)
         else:
             y = cache.attend(self.layer, q, k, v, step)

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from kvtool.config import ModelConfig
-from kvtool.core.checkpoint.checkpoint import CONFIG
 from kvtool.core.checkpoint.families import FAMILIES
 from kvtool.core.checkpoint.families.weights import HEAD
 from kvtool.core.checkpoint.safetensors_file import BUFFERS
-from kvtool.core.checkpoint.weight_files import open_weights
+from kvtool.core.checkpoint.weight_files import CONFIG, open_weights
 from kvtool.core.limited import limited
 from kvtool.core.reference import oracle
 from kvtool.core.verify.hf.configuration import make_config, read_settings

@@ -229,6 +229,7 @@ def _package_folder(name: str) -> str:
 
 
 def refusal(template: ChatTemplate, why: str, seconds: int = 0, said: str = "") -> UsageError:
+    """The error for a template that could not be used; `why` is a key of REASONS."""
     reason = REASONS[why].format(seconds=seconds)
     if why == "failed" and said.strip():
         reason += f" ({said.rstrip('. ')})"

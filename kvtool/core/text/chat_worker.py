@@ -70,6 +70,7 @@ class NewDict:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """As dict.fromkeys."""
         return dict.fromkeys(*args)
 
 
@@ -170,6 +171,7 @@ def answer(asked: dict[str, Any], environment: Any) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Answer the request on stdin, JSON, on stdout."""
     asked = json.loads(sys.stdin.buffer.read())
     sys.path += asked["path"]
     environment = make_environment()

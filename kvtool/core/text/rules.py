@@ -1,4 +1,4 @@
-"""What the rules of a tokenizer.json may do: they are a program by whoever wrote the file.
+"""What the rules of a tokenizer.json may do: they are a program by the author of the file.
 
 A few replacements one after another make gigabytes of one word, and a template may hold the text a
 thousand times. What each rule can make of one character is known before any of them runs; where all

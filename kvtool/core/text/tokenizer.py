@@ -6,18 +6,15 @@ The work is done by Hugging Face's `tokenizers`, and a file is its tokenizer.jso
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models
 
 from kvtool import ending
 from kvtool.core.text.calls import Asking
 from kvtool.core.text.rules import (
-    LONGEST_TOKEN,
     MOST_MADE,
     USUAL_GROWTH,
     around,
@@ -29,26 +26,19 @@ from kvtool.core.text.rules import (
     rules,
     without_vocabulary,
 )
+from kvtool.core.text.vocabulary import SPLITTERS, learn_bpe, learn_pieces
 from kvtool.errors import FileError, KvtoolError, UsageError
 from kvtool.files import write_durable
-from kvtool.reading import MOST_JSON, parse_json, read_text, short
+from kvtool.reading import MOST_JSON, parse_json, read_text
 from kvtool.registry import choose
 
 KINDS = ("char", "symbol", "word", "bpe")
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0 to 3 of a tokenizer that has them
 PAD, BOS, EOS, UNK = range(4)
-LARGEST_WORD_VOCAB = 30_000
 PART = 1 << 20  # characters of texts that are encoded together
 ENCODED_NBYTES = 256  # what the library takes for a byte of text while it encodes it
 
-# How text falls apart, by kind; what a file's pre-tokenizer says is its kind.
-_SPLITTERS: dict[str, Any] = {
-    "char": lambda: pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated"),
-    "symbol": pre_tokenizers.WhitespaceSplit,
-    "word": pre_tokenizers.Whitespace,
-    "bpe": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-}
-_PRE_TOKENIZER_KINDS = {
+_PRE_TOKENIZER_KINDS = {  # what a file's pre-tokenizer says is its kind
     "Split": "char",
     "WhitespaceSplit": "symbol",
     "Whitespace": "word",
@@ -95,9 +85,9 @@ class Tokenizer:
         # Nothing is kept yet, and the library comes back when it is done.
         with ending.signals_at_default():
             if kind == "bpe":
-                inner = _train_bpe(texts, vocab_size, specials)
+                inner = learn_bpe(texts, vocab_size, SPECIALS if specials else ())
             else:
-                inner = _count(kind, texts)
+                inner = learn_pieces(kind, texts, SPECIALS, unknown=SPECIALS[UNK])
         return cls(inner)
 
     @classmethod
@@ -113,7 +103,7 @@ class Tokenizer:
             return FileError(f"{path}: is not a tokenizer ({said})")
 
         try:
-            data = parse_json(text)  # it says one thing, whoever reads it
+            data = parse_json(text)  # it says the same to every parser
         except ValueError as error:
             raise failed(str(error)) from error
         with Asking(failed, careful=True):
@@ -281,7 +271,7 @@ class Tokenizer:
         bytes, what blanks separate."""
         if self.kind in ("bpe", "other"):
             return text.split()
-        return [piece for piece, _ in _SPLITTERS[self.kind]().pre_tokenize_str(text)]
+        return [piece for piece, _ in SPLITTERS[self.kind]().pre_tokenize_str(text)]
 
     def stream(self) -> TextStream:
         """A decoder of ids that arrive one by one."""
@@ -373,50 +363,3 @@ def guess_kind(texts: Sequence[str]) -> str:
     if n_pieces <= 1.2 * len(texts):
         return "char"
     return "symbol" if len(inventory) <= 256 else "bpe"
-
-
-def _train_bpe(texts: Iterable[str], vocab_size: int, specials: bool) -> tokenizers.Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    smallest = len(alphabet) + (len(SPECIALS) if specials else 0)
-    if vocab_size < smallest:
-        raise UsageError(
-            f"--vocab-size: {vocab_size} is too small (expected {smallest} or more)",
-            "Every byte has a token of its own.",
-        )
-    inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = _SPLITTERS["bpe"]()
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=alphabet,
-        special_tokens=list(SPECIALS) if specials else [],
-        max_token_length=LONGEST_TOKEN,
-        show_progress=False,
-    )
-    inner.train_from_iterator(texts, trainer)
-    return inner
-
-
-def _count(kind: str, texts: Iterable[str]) -> tokenizers.Tokenizer:
-    """A vocabulary of whole pieces, the frequent ones first."""
-    splitter = _SPLITTERS[kind]()
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(piece for piece, _ in splitter.pre_tokenize_str(text))
-    if not counts:
-        raise UsageError("the texts hold no token to learn from")
-    longest = max(counts, key=len)
-    if len(longest) > LONGEST_TOKEN:
-        raise UsageError(
-            f"--tokenizer {kind}: a token of {len(longest):,} characters, {short(longest, 20)!r} "
-            f"(expected {LONGEST_TOKEN:,} or fewer)",
-            "Use --tokenizer char or bpe.",
-        )
-    ranked = sorted(counts, key=lambda piece: (-counts[piece], piece))[:LARGEST_WORD_VOCAB]
-    names = [*SPECIALS, *(piece for piece in ranked if piece not in SPECIALS)]
-    vocab = {name: index for index, name in enumerate(names)}
-    inner = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=SPECIALS[UNK]))
-    inner.pre_tokenizer = splitter
-    if kind == "char":
-        inner.decoder = decoders.Fuse()
-    return inner

@@ -138,6 +138,7 @@ class LanguageModelling:
         return found
 
     def loss(self, model: Model, batch: Blocks, share: Share = WHOLE) -> tuple[Tensor, int]:
+        """As Task.loss: cross-entropy of the next token."""
         device = self.train_ids.device
         rows = share.rows(len(batch.starts))
         deal_rows(model, rows)

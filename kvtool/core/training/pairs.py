@@ -230,7 +230,7 @@ def data_path(data: str) -> Path:
             hint or f"Give a file with source TAB target on each line, or {CMUDICT}.",
         ) from None
     except OSError:
-        pass  # whoever reads it will say why it cannot be
+        pass  # the one that reads it will say why it cannot be
     return path
 
 
@@ -322,7 +322,7 @@ def _decompress(path: Path, raw: bytes) -> bytes:
 
 def _count_memory(path: Path, nbytes: int) -> None:
     """Raise CapacityError unless `nbytes` more can be had."""
-    import torch  # whoever reads pairs trains on them
+    import torch  # pairs are read to train on them
 
     from kvtool.core.machine import require_memory
 

@@ -1,4 +1,4 @@
-"""The folder of one training run: who works in it, what it was started with, and where it stands.
+"""The folder of one training run: its lock, its settings, its log and its states.
 
 run.json               settings, data and tokenizer; a resumed run must agree with all of it
 log.jsonl              one line for every logged step and evaluation

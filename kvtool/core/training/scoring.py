@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import zip_longest
-
-from rapidfuzz.distance import Levenshtein
 
 from kvtool.errors import UsageError
 
 Tokens = Sequence[str]
+LIBRARIES = ("rapidfuzz", "sacrebleu")  # of the extra `train`: nothing else of kvtool uses them
 
 # What 13a does not part from a word or number, where it stands in one.
 _INNER = re.compile(r"(?<=[^\W\d]) ([-'’]) (?=[^\W\d])|(?<=\d) ([.,]) (?=\d)")
@@ -68,6 +68,18 @@ class TextScore:
     n: int
     figures: dict[str, float]
     signatures: dict[str, str]
+
+
+def require_libraries() -> None:
+    """Raise UsageError unless both can be scored, sequences and texts: before there is any work to
+    lose."""
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
+    if missing:
+        names, are = " and ".join(missing), "are" if missing[1:] else "is"
+        raise UsageError(
+            f"train-seq2seq: {names} {are} not installed",
+            "Install what scores need with: pip install 'kvtool[train]'",
+        )
 
 
 def score_sequences(references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]) -> Score:
@@ -151,6 +163,8 @@ def _check_references(index: int, references: Sequence[Tokens]) -> None:
 
 def _closest(index: int, references: Sequence[Tokens], hypothesis: Tokens) -> tuple[int, int]:
     """Edits to the closest reference, and its length in tokens."""
+    from rapidfuzz.distance import Levenshtein
+
     # A str is a sequence too, and would be compared by its characters without a word.
     if isinstance(hypothesis, str) or any(isinstance(tokens, str) for tokens in references):
         raise TypeError(f"item {index}: a str (expected a sequence of tokens)")

@@ -1,8 +1,8 @@
 """One process that trains, or several that train one model together on torch.distributed.
 
-`torchrun --nproc-per-node 2 -m kvtool train-seq2seq ...` starts the processes and tells each who it
-is. Every step's batch is dealt out by rows; the first process, the leader, alone evaluates, writes
-and talks.
+`torchrun --nproc-per-node 2 -m kvtool train-seq2seq ...` starts the processes and tells each its
+rank. They share the rows of every step's batch; the leader, of rank 0, alone evaluates, writes and
+talks.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """The part of every batch that one process learns from: the `index`-th of `of`."""
+    """The part of every batch that one process learns from."""
 
-    index: int = 0
-    of: int = 1
+    rank: int = 0
+    world_size: int = 1
 
     def rows(self, n: int) -> slice:
         """This share's rows of a batch of `n`; all shares together are the batch."""
-        return slice(self.index * n // self.of, (self.index + 1) * n // self.of)
+        return slice(self.rank * n // self.world_size, (self.rank + 1) * n // self.world_size)
 
 
 WHOLE = Share()
@@ -46,22 +46,23 @@ class Team:
     @property
     def leads(self) -> bool:
         """Whether this process evaluates, writes and talks for all."""
-        return self.share.index == 0
+        return self.share.rank == 0
 
     @property
     def alone(self) -> bool:
-        return self.share.of == 1
+        """Whether it is one process."""
+        return self.share.world_size == 1
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """`module`, whose gradients are then the mean over the team after every backward pass."""
         return module if self.alone else nn.parallel.DistributedDataParallel(module)
 
     def gather(self, *values: float) -> list[tuple[float, ...]]:
-        """The values that each process gave, in the order of the team."""
+        """The values that each process gave, by rank."""
         if self.alone:
             return [values]
         mine = torch.tensor(values, dtype=torch.float64, device=_device())
-        rows = [torch.empty_like(mine) for _ in range(self.share.of)]
+        rows = [torch.empty_like(mine) for _ in range(self.share.world_size)]
         dist.all_gather(rows, mine)
         return [tuple(row.tolist()) for row in rows]
 
@@ -88,7 +89,7 @@ ALONE = Team()
 def joined(device: torch.device) -> Iterator[Team]:
     """The team that torchrun started, while the block runs: over NCCL on GPUs, else gloo."""
     share = Share(*process_rank())
-    if share.of == 1:
+    if share.world_size == 1:
         yield ALONE
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

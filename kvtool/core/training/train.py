@@ -11,10 +11,8 @@ import dataclasses
 import hashlib
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, cast
@@ -22,6 +20,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from kvtool import ending
 from kvtool.config import TrainConfig
 from kvtool.core.checkpoint.weight_files import WEIGHTS
 from kvtool.core.machine import derived_seed
@@ -93,11 +92,13 @@ class Task(Protocol):
 
 
 class Watcher(Protocol):
-    """Who is told how it goes; a progress bar is one."""
+    """Is told about progress; a progress bar is one."""
 
-    def advance(self, n: int = 1) -> None: ...
+    def advance(self, n: int = 1) -> None:
+        """So many more steps are done."""
 
-    def update(self, text: str = "", **fields: Any) -> None: ...
+    def update(self, text: str = "", **fields: Any) -> None:
+        """What to show: a text, and figures by name."""
 
 
 @dataclass
@@ -126,6 +127,7 @@ class Loss(nn.Module):
         self.share = share
 
     def forward(self, batch: Any) -> tuple[Tensor, int]:
+        """As Task.loss, of the team's share."""
         return self.task.loss(self.model, batch, self.share)
 
 
@@ -168,7 +170,7 @@ class Trainer:
         self.team.lead(lambda: self.folder.agree(self._facts()))
         self._restore()
         # torchrun passes on a Ctrl-C that its processes have had already.
-        with stopping(insist=not self.team.alone) as wanted:
+        with ending.noted(insist=not self.team.alone) as wanted:
             number = 0
             while not number and not self._finished():
                 number = self._epoch(wanted)
@@ -259,7 +261,7 @@ class Trainer:
         with fused.in_training(), amp:
             loss, n = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss * self.team.share.of).backward()  # the team takes the mean of the gradients
+        (loss * self.team.share.world_size).backward()  # the team takes the mean of the gradients
         parts = self.team.gather(float(loss.detach()), n)
         value = self._finite("loss", sum(part[0] for part in parts), at.step + 1)
         length = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -364,34 +366,3 @@ class Trainer:
         files = self.task.files(model)
         self.folder.save_checkpoint(name, files)
         return hashlib.sha256(files[WEIGHTS]).hexdigest()
-
-
-@contextmanager
-def stopping(insist: bool = False) -> Iterator[Callable[[], int]]:
-    """Within, Ctrl-C and SIGTERM only leave their number, so that a step can be finished and saved.
-
-    A second Ctrl-C takes effect at once, unless `insist`.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    received: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # A shell has its background jobs ignore Ctrl-C, and so it must stay.
-    before = {n: handler for n, handler in handlers.items() if handler is not signal.SIG_IGN}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: object) -> None:
-        received.append(number)
-        if not insist:
-            restore()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield lambda: received[0] if received else 0
-    finally:
-        restore()

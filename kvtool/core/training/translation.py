@@ -173,6 +173,7 @@ class Translation:
 
     @property
     def score_name(self) -> str:
+        """bleu for texts, chrf if they are short; an error rate for sequences."""
         if not self.is_text:
             return self.error_rate
         # BLEU is 0, however right the outputs are, where no target has four words.
@@ -181,6 +182,7 @@ class Translation:
 
     @property
     def higher_is_better(self) -> bool:
+        """Whether the score is one of texts."""
         return self.is_text
 
     def _encode(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
@@ -233,6 +235,7 @@ class Translation:
         return [*found, batch]
 
     def loss(self, model: Model, batch: list[int], share: Share = WHOLE) -> tuple[Tensor, int]:
+        """As Task.loss: cross-entropy with label smoothing."""
         source, mask = pad([self.rows[i][0] for i in batch], self.device)
         target, real = pad([self.rows[i][1] for i in batch], self.device)
         n_targets = real.sum()

@@ -83,6 +83,7 @@ class Fields:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
         value = self.take(name, default)
         check_bool(name, value)
         return bool(value)

@@ -26,15 +26,18 @@ def read_llama(f: Fields) -> ModelConfig:
 
 
 def read_mistral(f: Fields) -> ModelConfig:
+    """A model_type of mistral: a window for all layers."""
     window = 0 if f.is_null("sliding_window") else f.size("sliding_window", 4096)
     return _read(f, kv_heads=8, window=window)
 
 
 def read_qwen2(f: Fields) -> ModelConfig:
+    """A model_type of qwen2: biases at queries, keys and values, and a window for some layers."""
     return _read(f, kv_heads=32, qkv_bias=True, **_window_of_some_layers(f))
 
 
 def read_qwen3(f: Fields) -> ModelConfig:
+    """A model_type of qwen3: as qwen2, with heads that are normalised."""
     bias = f.flag("attention_bias", False)
     windows = _window_of_some_layers(f)
     return _read(f, kv_heads=32, head=128, qkv_bias=bias, out_bias=bias, qk_norm=True, **windows)

@@ -28,14 +28,17 @@ class Stored:
 
     @classmethod
     def one(cls, name: str, *shape: int) -> Stored:
+        """Of one tensor that is stored as ours is."""
         return cls(((name, shape),))
 
     @classmethod
     def conv1d(cls, name: str, n_out: int, n_in: int) -> Stored:
+        """Of the weight (n_out,n_in) of a GPT-2 Conv1D."""
         return cls(((name, (n_in, n_out)),), transposed=True)
 
     @property
     def shape(self) -> Shape:
+        """The shape of our tensor."""
         first = self.parts[0][1]
         if self.transposed:
             return first[::-1]
@@ -82,6 +85,7 @@ class MappedFile:
         return TensorInfo(dtype, stored.shape, 0, 0)
 
     def read(self) -> tuple[dict[str, Tensor], str]:
+        """As WeightFile.read, under our names."""
         tensors, sha256 = self._source.read()
         found = {}
         for ours, stored in self._names.items():

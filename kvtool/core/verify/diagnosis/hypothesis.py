@@ -188,7 +188,7 @@ class Hypothesis:
         at = torch.tensor([[c.at for c in row[:n]] for row in rows], device=k.device)
         keys, values = self.rounded(by, k[:, :, :n], v[:, :, :n], at)
         tokens = self.quantized_as_of(width)
-        read = by.meets(tokens, range(n), range(width)).to(mask.device)
+        read = by.copy_mask(tokens, range(n), range(width)).to(mask.device)
         mask = torch.cat([mask[..., :n], mask], dim=3) & read
         return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), mask
 

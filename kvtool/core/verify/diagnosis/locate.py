@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvtool.core.cache import Step
 from kvtool.core.kernels.default import Kernels
-from kvtool.core.kernels.sight import Sight, whole
+from kvtool.core.kernels.masks import LazyMask, mask_tensor
 from kvtool.core.models import Model
 from kvtool.core.models.attention import CrossAttention, SelfAttention
 from kvtool.core.verify.arms import Case
@@ -69,10 +69,10 @@ class AttentionRecorder:
         return self  # a forked cache reports to the same place
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
         if self.current is not None:
-            mask = whole(mask)
+            mask = mask_tensor(mask)
             seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             seen = (seen.tril() if causal else seen) if mask is None else mask
             shape = (q.shape[0], 1, q.shape[2], k.shape[2])

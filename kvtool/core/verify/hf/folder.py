@@ -19,16 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
-from kvtool.core.checkpoint.checkpoint import (
-    CONFIG,
-    CPU,
-    SMALLER,
-    n_bytes,
-    require_tables,
-    stored_dtype,
-)
 from kvtool.core.checkpoint.safetensors_file import DTYPES, STORED_DTYPES
+from kvtool.core.checkpoint.sizes import CPU, SMALLER, n_bytes, require_tables, stored_dtype
 from kvtool.core.checkpoint.weight_files import (
+    CONFIG,
     WeightFile,
     open_weights,
     refuse_names,

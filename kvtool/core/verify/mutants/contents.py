@@ -13,7 +13,7 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.none import NoCache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.kernels.default import DefaultKernels
-from kvtool.core.kernels.sight import Sight
+from kvtool.core.kernels.masks import LazyMask
 from kvtool.core.verify.diagnosis.hypotheses import contents
 from kvtool.core.verify.mutants.mutant import Mutant
 
@@ -75,8 +75,8 @@ class PromptOnly(DynamicCache):
 
     prompt = 0
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         self.prompt = n_new if start == 0 else self.prompt
         columns = torch.arange(start + n_new)
         lost = (columns >= self.prompt) & (columns < start)
@@ -143,7 +143,7 @@ class SeesAll(DefaultKernels):
     """A model whose attention is not causal, so that nothing may be cached."""
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
         return super().attention(q, k, v, None, False)
 

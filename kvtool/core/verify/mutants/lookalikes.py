@@ -16,7 +16,7 @@ from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.kernels.default import DefaultKernels
 from kvtool.core.kernels.exact import EXACT
-from kvtool.core.kernels.sight import Sight, whole
+from kvtool.core.kernels.masks import LazyMask, mask_tensor
 from kvtool.core.verify.mutants.mutant import LayerwiseCache, Lookalike, moved, stepping
 from kvtool.core.verify.mutants.windows import Ring
 from kvtool.core.verify.subject import ModelSession, Start
@@ -27,7 +27,7 @@ class BackToFront(DynamicCache):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         keys, values = (t.flip(2) for t in self.write(layer, k, v, step))
-        mask = whole(step.mask)
+        mask = mask_tensor(step.mask)
         if step.causal:
             mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()[None, None]
         return step.kernels.attention(
@@ -82,9 +82,9 @@ class LowSoftmax(DefaultKernels):
     name = "float32 softmax"
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Sight | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
-        mask = whole(mask)
+        mask = mask_tensor(mask)
         n = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(n, dim=1), v.repeat_interleave(n, dim=1)
         scores = q @ k.mT * q.shape[3] ** -0.5
@@ -97,7 +97,7 @@ class LowSoftmax(DefaultKernels):
 
 def padding_sees_more(step: Step, held: int) -> Step:
     """What padding tokens answer means nothing, so it does not matter what they see."""
-    mask = whole(step.mask)
+    mask = mask_tensor(step.mask)
     if mask is None:
         return step
     return replace(step, mask=mask | (step.q_pos < 0)[:, None, :, None])

@@ -10,7 +10,7 @@ from kvtool.core.cache import EMPTY, Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.kernels.exact import EXACT
-from kvtool.core.kernels.sight import whole
+from kvtool.core.kernels.masks import mask_tensor
 from kvtool.core.verify.diagnosis.hypotheses import masks
 from kvtool.core.verify.mutants.mutant import Mutant, masked, seeing, sides, stepping
 
@@ -33,7 +33,7 @@ def not_causal(step: Step, held: int) -> Step:
 def padding_lost_in_chunks(step: Step) -> Tensor | None:
     """The mask (B,1,n,S) of a step, without the padding if the step has several tokens."""
     q, k = sides(step)
-    return whole(step.mask) if q.shape[2] == 1 else (k <= q) & (k > EMPTY)
+    return mask_tensor(step.mask) if q.shape[2] == 1 else (k <= q) & (k > EMPTY)
 
 
 MASKS = (

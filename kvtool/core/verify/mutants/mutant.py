@@ -14,7 +14,7 @@ from kvtool.core.cache import Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.kernels.default import DEFAULT, Kernels
-from kvtool.core.kernels.sight import whole
+from kvtool.core.kernels.masks import mask_tensor
 from kvtool.core.models import Model, build_model
 from kvtool.core.verify.subject import Make, ModelSession, ModelSubject, Session, Start
 
@@ -115,8 +115,8 @@ def stepping(change: Change, base: type[BufferedCache] = DynamicCache) -> type[B
     """A cache whose steps are changed; `change` is told how many tokens are held."""
 
     class Changed(base):  # type: ignore[misc, valid-type]
-        def _place(self, start: int, n_new: int) -> Step:
-            return change(super()._place(start, n_new), start)
+        def _make_step(self, start: int, n_new: int) -> Step:
+            return change(super()._make_step(start, n_new), start)
 
     return Changed
 
@@ -181,7 +181,7 @@ class LayerwiseCache(DynamicCache):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         keys, values = self.write(layer, k, v, step)
-        n, extra, mask = k.shape[2], keys.shape[2] - step.k_pos.shape[1], whole(step.mask)
+        n, extra, mask = k.shape[2], keys.shape[2] - step.k_pos.shape[1], mask_tensor(step.mask)
         if step.causal and extra:
             mask = torch.ones(n, n, dtype=torch.bool, device=k.device).tril()[None, None]
         if mask is not None and extra:  # what a layer has too much of comes first, and is seen

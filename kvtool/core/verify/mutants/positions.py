@@ -20,8 +20,8 @@ EMBEDDED, ROTATED = "attention input", "queries"  # where added and rotary posit
 class CountsSteps(DynamicCache):
     """Counts the steps behind the prompt where it should count their tokens."""
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         if not start:
             self._next = n_new
             return step

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvtool.core.cache import CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.quantized import Int4Cache, Int8Cache, Packed, QuantizedCache
-from kvtool.core.kernels.sight import visible
+from kvtool.core.kernels.masks import visible
 from kvtool.core.verify.diagnosis.hypotheses import quantized
 from kvtool.core.verify.mutants.mutant import Mutant
 
@@ -147,13 +147,13 @@ class NoResidual(Int8Cache):
 class RoundsBeforeReading(Int4Cache):
     """What a step makes full is rounded for all tokens of the step."""
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         if n_new == 1:
             return step
         n_quantized, end = self.quantization.n_quantized, start + n_new
         quantized, exact = range(n_quantized(end - 1)), range(n_quantized(start), end)
-        met = self.quantization.meets([end - 1] * n_new, quantized, exact)
+        met = self.quantization.copy_mask([end - 1] * n_new, quantized, exact)
         return replace(step, mask=visible(step.q_pos, step.k_pos) & met, causal=False)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.kernels.sight import whole
+from kvtool.core.kernels.masks import mask_tensor
 from kvtool.core.verify.diagnosis.hypotheses import rollback
 from kvtool.core.verify.mutants.mutant import DirectSession, LayerwiseCache, Mutant
 from kvtool.core.verify.subject import ModelSession, Start
@@ -61,10 +61,10 @@ class HighWater(StaticCache):
 
     highest = 0
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         end = start + n_new
-        mask = whole(step.mask)
+        mask = mask_tensor(step.mask)
         if mask is not None:
             mask = mask.clone()
             mask[..., end : self.highest] = True
@@ -106,8 +106,8 @@ class PositionsGoOn(DynamicCache):
 
     seen = 0
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         return replace(step, q_pos=step.q_pos + self.seen)
 
     def reset(self, left_padding: Tensor | None = None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvtool.core.cache import EMPTY, Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
-from kvtool.core.kernels.sight import whole
+from kvtool.core.kernels.masks import mask_tensor
 from kvtool.core.verify.diagnosis.hypotheses import NOT_A_NUMBER, contents
 from kvtool.core.verify.mutants.mutant import Mutant, masked
 
@@ -23,14 +23,14 @@ ALL = 256  # tokens: more than any scenario feeds
 
 def whole_buffer(step: Step) -> Tensor | None:
     """Every slot is seen, and later ones of the step by earlier ones are not."""
-    mask = whole(step.mask)
+    mask = mask_tensor(step.mask)
     assert mask is not None
     return mask | (step.k_pos == EMPTY)[:, None, None]
 
 
 def one_more(step: Step) -> Tensor | None:
     """The first empty slot is seen too."""
-    mask = whole(step.mask)
+    mask = mask_tensor(step.mask)
     assert mask is not None
     n_filled = int((step.k_pos[0] != EMPTY).sum())
     mask = mask.clone()
@@ -62,16 +62,16 @@ class GrowsEmpty(DynamicCache):
 class SlotBefore(StaticCache):
     """New tokens are stored one slot too low."""
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         return replace(step, slots=step.slots - 1) if start else step
 
 
 class LastSlotShared(StaticCache):
     """Its last slot is never used: who counts from 1 loses a token there."""
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         return replace(step, slots=step.slots.clamp(max=self.spec.capacity - 2))
 
 
@@ -93,7 +93,7 @@ def full_silently(slot: Callable[[int, int], int]) -> type[StaticCache]:
             if self.length < capacity:
                 return super().begin(n_new)
             self._begun = n_new
-            step = self._place(capacity - n_new, n_new)
+            step = self._make_step(capacity - n_new, n_new)
             slots = [slot(self.length + i, capacity) for i in range(n_new)]
             return replace(step, slots=torch.tensor(slots), q_pos=step.q_pos + 1)
 

@@ -14,7 +14,7 @@ from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.sliding import SlidingCache
-from kvtool.core.kernels.sight import visible, whole
+from kvtool.core.kernels.masks import mask_tensor, visible
 from kvtool.core.verify.diagnosis.hypotheses import positions, rollback, windows
 from kvtool.core.verify.mutants.mutant import DirectSession, Mutant
 from kvtool.errors import CacheOpUnsupported
@@ -51,7 +51,7 @@ class Ring(DynamicCache):
         padding = 0 if self.left_padding is None else self.left_padding[:, None]
         return numbers.expand(self.batch, -1) - padding
 
-    def _place(self, start: int, n_new: int) -> Step:
+    def _make_step(self, start: int, n_new: int) -> Step:
         new = torch.arange(start, start + n_new, device=self.spec.device)
         held = self._held(start + 1) if n_new == 1 else torch.cat([self._held(start), new])
         q_pos, k_pos = self._absolute(new), self._absolute(held)
@@ -85,8 +85,8 @@ class Ring(DynamicCache):
 class RingStoresFirst(Ring):
     """A step of several tokens is written before it is read, so early queries miss old keys."""
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         k_pos = self._absolute(self._held(start + n_new))
         return replace(step, k_pos=k_pos, mask=visible(step.q_pos, k_pos, self.window))
 
@@ -114,24 +114,24 @@ class RingCropsLength(Ring):
 class RingHeld(Ring):
     """The position of a token is the number of keys held."""
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         return replace(step, q_pos=step.q_pos - max(start - self.window, 0))
 
 
 class RingSlot(Ring):
     """The position of a token is its slot."""
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         return replace(step, q_pos=step.q_pos % self.window)
 
 
 class SlidingHeld(SlidingCache):
     """The position of a token is the number of columns handed out before it."""
 
-    def _place(self, start: int, n_new: int) -> Step:
-        step = super()._place(start, n_new)
+    def _make_step(self, start: int, n_new: int) -> Step:
+        step = super()._make_step(start, n_new)
         excess = start - (step.k_pos.shape[1] - n_new)
         return replace(step, q_pos=step.q_pos - excess)
 
@@ -163,8 +163,8 @@ def windowed(rule: Callable[[SlidingCache, Step, int], Tensor | None], **sizes: 
     """A sliding cache with another mask: rule(cache, step, tokens held)."""
 
     class Windowed(SlidingCache):
-        def _place(self, start: int, n_new: int) -> Step:
-            step = super()._place(start, n_new)
+        def _make_step(self, start: int, n_new: int) -> Step:
+            step = super()._make_step(start, n_new)
             return replace(step, mask=rule(self, step, start), causal=False)
 
     return partial(Windowed, **{"window": 6, "sinks": 2, **sizes})  # type: ignore[arg-type]
@@ -177,17 +177,17 @@ def other(window: int, sinks: int) -> Callable[[SlidingCache, Step, int], Tensor
 
 def fast_path(cache: SlidingCache, step: Step, held: int) -> Tensor | None:
     """No mask in steps of one token."""
-    return None if step.q_pos.shape[1] == 1 else whole(step.mask)
+    return None if step.q_pos.shape[1] == 1 else mask_tensor(step.mask)
 
 
 def behind_prompt(cache: SlidingCache, step: Step, held: int) -> Tensor | None:
     """No window behind the prompt."""
-    return visible(step.q_pos, step.k_pos) if held else whole(step.mask)
+    return visible(step.q_pos, step.k_pos) if held else mask_tensor(step.mask)
 
 
 def in_chunks(cache: SlidingCache, step: Step, held: int) -> Tensor | None:
     """No window in steps of several tokens."""
-    return visible(step.q_pos, step.k_pos) if step.q_pos.shape[1] > 1 else whole(step.mask)
+    return visible(step.q_pos, step.k_pos) if step.q_pos.shape[1] > 1 else mask_tensor(step.mask)
 
 
 ALL = 256  # tokens: nothing is evicted, so that the mask alone makes the window

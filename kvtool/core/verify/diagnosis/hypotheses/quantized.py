@@ -22,7 +22,7 @@ class Rounding(Hypothesis):
     ) -> tuple[Tensor, Tensor]:
         keys, values = quantization.codes(k, v, positions)
         keys, values = self.read_codes(keys, 3), self.read_codes(values, 2)
-        return keys.decoded(k.dtype).flatten(2, 3), values.decoded(v.dtype).flatten(3, 4)
+        return keys.dequantized(k.dtype).flatten(2, 3), values.dequantized(v.dtype).flatten(3, 4)
 
     def read_codes(self, codes: Codes, tokens: int) -> Codes:
         """Codes as they are read; `tokens` is the dimension in which tokens follow each other."""
@@ -115,7 +115,7 @@ class RoundedBeforeRead(Hypothesis):
 def by_token(quantization: Quantization, x: Tensor) -> Tensor:
     """Keys (B,Hkv,T,D) rounded as values are."""
     folded = x.unflatten(3, (-1, quantization.channels(x.shape[3])))
-    return quantization.encoded(folded, 4).decoded(x.dtype).flatten(3, 4)
+    return quantization.quantized(folded, 4).dequantized(x.dtype).flatten(3, 4)
 
 
 QUANTIZED: tuple[type[Hypothesis], ...] = (

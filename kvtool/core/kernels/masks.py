@@ -1,8 +1,8 @@
-"""Which keys each query sees: one rule, and for long prompts a mask that is never made whole.
+"""Attention masks: one rule, and for long prompts a mask that is made block by block.
 
-The mask of a prompt has a place for each pair of tokens: 1 GiB at 32,768, and PyTorch makes numbers
-of it, which take four times as much. But all that a block of queries sees are stretches of columns,
-most of which every query of the block sees; a mask is needed for the others alone.
+A prompt's mask has an entry for each pair of tokens: 1 GiB at 32,768, and PyTorch makes numbers of
+it, which take four times as much. But what a block of queries attends to are a few ranges of
+columns, most of which all of its queries share; only the others need a mask.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 Flags = NDArray[np.bool_]
 
-LARGE = 2**21  # pairs of a query and a key; the masks of fewer are made whole
+LARGE = 2**21  # pairs of a query and a key; the masks of fewer are made at once
 LEAST = 16  # queries; fewer are no prompt
-BLOCK = 1024  # queries that are looked after together
-EDGE = 256  # and of those, what share a mask, where most columns need none
+BLOCK = 1024  # queries that attend together
+EDGE = 256  # queries of a block that share a mask, where most columns need none
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0) -> Tensor:
@@ -42,54 +42,55 @@ def visible(q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0) -> Te
     return rule
 
 
-class Met(NamedTuple):
-    """Which columns a query meets by how many tokens are quantized when it comes (T,): at least
-    `since` and fewer than `until` of its column (S,)."""
+class CopyRule(NamedTuple):
+    """Where a cache rounds keys: which of a key's two columns, quantized or exact, a query reads.
 
-    n_quantized: Tensor
-    since: Tensor
-    until: Tensor
+    A query reads a column if `since` <= `n_quantized` < `until`.
+    """
+
+    n_quantized: Tensor  # (T,) how many tokens are quantized when the query comes
+    since: Tensor  # (S,)
+    until: Tensor  # (S,)
 
     def mask(self, queries: slice, columns: slice | Tensor) -> Tensor:
-        """(t,s) bool"""
+        """The rule for these queries and columns, (t,s) bool, True = read."""
         n_quantized = self.n_quantized[queries, None]
         return (self.since[columns] <= n_quantized) & (n_quantized < self.until[columns])
 
-    def to(self, device: torch.device) -> Met:
-        return Met(*(x.to(device) for x in self))
+    def to(self, device: torch.device) -> CopyRule:
+        """The same rule on a device."""
+        return CopyRule(*(x.to(device) for x in self))
 
 
-class Edge(NamedTuple):
-    """Some queries, and columns that some of them see."""
+class MaskedPart(NamedTuple):
+    """A few queries, and columns that some of them see: attention between these needs a mask."""
 
     queries: slice
     columns: slice | Tensor
 
 
-class Part(NamedTuple):
+class QueryBlock(NamedTuple):
     """A block of queries, and the columns that they see."""
 
     queries: slice
     columns: slice | Tensor  # that some of them see
-    run: slice  # a stretch of those, that all of them see in every row; it may be empty
-    edges: Sequence[Edge]  # the others, for a few of the queries each; none without a run
+    shared: slice  # those of a range that all of them see in every row; it may be empty
+    masked: Sequence[MaskedPart]  # all the others; none if `shared` is empty
 
 
 @dataclass(frozen=True)
-class Sight:
-    """A mask by its rule, as `visible` has it.
-
-    near: a second window, without sinks. met: what quantization adds to the rule.
-    """
+class LazyMask:
+    """A mask that is not made yet: the arguments of `visible`, a second window without sinks
+    (`near`), and which copy of a quantized key a query reads (`copies`)."""
 
     q_pos: Tensor  # (B,T)
     k_pos: Tensor  # (B,S)
     window: int = 0
     sinks: int = 0
     near: int = 0
-    met: Met | None = None
+    copies: CopyRule | None = None
 
-    def within(self, near: int) -> Sight:
+    def within(self, near: int) -> LazyMask:
         """The same where a query sees `near` positions at most, its own included."""
         return replace(self, near=min(near, self.near or near))
 
@@ -99,29 +100,29 @@ class Sight:
         rule = visible(q, k, self.window, self.sinks)
         if self.near:
             rule &= (q[:, :, None] - k[:, None] < self.near)[:, None]
-        if self.met is not None:
-            rule &= self.met.mask(queries, columns)
+        if self.copies is not None:
+            rule &= self.copies.mask(queries, columns)
         return rule
 
     @cached_property
-    def parts(self) -> Sequence[Part]:
+    def blocks(self) -> Sequence[QueryBlock]:
         """All queries, `BLOCK` at a time."""
-        return [self._part(queries) for queries in _cut(slice(0, self.q_pos.shape[1]), BLOCK)]
+        return [self._block(queries) for queries in _cut(slice(0, self.q_pos.shape[1]), BLOCK)]
 
-    def _part(self, queries: slice) -> Part:
+    def _block(self, queries: slice) -> QueryBlock:
         some, every = self._seen_by(queries)
-        run, edges = _longest(every), []
-        if run.stop - run.start < queries.stop - queries.start:
-            run = slice(0, 0)  # a second call of attention costs more than the mask
-        for few in _cut(queries, EDGE) if run.stop else ():
+        shared, masked = _longest_range(every), []
+        if shared.stop - shared.start < queries.stop - queries.start:
+            shared = slice(0, 0)  # a second call of attention costs more than the mask
+        for few in _cut(queries, EDGE) if shared.stop else ():
             columns = self._seen_by(few)[0]
-            columns[run] = False
-            edges.append(Edge(few, _stretch(columns, self.k_pos.device)))
-        return Part(queries, _stretch(some, self.k_pos.device), run, edges)
+            columns[shared] = False
+            masked.append(MaskedPart(few, _indices(columns, self.k_pos.device)))
+        return QueryBlock(queries, _indices(some, self.k_pos.device), shared, masked)
 
     def _seen_by(self, queries: slice) -> tuple[Flags, Flags]:
-        """Which columns some of the queries see, or a few more, and which all of them see behind
-        themselves, or fewer: (S,) bool each."""
+        """Which columns some of the queries see, or a few more, and which all of them see before
+        their own, or fewer: (S,) bool each."""
         q, k = self.q_pos[:, queries], self.k_pos
         first, last = q.amin(1, keepdim=True), q.amax(1, keepdim=True)
         some = (k <= last) & (k >= first.clamp(max=0))
@@ -134,26 +135,26 @@ class Sight:
         if self.near:
             some &= first - k < self.near
             every &= last - k < self.near
-        if self.met is not None:
-            n_quantized = self.met.n_quantized[queries]
+        if self.copies is not None:
+            n_quantized = self.copies.n_quantized[queries]
             fewest, most = n_quantized.min(), n_quantized.max()
-            some &= (self.met.since <= most) & (fewest < self.met.until)
-            every &= (self.met.since <= fewest) & (most < self.met.until)
+            some &= (self.copies.since <= most) & (fewest < self.copies.until)
+            every &= (self.copies.since <= fewest) & (most < self.copies.until)
         return some.any(0).cpu().numpy(), every.all(0).cpu().numpy()
 
 
-def sees(
-    q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0, met: Met | None = None
-) -> Tensor | Sight:
-    """What `visible` says, as a mask (B,1,T,S) if that is small."""
+def make_mask(
+    q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0, copies: CopyRule | None = None
+) -> Tensor | LazyMask:
+    """What `visible` gives, (B,1,T,S) bool; a LazyMask for a prompt whose mask would be large."""
     n, n_keys = q_pos.shape[1], k_pos.shape[1]
-    sight = Sight(q_pos, k_pos, window, sinks, met=met)
-    return sight if n >= LEAST and n * n_keys > LARGE else sight.mask()
+    mask = LazyMask(q_pos, k_pos, window, sinks, copies=copies)
+    return mask if n >= LEAST and n * n_keys > LARGE else mask.mask()
 
 
-def whole(mask: Tensor | Sight | None) -> Tensor | None:
-    """The mask as a tensor, however large it is."""
-    return mask.mask() if isinstance(mask, Sight) else mask
+def mask_tensor(mask: Tensor | LazyMask | None) -> Tensor | None:
+    """The mask as a tensor (B,1,T,S), however large it is."""
+    return mask.mask() if isinstance(mask, LazyMask) else mask
 
 
 def _cut(queries: slice, n: int) -> Iterator[slice]:
@@ -162,8 +163,8 @@ def _cut(queries: slice, n: int) -> Iterator[slice]:
         yield slice(at, min(at + n, queries.stop))
 
 
-def _longest(seen: Flags) -> slice:
-    """The longest stretch of True in (n,), the first of equals."""
+def _longest_range(seen: Flags) -> slice:
+    """The longest range of True in (n,), the first of equals."""
     ends = np.flatnonzero(np.diff(np.concatenate([[False], seen, [False]]).astype(np.int8)))
     if not len(ends):
         return slice(0, 0)
@@ -172,7 +173,7 @@ def _longest(seen: Flags) -> slice:
     return slice(int(begin[at]), int(end[at]))
 
 
-def _stretch(seen: Flags, device: torch.device) -> slice | Tensor:
+def _indices(seen: Flags, device: torch.device) -> slice | Tensor:
     """Which of (n,) are True: their numbers, or a slice if none is left out."""
     columns = seen.nonzero()[0]
     if len(columns) and columns[-1] - columns[0] + 1 == len(columns):

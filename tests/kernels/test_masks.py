@@ -19,9 +19,9 @@ from kvtool.core.cache import Cache, CacheSpec, Step, cache_class
 from kvtool.core.cache.quantization import Quantization
 from kvtool.core.decoding.engine import advance
 from kvtool.core.kernels import default as kernels
-from kvtool.core.kernels import sight
+from kvtool.core.kernels import masks
 from kvtool.core.kernels.default import DEFAULT, Kernels, make_kernels
-from kvtool.core.kernels.sight import Sight, sees, visible, whole
+from kvtool.core.kernels.masks import LazyMask, make_mask, mask_tensor, visible
 from kvtool.core.models import Model
 from small_models import random_model
 
@@ -31,83 +31,83 @@ BOTH = ("default", "exact")
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A prompt of a few tokens is treated as a long one."""
-    monkeypatch.setattr(sight, "LARGE", 0)
-    monkeypatch.setattr(sight, "BLOCK", 16)
-    monkeypatch.setattr(sight, "EDGE", 5)
+    monkeypatch.setattr(masks, "LARGE", 0)
+    monkeypatch.setattr(masks, "BLOCK", 16)
+    monkeypatch.setattr(masks, "EDGE", 5)
     yield
 
 
-def drawn_sight(rng: random.Random) -> Sight:
+def drawn_mask(rng: random.Random) -> LazyMask:
     """Random sizes, padding, windows and quantization, and columns that hold nothing."""
     batch, n, held = rng.randint(1, 3), rng.randint(16, 70), rng.choice([0, 1, 7, 60])
     numbers = torch.arange(held + n)
     padding = torch.tensor([rng.choice([0, 0, 3, 20]) for _ in range(batch)])[:, None]
-    k_pos, met = numbers - padding, None
+    k_pos, copies = numbers - padding, None
     q_pos = k_pos[:, held:]
     if rng.random() < 0.5:
         by = Quantization(4, rng.choice([2, 4, 8]), rng.choice([0, 3, 30]))
         last, first = by.n_quantized(held + n - 1), by.n_quantized(held)
-        met = by.met(range(held, held + n), range(last), range(first, held + n))
+        copies = by.copy_rule(range(held, held + n), range(last), range(first, held + n))
         k_pos = torch.cat([k_pos[:, :last], k_pos[:, first:]], dim=1)
     elif rng.random() < 0.5:
         k_pos = torch.cat([k_pos, torch.full((batch, 9), -(2**30))], dim=1)
     window, sinks, near = (rng.choice([0, 0, 1, 6, 25]) for _ in range(3))
-    return Sight(q_pos, k_pos, window, sinks, near, met)
+    return LazyMask(q_pos, k_pos, window, sinks, near, copies)
 
 
-def whole_mask(of: Sight) -> Tensor:
+def whole_mask(of: LazyMask) -> Tensor:
     """All at once, from its definition."""
     mask = visible(of.q_pos, of.k_pos, of.window, of.sinks)
     if of.near:
         mask = mask & (of.q_pos[:, None, :, None] - of.k_pos[:, None, None] < of.near)
-    if of.met is not None:
-        n_quantized = of.met.n_quantized[:, None]
-        mask = mask & (of.met.since <= n_quantized) & (n_quantized < of.met.until)
+    if of.copies is not None:
+        n_quantized = of.copies.n_quantized[:, None]
+        mask = mask & (of.copies.since <= n_quantized) & (n_quantized < of.copies.until)
     return mask
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_blocks_show_each_query_what_the_whole_mask_shows(seed: int, small_blocks: None) -> None:
-    of = drawn_sight(random.Random(seed))
+    of = drawn_mask(random.Random(seed))
     expected, n_keys = whole_mask(of), of.k_pos.shape[1]
     assert torch.equal(of.mask(), expected)
     found = torch.zeros_like(expected)
-    for part in of.parts:
-        numbers = torch.arange(n_keys)[part.columns]
-        found[:, :, part.queries, numbers] = of.mask(part.queries, part.columns)
-        assert bool(expected[:, :, part.queries, part.run].all()), "not all of them see the run"
-        others = torch.zeros_like(expected[:, :, part.queries])
-        others[..., part.run] = True
-        for queries, columns in part.edges:
-            here = slice(queries.start - part.queries.start, queries.stop - part.queries.start)
+    for block in of.blocks:
+        numbers = torch.arange(n_keys)[block.columns]
+        found[:, :, block.queries, numbers] = of.mask(block.queries, block.columns)
+        assert bool(expected[:, :, block.queries, block.shared].all()), "not all of them see it"
+        others = torch.zeros_like(expected[:, :, block.queries])
+        others[..., block.shared] = True
+        for queries, columns in block.masked:
+            here = slice(queries.start - block.queries.start, queries.stop - block.queries.start)
             assert not bool(others[:, :, here, columns].any()), "a column is read twice"
             others[:, :, here, torch.arange(n_keys)[columns]] = of.mask(queries, columns)
-            assert bool(of.mask(queries, columns).any(3).all()), "a query sees nothing but the run"
-        if part.edges:
-            assert torch.equal(others, expected[:, :, part.queries])
+            assert bool(of.mask(queries, columns).any(3).all()), "a query sees only what all see"
+        if block.masked:
+            assert torch.equal(others, expected[:, :, block.queries])
     assert torch.equal(found, expected)
 
 
 def test_a_mask_of_few_pairs_is_whole() -> None:
     pos = torch.arange(1400)[None]
-    assert isinstance(sees(pos, pos), Tensor)
+    assert isinstance(make_mask(pos, pos), Tensor)
     pos = torch.arange(1500)[None]
-    found = sees(pos, pos)
-    assert isinstance(found, Sight)
+    found = make_mask(pos, pos)
+    assert isinstance(found, LazyMask)
     assert torch.equal(found.mask(), visible(pos, pos))
-    assert isinstance(sees(pos[:, -1:], torch.arange(3_000_000)[None]), Tensor), "one query"
+    assert isinstance(make_mask(pos[:, -1:], torch.arange(3_000_000)[None]), Tensor), "one query"
 
 
 @pytest.mark.parametrize("merges", [True, False], ids=["merged", "masked"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_attention_by_parts_is_attention(
+def test_attention_by_blocks_is_attention(
     dtype: torch.dtype, merges: bool, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not merges:
         monkeypatch.setattr(kernels, "FLASH", None)
     random_numbers = torch.Generator().manual_seed(0)
     for seed in range(20):
-        of = drawn_sight(random.Random(seed))
+        of = drawn_mask(random.Random(seed))
         (batch, n), n_keys = of.q_pos.shape, of.k_pos.shape[1]
         shapes = (batch, 4, n, 8), (batch, 2, n_keys, 8), (batch, 2, n_keys, 8)
         q, k, v = (torch.randn(s, generator=random_numbers).to(dtype) for s in shapes)
@@ -152,11 +152,11 @@ def test_a_long_prompt_is_what_it_was_with_a_whole_mask(
     ids = tokens(case.batch, 80, 1)
     expected = fed(caches(kind, model, case, make_kernels(name)), model, ids, held)
     made = []
-    monkeypatch.setattr(sight, "LARGE", 0)
-    monkeypatch.setattr(sight, "BLOCK", 16)
-    monkeypatch.setattr(sight, "EDGE", 5)
-    parts = Sight._part
-    monkeypatch.setattr(Sight, "_part", lambda *args: made.append(1) or parts(*args))
+    monkeypatch.setattr(masks, "LARGE", 0)
+    monkeypatch.setattr(masks, "BLOCK", 16)
+    monkeypatch.setattr(masks, "EDGE", 5)
+    real = LazyMask._block
+    monkeypatch.setattr(LazyMask, "_block", lambda *args: made.append(1) or real(*args))
     found = fed(caches(kind, model, case, make_kernels(name)), model, ids, held)
     if name == "exact":
         assert torch.equal(found, expected)
@@ -181,10 +181,10 @@ class Largest(TorchDispatchMode):
         return made
 
 
-STORAGE_METHODS = ("plain", "padded", "behind others", "within a window")
+SITUATIONS = ("plain", "padded", "behind others", "within a window")
 
 
-@pytest.mark.parametrize("way", STORAGE_METHODS)
+@pytest.mark.parametrize("way", SITUATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_for_a_prompt_grows_with_its_length_and_not_with_the_square(
     kind: str, way: str
@@ -230,9 +230,9 @@ def test_the_pass_without_a_cache_that_a_cache_is_compared_with_needs_no_more(
 
 def test_another_mask_takes_the_place_of_a_large_one() -> None:
     pos = torch.arange(1500)[None]
-    step = Step(pos, pos, pos[0], sees(pos, pos), False)
-    assert isinstance(step.mask, Sight)
+    step = Step(pos, pos, pos[0], make_mask(pos, pos), False)
+    assert isinstance(step.mask, LazyMask)
     near = step.within(10).mask
-    assert isinstance(near, Sight)
+    assert isinstance(near, LazyMask)
     assert torch.equal(near.mask(), visible(pos, pos, 10))
-    assert whole(replace(step, mask=None).mask) is None
+    assert mask_tensor(replace(step, mask=None).mask) is None

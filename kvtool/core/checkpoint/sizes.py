@@ -1,0 +1,98 @@
+"""Whether a model fits its weight file and this machine, asked before anything of it is made."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from kvtool.config import ModelConfig
+from kvtool.core.checkpoint.safetensors_file import TensorInfo
+from kvtool.core.checkpoint.weight_files import CONFIG, WeightFile
+from kvtool.core.machine import require_memory
+from kvtool.core.models import model_class
+from kvtool.errors import FileError
+
+MOST_TABLES = 2**28  # bytes; they cost three times that while they are made
+LARGEST_TENSOR = 2**48  # values; torch counts bytes in 63 bits, and no file holds this many
+CPU = torch.device("cpu")
+SMALLER = "Free memory, or use a smaller model."
+
+
+def check_sizes(config: ModelConfig, source: WeightFile) -> None:
+    """Raise FileError for a configuration whose model would be expensive without its weights."""
+    where = source.path.parent / CONFIG
+    n_layers = config.n_layers + config.n_encoder_layers
+    # A thousand tensors are cheap, and then the usual message names what is missing.
+    least = n_layers * model_class(config.kind).tensors_per_layer
+    if least > max(len(source.tensors), 1000):
+        raise FileError(
+            f"{source.path}: holds {len(source.tensors)} tensors (expected "
+            f"{least} or more for the {n_layers} layers of {CONFIG})"
+        )
+    longest = max(config.vocab_size, config.source_vocab_size, config.d_ff, config.context)
+    largest = config.d_model * max(config.d_model, longest, config.n_heads * config.head_dim)
+    if largest > LARGEST_TENSOR:
+        raise FileError(
+            f"{where}: implies a tensor of {largest} values (expected {LARGEST_TENSOR} or fewer)"
+        )
+
+
+def table_nbytes(config: ModelConfig) -> int:
+    """Bytes of the float64 tables of positions, which no file holds, so that none bounds them."""
+    width = {"sinusoidal": config.d_model, "rotary": config.head_dim}.get(config.positions, 0)
+    return (2 if config.n_encoder_layers else 1) * config.context * width * 8
+
+
+def require_tables(
+    where: Path, nbytes: int, source: WeightFile, what: str = "what it describes"
+) -> None:
+    """Raise FileError for tables, which no file holds, of so many bytes beside its weights.
+
+    Contexts of a million positions take a gibibyte, in models of fifteen.
+    """
+    most = max(MOST_TABLES, 4 * n_bytes(source))
+    if nbytes > most:
+        raise FileError(
+            f"{where}: {what} takes {nbytes / 2**30:.3g} GiB of tables "
+            f"(expected {most / 2**30:.3g} GiB or less, beside its weights)"
+        )
+
+
+def require_memory_for(
+    source: WeightFile, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise CapacityError unless the weights fit, as stored and as converted at once."""
+    stored = n_bytes(source)
+    on_cpu = device.type == "cpu"  # then a weight of the right dtype is used as it was read
+    made = sum(
+        math.prod(info.shape) * dtype.itemsize
+        for info in source.tensors.values()
+        if not (on_cpu and info.dtype == dtype)
+    )
+    where = str(source.path)
+    # As it is stored on a CPU it takes the least: any other format is made beside it.
+    wider = dtype if on_cpu and dtype.itemsize > stored_dtype(source).itemsize else None
+    require_memory(where, stored + (made if on_cpu else 0), CPU, SMALLER, wider)
+    if not on_cpu:
+        require_memory(where, made + table_nbytes(config), device, SMALLER, dtype)
+
+
+def n_bytes(source: WeightFile) -> int:
+    """What its tensors take, as stored."""
+    return _nbytes(source.tensors.values())
+
+
+def _nbytes(tensors: Iterable[TensorInfo]) -> int:
+    return sum(math.prod(info.shape) * info.dtype.itemsize for info in tensors)
+
+
+def stored_dtype(source: WeightFile) -> torch.dtype:
+    """The format of most weights in a file."""
+    nbytes: Counter[torch.dtype] = Counter()
+    for info in source.tensors.values():
+        nbytes[info.dtype] += _nbytes([info])
+    return nbytes.most_common(1)[0][0]
