@@ -108,7 +108,7 @@ class Generator:
     def encode(self, text: str, index: int, chat: list[Piece] | None = None) -> list[int]:
         """Token ids of a prompt, after checking that everything fits. Raises CapacityError."""
         from kvtool.core.decoding.engine import check_context
-        from kvtool.core.training.translation import check_sources
+        from kvtool.core.decoding.sources import check_sources
 
         context = self.loaded.config.context
         if self.loaded.source_tokenizer is not None:
@@ -132,7 +132,7 @@ class Generator:
 
     def n_new(self, ids: list[int]) -> int:
         """How many tokens to generate at most."""
-        from kvtool.core.training.translation import target_limit
+        from kvtool.core.decoding.sources import target_limit
 
         if self.settings.max_tokens is not None:
             return self.settings.max_tokens
@@ -174,8 +174,8 @@ class Generator:
         """All prompts by beam search, or by the same with a beam of one, which is greedy: sources
         in batches, other prompts one by one."""
         from kvtool.core.decoding.beam import Beam
+        from kvtool.core.decoding.sources import search
         from kvtool.core.text.tokenizer import EOS
-        from kvtool.core.training.translation import search
 
         s = self.settings
         kernels, beam = self.kernels, Beam(s.beams, s.length_penalty, s.n_best)

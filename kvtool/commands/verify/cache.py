@@ -100,8 +100,8 @@ def load_model(
     from kvtool.core import footprint
     from kvtool.core.checkpoint import checkpoint
     from kvtool.core.decoding.engine import check_context
+    from kvtool.core.decoding.sources import check_sources
     from kvtool.core.machine import require_memory
-    from kvtool.core.training.translation import check_sources
 
     checkpoint.require_context(settings.run.model, "--tokens", settings.tokens)
     loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
