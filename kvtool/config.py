@@ -25,6 +25,7 @@ ROPE_SCALINGS = ("linear", "llama3", "yarn")
 SCHEDULES = ("cosine", "inverse-sqrt", "constant")
 OWN = "kvtool-"  # model_type of a checkpoint of kvtool: this and the family
 LARGEST_SIZE = 2**31 - 1
+LENGTH_PENALTY = 0.6  # of beam search (Wu 2016)
 N_ADDED = 9  # the last fields of ModelConfig, which came after the first checkpoints
 
 
@@ -301,6 +302,40 @@ class RunConfig:
         choose(self.dtype, DTYPES, "--dtype")
         check_int("--threads", self.threads, 0, 4096)
         check_int("--seed", self.seed, 0, 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How tokens are chosen behind a prompt, how many, and with which cache and kernels."""
+
+    max_tokens: int | None = None  # None: a number that suits the model and the prompt
+    temperature: float | None = None  # None: 0 for encoder-decoders, which is greedy, else 0.8
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    cache: str = "dynamic"
+    kernels: str = "default"
+    beams: int = 1
+    length_penalty: float = LENGTH_PENALTY
+    n_best: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            check_int("--max-tokens", self.max_tokens, 1)
+        if self.temperature is not None:
+            check_float("--temperature", self.temperature, 0.0)
+        check_int("--top-k", self.top_k, 0)
+        check_float("--top-p", self.top_p, 0.0, 1.0, open_low=True)
+        check_int("--beams", self.beams, 1, 1000)
+        check_float("--length-penalty", self.length_penalty, 0.0, 10.0)
+        check_int("--n-best", self.n_best, 1)
+        if self.n_best > self.beams:
+            raise UsageError(
+                f"--n-best: {self.n_best} of {self.beams} beams", "Give as many --beams at least."
+            )
+        if self.beams > 1 and (self.temperature or self.top_k or self.top_p < 1.0):
+            flag = "--temperature" if self.temperature else "--top-k" if self.top_k else "--top-p"
+            raise UsageError(f"{flag}: contradicts --beams", "Beam search draws nothing.")
 
 
 @dataclass(frozen=True)
