@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from kvtool.commands.bench.words import tokens
+from kvtool.commands.bench.formatting import tokens
 from kvtool.errors import FileError, UsageError
 from kvtool.files import NAME, SAVED, saved_run
 from kvtool.folders import Folder

@@ -15,6 +15,7 @@ from kvtool.registry import choose
 from kvtool.ui import options as o
 from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output, present
+from kvtool.ui.rules import contradicts, needs, require
 from kvtool.ui.tables import Column
 
 AGAINST = {"numpy": "the NumPy oracle", "transformers": "transformers' model"}
@@ -25,6 +26,10 @@ PROMPTS = (
     "Once upon a midnight dreary, while I pondered, weak and weary",
 )
 SMALLER = "Free memory, or check a smaller model."
+RULES = (
+    contradicts("--against", "--reference", "Give one of them."),
+    needs("--against", "--prompt --save-reference", "A file has its own prompts."),
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,13 @@ class Settings:
     def __post_init__(self) -> None:
         if self.against is not None:
             choose(self.against, tuple(AGAINST), "--against")
-            if self.reference is not None:
-                raise UsageError("--reference: contradicts --against", "Give one of them.")
-        elif self.prompt is not None or self.save_reference is not None:
-            flag = "--prompt" if self.prompt is not None else "--save-reference"
-            raise UsageError(f"{flag}: needs --against", "A file has its own prompts.")
+        given = {
+            "--against": self.against is not None,
+            "--reference": self.reference,
+            "--prompt": self.prompt is not None,
+            "--save-reference": self.save_reference,
+        }
+        require(RULES, given)
         if self.save_reference is not None:
             check_destination(self.save_reference)
 
@@ -58,7 +65,7 @@ def check_destination(path: Path) -> None:
 
 
 @dataclass
-class Report:
+class LogitsReport:
     """Every position, and what they say together."""
 
     positions: list[dict[str, Any]]
@@ -119,7 +126,7 @@ def place(row: dict[str, Any]) -> str:
     return f"prompt {row['prompt']}, position {row['position']}"
 
 
-def run(settings: Settings, out: Output) -> Report:
+def run(settings: Settings, out: Output) -> LogitsReport:
     """Compare the model, in the working dtype and in float64, with the reference."""
     import torch
 
@@ -166,7 +173,7 @@ def run(settings: Settings, out: Output) -> Report:
     ]
     tolerance = reference.allowance(precise, references)
     resolved = {**loaded.facts, "device": str(device)}
-    return Report(positions, agree, tolerance, name, settings.run.dtype, resolved)
+    return LogitsReport(positions, agree, tolerance, name, settings.run.dtype, resolved)
 
 
 def own_reference(folder: Path) -> Path:
@@ -180,7 +187,7 @@ def own_reference(folder: Path) -> Path:
     return path
 
 
-def show(report: Report, out: Output) -> None:
+def show(report: LogitsReport, out: Output) -> None:
     """A row per position and the conclusion."""
     columns = [
         Column("prompt", key=True),

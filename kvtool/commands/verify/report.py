@@ -93,7 +93,7 @@ class Row:
 
         return self.verdict == UNSUPPORTED
 
-    def words(self, short: bool = False) -> str:
+    def verdict_text(self, short: bool = False) -> str:
         """The verdict, as a sentence says it, or short for a table."""
         from kvtool.core.verify.outcome import NOT_CAUSAL, ROUNDING
 
@@ -109,7 +109,7 @@ class Row:
     @property
     def cell(self) -> str:
         """The verdict in a table, and what it does not extend to."""
-        short = self.words(short=True)
+        short = self.verdict_text(short=True)
         return f"{short}, {self.not_judged} not judged" if self.not_judged else short
 
 
@@ -123,7 +123,7 @@ class NotRun:
 
 
 @dataclass
-class Report:
+class CacheReport:
     """All rows, and whether the check found the bug that was planted to test it."""
 
     checks: list[Row]
@@ -235,7 +235,7 @@ class Report:
         names = list(dict.fromkeys(row.scenario for row in rows))
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         why = " (the cache stores lower)" if verdict == PRECISION else ""
-        return f"{rows[0].words()} in {names[0]}{more}{why}"
+        return f"{rows[0].verdict_text()} in {names[0]}{more}{why}"
 
     def _steps(self, kernels: str) -> str:
         from kvtool.core.verify.outcome import IDENTICAL, ROUNDING

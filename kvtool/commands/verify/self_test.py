@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool import ending
-from kvtool.commands.verify.rows import facts, first_few, tell_ended, told
+from kvtool.commands.verify.resume import facts, first_few, note_resumed, warn_ended
 from kvtool.ending import End, until_ended
 from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output
@@ -34,7 +34,7 @@ class Settings:
 
 
 @dataclass
-class Report:
+class SelfTestReport:
     """Planted bugs that have to be caught, and right caches that must not be reported."""
 
     planted: list[Trial]
@@ -96,7 +96,7 @@ def count(outcomes: list[Trial], name: str) -> str:
     return f"{sum(answers)} of {len(answers)}"
 
 
-def run(settings: Settings, out: Output) -> Report:
+def run(settings: Settings, out: Output) -> SelfTestReport:
     """Plant them all, one after the other."""
     import time
 
@@ -113,7 +113,7 @@ def run(settings: Settings, out: Output) -> Report:
         decides = facts("self-test", settings.run, tried=names)
         kept = Kept(settings.resume, selftest.Trial, decides)
         kept.require(lambda o: o.name in names and found.setdefault(o.name, o) is o)
-        told(kept, out)
+        note_resumed(kept, out)
     bars = out.progress("self-test", len(names))
     with kept or nullcontext(), bars as bar, until_ended() as outcome:
         bar.advance(len(found))
@@ -125,15 +125,15 @@ def run(settings: Settings, out: Output) -> Report:
                 kept.append(tried)
     left = [name for name in names if name not in found]
     if outcome.how is not None:
-        tell_ended(outcome.how, len(found), len(names), kept, out)
+        warn_ended(outcome.how, len(found), len(names), kept, out)
     outcomes = [found[name] for name in names if name in found]
     planted = [tried for tried in outcomes if tried.quiet is None]
     lookalikes = [tried for tried in outcomes if tried.quiet is not None]
     seconds = time.perf_counter() - started
-    return Report(planted, lookalikes, seconds, out.verbose, outcome.how, left)
+    return SelfTestReport(planted, lookalikes, seconds, out.verbose, outcome.how, left)
 
 
-def show(report: Report, out: Output) -> None:
+def show(report: SelfTestReport, out: Output) -> None:
     """The table of mutants, that of look-alikes, and the sums."""
     columns = [
         Column("class", key=True),

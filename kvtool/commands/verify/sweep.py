@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.commands.verify.hf import chosen_scenarios
-from kvtool.commands.verify.rows import facts, first_few, tell_ended, told
+from kvtool.commands.verify.options import TIME_LIMIT
+from kvtool.commands.verify.resume import facts, first_few, note_resumed, warn_ended
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.ending import End, until_ended
 from kvtool.registry import TRANSFORMERS_CACHES, TRANSFORMERS_MODELS, choose
@@ -23,7 +24,6 @@ from kvtool.ui.tables import Column
 if TYPE_CHECKING:
     from kvtool.core.verify.hf.task import Swept
 
-TIME_LIMIT = 60.0  # seconds
 QUANTIZED = "quantized"  # the kind of TRANSFORMERS_CACHES whose codes are replaced
 TOKENS = 32  # of the scenario decode, enough to tell
 
@@ -52,7 +52,7 @@ class Settings:
 
 
 @dataclass
-class Report:
+class SweepReport:
     """A result for each type."""
 
     types: list[Swept]
@@ -139,7 +139,7 @@ def counted(types: Sequence[Swept]) -> dict[str, int]:
     return {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
 
 
-def run(settings: Settings, out: Output) -> Report:
+def run(settings: Settings, out: Output) -> SweepReport:
     """Judge each type in a process of its own; what --resume's file has is not judged again."""
     import torch
 
@@ -178,7 +178,7 @@ def run(settings: Settings, out: Output) -> Report:
                 and first.setdefault((swept.type, swept.kind), swept) is swept
             )
         )
-        told(kept, out)
+        note_resumed(kept, out)
     found: list[Swept] = []
     bars = out.progress("sweep", len(tasks))
     with kept or nullcontext(), bars as bar, until_ended() as outcome:
@@ -190,13 +190,13 @@ def run(settings: Settings, out: Output) -> Report:
             )
     resolved = {"caches": caches, "scenarios": scenarios, "memory_limit": task.MEMORY}
     if outcome.how is not None:
-        tell_ended(outcome.how, len(found), len(tasks), kept, out, "types")
+        warn_ended(outcome.how, len(found), len(tasks), kept, out, "types")
     left = [left.type for left in tasks[len(found) :]]
     seconds = time.perf_counter() - started
-    return Report(found, version, seconds, resolved, outcome.how, left, out.verbose)
+    return SweepReport(found, version, seconds, resolved, outcome.how, left, out.verbose)
 
 
-def show(report: Report, out: Output) -> None:
+def show(report: SweepReport, out: Output) -> None:
     """A table for each kind of model with a row for each type, and the sums."""
     columns = [
         Column("type", "left", key=True),

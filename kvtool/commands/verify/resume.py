@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool import ending
-from kvtool.commands.verify.report import NotRun, Report, Row
+from kvtool.commands.verify.report import CacheReport, NotRun, Row
 from kvtool.config import RunConfig
 from kvtool.ending import End
 from kvtool.ui.environment import environment
@@ -43,7 +43,7 @@ class Rows:
         self.whole = whole
         if kept is not None:
             kept.require(self._take_known)
-            told(kept, out)
+            note_resumed(kept, out)
 
     def __enter__(self) -> Rows:
         return self
@@ -105,15 +105,15 @@ class Rows:
         resolved: dict[str, Any],
         ended: End | None,
         out: Output,
-    ) -> Report:
+    ) -> CacheReport:
         """What the rows come to. Raises Ended if a signal came before the first of them."""
         if ended is not None:
-            tell_ended(ended, len(self.found), len(self.plan), self.kept, out)
+            warn_ended(ended, len(self.found), len(self.plan), self.kept, out)
         found = (self.rows, self.control, prompt_tokens, dtype, resolved)
-        return Report(*found, ended=ended, not_run=self.not_run, verbose=out.verbose)
+        return CacheReport(*found, ended=ended, not_run=self.not_run, verbose=out.verbose)
 
 
-def tell_ended(
+def warn_ended(
     ended: End, done: int, total: int, kept: Kept[Any] | None, out: Output, what: str = "checks"
 ) -> None:
     """Say how far work came that a signal ended, and how it goes on. Raises Ended if not far."""
@@ -196,7 +196,7 @@ def facts(check: str, run: RunConfig, **more: Any) -> dict[str, Any]:
     return {"check": check, **more, "dtype": run.dtype, "seed": run.seed, **machine}
 
 
-def kept_rows(path: Path | None, found: dict[str, Any]) -> Kept[Row] | None:
+def resume_file(path: Path | None, found: dict[str, Any]) -> Kept[Row] | None:
     """The file that --resume named. Raises FileError."""
     if path is None:
         return None
@@ -205,7 +205,7 @@ def kept_rows(path: Path | None, found: dict[str, Any]) -> Kept[Row] | None:
     return Kept(path, Row, found)
 
 
-def told(kept: Kept[Any], out: Output) -> None:
+def note_resumed(kept: Kept[Any], out: Output) -> None:
     """Say what is there already; what cannot be added is told behind the verdicts."""
     kept.attempt = out.attempt
     if kept.known:
