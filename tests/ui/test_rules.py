@@ -37,6 +37,7 @@ VALUES = {
     "--impl": "transformers",
     "--target": "own.py:build",
     "--plot": "a.png",
+    "--input": "lines.txt",
     "--against": "numpy",
     "--fail-if": "min:1",
     **dict.fromkeys(("--tokens", "--time-limit"), "9"),

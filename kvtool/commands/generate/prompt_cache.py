@@ -103,7 +103,7 @@ class CacheFiles:
                 "Leave it out to see whether its values are the reason.",
             ) from error
 
-    def tell(self, n_prompt: int) -> None:
+    def note(self, n_prompt: int) -> None:
         """Say what came from a file and what went into one."""
         if self.loading is not None:
             reused = self.generator.n_reused

@@ -126,10 +126,10 @@ def check_model(
         "scenarios": names,
         "cache_settings": {kind: settings_of(kind, small=True) for kind in settings.caches},
     }
-    decides = {**resolved, "model": loaded.path.name, "config": vars(loaded.config), "ids": ids}
+    conditions = {**resolved, "model": loaded.path.name, "config": vars(loaded.config), "ids": ids}
     kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
-    kept = resume_file(settings.resume, facts("kvtool", settings.run, **decides, **kinds))
-    rows = Rows(product(settings.caches, settings.kernels, names), kept, out)
+    log = resume_file(settings.resume, facts("kvtool", settings.run, **conditions, **kinds))
+    rows = Rows(product(settings.caches, settings.kernels, names), log, out)
     total = len(rows.plan) + 1
     with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
@@ -192,11 +192,11 @@ def check_target(
         "device": str(subject.device),
         "scenarios": names,
     }
-    decides = {**resolved, "model": name, "tokens": settings.tokens}
+    conditions = {**resolved, "model": name, "tokens": settings.tokens}
     if settings.resume is not None:
-        decides["weights"] = subject.fingerprint()
-    kept = resume_file(settings.resume, facts("target", settings.run, **decides))
-    rows = Rows([(name, api.OWN, scenario) for scenario in names], kept, out)
+        conditions["weights"] = subject.fingerprint()
+    log = resume_file(settings.resume, facts("target", settings.run, **conditions))
+    rows = Rows([(name, api.OWN, scenario) for scenario in names], log, out)
     total = len(names) + 1
     bars = out.progress("verify-cache", total)
     with rows, redirect_stdout(said), bars as bar, until_ended() as outcome:

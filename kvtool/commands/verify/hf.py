@@ -83,9 +83,9 @@ def run(settings: Settings, out: Output) -> CacheReport:
         "scenarios": names,
         "caches": kinds,
     }
-    kept = resume_file(settings.resume, decides(settings, model, resolved))
+    log = resume_file(settings.resume, conditions(settings, model, resolved))
     note_model(model, note, kinds, out)
-    rows = Rows(product(kinds, [OWN], names), kept, out, ALL)
+    rows = Rows(product(kinds, [OWN], names), log, out, ALL)
     total = len(rows.plan) + 1
     with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
@@ -118,7 +118,7 @@ def note_model(model: Any, note: str, kinds: list[str], out: Output) -> None:
         out.note(f"quantized: judged with exact values in place of its codes, backend {backend}")
 
 
-def decides(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
+def conditions(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
     """What the results depend on."""
     from kvtool.core.verify.kept import fingerprint
 

@@ -159,10 +159,10 @@ def run(settings: Settings, out: Output) -> LogitsReport:
         references = reference.make_reference(weights, loaded.config, prompts, against, loaded.path)
         del weights
         name = AGAINST[against]
-    if (kept := settings.save_reference) is not None and out.attempt(
-        lambda: reference.save(kept, references)
+    if (save_to := settings.save_reference) is not None and out.attempt(
+        lambda: reference.save(save_to, references)
     ):
-        out.note(f"written to {kept}")
+        out.note(f"written to {save_to}")
     reference.check_fits(references, loaded.config)
     agree = all(r.text is None or tokenizer.encode(r.text) == r.ids for r in references)
     # Loaded again: a model rounded to bfloat16 first would be another one in float64 too.

@@ -166,8 +166,8 @@ class CacheReport:
         """The last line, in words."""
         if self.ended is None:
             return self._found()
-        told = self._found() if self.bugs or self.judged else ""
-        return "; ".join(filter(None, [told, self._left(self.ended)]))
+        found = self._found() if self.bugs or self.judged else ""
+        return "; ".join(filter(None, [found, self._left(self.ended)]))
 
     def _found(self) -> str:
         if self.bugs:

@@ -67,13 +67,13 @@ class SelfTestReport:
             f"hint {count(self.planted, 'hint_right')}",
             f"{others - quiet} of {others} right caches reported falsely",
         ]
-        told = ", ".join(parts) + f" ({self.seconds:.0f} s)"
+        said = ", ".join(parts) + f" ({self.seconds:.0f} s)"
         if self.ended is None:
-            return told
+            return said
         done = n + others
         total = done + len(self.not_run)
         how = f"{self.ended.value} after {done} of {total} checks"
-        return f"{told}; {how}; not run: {first_few(self.not_run)}"
+        return f"{said}; {how}; not run: {first_few(self.not_run)}"
 
     def rows(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(outcome) for outcome in (*self.planted, *self.lookalikes)]
@@ -107,25 +107,25 @@ def run(settings: Settings, out: Output) -> SelfTestReport:
     # Tiny models: a second thread would only be waited for.
     prepare(replace(settings.run, threads=settings.run.threads or 1))
     started = time.perf_counter()
-    kept, names = None, selftest.names()
+    log, names = None, selftest.names()
     found: dict[str, Trial] = {}
     if settings.resume is not None:
-        decides = facts("self-test", settings.run, tried=names)
-        kept = Kept(settings.resume, selftest.Trial, decides)
-        kept.require(lambda o: o.name in names and found.setdefault(o.name, o) is o)
-        note_resumed(kept, out)
+        conditions = facts("self-test", settings.run, tried=names)
+        log = Kept(settings.resume, selftest.Trial, conditions)
+        log.require(lambda o: o.name in names and found.setdefault(o.name, o) is o)
+        note_resumed(log, out)
     bars = out.progress("self-test", len(names))
-    with kept or nullcontext(), bars as bar, until_ended() as outcome:
+    with log or nullcontext(), bars as bar, until_ended() as outcome:
         bar.advance(len(found))
         for tried in selftest.run(bar.update, found.keys()):
             ending.check()  # what was tried while a signal came may be wrong
             found[tried.name] = tried
             bar.advance()
-            if kept is not None:
-                kept.append(tried)
+            if log is not None:
+                log.append(tried)
     left = [name for name in names if name not in found]
     if outcome.how is not None:
-        warn_ended(outcome.how, len(found), len(names), kept, out)
+        warn_ended(outcome.how, len(found), len(names), log, out)
     outcomes = [found[name] for name in names if name in found]
     planted = [tried for tried in outcomes if tried.quiet is None]
     lookalikes = [tried for tried in outcomes if tried.quiet is not None]

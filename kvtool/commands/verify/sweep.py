@@ -164,25 +164,25 @@ def run(settings: Settings, out: Output) -> SweepReport:
         for name in settings.types or types
         if name in types
     ]
-    kept = None
+    log = None
     if settings.resume is not None:
         asked = {"caches": caches, "scenarios": scenarios, "tokens": settings.tokens}
         asked |= {"time_limit": settings.time_limit, "memory_limit": task.MEMORY}
-        decides = facts("sweep", settings.run, **asked, transformers=version)
-        kept = Kept(settings.resume, task.Swept, decides)
+        conditions = facts("sweep", settings.run, **asked, transformers=version)
+        log = Kept(settings.resume, task.Swept, conditions)
         first: dict[tuple[str, str], Swept] = {}
-        kept.require(
+        log.require(
             lambda swept: (
                 swept.type in known.get(swept.kind, ())
                 and task.is_coherent(swept)
                 and first.setdefault((swept.type, swept.kind), swept) is swept
             )
         )
-        note_resumed(kept, out)
+        note_resumed(log, out)
     found: list[Swept] = []
     bars = out.progress("sweep", len(tasks))
-    with kept or nullcontext(), bars as bar, until_ended() as outcome:
-        for swept in sweep.sweep(tasks, settings.time_limit, kept, bar.update):
+    with log or nullcontext(), bars as bar, until_ended() as outcome:
+        for swept in sweep.sweep(tasks, settings.time_limit, log, bar.update):
             found.append(swept)
             bar.advance()
             out.detail(
@@ -190,7 +190,7 @@ def run(settings: Settings, out: Output) -> SweepReport:
             )
     resolved = {"caches": caches, "scenarios": scenarios, "memory_limit": task.MEMORY}
     if outcome.how is not None:
-        warn_ended(outcome.how, len(found), len(tasks), kept, out, "types")
+        warn_ended(outcome.how, len(found), len(tasks), log, out, "types")
     left = [left.type for left in tasks[len(found) :]]
     seconds = time.perf_counter() - started
     return SweepReport(found, version, seconds, resolved, outcome.how, left, out.verbose)
