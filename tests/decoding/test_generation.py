@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,17 @@ def test_text_for_a_model_alone_a_missing_folder_and_nan_are_errors_of_kvtool() 
         next(model.parameters()).fill_(float("nan"))
     with pytest.raises(CheckFailed, match="step 0: the logits are not finite"):
         generate(model, [1, 2], 3)
+
+
+def test_the_example_of_the_page_gives_what_the_command_gives(
+    kv: Callable[..., Ran], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(kvtool.__file__).parents[1] / "docs" / "generate.md"
+    (code,) = re.findall(r"```python\n(.+?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    found = names["found"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].endswith(f"{found.ids} {found.cache_bytes}") and len(printed) > 20
+    words = "--prompt ROMEO: --max-tokens 20 --temperature 0 --cache paged:page=8"
+    assert kv(*words.split(), command="generate").out == found.text + "\n"

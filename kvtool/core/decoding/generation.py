@@ -76,12 +76,15 @@ def generate(
     model: a checkpoint that was loaded, the name or folder of one, or a model alone, which has no
     tokenizer and so takes ids. prompt: a text, or ids (P,) or (B,P); rows are decoded one after the
     other. cache: a kind with its settings, "paged:page=8". on_text: is given each piece of text as
-    it comes, but of beam search nothing. choices: the other fields of GenerateConfig.
+    it comes, but of beam search nothing. choices: kernels, temperature, top_k, top_p, beams,
+    length_penalty, n_best and seed, as in GenerateConfig.
     Raises UsageError for what cannot be asked for, FileError for a folder that cannot be read,
     CapacityError for what does not fit into the context or the memory, and CheckFailed for logits
     that are not finite.
 
-    >>> kvtool.generate("shakespeare-2l", "ROMEO:", 8, temperature=0).text
+    >>> found = kvtool.generate("shakespeare-2l", "ROMEO:", 12, temperature=0.0)
+    >>> len(found.ids), found.text
+    (12, "\\nI have awhile I not, I'll")
     """
     how = GenerateConfig(max_tokens=max_tokens, cache=cache, **choices)
     if isinstance(model, (str, Path)):
