@@ -114,9 +114,9 @@ def command(
         if target is None:
             require_model(model)
         else:
-            from kvtool.core.verify.target.place import target_place
+            from kvtool.core.verify.target.spec import parse_spec
 
-            target_place(target)  # is read again, but refused before torch is loaded
+            parse_spec(target)  # is read again, but refused before torch is loaded
         chosen = o.kinds_with_settings(caches, **of_kinds)
         asked = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume)
         if plot is not None:

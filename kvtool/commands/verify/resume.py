@@ -15,7 +15,7 @@ from kvtool.ui.environment import environment
 from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
-    from kvtool.core.verify.kept import Kept
+    from kvtool.core.verify.resume_log import ResumeLog
 
 FEW = 3  # names of what was not run
 
@@ -32,7 +32,7 @@ class Rows:
     def __init__(
         self,
         plan: Iterable[tuple[str, str, str]],
-        log: Kept[Row] | None,
+        log: ResumeLog[Row] | None,
         out: Output,
         whole: str = "",
     ) -> None:
@@ -114,7 +114,7 @@ class Rows:
 
 
 def warn_ended(
-    ended: End, done: int, total: int, log: Kept[Any] | None, out: Output, what: str = "checks"
+    ended: End, done: int, total: int, log: ResumeLog[Any] | None, out: Output, what: str = "checks"
 ) -> None:
     """Say how far work came that a signal ended, and how it goes on. Raises Ended if not far."""
     if not done:
@@ -196,17 +196,17 @@ def facts(check: str, run: RunConfig, **more: Any) -> dict[str, Any]:
     return {"check": check, **more, "dtype": run.dtype, "seed": run.seed, **machine}
 
 
-def resume_file(path: Path | None, found: dict[str, Any]) -> Kept[Row] | None:
+def resume_file(path: Path | None, found: dict[str, Any]) -> ResumeLog[Row] | None:
     """The file that --resume named. Raises FileError."""
     if path is None:
         return None
-    from kvtool.core.verify.kept import Kept
+    from kvtool.core.verify.resume_log import ResumeLog
 
-    return Kept(path, Row, found)
+    return ResumeLog(path, Row, found)
 
 
-def note_resumed(log: Kept[Any], out: Output) -> None:
+def note_resumed(log: ResumeLog[Any], out: Output) -> None:
     """Say what is there already; what cannot be added is told behind the verdicts."""
     log.attempt = out.attempt
-    if log.known:
-        out.note(f"--resume {log.path}: {len(log.known)} results are there already")
+    if log.results:
+        out.note(f"--resume {log.path}: {len(log.results)} results are there already")

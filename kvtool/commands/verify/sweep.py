@@ -145,7 +145,7 @@ def run(settings: Settings, out: Output) -> SweepReport:
 
     from kvtool.core.verify.hf import sweep, task
     from kvtool.core.verify.hf.library import known_types, need_transformers
-    from kvtool.core.verify.kept import Kept
+    from kvtool.core.verify.resume_log import ResumeLog
 
     version = need_transformers()
     known = {kind: known_types(kind) for kind in TRANSFORMERS_MODELS}
@@ -169,7 +169,7 @@ def run(settings: Settings, out: Output) -> SweepReport:
         asked = {"caches": caches, "scenarios": scenarios, "tokens": settings.tokens}
         asked |= {"time_limit": settings.time_limit, "memory_limit": task.MEMORY}
         conditions = facts("sweep", settings.run, **asked, transformers=version)
-        log = Kept(settings.resume, task.Swept, conditions)
+        log = ResumeLog(settings.resume, task.Swept, conditions)
         first: dict[tuple[str, str], Swept] = {}
         log.require(
             lambda swept: (
