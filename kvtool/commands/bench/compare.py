@@ -75,6 +75,7 @@ class Limit:
         return f"{most} ({self.field})"
 
     def exceeded(self, before: Sequence[float], now: Sequence[float]) -> bool:
+        """Whether samples are slower than those before by more, in seconds."""
         old, new = FIELDS[self.field](before), FIELDS[self.field](now)
         return new - old > (old * self.most / 100 if self.percent else self.most)
 

@@ -87,10 +87,12 @@ class BenchReport:
 
     @property
     def measured(self) -> bool:
+        """Whether there is a sample at all."""
         return any(row.samples_s for row in self.measurements)
 
     @property
     def exit_code(self) -> int:
+        """That of a signal; else 0, or 1 for a regression and where nothing was measured."""
         if self.ended is not None:
             return self.ended.exit_code
         return 0 if self.measured and not self.comparison.regressions else 1
@@ -130,6 +132,7 @@ class BenchReport:
         return {heading: self.comparison.rows()} if self.comparison.changes else {}
 
     def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
         marked = [f"{MARKS[ok][0]} {said}." for ok, said in self.comparison.verdicts]
         return {
             **{name: value for name, value in vars(self).items() if name != "comparison"},

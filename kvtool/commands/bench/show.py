@@ -55,6 +55,7 @@ def median_text(row: Row) -> str:
 
 
 def title(report: BenchReport) -> str:
+    """What was timed, above the table and the figure."""
     what = f"Time to generate, prompt of {report.prompt_length}"
     if report.depth is not None:
         what = f"Time to decode behind {report.depth} tokens"

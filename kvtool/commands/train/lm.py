@@ -134,8 +134,9 @@ def command(
 ) -> None:
     """Train a decoder-only Transformer on a text, with a byte-level BPE tokenizer of its own.
 
-    Ctrl-C finishes the step and saves; --resume goes on to the same bytes (on one machine, with as
-    many threads, and a length in steps or epochs).
+    Without --steps, --epochs or --minutes it trains for five minutes. Ctrl-C finishes the step and
+    saves; --resume goes on to the same bytes (on one machine, with as many threads, and a length in
+    steps or epochs).
 
       kvtool train-lm --data input.txt --steps 1000
     """

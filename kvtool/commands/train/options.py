@@ -114,7 +114,13 @@ Positions = Annotated[
     ),
 ]
 Dropout = Annotated[
-    float, typer.Option("--dropout", metavar="X", help="Dropout.", rich_help_panel=MODEL)
+    float,
+    typer.Option(
+        "--dropout",
+        metavar="X",
+        help="Share of the values that training drops.",
+        rich_help_panel=MODEL,
+    ),
 ]
 VocabSize = Annotated[
     int,
@@ -150,7 +156,7 @@ Schedule = Annotated[
 Clip = Annotated[
     float,
     typer.Option(
-        "--clip", metavar="X", help="Longest gradient, as a norm.", rich_help_panel=OPTIMIZER
+        "--clip", metavar="X", help="Scale gradients down to this norm.", rich_help_panel=OPTIMIZER
     ),
 ]
 WeightDecay = Annotated[

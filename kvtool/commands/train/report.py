@@ -58,9 +58,11 @@ class TrainReport:
         )
 
     def rows(self) -> list[dict[str, Any]]:
+        """The scores of the best checkpoint."""
         return self.scores
 
     def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
         return {**vars(self), "conclusion": self.conclusion}
 
 

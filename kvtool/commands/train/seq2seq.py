@@ -219,8 +219,8 @@ def command(
 ) -> None:
     """Train an encoder-decoder Transformer on pairs: words to phones, or your own TSV.
 
-    Without --steps, --epochs or --minutes it trains for five minutes; one already gives a model
-    that pronounces. Ctrl-C finishes the step and saves; --resume goes on.
+    Without --steps, --epochs or --minutes it trains for five minutes; one minute already gives a
+    model that pronounces. Ctrl-C finishes the step and saves; --resume goes on.
 
       kvtool train-seq2seq --minutes 1
 

@@ -77,19 +77,23 @@ class LogitsReport:
 
     @property
     def worst_float64(self) -> float:
+        """The largest gap in float64, over the largest logit."""
         return max(row["gap_float64"] for row in self.positions)
 
     @property
     def not_finite(self) -> list[dict[str, Any]]:
+        """Positions with NaN or infinite logits in the working format."""
         return [row for row in self.positions if not math.isfinite(row["max_difference"])]
 
     @property
     def right(self) -> bool:
+        """Whether the float64 run agrees with the reference, and all logits are finite."""
         exact = self.worst_float64 <= self.tolerance_float64
         return exact and self.tokens_agree and not self.not_finite
 
     @property
     def exit_code(self) -> int:
+        """0 if it is right, else 1."""
         return 0 if self.right else 1
 
     @property
@@ -116,13 +120,16 @@ class LogitsReport:
         )
 
     def rows(self) -> list[dict[str, Any]]:
+        """The positions."""
         return self.positions
 
     def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
         return {**vars(self), "worst_float64": self.worst_float64, "conclusion": self.conclusion}
 
 
 def place(row: dict[str, Any]) -> str:
+    """Where a row is: its prompt and position."""
     return f"prompt {row['prompt']}, position {row['position']}"
 
 

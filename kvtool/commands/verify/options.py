@@ -98,7 +98,12 @@ Types = Annotated[
 ]
 TimeLimit = Annotated[
     float,
-    typer.Option("--time-limit", metavar="SECONDS", help="For a type.", rich_help_panel=SWEEP),
+    typer.Option(
+        "--time-limit",
+        metavar="SECONDS",
+        help="Give a type up after so long.",
+        rich_help_panel=SWEEP,
+    ),
 ]
 Resume = Annotated[
     Path | None,

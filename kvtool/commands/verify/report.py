@@ -46,6 +46,7 @@ class Row:
 
     @classmethod
     def of(cls, checked: Checked) -> Row:
+        """The row of a check that was made."""
         finding = checked.finding
         working, exact, promoted = finding.working, finding.float64, finding.promoted
         found = finding.diagnosis
@@ -77,6 +78,7 @@ class Row:
 
     @property
     def outcome(self) -> Outcome:
+        """What the verdict comes to."""
         from kvtool.core.verify.outcome import outcome
 
         return outcome(self.verdict, self.right, self.stores)
@@ -138,12 +140,14 @@ class CacheReport:
 
     @property
     def summary(self) -> Summary[Row]:
+        """What all rows come to."""
         from kvtool.core.verify.outcome import Summary
 
         return Summary(self.checks, self.control.outcome if self.control else None)
 
     @property
     def bugs(self) -> list[Row]:
+        """The rows that are wrong."""
         return self.summary.wrong
 
     @property
@@ -153,10 +157,12 @@ class CacheReport:
 
     @property
     def judged(self) -> list[Row]:
+        """The rows that are right."""
         return self.summary.right
 
     @property
     def exit_code(self) -> int:
+        """That of a signal; else 0 if all that was judged is right, else 1."""
         if self.ended is not None:
             return self.ended.exit_code
         return 0 if self.summary.ok else 1
@@ -254,5 +260,6 @@ class CacheReport:
         return [{k: v for k, v in vars(row).items() if k != "gap_by_step"} for row in self.checks]
 
     def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
         fields = {key: value for key, value in vars(self).items() if key != "verbose"}
         return {**fields, "exit_code": self.exit_code, "conclusion": self.conclusion}

@@ -92,10 +92,12 @@ class Rows:
 
     @property
     def rows(self) -> list[Row]:
+        """Those that are there, in the order of the plan."""
         return [self.found[check] for check in self.plan if check in self.found]
 
     @property
     def not_run(self) -> list[NotRun]:
+        """The checks of the plan that have no row."""
         return [check for check in self.plan if check not in self.found]
 
     def report(

@@ -46,10 +46,12 @@ class SelfTestReport:
 
     @property
     def failed(self) -> list[Trial]:
+        """Planted bugs that were missed, and right caches that were reported."""
         return [outcome for outcome in (*self.planted, *self.lookalikes) if not outcome.ok]
 
     @property
     def exit_code(self) -> int:
+        """That of a signal; else 0 if none failed, else 1."""
         if self.ended is not None:
             return self.ended.exit_code
         return 1 if self.failed or not self.planted else 0
@@ -76,9 +78,11 @@ class SelfTestReport:
         return f"{said}; {how}; not run: {first_few(self.not_run)}"
 
     def rows(self) -> list[dict[str, Any]]:
+        """The planted bugs, then the right caches."""
         return [dataclasses.asdict(outcome) for outcome in (*self.planted, *self.lookalikes)]
 
     def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
         return {
             "planted": [dataclasses.asdict(outcome) for outcome in self.planted],
             "lookalikes": [dataclasses.asdict(outcome) for outcome in self.lookalikes],

@@ -77,10 +77,12 @@ class SweepReport:
 
     @property
     def wrong(self) -> list[Swept]:
+        """The types that are not right."""
         return [s for s in self.types if s.wrong]
 
     @property
     def exit_code(self) -> int:
+        """That of a signal; else 0 if some type is right and none wrong, else 1."""
         if self.ended is not None:
             return self.ended.exit_code
         return 0 if any(s.right for s in self.types) and not self.wrong else 1
@@ -95,6 +97,7 @@ class SweepReport:
 
     @property
     def conclusion(self) -> str:
+        """The last line, in words."""
         sums = []
         for kind, types in self.kinds.items():
             judged = sum(swept.judged for swept in types)
@@ -108,6 +111,7 @@ class SweepReport:
         return f"transformers {self.transformers}: {'; '.join(sums)}"
 
     def rows(self) -> list[dict[str, Any]]:
+        """The types as flat rows."""
         return [
             {
                 **dataclasses.asdict(s),
@@ -117,6 +121,7 @@ class SweepReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
         return {
             "transformers": self.transformers,
             "types": [dataclasses.asdict(swept) for swept in self.types],
@@ -224,4 +229,5 @@ def show(report: SweepReport, out: Output) -> None:
 
 
 def figure(gap: float | None) -> str:
+    """A gap for the table; a dash where there is none."""
     return "-" if gap is None else (f"{gap:.1e}" if gap else "0")
