@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvtool import testing as testing
+    from kvtool.core.decoding.generation import generate as generate
     from kvtool.core.verify.api import verify as verify
 
 __version__ = "0.1.0"
 
+# What is imported when it is used: torch takes a second.
+FUNCTIONS = {"verify": "kvtool.core.verify.api", "generate": "kvtool.core.decoding.generation"}
+MODULES = ("testing",)
+
 
 def __getattr__(name: str) -> Any:
-    """`kvtool.verify` and `kvtool.testing`, imported when they are used: torch takes a second."""
-    if name == "verify":
-        from kvtool.core.verify.api import verify
-
-        return verify
-    if name == "testing":
-        import importlib
-
-        return importlib.import_module("kvtool.testing")
+    if name in FUNCTIONS:
+        return getattr(import_module(FUNCTIONS[name]), name)
+    if name in MODULES:
+        return import_module(f"kvtool.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return ["__version__", *FUNCTIONS, *MODULES]

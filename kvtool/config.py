@@ -14,7 +14,7 @@ from typing import Any
 
 from kvtool.errors import FileError, UsageError
 from kvtool.reading import quoted, short
-from kvtool.registry import MODELS, choose
+from kvtool.registry import MODELS, choose, split_kind
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
@@ -25,6 +25,8 @@ ROPE_SCALINGS = ("linear", "llama3", "yarn")
 SCHEDULES = ("cosine", "inverse-sqrt", "constant")
 OWN = "kvtool-"  # model_type of a checkpoint of kvtool: this and the family
 LARGEST_SIZE = 2**31 - 1
+MAY_BE_0 = ("sinks", "residual")  # settings of cache kinds; of others 1 is the least
+LENGTH_PENALTY = 0.6  # of beam search (Wu 2016)
 N_ADDED = 9  # the last fields of ModelConfig, which came after the first checkpoints
 
 
@@ -71,6 +73,20 @@ def check_bool(flag: str, value: object) -> None:
     """Raise UsageError, naming `flag`, unless `value` is True or False."""
     if not isinstance(value, bool):
         raise UsageError(f"{flag}: {quoted(value)} is not true or false")
+
+
+def check_setting(flag: str, name: str, value: int) -> None:
+    """Raise UsageError, naming `flag`, for a setting of a cache kind that is too small."""
+    check_int(flag, value, 0 if name in MAY_BE_0 else 1)
+
+
+def require_cache_kind(text: str, flag: str) -> str:
+    """`text`, a cache kind, perhaps with settings. Raises UsageError with the nearest name, or for
+    a setting that is too small."""
+    kind, settings = split_kind(text, flag)
+    for name, value in settings.items():
+        check_setting(f"{flag}: {kind}: {name}", name, value)
+    return text
 
 
 @dataclass(frozen=True)
@@ -302,6 +318,41 @@ class RunConfig:
         choose(self.dtype, DTYPES, "--dtype")
         check_int("--threads", self.threads, 0, 4096)
         check_int("--seed", self.seed, 0, 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How tokens are chosen behind a prompt, how many, and with which cache and kernels."""
+
+    max_tokens: int | None = None  # None: a number that suits the model and the prompt
+    temperature: float | None = None  # None: 0 for encoder-decoders, which is greedy, else 0.8
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    cache: str = "dynamic"
+    kernels: str = "default"
+    beams: int = 1
+    length_penalty: float = LENGTH_PENALTY
+    n_best: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            check_int("--max-tokens", self.max_tokens, 1)
+        if self.temperature is not None:
+            check_float("--temperature", self.temperature, 0.0)
+        check_int("--top-k", self.top_k, 0)
+        check_float("--top-p", self.top_p, 0.0, 1.0, open_low=True)
+        check_int("--beams", self.beams, 1, 1000)
+        check_float("--length-penalty", self.length_penalty, 0.0, 10.0)
+        check_int("--n-best", self.n_best, 1)
+        require_cache_kind(self.cache, "--cache")
+        if self.n_best > self.beams:
+            raise UsageError(
+                f"--n-best: {self.n_best} of {self.beams} beams", "Give as many --beams at least."
+            )
+        if self.beams > 1 and (self.temperature or self.top_k or self.top_p < 1.0):
+            flag = "--temperature" if self.temperature else "--top-k" if self.top_k else "--top-p"
+            raise UsageError(f"{flag}: contradicts --beams", "Beam search draws nothing.")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ class Report(Protocol):
     """
 
     @property
-    def exit_code(self) -> int: ...
+    def exit_code(self) -> int:
+        """0: done, or all is right; 1: the answer is no; or that of a signal."""
+        ...
 
     def rows(self) -> Sequence[Mapping[str, Any]]:
         """The result as flat rows, for CSV and Markdown."""
@@ -89,6 +91,7 @@ def document(command: str, settings: Any, report: Report) -> dict[str, Any]:
 
 
 def to_json(content: Mapping[str, Any]) -> str:
+    """The text of a document, without NaN and infinities. Raises ValueError for them."""
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 

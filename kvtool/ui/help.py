@@ -24,6 +24,7 @@ class HelpPage:
     """Mixed into Typer's command classes, writes the page in place of theirs."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the page, as wide as the terminal."""
         from rich.console import Console
 
         console = Console(highlight=False, markup=False, emoji=False)

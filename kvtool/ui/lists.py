@@ -164,6 +164,7 @@ class ListCommand(TyperCommand):
     """A command whose list options also take their values separated by spaces."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the flag of a list before each of its values. Raises UsageError."""
         flags: set[str] = set()
         arity: dict[str, int] = {}
         params: list[Any] = list(self.get_params(ctx))

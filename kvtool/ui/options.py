@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvtool.config import DEVICES, DTYPES, check_int
+from kvtool.config import DEVICES, DTYPES, check_setting, require_cache_kind
 from kvtool.errors import UsageError
 from kvtool.files import model_folder, shipped_models
 from kvtool.reading import require_file
@@ -23,7 +23,6 @@ MACHINE = "Model and machine"
 KIND = "Settings of cache kinds"
 REPORT = "Output"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-MAY_BE_0 = ("sinks", "residual")
 ALL_CACHES = list(CACHES)
 ALL_KERNELS = list(KERNELS)
 
@@ -35,22 +34,13 @@ def _complete(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
     return suggest
 
 
-def cache_kind(text: str, flag: str) -> str:
-    """One registered cache kind, perhaps with settings. Raises UsageError with the nearest name,
-    or for a setting that is too small."""
-    kind, settings = split_kind(text, flag)
-    for name, value in settings.items():
-        check_int(f"{flag}: {kind}: {name}", value, 0 if name in MAY_BE_0 else 1)
-    return text
-
-
 def cache_kinds(text: str, flag: str) -> list[str]:
     """One registered cache kind, or "all" of them. Raises UsageError with the nearest name."""
-    return list(CACHES) if text == "all" else [cache_kind(text, flag)]
+    return list(CACHES) if text == "all" else [require_cache_kind(text, flag)]
 
 
 def _cache(value: str) -> str:
-    return cache_kind(value, "--cache")
+    return require_cache_kind(value, "--cache")
 
 
 def kernels_kind(text: str, flag: str) -> str:
@@ -174,7 +164,7 @@ def kinds_with_settings(kinds: list[str], **given: int | None) -> list[str]:
     for name, value in given.items():
         if value is None:
             continue
-        check_int(f"--{name}", value, 0 if name in MAY_BE_0 else 1)
+        check_setting(f"--{name}", name, value)
         having = [k for k in kinds if name in CACHE_SETTINGS.get(split_kind(k)[0], ())]
         if not having:
             names = dict.fromkeys(split_kind(kind)[0] for kind in kinds)

@@ -17,6 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
+from kvtool.core.decoding.sources import pad
 from kvtool.core.models import build_model
 from kvtool.core.models.decoder import Decoder
 from kvtool.core.models.layers import sinusoids
@@ -25,7 +26,7 @@ from kvtool.core.native import fused
 from kvtool.core.text.tokenizer import BOS, Tokenizer
 from kvtool.core.training.lm import Blocks, LanguageModelling
 from kvtool.core.training.pairs import load_cmudict
-from kvtool.core.training.translation import Translation, pad
+from kvtool.core.training.translation import Translation
 
 PAIRS = 4000  # of the dictionary
 SEQ2SEQ_TOKENS, LM_TOKENS, LM_CONTEXT = 2048, 4608, 1152  # of the commands' defaults

@@ -13,9 +13,9 @@ import bench_cases
 from bench_cases import cells
 from cli_probe import Ran, refused
 from kvtool import files
-from kvtool.commands.bench.report import Report, Row, memory_text
+from kvtool.commands.bench.formatting import number
+from kvtool.commands.bench.report import BenchReport, Row, memory_text
 from kvtool.commands.bench.show import draw
-from kvtool.commands.bench.words import number
 from kvtool.core.bench import timing, traffic
 from kvtool.core.bench.traffic import Bandwidth
 from kvtool.core.kernels.default import DefaultKernels
@@ -292,7 +292,7 @@ def test_the_plot_marks_the_lengths_from_which_on_kinds_pay_and_says_the_rest(
     ]
     rows = [Row.of(cell, speedup, 1, 0) for cell, speedup in timing.speedups(made)]
     pays = {"static": 31.6, "paged": 10.0}
-    report = Report(rows, pays, 1, 8, None, "default", Bandwidth((1e9,)), {}, 1.0, {})
+    report = BenchReport(rows, pays, 1, 8, None, "default", Bandwidth((1e9,)), {}, 1.0, {})
     draw(report, Path("a.png"), "a model")
     said = "static pays from about 32 tokens on; paged pays from 10 tokens on, the fewest measured."
     title = "Time to generate, prompt of 8, batch of 1\na model"
@@ -309,7 +309,7 @@ def reading(
     run = timing.TimedRun(1.0, 0.5, 0.5, token_s, 9, token_bytes)
     row = Row.of(timing.Cell("static", 10, [run]), None, 1, 0)
     return memory_text(
-        Report([row], {}, 1, 8, None, "default", Bandwidth(rates, own_caches), {}, 1.0)
+        BenchReport([row], {}, 1, 8, None, "default", Bandwidth(rates, own_caches), {}, 1.0)
     )
 
 

@@ -29,8 +29,8 @@ def pace(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Seconds that a run takes, by kind; nothing is run."""
     seconds = {"none": 2.0, "static": 1.0}
 
-    def run(self: timing.Workload, kind: str, length: int) -> timing.Run:
-        return timing.Run(seconds[kind], 0.0, seconds[kind], seconds[kind] / length, 8, 8)
+    def run(self: timing.Workload, kind: str, length: int) -> timing.TimedRun:
+        return timing.TimedRun(seconds[kind], 0.0, seconds[kind], seconds[kind] / length, 8, 8)
 
     monkeypatch.setattr(timing.Workload, "run", run)
     return seconds

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from cli_probe import Ran, refused
-from kvtool.commands.generate.command import lines_of_results
-from kvtool.commands.generate.generator import Result
+from kvtool.commands.generate.results import Result, lines_of_results
 from kvtool.commands.generate.settings import Settings
 from kvtool.config import RunConfig
 from kvtool.core.checkpoint import checkpoint

@@ -17,7 +17,7 @@ from cli_probe import Ran, refused
 from generate_cases import texts
 from kvtool.commands.generate import command
 from kvtool.commands.generate.command import continue_all
-from kvtool.commands.generate.generator import Result
+from kvtool.commands.generate.results import Result
 from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.ui.output import Output
 from small_models import answer

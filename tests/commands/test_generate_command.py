@@ -15,7 +15,7 @@ import torch
 import generate_cases
 from cli_probe import HANGS, Ran, refused
 from generate_cases import texts
-from kvtool.commands.generate.command import one_line
+from kvtool.commands.generate.results import one_line
 from kvtool.core.checkpoint import checkpoint
 from kvtool.core.kernels.default import DefaultKernels
 from kvtool.core.text.tokenizer import Tokenizer

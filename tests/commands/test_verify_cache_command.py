@@ -16,8 +16,8 @@ from rich.console import Console
 
 from cli_probe import Ran, refused
 from kvtool import registry
-from kvtool.commands.verify.report import Report, Row
-from kvtool.commands.verify.table import table
+from kvtool.commands.verify.report import CacheReport, Row
+from kvtool.commands.verify.show import table
 from kvtool.core import verify
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.verify.check import Checked
@@ -226,7 +226,7 @@ def test_what_decides_a_verdict_is_shown_at_every_width(
         )
     ]  # fmt: skip
     control = judged("bug", "decode", "planted bug", kernels[0], 1)
-    report = Report(rows, control, 11, dtype, verbose=verbose)
+    report = CacheReport(rows, control, 11, dtype, verbose=verbose)
     console = Console(width=columns, file=io.StringIO(), highlight=False)
     for part in build_table(*table(report), columns):
         console.print(part)
@@ -424,10 +424,10 @@ def test_the_conclusion_names_the_worst_and_counts_the_rest() -> None:
     right = row_of("static", "identical", identical=8)
     wrong = row_of("dynamic", "bug", identical=1)
     control = row_of("planted bug", "bug", identical=1)
-    report = Report([right, wrong, replace(wrong, scenario="crop")], control, 3, "float32")
+    report = CacheReport([right, wrong, replace(wrong, scenario="crop")], control, 3, "float32")
     assert report.conclusion == "dynamic: bug, step 1 in decode and 1 more"
     assert report.exit_code == 1
-    report = Report([right], control, 3, "float32")
+    report = CacheReport([right], control, 3, "float32")
     assert report.conclusion.startswith("default kernels: 8 of 8 steps identical, bit for bit")
     assert report.exit_code == 0
 
@@ -441,7 +441,7 @@ def row_of(cache: str, verdict: str, identical: int) -> Row:
 
 def test_a_step_of_lost_precision_fits_the_table() -> None:
     lost = replace(row_of("static", "bug", identical=1), verdict="precision", first_wrong_step=123)
-    assert lost.words() == lost.words(short=True) == "precision, step 123"
+    assert lost.verdict_text() == lost.verdict_text(short=True) == "precision, step 123"
 
 
 def test_the_folder_of_a_run_is_told_from_its_checkpoint(

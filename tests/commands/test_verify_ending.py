@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cli_probe import Ran, refused
-from kvtool.commands.verify import rows as verify_rows
+from kvtool.commands.verify import resume
 from kvtool.commands.verify.report import Row
 from kvtool.core.verify import judge as judging
 from kvtool.core.verify.check import Checked
@@ -350,8 +350,8 @@ def test_results_of_other_settings_are_refused_with_the_difference(
         message = refused(verify(*given, *options))
         assert message.startswith(f"--resume {path}: has results of another check: "), message
         assert words in message and path.read_bytes() == before
-    real = verify_rows.environment()
-    monkeypatch.setattr(verify_rows, "environment", lambda: {**real, "torch": "1.0"})
+    real = resume.environment()
+    monkeypatch.setattr(resume, "environment", lambda: {**real, "torch": "1.0"})
     assert "torch was " in refused(verify(*given)) and path.read_bytes() == before
 
 
@@ -511,7 +511,7 @@ def test_all_that_planted_bugs_and_right_caches_come_to_is_coherent() -> None:
             for thorough in (False, True)
         ):
             row = Row.of(Checked("static", "own", True, finding))
-            assert verify_rows.is_coherent(row), row
+            assert resume.is_coherent(row), row
             verdicts.add(row.verdict)
     assert "bug" in verdicts
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kvtool.core.checkpoint import checkpoint
 from kvtool.core.decoding import beam
+from kvtool.core.decoding import sources as decoding
+from kvtool.core.decoding.sources import check_sources, pad, target_limit, translate
 from kvtool.core.kernels.default import DefaultKernels
 from kvtool.core.kernels.exact import EXACT
 from kvtool.core.models import Model
@@ -25,13 +27,7 @@ from kvtool.core.training.pairs import PHONES, Pair, Splits, load_cmudict
 from kvtool.core.training.runs import RunFolder
 from kvtool.core.training.scoring import Score
 from kvtool.core.training.train import Trainer
-from kvtool.core.training.translation import (
-    Translation,
-    check_sources,
-    pad,
-    target_limit,
-    translate,
-)
+from kvtool.core.training.translation import Translation
 from kvtool.errors import CapacityError, FileError, KvtoolError
 from kvtool.registry import CACHES
 from kvtool.ui.progress import Progress
@@ -208,7 +204,7 @@ def test_more_sources_than_are_decoded_together_give_the_same(
 ) -> None:
     network, given = model(7), sources()
     expected = translate(network, given)
-    monkeypatch.setattr(translation, "DECODING_BATCH", 7)
+    monkeypatch.setattr(decoding, "DECODING_BATCH", 7)
     assert translate(network, given) == expected
     assert translate(network, []) == []
 

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from kvtool.errors import FileError
+from kvtool.ui import axes as axes_of
 from kvtool.ui import heat_maps, plots
 
 STARTS = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<?xml", ".pdf": b"%PDF-"}
@@ -156,7 +157,7 @@ def test_a_plot_names_what_was_measured(figures: list[Any]) -> None:
 def test_labels_that_would_run_into_each_other_are_left_out(
     lengths: list[int], kept: list[int], figures: list[Any]
 ) -> None:
-    assert plots.apart(lengths) == kept
+    assert axes_of.apart(lengths) == kept
     plots.bench_plot(Path("a.png"), {"none": [(n, [n / 10]) for n in lengths]}, {}, {})
     assert list(figures[0].axes[0].get_xticks()) == (kept if kept[1:] else [2, 5, 10])
 
@@ -166,14 +167,14 @@ def test_labels_that_would_run_into_each_other_are_left_out(
     [(0.0005, "0.5 ms"), (0.5, "500 ms"), (1, "1 s"), (2.0, "2 s"), (5000, "5,000 s")],
 )
 def test_times_have_their_units(seconds: float, text: str) -> None:
-    assert plots.seconds_text(seconds) == text
+    assert axes_of.seconds_text(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("n", "text"), [(512, "512 B"), (2048, "2 KiB"), (3 * 2**20, "3 MiB"), (5 * 2**30, "5 GiB")]
 )
 def test_sizes_have_their_units(n: int, text: str) -> None:
-    assert plots.bytes_text(n) == text
+    assert axes_of.bytes_text(n) == text
 
 
 def legend(figure: Any) -> list[str]:

@@ -38,13 +38,15 @@ class WithDropout(Pairs):
         return nn.functional.dropout(super().run(*args), 0.5, self.training)
 
 
-def test_importing_kvtool_loads_no_torch_and_offers_both() -> None:
+def test_importing_kvtool_loads_no_torch_and_offers_what_it_has() -> None:
     code = (
         "import sys, kvtool; assert 'torch' not in sys.modules\n"
+        "assert {'verify', 'generate', 'testing'} <= set(dir(kvtool))\n"
+        "assert 'torch' not in sys.modules\n"
         "import kvtool.testing; assert 'torch' not in sys.modules\n"
         "assert callable(kvtool.testing.assert_cache_matches)\n"
         "assert callable(kvtool.verify) and 'torch' in sys.modules\n"
-        "from kvtool import verify; assert verify is kvtool.verify"
+        "from kvtool import generate, verify; assert verify is kvtool.verify"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS)
 

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 
 from cli_probe import Ran, refused
-from kvtool.commands.verify.report import Report, Row
+from kvtool.commands.verify.report import CacheReport, Row
 from kvtool.core.verify.check import Checked
 from kvtool.core.verify.hf import library
 from kvtool.core.verify.hf.check import check_transformers, load_model
@@ -158,7 +158,7 @@ def test_codes_are_not_judged_and_every_answer_says_so(
 def test_a_bug_beside_the_codes_does_not_hide_that_they_were_not_judged() -> None:
     found = check(tiny_model("gpt2").model, ("quantized",), ("decode",))["quantized", "decode"]
     bug = replace(found, finding=replace(found.finding, verdict=BUG, first_wrong=1))
-    report = Report([Row.of(bug)], None, 3, "float32")
+    report = CacheReport([Row.of(bug)], None, 3, "float32")
     said = "quantized: bug, step 1 in decode; quantized: its codes were not judged"
     assert report.conclusion == said
 

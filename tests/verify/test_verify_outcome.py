@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvtool.commands.verify.report import Report, Row
+from kvtool.commands.verify.report import CacheReport, Row
 from kvtool.core.verify import api
 from kvtool.core.verify.check import Checked
 from kvtool.core.verify.compare import Gap
@@ -80,7 +80,7 @@ def test_the_command_and_the_function_agree_on_what_is_a_pass(
     checks: list[Checked], control: Checked, ok: bool, words: str
 ) -> None:
     called = api.Verification("it", "float32", tuple(checks), control.finding)
-    shown = Report([Row.of(check) for check in checks], Row.of(control), 3, "float32")
+    shown = CacheReport([Row.of(check) for check in checks], Row.of(control), 3, "float32")
     assert (called.ok, called.exit_code) == (ok, shown.exit_code) == (ok, 0 if ok else 1)
     assert words in shown.conclusion
     assert called.conclusion.startswith("right: ") == ok
@@ -102,4 +102,6 @@ def test_an_undecided_scenario_is_no_pass_of_either() -> None:
 @pytest.mark.parametrize("check", [RIGHT, BEYOND, UNDECIDED, VACUOUS, BASELINE])
 def test_a_table_has_the_word_of_the_document(check: Checked) -> None:
     row = Row.of(check)
-    assert row.words() == row.words(short=True) == row.verdict == check.finding.verdict
+    assert (
+        row.verdict_text() == row.verdict_text(short=True) == row.verdict == check.finding.verdict
+    )

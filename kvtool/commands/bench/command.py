@@ -12,11 +12,11 @@ import typer
 from kvtool.commands.bench import compare as bench_compare
 from kvtool.commands.bench import peers as bench_peers
 from kvtool.commands.bench.compare import Limit
-from kvtool.commands.bench.report import Report, Row, ended_text, missing
+from kvtool.commands.bench.formatting import label
+from kvtool.commands.bench.report import BenchReport, Row, ended_text, missing
 from kvtool.commands.bench.settings import KVTOOL, Settings
 from kvtool.commands.bench.show import draw, show
 from kvtool.commands.bench.subject import check_fits, load_model, qualities, read_ids
-from kvtool.commands.bench.words import label
 from kvtool.config import RunConfig
 from kvtool.ending import Ended, until_ended
 from kvtool.registry import with_own_window
@@ -36,7 +36,7 @@ NOTHING_DRAWN = "nothing was measured, so nothing is drawn"
 COMPARE = "Against an earlier run"
 
 
-def run(settings: Settings, out: Output) -> Report:
+def run(settings: Settings, out: Output) -> BenchReport:
     """Measure within the budget, and compare with the baseline."""
     import time
 
@@ -89,7 +89,7 @@ def run(settings: Settings, out: Output) -> Report:
         if settings.plot is not None:
             out.note(f"--plot {settings.plot}: {NOTHING_DRAWN}")
         raise Ended(outcome.how)
-    report = Report(
+    report = BenchReport(
         *summary(settings, contenders, measurement, weights_read(model)),
         settings.batch_size,
         settings.prompt_length,
@@ -104,7 +104,7 @@ def run(settings: Settings, out: Output) -> Report:
         repeats=settings.repeats,
         seed=settings.run.seed,
     )
-    tell_missing(report, settings, out)
+    warn_missing(report, settings, out)
     if baseline is not None and not outcome.how:
         rows = list(map(vars, report.measurements))
         report.comparison = bench_compare.compare(
@@ -157,7 +157,7 @@ def conditions(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tell_missing(report: Report, settings: Settings, out: Output) -> None:
+def warn_missing(report: BenchReport, settings: Settings, out: Output) -> None:
     """Say which cells a signal or the budget left with fewer samples than asked for."""
     rows = report.measurements
     if report.ended:
@@ -325,7 +325,7 @@ def command(
     present("bench", settings, run, show, out)
 
 
-def keep(report: Report, content: Mapping[str, Any], name: str, out: Output) -> None:
+def keep(report: BenchReport, content: Mapping[str, Any], name: str, out: Output) -> None:
     """Save the document for later comparisons, unless a signal ended the run."""
     if report.ended:
         out.note(f"--save {name}: nothing is kept of a run that was {report.ended.value}")
@@ -334,7 +334,7 @@ def keep(report: Report, content: Mapping[str, Any], name: str, out: Output) -> 
     out.note(f"saved: {path}")
 
 
-def draw_measured(report: Report, settings: Settings, path: Path, out: Output) -> None:
+def draw_measured(report: BenchReport, settings: Settings, path: Path, out: Output) -> None:
     """Draw what there is, of an ended or a failed run too."""
     if not report.measured:
         out.note(f"--plot {path}: {NOTHING_DRAWN}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from kvtool.commands.bench.words import tokens
+from kvtool.commands.bench.formatting import tokens
 from kvtool.errors import FileError, UsageError
 from kvtool.files import NAME, SAVED, saved_run
 from kvtool.folders import Folder
@@ -75,6 +75,7 @@ class Limit:
         return f"{most} ({self.field})"
 
     def exceeded(self, before: Sequence[float], now: Sequence[float]) -> bool:
+        """Whether samples are slower than those before by more, in seconds."""
         old, new = FIELDS[self.field](before), FIELDS[self.field](now)
         return new - old > (old * self.most / 100 if self.percent else self.most)
 

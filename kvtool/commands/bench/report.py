@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvtool.commands.bench.compare import Change, Comparison
-from kvtool.commands.bench.words import label, listed, number, seconds, tokens, verb
+from kvtool.commands.bench.formatting import label, listed, number, seconds, tokens, verb
 from kvtool.ending import End
 from kvtool.ui.output import MARKS
 
@@ -66,7 +66,7 @@ class Row:
 
 
 @dataclass
-class Report:
+class BenchReport:
     """All rows, and what follows from them."""
 
     measurements: list[Row]
@@ -87,10 +87,12 @@ class Report:
 
     @property
     def measured(self) -> bool:
+        """Whether there is a sample at all."""
         return any(row.samples_s for row in self.measurements)
 
     @property
     def exit_code(self) -> int:
+        """That of a signal; else 0, or 1 for a regression and where nothing was measured."""
         if self.ended is not None:
             return self.ended.exit_code
         return 0 if self.measured and not self.comparison.regressions else 1
@@ -130,6 +132,7 @@ class Report:
         return {heading: self.comparison.rows()} if self.comparison.changes else {}
 
     def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
         marked = [f"{MARKS[ok][0]} {said}." for ok, said in self.comparison.verdicts]
         return {
             **{name: value for name, value in vars(self).items() if name != "comparison"},
@@ -165,7 +168,7 @@ def middle(values: Iterable[float | None]) -> float | None:
     return median(found) if found else None
 
 
-def pays_text(report: Report) -> str:
+def pays_text(report: BenchReport) -> str:
     """From which length on a cache is worth having."""
     if not report.pays_from:
         caching = any(row.cache != "none" for row in report.measurements)
@@ -199,7 +202,7 @@ def first_above(crossing: float) -> int:
     return math.ceil(crossing * (1 - 1e-6))
 
 
-def best_text(report: Report) -> str:
+def best_text(report: BenchReport) -> str:
     """Which kinds are fastest and smallest at the longest length at which several were measured."""
     by_length: dict[int, list[Row]] = {}
     for row in report.measurements:
@@ -219,7 +222,7 @@ def best_text(report: Report) -> str:
     )
 
 
-def versus_text(report: Report) -> str:
+def versus_text(report: BenchReport) -> str:
     """By how much one implementation is faster than the other with each kind, at the longest length
     at which both were measured; "" of a single one."""
     if len(report.impls) < 2:
@@ -243,7 +246,7 @@ def versus_text(report: Report) -> str:
     return f"At {tokens(longest)} {'; '.join(said)}."
 
 
-def missing_text(report: Report) -> str:
+def missing_text(report: BenchReport) -> str:
     """What was left out, and why; "" if nothing was."""
     if report.ended:
         return f"{ended_text(report).capitalize()}."
@@ -251,7 +254,7 @@ def missing_text(report: Report) -> str:
     return f"Left out by --budget {report.budget:g} s: {left_out}." if left_out else ""
 
 
-def ended_text(report: Report) -> str:
+def ended_text(report: BenchReport) -> str:
     """What a signal left undone, if one ended the run."""
     if report.ended is None:
         return ""
@@ -262,7 +265,7 @@ def ended_text(report: Report) -> str:
     return f"{report.ended.value} after {made} of {all_runs} runs"
 
 
-def missing(report: Report) -> str:
+def missing(report: BenchReport) -> str:
     """The rows without a sample, and what each would take."""
     groups: dict[str, list[Row]] = {}
     for row in report.measurements:
@@ -276,7 +279,7 @@ def missing(report: Report) -> str:
     return "; ".join(said)
 
 
-def nothing_text(report: Report) -> str:
+def nothing_text(report: BenchReport) -> str:
     """What to say where there is no sample at all."""
     known = [row for row in report.measurements if row.would_take_s is not None]
     least = min(known, key=lambda row: row.would_take_s or 0.0, default=None)
@@ -287,7 +290,7 @@ def nothing_text(report: Report) -> str:
     return f"{said}: {report.name(least)} at {tokens(least.length)} would take about {takes}."
 
 
-def memory_text(report: Report) -> str:
+def memory_text(report: BenchReport) -> str:
     """How fast memory was read, and why tokens may have been read faster."""
     found, gb = report.bandwidth, 1e-9
     slow, fast = (f"{rate * gb:,.1f}" for rate in (min(found.rates), found.best))

@@ -10,9 +10,13 @@ from kvtool.commands.bench.compare import Limit, place
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.errors import FileError, UsageError
 from kvtool.registry import IMPLEMENTATIONS
+from kvtool.ui.rules import needs, require
 
 KVTOOL, TRANSFORMERS = IMPLEMENTATIONS
 KINDS = ("none", "dynamic", "static")  # of transformers
+RULES = (
+    needs("--compare", "--fail-if --force", "Give --compare NAME.", "needs a run to compare with"),
+)
 
 
 def check(impls: Sequence[str], caches: Sequence[str], kernels: str) -> None:
@@ -65,10 +69,12 @@ class Settings:
             raise FileError(f"--plot {self.plot}: is a folder (expected a file)")
         if self.plot is not None and not self.plot.parent.is_dir():
             raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
-        if self.fail_if and self.compare is None:
-            raise UsageError("--fail-if: needs a run to compare with", "Give --compare NAME.")
-        if self.force and self.compare is None:
-            raise UsageError("--force: needs a run to compare with", "Give --compare NAME.")
+        given = {
+            "--compare": self.compare is not None,
+            "--fail-if": self.fail_if,
+            "--force": self.force,
+        }
+        require(RULES, given)
         check(self.impl, self.caches, self.kernels)
         if self.save is not None:
             place(self.save)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvtool.commands.bench.report import Report, Row, memory_text, missing_text, pays_text
-from kvtool.commands.bench.words import number, seconds
+from kvtool.commands.bench.formatting import number, seconds
+from kvtool.commands.bench.report import BenchReport, Row, memory_text, missing_text, pays_text
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
 
 
-def show(report: Report, out: Output) -> None:
+def show(report: BenchReport, out: Output) -> None:
     """The tables, and in words which cache pays, is fastest and smallest."""
     several = len(report.impls) > 1
     columns = [
@@ -54,7 +54,8 @@ def median_text(row: Row) -> str:
     return number(row.median_s, 1000, ",.1f")
 
 
-def title(report: Report) -> str:
+def title(report: BenchReport) -> str:
+    """What was timed, above the table and the figure."""
     what = f"Time to generate, prompt of {report.prompt_length}"
     if report.depth is not None:
         what = f"Time to decode behind {report.depth} tokens"
@@ -64,7 +65,7 @@ def title(report: Report) -> str:
     return f"{what}, batch of {report.batch_size}{kernels}"
 
 
-def show_tokens(report: Report, out: Output) -> None:
+def show_tokens(report: BenchReport, out: Output) -> None:
     """One token more at the longest length of each kind: its time, what it reads, and how well a
     lossy kind predicts."""
     if not report.longest:
@@ -112,7 +113,7 @@ def show_tokens(report: Report, out: Output) -> None:
         )
 
 
-def show_changes(report: Report, out: Output) -> None:
+def show_changes(report: BenchReport, out: Output) -> None:
     """What has changed since the baseline, and whether that is allowed."""
     comparison = report.comparison
     if comparison.changes:
@@ -133,7 +134,7 @@ def show_changes(report: Report, out: Output) -> None:
         out.verdict(ok, sentence)
 
 
-def draw(report: Report, path: Path, about: str = "") -> None:
+def draw(report: BenchReport, path: Path, about: str = "") -> None:
     """The figure: latency against length, and the cache's memory against length."""
     from kvtool.ui.plots import bench_plot
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvtool.commands.generate.generator import Result
+from kvtool.commands.generate.results import Result
 from kvtool.errors import UsageError
 from kvtool.ui.environment import caption, measured_on
 from kvtool.ui.output import Output

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,59 +16,34 @@ from kvtool.commands.generate.chat import (
     judge_special_tokens,
     write_chats,
 )
-from kvtool.commands.generate.generator import BLANK, Generator, Result, with_blanks
-from kvtool.commands.generate.prompt_cache import (
-    LoadCache,
-    SaveCache,
-    prepare_cache_files,
-    tell_cache_files,
+from kvtool.commands.generate.prompt_cache import CacheFiles, LoadCache, SaveCache
+from kvtool.commands.generate.prompts import encode_all, note_blank, read_prompts, warn_unknown
+from kvtool.commands.generate.results import (
+    GenerateReport,
+    Result,
+    blank,
+    lines_of_results,
+    one_line,
 )
-from kvtool.commands.generate.prompts import note_blank, read_prompts, warn_unknown
-from kvtool.commands.generate.settings import LENGTH_PENALTY, Settings
-from kvtool.config import RunConfig
-from kvtool.errors import UsageError
+from kvtool.commands.generate.settings import SEARCH as SEARCH_RULES
+from kvtool.commands.generate.settings import Settings
+from kvtool.config import LENGTH_PENALTY, RunConfig
 from kvtool.files import model_folder, write_durable
 from kvtool.reading import require_file
-from kvtool.registry import with_own_window
 from kvtool.ui import options as o
 from kvtool.ui.documents import SUFFIXES
 from kvtool.ui.output import Output, present
+from kvtool.ui.rules import require
+
+if TYPE_CHECKING:
+    from kvtool.core.decoding.generation import Generator
 
 SAMPLING = "Choosing tokens"
 SEARCH = "Beam search"
 ATTENTION = "Attention of encoder-decoders"
 
 
-@dataclass
-class Generated:
-    """All results, in the order of the prompts."""
-
-    results: list[Result]
-    seconds: float
-    tokens_per_second: float
-    cache: str
-    cache_bytes: int  # the largest, keys and values of a source included
-    reused_tokens: int = 0  # of the prompt, from --load-cache
-    exit_code: int = 0
-    resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
-
-    @property
-    def conclusion(self) -> str:
-        """How fast it came, and what the cache needed."""
-        n_new = sum(result.new_tokens for result in self.results)
-        return (
-            f"{n_new} tokens in {self.seconds:.2f} s ({self.tokens_per_second:,.0f} tokens/s), "
-            f"{self.cache} cache: {self.cache_bytes / 2**20:.2f} MiB"
-        )
-
-    def rows(self) -> list[dict[str, Any]]:
-        return [result.row() for result in self.results]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "results": self.rows(), "conclusion": self.conclusion}
-
-
-def run(settings: Settings, out: Output) -> Generated:
+def run(settings: Settings, out: Output) -> GenerateReport:
     """Generate for every prompt, streaming to stdout."""
     prompts = read_prompts(settings.prompt, settings.prompt_file, settings.input_file)
     folder, chats = model_folder(settings.run.model), None
@@ -80,6 +54,7 @@ def run(settings: Settings, out: Output) -> Generated:
     # All that can be refused without torch, which takes seconds to load, is refused by now.
     from kvtool.core.cache import settings_of
     from kvtool.core.checkpoint import checkpoint
+    from kvtool.core.decoding.generation import Generator
     from kvtool.core.machine import prepare
     from kvtool.core.native import arrays as native
 
@@ -87,38 +62,39 @@ def run(settings: Settings, out: Output) -> Generated:
     if settings.max_tokens is not None:
         checkpoint.require_context(settings.run.model, "--max-tokens", settings.max_tokens)
     loaded = checkpoint.load(settings.run.model, device, dtype)
-    settings = replace(settings, cache=with_own_window(settings.cache, loaded.config.window))
     if not prompts.lines and loaded.source_tokenizer is not None:
         prompts = prompts.by_line()
     if settings.attention_plot is not None:
         check_attention(settings, loaded, len(prompts.texts))
-    generator = Generator(loaded, settings, device, dtype, out.attempt)
-    prepare_cache_files(settings, loaded, generator)
+    generator = Generator(loaded, settings.how)
+    cache_files = CacheFiles(settings, loaded, generator, out)
     judge_special_tokens(loaded, prompts.texts, settings, out)
-    encoded = generator.encode_all(prompts, chats)
+    encoded = encode_all(prompts, chats, loaded, generator, settings)
     note_blank(prompts, out)
     read = [text for text, ids in zip(prompts.texts, encoded, strict=True) if ids]
     warn_unknown(loaded.source_tokenizer or loaded.tokenizer, read, out)
     if settings.attention_plot is not None:
         out.later(lambda report, _: draw(settings, loaded, encoded[0], report.results[0], out))
     started = time.perf_counter()
-    with native.native_if_worthwhile(sum(generator.n_new(ids) for ids in encoded if ids)):
+    n_most = sum(generator.n_new(ids) for ids in encoded if ids)
+    with native.native_if_worthwhile(n_most), cache_files:
         results = continue_all(settings, generator, prompts.texts, encoded, out)
     seconds = time.perf_counter() - started
-    tell_cache_files(settings, generator, len(encoded[0]), out)
+    cache_files.note(len(encoded[0]))
     n_new = sum(result.new_tokens for result in results)
-    return Generated(
+    cache = generator.how.cache
+    return GenerateReport(
         results,
         seconds,
         n_new / seconds,
-        settings.cache,
+        cache,
         generator.cache_bytes,
-        generator.reused,
+        generator.n_reused,
         resolved={
             **loaded.facts,
             "device": str(device),
-            "temperature": generator.sampler().temperature,
-            "cache_settings": {settings.cache: settings_of(settings.cache)},
+            "temperature": generator.temperature,
+            "cache_settings": {cache: settings_of(cache)},
         },
     )
 
@@ -130,27 +106,43 @@ def continue_all(
     encoded: list[list[int]],
     out: Output,
 ) -> list[Result]:
-    """What follows each prompt, told as soon as it is known; nothing where `encoded` is empty."""
-    if settings.beams > 1 or (settings.input_file is not None and generator.greedy_pairs):
-        asked = [i for i, ids in enumerate(encoded) if ids]
-        found = generator.together([texts[i] for i in asked], [encoded[i] for i in asked])
-        results = with_blanks(found, encoded)
+    """What follows each prompt, shown as soon as it is known; nothing where `encoded` is empty."""
+    # Nothing is drawn, and each source's target ends by itself: then many are decoded together.
+    greedy_sources = generator.reads_sources and not settings.temperature
+    prompts = list(zip(texts, encoded, strict=True))
+    if settings.beams > 1 or (settings.input_file is not None and greedy_sources):
+        found = iter(generator.search([ids for ids in encoded if ids]))
+        results = [
+            result
+            for number, (text, ids) in enumerate(prompts, start=1)
+            for result in (
+                [Result.of(text, ids, each, number) for each in next(found)]
+                if ids
+                else [blank(number)]
+            )
+        ]
         for result, line in zip(results, lines_of_results(results, settings), strict=True):
-            tell(result, line, settings, out)
+            show_result(result, line, settings, out)
         return results
+    goes_on = not generator.reads_sources and not settings.chat
     results = []
-    for number, (text, ids) in enumerate(zip(texts, encoded, strict=True), start=1):
-        shown = out if settings.input_file is None else None
-        results.append(generator.one(text, ids, shown) if ids else replace(BLANK))
-        results[-1].number = number
+    for number, (text, ids) in enumerate(prompts, start=1):
+        if not ids:
+            results.append(blank(number))
+        elif settings.input_file is None:
+            if out.interactive and goes_on:
+                out.echo(text)
+            results.append(Result.of(text, ids, generator.one(ids, out.stream), number))
+        else:
+            results.append(Result.of(text, ids, generator.one(ids), number))
         if settings.input_file is None:
             out.stream("\n")
         else:
-            tell(results[-1], one_line(results[-1].text), settings, out)
+            show_result(results[-1], one_line(results[-1].text), settings, out)
     return results
 
 
-def tell(result: Result, line: str, settings: Settings, out: Output) -> None:
+def show_result(result: Result, line: str, settings: Settings, out: Output) -> None:
     """Print a result: as it is, or as one line of several, unless those go to a file."""
     if settings.input_file is None:
         out.stream((result.text if settings.n_best == 1 else line) + "\n")
@@ -158,26 +150,7 @@ def tell(result: Result, line: str, settings: Settings, out: Output) -> None:
         out.stream(line + "\n")
 
 
-def lines_of_results(results: list[Result], settings: Settings) -> list[str]:
-    """Each result as one line. Those of --n-best have their rank and score before the text, and the
-    number of their prompt before these if there may be several; tabs between."""
-    lines = []
-    several = settings.input_file is not None or results[-1].number > 1
-    for result in results:
-        columns = [one_line(result.text)]
-        if settings.n_best > 1 and result.score is not None:
-            columns = [str(result.rank), f"{result.score:.4f}", *columns]
-            columns = [str(result.number), *columns] if several else columns
-        lines.append("\t".join(columns))
-    return lines
-
-
-def one_line(text: str) -> str:
-    """`text` with line breaks and backslashes escaped, so that each result is one line."""
-    return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
-
-
-def write_lines(report: Generated, settings: Settings, out: Output) -> None:
+def write_lines(report: GenerateReport, settings: Settings, out: Output) -> None:
     """Write --output's text, a result a line."""
     assert settings.text_file is not None
     lines = lines_of_results(report.results, settings)
@@ -185,14 +158,14 @@ def write_lines(report: Generated, settings: Settings, out: Output) -> None:
     out.note(f"written to {settings.text_file}")
 
 
-def tell_unwritten(report: Generated, settings: Settings, out: Output) -> None:
+def print_unwritten(report: GenerateReport, settings: Settings, out: Output) -> None:
     """Print results that were meant for a file, if it could not be written."""
     if out.failed:
         for line in lines_of_results(report.results, settings):
             out.stream(f"{line}\n")
 
 
-def show(report: Generated, out: Output) -> None:
+def show(report: GenerateReport, out: Output) -> None:
     """The text is out already; say how fast it came."""
     out.note(report.conclusion)
 
@@ -340,8 +313,7 @@ def command(
     """
     plain = output_file is not None and output_file.suffix.lower() == ".txt"
     out = Output(as_json, None if plain else output_file, quiet, verbose, (".txt", *SUFFIXES))
-    if length_penalty is not None and beams == 1:
-        raise UsageError("--length-penalty: needs --beams 2 or more", "It ranks their results.")
+    require(SEARCH_RULES, {"--beams": beams != 1, "--length-penalty": length_penalty is not None})
     settings = Settings(
         run=RunConfig(model, device, dtype, threads, seed),
         prompt=prompt,
@@ -371,5 +343,5 @@ def command(
     if plain:
         out.later(lambda report, _: write_lines(report, settings, out))
     if output_file is not None and input_file is not None and not as_json:
-        out.later(lambda report, _: tell_unwritten(report, settings, out))
+        out.later(lambda report, _: print_unwritten(report, settings, out))
     present("generate", settings, run, show, out)

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtool.errors import UsageError
+from kvtool.errors import CapacityError, UsageError
 from kvtool.reading import read_text
 from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
+    from kvtool.commands.generate.settings import Settings
+    from kvtool.core.checkpoint.checkpoint import Checkpoint
+    from kvtool.core.decoding.generation import Generator
+    from kvtool.core.text.chat import Piece
     from kvtool.core.text.tokenizer import Tokenizer
 
 MOST_INPUT = 2**26  # bytes of all prompts
@@ -57,6 +61,35 @@ def read_prompts(prompt: str | None, prompt_file: Path | None, input_file: Path 
     text = non_empty(LAST_LINE_END.sub("", given), "stdin")
     require_length(text, "stdin")
     return Prompts([text], False, "stdin", end=given[len(text) :])
+
+
+def encode_all(
+    prompts: Prompts,
+    chats: list[list[Piece]] | None,
+    loaded: Checkpoint,
+    generator: Generator,
+    settings: Settings,
+) -> list[list[int]]:
+    """Token ids of every prompt, or of it as a chat template wrote it; [] of a blank line.
+
+    Raises CapacityError for one that does not fit.
+    """
+    reader, spelled = loaded.source_tokenizer or loaded.tokenizer, settings.special_tokens
+    encoded: list[list[int]] = []
+    for index, text in enumerate(prompts.texts):
+        if prompts.is_blank(index):
+            encoded.append([])
+            continue
+        ids = reader.encode_pieces(chats[index]) if chats else reader.encode(text, spelled)
+        try:
+            generator.require_fit(ids, text, index)
+        except CapacityError as error:
+            if settings.input_file is None or loaded.source_tokenizer is not None:
+                raise
+            where = f"{settings.input_file}: line {index + 1}"
+            raise CapacityError(f"{where}: {error.message}", error.hint) from error
+        encoded.append(ids)
+    return encoded
 
 
 def _lines(text: str, where: str) -> Prompts:

@@ -1,15 +1,34 @@
-"""What generate was asked for."""
+"""What generate was asked for, and which of its options contradict or need each other."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvtool.config import RunConfig, check_float, check_int
-from kvtool.errors import UsageError
+from kvtool.config import LENGTH_PENALTY, GenerateConfig, RunConfig, check_int
 from kvtool.ui.documents import check_writable
+from kvtool.ui.rules import contradicts, needs, require
 
-LENGTH_PENALTY = 0.6
+SEARCH = (
+    needs("--beams", "--length-penalty", "It ranks their results.", "needs --beams 2 or more"),
+)
+PROMPTS = (
+    needs("--chat", "--system", "It is a message of a conversation."),
+    contradicts("--prompt-file", "--prompt", "Give one of them."),
+    contradicts("--input", "--prompt --prompt-file", "Give one of them."),
+)
+CACHE_FILES = (
+    contradicts("--input", "--save-cache --load-cache", "It serves one prompt."),
+    contradicts("--beams", "--save-cache --load-cache", "It serves one prompt."),
+)
+DRAWING = (
+    needs(
+        "--attention-plot",
+        "--attention-layer",
+        "Give --attention-plot FILE as well.",
+        "nothing is drawn",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -38,46 +57,41 @@ class Settings:
     system: str | None = None  # None: what the template says
     special_tokens: bool = False
 
-    def __post_init__(self) -> None:
-        if self.max_tokens is not None:
-            check_int("--max-tokens", self.max_tokens, 1)
-        if self.temperature is not None:
-            check_float("--temperature", self.temperature, 0.0)
-        check_int("--top-k", self.top_k, 0)
-        check_float("--top-p", self.top_p, 0.0, 1.0, open_low=True)
-        check_int("--beams", self.beams, 1, 1000)
-        check_float("--length-penalty", self.length_penalty, 0.0, 10.0)
-        check_int("--n-best", self.n_best, 1)
-        if self.system is not None and not self.chat:
-            raise UsageError("--system: needs --chat", "It is a message of a conversation.")
-        if self.n_best > self.beams:
-            raise UsageError(
-                f"--n-best: {self.n_best} of {self.beams} beams", "Give as many --beams at least."
-            )
-        if self.beams > 1 and (self.temperature or self.top_k or self.top_p < 1.0):
-            flag = "--temperature" if self.temperature else "--top-k" if self.top_k else "--top-p"
-            raise UsageError(f"{flag}: contradicts --beams", "Beam search draws nothing.")
-        given = {
-            "--prompt": self.prompt,
+    @property
+    def how(self) -> GenerateConfig:
+        """What of it decides how tokens are chosen."""
+        return GenerateConfig(
+            self.max_tokens, self.temperature, self.top_k, self.top_p, self.cache, self.kernels,
+            self.beams, self.length_penalty, self.n_best, self.run.seed,
+        )  # fmt: skip
+
+    @property
+    def given(self) -> dict[str, object]:
+        """The options that rules are about."""
+        return {
+            "--system": self.system is not None,
+            "--chat": self.chat,
+            "--prompt": self.prompt is not None,
             "--prompt-file": self.prompt_file,
             "--input": self.input_file,
+            "--beams": self.beams > 1,
+            "--save-cache": self.save_cache,
+            "--load-cache": self.load_cache,
+            "--attention-plot": self.attention_plot,
+            "--attention-layer": self.attention_layer is not None,
         }
-        named = [flag for flag, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise UsageError(f"{named[0]}: contradicts {named[1]}", "Give one of them.")
-        if self.text_file is not None:
-            check_writable(self.text_file, "--output")
-        if self.attention_plot is not None:
-            check_writable(self.attention_plot, "--attention-plot")
-        if self.save_cache is not None:
-            check_writable(self.save_cache, "--save-cache")
-        for flag, path in (("--save-cache", self.save_cache), ("--load-cache", self.load_cache)):
-            other = "--input" if self.input_file is not None else "--beams"
-            if path is not None and (self.input_file is not None or self.beams > 1):
-                raise UsageError(f"{flag}: contradicts {other}", "It serves one prompt.")
+
+    def __post_init__(self) -> None:
+        assert self.how  # whose values are checked as it is made
+        require(PROMPTS, self.given)
+        for flag, path in (
+            ("--output", self.text_file),
+            ("--attention-plot", self.attention_plot),
+            ("--save-cache", self.save_cache),
+        ):
+            if path is not None:
+                check_writable(path, flag)
+        require(CACHE_FILES, self.given)
         if self.attention_layer is not None:
             check_int("--attention-layer", self.attention_layer, 1)
-            if self.attention_plot is None:
-                raise UsageError(
-                    "--attention-layer: nothing is drawn", "Give --attention-plot FILE as well."
-                )
+        require(DRAWING, self.given)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtool.commands.train import options as t
+from kvtool.commands.train.report import TrainReport, show
+from kvtool.commands.train.run import best_of, device_of, output, train, with_vocab
 from kvtool.config import ModelConfig, RunConfig, TrainConfig, check_int
 from kvtool.errors import UsageError
 from kvtool.reading import read_text
@@ -40,25 +42,25 @@ class Settings:
             )
 
 
-def run(settings: Settings, out: Output) -> t.Trained:
+def run(settings: Settings, out: Output) -> TrainReport:
     """Train, then measure the best checkpoint on the last 10 % of the text."""
     from kvtool.core.models import build_model
     from kvtool.core.text.tokenizer import Tokenizer, require_room
     from kvtool.core.training.lm import LanguageModelling, split_text
 
-    device = t.device_of(settings.run, settings.train)
+    device = device_of(settings.run, settings.train)
     text = read_text(settings.data, "a text to train on", "--data")
     require_room(f"--data {settings.data}", text)
     tokenizer = Tokenizer.train(
         "bpe", [split_text(text)[0]], settings.model.vocab_size, specials=False
     )
-    config = t.with_vocab(settings.model, tokenizer.vocab_size)
+    config = with_vocab(settings.model, tokenizer.vocab_size)
     task = LanguageModelling(
         text, tokenizer, config.context, settings.batch_tokens, settings.run.seed, device
     )
     model = build_model(config).to(device)
-    at = t.train(model, task, settings.train, "train-lm", out)
-    best = t.best_of(at, model, task, settings.train)
+    at = train(model, task, settings.train, "train-lm", out)
+    best = best_of(at, model, task, settings.train)
     score = task.score(best.model)
     row = {
         "data": settings.data.name,
@@ -67,7 +69,7 @@ def run(settings: Settings, out: Output) -> t.Trained:
         "nats/token": score.nats_per_token,
         "bits/char": score.bits_per_char,
     }
-    return t.Trained.of(at, best, [row], opening(text, tokenizer, config.context))
+    return TrainReport.of(at, best, [row], opening(text, tokenizer, config.context))
 
 
 def opening(text: str, tokenizer: Tokenizer, context: int) -> str:
@@ -132,12 +134,13 @@ def command(
 ) -> None:
     """Train a decoder-only Transformer on a text, with a byte-level BPE tokenizer of its own.
 
-    Ctrl-C finishes the step and saves; --resume goes on to the same bytes (on one machine, with as
-    many threads, and a length in steps or epochs).
+    Without --steps, --epochs or --minutes it trains for five minutes. Ctrl-C finishes the step and
+    saves; --resume goes on to the same bytes (on one machine, with as many threads, and a length in
+    steps or epochs).
 
       kvtool train-lm --data input.txt --steps 1000
     """
-    out = t.output(as_json, output_file, quiet, verbose)
+    out = output(as_json, output_file, quiet, verbose)
     if data is None:
         raise UsageError("--data: is missing", "Give a text file, e.g. --data input.txt.")
     check_int("--vocab-size", vocab_size, 1)
@@ -177,4 +180,4 @@ def command(
         ),
     )
     o.require_inputs("", ("--data", data, "a text to train on"))
-    present("train-lm", settings, run, t.show_trained, out)
+    present("train-lm", settings, run, show, out)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvtool.commands.train import options as t
+from kvtool.commands.train.report import TrainReport, show
+from kvtool.commands.train.run import best_of, device_of, output, train, with_vocab
 from kvtool.config import ModelConfig, RunConfig, TrainConfig, check_float, check_int
 from kvtool.registry import choose
 from kvtool.ui import options as o
@@ -56,7 +58,7 @@ def require_data(data: str, valid: Path | None, test: Path | None) -> None:
     o.require_inputs("", *((flag, path, "a TSV file") for flag, path in parts))
 
 
-def run(settings: Settings, out: Output) -> t.Trained:
+def run(settings: Settings, out: Output) -> TrainReport:
     """Train, then decode all held-out sources with the best checkpoint."""
     from kvtool.core.models import build_model
     from kvtool.core.training.pairs import load_data
@@ -64,13 +66,13 @@ def run(settings: Settings, out: Output) -> t.Trained:
     from kvtool.core.training.translation import Translation
 
     require_libraries()
-    device = t.device_of(settings.run, settings.train)
+    device = device_of(settings.run, settings.train)
     splits = load_data(settings.data, settings.valid, settings.test)
     for note in splits.notes:
         out.note(note)
     source, target = make_tokenizers(settings, splits)
     out.note(f"tokens: {source.kind} ({source.vocab_size}) to {target.kind} ({target.vocab_size})")
-    config = t.with_vocab(settings.model, target.vocab_size, source.vocab_size)
+    config = with_vocab(settings.model, target.vocab_size, source.vocab_size)
     task = Translation(
         splits,
         source,
@@ -82,8 +84,8 @@ def run(settings: Settings, out: Output) -> t.Trained:
         device,
     )
     model = build_model(config).to(device)
-    at = t.train(model, task, settings.train, "train-seq2seq", out)
-    best = t.best_of(at, model, task, settings.train)
+    at = train(model, task, settings.train, "train-seq2seq", out)
+    best = best_of(at, model, task, settings.train)
     parts = [("dev", splits.valid_name, splits.valid), ("test", splits.test_name, splits.test)]
     beams = [1, settings.beams] if settings.beams > 1 else [1]
     scores = [
@@ -92,7 +94,7 @@ def run(settings: Settings, out: Output) -> t.Trained:
         if pairs
         for n in (beams if part == "test" else [1])
     ]
-    return t.Trained.of(at, best, scores, splits.valid[0].source)
+    return TrainReport.of(at, best, scores, splits.valid[0].source)
 
 
 def make_tokenizers(settings: Settings, splits: Splits) -> tuple[Tokenizer, Tokenizer]:
@@ -219,14 +221,14 @@ def command(
 ) -> None:
     """Train an encoder-decoder Transformer on pairs: words to phones, or your own TSV.
 
-    Without --steps, --epochs or --minutes it trains for five minutes; one already gives a model
-    that pronounces. Ctrl-C finishes the step and saves; --resume goes on.
+    Without --steps, --epochs or --minutes it trains for five minutes; one minute already gives a
+    model that pronounces. Ctrl-C finishes the step and saves; --resume goes on.
 
       kvtool train-seq2seq --minutes 1
 
       kvtool train-seq2seq --data pairs.tsv --epochs 20
     """
-    out = t.output(as_json, output_file, quiet, verbose)
+    out = output(as_json, output_file, quiet, verbose)
     check_int("--decoder-layers", decoder_layers, 1)
     check_int("--vocab-size", vocab_size, 1)
     settings = Settings(
@@ -271,4 +273,4 @@ def command(
         ),
     )
     require_data(data, valid, test)
-    present("train-seq2seq", settings, run, t.show_trained, out)
+    present("train-seq2seq", settings, run, show, out)

@@ -10,90 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from kvtool.commands.verify.report import Report, Row
-from kvtool.commands.verify.rows import Rows, facts, kept_rows
+from kvtool.commands.verify.report import CacheReport, Row
+from kvtool.commands.verify.resume import Rows, facts, resume_file
 from kvtool.config import RunConfig, check_int
 from kvtool.ending import until_ended
 from kvtool.errors import FileError, UsageError
-from kvtool.registry import IMPLEMENTATIONS, TRANSFORMERS_CACHES, choose
+from kvtool.registry import TRANSFORMERS_CACHES, choose
 from kvtool.ui import options as o
 from kvtool.ui.documents import check_writable
-from kvtool.ui.lists import list_option
 from kvtool.ui.output import Output
-
-EVERY: list[str] = []  # types
-SWEEP = "Sweep (--impl transformers)"
-
-
-def _text(text: str, flag: str) -> str:
-    return text
-
-
-def _kind(text: str, flag: str) -> list[str]:
-    """A kind of kvtool's caches, or of those of transformers."""
-    return [text] if text in TRANSFORMERS_CACHES else o.cache_kinds(text, flag)
-
-
-Impl = Annotated[
-    str,
-    typer.Option(
-        "--impl",
-        metavar="|".join(IMPLEMENTATIONS),
-        help="Whose models and caches. Of transformers, --model is a saved folder or a type; of a "
-        "type that has both, such as bart, it is the encoder-decoder, and --sweep judges both.",
-    ),
-]
-Caches = Annotated[
-    list[str],
-    list_option(
-        "--caches",
-        element=_kind,
-        example="none static",
-        help=f"Cache kinds: {', '.join(o.ALL_CACHES)}; or all. "
-        f"Of transformers: {', '.join(TRANSFORMERS_CACHES)}.",
-        metavar="KIND...",
-        unique=True,
-        complete=lambda: o.ALL_CACHES,
-    ),
-]
-# Small, so that a short check makes a kind do all that it does: see `small` of the kinds.
-Window = Annotated[int | None, o.setting("window", "5")]
-Sinks = Annotated[int | None, o.setting("sinks", "1")]
-Group = Annotated[int | None, o.setting("group", "4")]
-Residual = Annotated[int | None, o.setting("residual", "2")]
-Page = Annotated[int | None, o.setting("page", "4")]
-Sweep = Annotated[
-    bool,
-    typer.Option("--sweep", help="Judge every model type.", rich_help_panel=SWEEP),
-]
-Types = Annotated[
-    list[str],
-    list_option(
-        "--types",
-        element=_text,
-        example="llama mamba",
-        help="Only these types.",
-        metavar="TYPE...",
-        unique=True,
-        panel=SWEEP,
-    ),
-]
-TimeLimit = Annotated[
-    float,
-    typer.Option("--time-limit", metavar="SECONDS", help="For a type.", rich_help_panel=SWEEP),
-]
-Resume = Annotated[
-    Path | None,
-    typer.Option(
-        "--resume",
-        metavar="FILE",
-        help="Keep each verdict in FILE at once, and go on from those that it has.",
-    ),
-]
 
 
 @dataclass(frozen=True)
@@ -118,7 +45,7 @@ class Settings:
             check_writable(self.resume, "--resume")
 
 
-def run(settings: Settings, out: Output) -> Report:
+def run(settings: Settings, out: Output) -> CacheReport:
     """Judge the model with each kind of cache in every scenario, then a planted bug."""
     import torch
 
@@ -156,9 +83,9 @@ def run(settings: Settings, out: Output) -> Report:
         "scenarios": names,
         "caches": kinds,
     }
-    kept = kept_rows(settings.resume, decides(settings, model, resolved))
-    tell_model(model, note, kinds, out)
-    rows = Rows(product(kinds, [OWN], names), kept, out, ALL)
+    log = resume_file(settings.resume, conditions(settings, model, resolved))
+    note_model(model, note, kinds, out)
+    rows = Rows(product(kinds, [OWN], names), log, out, ALL)
     total = len(rows.plan) + 1
     with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
@@ -179,7 +106,7 @@ def run(settings: Settings, out: Output) -> Report:
     return report
 
 
-def tell_model(model: Any, note: str, kinds: list[str], out: Output) -> None:
+def note_model(model: Any, note: str, kinds: list[str], out: Output) -> None:
     """Say what is special about the model, and about its caches."""
     from kvtool.core.verify.hf.caches import quantized_backend
     from kvtool.core.verify.hf.subject import QUANTIZED
@@ -191,7 +118,7 @@ def tell_model(model: Any, note: str, kinds: list[str], out: Output) -> None:
         out.note(f"quantized: judged with exact values in place of its codes, backend {backend}")
 
 
-def decides(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
+def conditions(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
     """What the results depend on."""
     from kvtool.core.verify.fingerprint import fingerprint
 

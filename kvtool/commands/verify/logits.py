@@ -15,6 +15,7 @@ from kvtool.registry import choose
 from kvtool.ui import options as o
 from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output, present
+from kvtool.ui.rules import contradicts, needs, require
 from kvtool.ui.tables import Column
 
 AGAINST = {"numpy": "the NumPy oracle", "transformers": "transformers' model"}
@@ -25,6 +26,10 @@ PROMPTS = (
     "Once upon a midnight dreary, while I pondered, weak and weary",
 )
 SMALLER = "Free memory, or check a smaller model."
+RULES = (
+    contradicts("--against", "--reference", "Give one of them."),
+    needs("--against", "--prompt --save-reference", "A file has its own prompts."),
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,13 @@ class Settings:
     def __post_init__(self) -> None:
         if self.against is not None:
             choose(self.against, tuple(AGAINST), "--against")
-            if self.reference is not None:
-                raise UsageError("--reference: contradicts --against", "Give one of them.")
-        elif self.prompt is not None or self.save_reference is not None:
-            flag = "--prompt" if self.prompt is not None else "--save-reference"
-            raise UsageError(f"{flag}: needs --against", "A file has its own prompts.")
+        given = {
+            "--against": self.against is not None,
+            "--reference": self.reference,
+            "--prompt": self.prompt is not None,
+            "--save-reference": self.save_reference,
+        }
+        require(RULES, given)
         if self.save_reference is not None:
             check_destination(self.save_reference)
 
@@ -58,7 +65,7 @@ def check_destination(path: Path) -> None:
 
 
 @dataclass
-class Report:
+class LogitsReport:
     """Every position, and what they say together."""
 
     positions: list[dict[str, Any]]
@@ -70,19 +77,23 @@ class Report:
 
     @property
     def worst_float64(self) -> float:
+        """The largest gap in float64, over the largest logit."""
         return max(row["gap_float64"] for row in self.positions)
 
     @property
     def not_finite(self) -> list[dict[str, Any]]:
+        """Positions with NaN or infinite logits in the working format."""
         return [row for row in self.positions if not math.isfinite(row["max_difference"])]
 
     @property
     def right(self) -> bool:
+        """Whether the float64 run agrees with the reference, and all logits are finite."""
         exact = self.worst_float64 <= self.tolerance_float64
         return exact and self.tokens_agree and not self.not_finite
 
     @property
     def exit_code(self) -> int:
+        """0 if it is right, else 1."""
         return 0 if self.right else 1
 
     @property
@@ -109,17 +120,20 @@ class Report:
         )
 
     def rows(self) -> list[dict[str, Any]]:
+        """The positions."""
         return self.positions
 
     def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
         return {**vars(self), "worst_float64": self.worst_float64, "conclusion": self.conclusion}
 
 
 def place(row: dict[str, Any]) -> str:
+    """Where a row is: its prompt and position."""
     return f"prompt {row['prompt']}, position {row['position']}"
 
 
-def run(settings: Settings, out: Output) -> Report:
+def run(settings: Settings, out: Output) -> LogitsReport:
     """Compare the model, in the working dtype and in float64, with the reference."""
     import torch
 
@@ -152,10 +166,10 @@ def run(settings: Settings, out: Output) -> Report:
         references = reference.make_reference(weights, loaded.config, prompts, against, loaded.path)
         del weights
         name = AGAINST[against]
-    if (kept := settings.save_reference) is not None and out.attempt(
-        lambda: reference.save(kept, references)
+    if (save_to := settings.save_reference) is not None and out.attempt(
+        lambda: reference.save(save_to, references)
     ):
-        out.note(f"written to {kept}")
+        out.note(f"written to {save_to}")
     reference.check_fits(references, loaded.config)
     agree = all(r.text is None or tokenizer.encode(r.text) == r.ids for r in references)
     # Loaded again: a model rounded to bfloat16 first would be another one in float64 too.
@@ -166,7 +180,7 @@ def run(settings: Settings, out: Output) -> Report:
     ]
     tolerance = reference.allowance(precise, references)
     resolved = {**loaded.facts, "device": str(device)}
-    return Report(positions, agree, tolerance, name, settings.run.dtype, resolved)
+    return LogitsReport(positions, agree, tolerance, name, settings.run.dtype, resolved)
 
 
 def own_reference(folder: Path) -> Path:
@@ -180,7 +194,7 @@ def own_reference(folder: Path) -> Path:
     return path
 
 
-def show(report: Report, out: Output) -> None:
+def show(report: LogitsReport, out: Output) -> None:
     """A row per position and the conclusion."""
     columns = [
         Column("prompt", key=True),

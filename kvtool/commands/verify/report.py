@@ -46,6 +46,7 @@ class Row:
 
     @classmethod
     def of(cls, checked: Checked) -> Row:
+        """The row of a check that was made."""
         finding = checked.finding
         working, exact, promoted = finding.working, finding.float64, finding.promoted
         found = finding.diagnosis
@@ -77,6 +78,7 @@ class Row:
 
     @property
     def outcome(self) -> Outcome:
+        """What the verdict comes to."""
         from kvtool.core.verify.outcome import outcome
 
         return outcome(self.verdict, self.right, self.stores)
@@ -93,7 +95,7 @@ class Row:
 
         return self.verdict == UNSUPPORTED
 
-    def words(self, short: bool = False) -> str:
+    def verdict_text(self, short: bool = False) -> str:
         """The verdict, as a sentence says it, or short for a table."""
         from kvtool.core.verify.outcome import NOT_CAUSAL, ROUNDING
 
@@ -109,7 +111,7 @@ class Row:
     @property
     def cell(self) -> str:
         """The verdict in a table, and what it does not extend to."""
-        short = self.words(short=True)
+        short = self.verdict_text(short=True)
         return f"{short}, {self.not_judged} not judged" if self.not_judged else short
 
 
@@ -123,7 +125,7 @@ class NotRun:
 
 
 @dataclass
-class Report:
+class CacheReport:
     """All rows, and whether the check found the bug that was planted to test it."""
 
     checks: list[Row]
@@ -138,12 +140,14 @@ class Report:
 
     @property
     def summary(self) -> Summary[Row]:
+        """What all rows come to."""
         from kvtool.core.verify.outcome import Summary
 
         return Summary(self.checks, self.control.outcome if self.control else None)
 
     @property
     def bugs(self) -> list[Row]:
+        """The rows that are wrong."""
         return self.summary.wrong
 
     @property
@@ -153,10 +157,12 @@ class Report:
 
     @property
     def judged(self) -> list[Row]:
+        """The rows that are right."""
         return self.summary.right
 
     @property
     def exit_code(self) -> int:
+        """That of a signal; else 0 if all that was judged is right, else 1."""
         if self.ended is not None:
             return self.ended.exit_code
         return 0 if self.summary.ok else 1
@@ -166,8 +172,8 @@ class Report:
         """The last line, in words."""
         if self.ended is None:
             return self._found()
-        told = self._found() if self.bugs or self.judged else ""
-        return "; ".join(filter(None, [told, self._left(self.ended)]))
+        found = self._found() if self.bugs or self.judged else ""
+        return "; ".join(filter(None, [found, self._left(self.ended)]))
 
     def _found(self) -> str:
         if self.bugs:
@@ -235,7 +241,7 @@ class Report:
         names = list(dict.fromkeys(row.scenario for row in rows))
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         why = " (the cache stores lower)" if verdict == PRECISION else ""
-        return f"{rows[0].words()} in {names[0]}{more}{why}"
+        return f"{rows[0].verdict_text()} in {names[0]}{more}{why}"
 
     def _steps(self, kernels: str) -> str:
         from kvtool.core.verify.outcome import IDENTICAL, ROUNDING
@@ -254,5 +260,6 @@ class Report:
         return [{k: v for k, v in vars(row).items() if k != "gap_by_step"} for row in self.checks]
 
     def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
         fields = {key: value for key, value in vars(self).items() if key != "verbose"}
         return {**fields, "exit_code": self.exit_code, "conclusion": self.conclusion}

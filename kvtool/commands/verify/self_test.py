@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool import ending
-from kvtool.commands.verify.rows import facts, first_few, tell_ended, told
+from kvtool.commands.verify.resume import facts, first_few, note_resumed, warn_ended
 from kvtool.ending import End, until_ended
 from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output
@@ -34,7 +34,7 @@ class Settings:
 
 
 @dataclass
-class Report:
+class SelfTestReport:
     """Planted bugs that have to be caught, and right caches that must not be reported."""
 
     planted: list[Trial]
@@ -46,10 +46,12 @@ class Report:
 
     @property
     def failed(self) -> list[Trial]:
+        """Planted bugs that were missed, and right caches that were reported."""
         return [outcome for outcome in (*self.planted, *self.lookalikes) if not outcome.ok]
 
     @property
     def exit_code(self) -> int:
+        """That of a signal; else 0 if none failed, else 1."""
         if self.ended is not None:
             return self.ended.exit_code
         return 1 if self.failed or not self.planted else 0
@@ -67,18 +69,20 @@ class Report:
             f"hint {count(self.planted, 'hint_right')}",
             f"{others - quiet} of {others} right caches reported falsely",
         ]
-        told = ", ".join(parts) + f" ({self.seconds:.0f} s)"
+        said = ", ".join(parts) + f" ({self.seconds:.0f} s)"
         if self.ended is None:
-            return told
+            return said
         done = n + others
         total = done + len(self.not_run)
         how = f"{self.ended.value} after {done} of {total} checks"
-        return f"{told}; {how}; not run: {first_few(self.not_run)}"
+        return f"{said}; {how}; not run: {first_few(self.not_run)}"
 
     def rows(self) -> list[dict[str, Any]]:
+        """The planted bugs, then the right caches."""
         return [dataclasses.asdict(outcome) for outcome in (*self.planted, *self.lookalikes)]
 
     def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
         return {
             "planted": [dataclasses.asdict(outcome) for outcome in self.planted],
             "lookalikes": [dataclasses.asdict(outcome) for outcome in self.lookalikes],
@@ -96,7 +100,7 @@ def count(outcomes: list[Trial], name: str) -> str:
     return f"{sum(answers)} of {len(answers)}"
 
 
-def run(settings: Settings, out: Output) -> Report:
+def run(settings: Settings, out: Output) -> SelfTestReport:
     """Plant them all, one after the other."""
     import time
 
@@ -107,33 +111,33 @@ def run(settings: Settings, out: Output) -> Report:
     # Tiny models: a second thread would only be waited for.
     prepare(replace(settings.run, threads=settings.run.threads or 1))
     started = time.perf_counter()
-    kept, names = None, selftest.names()
+    log, names = None, selftest.names()
     found: dict[str, Trial] = {}
     if settings.resume is not None:
-        decides = facts("self-test", settings.run, tried=names)
-        kept = ResumeLog(settings.resume, selftest.Trial, decides)
-        kept.require(lambda o: o.name in names and found.setdefault(o.name, o) is o)
-        told(kept, out)
+        conditions = facts("self-test", settings.run, tried=names)
+        log = ResumeLog(settings.resume, selftest.Trial, conditions)
+        log.require(lambda o: o.name in names and found.setdefault(o.name, o) is o)
+        note_resumed(log, out)
     bars = out.progress("self-test", len(names))
-    with kept or nullcontext(), bars as bar, until_ended() as outcome:
+    with log or nullcontext(), bars as bar, until_ended() as outcome:
         bar.advance(len(found))
         for tried in selftest.run(bar.update, found.keys()):
             ending.check()  # what was tried while a signal came may be wrong
             found[tried.name] = tried
             bar.advance()
-            if kept is not None:
-                kept.append(tried)
+            if log is not None:
+                log.append(tried)
     left = [name for name in names if name not in found]
     if outcome.how is not None:
-        tell_ended(outcome.how, len(found), len(names), kept, out)
+        warn_ended(outcome.how, len(found), len(names), log, out)
     outcomes = [found[name] for name in names if name in found]
     planted = [tried for tried in outcomes if tried.quiet is None]
     lookalikes = [tried for tried in outcomes if tried.quiet is not None]
     seconds = time.perf_counter() - started
-    return Report(planted, lookalikes, seconds, out.verbose, outcome.how, left)
+    return SelfTestReport(planted, lookalikes, seconds, out.verbose, outcome.how, left)
 
 
-def show(report: Report, out: Output) -> None:
+def show(report: SelfTestReport, out: Output) -> None:
     """The table of mutants, that of look-alikes, and the sums."""
     columns = [
         Column("class", key=True),

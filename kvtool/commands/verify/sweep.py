@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.commands.verify.hf import chosen_scenarios
-from kvtool.commands.verify.rows import facts, first_few, tell_ended, told
+from kvtool.commands.verify.options import TIME_LIMIT
+from kvtool.commands.verify.resume import facts, first_few, note_resumed, warn_ended
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.ending import End, until_ended
 from kvtool.registry import TRANSFORMERS_CACHES, TRANSFORMERS_MODELS, choose
@@ -23,7 +24,6 @@ from kvtool.ui.tables import Column
 if TYPE_CHECKING:
     from kvtool.core.verify.hf.task import Swept
 
-TIME_LIMIT = 60.0  # seconds
 QUANTIZED = "quantized"  # the kind of TRANSFORMERS_CACHES whose codes are replaced
 TOKENS = 32  # of the scenario decode, enough to tell
 
@@ -52,7 +52,7 @@ class Settings:
 
 
 @dataclass
-class Report:
+class SweepReport:
     """A result for each type."""
 
     types: list[Swept]
@@ -77,10 +77,12 @@ class Report:
 
     @property
     def wrong(self) -> list[Swept]:
+        """The types that are not right."""
         return [s for s in self.types if s.wrong]
 
     @property
     def exit_code(self) -> int:
+        """That of a signal; else 0 if some type is right and none wrong, else 1."""
         if self.ended is not None:
             return self.ended.exit_code
         return 0 if any(s.right for s in self.types) and not self.wrong else 1
@@ -95,6 +97,7 @@ class Report:
 
     @property
     def conclusion(self) -> str:
+        """The last line, in words."""
         sums = []
         for kind, types in self.kinds.items():
             judged = sum(swept.judged for swept in types)
@@ -108,6 +111,7 @@ class Report:
         return f"transformers {self.transformers}: {'; '.join(sums)}"
 
     def rows(self) -> list[dict[str, Any]]:
+        """The types as flat rows."""
         return [
             {
                 **dataclasses.asdict(s),
@@ -117,6 +121,7 @@ class Report:
         ]
 
     def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
         return {
             "transformers": self.transformers,
             "types": [dataclasses.asdict(swept) for swept in self.types],
@@ -139,7 +144,7 @@ def counted(types: Sequence[Swept]) -> dict[str, int]:
     return {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
 
 
-def run(settings: Settings, out: Output) -> Report:
+def run(settings: Settings, out: Output) -> SweepReport:
     """Judge each type in a process of its own; what --resume's file has is not judged again."""
     import torch
 
@@ -164,25 +169,25 @@ def run(settings: Settings, out: Output) -> Report:
         for name in settings.types or types
         if name in types
     ]
-    kept = None
+    log = None
     if settings.resume is not None:
         asked = {"caches": caches, "scenarios": scenarios, "tokens": settings.tokens}
         asked |= {"time_limit": settings.time_limit, "memory_limit": task.MEMORY}
-        decides = facts("sweep", settings.run, **asked, transformers=version)
-        kept = ResumeLog(settings.resume, task.Swept, decides)
+        conditions = facts("sweep", settings.run, **asked, transformers=version)
+        log = ResumeLog(settings.resume, task.Swept, conditions)
         first: dict[tuple[str, str], Swept] = {}
-        kept.require(
+        log.require(
             lambda swept: (
                 swept.type in known.get(swept.kind, ())
                 and task.is_coherent(swept)
                 and first.setdefault((swept.type, swept.kind), swept) is swept
             )
         )
-        told(kept, out)
+        note_resumed(log, out)
     found: list[Swept] = []
     bars = out.progress("sweep", len(tasks))
-    with kept or nullcontext(), bars as bar, until_ended() as outcome:
-        for swept in sweep.sweep(tasks, settings.time_limit, kept, bar.update):
+    with log or nullcontext(), bars as bar, until_ended() as outcome:
+        for swept in sweep.sweep(tasks, settings.time_limit, log, bar.update):
             found.append(swept)
             bar.advance()
             out.detail(
@@ -190,13 +195,13 @@ def run(settings: Settings, out: Output) -> Report:
             )
     resolved = {"caches": caches, "scenarios": scenarios, "memory_limit": task.MEMORY}
     if outcome.how is not None:
-        tell_ended(outcome.how, len(found), len(tasks), kept, out, "types")
+        warn_ended(outcome.how, len(found), len(tasks), log, out, "types")
     left = [left.type for left in tasks[len(found) :]]
     seconds = time.perf_counter() - started
-    return Report(found, version, seconds, resolved, outcome.how, left, out.verbose)
+    return SweepReport(found, version, seconds, resolved, outcome.how, left, out.verbose)
 
 
-def show(report: Report, out: Output) -> None:
+def show(report: SweepReport, out: Output) -> None:
     """A table for each kind of model with a row for each type, and the sums."""
     columns = [
         Column("type", "left", key=True),
@@ -224,4 +229,5 @@ def show(report: Report, out: Output) -> None:
 
 
 def figure(gap: float | None) -> str:
+    """A gap for the table; a dash where there is none."""
     return "-" if gap is None else (f"{gap:.1e}" if gap else "0")

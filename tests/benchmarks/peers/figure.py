@@ -9,7 +9,8 @@ from typing import Any
 
 from measure import Series
 
-from kvtool.ui.plots import COLOURS, MARKERS, apart, save_figure
+from kvtool.ui.axes import apart
+from kvtool.ui.plots import COLOURS, MARKERS, save_figure
 
 
 def draw(path: Path, series: Sequence[Series], threads: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool import ending
-from kvtool.commands.verify.report import NotRun, Report, Row
+from kvtool.commands.verify.report import CacheReport, NotRun, Row
 from kvtool.config import RunConfig
 from kvtool.ending import End
 from kvtool.ui.environment import environment
@@ -21,7 +21,7 @@ FEW = 3  # names of what was not run
 
 
 class Rows:
-    """The rows of the checks in `plan`, in that order; with `kept` each is written at once.
+    """The rows of the checks in `plan`, in that order; with `log` each is written at once.
 
     Use as a context manager: nobody else can write the file meanwhile. A row of a scenario that is
     not in the plan stands for all checks of its kind; in the file that is `whole` alone, of a kind
@@ -32,25 +32,25 @@ class Rows:
     def __init__(
         self,
         plan: Iterable[tuple[str, str, str]],
-        kept: ResumeLog[Row] | None,
+        log: ResumeLog[Row] | None,
         out: Output,
         whole: str = "",
     ) -> None:
         self.plan = [NotRun(*check) for check in plan]
-        self.kept = kept
+        self.log = log
         self.found: dict[NotRun, Row] = {}
         self.control: Row | None = None  # the planted bug
         self.whole = whole
-        if kept is not None:
-            kept.require(self._take_known)
-            told(kept, out)
+        if log is not None:
+            log.require(self._take_known)
+            note_resumed(log, out)
 
     def __enter__(self) -> Rows:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.kept is not None:
-            self.kept.__exit__()
+        if self.log is not None:
+            self.log.__exit__()
 
     @property
     def known(self) -> set[tuple[str, str, str]]:
@@ -61,8 +61,8 @@ class Rows:
         """Take a row, unless a signal came while it was made: what it says may be wrong then."""
         ending.check()
         self._take(row)
-        if self.kept is not None:
-            self.kept.append(row)
+        if self.log is not None:
+            self.log.append(row)
 
     def add_control(self, row: Row) -> None:
         """Take what was found of the planted bug, which is tried anew in every run."""
@@ -92,10 +92,12 @@ class Rows:
 
     @property
     def rows(self) -> list[Row]:
+        """Those that are there, in the order of the plan."""
         return [self.found[check] for check in self.plan if check in self.found]
 
     @property
     def not_run(self) -> list[NotRun]:
+        """The checks of the plan that have no row."""
         return [check for check in self.plan if check not in self.found]
 
     def report(
@@ -105,28 +107,23 @@ class Rows:
         resolved: dict[str, Any],
         ended: End | None,
         out: Output,
-    ) -> Report:
+    ) -> CacheReport:
         """What the rows come to. Raises Ended if a signal came before the first of them."""
         if ended is not None:
-            tell_ended(ended, len(self.found), len(self.plan), self.kept, out)
+            warn_ended(ended, len(self.found), len(self.plan), self.log, out)
         found = (self.rows, self.control, prompt_tokens, dtype, resolved)
-        return Report(*found, ended=ended, not_run=self.not_run, verbose=out.verbose)
+        return CacheReport(*found, ended=ended, not_run=self.not_run, verbose=out.verbose)
 
 
-def tell_ended(
-    ended: End,
-    done: int,
-    total: int,
-    kept: ResumeLog[Any] | None,
-    out: Output,
-    what: str = "checks",
+def warn_ended(
+    ended: End, done: int, total: int, log: ResumeLog[Any] | None, out: Output, what: str = "checks"
 ) -> None:
     """Say how far work came that a signal ended, and how it goes on. Raises Ended if not far."""
     if not done:
         raise ending.Ended(ended)
     out.warn(f"{ended.value} after {done} of {total} {what}")
-    if kept is not None:
-        out.note(f"--resume {kept.path}: the same command goes on from here")
+    if log is not None:
+        out.note(f"--resume {log.path}: the same command goes on from here")
 
 
 def is_coherent(row: Row) -> bool:
@@ -195,13 +192,13 @@ def first_few(names: Sequence[str]) -> str:
 
 
 def facts(check: str, run: RunConfig, **more: Any) -> dict[str, Any]:
-    """What decides the results of a check; `more` beside the machine, its settings and versions."""
+    """What a check depends on: `more` beside the machine, the settings and the versions."""
     known = environment()
     machine = {name: known[name] for name in ("cpu", "threads", "kvtool", "commit", "torch")}
     return {"check": check, **more, "dtype": run.dtype, "seed": run.seed, **machine}
 
 
-def kept_rows(path: Path | None, found: dict[str, Any]) -> ResumeLog[Row] | None:
+def resume_file(path: Path | None, found: dict[str, Any]) -> ResumeLog[Row] | None:
     """The file that --resume named. Raises FileError."""
     if path is None:
         return None
@@ -210,8 +207,8 @@ def kept_rows(path: Path | None, found: dict[str, Any]) -> ResumeLog[Row] | None
     return ResumeLog(path, Row, found)
 
 
-def told(kept: ResumeLog[Any], out: Output) -> None:
+def note_resumed(log: ResumeLog[Any], out: Output) -> None:
     """Say what is there already; what cannot be added is told behind the verdicts."""
-    kept.attempt = out.attempt
-    if kept.results:
-        out.note(f"--resume {kept.path}: {len(kept.results)} results are there already")
+    log.attempt = out.attempt
+    if log.results:
+        out.note(f"--resume {log.path}: {len(log.results)} results are there already")

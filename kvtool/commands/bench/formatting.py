@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 
 def label(impl: str, cache: str, several: bool) -> str:
+    """A kind of cache, behind its implementation if there are several."""
     return f"{impl} {cache}" if several else cache
 
 

@@ -1,19 +1,76 @@
-"""The table of verify-cache: a line for rows that came out alike, and its evidence at any width."""
+"""How verify-cache shows what it found: the table, every bug in words, and the plot."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvtool.commands.verify.report import Report, Row
+from kvtool.commands.verify.report import CacheReport, Row
+from kvtool.ui.environment import caption, measured_on
+from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
+
+if TYPE_CHECKING:
+    from kvtool.commands.verify.check import Settings
 
 TITLE = "Cached against uncached logits, the same tokens fed to both"
 Described = tuple[Column, Callable[[list[Row]], str]]  # a column, and its cell of some rows
 BRIEF = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
-def table(report: Report) -> tuple[str, list[Column], list[list[str]]]:
+def show(report: CacheReport, out: Output) -> None:
+    """A row for each scenario, but one for all that came out alike; then every bug in words."""
+    title, columns, cells = table(report)
+    if cells:  # an unfinished check may have found only what its subject cannot do
+        out.table(title, columns, cells)
+    for first, *others in by_cause(report.bugs):
+        out.text(
+            f"{first.cache}, {first.kernels} kernels, {first.scenario}: {first.verdict_text()}"
+        )
+        for label, text in (
+            ("", first.evidence),
+            ("where: ", first.place),
+            ("what: ", first.hint),
+            ("the same in: ", ", ".join(row.scenario for row in others)),
+        ):
+            if text:
+                out.text(f"  {label}{text}")
+    if report.exit_code and not report.bugs and report.ended is None:
+        vain = [row for row in report.checks if row.evidence and row.stores and not row.right]
+        for text in dict.fromkeys(f"{row.cache}: {row.evidence}" for row in vain):
+            out.text(text)
+    out.verdict(None if report.ended else report.exit_code == 0, report.conclusion)
+
+
+def by_cause(rows: list[Row]) -> list[list[Row]]:
+    """Bugs of one kind of cache and kernels with one explanation, or without one in one place."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        key = tuple(row.bugs) or (row.verdict, row.place)
+        groups.setdefault((row.cache, row.kernels, *key), []).append(row)
+    return list(groups.values())
+
+
+def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> None:
+    """The plot of the gap by step in three precisions."""
+    from kvtool.ui.plots import gap_plot
+
+    panels: dict[str, dict[str, list[float]]] = {}
+    rows = [*report.checks, *([report.control] if report.control else [])]
+    for row in rows:
+        if row.scenario == "decode" and row.stores and row.gap_by_step:
+            lines = panels.setdefault(row.cache, {})
+            for name, gaps in row.gap_by_step.items():
+                working = f"{report.dtype}, {row.kernels} kernels"
+                lines[working if name == "working" else name] = gaps
+    about = caption(measured_on(settings, report.resolved))
+    gap_plot(path, panels, f"Cached against uncached logits, by step\n{about}")
+    out.note(f"plot: {path}")
+
+
+def table(report: CacheReport) -> tuple[str, list[Column], list[list[str]]]:
     """The title, the columns and the cells; what all checks have in common stands in the title.
 
     The gaps decide the verdict, so their columns are never left out.
@@ -35,7 +92,7 @@ def table(report: Report) -> tuple[str, list[Column], list[list[str]]]:
     return title, [column for column, _ in columns], cells
 
 
-def keys(report: Report) -> tuple[list[str], list[Described]]:
+def keys(report: CacheReport) -> tuple[list[str], list[Described]]:
     """What all checks have in common, and the columns of what tells them apart."""
     common: list[str] = []
     columns: list[Described] = []
@@ -58,7 +115,7 @@ def keys(report: Report) -> tuple[list[str], list[Described]]:
     return common, [*columns, (Column("scenario", "left", key=True), scenario)]
 
 
-def grouped(report: Report) -> list[list[Row]]:
+def grouped(report: CacheReport) -> list[list[Row]]:
     """Rows that a table shows as one: the same kind, kernels and good verdict. -v shows each."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     shown = [row for row in report.checks if report.verbose or not row.beyond]

@@ -1,0 +1,210 @@
+"""verify-cache of kvtool's own models and caches, and of the user's own decoder."""
+
+from __future__ import annotations
+
+import io
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvtool.commands.verify.options import OF_A_TARGET
+from kvtool.commands.verify.report import CacheReport, Row
+from kvtool.commands.verify.resume import Rows, facts, resume_file
+from kvtool.config import RunConfig, check_int
+from kvtool.ending import until_ended
+from kvtool.errors import FileError, UsageError, first_line
+from kvtool.registry import choose
+from kvtool.ui.documents import check_writable
+from kvtool.ui.options import ALL_CACHES, ALL_KERNELS
+from kvtool.ui.output import Output
+from kvtool.ui.rules import require
+
+if TYPE_CHECKING:
+    from kvtool.core.checkpoint.checkpoint import Checkpoint
+    from kvtool.core.verify.target.subject import TargetSubject
+
+DEFAULT_PROMPT = "To be, or not to be, that is the question:\n"
+SOURCE_PROMPT = "workbench"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that verify-cache was asked for; no prompt: one that suits the model."""
+
+    run: RunConfig
+    caches: list[str]
+    kernels: list[str]
+    scenarios: list[str]  # none: all
+    tokens: int
+    prompt: str | None
+    target: str | None = None
+    plot: Path | None = None
+    resume: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_int("--tokens", self.tokens, 2)
+        given = {
+            "--target": self.target,
+            "--model": self.run.model,
+            "--caches": self.caches != ALL_CACHES,  # and their settings
+            "--kernels": self.kernels != ALL_KERNELS,
+            "--prompt": self.prompt is not None,
+        }
+        require([OF_A_TARGET], given)
+        if self.plot is not None and not self.plot.parent.is_dir():
+            raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
+        if self.resume is not None:
+            check_writable(self.resume, "--resume")
+
+
+def run(settings: Settings, out: Output) -> CacheReport:
+    """Judge every kind of cache in every scenario, then a planted bug."""
+    import time
+
+    from kvtool.core.machine import prepare
+    from kvtool.core.verify.scenarios import SCENARIOS
+
+    names = settings.scenarios or list(SCENARIOS)
+    for name in names:
+        choose(name, list(SCENARIOS), "--scenarios")
+    started = time.perf_counter()
+    device, dtype = prepare(settings.run)
+    check = check_model if settings.target is None else check_target
+    report = check(settings, names, device, dtype, out)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def load_model(
+    settings: Settings, device: Any, dtype: Any
+) -> tuple[Checkpoint, str | None, list[int]]:
+    """The checkpoint, the prompt, and its ids. Raises FileError and UsageError."""
+    import torch
+
+    from kvtool.core import footprint
+    from kvtool.core.checkpoint import checkpoint
+    from kvtool.core.decoding.engine import check_context
+    from kvtool.core.decoding.sources import check_sources
+    from kvtool.core.machine import require_memory
+
+    checkpoint.require_context(settings.run.model, "--tokens", settings.tokens)
+    loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
+    default = SOURCE_PROMPT if loaded.source_tokenizer else DEFAULT_PROMPT
+    prompt = default if settings.prompt is None and loaded.reads_text else settings.prompt
+    ids = checkpoint.prompt_ids(loaded, prompt)
+    if not ids:
+        raise UsageError("--prompt: is empty (expected 1 token or more)")
+    if loaded.source_tokenizer is not None:
+        check_sources([ids], loaded.config.context)
+    n_prompt = len(ids) if loaded.source_tokenizer is None else 1
+    check_context(n_prompt, settings.tokens, loaded.config.context)
+    needed = footprint.converted(loaded.model, torch.float64)
+    needed += footprint.verdicts(loaded.config, len(ids), settings.tokens, dtype.itemsize)
+    what = "the weights in float64, and the logits of all runs"
+    require_memory(what, needed, device, footprint.FEWER)
+    return loaded, prompt, ids
+
+
+def check_model(
+    settings: Settings, names: list[str], device: Any, dtype: Any, out: Output
+) -> CacheReport:
+    """Check a checkpoint with kvtool's caches and kernels."""
+    import torch
+
+    from kvtool.core.cache import settings_of
+    from kvtool.core.verify import check
+    from kvtool.core.verify.subject import Formats
+
+    loaded, prompt, ids = load_model(settings, device, dtype)
+    resolved = {
+        **loaded.facts,
+        "device": str(device),
+        "prompt": prompt,
+        "scenarios": names,
+        "cache_settings": {kind: settings_of(kind, small=True) for kind in settings.caches},
+    }
+    conditions = {**resolved, "model": loaded.path.name, "config": vars(loaded.config), "ids": ids}
+    kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
+    log = resume_file(settings.resume, facts("kvtool", settings.run, **conditions, **kinds))
+    rows = Rows(product(settings.caches, settings.kernels, names), log, out)
+    total = len(rows.plan) + 1
+    with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
+        bar.advance(len(rows.found))
+        main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
+        formats = Formats(loaded.model)
+        asked = (settings.caches, settings.kernels, names)
+        for found in check.check_model(formats, *asked, main, bar.update, rows.known):
+            rows.add(Row.of(found))
+            bar.advance()
+        planted = check.control(formats, main)
+        rows.add_control(Row.of(check.planted_bug(planted, "default")))
+    computed = settings.run.dtype
+    return rows.report(len(ids), computed, resolved, outcome.how, out)
+
+
+def load_target(settings: Settings, dtype: Any) -> TargetSubject:
+    """The user's own decoder in the format that was asked for. Raises UsageError and FileError."""
+    from kvtool.core.verify.target.file import target_subject
+
+    subject = target_subject(settings.target or "")
+    if settings.run.dtype == "float32":  # the default leaves a decoder as it is
+        return subject
+    try:
+        return subject.to(dtype)
+    except Exception as error:  # the decoder's own code, or that it holds nothing to convert
+        why = first_line(error) or type(error).__name__
+        text = f"--dtype {settings.run.dtype}: the decoder cannot be converted ({why})"
+        raise UsageError(text, "Leave it out.") from error
+
+
+def check_target(
+    settings: Settings, names: list[str], device: Any, dtype: Any, out: Output
+) -> CacheReport:
+    """Check the user's own decoder, from a file of Python."""
+    from kvtool.core import footprint
+    from kvtool.core.machine import dtype_name, require_memory
+    from kvtool.core.verify.check import planted_bug
+    from kvtool.core.verify.target import check as target_check
+    from kvtool.core.verify.target.file import identity
+
+    subject = load_target(settings, dtype)
+    if subject.guess:
+        out.note(subject.guess)
+    name = Path(subject.name).name
+    sizes = (subject.vocab_size, subject.context)
+    main = target_check.decode_case(*sizes, None, settings.tokens, subject.device)
+    if main.given is not None and main.given.shape[1] < main.n_prompt + settings.tokens:
+        n = main.given.shape[1] - main.n_prompt
+        out.note(f"--tokens {settings.tokens}: {n}, since the decoder holds {subject.context}")
+    fed = settings.tokens if main.given is None else main.given.shape[1] - main.n_prompt
+    needed = footprint.arms(subject.vocab_size, main.n_prompt, fed, subject.dtype.itemsize)
+    require_memory("the logits of all runs", needed, subject.device, footprint.FEWER)
+    # What the decoder prints, hundreds of times, must not get between the results.
+    said = sys.stderr if out.verbose else io.StringIO()
+    computed = dtype_name(subject.dtype)
+    resolved = {
+        **identity(settings.target or ""),
+        "dtype": computed,
+        "called": subject.guess,
+        "device": str(subject.device),
+        "scenarios": names,
+    }
+    conditions = {**resolved, "model": name, "tokens": settings.tokens}
+    if settings.resume is not None:
+        conditions["weights"] = subject.fingerprint()
+    log = resume_file(settings.resume, facts("target", settings.run, **conditions))
+    rows = Rows([(name, target_check.OWN, scenario) for scenario in names], log, out)
+    total = len(names) + 1
+    bars = out.progress("verify-cache", total)
+    with rows, redirect_stdout(said), bars as bar, until_ended() as outcome:
+        bar.advance(len(rows.found))
+        left = [check.scenario for check in rows.not_run]
+        for found in target_check.check_target(subject, left, main, bar.update):
+            rows.add(Row.of(replace(found, cache=name)))
+            bar.advance()
+        planted = target_check.target_control(subject, main)
+        rows.add_control(Row.of(planted_bug(planted, target_check.OWN)))
+    return rows.report(main.n_prompt, computed, resolved, outcome.how, out)

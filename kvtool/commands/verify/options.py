@@ -1,0 +1,142 @@
+"""The options of verify-cache, and which of them contradict or need each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvtool.registry import IMPLEMENTATIONS, TRANSFORMERS_CACHES
+from kvtool.ui import options as o
+from kvtool.ui.lists import list_option
+from kvtool.ui.rules import contradicts, needs
+
+EVERY: list[str] = []  # scenarios, or types
+DEFAULT_TOKENS = 128
+TIME_LIMIT = 60.0  # seconds
+SWEEP = "Sweep (--impl transformers)"
+HF = "--impl transformers"
+OF_KINDS = "--window --sinks --group --residual --page"
+
+OF_THE_SELF_TEST = contradicts(
+    "--self-test",
+    "--caches --kernels --scenarios --tokens --prompt --target --plot --model --dtype --impl "
+    f"--sweep {OF_KINDS}",
+    "It has models, caches and tokens of its own.",
+)
+RULES = (
+    needs("--sweep", "--types --time-limit", f"Add {HF} --sweep."),
+    contradicts(
+        HF,
+        f"--kernels {OF_KINDS}",
+        "Models and caches of transformers have their own: leave it out.",
+    ),
+    contradicts(HF, "--target --prompt --plot", "Random ids are fed to models of transformers."),
+    contradicts(f"{HF} --sweep", "--model --dtype", "It judges every type in float32."),
+    needs(HF, "--sweep", f"Add {HF}."),
+)
+OF_A_TARGET = contradicts(
+    "--target",
+    "--model --caches --kernels --prompt",
+    "Your decoder has its own, and is fed random ids.",
+)
+
+
+def _text(text: str, flag: str) -> str:
+    return text
+
+
+def _kind(text: str, flag: str) -> list[str]:
+    """A kind of kvtool's caches, or of those of transformers."""
+    return [text] if text in TRANSFORMERS_CACHES else o.cache_kinds(text, flag)
+
+
+Impl = Annotated[
+    str,
+    typer.Option(
+        "--impl",
+        metavar="|".join(IMPLEMENTATIONS),
+        help="Whose models and caches. Of transformers, --model is a saved folder or a type; of a "
+        "type that has both, such as bart, it is the encoder-decoder, and --sweep judges both.",
+    ),
+]
+Caches = Annotated[
+    list[str],
+    list_option(
+        "--caches",
+        element=_kind,
+        example="none static",
+        help=f"Cache kinds: {', '.join(o.ALL_CACHES)}; or all. "
+        f"Of transformers: {', '.join(TRANSFORMERS_CACHES)}.",
+        metavar="KIND...",
+        unique=True,
+        complete=lambda: o.ALL_CACHES,
+    ),
+]
+# Small, so that a short check makes a kind do all that it does: see `small` of the kinds.
+Window = Annotated[int | None, o.setting("window", "5")]
+Sinks = Annotated[int | None, o.setting("sinks", "1")]
+Group = Annotated[int | None, o.setting("group", "4")]
+Residual = Annotated[int | None, o.setting("residual", "2")]
+Page = Annotated[int | None, o.setting("page", "4")]
+Sweep = Annotated[
+    bool,
+    typer.Option("--sweep", help="Judge every model type.", rich_help_panel=SWEEP),
+]
+Types = Annotated[
+    list[str],
+    list_option(
+        "--types",
+        element=_text,
+        example="llama mamba",
+        help="Only these types.",
+        metavar="TYPE...",
+        unique=True,
+        panel=SWEEP,
+    ),
+]
+TimeLimit = Annotated[
+    float,
+    typer.Option(
+        "--time-limit",
+        metavar="SECONDS",
+        help="Give a type up after so long.",
+        rich_help_panel=SWEEP,
+    ),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        metavar="FILE",
+        help="Keep each verdict in FILE at once, and go on from those that it has.",
+    ),
+]
+Scenarios = Annotated[
+    list[str],
+    list_option(
+        "--scenarios",
+        element=_text,
+        example="decode crop",
+        help="What to do to a cache; 'help' lists them.",
+        metavar="NAME...",
+        unique=True,
+    ),
+]
+Tokens = Annotated[
+    int,
+    typer.Option("--tokens", metavar="N", help="Tokens to compare behind the prompt (decode)."),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="FILE.py:NAME",
+        help="Check your own decoder: an object, or a function that builds it.",
+    ),
+]
+SelfTest = Annotated[
+    bool,
+    typer.Option("--self-test", help="Plant every known bug, and see whether it is reported."),
+]
