@@ -1,4 +1,4 @@
-"""Promises of DESIGN.md, section 3, about what a cache costs and refuses, each a function
+"""Promises of docs/extending.md about what a cache costs and refuses, each a function
 `check_...(make, case)` as in cache_checks.py.
 """
 

@@ -1,7 +1,7 @@
 """What the tests of caches share: tiny subjects in float64, and a check for each promise.
 
 A check raises AssertionError where a cache breaks its promise, beginning with the number that
-DESIGN.md gives it. test_cache_contract.py runs the checks over every registered kind, and
+docs/extending.md gives it. test_cache_contract.py runs the checks over every registered kind, and
 test_cache_controls.py over broken ones, which they must catch.
 """
 
@@ -22,7 +22,7 @@ from kvtool.core.models import Model
 from small_models import random_model
 
 Make = Callable[[CacheSpec, "Tensor | None"], Cache]
-# In float64 a right cache leaves about 1e-15, and the mildest bug of BUG_CLASSES.md 1e-3.
+# In float64 a right cache leaves about 1e-15, and the mildest planted bug 1e-3.
 TOLERANCE = 1e-12
 VOCAB = 23
 
