@@ -66,11 +66,11 @@ def test_a_column_that_does_not_exist_is_an_error_and_not_a_lost_token(kind: str
     step = cache.begin(1)
     k = torch.zeros(3, 2, 1, 4, dtype=torch.float64)
     for beyond in (step.slots + 4, step.slots - 1):
-        with pytest.raises((IndexError, RuntimeError)):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
             cache.write(0, k, k, dataclasses.replace(step, slots=beyond))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="same slice shapes"):
         cache.write(0, k[:2], k[:2], step)  # other rows
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="same dtype"):
         cache.write(0, k.float(), k.float(), step)  # another format
 
 

@@ -240,14 +240,18 @@ def test_who_asks_for_gradients_or_watches_later_gets_pytorch(
                 feed(decode, cache, tokens(model, 1)[:, :1])
 
 
-@pytest.mark.parametrize("changes", [{"n_kv_heads": 2}, {"dtype": torch.float64}], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"n_kv_heads": 2}, "must have same slice shapes"), ({"dtype": torch.float64}, "same dtype")],
+    ids=str,
+)
 def test_a_cache_of_other_sizes_or_numbers_is_refused_as_by_the_modules(
-    changes: dict[str, Any],
+    changes: dict[str, Any], said: str
 ) -> None:
     model = random_model(0)
     spec = dataclasses.replace(CacheSpec.of(model.config, 1, N), **changes)
     for decode in (model, decoding_form(model)):
-        with pytest.raises((RuntimeError, ValueError, IndexError)):
+        with pytest.raises(RuntimeError, match=said):
             feed(decode, make_cache("dynamic", spec), tokens(model, 1)[:, :1])
 
 
@@ -309,13 +313,22 @@ def with_more_heads(model: Model) -> None:
     model.get_submodule("layers.1.attn").qkv = Linear(16, 96)
 
 
-@pytest.mark.parametrize("change", [narrower, without_a_position, with_more_heads])
-def test_layers_that_do_not_fit_together_are_refused_as_by_the_modules(change: Any) -> None:
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (narrower, RuntimeError, "shapes cannot be multiplied"),
+        (without_a_position, IndexError, "index out of range"),
+        (with_more_heads, RuntimeError, "split_with_sizes expects"),
+    ],
+)
+def test_layers_that_do_not_fit_together_are_refused_as_by_the_modules(
+    change: Any, error: type[Exception], said: str
+) -> None:
     model = random_model(0, **SHAPES["learned"])
     change(model.requires_grad_(False))
     for decode in (model, decoding_form(model)):
         cache = make_cache("dynamic", CacheSpec.of(model.config, 1, N))
-        with pytest.raises((RuntimeError, IndexError)):
+        with pytest.raises(error, match=said):
             feed(decode, cache, tokens(model, 1)[:, :3])
 
 
@@ -332,7 +345,7 @@ def test_more_positions_than_there_are_and_unknown_tokens_are_refused(
         given = torch.tensor(ids)
         if given.shape[1] > 1:
             feed(model, cache, given[:, :-1])
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match="unknown to the model"):
             feed(decode, cache, given)
 
 

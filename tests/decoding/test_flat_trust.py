@@ -250,7 +250,7 @@ def test_rows_that_memory_ran_out_for_are_refused(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patch, pytest.raises(MemoryError):
             patch.setattr(torch, "index_select", lambda *_: exec("raise MemoryError"))
             cache.select(torch.zeros(6, dtype=torch.long))
-        with pytest.raises((RuntimeError, IndexError)):
+        with pytest.raises(RuntimeError, match="must have same slice shapes"):
             feed(decode, cache, torch.zeros(6, 4, dtype=torch.long))
 
 

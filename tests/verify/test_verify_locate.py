@@ -125,8 +125,9 @@ def test_a_bug_behind_the_last_layer_is_located_there() -> None:
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_right_cache_has_no_wrong_place(name: str, scenario: str) -> None:
     one, case = subject(dtype=torch.float64, **MODELS[name]), Case(SCENARIOS[scenario])
-    if Judge(one).judge(case).verdict == UNSUPPORTED:
-        return
+    found = Judge(one).judge(case)
+    if found.verdict == UNSUPPORTED:
+        pytest.skip(found.evidence)
     for step in range(len(play(one, case).found)):
         assert locate(one, case, step) is None
 
@@ -158,7 +159,7 @@ def test_places_and_ranges_read_well() -> None:
 
 
 @pytest.mark.parametrize("window", [0, 6])
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", [s for s in SCENARIOS if s != "overflow"])  # a tape has no end
 @pytest.mark.parametrize("name", MODELS)
 def test_a_tape_that_is_told_the_truth_equals_a_full_pass(
     name: str, scenario: str, window: int
@@ -166,8 +167,8 @@ def test_a_tape_that_is_told_the_truth_equals_a_full_pass(
     make = windowed(lambda cache, step, held: step.mask) if window else DynamicCache
     one = subject(make, torch.float64, session=Tape, **MODELS[name])
     case = Case(SCENARIOS[scenario])
-    if case.scenario.lacking(one) or scenario == "overflow":  # a tape has no end
-        return
+    if lacking := case.scenario.lacking(one):
+        pytest.skip(lacking)
     played = play(one, case)
     assert played.raised is None
     assert max(distances(played.found, played.expected)) <= ROUNDING_64
