@@ -104,14 +104,15 @@ def test_the_readme_beside_the_dictionary_states_its_true_hashes(published):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other text", "no archive"])
-def test_a_damaged_dictionary_is_refused(damage, tsv, monkeypatch, published):
+def test_a_damaged_dictionary_is_refused(damage, tmp_path, monkeypatch, published):
     packed = pairs.CMUDICT_FILE.read_bytes()
     data = {
         "truncated": packed[: len(packed) // 2],
         "other text": lzma.compress(published[:-100], preset=0),
         "no archive": b"cmudict",
     }[damage]
-    monkeypatch.setattr(pairs, "CMUDICT_FILE", tsv(data))
+    (tmp_path / "cmudict").write_bytes(data)
+    monkeypatch.setattr(pairs, "CMUDICT_FILE", tmp_path / "cmudict")
     with pytest.raises(FileError, match="is damaged"):
         load_cmudict()
 
@@ -126,8 +127,9 @@ def test_the_dictionary_is_the_data_called_cmudict(cmudict):
     assert load_data("cmudict") == cmudict
 
 
-def test_a_test_file_replaces_the_dictionarys_own_test_words(tsv, cmudict):
+def test_a_test_file_replaces_the_dictionarys_own_test_words(tmp_path, cmudict):
     words = b"%s\tX\nkvtoolish\tY\n" % cmudict.train[0].source.encode()
-    splits = load_data("cmudict", test=tsv(words))
+    (tmp_path / "words.tsv").write_bytes(words)
+    splits = load_data("cmudict", test=tmp_path / "words.tsv")
     assert (splits.train, splits.valid, len(splits.test)) == (cmudict.train, cmudict.valid, 2)
     assert splits.notes[0].startswith("1 of 2 test sources are also in the training data")
