@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cache_checks as checks
 import cache_cost_checks as costs
-from helpers import CASES, Make, owned
+from helpers import PADDED, PLAIN, Make, owned
 from kvtool.core.cache import Bytes, Cache, CacheSpec, Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
@@ -19,7 +19,6 @@ from kvtool.core.verify.mutants.mutant import Mutant
 from kvtool.core.verify.mutants.quantized import QUANTIZED
 from planted_bugs import MUTANTS, WholeBuffer
 
-PLAIN, PADDED = CASES[0], CASES[3]
 SPEC = CacheSpec(2, 3, 2, 4, 200, torch.float64)
 
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from cache_contract import KINDS
-from helpers import CASES, Subject, addresses, agree, compilations, owned, write
+from helpers import PADDED, PLAIN, Subject, addresses, agree, compilations, owned, write
 from kvtool.core.cache import Bytes, CacheSpec, cache_class, make_cache
 from kvtool.core.cache.base import EMPTY
 from kvtool.core.cache.dynamic import GRAIN, DynamicCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.errors import CacheOpUnsupported, CapacityError, UsageError
 
-PLAIN, PADDED = CASES[0], CASES[3]
 SPEC = CacheSpec(2, 3, 2, 4, 200, torch.float64)
 
 

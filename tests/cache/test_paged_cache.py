@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import Subject, addresses, agree, compilations, storage_nbytes, tokens, write
+from helpers import (
+    PADDED,
+    PLAIN,
+    Subject,
+    addresses,
+    agree,
+    compilations,
+    storage_nbytes,
+    tokens,
+    write,
+)
 from kvtool.core.cache import EMPTY, CacheSpec
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.paged import PagedCache, PagedStep, pages_for
@@ -20,7 +30,7 @@ from kvtool.core.decoding.beam import Beam, beam_search
 from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.exact import EXACT
 from kvtool.errors import CapacityError, UsageError
-from paged_cases import FOURS, PADDED, PLAIN, SPEC, check_contents, check_pages, put, tables
+from paged_cases import FOURS, SPEC, check_contents, check_pages, put, tables
 from small_models import random_model
 
 # --- I11

@@ -197,3 +197,12 @@ def test_a_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     assert "tokenizer.json: has 10 tokens (expected 9 or fewer" in refusal(tmp_path / "a")
     saved(tmp_path / "b", TINY_PAIR, source_vocab_size=10)
     assert "source.json: has 11 tokens (expected 10 or fewer" in refusal(tmp_path / "b")
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "norm", "tied", "norm_eps", "model_type", "new"])
+@pytest.mark.parametrize("value", [10**6 * "x", 10**5 * ["y"], {10**6 * "z": 1}], ids=type)
+def test_a_value_of_a_megabyte_does_not_flood_the_message(
+    folder: Path, field: str, value: object
+) -> None:
+    change_config(folder, **{field: value})
+    assert len(refusal(folder).removeprefix(str(folder))) < 400

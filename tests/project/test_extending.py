@@ -19,7 +19,7 @@ import torch
 import model_checks
 from cache_contract import CHECKS
 from cli_probe import Ran, refused
-from helpers import CASES, Case
+from helpers import CASES, PADDED, Case
 from kvtool import registry
 from kvtool.config import ModelConfig
 from kvtool.core.cache import CacheSpec, cache_class, make_cache
@@ -101,7 +101,7 @@ def test_the_first_check_of_the_page_is_needed() -> None:
         exec(compile(code.replace(right, wrong), "broken", "exec", dont_inherit=True), space)
         with pytest.raises(error, match=said):
             for check in CHECKS:
-                check(space["ConcatCache"], CASES[3])
+                check(space["ConcatCache"], PADDED)
 
 
 def test_the_compiled_step_serves_who_says_that_it_may() -> None:
