@@ -17,7 +17,8 @@ from cli_probe import Ran
 from kvtool.core.verify import judge as judging
 from kvtool.core.verify.diagnosis import locate
 from kvtool.core.verify.mutants.contents import ReadsLayerZero
-from kvtool.core.verify.scenarios import SCENARIOS, Lane
+from kvtool.core.verify.scenario_run import TrackedSession
+from kvtool.core.verify.scenarios import SCENARIOS
 from verify_ending_cases import FEW, Hook, send, verdicts
 
 decoder, modes, verify, at_call = (
@@ -131,7 +132,7 @@ def test_a_scenario_that_is_cut_at_any_step_has_no_row(
     verify: Callable[..., Ran], modes: dict[str, list[str]]
 ) -> None:
     whole = verdicts(json.loads(verify(*modes["target"], "--json").out))
-    right = Lane.feed
+    right = TrackedSession.feed
     reached = []
     for last in range(1, 200, 5):
         count = [0]
@@ -143,7 +144,7 @@ def test_a_scenario_that_is_cut_at_any_step_has_no_row(
             right(*args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Lane, "feed", feed)
+            patch.setattr(TrackedSession, "feed", feed)
             ran = verify(*modes["target"], "--json")
         if ran.code == 0:
             break
@@ -165,7 +166,7 @@ def test_a_signal_that_a_decoder_swallows_is_no_error_of_its(
         except KeyboardInterrupt:
             raise RuntimeError("a callback failed") from None
 
-    at_call(Lane, "feed", n, swallowed)
+    at_call(TrackedSession, "feed", n, swallowed)
     ran = verify(*modes[mode], "--json")
     assert ran.code == 130
     assert "callback failed" not in ran.out and '"error"' not in ran.out

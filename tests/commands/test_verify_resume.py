@@ -132,13 +132,13 @@ def test_results_of_another_model_are_refused(
 
 
 def test_a_line_names_a_few_of_many_differences_the_weights_first(tmp_path: Path) -> None:
-    from kvtool.core.verify.kept import Kept
+    from kvtool.core.verify.resume_log import ResumeLog
 
     def make(**fields: Any) -> Any:
         raise AssertionError
 
     facts = {"check": "kvtool", "model": "a", **dict.fromkeys("bcdefghi", 1), "sha256": "1"}
-    with Kept[Any](tmp_path / "kept", make, facts) as kept:
+    with ResumeLog[Any](tmp_path / "kept", make, facts) as kept:
         kept.path.write_bytes(kept.header + b"\n")
     for changed, said in (
         ({**dict.fromkeys("bcdefghi", 2), "sha256": "2"}, "sha256, b, c, d, e and 4 more"),
@@ -146,7 +146,7 @@ def test_a_line_names_a_few_of_many_differences_the_weights_first(tmp_path: Path
         ({"b": 2, "sha256": "2", "model": "z"}, "model"),
     ):
         with pytest.raises(FileError) as caught:
-            Kept[Any](tmp_path / "kept", make, {**facts, **changed})
+            ResumeLog[Any](tmp_path / "kept", make, {**facts, **changed})
         words = caught.value.message.partition("another check: ")[2]
         assert re.sub(r" was \S+ and is now [^, ]+", "", words) == said
 
