@@ -1,4 +1,4 @@
-"""The promises of DESIGN.md, section 3, over every registered kind of cache.
+"""The promises of docs/extending.md over every registered kind of cache.
 
 cache_checks.py and cache_cost_checks.py have the checks; test_cache_controls.py holds them against
 broken caches. I10 to I12 are about kinds of their own.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cache_checks as checks
 import cache_cost_checks as costs
-from helpers import CASES, Make, owned
+from helpers import PADDED, PLAIN, Make, owned
 from kvtool.core.cache import Bytes, Cache, CacheSpec, Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
@@ -19,7 +19,6 @@ from kvtool.core.verify.mutants.mutant import Mutant
 from kvtool.core.verify.mutants.quantized import QUANTIZED
 from planted_bugs import MUTANTS, WholeBuffer
 
-PLAIN, PADDED = CASES[0], CASES[3]
 SPEC = CacheSpec(2, 3, 2, 4, 200, torch.float64)
 
 
@@ -222,9 +221,18 @@ def test_every_planted_bug_of_a_quantizer_breaks_a_promise(mutant: Mutant) -> No
         check(mutant.make, PADDED)
 
 
-@pytest.mark.parametrize("broken", [CropsOneTooFew, SelectsKeysOnly, ResetKeepsThePadding])
-def test_random_histories_find_bugs_by_themselves(broken: Make) -> None:
-    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+@pytest.mark.parametrize(
+    ("broken", "error", "said"),
+    [
+        (CropsOneTooFew, AssertionError, "operation 12: the logits differ"),
+        (SelectsKeysOnly, AssertionError, "operation 12: the logits differ"),
+        (ResetKeepsThePadding, RuntimeError, "The size of tensor a"),  # of other rows
+    ],
+)
+def test_random_histories_find_bugs_by_themselves(
+    broken: Make, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
         checks.check_a_long_random_history(broken, PADDED)
 
 

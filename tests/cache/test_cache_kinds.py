@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from cache_contract import KINDS
-from helpers import CASES, Subject, addresses, agree, compilations, owned, write
+from helpers import PADDED, PLAIN, Subject, addresses, agree, compilations, owned, write
 from kvtool.core.cache import Bytes, CacheSpec, cache_class, make_cache
 from kvtool.core.cache.base import EMPTY
 from kvtool.core.cache.dynamic import GRAIN, DynamicCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.errors import CacheOpUnsupported, CapacityError, UsageError
 
-PLAIN, PADDED = CASES[0], CASES[3]
 SPEC = CacheSpec(2, 3, 2, 4, 200, torch.float64)
 
 
@@ -66,11 +65,11 @@ def test_a_column_that_does_not_exist_is_an_error_and_not_a_lost_token(kind: str
     step = cache.begin(1)
     k = torch.zeros(3, 2, 1, 4, dtype=torch.float64)
     for beyond in (step.slots + 4, step.slots - 1):
-        with pytest.raises((IndexError, RuntimeError)):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
             cache.write(0, k, k, dataclasses.replace(step, slots=beyond))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="same slice shapes"):
         cache.write(0, k[:2], k[:2], step)  # other rows
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="same dtype"):
         cache.write(0, k.float(), k.float(), step)  # another format
 
 

@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import Subject, addresses, agree, compilations, storage_nbytes, tokens, write
+from helpers import (
+    PADDED,
+    PLAIN,
+    Subject,
+    addresses,
+    agree,
+    compilations,
+    storage_nbytes,
+    tokens,
+    write,
+)
 from kvtool.core.cache import EMPTY, CacheSpec
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.paged import PagedCache, PagedStep, pages_for
@@ -20,7 +30,7 @@ from kvtool.core.decoding.beam import Beam, beam_search
 from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.exact import EXACT
 from kvtool.errors import CapacityError, UsageError
-from paged_cases import FOURS, PADDED, PLAIN, SPEC, check_contents, check_pages, put, tables
+from paged_cases import FOURS, SPEC, check_contents, check_pages, put, tables
 from small_models import random_model
 
 # --- I11
@@ -323,11 +333,11 @@ def test_a_slot_that_does_not_exist_is_an_error_and_not_a_lost_token() -> None:
     step = cache.begin(1)
     k = torch.zeros(3, 2, 1, 4, dtype=torch.float64)
     beyond = step.slots + 4 * cache.pool.n_pages
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         cache.write(0, k, k, dataclasses.replace(step, slots=beyond))
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises((IndexError, RuntimeError), match="Number of indices"):
         cache.write(0, k[:2], k[:2], step)  # other rows
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="same dtype"):
         cache.write(0, k.float(), k.float(), step)  # another format
 
 

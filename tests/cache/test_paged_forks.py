@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import Subject, agree, tokens, write
+from helpers import PADDED, PLAIN, Subject, agree, tokens, write
 from kvtool.errors import UsageError
-from paged_cases import FOURS, PADDED, PLAIN, SPEC, check_contents, check_pages, put, tables
+from paged_cases import FOURS, SPEC, check_contents, check_pages, put, tables
 
 # --- sharing, and copies on write
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import Subject, advance, full, storage_nbytes, write
+from helpers import PLAIN, Subject, advance, full, storage_nbytes, write
 from kvtool.config import ModelConfig
 from kvtool.core.cache import CacheSpec, Step, cache_class
 from kvtool.core.cache.quantization import Quantization
@@ -20,7 +20,6 @@ from kvtool.errors import UsageError
 from quantized_cases import (
     KINDS,
     PADDING,
-    PLAIN,
     SPEC,
     every_kind,
     filled,

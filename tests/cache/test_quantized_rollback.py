@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from cache_checks import check_any_part_of_a_chunk_is_committed
-from helpers import Subject, addresses, agree, break_off, storage_nbytes, write
+from helpers import PADDED, PLAIN, Subject, addresses, agree, break_off, storage_nbytes, write
 from kvtool.core.cache.quantized import Int4Cache
 from kvtool.errors import CacheOpUnsupported
-from quantized_cases import PADDED, PLAIN, filled, small4, small8
+from quantized_cases import filled, small4, small8
 
 # --- going back
 

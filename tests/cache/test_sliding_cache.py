@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cache_checks import check_any_part_of_a_chunk_is_committed
 from helpers import (
-    CASES,
+    PADDED,
+    PLAIN,
     Subject,
     addresses,
     advance,
@@ -27,7 +28,6 @@ from kvtool.core.cache.none import NoCache
 from kvtool.core.cache.sliding import SlidingCache, columns_for
 from kvtool.errors import CacheOpUnsupported, CapacityError, UsageError
 
-PLAIN, PADDED = CASES[0], CASES[3]  # padded by 2, 0 and 5
 SPEC = CacheSpec(2, 3, 2, 4, 200, torch.float64)
 small = partial(SlidingCache, window=5, sinks=2)
 wide = partial(SlidingCache, window=16, sinks=3, slack=2)  # moves its columns every other token

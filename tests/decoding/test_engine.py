@@ -187,7 +187,7 @@ def test_nothing_is_committed_when_the_model_raises(kind: str) -> None:
     model = decoder()
     cache = new_cache(model, kind)
     feed(model, cache, PROMPT)
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="index out of range"):
         feed(model, cache, torch.cat([PROMPT, torch.tensor([[99], [99]])], dim=1))
     assert cache.length == 3
 

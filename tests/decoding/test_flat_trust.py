@@ -20,6 +20,7 @@ from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import DEFAULT, DefaultKernels, make_kernels
 from kvtool.core.models import Model
 from kvtool.core.models.layers import Linear
+from kvtool.core.models.seq2seq import Seq2Seq
 from kvtool.core.native import arrays as native
 from kvtool.errors import CapacityError
 from small_models import random_model
@@ -250,7 +251,7 @@ def test_rows_that_memory_ran_out_for_are_refused(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patch, pytest.raises(MemoryError):
             patch.setattr(torch, "index_select", lambda *_: exec("raise MemoryError"))
             cache.select(torch.zeros(6, dtype=torch.long))
-        with pytest.raises((RuntimeError, IndexError)):
+        with pytest.raises(RuntimeError, match="must have same slice shapes"):
             feed(decode, cache, torch.zeros(6, 4, dtype=torch.long))
 
 
@@ -348,3 +349,32 @@ def test_weights_of_a_format_that_the_processor_cannot_convert_are_left_to_pytor
         assert unknown(half.dtype) is None
     assert not native.can_read(half)
     assert native.can_read(half.bfloat16()) and native.can_read(half.float())
+
+
+class HalvedAround(Seq2Seq):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs) / 2
+
+
+def watched_around(model: Model) -> Model:
+    model.register_forward_hook(lambda *_: None)
+    return model
+
+
+def overridden_around(model: Model) -> Model:
+    model.forward = lambda *_: None  # type: ignore[assignment, return-value]
+    return model
+
+
+def subclassed(model: Model) -> Model:
+    return HalvedAround(model.config).eval()
+
+
+def compiled_around(model: Model) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("change", [watched_around, overridden_around, subclassed, compiled_around])
+def test_what_is_around_a_decoder_is_not_passed_over(change: Any) -> None:
+    model = change(random_model(0, **PAIR))
+    assert decoding_form(model) is model

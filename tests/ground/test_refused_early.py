@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,14 @@ from pathlib import Path
 import pytest
 
 EARLY = """
-import sys
+import json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from kvtool.app import run
-code = run(sys.argv[1:])
-sys.exit(100 if "torch" in sys.modules else code)
+for words in json.load(sys.stdin):
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        code = run(words)
+    print(json.dumps([code, out.getvalue(), err.getvalue(), "torch" in sys.modules]))
 """
 REFUSED = """
 generate
@@ -43,22 +48,39 @@ train-seq2seq --test none
 """.strip().splitlines()
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_what_can_be_judged_without_torch_is_refused_before_it_is_loaded(
-    tmp_path: Path, words: str
-) -> None:
-    (tmp_path / "blank").write_text("\n")
-    hostile = tmp_path / "hostile"
+Said = tuple[int, str, str, bool]  # exit code, stdout, stderr, whether torch is loaded by now
+
+
+def refused(folder: Path, *commands: str) -> list[Said]:
+    """What commands say one after another, in a process that has not loaded torch."""
+    given = json.dumps([command.split() for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY], input=given, stdout=subprocess.PIPE, text=True, cwd=folder
+    )
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Said]:
+    folder = tmp_path_factory.mktemp("early")
+    (folder / "blank").write_text("\n")
+    hostile = folder / "hostile"
     hostile.mkdir()
     (hostile / "chat_template.jinja").write_text("{{ 'x' * 10**10 }}")
     shipped = Path(__file__).parents[2] / "weights" / "shakespeare-2l" / "tokenizer.json"
     (hostile / "tokenizer.json").write_bytes(shipped.read_bytes())
-    command = [sys.executable, "-c", EARLY, *words.split()]
-    done = subprocess.run(command, input="", capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr.startswith("kvtool: error: ") and done.stderr.count("\n") == 1
+    return dict(zip(REFUSED, refused(folder, *REFUSED), strict=True))
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_can_be_judged_without_torch_is_refused_before_it_is_loaded(
+    early: dict[str, Said], words: str
+) -> None:
+    code, out, err, loaded = early[words]
+    assert (code, out, loaded) == (2, "", False), err
+    assert err.startswith("kvtool: error: ") and err.count("\n") == 1
 
 
 def test_a_refusal_that_needs_torch_is_told_from_the_others(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", EARLY, "generate", "--prompt", "x", "--top-k", "999999"]
-    assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 100
+    ((*_, loaded),) = refused(tmp_path, "generate --prompt x --top-k 999999")
+    assert loaded

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cache_contract import KINDS
-from helpers import CASES, TOLERANCE, VOCAB, Case, tokens
+from helpers import CASES, PADDED, TOLERANCE, VOCAB, Case, tokens
 from kvtool.core.cache import Cache, CacheSpec, Step, cache_class
 from kvtool.core.cache.quantization import Quantization
 from kvtool.core.decoding.engine import advance
@@ -26,6 +26,7 @@ from kvtool.core.models import Model
 from small_models import random_model
 
 BOTH = ("default", "exact")
+WITHIN = Case("sinusoidal", 1, 2, (4, 0))  # a window too
 
 
 @pytest.fixture
@@ -137,13 +138,13 @@ def fed(cache: Cache, model: Model, ids: Tensor, held: int) -> Tensor:
 
 
 @pytest.mark.parametrize("held", [0, 20])
-@pytest.mark.parametrize("case", [*CASES, Case("rotary", 2, 2)], ids=str)
+@pytest.mark.parametrize("case", [PADDED, CASES[1], Case("rotary", 2, 2), WITHIN], ids=str)
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_prompt_is_what_it_was_with_a_whole_mask(
     kind: str, name: str, case: Case, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_window = {"window": 9, "first_window_layer": 1} if case == CASES[-1] else {}
+    of_window = {"window": 9, "first_window_layer": 1} if case == WITHIN else {}
     dtype = torch.float32 if name == "exact" else torch.float64
     model = random_model(
         0, dtype, vocab_size=VOCAB, positions=case.positions, n_kv_heads=case.n_kv_heads,

@@ -151,7 +151,7 @@ def test_an_encoder_decoder_without_a_source_is_refused() -> None:
 def test_a_position_beyond_the_context_is_an_error(positions: str) -> None:
     model = random_model(4, positions=positions, context=4)
     assert model(TARGET[:, :4]).shape == (1, 4, 23)
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="index out of range"):
         model(TARGET)
 
 

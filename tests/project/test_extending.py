@@ -19,7 +19,7 @@ import torch
 import model_checks
 from cache_contract import CHECKS
 from cli_probe import Ran, refused
-from helpers import CASES, Case
+from helpers import CASES, PADDED, Case
 from kvtool import registry
 from kvtool.config import ModelConfig
 from kvtool.core.cache import CacheSpec, cache_class, make_cache
@@ -87,16 +87,21 @@ def test_the_kinds_of_the_page_pass_the_contract(kind: str, case: Case) -> None:
 def test_the_first_check_of_the_page_is_needed() -> None:
     """Without the two things that it warns of, the contract is broken."""
     code = FILES["kvtool/core/cache/concat.py"]
-    for right, wrong in (
-        ("torch.cat([held[layer][:, :, : self.length], new]", "torch.cat([held[layer], new]"),
-        ("self.spec.batch * self.batch", "1"),
+    for right, wrong, error, said in (
+        (
+            "torch.cat([held[layer][:, :, : self.length], new]",
+            "torch.cat([held[layer], new]",
+            RuntimeError,
+            "The size of tensor a",
+        ),
+        ("self.spec.batch * self.batch", "1", AssertionError, "I14, one row: live is"),
     ):
         assert right in code
         space: dict[str, Any] = {"__name__": "broken"}
         exec(compile(code.replace(right, wrong), "broken", "exec", dont_inherit=True), space)
-        with pytest.raises((AssertionError, RuntimeError)):
+        with pytest.raises(error, match=said):
             for check in CHECKS:
-                check(space["ConcatCache"], CASES[3])
+                check(space["ConcatCache"], PADDED)
 
 
 def test_the_compiled_step_serves_who_says_that_it_may() -> None:

@@ -1,4 +1,4 @@
-"""Promises of DESIGN.md, section 3, about contents: all steps and operations give the logits of one
+"""Promises of docs/extending.md about contents: all steps and operations give the logits of one
 pass. Each is a function `check_...(make, case)`, so that broken caches can be judged too.
 """
 

@@ -1,4 +1,4 @@
-"""Promises of DESIGN.md, section 3, about what a cache costs and refuses, each a function
+"""Promises of docs/extending.md about what a cache costs and refuses, each a function
 `check_...(make, case)` as in cache_checks.py.
 """
 
@@ -145,9 +145,9 @@ def check_bytes_are_those_of_the_storages(make: Make, case: Case) -> None:
 
 def check_predicted_bytes_are_those_allocated(make: Make, case: Case) -> None:
     subject = Subject(dataclasses.replace(case, padding=()), 300)
-    for prompt in (1, 64, 65, 200, 300):
+    for prompt, more in ((1, 299), (64, 70), (65, 70), (200, 70), (300, 0)):
         cache = subject.cache(make)
-        for n in (prompt, *[1] * (300 - prompt)):
+        for n in (prompt, *[1] * more):
             write(cache, n)
             found = cache.nbytes().allocated
             predicted = cache.predict_nbytes(cache.spec, cache.length, prompt, **options(make))

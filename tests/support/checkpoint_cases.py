@@ -10,12 +10,13 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
 from kvtool.core.checkpoint import checkpoint
-from kvtool.core.checkpoint.safetensors_file import DamagedFile
+from kvtool.core.checkpoint.safetensors_file import DamagedFile, SafetensorsFile
 from kvtool.core.models import Model, build_model
 from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.errors import FileError, KvtoolError
@@ -33,6 +34,7 @@ TINY = ModelConfig(
     norm="rmsnorm",
     bias=False,
 )
+EMBEDDING, QKV = "embed.tokens.weight", "layers.0.attn.qkv.weight"
 TINY_PAIR = dataclasses.replace(TINY, n_encoder_layers=1, source_vocab_size=11, bias=True)
 
 
@@ -73,3 +75,23 @@ def put_together(path: Path, header: Any, tensors: bytes = b"") -> None:
     """Write a safetensors file whose header is `header`: text as it is, all else as JSON."""
     text = header if isinstance(header, str) else json.dumps(header)
     path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + tensors)
+
+
+def change_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace, add or (None) remove tensors of model.safetensors; `__` in a name is a dot."""
+    path = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    for name, tensor in changes.items():
+        weights.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            weights[name.replace("__", ".")] = tensor
+    path.write_bytes(safetensors.torch.save(weights))
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def unread(file: SafetensorsFile) -> None:
+    raise AssertionError("tensors were read before all checks had passed")

@@ -1,7 +1,7 @@
 """What the tests of caches share: tiny subjects in float64, and a check for each promise.
 
 A check raises AssertionError where a cache breaks its promise, beginning with the number that
-DESIGN.md gives it. test_cache_contract.py runs the checks over every registered kind, and
+docs/extending.md gives it. test_cache_contract.py runs the checks over every registered kind, and
 test_cache_controls.py over broken ones, which they must catch.
 """
 
@@ -22,7 +22,7 @@ from kvtool.core.models import Model
 from small_models import random_model
 
 Make = Callable[[CacheSpec, "Tensor | None"], Cache]
-# In float64 a right cache leaves about 1e-15, and the mildest bug of BUG_CLASSES.md 1e-3.
+# In float64 a right cache leaves about 1e-15, and the mildest planted bug 1e-3.
 TOLERANCE = 1e-12
 VOCAB = 23
 
@@ -41,13 +41,14 @@ class Case:
         return f"{self.positions}-kv{self.n_kv_heads}-batch{self.batch}{padded}"
 
 
+# A cache sees heads, rows and padding, not how a model uses positions. Wrong ones of a padded row
+# show where they are added; rotated keys tell only how far apart they are.
 CASES = (
     Case("sinusoidal", 4, 2),
-    Case("learned", 2, 3, (0, 3, 1)),
+    Case("learned", 2, 3, (2, 0, 5)),
     Case("rotary", 1, 1),
-    Case("rotary", 2, 3, (2, 0, 5)),
-    Case("sinusoidal", 1, 2, (4, 0)),
 )
+PLAIN, PADDED = CASES[0], Case("rotary", 2, 3, (2, 0, 5))
 
 
 class Subject:

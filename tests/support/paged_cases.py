@@ -7,11 +7,9 @@ from functools import partial
 
 import torch
 
-from helpers import CASES
 from kvtool.core.cache import CacheSpec
 from kvtool.core.cache.paged import PagedCache
 
-PLAIN, PADDED = CASES[0], CASES[3]  # padded by 2, 0 and 5
 SPEC = CacheSpec(2, 3, 2, 4, 24, torch.float64)
 FOURS = partial(PagedCache, page=4)
 

@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import CASES
 from kvtool.core.cache import Cache, CacheSpec
 from kvtool.core.cache.quantized import Int4Cache, Int8Cache
 
-PLAIN, PADDED = CASES[0], CASES[3]  # padded by 2, 0 and 5
 SPEC = CacheSpec(2, 3, 2, 8, 200, torch.float64)
 PADDING = torch.tensor([2, 0, 5])
 KINDS = ("int8", "int4")

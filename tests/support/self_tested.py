@@ -1,20 +1,37 @@
-"""What the self-test finds of each planted bug, found once for all tests of a run."""
+"""What the self-test says of all that is planted, if it is right: tests hold each against it."""
 
 from __future__ import annotations
 
-from kvtool.core.verify.mutants import Lookalike, Mutant, Planted, selftest
+from kvtool.core.verify.mutants import Lookalike, Mutant
 from kvtool.core.verify.mutants.selftest import Trial
-
-TRY_MUTANT, TRY_LOOKALIKE = selftest.try_mutant, selftest.try_lookalike
-FOUND: dict[str, Trial] = {}
+from kvtool.core.verify.scenarios import SCENARIOS
 
 
-def outcome_of(planted: Planted) -> Trial:
-    """As `try_mutant` or `try_lookalike`."""
-    if planted.name not in FOUND:
-        if isinstance(planted, Mutant):
-            FOUND[planted.name] = TRY_MUTANT(planted)
-        else:
-            assert isinstance(planted, Lookalike)
-            FOUND[planted.name] = TRY_LOOKALIKE(planted)
-    return FOUND[planted.name]
+def caught(mutant: Mutant) -> Trial:
+    """But for its detail."""
+    return Trial(
+        mutant.name,
+        mutant.bug_class,
+        mutant.seen_in,
+        mutant.scenario,
+        mutant.verdict,
+        found=mutant.verdict,
+        caught=True,
+        step_right=True,
+        layer_right=True if mutant.part else None,
+        hint_right=None if mutant.hint is None else True,
+    )
+
+
+def passed(lookalike: Lookalike) -> Trial:
+    """But for the number of scenarios, and for what may be identical or rounding."""
+    return Trial(
+        lookalike.name,
+        0,
+        "",
+        f"{len(SCENARIOS)} scenarios",
+        lookalike.verdict or "right",
+        found=", ".join(sorted({lookalike.verdict or "rounding", "rounding"})),
+        quiet=True,
+        detail=lookalike.why,
+    )

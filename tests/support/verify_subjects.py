@@ -30,6 +30,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 ROTARY = MODELS["rotary, two heads share"]
+# They have all that a cache sees: heads that share keys, and a source.
+TELLING = ("rotary, two heads share", "seq2seq, rotary")
 STORING = [kind for kind in CACHES if not cache_class(kind).recompute]
 
 

@@ -2,135 +2,39 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
-import signal
-import struct
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
 import torch
 
-from cli_probe import HANGS
 from kvtool.core.checkpoint import checkpoint
-from kvtool.core.text.calls import Asking
-from kvtool.core.text.rules import LONGEST_TOKEN, MOST_MADE
+from kvtool.core.text.rules import LONGEST_TOKEN
 from kvtool.core.text.tokenizer import Tokenizer
-from kvtool.errors import FileError, KvtoolError, UsageError
+from kvtool.errors import FileError, UsageError
 from small_models import save_decoder
-
-TEXT = "a bee and a wasp"
-Spec = dict[str, Any]
-SPEC: Spec = json.loads(Tokenizer.train("bpe", [TEXT * 9], 300)._inner.to_str())
-A_TEXT = {"Sequence": {"id": "A", "type_id": 0}}
-
-
-METASPACE = {
-    "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True
-}  # fmt: skip
-
-
-def replace(pattern: str, content: str, kind: str = "String") -> Spec:
-    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
-
-
-def normalized(*parts: Spec) -> Spec:
-    return {"normalizer": {"type": "Sequence", "normalizers": list(parts)}}
-
-
-def split_by(*parts: Spec) -> Spec:
-    every = [*parts, SPEC["pre_tokenizer"]]
-    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": every}}
-
-
-def decoded(*parts: Spec) -> Spec:
-    return {"decoder": {"type": "Sequence", "decoders": [SPEC["decoder"], *parts]}}
-
-
-def charsmap(trie: bytes, texts: bytes, size: int | None = None) -> Spec:
-    table = struct.pack("<I", len(trie) if size is None else size) + trie + texts
-    return normalized(
-        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
-    )
-
-
-def template(*pieces: Spec, ids: tuple[int, ...] = (1,)) -> Spec:
-    special = {"id": "X", "ids": list(ids), "tokens": ["X"] * len(ids)}
-    pair = [*pieces, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": list(pieces),
-            "pair": pair,
-            "special_tokens": {"X": special},
-        }
-    }
-
-
-def special(name: str = "X") -> Spec:
-    return {"SpecialToken": {"id": name, "type_id": 0}}
-
-
-def model(**fields: Any) -> Spec:
-    return {"model": {**SPEC["model"], **fields}}
-
-
-def vocabulary(**tokens: int) -> Spec:
-    return model(vocab={**SPEC["model"]["vocab"], **tokens})
-
-
-def added(content: str, number: int = 900) -> Spec:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {
-        "added_tokens": [
-            *SPEC["added_tokens"],
-            {"id": number, "content": content, "special": True, **flags},
-        ]
-    }
-
-
-def specials(n: int, name: str) -> Spec:
-    kept = [added(name.format(i), 900 + i)["added_tokens"][-1] for i in range(n)]
-    return {"added_tokens": kept}
-
-
-def padding(length: int, pad_id: int = 0) -> Spec:
-    return {
-        "padding": {
-            "strategy": {"Fixed": length},
-            "direction": "Right",
-            "pad_to_multiple_of": None,
-            "pad_id": pad_id,
-            "pad_type_id": 0,
-            "pad_token": "<pad>",
-        }
-    }
-
-
-def truncation(length: int, stride: int = 0) -> Spec:
-    return {
-        "truncation": {
-            "direction": "Right",
-            "max_length": length,
-            "strategy": "LongestFirst",
-            "stride": stride,
-        }
-    }
-
-
-def written(folder: Path, change: Spec) -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps({**SPEC, **change}))
-    return path
-
+from tokenizer_cases import (
+    A_TEXT,
+    METASPACE,
+    SPEC,
+    TEXT,
+    Spec,
+    added,
+    charsmap,
+    decoded,
+    model,
+    normalized,
+    padding,
+    replace,
+    special,
+    specials,
+    split_by,
+    template,
+    truncation,
+    vocabulary,
+    written,
+)
 
 # What is refused before it runs
 
@@ -370,136 +274,6 @@ def test_ids_of_rules_beyond_the_embedding_are_refused_at_load(
     with pytest.raises(FileError) as caught:
         load(folder)
     assert str(caught.value).startswith(f"{path}: {what} has the token 1000000 (expected one below")
-
-
-# What only the text brings out
-
-
-BEES = {"normalizer": replace("a", "b" * 60)}
-
-
-@pytest.mark.parametrize(
-    "encode",
-    [
-        lambda tokenizer, text: tokenizer.encode(text),
-        lambda tokenizer, text: tokenizer.encode(text, spelled=True),
-        lambda tokenizer, text: tokenizer.encode_batch(["a", text]),
-        lambda tokenizer, text: tokenizer.encode_pieces([("a", True), (text, False)]),
-        lambda tokenizer, text: tokenizer.encode_pieces([(text[:10], False)] * (len(text) // 10)),
-        lambda tokenizer, text: tokenizer.unknown(text),
-    ],
-    ids=["text", "spelled", "batch", "pieces", "small pieces", "unknown"],
-)
-def test_rules_that_make_too_much_of_a_long_text_are_not_run_on_all_of_it(
-    tmp_path: Path, encode: Callable[[Tokenizer, str], object]
-) -> None:
-    tokenizer = Tokenizer.load(written(tmp_path, BEES))
-    assert tokenizer.has_specials
-    with pytest.raises(UsageError) as caught:
-        encode(tokenizer, "a" * 100_000)
-    said = str(caught.value)
-    assert said.startswith(f"{tokenizer.path}: its rules make more than 4,194,304 characters of")
-    assert "\n" not in said
-
-
-def test_a_long_text_of_which_such_rules_make_little_is_encoded(tmp_path: Path) -> None:
-    path = written(tmp_path, BEES)
-    text = "c " * 100_000
-    expected = tokenizers.Tokenizer.from_file(str(path)).encode(text).ids
-    tokenizer = Tokenizer.load(path).as_it_is(frozenset())
-    assert tokenizer.encode(text) == expected
-    assert tokenizer.encode_batch([text]) == [expected]
-
-
-def test_texts_are_encoded_together_as_far_as_the_rules_allow(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(written(tmp_path, BEES))
-    inner, together = tokenizer._inner, []
-
-    class Watched:
-        def encode_batch(self, texts: list[str], **options: Any) -> Any:
-            together.append(sum(map(len, texts)))
-            return inner.encode_batch(texts, **options)
-
-    tokenizer._inner = Watched()
-    assert len(tokenizer.encode_batch(["a" * 100] * 1000)) == 1000
-    assert len(together) > 1 and max(together) * 60 * 4 <= MOST_MADE + 100 * 60 * 4
-
-
-@pytest.mark.parametrize(
-    ("change", "text", "said"),
-    [
-        (split_by({**replace("(a+)+$", "", "Regex"), "type": "Split", "behavior": "Isolated",
-                   "invert": False}), "a" * 40 + "b", "retry-limit-in-match over"),
-        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, TEXT, "chunk size must be"),
-        (charsmap(b"\xff" * 64, b"abc\0"), TEXT, "index out of bounds"),
-        (template(special("nobody"), A_TEXT), TEXT, "no entry found for key"),
-    ],
-)  # fmt: skip
-def test_a_panic_of_the_library_is_one_line_and_prints_nothing(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], change: Spec, text: str, said: str
-) -> None:
-    path = written(tmp_path, change)
-    tokenizer = Tokenizer.load(path).as_it_is(frozenset())
-    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
-        with pytest.raises(UsageError) as caught:
-            encode(text)
-        assert str(caught.value).startswith(f"{path}: the text cannot be encoded (")
-        assert said in str(caught.value) and "\n" not in str(caught.value)
-    os.write(2, b"still there")
-    assert capfd.readouterr().err == "still there"
-
-
-def test_a_panic_while_decoding_is_one_line_too(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    strip = {"type": "Strip", "content": "a", "start": 0, "stop": 5}
-    path = written(tmp_path, {"decoder": strip})
-    tokenizer = Tokenizer.load(path)
-    (a,) = tokenizer.encode("a")
-    for decode in (tokenizer.decode, lambda ids: tokenizer.stream().step(ids[0])):
-        with pytest.raises(UsageError, match="the text cannot be decoded"):
-            decode([a])
-    assert capfd.readouterr().err == ""
-
-
-def test_only_errors_are_taken_for_failures_of_the_library() -> None:
-    def failed(said: str) -> KvtoolError:
-        return UsageError(said)
-
-    with pytest.raises(KeyboardInterrupt), Asking(failed, careful=True):
-        raise KeyboardInterrupt
-    with pytest.raises(UsageError, match=r"^one$"), Asking(failed, careful=True):
-        raise ValueError("one\ntwo")
-    with Asking(failed, careful=True):
-        assert signal.getsignal(signal.SIGTERM) is not None
-
-
-SLOW = """
-import sys
-from pathlib import Path
-from kvtool import ending
-from kvtool.core.text.tokenizer import Tokenizer
-ending.listen()
-tokenizer = Tokenizer.load(Path(sys.argv[1]))
-print("go", flush=True)
-tokenizer.encode(("a" * 23 + "b") * 10_000)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_rules_that_never_end_are_ended_by_a_signal(tmp_path: Path, number: int) -> None:
-    rule = {**replace("(a+)+$", "", "Regex"), "type": "Split", "behavior": "Isolated"}
-    path = written(tmp_path, split_by({**rule, "invert": False}))
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(path)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "go\n"
-        time.sleep(0.2)  # so that it has begun, on most machines: before, Python ends it
-        process.send_signal(number)
-        try:
-            assert process.wait(HANGS) in (-number, -signal.SIGINT)
-        finally:
-            process.kill()
 
 
 # What we write ourselves is within the bounds

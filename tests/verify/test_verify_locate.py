@@ -33,7 +33,7 @@ from kvtool.core.verify.mutants.selftest import one_thread
 from kvtool.core.verify.mutants.windows import windowed
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import ModelSession
-from verify_subjects import MODELS, ROTARY, judged, subject
+from verify_subjects import MODELS, ROTARY, TELLING, judged, subject
 
 
 @pytest.fixture(autouse=True)
@@ -129,12 +129,13 @@ def test_a_bug_behind_the_last_layer_is_located_there() -> None:
     assert found.place.startswith("after the last layer")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TELLING)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_right_cache_has_no_wrong_place(name: str, scenario: str) -> None:
     one, case = subject(dtype=torch.float64, **MODELS[name]), Case(SCENARIOS[scenario])
-    if Judge(one).judge(case).verdict == UNSUPPORTED:
-        return
+    found = Judge(one).judge(case)
+    if found.verdict == UNSUPPORTED:
+        pytest.skip(found.evidence)
     for step in range(len(play(one, case).found)):
         assert locate(one, case, step) is None
 
@@ -166,7 +167,10 @@ def test_places_and_ranges_read_well() -> None:
 
 
 @pytest.mark.parametrize("window", [0, 6])
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario",
+    [name for name in SCENARIOS if name != "overflow"],  # a hypothesis has no end
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_hypothesis_that_changes_no_rule_equals_a_full_pass(
     name: str, scenario: str, window: int
@@ -174,8 +178,8 @@ def test_a_hypothesis_that_changes_no_rule_equals_a_full_pass(
     make = windowed(lambda cache, step, held: step.mask) if window else DynamicCache
     one = subject(make, torch.float64, session=Hypothesis, **MODELS[name])
     case = Case(SCENARIOS[scenario])
-    if case.scenario.lacking(one) or scenario == "overflow":  # a hypothesis has no end
-        return
+    if lacking := case.scenario.lacking(one):
+        pytest.skip(lacking)
     arms = play(one, case)
     assert arms.raised is None
     assert max(distances(arms.found, arms.expected)) <= ROUNDING_64
