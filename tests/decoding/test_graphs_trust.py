@@ -120,22 +120,6 @@ def test_pages_that_no_longer_follow_one_another_are_gathered(capturing: Capturi
     assert recorder.played == 5 + 2 * (N - 9) - 1
 
 
-def test_a_step_that_is_handed_over_is_done_as_it_says(capturing: Capturing) -> None:
-    class Near(Step):
-        def within(self, window: int) -> Step:
-            return super().within(window and 1)
-
-    def story(case: Case) -> Tensor:
-        first, step = case.steps(6), case.cache.begin(1)
-        near = Near(*vars(step).values())
-        found = [case.decode(case.ids[:, 6:7], s, case.cache, None, False) for s in (step, near)]
-        case.cache.commit(1)
-        assert not found[0].equal(found[1])
-        return torch.cat([first, *found], dim=1)
-
-    assert both(capturing, story, partial(Case, **SHAPES["windows"])).recorded == 1
-
-
 def test_a_cache_that_is_reset_plays_what_was_recorded_of_it(capturing: Capturing) -> None:
     recorder = Recorder()
     capturing(recorder)
@@ -453,8 +437,7 @@ def test_a_step_that_is_wrong_is_refused_and_the_next_one_recorded(capturing: Ca
     capturing(recorder)
     case = Case()
     case.steps(PROMPT + 1)
-    step = case.cache.begin(1)
     with pytest.raises((RuntimeError, IndexError)):
-        case.decode(case.ids[:, :1].float(), step, case.cache, None, False)
+        case.decode.step(case.ids[:, :1].float(), case.cache, None, False)
     case.steps(N)
     assert recorder.played == N - PROMPT

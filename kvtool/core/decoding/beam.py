@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kvtool.core.cache import Cache, CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
+from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import check_context, feed
-from kvtool.core.decoding.flat import decoding_form
 from kvtool.core.decoding.sampling import require_finite
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.machine import require_memory
