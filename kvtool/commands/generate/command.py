@@ -105,6 +105,8 @@ def run(settings: Settings, out: Output) -> Generated:
     with native.native_if_worthwhile(sum(generator.n_new(ids) for ids in encoded if ids)):
         results = continue_all(settings, generator, prompts.texts, encoded, out)
     seconds = time.perf_counter() - started
+    if told := generator.decode.told():
+        out.detail(f"decoded {told}")
     tell_cache_files(settings, generator, len(encoded[0]), out)
     n_new = sum(result.new_tokens for result in results)
     return Generated(

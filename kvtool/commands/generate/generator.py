@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvtool.core.cache import Cache, CacheSpec
     from kvtool.core.checkpoint.checkpoint import Checkpoint
     from kvtool.core.decoding.beam import Beam, Hypothesis
+    from kvtool.core.decoding.dispatch import DecodingForm
     from kvtool.core.decoding.prompt_cache import SavedCache
     from kvtool.core.decoding.sampling import LogProb, Sampler
     from kvtool.core.text.chat import Piece
@@ -96,6 +97,13 @@ class Generator:
             raise UsageError(
                 f"--top-k: {settings.top_k} is above the vocabulary of {loaded.config.vocab_size}"
             )
+
+    @cached_property
+    def decode(self) -> DecodingForm:
+        """The model in the form that decodes, for all prompts."""
+        from kvtool.core.decoding.dispatch import decoding_form
+
+        return decoding_form(self.loaded.model)
 
     def encode_all(self, prompts: Prompts, chats: list[list[Piece]] | None) -> list[list[int]]:
         """Token ids of every prompt, or of it as a chat template wrote it; [] of a blank line.
@@ -212,8 +220,9 @@ class Generator:
         prompt, kind = torch.tensor([ids], device=self.device), self.settings.cache
         ends = self.loaded.tokenizer.end_ids
         limits = [self.n_new(ids)]
-        model = self.loaded.model
-        found = beam_search(model, prompt, kind, limits, beam, ends, None, self.kernels, self._used)
+        found = beam_search(
+            self.decode, prompt, kind, limits, beam, ends, None, self.kernels, self._used
+        )
         return found[0]
 
     def _used(self, nbytes: int) -> None:
@@ -256,8 +265,7 @@ class Generator:
             # The last token is always computed: its logits are what comes next.
             self.reused = min(common_prefix(self.saved.ids, ids), len(ids) - 1)
             self.saved.fill(cache, self.reused)
-        sampler, model = self.sampler(), self.loaded.model
-        steps = engine.generate(model, prompt, cache, n_new, sampler, source, log_prob)
+        steps = engine.generate(self.decode, prompt, cache, n_new, self.sampler(), source, log_prob)
         try:
             for i, token in enumerate(steps):
                 ending.check()

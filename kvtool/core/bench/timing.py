@@ -143,6 +143,7 @@ class Workload:
 
     @cached_property
     def decode(self) -> DecodingForm:
+        """The model in the form that decodes, for all runs but those that are recorded."""
         return decoding_form(self.model)
 
     def _begin(self) -> tuple[Tensor, CrossCache | None]:
@@ -157,6 +158,7 @@ class Workload:
         if graphs.capture_for(self.prompt.device) is None:
             return None
         decode = decoding_form(self.model)
+        decode.taken = self.decode.taken
         cache = make_cache(kind, self._spec(self.n_start + n_new))
         if not decode.records(cache):
             return None

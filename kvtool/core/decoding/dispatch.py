@@ -1,8 +1,8 @@
 """How a step's new tokens are decoded: `DecodingForm.step` is the one place that chooses.
 
-There are four ways, with the same bits wherever two of them could do a step: one compiled call for
-all layers, native code layer by layer, the replay of a CUDA graph, and the model's modules. Each
-question is asked once a step, and what stands against a way is said in words.
+There are five ways, with the same bits wherever two of them could do a step: one compiled call for
+all layers, native code layer by layer, the replay of a CUDA graph, the flat form in PyTorch, and
+the model's modules. What stands against a way is asked once a step, and said in words.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.decoding import cuda_graphs as graphs
+from kvtool.core.decoding.flat import FlatDecoder
 from kvtool.core.decoding.native_decoder import NO_SOURCE, NativeDecoder
 from kvtool.core.kernels.default import DefaultKernels, Kernels
 from kvtool.core.kernels.exact import ExactKernels
@@ -59,7 +60,9 @@ class Way(NamedTuple):
 
 
 ONE_CALL, GRAPH = Way("one compiled call"), Way("the replay of a CUDA graph")
-LAYERWISE, MODULES = "native code layer by layer", "modules"
+LAYERWISE, FLAT, MODULES = "native code layer by layer", "the flat form in PyTorch", "modules"
+CHANGED_KERNELS = "the kernels have been changed, or are not kvtool's"
+OTHER_KERNELS = "the cache asks for other kernels than its spec has"
 
 
 def decoding_form(model: Model | DecodingForm) -> DecodingForm:
@@ -80,6 +83,7 @@ class DecodingForm:
         self.taken: Counter[Way] = Counter()  # how many steps went which way
         self._foreign = _why_foreign(model)
         self._graphs: graphs.Graphs | None = None
+        self._flat: FlatDecoder | None = None
         self._native: NativeDecoder | str | None = None  # or why there is none
         self._spec: CacheSpec | None = None  # the last that native code could serve
         if not self._foreign:
@@ -99,47 +103,78 @@ class DecodingForm:
         Nothing is committed if it raises: CapacityError, and IndexError for a token or position
         that does not exist.
         """
-        found: Tensor | Array | str
-        found = self._foreign or _why_modules(new, cache, source, self.config.n_encoder_layers > 0)
-        if not found:
-            if self._graphs is None:
-                found = self._native_step(new, cache, source, last)
+        why = self._foreign or _why_modules(new, cache, source, self.config.n_encoder_layers > 0)
+        if not why:
+            found: Tensor | Array | str
+            if slow := self._why_pytorch(new, cache.spec.kernels):
+                found = self._pytorch_step(slow, torch.as_tensor(new), cache, source)
             else:
-                found = self._graph_step(self._graphs, torch.as_tensor(new), cache, source)
-        if not isinstance(found, str):
-            return found
-        self.taken[Way(MODULES, found)] += 1
+                found = self._native_step(new, cache, source, last)
+            if not isinstance(found, str):
+                return found
+            why = found
+        self.taken[Way(MODULES, why)] += 1
         return by_modules(self.model, torch.as_tensor(new), cache, source, last)
 
     def records(self, cache: Cache) -> bool:
         """Whether single-token steps with this cache are captured as CUDA graphs, so that the first
         ones take longer than those after them."""
-        return self._graphs is not None and not _why_not_recorded(cache)
+        usual = self._graphs is not None and _are_usual(cache.spec.kernels)
+        return usual and not _why_not_recorded(cache)
 
     def told(self) -> str:
-        """How many steps were decoded in which way, and why in no faster one, in one line."""
+        """How many steps were decoded in which way, and why in no faster one, in a line."""
         return "; ".join(
             f"{n} step{'s' * (n != 1)} by {way.name}" + (f" ({way.why})" if way.why else "")
             for way, n in self.taken.most_common()
         )
 
-    def _graph_step(
-        self, recordings: graphs.Graphs, new: Tensor, cache: Cache, source: CrossCache | None
+    def _why_pytorch(self, new: Tensor | Array, kernels: Kernels) -> str:
+        """Why PyTorch computes every layer of a step, though modules do it; empty if native code
+        does."""
+        if self._graphs is not None:
+            return "the weights are on a GPU"
+        # Exact kernels leave any number of tokens to native code.
+        if new.shape[0] * new.shape[1] > native.FEW and type(kernels) is not ExactKernels:
+            return f"PyTorch is as fast for more than {native.FEW} tokens at once"
+        if why := native.why_away():
+            return why
+        if self._native is None:
+            with torch.no_grad():  # weights that could have gradients are as readable as others
+                if why := native.why_unreadable(self.decoder.head.weight):
+                    return why
+                self._native = NativeDecoder.of(self.decoder)
+        return ""
+
+    def _pytorch_step(
+        self, why: str, new: Tensor, cache: Cache, source: CrossCache | None
     ) -> Tensor | str:
-        """`step` by a CUDA graph, or why not."""
+        """`step` of one token a row, by a CUDA graph or else the flat form, or why not."""
         if new.shape[1] != 1:
-            return "only steps of one token a row are captured as CUDA graphs"
-        found = _why_not_recorded(cache) or recordings.step(self.model, new, cache, source)
-        if not isinstance(found, str):
-            self.taken[GRAPH] += 1
-        return found
+            return why
+        if not _are_usual(cache.spec.kernels):
+            return CHANGED_KERNELS
+        self._flat = self._flat or FlatDecoder(self.decoder)
+        if self._graphs is not None:
+            found = _why_not_recorded(cache) or self._graphs.step(self._flat, new, cache, source)
+            if not isinstance(found, str):
+                self.taken[GRAPH] += 1
+                return found
+            why = found
+        step = cache.begin(1)
+        if step.kernels is not cache.spec.kernels:
+            return OTHER_KERNELS
+        logits = self._flat(new, step, cache, source)
+        cache.commit(1)
+        self.taken[Way(FLAT, why)] += 1
+        return logits
 
     def _native_step(
         self, new: Tensor | Array, cache: Cache, source: CrossCache | None, last: bool
     ) -> Tensor | Array | str:
         """`step` in native code, or why not."""
         batch, n = new.shape
-        form = self._native_form(batch * n, cache.spec)
+        form = self._native_form(cache.spec)
         if isinstance(form, str):
             return form
         if isinstance(new, Tensor):
@@ -162,28 +197,19 @@ class DecodingForm:
             return why
         step = cache.begin(1)
         if step.kernels is not cache.spec.kernels:
-            return "the cache asks for other kernels than its own"
+            return OTHER_KERNELS
         found = form.layerwise_step(new, step, cache, read)
         cache.commit(1)
         self.taken[Way(LAYERWISE, why)] += 1
         return found
 
-    def _native_form(self, n_tokens: int, spec: CacheSpec) -> NativeDecoder | str:
-        """The model in native code, for so many tokens and a cache of that spec, or why not."""
-        # Exact kernels, too, give it any number of tokens.
-        if n_tokens > native.FEW and type(spec.kernels) is not ExactKernels:
-            return f"PyTorch is as fast for more than {native.FEW} tokens at once"
-        if why := native.why_away():
-            return why
-        if self._native is None:
-            with torch.no_grad():  # weights that could have gradients are as readable as others
-                if why := native.why_unreadable(self.decoder.head.weight):
-                    return why
-                self._native = NativeDecoder.of(self.decoder)
+    def _native_form(self, spec: CacheSpec) -> NativeDecoder | str:
+        """The model in native code, for a cache of that spec, or why not."""
+        assert self._native is not None, "ask _why_pytorch first"
         if isinstance(self._native, str) or spec is self._spec:
             return self._native
         if not _are_usual(spec.kernels):
-            return "the kernels have been changed, or are not kvtool's"
+            return CHANGED_KERNELS
         if not self._native.stores_in(spec):
             return "the cache is made for another model, format or device"
         self._spec = spec
@@ -215,12 +241,9 @@ def _why_modules(
 
 def _why_not_recorded(cache: Cache) -> str:
     """Why steps with a cache are not captured as CUDA graphs; empty if they are."""
-    kernels = cache.spec.kernels
-    if type(kernels) is not DefaultKernels:
+    if type(cache.spec.kernels) is not DefaultKernels:
         # Others ask the device which keys are seen, and wait for the answer.
         return "only default kernels can be captured in a CUDA graph"
-    if not _are_usual(kernels):
-        return "the kernels have been changed"
     return "" if cache.compilable else f"the memory of a {cache.kind} cache moves"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvtool.core.cache import Cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.decoding.dispatch import DecodingForm, by_modules, decoding_form
-from kvtool.core.decoding.sampling import Sampler
+from kvtool.core.decoding.sampling import Sampler, likeliest
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.models import Model
 from kvtool.core.native.arrays import Array
@@ -46,9 +46,7 @@ def advance(
     if not isinstance(model, DecodingForm):
         return by_modules(model, new, cache, source, last)
     logits = model.step(new, cache, source, last)
-    if isinstance(logits, Tensor):
-        return logits
-    return torch.from_numpy(logits).to(cache.spec.dtype)
+    return logits if isinstance(logits, Tensor) else torch.from_numpy(logits).to(cache.spec.dtype)
 
 
 def begin(
@@ -96,12 +94,18 @@ def generate(
     without_gradients = torch.inference_mode()
     for index in range(n_new):
         with without_gradients:  # but not around the caller's part
-            logits = decode.step(new, cache, source, last=True)[:, -1]
-            token = sampler(logits, index)
-            if cache.recompute:
-                new = torch.cat([torch.as_tensor(new), token[:, None]], dim=1)
-            else:  # a copy: the caller's token is its own
-                new = token.numpy()[:, None].copy() if token.is_cpu else token[:, None].clone()
+            found = decode.step(new, cache, source, last=True)
+            if sampler.greedy and not isinstance(found, Tensor):  # without PyTorch, which is slow
+                chosen = likeliest(found[:, -1], index)
+                token, new = torch.from_numpy(chosen), chosen[:, None].copy()
+            else:
+                token = sampler(_as_tensor(found)[:, -1], index)
+                behind = token[:, None].clone()  # since the caller's token is its own
+                new = torch.cat([_as_tensor(new), behind], dim=1) if cache.recompute else behind
         if weigh is not None:
-            weigh(torch.as_tensor(logits), token)
+            weigh(_as_tensor(found)[:, -1], token)
         yield token
+
+
+def _as_tensor(x: Tensor | Array) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.from_numpy(x)

@@ -128,7 +128,7 @@ class NativeDecoder:
             met = int(place.packings[0, 0]) + place.slot + n - place.exact
             scratch = np.empty((2, batch * met * self.token_size // 2), self.kind.dtype)
         known = self.code.decode(
-            self.model, self.blocks, ids, *place, scratch, *source, logits, self.kind,
+            self.model, self.blocks, ids, tuple(place), scratch, tuple(source), logits, self.kind,
             *self._threads(batch * (start + n), source),
         )  # fmt: skip
         if not known:

@@ -52,16 +52,14 @@ class Sampler:
         self.seed = seed
         self._generator: torch.Generator | None = None
 
-    def __call__(self, logits: Tensor | Array, index: int = 0) -> Tensor:
+    def __call__(self, logits: Tensor, index: int = 0) -> Tensor:
         """logits (B,V) -> tokens (B,). Raises CheckFailed, naming step `index`, if not finite."""
-        if isinstance(logits, Tensor) and native.numpy_can_read(logits):
-            logits = logits.detach().numpy()  # which takes a tenth of PyTorch's time
-        if isinstance(logits, Tensor):
+        if native.numpy_can_read(logits):  # which takes a tenth of PyTorch's time
+            token = torch.from_numpy(likeliest(logits.detach().numpy(), index))
+        else:
             best, token = logits.max(dim=-1)
             require_finite(best, index)
-        else:
-            token = torch.from_numpy(likeliest(logits, index))
-        return token if self.greedy else self._draw(torch.as_tensor(logits))
+        return token if self.greedy else self._draw(logits)
 
     @property
     def greedy(self) -> bool:

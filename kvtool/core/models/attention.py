@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.kernels.default import DEFAULT, Kernels
-from kvtool.core.models.layers import Linear, Plain, make_head_norm
+from kvtool.core.models.layers import Linear, make_head_norm
 from kvtool.core.models.rope import Rotary
 
 
@@ -23,7 +23,7 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-class SelfAttention(Plain):
+class SelfAttention(nn.Module):
     """Each token attends to those that the step lets it see: (B,T,d) -> (B,T,d).
 
     With fewer key-value heads than heads, a group of query heads shares one (Ainslie 2023).
@@ -70,7 +70,7 @@ class SelfAttention(Plain):
         return step.kernels.rows(merge_heads(y), self.out)
 
 
-class CrossAttention(Plain):
+class CrossAttention(nn.Module):
     """Each token attends to the whole source: (B,T,d) -> (B,T,d)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

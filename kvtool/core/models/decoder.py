@@ -9,11 +9,11 @@ from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.models.attention import CrossAttention, SelfAttention
 from kvtool.core.models.base import Model
-from kvtool.core.models.layers import MLP, Dropout, Linear, Plain, TokenEmbedding, make_norm
+from kvtool.core.models.layers import MLP, Dropout, Linear, TokenEmbedding, make_norm
 from kvtool.core.models.rope import Rotary
 
 
-class Block(Plain):
+class Block(nn.Module):
     """Attention and a feed-forward network, each on the normalised input and added to it.
 
     Norms come first (Xiong 2020), so that training needs no long warm-up. With `cross`, attention
@@ -40,11 +40,11 @@ class Block(Plain):
         source: CrossCache | None = None,
         rotary: Rotary | None = None,
     ) -> Tensor:
-        rows, dropout = step.kernels.rows, self.dropout
-        x = dropout(self.attn(rows(x, self.norm1), step, cache, rotary), x)
+        rows = step.kernels.rows
+        x = self.dropout(self.attn(rows(x, self.norm1), step, cache, rotary), x)
         if self.cross is not None and self.norm_cross is not None and source is not None:
-            x = dropout(self.cross(rows(x, self.norm_cross), source, step.kernels), x)
-        return dropout(rows(x, self.norm2, self.mlp), x)
+            x = self.dropout(self.cross(rows(x, self.norm_cross), source, step.kernels), x)
+        return self.dropout(rows(x, self.norm2, self.mlp), x)
 
 
 def make_rotary(config: ModelConfig) -> Rotary | None:

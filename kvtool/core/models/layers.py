@@ -32,7 +32,6 @@ class Plain(nn.Module):
             or self._forward_pre_hooks
             or self._backward_hooks
             or self._backward_pre_hooks
-            or self._compiled_call_impl is not None
         ):
             return super().__call__(*args)
         return self.forward(*args)

@@ -33,7 +33,7 @@ class Encoder(nn.Module):
         step = Step.bidirectional(mask, kernels)
         x = self.dropout(self.embed(tokens, step.q_pos))
         for block in self.layers:
-            x = block(x, step, None, None, self.rotary)
+            x = block(x, step, rotary=self.rotary)
         return kernels.rows(x, self.norm)
 
 
