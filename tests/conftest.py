@@ -17,12 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cli_probe import Ran, probe
 from kvtool import app, ending, registry
-
-N_THREADS = torch.get_num_threads()
 
 # A shell has its background jobs ignore Ctrl-C, and kvtool lets it be; its tests shall not differ.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -33,13 +30,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def nothing_is_left_to_the_next_test() -> Iterator[None]:
     """A command sets the number of PyTorch's threads, and a signal may not have arrived yet."""
     yield
-    torch.set_num_threads(N_THREADS)
+    set_threads()
     ending.forget()
+
+
+def set_threads() -> None:
+    # Loaded here, since the process that hands tests to others has no use for it.
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_finish() -> None:
     """Files of tests may import numba, which sets the number as well."""
-    torch.set_num_threads(N_THREADS)
+    set_threads()
 
 
 @pytest.fixture
@@ -80,6 +84,20 @@ def signals_as_in_the_app() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+# Options of pytest-benchmark that want times; each core but one would only disturb them.
+TIMED = ("only", "enable", "compare", "save", "autosave", "json")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One process where times are wanted, pages are written or output is let through, and for files
+    that are named, which are often over before another process has loaded torch. `-n 2` has two.
+    """
+    option = config.option
+    alone = any(getattr(option, f"benchmark_{name}") for name in TIMED)
+    alone = alone or option.update_listings or option.capture == "no"
+    return 0 if alone or all(".py" in arg for arg in config.args) else None
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills", type=int, default=0, help="random moments that tests/training/test_crash.py adds"
@@ -100,7 +118,9 @@ COMMIT = ("id", "time", "dirty")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find the baselines of pyproject.toml from whatever folder pytest is started in."""
+    """Find the baselines of pyproject.toml from whatever folder pytest is started in, and run each
+    benchmark once where several processes run."""
+    config.option.benchmark_disable |= config.option.dist != "no"
     storage = config.option.benchmark_storage
     if f"--benchmark-storage={storage}" in config.getini("addopts"):
         config.option.benchmark_storage = str(config.rootpath / storage.removeprefix("file://"))

@@ -23,6 +23,7 @@ def by_pytorch(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def by_native_code(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    assert native.layer_code(weight.dtype)  # compiled, or read from disk
     layer = native.linear(native.Weights.of(weight, None))
     return lambda x: native.on_tensor(layer, x)
 

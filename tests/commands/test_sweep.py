@@ -23,7 +23,7 @@ from kvtool.core.verify.hf.sweep import judge_type
 from kvtool.core.verify.hf.sweep_worker import judge, summary
 from kvtool.core.verify.hf.task import Swept, Task
 from kvtool.core.verify.judge import Finding
-from kvtool.core.verify.kept import Kept
+from kvtool.core.verify.resume_log import ResumeLog
 from kvtool.errors import FileError
 
 RIGHT = Swept("gpt2", "rounding", True, gap=2e-7, gap_float64=5e-16, seconds=1.5)
@@ -125,11 +125,11 @@ def test_a_type_is_judged_in_a_process_that_may_run_out_of_memory_and_of_time() 
 # Results that are kept
 
 
-def kept(path: Path, *results: Swept, **facts: Any) -> Kept[Swept]:
+def kept(path: Path, *results: Swept, **facts: Any) -> ResumeLog[Swept]:
     """A file of results of a sweep, with these in it."""
     for result in results:
-        Kept(path, Swept, facts).append(result)
-    return Kept(path, Swept, facts)
+        ResumeLog(path, Swept, facts).append(result)
+    return ResumeLog(path, Swept, facts)
 
 
 def test_what_a_file_of_results_has_is_not_judged_again(
@@ -146,7 +146,7 @@ def test_what_a_file_of_results_has_is_not_judged_again(
     tasks = [task("gpt2"), task("mamba")]
     assert list(sweep.sweep(tasks, 60.0, kept(path, RIGHT))) == [RIGHT, BUGGY]
     assert asked == ["mamba"]
-    assert kept(path).known == [RIGHT, BUGGY]
+    assert kept(path).results == [RIGHT, BUGGY]
 
 
 @pytest.mark.parametrize(
@@ -168,14 +168,14 @@ def test_results_that_no_sweep_can_have_kept_are_refused(tmp_path: Path, line: s
     whole = path.read_text()
     path.write_text(f"{whole}{line}\n")
     with pytest.raises(FileError, match="line 3 is no result of this command"):
-        Kept(path, Swept, {})
+        ResumeLog(path, Swept, {})
     path.write_text(f"{whole}{line}")  # cut off while it was written
-    assert Kept(path, Swept, {}).known == [RIGHT]
+    assert ResumeLog(path, Swept, {}).results == [RIGHT]
 
 
 def test_a_gap_that_is_infinite_is_kept(tmp_path: Path) -> None:
     endless = replace(BUGGY, gap=float("inf"), gap_float64=1)
-    assert kept(tmp_path / "sweep.jsonl", endless).known == [endless]
+    assert kept(tmp_path / "sweep.jsonl", endless).results == [endless]
 
 
 def test_a_type_that_is_both_kinds_of_model_has_a_result_of_each(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from kvtool.core.verify.check import Checked
 from kvtool.core.verify.diagnosis import locate
 from kvtool.core.verify.mutants import MUTANTS, selftest
 from kvtool.core.verify.mutants.contents import ReadsLayerZero
-from kvtool.core.verify.scenarios import SCENARIOS, Lane
+from kvtool.core.verify.scenario_run import TrackedSession
+from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.errors import FileError
 from small_models import save_decoder
 
@@ -206,7 +207,7 @@ def test_a_scenario_that_is_cut_at_any_step_has_no_row(
     verify: Callable[..., Ran], modes: dict[str, list[str]]
 ) -> None:
     whole = verdicts(json.loads(verify(*modes["target"], "--json").out))
-    right = Lane.feed
+    right = TrackedSession.feed
     reached = []
     for last in range(1, 200, 5):
         count = [0]
@@ -218,7 +219,7 @@ def test_a_scenario_that_is_cut_at_any_step_has_no_row(
             right(*args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Lane, "feed", feed)
+            patch.setattr(TrackedSession, "feed", feed)
             ran = verify(*modes["target"], "--json")
         if ran.code == 0:
             break
@@ -240,7 +241,7 @@ def test_a_signal_that_a_decoder_swallows_is_no_error_of_its(
         except KeyboardInterrupt:
             raise RuntimeError("a callback failed") from None
 
-    at_call(Lane, "feed", n, swallowed)
+    at_call(TrackedSession, "feed", n, swallowed)
     ran = verify(*modes[mode], "--json")
     assert ran.code == 130
     assert "callback failed" not in ran.out and '"error"' not in ran.out
@@ -376,13 +377,13 @@ def test_results_of_another_model_are_refused(
 
 
 def test_a_line_names_a_few_of_many_differences_the_weights_first(tmp_path: Path) -> None:
-    from kvtool.core.verify.kept import Kept
+    from kvtool.core.verify.resume_log import ResumeLog
 
     def make(**fields: Any) -> Any:
         raise AssertionError
 
     facts = {"check": "kvtool", "model": "a", **dict.fromkeys("bcdefghi", 1), "sha256": "1"}
-    with Kept[Any](tmp_path / "kept", make, facts) as kept:
+    with ResumeLog[Any](tmp_path / "kept", make, facts) as kept:
         kept.path.write_bytes(kept.header + b"\n")
     for changed, said in (
         ({**dict.fromkeys("bcdefghi", 2), "sha256": "2"}, "sha256, b, c, d, e and 4 more"),
@@ -390,7 +391,7 @@ def test_a_line_names_a_few_of_many_differences_the_weights_first(tmp_path: Path
         ({"b": 2, "sha256": "2", "model": "z"}, "model"),
     ):
         with pytest.raises(FileError) as caught:
-            Kept[Any](tmp_path / "kept", make, {**facts, **changed})
+            ResumeLog[Any](tmp_path / "kept", make, {**facts, **changed})
         words = caught.value.message.partition("another check: ")[2]
         assert re.sub(r" was \S+ and is now [^, ]+", "", words) == said
 

@@ -230,7 +230,9 @@ def test_attention_of_another_form(kind: type[DynamicCache]) -> None:
     agree(make)
 
 
-@pytest.mark.parametrize("owner", [DEFAULT, DefaultKernels, Linear], ids=str)
+@pytest.mark.parametrize(
+    "owner", [DEFAULT, DefaultKernels, Linear], ids=["used", "class", "linear"]
+)
 def test_who_is_replaced_is_not_passed_over(owner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "forward" if owner is Linear else "attention"
     real, called = getattr(owner, name), []

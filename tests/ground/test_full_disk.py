@@ -167,21 +167,21 @@ def test_a_file_to_resume_from_keeps_what_was_written_before(
     here: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from kvtool.core.verify.kept import Kept
+    from kvtool.core.verify.resume_log import ResumeLog
 
-    write, lines = Kept._write, []
+    write, lines = ResumeLog._write, []
 
-    def fail_at_the_second(self: Kept[Any], line: bytes) -> None:
+    def fail_at_the_second(self: ResumeLog[Any], line: bytes) -> None:
         lines.append(line)
         if len(lines) > 1:
             raise FileError("a.jsonl: cannot be written (No space left on device)")
         write(self, line)
 
-    monkeypatch.setattr(Kept, "_write", fail_at_the_second)
+    monkeypatch.setattr(ResumeLog, "_write", fail_at_the_second)
     more = ["--scenarios", "decode", "crop", "fork"]
     ran = kv(*CACHE[1:], *PLACE, *more, "--resume", "a.jsonl", command="verify-cache")
     assert ran.code == 2 and len(lines) == 2  # nothing is added behind a gap
-    monkeypatch.setattr(Kept, "_write", write)
+    monkeypatch.setattr(ResumeLog, "_write", write)
     ran = kv(*CACHE[1:], *PLACE, *more, "--resume", "a.jsonl", command="verify-cache")
     assert ran.code == 0 and "1 results are there already" in ran.err
 

@@ -27,7 +27,7 @@ from kvtool import app
 from kvtool.core.bench import timing, traffic
 from kvtool.core.bench.peers import TransformersGenerate
 from kvtool.core.verify.mutants import selftest
-from listings import Listing, form, same
+from listings import Listing, same
 from self_tested import outcome_of
 
 ALL = listings.listings()
@@ -75,15 +75,15 @@ ROW = re.compile(
 )
 
 
-def listed_runs(text: str) -> dict[tuple[str, str, int], Iterator[timing.Run]]:
+def listed_runs(text: str) -> dict[tuple[str, str, int], Iterator[timing.TimedRun]]:
     """Runs by implementation, kind and length: about the median listed, as far from it as the IQR
     says, and with a cache of as many KiB."""
-    found: dict[tuple[str, str, int], Iterator[timing.Run]] = {}
+    found: dict[tuple[str, str, int], Iterator[timing.TimedRun]] = {}
     for row in ROW.findall(text):
         tokens, _, _, median, iqr, kib = (cell.replace(",", "") for cell in row)
         middle, far, nbytes = float(median) / 1000, float(iqr) / 1000, 1024 * int(kib)
         runs = [
-            timing.Run(seconds, 0.0, seconds, seconds / int(tokens), nbytes, nbytes)
+            timing.TimedRun(seconds, 0.0, seconds, seconds / int(tokens), nbytes, nbytes)
             for seconds in (middle, middle - 0.7 * far, middle + 0.7 * far)
         ]
         found[row[2] or "kvtool", row[1], int(tokens)] = cycle(runs)
@@ -97,7 +97,7 @@ def at_listed_speed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         assert runs
         for impl, work in (("kvtool", timing.Workload), ("transformers", TransformersGenerate)):
 
-            def run(self: Any, kind: str, length: int, impl: str = impl) -> timing.Run:
+            def run(self: Any, kind: str, length: int, impl: str = impl) -> timing.TimedRun:
                 return next(runs[impl, kind, max(length, 10)])  # fewer, to warm up
 
             monkeypatch.setattr(work, "run", run)
@@ -116,9 +116,8 @@ def test_every_command_that_is_shown_with_its_output_says_how_it_was_printed() -
     assert len(ALL) >= 5
     for listing in ALL:
         assert listing.first in ("", f"$ kvtool {listing.command}\n")
-        assert all(
-            len(line) <= listing.columns for line in listing.text.splitlines() if "  " in line
-        )
+        rows = (line for line in listing.text.splitlines() if re.search(r"\S  +\S", line))
+        assert all(len(line) <= listing.columns for line in rows)
 
 
 def of(command: str) -> Any:
@@ -136,7 +135,7 @@ def test_a_listed_verdict_is_what_is_printed(
         monkeypatch.setattr(selftest, "try_lookalike", outcome_of)
         more = []
     found = printed(listing, more)
-    assert form(found, listing.varies) == form(listing.text, listing.varies)
+    assert same(listing, found), found
 
 
 @of("bench")
@@ -153,10 +152,20 @@ def test_all_listings_are_compared() -> None:
     assert {listing.command.split()[0] for listing in ALL} == {"verify-cache", "bench"}
 
 
-def test_a_summary_is_the_conclusion_of_its_listing() -> None:
-    text = (listings.ROOT / "README.md").read_text(encoding="utf-8")
-    (said,) = re.findall("<summary>(.+)</summary>", text)
-    assert [said in listing.text for listing in listings.listings()].count(True) == 1
+def test_what_a_page_quotes_of_a_listing_of_another_stands_there() -> None:
+    quoted = [found for page in listings.PAGES for found in listings.quoted(page)]
+    assert quoted
+    for source, lines in quoted:
+        assert [line for line in lines if f"\n{line}\n" not in source.read_text("utf-8")] == []
+
+
+def test_what_the_readme_says_of_the_self_test_is_its_conclusion() -> None:
+    (listing,) = (listing for listing in ALL if "--self-test" in listing.command)
+    caught, right = re.search(r"(\d+ of \d+) planted .+ 0 of (\d+) right", listing.text).groups()
+    readme = " ".join((listings.ROOT / "README.md").read_text("utf-8").split())
+    assert f"It finds {caught} planted ones, and reports none of {right} right caches" in readme
+    page = listing.page.read_text("utf-8").partition("<!--")[0]
+    assert page.strip().endswith(listings.SUMMARY.search(listing.text)[1] + ":")
 
 
 # The comparison

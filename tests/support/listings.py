@@ -5,7 +5,11 @@ A listing is a fenced block below a comment that says how it was printed:
     <!-- printed at 80 columns: kvtool verify-cache --self-test -->
 
 or "printed at 80 columns, figures vary: ..." where figures depend on the machine. A line "..." in
-it stands for lines left out.
+it stands for lines left out. Below
+
+    <!-- lines of docs/bench.md -->
+
+are lines that stand in a listing of that page.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ FENCED = re.compile(r"^```(?:console|text)\n(.*?)^```$", re.MULTILINE | re.DOTAL
 LISTED = re.compile(
     r"^<!-- printed at (\d+) columns(, figures vary)?: kvtool (.+) -->\n(?=```)", re.MULTILINE
 )
+QUOTED = re.compile(r"^<!-- lines of (\S+) -->\n(?=```)", re.MULTILINE)
 SECONDS = re.compile(r"\(\d+ s\)")
 # Of a right cache, the processor decides: on some, other shapes give the same bits.
 RIGHT = re.compile(r"\b(?:identical, rounding|identical|rounding) +")
@@ -57,12 +62,22 @@ def listings() -> list[Listing]:
     return found
 
 
+def quoted(page: Path) -> list[tuple[Path, list[str]]]:
+    """The lines that a page quotes, and the page that they are of."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (ROOT / match[1], found[1].splitlines())
+        for match in QUOTED.finditer(text)
+        if (found := FENCED.match(text, match.end())) is not None
+    ]
+
+
 def unlisted() -> list[str]:
     """Commands shown with what they print, and without a comment that says how."""
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        known = {match.end() for match in LISTED.finditer(text)}
+        known = {match.end() for marks in (LISTED, QUOTED) for match in marks.finditer(text)}
         for fenced in FENCED.finditer(text):
             lines = fenced[1].splitlines()
             printed = [line for line in lines if not line.startswith("$ ")]
@@ -118,19 +133,20 @@ def printed_by(listing: Listing, folder: Path) -> str:
 
 def update(listing: Listing, printed: str) -> None:
     """Put what was printed in the place of what is listed; where lines were left out, the first
-    paragraph and as many of the last lines as there are."""
-    _, left_out, tail = listing.text.partition(f"{LEFT_OUT}\n")
+    paragraph, if there is a head, and as many of the last lines as there are."""
+    head, left_out, tail = listing.text.partition(f"{LEFT_OUT}\n")
     if left_out:
         lines = printed.splitlines(keepends=True)
         last = "".join(lines[-len(tail.splitlines()) :])
-        printed = printed.partition("\n\n")[0] + "\n" + left_out + last
+        first = printed.partition("\n\n")[0] + "\n" if head else ""
+        printed = first + left_out + last
     page = listing.page.read_text(encoding="utf-8")
     before, after = (f"{listing.first}{text}```\n" for text in (listing.text, printed))
     assert page.count(before) == 1, listing
     page = page.replace(before, after)
     for old, new in zip(SUMMARY.findall(listing.text), SUMMARY.findall(printed), strict=True):
-        page = page.replace(f"<summary>{old}</summary>", f"<summary>{new}</summary>")
+        page = page.replace(f"\n{old}:\n", f"\n{new}:\n")
     listing.page.write_text(page, encoding="utf-8")
 
 
-SUMMARY = re.compile(r"^✓ (.+)$", re.MULTILINE)  # a conclusion, which may be a summary too
+SUMMARY = re.compile(r"^✓ (.+)$", re.MULTILINE)  # a conclusion, which the page may say before

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from kvtool.core.training.pairs import Pair, Splits, load_cmudict, load_data, re
 from kvtool.errors import CapacityError, FileError, UsageError
 
 lzma = pytest.importorskip("lzma")
+gzipped = partial(gzip.compress, mtime=0)  # the same bytes on every run
 steady = settings(derandomize=True, deadline=None, database=None)
 
 
@@ -177,8 +179,8 @@ def test_equal_sources_are_merged_in_the_order_of_their_first_line(tsv):
         b"\xef\xbb\xbfa b\tc d\r\nx\ty\r\n",
         b"\xef\xbb\xbfa b\tc d\n\xef\xbb\xbfx\ty\n",  # two files, joined
         b" a b \t c d \nx \t y\n",
-        gzip.compress(b"a b\tc d\nx\ty\n"),
-        gzip.compress(b"a b\tc d\n") + gzip.compress(b"\xef\xbb\xbfx\ty\r\n"),
+        gzipped(b"a b\tc d\nx\ty\n"),
+        gzipped(b"a b\tc d\n") + gzipped(b"\xef\xbb\xbfx\ty\r\n"),
     ],
 )
 def test_line_ends_byte_order_marks_spaces_and_gzip_change_nothing(tsv, data):
@@ -215,20 +217,20 @@ def test_one_row_is_a_file(tsv):
         (b"a\tb\x1b[31m\n", ": line 1: holds the control character 0x1b in column 4 "),
         (b"x\ty\na\tb\xff\n", ": line 2: is not UTF-8 (byte 0xff at offset 7)"),
         (b"\xef\xbb\xbfa\tb\xff\n", ": line 1: is not UTF-8 (byte 0xff at offset 6)"),
-        (gzip.compress(b"x\ty\n\xe9t\xe9\tb"), ": line 2: is not UTF-8 (byte 0xe9 at offset 4)"),
+        (gzipped(b"x\ty\n\xe9t\xe9\tb"), ": line 2: is not UTF-8 (byte 0xe9 at offset 4)"),
         ("a\tb\n".encode("utf-16"), ": is UTF-16 text "),
         ("a\tb\n".encode("utf-16-le"), ": line 1: holds the control character 0x00 in column 2 "),
         (b"", ": is empty, 0 bytes "),
-        (gzip.compress(b""), ": holds no pairs (0 bytes of text, "),
+        (gzipped(b""), ": holds no pairs (0 bytes of text, "),
         (b"\n \n\r\n", ": holds no pairs (3 blank lines, "),
         (b"\n", ": holds no pairs (1 blank line, "),
-        (gzip.compress(rows(99))[:-9], ": is a damaged gzip file "),
+        (gzipped(rows(99))[:-9], ": is a damaged gzip file "),
         (b"\x1f\x8b\x08junk that is no gzip member", ": is a damaged gzip file "),
         (b"version https://git-lfs.github.com/spec/v1\n", ": is a Git LFS pointer "),
         (b"<!DOCTYPE HTML>\n<title>404</title>\n", ": is an HTML page "),
         (lzma.compress(b"a\tb\n"), ": is an xz archive "),
         (bz2.compress(b"a\tb\n"), ": is a bzip2 archive "),
-        (gzip.compress(gzip.compress(rows(9))), ": is a gzip file in a gzip file "),
+        (gzipped(gzipped(rows(9))), ": is a gzip file in a gzip file "),
         (b"%PDF-1.7\n%\xe2\xe3\n", ": is a PDF document "),
         ("a\tb\n".encode("utf-32"), ": is UTF-32 text "),
     ],
@@ -259,14 +261,14 @@ def test_a_line_may_have_so_many_characters_and_no_more(tsv, letter):
 def test_a_gzip_file_is_unpacked_up_to_a_bound(tsv, monkeypatch, copies):
     monkeypatch.setattr(pairs, "BLOCK", 100)
     monkeypatch.setattr(pairs, "MOST_TEXT", 8 * 3000)
-    whole = tsv(gzip.compress(b"ab\tcdef\n" * (3000 // copies)) * copies)
+    whole = tsv(gzipped(b"ab\tcdef\n" * (3000 // copies)) * copies)
     assert read_tsv(whole).n_rows == 3000
-    more = tsv(gzip.compress(b"ab\tcdef\n" * (3003 // copies)) * copies)
+    more = tsv(gzipped(b"ab\tcdef\n" * (3003 // copies)) * copies)
     with pytest.raises(FileError, match=r"unpacks to more than 24,000 bytes\. Train on a part"):
         read_tsv(more)
 
 
-@pytest.mark.parametrize("data", [rows(3000), gzip.compress(rows(3000))], ids=["plain", "gzip"])
+@pytest.mark.parametrize("data", [rows(3000), gzipped(rows(3000))], ids=["plain", "gzip"])
 def test_the_memory_that_pairs_take_is_counted(tsv, monkeypatch, data):
     monkeypatch.setattr(pairs, "MANY_LINES", 1000)
     asked = []
@@ -279,7 +281,7 @@ def test_the_memory_that_pairs_take_is_counted(tsv, monkeypatch, data):
 
 
 def test_a_flipped_byte_in_a_gzip_file_is_noticed(tsv):
-    data = bytearray(gzip.compress(rows(200), mtime=0))
+    data = bytearray(gzipped(rows(200)))
     data[len(data) // 2] ^= 0x10
     with pytest.raises(FileError):
         read_tsv(tsv(bytes(data)))
@@ -376,7 +378,7 @@ def test_blank_lines_and_a_header_are_noted(tsv):
 
 def test_the_hash_follows_the_training_and_dev_pairs_and_nothing_else(tsv):
     plain = load_data(str(tsv(rows(40))))
-    packed = load_data(str(tsv(gzip.compress(rows(40).replace(b"\n", b"\r\n")), "other.gz")))
+    packed = load_data(str(tsv(gzipped(rows(40).replace(b"\n", b"\r\n")), "other.gz")))
     tested = load_data(str(tsv(rows(40))), test=tsv(rows(2, 50), "test.tsv"))
     assert plain.sha256 == packed.sha256 == tested.sha256
     other_target = load_data(str(tsv(rows(40).replace(b"t7", b"tt7"))))

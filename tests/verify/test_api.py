@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import kvtool
 from cli_probe import HANGS
 from decoder_shapes import VOCAB, Pairs, Stepper, after, joined
-from kvtool.core.verify.api import WrongToken, check_target, decode_case, evidence
+from kvtool.core.verify.api import evidence
 from kvtool.core.verify.judge import BUG, Judge
+from kvtool.core.verify.target.check import WrongToken, check_target, decode_case
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
 from kvtool.errors import CheckFailed, UsageError
 from kvtool.testing import assert_cache_matches

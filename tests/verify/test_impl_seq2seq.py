@@ -140,7 +140,7 @@ def test_the_source_is_encoded_once_for_all_steps() -> None:
     encoder = subject.decoder.module.get_encoder()
     encoder.register_forward_hook(lambda *args: calls.append(1))
     with torch.inference_mode():
-        state = subject.empty(Start(1, 30, None, source(1, 6)))
+        state = subject.initial_state(Start(1, 30, None, source(1, 6)))
         for _ in range(4):
             _, state = subject.step(torch.tensor([[3]]), state)
     assert len(calls) == 1 and set(state.cache.is_updated.values()) == {True}

@@ -17,9 +17,10 @@ pytest.importorskip("transformers")
 from cli_probe import Ran, refused
 from kvtool.commands.verify.report import Report, Row
 from kvtool.core.verify.check import Checked
-from kvtool.core.verify.hf import tiny
+from kvtool.core.verify.hf import library
 from kvtool.core.verify.hf.check import check_transformers, load_model
 from kvtool.core.verify.hf.library import is_type
+from kvtool.core.verify.hf.shrink import SPECIAL, WINDOW, shrunk
 from kvtool.core.verify.hf.subject import TransformersSubject, ordinary_ids
 from kvtool.core.verify.hf.tiny import tiny_config, tiny_model
 from kvtool.core.verify.judge import BUG, NOT_CAUSAL, UNSUPPORTED
@@ -48,7 +49,7 @@ def verdicts(found: dict[tuple[str, str], Checked], cache: str = "dynamic") -> d
 def test_a_tiny_model_keeps_one_layer_of_each_kind_and_the_ratio_of_its_heads() -> None:
     config, _ = tiny_config("gemma3_text")
     assert sorted(config.layer_types) == ["full_attention", "sliding_attention"]
-    assert config.num_hidden_layers == 2 and config.sliding_window == tiny.WINDOW
+    assert config.num_hidden_layers == 2 and config.sliding_window == WINDOW
     grouped, _ = tiny_config("mistral")
     assert (grouped.num_attention_heads, grouped.num_key_value_heads) == (4, 2)
 
@@ -84,8 +85,38 @@ def test_an_unknown_type_is_refused_with_the_nearest_name() -> None:
         load_model("lama")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "small"),
+    [
+        ("vocab_size", 50_000, 192),
+        ("eos_token_id", 2, 2),
+        ("num_key_value_heads", 1, 1),
+        ("num_key_value_heads", 32, 4),
+        ("num_key_value_heads", 8, 2),
+        ("sliding_window", 4096, WINDOW),
+        ("sliding_window", 4, 4),
+        ("head_dim", None, 16),
+        ("use_sliding_window", True, True),
+        ("rms_norm_eps", 1e-6, 1e-6),
+        ("hidden_act", "silu", "silu"),
+        ("text_config", {"model_type": "llama", "hidden_size": 4096}, {"hidden_size": 64}),
+    ],
+)
+def test_a_field_is_shrunk_by_its_name_and_stays_where_no_rule_names_it(
+    field: str, value: object, small: object
+) -> None:
+    assert shrunk({"num_attention_heads": 32, field: value})[field] == small
+
+
+def test_layers_are_dropped_but_for_the_first_of_each_kind() -> None:
+    kinds = ["window", "window", "all", "window", "window", "all"]
+    small = shrunk({"num_hidden_layers": 6, "layer_types": kinds, "moe_layers": [2, 5]})
+    assert small["num_hidden_layers"] == 2
+    assert small["layer_types"] == ["window", "all"] and small["moe_layers"] == [1]
+
+
 def test_a_type_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiny.SPECIAL, "gpt2", {"n_embd": 63})
+    monkeypatch.setitem(SPECIAL, "gpt2", {"n_embd": 63})
     with pytest.raises(UsageError, match=r"gpt2: could not build \(ValueError"):
         tiny_model("gpt2")
 
@@ -136,7 +167,7 @@ def test_sliding_layers_are_checked_beyond_their_window() -> None:
     model = tiny_model("mistral").model
     found = check(model, ("dynamic", "static"), ("window", "padded"))
     for kind in ("dynamic", "static"):
-        assert TransformersSubject(model, kind).window == tiny.WINDOW
+        assert TransformersSubject(model, kind).window == WINDOW
         assert found[kind, "window"].outcome == Outcome.RIGHT
         assert found[kind, "padded"].outcome == Outcome.RIGHT
 
@@ -289,7 +320,7 @@ def test_only_a_type_is_called_one(name: str) -> None:
 def test_transformers_is_not_imported_for_a_name_that_is_none_of_its(
     monkeypatch: pytest.MonkeyPatch, kv: Callable[..., Ran]
 ) -> None:
-    monkeypatch.setattr(tiny, "is_type", lambda name: pytest.fail("it was imported"))
+    monkeypatch.setattr(library, "is_type", lambda name: pytest.fail("it was imported"))
     message = refused(kv("--model", "shakespeare-3l", command="verify-cache"))
     assert "is a model type of transformers" not in message
 

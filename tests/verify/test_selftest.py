@@ -12,11 +12,17 @@ import torch
 from kvtool.core.verify import judge
 from kvtool.core.verify.diagnosis import hypotheses, locate
 from kvtool.core.verify.diagnosis.hypotheses import HYPOTHESES, UNKNOWN
-from kvtool.core.verify.mutants import LOOKALIKES, MUTANTS, Lookalike, Mutant, Planted, selftest
+from kvtool.core.verify.mutants import (
+    BUG_CLASSES,
+    LOOKALIKES,
+    MUTANTS,
+    Lookalike,
+    Mutant,
+    Planted,
+    selftest,
+)
 from kvtool.core.verify.scenarios import SCENARIOS
 from self_tested import outcome_of
-
-CLASSES = range(1, 19)  # the rows of the table of real bugs
 
 
 def named(planted: Planted) -> str:
@@ -44,7 +50,8 @@ def test_what_is_right_is_not_reported(lookalike: Lookalike) -> None:
 
 def test_every_class_of_real_bugs_is_planted_at_least_twice() -> None:
     count = collections.Counter(mutant.bug_class for mutant in MUTANTS)
-    assert all(count[number] >= 2 for number in CLASSES), count
+    assert all(count[number] >= 2 for number in BUG_CLASSES), count
+    assert count.keys() <= {0, *BUG_CLASSES}
     assert len(MUTANTS) >= 40 and len(LOOKALIKES) >= 8
 
 
@@ -56,7 +63,7 @@ def test_names_are_unique_and_scenarios_are_those_that_a_user_runs() -> None:
 
 def test_every_hypothesis_explains_a_planted_bug_and_few_bugs_have_none() -> None:
     hints = [mutant.hint for mutant in MUTANTS]
-    assert {tape.hint for tape in HYPOTHESES} <= set(hints)
+    assert {hypothesis.hint for hypothesis in HYPOTHESES} <= set(hints)
     assert 1 <= hints.count("") <= 3
 
 
@@ -106,7 +113,7 @@ def test_a_check_that_takes_rounding_for_a_bug_is_found_out(
 
 
 def test_a_check_without_the_hypothesis_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = tuple(tape for tape in HYPOTHESES if tape.hint != OFF_BY_ONE.hint)
+    kept = tuple(h for h in HYPOTHESES if h.hint != OFF_BY_ONE.hint)
     monkeypatch.setattr(hypotheses, "HYPOTHESES", kept)
     outcome = selftest.try_mutant(OFF_BY_ONE)
     assert (outcome.caught, outcome.step_right, outcome.layer_right) == (True, True, True)
@@ -115,7 +122,7 @@ def test_a_check_without_the_hypothesis_is_found_out(monkeypatch: pytest.MonkeyP
 
 
 def test_a_check_that_heals_everything_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hypotheses, "HEALED", float("inf"))
+    monkeypatch.setattr(hypotheses, "REPRODUCED", float("inf"))
     assert selftest.try_mutant(mutant("a value is lost")).hint_right is False
 
 

@@ -333,8 +333,8 @@ def test_a_decoder_without_to_is_converted_through_its_attributes() -> None:
     subject = TargetSubject(Plain(), "it")
     assert (subject.vocab_size, subject.dtype) == (7, torch.float32)
     double = subject.to(torch.float64)
-    assert double.whole(torch.zeros(1, 2, dtype=torch.long)).dtype == torch.float64
-    assert subject.whole(torch.zeros(1, 2, dtype=torch.long)).dtype == torch.float32
+    assert double.call_full(torch.zeros(1, 2, dtype=torch.long)).dtype == torch.float64
+    assert subject.call_full(torch.zeros(1, 2, dtype=torch.long)).dtype == torch.float32
 
 
 def test_what_cannot_be_converted_is_no_verdict_unless_all_is_identical() -> None:

@@ -13,13 +13,21 @@ from torch import Tensor
 from kvtool.core.cache import Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.kernels.default import DefaultKernels
+from kvtool.core.verify.arms import Arms
 from kvtool.core.verify.compare import distances
-from kvtool.core.verify.diagnosis.doctor import BEYOND, examine
-from kvtool.core.verify.diagnosis.hypotheses import HEALED, HYPOTHESES, UNKNOWN, explain, reproduces
+from kvtool.core.verify.diagnosis.doctor import examine
+from kvtool.core.verify.diagnosis.hypotheses import (
+    HYPOTHESES,
+    REPRODUCED,
+    STEPS_AFTER,
+    UNKNOWN,
+    explain,
+    reproduces,
+)
 from kvtool.core.verify.diagnosis.hypotheses.positions import OneTooFar
+from kvtool.core.verify.diagnosis.hypothesis import Hypothesis
 from kvtool.core.verify.diagnosis.locate import AttentionRecorder, Location, Record, locate, ranges
-from kvtool.core.verify.diagnosis.tape import Tape
-from kvtool.core.verify.judge import ROUNDING_64, UNSUPPORTED, Case, Diagnosis, Judge, Played, play
+from kvtool.core.verify.judge import ROUNDING_64, UNSUPPORTED, Case, Diagnosis, Judge, play
 from kvtool.core.verify.mutants.mutant import moved
 from kvtool.core.verify.mutants.selftest import one_thread
 from kvtool.core.verify.mutants.windows import windowed
@@ -154,70 +162,70 @@ def test_places_and_ranges_read_well() -> None:
     )
 
 
-# The tape and the hypotheses
+# The hypotheses
 
 
 @pytest.mark.parametrize("window", [0, 6])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_tape_that_is_told_the_truth_equals_a_full_pass(
+def test_a_hypothesis_that_changes_no_rule_equals_a_full_pass(
     name: str, scenario: str, window: int
 ) -> None:
     make = windowed(lambda cache, step, held: step.mask) if window else DynamicCache
-    one = subject(make, torch.float64, session=Tape, **MODELS[name])
+    one = subject(make, torch.float64, session=Hypothesis, **MODELS[name])
     case = Case(SCENARIOS[scenario])
-    if case.scenario.lacking(one) or scenario == "overflow":  # a tape has no end
+    if case.scenario.lacking(one) or scenario == "overflow":  # a hypothesis has no end
         return
-    played = play(one, case)
-    assert played.raised is None
-    assert max(distances(played.found, played.expected)) <= ROUNDING_64
+    arms = play(one, case)
+    assert arms.raised is None
+    assert max(distances(arms.found, arms.expected)) <= ROUNDING_64
 
 
-def test_the_tape_uses_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hypothesis_uses_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a cache was touched")
 
-    one = subject(dtype=torch.float64, session=Tape)
+    one = subject(dtype=torch.float64, session=Hypothesis)
     monkeypatch.setattr(DynamicCache, "__init__", refuse)
     monkeypatch.setattr(DynamicCache, "write", refuse)
     assert play(one, Case(SCENARIOS["decode"])).raised is None
 
 
-@pytest.mark.parametrize("tape", HYPOTHESES, ids=lambda tape: tape.__name__)
+@pytest.mark.parametrize("hypothesis", HYPOTHESES, ids=lambda hypothesis: hypothesis.__name__)
 def test_no_hypothesis_finds_a_bug_in_a_right_cache_that_it_does_not_change(
-    tape: type[Tape],
+    hypothesis: type[Hypothesis],
 ) -> None:
     """It either gives the truth, or something else: then it must be refuted by the truth."""
     one, case = subject(dtype=torch.float64, **ROTARY), Case(SCENARIOS["chunks"])
-    played, told = play(one, case), play(one.with_session(tape), case)
-    gaps = [1.0] if told.raised else distances(told.found, played.expected)
+    arms, tried = play(one, case), play(one.with_session(hypothesis), case)
+    gaps = [1.0] if tried.raised else distances(tried.found, arms.expected)
     with torch.inference_mode():
-        assert reproduces(tape, one, case, played.expected) == (max(gaps) <= HEALED)
+        assert reproduces(hypothesis, one, case, arms.expected) == (max(gaps) <= REPRODUCED)
 
 
 def test_a_bug_is_named_only_if_it_gives_the_same_logits() -> None:
     case = Case(SCENARIOS["chunks"])
     one = subject(moved(lambda pos, held: pos + int(held > 0)), torch.float64)
-    played = play(one, case)
-    assert explain(one, case, played.found, played.expected) == (OneTooFar.hint,)
-    changed = [*played.found[:-1], played.found[-1] + 1e-6]
-    assert explain(one, case, changed, played.expected) == ()
+    arms = play(one, case)
+    assert explain(one, case, arms.found, arms.expected) == (OneTooFar.hint,)
+    changed = [*arms.found[:-1], arms.found[-1] + 1e-6]
+    assert explain(one, case, changed, arms.expected) == ()
 
 
-def test_a_model_that_the_tape_does_not_know_gets_no_hint() -> None:
+def test_a_model_that_no_hypothesis_knows_gets_no_hint() -> None:
     case = Case(SCENARIOS["chunks"])
     one = subject(moved(lambda pos, held: pos + int(held > 0)), torch.float64)
-    played = play(one, case)
-    other = [logits * 1.001 for logits in played.expected]
-    assert explain(one, case, played.found, other) == ()
-    found = examine(one, case, 1, Played(played.found, other))
+    arms = play(one, case)
+    other = [logits * 1.001 for logits in arms.expected]
+    assert explain(one, case, arms.found, other) == ()
+    found = examine(one, case, 1, Arms(arms.found, other))
     assert (found.bugs, found.hint) == ((), UNKNOWN)
 
 
 def test_only_the_steps_around_the_first_wrong_one_have_to_be_explained() -> None:
     """A second bug, far behind the first, does not keep the first from being named."""
     case = Case(SCENARIOS["decode"])
-    both = moved(lambda pos, held: pos + int(held > 0) + 3 * int(held > 11 + BEYOND))
+    both = moved(lambda pos, held: pos + int(held > 0) + 3 * int(held > 11 + STEPS_AFTER))
     one = subject(both, torch.float64, **ROTARY)
     found = examine(one, case, 1, play(one, case))
     assert OneTooFar.hint in found.bugs

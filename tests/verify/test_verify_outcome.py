@@ -79,7 +79,7 @@ def test_a_finding_has_one_outcome_in_a_table_and_in_python(
 def test_the_command_and_the_function_agree_on_what_is_a_pass(
     checks: list[Checked], control: Checked, ok: bool, words: str
 ) -> None:
-    called = api.Report("it", "float32", tuple(checks), control.finding)
+    called = api.Verification("it", "float32", tuple(checks), control.finding)
     shown = Report([Row.of(check) for check in checks], Row.of(control), 3, "float32")
     assert (called.ok, called.exit_code) == (ok, shown.exit_code) == (ok, 0 if ok else 1)
     assert words in shown.conclusion
@@ -87,14 +87,14 @@ def test_the_command_and_the_function_agree_on_what_is_a_pass(
 
 
 def test_what_proved_nothing_is_counted_apart() -> None:
-    report = api.Report("it", "float32", (RIGHT, RIGHT, VACUOUS, BEYOND), FOUND.finding)
+    report = api.Verification("it", "float32", (RIGHT, RIGHT, VACUOUS, BEYOND), FOUND.finding)
     assert len(report.judged) == 3 and not report.wrong
     said = "right: 2 of 3 scenarios, 1 proved nothing; the planted bug was found"
     assert report.conclusion == said
 
 
 def test_an_undecided_scenario_is_no_pass_of_either() -> None:
-    report = api.Report("it", "float32", (RIGHT, UNDECIDED), FOUND.finding)
+    report = api.Verification("it", "float32", (RIGHT, UNDECIDED), FOUND.finding)
     assert report.wrong == (UNDECIDED,)
     assert Row.of(UNDECIDED).verdict == "undecided"
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from kvtool.core.cache import base
 from kvtool.core.models import Model
 from kvtool.core.verify import subject as subjects
-from kvtool.core.verify.api import decode_case
 from kvtool.core.verify.check import check_model, control
 from kvtool.core.verify.judge import BUG, Case, Judge, play
 from kvtool.core.verify.mutants.selftest import one_thread
-from kvtool.core.verify.scenarios import SCENARIOS, Run
+from kvtool.core.verify.scenario_run import ScenarioRun
+from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import Formats, ModelSession, Start
+from kvtool.core.verify.target.check import decode_case
 from small_models import random_model
 from verify_subjects import MODELS, judged, subject
 
@@ -76,8 +77,8 @@ def test_the_uncached_arm_touches_no_cache(name: str, monkeypatch: pytest.Monkey
         raise AssertionError("a cache was touched")
 
     one = subject(**MODELS[name])
-    run = Run(one)
-    start, ids = run.begin(), run.draw(1, 9)
+    run = ScenarioRun(one)
+    start, ids = run.start(), run.next_ids(1, 9)
     with torch.inference_mode():
         expected = one.full(ids, start)
         for method in ("__init__", "begin", "write", "attend", "commit"):
@@ -127,8 +128,8 @@ def test_any_refusal_of_a_token_too_many_will_do() -> None:
 
 
 def test_a_second_source_is_another_and_rows_of_a_batch_have_sources_of_their_own() -> None:
-    run = Run(subject(**MODELS["seq2seq"]))
-    first, second = (run.begin(batch=2, source=number).source for number in (0, 1))
+    run = ScenarioRun(subject(**MODELS["seq2seq"]))
+    first, second = (run.start(batch=2, source=number).source for number in (0, 1))
     assert first.mask.sum(1).tolist() == [5, 7]
     assert second.mask.sum(1).tolist() == [8, 10]
     assert not torch.equal(first.ids[0, :5], second.ids[0, :5])
@@ -163,10 +164,10 @@ def test_all_kinds_and_the_planted_bug_share_one_float64_copy(
 
 def test_a_session_that_is_reset_reads_the_new_source() -> None:
     one = subject(**MODELS["seq2seq"])
-    run = Run(one)
-    session = one.start(run.begin(batch=2))
-    start: Start = run.begin(batch=2, source=1)
+    run = ScenarioRun(one)
+    session = one.start(run.start(batch=2))
+    start: Start = run.start(batch=2, source=1)
     session.reset(start)
-    ids = run.draw(2, 3)
+    ids = run.next_ids(2, 3)
     with torch.inference_mode():
         assert torch.allclose(session.feed(ids), one.full(ids, start), atol=1e-5)

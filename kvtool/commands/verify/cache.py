@@ -153,8 +153,7 @@ def check_model(
             rows.add(Row.of(found))
             bar.advance()
         planted = check.control(formats, main)
-        found = check.Checked("planted bug", "default", True, planted, planted=True)
-        rows.add_control(Row.of(found))
+        rows.add_control(Row.of(check.planted_bug(planted, "default")))
     computed = settings.run.dtype
     return rows.report(len(ids), computed, resolved, outcome.how, out)
 
@@ -180,7 +179,8 @@ def check_target(
     """Check the user's own decoder, from a file of Python."""
     from kvtool.core import footprint
     from kvtool.core.machine import dtype_name, require_memory
-    from kvtool.core.verify import api
+    from kvtool.core.verify.check import planted_bug
+    from kvtool.core.verify.target import check as target_check
     from kvtool.core.verify.target.file import identity
 
     subject = load_target(settings, dtype)
@@ -188,7 +188,7 @@ def check_target(
         out.note(subject.guess)
     name = Path(subject.name).name
     sizes = (subject.vocab_size, subject.context)
-    main = api.decode_case(*sizes, None, settings.tokens, subject.device)
+    main = target_check.decode_case(*sizes, None, settings.tokens, subject.device)
     if main.given is not None and main.given.shape[1] < main.n_prompt + settings.tokens:
         n = main.given.shape[1] - main.n_prompt
         out.note(f"--tokens {settings.tokens}: {n}, since the decoder holds {subject.context}")
@@ -209,18 +209,17 @@ def check_target(
     if settings.resume is not None:
         decides["weights"] = subject.fingerprint()
     kept = kept_rows(settings.resume, facts("target", settings.run, **decides))
-    rows = Rows([(name, api.OWN, scenario) for scenario in names], kept, out)
+    rows = Rows([(name, target_check.OWN, scenario) for scenario in names], kept, out)
     total = len(names) + 1
     bars = out.progress("verify-cache", total)
     with rows, redirect_stdout(said), bars as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         left = [check.scenario for check in rows.not_run]
-        for found in api.check_target(subject, left, main, bar.update):
+        for found in target_check.check_target(subject, left, main, bar.update):
             rows.add(Row.of(replace(found, cache=name)))
             bar.advance()
-        planted = api.target_control(subject, main)
-        found = api.Checked("planted bug", api.OWN, True, planted, planted=True)
-        rows.add_control(Row.of(found))
+        planted = target_check.target_control(subject, main)
+        rows.add_control(Row.of(planted_bug(planted, target_check.OWN)))
     return rows.report(main.n_prompt, computed, resolved, outcome.how, out)
 
 
@@ -417,9 +416,9 @@ def command(
     if target is None:
         vt.require_model(model)
     else:
-        from kvtool.core.verify.target.place import target_place
+        from kvtool.core.verify.target.spec import parse_spec
 
-        target_place(target)  # is read again, but refused before torch is loaded
+        parse_spec(target)  # is read again, but refused before torch is loaded
     chosen = o.kinds_with_settings(caches, **kinds_own)
     settings = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume)
 

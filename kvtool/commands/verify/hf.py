@@ -125,10 +125,10 @@ def run(settings: Settings, out: Output) -> Report:
     from kvtool.core import footprint
     from kvtool.core.checkpoint.checkpoint import tell_format
     from kvtool.core.machine import dtype_name, prepare, require_memory
-    from kvtool.core.verify.api import OWN
     from kvtool.core.verify.hf.check import ALL, check_transformers, load_model
     from kvtool.core.verify.hf.library import need_transformers
     from kvtool.core.verify.scenarios import PREFILL
+    from kvtool.core.verify.target.check import OWN
 
     names = chosen_scenarios(settings.scenarios)
     started = time.perf_counter()
@@ -164,7 +164,7 @@ def run(settings: Settings, out: Output) -> Report:
         bar.advance(len(rows.found))
         asked = (model, kinds, names, settings.tokens, bool(settings.caches))
         check = partial(check_transformers, tell=bar.update, remark=out.note)
-        for found in check(*asked, known=rows.known):
+        for found in check(*asked, skip=rows.known):
             if found.planted:
                 rows.add_control(Row.of(found))
             else:
@@ -193,7 +193,7 @@ def tell_model(model: Any, note: str, kinds: list[str], out: Output) -> None:
 
 def decides(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
     """What the results depend on."""
-    from kvtool.core.verify.kept import fingerprint
+    from kvtool.core.verify.fingerprint import fingerprint
 
     asked = {"model": Path(settings.run.model).name, "tokens": settings.tokens}
     if settings.resume is not None:

@@ -149,7 +149,7 @@ class Report:
     @property
     def vacuous(self) -> list[str]:
         """Kinds that store something, and were only checked in vain."""
-        return self.summary.in_vain
+        return self.summary.unjudged_kinds
 
     @property
     def judged(self) -> list[Row]:
@@ -219,7 +219,7 @@ class Report:
 
     def _in_vain(self) -> list[str]:
         """Scenarios that proved nothing, of kinds that others did prove right."""
-        rows = self.summary.nothing
+        rows = self.summary.proved_nothing
         return [f"{row.cache}, {row.scenario}: proved nothing" for row in rows]
 
     def _put_aside(self) -> list[str]:

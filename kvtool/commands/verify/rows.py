@@ -15,7 +15,7 @@ from kvtool.ui.environment import environment
 from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
-    from kvtool.core.verify.kept import Kept
+    from kvtool.core.verify.resume_log import ResumeLog
 
 FEW = 3  # names of what was not run
 
@@ -32,7 +32,7 @@ class Rows:
     def __init__(
         self,
         plan: Iterable[tuple[str, str, str]],
-        kept: Kept[Row] | None,
+        kept: ResumeLog[Row] | None,
         out: Output,
         whole: str = "",
     ) -> None:
@@ -114,7 +114,12 @@ class Rows:
 
 
 def tell_ended(
-    ended: End, done: int, total: int, kept: Kept[Any] | None, out: Output, what: str = "checks"
+    ended: End,
+    done: int,
+    total: int,
+    kept: ResumeLog[Any] | None,
+    out: Output,
+    what: str = "checks",
 ) -> None:
     """Say how far work came that a signal ended, and how it goes on. Raises Ended if not far."""
     if not done:
@@ -196,17 +201,17 @@ def facts(check: str, run: RunConfig, **more: Any) -> dict[str, Any]:
     return {"check": check, **more, "dtype": run.dtype, "seed": run.seed, **machine}
 
 
-def kept_rows(path: Path | None, found: dict[str, Any]) -> Kept[Row] | None:
+def kept_rows(path: Path | None, found: dict[str, Any]) -> ResumeLog[Row] | None:
     """The file that --resume named. Raises FileError."""
     if path is None:
         return None
-    from kvtool.core.verify.kept import Kept
+    from kvtool.core.verify.resume_log import ResumeLog
 
-    return Kept(path, Row, found)
+    return ResumeLog(path, Row, found)
 
 
-def told(kept: Kept[Any], out: Output) -> None:
+def told(kept: ResumeLog[Any], out: Output) -> None:
     """Say what is there already; what cannot be added is told behind the verdicts."""
     kept.attempt = out.attempt
-    if kept.known:
-        out.note(f"--resume {kept.path}: {len(kept.known)} results are there already")
+    if kept.results:
+        out.note(f"--resume {kept.path}: {len(kept.results)} results are there already")

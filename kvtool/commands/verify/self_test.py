@@ -101,8 +101,8 @@ def run(settings: Settings, out: Output) -> Report:
     import time
 
     from kvtool.core.machine import prepare
-    from kvtool.core.verify.kept import Kept
     from kvtool.core.verify.mutants import selftest
+    from kvtool.core.verify.resume_log import ResumeLog
 
     # Tiny models: a second thread would only be waited for.
     prepare(replace(settings.run, threads=settings.run.threads or 1))
@@ -111,7 +111,7 @@ def run(settings: Settings, out: Output) -> Report:
     found: dict[str, Trial] = {}
     if settings.resume is not None:
         decides = facts("self-test", settings.run, tried=names)
-        kept = Kept(settings.resume, selftest.Trial, decides)
+        kept = ResumeLog(settings.resume, selftest.Trial, decides)
         kept.require(lambda o: o.name in names and found.setdefault(o.name, o) is o)
         told(kept, out)
     bars = out.progress("self-test", len(names))

@@ -145,7 +145,7 @@ def run(settings: Settings, out: Output) -> Report:
 
     from kvtool.core.verify.hf import sweep, task
     from kvtool.core.verify.hf.library import known_types, need_transformers
-    from kvtool.core.verify.kept import Kept
+    from kvtool.core.verify.resume_log import ResumeLog
 
     version = need_transformers()
     known = {kind: known_types(kind) for kind in TRANSFORMERS_MODELS}
@@ -169,7 +169,7 @@ def run(settings: Settings, out: Output) -> Report:
         asked = {"caches": caches, "scenarios": scenarios, "tokens": settings.tokens}
         asked |= {"time_limit": settings.time_limit, "memory_limit": task.MEMORY}
         decides = facts("sweep", settings.run, **asked, transformers=version)
-        kept = Kept(settings.resume, task.Swept, decides)
+        kept = ResumeLog(settings.resume, task.Swept, decides)
         first: dict[tuple[str, str], Swept] = {}
         kept.require(
             lambda swept: (

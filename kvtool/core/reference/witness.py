@@ -19,8 +19,9 @@ from kvtool.core.checkpoint.safetensors_file import BUFFERS
 from kvtool.core.checkpoint.weight_files import open_weights
 from kvtool.core.limited import limited
 from kvtool.core.reference import oracle
-from kvtool.core.verify.hf.folder import counted, in_one_line, make_config, read_settings
-from kvtool.core.verify.hf.library import quiet_transformers
+from kvtool.core.verify.hf.configuration import make_config, read_settings
+from kvtool.core.verify.hf.folder import bounded_build
+from kvtool.core.verify.hf.library import in_one_line, quiet_transformers
 from kvtool.core.verify.precision import Promote
 from kvtool.errors import UsageError
 from kvtool.hub import offline
@@ -88,7 +89,7 @@ def folder_witness(folder: Path) -> Any | None:
     transformers = _transformers()
     source = open_weights(folder)
     with quiet_transformers(), in_one_line(path):
-        with limited(f"{path}: what it describes"), counted(source, folder):
+        with limited(f"{path}: what it describes"), bounded_build(source, folder):
             config = make_config(read_settings(folder))
             with torch.device("meta"):  # what this costs, its weights do not
                 _empty(transformers, config, torch.float64)

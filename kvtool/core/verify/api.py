@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +13,21 @@ from torch import Tensor
 from kvtool import registry
 from kvtool.core.machine import dtype_name
 from kvtool.core.models import Model
-from kvtool.core.verify.check import MAIN, Checked, beginning, check_model, control, main_case
+from kvtool.core.verify.check import Checked, check_model, control, main_case, planted_bug
 from kvtool.core.verify.compare import Gap
-from kvtool.core.verify.judge import Case, Finding, Judge
+from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.outcome import Outcome, Summary
-from kvtool.core.verify.scenarios import PREFILL, SCENARIOS
-from kvtool.core.verify.subject import Formats, Session, Start
-from kvtool.core.verify.target.doctor import examine
-from kvtool.core.verify.target.subject import TargetSession, TargetSubject
+from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.core.verify.subject import Formats
+from kvtool.core.verify.target.check import OWN, check_target, decode_case, target_control
+from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.errors import UsageError
-
-OWN = "own"  # the kernels of a decoder that brings its own
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was found: true if all that was checked is right, something was, and the planted bug was
-    found. str() is the evidence."""
+class Verification:
+    """What `verify` found: true if something was checked, all of it is right, and the planted bug
+    was found. str() is the evidence."""
 
     name: str
     dtype: str
@@ -39,12 +37,13 @@ class Report:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
+        """What was found in each scenario, for one kind of cache after the other."""
         return tuple(checked.finding for checked in self.checked)
 
     @property
     def summary(self) -> Summary[Checked]:
-        control = Checked("planted bug", OWN, True, self.control, planted=True)
-        return Summary(self.checked, control.outcome)
+        """What all of it comes to."""
+        return Summary(self.checked, planted_bug(self.control, OWN).outcome)
 
     @property
     def judged(self) -> tuple[Checked, ...]:
@@ -58,6 +57,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether something was checked, all of it is right, and the planted bug was found."""
         return self.summary.ok
 
     @property
@@ -70,6 +70,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
+        """0 if it is ok, else 1."""
         return 0 if self.ok else 1
 
     @property
@@ -83,8 +84,8 @@ class Report:
             return f"{where} ({len(self.wrong)} of {n_judged} scenarios not right)"
         if not n_right:
             return "nothing was checked"
-        if in_vain := self.summary.in_vain:
-            return f"nothing was checked of {', '.join(in_vain)}"
+        if kinds := self.summary.unjudged_kinds:
+            return f"nothing was checked of {', '.join(kinds)}"
         if not self.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
         more = f", {n_judged - n_right} proved nothing" if n_right < n_judged else ""
@@ -128,11 +129,11 @@ def verify(
     caches: Sequence[str] | None = None,
     vocab_size: int = 0,
     context: int = 0,
-) -> Report:
+) -> Verification:
     """Compare a decoder's cached with its uncached logits: bug or rounding, where, and what.
 
     model: a model of kvtool's, an nn.Module, or an object with full and step as documented in
-    kvtool.core.verify.target.subject. It is not changed: a copy of it is checked.
+    kvtool.core.verify.target. It is not changed: a copy of it is checked.
     ids: what to decode (N,) or (1,N), the last `tokens` of it one by one, at most half; else they
     are random. scenarios: names of SCENARIOS, all by default. dtype: the working format, the
     model's own by default. caches: kinds for a model of kvtool's, all by default. vocab_size,
@@ -154,77 +155,7 @@ def verify(
     main = decode_case(subject.vocab_size, subject.context, ids, tokens, subject.device)
     checked = tuple(check_target(subject, names, main))
     planted = target_control(subject, main)
-    return Report(subject.name, dtype_name(subject.dtype), checked, planted, subject.guess)
-
-
-def check_target(
-    subject: TargetSubject,
-    scenarios: Sequence[str],
-    main: Case,
-    tell: Callable[[str], None] = lambda text: None,
-) -> Iterator[Checked]:
-    """Judge the user's decoder in all scenarios, in that order. Raises CheckFailed."""
-    judge = Judge(subject, examine)
-    for scenario in scenarios:
-        tell(scenario)
-        case = main if scenario == MAIN else Case(SCENARIOS[scenario])
-        yield Checked(subject.name, OWN, True, judge.judge(case, thorough=scenario == MAIN))
-
-
-def decode_case(
-    vocab_size: int,
-    context: int,
-    ids: Tensor | Sequence[int] | None = None,
-    tokens: int = 64,
-    device: torch.device | str = "cpu",
-) -> Case:
-    """The scenario `decode` on ids, or on random ones: the last `tokens` of them one by one.
-
-    Raises UsageError for ids that the decoder does not have, or too many of them.
-    """
-    if ids is None:
-        length = min(PREFILL + tokens, context)
-        generator = torch.Generator().manual_seed(0)
-        given = torch.randint(vocab_size, (1, length), generator=generator)
-        return Case(SCENARIOS[MAIN], given.to(device), PREFILL if length > PREFILL else length // 2)
-    try:
-        given = torch.as_tensor(ids, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"ids: {ids!r} are no ids (expected whole numbers (N,))") from error
-    given = given[None] if given.dim() == 1 else given
-    n = given.shape[-1]
-    if given.dim() != 2 or given.shape[0] != 1 or given.is_floating_point() or n < 2:
-        shape = tuple(given.shape)
-        raise UsageError(f"ids: {shape} of {given.dtype} (expected whole numbers (N,), 2 or more)")
-    if n > context:
-        raise UsageError(f"ids: {n} are too many (the decoder holds {context})")
-    unknown = given[(given < 0) | (given >= vocab_size)].tolist()
-    if unknown:
-        raise UsageError(f"ids: {unknown[0]} is none of the decoder's {vocab_size}")
-    return Case(SCENARIOS[MAIN], given.long(), n - max(1, min(tokens, n // 2)))
-
-
-def target_control(subject: TargetSubject, main: Case) -> Finding:
-    """Judge the decoder with a planted bug: a check that calls this right is worth nothing."""
-    return Judge(subject.with_session(WrongToken)).judge(beginning(main))
-
-
-class WrongToken(TargetSession):
-    """A session that stores another first token than it was fed."""
-
-    def __init__(self, subject: TargetSubject, start: Start) -> None:
-        super().__init__(subject, start)
-        self.right: Session | None = TargetSession(subject, start)
-
-    def feed(self, ids: Tensor) -> Tensor:
-        if self.right is None:
-            return super().feed(ids)
-        # The first step answers rightly, so that the bug has to be found in what was stored.
-        found, self.right = self.right.feed(ids), None
-        wrong = ids.clone()
-        wrong[:, 0] = (wrong[:, 0] + 1) % self.subject.vocab_size
-        super().feed(wrong)
-        return found
+    return Verification(subject.name, dtype_name(subject.dtype), checked, planted, subject.guess)
 
 
 def _verify_own(
@@ -233,7 +164,7 @@ def _verify_own(
     scenarios: Sequence[str],
     tokens: int,
     caches: Sequence[str],
-) -> Report:
+) -> Verification:
     config, weight = model.config, next(model.parameters())
     if config.n_encoder_layers:
         case = decode_case(config.source_vocab_size, config.context, ids, 1, weight.device)
@@ -244,7 +175,7 @@ def _verify_own(
     formats = Formats(model)
     checked = tuple(check_model(formats, caches, ["default"], scenarios, main))
     planted = control(formats, main)
-    return Report(type(model).__name__, dtype_name(weight.dtype), checked, planted)
+    return Verification(type(model).__name__, dtype_name(weight.dtype), checked, planted)
 
 
 def _copied(model: Any) -> Any:

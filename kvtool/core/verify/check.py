@@ -17,14 +17,16 @@ from kvtool.core.decoding.engine import begin, check_context, generate
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import make_kernels
 from kvtool.core.models import Model
+from kvtool.core.verify.arms import Case
 from kvtool.core.verify.diagnosis.doctor import examine
-from kvtool.core.verify.judge import Case, Finding, Judge
+from kvtool.core.verify.finding import Finding
+from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.outcome import ROUNDING, Outcome, outcome
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import Formats, ModelSubject, Source
 
 MAIN = "decode"  # the scenario that is fed the prompt and its continuation
-FEW = 24  # steps that are enough for a control
+CONTROL_STEPS = 24  # enough to see a planted bug
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,13 @@ class Checked:
 
     @property
     def outcome(self) -> Outcome:
+        """What the verdict says of the cache."""
         return outcome(self.finding.verdict, self.right, self.stores)
+
+
+def planted_bug(finding: Finding, kernels: str) -> Checked:
+    """What was found of the planted bug, as the other checks are."""
+    return Checked("planted bug", kernels, True, finding, planted=True)
 
 
 def main_case(model: Model, prompt: Tensor, n_new: int) -> Case:
@@ -82,19 +90,21 @@ def check_model(
     scenarios: Sequence[str],
     main: Case,
     tell: Callable[[str], None] = lambda text: None,
-    known: Container[tuple[str, str, str]] = (),
+    skip: Container[tuple[str, str, str]] = (),
 ) -> Iterator[Checked]:
-    """Judge every kind with all kernels in all scenarios, in that order, but for those that are
-    `known`: kind, kernels, scenario. Raises CheckFailed."""
+    """Judge every kind with all kernels in all scenarios, in that order.
+
+    skip: kind, kernels and scenario of what is not judged. `tell` is told what comes next. Raises
+    CheckFailed.
+    """
     for kind in caches:
         for name in kernels:
-            left = [scenario for scenario in scenarios if (kind, name, scenario) not in known]
+            left = [scenario for scenario in scenarios if (kind, name, scenario) not in skip]
             if not left:
                 continue
-            given = (small(kind), kind, make_kernels(name))
-            subject = ModelSubject(formats.model, *given, formats=formats)
-            judge = Judge(subject, examine)
-            found = cache_class(kind)
+            made = (small(kind), kind, make_kernels(name))
+            subject = ModelSubject(formats.model, *made, formats=formats)
+            judge, found = Judge(subject, examine), cache_class(kind)
             for scenario in left:
                 tell(f"{kind}, {name} kernels, {scenario}")
                 case = main if scenario == MAIN else Case(SCENARIOS[scenario])
@@ -115,7 +125,7 @@ def beginning(case: Case) -> Case:
     """The case with only the first few of the ids that it was given."""
     if case.given is None:
         return case
-    return replace(case, given=case.given[:, : case.n_prompt + FEW])
+    return replace(case, given=case.given[:, : case.n_prompt + CONTROL_STEPS])
 
 
 class LostKey(DynamicCache):

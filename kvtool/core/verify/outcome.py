@@ -39,18 +39,23 @@ def outcome(verdict: str, right: bool, stores: bool) -> Outcome:
     return Outcome.RIGHT if right else Outcome.WRONG
 
 
-class Check(Protocol):
-    """A kind of cache in a scenario."""
+class HasOutcome(Protocol):
+    """A check of a kind of cache in a scenario."""
 
     @property
-    def cache(self) -> str: ...
+    def cache(self) -> str:
+        """The kind of cache."""
+
     @property
-    def stores(self) -> bool: ...
+    def stores(self) -> bool:
+        """Whether that kind stores anything."""
+
     @property
-    def outcome(self) -> Outcome: ...
+    def outcome(self) -> Outcome:
+        """What came of it."""
 
 
-C = TypeVar("C", bound=Check)
+C = TypeVar("C", bound=HasOutcome)
 
 
 @dataclass(frozen=True)
@@ -62,19 +67,21 @@ class Summary(Generic[C]):
 
     @property
     def right(self) -> list[C]:
+        """What keeps its promise."""
         return [check for check in self.checks if check.outcome == Outcome.RIGHT]
 
     @property
     def wrong(self) -> list[C]:
+        """What breaks its promise, or may."""
         return [check for check in self.checks if check.outcome.wrong]
 
     @property
-    def nothing(self) -> list[C]:
+    def proved_nothing(self) -> list[C]:
         """What was played, and proved nothing."""
         return [check for check in self.checks if check.outcome == Outcome.NOTHING]
 
     @property
-    def in_vain(self) -> list[str]:
+    def unjudged_kinds(self) -> list[str]:
         """Kinds that store something, and of which nothing is known."""
         kinds = dict.fromkeys(check.cache for check in self.checks if check.stores)
         known = {check.cache for check in (*self.right, *self.wrong)}
@@ -88,4 +95,4 @@ class Summary(Generic[C]):
     @property
     def ok(self) -> bool:
         """Something is right, nothing wrong, no kind was checked in vain, and the bug was found."""
-        return bool(self.right) and not self.wrong and not self.in_vain and self.trustworthy
+        return bool(self.right) and not self.wrong and not self.unjudged_kinds and self.trustworthy

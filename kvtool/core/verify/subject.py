@@ -119,6 +119,7 @@ class ModelSession:
         self.ids = torch.empty(start.batch, 0, dtype=torch.long, device=subject.device)
 
     def encode(self, start: Start) -> CrossCache | None:
+        """The encoded source that the session reads, if any."""
         return self.subject.encode(start)
 
     def feed(self, ids: Tensor) -> Tensor:

@@ -46,8 +46,6 @@ def main() -> None:
     (asked.output / "peers.md").write_text("\n".join(text))
     first = asked.threads[0]
     draw(asked.output / "peers.png", found[first], first)
-    if asked.output == DOCS:
-        refill(DOCS.parent / "README.md", found[first])
 
 
 def one_count(
@@ -66,7 +64,7 @@ def introduction(rounds: int) -> str:
     """The conditions, in words."""
     env = environment()
     peers = f"transformers {installed('transformers')}, llama-cpp-python {installed('llama_cpp')}"
-    return f"""# Beside the peers
+    return f"""# How fast is kvtool beside transformers and llama.cpp?
 
 Written by `make peers`: the same random weights in GPT-2's form (2 layers, width 256, 8 heads,
 vocabulary 4,096, float32) in every program, batch 1, a prompt of {N_PROMPT} tokens, greedy. All
@@ -126,17 +124,6 @@ def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]])
     lines = [[title, *columns], ["---"] * (len(columns) + 1)]
     lines += [[name, *cells] for name, cells in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def refill(path: Path, series: Sequence[Series]) -> None:
-    """Put a short table between the marks of a document."""
-    rows = {each.name: [time(each, n).partition(" ")[0] for n in each.samples] for each in series}
-    lengths = [f"n = {n:,}" for n in series[0].samples]
-    before, mark, rest = path.read_text().partition("<!-- peers -->\n")
-    _, end, after = rest.partition("<!-- end of peers -->")
-    if not end:
-        raise SystemExit(f"{path}: has no marks for the table of peers")
-    path.write_text(f"{before}{mark}{table('µs per token', lengths, rows)}{end}{after}")
 
 
 if __name__ == "__main__":

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from kvtool.core.verify.diagnosis.hypotheses import UNKNOWN, explain
+from kvtool.core.verify.arms import Arms, Case
+from kvtool.core.verify.diagnosis.hypotheses import STEPS_AFTER, UNKNOWN, explain
 from kvtool.core.verify.diagnosis.locate import locate
-from kvtool.core.verify.judge import Case, Diagnosis, Played
+from kvtool.core.verify.finding import Diagnosis
 from kvtool.core.verify.subject import ModelSubject
 
-BEYOND = 6  # steps behind the first wrong one that a hypothesis has to reproduce too
 
-
-def examine(subject: ModelSubject, case: Case, step: int, played: Played) -> Diagnosis:
+def examine(subject: ModelSubject, case: Case, step: int, arms: Arms) -> Diagnosis:
     """Locate the first wrong thing at `step`, and try out what would give these wrong logits."""
     place = locate(subject, case, step)
-    end = step + BEYOND
-    bugs = explain(subject, case, played.found[:end], played.expected[:end])
+    end = step + STEPS_AFTER
+    bugs = explain(subject, case, arms.found[:end], arms.expected[:end])
     if place is None:
-        return Diagnosis(bugs=bugs, in_vain=UNKNOWN)
+        return Diagnosis(bugs=bugs, unexplained=UNKNOWN)
     return Diagnosis(place.layer, place.part, place.heads, str(place), bugs, UNKNOWN)

@@ -15,8 +15,8 @@ from kvtool.core.kernels.default import Kernels
 from kvtool.core.kernels.sight import Sight, whole
 from kvtool.core.models import Model
 from kvtool.core.models.attention import CrossAttention, SelfAttention
-from kvtool.core.verify.judge import Case
-from kvtool.core.verify.scenarios import Stopped
+from kvtool.core.verify.arms import Case
+from kvtool.core.verify.scenario_run import Stopped
 from kvtool.core.verify.subject import ModelSubject
 
 TOLERANCE = 1e-10  # of the largest value of the uncached pass; both are float64
@@ -132,9 +132,9 @@ def locate(subject: ModelSubject, case: Case, step: int) -> Location | None:
             segment, answer = stopped.segment, stopped.answer
         cached, recorder.records = recorder.records, {}
         logits = watched.full(segment.history, segment.start)
-    columns = slice(answer.first, answer.first + answer.found.shape[1])
+    columns = slice(answer.first, answer.first + answer.logits.shape[1])
     place = _first_difference(cached, recorder.records, columns, segment.start.padding)
-    if place is None and differs(answer.found, logits[:, columns]):
+    if place is None and differs(answer.logits, logits[:, columns]):
         return Location(None, "logits")
     return place
 
@@ -272,6 +272,7 @@ def _output(cached: Record, full: Record, columns: slice, cross: str) -> Locatio
 
 
 def scale(values: Tensor) -> float:
+    """The largest absolute value; 1 if all are 0."""
     return float(values.abs().max()) or 1.0
 
 

@@ -25,12 +25,13 @@ def make_cache(kind: str, config: Any, capacity: int) -> Any:
     settings = {} if backend == "fp8" else {"residual_length": 8, "q_group_size": 16}
     cache = QuantizedCache(backend, text, **settings)
     for layer in cache.layers:
-        hold_exactly(layer, paired=backend == "fp8")
+        disable_rounding(layer, paired=backend == "fp8")
     return cache
 
 
-def reach(config: Any) -> tuple[list[int], bool]:
-    """The windows of a model's layers, and whether room ends in one: no state's or ring's does."""
+def attention_limits(config: Any) -> tuple[list[int], bool]:
+    """The windows of a model's layers in tokens, and whether the room of a static cache ends in one
+    of them: that of a state or of a ring does not."""
     from transformers.cache_utils import StaticLayer
 
     layers = make_cache("dynamic", config, NEEDED).layers
@@ -51,9 +52,12 @@ def quantized_backend() -> str:
     return next(name for name in BACKENDS if installed[name])
 
 
-def hold_exactly(layer: Any, paired: bool) -> None:
-    """Let a quantized layer keep the values themselves as its codes: transformers has no uncached
-    pass that rounds alike, but all else that the layer does must be right to rounding."""
+def disable_rounding(layer: Any, paired: bool) -> None:
+    """Let a quantized layer keep the values themselves as its codes.
+
+    transformers has no uncached pass that quantizes alike. But all else that the layer does must be
+    right to rounding. paired: the backend's codes come with a scale.
+    """
     layer._quantize = (lambda tensor, scale=None: (tensor, 1.0)) if paired else _as_it_is
     layer._dequantize = (lambda codes: codes[0]) if paired else _as_it_is
 

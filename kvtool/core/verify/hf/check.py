@@ -10,21 +10,24 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from kvtool.core.verify.api import OWN, decode_case, target_control
-from kvtool.core.verify.check import MAIN, Checked
+from kvtool.core.verify.arms import Case
+from kvtool.core.verify.check import MAIN, Checked, planted_bug
+from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.hf.folder import read_folder
 from kvtool.core.verify.hf.library import (
     kind_of,
     known_types,
-    loop_over_experts,
     need_transformers,
     quiet_transformers,
+    use_eager_experts,
 )
 from kvtool.core.verify.hf.seq2seq import EncoderDecoderSubject
 from kvtool.core.verify.hf.subject import TransformersSubject
 from kvtool.core.verify.hf.tiny import tiny_model
-from kvtool.core.verify.judge import UNSUPPORTED, Case, Finding, Judge
+from kvtool.core.verify.judge import Judge
+from kvtool.core.verify.outcome import UNSUPPORTED
 from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.core.verify.target.check import OWN, decode_case, target_control
 from kvtool.core.verify.target.doctor import examine
 from kvtool.errors import CacheOpUnsupported, CheckFailed, UsageError
 
@@ -49,7 +52,7 @@ def load_model(name: str, seed: int = 0) -> Loaded:
     if name in known_types(kind) or not os.path.lexists(name):
         return Loaded(*tiny_model(name, seed, kind=kind))
     read = read_folder(Path(name), kind=CheckFailed)
-    loop_over_experts(read.model)
+    use_eager_experts(read.model)
     return Loaded(read.model, "", read.sha256)
 
 
@@ -69,19 +72,19 @@ def check_transformers(
     diagnose: bool = True,
     tell: Callable[[str], None] = lambda text: None,
     remark: Callable[[str], None] = lambda text: None,
-    known: Container[tuple[str, str, str]] = (),
+    skip: Container[tuple[str, str, str]] = (),
 ) -> Iterator[Checked]:
     """Judge a model with kinds of transformers' caches in all scenarios, then a planted bug.
 
-    What cannot be used is one finding for its kind, and counts only if it was `asked` for. What is
-    `known` is passed over: kind, kernels, scenario.
-    `diagnose` locates bugs, which takes longer than to find them. `remark` is told what is to be
-    known beside the verdicts. Raises CheckFailed.
+    A kind that cannot be used is one finding, and counts only if it was `asked` for. skip: kind,
+    kernels and scenario of what is not judged. `diagnose` locates bugs, which takes longer than to
+    find them. `tell` is told what comes next, `remark` what is to be known beside the verdicts.
+    Raises CheckFailed.
     """
     planted = None
     for kind in kinds:
-        left = [scenario for scenario in scenarios if (kind, OWN, scenario) not in known]
-        if (kind, OWN, ALL) in known or not (left or planted is None):
+        left = [scenario for scenario in scenarios if (kind, OWN, scenario) not in skip]
+        if (kind, OWN, ALL) in skip or not (left or planted is None):
             continue
         try:
             subject = subject_of(model, kind)
@@ -89,18 +92,25 @@ def check_transformers(
             finding = Finding(ALL, UNSUPPORTED, error.message)
             yield Checked(kind, OWN, asked, finding, usable=False)
             continue
-        if planted is None and (text := subject.remark()):
+        first = planted is None
+        if first and (text := subject.remark()):
             remark(text)
-        sizes = (subject.vocab_size, subject.context)
-        main = decode_case(*sizes, None, tokens, subject.device)
+        main = decode_case(subject.vocab_size, subject.context, None, tokens, subject.device)
         judge = Judge(subject, examine if diagnose else None)
         for scenario in left:
             tell(f"{kind}, {scenario}")
-            case = main if scenario == MAIN else Case(SCENARIOS[scenario])
+            yield _judged(judge, subject, scenario, main, thorough=first)
+        if first:
             with quiet_transformers():
-                finding = judge.judge(case, thorough=scenario == MAIN and planted is None)
-            yield Checked(kind, OWN, True, finding, not_judged=subject.not_judged)
-        with quiet_transformers():
-            planted = planted or target_control(subject, main)
+                planted = target_control(subject, main)
     if planted is not None:
-        yield Checked("planted bug", OWN, True, planted, planted=True)
+        yield planted_bug(planted, OWN)
+
+
+def _judged(
+    judge: Judge, subject: TransformersSubject, scenario: str, main: Case, thorough: bool
+) -> Checked:
+    case = main if scenario == MAIN else Case(SCENARIOS[scenario])
+    with quiet_transformers():
+        finding = judge.judge(case, thorough=scenario == MAIN and thorough)
+    return Checked(subject.name, OWN, True, finding, not_judged=subject.not_judged)

@@ -6,10 +6,12 @@ import contextlib
 import functools
 import io
 import logging
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from kvtool.errors import UsageError
+from kvtool.errors import FileError, KvtoolError, UsageError, first_line, pass_on_shortage
 from kvtool.hub import offline
 from kvtool.registry import TRANSFORMERS_MODELS
 
@@ -50,7 +52,7 @@ def kind_of(model_type: str) -> str:
     return SEQ2SEQ if model_type in known_types(SEQ2SEQ) else CAUSAL
 
 
-def loop_over_experts(model: Any) -> None:
+def use_eager_experts(model: Any) -> None:
     """Let a mixture of experts compute them one by one: its faster kernels have no float64."""
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
@@ -72,3 +74,18 @@ def quiet_transformers() -> Iterator[None]:
         logger.setLevel(level)
         if shown:
             bars.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def in_one_line(where: Path) -> Iterator[None]:
+    """Within, what transformers raises becomes a FileError in one line, without its warnings."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except KvtoolError:
+        raise
+    except (Exception, SystemExit) as error:
+        pass_on_shortage(error)
+        why = first_line(error) or type(error).__name__
+        raise FileError(f"{where}: transformers cannot read it ({why})") from error

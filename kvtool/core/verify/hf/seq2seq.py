@@ -37,7 +37,7 @@ SOURCE = 7  # tokens of a source where nobody gave one
 
 
 @dataclass
-class Reading(State):
+class Seq2SeqState(State):
     """A cache, and the source that it reads: the encoder's answer, and mask (B,S), 1 = real."""
 
     encoded: Any = None
@@ -48,13 +48,17 @@ class Reading(State):
 class EncoderDecoder(HubDecoder):
     """An encoder-decoder of transformers and a kind of cache, called as `generate` calls it."""
 
-    source_words: Tensor = field(default_factory=lambda: torch.empty(0))
+    source_word_ids: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def full(
         self, ids: Tensor, padding: Tensor | None = None, source: Source | None = None
     ) -> Tensor:
+        """Whole sequences (B,T) in one pass that no cache takes part in -> logits (B,T,V)."""
         assert source is not None
-        given = {"input_ids": self.source_words[source.ids], "attention_mask": source.mask.long()}
+        given = {
+            "input_ids": self.source_word_ids[source.ids],
+            "attention_mask": source.mask.long(),
+        }
         answer = self.module(**given, **self._tokens(ids, 0, padding), use_cache=False)
         logits: Tensor = answer["logits"]
         return logits
@@ -65,14 +69,19 @@ class EncoderDecoder(HubDecoder):
         capacity: int,
         padding: Tensor | None = None,
         source: Source | None = None,
-    ) -> Reading:
+    ) -> Seq2SeqState:
+        """The state before the first token: the source is encoded, and its cache made."""
         assert source is not None
         encoded = self._encode(source)
         cache = generated_cache(self.module, self.kind, encoded, batch, capacity)
-        return Reading(cache, 0, batch, capacity, padding, encoded, source.mask.long())
+        return Seq2SeqState(cache, 0, batch, capacity, padding, encoded, source.mask.long())
 
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
-        assert isinstance(state, Reading)
+        """The next tokens (B,n) -> their logits (B,n,V), and the next state.
+
+        Raises TypeError if the model answers without a cache.
+        """
+        assert isinstance(state, Seq2SeqState)
         answer = self.module(
             encoder_outputs=state.encoded,
             attention_mask=state.mask,
@@ -86,13 +95,18 @@ class EncoderDecoder(HubDecoder):
         return answer["logits"], replace(state, cache=answer["past_key_values"], past=past)
 
     def select(self, state: State, rows: Tensor) -> State:
-        assert isinstance(state, Reading)
+        """Go on from the histories and sources of `rows` (n,), in that order."""
+        assert isinstance(state, Seq2SeqState)
         hidden = state.encoded.last_hidden_state[rows]
         encoded = type(state.encoded)(last_hidden_state=hidden)
         return super().select(replace(state, encoded=encoded, mask=state.mask[rows]), rows)
 
     def reset(self, state: State, source: Source | None = None) -> State:
-        assert isinstance(state, Reading) and source is not None
+        """Begin again on the same cache with another source.
+
+        Raises NotImplementedError for one that is longer than the room of a static cache.
+        """
+        assert isinstance(state, Seq2SeqState) and source is not None
         room, width = state.mask.shape[1], source.mask.shape[1]
         if self.kind == STATIC and width > room:
             raise NotImplementedError(f"there is room for a source of {room}, and it has {width}")
@@ -104,16 +118,16 @@ class EncoderDecoder(HubDecoder):
     def _encode(self, source: Source) -> Any:
         model: Any = self.module
         return model.get_encoder()(
-            input_ids=self.source_words[source.ids],
+            input_ids=self.source_word_ids[source.ids],
             attention_mask=source.mask.long(),
             return_dict=True,
         )
 
     def _tokens(self, ids: Tensor, past: int, padding: Tensor | None) -> dict[str, Any]:
-        given = self._places(ids, past, padding)
+        given = self._position_arguments(ids, past, padding)
         if "attention_mask" in given:
             given["decoder_attention_mask"] = given.pop("attention_mask")
-        return {"decoder_input_ids": self.words[ids], **given}
+        return {"decoder_input_ids": self.word_ids[ids], **given}
 
 
 class EncoderDecoderSubject(TransformersSubject):
@@ -128,14 +142,17 @@ class EncoderDecoderSubject(TransformersSubject):
         self._shared: dict[Any, Any] = {}  # between this subject and its variants
         with quiet_transformers(), torch.inference_mode():
             decoder = encoder_decoder(model, kind)
-            self.source_vocab_size = len(decoder.source_words)
-            TargetSubject.__init__(self, decoder, kind, len(decoder.words), context(model.config))
+            self.source_vocab_size = len(decoder.source_word_ids)
+            TargetSubject.__init__(
+                self, decoder, kind, len(decoder.word_ids), context(model.config)
+            )
         self.abilities |= {"source"}
-        self.limit(model.config, kind)
+        self.find_limits(model.config, kind)
 
     # Calls
 
-    def whole(self, ids: Tensor, start: Start | None = None) -> Tensor:
+    def call_full(self, ids: Tensor, start: Start | None = None) -> Tensor:
+        """One call of the decoder's full: (B,T) -> (B,T,V); without `start` of some source."""
         start = start or Start(ids.shape[0], ids.shape[1])
         logits = self.decoder.full(ids, start.padding, self._source(start))
         return shaped(logits, ids, "full")
@@ -150,12 +167,14 @@ class EncoderDecoderSubject(TransformersSubject):
     def _each_alone(self, ids: Tensor, start: Start) -> Tensor:
         rows = torch.arange(ids.shape[0], device=ids.device)[:, None]
         alone = [unpadded(start.select(row)) for row in rows]
-        return torch.cat([self.whole(ids[i], one) for i, one in zip(rows, alone, strict=True)])
+        return torch.cat([self.call_full(ids[i], one) for i, one in zip(rows, alone, strict=True)])
 
-    def empty(self, start: Start) -> Any:
+    def initial_state(self, start: Start) -> Any:
+        """The state before the first token."""
         return self.decoder.start(start.batch, start.capacity, start.padding, self._source(start))
 
     def reset_arguments(self, start: Start) -> tuple[Any, ...]:
+        """The source, which the decoder's reset is given besides the state."""
         return (self._source(start),)
 
     def _source(self, start: Start) -> Source:
@@ -166,6 +185,7 @@ class EncoderDecoderSubject(TransformersSubject):
         return Source(ids % self.source_vocab_size, torch.ones_like(ids, dtype=torch.bool))
 
     def to(self, dtype: torch.dtype) -> TransformersSubject:
+        """The same mathematics in another format; each is converted once for all variants."""
         if dtype not in self._shared:
             self._shared[dtype] = super().to(dtype).decoder
         other = copy.copy(self)
@@ -194,7 +214,7 @@ class EncoderDecoderSubject(TransformersSubject):
         source.mask[0, SOURCE // 2 :] = False
         start = Start(2, HISTORY, None, source)
         with Promote(), quiet_transformers():
-            found, expected = double.whole(ids, start), double._each_alone(ids, start)
+            found, expected = double.call_full(ids, start), double._each_alone(ids, start)
         return max(distances([found], [expected]))
 
     def remark(self) -> str:
@@ -204,6 +224,7 @@ class EncoderDecoderSubject(TransformersSubject):
         return f"padding of the source changes uncached logits (by {self.padding_gap:.0e})"
 
     def vacuous(self) -> str | None:
+        """Why equal logits would prove nothing about the cache, if so."""
         if self._vacuous is None:
             self._vacuous = (super().vacuous() or self._encoded_again(),)
         return self._vacuous[0]
@@ -211,7 +232,7 @@ class EncoderDecoderSubject(TransformersSubject):
     def _encoded_again(self) -> str | None:
         """Whether a step computes the source's keys and values again: then it reads its states."""
         ids = torch.arange(4, device=self.device)[None] % self.vocab_size
-        _, state = self.step(ids[:, :-1], self.empty(Start(1, NEEDED)))
+        _, state = self.step(ids[:, :-1], self.initial_state(Start(1, NEEDED)))
         other = copy.deepcopy(state)
         other.encoded.last_hidden_state.neg_()
         found, expected = (self.step(ids[:, -1:], s)[0] for s in (other, state))
@@ -236,17 +257,23 @@ def encoder_decoder(model: Any, kind: str) -> EncoderDecoder:
     require_static(model, kind)
     position = "decoder_position_ids" if "decoder_position_ids" in names else ""
     plan = Plan("past_key_values", f"a {kind} cache", 0, "use_cache", position, "rows")
-    words, source_words = (
+    word_ids, source_word_ids = (
         ordinary_ids(model.config, n).to(model.device) for n in vocabularies(model)
     )
     unable = ("crop",) if kind == STATIC else ()
     takes_padding = "decoder_attention_mask" in names
     found = EncoderDecoder(
-        model, plan, unable, takes_padding, kind=kind, words=words, source_words=source_words
+        model,
+        plan,
+        unable,
+        takes_padding,
+        kind=kind,
+        word_ids=word_ids,
+        source_word_ids=source_word_ids,
     )
     ids = torch.arange(SOURCE, device=model.device)[None]
     try:
-        found.start(1, NEEDED, None, Source(ids % len(source_words), torch.ones_like(ids) > 0))
+        found.start(1, NEEDED, None, Source(ids % len(source_word_ids), torch.ones_like(ids) > 0))
     except Exception as error:  # what `generate` refuses to make
         pass_on_shortage(error)
         raise CacheOpUnsupported(kind, "be made", first_line(error)) from error

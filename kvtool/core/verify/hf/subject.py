@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvtool.core.verify.hf.caches import make_cache, reach
+from kvtool.core.verify.hf.caches import attention_limits, make_cache
 from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.core.verify.precision import Promote
-from kvtool.core.verify.scenarios import PREFILL as PREFILL
 from kvtool.core.verify.target.adapter import ModuleDecoder, Plan, State, adapt
 from kvtool.core.verify.target.subject import NEEDED, TargetSubject
 from kvtool.errors import CacheOpUnsupported, UsageError, first_line, pass_on_shortage
@@ -40,26 +40,28 @@ class HubDecoder(ModuleDecoder):
     """A model of transformers and a kind of cache: a decoder of the protocol of ../target."""
 
     kind: str = "dynamic"
-    words: Tensor = field(default_factory=lambda: torch.empty(0))  # the ids that mean no more
+    word_ids: Tensor = field(default_factory=lambda: torch.empty(0))  # of those that mean no more
     mask_length: int = 0  # that a mask is filled up to
 
     def full(self, ids: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Whole sequences (B,T) in one pass that no cache takes part in -> logits (B,T,V)."""
         self.mask_length = 0
-        return super().full(self.words[ids], padding)
+        return super().full(self.word_ids[ids], padding)
 
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+        """The next tokens (B,n) -> their logits (B,n,V), and the next state."""
         # As `generate` does it: where positions come from the mask, it is as long as the cache.
         by_mask = self.kind == "static" and hasattr(self.module.base_model, "build_alibi_tensor")
         self.mask_length = state.room if by_mask else 0
-        return super().step(self.words[ids], state)
+        return super().step(self.word_ids[ids], state)
 
-    def _initial(self, batch: int, capacity: int) -> Any:
+    def _initial_cache(self, batch: int, capacity: int) -> Any:
         if self.kind == "own":
-            return super()._initial(batch, capacity)
+            return super()._initial_cache(batch, capacity)
         return make_cache(self.kind, self.module.config, capacity)
 
-    def _places(self, ids: Tensor, past: int, padding: Tensor | None) -> dict[str, Any]:
-        found = super()._places(ids, past, padding)
+    def _position_arguments(self, ids: Tensor, past: int, padding: Tensor | None) -> dict[str, Any]:
+        found = super()._position_arguments(ids, past, padding)
         if past and self.plan.cache == "cache_params":  # `generate` gives it to the prompt alone
             found.pop("attention_mask", None)
         if (mask := found.get("attention_mask")) is not None:
@@ -68,6 +70,7 @@ class HubDecoder(ModuleDecoder):
         return found
 
     def to(self, dtype: torch.dtype) -> HubDecoder:
+        """The same decoder with a copy of the model in another format."""
         return replace(self, module=converted(self.module, dtype))
 
     def _change(self, op: str, cache: Any, *args: Any) -> Any:
@@ -84,16 +87,16 @@ class TransformersSubject(TargetSubject):
     """
 
     def __init__(self, model: Any, kind: str) -> None:
-        words = ordinary_ids(model.config)
+        word_ids = ordinary_ids(model.config)
         with quiet_transformers(), torch.inference_mode():
-            decoder = hub_decoder(model, kind, words.to(model.device))
-            super().__init__(decoder, kind, len(words), context(model.config))
+            decoder = hub_decoder(model, kind, word_ids.to(model.device))
+            super().__init__(decoder, kind, len(word_ids), context(model.config))
         if kind != "own":
-            self.limit(model.config, kind)
+            self.find_limits(model.config, kind)
 
-    def limit(self, config: Any, kind: str) -> None:
+    def find_limits(self, config: Any, kind: str) -> None:
         """Find out whether its layers see all, and whether its room ends."""
-        windows, full = reach(config)
+        windows, full = attention_limits(config)
         if windows and max(windows) <= LONGEST_WINDOW:
             self.window = max(windows)
             self.abilities |= {"window"}
@@ -102,7 +105,7 @@ class TransformersSubject(TargetSubject):
 
     @property
     def not_judged(self) -> str:
-        """What of the cache something else stands in for: see `hold_exactly`."""
+        """What of the cache something else stands in for: see `disable_rounding`."""
         return CODES if self.decoder.kind == QUANTIZED else ""
 
     def remark(self) -> str:
@@ -110,6 +113,7 @@ class TransformersSubject(TargetSubject):
         return ""
 
     def to(self, dtype: torch.dtype) -> TransformersSubject:
+        """The same mathematics in another format."""
         other = copy.copy(self)
         other.decoder, other.dtype = self.decoder.to(dtype), dtype
         return other
@@ -122,34 +126,38 @@ def require_static(model: Any, kind: str) -> None:
         raise CacheOpUnsupported(kind, "be used", why)
 
 
-def hub_decoder(model: Any, kind: str, words: Tensor) -> HubDecoder:
+def hub_decoder(model: Any, kind: str, word_ids: Tensor) -> HubDecoder:
     """The way to call a model with a kind of cache. Raises CacheOpUnsupported if it takes none."""
     names = inspect.signature(model.forward).parameters
     parameter = next((name for name in PARAMETERS if name in names), "")
-    takes = bool(parameter) and model._supports_default_dynamic_cache()
+    takes_caches = bool(parameter) and model._supports_default_dynamic_cache()
     if kind == "own":
-        if takes:
+        if takes_caches:
             raise CacheOpUnsupported(kind, "be checked", "the model takes DynamicCache, as given")
-        found = vars(adapted(model))
-        return HubDecoder(**found, kind=kind, words=words)
-    if not takes:
+        return HubDecoder(**vars(adapted(model)), kind=kind, word_ids=word_ids)
+    if not takes_caches:
         why = "the model keeps its state in another way" if parameter else "forward takes no cache"
         raise CacheOpUnsupported(kind, "be used", why)
     require_static(model, kind)
+    _require_made(model, kind)
+    plan = Plan(
+        cache=parameter,
+        initial=f"a {kind} cache",
+        flag="use_cache" if "use_cache" in names or takes_any_keyword(model.forward) else "",
+        position="position_ids" if "position_ids" in names else "",
+        form="rows",
+    )
+    unable = ("crop",) if kind == "static" else ()
+    return HubDecoder(model, plan, unable, "attention_mask" in names, kind=kind, word_ids=word_ids)
+
+
+def _require_made(model: Any, kind: str) -> None:
+    """Raise CacheOpUnsupported for a kind of cache that transformers cannot make for a model."""
     try:
         make_cache(kind, model.config, NEEDED)
     except Exception as error:  # a backend that is missing, layers of which it has no kind
         pass_on_shortage(error)
         raise CacheOpUnsupported(kind, "be made", first_line(error)) from error
-    plan = Plan(
-        cache=parameter,
-        initial=f"a {kind} cache",
-        flag="use_cache" if "use_cache" in names or takes_any(model.forward) else "",
-        position="position_ids" if "position_ids" in names else "",
-        form="rows",
-    )
-    unable = ("crop",) if kind == "static" else ()
-    return HubDecoder(model, plan, unable, "attention_mask" in names, kind=kind, words=words)
 
 
 def converted(model: Any, dtype: torch.dtype) -> Any:
@@ -186,32 +194,37 @@ def _built_in_float64(model: Any) -> Any:
 
 
 def adapted(model: Any) -> ModuleDecoder:
-    """Raises CacheOpUnsupported if no way to call it with a state of its own runs."""
+    """A model that keeps its state in a way of its own, called as its signature suggests.
+
+    Raises CacheOpUnsupported if no way to call it so runs.
+    """
     try:
         return adapt(model, "own", model.device)
     except UsageError as error:
         raise CacheOpUnsupported("own", "be found", error.message) from error
 
 
-def takes_any(forward: Callable[..., Any]) -> bool:
+def takes_any_keyword(forward: Callable[..., Any]) -> bool:
     """Whether a function takes any keyword."""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
 
 
 def ordinary_ids(config: Any, size: int = 0) -> Tensor:
-    """The ids (N,) that are words: images, padding and the like would change what a model does.
+    """The ids (N,) that are word_ids: images, padding and the like would change what a model does.
 
     size: of the vocabulary, if it is not the one of what the model writes.
     """
-    special = {
-        value
-        for part in (config, *(p for p in vars(config).values() if hasattr(p, "get_text_config")))
-        for name, given in vars(part).items()
-        if name.endswith(("_token_id", "_token_index"))
-        for value in (given if isinstance(given, (list, tuple)) else [given])
-    }
+    parts = [config, *(p for p in vars(config).values() if hasattr(p, "get_text_config"))]
+    special = set(itertools.chain.from_iterable(map(_special_ids, parts)))
     size = size or config.get_text_config(decoder=True).vocab_size
     return torch.tensor([i for i in range(size) if i not in special])
+
+
+def _special_ids(config: Any) -> Iterator[Any]:
+    """The ids that a configuration, but none in it, gives a meaning of their own."""
+    for name, value in vars(config).items():
+        if name.endswith(("_token_id", "_token_index")):
+            yield from value if isinstance(value, (list, tuple)) else [value]
 
 
 def context(config: Any) -> int:
@@ -219,6 +232,3 @@ def context(config: Any) -> int:
     text = config.get_text_config(decoder=True)
     found = (getattr(text, name, None) for name in CONTEXT_NAMES)
     return next((n for n in found if isinstance(n, int) and n > 0), CONTEXT)
-
-
-# The model, and the check

@@ -15,10 +15,8 @@ from typing import Any
 
 from kvtool import ending
 from kvtool.core.verify.hf.task import Swept, Task
-from kvtool.core.verify.kept import Kept
-from kvtool.core.verify.outcome import (
-    ERROR,
-)
+from kvtool.core.verify.outcome import ERROR
+from kvtool.core.verify.resume_log import ResumeLog
 from kvtool.outside import elsewhere
 
 PRELOADED = [
@@ -33,23 +31,23 @@ ALONE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": 
 def sweep(
     tasks: Sequence[Task],
     seconds: float,
-    kept: Kept[Swept] | None = None,
+    log: ResumeLog[Swept] | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Swept]:
     """Judge one type after the other, each for at most `seconds`.
 
-    kept: what it knows is not judged again, and each result is appended as soon as it is there.
+    log: what is in it is not judged again, and each result is appended as soon as it is there.
     Raises FileError if it cannot be written.
     """
-    known = {(swept.type, swept.kind): swept for swept in (kept.known if kept is not None else ())}
+    logged = {} if log is None else {(swept.type, swept.kind): swept for swept in log.results}
     for task in tasks:
         tell(task.type)
-        found = known.get((task.type, task.kind))
+        found = logged.get((task.type, task.kind))
         if found is None:
             found = judge_type(task, seconds)
             ending.check()  # the signal may have ended its process, which is no result
-            if kept is not None:
-                kept.append(found)
+            if log is not None:
+                log.append(found)
         yield found
 
 

@@ -77,9 +77,9 @@ def judge(task: Task) -> Swept:
 def summary(name: str, checked: Sequence[Checked], note: str = "") -> Swept:
     """What the findings for all kinds of caches and scenarios come to, the planted bug included."""
     judged = [c for c in checked if not c.planted]
+    kinds = {c.cache: [d for d in judged if d.cache == c.cache] for c in judged}
+    verdicts = {cache: worst_of(of_kind).finding.verdict for cache, of_kind in kinds.items()}
     played = [c for c in judged if c.outcome != Outcome.SKIPPED]
-    by_cache = {c.cache: worst_of([d for d in judged if d.cache == c.cache]) for c in judged}
-    verdicts = {cache: worst.finding.verdict for cache, worst in by_cache.items()}
     if not played:
         reasons = dict.fromkeys(c.finding.evidence for c in judged)
         return Swept(name, UNSUPPORTED, False, joined(note, *list(reasons)[:1]), by_cache=verdicts)
@@ -115,6 +115,7 @@ def explained(worst: Checked, evidence: str, played: Sequence[Checked]) -> str:
 
 
 def joined(*parts: str) -> str:
+    """The parts that say something, in one line."""
     return "; ".join(filter(None, parts))
 
 
@@ -122,7 +123,7 @@ def answer(task: Task, sender: Connection) -> None:
     """What the process runs: judge the type, and send what it came to."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who waits for the answer decides, and kills
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides, and kills this one
 
     limit_memory(task.memory)
     torch.set_num_threads(task.threads)

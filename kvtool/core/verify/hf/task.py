@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from kvtool.core.verify.judge import RIGHT
+from kvtool.core.verify.finding import RIGHT
 from kvtool.core.verify.outcome import (
     BUG,
     ERROR,
@@ -44,6 +44,7 @@ class Swept:
 
     @property
     def judged(self) -> bool:
+        """Whether there is a verdict, good or bad."""
         return self.verdict in JUDGED
 
     @property

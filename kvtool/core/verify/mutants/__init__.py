@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvtool.core.verify.mutants.contents import CONTENTS
 from kvtool.core.verify.mutants.lookalikes import LOOKALIKES
 from kvtool.core.verify.mutants.masks import MASKS
-from kvtool.core.verify.mutants.mutant import Lookalike, Mutant, Planted
+from kvtool.core.verify.mutants.mutant import BUG_CLASSES, Lookalike, Mutant, Planted
 from kvtool.core.verify.mutants.pages import PAGES
 from kvtool.core.verify.mutants.positions import POSITIONS
 from kvtool.core.verify.mutants.quantized import QUANTIZED
@@ -14,7 +14,7 @@ from kvtool.core.verify.mutants.slots import SLOTS
 from kvtool.core.verify.mutants.sources import SOURCES
 from kvtool.core.verify.mutants.windows import WINDOWS
 
-__all__ = ["LOOKALIKES", "MUTANTS", "Lookalike", "Mutant", "Planted"]
+__all__ = ["BUG_CLASSES", "LOOKALIKES", "MUTANTS", "Lookalike", "Mutant", "Planted"]
 
 ALL = (*POSITIONS, *MASKS, *WINDOWS, *ROLLBACK, *SLOTS, *SOURCES, *PAGES, *QUANTIZED, *CONTENTS)
 MUTANTS = tuple(sorted(ALL, key=lambda mutant: mutant.bug_class or 99))  # unlisted ones last

@@ -53,6 +53,8 @@ class ReadsLayerZero(DynamicCache):
 
 
 class ReadsKeysOfLayerZero(ReadsLayerZero):
+    """Every layer reads the past keys of layer 0."""
+
     part = "_keys"
 
 
@@ -117,6 +119,8 @@ class WrongBelowFloat64(DynamicCache):
 
 
 class NaNBelowFloat64(WrongBelowFloat64):
+    """Gives NaN in formats other than float64."""
+
     factor = float("nan")
 
 

@@ -31,6 +31,7 @@ def not_causal(step: Step, held: int) -> Step:
 
 
 def padding_lost_in_chunks(step: Step) -> Tensor | None:
+    """The mask (B,1,n,S) of a step, without the padding if the step has several tokens."""
     q, k = sides(step)
     return whole(step.mask) if q.shape[2] == 1 else (k <= q) & (k > EMPTY)
 

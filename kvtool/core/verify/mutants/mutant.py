@@ -18,6 +18,27 @@ from kvtool.core.kernels.sight import whole
 from kvtool.core.models import Model, build_model
 from kvtool.core.verify.subject import Make, ModelSession, ModelSubject, Session, Start
 
+# Kinds of bugs that happened in caches of other projects; `Mutant.seen_in` names where.
+BUG_CLASSES = {
+    1: "the position is not advanced behind a step",
+    2: "positions are off by one, or by a step",
+    3: "stored keys are rotated again",
+    4: "positions ignore left padding",
+    5: "the padding mask is forgotten behind the prompt",
+    6: "the causal mask is aligned top-left where there are more keys than queries",
+    7: "a step of several tokens has no causal mask once there is a past",
+    8: "the window is off by one, or dropped in some steps",
+    9: "a ring overwrites keys that are still needed",
+    10: "after eviction the position is the number of keys held",
+    11: "a wrapped ring is cropped wrongly",
+    12: "a crop takes a wrong number of tokens, or acts on some layers only",
+    13: "reset leaves something behind",
+    14: "slots that hold nothing, or something old, are attended",
+    15: "a token beyond the capacity is accepted",
+    16: "forks share their storage",
+    17: "rows are reordered not at all, on the wrong axis, or in part",
+    18: "a source's keys and values outlive it, or its padding is attended",
+}
 SIZES: dict[str, Any] = {
     "vocab_size": 23,
     "n_layers": 2,
@@ -57,6 +78,7 @@ class Planted:
     dtype: torch.dtype = torch.float32
 
     def subject(self) -> ModelSubject:
+        """The small model with what is planted."""
         model = build(self.model, self.dtype)
         return ModelSubject(model, self.make, self.name, self.kernels, self.session)
 
@@ -65,7 +87,7 @@ class Planted:
 class Mutant(Planted):
     """A bug, planted the way that it happened, and what the check must say of it."""
 
-    bug_class: int = 0  # a row of the table of real bugs; 0: none of them
+    bug_class: int = 0  # of BUG_CLASSES; 0: none of them
     seen_in: str = ""
     scenario: str = "decode"
     verdict: str = "bug"

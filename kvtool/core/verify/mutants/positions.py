@@ -48,12 +48,16 @@ class Rotating(DynamicCache):
 
 
 class RotatesOnRead(Rotating):
+    """Rotates all keys again whenever they are read."""
+
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         keys, values = super().write(layer, k, v, step)
         return (self.rotary(keys, step.k_pos) if self.length else keys), values
 
 
 class RotatesThePast(Rotating):
+    """Rotates the keys of earlier steps again whenever they are read."""
+
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         keys, values = super().write(layer, k, v, step)
         n = self.length

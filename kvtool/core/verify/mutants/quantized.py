@@ -21,6 +21,8 @@ ALL = 256  # tokens: more than any scenario feeds
 
 
 class NoZeroPoint(Packed):
+    """Reads codes without adding their zero point."""
+
     def read(self, n: int) -> Tensor:
         low, self.low = self.low, torch.zeros_like(self.low)
         try:
@@ -30,6 +32,8 @@ class NoZeroPoint(Packed):
 
 
 class ScaleOfAllLevels(Packed):
+    """Divides the range by 2**bits, where it has one step less."""
+
     def read(self, n: int) -> Tensor:
         scale, levels = self.scale, 2**self.bits
         self.scale = scale * (levels - 1) / levels
@@ -52,6 +56,8 @@ class ScaleBefore(Packed):
 
 
 class TokensSwapped(Packed):
+    """Reads the two tokens of a byte in the wrong order."""
+
     def read(self, n: int) -> Tensor:
         codes = self.codes
         self.codes = codes >> 4 | codes << 4
@@ -78,6 +84,8 @@ class RoundsTwice(Packed):
 
 
 class CountsPadding(Packed):
+    """The range of a group counts its padding."""
+
     def write(self, start: int, x: Tensor, padding: Tensor | None = None) -> None:
         super().write(start, x)
 
@@ -118,6 +126,7 @@ def _like(packed: type[Packed], cache: QuantizedCache, buffer: Tensor, right: Pa
 
 
 def small(kind: type[QuantizedCache], **changes: int) -> Any:
+    """How to make a quantized cache that rounds within a short scenario; `changes` are settings."""
     return partial(kind, **{**kind.small, "slack": 0, **changes})  # type: ignore[arg-type]
 
 

@@ -22,26 +22,36 @@ EMBEDDED, ROTATED, SEEN = "attention input", "queries", "visible keys"
 
 
 class KeepsOneMore(DirectSession):
+    """Crops to one token more than it should."""
+
     def crop(self, length: int) -> None:
         self.cache.crop(length + 1)
 
 
 class KeepsOneLess(DirectSession):
+    """Crops to one token less than it should."""
+
     def crop(self, length: int) -> None:
         self.cache.crop(length - 1)
 
 
 class NeverCrops(DirectSession):
+    """Keeps what it should take back."""
+
     def crop(self, length: int) -> None:
         pass
 
 
 class CropsFirstLayer(LayerwiseCache):
+    """Crops the first layer alone."""
+
     def crop_layer(self, layer: int, pair: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
         return super().crop_layer(layer, pair, n) if layer == 0 else pair
 
 
 class CropsOtherLayers(LayerwiseCache):
+    """Crops all layers but the first."""
+
     def crop_layer(self, layer: int, pair: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
         return super().crop_layer(layer, pair, n) if layer > 0 else pair
 
@@ -85,6 +95,8 @@ class StaleValue(StaticCache):
 
 
 class NeverResets(DirectSession):
+    """Begins with another source, and keeps its cache."""
+
     def reset(self, start: Start) -> None:
         self.source = self.encode(start)
 
@@ -115,6 +127,8 @@ class LengthKept(StaticCache):
 
 
 class ResetsOtherLayers(LayerwiseCache):
+    """Resets all layers but one, the first."""
+
     kept = 0
 
     def reset(self, left_padding: Tensor | None = None) -> None:
@@ -125,6 +139,8 @@ class ResetsOtherLayers(LayerwiseCache):
 
 
 class ResetsFirstLayer(ResetsOtherLayers):
+    """Resets all layers but the second."""
+
     kept = 1
 
 
@@ -132,11 +148,15 @@ class ResetsFirstLayer(ResetsOtherLayers):
 
 
 class ForksShallowly(DynamicCache):
+    """Shares its buffers with its forks."""
+
     def fork(self) -> Cache:
         return copy.copy(self)  # the lists of buffers are the same, and are written in place
 
 
 class ForksKeysOnly(StaticCache):
+    """Shares its values with its forks."""
+
     def fork(self) -> Cache:
         other = copy.deepcopy(self)
         other._values = self._values
@@ -144,6 +164,8 @@ class ForksKeysOnly(StaticCache):
 
 
 class ForksNothing(DirectSession):
+    """Hands out itself as a fork."""
+
     def fork(self) -> ModelSession:
         return copy.copy(self)
 
@@ -152,6 +174,8 @@ class ForksNothing(DirectSession):
 
 
 class SelectsNothing(DynamicCache):
+    """Reorders the padding alone."""
+
     def select(self, rows: Tensor) -> None:
         Cache.select(self, rows)
 
@@ -168,10 +192,14 @@ class SelectsKeys(DynamicCache):
 
 
 class SelectsValues(SelectsKeys):
+    """Reorders the values alone."""
+
     kept = "_keys"
 
 
 class SelectsFirstLayer(LayerwiseCache):
+    """Reorders the first layer alone."""
+
     def select_layer(
         self, layer: int, keys: Tensor, values: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -179,6 +207,8 @@ class SelectsFirstLayer(LayerwiseCache):
 
 
 class SelectsOtherLayers(LayerwiseCache):
+    """Reorders all layers but the first."""
+
     def select_layer(
         self, layer: int, keys: Tensor, values: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from kvtool.core.verify.arms import Case
 from kvtool.core.verify.diagnosis.doctor import examine
-from kvtool.core.verify.judge import Case, Finding, Judge
+from kvtool.core.verify.finding import Finding
+from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.mutants import LOOKALIKES, MUTANTS, Lookalike, Mutant
 from kvtool.core.verify.outcome import UNSUPPORTED
 from kvtool.core.verify.scenarios import SCENARIOS
@@ -20,7 +22,7 @@ class Trial:
     """What the check said of one planted bug, or of one look-alike. None: does not apply."""
 
     name: str
-    bug_class: int  # a row of the table of real bugs; 0: none of them
+    bug_class: int  # of BUG_CLASSES; 0: none of them
     seen_in: str  # where it happened
     scenario: str  # the one it is planted in, or that was loud about a look-alike
     expected: str  # the verdict
@@ -34,6 +36,7 @@ class Trial:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing that the check had to say was wrong."""
         answers = (self.caught, self.step_right, self.layer_right, self.hint_right, self.quiet)
         return False not in answers
 
@@ -44,13 +47,13 @@ def names() -> list[str]:
 
 
 def run(
-    progress: Callable[[str], None] = lambda name: None, known: Container[str] = ()
+    progress: Callable[[str], None] = lambda name: None, skip: Container[str] = ()
 ) -> Iterator[Trial]:
     """Judge every mutant in its scenario and every look-alike in all of them, mutants first, but
-    for those whose names are `known`. progress is told the name of what comes next."""
+    for those whose names are in `skip`. progress is told the name of what comes next."""
     everything: tuple[Mutant | Lookalike, ...] = (*MUTANTS, *LOOKALIKES)
     for planted in everything:
-        if planted.name not in known:
+        if planted.name not in skip:
             progress(planted.name)
             yield try_mutant(planted) if isinstance(planted, Mutant) else try_lookalike(planted)
 
@@ -73,8 +76,9 @@ def try_mutant(mutant: Mutant) -> Trial:
     finding = Judge(mutant.subject(), examine).judge(Case(SCENARIOS[mutant.scenario]))
     caught = finding.verdict == mutant.verdict and not finding.right
     place = (finding.diagnosis.layer, finding.diagnosis.part)
-    bugs, in_vain = finding.diagnosis.bugs, finding.diagnosis.in_vain
-    named = mutant.hint in bugs if mutant.hint else bool(in_vain) and not bugs
+    said = in_one_line(finding)
+    bugs, unexplained = finding.diagnosis.bugs, finding.diagnosis.unexplained
+    named = mutant.hint in bugs if mutant.hint else bool(unexplained) and not bugs
     return Trial(
         mutant.name,
         mutant.bug_class,
@@ -86,11 +90,11 @@ def try_mutant(mutant: Mutant) -> Trial:
         step_right=caught and finding.first_wrong == mutant.step,
         layer_right=caught and place == (mutant.layer, mutant.part) if mutant.part else None,
         hint_right=None if mutant.hint is None else caught and named,
-        detail=said(finding) if caught else f"{said(finding)} ({elsewhere(mutant)})",
+        detail=said if caught else f"{said} ({caught_elsewhere(mutant)})",
     )
 
 
-def elsewhere(mutant: Mutant) -> str:
+def caught_elsewhere(mutant: Mutant) -> str:
     """Which scenarios catch a mutant that its own does not."""
     judge = Judge(mutant.subject())
     names = [s.name for s in SCENARIOS.values() if judge.judge(Case(s)).verdict == mutant.verdict]
@@ -114,11 +118,11 @@ def try_lookalike(lookalike: Lookalike) -> Trial:
         lookalike.verdict or "right",
         ", ".join(sorted(verdicts)),
         quiet=bool(tried) and not loud and as_expected,
-        detail=said(loud[0]) if loud else lookalike.why,
+        detail=in_one_line(loud[0]) if loud else lookalike.why,
     )
 
 
-def said(finding: Finding) -> str:
+def in_one_line(finding: Finding) -> str:
     """A finding in a line: the place and the hint, or else the evidence."""
     diagnosis = finding.diagnosis
     known = filter(None, [diagnosis.place, diagnosis.hint])

@@ -110,6 +110,7 @@ class DropsSilently(full_silently(lambda number, capacity: capacity - 1)):  # ty
 
 
 def overflow(name: str, make: Any, model: str, seen_in: str = "") -> Mutant:
+    """A planted bug that no error stops at the token beyond the capacity."""
     return Mutant(
         f"a token too many {name}", make, model=model, bug_class=15, seen_in=seen_in,
         scenario="overflow", step=3,

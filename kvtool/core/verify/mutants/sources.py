@@ -34,6 +34,8 @@ class KeepsSource(ModelSession):
 
 
 class AppendsSource(KeepsSource):
+    """Appends the second source to the first."""
+
     def both(self, old: CrossCache, new: CrossCache) -> CrossCache:
         layers = [
             (torch.cat([old.layers[i][0], k], dim=2), torch.cat([old.layers[i][1], v], dim=2))
@@ -43,18 +45,24 @@ class AppendsSource(KeepsSource):
 
 
 class KeepsMask(KeepsSource):
+    """Reads the second source through the first one's mask."""
+
     def both(self, old: CrossCache, new: CrossCache) -> CrossCache:
         width = new.mask.shape[1] - old.mask.shape[1]
         return replace(new, mask=F.pad(old.mask, (0, width)))
 
 
 class SeesPadding(ModelSession):
+    """Reads the padding of its source."""
+
     def encode(self, start: Start) -> CrossCache | None:
         source = super().encode(start)
         return source and replace(source, mask=source.mask | True)
 
 
 class ReadsFirstSourceLayer(ModelSession):
+    """Every layer reads the source's keys and values of layer 0."""
+
     def encode(self, start: Start) -> CrossCache | None:
         source = super().encode(start)
         return source and replace(source, layers=source.layers[:1] * len(source.layers))
@@ -62,6 +70,7 @@ class ReadsFirstSourceLayer(ModelSession):
 
 def source(name: str, session: Any, seen_in: str, step: int, layer: int, part: str, hint: str,
            model: str = "seq2seq") -> Mutant:  # fmt: skip
+    """A planted bug of sources, in the scenario that has two."""
     return Mutant(
         name, session=session, model=model, bug_class=18, seen_in=seen_in, scenario="two-sources",
         step=step, layer=layer, part=f"cross-attention {part}", hint=hint,

@@ -171,18 +171,22 @@ def windowed(rule: Callable[[SlidingCache, Step, int], Tensor | None], **sizes: 
 
 
 def other(window: int, sinks: int) -> Callable[[SlidingCache, Step, int], Tensor]:
+    """The mask of another window."""
     return lambda cache, step, held: visible(step.q_pos, step.k_pos, window, sinks)
 
 
 def fast_path(cache: SlidingCache, step: Step, held: int) -> Tensor | None:
+    """No mask in steps of one token."""
     return None if step.q_pos.shape[1] == 1 else whole(step.mask)
 
 
 def behind_prompt(cache: SlidingCache, step: Step, held: int) -> Tensor | None:
+    """No window behind the prompt."""
     return visible(step.q_pos, step.k_pos) if held else whole(step.mask)
 
 
 def in_chunks(cache: SlidingCache, step: Step, held: int) -> Tensor | None:
+    """No window in steps of several tokens."""
     return visible(step.q_pos, step.k_pos) if step.q_pos.shape[1] > 1 else whole(step.mask)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from kvtool.core.verify.target.place import FLAG, target_place
+from kvtool.core.verify.target.spec import FLAG, parse_spec
 from kvtool.core.verify.target.subject import TargetSubject, is_decoder
 from kvtool.errors import FileError, UsageError, first_line, pass_on_shortage
 from kvtool.reading import sha256
@@ -38,7 +38,7 @@ def identity(spec: str) -> dict[str, str]:
 
 def load_target(spec: str) -> Any:
     """The object that FILE.py:NAME is, or that it returns when called without arguments."""
-    place, name = target_place(spec)
+    place, name = parse_spec(spec)
     path = spec.rpartition(":")[0]
     module = _imported(place)
     if not hasattr(module, name):
@@ -70,7 +70,7 @@ def _imported(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         pass_on_shortage(error)
         sys.modules.pop(name, None)
-        raise FileError(f"{path}: importing it raised {told(error, path)}") from error
+        raise FileError(f"{path}: importing it raised {describe(error, path)}") from error
     return module
 
 
@@ -88,7 +88,7 @@ def _built(factory: Any, path: str, name: str) -> Any:
         return factory()
     except (Exception, SystemExit) as error:
         pass_on_shortage(error)
-        raise FileError(f"{path}: {name}() raised {told(error, Path(path))}") from error
+        raise FileError(f"{path}: {name}() raised {describe(error, Path(path))}") from error
 
 
 def _no_such_name(path: str, name: str, module: ModuleType) -> UsageError:
@@ -99,7 +99,7 @@ def _no_such_name(path: str, name: str, module: ModuleType) -> UsageError:
     return UsageError(f"{path}: has no {name}", hint)
 
 
-def told(error: BaseException, path: Path) -> str:
+def describe(error: BaseException, path: Path) -> str:
     """An error's type and message, and the last line of the file that it came through."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} (line {error.lineno})"

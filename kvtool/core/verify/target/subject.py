@@ -1,38 +1,27 @@
-"""The user's own decoder as a subject. It is an object that has
-
-    full(ids) -> logits                  whole sequences (B,T) -> (B,T,V), no cache takes part
-    step(ids, state) -> logits, state    the next tokens (B,n) -> (B,n,V), at first of state None
-
-and whichever of these it can do:
-
-    start(batch, capacity) -> state      the empty state, in place of None
-    crop(state, length) -> state         forget all but the first `length` tokens
-    select(state, rows) -> state         go on from the histories of rows (n,), in that order
-    reset(state) -> state                forget everything and begin again on the same object
-    to(dtype) -> decoder                 the same mathematics in another format
-    vocab_size, context                  how many ids there are, and the longest sequence
-
-A state may be changed in place; what returns None has done that, and what raises
-NotImplementedError cannot be done. Logits of the last token alone will do. Where `to` is lacking,
-the modules and tensors in the object's attributes are converted. An nn.Module without `full` and
-`step` is adapted: see kvtool.core.verify.target.adapter.
-"""
+"""A user's own decoder as a subject; kvtool.core.verify.target says what it has to have."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvtool.core.verify.kept import fingerprint
-from kvtool.core.verify.scenarios import PREFILL, STEPS
+from kvtool.core.verify.fingerprint import fingerprint
+from kvtool.core.verify.scenario_run import PREFILL, STEPS
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.adapter import adapt
+from kvtool.core.verify.target.attributes import (
+    contents,
+    converted,
+    device_of,
+    owned_modules,
+    whole_number,
+)
 from kvtool.errors import CacheOpUnsupported, UsageError, first_line, pass_on_shortage
 
 NEEDED = 2 * (PREFILL + STEPS)  # tokens that the longest scenario feeds, and some more
@@ -41,7 +30,6 @@ CONTEXT_NAMES = (
     "context", "context_length", "block_size", "max_position_embeddings", "n_positions", "n_ctx",
     "max_seq_len", "max_seq_length", "max_len", "seq_len",
 )  # fmt: skip
-CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
 
 
 class TargetSession:
@@ -50,7 +38,7 @@ class TargetSession:
     def __init__(self, subject: TargetSubject, start: Start) -> None:
         self.subject = subject
         self._begin(start)
-        self.state = subject.empty(start)
+        self.state = subject.initial_state(start)
 
     def _begin(self, start: Start) -> None:
         self.start = start
@@ -95,7 +83,7 @@ class TargetSession:
 
 
 class TargetSubject:
-    """A decoder that was given by its user: an object of the protocol above, or an nn.Module.
+    """A decoder that was given by its user: an object of the protocol, or an nn.Module.
 
     vocab_size, context: 0 looks for them. Raises UsageError if it cannot be called.
     """
@@ -110,10 +98,11 @@ class TargetSubject:
         for module in owned_modules(given).values():
             module.eval()
         with torch.inference_mode():
-            self.device = _device(given)
+            self.device = device_of(given)
             self.decoder: Any = given if is_decoder(given) else adapt(given, name, self.device)
-            self.vocab_size, self.dtype = self._probe(vocab_size or _number(given, ("vocab_size",)))
-            self.context = context or _number(given, CONTEXT_NAMES) or self._longest()
+            n_ids = vocab_size or whole_number(given, ("vocab_size",))
+            self.vocab_size, self.dtype = self._probe(n_ids)
+            self.context = context or whole_number(given, CONTEXT_NAMES) or self._longest()
             self.abilities = self._abilities()
         if self.context < NEEDED:
             raise UsageError(
@@ -129,18 +118,18 @@ class TargetSubject:
 
     # Calls
 
-    def whole(self, ids: Tensor, start: Start | None = None) -> Tensor:
+    def call_full(self, ids: Tensor, start: Start | None = None) -> Tensor:
         """One call of full: (B,T) -> (B,T,V), or (B,1,V) from a decoder that answers the last."""
         padding = None if start is None else start.padding
         logits = self.decoder.full(ids) if padding is None else self.decoder.full(ids, padding)
         return shaped(logits, ids, "full")
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
-        logits = self.whole(ids, start)
+        logits = self.call_full(ids, start)
         if logits.shape[1] == ids.shape[1]:
             return logits
         ends = range(1, ids.shape[1] + 1)
-        return torch.cat([self.whole(ids[:, :end], start) for end in ends], dim=1)
+        return torch.cat([self.call_full(ids[:, :end], start) for end in ends], dim=1)
 
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
         """(B,n) -> (B,n,V) or (B,1,V), and the next state."""
@@ -149,7 +138,7 @@ class TargetSubject:
             raise TypeError(f"step returned a {type(answer).__name__}, not (logits, state)")
         return shaped(answer[0], ids, "step"), answer[1]
 
-    def empty(self, start: Start) -> Any:
+    def initial_state(self, start: Start) -> Any:
         """The state before the first token."""
         make = getattr(self.decoder, "start", None)
         if make is None:
@@ -198,7 +187,7 @@ class TargetSubject:
         """Call everything once: the number of ids, and the format of the logits."""
         ids = torch.arange(4, device=self.device)[None] % (vocab_size or 4)
         try:
-            logits = self.whole(ids)
+            logits = self.call_full(ids)
             found, _ = self._after(ids)
         except (Exception, SystemExit) as error:
             pass_on_shortage(error)
@@ -214,7 +203,7 @@ class TargetSubject:
 
     def _after(self, ids: Tensor) -> tuple[Tensor, Any]:
         """The logits and the state behind ids that are fed in two steps."""
-        state = self.empty(Start(ids.shape[0], max(NEEDED, ids.shape[1])))
+        state = self.initial_state(Start(ids.shape[0], max(NEEDED, ids.shape[1])))
         _, state = self.step(ids[:, :-1], state)
         return self.step(ids[:, -1:], state)
 
@@ -224,7 +213,7 @@ class TargetSubject:
         while low < high:
             middle = (low + high + 1) // 2
             try:
-                self.whole(torch.zeros(1, middle, dtype=torch.long, device=self.device))
+                self.call_full(torch.zeros(1, middle, dtype=torch.long, device=self.device))
                 low = middle
             except (Exception, SystemExit) as error:  # whatever it raises: it cannot take that many
                 pass_on_shortage(error)
@@ -238,7 +227,7 @@ class TargetSubject:
         found -= set(getattr(self.decoder, "unable", ()))
         ids = torch.arange(8, device=self.device).reshape(2, 4) % self.vocab_size
         try:
-            self._after(ids), self.whole(ids)
+            self._after(ids), self.call_full(ids)
             found.add("batch")
             if getattr(self.decoder, "takes_padding", False):
                 found.add("padding")
@@ -266,10 +255,10 @@ class TargetSubject:
         """Whether a step computes as much as a pass over the history."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self.vocab_size, (1, HISTORY), generator=generator).to(self.device)
-        state = self.empty(Start(1, NEEDED))
+        state = self.initial_state(Start(1, NEEDED))
         _, state = self.step(ids[:, :-1], state)
         step = work(lambda: self.step(ids[:, -1:], state))
-        whole = work(lambda: self.whole(ids))
+        whole = work(lambda: self.call_full(ids))
         if not whole or step < whole / 2:
             return None
         return f"a step computes as much as a pass over all {HISTORY} tokens: the cache is not used"
@@ -288,7 +277,7 @@ class TargetSubject:
 
         held["step"] = counted
         try:
-            self.whole(torch.zeros(1, 4, dtype=torch.long, device=self.device))
+            self.call_full(torch.zeros(1, 4, dtype=torch.long, device=self.device))
         finally:
             del held["step"]
         if n_steps < 2:  # one step from an empty state is a pass over the whole sequence
@@ -321,68 +310,3 @@ def work(call: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
-
-
-# What a decoder holds
-
-
-def owned_modules(decoder: Any) -> dict[str, nn.Module]:
-    """The modules of a decoder by their dotted names, a module itself under ""."""
-    module = getattr(decoder, "module", None) if not isinstance(decoder, nn.Module) else decoder
-    if isinstance(module, nn.Module):
-        return dict(module.named_modules())
-    found: dict[str, nn.Module] = {}
-    for name, value in getattr(decoder, "__dict__", {}).items():
-        if isinstance(value, nn.Module):
-            found.update({f"{name}.{n}".rstrip("."): m for n, m in value.named_modules()})
-    return found
-
-
-def contents(state: Any, depth: int = 6) -> Iterator[Any]:
-    """Everything that a state holds: in containers, and in the attributes of its objects."""
-    for leaf in tree_leaves(state):
-        yield leaf
-        if depth and not isinstance(leaf, Tensor):
-            yield from contents(list(getattr(leaf, "__dict__", {}).values()), depth - 1)
-
-
-def converted(decoder: Any, dtype: torch.dtype) -> Any:
-    """A copy of a decoder in another format."""
-    other = copy.deepcopy(decoder)
-    if callable(getattr(other, "to", None)):
-        return other.to(dtype) or other
-    n_converted = 0
-
-    def convert(value: Any) -> Any:
-        nonlocal n_converted
-        if isinstance(value, nn.Module) or (
-            isinstance(value, Tensor) and value.is_floating_point()
-        ):
-            n_converted += 1
-            return value.to(dtype)
-        return value
-
-    held = getattr(other, "__dict__", {})
-    held.update({name: tree_map(convert, value) for name, value in held.items()})
-    if not n_converted:
-        raise NotImplementedError("it has no to(dtype), and no modules or tensors to convert")
-    return other
-
-
-def _device(given: Any) -> torch.device:
-    for value in (given, *getattr(given, "__dict__", {}).values()):
-        tensors = value.parameters() if isinstance(value, nn.Module) else tree_leaves(value)
-        for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                return tensor.device
-    return torch.device("cpu")
-
-
-def _number(given: Any, names: tuple[str, ...]) -> int:
-    """The first whole number that an object, or its configuration, has under one of the names."""
-    for holder in (given, *(getattr(given, name, None) for name in CONFIG_NAMES)):
-        for name in names:
-            value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
-            if isinstance(value, int) and value > 0:
-                return value
-    return 0

@@ -16,48 +16,51 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.core.verify.diagnosis.locate import TOLERANCE, differs, ranges, scale
-from kvtool.core.verify.target.subject import owned_modules
+from kvtool.core.verify.target.attributes import owned_modules
 
 HEADS = ("n_heads", "num_heads", "n_head", "num_attention_heads", "heads", "nhead")
 
 
-class Key(NamedTuple):
-    """A value that a module was given or answered."""
+class Site(NamedTuple):
+    """Where a value was seen: what a call of a module was given, or answered."""
 
     module: str
-    call: int  # the how manieth call of the module
+    call: int  # of the module, counted from 0
     side: str  # "in" or "out"
     name: str  # of the parameter; of an answer its number
 
     @property
     def layer(self) -> int | None:
+        """The first number in the module's dotted name."""
         number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.module)
         return int(number[1]) if number else None
 
 
-Trace = dict[Key, Tensor]  # in the order of execution
-Index = tuple[str, str]  # a module and its parameter that is given whole numbers
+Trace = dict[Site, Tensor]  # in the order of execution
+Lookup = tuple[str, str]  # a module and its parameter that is given whole numbers
 
 
-class Watch:
-    """Hooks on every module of a decoder. `trace` is what they saw since it was last emptied;
-    `places` are whole numbers (B,T) to give instead, for parameters that look something up."""
+class Tracer:
+    """Hooks on every module of a decoder. `trace` is what they saw since it was last cleared;
+    `instead` are whole numbers (B,T) to give to parameters that look something up."""
 
-    def __init__(self, places: dict[Index, Tensor] | None = None) -> None:
+    def __init__(self, instead: dict[Lookup, Tensor] | None = None) -> None:
         self.trace: Trace = {}
-        self.places = places or {}
+        self.instead = instead or {}
         self.calls: dict[str, int] = {}
 
-    def empty(self) -> None:
+    def clear(self) -> None:
+        """Forget what was seen."""
         self.trace, self.calls = {}, {}
 
-    def given(self, index: Index) -> Tensor:
+    def given(self, lookup: Lookup) -> Tensor:
         """What a module was given in its first call. Raises KeyError if it was not called."""
-        module, name = index
-        return self.trace[Key(module, 0, "in", name)]
+        module, name = lookup
+        return self.trace[Site(module, 0, "in", name)]
 
     @contextmanager
     def on(self, decoder: Any) -> Iterator[None]:
+        """Within, the decoder's modules are traced."""
         handles = []
         for name, module in owned_modules(decoder).items():
             enter, leave = self._enter(name), self._leave(name)
@@ -75,9 +78,9 @@ class Watch:
             names = parameter_names(module, len(args))
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             for name, value in given.items():
-                self._keep(Key(module_name, call, "in", name), value)
-                if (module_name, name) in self.places and isinstance(value, Tensor):
-                    given[name] = like(self.places[module_name, name], value)
+                self._keep(Site(module_name, call, "in", name), value)
+                if (module_name, name) in self.instead and isinstance(value, Tensor):
+                    given[name] = shaped_like(value, self.instead[module_name, name])
             return tuple(given[n] for n in names[: len(args)]), {n: given[n] for n in kwargs}
 
         return hook
@@ -86,13 +89,13 @@ class Watch:
         def hook(module: nn.Module, args: Any, answer: Any) -> None:
             values = answer if isinstance(answer, (tuple, list)) else [answer]
             for i, value in enumerate(values):
-                self._keep(Key(module_name, self.calls[module_name], "out", str(i)), value)
+                self._keep(Site(module_name, self.calls[module_name], "out", str(i)), value)
 
         return hook
 
-    def _keep(self, key: Key, value: Any) -> None:
+    def _keep(self, site: Site, value: Any) -> None:
         if isinstance(value, Tensor):
-            self.trace[key] = value.clone()
+            self.trace[site] = value.clone()
 
 
 def parameter_names(module: nn.Module, n_args: int) -> list[str]:
@@ -102,22 +105,22 @@ def parameter_names(module: nn.Module, n_args: int) -> list[str]:
     return names[:n_args] + [str(i) for i in range(len(names), n_args)]
 
 
-def like(places: Tensor, given: Tensor) -> Tensor:
+def shaped_like(given: Tensor, numbers: Tensor) -> Tensor:
     """Whole numbers (B,T) in the shape that a module was given, (T,) where all rows are equal."""
-    if given.dim() == 1 and bool((places == places[:1]).all()):
-        return places[0]
-    return places[: given.shape[0]] if given.dim() == 2 and given.shape[0] == 1 else places
+    if given.dim() == 1 and bool((numbers == numbers[:1]).all()):
+        return numbers[0]
+    return numbers[: given.shape[0]] if given.dim() == 2 and given.shape[0] == 1 else numbers
 
 
 # Where
 
 
 @dataclass(frozen=True)
-class Spot:
+class Difference:
     """The first difference: a value that is wrong, the value before it, and details."""
 
-    key: Key
-    before: Key | None
+    site: Site
+    before: Site | None
     found: Tensor
     expected: Tensor
     heads: tuple[int, ...] = ()
@@ -125,20 +128,20 @@ class Spot:
     @property
     def part(self) -> str:
         """The module's own name, and which side of it is wrong."""
-        name = self.key.module.rpartition(".")[2] or "decoder"
-        return f"{name} {'input' if self.key.side == 'in' else 'output'}"
+        name = self.site.module.rpartition(".")[2] or "decoder"
+        return f"{name} {'input' if self.site.side == 'in' else 'output'}"
 
     def __str__(self) -> str:
-        layer = "" if self.key.layer is None else f"layer {self.key.layer}, "
+        layer = "" if self.site.layer is None else f"layer {self.site.layer}, "
         heads = ""
         if self.heads:
             heads = f", head{'s' if len(self.heads) > 1 else ''} {ranges(self.heads)}"
         return f"{layer}{self._what()}{heads}"
 
     def _what(self) -> str:
-        module, name = self.key.module or "the decoder", self.key.name
+        module, name = self.site.module or "the decoder", self.site.name
         named = name if not name.isdigit() and name not in ("input", "x") else "input"
-        if self.key.side == "out":
+        if self.site.side == "out":
             return f"{module}: its output is wrong, and its input is right"
         if self.found.dtype in (torch.int64, torch.int32):
             wrong = self.found != self.expected
@@ -150,11 +153,13 @@ class Spot:
         return f"{module}: its {named} is wrong, and the output of {before} before it is right"
 
 
-def first_difference(cached: Trace, full: Trace, first: int, n: int, decoder: Any) -> Spot | None:
+def first_difference(
+    cached: Trace, full: Trace, first: int, n: int, decoder: Any
+) -> Difference | None:
     """The first value of the cached run that is not that of the same tokens, uncached."""
     before = None
-    for key, found in cached.items():
-        expected = None if key not in full else aligned(full[key], found.shape, first, n)
+    for site, found in cached.items():
+        expected = None if site not in full else aligned(full[site], found.shape, first, n)
         if expected is None or found.numel() == 0:
             continue
         wrong = (
@@ -163,8 +168,8 @@ def first_difference(cached: Trace, full: Trace, first: int, n: int, decoder: An
             else not bool(torch.equal(found, expected))
         )
         if wrong:
-            return Spot(key, before, found, expected, _heads(key, found, expected, decoder))
-        before = key
+            return Difference(site, before, found, expected, _heads(site, found, expected, decoder))
+        before = site
     return None
 
 
@@ -184,14 +189,14 @@ def aligned(value: Tensor, shape: torch.Size, first: int, n: int) -> Tensor | No
     return value
 
 
-def _heads(key: Key, found: Tensor, expected: Tensor, decoder: Any) -> tuple[int, ...]:
+def _heads(site: Site, found: Tensor, expected: Tensor, decoder: Any) -> tuple[int, ...]:
     """The heads whose channels are wrong, if some are right: for inputs of an output projection."""
     modules = owned_modules(decoder)
-    parts = key.module.split(".")
+    parts = site.module.split(".")
     owners = [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
     counts = (getattr(modules.get(o), name, None) for o in owners for name in HEADS)
     count = next((c for c in counts if isinstance(c, int)), 0)
-    if key.side == "out" or not count or not found.is_floating_point() or found.shape[-1] % count:
+    if site.side == "out" or not count or not found.is_floating_point() or found.shape[-1] % count:
         return ()
     gap = (found - expected).abs().unflatten(-1, (count, -1)).amax(-1).flatten(0, -2).amax(0)
     wrong = (~(gap <= TOLERANCE * scale(expected))).nonzero()[:, 0].tolist()

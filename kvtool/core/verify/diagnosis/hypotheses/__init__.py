@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvtool.core.verify.arms import Case
 from kvtool.core.verify.compare import distances
 from kvtool.core.verify.diagnosis.hypotheses.contents import CONTENTS
 from kvtool.core.verify.diagnosis.hypotheses.masks import MASKS
@@ -15,13 +16,13 @@ from kvtool.core.verify.diagnosis.hypotheses.positions import POSITIONS
 from kvtool.core.verify.diagnosis.hypotheses.quantized import QUANTIZED
 from kvtool.core.verify.diagnosis.hypotheses.rollback import ROLLBACK
 from kvtool.core.verify.diagnosis.hypotheses.windows import WINDOWS
-from kvtool.core.verify.diagnosis.tape import Tape
-from kvtool.core.verify.judge import Case
-from kvtool.core.verify.scenarios import Answer, Segment, Stopped
+from kvtool.core.verify.diagnosis.hypothesis import Hypothesis
+from kvtool.core.verify.scenario_run import Answer, Segment, Stopped
 from kvtool.core.verify.subject import ModelSubject
 from kvtool.errors import pass_on_shortage
 
-HEALED = 1e-10  # a right hypothesis leaves about 1e-15, a wrong one 1e-5 and more
+STEPS_AFTER = 6  # steps behind the first wrong one that a hypothesis has to reproduce too
+REPRODUCED = 1e-10  # a right hypothesis leaves about 1e-15, a wrong one 1e-5 and more
 UNKNOWN = "none of the known bugs reproduces it"
 NOT_A_NUMBER = (
     "NaN is read: a mask does not keep out what unwritten memory holds (0 x NaN is NaN), "
@@ -41,16 +42,16 @@ def explain(
     """
     if any(bool(logits.isnan().any()) for logits in found):
         return (NOT_A_NUMBER,)
-    if not reproduces(Tape, subject, case, expected):
-        return ()  # this model's attention is not what the tape knows
+    if not reproduces(Hypothesis, subject, case, expected):
+        return ()  # this model's attention is not what a hypothesis computes
     there = {
         *case.scenario.needs,
         *({"window", "source", "quantized", "pages"} & subject.abilities),
     }
     names = [
-        tape.hint
-        for tape in HYPOTHESES
-        if there.issuperset(tape.needs) and reproduces(tape, subject, case, found)
+        hypothesis.hint
+        for hypothesis in HYPOTHESES
+        if there.issuperset(hypothesis.needs) and reproduces(hypothesis, subject, case, found)
     ]
     return tuple(dict.fromkeys(names))
 
@@ -60,17 +61,17 @@ class _Refuted(Exception):
 
 
 def reproduces(
-    tape: type[Tape], subject: ModelSubject, case: Case, logits: Sequence[Tensor]
+    hypothesis: type[Hypothesis], subject: ModelSubject, case: Case, logits: Sequence[Tensor]
 ) -> bool:
     """Whether a hypothesis gives these logits in the first steps of a scenario."""
 
-    def watch(segment: Segment, answer: Answer) -> None:
-        wanted = logits[answer.step]
-        if not max(distances([segment.real(answer.found, answer.first)], [wanted])) <= HEALED:
+    def compare(segment: Segment, answer: Answer) -> None:
+        found = segment.zero_padding(answer.logits, answer.first)
+        if not max(distances([found], [logits[answer.step]])) <= REPRODUCED:
             raise _Refuted
 
-    run = case.run(subject.with_session(tape), last=len(logits) - 1)
-    run.watch = watch
+    run = case.run(subject.with_session(hypothesis), last=len(logits) - 1)
+    run.on_answer = compare
     try:
         case.scenario.play(run)
     except Stopped:

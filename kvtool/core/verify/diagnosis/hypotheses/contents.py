@@ -11,39 +11,42 @@ from torch import Tensor
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.models import Model
 from kvtool.core.models.rope import Rotary
-from kvtool.core.verify.diagnosis.tape import ZERO, Column, Tape
+from kvtool.core.verify.diagnosis.hypothesis import ZERO, Column, Hypothesis
 from kvtool.core.verify.subject import Start
 
 # Slots
 
 
-class EmptySlots(Tape):
+class EmptySlots(Hypothesis):
     """Zeros behind the last token are attended; how many is a guess of buffers in use."""
 
     hint = "slots that nothing was written to are attended: the mask covers the whole buffer"
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         used = len(self.rows[row]) + self.n_new
-        n = self.reach(used) - used if self.rows[row] else 0
-        return [*super().past(layer, row), *[Column(ZERO, ZERO, 0)] * max(n, 0)]
+        n = self.buffer_end(used) - used if self.rows[row] else 0
+        return [*super().past_columns(layer, row), *[Column(ZERO, ZERO, 0)] * max(n, 0)]
 
-    def reach(self, used: int) -> int:
+    def buffer_end(self, used: int) -> int:
+        """How many slots of the buffer are attended, of which `used` are filled."""
         return self.capacity
 
 
 class EmptyBlock(EmptySlots):
-    def reach(self, used: int) -> int:
+    """The slots of the block that is filled last are attended."""
+
+    def buffer_end(self, used: int) -> int:
         return min(-(-used // 64) * 64, self.capacity)
 
 
 class OneEmptySlot(EmptySlots):
     hint = "one slot behind the last token is attended"
 
-    def reach(self, used: int) -> int:
+    def buffer_end(self, used: int) -> int:
         return used + 1
 
 
-class SlotBefore(Tape):
+class SlotBefore(Hypothesis):
     hint = "new tokens are stored one slot too low: over the prompt's last, and one stays empty"
 
     def _begin(self, start: Start) -> None:
@@ -55,14 +58,14 @@ class SlotBefore(Tape):
         self.prompt = self.prompt or ids.shape[1]
         return logits
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         held = list(self.rows[row])
         if held:
             held[self.prompt - 1] = Column(ZERO, ZERO, 0)
         return held
 
 
-class NotStored(Tape):
+class NotStored(Hypothesis):
     hint = "only the prompt is ever stored: later tokens are read once, and lost"
 
     def _begin(self, start: Start) -> None:
@@ -74,14 +77,14 @@ class NotStored(Tape):
         self.prompt = self.prompt or ids.shape[1]
         return logits
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         return self.rows[row][: self.prompt]
 
 
 class NotStoredLastLayer(NotStored):
     hint = "the last layer stores only the prompt: zeros are read for the tokens behind it"
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         held = self.rows[row]
         if layer < self.n_layers - 1:
             return held
@@ -89,7 +92,7 @@ class NotStoredLastLayer(NotStored):
         return [*held[: self.prompt], *lost]
 
 
-class LostInGrowth(Tape):
+class LostInGrowth(Hypothesis):
     hint = "growing the buffer copies nothing: what was stored before reads as zero"
     columns = 64  # of the first buffer
 
@@ -103,7 +106,7 @@ class LostInGrowth(Tape):
             self.lost = held
         return super().feed(ids)
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         held = self.rows[row]
         empty = [c._replace(key=ZERO, value=ZERO) for c in held[: self.lost]]
         return [*empty, *held[self.lost :]]
@@ -117,21 +120,23 @@ def rotary_of(model: Model) -> Rotary | None:
     return getattr(model, "decoder", model).rotary  # type: ignore[return-value]
 
 
-class RotatedAgain(Tape):
+class RotatedAgain(Hypothesis):
     hint = "stored keys are rotated again each time that they are read"
     fresh = False  # whether the step's own keys are too
 
-    def met(self, part: str, layer: int, held: Tensor, columns: list[list[Column]]) -> Tensor:
+    def as_read(self, part: str, layer: int, stored: Tensor, columns: list[list[Column]]) -> Tensor:
         rotary = rotary_of(self.subject.model)
         if part == "v" or rotary is None or not any(self.rows):
-            return held
-        pos = torch.tensor([[c.at for c in row] for row in columns], device=held.device)
-        turned = rotary(held.transpose(1, 2), pos).transpose(1, 2)
-        n_past = 0 if self.fresh else held.shape[1] - self.n_new
-        return turned if self.fresh else torch.cat([turned[:, :n_past], held[:, n_past:]], dim=1)
+            return stored
+        pos = torch.tensor([[c.at for c in row] for row in columns], device=stored.device)
+        turned = rotary(stored.transpose(1, 2), pos).transpose(1, 2)
+        n_past = 0 if self.fresh else stored.shape[1] - self.n_new
+        return turned if self.fresh else torch.cat([turned[:, :n_past], stored[:, n_past:]], dim=1)
 
 
 class RotatedAgainAll(RotatedAgain):
+    """The step's own keys are rotated again too."""
+
     fresh = True
 
 
@@ -144,32 +149,32 @@ class RotatedEachStep(RotatedAgain):
 
     def feed(self, ids: Tensor) -> Tensor:
         self.calls += 1
-        self.fed = getattr(self, "fed", {})  # the call that brought a token, by its instance
+        self.fed = getattr(self, "fed", {})  # the call that brought a token, by its number
         first = self.store.n_tokens
         self.fed.update({first + i: self.calls for i in range(ids.numel())})
         return super().feed(ids)
 
-    def met(self, part: str, layer: int, held: Tensor, columns: list[list[Column]]) -> Tensor:
+    def as_read(self, part: str, layer: int, stored: Tensor, columns: list[list[Column]]) -> Tensor:
         rotary = rotary_of(self.subject.model)
         if part == "v" or rotary is None:
-            return held
+            return stored
         ages = [[self.calls - self.fed.get(c.key, self.calls) for c in row] for row in columns]
-        turns = torch.tensor(ages, device=held.device)
-        at = torch.tensor([[c.at for c in row] for row in columns], device=held.device)
-        return rotary(held.transpose(1, 2), at.clamp(min=0) * turns).transpose(1, 2)
+        turns = torch.tensor(ages, device=stored.device)
+        at = torch.tensor([[c.at for c in row] for row in columns], device=stored.device)
+        return rotary(stored.transpose(1, 2), at.clamp(min=0) * turns).transpose(1, 2)
 
 
-class FirstLayerValues(Tape):
+class FirstLayerValues(Hypothesis):
     hint = "past values are read from layer 0 in every layer"
     part = "v"
 
-    def met(self, part: str, layer: int, held: Tensor, columns: list[list[Column]]) -> Tensor:
+    def as_read(self, part: str, layer: int, stored: Tensor, columns: list[list[Column]]) -> Tensor:
         if part != self.part:
-            return held
-        instances = [[getattr(c, "key" if part == "k" else "value") for c in r] for r in columns]
-        other = self.store.get(part, 0, instances)
-        n_past = held.shape[1] - self.n_new
-        return torch.cat([other[:, :n_past], held[:, n_past:]], dim=1)
+            return stored
+        tokens = [[getattr(c, "key" if part == "k" else "value") for c in r] for r in columns]
+        other = self.store.get(part, 0, tokens)
+        n_past = stored.shape[1] - self.n_new
+        return torch.cat([other[:, :n_past], stored[:, n_past:]], dim=1)
 
 
 class FirstLayerKeys(FirstLayerValues):
@@ -177,7 +182,7 @@ class FirstLayerKeys(FirstLayerValues):
     part = "k"
 
 
-class HeadsTiled(Tape):
+class HeadsTiled(Hypothesis):
     hint = "grouped heads are expanded by tiling: query heads read another group's keys and values"
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -190,7 +195,7 @@ class HeadsTiled(Tape):
 # Sources
 
 
-class SourceKept(Tape):
+class SourceKept(Hypothesis):
     hint = "the source's keys and values are kept over a reset: a second source is never read"
     needs = ("source", "reset")
 
@@ -198,17 +203,17 @@ class SourceKept(Tape):
         source = self.source
         super().reset(start)
         if source is not None and self.source is not None:
-            self.source = self.kept(source, self.source)
+            self.source = self.source_read(source, self.source)
 
-    def kept(self, old: CrossCache, new: CrossCache) -> CrossCache:
-        """What is read of the sources behind the reset."""
+    def source_read(self, old: CrossCache, new: CrossCache) -> CrossCache:
+        """What is read of both sources behind the reset."""
         return old
 
 
 class SourceAppended(SourceKept):
     hint = "a second source is appended to the first one's keys and values"
 
-    def kept(self, old: CrossCache, new: CrossCache) -> CrossCache:
+    def source_read(self, old: CrossCache, new: CrossCache) -> CrossCache:
         pairs = zip(old.layers, new.layers, strict=True)
         layers = [(torch.cat([a, c], 2), torch.cat([b, d], 2)) for (a, b), (c, d) in pairs]
         return CrossCache(layers, torch.cat([old.mask, new.mask], 1))
@@ -217,13 +222,13 @@ class SourceAppended(SourceKept):
 class SourceMaskKept(SourceKept):
     hint = "a second source is read through the first one's padding mask"
 
-    def kept(self, old: CrossCache, new: CrossCache) -> CrossCache:
+    def source_read(self, old: CrossCache, new: CrossCache) -> CrossCache:
         width = new.mask.shape[1]
         missing = max(width - old.mask.shape[1], 0)
         return replace(new, mask=F.pad(old.mask, (0, missing))[:, :width])
 
 
-class SourceUnmasked(Tape):
+class SourceUnmasked(Hypothesis):
     hint = "the source's padding is attended"
     needs = ("source",)
 
@@ -237,12 +242,12 @@ class SourceFirstLayer(SourceUnmasked):
     hint = "every layer reads the source's keys and values of layer 0"
 
     def _begin(self, start: Start) -> None:
-        Tape._begin(self, start)
+        Hypothesis._begin(self, start)
         if self.source is not None:
             self.source = replace(self.source, layers=[self.source.layers[0]] * self.n_layers)
 
 
-CONTENTS: tuple[type[Tape], ...] = (
+CONTENTS: tuple[type[Hypothesis], ...] = (
     EmptySlots, EmptyBlock, OneEmptySlot, LostInGrowth, SlotBefore, NotStored, NotStoredLastLayer,
     RotatedAgain, RotatedAgainAll, RotatedEachStep, FirstLayerValues, FirstLayerKeys, HeadsTiled,
     SourceKept, SourceAppended, SourceMaskKept, SourceUnmasked, SourceFirstLayer,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvtool.core.verify.diagnosis.tape import Column, Tape
+from kvtool.core.verify.diagnosis.hypothesis import Column, Hypothesis
 from kvtool.core.verify.subject import Start
 
 
-class PaddingSeen(Tape):
+class PaddingSeen(Hypothesis):
     hint = "the padding mask is dropped behind the prompt: tokens attend to left padding"
     needs = ("padding",)
 
@@ -33,7 +33,7 @@ class OnePaddingSeen(PaddingSeen):
         return column.at == -1 and not new
 
 
-class TopLeft(Tape):
+class TopLeft(Hypothesis):
     hint = "the causal mask is aligned top-left: a step's token sees the first keys, not its past"
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
@@ -41,7 +41,7 @@ class TopLeft(Tape):
         return column.at <= i if past else super().sees(i, query, column, new)
 
 
-class NoCausalMask(Tape):
+class NoCausalMask(Hypothesis):
     hint = "a step of several tokens has no causal mask once there is a past: they see each other"
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
@@ -49,7 +49,7 @@ class NoCausalMask(Tape):
         return later or super().sees(i, query, column, new)
 
 
-class NoCausalMaskAlways(Tape):
+class NoCausalMaskAlways(Hypothesis):
     hint = "no step of several tokens has a causal mask, the prompt included"
 
     def _begin(self, start: Start) -> None:
@@ -65,7 +65,7 @@ class NoCausalMaskAlways(Tape):
         return later or super().sees(i, query, column, new)
 
 
-class NotItself(Tape):
+class NotItself(Hypothesis):
     hint = "a token behind the prompt does not see its own key"
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
@@ -73,14 +73,14 @@ class NotItself(Tape):
         return not itself and super().sees(i, query, column, new)
 
 
-class LastOnly(Tape):
+class LastOnly(Hypothesis):
     hint = "tokens of a step see only the keys of that step: the past is not read"
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
         return new and super().sees(i, query, column, new)
 
 
-class OldestLost(Tape):
+class OldestLost(Hypothesis):
     hint = "the oldest key is not read behind the prompt"
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
@@ -88,7 +88,7 @@ class OldestLost(Tape):
         return not lost and super().sees(i, query, column, new)
 
 
-MASKS: tuple[type[Tape], ...] = (
+MASKS: tuple[type[Hypothesis], ...] = (
     PaddingSeen, PaddingSeenInChunks, OnePaddingSeen, TopLeft, NoCausalMask, NoCausalMaskAlways,
     NotItself, LastOnly, OldestLost,
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvtool.core.verify.diagnosis.hypotheses.rollback import ForkShares
-from kvtool.core.verify.diagnosis.tape import ZERO, Column, Tape
+from kvtool.core.verify.diagnosis.hypothesis import ZERO, Column, Hypothesis
 from kvtool.core.verify.subject import Start
 
 
@@ -17,42 +17,42 @@ class PageShared(ForkShares):
         super()._begin(start)
         self.shared = 0  # tokens that a page which all forks have may hold
 
-    def fork(self) -> Tape:
+    def fork(self) -> Hypothesis:
         page = self.subject.page
         self.shared = -(-len(self.rows[0]) // page) * page
         return super().fork()
 
-    def past(self, layer: int, row: int) -> list[Column]:
-        return [*super().past(layer, row)[: self.shared], *self.rows[row][self.shared :]]
+    def past_columns(self, layer: int, row: int) -> list[Column]:
+        return [*super().past_columns(layer, row)[: self.shared], *self.rows[row][self.shared :]]
 
 
-class _SamePlace(Tape):
-    """Some tokens are met in the place of others, by their numbers in a row."""
+class _SamePlace(Hypothesis):
+    """Some tokens are read in the place of others, by their numbers in a row."""
 
     needs: tuple[str, ...] = ("pages",)
 
-    def met(self, part: str, layer: int, held: Tensor, columns: list[list[Column]]) -> Tensor:
+    def as_read(self, part: str, layer: int, stored: Tensor, columns: list[list[Column]]) -> Tensor:
         if not any(self.rows):
-            return held  # the step's own tokens are all that there is
+            return stored  # the step's own tokens are all that there is
         name = "key" if part == "k" else "value"
-        instances = []
+        tokens = []
         for row, padding in zip(columns, self.padding, strict=True):
             there = {c.at + padding: getattr(c, name) for c in row if getattr(c, name) != ZERO}
-            instances.append([self.instead(c.at + padding, there) for c in row])
-        return self.store.get(part, layer, instances)
+            tokens.append([self.stored_at(c.at + padding, there) for c in row])
+        return self.store.get(part, layer, tokens)
 
-    def instead(self, number: int, there: dict[int, int]) -> int:
-        """The instance that stands where token `number` should; `there` has those of all tokens."""
+    def stored_at(self, number: int, there: dict[int, int]) -> int:
+        """The stored token that stands where token `number` of a row should; `there` has all."""
         return there.get(number, ZERO)
 
 
 class PageBefore(_SamePlace):
     hint = "the first token of a page is stored in the page before, over the first one there"
 
-    def instead(self, number: int, there: dict[int, int]) -> int:
+    def stored_at(self, number: int, there: dict[int, int]) -> int:
         page = self.subject.page
         if number % page:
-            return super().instead(number, there)
+            return super().stored_at(number, there)
         return there.get(number + page, there[0] if number == 0 else ZERO)
 
 
@@ -69,10 +69,10 @@ class PageFreed(_SamePlace):
         if length % self.subject.page:
             self.freed.add(length // self.subject.page)
 
-    def instead(self, number: int, there: dict[int, int]) -> int:
+    def stored_at(self, number: int, there: dict[int, int]) -> int:
         page = self.subject.page
         later = number + page if number // page in self.freed else number
         return there.get(later, there.get(number, ZERO))
 
 
-PAGES: tuple[type[Tape], ...] = (PageShared, PageBefore, PageFreed)
+PAGES: tuple[type[Hypothesis], ...] = (PageShared, PageBefore, PageFreed)

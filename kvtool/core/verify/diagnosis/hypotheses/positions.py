@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from kvtool.core.verify.diagnosis.tape import Tape
+from kvtool.core.verify.diagnosis.hypothesis import Hypothesis
 from kvtool.core.verify.subject import Start
 
 
-class NotAdvanced(Tape):
+class NotAdvanced(Hypothesis):
     hint = "positions start at 0 again in each step: the length of the past is not added"
 
-    def place(self, row: int, n: int) -> list[int]:
-        return list(range(n)) if self.rows[row] else super().place(row, n)
+    def positions(self, row: int, n: int) -> list[int]:
+        return list(range(n)) if self.rows[row] else super().positions(row, n)
 
 
-class OneTooFar(Tape):
+class OneTooFar(Hypothesis):
     hint = "positions behind the first step are one too high"
     shift = 1
 
-    def place(self, row: int, n: int) -> list[int]:
+    def positions(self, row: int, n: int) -> list[int]:
         shift = self.shift if self.rows[row] else 0
-        return [p + shift for p in super().place(row, n)]
+        return [p + shift for p in super().positions(row, n)]
 
 
 class OneTooNear(OneTooFar):
@@ -27,28 +27,32 @@ class OneTooNear(OneTooFar):
     shift = -1
 
 
-class AfterAdvance(Tape):
+class AfterAdvance(Hypothesis):
     hint = "positions are a step too high: the length is read after the step has advanced it"
 
-    def place(self, row: int, n: int) -> list[int]:
-        return [p + n for p in super().place(row, n)] if self.rows[row] else super().place(row, n)
+    def positions(self, row: int, n: int) -> list[int]:
+        return (
+            [p + n for p in super().positions(row, n)]
+            if self.rows[row]
+            else super().positions(row, n)
+        )
 
 
 class AfterAdvanceAlways(AfterAdvance):
     """In the first step too."""
 
-    def place(self, row: int, n: int) -> list[int]:
-        return [p + n for p in Tape.place(self, row, n)]
+    def positions(self, row: int, n: int) -> list[int]:
+        return [p + n for p in Hypothesis.positions(self, row, n)]
 
 
-class ByStep(Tape):
+class ByStep(Hypothesis):
     hint = "the position counts steps, not tokens: a step of several tokens advances it by one"
 
     def _begin(self, start: Start) -> None:
         super()._begin(start)
         self.n_calls = self.first = 0
 
-    def place(self, row: int, n: int) -> list[int]:
+    def positions(self, row: int, n: int) -> list[int]:
         if row == 0:
             self.n_calls += 1
             self.first = n if self.n_calls == 1 else self.first
@@ -56,37 +60,37 @@ class ByStep(Tape):
         return [past + i - self.padding[row] for i in range(n)]
 
 
-class StepAtOnePlace(Tape):
+class StepAtOnePlace(Hypothesis):
     hint = "all tokens of a step behind the first get the position of its first one"
 
-    def place(self, row: int, n: int) -> list[int]:
-        places = super().place(row, n)
+    def positions(self, row: int, n: int) -> list[int]:
+        places = super().positions(row, n)
         return places[:1] * n if self.rows[row] else places
 
 
-class PaddingIgnored(Tape):
+class PaddingIgnored(Hypothesis):
     hint = "positions behind the prompt ignore the left padding: the length is taken instead"
     needs = ("padding",)
 
-    def place(self, row: int, n: int) -> list[int]:
+    def positions(self, row: int, n: int) -> list[int]:
         pad = self.padding[row] if self.rows[row] else 0
-        return [p + pad for p in super().place(row, n)]
+        return [p + pad for p in super().positions(row, n)]
 
 
-class PaddingIgnoredAlways(Tape):
+class PaddingIgnoredAlways(Hypothesis):
     hint = "positions ignore the left padding, in the prompt too"
     needs = ("padding",)
 
-    def place(self, row: int, n: int) -> list[int]:
-        return [p + self.padding[row] for p in super().place(row, n)]
+    def positions(self, row: int, n: int) -> list[int]:
+        return [p + self.padding[row] for p in super().positions(row, n)]
 
 
-class HeldRows(Tape):
+class HeldRows(Hypothesis):
     hint = "after eviction the position is the number of keys held, not of tokens seen"
     needs = ("window",)
     less = 0
 
-    def place(self, row: int, n: int) -> list[int]:
+    def positions(self, row: int, n: int) -> list[int]:
         past = len(self.rows[row]) - self.padding[row]
         held = min(past, self.subject.window + self.subject.sinks - self.less)
         return [held + i for i in range(n)]
@@ -101,11 +105,11 @@ class HeldRowsBefore(HeldRows):
 class WithinWindow(HeldRows):
     hint = "the position is the slot in the ring: it starts at 0 again when the ring wraps"
 
-    def place(self, row: int, n: int) -> list[int]:
-        return [p % self.subject.window for p in Tape.place(self, row, n)]
+    def positions(self, row: int, n: int) -> list[int]:
+        return [p % self.subject.window for p in Hypothesis.positions(self, row, n)]
 
 
-POSITIONS: tuple[type[Tape], ...] = (
+POSITIONS: tuple[type[Hypothesis], ...] = (
     NotAdvanced, OneTooFar, OneTooNear, AfterAdvance, AfterAdvanceAlways, ByStep, StepAtOnePlace,
     PaddingIgnored, PaddingIgnoredAlways, HeldRows, HeldRowsBefore, WithinWindow,
 )  # fmt: skip

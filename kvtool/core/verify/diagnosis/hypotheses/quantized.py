@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kvtool.core.cache.quantization import Codes, Quantization
-from kvtool.core.verify.diagnosis.tape import Tape
+from kvtool.core.verify.diagnosis.hypothesis import Hypothesis
 
 
-class Rounding(Tape):
+class Rounding(Hypothesis):
     """Changes what codes are read as."""
 
     needs = ("quantized",)
@@ -21,10 +21,10 @@ class Rounding(Tape):
         self, quantization: Quantization, k: Tensor, v: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         keys, values = quantization.codes(k, v, positions)
-        keys, values = self.read(keys, 3), self.read(values, 2)
+        keys, values = self.read_codes(keys, 3), self.read_codes(values, 2)
         return keys.decoded(k.dtype).flatten(2, 3), values.decoded(v.dtype).flatten(3, 4)
 
-    def read(self, codes: Codes, tokens: int) -> Codes:
+    def read_codes(self, codes: Codes, tokens: int) -> Codes:
         """Codes as they are read; `tokens` is the dimension in which tokens follow each other."""
         return codes
 
@@ -32,14 +32,14 @@ class Rounding(Tape):
 class ZeroPointLost(Rounding):
     hint = "the zero point is not added: codes times their scale are read"
 
-    def read(self, codes: Codes, tokens: int) -> Codes:
+    def read_codes(self, codes: Codes, tokens: int) -> Codes:
         return codes._replace(low=torch.zeros_like(codes.low))
 
 
 class ScaleOfAllLevels(Rounding):
     hint = "the scale read back divides the range by 2**bits: there is one step less"
 
-    def read(self, codes: Codes, tokens: int) -> Codes:
+    def read_codes(self, codes: Codes, tokens: int) -> Codes:
         assert self.quantization is not None
         n = 2**self.quantization.bits
         return codes._replace(scale=codes.scale * (n - 1) / n)
@@ -48,7 +48,7 @@ class ScaleOfAllLevels(Rounding):
 class ScaleBefore(Rounding):
     hint = "scales and zero points are those of the group before, the first its own"
 
-    def read(self, codes: Codes, tokens: int) -> Codes:
+    def read_codes(self, codes: Codes, tokens: int) -> Codes:
         n = codes.scale.shape[2]
         index = (torch.arange(n, device=codes.scale.device) - 1).clamp(min=0)
         scale, low = codes.scale[:, :, index], codes.low[:, :, index]
@@ -58,12 +58,12 @@ class ScaleBefore(Rounding):
 class TokensSwapped(Rounding):
     hint = "the two tokens of a byte are read in the wrong order"
 
-    def read(self, codes: Codes, tokens: int) -> Codes:
+    def read_codes(self, codes: Codes, tokens: int) -> Codes:
         pairs = codes.codes.unflatten(tokens, (-1, 2)).flip(tokens + 1)
         return codes._replace(codes=pairs.flatten(tokens, tokens + 1))
 
 
-class KeysByToken(Tape):
+class KeysByToken(Hypothesis):
     hint = "keys are rounded by token, as values are: a large channel coarsens all others"
     needs = ("quantized",)
 
@@ -74,7 +74,7 @@ class KeysByToken(Tape):
         return by_token(quantization, k), values
 
 
-class RoundedTwice(Tape):
+class RoundedTwice(Hypothesis):
     hint = "keys are rounded twice: by token, and what is left once more by channel"
     needs = ("quantized",)
 
@@ -84,7 +84,7 @@ class RoundedTwice(Tape):
         return quantization.rounded(by_token(quantization, k), v, positions)
 
 
-class PaddingCounted(Tape):
+class PaddingCounted(Hypothesis):
     hint = "the range of a group counts the keys of its padding"
     needs = ("quantized", "padding")
 
@@ -94,7 +94,7 @@ class PaddingCounted(Tape):
         return quantization.rounded(k, v, positions.clamp(min=0))
 
 
-class NoResidual(Tape):
+class NoResidual(Hypothesis):
     hint = "behind the prompt a group is met rounded once it is full: no residual stays exact"
     needs = ("quantized",)
 
@@ -104,11 +104,11 @@ class NoResidual(Tape):
         return replace(found, residual=0) if found is not None and self.rows[0] else found
 
 
-class RoundedBeforeRead(Tape):
+class RoundedBeforeRead(Hypothesis):
     hint = "a step of several tokens is rounded before its first tokens have read it"
     needs = ("quantized",)
 
-    def rounded_for(self, end: int) -> Sequence[int]:
+    def quantized_as_of(self, end: int) -> Sequence[int]:
         return [end - 1] * self.n_new
 
 
@@ -118,7 +118,7 @@ def by_token(quantization: Quantization, x: Tensor) -> Tensor:
     return quantization.encoded(folded, 4).decoded(x.dtype).flatten(3, 4)
 
 
-QUANTIZED: tuple[type[Tape], ...] = (
+QUANTIZED: tuple[type[Hypothesis], ...] = (
     ZeroPointLost,
     ScaleOfAllLevels,
     ScaleBefore,

@@ -7,11 +7,11 @@ import copy
 import torch
 from torch import Tensor
 
-from kvtool.core.verify.diagnosis.tape import ZERO, Column, Tape
+from kvtool.core.verify.diagnosis.hypothesis import ZERO, Column, Hypothesis
 from kvtool.core.verify.subject import Start
 
 
-class CropIgnored(Tape):
+class CropIgnored(Hypothesis):
     hint = "crop does nothing: the tokens taken back stay"
     needs = ("crop",)
 
@@ -19,21 +19,21 @@ class CropIgnored(Tape):
         pass
 
 
-class CropShort(Tape):
+class CropShort(Hypothesis):
     hint = "crop leaves one token too many"
     needs = ("crop",)
-    change = 1
+    n_extra = 1
 
     def crop(self, length: int) -> None:
-        super().crop(length + self.change)
+        super().crop(length + self.n_extra)
 
 
 class CropLong(CropShort):
     hint = "crop takes one token too many"
-    change = -1
+    n_extra = -1
 
 
-class _CropPart(Tape):
+class _CropPart(Hypothesis):
     """After a crop, some columns still show the tokens that were taken back."""
 
     needs: tuple[str, ...] = ("crop",)
@@ -51,7 +51,7 @@ class _CropPart(Tape):
 class CropOneLayer(_CropPart):
     hint = "crop acts on the first layer only"
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         return [*self.rows[row], *(self.stale[row] if layer else [])]
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
@@ -62,14 +62,14 @@ class CropOneLayer(_CropPart):
 class CropOtherLayers(CropOneLayer):
     hint = "crop leaves out the first layer"
 
-    def past(self, layer: int, row: int) -> list[Column]:
-        return super().past(1 - layer if layer < 2 else 0, row)
+    def past_columns(self, layer: int, row: int) -> list[Column]:
+        return super().past_columns(1 - layer if layer < 2 else 0, row)
 
 
 class CropSeen(CropOneLayer):
     hint = "the slots of tokens taken back are attended until they are written again"
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         held = self.rows[row]
         reach = max((c.at for c in (*held, *self.new[row])), default=-1)
         last = {c.at: c for c in self.stale[row] if c.at > reach}
@@ -88,7 +88,7 @@ class ValueLate(_CropPart):
             values.update({old.at: old for old in row[length : length + 1]})
         super().crop(length)
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         old = self.values[row]
         return [c._replace(value=old[c.at].value) if c.at in old else c for c in self.rows[row]]
 
@@ -97,7 +97,7 @@ class RingCropped(_CropPart):
     hint = "a wrapped ring is cropped by its length alone: overwritten slots pass for older tokens"
     needs = ("crop", "window")
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         window = self.subject.window
         over = {c.at - window: c for c in self.stale[row]}  # they took the slots of these
         return [
@@ -106,7 +106,7 @@ class RingCropped(_CropPart):
         ]
 
 
-class EvictedBeforeCrop(Tape):
+class EvictedBeforeCrop(Hypothesis):
     hint = "a crop goes back to where keys were evicted that the next token needs"
     needs = ("crop", "window")
 
@@ -119,14 +119,14 @@ class EvictedBeforeCrop(Tape):
         self.kept = len(self.rows[0]) - self.subject.window + int(self.n_new > 1)
         super().crop(length)
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         return [c for c in self.rows[row] if c.at >= self.kept or c.at < self.subject.sinks]
 
 
 # Starting anew
 
 
-class ResetIgnored(Tape):
+class ResetIgnored(Hypothesis):
     hint = "reset does nothing: the second sequence goes on behind the first"
     needs = ("reset",)
 
@@ -137,7 +137,7 @@ class ResetIgnored(Tape):
             self.rows = held
 
 
-class ResetPosition(Tape):
+class ResetPosition(Hypothesis):
     hint = "reset drops the keys but keeps the length: positions go on"
     needs = ("reset",)
 
@@ -150,43 +150,43 @@ class ResetPosition(Tape):
         super().reset(start)
         self.offset = length
 
-    def place(self, row: int, n: int) -> list[int]:
-        return [p + self.offset for p in super().place(row, n)]
+    def positions(self, row: int, n: int) -> list[int]:
+        return [p + self.offset for p in super().positions(row, n)]
 
 
 class ResetZeros(ResetPosition):
     hint = "reset clears the keys but keeps the length: cleared slots are attended"
 
-    def past(self, layer: int, row: int) -> list[Column]:
-        return [*[Column(ZERO, ZERO, 0)] * self.offset, *super().past(layer, row)]
+    def past_columns(self, layer: int, row: int) -> list[Column]:
+        return [*[Column(ZERO, ZERO, 0)] * self.offset, *super().past_columns(layer, row)]
 
 
-class ResetOneLayer(Tape):
+class ResetOneLayer(Hypothesis):
     hint = "reset leaves out the first layer"
     needs = ("reset",)
-    keeps = 0
+    stale_layer = 0
 
     def _begin(self, start: Start) -> None:
         self.earlier = getattr(self, "rows", [])
         super()._begin(start)
 
-    def past(self, layer: int, row: int) -> list[Column]:
-        kept = self.earlier[row] if layer == self.keeps and row < len(self.earlier) else []
-        return [*(c._replace(at=0) for c in kept), *super().past(layer, row)]
+    def past_columns(self, layer: int, row: int) -> list[Column]:
+        kept = self.earlier[row] if layer == self.stale_layer and row < len(self.earlier) else []
+        return [*(c._replace(at=0) for c in kept), *super().past_columns(layer, row)]
 
 
 class ResetLastLayer(ResetOneLayer):
     hint = "reset leaves out the last layer"
 
     @property
-    def keeps(self) -> int:  # type: ignore[override]
+    def stale_layer(self) -> int:  # type: ignore[override]
         return self.n_layers - 1
 
 
 # Reordering
 
 
-class SelectIgnored(Tape):
+class SelectIgnored(Hypothesis):
     hint = "select does nothing: every row goes on from another row's past"
     needs = ("select",)
     parts: tuple[str, ...] = ("key", "value")
@@ -210,7 +210,7 @@ class SelectIgnored(Tape):
             self.unselected[b] if b < len(self.unselected) else spare[b] for b in range(batch)
         ]
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         true = self.rows[row]
         if self.layers is not None and layer not in self.layers:
             return true
@@ -246,7 +246,7 @@ class SelectOtherLayers(SelectIgnored):
     layers = (0,)
 
 
-class SelectInverse(Tape):
+class SelectInverse(Hypothesis):
     hint = "select applies the inverse of the permutation"
     needs = ("select",)
 
@@ -257,7 +257,7 @@ class SelectInverse(Tape):
             self.rows = [held[i] for i in rows.argsort().tolist()]
 
 
-class SelectHeads(Tape):
+class SelectHeads(Hypothesis):
     hint = "select reorders the heads: it is applied to the wrong axis"
     needs = ("select",)
 
@@ -270,14 +270,16 @@ class SelectHeads(Tape):
             raise ValueError("this would not go unnoticed")
         self.orders.append((self.store.n_tokens, rows.tolist()))
 
-    def met(self, part: str, layer: int, held: Tensor, columns: list[list[Column]]) -> Tensor:
+    def as_read(self, part: str, layer: int, stored: Tensor, columns: list[list[Column]]) -> Tensor:
         for n_tokens, order in self.orders:
             old = torch.tensor([[c.key < n_tokens for c in row] for row in columns])
-            held = torch.where(old[..., None, None].to(held.device), held[:, :, order], held)
-        return held
+            stored = torch.where(
+                old[..., None, None].to(stored.device), stored[:, :, order], stored
+            )
+        return stored
 
 
-class SourceNotSelected(Tape):
+class SourceNotSelected(Hypothesis):
     hint = "select leaves out the source: a row goes on with another row's source"
     needs = ("select", "source")
 
@@ -290,7 +292,7 @@ class SourceNotSelected(Tape):
 # Branching
 
 
-class ForkShares(Tape):
+class ForkShares(Hypothesis):
     hint = "forks share their storage: one continuation overwrites the other's tokens"
     needs: tuple[str, ...] = ("fork",)
     parts: tuple[str, ...] = ("key", "value")
@@ -306,7 +308,7 @@ class ForkShares(Tape):
             self.slots.update({(b, n + i): c for i, c in enumerate(row[n:])})
         return logits
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         written = [self.slots.get((row, j), c) for j, c in enumerate(self.rows[row])]
         return [
             c._replace(**{part: getattr(w, part) for part in self.parts})
@@ -319,15 +321,15 @@ class ForkSharesValues(ForkShares):
     parts = ("value",)
 
 
-class ForkSame(Tape):
+class ForkSame(Hypothesis):
     hint = "fork hands out the same cache: one continuation goes on behind the other"
     needs = ("fork",)
 
-    def fork(self) -> Tape:
+    def fork(self) -> Hypothesis:
         return copy.copy(self)  # the lists of columns are shared
 
 
-ROLLBACK: tuple[type[Tape], ...] = (
+ROLLBACK: tuple[type[Hypothesis], ...] = (
     CropIgnored, CropShort, CropLong, CropOneLayer, CropOtherLayers, CropSeen, ValueLate,
     RingCropped, EvictedBeforeCrop, ResetIgnored, ResetPosition, ResetZeros, ResetOneLayer,
     ResetLastLayer, SelectIgnored, SelectKeysOnly, SelectValuesOnly, SelectFirstLayer,

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvtool.core.verify.diagnosis.tape import Column, Tape
+from kvtool.core.verify.diagnosis.hypothesis import Column, Hypothesis
 from kvtool.core.verify.subject import Start
 
 
-class WiderWindow(Tape):
+class WiderWindow(Hypothesis):
     hint = "the window is one token too wide"
     needs = ("window",)
-    change = 1
+    n_wider = 1
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
-        window, sinks = self.subject.window + self.change, self.subject.sinks
+        window, sinks = self.subject.window + self.n_wider, self.subject.sinks
         causal = 0 <= column.at <= query.at or column is query
         return causal and (query.at - column.at < window or column.at < sinks)
 
 
 class NarrowerWindow(WiderWindow):
     hint = "the window is one token too narrow: it does not count the query's own"
-    change = -1
+    n_wider = -1
 
 
 class NoWindow(WiderWindow):
     hint = "the window is dropped behind the prompt"
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
-        self.change = 2**30 if any(self.rows) else 0
+        self.n_wider = 2**30 if any(self.rows) else 0
         return super().sees(i, query, column, new)
 
 
@@ -36,7 +36,7 @@ class NoWindowSingly(WiderWindow):
     hint = "the window is dropped at steps of one token"
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
-        self.change = 2**30 if self.n_new == 1 and any(self.rows) else 0
+        self.n_wider = 2**30 if self.n_new == 1 and any(self.rows) else 0
         return super().sees(i, query, column, new)
 
 
@@ -44,11 +44,11 @@ class NoWindowInPrompt(WiderWindow):
     hint = "the window is dropped in steps of several tokens"
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
-        self.change = 2**30 if self.n_new > 1 else 0
+        self.n_wider = 2**30 if self.n_new > 1 else 0
         return super().sees(i, query, column, new)
 
 
-class StoredFirst(Tape):
+class StoredFirst(Hypothesis):
     hint = "a step of several tokens is stored before it is read: it overwrites keys still needed"
     needs = ("window",)
 
@@ -58,7 +58,7 @@ class StoredFirst(Tape):
         return kept and super().sees(i, query, column, new)
 
 
-class SinksLost(Tape):
+class SinksLost(Hypothesis):
     hint = "the first tokens are evicted although they are sinks"
     needs = ("window",)
 
@@ -67,17 +67,17 @@ class SinksLost(Tape):
         return near and super().sees(i, query, column, new)
 
 
-class KeptTooFew(Tape):
+class KeptTooFew(Hypothesis):
     hint = "eviction keeps one key too few behind the prompt"
     needs = ("window",)
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         held = self.rows[row]
         first = len(held) - (self.subject.window - 2)
         return [c for i, c in enumerate(held) if i >= first or c.at < self.subject.sinks]
 
 
-class PromptAtSlotZero(Tape):
+class PromptAtSlotZero(Hypothesis):
     hint = (
         "a prompt longer than the ring is stored from slot 0 on: then needed keys are overwritten"
     )
@@ -97,7 +97,7 @@ class PromptAtSlotZero(Tape):
             ring.update({i if first else c.at % self.subject.window: c for i, c in enumerate(new)})
         return logits
 
-    def past(self, layer: int, row: int) -> list[Column]:
+    def past_columns(self, layer: int, row: int) -> list[Column]:
         if not self.long:
             return self.rows[row]
         written = {c.at % self.subject.window for c in self.new[row]}
@@ -107,7 +107,7 @@ class PromptAtSlotZero(Tape):
         return (self.long and not new) or super().sees(i, query, column, new)
 
 
-WINDOWS: tuple[type[Tape], ...] = (
+WINDOWS: tuple[type[Hypothesis], ...] = (
     WiderWindow, NarrowerWindow, NoWindow, NoWindowSingly, NoWindowInPrompt, StoredFirst, SinksLost,
     KeptTooFew, PromptAtSlotZero,
 )  # fmt: skip

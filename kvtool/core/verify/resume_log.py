@@ -1,9 +1,9 @@
-"""Results that are kept in a file as they are reached, so that work that was ended can go on."""
+"""The log of results that --resume names: each is added as it is reached, so that work that was
+ended can go on."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -11,9 +11,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, get_args, get_origin, get_type_hints
-
-import torch
-from torch import Tensor, nn
 
 from kvtool.core.facts import changed, changes, flat
 from kvtool.errors import FileError
@@ -23,16 +20,16 @@ from kvtool.reading import parse_json, read_bytes
 SCHEMA = "kvtool.results/1"
 BEGINNING = f'{{"schema": "{SCHEMA}"'.encode()
 MOST_RESULTS = 2**28  # bytes
-WHOLE = ("check", "model")  # where these differ, nearly all else does
+DECISIVE = ("check", "model")  # where these differ, nearly all else does
 SHA256 = "sha256"
-TOLD = 5  # differences that one line names
+MOST_NAMED = 5  # differences in one line
 T = TypeVar("T")
 
 
-class Kept(Generic[T]):
+class ResumeLog(Generic[T]):
     """A file of JSON lines that --resume named: what the results are of, then a result in each.
 
-    make: builds a result, a dataclass, from its fields. `known` are the results in the file; a last
+    make: builds a result, a dataclass, from its fields. `results` are those in the file; a last
     line that was cut off is none. No other process can use the file until this is left as a context
     manager. Raises FileError for a file that is in use or that something else wrote, and for
     results of other `facts`, naming the difference.
@@ -46,19 +43,19 @@ class Kept(Generic[T]):
         # How a line is written, and whether that worked: --resume's file may be left incomplete.
         self.attempt: Callable[[Callable[[], None]], bool] = _always
         self._writable = True
-        self._there = path.exists()
+        self._existed = path.exists()
         self._lock = take_lock(path, f"--resume {path}", "file")
         try:
-            self.known: list[T] = self._read()
+            self.results: list[T] = self._read()
         except FileError:
             self.__exit__()
             raise
 
-    def __enter__(self) -> Kept[T]:
+    def __enter__(self) -> ResumeLog[T]:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._there and not os.fstat(self._lock.fileno()).st_size:
+        if not self._existed and not os.fstat(self._lock.fileno()).st_size:
             self.path.unlink(missing_ok=True)  # nothing was reached: no trace
         self._lock.close()
 
@@ -72,11 +69,11 @@ class Kept(Generic[T]):
             if not BEGINNING.startswith(first[: len(BEGINNING)]):
                 self._refuse(1)
             return []
-        self._agree(first)
+        self._check_header(first)
         whole = (line for line in lines if line.endswith(b"\n"))
-        return [self._parsed(i, line) for i, line in enumerate(whole, start=2)]
+        return [self._result(i, line) for i, line in enumerate(whole, start=2)]
 
-    def _agree(self, line: bytes) -> None:
+    def _check_header(self, line: bytes) -> None:
         try:
             before = parse_json(line)
             same_kind, facts = before["schema"] == SCHEMA, dict(before["of"])
@@ -84,13 +81,13 @@ class Kept(Generic[T]):
             self._refuse(1, error)
         if not same_kind:
             self._refuse(1)
-        if differences := _told(facts, json.loads(self.header)["of"]):
+        if differences := _differences(facts, json.loads(self.header)["of"]):
             raise FileError(
                 f"--resume {self.path}: has results of another check: {differences}",
                 "Give the settings, model and versions that it was begun with, or another file.",
             )
 
-    def _parsed(self, number: int, line: bytes) -> T:
+    def _result(self, number: int, line: bytes) -> T:
         try:
             result = self.make(**parse_json(line, finite=False))
             _check_types(result)
@@ -108,7 +105,7 @@ class Kept(Generic[T]):
     def require(self, fits: Callable[[T], bool]) -> None:
         """Raise FileError, and let go of the file, at the first result that does not fit; each is
         asked about once, in order."""
-        for number, result in enumerate(self.known, start=2):
+        for number, result in enumerate(self.results, start=2):
             if not fits(result):
                 self.__exit__()
                 self._refuse(number)
@@ -158,21 +155,11 @@ def _fits(value: Any, kind: Any) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def _told(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs in words, what matters most first; of another check or model that alone."""
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs in words, what matters most first; another check or model stands alone."""
     names = changed(before, now)
-    names = [name for name in WHOLE if name in names] or sorted(names, key=lambda n: n != SHA256)
-    shown = names[:TOLD]
+    names = [name for name in DECISIVE if name in names] or sorted(names, key=lambda n: n != SHA256)
+    shown = names[:MOST_NAMED]
     words = [word for n in shown for word in changes({n: before.get(n)}, {n: now.get(n)})]
-    return ", ".join(words) + (f" and {len(names) - TOLD} more" if len(names) > TOLD else "")
-
-
-def fingerprint(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of all weights and tables, by their names."""
-    digest = hashlib.sha256()
-    held = {f"{name}.{key}": t for name, m in modules.items() for key, t in m.state_dict().items()}
-    for name, tensor in sorted({**held, **tensors}.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        values = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(values.view(torch.uint8).numpy().tobytes() if values.numel() else b"")
-    return digest.hexdigest()
+    n_more = len(names) - len(shown)
+    return ", ".join(words) + (f" and {n_more} more" if n_more else "")

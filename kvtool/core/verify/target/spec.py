@@ -9,7 +9,7 @@ from kvtool.errors import FileError, UsageError
 FLAG = "--target"
 
 
-def target_place(spec: str) -> tuple[Path, str]:
+def parse_spec(spec: str) -> tuple[Path, str]:
     """The file, which is there, and the name in it. Raises UsageError and FileError."""
     text, colon, name = spec.rpartition(":")
     if not (text and colon and name.isidentifier()):

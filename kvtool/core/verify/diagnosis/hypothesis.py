@@ -1,9 +1,9 @@
 """Decoding by the book, to try out what a bug might be.
 
-A tape keeps the key and value of every token ever fed, and is told for each step which of them the
-new tokens meet. Told the truth, it gives the logits of a whole-sequence pass. A hypothesis tells it
-something else: if it then gives the wrong logits that a cache gave, to rounding, it is the bug.
-No class of kvtool.core.cache that stores anything takes part.
+A `Hypothesis` keeps the key and value of every token ever fed, and computes for each step which of
+them the new tokens attend to. As it stands it gives the logits of a whole-sequence pass. A subclass
+changes one rule, as a bug would: if it then gives the wrong logits that a cache gave, to rounding,
+it is the bug. No class of kvtool.core.cache that stores anything takes part.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from kvtool.core.cache.quantization import Quantization
 from kvtool.core.kernels.default import DEFAULT
 from kvtool.core.verify.subject import ModelSubject, Start
 
-ZERO = -1  # the instance of a column that holds zeros
+ZERO = -1  # in place of a token's number: zeros
 
 
 class Column(NamedTuple):
     """One key column: which token's key and value it has, and where the token stands."""
 
-    key: int  # index on the tape
+    key: int  # the token's number in the store
     value: int
     at: int  # place in the row's history; below 0: left padding
 
 
 class Store:
     """Keys and values of every token ever fed, by layer (N,Hkv,D); it only grows, so that forks of
-    a tape share it."""
+    a session share it."""
 
     def __init__(self, n_layers: int) -> None:
         self.k: list[Tensor | None] = [None] * n_layers
@@ -46,17 +46,18 @@ class Store:
             flat, old = new.transpose(1, 2).flatten(0, 1), held[layer]
             held[layer] = flat if old is None else torch.cat([old, flat])
 
-    def get(self, part: str, layer: int, instances: list[list[int]]) -> Tensor:
-        """Keys ("k") or values ("v") of instances (B,S) -> (B,S,Hkv,D); ZERO gives zeros."""
+    def get(self, part: str, layer: int, tokens: list[list[int]]) -> Tensor:
+        """Keys ("k") or values ("v") of tokens (B,S) by number -> (B,S,Hkv,D); ZERO gives zeros."""
         held = getattr(self, part)[layer]
-        index = torch.tensor(instances, device=held.device)
+        index = torch.tensor(tokens, device=held.device)
         return held[index.clamp(min=0)].masked_fill((index == ZERO)[..., None, None], 0.0)
 
 
-class Tape:
-    """A session that remembers everything. Subclasses change one rule each.
+class Hypothesis:
+    """A session that remembers everything; a subclass changes one rule.
 
-    `rows` are the columns of the past, a list for each row of the batch.
+    `rows` are the columns of the past, a list for each row of the batch; `new` are those of the
+    step, `n_new` each.
     """
 
     hint = ""  # what it means if this reproduces a cache's logits
@@ -78,11 +79,11 @@ class Tape:
     # The session
 
     def feed(self, ids: Tensor) -> Tensor:
+        """The next tokens of each row (B,n) -> their logits (B,n,V)."""
         batch, n = ids.shape
         self.n_new = n
         self.new = [[self._column(b, i, n) for i in range(n)] for b in range(batch)]
-        places = [self.place(b, n) for b in range(batch)]
-        q_pos = torch.tensor(places, device=ids.device)
+        q_pos = torch.tensor([self.positions(b, n) for b in range(batch)], device=ids.device)
         slots = torch.arange(n, device=ids.device)
         step = Step(q_pos, q_pos, slots, None, False)
         logits = self.subject.model(ids, step, self, self.source)  # type: ignore[arg-type]
@@ -104,7 +105,7 @@ class Tape:
     def reset(self, start: Start) -> None:
         self._begin(start)
 
-    def fork(self) -> Tape:
+    def fork(self) -> Hypothesis:
         other = copy.copy(self)
         other.rows = [list(row) for row in self.rows]
         return other
@@ -118,28 +119,28 @@ class Tape:
         return len(self.rows[row]) + i - self.padding[row]
 
     def _column(self, row: int, i: int, n: int) -> Column:
-        instance = self.store.n_tokens + row * n + i
-        return Column(instance, instance, self._index(row, i))
+        token = self.store.n_tokens + row * n + i
+        return Column(token, token, self._index(row, i))
 
-    def place(self, row: int, n: int) -> list[int]:
+    def positions(self, row: int, n: int) -> list[int]:
         """The positions of the n new tokens of a row, as embedding and rotation see them."""
         return [self._index(row, i) for i in range(n)]
 
-    def past(self, layer: int, row: int) -> list[Column]:
-        """The columns of earlier steps that a row of this layer may meet."""
+    def past_columns(self, layer: int, row: int) -> list[Column]:
+        """The columns of earlier steps that a row of this layer may attend to."""
         return self.rows[row]
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
-        """Whether the i-th token of the step meets a column; `new`: it belongs to the same step."""
+        """Whether the i-th token of the step attends to a column; `new`: one of the same step."""
         if column.at > query.at or (column.at < 0 and column is not query):
             return False
         window, sinks = self.subject.window, self.subject.sinks
         near = query.at - column.at < window or column.at < sinks
         return not window or near
 
-    def met(self, part: str, layer: int, held: Tensor, columns: list[list[Column]]) -> Tensor:
-        """Keys ("k") or values ("v") of the columns (B,S,Hkv,D), as they are met."""
-        return held
+    def as_read(self, part: str, layer: int, stored: Tensor, columns: list[list[Column]]) -> Tensor:
+        """What a layer reads of the keys ("k") or values ("v") `stored` (B,S,Hkv,D) in columns."""
+        return stored
 
     @property
     def quantization(self) -> Quantization | None:
@@ -149,26 +150,27 @@ class Tape:
     def rounded(
         self, quantization: Quantization, k: Tensor, v: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values (B,Hkv,n,D) of quantized columns at positions (B,n), as they are met."""
+        """Keys and values (B,Hkv,n,D) of quantized columns at positions (B,n), as they are read."""
         return quantization.rounded(k, v, positions)
 
-    def rounded_for(self, end: int) -> Sequence[int]:
-        """The places of the new tokens, up to `end`, by which they meet others rounded."""
+    def quantized_as_of(self, end: int) -> Sequence[int]:
+        """The tokens as of which the new ones, up to `end`, find older ones quantized."""
         return range(end - self.n_new, end)
 
     # Attention, called by the model in place of a cache's
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """Keep k, v (B,Hkv,n,D), and attend by the rules: q (B,H,n,D) -> (B,H,n,D)."""
         self.store.add(layer, k, v)
-        columns = [[*self.past(layer, b), *self.new[b]] for b in range(q.shape[0])]
+        columns = [[*self.past_columns(layer, b), *self.new[b]] for b in range(q.shape[0])]
         width = max(map(len, columns))
         filler = Column(ZERO, ZERO, -1)
         # In front, so that the new tokens are the last columns of every row.
         rows = [[filler] * (width - len(row)) + row for row in columns]
         keys = self.store.get("k", layer, [[c.key for c in row] for row in rows])
         values = self.store.get("v", layer, [[c.value for c in row] for row in rows])
-        keys = self.met("k", layer, keys, rows).transpose(1, 2)
-        values = self.met("v", layer, values, rows).transpose(1, 2)
+        keys = self.as_read("k", layer, keys, rows).transpose(1, 2)
+        values = self.as_read("v", layer, values, rows).transpose(1, 2)
         seen = [[self._seen(b, i, row, filler) for i in range(self.n_new)]
                 for b, row in enumerate(rows)]  # fmt: skip
         mask = torch.tensor(seen, device=q.device)[:, None]
@@ -179,15 +181,15 @@ class Tape:
     def _quantized(
         self, by: Quantization, k: Tensor, v: Tensor, mask: Tensor, rows: list[list[Column]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with quantized columns in front, each met in place of its exact one."""
+        """The same with quantized columns in front, each read in place of its exact one."""
         width = k.shape[2]
         if not (n := by.n_quantized(width - 1)):
             return k, v, mask
         at = torch.tensor([[c.at for c in row[:n]] for row in rows], device=k.device)
         keys, values = self.rounded(by, k[:, :, :n], v[:, :, :n], at)
-        tokens = self.rounded_for(width)
-        met = by.meets(tokens, range(n), range(width)).to(mask.device)
-        mask = torch.cat([mask[..., :n], mask], dim=3) & met
+        tokens = self.quantized_as_of(width)
+        read = by.meets(tokens, range(n), range(width)).to(mask.device)
+        mask = torch.cat([mask[..., :n], mask], dim=3) & read
         return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), mask
 
     def _seen(self, row: int, i: int, columns: list[Column], filler: Column) -> list[bool]:

@@ -1,0 +1,113 @@
+"""A scenario in one precision: what the cached arm answers, and what the uncached one does."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtool.core.verify.precision import Promote
+from kvtool.core.verify.scenario_run import ScenarioRun
+from kvtool.core.verify.scenarios import Scenario
+from kvtool.core.verify.subject import Source, Subject
+from kvtool.errors import first_line, pass_on_shortage
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scenario, the ids (1,N) that it feeds first, of which `n_prompt` are the prompt, and the
+    source that an encoder-decoder reads first. Without them ids are drawn at random."""
+
+    scenario: Scenario
+    given: Tensor | None = None
+    n_prompt: int = 0
+    source: Source | None = None
+
+    def run(self, subject: Subject, last: int | None = None) -> ScenarioRun:
+        """A run of it that has not begun; it stops behind step `last`, if that is given."""
+        return ScenarioRun(subject, self.given, self.n_prompt, last, self.source)
+
+
+class Raised(NamedTuple):
+    """What code that is judged raised, and where: a step of the cached arm has a number."""
+
+    error: BaseException
+    step: int | None = None
+    where: str = ""
+
+    @property
+    def words(self) -> str:
+        """The error in one line, and where it was raised."""
+        where = self.where or f"step {self.step}"
+        return f"{where} raised {type(self.error).__name__}: {first_line(self.error)}"
+
+
+@dataclass
+class Arms:
+    """A scenario in one precision: for each step the logits of both arms, (B,n,V)."""
+
+    found: list[Tensor] = field(default_factory=list)
+    expected: list[Tensor] = field(default_factory=list)
+    unrefused: int | None = None
+    vacuous: str | None = None
+    raised: Raised | None = None
+    promoted: bool = False  # both arms ran without lower types
+
+
+@torch.inference_mode()
+def play(subject: Subject, case: Case, promote: tuple[bool, bool] = (False, False)) -> Arms:
+    """Run the cached arm, then one uncached pass over each history that it went through.
+
+    promote: whether the cached arm, and the uncached one, run without lower types.
+    """
+    run, arms = case.run(subject), Arms(promoted=all(promote))
+    with Promote() if promote[0] else contextlib.nullcontext():
+        arms.raised = _play_cached(case, run)
+    arms.unrefused = run.unrefused
+    if arms.raised is None:  # or asking whether its cache is used would only raise again
+        arms.vacuous, arms.raised = _vacuous(run)
+    with Promote() if promote[1] else contextlib.nullcontext():
+        answers = _answers(subject, run)
+    for step in sorted(answers):
+        found, expected = answers[step]
+        arms.found.append(found)
+        arms.expected.append(expected)
+    return arms
+
+
+def _play_cached(case: Case, run: ScenarioRun) -> Raised | None:
+    """What a subject raised: it may raise anything, and that is its result."""
+    try:
+        case.scenario.play(run)
+    except (Exception, SystemExit) as error:
+        pass_on_shortage(error)
+        return Raised(error, run.n_steps)
+    return None
+
+
+def _vacuous(run: ScenarioRun) -> tuple[str | None, Raised | None]:
+    """Why equal logits would prove nothing, if so; and what the subject's code raised."""
+    try:
+        return next(filter(None, (s.vacuous() for s in run.sessions)), None), None
+    except (Exception, SystemExit) as error:
+        pass_on_shortage(error)
+        return None, Raised(error, where="finding out whether the cache is used")
+
+
+def _answers(subject: Subject, run: ScenarioRun) -> dict[int, tuple[Tensor, Tensor]]:
+    """The cached and the uncached logits (B,n,V) by step."""
+    answers = {}
+    for segment in run.segments:
+        if not segment.answers:
+            continue
+        whole = subject.full(segment.history, segment.start)
+        for answer in segment.answers:
+            uncached = whole[:, answer.first : answer.first + answer.logits.shape[1]]
+            answers[answer.step] = (
+                segment.zero_padding(answer.logits, answer.first),
+                segment.zero_padding(uncached, answer.first),
+            )
+    return answers

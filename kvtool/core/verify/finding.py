@@ -1,0 +1,53 @@
+"""What a comparison means for one scenario, and where and what a bug is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvtool.core.verify.compare import Gap
+from kvtool.core.verify.outcome import IDENTICAL, PRECISION, ROUNDING
+
+RIGHT = (IDENTICAL, ROUNDING)
+
+
+class Diagnosis(NamedTuple):
+    """Where a bug is and what it does, as far as that could be found out."""
+
+    layer: int | None = None
+    part: str = ""
+    heads: tuple[int, ...] = ()
+    place: str = ""  # all of that in words
+    bugs: tuple[str, ...] = ()  # the known ones that reproduce the wrong logits, all of them
+    unexplained: str = ""  # what was tried, where none of it does
+
+    @property
+    def hint(self) -> str:
+        """The bug in words, or that none of the known ones explains it; "" if none was tried."""
+        return "; or: ".join(self.bugs) or self.unexplained
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found for one scenario, with the evidence. None was not computed: not needed."""
+
+    scenario: str
+    verdict: str
+    evidence: str = ""
+    working: Gap | None = None
+    float64: Gap | None = None
+    promoted: Gap | None = None
+    first_wrong: int | None = None  # the first step that differs by more than rounding
+    lossy: bool = False  # precision that the cache alone loses, and nobody asked for
+    diagnosis: Diagnosis = field(default_factory=Diagnosis)
+
+    @property
+    def right(self) -> bool:
+        """Whether the cache computes what the uncached pass does, as far as its format allows."""
+        return self.verdict in RIGHT or (self.verdict == PRECISION and not self.lossy)
+
+    @property
+    def by_step(self) -> dict[str, list[float]]:
+        """The gap of each step in each precision that was computed, for a plot."""
+        gaps = {"working": self.working, "float64": self.float64, "promoted": self.promoted}
+        return {name: list(gap.by_step) for name, gap in gaps.items() if gap is not None}

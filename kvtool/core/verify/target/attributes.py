@@ -1,0 +1,80 @@
+"""What the attributes of a user's decoder, or of its state, hold."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
+
+
+def owned_modules(decoder: Any) -> dict[str, nn.Module]:
+    """The modules of a decoder by their dotted names, a module itself under ""."""
+    module = getattr(decoder, "module", None) if not isinstance(decoder, nn.Module) else decoder
+    if isinstance(module, nn.Module):
+        return dict(module.named_modules())
+    found: dict[str, nn.Module] = {}
+    for name, value in getattr(decoder, "__dict__", {}).items():
+        if isinstance(value, nn.Module):
+            found.update({f"{name}.{n}".rstrip("."): m for n, m in value.named_modules()})
+    return found
+
+
+def contents(state: Any, depth: int = 6) -> Iterator[Any]:
+    """Everything that a state holds: in containers, and in the attributes of its objects."""
+    for leaf in tree_leaves(state):
+        yield leaf
+        if depth and not isinstance(leaf, Tensor):
+            yield from contents(list(getattr(leaf, "__dict__", {}).values()), depth - 1)
+
+
+def converted(decoder: Any, dtype: torch.dtype) -> Any:
+    """A copy of a decoder in another format.
+
+    Raises what its own `to` raises, and NotImplementedError if it holds nothing to convert.
+    """
+    other = copy.deepcopy(decoder)
+    if callable(getattr(other, "to", None)):
+        return other.to(dtype) or other
+    n_converted = 0
+
+    def convert(value: Any) -> Any:
+        nonlocal n_converted
+        if isinstance(value, nn.Module) or (
+            isinstance(value, Tensor) and value.is_floating_point()
+        ):
+            n_converted += 1
+            return value.to(dtype)
+        return value
+
+    held = getattr(other, "__dict__", {})
+    held.update({name: tree_map(convert, value) for name, value in held.items()})
+    if not n_converted:
+        raise NotImplementedError("it has no to(dtype), and no modules or tensors to convert")
+    return other
+
+
+def device_of(given: Any) -> torch.device:
+    """The device of the first tensor that an object holds, the CPU if it holds none."""
+    for value in (given, *getattr(given, "__dict__", {}).values()):
+        tensors = value.parameters() if isinstance(value, nn.Module) else tree_leaves(value)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                return tensor.device
+    return torch.device("cpu")
+
+
+def whole_number(given: Any, names: tuple[str, ...]) -> int:
+    """The first whole number above 0 that an object, or its configuration, has under one of the
+    names; 0 if it has none."""
+    for holder in (given, *(getattr(given, name, None) for name in CONFIG_NAMES)):
+        for name in names:
+            value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    return 0

@@ -1,0 +1,101 @@
+"""The whole check of a user's decoder: scenarios, and a planted control."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kvtool.core.verify.arms import Case
+from kvtool.core.verify.check import MAIN, Checked, beginning
+from kvtool.core.verify.finding import Finding
+from kvtool.core.verify.judge import Judge
+from kvtool.core.verify.scenario_run import PREFILL
+from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.core.verify.subject import Session, Start
+from kvtool.core.verify.target.doctor import examine
+from kvtool.core.verify.target.subject import TargetSession, TargetSubject
+from kvtool.errors import UsageError
+
+OWN = "own"  # the kernels of a decoder that brings its own
+
+
+def decode_case(
+    vocab_size: int,
+    context: int,
+    ids: Tensor | Sequence[int] | None = None,
+    tokens: int = 64,
+    device: torch.device | str = "cpu",
+) -> Case:
+    """The scenario `decode` on ids, or on random ones: the last `tokens` of them one by one.
+
+    Raises UsageError for ids that the decoder does not have, or too many of them.
+    """
+    if ids is None:
+        length = min(PREFILL + tokens, context)
+        generator = torch.Generator().manual_seed(0)
+        given = torch.randint(vocab_size, (1, length), generator=generator)
+        return Case(SCENARIOS[MAIN], given.to(device), PREFILL if length > PREFILL else length // 2)
+    given = _checked_ids(ids, vocab_size, context, device)
+    n = given.shape[1]
+    return Case(SCENARIOS[MAIN], given, n - max(1, min(tokens, n // 2)))
+
+
+def _checked_ids(
+    ids: Tensor | Sequence[int], vocab_size: int, context: int, device: torch.device | str
+) -> Tensor:
+    """The ids (1,N) that a user gave as (N,) or (1,N). Raises UsageError as `decode_case` does."""
+    try:
+        given = torch.as_tensor(ids, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"ids: {ids!r} are no ids (expected whole numbers (N,))") from error
+    given = given[None] if given.dim() == 1 else given
+    n = given.shape[-1]
+    if given.dim() != 2 or given.shape[0] != 1 or given.is_floating_point() or n < 2:
+        shape = tuple(given.shape)
+        raise UsageError(f"ids: {shape} of {given.dtype} (expected whole numbers (N,), 2 or more)")
+    if n > context:
+        raise UsageError(f"ids: {n} are too many (the decoder holds {context})")
+    unknown = given[(given < 0) | (given >= vocab_size)].tolist()
+    if unknown:
+        raise UsageError(f"ids: {unknown[0]} is none of the decoder's {vocab_size}")
+    return given.long()
+
+
+def check_target(
+    subject: TargetSubject,
+    scenarios: Sequence[str],
+    main: Case,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Iterator[Checked]:
+    """Judge the user's decoder in all scenarios, in that order. Raises CheckFailed."""
+    judge = Judge(subject, examine)
+    for scenario in scenarios:
+        tell(scenario)
+        case = main if scenario == MAIN else Case(SCENARIOS[scenario])
+        yield Checked(subject.name, OWN, True, judge.judge(case, thorough=scenario == MAIN))
+
+
+def target_control(subject: TargetSubject, main: Case) -> Finding:
+    """Judge the decoder with a planted bug: a check that calls this right is worth nothing."""
+    return Judge(subject.with_session(WrongToken)).judge(beginning(main))
+
+
+class WrongToken(TargetSession):
+    """A session that stores another first token than it was fed."""
+
+    def __init__(self, subject: TargetSubject, start: Start) -> None:
+        super().__init__(subject, start)
+        self.right: Session | None = TargetSession(subject, start)
+
+    def feed(self, ids: Tensor) -> Tensor:
+        """The next tokens of each row (B,n) -> their logits (B,n,V)."""
+        if self.right is None:
+            return super().feed(ids)
+        # The first step answers rightly, so that the bug has to be found in what was stored.
+        found, self.right = self.right.feed(ids), None
+        wrong = ids.clone()
+        wrong[:, 0] = (wrong[:, 0] + 1) % self.subject.vocab_size
+        super().feed(wrong)
+        return found
