@@ -26,8 +26,8 @@ from kvtool.core.bench.timing import now
 from kvtool.core.bench.traffic import weights_read
 from kvtool.core.cache import Cache, CacheSpec, make_cache
 from kvtool.core.decoding import cuda_graphs as graphs
+from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed, generate
-from kvtool.core.decoding.flat import decoding_form
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import attention_of_one
 from kvtool.core.models import Model, build_model

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvtool import registry
 from kvtool.core.cache import CacheSpec, Step, make_cache
+from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed
-from kvtool.core.decoding.flat import decoding_form
 from kvtool.core.kernels.default import make_kernels
 from kvtool.core.models import Model
 

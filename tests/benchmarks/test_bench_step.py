@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvtool import registry
 from kvtool.core.cache import CacheSpec, Step, cache_class
+from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed
-from kvtool.core.decoding.flat import decoding_form
 from kvtool.core.models import Model
 
 LENGTHS = [16, 130, 520, 1000]  # at 128 and 512 a group is filled and quantized, as one in 32 is

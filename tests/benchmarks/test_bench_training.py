@@ -22,7 +22,7 @@ from kvtool.core.models import build_model
 from kvtool.core.models.decoder import Decoder
 from kvtool.core.models.layers import sinusoids
 from kvtool.core.models.seq2seq import Seq2Seq
-from kvtool.core.native import fused
+from kvtool.core.native import context
 from kvtool.core.text.tokenizer import BOS, Tokenizer
 from kvtool.core.training.lm import Blocks, LanguageModelling
 from kvtool.core.training.pairs import load_cmudict
@@ -194,7 +194,7 @@ def trainer(module: nn.Module, loss: Loss, amp: bool) -> Callable[[Any], float]:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
     def step(batch: Any) -> float:
-        with fused.in_training(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        with context.within(training=True), torch.autocast("cpu", torch.bfloat16, enabled=amp):
             value = loss(batch)
         optimizer.zero_grad(set_to_none=True)
         value.backward()

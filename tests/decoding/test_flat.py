@@ -19,8 +19,8 @@ from kvtool.core.cache.dynamic import GRAIN, DynamicCache
 from kvtool.core.cache.paged import PagedCache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.cache.static import StaticCache
+from kvtool.core.decoding.dispatch import ONE_CALL, decoding_form
 from kvtool.core.decoding.engine import begin, feed, generate
-from kvtool.core.decoding.flat import decoding_form
 from kvtool.core.decoding.native_decoder import NativeDecoder
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import DEFAULT, make_kernels
@@ -78,7 +78,7 @@ def test_its_logits_are_those_of_the_modules(
 ) -> None:
     model = random_model(0, **SHAPES[shape]).to(dtype)
     decode = decoding_form(model)
-    assert decode is not model and native.decoder_code(dtype)
+    assert not decode._foreign and native.decoder_code(dtype)
     for kind in registry.CACHES:
         by_modules = decoded(model, model, kernels, kind, batch)
         assert decoded(model, decode, kernels, kind, batch).equal(by_modules)
@@ -179,7 +179,7 @@ def test_codes_are_read_in_place_between_the_tokens_that_fill_a_group(
     for end in (64, *range(65, 110), 113, 114, *range(115, n + 1)):
         by_form = feed(decode, own, ids[:, :end])
         assert by_form.equal(feed(model, other, ids[:, :end])), end
-    assert own._opened is not None
+    assert decode.taken[ONE_CALL] > 9
 
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache, partial(PagedCache, page=4, rows=2)])
@@ -221,8 +221,8 @@ def test_layers_of_which_some_have_grown_when_memory_ran_out_are_read_as_they_ar
 def test_generate_takes_the_flat_form_though_weights_may_have_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    called, real = [], NativeDecoder.at_once
-    monkeypatch.setattr(NativeDecoder, "at_once", lambda *a: called.append(1) or real(*a))
+    called, real = [], NativeDecoder.one_call_step
+    monkeypatch.setattr(NativeDecoder, "one_call_step", lambda *a: called.append(1) or real(*a))
     with torch.inference_mode(False), torch.enable_grad():
         model = random_model(0)
         assert all(parameter.requires_grad for parameter in model.parameters())
@@ -237,7 +237,7 @@ def test_who_asks_for_gradients_or_watches_later_gets_pytorch(
     with torch.inference_mode(False), torch.no_grad():
         model = random_model(0)
         decode = decoding_form(model)
-        for name in ("at_once", "layerwise_step"):
+        for name in ("one_call_step", "layerwise_step"):
             monkeypatch.setattr(NativeDecoder, name, lambda *_: pytest.fail("native code"))
         for mode in (torch.enable_grad(), FlopCounterMode(display=False)):
             cache = make_cache("dynamic", CacheSpec.of(model.config, 1, N))
@@ -355,7 +355,7 @@ def test_more_positions_than_there_are_and_unknown_tokens_are_refused(
 def test_a_decoder_that_is_watched_or_changed_stays_as_it_is(change: Any) -> None:
     model = random_model(0)
     change(model)
-    assert decoding_form(model) is model
+    assert decoding_form(model)._foreign
 
 
 def test_hooks_on_every_module_of_the_process_see_the_modules() -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from kvtool.core.cache import Cache, CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
+from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed, generate
-from kvtool.core.decoding.flat import decoding_form
-from kvtool.core.decoding.native_decoder import AT_ONCE
+from kvtool.core.decoding.native_decoder import MOST_A_CALL
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import DEFAULT, DefaultKernels, make_kernels
 from kvtool.core.models import Model
@@ -269,9 +269,9 @@ def test_a_token_that_the_caller_writes_to_changes_none_after_it() -> None:
 
 
 def test_a_long_exact_prompt_goes_in_several_calls_to_the_same_bits() -> None:
-    model = random_model(0, context=2 * AT_ONCE)
-    spec = CacheSpec.of(model.config, 1, 2 * AT_ONCE, kernels=make_kernels("exact"))
-    ids = torch.arange(AT_ONCE + 9)[None] % model.config.vocab_size
+    model = random_model(0, context=2 * MOST_A_CALL)
+    spec = CacheSpec.of(model.config, 1, 2 * MOST_A_CALL, kernels=make_kernels("exact"))
+    ids = torch.arange(MOST_A_CALL + 9)[None] % model.config.vocab_size
     whole = feed(decoding_form(model), DynamicCache(spec), ids)
     assert whole.equal(feed(model, DynamicCache(spec), ids))
     last = feed(decoding_form(model), DynamicCache(spec), ids, last=True)
@@ -377,4 +377,4 @@ def compiled_around(model: Model) -> Any:
 @pytest.mark.parametrize("change", [watched_around, overridden_around, subclassed, compiled_around])
 def test_what_is_around_a_decoder_is_not_passed_over(change: Any) -> None:
     model = change(random_model(0, **PAIR))
-    assert decoding_form(model) is model
+    assert decoding_form(model)._foreign

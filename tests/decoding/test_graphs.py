@@ -22,8 +22,8 @@ from kvtool.core.bench import timing
 from kvtool.core.cache import CacheSpec
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.decoding import cuda_graphs as graphs
+from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import begin, feed, generate
-from kvtool.core.decoding.flat import DecodingForm, decoding_form
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.models import Model
 from recorded_steps import Recorder, storage
@@ -84,7 +84,7 @@ def test_a_step_that_is_made_by_device_work_alone_is_the_one_that_begin_makes(
 
 def test_on_a_cpu_nothing_is_recorded() -> None:
     form = decoding_form(random_model(0))
-    assert isinstance(form, DecodingForm) and form._graphs is None
+    assert form._graphs is None
 
 
 # Commands
@@ -213,7 +213,7 @@ def on_cuda(model: Model, make: Any, capture: bool, monkeypatch: pytest.MonkeyPa
         if not capture:
             patch.setattr(graphs, "capture_for", lambda device: None)
         form = decoding_form(model)
-    assert isinstance(form, DecodingForm) and form.records(cache) == capture
+    assert form.records(cache) == capture
     found = [feed(form, cache, ids[:, :i], source, last=True) for i in range(PROMPT, N + 1)]
     assert form._graphs is None or not form._graphs._failed
     return torch.cat(found, dim=1)

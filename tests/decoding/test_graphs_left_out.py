@@ -194,8 +194,7 @@ def test_a_step_that_is_wrong_is_refused_and_the_next_one_recorded(capturing: Ca
     capturing(recorder)
     case = Case()
     case.steps(PROMPT + 1)
-    step = case.cache.begin(1)
     with pytest.raises(RuntimeError, match="to have one of the following scalar types"):
-        case.decode(case.ids[:, :1].float(), step, case.cache, None, False)
+        case.decode.step(case.ids[:, :1].float(), case.cache, None, False)
     case.steps(N)
     assert recorder.played == N - PROMPT

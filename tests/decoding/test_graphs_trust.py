@@ -15,7 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import graph_cases
 from graph_cases import KINDS, PROMPT, SHAPES, Capturing, Case, N, Story, both
-from kvtool.core.cache import Step
 from kvtool.core.decoding import cuda_graphs as graphs
 from recorded_steps import Recorder
 
@@ -109,22 +108,6 @@ def test_what_happens_between_two_steps_is_not_missed(
 def test_pages_that_no_longer_follow_one_another_are_gathered(capturing: Capturing) -> None:
     recorder = both(capturing, fork_in_turns, partial(Case, KINDS["paged"], 1))
     assert recorder.played == 5 + 2 * (N - 9) - 1
-
-
-def test_a_step_that_is_handed_over_is_done_as_it_says(capturing: Capturing) -> None:
-    class Near(Step):
-        def within(self, window: int) -> Step:
-            return super().within(window and 1)
-
-    def story(case: Case) -> Tensor:
-        first, step = case.steps(6), case.cache.begin(1)
-        near = Near(*vars(step).values())
-        found = [case.decode(case.ids[:, 6:7], s, case.cache, None, False) for s in (step, near)]
-        case.cache.commit(1)
-        assert not found[0].equal(found[1])
-        return torch.cat([first, *found], dim=1)
-
-    assert both(capturing, story, partial(Case, **SHAPES["windows"])).recorded == 1
 
 
 def test_a_cache_that_is_reset_plays_what_was_recorded_of_it(capturing: Capturing) -> None:

@@ -16,7 +16,7 @@ import training_cases
 from kvtool.core.kernels.default import DEFAULT, reference_attention
 from kvtool.core.models.attention import merge_heads
 from kvtool.core.models.layers import Dropout
-from kvtool.core.native import fused
+from kvtool.core.native import context, fused
 from training_cases import check_that_shares_drop_as_the_whole, outcome, stop_and_resume, train
 
 EPS = {torch.float32: 5e-6, torch.bfloat16: 2**-7}  # of the largest; bfloat16 rounds to 2**-9
@@ -26,7 +26,7 @@ DTYPES = list(EPS)
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(fused, "LEAST", 0)
-    with fused.in_training():
+    with context.within(training=True):
         yield
 
 
@@ -105,7 +105,7 @@ def test_parts_of_one_projection_get_their_gradients_in_it(widths: list[int], sp
         return merge_heads(DEFAULT.attention(*heads, None, True)).square().mean()
 
     (found,) = torch.autograd.grad(loss(), weight)
-    with patch.object(fused, "_training", False):
+    with context.within(training=False):
         (expected,) = torch.autograd.grad(loss(), weight)
     assert close(found, expected, torch.float32)
 
@@ -113,7 +113,7 @@ def test_parts_of_one_projection_get_their_gradients_in_it(widths: list[int], sp
 def test_keys_that_are_values_too_get_both_gradients() -> None:
     q, k = (torch.randn(2, 2, 4, 16, requires_grad=True) for _ in range(2))
     found = torch.autograd.grad(DEFAULT.attention(q, k, k, None, False).square().sum(), k)
-    with patch.object(fused, "_training", False):
+    with context.within(training=False):
         expected = torch.autograd.grad(DEFAULT.attention(q, k, k, None, False).square().sum(), k)
     torch.testing.assert_close(found, expected)
 
@@ -156,7 +156,7 @@ def test_dropout_is_that_of_pytorchs_way(dtype: torch.dtype, adds: bool, calls: 
 
     y, grads = both()
     assert calls == ["dropout"]
-    with patch.object(fused, "_training", False):
+    with context.within(training=False):
         expected, gradients = both()
     assert y.dtype is expected.dtype and close(y, expected, dtype)
     for found, gradient in zip(grads, gradients, strict=True):

@@ -15,8 +15,8 @@ from kvtool.core.cache import Cache, CacheSpec
 from kvtool.core.cache.paged import PagedCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.decoding import cuda_graphs as graphs
+from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import begin, feed
-from kvtool.core.decoding.flat import decoding_form
 from kvtool.core.native import arrays as native
 from recorded_steps import Recorder
 from small_models import random_model

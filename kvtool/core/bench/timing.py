@@ -17,8 +17,8 @@ from torch import Tensor
 from kvtool.core.cache import Cache, CacheSpec, make_cache, predicted_nbytes
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.decoding import cuda_graphs as graphs
+from kvtool.core.decoding.dispatch import DecodingForm, decoding_form
 from kvtool.core.decoding.engine import begin, generate
-from kvtool.core.decoding.flat import DecodingForm, decoding_form
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.models import Model
@@ -136,7 +136,7 @@ class Workload:
         prompt, source = self._begin()
         if rehearsed is None:
             cache = make_cache(kind, self._spec(prompt.shape[1] + n_new))
-            tokens = generate(self._decode, prompt, cache, n_new, Sampler(), source)
+            tokens = generate(self.decode, prompt, cache, n_new, Sampler(), source)
         else:
             decode, cache, source = rehearsed
             tokens = generate(decode, prompt, cache, n_new, Sampler(), source)
@@ -145,7 +145,8 @@ class Workload:
         return TimedRun.of(started, stamps, held.allocated, held.read_per_step, self.decode_only)
 
     @cached_property
-    def _decode(self) -> Model | DecodingForm:
+    def decode(self) -> DecodingForm:
+        """The model in the form that decodes, for all runs but those that are recorded."""
         return decoding_form(self.model)
 
     def _begin(self) -> tuple[Tensor, CrossCache | None]:
@@ -160,8 +161,9 @@ class Workload:
         if graphs.capture_for(self.prompt.device) is None:
             return None
         decode = decoding_form(self.model)
+        decode.taken = self.decode.taken
         cache = make_cache(kind, self._spec(self.n_start + n_new))
-        if not isinstance(decode, DecodingForm) or not decode.records(cache):
+        if not decode.records(cache):
             return None
         prompt, source = self._begin()
         for _ in generate(decode, prompt, cache, n_new, Sampler(), source):

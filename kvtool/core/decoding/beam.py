@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kvtool.core.cache import Cache, CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
+from kvtool.core.decoding.dispatch import DecodingForm, decoding_form
 from kvtool.core.decoding.engine import check_context, feed
-from kvtool.core.decoding.flat import decoding_form
 from kvtool.core.decoding.sampling import require_finite
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.machine import require_memory
@@ -62,7 +62,7 @@ class Hypothesis:
 
 @torch.inference_mode()
 def beam_search(
-    model: Model,
+    model: Model | DecodingForm,
     prompt: Tensor,
     kind: str,
     limits: Sequence[int],
@@ -93,7 +93,8 @@ def beam_search(
     """
     check_context(prompt.shape[1], max(limits), model.config.context)
     search = _Search(prompt, limits, beam, eos)
-    weight = next(model.parameters())
+    decode = decoding_form(model)
+    weight = next(decode.model.parameters())
     capacity = prompt.shape[1] + max(limits)
     n_rows = len(limits) * beam.n_rows
     spec = CacheSpec.of(model.config, n_rows, capacity, weight.dtype, weight.device, kernels)
@@ -101,7 +102,7 @@ def beam_search(
     require_memory(what, needed, weight.device, dtype=weight.dtype)
     cache: Cache = make_cache(kind, spec)
     cache.select(torch.arange(len(limits), device=prompt.device))  # one row reads a prompt
-    decode, read, reading = decoding_form(model), source, search.prompts
+    read, reading = source, search.prompts
     while search.rows:
         logits = feed(decode, cache, search.ids, read, last=True)[:, -1]
         tell(cache.nbytes().allocated + (read.nbytes() if read else 0))

@@ -95,20 +95,23 @@ class Graphs:
         self._recordings: dict[tuple[Any, ...], Recording] = {}
         self._failed = False
 
-    def __call__(
+    def step(
         self, decode: Decode, tokens: Tensor, cache: Cache, source: CrossCache | None
-    ) -> Tensor | None:
+    ) -> Tensor | str:
         """A whole step, `begin` and `commit` included: tokens (B,1) -> logits (B,1,V), as `decode`
-        gives; None if it is not one to record. Raises CapacityError."""
-        watched = native.watched() or torch.is_autocast_enabled(self.device.type)
-        if self._failed or watched or tokens.device != self.device:
-            return None
+        gives, or why it is not one to record. Raises CapacityError."""
+        if self._failed:
+            return "CUDA graphs have failed"
+        if native.watched() or torch.is_autocast_enabled(self.device.type):
+            return "something watches what PyTorch does"
+        if tokens.device != self.device:
+            return f"the tokens are on {tokens.device}"
         read = [] if source is None else source.memory()
-        if read is None or not isinstance(cache, DirectAccess):
-            return None
-        fixed = cache.graph_step()
+        if read is None:
+            return "the source attends in a way of its own"
+        fixed = cache.graph_step() if isinstance(cache, DirectAccess) else None
         if fixed is None:
-            return None
+            return f"the {cache.kind} cache has no step that is like others"
         recordings, key = self._recordings_on([*fixed.memory, *read]), _key(tokens, cache, fixed)
         if key not in recordings:
             try:

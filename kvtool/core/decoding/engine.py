@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvtool.core.cache import Cache
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.decoding.flat import Decode, DecodingForm, decoding_form
+from kvtool.core.decoding.dispatch import DecodingForm, by_modules, decoding_form
 from kvtool.core.decoding.sampling import Sampler, likeliest
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.models import Model
@@ -19,7 +19,7 @@ from kvtool.errors import CapacityError
 
 
 def feed(
-    model: Decode,
+    model: Model | DecodingForm,
     cache: Cache,
     ids: Tensor,
     source: CrossCache | None = None,
@@ -35,21 +35,18 @@ def feed(
 
 
 def advance(
-    model: Decode, cache: Cache, new: Tensor, source: CrossCache | None = None, last: bool = False
+    model: Model | DecodingForm,
+    cache: Cache,
+    new: Tensor,
+    source: CrossCache | None = None,
+    last: bool = False,
 ) -> Tensor:
     """One step: `new` (B,n) behind what the cache holds, or all tokens for a kind that recomputes
     -> logits as `feed`. Raises CapacityError."""
-    if isinstance(model, DecodingForm) and not torch.is_grad_enabled():
-        logits = model.at_once(new, cache, source, last)
-        if logits is not None:
-            return torch.from_numpy(logits).to(cache.spec.dtype)
-        played = model.recorded(new, cache, source)
-        if played is not None:
-            return played
-    step = cache.begin(new.shape[1])
-    found = model(new, step, cache, source, last)
-    cache.commit(new.shape[1])
-    return found
+    if not isinstance(model, DecodingForm):
+        return by_modules(model, new, cache, source, last)
+    logits = model.step(new, cache, source, last)
+    return logits if isinstance(logits, Tensor) else torch.from_numpy(logits).to(cache.spec.dtype)
 
 
 def begin(
@@ -96,28 +93,19 @@ def generate(
     new: Tensor | Array = prompt if cache.recompute else prompt[:, cache.length :]
     without_gradients = torch.inference_mode()
     for index in range(n_new):
-        last = _logits_at_once(decode, cache, new, source) if sampler.greedy else None
-        if last is not None:
-            logits, found = torch.from_numpy(last), likeliest(last, index)
-            token, new = torch.from_numpy(found), found[:, None].copy()  # the caller's is its own
-        else:
-            with without_gradients:  # but not around the caller's part
-                ids = torch.as_tensor(new)
-                logits = advance(decode, cache, ids, source, last=True).select(1, -1)
-                token = sampler(logits, index)
-                new = token[:, None]
-                new = torch.cat([ids, new], dim=1) if cache.recompute else new
+        with without_gradients:  # but not around the caller's part
+            found = decode.step(new, cache, source, last=True)
+            if sampler.greedy and not isinstance(found, Tensor):  # without PyTorch, which is slow
+                chosen = likeliest(found[:, -1], index)
+                token, new = torch.from_numpy(chosen), chosen[:, None].copy()
+            else:
+                token = sampler(_as_tensor(found)[:, -1], index)
+                behind = token[:, None].clone()  # since the caller's token is its own
+                new = torch.cat([_as_tensor(new), behind], dim=1) if cache.recompute else behind
         if weigh is not None:
-            weigh(logits, token)
+            weigh(_as_tensor(found)[:, -1], token)
         yield token
 
 
-def _logits_at_once(
-    decode: Model | DecodingForm, cache: Cache, new: Tensor | Array, source: CrossCache | None
-) -> Array | None:
-    """What decides behind `new` (B,n), (B,V), without PyTorch, whose part of a token apart from
-    layers takes as long as small layers; None where it cannot be."""
-    if not isinstance(decode, DecodingForm):
-        return None
-    logits = decode.at_once(new, cache, source, last=True)
-    return None if logits is None else logits[:, 0]
+def _as_tensor(x: Tensor | Array) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.from_numpy(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kvtool.core.checkpoint import checkpoint
 from kvtool.core.checkpoint.checkpoint import Checkpoint
 from kvtool.core.decoding import engine
 from kvtool.core.decoding.beam import Beam, Hypothesis, beam_search
+from kvtool.core.decoding.dispatch import DecodingForm, decoding_form
 from kvtool.core.decoding.prompt_cache import SavedCache, common_prefix
 from kvtool.core.decoding.sampling import LogProb, Sampler
 from kvtool.core.decoding.sources import check_sources, search, target_limit
@@ -154,6 +156,11 @@ class Generator:
                 f"--top-k: {how.top_k} is above the vocabulary of {self.config.vocab_size}"
             )
 
+    @cached_property
+    def decode(self) -> DecodingForm:
+        """The model in the form that decodes, for all prompts."""
+        return decoding_form(self.model)
+
     @property
     def reads_sources(self) -> bool:
         """Whether the model is an encoder-decoder."""
@@ -234,7 +241,7 @@ class Generator:
             # The last token is always computed: its logits are what comes next.
             self.n_reused = min(common_prefix(self.saved.ids, ids), len(ids) - 1)
             self.saved.fill(cache, self.n_reused)
-        steps = engine.generate(self.model, prompt, cache, n_new, self.sampler(), source, log_prob)
+        steps = engine.generate(self.decode, prompt, cache, n_new, self.sampler(), source, log_prob)
         for i, token in enumerate(steps):
             ending.check()
             if i == 0 and self.on_prefill is not None:
@@ -261,7 +268,7 @@ class Generator:
         prompt = torch.tensor([ids], device=self.device)
         how, limits, ends = self.how.cache, [self.n_new(ids)], self.end_ids
         return beam_search(
-            self.model, prompt, how, limits, beam, ends, None, self.kernels, self._used
+            self.decode, prompt, how, limits, beam, ends, None, self.kernels, self._used
         )[0]
 
     def _ranked(self, rank: int, found: Hypothesis) -> Continuation:

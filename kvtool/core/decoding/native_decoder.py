@@ -18,9 +18,10 @@ from kvtool.core.cache.direct_access import StepAddresses
 from kvtool.core.models.decoder import Block, Decoder
 from kvtool.core.models.layers import LayerNorm, Linear, RMSNorm
 from kvtool.core.native import arrays as native
+from kvtool.core.native import compiling
 from kvtool.core.native.arrays import Array
 
-AT_ONCE = 256  # tokens; a Ctrl-C waits for the end of a call
+MOST_A_CALL = 256  # tokens; a Ctrl-C waits for the end of a call
 NO_SOURCE = SourceAddresses(np.empty((2, 0), np.int64), 0, np.empty((0, 2), np.int64))
 
 
@@ -32,25 +33,34 @@ class NativeDecoder:
     """
 
     @classmethod
-    def of(cls, decoder: Decoder) -> NativeDecoder | None:
-        """None unless each layer is where, and has the size, that the configuration asks for, in
-        memory that native code can read. Compiled code trusts them, and would read other memory."""
+    def of(cls, decoder: Decoder) -> NativeDecoder | str:
+        """That of a decoder, or why there is none: each layer must be where, and have the size,
+        that the configuration asks for, in memory that native code can read. Compiled code trusts
+        them, and would read other memory."""
         c = decoder.config
-        usual = all(_is_usual(c, i, block) for i, block in enumerate(decoder.layers))
-        if not usual or len(decoder.layers) != c.n_layers or decoder.norm.eps is None:
-            return None
+        if len(decoder.layers) != c.n_layers:
+            return f"the model has {len(decoder.layers)} layers (configured: {c.n_layers})"
+        for i, block in enumerate(decoder.layers):
+            if not _is_usual(c, i, block):
+                return f"layer {i} is not as configured"
+        if decoder.norm.eps is None:
+            return "the last norm has no epsilon"
         blocks, ends = [_parts(c, block) for block in decoder.layers], _ends(decoder)
         constants = _constants(decoder)
         weights = [sized for part in chain(*blocks, ends) for sized in part.weights()]
         read = weights + [(table, shape) for table, shape in constants if table is not None]
-        if not all(x.shape == shape and x.is_contiguous() for x, shape in read):
-            return None
-        fixed = all(x.dtype is torch.float64 and x.is_cpu for x, _ in read[len(weights) :])
-        if not fixed or not native.can_read(*(weight for weight, _ in weights)):
-            return None
+        for x, shape in read:
+            if x.shape != shape:
+                return f"a weight has the shape {tuple(x.shape)} (configured: {shape})"
+            if not x.is_contiguous():
+                return f"a weight of shape {shape} is not contiguous"
+        if not all(x.dtype is torch.float64 and x.is_cpu for x, _ in read[len(weights) :]):
+            return "a table of positions is not float64 on the CPU"
+        if why := native.why_unreadable(*(weight for weight, _ in weights)):
+            return why
         code = native.decoder_code(decoder.head.weight.dtype)
         if code is None:
-            return None
+            return f"native code could not be had ({compiling.failure()})"
         return cls(decoder, blocks, [tensor for tensor, _ in read], code)
 
     def __init__(
@@ -88,16 +98,16 @@ class NativeDecoder:
         sizes = spec.n_layers, spec.n_kv_heads, spec.head_dim
         return self.stored == (*sizes, spec.dtype, spec.device)
 
-    def at_once(
+    def one_call_step(
         self, tokens: Array, place: StepAddresses, source: SourceAddresses, last: bool
     ) -> Array:
         """The step of tokens (B,T), which are stored -> logits (B,T,V), or (B,1,V) of the last
         token alone, those of half formats in float32. Raises IndexError for a token or position
         that does not exist."""
         batch, n = tokens.shape
-        if batch * n <= AT_ONCE:
+        if batch * n <= MOST_A_CALL:
             return self._part(tokens, 0, place, source, last)
-        width = max(AT_ONCE // batch, 1)
+        width = max(MOST_A_CALL // batch, 1)
         parts = [
             self._part(tokens[:, first : first + width], first, place, source, last)
             for first in range(0, n, width)
@@ -107,7 +117,7 @@ class NativeDecoder:
     def _part(
         self, tokens: Array, first: int, place: StepAddresses, source: SourceAddresses, last: bool
     ) -> Array:
-        """`at_once` for the tokens from number `first` on."""
+        """`one_call_step` for the tokens from number `first` on."""
         batch, n = tokens.shape
         start = place.start + first
         place = place._replace(start=start, slot=place.slot + first) if first else place
@@ -118,7 +128,7 @@ class NativeDecoder:
             met = int(place.packings[0, 0]) + place.slot + n - place.exact
             scratch = np.empty((2, batch * met * self.token_size // 2), self.kind.dtype)
         known = self.code.decode(
-            self.model, self.blocks, ids, *place, scratch, *source, logits, self.kind,
+            self.model, self.blocks, ids, tuple(place), scratch, tuple(source), logits, self.kind,
             *self._threads(batch * (start + n), source),
         )  # fmt: skip
         if not known:
@@ -126,13 +136,13 @@ class NativeDecoder:
         return logits.reshape(batch, -1, self.n_logits)
 
     def layerwise_step(
-        self, tokens: Tensor, step: Step, cache: Cache, source: SourceAddresses
+        self, tokens: Array, step: Step, cache: Cache, source: SourceAddresses
     ) -> Tensor:
         """The step of single tokens (B,1) -> logits (B,1,V), where a cache stores and attends in
-        its own way. Raises as `at_once`."""
+        its own way. Raises as `one_call_step`."""
         c, batch, model = self.config, len(tokens), (self.model, self.blocks)
         ids, pos = (
-            np.ascontiguousarray(x.numpy(), np.int64).reshape(batch) for x in (tokens, step.q_pos)
+            np.ascontiguousarray(x, np.int64).reshape(batch) for x in (tokens, step.q_pos.numpy())
         )
         x = np.empty((batch, c.d_model), self.computed)
         if not self.code.embed(self.model, ids, pos, x, self.kind):

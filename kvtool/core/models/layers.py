@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvtool.config import ModelConfig
 from kvtool.core.native import arrays as native
-from kvtool.core.native import fused
+from kvtool.core.native import context, fused
 
 
 class Plain(nn.Module):
@@ -49,10 +49,11 @@ class Linear(Plain, nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        fits = x.shape[-1] == self.in_features  # or PyTorch says what is wrong
-        if fits and native.serves(x, self.weight, self.bias):
+        weight, bias = self.weight, self.bias
+        # Where sizes do not fit, PyTorch says what is wrong.
+        if native.serves(x, weight, bias) and x.shape[-1] == self.in_features:
             return native.on_tensor(self.on_arrays(), x)
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, weight, bias)
 
     def on_arrays(self) -> native.ArrayLayer:
         """The same for a few tokens, on arrays (n,in) -> (n,out)."""
@@ -68,10 +69,10 @@ class LayerNorm(Plain, nn.LayerNorm):
     by_rows = True
 
     def forward(self, x: Tensor) -> Tensor:
-        fits = self.weight is not None and x.shape[-1:] == self.weight.shape
-        if fits and native.serves(x, self.weight, self.bias):
+        weight, bias = self.weight, self.bias
+        if native.serves(x, weight, bias) and weight is not None and x.shape[-1:] == weight.shape:
             return native.on_tensor(self.on_arrays(), x)
-        return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return torch.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
     def on_arrays(self) -> native.ArrayLayer:
         """The same for a few tokens, on arrays (n,d) -> (n,d)."""
@@ -150,31 +151,24 @@ class Dropout(Plain):
     """While training, zeroes elements with probability p and scales the others up (Srivastava
     2014): (B,T,d) -> (B,T,d), added to `onto` if that is given.
 
-    `first` says which row of a batch the input begins with, where processes share one: each row
-    loses the same elements however many processes there are.
+    Where ranks share a batch, the context says which row the input of this rank begins with: each
+    row loses the same elements whatever the world size.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self.first = 0
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if not self.training or not (dropped := round(self.p * 2**32)):
             return x if onto is None else onto + x
-        start = int(torch.randint(2**32, ())) + self.first * math.prod(x.shape[1:])
+        before = context.current().first_row * math.prod(x.shape[1:])
+        start = int(torch.randint(2**32, ())) + before
         mask = fused.Mask(start % 2**32, dropped - 2**31, 2**32 / (2**32 - dropped))
         if fused.serves(x, x if onto is None else onto):
             return fused.dropout(x, onto, mask)
         x = x * (mask.kept(x).to(x.dtype) * mask.scale)
         return x if onto is None else onto + x
-
-
-def deal_rows(model: nn.Module, rows: slice) -> None:
-    """Tell a model's dropout that inputs are `rows` of a batch."""
-    for module in model.modules():
-        if isinstance(module, Dropout):
-            module.first = rows.start
 
 
 class Table(Plain):

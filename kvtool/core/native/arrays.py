@@ -1,16 +1,16 @@
 """A few tokens at a time through native code, where PyTorch is far from the speed of memory.
 
 PyTorch's library multiplies one row by a matrix at a third of the speed at which a processor reads
-the matrix, and four rows at half of it (docs/performance.md). So modules, the flat form of a step
-and the exact kernels give such work to compiled/layers.py, where it can be done: on
-a CPU, without gradients, half formats computed in float32. All of them get the same bits.
+the matrix, and four rows at half of it (docs/performance.md). So modules and exact kernels give
+such work to compiled/layers.py, where it can be done: on a CPU, without gradients, half formats
+computed in float32. A whole step is given to compiled/decoder.py. All get the same bits.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from kvtool.core.native import compiling
+from kvtool.core.native import compiling, context
 
 Array = NDArray[Any]
 ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row by itself
@@ -35,31 +35,33 @@ COMPUTED = torch.float32, torch.float64
 HALVES = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 READ = *COMPUTED, *HALVES
 
-_allowed = True
 
-
-@contextmanager
-def native_if_worthwhile(n_tokens: int) -> Iterator[None]:
+def native_if_worthwhile(n_tokens: int) -> AbstractContextManager[None]:
     """For a command that decodes about `n_tokens`: without native code if loading it would take
     longer than is gained."""
-    global _allowed
-    before, _allowed = _allowed, n_tokens >= PAYS
-    try:
-        yield
-    finally:
-        _allowed = before
+    why = f"for fewer than {PAYS} tokens native code takes longer to load than it gains"
+    return context.within(no_native="" if n_tokens >= PAYS else why)
 
 
 def serves(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether x (...,in) holds few tokens, and `can_read` them and the parameters."""
-    return x.numel() <= FEW * x.shape[-1] and can_read(x, *parameters)
+    return x.numel() <= FEW * x.shape[-1] and not why_unreadable(x, *parameters)
 
 
 def can_read(first: Tensor, *others: Tensor | None) -> bool:
     """Whether native code is there, and can stand in for PyTorch with these tensors."""
-    if not _allowed or not numpy_can_read(first, *others, dtypes=READ):
-        return False
-    return layer_code(first.dtype) is not None
+    return not why_unreadable(first, *others)
+
+
+def why_unreadable(first: Tensor, *others: Tensor | None) -> str:
+    """Why native code cannot stand in for PyTorch with these tensors; empty if it can."""
+    if why := context.current().no_native:
+        return why
+    if not numpy_can_read(first, *others, dtypes=READ):
+        return "native code needs plain tensors of one floating format on the CPU"
+    if layer_code(first.dtype) is None:
+        return f"native code could not be had ({compiling.failure()})"
+    return ""
 
 
 def numpy_can_read(
@@ -82,9 +84,10 @@ def numpy_can_read(
     return not watched()
 
 
-def away() -> bool:
-    """Whether a command does without native code, or something watches what PyTorch does."""
-    return not _allowed or watched()
+def why_away() -> str:
+    """Why a step does without native code, whatever its tensors are; empty if nothing is known."""
+    why = context.current().no_native
+    return "something watches what PyTorch does" if not why and watched() else why
 
 
 def watched() -> bool:

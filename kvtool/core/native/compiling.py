@@ -24,14 +24,24 @@ LOCK = "kvtool.lock"
 PATIENCE = 1.0  # seconds; who reads what is there already is done before
 
 
+_failure = ""
+
+
+def failure() -> str:
+    """Why `available` last found nothing."""
+    return _failure
+
+
 def available(load: Callable[[], ModuleType]) -> ModuleType | None:
     """The compiled functions that `load` returns; None where numba does not work, beside a newer
-    NumPy for example."""
+    NumPy for example, and `failure` says why."""
+    global _failure
     threads = torch.get_num_threads()
     try:
         with elsewhere():  # numba looks for settings where one stands
             return load()
-    except Exception:  # of numba, of LLVM, of a file that it kept: PyTorch does all without it
+    except Exception as error:  # of numba, LLVM, a file that it kept: PyTorch does without it
+        _failure = (str(error).splitlines() or [type(error).__name__])[0]
         return None
     finally:
         torch.set_num_threads(threads)  # numba starts its own, and OpenMP takes that for PyTorch's

@@ -1,14 +1,13 @@
 """Parts of a training step that PyTorch does in several passes over memory, done in one.
 
-On a CPU, in float32 or bfloat16, within `in_training`, where numba works. What is compiled is in
-compiled/training.py.
+On a CPU, in float32 or bfloat16, in a context of training, where numba works. What is compiled is
+in compiled/training.py.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,31 +17,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvtool.core.native import arrays as native
-from kvtool.core.native import compiling
+from kvtool.core.native import compiling, context
 
 LEAST = 2**14  # numbers; fewer are not worth the 0.3 s of loading
 LONGEST = 24  # keys; products of many heads at once are faster for more
 LANES = 16  # numbers of a head that are multiplied at once
 DTYPES = torch.float32, torch.bfloat16
 
-_training = False
-
-
-@contextmanager
-def in_training() -> Iterator[None]:
-    """For a step of training: what runs within has first derivatives, and no second ones."""
-    global _training
-    before, _training = _training, True
-    try:
-        yield
-    finally:
-        _training = before
-
 
 def serves(x: Tensor, *others: Tensor) -> bool:
     """Whether there is code for these tensors, the first of which says how much work it is."""
     return (
-        _training
+        context.current().training
         and torch.is_grad_enabled()
         and x.numel() >= LEAST
         and all(t.is_cpu and t.dtype in DTYPES for t in (x, *others))

@@ -17,7 +17,7 @@ from kvtool.core.cache import Step
 from kvtool.core.checkpoint import checkpoint
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
-from kvtool.core.models.layers import deal_rows
+from kvtool.core.native import context
 from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.core.training.team import WHOLE, Share
 from kvtool.errors import FileError
@@ -141,12 +141,12 @@ class LanguageModelling:
         """As Task.loss: cross-entropy of the next token."""
         device = self.train_ids.device
         rows = share.rows(len(batch.starts))
-        deal_rows(model, rows)
         columns = torch.arange(batch.length + 1)
         ids = self.train_ids[(batch.starts[rows, None] + columns).to(device)]
         positions = (batch.offsets[rows, None] + columns[:-1]).to(device)
         step = Step.full(len(ids), batch.length, device=device)
-        logits = model(ids[:, :-1], replace(step, q_pos=positions, k_pos=positions))
+        with context.within(first_row=rows.start):
+            logits = model(ids[:, :-1], replace(step, q_pos=positions, k_pos=positions))
         wanted = ids[:, 1:].flatten()
         loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted, reduction="sum")
         return loss / (len(batch.starts) * batch.length), positions.numel()

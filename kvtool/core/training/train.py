@@ -25,7 +25,7 @@ from kvtool.config import TrainConfig
 from kvtool.core.checkpoint.weight_files import WEIGHTS
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
-from kvtool.core.native import fused
+from kvtool.core.native import context
 from kvtool.core.training.run_files import Strange, checked
 from kvtool.core.training.runs import RunFolder
 from kvtool.core.training.team import ALONE, Share, Team
@@ -258,7 +258,7 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         amp = torch.autocast(self.device.type, torch.bfloat16, enabled=bool(config.amp))
-        with fused.in_training(), amp:
+        with context.within(training=True), amp:
             loss, n = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         (loss * self.team.share.world_size).backward()  # the team takes the mean of the gradients

@@ -16,7 +16,7 @@ from kvtool.core.decoding.beam import Beam
 from kvtool.core.decoding.sources import pad, search, translate
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
-from kvtool.core.models.layers import deal_rows
+from kvtool.core.native import context
 from kvtool.core.text.tokenizer import BOS, EOS, Tokenizer
 from kvtool.core.training.pairs import PHONES, Pair, Splits
 from kvtool.core.training.scoring import (
@@ -157,11 +157,10 @@ class Translation:
         target, real = pad([self.rows[i][1] for i in batch], self.device)
         n_targets = real.sum()
         rows = share.rows(len(batch))
-        deal_rows(model, rows)
         source, mask, target, real = (part[rows] for part in (source, mask, target, real))
-        return self._nats(model, source, mask, target, real) / n_targets, int(
-            mask.sum() + real.sum()
-        )
+        with context.within(first_row=rows.start):
+            nats = self._nats(model, source, mask, target, real)
+        return nats / n_targets, int(mask.sum() + real.sum())
 
     def _nats(
         self, model: Model, source: Tensor, mask: Tensor, target: Tensor, real: Tensor

@@ -13,8 +13,8 @@ from torch import Tensor
 from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
+from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed
-from kvtool.core.decoding.flat import decoding_form
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.models import Model
 

@@ -18,8 +18,8 @@ from measure import make_model
 
 from kvtool.core.bench.traffic import weights_read
 from kvtool.core.cache import Cache, CacheSpec, make_cache
+from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed
-from kvtool.core.decoding.flat import decoding_form
 from kvtool.core.models import Model
 
 STEPS = 24  # of which the median counts

@@ -218,22 +218,44 @@ def spans_of_step(pos: Array, n_each: int, slot: int, window: int, sinks: Array)
     return spans
 
 
+@compiled()
+def store(
+    qkv: Array, n_heads: int, stored: Array, layer: int, columns: int, slot: int, n_each: int,
+    q: Array, kind: Array,
+) -> None:  # fmt: skip
+    """Of qkv (n,H+2*G,D), n_each tokens of each row: queries into q (n,H,D), and keys and values
+    into the memory of a layer as `decode` has it, from column `slot` on."""
+    n, width = qkv.shape[0], qkv.shape[2]
+    n_groups = (qkv.shape[1] - n_heads) // 2
+    shape = n // n_each, n_groups, columns, width
+    keys = carray(pointer(stored[0, layer], kind), shape)
+    values = carray(pointer(stored[1, layer], kind), shape)
+    for i in range(n):
+        row, column = i // n_each, slot + i % n_each
+        copy_rows(qkv[i, :n_heads], q[i])
+        for group in range(n_groups):
+            for j in range(width):
+                keys[row, group, column, j] = kept(qkv[i, n_heads + group, j], kind)
+                value = qkv[i, n_heads + n_groups + group, j]
+                values[row, group, column, j] = kept(value, kind)
+
+
 @shared()
 def decode(
-    models: Array, blocks: Array, tokens: Array,
-    start: int, padding: Array, stored: Array, columns: int, slot: int, window: int, sinks: Array,
-    codes: Array, packings: Array, exact: int, scratch: Array,
-    source: Array, source_columns: int, seen: Array,
+    models: Array, blocks: Array, tokens: Array, place: Any, scratch: Array, source: Any,
     logits: Array, kind: Array, threads: int, large: int,
 ) -> bool:  # fmt: skip
     """A decoder's step: a few tokens of each row behind `start` others, of which `padding` (B,) are
     none -> whether all tokens and positions exist.
 
-    tokens (n,), a row's together, n a multiple of B. stored (2,layers): addresses of keys and
-    values (B,G,columns,D), new ones from column `slot` on. window and sinks as in `spans_of_step`;
-    codes (6,layers) of keys and values as in `read_codes`, or (6,0); these use scratch (2,numbers).
-    source as in `after_attention`. logits (n,V), or of each row's last token (B,V).
+    tokens (n,), a row's together, n a multiple of B. place: as cache/places.py's StepAddresses.
+    stored (2,layers): addresses of keys and values (B,G,columns,D), new ones from column `slot` on.
+    window and sinks as in `spans_of_step`; codes (6,layers) of keys and values as in `read_codes`,
+    or (6,0); these use scratch (2,numbers). source: addresses, columns and seen as in
+    `after_attention`. logits (n,V), or of each row's last token (B,V).
     """
+    start, padding, stored, columns, slot, window, sinks, codes, packings, exact = place
+    source_at, source_columns, seen = source
     model, n, batch = models[0], tokens.shape[0], padding.shape[0]
     n_each, n_heads, n_groups, width = n // batch, model.n_heads, model.n_groups, model.head_dim
     pos = np.empty(n, np.int64)
@@ -244,21 +266,12 @@ def decode(
         return False
     qkv = np.empty((n, n_heads + 2 * n_groups, width), x.dtype)
     q, y = np.empty((n, n_heads, width), x.dtype), np.empty((n, n_heads, width), x.dtype)
-    shape = batch, n_groups, columns, width
     row_bytes = n_groups * columns * width * kind.itemsize
     for layer in range(blocks.shape[0]):
         before_attention(models, blocks, layer, x, pos, qkv, kind, threads, large)
-        k, v = stored[0, layer], stored[1, layer]
-        keys, values = carray(pointer(k, kind), shape), carray(pointer(v, kind), shape)
-        for i in range(n):
-            row, column = i // n_each, slot + i % n_each
-            copy_rows(qkv[i, :n_heads], q[i])
-            for group in range(n_groups):
-                for j in range(width):
-                    keys[row, group, column, j] = kept(qkv[i, n_heads + group, j], kind)
-                    value = qkv[i, n_heads + n_groups + group, j]
-                    values[row, group, column, j] = kept(value, kind)
-        k_at, v_at, at = (k, row_bytes, columns, kind), (v, row_bytes, columns, kind), slot
+        store(qkv, n_heads, stored, layer, columns, slot, n_each, q, kind)
+        k_at = stored[0, layer], row_bytes, columns, kind
+        v_at, at = (stored[1, layer], row_bytes, columns, kind), slot
         if codes.shape[1]:
             at = packings[0, 0] + slot - exact
             met = batch, n_groups, at + n_each, width
@@ -272,7 +285,7 @@ def decode(
         attend(q, n_each, n_groups, k_at, v_at, spans, y, threads, large)
         round_to_format(y.reshape(n, -1), kind)
         after_attention(
-            models, blocks, layer, y, x, kind, source, source_columns, seen, threads, large
+            models, blocks, layer, y, x, kind, source_at, source_columns, seen, threads, large
         )
     logits_of(models, x, logits, kind, threads, large)
     return True
@@ -289,5 +302,5 @@ def forms(real: types.Type, kind: types.Type) -> Forms:
     yield before_attention, (*records, n, x2, n1, x3, k1, n, n)
     yield after_attention, (*records, n, x3, x2, k1, *source, n, n)
     yield logits_of, (records[0], x2, x2, k1, n, n)
-    place = n, n1, n2, n, n, n, n2, n2, n2, n
-    yield decode, (*records, n1, *place, k2, *source, x2, k1, n, n)
+    place = types.Tuple((n, n1, n2, n, n, n, n2, n2, n2, n))
+    yield decode, (*records, n1, place, k2, types.Tuple(source), x2, k1, n, n)

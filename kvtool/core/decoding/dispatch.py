@@ -1,0 +1,277 @@
+"""How a step's new tokens are decoded: `DecodingForm.step` is the one place that chooses.
+
+There are five ways, with the same bits wherever two of them could do a step: one compiled call for
+all layers, native code layer by layer, the replay of a CUDA graph, the flat form in PyTorch, and
+the model's modules. What stands against a way is asked once a step, and said in words.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kvtool.core.cache import Cache, CacheSpec, Step
+from kvtool.core.cache.cross import CrossCache
+from kvtool.core.cache.direct_access import DirectAccess
+from kvtool.core.decoding import cuda_graphs as graphs
+from kvtool.core.decoding.flat import FlatDecoder
+from kvtool.core.decoding.native_decoder import NO_SOURCE, NativeDecoder
+from kvtool.core.kernels.default import DefaultKernels, Kernels
+from kvtool.core.kernels.exact import ExactKernels
+from kvtool.core.models.attention import CrossAttention, SelfAttention
+from kvtool.core.models.base import Model
+from kvtool.core.models.decoder import Block, Decoder
+from kvtool.core.models.layers import (
+    MLP,
+    Dropout,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    Table,
+    TokenEmbedding,
+)
+from kvtool.core.models.rope import Rotary
+from kvtool.core.models.seq2seq import Seq2Seq
+from kvtool.core.native import arrays as native
+from kvtool.core.native.arrays import Array
+
+# What a model is made of, and how each works. A subclass or a patch may do something else, and is
+# left to do it.
+KNOWN: dict[type, Any] = {
+    kind: kind.forward
+    for kind in (
+        Seq2Seq, Decoder, Block, SelfAttention, CrossAttention, Linear, LayerNorm, RMSNorm, MLP,
+        Dropout, Rotary, Table, TokenEmbedding, nn.Embedding, nn.ModuleList,
+    )
+}  # fmt: skip
+KERNELS: dict[type, Any] = {
+    kind: (kind.rows, kind.attention) for kind in (DefaultKernels, ExactKernels)
+}
+IDS = (torch.int64, torch.int32)
+
+
+class Way(NamedTuple):
+    """How a step was decoded, and what stood against the faster ways."""
+
+    name: str
+    why: str = ""
+
+
+ONE_CALL, GRAPH = Way("one compiled call"), Way("the replay of a CUDA graph")
+LAYERWISE, FLAT, MODULES = "native code layer by layer", "the flat form in PyTorch", "modules"
+CHANGED_KERNELS = "the kernels have been changed, or are not kvtool's"
+OTHER_KERNELS = "the cache asks for other kernels than its spec has"
+
+
+def decoding_form(model: Model | DecodingForm) -> DecodingForm:
+    """The decoding form of `model`, or `model` if it is one."""
+    return model if isinstance(model, DecodingForm) else DecodingForm(model)
+
+
+class DecodingForm:
+    """A model with the ways to decode its steps, for one loop: it keeps the weights that the model
+    has at its first few tokens, and the CUDA graphs that it has captured.
+
+    A model that is watched by hooks, compiled, or made of other modules than ours is left to do
+    every step itself.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.config = model, model.config
+        self.taken: Counter[Way] = Counter()  # how many steps went which way
+        self._foreign = _why_foreign(model)
+        self._graphs: graphs.Graphs | None = None
+        self._flat: FlatDecoder | None = None
+        self._native: NativeDecoder | str | None = None  # or why there is none
+        self._spec: CacheSpec | None = None  # the last that native code could serve
+        if not self._foreign:
+            decoder = model.decoder if isinstance(model, Seq2Seq) else model
+            assert isinstance(decoder, Decoder)
+            self.decoder, device = decoder, decoder.head.weight.device
+            capture = graphs.capture_for(device)
+            self._graphs = None if capture is None else graphs.Graphs(decoder, capture, device)
+
+    def step(
+        self, new: Tensor | Array, cache: Cache, source: CrossCache | None, last: bool
+    ) -> Tensor | Array:
+        """A whole step, from the cache's `begin` to its `commit`, by the fastest way for it.
+
+        new (B,n), behind what the cache holds -> logits (B,n,V), or (B,1,V) of the last token with
+        `last`: an array from the compiled call, in float32 for half formats; a tensor otherwise.
+        Nothing is committed if it raises: CapacityError, and IndexError for a token or position
+        that does not exist.
+        """
+        why = self._foreign or _why_modules(new, cache, source, self.config.n_encoder_layers > 0)
+        if not why:
+            found: Tensor | Array | str
+            if slow := self._why_pytorch(new, cache.spec.kernels):
+                found = self._pytorch_step(slow, torch.as_tensor(new), cache, source)
+            else:
+                found = self._native_step(new, cache, source, last)
+            if not isinstance(found, str):
+                return found
+            why = found
+        self.taken[Way(MODULES, why)] += 1
+        return by_modules(self.model, torch.as_tensor(new), cache, source, last)
+
+    def records(self, cache: Cache) -> bool:
+        """Whether single-token steps with this cache are captured as CUDA graphs, so that the first
+        ones take longer than those after them."""
+        usual = self._graphs is not None and _are_usual(cache.spec.kernels)
+        return usual and not _why_not_recorded(cache)
+
+    def told(self) -> str:
+        """How many steps were decoded in which way, and why in no faster one, in a line."""
+        return "; ".join(
+            f"{n} step{'s' * (n != 1)} by {way.name}" + (f" ({way.why})" if way.why else "")
+            for way, n in self.taken.most_common()
+        )
+
+    def _why_pytorch(self, new: Tensor | Array, kernels: Kernels) -> str:
+        """Why PyTorch computes every layer of a step, though modules do it; empty if native code
+        does."""
+        if self._graphs is not None:
+            return "the weights are on a GPU"
+        # Exact kernels leave any number of tokens to native code.
+        if new.shape[0] * new.shape[1] > native.FEW and type(kernels) is not ExactKernels:
+            return f"PyTorch is as fast for more than {native.FEW} tokens at once"
+        if why := native.why_away():
+            return why
+        if self._native is None:
+            with torch.no_grad():  # weights that could have gradients are as readable as others
+                if why := native.why_unreadable(self.decoder.head.weight):
+                    return why
+                self._native = NativeDecoder.of(self.decoder)
+        return ""
+
+    def _pytorch_step(
+        self, why: str, new: Tensor, cache: Cache, source: CrossCache | None
+    ) -> Tensor | str:
+        """`step` of one token a row, by a CUDA graph or else the flat form, or why not."""
+        if new.shape[1] != 1:
+            return why
+        if not _are_usual(cache.spec.kernels):
+            return CHANGED_KERNELS
+        self._flat = self._flat or FlatDecoder(self.decoder)
+        if self._graphs is not None:
+            found = _why_not_recorded(cache) or self._graphs.step(self._flat, new, cache, source)
+            if not isinstance(found, str):
+                self.taken[GRAPH] += 1
+                return found
+            why = found
+        step = cache.begin(1)
+        if step.kernels is not cache.spec.kernels:
+            return OTHER_KERNELS
+        logits = self._flat(new, step, cache, source)
+        cache.commit(1)
+        self.taken[Way(FLAT, why)] += 1
+        return logits
+
+    def _native_step(
+        self, new: Tensor | Array, cache: Cache, source: CrossCache | None, last: bool
+    ) -> Tensor | Array | str:
+        """`step` in native code, or why not."""
+        batch, n = new.shape
+        form = self._native_form(cache.spec)
+        if isinstance(form, str):
+            return form
+        if isinstance(new, Tensor):
+            if new.dtype not in IDS or not new.is_cpu:
+                return f"native code reads no ids of {new.dtype} on {new.device}"
+            new = new.numpy()
+        read = NO_SOURCE if source is None else source.step_addresses(cache.spec, batch)
+        if read is None:
+            return "the source is not stored as native code expects"
+        place = cache.step_addresses(n) if isinstance(cache, DirectAccess) else None
+        if place is not None and not (place.window and self.config.window):
+            logits: Array = form.one_call_step(new, place, read, last)
+            cache.commit(n)
+            self.taken[ONE_CALL] += 1
+            return logits
+        why = "the cache and the model have a window each"
+        if place is None:
+            why = f"compiled code cannot store and read in this {cache.kind} cache by itself"
+        if n > 1:
+            return why
+        step = cache.begin(1)
+        if step.kernels is not cache.spec.kernels:
+            return OTHER_KERNELS
+        found = form.layerwise_step(new, step, cache, read)
+        cache.commit(1)
+        self.taken[Way(LAYERWISE, why)] += 1
+        return found
+
+    def _native_form(self, spec: CacheSpec) -> NativeDecoder | str:
+        """The model in native code, for a cache of that spec, or why not."""
+        assert self._native is not None, "ask _why_pytorch first"
+        if isinstance(self._native, str) or spec is self._spec:
+            return self._native
+        if not _are_usual(spec.kernels):
+            return CHANGED_KERNELS
+        if not self._native.stores_in(spec):
+            return "the cache is made for another model, format or device"
+        self._spec = spec
+        return self._native
+
+
+def by_modules(
+    model: Model, new: Tensor, cache: Cache, source: CrossCache | None, last: bool
+) -> Tensor:
+    """`DecodingForm.step` by the model itself, or whatever is called as `Model.forward`."""
+    step: Step = cache.begin(new.shape[1])
+    logits: Tensor = model(new, step, cache, source, last)
+    cache.commit(new.shape[1])
+    return logits
+
+
+def _why_modules(
+    new: Tensor | Array, cache: Cache, source: CrossCache | None, reads_source: bool
+) -> str:
+    """What asks for modules, whatever else could be done; empty if nothing does."""
+    if torch.is_grad_enabled():
+        return "gradients are asked for"
+    if not new.shape[0] == cache.batch > 0:
+        return "the cache has another number of rows"
+    if (source is not None) != reads_source:
+        return "a source is missing" if reads_source else "the model reads no source"
+    return ""
+
+
+def _why_not_recorded(cache: Cache) -> str:
+    """Why steps with a cache are not captured as CUDA graphs; empty if they are."""
+    if type(cache.spec.kernels) is not DefaultKernels:
+        # Others ask the device which keys are seen, and wait for the answer.
+        return "only default kernels can be captured in a CUDA graph"
+    return "" if cache.compilable else f"the memory of a {cache.kind} cache moves"
+
+
+def _are_usual(kernels: Kernels) -> bool:
+    """Whether they are those with which modules, too, use native code."""
+    kind = type(kernels)
+    return KERNELS.get(kind) == (kind.rows, kind.attention) and not vars(kernels)
+
+
+def _why_foreign(model: Model) -> str:
+    """Why no other code may stand for the modules of a model; empty if it may."""
+    if nn.modules.module._has_any_global_hook():  # such as torch's FlopCounterMode has
+        return "hooks watch every module of this process"
+    decoder = model.decoder if isinstance(model, Seq2Seq) else model
+    return next(filter(None, map(_why_unknown, (model, *decoder.modules()))), "")
+
+
+def _why_unknown(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if KNOWN.get(type(module)) is not type(module).forward:
+        return f"{kind} is no module of kvtool's, or has been changed"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"hooks watch a {kind}"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return f"hooks watch a {kind}"
+    if module.training:
+        return "the model is in training mode"
+    if any(map(callable, vars(module).values())):
+        return f"a method of a {kind} has been replaced"
+    return ""
