@@ -334,7 +334,7 @@ def test_the_exponential_is_exact_to_rounding_and_ends_in_0_and_infinity() -> No
 
 def test_loading_and_sharing_leave_pytorch_its_number_of_threads() -> None:
     code = (
-        "import torch; torch.set_num_threads(1); from kvtool.core import native\n"
+        "import torch; torch.set_num_threads(1); from kvtool.core.native import arrays as native\n"
         "native.layer_code(torch.float32); native.LARGE = 1; seen = [torch.get_num_threads()]\n"
         "layer = native.linear(native.Weights.of(torch.ones(8, 8), None))\n"
         "for n in (2, 1, 2): torch.set_num_threads(n); layer(torch.ones(1, 8).numpy());"

@@ -188,11 +188,10 @@ def test_pytorchs_way_is_taken_by_what(
 ) -> None:
     dtype = torch.float64 if reason == "is float64" else torch.float32
     q = torch.randn(3, 2, 9, 16, dtype=dtype, requires_grad=True)
-    if reason == "evaluates":
-        monkeypatch.setattr(fused, "_training", False)
     if reason == "is small":
         monkeypatch.setattr(fused, "LEAST", q.numel() + 1)
-    with torch.set_grad_enabled(reason != "has no gradients"):
+    training = context.within(training=reason != "evaluates")
+    with training, torch.set_grad_enabled(reason != "has no gradients"):
         DEFAULT.attention(q, q, q, None, False)
         Dropout(0.1).train()(q)
     assert not calls
