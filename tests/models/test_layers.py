@@ -262,6 +262,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         linear().on_arrays()(torch.randn(1, 8).numpy())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch.func.jvp itself
 @torch.no_grad()
 def test_functions_of_torch_that_follow_what_is_computed_are_not_passed_over() -> None:
     layer, x, t = linear(), torch.randn(1, WIDTH), torch.randn(1, WIDTH)
