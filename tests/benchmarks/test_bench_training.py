@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import cycle
 from statistics import median
 from typing import Any, NamedTuple
@@ -134,17 +135,22 @@ class Pair(NamedTuple):
     batches: list[Any]
 
 
-def seq2seq(dropout: float) -> Pair:
+@cache
+def translation() -> Translation:
     splits = load_cmudict()
     splits = replace(splits, train=splits.train[:PAIRS], valid=splits.valid[:10], test=())
     source = Tokenizer.train("char", [pair.source for pair in splits.train])
     target = Tokenizer.train("symbol", [x for pair in splits.train for x in pair.targets])
-    task = Translation(splits, source, target, 256, SEQ2SEQ_TOKENS, SMOOTHING, 0, CPU)
+    return Translation(splits, source, target, 256, SEQ2SEQ_TOKENS, SMOOTHING, 0, CPU)
+
+
+def seq2seq(dropout: float) -> Pair:
+    task = translation()
     config = ModelConfig(
-        target.vocab_size,
+        task.tokenizer.vocab_size,
         n_layers=1,
         n_encoder_layers=1,
-        source_vocab_size=source.vocab_size,
+        source_vocab_size=task.source_tokenizer.vocab_size,
         context=256,
         dropout=dropout,
     )
@@ -166,12 +172,17 @@ def seq2seq(dropout: float) -> Pair:
     )
 
 
-def lm(dropout: float) -> Pair:
+@cache
+def language_modelling() -> LanguageModelling:
     text = " ".join(pair.source for pair in load_cmudict().train[: 4 * PAIRS])
     tokenizer = Tokenizer.train("bpe", [text], 1024, specials=False)
-    task = LanguageModelling(text, tokenizer, LM_CONTEXT, LM_TOKENS, 0, CPU)
+    return LanguageModelling(text, tokenizer, LM_CONTEXT, LM_TOKENS, 0, CPU)
+
+
+def lm(dropout: float) -> Pair:
+    task = language_modelling()
     config = ModelConfig(
-        tokenizer.vocab_size, n_layers=2, context=LM_CONTEXT, tied=True, dropout=dropout
+        task.tokenizer.vocab_size, n_layers=2, context=LM_CONTEXT, tied=True, dropout=dropout
     )
     model = build_model(config)
     assert isinstance(model, Decoder)
