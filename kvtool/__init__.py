@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # What is imported when it is used: torch takes a second.
 FUNCTIONS = {"verify": "kvtool.core.verify.api", "generate": "kvtool.core.decoding.generation"}
 MODULES = ("testing",)
+__all__ = ["__version__", *FUNCTIONS, *MODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +27,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return ["__version__", *FUNCTIONS, *MODULES]
+    return __all__

@@ -82,7 +82,7 @@ class Settings:
         }
 
     def __post_init__(self) -> None:
-        assert self.how  # whose values are checked as it is made
+        _ = self.how  # whose values are checked as it is made
         require(PROMPTS, self.given)
         for flag, path in (
             ("--output", self.text_file),
