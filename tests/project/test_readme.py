@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ import kvtool
 from kvtool import app
 from kvtool.app import build_command
 from kvtool.core.verify import scenarios
+from kvtool.core.verify.subject import ABILITIES
 from kvtool.registry import COMMANDS as COMMAND_NAMES
 from kvtool.registry import load
 from listings import listings
@@ -92,6 +94,25 @@ def test_every_make_target_of_the_pages_exists() -> None:
     makefile = text_of(ROOT / "Makefile")
     assert {"demo", "test", "lint", "bench", "baseline", "crash", "attack", "peers"} <= targets
     assert [name for name in targets if f"\n{name}:" not in makefile] == []
+
+
+def test_the_tests_that_pages_show_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    blocks = [
+        code
+        for page in PAGES
+        for code in re.findall(r"^```python\n(.+?)^```$", text_of(page), FLAGS)
+        if "assert_cache_matches" in code
+    ]
+    assert len(blocks) == 2
+    for code in blocks:
+        space: dict[str, Any] = {}
+        # my_decoder has a slip, which the test is there to find.
+        exec(compile(code, "page", "exec", dont_inherit=True), space)
+        with pytest.raises(AssertionError, match="positions behind the first step"):
+            space["test_the_cache_changes_nothing"]()
 
 
 # Links
@@ -208,6 +229,12 @@ def test_the_tables_to_add_to_are_where_the_readme_says() -> None:
     code = "".join(map(text_of, sorted((ROOT / "kvtool").rglob("*.py"))))
     for table in re.findall(r"`([A-Z]+)`", adding):
         assert re.search(rf"^{table} = ", code, re.MULTILINE), table
+
+
+def test_the_page_names_what_a_scenario_can_need() -> None:
+    page = " ".join(text_of(ROOT / "docs" / "extending.md").split())
+    named = re.search(r"Abilities are `ABILITIES` in \S+ (.+?)\.", page)
+    assert named is not None and named[1].split(", ") == list(ABILITIES)
 
 
 def test_the_scenario_of_the_page_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
