@@ -12,6 +12,7 @@ import pytest
 import kvtool
 from kvtool import app
 from kvtool.app import build_command
+from kvtool.core.decoding import dispatch
 from kvtool.core.verify import scenarios
 from kvtool.core.verify.subject import ABILITIES
 from kvtool.registry import COMMANDS as COMMAND_NAMES
@@ -189,6 +190,13 @@ def test_what_the_journey_names_is_in_its_files() -> None:
     assert [name for name in names if not re.search(rf"\b(?:def|class) {name}\b", code)] == []
 
 
+def test_the_fast_ways_are_named_as_they_are_told() -> None:
+    table = JOURNEY.partition("| way | when |\n")[2]
+    named = re.findall(r"^\| (\w.+?) \| \w", table, re.MULTILINE)
+    one_call, graph = dispatch.ONE_CALL.name, dispatch.GRAPH.name
+    assert named == [one_call, dispatch.LAYERWISE, graph, dispatch.FLAT, dispatch.MODULES]
+
+
 def test_the_thresholds_of_the_journey_are_those_of_the_code() -> None:
     said = dict(re.findall(r"`([A-Z_]+)` \((\d+)\b", JOURNEY))
     assert said
@@ -228,7 +236,7 @@ def test_the_tables_to_add_to_are_where_the_readme_says() -> None:
         assert (ROOT / path).exists(), path
     code = "".join(map(text_of, sorted((ROOT / "kvtool").rglob("*.py"))))
     for table in re.findall(r"`([A-Z]+)`", adding):
-        assert re.search(rf"^{table} = ", code, re.MULTILINE), table
+        assert re.search(rf"^{table}(?:: .+)? = ", code, re.MULTILINE), table
 
 
 def test_the_page_names_what_a_scenario_can_need() -> None:
