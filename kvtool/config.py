@@ -322,7 +322,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How tokens are chosen behind a prompt, how many, and with which cache and kernels."""
+    """How tokens are chosen after a prompt, how many, and with which cache and kernels."""
 
     max_tokens: int | None = None  # None: a number that suits the model and the prompt
     temperature: float | None = None  # None: 0 for encoder-decoders, which is greedy, else 0.8

@@ -8,7 +8,7 @@ from kvtool.errors import CheckFailed
 
 
 def assert_cache_matches(model: Any, ids: Any = None, **options: Any) -> None:
-    """Raise AssertionError, with all the evidence, unless a decoder's cache is right.
+    """Raise AssertionError, with the evidence, unless a decoder's cache is right.
 
     model, ids and options as for kvtool.verify.
 
@@ -23,4 +23,4 @@ def assert_cache_matches(model: Any, ids: Any = None, **options: Any) -> None:
     except CheckFailed as error:
         raise AssertionError(str(error)) from error
     if not report.ok:
-        raise AssertionError(str(report))
+        raise AssertionError(report.failure)

@@ -19,7 +19,9 @@ from kvtool.reading import require_file
 from kvtool.registry import CACHE_SETTINGS, CACHES, KERNELS, choose, split_kind, with_settings
 from kvtool.ui.lists import lengths, list_option
 
-MACHINE = "Model and machine"
+MODEL = "Model"
+MACHINE = "Machine"
+WITH_SETTINGS = "with settings: sliding:window=64"
 KIND = "Settings of cache kinds"
 REPORT = "Output"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -92,7 +94,7 @@ Model = Annotated[
         help="A checkpoint folder, kvtool's or of Hugging Face (gpt2, llama, mistral, qwen2, "
         "qwen3), or the name of a shipped model or of a repository in Hugging Face's cache.",
         autocompletion=_complete(shipped_models),
-        rich_help_panel=MACHINE,
+        rich_help_panel=MODEL,
     ),
 ]
 Device = Annotated[
@@ -112,7 +114,7 @@ Dtype = Annotated[
         metavar="TYPE",
         help=f"Number format: {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.",
         autocompletion=_complete(lambda: list(DTYPES)),
-        rich_help_panel=MACHINE,
+        rich_help_panel=MODEL,
     ),
 ]
 Threads = Annotated[
@@ -182,7 +184,7 @@ SETTINGS = {
     "window": "sliding: how many tokens are seen, the newest included.",
     "sinks": "sliding: how many first tokens are kept.",
     "group": "int8, int4: tokens, or channels, that share a scale.",
-    "residual": "int8, int4: the newest tokens stay exact, at least.",
+    "residual": "int8, int4: at least the N newest tokens stay exact.",
     "page": "paged: tokens of a page.",
 }
 
@@ -208,7 +210,7 @@ Cache = Annotated[
     typer.Option(
         "--cache",
         metavar="KIND",
-        help=f"The cache kind: {', '.join(CACHES)}.",
+        help=f"The cache kind: {', '.join(CACHES)}; {WITH_SETTINGS}.",
         callback=_cache,
         autocompletion=_complete(lambda: list(CACHES)),
     ),
@@ -230,7 +232,7 @@ Caches = Annotated[
         "--caches",
         element=cache_kinds,
         example="none static",
-        help=f"Cache kinds: {', '.join(CACHES)}; or all.",
+        help=f"Cache kinds: {', '.join(CACHES)}; or all; {WITH_SETTINGS}.",
         metavar="KIND...",
         unique=True,
         complete=lambda: list(CACHES),

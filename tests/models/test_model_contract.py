@@ -3,6 +3,7 @@ and here are models that break them."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,20 @@ class Forgets(Decoder):
         return super().forward(tokens, *args, **kwargs) * self.scale
 
 
+class SeesFar(Decoder):
+    """A planted bug: the window of the configuration is not looked at."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(dataclasses.replace(config, window=0))
+
+
+class DropsNothing(Decoder):
+    """A planted bug: the dropout of the configuration is not looked at."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(dataclasses.replace(config, dropout=0.0))
+
+
 @pytest.mark.parametrize(
     ("broken", "check"),
     [
@@ -85,6 +100,8 @@ class Forgets(Decoder):
         (Remembers, checks.check_nothing_is_kept_between_calls),
         (PastRows, checks.check_exact_kernels_give_the_same_bits_with_a_cache),
         (Forgets, checks.check_a_checkpoint_is_the_same_model),
+        (SeesFar, checks.check_no_field_is_ignored),
+        (DropsNothing, checks.check_no_field_is_ignored),
     ],
 )
 def test_a_broken_promise_is_caught(

@@ -27,7 +27,7 @@ from kvtool import app
 from kvtool.core.bench import timing, traffic
 from kvtool.core.bench.peers import TransformersGenerate
 from kvtool.core.verify.mutants import selftest
-from listings import Listing, same
+from listings import Listing, difference, same
 from self_tested import caught, passed
 
 ALL = listings.listings()
@@ -135,7 +135,7 @@ def test_a_listed_verdict_is_what_is_printed(
         monkeypatch.setattr(selftest, "try_lookalike", passed)
         more = []
     found = printed(listing, more)
-    assert same(listing, found), found
+    assert same(listing, found), difference(listing, found)
 
 
 @of("bench")
@@ -145,7 +145,7 @@ def test_a_listed_measurement_is_laid_out_and_concluded_as_it_is_printed(
     listing = as_listed(listing)
     at_listed_speed(listing.text)
     found = printed(listing, [])
-    assert same(listing, found), found
+    assert same(listing, found), difference(listing, found)
 
 
 def test_all_listings_are_compared() -> None:
@@ -197,6 +197,15 @@ def test_figures_may_differ_where_they_vary_and_nothing_else() -> None:
     assert not same(VARIES, text.replace("    10  int8  28.0\n", ""))
     assert not same(VARIES, text + "One more sentence.\n")
     assert not same(VARIES._replace(varies=False), faster)
+
+
+def test_a_listing_that_is_not_what_is_printed_is_told_by_a_diff_and_the_remedy() -> None:
+    said = difference(VARIES, VARIES.text.replace("int8  28.0", "int9  31.0")).splitlines()
+    assert said[0] == "a.md: bench prints something else"
+    assert {"-# int8 #", "+# int9 #"} == {line for line in said if re.match(r"[-+]#", line)}
+    assert said[-1].endswith("tests/project/test_listings.py --update-listings bench")
+    tested = difference(VARIES._replace(command="verify-cache --self-test"), "")
+    assert tested.endswith("--update-listings self-test")
 
 
 def test_lines_may_be_left_out_of_a_listing() -> None:

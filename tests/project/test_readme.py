@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import kvtool
 from kvtool import app
 from kvtool.app import build_command
+from kvtool.core.decoding import dispatch
 from kvtool.core.verify import scenarios
+from kvtool.core.verify.subject import ABILITIES
 from kvtool.registry import COMMANDS as COMMAND_NAMES
 from kvtool.registry import load
 from listings import listings
@@ -94,6 +97,25 @@ def test_every_make_target_of_the_pages_exists() -> None:
     assert [name for name in targets if f"\n{name}:" not in makefile] == []
 
 
+def test_the_tests_that_pages_show_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    blocks = [
+        code
+        for page in PAGES
+        for code in re.findall(r"^```python\n(.+?)^```$", text_of(page), FLAGS)
+        if "assert_cache_matches" in code
+    ]
+    assert len(blocks) == 2
+    for code in blocks:
+        space: dict[str, Any] = {}
+        # my_decoder has a slip, which the test is there to find.
+        exec(compile(code, "page", "exec", dont_inherit=True), space)
+        with pytest.raises(AssertionError, match="positions behind the first step"):
+            space["test_the_cache_changes_nothing"]()
+
+
 # Links
 
 
@@ -168,6 +190,13 @@ def test_what_the_journey_names_is_in_its_files() -> None:
     assert [name for name in names if not re.search(rf"\b(?:def|class) {name}\b", code)] == []
 
 
+def test_the_fast_ways_are_named_as_they_are_told() -> None:
+    table = JOURNEY.partition("| way | when |\n")[2]
+    named = re.findall(r"^\| (\w.+?) \| \w", table, re.MULTILINE)
+    one_call, graph = dispatch.ONE_CALL.name, dispatch.GRAPH.name
+    assert named == [one_call, dispatch.LAYERWISE, graph, dispatch.FLAT, dispatch.MODULES]
+
+
 def test_the_thresholds_of_the_journey_are_those_of_the_code() -> None:
     said = dict(re.findall(r"`([A-Z_]+)` \((\d+)\b", JOURNEY))
     assert said
@@ -207,7 +236,13 @@ def test_the_tables_to_add_to_are_where_the_readme_says() -> None:
         assert (ROOT / path).exists(), path
     code = "".join(map(text_of, sorted((ROOT / "kvtool").rglob("*.py"))))
     for table in re.findall(r"`([A-Z]+)`", adding):
-        assert re.search(rf"^{table} = ", code, re.MULTILINE), table
+        assert re.search(rf"^{table}(?:: .+)? = ", code, re.MULTILINE), table
+
+
+def test_the_page_names_what_a_scenario_can_need() -> None:
+    page = " ".join(text_of(ROOT / "docs" / "extending.md").split())
+    named = re.search(r"Abilities are `ABILITIES` in \S+ (.+?)\.", page)
+    assert named is not None and named[1].split(", ") == list(ABILITIES)
 
 
 def test_the_scenario_of_the_page_is_played(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,10 @@ def check_bytes_are_those_of_the_storages(make: Make, case: Case) -> None:
         if cache.window:
             tokens = int((cache.snapshot(0)[2] != EMPTY).sum())
         saved = saved_by_codes(cache) * cache.batch
-        require(size.live == tokens * token - saved, f"I14, {promise}: live is {size.live}")
+        expected = f"{tokens * token - saved} ({tokens} tokens held x spec.token_nbytes / batch"
+        expected += f", less {saved} by quantization)" if saved else ")"
+        right = size.live == tokens * token - saved
+        require(right, f"I14, {promise}: live is {size.live}, expected {expected}")
 
     cache = subject.cache(make)
     count("empty")

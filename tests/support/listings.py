@@ -14,6 +14,7 @@ are lines that stand in a listing of that page.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shlex
@@ -115,6 +116,15 @@ def same(listing: Listing, printed: str) -> bool:
         return found == form(listing.text, listing.varies)
     first, last = form(head, listing.varies), form(tail, listing.varies)
     return found[: len(first)] == first and found[-len(last) :] == last
+
+
+def difference(listing: Listing, printed: str) -> str:
+    """A diff of what is listed and what was printed, as far as they are compared; the remedy."""
+    listed, found = (form(text, listing.varies) for text in (listing.text, printed))
+    diff = difflib.unified_diff(listed, found, "listed", "printed", n=0, lineterm="")
+    word = "self-test" if "--self-test" in listing.command else listing.command.split()[0]
+    remedy = f"python -m pytest tests/project/test_listings.py --update-listings {word}"
+    return "\n".join([f"{listing} prints something else", *diff, f"If that is right: {remedy}"])
 
 
 def printed_by(listing: Listing, folder: Path) -> str:

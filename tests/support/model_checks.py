@@ -22,6 +22,7 @@ from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import make_kernels
 from kvtool.core.models import Model, build_model
 from kvtool.core.text.tokenizer import Tokenizer
+from kvtool.errors import UsageError
 
 SIZES: dict[str, Any] = {"n_layers": 2, "d_model": 16, "n_heads": 4, "n_kv_heads": 2, "context": 32}
 SOURCE = {"n_encoder_layers": 1, "source_vocab_size": 23}
@@ -128,6 +129,27 @@ def check_a_checkpoint_is_the_same_model(family: str) -> None:
     assert again(ids(), source=read(again)).equal(model(ids(), source=read(model)))
 
 
+@torch.no_grad()
+def check_no_field_is_ignored(family: str) -> None:
+    """What both passes ignore, no comparison of them can see."""
+
+    def logits(**fields: Any) -> Tensor:
+        model = made(family, **fields)
+        torch.manual_seed(2)
+        return model.train("dropout" in fields)(ids(), source=read(model))
+
+    for less, more in (
+        ({}, {"window": 3}),
+        ({"window": 3}, {"window": 3, "first_window_layer": 1}),
+        ({}, {"dropout": 0.5}),
+    ):
+        try:
+            found, other = logits(**less), logits(**more)
+        except UsageError:
+            continue  # refused, so not ignored
+        assert gap(found, other) > 1e-3, f"{more} change nothing"
+
+
 def check_every_cache_gives_its_logits(family: str) -> None:
     report = kvtool.verify(made(family, torch.float32), tokens=4)
     assert report.ok, str(report)
@@ -141,5 +163,6 @@ CHECKS = (
     check_nothing_is_kept_between_calls,
     check_exact_kernels_give_the_same_bits_with_a_cache,
     check_a_checkpoint_is_the_same_model,
+    check_no_field_is_ignored,
     check_every_cache_gives_its_logits,
 )

@@ -56,7 +56,7 @@ def test_a_help_page_fits_the_terminal(
     assert max(map(len, ran.out.splitlines())) <= width
     assert "--lengths N..." in ran.out
     assert "[default: 10 50]" in ran.out  # the words of a bracket stay in one line
-    assert "\nModel and machine:\n" in ran.out
+    assert "\nModel:\n" in ran.out and "\nMachine:\n" in ran.out
     assert "  kvtool probe --lengths 10 50\n" in ran.out
 
 

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 import kvtool
 from cli_probe import HANGS
 from decoder_shapes import VOCAB, Pairs, Stepper, after, joined
+from kvtool import registry
+from kvtool.core.cache import Step
+from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.verify.api import evidence
 from kvtool.core.verify.judge import BUG, Judge
 from kvtool.core.verify.target.check import WrongToken, check_target, decode_case
@@ -94,7 +97,7 @@ def test_the_report_of_a_bug_shows_step_gaps_place_and_kind() -> None:
     assert gap is not None and f"{gap.relative:.1e} float64" in lines[3]
     assert lines[4].strip() == "where: pos_embedding was asked for 12, not 11"
     assert lines[5].strip().startswith("what: positions behind the first step are one too high")
-    assert lines[-1] == "bug: decode from step 1 on (1 of 1 scenarios not right)"
+    assert lines[-1] == "decode: bug from step 1 on (1 of 1 checks not right)"
 
 
 def test_the_assertion_passes_and_fails_with_the_evidence() -> None:
@@ -104,6 +107,31 @@ def test_the_assertion_passes_and_fails_with_the_evidence() -> None:
     assert "where: pos_embedding was asked for 9, not 8" in str(caught.value)
     assert "what: positions behind the first step are one too high" in str(caught.value)
     assert "float64" in str(caught.value)
+
+
+class Coarse(DynamicCache):
+    """Stores in half the format."""
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        k, v = (t.to(torch.bfloat16).to(t.dtype) for t in (k, v))
+        return super().write(layer, k, v, step)
+
+
+def test_the_assertion_begins_with_the_kind_and_lists_what_is_not_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(registry.CACHES, "coarse", f"{__name__}:Coarse")
+    kinds = ["static", "coarse", "dynamic"]
+    with pytest.raises(AssertionError) as caught:
+        assert_cache_matches(random_model(), caches=kinds, **QUICK)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "coarse, decode: precision from step 0 on (1 of 3 checks not right)"
+    assert [line for line in lines if not line.startswith(" ")][1:] == [
+        "Decoder, float32", "coarse:",
+    ]  # fmt: skip
+    assert sum(line.startswith("  decode ") for line in lines) == 1
+    whole = str(kvtool.verify(random_model(), caches=kinds, **QUICK)).splitlines()
+    assert {"static:", "coarse:", "dynamic:"} < {*whole} and whole[-1] == lines[0]
 
 
 def test_the_assertion_fails_for_logits_that_are_not_finite() -> None:
@@ -195,7 +223,7 @@ def test_what_is_beyond_a_decoder_does_not_count_and_what_is_undecided_does() ->
 
     report = kvtool.verify(Rounds(), scenarios=["decode", "crop"], tokens=3)
     assert [f.verdict for f in report.findings] == ["undecided", "unsupported"]
-    assert report.conclusion.startswith("undecided: decode ")
+    assert report.conclusion.startswith("decode: undecided ")
     assert not report.ok and [c.finding.scenario for c in report.wrong] == ["decode"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,14 @@ from verify_subjects import MODELS, judged, subject
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
+
+
+def test_an_ability_that_no_subject_can_have_is_refused() -> None:
+    decode = SCENARIOS["decode"]
+    with pytest.raises(
+        ValueError, match=r"^rows: needs \['rows'\] \(expected some of batch, .+\)$"
+    ):
+        dataclasses.replace(decode, name="rows", needs=("crop", "rows"))
 
 
 PLAYABLE = [name for name in SCENARIOS if name not in ("window", "two-sources")]

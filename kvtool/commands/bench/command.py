@@ -190,7 +190,7 @@ def command(
         typer.Option(
             "--depth",
             metavar="N",
-            help="Time decoding alone, behind N tokens that are read first.",
+            help="Time decoding alone, after N tokens that are read first.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -204,8 +204,8 @@ def command(
         typer.Option(
             "--budget",
             metavar="SECONDS",
-            help="For all runs, behind short ones that show what they will take. What does "
-            "not fit is left out and said.",
+            help="Time for all runs together; short trials first show what each takes. What does "
+            "not fit is left out and named.",
         ),
     ] = 150.0,
     plot: o.Plot = None,
@@ -214,7 +214,8 @@ def command(
         typer.Option(
             "--text",
             metavar="FILE",
-            help="Measure lossy kinds on the last tenth of this text, not on the model's own.",
+            help="Text whose last tenth gives the perplexity of lossy kinds.",
+            show_default="the model's own",
         ),
     ] = None,
     kernels: o.Kernels = "default",
@@ -229,7 +230,7 @@ def command(
             "--n-kv-heads",
             metavar="N",
             show_default="the model's",
-            help="Key-value heads; other than the model's, its weights are random.",
+            help="Key-value heads. If it differs from the model's, random weights are used.",
         ),
     ] = 0,
     save: Annotated[
@@ -287,7 +288,8 @@ def command(
 
     --impl kvtool transformers measures transformers' generate beside ours, on the same weights and
     with caches that it makes itself; what its loop does around the model is part of its time.
-    First, both must generate the same tokens in float32. Nothing is compiled.
+    First, both must generate the same tokens in float32. Neither model goes through
+    torch.compile.
 
       kvtool bench --lengths 10 100 1000 --plot latency.png
 

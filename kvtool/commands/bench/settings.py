@@ -10,7 +10,7 @@ from kvtool.commands.bench.compare import Limit, place
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.errors import FileError, UsageError
 from kvtool.registry import IMPLEMENTATIONS
-from kvtool.ui.rules import needs, require
+from kvtool.ui.option_rules import needs, require
 
 KVTOOL, TRANSFORMERS = IMPLEMENTATIONS
 KINDS = ("none", "dynamic", "static")  # of transformers

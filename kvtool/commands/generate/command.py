@@ -32,8 +32,8 @@ from kvtool.files import model_folder, write_durable
 from kvtool.reading import require_file
 from kvtool.ui import options as o
 from kvtool.ui.documents import SUFFIXES
+from kvtool.ui.option_rules import require
 from kvtool.ui.output import Output, present
-from kvtool.ui.rules import require
 
 if TYPE_CHECKING:
     from kvtool.core.decoding.generation import Generator

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvtool.config import LENGTH_PENALTY, GenerateConfig, RunConfig, check_int
 from kvtool.ui.documents import check_writable
-from kvtool.ui.rules import contradicts, needs, require
+from kvtool.ui.option_rules import contradicts, needs, require
 
 SEARCH = (
     needs("--beams", "--length-penalty", "It ranks their results.", "needs --beams 2 or more"),

@@ -14,11 +14,19 @@ from kvtool.commands.train.run import best_of, device_of, output, train, with_vo
 from kvtool.config import ModelConfig, RunConfig, TrainConfig, check_int
 from kvtool.errors import UsageError
 from kvtool.reading import read_text
+from kvtool.registry import MODELS, choose
 from kvtool.ui import options as o
 from kvtool.ui.output import Output, present
 
 if TYPE_CHECKING:
     from kvtool.core.text.tokenizer import Tokenizer
+
+
+def _family(name: str) -> str:
+    """A family of decoders. Raises UsageError for another name, with the nearest one."""
+    if name == "seq2seq":
+        raise UsageError("--family: seq2seq is an encoder-decoder", "Train it with train-seq2seq.")
+    return choose(name, [family for family in MODELS if family != "seq2seq"], "--family")
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ def command(
             "--family",
             metavar="NAME",
             help="decoder, or a family of models that you have added.",
+            callback=_family,
             rich_help_panel=t.MODEL,
         ),
     ] = "decoder",

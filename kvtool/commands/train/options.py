@@ -178,7 +178,7 @@ Amp = Annotated[
     bool | None,
     typer.Option(
         "--amp/--no-amp",
-        show_default="where the hardware does",
+        show_default="where the hardware has bfloat16",
         help="Multiply in bfloat16 (autocast).",
         rich_help_panel=OPTIMIZER,
     ),

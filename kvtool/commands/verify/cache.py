@@ -14,8 +14,8 @@ from kvtool.commands.verify.show import draw, show
 from kvtool.config import RunConfig
 from kvtool.registry import IMPLEMENTATIONS, choose
 from kvtool.ui import options as o
+from kvtool.ui.option_rules import require
 from kvtool.ui.output import Output, present
-from kvtool.ui.rules import require
 from kvtool.ui.tables import Column
 
 
@@ -42,7 +42,7 @@ def command(
     device: o.Device = "auto",
     dtype: o.Dtype = "float32",
     threads: o.Threads = 0,
-    seed: o.Seed = 0,
+    seed: v.Seed = 0,
     as_json: o.Json = False,
     output_file: o.OutputFile = None,
     quiet: o.Quiet = False,

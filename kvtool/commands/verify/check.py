@@ -18,9 +18,9 @@ from kvtool.ending import until_ended
 from kvtool.errors import FileError, UsageError, first_line
 from kvtool.registry import choose
 from kvtool.ui.documents import check_writable
+from kvtool.ui.option_rules import require
 from kvtool.ui.options import ALL_CACHES, ALL_KERNELS
 from kvtool.ui.output import Output
-from kvtool.ui.rules import require
 
 if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint

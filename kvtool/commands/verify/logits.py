@@ -14,8 +14,8 @@ from kvtool.errors import FileError, UsageError
 from kvtool.registry import choose
 from kvtool.ui import options as o
 from kvtool.ui.documents import check_writable
+from kvtool.ui.option_rules import contradicts, needs, require
 from kvtool.ui.output import Output, present
-from kvtool.ui.rules import contradicts, needs, require
 from kvtool.ui.tables import Column
 
 AGAINST = {"numpy": "the NumPy oracle", "transformers": "transformers' model"}

@@ -10,7 +10,7 @@ import typer
 from kvtool.registry import IMPLEMENTATIONS, TRANSFORMERS_CACHES
 from kvtool.ui import options as o
 from kvtool.ui.lists import list_option
-from kvtool.ui.rules import contradicts, needs
+from kvtool.ui.option_rules import contradicts, needs
 
 EVERY: list[str] = []  # scenarios, or types
 DEFAULT_TOKENS = 128
@@ -67,7 +67,7 @@ Caches = Annotated[
         "--caches",
         element=_kind,
         example="none static",
-        help=f"Cache kinds: {', '.join(o.ALL_CACHES)}; or all. "
+        help=f"Cache kinds: {', '.join(o.ALL_CACHES)}; or all; {o.WITH_SETTINGS}. "
         f"Of transformers: {', '.join(TRANSFORMERS_CACHES)}.",
         metavar="KIND...",
         unique=True,
@@ -126,7 +126,20 @@ Scenarios = Annotated[
 ]
 Tokens = Annotated[
     int,
-    typer.Option("--tokens", metavar="N", help="Tokens to compare behind the prompt (decode)."),
+    typer.Option(
+        "--tokens",
+        metavar="N",
+        help="How many tokens the scenario decode compares after the prompt.",
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        help="Seed of the weights of tiny random models; ids are always the same.",
+        rich_help_panel=o.MACHINE,
+    ),
 ]
 Target = Annotated[
     str | None,

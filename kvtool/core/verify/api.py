@@ -78,10 +78,11 @@ class Verification:
         """The verdict in one line."""
         n_judged, n_right = len(self.judged), len(self.summary.right)
         if self.wrong:
-            first = self.wrong[0].finding
+            cache, first = self.wrong[0].cache, self.wrong[0].finding
+            where = first.scenario if cache == self.name else f"{cache}, {first.scenario}"
             step = "" if first.first_wrong is None else f" from step {first.first_wrong} on"
-            where = f"{first.verdict}: {first.scenario}{step}"
-            return f"{where} ({len(self.wrong)} of {n_judged} scenarios not right)"
+            wrong = f"{len(self.wrong)} of {n_judged} checks not right"
+            return f"{where}: {first.verdict}{step} ({wrong})"
         if not n_right:
             return "nothing was checked"
         if kinds := self.summary.unjudged_kinds:
@@ -92,16 +93,24 @@ class Verification:
         return f"right: {n_right} of {n_judged} scenarios{more}; the planted bug was found"
 
     def __str__(self) -> str:
+        return "\n".join([*self._lines(self.checked), self.conclusion])
+
+    @property
+    def failure(self) -> str:
+        """The conclusion, and the evidence of what is not right; of all, if nothing is wrong."""
+        return "\n".join([self.conclusion, *self._lines(self.wrong or self.checked)])
+
+    def _lines(self, shown: Sequence[Checked]) -> list[str]:
         lines = [f"{self.name}, {self.dtype}"]
         if self.guess:
             lines.append(self.guess)
         cache = None
-        for checked in self.checked:
+        for checked in shown:
             if checked.cache not in (cache, self.name):
                 lines.append(f"{checked.cache}:")
             cache = checked.cache
             lines.extend(evidence(checked.finding, self.dtype))
-        return "\n".join([*lines, self.conclusion])
+        return lines
 
 
 def evidence(finding: Finding, dtype: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvtool.core.verify.scenario_run import PREFILL, STEPS, ScenarioRun
-from kvtool.core.verify.subject import Subject
+from kvtool.core.verify.subject import ABILITIES, Subject
 
 CHUNK = 4  # tokens of a step that has several
 BLOCK = 64  # tokens: about where many caches grow, or read one more block of columns
@@ -15,12 +15,20 @@ BLOCK = 64  # tokens: about where many caches grow, or read one more block of co
 
 @dataclass(frozen=True)
 class Scenario:
-    """A script that is played on a subject, and the abilities that it needs."""
+    """A script that is played on a subject, and those of ABILITIES that it needs.
+
+    Raises ValueError for others, which no subject could have.
+    """
 
     name: str
     about: str
     play: Callable[[ScenarioRun], None]
     needs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if unknown := [need for need in self.needs if need not in ABILITIES]:
+            expected = f"expected some of {', '.join(ABILITIES)}"
+            raise ValueError(f"{self.name}: needs {unknown} ({expected})")
 
     def lacking(self, subject: Subject) -> str | None:
         """The first ability that the subject does not have."""

@@ -13,7 +13,7 @@ from kvtool.commands.generate import settings as generate
 from kvtool.commands.verify import logits
 from kvtool.commands.verify import options as verify
 from kvtool.errors import UsageError
-from kvtool.ui.rules import Rule, contradicts, needs, require
+from kvtool.ui.option_rules import Rule, contradicts, needs, require
 
 TABLES = {
     "generate": [
