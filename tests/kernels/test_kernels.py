@@ -276,8 +276,8 @@ def test_kernels_are_made_by_name(name: str) -> None:
 
 def test_layers_follow_one_another() -> None:
     x, layer = torch.randn(2, 3, 5), torch.nn.Linear(5, 4)
-    assert DEFAULT.rows(x, layer, torch.exp).equal(layer(x).exp())
-    assert DEFAULT.rows(x) is x
+    assert DEFAULT.per_token(x, layer, torch.exp).equal(layer(x).exp())
+    assert DEFAULT.per_token(x) is x
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -147,15 +147,15 @@ class NativeDecoder:
         x = np.empty((batch, c.d_model), self.computed)
         if not self.code.embed(self.model, ids, pos, x, self.kind):
             self._refuse(ids)
-        near, threads = step.within(c.window), self._threads(0, source)
+        windowed, threads = step.within(c.window), self._threads(0, source)
         n_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
         for i in range(c.n_layers):
             qkv = np.empty((batch, sum(n_heads), c.head_dim), self.computed)
             self.code.before_attention(*model, i, x, pos, qkv, self.kind, *threads)
             heads = torch.from_numpy(qkv).to(self.dtype)[:, :, None]
             q, k, v = heads.split_with_sizes(n_heads, dim=1)
-            seen = near if i >= c.first_window_layer else step
-            y = self._given(cache.attend(i, q, k, v, seen), (batch, c.n_heads, 1, c.head_dim))
+            layer_step = windowed if i >= c.first_window_layer else step
+            y = self._given(cache.attend(i, q, k, v, layer_step), (batch, c.n_heads, 1, c.head_dim))
             self.code.after_attention(*model, i, y, x, self.kind, *source, *threads)
         logits = np.empty((batch, 1, self.n_logits), self.computed)
         self.code.logits_of(self.model, x, logits[:, 0], self.kind, *threads)

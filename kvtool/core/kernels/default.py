@@ -32,7 +32,7 @@ class Kernels(Protocol):
 
     name: str
 
-    def rows(self, x: Tensor, *layers: Layer) -> Tensor:
+    def per_token(self, x: Tensor, *layers: Layer) -> Tensor:
         """Apply layers that look at one token each, one after another: (B,T,in) -> (B,T,out)"""
 
     def attention(
@@ -50,7 +50,7 @@ class DefaultKernels:
 
     name = "default"
 
-    def rows(self, x: Tensor, *layers: Layer) -> Tensor:
+    def per_token(self, x: Tensor, *layers: Layer) -> Tensor:
         """Each layer over all tokens at once, (B,T,in) -> (B,T,out)."""
         for layer in layers:
             x = layer(x)

@@ -29,7 +29,7 @@ class SelfAttention(nn.Module):
     With fewer key-value heads than heads, a group of query heads shares one (Ainslie 2023).
     """
 
-    by_rows = True  # of `project`, as in layers.Plain
+    by_token = True  # of `project`, as in layers.Plain
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -57,7 +57,9 @@ class SelfAttention(nn.Module):
         return torch.cat([q, k, v], dim=-1)
 
     def forward(self, x: Tensor, step: Step, cache: Cache | None, rotary: Rotary | None) -> Tensor:
-        heads = split_heads(step.kernels.rows(x, self.project), self.head_dim)  # (B,H+2*Hkv,T,D)
+        heads = split_heads(
+            step.kernels.per_token(x, self.project), self.head_dim
+        )  # (B,H+2*Hkv,T,D)
         q, k, v = heads.split_with_sizes(self.n_heads, dim=1)
         if rotary is not None:
             q, k = rotary(q, step.q_pos), rotary(k, step.q_pos)
@@ -67,7 +69,7 @@ class SelfAttention(nn.Module):
             y = step.kernels.attention(q, k, v, step.mask, step.causal)
         else:
             y = cache.attend(self.layer, q, k, v, step)
-        return step.kernels.rows(merge_heads(y), self.out)
+        return step.kernels.per_token(merge_heads(y), self.out)
 
 
 class CrossAttention(nn.Module):
@@ -84,10 +86,10 @@ class CrossAttention(nn.Module):
 
     def project(self, memory: Tensor, kernels: Kernels = DEFAULT) -> tuple[Tensor, Tensor]:
         """Keys and values of an encoded source (B,S,d) -> twice (B,Hkv,S,D)."""
-        k, v = kernels.rows(memory, self.kv).chunk(2, dim=-1)
+        k, v = kernels.per_token(memory, self.kv).chunk(2, dim=-1)
         return split_heads(k, self.head_dim), split_heads(v, self.head_dim)
 
     def forward(self, x: Tensor, source: CrossCache, kernels: Kernels = DEFAULT) -> Tensor:
-        q = split_heads(kernels.rows(x, self.q), self.head_dim)
+        q = split_heads(kernels.per_token(x, self.q), self.head_dim)
         y = source.attend(self.layer, q, kernels)
-        return kernels.rows(merge_heads(y), self.out)
+        return kernels.per_token(merge_heads(y), self.out)
