@@ -17,7 +17,7 @@ from kvtool.core.cache import EMPTY
 from kvtool.core.kernels import default as kernels
 from kvtool.core.kernels.default import (
     DEFAULT,
-    SHORT,
+    PRODUCTS_UP_TO,
     attention_by_products,
     attention_of_one,
     make_kernels,
@@ -249,7 +249,9 @@ def test_training_in_bfloat16_with_many_keys_goes_by_pytorchs_attention_in_float
     monkeypatch: pytest.MonkeyPatch, amp: bool
 ) -> None:
     """Products of all scores at once would take more memory than a processor has nearby."""
-    q, k, v = (torch.randn(1, 2, SHORT + 1, 8).bfloat16().requires_grad_() for _ in range(3))
+    q, k, v = (
+        torch.randn(1, 2, PRODUCTS_UP_TO + 1, 8).bfloat16().requires_grad_() for _ in range(3)
+    )
     monkeypatch.setattr(kernels, "attention_by_products", None)  # calling it would fail
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         found = DEFAULT.attention(q, k, v, None, True)

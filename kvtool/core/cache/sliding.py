@@ -81,8 +81,8 @@ class SlidingCache(BufferedCache):
         all_in_window = end - self._first <= self.window and sinks_held
         plain = all_in_window and self.left_padding is None
         causal = plain and start == 0
-        free = causal or (plain and n_new == 1)
-        mask = None if free else make_mask(q_pos, k_pos, self.window, self.sinks)
+        unmasked = causal or (plain and n_new == 1)
+        mask = None if unmasked else make_mask(q_pos, k_pos, self.window, self.sinks)
         slots = torch.arange(start, end, device=self.spec.device) - self._first + self._n_sinks
         return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
 

@@ -43,7 +43,7 @@ class FlatDecoder:
         c = decoder.config
         self.embed, self.rotary = decoder.embed, decoder.rotary
         self.head_dim, self.window = c.head_dim, c.window
-        self.n_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
+        self.qkv_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
         self.first_window_layer = c.first_window_layer
         self.blocks = [self._block(block) for block in decoder.layers if isinstance(block, Block)]
         self.logits = self._layers(decoder.norm, decoder.head)
@@ -66,7 +66,7 @@ class FlatDecoder:
 
     def _turned(self, qkv: Tensor, step: Step) -> tuple[Tensor, ...]:
         """(B,1,(H+2*Hkv)*D) -> queries, keys and values (B,heads,1,D), by their positions."""
-        q, k, v = split_heads(qkv, self.head_dim).split_with_sizes(self.n_heads, dim=1)
+        q, k, v = split_heads(qkv, self.head_dim).split_with_sizes(self.qkv_heads, dim=1)
         if self.rotary is None:
             return q, k, v
         return self.rotary(q, step.q_pos), self.rotary(k, step.q_pos), v

@@ -234,7 +234,7 @@ class Generator:
         CheckFailed."""
         with torch.inference_mode():
             start = torch.tensor([ids], device=self.device)
-            prompt, source = engine.begin(self.model, start, self.kernels)
+            prompt, source = engine.first_input(self.model, start, self.kernels)
         n_new = self.n_new(ids)
         cache = make_cache(self.how.cache, self._fitting(prompt.shape[1], n_new))
         if self.saved is not None:

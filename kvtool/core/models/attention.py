@@ -36,12 +36,12 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         kv_width = config.n_kv_heads * config.head_dim
-        self.widths = [config.n_heads * config.head_dim, kv_width, kv_width]
-        self.n_heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
-        self.qkv = Linear(config.d_model, sum(self.widths), bias=config.has_bias("qkv"))
+        self.qkv_widths = [config.n_heads * config.head_dim, kv_width, kv_width]
+        self.qkv_heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+        self.qkv = Linear(config.d_model, sum(self.qkv_widths), bias=config.has_bias("qkv"))
         self.q_norm = make_head_norm(config) if config.qk_norm else None
         self.k_norm = make_head_norm(config) if config.qk_norm else None
-        self.out = Linear(self.widths[0], config.d_model, bias=config.has_bias("out"))
+        self.out = Linear(self.qkv_widths[0], config.d_model, bias=config.has_bias("out"))
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values of each token, side by side: (B,T,d) -> (B,T,(H+2*Hkv)*D)"""
@@ -51,7 +51,7 @@ class SelfAttention(nn.Module):
         """Norms of queries and keys, where there are any, in what `qkv` gave."""
         if self.q_norm is None or self.k_norm is None:
             return qkv
-        q, k, v = qkv.split(self.widths, dim=-1)
+        q, k, v = qkv.split(self.qkv_widths, dim=-1)
         q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         return torch.cat([q, k, v], dim=-1)
@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
         heads = split_heads(
             step.kernels.per_token(x, self.project), self.head_dim
         )  # (B,H+2*Hkv,T,D)
-        q, k, v = heads.split_with_sizes(self.n_heads, dim=1)
+        q, k, v = heads.split_with_sizes(self.qkv_heads, dim=1)
         if rotary is not None:
             q, k = rotary(q, step.q_pos), rotary(k, step.q_pos)
         if cache is None:
