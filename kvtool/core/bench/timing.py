@@ -202,7 +202,7 @@ def now(device: torch.device) -> float:
 
 
 class Measurement:
-    """Every contender at every length, behind `before` tokens: cells that fill while `run` runs, so
+    """Every contender at every length, after `before` tokens: cells that fill while `run` runs, so
     that what is there outlives whatever ends it."""
 
     def __init__(

@@ -99,7 +99,7 @@ class DecodingForm:
     ) -> Tensor | Array:
         """A whole step, from the cache's `begin` to its `commit`, by the fastest way for it.
 
-        new (B,n), behind what the cache holds -> logits (B,n,V), or (B,1,V) of the last token with
+        new (B,n), after what the cache holds -> logits (B,n,V), or (B,1,V) of the last token with
         `last`: an array from the compiled call, in float32 for half formats; a tensor otherwise.
         Nothing is committed if it raises: CapacityError, and IndexError for a token or position
         that does not exist.

@@ -192,7 +192,7 @@ class Generator:
         return self.reader.encode(text)
 
     def n_new(self, ids: list[int]) -> int:
-        """How many tokens to generate behind a prompt at most."""
+        """How many tokens to generate after a prompt at most."""
         if self.how.max_tokens is not None:
             return self.how.max_tokens
         if self.reads_sources:

@@ -248,7 +248,7 @@ def _constants(decoder: Decoder) -> list[tuple[Tensor | None, tuple[int, ...]]]:
 
 
 def _ends(decoder: Decoder) -> list[Part]:
-    """What stands before and behind the blocks."""
+    """What stands before and after the blocks."""
     c, embed, head = decoder.config, decoder.embed, decoder.head
     return [
         Part(embed.tokens, (len(embed.tokens.weight), c.d_model)),
