@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvtool import registry
 from kvtool.core.kernels.cudnn import CUDNN
-from kvtool.core.kernels.masks import LazyMask, QueryBlock
+from kvtool.core.kernels.masks import LazyMask
+from kvtool.core.kernels.query_blocks import QueryBlock
 from kvtool.core.native import arrays as native
 from kvtool.core.native import fused
 
