@@ -164,7 +164,7 @@ class Ending:
 
 @contextmanager
 def until_ended() -> Iterator[Ending]:
-    """Let Ctrl-C and SIGTERM end the block alone, and go on behind it with what is done.
+    """Let Ctrl-C and SIGTERM end the block alone, and go on after it with what is done.
 
     >>> with until_ended() as outcome:
     ...     for step in steps:

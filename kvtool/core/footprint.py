@@ -30,7 +30,7 @@ def activations(config: ModelConfig, n_tokens: int, itemsize: int) -> int:
 
 
 def arms(n_vocab: int, n_prompt: int, n_tokens: int, itemsize: int) -> int:
-    """The logits that judging a cache on a prompt and `n_tokens` behind it holds: of both arms, in
+    """The logits that judging a cache on a prompt and `n_tokens` after it holds: of both arms, in
     the working format, in float64 and promoted, and what it takes to compare a step."""
     held = 2 * max(n_prompt + n_tokens, SCENARIO) * n_vocab * (itemsize + 2 * FLOAT64)
     return held + 3 * n_prompt * n_vocab * FLOAT64

@@ -173,7 +173,7 @@ def test_exact_kernels_are_measured_with_and_without_a_cache(
     monkeypatch: pytest.MonkeyPatch,
     save: Callable[[Path], Path],
 ) -> None:
-    monkeypatch.delattr(DefaultKernels, "rows")  # not asked for anything
+    monkeypatch.delattr(DefaultKernels, "per_token")  # not asked for anything
     monkeypatch.delattr(DefaultKernels, "attention")
     given = ["--kernels", "exact", "--caches", "none", "static"]
     found = answer(bench("--json", *given, model=save(tmp_path)))

@@ -14,7 +14,7 @@ from kvtool.commands.generate.results import Result, lines_of_results
 from kvtool.commands.generate.settings import Settings
 from kvtool.config import RunConfig
 from kvtool.core.checkpoint import checkpoint
-from kvtool.core.decoding.engine import begin
+from kvtool.core.decoding.engine import first_input
 from small_models import WORDS, answer, save_decoder, save_seq2seq
 
 
@@ -122,7 +122,7 @@ def test_log_prob_is_that_of_one_pass_however_tokens_are_chosen(
         found = answer(generate(*given, *sampling.split(), "--json", model=model))["results"][0]
     loaded = checkpoint.load(str(model), torch.device("cpu"), torch.float32)
     tokenizer = loaded.source_tokenizer or loaded.tokenizer
-    prompt, source = begin(loaded.model, torch.tensor([tokenizer.encode(given[1])]))
+    prompt, source = first_input(loaded.model, torch.tensor([tokenizer.encode(given[1])]))
     new = torch.tensor([chosen[: found["new_tokens"]]])
     with torch.no_grad():
         logits = loaded.model(torch.cat([prompt, new], dim=1)[:, :-1], source=source)[0]

@@ -93,7 +93,7 @@ def test_exact_kernels_choose_the_same_tokens_with_every_cache_in_every_format(
     folder: str,
 ) -> None:
     """Even where rounding would tell the caches apart; and the default kernels are never asked."""
-    monkeypatch.delattr(DefaultKernels, "rows")
+    monkeypatch.delattr(DefaultKernels, "per_token")
     monkeypatch.delattr(DefaultKernels, "attention")
     words = ["--prompt", "jail", "--max-tokens", "40", "--temperature", "0", "--kernels", "exact"]
     for dtype in ("bfloat16", "float16", "float32"):

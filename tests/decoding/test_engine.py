@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvtool.core.cache import Cache, CacheSpec, Step, make_cache
 from kvtool.core.cache.cross import CrossCache
-from kvtool.core.decoding.engine import begin, check_context, feed, generate
+from kvtool.core.decoding.engine import check_context, feed, first_input, generate
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.models import Model
 from kvtool.core.text.tokenizer import BOS
@@ -34,7 +34,7 @@ def uncached(
     model: Model, n_new: int, ids: Tensor = PROMPT, padding: Tensor | None = None
 ) -> Tensor:
     """Greedy tokens (B,n) by the plainest loop there is."""
-    ids, source = begin(model, ids)
+    ids, source = first_input(model, ids)
     start = ids.shape[1]
     for _ in range(n_new):
         step = Step.full(*ids.shape, left_padding=padding)
@@ -56,7 +56,7 @@ def run(
     sampler: Sampler | None = None,
     **more: Tensor | None,
 ) -> Tensor:
-    ids, source = begin(model, PROMPT)
+    ids, source = first_input(model, PROMPT)
     cache = new_cache(model, kind, ids.shape[1] + n_new - 1, **more)  # the last is never stored
     return torch.stack([*generate(model, ids, cache, n_new, sampler or Sampler(), source)], dim=1)
 
@@ -204,12 +204,12 @@ def test_feed_answers_with_all_new_tokens_or_the_last_alone(kind: str) -> None:
 
 
 def test_an_encoder_decoder_begins_with_the_start_token_and_the_encoded_source() -> None:
-    ids, source = begin(decoder(**SEQ2SEQ), PROMPT)
+    ids, source = first_input(decoder(**SEQ2SEQ), PROMPT)
     assert ids.tolist() == [[BOS], [BOS]]
     assert isinstance(source, CrossCache)
     assert source.layers[0][0].shape[:3] == (2, 4, 3)
     assert bool(source.mask.all())
-    ids, source = begin(decoder(), PROMPT)
+    ids, source = first_input(decoder(), PROMPT)
     assert ids is PROMPT
     assert source is None
 

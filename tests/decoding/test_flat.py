@@ -20,7 +20,7 @@ from kvtool.core.cache.paged import PagedCache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.decoding.dispatch import ONE_CALL, decoding_form
-from kvtool.core.decoding.engine import begin, feed, generate
+from kvtool.core.decoding.engine import feed, first_input, generate
 from kvtool.core.decoding.native_decoder import NativeDecoder
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import DEFAULT, make_kernels
@@ -52,7 +52,7 @@ def decoded(model: Model, decode: Any, kernels: str, kind: str, batch: int) -> T
     ids = tokens(model, batch)
     dtype = next(model.parameters()).dtype
     spec = CacheSpec.of(model.config, batch, N, dtype, kernels=make_kernels(kernels))
-    _, source = begin(model, ids[:, :4] % 9, spec.kernels)
+    _, source = first_input(model, ids[:, :4] % 9, spec.kernels)
     padding = torch.arange(batch) if batch > 1 else None
     cache = cache_class(kind)(spec, padding, **cache_class(kind).small)
     ends = range(PROMPT, N + 1)
@@ -94,7 +94,7 @@ def test_the_last_logits_alone_are_those_among_all(shape: str, batch: int) -> No
         logits = []
         for last in (False, True):
             spec = CacheSpec.of(model.config, batch, N, kernels=make_kernels("exact"))
-            _, source = begin(model, ids[:, :4] % 9, spec.kernels)
+            _, source = first_input(model, ids[:, :4] % 9, spec.kernels)
             cache = cache_class(kind)(spec, torch.arange(batch), **cache_class(kind).small)
             ends = PROMPT, PROMPT + 1, PROMPT + 4, N
             found = [feed(decode, cache, ids[:, :end], source, last=last)[:, -1] for end in ends]

@@ -23,7 +23,7 @@ from kvtool.core.cache import CacheSpec
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.decoding import cuda_graphs as graphs
 from kvtool.core.decoding.dispatch import decoding_form
-from kvtool.core.decoding.engine import begin, feed, generate
+from kvtool.core.decoding.engine import feed, first_input, generate
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.models import Model
 from recorded_steps import Recorder, storage
@@ -207,7 +207,7 @@ def on_cuda(model: Model, make: Any, capture: bool, monkeypatch: pytest.MonkeyPa
     ids = torch.arange(3 * N, device=device).view(3, N) % 23
     dtype = next(model.parameters()).dtype
     spec = CacheSpec.of(model.config, 3, N, dtype, device)
-    _, source = begin(model, ids[:, :4] % 9)
+    _, source = first_input(model, ids[:, :4] % 9)
     cache = make(spec, torch.arange(3, device=device))
     with monkeypatch.context() as patch:
         if not capture:

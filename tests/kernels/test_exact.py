@@ -186,7 +186,7 @@ def test_two_threads_share_the_work_without_a_trace(dtype: torch.dtype) -> None:
     "kernels",
     [
         DEFAULT,
-        type("DefaultRows", (ExactKernels,), {"rows": DefaultKernels.rows})(),
+        type("DefaultLayers", (ExactKernels,), {"per_token": DefaultKernels.per_token})(),
         type("DefaultAttention", (ExactKernels,), {"attention": DefaultKernels.attention})(),
     ],
     ids=lambda kernels: type(kernels).__name__,
@@ -355,7 +355,7 @@ def test_layers_follow_one_another_and_see_one_token_each() -> None:
         seen.append((tuple(token.shape), token.storage_offset()))
         return token
 
-    found = EXACT.rows(x, spy, layer, torch.exp)
+    found = EXACT.per_token(x, spy, layer, torch.exp)
     torch.testing.assert_close(found, layer(x).exp())
     assert seen == [((1, 1, 5), 0)] * 6
 
@@ -366,5 +366,5 @@ def test_a_layer_of_another_kind_within_ours_sees_one_token_at_a_time() -> None:
     seen: list[int] = []
     mlp.down.register_forward_hook(lambda _, args, y: seen.append(args[0].numel() // 24))
     with torch.inference_mode():
-        EXACT.rows(torch.randn(2, 3, 16), mlp)
+        EXACT.per_token(torch.randn(2, 3, 16), mlp)
     assert seen == [1] * 6

@@ -17,7 +17,7 @@ from kvtool.core.cache import EMPTY
 from kvtool.core.kernels import default as kernels
 from kvtool.core.kernels.default import (
     DEFAULT,
-    SHORT,
+    PRODUCTS_UP_TO,
     attention_by_products,
     attention_of_one,
     make_kernels,
@@ -249,7 +249,9 @@ def test_training_in_bfloat16_with_many_keys_goes_by_pytorchs_attention_in_float
     monkeypatch: pytest.MonkeyPatch, amp: bool
 ) -> None:
     """Products of all scores at once would take more memory than a processor has nearby."""
-    q, k, v = (torch.randn(1, 2, SHORT + 1, 8).bfloat16().requires_grad_() for _ in range(3))
+    q, k, v = (
+        torch.randn(1, 2, PRODUCTS_UP_TO + 1, 8).bfloat16().requires_grad_() for _ in range(3)
+    )
     monkeypatch.setattr(kernels, "attention_by_products", None)  # calling it would fail
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         found = DEFAULT.attention(q, k, v, None, True)
@@ -276,8 +278,8 @@ def test_kernels_are_made_by_name(name: str) -> None:
 
 def test_layers_follow_one_another() -> None:
     x, layer = torch.randn(2, 3, 5), torch.nn.Linear(5, 4)
-    assert DEFAULT.rows(x, layer, torch.exp).equal(layer(x).exp())
-    assert DEFAULT.rows(x) is x
+    assert DEFAULT.per_token(x, layer, torch.exp).equal(layer(x).exp())
+    assert DEFAULT.per_token(x) is x
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -19,7 +19,7 @@ from kvtool.core.cache import Cache, CacheSpec, Step, cache_class
 from kvtool.core.cache.quantization import Quantization
 from kvtool.core.decoding.engine import advance
 from kvtool.core.kernels import default as kernels
-from kvtool.core.kernels import masks
+from kvtool.core.kernels import masks, query_blocks
 from kvtool.core.kernels.default import DEFAULT, Kernels, make_kernels
 from kvtool.core.kernels.masks import LazyMask, make_mask, mask_tensor, visible
 from kvtool.core.models import Model
@@ -33,8 +33,8 @@ WITHIN = Case("sinusoidal", 1, 2, (4, 0))  # a window too
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A prompt of a few tokens is treated as a long one."""
     monkeypatch.setattr(masks, "LARGE", 0)
-    monkeypatch.setattr(masks, "BLOCK", 16)
-    monkeypatch.setattr(masks, "EDGE", 5)
+    monkeypatch.setattr(query_blocks, "BLOCK", 16)
+    monkeypatch.setattr(query_blocks, "EDGE", 5)
     yield
 
 
@@ -154,10 +154,10 @@ def test_a_long_prompt_is_what_it_was_with_a_whole_mask(
     expected = fed(caches(kind, model, case, make_kernels(name)), model, ids, held)
     made = []
     monkeypatch.setattr(masks, "LARGE", 0)
-    monkeypatch.setattr(masks, "BLOCK", 16)
-    monkeypatch.setattr(masks, "EDGE", 5)
-    real = LazyMask._block
-    monkeypatch.setattr(LazyMask, "_block", lambda *args: made.append(1) or real(*args))
+    monkeypatch.setattr(query_blocks, "BLOCK", 16)
+    monkeypatch.setattr(query_blocks, "EDGE", 5)
+    real = query_blocks._block
+    monkeypatch.setattr(query_blocks, "_block", lambda *args: made.append(1) or real(*args))
     found = fed(caches(kind, model, case, make_kernels(name)), model, ids, held)
     if name == "exact":
         assert torch.equal(found, expected)

@@ -16,7 +16,7 @@ from kvtool.core.cache.paged import PagedCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.decoding import cuda_graphs as graphs
 from kvtool.core.decoding.dispatch import decoding_form
-from kvtool.core.decoding.engine import begin, feed
+from kvtool.core.decoding.engine import feed, first_input
 from kvtool.core.native import arrays as native
 from recorded_steps import Recorder
 from small_models import random_model
@@ -60,7 +60,7 @@ class Case:
         self.make = make
         self.padding = torch.arange(batch) if batch > 1 else None
         self.cache = self.new_cache()
-        _, self.source = begin(self.model, self.ids[:, :4] % 9)
+        _, self.source = first_input(self.model, self.ids[:, :4] % 9)
         self.decode = decoding_form(self.model)
         self.kept: list[Tensor] = []
 

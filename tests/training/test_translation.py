@@ -137,7 +137,7 @@ def test_exact_kernels_give_each_source_its_target_to_the_bit(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """In bfloat16 too, where rounding by the size of the batch may choose another token."""
-    monkeypatch.delattr(DefaultKernels, "rows")  # not asked for anything
+    monkeypatch.delattr(DefaultKernels, "per_token")  # not asked for anything
     monkeypatch.delattr(DefaultKernels, "attention")
     network, given = model(7).to(dtype), sources()[::4]
     together = translate(network, given, kernels=EXACT)

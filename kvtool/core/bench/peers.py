@@ -27,7 +27,7 @@ from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.errors import CheckFailed, FileError
 from kvtool.reading import MOST_CONFIG, read_json_object
 
-COMPARED_PROMPT, COMPARED = 32, 16  # tokens of a prompt, and behind it, that both must agree in
+COMPARED_PROMPT, COMPARED = 32, 16  # tokens of a prompt, and after it, that both must agree in
 # Of the largest logit. Rounding in float32 leaves about 1e-6 of it, other mathematics 1e-3 or more;
 # `verify-logits --against transformers` draws the line in float64.
 ROUNDING = 1e-4

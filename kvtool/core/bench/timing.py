@@ -18,7 +18,7 @@ from kvtool.core.cache import Cache, CacheSpec, make_cache, predicted_nbytes
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.decoding import cuda_graphs as graphs
 from kvtool.core.decoding.dispatch import DecodingForm, decoding_form
-from kvtool.core.decoding.engine import begin, generate
+from kvtool.core.decoding.engine import first_input, generate
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.models import Model
@@ -151,7 +151,7 @@ class Workload:
 
     def _begin(self) -> tuple[Tensor, CrossCache | None]:
         with torch.inference_mode():
-            return begin(self.model, self.prompt, self.kernels)
+            return first_input(self.model, self.prompt, self.kernels)
 
     def _rehearse(
         self, kind: str, n_new: int
@@ -202,7 +202,7 @@ def now(device: torch.device) -> float:
 
 
 class Measurement:
-    """Every contender at every length, behind `before` tokens: cells that fill while `run` runs, so
+    """Every contender at every length, after `before` tokens: cells that fill while `run` runs, so
     that what is there outlives whatever ends it."""
 
     def __init__(

@@ -132,8 +132,8 @@ class Step:
         elif isinstance(self.mask, LazyMask):
             mask = self.mask.within(window)
         else:
-            near = self.q_pos[:, :, None] - self.k_pos[:, None] < window
-            mask = self.mask & near[:, None]
+            in_window = self.q_pos[:, :, None] - self.k_pos[:, None] < window
+            mask = self.mask & in_window[:, None]
         return replace(self, mask=mask, causal=False)
 
     @classmethod
@@ -167,7 +167,8 @@ class Cache(ABC):
     kind: ClassVar[str]
     exact: ClassVar[bool] = True  # stored keys and values are what the model computed
     compilable: ClassVar[bool] = False  # fixed addresses and no host sync in write and attend
-    small: ClassVar[Mapping[str, int]] = {}  # options with which a short check makes it do all
+    # Settings so small that a short check exercises everything.
+    small: ClassVar[Mapping[str, int]] = {}
     stores: ClassVar[bool] = True  # False: caches nothing on purpose, to be compared with
     recompute: ClassVar[bool] = False  # holds nothing: must be given the whole sequence each time
     quantization: Quantization | None = None  # how tokens are rounded, and by when
@@ -220,7 +221,7 @@ class Cache(ABC):
 
     @abstractmethod
     def _make_step(self, start: int, n_new: int) -> Step:
-        """The Step of `n_new` tokens behind the first `start`; capacity has been checked."""
+        """The Step of `n_new` tokens after the first `start`; capacity has been checked."""
 
     @abstractmethod
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -272,7 +273,8 @@ class Cache(ABC):
         return not self.exact or bool(self.window)
 
     def vacuous(self) -> str | None:
-        """Why results equal to those without a cache would prove nothing; None if they do."""
+        """Why results equal to those without a cache would prove nothing; None if they would
+        prove something."""
         if self.recompute:
             return "it stores nothing: every step computes the whole sequence again"
         return None

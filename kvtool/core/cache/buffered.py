@@ -14,7 +14,7 @@ from kvtool.core.native.arrays import Array
 class BufferedCache(DirectAccess, Cache):
     """Tokens stand in columns 0, 1, 2 ... of `_keys[layer]` and `_values[layer]`.
 
-    Each of these is (rows,Hkv,columns,D). Columns behind `length` may hold anything: they are
+    Each of these is (rows,Hkv,columns,D). Columns after `length` may hold anything: they are
     overwritten before they are ever visible.
     """
 
@@ -55,7 +55,7 @@ class BufferedCache(DirectAccess, Cache):
         """Make sure that `length` columns exist."""
 
     def _reach(self, length: int) -> int:
-        """How many columns a step behind others reads when `length` of them are filled."""
+        """How many columns a step after others reads when `length` of them are filled."""
         return length
 
     def make_room(self, n_new: int) -> int:
@@ -65,34 +65,34 @@ class BufferedCache(DirectAccess, Cache):
 
     def _make_step(self, start: int, n_new: int) -> Step:
         end = start + n_new
-        # A prompt has a shape of its own anyway, and is causal if it reads nothing behind itself.
+        # A first step of several tokens reads only its own columns; unpadded it needs no mask.
         reach = end if start == 0 and n_new > 1 else self._reach(end)
         causal = start == 0 and reach == end and self.left_padding is None
         # One new token sees every filled column; without empty ones or padding nothing is masked.
         # A compilable kind keeps the mask, or the last token of a block would need another capture.
         all_seen = n_new == 1 and reach == end and self.left_padding is None
-        free = causal or (all_seen and not self.compilable)
-        numbers = torch.arange(start, end, device=self.spec.device)
-        hides = reach > end or self.compilable
-        return self._device_step(numbers, self.left_padding, reach, hides, causal, free)
+        unmasked = causal or (all_seen and not self.compilable)
+        slots = torch.arange(start, end, device=self.spec.device)
+        has_unfilled = reach > end or self.compilable
+        return self._device_step(slots, self.left_padding, reach, has_unfilled, causal, unmasked)
 
     def _device_step(
         self,
-        numbers: Tensor,
+        slots: Tensor,
         padding: Tensor | None,
         reach: int,
-        hides: bool = True,
+        has_unfilled: bool = True,
         causal: bool = False,
-        free: bool = False,
+        unmasked: bool = False,
     ) -> Step:
-        """The step of tokens with these numbers (T,), which reads `reach` columns: by device work
-        alone. hides: columns behind the last token are read. free: without a mask."""
+        """The step of tokens that go into these slots (T,) and read `reach` columns: by device work
+        alone. has_unfilled: some of these come after the last token. unmasked: without a mask."""
         columns = torch.arange(reach, device=self.spec.device)
-        q_pos, k_pos = self._at(numbers, padding), self._at(columns, padding)
-        if hides:
-            k_pos = k_pos.masked_fill(columns > numbers[-1], EMPTY)
-        mask = None if free else make_mask(q_pos, k_pos)
-        return Step(q_pos, k_pos, numbers, mask, causal, self.spec.kernels)
+        q_pos, k_pos = self._at(slots, padding), self._at(columns, padding)
+        if has_unfilled:
+            k_pos = k_pos.masked_fill(columns > slots[-1], EMPTY)
+        mask = None if unmasked else make_mask(q_pos, k_pos)
+        return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         # index_copy_ refuses a column that does not exist; a slice assignment would store nothing.
@@ -120,7 +120,7 @@ class BufferedCache(DirectAccess, Cache):
         window: int = 0,
         sinks: Array | None = None,
     ) -> StepAddresses | None:
-        """The StepAddresses of new tokens whose columns begin with `slot`; None unless the padding
+        """The StepAddresses of new tokens whose slots begin with `slot`; None unless the padding
         is known, and the buffers are as the spec says, with room for all of them."""
         rows, n_kv_heads, columns, head_dim = self._keys[0].shape
         fits = (n_kv_heads, head_dim) == (self.spec.n_kv_heads, self.spec.head_dim)

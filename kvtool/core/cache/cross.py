@@ -21,7 +21,7 @@ class SourceAddresses(NamedTuple):
 
     addresses: Array  # (2,layers) of keys and values, (B,Hkv,columns,D)
     columns: int
-    seen: Array  # (B,2) the first column and the one behind the last
+    seen: Array  # (B,2) the first column and the one after the last
 
 
 @dataclass

@@ -85,7 +85,7 @@ class DirectAccess:
     def step_at(
         self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
     ) -> Step:
-        """What `begin(1)` gives behind `start` (1,) tokens, by device work alone; tables and form
+        """What `begin(1)` gives after `start` (1,) tokens, by device work alone; tables and form
         as in GraphStep. Raises NotImplementedError from a kind that is not compilable."""
         raise NotImplementedError(f"{type(self).__name__} is not compilable")
 

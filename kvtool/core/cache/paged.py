@@ -123,7 +123,7 @@ class PagedCache(DirectAccess, Cache):
     def _device_step(
         self, numbers: Tensor, padding: Tensor | None, pages: Tensor, first: int | None
     ) -> PagedStep:
-        """The step of tokens with these numbers (T,) behind others: by device work alone."""
+        """The step of tokens with these numbers (T,) after others: by device work alone."""
         columns = torch.arange(pages.shape[1] * self.page, device=self.spec.device)
         empty = columns > numbers[-1]
         q_pos = self._at(numbers, padding)
@@ -233,7 +233,7 @@ class PagedCache(DirectAccess, Cache):
         self._trim()
 
     def crop(self, length: int) -> None:
-        """As Cache.crop; pages behind `length` are given back."""
+        """As Cache.crop; pages after `length` are given back."""
         super().crop(length)
         self._trim()
 

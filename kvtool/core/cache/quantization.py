@@ -62,7 +62,7 @@ class Quantization:
         """Which columns each token reads, as a rule.
 
         All are numbers in order of arrival: of the tokens (T), of the columns that hold quantized
-        keys (Q), and of those behind them that hold exact ones (E).
+        keys (Q), and of those after them that hold exact ones (E).
         """
         since = [n + 1 for n in quantized] + [0] * len(exact)
         until = [sys.maxsize] * len(quantized) + [n + 1 for n in exact]

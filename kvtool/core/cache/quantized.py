@@ -128,10 +128,10 @@ class QuantizedCache(BufferedCache):
     Codes are in `_packed` from column 0 on, and exact tokens in `_keys` and `_values` from token
     number `_first` on. A token is rounded once, from its exact value, when its group is; what is
     stored does not depend on the steps. Padding has no part in the range of a group, but shifts
-    where groups begin: behind other padding a text is rounded otherwise.
+    where groups begin: after other padding a text is rounded otherwise.
 
     A group that has been rounded cannot be made exact again, so a crop must leave `residual` tokens
-    behind all that is quantized. With `slack` the last tokens are kept exactly beside their codes,
+    after all that is quantized. With `slack` the last tokens are kept exactly beside their codes,
     so that up to `slack` can be cropped always.
     """
 
@@ -230,7 +230,7 @@ class QuantizedCache(BufferedCache):
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """As Cache.write; quantizes a group that becomes full."""
         end, n_quantized = self.length + k.shape[2], self.quantization.n_quantized
-        # Quantized before the step, when its last token comes, and behind it.
+        # Quantized before the step, when its last token comes, and after it.
         n_first, n_last, n_full = (n_quantized(n) for n in (self.length, end - 1, end))
         padding = None if self.left_padding is None else self._positions(n_first, n_full) < 0
         buffers = self._keys[layer], self._values[layer]

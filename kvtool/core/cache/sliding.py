@@ -31,7 +31,7 @@ class SlidingCache(BufferedCache):
     spare columns makes rare; a ring would move nothing, but hand out its columns in another order.
     Before the first move the columns of the sinks are empty and are not handed out.
 
-        window=2, sinks=1, two columns behind the sink, after tokens 0 to 3:
+        window=2, sinks=1, two columns beside the sink, after tokens 0 to 3:
         0 -> [ |0 ]    1 -> [ |0 1]    2 -> [0|1 2]    3 -> [0|2 3]
 
     A step that has more tokens than fit is held apart until it is committed, so its tokens see
@@ -68,7 +68,7 @@ class SlidingCache(BufferedCache):
 
     def reset(self, left_padding: Tensor | None = None) -> None:
         super().reset(left_padding)
-        self._first = 0  # the number of the first token behind the sinks
+        self._first = 0  # the number of the first token after the sinks
         self._furthest = 0  # where that has been at most
         self._set_aside: list[tuple[Tensor, Tensor]] = []  # (buffer, what it should hold)
 
@@ -81,13 +81,13 @@ class SlidingCache(BufferedCache):
         all_in_window = end - self._first <= self.window and sinks_held
         plain = all_in_window and self.left_padding is None
         causal = plain and start == 0
-        free = causal or (plain and n_new == 1)
-        mask = None if free else make_mask(q_pos, k_pos, self.window, self.sinks)
+        unmasked = causal or (plain and n_new == 1)
+        mask = None if unmasked else make_mask(q_pos, k_pos, self.window, self.sinks)
         slots = torch.arange(start, end, device=self.spec.device) - self._first + self._n_sinks
         return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
 
     def _evict_for(self, start: int, n_new: int) -> None:
-        """Evict what no token sees any more, if the new ones do not fit behind it."""
+        """Evict what no token sees any more, if the new ones do not fit after it."""
         self._set_aside = []
         if start + n_new - self._first > self._room and start - self._first > self._kept:
             held = slice(self._n_sinks, self._n_sinks + start - self._first)
@@ -110,8 +110,8 @@ class SlidingCache(BufferedCache):
         return self._addresses_from(start, n_new, slot, padding, self.window, sinks)
 
     def _columns_of_sinks(self, padding: Array) -> Array | None:
-        """The first column of each row's sinks, and the one behind the last, (B,2); None while some
-        have been moved to the start and others, behind much padding, are still to come."""
+        """The first column of each row's sinks, and the one after the last, (B,2); None while some
+        have been moved to the start and others, after much padding, are still to come."""
         if not self._first:  # nothing was moved: they are the first tokens that are no padding
             begin = self._n_sinks + padding
         elif padding.max() + self.sinks <= self._first:

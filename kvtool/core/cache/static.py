@@ -16,7 +16,7 @@ class StaticCache(BufferedCache):
     """All memory from the start, at fixed addresses, so a compiled or captured step can be reused.
 
     Attention reads `block` columns at a time: shapes change once every `block` tokens, not at each
-    one, and the columns behind the last token are masked. `block = capacity` never changes a shape.
+    one, and the columns after the last token are masked. `block = capacity` never changes a shape.
     """
 
     kind: ClassVar[str] = "static"

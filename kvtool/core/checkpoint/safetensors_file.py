@@ -175,7 +175,7 @@ def _digits(number: int) -> str:
 
 
 def _check_layout(tensors: dict[str, TensorInfo], start: int, size: int, path: Path) -> None:
-    """Every byte behind the header, which ends at `start`, belongs to exactly one tensor."""
+    """Every byte after the header, which ends at `start`, belongs to exactly one tensor."""
     ordered = sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))
     needed = start + max((info.end for info in tensors.values()), default=0)
     if needed > size:

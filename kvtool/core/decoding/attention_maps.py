@@ -24,8 +24,8 @@ class WeightRecorder:
         self.keys = keys
         self.found: list[Tensor] = []  # each (B,H,T,S), float64
 
-    def rows(self, x: Tensor, *layers: Layer) -> Tensor:
-        return self.kernels.rows(x, *layers)
+    def per_token(self, x: Tensor, *layers: Layer) -> Tensor:
+        return self.kernels.per_token(x, *layers)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool

@@ -21,7 +21,7 @@ from kvtool.core.models import Model
 
 NOTHING = float("-inf")  # the logarithm of what cannot be
 
-Choice = tuple[int, int, float]  # a row, the token behind it, nats of both
+Choice = tuple[int, int, float]  # a row, the token after it, nats of both
 
 
 @dataclass(frozen=True)

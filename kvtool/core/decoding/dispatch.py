@@ -48,7 +48,7 @@ KNOWN: dict[type, Any] = {
     )
 }  # fmt: skip
 KERNELS: dict[type, Any] = {
-    kind: (kind.rows, kind.attention) for kind in (DefaultKernels, ExactKernels)
+    kind: (kind.per_token, kind.attention) for kind in (DefaultKernels, ExactKernels)
 }
 IDS = (torch.int64, torch.int32)
 
@@ -99,7 +99,7 @@ class DecodingForm:
     ) -> Tensor | Array:
         """A whole step, from the cache's `begin` to its `commit`, by the fastest way for it.
 
-        new (B,n), behind what the cache holds -> logits (B,n,V), or (B,1,V) of the last token with
+        new (B,n), after what the cache holds -> logits (B,n,V), or (B,1,V) of the last token with
         `last`: an array from the compiled call, in float32 for half formats; a tensor otherwise.
         Nothing is committed if it raises: CapacityError, and IndexError for a token or position
         that does not exist.
@@ -251,7 +251,7 @@ def _why_not_recorded(cache: Cache) -> str:
 def _are_usual(kernels: Kernels) -> bool:
     """Whether they are those with which modules, too, use native code."""
     kind = type(kernels)
-    return KERNELS.get(kind) == (kind.rows, kind.attention) and not vars(kernels)
+    return KERNELS.get(kind) == (kind.per_token, kind.attention) and not vars(kernels)
 
 
 def _why_foreign(model: Model) -> str:

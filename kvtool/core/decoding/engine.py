@@ -41,7 +41,7 @@ def advance(
     source: CrossCache | None = None,
     last: bool = False,
 ) -> Tensor:
-    """One step: `new` (B,n) behind what the cache holds, or all tokens for a kind that recomputes
+    """One step: `new` (B,n) after what the cache holds, or all tokens for a kind that recomputes
     -> logits as `feed`. Raises CapacityError."""
     if not isinstance(model, DecodingForm):
         return by_modules(model, new, cache, source, last)
@@ -49,7 +49,7 @@ def advance(
     return logits if isinstance(logits, Tensor) else torch.from_numpy(logits).to(cache.spec.dtype)
 
 
-def begin(
+def first_input(
     model: Model, ids: Tensor, kernels: Kernels = DEFAULT
 ) -> tuple[Tensor, CrossCache | None]:
     """Where decoding starts from `ids` (B,P): the tokens themselves, or for an encoder-decoder the
@@ -78,14 +78,14 @@ def generate(
     n_new: int,
     sampler: Sampler,
     source: CrossCache | None = None,
-    weigh: Callable[[Tensor, Tensor], None] | None = None,
+    on_step: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
     """Continue `prompt` (B,P) by `n_new` tokens, yielding each (B,) as it is chosen.
 
-    `weigh` is given each step's logits (B,V), to be read at once, and what was chosen (B,). The
-    caller stops the iteration to stop early. Who generates again on the same cache, after a
-    reset, takes one `decoding_form`: it keeps what it has recorded. Raises CapacityError before any
-    work if the context is too short, and CheckFailed if logits are not finite.
+    `on_step` is given each step's logits (B,V), to be read at once, and what was chosen (B,). The
+    caller stops the iteration to stop early. To generate again on one cache, pass the same
+    `decoding_form`: it keeps what it has captured. Raises CapacityError before any work if the
+    context is too short, and CheckFailed if logits are not finite.
     """
     n_prompt = prompt.shape[1]
     check_context(n_prompt, n_new, model.config.context)
@@ -100,10 +100,10 @@ def generate(
                 token, new = torch.from_numpy(chosen), chosen[:, None].copy()
             else:
                 token = sampler(_as_tensor(found)[:, -1], index)
-                behind = token[:, None].clone()  # since the caller's token is its own
-                new = torch.cat([_as_tensor(new), behind], dim=1) if cache.recompute else behind
-        if weigh is not None:
-            weigh(_as_tensor(found)[:, -1], token)
+                added = token[:, None].clone()  # since the caller's token is its own
+                new = torch.cat([_as_tensor(new), added], dim=1) if cache.recompute else added
+        if on_step is not None:
+            on_step(_as_tensor(found)[:, -1], token)
         yield token
 
 

@@ -43,7 +43,7 @@ class FlatDecoder:
         c = decoder.config
         self.embed, self.rotary = decoder.embed, decoder.rotary
         self.head_dim, self.window = c.head_dim, c.window
-        self.n_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
+        self.qkv_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
         self.first_window_layer = c.first_window_layer
         self.blocks = [self._block(block) for block in decoder.layers if isinstance(block, Block)]
         self.logits = self._layers(decoder.norm, decoder.head)
@@ -52,20 +52,21 @@ class FlatDecoder:
         self, tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None
     ) -> Tensor:
         """tokens (B,1) -> logits (B,1,V)"""
-        near, x, rows = step.within(self.window), self.embed(tokens, step.q_pos), step.kernels.rows
+        x, per_token = self.embed(tokens, step.q_pos), step.kernels.per_token
+        windowed = step.within(self.window)
         for i, block in enumerate(self.blocks):
-            seen = near if i >= self.first_window_layer else step
-            q, k, v = self._turned(rows(x, *block.first), step)
-            x = x + rows(merge_heads(cache.attend(i, q, k, v, seen)), block.out)
+            layer_step = windowed if i >= self.first_window_layer else step
+            q, k, v = self._turned(per_token(x, *block.first), step)
+            x = x + per_token(merge_heads(cache.attend(i, q, k, v, layer_step)), block.out)
             if block.cross_out is not None and source is not None:
-                q = split_heads(rows(x, *block.cross), self.head_dim)
-                x = x + rows(merge_heads(source.attend(i, q, step.kernels)), block.cross_out)
-            x = x + rows(x, *block.last)
-        return rows(x, *self.logits)
+                q = split_heads(per_token(x, *block.cross), self.head_dim)
+                x = x + per_token(merge_heads(source.attend(i, q, step.kernels)), block.cross_out)
+            x = x + per_token(x, *block.last)
+        return per_token(x, *self.logits)
 
     def _turned(self, qkv: Tensor, step: Step) -> tuple[Tensor, ...]:
         """(B,1,(H+2*Hkv)*D) -> queries, keys and values (B,heads,1,D), by their positions."""
-        q, k, v = split_heads(qkv, self.head_dim).split_with_sizes(self.n_heads, dim=1)
+        q, k, v = split_heads(qkv, self.head_dim).split_with_sizes(self.qkv_heads, dim=1)
         if self.rotary is None:
             return q, k, v
         return self.rotary(q, step.q_pos), self.rotary(k, step.q_pos), v

@@ -192,7 +192,7 @@ class Generator:
         return self.reader.encode(text)
 
     def n_new(self, ids: list[int]) -> int:
-        """How many tokens to generate behind a prompt at most."""
+        """How many tokens to generate after a prompt at most."""
         if self.how.max_tokens is not None:
             return self.how.max_tokens
         if self.reads_sources:
@@ -234,7 +234,7 @@ class Generator:
         CheckFailed."""
         with torch.inference_mode():
             start = torch.tensor([ids], device=self.device)
-            prompt, source = engine.begin(self.model, start, self.kernels)
+            prompt, source = engine.first_input(self.model, start, self.kernels)
         n_new = self.n_new(ids)
         cache = make_cache(self.how.cache, self._fitting(prompt.shape[1], n_new))
         if self.saved is not None:

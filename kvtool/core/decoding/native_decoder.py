@@ -147,15 +147,15 @@ class NativeDecoder:
         x = np.empty((batch, c.d_model), self.computed)
         if not self.code.embed(self.model, ids, pos, x, self.kind):
             self._refuse(ids)
-        near, threads = step.within(c.window), self._threads(0, source)
-        n_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
+        windowed, threads = step.within(c.window), self._threads(0, source)
+        qkv_heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
         for i in range(c.n_layers):
-            qkv = np.empty((batch, sum(n_heads), c.head_dim), self.computed)
+            qkv = np.empty((batch, sum(qkv_heads), c.head_dim), self.computed)
             self.code.before_attention(*model, i, x, pos, qkv, self.kind, *threads)
             heads = torch.from_numpy(qkv).to(self.dtype)[:, :, None]
-            q, k, v = heads.split_with_sizes(n_heads, dim=1)
-            seen = near if i >= c.first_window_layer else step
-            y = self._given(cache.attend(i, q, k, v, seen), (batch, c.n_heads, 1, c.head_dim))
+            q, k, v = heads.split_with_sizes(qkv_heads, dim=1)
+            layer_step = windowed if i >= c.first_window_layer else step
+            y = self._given(cache.attend(i, q, k, v, layer_step), (batch, c.n_heads, 1, c.head_dim))
             self.code.after_attention(*model, i, y, x, self.kind, *source, *threads)
         logits = np.empty((batch, 1, self.n_logits), self.computed)
         self.code.logits_of(self.model, x, logits[:, 0], self.kind, *threads)
@@ -228,7 +228,7 @@ def _is_usual(c: ModelConfig, i: int, block: nn.Module) -> bool:
     reads = bool(c.n_encoder_layers)
     heads, stored = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     return (
-        (attn.layer, attn.head_dim, attn.widths) == (i, c.head_dim, [heads, stored, stored])
+        (attn.layer, attn.head_dim, attn.qkv_widths) == (i, c.head_dim, [heads, stored, stored])
         and (cross is not None) == (block.norm_cross is not None) == reads
         and (cross is None or (cross.layer, cross.head_dim) == (i, c.head_dim))
         and (attn.q_norm is not None) == (attn.k_norm is not None) == c.qk_norm
@@ -248,7 +248,7 @@ def _constants(decoder: Decoder) -> list[tuple[Tensor | None, tuple[int, ...]]]:
 
 
 def _ends(decoder: Decoder) -> list[Part]:
-    """What stands before and behind the blocks."""
+    """What stands before and after the blocks."""
     c, embed, head = decoder.config, decoder.embed, decoder.head
     return [
         Part(embed.tokens, (len(embed.tokens.weight), c.d_model)),

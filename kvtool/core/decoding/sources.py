@@ -18,7 +18,7 @@ DECODING_BATCH = 256  # sources decoded together
 
 
 def pad(rows: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ids -> ids (B,S) with PAD behind the shorter ones, and mask (B,S), True = real."""
+    """Rows of ids -> ids (B,S) with PAD after the shorter ones, and mask (B,S), True = real."""
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)

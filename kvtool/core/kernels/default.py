@@ -7,9 +7,7 @@ multiplying and casting elements need no kernels: IEEE 754 fixes their every bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import Lock
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,14 +15,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool import registry
-from kvtool.core.kernels.masks import LazyMask, QueryBlock
+from kvtool.core.kernels.cudnn import CUDNN
+from kvtool.core.kernels.masks import LazyMask
+from kvtool.core.kernels.query_blocks import QueryBlock
 from kvtool.core.native import arrays as native
 from kvtool.core.native import fused
 
 Layer = Callable[[Tensor], Tensor]
 
-SHORT = 96  # keys; the scores of more, all at once, no longer fit into a processor's cache
-LONG = 1024  # keys; on a GPU, fused attention in float32 takes longer than launching products
+PRODUCTS_UP_TO = 96  # keys; the scores of more, all at once, do not fit into a processor's cache
+SERIAL_FROM = 1024  # keys; on a GPU, fused attention in float32 takes longer than two products
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+) -> Tensor:
+    """Attention from its formula in float64 (Vaswani 2017, eq. 1), for tests to compare with.
+
+    Shapes as `Kernels.attention`; the result is float64.
+    """
+    v = v.double().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return reference_weights(q, k, mask, causal) @ v
+
+
+def reference_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """The weights of that attention, how much each query takes of each key: (B,H,T,S), float64."""
+    k = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q.double() @ k.mT / q.shape[-1] ** 0.5  # (B,H,T,S)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1)
 
 
 class Kernels(Protocol):
@@ -32,7 +54,7 @@ class Kernels(Protocol):
 
     name: str
 
-    def rows(self, x: Tensor, *layers: Layer) -> Tensor:
+    def per_token(self, x: Tensor, *layers: Layer) -> Tensor:
         """Apply layers that look at one token each, one after another: (B,T,in) -> (B,T,out)"""
 
     def attention(
@@ -50,7 +72,7 @@ class DefaultKernels:
 
     name = "default"
 
-    def rows(self, x: Tensor, *layers: Layer) -> Tensor:
+    def per_token(self, x: Tensor, *layers: Layer) -> Tensor:
         """Each layer over all tokens at once, (B,T,in) -> (B,T,out)."""
         for layer in layers:
             x = layer(x)
@@ -88,7 +110,7 @@ class DefaultKernels:
                 return sdpa(q, k, v, mask, causal)
         if q.is_cpu and q.dtype.itemsize < 4:
             if q.requires_grad and q.dtype is torch.bfloat16:
-                if k.shape[2] <= SHORT:
+                if k.shape[2] <= PRODUCTS_UP_TO:
                     return attention_by_products(q, k, v, mask, causal)
                 return self._in_float32(q, k, v, mask, causal)
             if q.shape[2] == 1:
@@ -123,40 +145,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> 
     )
 
 
-class CudnnSwitch:
-    """Turns off cuDNN's attention, which PyTorch may choose for half formats on a GPU: it makes a
-    new plan for each number of keys, so that a token of a growing cache took 27 ms on an H200."""
-
-    def __init__(self) -> None:
-        self._lock, self._without, self._before = Lock(), 0, True
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """It is not chosen in this block, unless all other fused attention has been turned off. The
-        setting is the process's: it is as before when the last of several threads has left."""
-        cuda = torch.backends.cuda
-        with self._lock:
-            if not self._without:
-                self._before = cuda.cudnn_sdp_enabled()
-                others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled()
-                cuda.enable_cudnn_sdp(self._before and not others)
-            self._without += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._without -= 1
-                if not self._without:
-                    cuda.enable_cudnn_sdp(self._before)
-
-
-CUDNN = CudnnSwitch()
-
-
 def _is_serial(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     """Whether PyTorch would read a head's keys one after another on a GPU, and `attention_of_one`
     can do it."""
-    serial = mask is not None or (q.dtype.itemsize >= 4 and k.shape[2] >= LONG)
+    serial = mask is not None or (q.dtype.itemsize >= 4 and k.shape[2] >= SERIAL_FROM)
     return q.shape[2] == 1 and serial and not torch.is_autocast_enabled("cuda")
 
 
@@ -264,25 +256,3 @@ def make_kernels(name: str) -> Kernels:
     """The registered kernels of that name. Raises UsageError for an unknown one."""
     registry.choose(name, tuple(registry.KERNELS), "--kernels")
     return registry.load(registry.KERNELS, name)()
-
-
-def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
-) -> Tensor:
-    """Attention from its formula in float64 (Vaswani 2017, eq. 1), for tests to compare with.
-
-    Shapes as `Kernels.attention`; the result is float64.
-    """
-    v = v.double().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    return reference_weights(q, k, mask, causal) @ v
-
-
-def reference_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """The weights of that attention, how much each query takes of each key: (B,H,T,S), float64."""
-    k = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = q.double() @ k.mT / q.shape[-1] ** 0.5  # (B,H,T,S)
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1)

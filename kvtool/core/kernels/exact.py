@@ -4,12 +4,12 @@ Floating point adds in an order that PyTorch chooses by the shape of the whole c
 other bits alone than among others. Here the model and a token's own position decide how it is
 computed:
 
-- `rows`: each token goes through its layers by itself, in native code, or where that cannot be used
-  (core/native/arrays.py) in calls of its own and in fresh memory.
+- `per_token`: each token goes through its layers by itself, in native code, or where that cannot
+  be used (core/native/arrays.py) in calls of its own and in fresh memory.
 - `attention`: each query attends to the keys that it sees, and to no masked ones, whether they were
   computed just now or come from a cache.
 
-So a token's logits are the same in every split of its sequence into steps, behind any padding and
+So a token's logits are the same in every split of its sequence into steps, after any padding and
 beside any other rows, by construction, on one machine with one number of threads. A cache must hand
 out its columns in the order of their positions; docs/exact.md says what it costs.
 """
@@ -25,7 +25,8 @@ from kvtool.core.kernels.default import Layer, attention_by_blocks
 from kvtool.core.kernels.masks import LazyMask
 from kvtool.core.native import arrays as native
 
-ALIGNMENT = 64  # bytes; where fresh memory begins, and vector code may take another path elsewhere
+# Bytes: fresh memory begins at such addresses; elsewhere vector code may take another path.
+ALIGNMENT = 64
 COLUMNS = 16  # of at least 4 bytes fill whole units of ALIGNMENT, however wide a head is
 
 
@@ -34,7 +35,7 @@ class ExactKernels:
 
     name = "exact"
 
-    def rows(self, x: Tensor, *layers: Layer) -> Tensor:
+    def per_token(self, x: Tensor, *layers: Layer) -> Tensor:
         """Each token through all layers by itself, (B,T,in) -> (B,T,out)."""
         batch, n, width = x.shape
         if batch * n == 1:
@@ -42,7 +43,7 @@ class ExactKernels:
             for layer in layers:
                 x = layer(x)
             return x
-        few = native.FEW if _by_rows(layers) and native.can_read(x) else 1
+        few = native.FEW if _by_token(layers) and native.can_read(x) else 1
         found = []
         for tokens in x.reshape(batch * n, 1, width).split(few):
             tokens = tokens.clone()
@@ -81,7 +82,7 @@ class ExactKernels:
         return y.view(batch, n_queries, n_heads, head_dim).transpose(1, 2).to(q.dtype)
 
 
-def _by_rows(layers: Sequence[Layer]) -> bool:
+def _by_token(layers: Sequence[Layer]) -> bool:
     """Whether all, with all that they are made of, are modules of ours as they were: those leave
     few tokens to native code, which treats each row by itself."""
     owners = (getattr(layer, "__self__", layer) for layer in layers)
@@ -92,7 +93,7 @@ def _by_rows(layers: Sequence[Layer]) -> bool:
 
 def _is_ours(module: nn.Module) -> bool:
     """A subclass may do something else, as may a method that was put in."""
-    return bool(vars(type(module)).get("by_rows")) and "forward" not in vars(module)
+    return bool(vars(type(module)).get("by_token")) and "forward" not in vars(module)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,28 +1,19 @@
-"""Attention masks: one rule, and for long prompts a mask that is made block by block.
-
-A prompt's mask has an entry for each pair of tokens: 1 GiB at 32,768, and PyTorch makes numbers of
-it, which take four times as much. But what a block of queries attends to are a few ranges of
-columns, most of which all of its queries share; only the others need a mask.
-"""
+"""Attention masks: one rule, and for long prompts a mask that is made when it is needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Flags = NDArray[np.bool_]
+from kvtool.core.kernels.query_blocks import Flags, QueryBlock, query_blocks
 
 LARGE = 2**21  # pairs of a query and a key; the masks of fewer are made at once
 LEAST = 16  # queries; fewer are no prompt
-BLOCK = 1024  # queries that attend together
-EDGE = 256  # queries of a block that share a mask, where most columns need none
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0) -> Tensor:
@@ -40,6 +31,20 @@ def visible(q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0) -> Te
     if window:
         rule = rule & ((q - k < window) | ((k >= 0) & (k < sinks)))
     return rule
+
+
+def make_mask(
+    q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0, copies: CopyRule | None = None
+) -> Tensor | LazyMask:
+    """What `visible` gives, (B,1,T,S) bool; a LazyMask for a prompt whose mask would be large."""
+    n, n_keys = q_pos.shape[1], k_pos.shape[1]
+    mask = LazyMask(q_pos, k_pos, window, sinks, copies=copies)
+    return mask if n >= LEAST and n * n_keys > LARGE else mask.mask()
+
+
+def mask_tensor(mask: Tensor | LazyMask | None) -> Tensor | None:
+    """The mask as a tensor (B,1,T,S), however large it is."""
+    return mask.mask() if isinstance(mask, LazyMask) else mask
 
 
 class CopyRule(NamedTuple):
@@ -60,22 +65,6 @@ class CopyRule(NamedTuple):
     def to(self, device: torch.device) -> CopyRule:
         """The same rule on a device."""
         return CopyRule(*(x.to(device) for x in self))
-
-
-class MaskedPart(NamedTuple):
-    """A few queries, and columns that some of them see: attention between these needs a mask."""
-
-    queries: slice
-    columns: slice | Tensor
-
-
-class QueryBlock(NamedTuple):
-    """A block of queries, and the columns that they see."""
-
-    queries: slice
-    columns: slice | Tensor  # that some of them see
-    shared: slice  # those of a range that all of them see in every row; it may be empty
-    masked: Sequence[MaskedPart]  # all the others; none if `shared` is empty
 
 
 @dataclass(frozen=True)
@@ -106,19 +95,8 @@ class LazyMask:
 
     @cached_property
     def blocks(self) -> Sequence[QueryBlock]:
-        """All queries, `BLOCK` at a time."""
-        return [self._block(queries) for queries in _cut(slice(0, self.q_pos.shape[1]), BLOCK)]
-
-    def _block(self, queries: slice) -> QueryBlock:
-        some, every = self._seen_by(queries)
-        shared, masked = _longest_range(every), []
-        if shared.stop - shared.start < queries.stop - queries.start:
-            shared = slice(0, 0)  # a second call of attention costs more than the mask
-        for few in _cut(queries, EDGE) if shared.stop else ():
-            columns = self._seen_by(few)[0]
-            columns[shared] = False
-            masked.append(MaskedPart(few, _indices(columns, self.k_pos.device)))
-        return QueryBlock(queries, _indices(some, self.k_pos.device), shared, masked)
+        """All queries, a block at a time, and the columns that each block sees."""
+        return query_blocks(self.q_pos.shape[1], self._seen_by, self.k_pos.device)
 
     def _seen_by(self, queries: slice) -> tuple[Flags, Flags]:
         """Which columns some of the queries see, or a few more, and which all of them see before
@@ -141,41 +119,3 @@ class LazyMask:
             some &= (self.copies.since <= most) & (fewest < self.copies.until)
             every &= (self.copies.since <= fewest) & (most < self.copies.until)
         return some.any(0).cpu().numpy(), every.all(0).cpu().numpy()
-
-
-def make_mask(
-    q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0, copies: CopyRule | None = None
-) -> Tensor | LazyMask:
-    """What `visible` gives, (B,1,T,S) bool; a LazyMask for a prompt whose mask would be large."""
-    n, n_keys = q_pos.shape[1], k_pos.shape[1]
-    mask = LazyMask(q_pos, k_pos, window, sinks, copies=copies)
-    return mask if n >= LEAST and n * n_keys > LARGE else mask.mask()
-
-
-def mask_tensor(mask: Tensor | LazyMask | None) -> Tensor | None:
-    """The mask as a tensor (B,1,T,S), however large it is."""
-    return mask.mask() if isinstance(mask, LazyMask) else mask
-
-
-def _cut(queries: slice, n: int) -> Iterator[slice]:
-    """A slice in pieces of at most n."""
-    for at in range(queries.start, queries.stop, n):
-        yield slice(at, min(at + n, queries.stop))
-
-
-def _longest_range(seen: Flags) -> slice:
-    """The longest range of True in (n,), the first of equals."""
-    ends = np.flatnonzero(np.diff(np.concatenate([[False], seen, [False]]).astype(np.int8)))
-    if not len(ends):
-        return slice(0, 0)
-    begin, end = ends[0::2], ends[1::2]
-    at = int((end - begin).argmax())
-    return slice(int(begin[at]), int(end[at]))
-
-
-def _indices(seen: Flags, device: torch.device) -> slice | Tensor:
-    """Which of (n,) are True: their numbers, or a slice if none is left out."""
-    columns = seen.nonzero()[0]
-    if len(columns) and columns[-1] - columns[0] + 1 == len(columns):
-        return slice(int(columns[0]), int(columns[-1]) + 1)
-    return torch.from_numpy(columns).to(device)

@@ -29,19 +29,19 @@ class SelfAttention(nn.Module):
     With fewer key-value heads than heads, a group of query heads shares one (Ainslie 2023).
     """
 
-    by_rows = True  # of `project`, as in layers.Plain
+    by_token = True  # of `project`, as in layers.Plain
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
         kv_width = config.n_kv_heads * config.head_dim
-        self.widths = [config.n_heads * config.head_dim, kv_width, kv_width]
-        self.n_heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
-        self.qkv = Linear(config.d_model, sum(self.widths), bias=config.has_bias("qkv"))
+        self.qkv_widths = [config.n_heads * config.head_dim, kv_width, kv_width]
+        self.qkv_heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+        self.qkv = Linear(config.d_model, sum(self.qkv_widths), bias=config.has_bias("qkv"))
         self.q_norm = make_head_norm(config) if config.qk_norm else None
         self.k_norm = make_head_norm(config) if config.qk_norm else None
-        self.out = Linear(self.widths[0], config.d_model, bias=config.has_bias("out"))
+        self.out = Linear(self.qkv_widths[0], config.d_model, bias=config.has_bias("out"))
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values of each token, side by side: (B,T,d) -> (B,T,(H+2*Hkv)*D)"""
@@ -51,14 +51,16 @@ class SelfAttention(nn.Module):
         """Norms of queries and keys, where there are any, in what `qkv` gave."""
         if self.q_norm is None or self.k_norm is None:
             return qkv
-        q, k, v = qkv.split(self.widths, dim=-1)
+        q, k, v = qkv.split(self.qkv_widths, dim=-1)
         q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         return torch.cat([q, k, v], dim=-1)
 
     def forward(self, x: Tensor, step: Step, cache: Cache | None, rotary: Rotary | None) -> Tensor:
-        heads = split_heads(step.kernels.rows(x, self.project), self.head_dim)  # (B,H+2*Hkv,T,D)
-        q, k, v = heads.split_with_sizes(self.n_heads, dim=1)
+        heads = split_heads(
+            step.kernels.per_token(x, self.project), self.head_dim
+        )  # (B,H+2*Hkv,T,D)
+        q, k, v = heads.split_with_sizes(self.qkv_heads, dim=1)
         if rotary is not None:
             q, k = rotary(q, step.q_pos), rotary(k, step.q_pos)
         if cache is None:
@@ -67,7 +69,7 @@ class SelfAttention(nn.Module):
             y = step.kernels.attention(q, k, v, step.mask, step.causal)
         else:
             y = cache.attend(self.layer, q, k, v, step)
-        return step.kernels.rows(merge_heads(y), self.out)
+        return step.kernels.per_token(merge_heads(y), self.out)
 
 
 class CrossAttention(nn.Module):
@@ -84,10 +86,10 @@ class CrossAttention(nn.Module):
 
     def project(self, memory: Tensor, kernels: Kernels = DEFAULT) -> tuple[Tensor, Tensor]:
         """Keys and values of an encoded source (B,S,d) -> twice (B,Hkv,S,D)."""
-        k, v = kernels.rows(memory, self.kv).chunk(2, dim=-1)
+        k, v = kernels.per_token(memory, self.kv).chunk(2, dim=-1)
         return split_heads(k, self.head_dim), split_heads(v, self.head_dim)
 
     def forward(self, x: Tensor, source: CrossCache, kernels: Kernels = DEFAULT) -> Tensor:
-        q = split_heads(kernels.rows(x, self.q), self.head_dim)
+        q = split_heads(kernels.per_token(x, self.q), self.head_dim)
         y = source.attend(self.layer, q, kernels)
-        return kernels.rows(merge_heads(y), self.out)
+        return kernels.per_token(merge_heads(y), self.out)

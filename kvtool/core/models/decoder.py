@@ -40,11 +40,13 @@ class Block(nn.Module):
         source: CrossCache | None = None,
         rotary: Rotary | None = None,
     ) -> Tensor:
-        rows = step.kernels.rows
-        x = self.dropout(self.attn(rows(x, self.norm1), step, cache, rotary), x)
+        per_token = step.kernels.per_token
+        x = self.dropout(self.attn(per_token(x, self.norm1), step, cache, rotary), onto=x)
         if self.cross is not None and self.norm_cross is not None and source is not None:
-            x = self.dropout(self.cross(rows(x, self.norm_cross), source, step.kernels), x)
-        return self.dropout(rows(x, self.norm2, self.mlp), x)
+            x = self.dropout(
+                self.cross(per_token(x, self.norm_cross), source, step.kernels), onto=x
+            )
+        return self.dropout(per_token(x, self.norm2, self.mlp), onto=x)
 
 
 def make_rotary(config: ModelConfig) -> Rotary | None:
@@ -85,8 +87,8 @@ class Decoder(Model):
             batch, n = tokens.shape
             step = Step.full(batch, n, tokens.device)
         x = self.dropout(self.embed(tokens, step.q_pos))
-        near = step.within(self.config.window)
+        windowed = step.within(self.config.window)
         for i, block in enumerate(self.layers):
-            seen = near if i >= self.config.first_window_layer else step
-            x = block(x, seen, cache, source, self.rotary)
-        return step.kernels.rows(x[:, -1:] if last else x, self.norm, self.head)
+            layer_step = windowed if i >= self.config.first_window_layer else step
+            x = block(x, layer_step, cache, source, self.rotary)
+        return step.kernels.per_token(x[:, -1:] if last else x, self.norm, self.head)

@@ -16,31 +16,31 @@ from kvtool.core.native import context, fused
 
 
 class Plain(nn.Module):
-    """A module that is called without detours where none of its own hooks asks for one.
+    """Skips nn.Module's call overhead unless it has hooks.
 
-    What nn.Module looks for at every call would take as long as a small layer. For what works token
-    by token; hooks on all modules of a process are not looked for.
+    That would take as long as a small layer. For what works token by token; hooks on all modules of
+    a process are not looked for.
 
-    by_rows: for a few tokens native code is used where it can be, which treats each by itself.
+    by_token: for a few tokens native code is used where it can be, which treats each by itself.
     """
 
-    by_rows: ClassVar[bool] = False
+    by_token: ClassVar[bool] = False
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
         if (
             self._forward_hooks
             or self._forward_pre_hooks
             or self._backward_hooks
             or self._backward_pre_hooks
         ):
-            return super().__call__(*args)
-        return self.forward(*args)
+            return super().__call__(*args, **named)
+        return self.forward(*args, **named)
 
 
 class Linear(Plain, nn.Linear):
     """nn.Linear, initialised at std 1/sqrt(in)."""
 
-    by_rows = True
+    by_token = True
 
     def reset_parameters(self) -> None:
         # Smaller weights hide cache bugs: attention is then nearly uniform whatever the positions.
@@ -66,7 +66,7 @@ class Linear(Plain, nn.Linear):
 class LayerNorm(Plain, nn.LayerNorm):
     """nn.LayerNorm (Ba 2016)."""
 
-    by_rows = True
+    by_token = True
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
@@ -85,7 +85,7 @@ class LayerNorm(Plain, nn.LayerNorm):
 class RMSNorm(Plain, nn.RMSNorm):
     """nn.RMSNorm (Zhang 2019)."""
 
-    by_rows = True
+    by_token = True
 
     def forward(self, x: Tensor) -> Tensor:
         fits = self.weight is not None and x.shape[-1:] == self.weight.shape
@@ -128,7 +128,7 @@ class MLP(Plain):
     swiglu (Shazeer 2020) has a gate beside the activation: `up` then yields 2 * d_ff, gate first.
     """
 
-    by_rows = True
+    by_token = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -151,8 +151,8 @@ class Dropout(Plain):
     """While training, zeroes elements with probability p and scales the others up (Srivastava
     2014): (B,T,d) -> (B,T,d), added to `onto` if that is given.
 
-    Where ranks share a batch, the context says which row the input of this rank begins with: each
-    row loses the same elements whatever the world size.
+    Where several processes share a batch, the context says with which row this one's input begins:
+    each row loses the same elements, however many they are.
     """
 
     def __init__(self, p: float) -> None:
@@ -192,15 +192,15 @@ class Table(Plain):
         return F.embedding(pos.clamp(min=0), self.table).to(dtype)
 
 
-def sinusoids(context: int, width: int) -> Tensor:
+def sinusoids(n_positions: int, width: int) -> Tensor:
     """Sine and cosine of each position at wavelengths from 2 pi to 20,000 pi (Vaswani 2017, 3.5).
 
-    -> (context, width) float64, sines in the even columns and cosines in the odd ones.
+    -> (n_positions, width) float64, sines in the even columns and cosines in the odd ones.
     """
     even = torch.arange(0, width, 2, dtype=torch.float64)
     rates = torch.exp(even * (-math.log(10_000.0) / width))
-    angles = torch.arange(context, dtype=torch.float64)[:, None] * rates
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(context, width)
+    angles = torch.arange(n_positions, dtype=torch.float64)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(n_positions, width)
 
 
 class TokenEmbedding(Plain):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from kvtool.config import RopeScaling
 from kvtool.core.models.layers import Plain, Table
+from kvtool.core.models.rope_scaling import SCALE
 
 
 class Rotary(Plain):
@@ -30,37 +29,3 @@ class Rotary(Plain):
         cos, sin = self.table(pos, x.dtype)[:, None].chunk(2, dim=-1)  # (B,1,T,D/2) each
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-def _linear(rates: Tensor, theta: float, s: RopeScaling) -> Tensor:
-    """rates (D/2,) in radians a token -> (D/2,)"""
-    return rates / s.factor
-
-
-def _llama3(rates: Tensor, theta: float, s: RopeScaling) -> Tensor:
-    """By how often a dimension turns in the first context: below `low` times slow, above `high`
-    times as it was, and in between a mixture."""
-    turns = s.original_context * rates / (2 * math.pi)
-    kept = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)
-    return (1 - kept) * rates / s.factor + kept * rates
-
-
-def _yarn(rates: Tensor, theta: float, s: RopeScaling) -> Tensor:
-    """Like `_llama3`, but the mixture is linear in the dimension's number (Peng 2023, 3.2, with the
-    bounds of its reference implementation)."""
-    width = 2 * len(rates)
-
-    def dimension(turns: float) -> float:
-        """The number of the dimension that turns so often in the first context."""
-        return width * math.log(s.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    first, last = dimension(s.beta_fast), dimension(s.beta_slow)
-    if s.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, width - 1)
-    last = last + 0.001 if first == last else last
-    slow = ((torch.arange(len(rates), dtype=torch.float64) - first) / (last - first)).clamp(0, 1)
-    return slow * rates / s.factor + (1 - slow) * rates
-
-
-SCALE = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}

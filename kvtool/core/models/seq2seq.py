@@ -34,7 +34,7 @@ class Encoder(nn.Module):
         x = self.dropout(self.embed(tokens, step.q_pos))
         for block in self.layers:
             x = block(x, step, rotary=self.rotary)
-        return kernels.rows(x, self.norm)
+        return kernels.per_token(x, self.norm)
 
 
 class Seq2Seq(Model):

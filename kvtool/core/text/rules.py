@@ -212,7 +212,7 @@ def is_sure(rule: Rule) -> bool:
     """Whether a rule of decoding takes little time and cannot panic, whatever the text."""
     plain = rule["type"] in ("ByteLevel", "ByteFallback", "Fuse", "Metaspace")
     replaces = rule["type"] == "Replace" and bool(rule["pattern"].get("String"))
-    # The library looks for `stop` characters behind those of a shorter text.
+    # The library looks for `stop` characters after those of a shorter text.
     strips = rule["type"] == "Strip" and not rule["stop"]
     return plain or replaces or strips
 

@@ -182,8 +182,8 @@ class Tokenizer:
         return ids
 
     def _continued(self, text: str, spelled: bool) -> list[int]:
-        """Token ids of `text` behind another: some tokenizers begin a text with a blank of their
-        own, and behind a line break none does (as transformers finds out)."""
+        """Token ids of `text` after another: some tokenizers begin a text with a blank of their
+        own, and after a line break none does (as transformers finds out)."""
         behind, line_break = self._ids(f"\n{text}", spelled), self._ids("\n")
         n = len(line_break)
         return behind[n:] if behind[:n] == line_break else self._ids(text, spelled)

@@ -53,7 +53,7 @@ def learn_bpe(
 def learn_pieces(
     kind: str, texts: Iterable[str], specials: Sequence[str], unknown: str
 ) -> tokenizers.Tokenizer:
-    """A vocabulary of whole pieces, the frequent ones first, behind the specials; `unknown` is the
+    """A vocabulary of whole pieces, the frequent ones first, after the specials; `unknown` is the
     one for a piece that is not in it. Raises UsageError for texts without a piece, or with one that
     is too long."""
     splitter = SPLITTERS[kind]()

@@ -30,7 +30,7 @@ SPLIT_MODULUS = 20
 DEV_REMAINDER = 19
 TEST_REMAINDERS = (17, 18)
 
-# The phones of the dictionary; other dictionaries put a digit of stress behind a vowel.
+# The phones of the dictionary; other dictionaries put a digit of stress after a vowel.
 _PHONES = (
     "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W "
     "Y Z ZH"

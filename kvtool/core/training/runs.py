@@ -53,7 +53,7 @@ TOLD = 8  # settings that one line names
 MOST_LOG = 2**26  # bytes
 MOST_LINES = 250_000  # of the log: of some two million steps, and read in seconds
 MOST_LINE = 2**16  # bytes; a run writes some hundred
-CHECKED_EVERY = 2**15  # lines, behind each of which a signal that got lost ends the reading
+CHECKED_EVERY = 2**15  # lines, after each of which a signal that got lost ends the reading
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what a killed write leaves behind
 # What runs did that were started before the setting was there.
 BEFORE = {"average": 0, "schedule": "cosine"}

@@ -27,7 +27,7 @@ class Case:
     source: Source | None = None
 
     def run(self, subject: Subject, last: int | None = None) -> ScenarioRun:
-        """A run of it that has not begun; it stops behind step `last`, if that is given."""
+        """A run of it that has not begun; it stops after step `last`, if that is given."""
         return ScenarioRun(subject, self.given, self.n_prompt, last, self.source)
 
 
@@ -51,7 +51,7 @@ class Arms:
 
     found: list[Tensor] = field(default_factory=list)
     expected: list[Tensor] = field(default_factory=list)
-    unrefused: int | None = None
+    accepted_beyond_capacity: int | None = None
     vacuous: str | None = None
     raised: Raised | None = None
     promoted: bool = False  # both arms ran without lower types
@@ -66,7 +66,7 @@ def play(subject: Subject, case: Case, promote: tuple[bool, bool] = (False, Fals
     run, arms = case.run(subject), Arms(promoted=all(promote))
     with Promote() if promote[0] else contextlib.nullcontext():
         arms.raised = _play_cached(case, run)
-    arms.unrefused = run.unrefused
+    arms.accepted_beyond_capacity = run.accepted_beyond_capacity
     if arms.raised is None:  # or asking whether its cache is used would only raise again
         arms.vacuous, arms.raised = _vacuous(run)
     with Promote() if promote[1] else contextlib.nullcontext():

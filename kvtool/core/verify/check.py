@@ -13,7 +13,7 @@ from torch import Tensor
 from kvtool import registry
 from kvtool.core.cache import Cache, CacheSpec, Step, cache_class, make_cache
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.decoding.engine import begin, check_context, generate
+from kvtool.core.decoding.engine import check_context, first_input, generate
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import make_kernels
 from kvtool.core.models import Model
@@ -64,7 +64,7 @@ def main_case(model: Model, prompt: Tensor, n_new: int) -> Case:
     An encoder-decoder reads `prompt` as its source. All arms are fed the same ids, so where they
     come from has no influence on the verdict. Raises CapacityError and CheckFailed.
     """
-    ids, source = begin(model, prompt)
+    ids, source = first_input(model, prompt)
     n_prompt = ids.shape[1]
     check_context(n_prompt, n_new, model.config.context)
     weight = next(model.parameters())

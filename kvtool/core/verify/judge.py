@@ -88,9 +88,11 @@ class Judge:
             return _raised(scenario, arms)
         working = compare(arms.found, arms.expected)
         finding = Finding(scenario.name, IDENTICAL, working=working)
-        if arms.unrefused is not None:
+        if arms.accepted_beyond_capacity is not None:
             text = "a token beyond the capacity was accepted (an error was expected)"
-            return replace(finding, verdict=BUG, evidence=text, first_wrong=arms.unrefused)
+            return replace(
+                finding, verdict=BUG, evidence=text, first_wrong=arms.accepted_beyond_capacity
+            )
         if arms.vacuous:
             verdict = VACUOUS if self.subject.stores else NO_CACHE
             finding = replace(finding, verdict=verdict, evidence=arms.vacuous)
@@ -100,26 +102,30 @@ class Judge:
 
     def _by_precision(self, case: Case, finding: Finding, arms: Arms, thorough: bool) -> Finding:
         """Decide by the float64 run, and by the promoted one where that is not enough."""
-        exact = self._exact(case)
-        if isinstance(exact, BaseException):
-            return _not_in_float64(finding, exact)
-        gap = compare(exact.found, exact.expected)
-        finding, lower = replace(finding, float64=gap), _first_wrong(gap)
-        if thorough or lower is not None:
+        in_float64 = self._play_in_float64(case)
+        if isinstance(in_float64, BaseException):
+            return _not_in_float64(finding, in_float64)
+        gap = compare(in_float64.found, in_float64.expected)
+        finding = replace(finding, float64=gap)
+        first_gap_in_float64 = _first_wrong(gap)
+        if thorough or first_gap_in_float64 is not None:
             promoted = play(self.double, case, (True, True))
             gap = compare(promoted.found, promoted.expected)
-            finding, wrong = replace(finding, promoted=gap), _first_wrong(gap)
+            finding = replace(finding, promoted=gap)
+            wrong = _first_wrong(gap)
             if wrong is not None:
-                return self._wrong(case, finding, wrong, exact)
-            if lower is not None:
-                return _precision(finding, exact, promoted, lower)
-        return self._in_working_format(case, finding, arms, exact)
+                return self._wrong(case, finding, wrong, in_float64)
+            if first_gap_in_float64 is not None:
+                return _precision(finding, in_float64, promoted, first_gap_in_float64)
+        return self._in_working_format(case, finding, arms, in_float64)
 
-    def _in_working_format(self, case: Case, finding: Finding, arms: Arms, exact: Arms) -> Finding:
+    def _in_working_format(
+        self, case: Case, finding: Finding, arms: Arms, in_float64: Arms
+    ) -> Finding:
         """Decide where float64 is right: other kernels may serve the working format."""
-        wrong = _beyond_noise(arms, exact)
+        wrong = _beyond_noise(arms, in_float64)
         if wrong is not None:
-            wrong = _beyond_noise(arms, exact, self._by_codes(case, exact))
+            wrong = _beyond_noise(arms, in_float64, self._by_codes(case, in_float64))
         if wrong is not None:
             text = f"right in float64, wrong in {dtype_name(self.subject.dtype)} alone"
             return replace(finding, verdict=BUG, evidence=text, first_wrong=wrong)
@@ -127,26 +133,26 @@ class Judge:
             return replace(finding, verdict=ROUNDING)
         return finding
 
-    def _exact(self, case: Case) -> Arms | BaseException:
+    def _play_in_float64(self, case: Case) -> Arms | BaseException:
         """The float64 run; the promoted one, where a cast to float32 does not fit its weights, or
         makes -inf of a mask of float64's least number. The first error, if neither can be."""
         errors: list[BaseException] = []
         for promote in ((False, False), (True, True)):
             try:
-                exact = play(self.double, case, promote)
+                in_float64 = play(self.double, case, promote)
             except (RuntimeError, NotImplementedError) as error:
                 pass_on_shortage(error)
                 errors.append(error)
                 continue
-            if exact.raised is not None:
-                errors.append(exact.raised.error)
-            elif not _finite(exact):
+            if in_float64.raised is not None:
+                errors.append(in_float64.raised.error)
+            elif not _finite(in_float64):
                 errors.append(ArithmeticError("its logits are not finite there"))
             else:
-                return exact
+                return in_float64
         return errors[0]
 
-    def _by_codes(self, case: Case, exact: Arms) -> float:
+    def _by_codes(self, case: Case, in_float64: Arms) -> float:
         """How far a quantizer moves the logits, all its codes together; 0 without one.
 
         Where a value lies between two codes, rounding decides, and the other code is no bug.
@@ -154,9 +160,9 @@ class Judge:
         plain = self.double.unrounded()
         if plain is None:
             return 0.0
-        return max(distances(play(plain, case).expected, exact.expected))
+        return max(distances(play(plain, case).expected, in_float64.expected))
 
-    def _wrong(self, case: Case, finding: Finding, step: int, exact: Arms) -> Finding:
+    def _wrong(self, case: Case, finding: Finding, step: int, in_float64: Arms) -> Finding:
         if text := _random(self.double):
             return replace(finding, verdict=ERROR, evidence=text, first_wrong=step)
         if text := self.not_causal():
@@ -165,8 +171,8 @@ class Judge:
         text = f"the gap stays in float64 ({gap:.1e})"
         found = Diagnosis()
         if self.doctor is not None:
-            with Promote() if exact.promoted else contextlib.nullcontext():
-                found = self.doctor(self.double, case, step, exact)
+            with Promote() if in_float64.promoted else contextlib.nullcontext():
+                found = self.doctor(self.double, case, step, in_float64)
         return replace(finding, verdict=BUG, evidence=text, first_wrong=step, diagnosis=found)
 
 
@@ -175,10 +181,10 @@ def _first_wrong(gap: Gap) -> int | None:
     return next((i for i, step in enumerate(gap.by_step) if not step <= ROUNDING_64), None)
 
 
-def _precision(finding: Finding, exact: Arms, promoted: Arms, step: int) -> Finding:
+def _precision(finding: Finding, in_float64: Arms, promoted: Arms, step: int) -> Finding:
     """Both arms compute lower somewhere, or the cached arm alone does: then it differs by more."""
-    model = max(distances(exact.expected, promoted.expected))
-    gap = max(distances(exact.found, exact.expected))
+    model = max(distances(in_float64.expected, promoted.expected))
+    gap = max(distances(in_float64.found, in_float64.expected))
     if gap <= NOISE * model:
         text = f"the model itself computes below float64, cached or not (by {model:.1e})"
         return replace(finding, verdict=PRECISION, evidence=text)
@@ -186,12 +192,12 @@ def _precision(finding: Finding, exact: Arms, promoted: Arms, step: int) -> Find
     return replace(finding, verdict=PRECISION, evidence=text, first_wrong=step, lossy=True)
 
 
-def _beyond_noise(arms: Arms, exact: Arms, least: float = 0.0) -> int | None:
+def _beyond_noise(arms: Arms, in_float64: Arms, least: float = 0.0) -> int | None:
     """The first step at which the cached arm is further from float64 than rounding explains, or
     than `least`."""
-    noise = max(distances(arms.expected, exact.expected))
+    noise = max(distances(arms.expected, in_float64.expected))
     limit = max(least, NOISE * max(noise, torch.finfo(arms.expected[0].dtype).eps))
-    gaps = distances(arms.found, exact.expected)
+    gaps = distances(arms.found, in_float64.expected)
     return next((i for i, gap in enumerate(gaps) if not gap <= limit), None)
 
 

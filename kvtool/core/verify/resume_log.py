@@ -111,7 +111,7 @@ class ResumeLog(Generic[T]):
                 self._refuse(number)
 
     def append(self, result: T) -> None:
-        """Add a result, in place of a line that was cut off; none behind one that `attempt` could
+        """Add a result, in place of a line that was cut off; none after one that `attempt` could
         not write. Raises FileError unless `attempt` keeps it."""
         fields: Any = result
         line = json.dumps(dataclasses.asdict(fields)).encode() + b"\n"

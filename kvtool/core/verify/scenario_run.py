@@ -73,11 +73,11 @@ class ScenarioRun:
         self.source = source  # of the first session, for an encoder-decoder; None: a random one
         self.given = given
         self.n_prompt = n_prompt  # how many of the given ids are the prompt
-        self.last = last  # the step behind which to stop
+        self.last = last  # the step after which to stop
         self.on_answer: Callable[[Segment, Answer], None] | None = None  # called with each
         self.segments: list[Segment] = []
         self.n_steps = 0
-        self.unrefused: int | None = None  # the step beyond capacity that raised no error
+        self.accepted_beyond_capacity: int | None = None  # the step that raised no error
         self.sessions: list[Session] = []
         self._drawn = 0
         self._generator = torch.Generator().manual_seed(0)
@@ -117,7 +117,7 @@ class ScenarioRun:
         return Source(ids.to(self.subject.device), mask.to(self.subject.device))
 
     def keep(self, segment: Segment, answer: Answer) -> None:
-        """Keep a step's answer. Raises Stopped behind the last step that is wanted."""
+        """Keep a step's answer. Raises Stopped after the last step that is wanted."""
         segment.answers.append(answer)
         self.n_steps += 1
         if self.on_answer is not None:
@@ -181,7 +181,7 @@ class TrackedSession:
         except (Exception, SystemExit) as error:  # whatever it raises: it was refused
             pass_on_shortage(error)
             return
-        self.run.unrefused = step
+        self.run.accepted_beyond_capacity = step
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens, left padding included."""

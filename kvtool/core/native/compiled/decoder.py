@@ -245,7 +245,7 @@ def decode(
     models: Array, blocks: Array, tokens: Array, place: Any, scratch: Array, source: Any,
     logits: Array, kind: Array, threads: int, large: int,
 ) -> bool:  # fmt: skip
-    """A decoder's step: a few tokens of each row behind `start` others, of which `padding` (B,) are
+    """A decoder's step: a few tokens of each row after `start` others, of which `padding` (B,) are
     none -> whether all tokens and positions exist.
 
     tokens (n,), a row's together, n a multiple of B. place: as cache/places.py's StepAddresses.

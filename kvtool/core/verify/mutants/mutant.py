@@ -127,7 +127,7 @@ def moved(places: Callable[[Tensor, int], Tensor], base: type[BufferedCache] = D
 
 
 def masked(rule: Callable[[Step], Tensor | None], base: type[BufferedCache] = DynamicCache) -> Any:
-    """A cache whose steps behind the first use another mask."""
+    """A cache whose steps after the first use another mask."""
 
     def change(step: Step, held: int) -> Step:
         return replace(step, mask=rule(step), causal=False) if held else step

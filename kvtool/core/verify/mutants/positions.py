@@ -18,7 +18,7 @@ EMBEDDED, ROTATED = "attention input", "queries"  # where added and rotary posit
 
 
 class CountsSteps(DynamicCache):
-    """Counts the steps behind the prompt where it should count their tokens."""
+    """Counts the steps after the prompt where it should count their tokens."""
 
     def _make_step(self, start: int, n_new: int) -> Step:
         step = super()._make_step(start, n_new)

@@ -131,7 +131,7 @@ def small(kind: type[QuantizedCache], **changes: int) -> Any:
 
 
 class NoResidual(Int8Cache):
-    """Behind the prompt, groups are rounded as soon as they are full."""
+    """After the prompt, groups are rounded as soon as they are full."""
 
     def _allocate(self, batch: int, columns: int) -> None:
         right, self.quantization = self.quantization, replace(self.quantization, residual=0)

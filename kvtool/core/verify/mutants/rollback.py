@@ -74,7 +74,7 @@ class HighWater(StaticCache):
 
 
 class StaleValue(StaticCache):
-    """The first value behind a crop reaches attention, and not the buffer."""
+    """The first value after a crop reaches attention, and not the buffer."""
 
     stale = -1
 

@@ -101,7 +101,7 @@ def full_silently(slot: Callable[[int, int], int]) -> type[StaticCache]:
 
 
 class DropsSilently(full_silently(lambda number, capacity: capacity - 1)):  # type: ignore[misc]
-    """Assigns to a slice behind the end, which stores nothing."""
+    """Assigns to a slice after the end, which stores nothing."""
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         if self.length < self.spec.capacity:

@@ -29,7 +29,7 @@ class KeepsSource(ModelSession):
         return self.both(self.first, new)
 
     def both(self, old: CrossCache, new: CrossCache) -> CrossCache:
-        """What is read behind the reset."""
+        """What is read after the reset."""
         return old
 
 

@@ -181,7 +181,7 @@ def fast_path(cache: SlidingCache, step: Step, held: int) -> Tensor | None:
 
 
 def behind_prompt(cache: SlidingCache, step: Step, held: int) -> Tensor | None:
-    """No window behind the prompt."""
+    """No window after the prompt."""
     return visible(step.q_pos, step.k_pos) if held else mask_tensor(step.mask)
 
 

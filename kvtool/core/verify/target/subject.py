@@ -202,7 +202,7 @@ class TargetSubject:
         return vocab_size or logits.shape[-1], logits.dtype
 
     def _after(self, ids: Tensor) -> tuple[Tensor, Any]:
-        """The logits and the state behind ids that are fed in two steps."""
+        """The logits and the state after ids that are fed in two steps."""
         state = self.initial_state(Start(ids.shape[0], max(NEEDED, ids.shape[1])))
         _, state = self.step(ids[:, :-1], state)
         return self.step(ids[:, -1:], state)

@@ -21,7 +21,7 @@ from kvtool.core.verify.scenario_run import Answer, Segment, Stopped
 from kvtool.core.verify.subject import ModelSubject
 from kvtool.errors import pass_on_shortage
 
-STEPS_AFTER = 6  # steps behind the first wrong one that a hypothesis has to reproduce too
+STEPS_AFTER = 6  # steps after the first wrong one that a hypothesis has to reproduce too
 REPRODUCED = 1e-10  # a right hypothesis leaves about 1e-15, a wrong one 1e-5 and more
 UNKNOWN = "none of the known bugs reproduces it"
 NOT_A_NUMBER = (

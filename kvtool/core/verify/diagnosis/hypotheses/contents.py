@@ -18,7 +18,7 @@ from kvtool.core.verify.subject import Start
 
 
 class EmptySlots(Hypothesis):
-    """Zeros behind the last token are attended; how many is a guess of buffers in use."""
+    """Zeros after the last token are attended; how many is a guess of buffers in use."""
 
     hint = "slots that nothing was written to are attended: the mask covers the whole buffer"
 
@@ -206,7 +206,7 @@ class SourceKept(Hypothesis):
             self.source = self.source_read(source, self.source)
 
     def source_read(self, old: CrossCache, new: CrossCache) -> CrossCache:
-        """What is read of both sources behind the reset."""
+        """What is read of both sources after the reset."""
         return old
 
 

@@ -1,0 +1,39 @@
+"""Attention on a GPU without cuDNN's, which plans anew for each number of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+import torch
+
+
+class CudnnSwitch:
+    """Turns off cuDNN's attention, which PyTorch may choose for half formats on a GPU: it makes a
+    new plan for each number of keys, so that a token of a growing cache took 27 ms on an H200."""
+
+    def __init__(self) -> None:
+        self._lock, self._without, self._before = Lock(), 0, True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """It is not chosen in this block, unless all other fused attention has been turned off. The
+        setting is the process's: it is as before when the last of several threads has left."""
+        cuda = torch.backends.cuda
+        with self._lock:
+            if not self._without:
+                self._before = cuda.cudnn_sdp_enabled()
+                others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled()
+                cuda.enable_cudnn_sdp(self._before and not others)
+            self._without += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._without -= 1
+                if not self._without:
+                    cuda.enable_cudnn_sdp(self._before)
+
+
+CUDNN = CudnnSwitch()
