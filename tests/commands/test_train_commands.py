@@ -25,7 +25,7 @@ from kvtool.core.training.train import Trainer
 from kvtool.reading import sha256
 from kvtool.ui import plots
 from small_models import answer, explains_every_option
-from training_commands import LM, PLACE, WORDS, Command
+from training_commands import LM, LOSS_PLOT, PLACE, WORDS, Command
 
 text, tsv, lm, seq2seq, either = (
     commands.text,
@@ -64,8 +64,9 @@ def test_the_plot_of_a_run_names_the_command_the_format_and_the_machine(
 
 
 def test_a_run_leaves_checkpoints_a_log_and_a_plot_and_says_where(
-    either: Command, tmp_path: Path
+    either: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plots, "loss_plot", LOSS_PLOT)
     ran = either()
     out = tmp_path / "run"
     assert ran.code == 0, ran.err

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli_probe import Ran
+from kvtool.ui import plots
 
 SIZES = ["--d-model", "16", "--heads", "2", "--context", "32", "--dropout", "0"]
 PLACE = ["--device", "cpu", "--threads", "1"]
@@ -15,6 +16,7 @@ FAST = [*SIZES, *PLACE, "--no-amp", "--steps", "3", "--batch-tokens", "64", "--w
 LM = [*FAST, "--layers", "1", "--vocab-size", "260"]
 WORDS = [f"{a}{b}{a}" for a in "abcdef" for b in "xyz"] + ["an", "ox", "we", "go", "up", "is"]
 Command = Callable[..., Ran]
+LOSS_PLOT = plots.loss_plot
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +34,15 @@ def tsv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def without_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in place of the plot of a run, which takes two thirds of its time."""
+    monkeypatch.setattr(plots, "loss_plot", lambda path, *args: args[-1](path, b"a plot"))
+
+
 @pytest.fixture
-def lm(kv: Command, text: Path, tmp_path: Path) -> Command:
+def lm(kv: Command, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Run train-lm on the verse; later arguments take the place of earlier ones."""
+    without_plot(monkeypatch)
 
     def call(*args: str) -> Ran:
         given = ["--data", str(text), "--out", str(tmp_path / "run"), *LM]
@@ -44,7 +52,9 @@ def lm(kv: Command, text: Path, tmp_path: Path) -> Command:
 
 
 @pytest.fixture
-def seq2seq(kv: Command, tsv: Path, tmp_path: Path) -> Command:
+def seq2seq(kv: Command, tsv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    without_plot(monkeypatch)
+
     def call(*args: str) -> Ran:
         given = ["--data", str(tsv), "--out", str(tmp_path / "run"), *FAST, "--vocab-size", "300"]
         return kv(*given, *args, command="train-seq2seq")
