@@ -121,7 +121,7 @@ def test_every_way_has_its_steps_and_every_way_not_taken_a_reason(
 
 QUESTIONS = [
     (native, "why_away"), (native, "why_unreadable"), (dispatch, "_are_usual"),
-    (dispatch, "_why_modules"), (dispatch, "_why_not_recorded"), (DecodingForm, "_why_pytorch"),
+    (dispatch, "_why_modules"), (dispatch, "_why_not_captured"), (DecodingForm, "_why_pytorch"),
     (NativeDecoder, "stores_in"), (DynamicCache, "step_addresses"), (CrossCache, "step_addresses"),
 ]  # fmt: skip
 

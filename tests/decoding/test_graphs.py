@@ -60,8 +60,8 @@ def test_all_memory_that_a_recording_reaches_is_compared(
     case = Case(KINDS[kind], **SHAPES[shape])
     case.steps(PROMPT + 1)
     form = case.decode._graphs
-    (recording,) = form._recordings.values()
-    compared = {storage(x) for x in (*form._memory, *recording.inputs)}
+    (captured,) = form._captured.values()
+    compared = {storage(x) for x in (*form._memory, *captured.inputs)}
     assert recorder.reached and recorder.reached <= compared
 
 
@@ -213,7 +213,7 @@ def on_cuda(model: Model, make: Any, capture: bool, monkeypatch: pytest.MonkeyPa
         if not capture:
             patch.setattr(graphs, "capture_for", lambda device: None)
         form = decoding_form(model)
-    assert form.records(cache) == capture
+    assert form.captures(cache) == capture
     found = [feed(form, cache, ids[:, :i], source, last=True) for i in range(PROMPT, N + 1)]
     assert form._graphs is None or not form._graphs._failed
     return torch.cat(found, dim=1)

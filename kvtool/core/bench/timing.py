@@ -128,7 +128,7 @@ class Workload:
     def run(self, kind: str, length: int) -> TimedRun:
         """Generate `length` tokens a row; with decode_only, after a first one that is not timed.
 
-        Where steps are recorded, a run that is not timed does that, and makes the cache.
+        Where steps are captured, a run that is not timed does that, and makes the cache.
         """
         device, n_new = self.prompt.device, length + self.decode_only
         rehearsed = self._rehearse(kind, n_new)
@@ -146,7 +146,7 @@ class Workload:
 
     @cached_property
     def decode(self) -> DecodingForm:
-        """The model in the form that decodes, for all runs but those that are recorded."""
+        """The model in the form that decodes, for all runs but those that are captured."""
         return decoding_form(self.model)
 
     def _begin(self) -> tuple[Tensor, CrossCache | None]:
@@ -163,7 +163,7 @@ class Workload:
         decode = decoding_form(self.model)
         decode.taken = self.decode.taken
         cache = make_cache(kind, self._spec(self.n_start + n_new))
-        if not decode.records(cache):
+        if not decode.captures(cache):
             return None
         prompt, source = self._begin()
         for _ in generate(decode, prompt, cache, n_new, Sampler(), source):
@@ -278,7 +278,7 @@ class Measurement:
             return took * cell.computed / near.computed
         token = run.decode_s / (near.length - 1) if near.length > 1 else run.prefill_s
         token = max(token, run.token_s or 0.0)
-        # Where steps are recorded, a run takes longer than what is timed of it.
+        # Where steps are captured, a run takes longer than what is timed of it.
         share = took / (run.prefill_s + run.decode_s)
         return max(took + (cell.length - near.length) * token * share, 0.0)
 

@@ -117,11 +117,11 @@ class DecodingForm:
         self.taken[Way(MODULES, why)] += 1
         return by_modules(self.model, torch.as_tensor(new), cache, source, last)
 
-    def records(self, cache: Cache) -> bool:
+    def captures(self, cache: Cache) -> bool:
         """Whether single-token steps with this cache are captured as CUDA graphs, so that the first
         ones take longer than those after them."""
         usual = self._graphs is not None and _are_usual(cache.spec.kernels)
-        return usual and not _why_not_recorded(cache)
+        return usual and not _why_not_captured(cache)
 
     def told(self) -> str:
         """How many steps were decoded in which way, and why in no faster one, in a line."""
@@ -157,7 +157,7 @@ class DecodingForm:
             return CHANGED_KERNELS
         self._flat = self._flat or FlatDecoder(self.decoder)
         if self._graphs is not None:
-            found = _why_not_recorded(cache) or self._graphs.step(self._flat, new, cache, source)
+            found = _why_not_captured(cache) or self._graphs.step(self._flat, new, cache, source)
             if not isinstance(found, str):
                 self.taken[GRAPH] += 1
                 return found
@@ -240,7 +240,7 @@ def _why_modules(
     return ""
 
 
-def _why_not_recorded(cache: Cache) -> str:
+def _why_not_captured(cache: Cache) -> str:
     """Why steps with a cache are not captured as CUDA graphs; empty if they are."""
     if type(cache.spec.kernels) is not DefaultKernels:
         # Others ask the device which keys are seen, and wait for the answer.
