@@ -63,6 +63,7 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is taken, and nothing drawn."""
         return self.temperature == 0
 
     def _draw(self, logits: Tensor) -> Tensor:

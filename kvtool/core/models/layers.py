@@ -43,12 +43,14 @@ class Linear(Plain, nn.Linear):
     by_token = True
 
     def reset_parameters(self) -> None:
+        """Draw the weight; the bias is 0."""
         # Smaller weights hide cache bugs: attention is then nearly uniform whatever the positions.
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(...,in) -> (...,out)"""
         weight, bias = self.weight, self.bias
         # Where sizes do not fit, PyTorch says what is wrong.
         if native.serves(x, weight, bias) and x.shape[-1] == self.in_features:
@@ -60,6 +62,7 @@ class Linear(Plain, nn.Linear):
         return native.linear(self.weights())
 
     def weights(self) -> native.Weights:
+        """What native code reads of it. Raises ValueError for a bias of another width."""
         return native.Weights.of(self.weight, self.bias)
 
 
@@ -69,6 +72,7 @@ class LayerNorm(Plain, nn.LayerNorm):
     by_token = True
 
     def forward(self, x: Tensor) -> Tensor:
+        """(...,d) -> (...,d)"""
         weight, bias = self.weight, self.bias
         if native.serves(x, weight, bias) and weight is not None and x.shape[-1:] == weight.shape:
             return native.on_tensor(self.on_arrays(), x)
@@ -79,6 +83,7 @@ class LayerNorm(Plain, nn.LayerNorm):
         return native.normalised(self.weights())
 
     def weights(self) -> native.Norm:
+        """What native code reads of it. Raises ValueError for a shift of another width."""
         return native.Norm.of(self.weight, self.bias, self.eps, centred=True)
 
 
@@ -88,6 +93,7 @@ class RMSNorm(Plain, nn.RMSNorm):
     by_token = True
 
     def forward(self, x: Tensor) -> Tensor:
+        """(...,d) -> (...,d)"""
         fits = self.weight is not None and x.shape[-1:] == self.weight.shape
         if fits and self.eps is not None and native.can_read(x, self.weight):  # however many
             return native.on_tensor(self.on_arrays(), x)
@@ -98,6 +104,7 @@ class RMSNorm(Plain, nn.RMSNorm):
         return native.normalised(self.weights())
 
     def weights(self) -> native.Norm:
+        """What native code reads of it; eps must be given."""
         assert self.eps is not None
         return native.Norm.of(self.weight, None, self.eps, centred=False)
 
@@ -223,6 +230,7 @@ class TokenEmbedding(Plain):
             nn.init.normal_(self.positions.weight, std=config.d_model**-0.5)
 
     def forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
+        """tokens (B,T), positions (B,T), negative = padding -> (B,T,d)"""
         x = F.embedding(tokens, self.tokens.weight)
         if self.table is not None:
             return x * self.scale + self.table(pos, x.dtype)

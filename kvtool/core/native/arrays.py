@@ -137,6 +137,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> Weights:
+        """Those of a layer, in its own memory. Raises ValueError for a bias of another width."""
         _require_width(weight, bias)
         return cls(array(weight), _or_empty(bias, weight))
 
@@ -151,6 +152,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, scale: Tensor, shift: Tensor | None, eps: float, centred: bool) -> Norm:
+        """That of a layer, in its own memory. Raises ValueError for a shift of another width."""
         _require_width(scale, shift)
         return cls(centred, array(scale), _or_empty(shift, scale), eps)
 
