@@ -266,9 +266,8 @@ def _why_unknown(module: nn.Module) -> str:
     kind = type(module).__name__
     if KNOWN.get(type(module)) is not type(module).forward:
         return f"{kind} is no module of kvtool's, or has been changed"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return f"hooks watch a {kind}"
-    if module._backward_hooks or module._backward_pre_hooks:
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    if hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"hooks watch a {kind}"
     if module.training:
         return "the model is in training mode"

@@ -46,8 +46,8 @@ class OneEmptySlot(EmptySlots):
         return used + 1
 
 
-class SlotBefore(Hypothesis):
-    hint = "new tokens are stored one slot too low: over the prompt's last, and one stays empty"
+class _KnowsPrompt(Hypothesis):
+    """Remembers how many tokens the first step had."""
 
     def _begin(self, start: Start) -> None:
         super()._begin(start)
@@ -57,6 +57,10 @@ class SlotBefore(Hypothesis):
         logits = super().feed(ids)
         self.prompt = self.prompt or ids.shape[1]
         return logits
+
+
+class SlotBefore(_KnowsPrompt):
+    hint = "new tokens are stored one slot too low: over the prompt's last, and one stays empty"
 
     def past_columns(self, layer: int, row: int) -> list[Column]:
         held = list(self.rows[row])
@@ -65,17 +69,8 @@ class SlotBefore(Hypothesis):
         return held
 
 
-class NotStored(Hypothesis):
+class NotStored(_KnowsPrompt):
     hint = "only the prompt is ever stored: later tokens are read once, and lost"
-
-    def _begin(self, start: Start) -> None:
-        super()._begin(start)
-        self.prompt = 0
-
-    def feed(self, ids: Tensor) -> Tensor:
-        logits = super().feed(ids)
-        self.prompt = self.prompt or ids.shape[1]
-        return logits
 
     def past_columns(self, layer: int, row: int) -> list[Column]:
         return self.rows[row][: self.prompt]
