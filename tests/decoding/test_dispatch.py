@@ -119,6 +119,24 @@ def test_every_way_has_its_steps_and_every_way_not_taken_a_reason(
     assert way.name == name and why in way.why and bool(way.why) == bool(why)
 
 
+@pytest.mark.parametrize(("kind", "rows", "watched", "way"), [
+    ("dynamic", 1, False, dispatch.ONE_CALL.name), ("none", 1, False, dispatch.LAYERWISE),
+    ("dynamic", native.FEW + 1, False, dispatch.FLAT), ("dynamic", 1, True, dispatch.MODULES),
+])  # fmt: skip
+def test_ids_as_an_array_ask_for_no_gradients_whichever_way_they_are_decoded(
+    kind: str, rows: int, watched: bool, way: str
+) -> None:
+    with torch.inference_mode(False), torch.enable_grad():
+        model = random_model(0)
+        if watched:
+            model.get_submodule("head").register_forward_hook(lambda *_: None)
+        form, cache = decoding_form(model), make_cache(kind, CacheSpec.of(model.config, rows, N))
+        for length in (1,) if cache.recompute else (1, 2):
+            logits = torch.as_tensor(form.step(np.full((rows, 1), 5), cache, None, last=True))
+            assert not logits.requires_grad and cache.length == length
+    assert {taken.name for taken in form.taken} == {way}
+
+
 QUESTIONS = [
     (native, "why_away"), (native, "why_unreadable"), (dispatch, "_are_usual"),
     (dispatch, "_why_modules"), (dispatch, "_why_not_captured"), (DecodingForm, "_why_pytorch"),

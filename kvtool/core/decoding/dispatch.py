@@ -8,6 +8,7 @@ the model's modules. What stands against a way is asked once a step, and said in
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +102,7 @@ class DecodingForm:
 
         new (B,n), after what the cache holds -> logits (B,n,V), or (B,1,V) of the last token with
         `last`: an array from the compiled call, in float32 for half formats; a tensor otherwise.
+        An array of ids asks for no gradients, so inference mode need not be entered for it.
         Nothing is committed if it raises: CapacityError, and IndexError for a token or position
         that does not exist.
         """
@@ -108,14 +110,16 @@ class DecodingForm:
         if not why:
             found: Tensor | Array | str
             if slow := self._why_pytorch(new, cache.spec.kernels):
-                found = self._pytorch_step(slow, torch.as_tensor(new), cache, source)
+                with _mode_for(new):
+                    found = self._pytorch_step(slow, torch.as_tensor(new), cache, source)
             else:
                 found = self._native_step(new, cache, source, last)
             if not isinstance(found, str):
                 return found
             why = found
         self.taken[Way(MODULES, why)] += 1
-        return by_modules(self.model, torch.as_tensor(new), cache, source, last)
+        with _mode_for(new):
+            return by_modules(self.model, torch.as_tensor(new), cache, source, last)
 
     def captures(self, cache: Cache) -> bool:
         """Whether single-token steps with this cache are captured as CUDA graphs, so that the first
@@ -174,7 +178,7 @@ class DecodingForm:
         self, new: Tensor | Array, cache: Cache, source: CrossCache | None, last: bool
     ) -> Tensor | Array | str:
         """`step` in native code, or why not."""
-        batch, n = new.shape
+        asked, (batch, n) = new, new.shape
         form = self._native_form(cache.spec)
         if isinstance(form, str):
             return form
@@ -196,11 +200,12 @@ class DecodingForm:
             why = f"compiled code cannot store and read in this {cache.kind} cache by itself"
         if n > 1:
             return why
-        step = cache.begin(1)
-        if step.kernels is not cache.spec.kernels:
-            return OTHER_KERNELS
-        found = form.layerwise_step(new, step, cache, read)
-        cache.commit(1)
+        with _mode_for(asked):
+            step = cache.begin(1)
+            if step.kernels is not cache.spec.kernels:
+                return OTHER_KERNELS
+            found = form.layerwise_step(new, step, cache, read)
+            cache.commit(1)
         self.taken[Way(LAYERWISE, why)] += 1
         return found
 
@@ -227,11 +232,16 @@ def by_modules(
     return logits
 
 
+def _mode_for(new: Tensor | Array) -> AbstractContextManager[object]:
+    """The mode in which PyTorch does its part: the caller's, or inference mode for an array."""
+    return nullcontext() if isinstance(new, Tensor) else torch.inference_mode()
+
+
 def _why_modules(
     new: Tensor | Array, cache: Cache, source: CrossCache | None, reads_source: bool
 ) -> str:
     """What asks for modules, whatever else could be done; empty if nothing does."""
-    if torch.is_grad_enabled():
+    if isinstance(new, Tensor) and torch.is_grad_enabled():
         return "gradients are asked for"
     if not new.shape[0] == cache.batch > 0:
         return "the cache has another number of rows"

@@ -93,12 +93,17 @@ def generate(
     new: Tensor | Array = prompt if cache.recompute else prompt[:, cache.length :]
     without_gradients = torch.inference_mode()
     for index in range(n_new):
-        with without_gradients:  # but not around the caller's part
+        # Not around the caller's part, nor a greedy token's in native code: to enter it takes time.
+        if isinstance(new, Tensor):
+            with without_gradients:
+                found = decode.step(new, cache, source, last=True)
+        else:
             found = decode.step(new, cache, source, last=True)
-            if sampler.greedy and not isinstance(found, Tensor):  # without PyTorch, which is slow
-                chosen = likeliest(found[:, -1], index)
-                token, new = torch.from_numpy(chosen), chosen[:, None].copy()
-            else:
+        if sampler.greedy and not isinstance(found, Tensor):  # without PyTorch, which is slow
+            chosen = likeliest(found[:, -1], index)
+            token, new = torch.from_numpy(chosen), chosen[:, None].copy()
+        else:
+            with without_gradients:
                 token = sampler(_as_tensor(found)[:, -1], index)
                 added = token[:, None].clone()  # since the caller's token is its own
                 new = torch.cat([_as_tensor(new), added], dim=1) if cache.recompute else added
