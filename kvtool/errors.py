@@ -77,7 +77,7 @@ def short_of_memory(error: BaseException) -> bool:
 
 
 def pass_on_shortage(error: BaseException) -> None:
-    """Raise it again if there was not enough memory: that says nothing of who raised it."""
+    """Raise the error again if memory ran out: that says nothing about the code that raised it."""
     if short_of_memory(error):
         raise error
 

@@ -104,10 +104,12 @@ def json_object(path: Path, text: str | bytes, finite: bool = True) -> dict[str,
 
 
 def parse_json(text: str | bytes, finite: bool = True) -> Any:
-    """What JSON says, if it says one thing (RFC 8259): no name twice in an object, where Python's
-    parser would take the last, no nesting that whoever prints or copies it would fail on, no more
-    parts than fit in a gigabyte, and if `finite` no NaN, Infinity, or number that becomes infinite.
-    Raises ValueError."""
+    """The value of a JSON text that means one thing (RFC 8259). Raises ValueError for others.
+
+    Refused are a name that an object has twice (Python's parser would take the last), nesting too
+    deep to print or copy, more parts than fit in a gigabyte, and if `finite` NaN, Infinity and
+    numbers that become infinite.
+    """
     checks: Any = {"parse_constant": _refuse, "parse_float": _finite} if finite else {}
     signs: Any = "[{," if isinstance(text, str) else (b"[", b"{", b",")
     n_parts = sum(map(text.count, signs))  # also those in strings, of which there are few

@@ -22,8 +22,8 @@ def converted(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def activations(config: ModelConfig, n_tokens: int, itemsize: int) -> int:
-    """What the widest moment of a pass over so many tokens, of all rows, takes: a layer's queries,
-    keys and values or its feed-forward network, beside what goes around them."""
+    """Bytes of the widest moment of a pass over `n_tokens` of all rows: a layer's queries, keys and
+    values, or its feed-forward network, and the values around them."""
     heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     wide = config.d_ff * (3 if config.activation == "swiglu" else 2)
     return n_tokens * (3 * config.d_model + max(2 * heads, wide)) * itemsize
@@ -58,8 +58,8 @@ def witness(model: nn.Module, against: str | None) -> int:
 
 
 def reference(config: ModelConfig, n_tokens: int, longest: int, itemsize: int) -> int:
-    """What comparing logits with a reference of so many tokens takes, beside the weights: the
-    reference, and both runs over the longest of its texts."""
+    """Bytes of comparing logits with a reference of `n_tokens`, beside the weights: the reference,
+    and both runs over the longest of its texts."""
     held = n_tokens * config.vocab_size * FLOAT64
     runs = longest * config.vocab_size * (itemsize + 2 * FLOAT64)
     # Their implementations keep the scores of a layer whole.
@@ -73,8 +73,8 @@ def piece(vocab_size: int, n_tokens: int) -> int:
 
 
 def quality(config: ModelConfig, n_tokens: int, itemsize: int) -> int:
-    """What comparing the predictions of two caches over so many tokens takes, beside the weights:
-    the logits of a piece, and in float64 twice those of each and a sum's terms."""
+    """Bytes of comparing the predictions of two caches over `n_tokens`, beside the weights: the
+    logits of a piece, and in float64 twice those of each and a sum's terms."""
     n = piece(config.vocab_size, n_tokens)
     logits = n * config.vocab_size * (2 * itemsize + 5 * FLOAT64)
     caches = 4 * n_tokens * config.n_layers * config.n_kv_heads * config.head_dim * itemsize

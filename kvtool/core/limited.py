@@ -67,7 +67,7 @@ def _ceiling(nbytes: int) -> Iterator[None]:
         others = [limit for limit in (most, hard) if limit != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_AS, (min([ceiling, *others]), hard))
     except (ImportError, OSError, ValueError):
-        yield  # no Linux: what is short of memory is told as ever
+        yield  # no Linux: a shortage of memory is reported as usual
         return
     try:
         yield

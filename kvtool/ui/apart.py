@@ -32,7 +32,7 @@ def _one(value: Any) -> list[Path]:
 def _of_model(value: Any) -> list[Path]:
     """The files in a model's folder that are read, and the shards that an index names."""
     found: list[Path] = []
-    with contextlib.suppress(FileError, OSError, RuntimeError):  # who loads it tells what is wrong
+    with contextlib.suppress(FileError, OSError, RuntimeError):  # loading it says what is wrong
         folder = model_folder(str(value))
         entries = sorted(folder.iterdir())
         found = [e for e in entries if any(fnmatch(e.name, known) for known in OF_A_MODEL)]
@@ -106,7 +106,7 @@ def _same(one: Path, other: Path) -> bool:
             return False
         same = os.path.realpath(one) == os.path.realpath(other)
         return same or (one.exists() and other.exists() and one.samefile(other))
-    except (OSError, ValueError):  # what cannot be looked at is refused by who opens it
+    except (OSError, ValueError):  # opening it refuses it
         return False
 
 

@@ -45,7 +45,7 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def guard_libraries() -> None:
-    """Make inert what Python's warnings and log records say, whoever prints them."""
+    """Make Python's warnings and log records inert."""
     warnings.showwarning = _show_warning
     logging.setLogRecordFactory(_Record)
 

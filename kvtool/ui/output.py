@@ -183,8 +183,8 @@ class Output:
         self._later.append(write)
 
     def attempt(self, write: Callable[[], object]) -> bool:
-        """Whether `write()` worked. If not, that is the error with which the command ends, behind
-        the result, which goes on to be found."""
+        """Whether `write()` worked. If not, the result is still found and shown, and the command
+        ends with this error."""
         try:
             write()
         except Exception as error:

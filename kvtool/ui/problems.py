@@ -129,14 +129,14 @@ def explain_machine(error: BaseException) -> KvtoolError | None:
         return KvtoolError(what, "Free some and run it again.")
     if isinstance(error, RecursionError):
         return KvtoolError("the input is nested more deeply than Python's stack", DEBUG_HINT)
-    if not isinstance(error, Exception):  # so panics of libraries in Rust are told (PyO3)
+    if not isinstance(error, Exception):  # panics of libraries in Rust (PyO3)
         why = first_line(error) or "it does not say why"
         return KvtoolError(f"a library failed on this input: {why}", DEBUG_HINT)
     return None
 
 
 def _asked_for(said: str) -> str:
-    """How much memory was refused, if an error says so; the rest is for who works on torch."""
+    """How much memory was refused, if an error says so. The rest concerns developers of torch."""
     found = ALLOCATE.search(said)
     if found is None:
         return ""

@@ -85,7 +85,7 @@ def _refuse_pairs(folder: Path) -> None:
 def judge_special_tokens(
     loaded: Checkpoint, texts: list[str], settings: Settings, out: Output
 ) -> None:
-    """Say what of the prompts is text though it reads like special tokens. Raises UsageError for
+    """Name the parts of prompts that read like special tokens but are text. Raises UsageError for
     --special-tokens where there are none."""
     if loaded.source_tokenizer is not None:
         if settings.special_tokens:

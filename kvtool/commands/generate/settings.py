@@ -59,7 +59,7 @@ class Settings:
 
     @property
     def how(self) -> GenerateConfig:
-        """What of it decides how tokens are chosen."""
+        """The settings that decide how tokens are chosen."""
         return GenerateConfig(
             self.max_tokens, self.temperature, self.top_k, self.top_p, self.cache, self.kernels,
             self.beams, self.length_penalty, self.n_best, self.run.seed,

@@ -1,10 +1,10 @@
 """What a pickle of torch.save would build, found out without building it.
 
 torch.load runs no code with weights_only=True, but what it builds may take forever: a few hundred
-bytes make a tuple that holds itself doubled sixty times, and whoever hashes or prints it never
-comes back. So a pickle is walked first, by the very steps of torch's own reader
-(torch/_weights_only_unpickler.py), on values that cost nothing; it must name nothing but tensors
-and plain containers, and hand to them what is flat.
+bytes make a tuple that holds itself doubled sixty times, and to hash or print that never ends. So a
+pickle is walked first, by the steps of torch's own reader (torch/_weights_only_unpickler.py), on
+values that cost nothing. It must name nothing but tensors and plain containers, and give them flat
+values.
 """
 
 from __future__ import annotations

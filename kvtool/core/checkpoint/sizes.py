@@ -50,9 +50,9 @@ def table_nbytes(config: ModelConfig) -> int:
 def require_tables(
     where: Path, nbytes: int, source: WeightFile, what: str = "what it describes"
 ) -> None:
-    """Raise FileError for tables, which no file holds, of so many bytes beside its weights.
+    """Raise FileError if tables of `nbytes`, which no file holds, are far larger than the weights.
 
-    Contexts of a million positions take a gibibyte, in models of fifteen.
+    A context of a million positions takes a gibibyte, in a model of fifteen.
     """
     most = max(MOST_TABLES, 4 * n_bytes(source))
     if nbytes > most:

@@ -171,8 +171,8 @@ class Graphs:
 
 
 def _key(tokens: Tensor, cache: Cache, fixed: GraphStep) -> tuple[Any, ...]:
-    """What a step depends on beside numbers in memory: forms, Python's numbers, and by which
-    kernels PyTorch computes."""
+    """What a step depends on beside numbers in memory: shapes, Python's numbers, and the kernels
+    that PyTorch takes."""
     cuda, products = torch.backends.cuda, torch.backends.cuda.matmul
     return (
         type(cache),

@@ -28,8 +28,8 @@ NO_SOURCE = SourceAddresses(np.empty((2, 0), np.int64), 0, np.empty((0, 2), np.i
 class NativeDecoder:
     """The step of a Decoder on the weights that it has now, which it keeps.
 
-    The same functions in the same order as the modules', so the same bits. Where the memory of the
-    weights is moved, as share_memory does, make it anew.
+    It calls the functions of the modules in the same order, so it has the same bits. When the
+    memory of the weights moves, as share_memory does, make a new one.
     """
 
     @classmethod

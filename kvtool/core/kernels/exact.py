@@ -83,7 +83,7 @@ class ExactKernels:
 
 
 def _by_token(layers: Sequence[Layer]) -> bool:
-    """Whether all, with all that they are made of, are modules of ours as they were: those leave
+    """Whether all modules, and those within them, are ours and unchanged: those leave
     few tokens to native code, which treats each row by itself."""
     owners = (getattr(layer, "__self__", layer) for layer in layers)
     return not torch.is_grad_enabled() and all(

@@ -85,7 +85,7 @@ def numpy_can_read(
 
 
 def why_away() -> str:
-    """Why a step does without native code, whatever its tensors are; empty if nothing is known."""
+    """Why a step takes no native code, whatever its tensors are; empty if there is no reason."""
     why = context.current().no_native
     return "something watches what PyTorch does" if not why and watched() else why
 
@@ -130,20 +130,20 @@ def on_tensor(layer: ArrayLayer, x: Tensor) -> Tensor:
 
 
 class Weights(NamedTuple):
-    """Of a linear layer: weight (out,in), bias (out,) or (0,)"""
+    """The arrays of a linear layer: weight (out,in), bias (out,) or (0,)"""
 
     weight: Array
     bias: Array
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> Weights:
-        """Those of a layer, in its own memory. Raises ValueError for a bias of another width."""
+        """The arrays of a layer, not copied. Raises ValueError for a bias of another width."""
         _require_width(weight, bias)
         return cls(array(weight), _or_empty(bias, weight))
 
 
 class Norm(NamedTuple):
-    """Of a LayerNorm, which is centred, or of an RMSNorm: scale (d,), shift (d,) or (0,)"""
+    """The arrays of a LayerNorm (centred) or an RMSNorm: scale (d,), shift (d,) or (0,)"""
 
     centred: bool
     scale: Array
@@ -152,7 +152,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, scale: Tensor, shift: Tensor | None, eps: float, centred: bool) -> Norm:
-        """That of a layer, in its own memory. Raises ValueError for a shift of another width."""
+        """The arrays of a layer, not copied. Raises ValueError for a shift of another width."""
         _require_width(scale, shift)
         return cls(centred, array(scale), _or_empty(shift, scale), eps)
 
@@ -215,8 +215,8 @@ def activation(name: str) -> ArrayLayer:
 
 
 def threads_for(n_read: int) -> int:
-    """How many threads share work that reads so many numbers: as many as PyTorch has, if these are
-    many and compiled code has so many."""
+    """How many threads share work that reads `n_read` numbers: for many, as many as PyTorch and
+    compiled code both have."""
     n = torch.get_num_threads() if n_read >= LARGE else 1
     return n if n == 1 else min(n, _loaded().MOST_THREADS)
 
@@ -312,13 +312,13 @@ class Stored(NamedTuple):
 
 
 def number_of(activation: str) -> int:
-    """By which compiled functions know an activation."""
+    """The number that an activation has in compiled functions."""
     return int(_loaded().ACTIVATIONS[activation])
 
 
 @cache
 def kind_of(dtype: torch.dtype) -> Array:
-    """An empty array of the type by which compiled code knows `dtype`."""
+    """An empty array of the type that stands for `dtype` in compiled code."""
     return array(torch.empty(0, dtype=dtype))
 
 
@@ -336,7 +336,7 @@ def decoder_code(dtype: torch.dtype) -> ModuleType | None:
 
 
 def prepare(tensor: Tensor) -> None:
-    """Have all code for such weights ready, so that none is made while something is timed."""
+    """Compile all code for such weights now, so that nothing is compiled while a run is timed."""
     if tensor.is_cpu and tensor.dtype in READ:
         decoder_code(tensor.dtype)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("kvtool")
 LOCK = "kvtool.lock"
-PATIENCE = 1.0  # seconds; who reads what is there already is done before
+PATIENCE = 1.0  # seconds: reading compiled code takes less
 
 
 _failure = ""

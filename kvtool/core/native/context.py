@@ -1,4 +1,4 @@
-"""What the code around says of the work within: all that layers need to know beside their inputs.
+"""What layers need to know beside their inputs: the caller sets it around its work.
 
 with context.within(training=True, first_row=rows.start):
     loss = ...

@@ -103,7 +103,7 @@ def _drop(x: Tensor, onto: Tensor | None, mask: Mask, y: Tensor) -> None:
 
 
 def dropout(x: Tensor, onto: Tensor | None, mask: Mask) -> Tensor:
-    """What the mask leaves of x (...,d), added to `onto` (...,d) if there is one."""
+    """x (...,d) after dropout, added to `onto` (...,d) if there is one."""
     found: Tensor = _Dropout.apply(x, onto, mask)
     return found
 

@@ -67,7 +67,7 @@ class Tokenizer:
         self.end_ids = frozenset({EOS} if self.has_specials else ())  # each ends a text
         self._frames = False  # whether its own rules put special tokens around a text
         self.path: Path | None = None  # of the file that it is from, and so its rules
-        self.left_out: tuple[str, ...] = ()  # what of its rules is not followed
+        self.left_out: tuple[str, ...] = ()  # its rules that are not followed
         self.named_ids: dict[str, int] = {}  # the largest that a rule names, by which rule
         self._made_of_one = 1  # characters that rules of a file can make of one
         self._sure_back = False  # whether decoding takes little time and cannot fail

@@ -3,7 +3,7 @@
 What stands between a small model's layers in Python takes as long as the layers. Here is the same
 mathematics as in models/decoder.py, in the same order, by the functions of layers.py; a
 model is handed over as records of addresses, so that one compiled form serves every depth and size.
-Who calls must keep alive what the addresses point to.
+The caller keeps alive what the addresses point to.
 
 `kind` is an array of the type that is at those addresses, for its type alone. With half formats all
 is computed in float32, and rounded wherever a module would give a tensor.

@@ -36,8 +36,8 @@ Array = NDArray[Any]
 Forms = Iterator[tuple["Shared", tuple[Any, ...]]]  # functions, each with the types of arguments
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# numba looks for this file in the current folder, also whenever it compiles; who imported it before
-# may have stood in a stranger's.
+# numba looks for this file in the current folder, also whenever it compiles. If it was imported
+# before, that folder may have been a stranger's.
 numba.core.config._config_fname = os.devnull  # type: ignore[attr-defined]
 numba.core.config.reload_config()  # type: ignore[attr-defined]
 
