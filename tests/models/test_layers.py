@@ -302,6 +302,13 @@ def test_a_command_that_decodes_little_does_not_load_it() -> None:
     assert native.serves(x)
 
 
+def test_a_layer_that_was_compiled_is_called_as_compiled() -> None:
+    layer = Linear(4, 4)
+    layer.compile(backend=lambda graph, _: lambda *given: (graph(*given)[0] + 1,))
+    x = torch.rand(2, 4)
+    assert layer(x).equal(layer.forward(x) + 1)
+
+
 def test_hooks_on_a_layer_are_called() -> None:
     model, called = random_model(0), []
     head = model.get_submodule("head")

@@ -16,7 +16,7 @@ from kvtool.core.native import context, fused
 
 
 class Plain(nn.Module):
-    """Skips nn.Module's call overhead unless it has hooks.
+    """Skips nn.Module's call overhead unless it has hooks or is compiled.
 
     That would take as long as a small layer. For what works token by token; hooks on all modules of
     a process are not looked for.
@@ -32,6 +32,7 @@ class Plain(nn.Module):
             or self._forward_pre_hooks
             or self._backward_hooks
             or self._backward_pre_hooks
+            or self._compiled_call_impl is not None  # by layer.compile()
         ):
             return super().__call__(*args, **named)
         return self.forward(*args, **named)
