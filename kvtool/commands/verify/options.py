@@ -35,6 +35,7 @@ RULES = (
     contradicts(HF, "--target --prompt --plot", "Random ids are fed to models of transformers."),
     contradicts(f"{HF} --sweep", "--model --dtype", "It judges every type in float32."),
     needs(HF, "--sweep", f"Add {HF}."),
+    needs("--target", "--lossy", "kvtool's own caches declare what they round."),
 )
 OF_A_TARGET = contradicts(
     "--target",
@@ -147,6 +148,13 @@ Target = Annotated[
         "--target",
         metavar="FILE.py:NAME",
         help="Check your own decoder: an object, or a function that builds it.",
+    ),
+]
+Lossy = Annotated[
+    bool,
+    typer.Option(
+        "--lossy",
+        help="The cache of --target rounds what it stores, on purpose: report the loss.",
     ),
 ]
 SelfTest = Annotated[
