@@ -4,6 +4,7 @@ fault of known size. kvtool.core.verify.noise says what they mean."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,10 +47,10 @@ def benign(subject: Subject, arms: Arms, by_length: bool = True) -> Iterator[lis
     yield arms.expected
     passes: list[Pass] = []
     if by_length:
-        passes += [lambda ids, start, n=n: _with_tail(subject, ids, start, n) for n in TAILS]
-        passes += [lambda ids, start: _in_pieces(subject, ids, start)]
+        passes += [partial(_with_tail, subject, n=n) for n in TAILS]
+        passes += [partial(_in_pieces, subject)]
     if "batch" in subject.abilities:
-        passes.append(lambda ids, start: _in_other_rows(subject, ids, start))
+        passes.append(partial(_in_other_rows, subject))
     for whole in passes:
         yield played(arms, whole)
     for seed in SEEDS:

@@ -42,6 +42,7 @@ from kvtool.core.verify.precision import Promote, promoting
 from kvtool.core.verify.scenario_run import ScenarioRun, TooShort
 from kvtool.core.verify.scenarios import Scenario
 from kvtool.core.verify.second_look import (
+    OwnPrefixes,
     by_own_prefixes,
     constants,
     is_rounding,
@@ -227,30 +228,37 @@ class Judge:
             return replace(finding, verdict=NOT_CAUSAL, evidence=text, first_wrong=step)
         own = by_own_prefixes(self.double, promoted, ROUNDING_64)
         if own is not None:
-            wrong = _first_wrong(gap := compare(own.found, own.expected))
+            wrong = _first_wrong(gap := compare(own.arms.found, own.arms.expected))
             if wrong is None:
-                eps = torch.finfo(self.subject.dtype).eps
-                arms = by_own_prefixes(self.subject, arms, 4 * eps) or arms
-                finding = replace(
-                    finding,
-                    working=compare(arms.found, arms.expected),
-                    float64=gap,
-                    promoted=None,
+                return self._by_length(
+                    case, replace(finding, float64=gap, promoted=None), arms, own
                 )
-                return self._clean(case, finding, arms, own, False, OWN_PREFIX)
-            promoted, step = own, wrong
-        if innocent := self._innocent(case, finding, arms, promoted, own is None):
+            promoted, step = own.arms, wrong
+        if own is None and (innocent := self._innocent(case, finding, arms, promoted)):
             return innocent
         return self._wrong(case, finding, step, in_float64)
 
-    def _innocent(
-        self, case: Case, finding: Finding, arms: Arms, exact: Arms, by_length: bool
-    ) -> Finding | None:
+    def _by_length(self, case: Case, finding: Finding, arms: Arms, own: OwnPrefixes) -> Finding:
+        """Decide where passes over own prefixes leave no gap in float64."""
+        if own.moot is not None:
+            text = (
+                "what a pass computes for earlier tokens depends on its length "
+                f"(by {own.by:.1e}): no cache can hold it"
+            )
+            return replace(finding, verdict=UNDECIDED, evidence=text, first_wrong=own.moot)
+        eps = torch.finfo(self.subject.dtype).eps
+        again = by_own_prefixes(self.subject, arms, 4 * eps)
+        if again is not None:
+            arms = again.arms
+            finding = replace(finding, working=compare(arms.found, arms.expected))
+        return self._clean(case, finding, arms, own.arms, False, OWN_PREFIX)
+
+    def _innocent(self, case: Case, finding: Finding, arms: Arms, exact: Arms) -> Finding | None:
         """The finding where a gap in float64 is none of a bug's; else None."""
         if self.subject.told:
             return None
         gap = max(distances(exact.found, exact.expected))
-        measured = Measured(self.subject, case, arms, by_length)
+        measured = Measured(self.subject, case, arms)
         if self.subject.dtype != torch.float64 and measured.beyond() is None:
             if gap <= constants(self.double, exact, self.subject.dtype):
                 text = f"both arms agree to the numbers that they hold rounded (to {gap:.1e})"

@@ -17,6 +17,7 @@ from kvtool.core.verify.arms import Arms, Case, play
 from kvtool.core.verify.benign import arrays, by_own_prefix, controls, moved, played
 from kvtool.core.verify.compare import distances, largest
 from kvtool.core.verify.precision import promoting
+from kvtool.core.verify.scenario_run import Segment
 from kvtool.core.verify.subject import Subject
 
 MOVES = (0.1, 0.03)  # of themselves, that weights are moved by: about a code of 4 bits, and of 6
@@ -27,29 +28,62 @@ LASTING_DECLARED = (
 )
 SMALL = 0.1  # of what one wrong token does
 EDGE = 1e-9  # a move that no bug notices, and a value between two codes does
+MOOT = 4.0  # times what a pass's length changes of earlier tokens
 CONSTANTS = 4.0  # times what numbers held in float32 explain
 
 
-def by_own_prefixes(subject: Subject, arms: Arms, limit: float) -> Arms | None:
+class OwnPrefixes(NamedTuple):
+    """A run whose disputed steps were compared with passes over just their own prefixes."""
+
+    arms: Arms
+    # The first step whose past no pass computes: earlier tokens were cached when a pass was shorter
+    moot: int | None = None
+    by: float = 0.0  # how far what a pass computes for earlier tokens changes with its length
+
+
+def by_own_prefixes(subject: Subject, arms: Arms, limit: float) -> OwnPrefixes | None:
     """The run with every step that is off by more than `limit` compared with a pass over just its
-    own prefix, if that explains the first of them; else None."""
-    scale = largest(arms.expected)
-    places = {
-        a.step: (s, a.first, a.first + a.logits.shape[1]) for s in arms.segments for a in s.answers
-    }
-    order, expected = sorted(places), list(arms.expected)
+    own prefix, as far as that explains them; None if it does not explain the first."""
+    scale, order = largest(arms.expected), _places(arms)
+    expected, moot, by = list(arms.expected), None, 0.0
     helped = False
     for i, gap in enumerate(distances(arms.found, arms.expected)):
-        segment, first, end = places[order[i]]
-        if gap <= limit or end == segment.history.shape[1]:
-            continue  # it is right, or its pass was that over its own prefix
+        segment, first, end = order[i]
+        if gap <= limit:
+            continue
         with promoting(arms.promoted):
             own = by_own_prefix(subject, segment, first, end)
-        left = float((arms.found[i].double() - own.double()).abs().max()) / scale
-        if not left <= max(limit, gap / 100):
-            break
+            left = float((arms.found[i].double() - own.double()).abs().max()) / scale
+            if not left <= max(limit, gap / 100):
+                by = max(by, _change_with_length(subject, segment, first, end) / scale)
+                if by <= limit or not left <= MOOT * by:
+                    break
+                moot, own = i if moot is None else moot, arms.found[i]
         helped, expected[i] = True, own
-    return replace(arms, expected=expected) if helped else None
+    return OwnPrefixes(replace(arms, expected=expected), moot, by) if helped else None
+
+
+def _places(arms: Arms) -> list[tuple[Segment, int, int]]:
+    """Of each step, in order: its history, and the columns that it answered."""
+    found = {
+        answer.step: (segment, answer.first, answer.first + answer.logits.shape[1])
+        for segment in arms.segments
+        for answer in segment.answers
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def _change_with_length(subject: Subject, segment: Segment, first: int, end: int) -> float:
+    """How far the logits of what came before a step change when a pass covers the step as well."""
+    if first == 0:
+        return 0.0
+    long = by_own_prefix(subject, segment, 0, end)[:, :first]
+    done, change = 0, 0.0
+    for column in sorted({first, *(a.first for a in segment.answers if 0 < a.first < first)})[:3]:
+        short = by_own_prefix(subject, segment, 0, column)[:, done:]
+        change = max(change, float((long[:, done:column] - short).abs().max()))
+        done = column
+    return change
 
 
 def constants(subject: Subject, arms: Arms, working: torch.dtype) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from kvtool.core.verify.copies import converted, moved
 from kvtool.core.verify.fingerprint import fingerprint
 from kvtool.core.verify.scenario_run import PREFILL, STEPS
 from kvtool.core.verify.subject import Start
@@ -21,7 +22,6 @@ from kvtool.core.verify.target.attributes import (
     owned_modules,
     whole_number,
 )
-from kvtool.core.verify.copies import converted, moved
 from kvtool.errors import CacheOpUnsupported, UsageError, first_line, pass_on_shortage
 
 NEEDED = 2 * (PREFILL + STEPS)  # tokens that the longest scenario feeds, and some more
