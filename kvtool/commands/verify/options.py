@@ -21,7 +21,8 @@ OF_KINDS = "--window --sinks --group --residual --page"
 
 OF_THE_SELF_TEST = contradicts(
     "--self-test",
-    "--caches --kernels --scenarios --tokens --prompt --target --plot --model --dtype --impl "
+    "--caches --kernels --scenarios --tokens --prompt --target --lossy --plot --model --dtype "
+    "--impl "
     f"--sweep {OF_KINDS}",
     "It has models, caches and tokens of its own.",
 )
