@@ -32,6 +32,7 @@ def command(
     tokens: v.Tokens = v.DEFAULT_TOKENS,
     prompt: o.Prompt = None,
     target: v.Target = None,
+    lossy: v.Lossy = False,
     self_test: v.SelfTest = False,
     plot: o.Plot = None,
     sweep: v.Sweep = False,
@@ -83,6 +84,7 @@ def command(
         "--tokens": tokens != v.DEFAULT_TOKENS,
         "--prompt": prompt is not None,
         "--target": target is not None,
+        "--lossy": lossy,
         "--plot": plot,
         "--model": model,
         "--dtype": dtype != "float32",
@@ -118,7 +120,9 @@ def command(
 
             parse_spec(target)  # is read again, but refused before torch is loaded
         chosen = o.kinds_with_settings(caches, **of_kinds)
-        asked = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume)
+        asked = Settings(
+            machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume, lossy
+        )
         if plot is not None:
             out.later(lambda report, _: draw(report, asked, plot, out))
         present("verify-cache", asked, run, show, out)

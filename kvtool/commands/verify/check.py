@@ -43,6 +43,7 @@ class Settings:
     target: str | None = None
     plot: Path | None = None
     resume: Path | None = None
+    lossy: bool = False  # the target's cache rounds on purpose
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2)
@@ -150,6 +151,7 @@ def load_target(settings: Settings, dtype: Any) -> TargetSubject:
     from kvtool.core.verify.target.file import target_subject
 
     subject = target_subject(settings.target or "")
+    subject.lossy |= settings.lossy
     if settings.run.dtype == "float32":  # the default leaves a decoder as it is
         return subject
     try:
@@ -189,6 +191,7 @@ def check_target(
         **identity(settings.target or ""),
         "dtype": computed,
         "called": subject.guess,
+        "lossy": subject.lossy,
         "device": str(subject.device),
         "scenarios": names,
     }

@@ -21,7 +21,8 @@ OF_KINDS = "--window --sinks --group --residual --page"
 
 OF_THE_SELF_TEST = contradicts(
     "--self-test",
-    "--caches --kernels --scenarios --tokens --prompt --target --plot --model --dtype --impl "
+    "--caches --kernels --scenarios --tokens --prompt --target --lossy --plot --model --dtype "
+    "--impl "
     f"--sweep {OF_KINDS}",
     "It has models, caches and tokens of its own.",
 )
@@ -35,6 +36,7 @@ RULES = (
     contradicts(HF, "--target --prompt --plot", "Random ids are fed to models of transformers."),
     contradicts(f"{HF} --sweep", "--model --dtype", "It judges every type in float32."),
     needs(HF, "--sweep", f"Add {HF}."),
+    needs("--target", "--lossy", "kvtool's own caches declare what they round."),
 )
 OF_A_TARGET = contradicts(
     "--target",
@@ -147,6 +149,13 @@ Target = Annotated[
         "--target",
         metavar="FILE.py:NAME",
         help="Check your own decoder: an object, or a function that builds it.",
+    ),
+]
+Lossy = Annotated[
+    bool,
+    typer.Option(
+        "--lossy",
+        help="The cache of --target rounds what it stores, on purpose: report the loss.",
     ),
 ]
 SelfTest = Annotated[

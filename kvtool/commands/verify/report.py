@@ -43,6 +43,8 @@ class Row:
     gap_by_step: dict[str, list[float]]
     stores: bool = True
     not_judged: str = ""  # what of the cache something else stood in for: its codes
+    loss: float | None = None  # of a cache that rounds: root mean square, over the logits'
+    times_noise: float | None = None  # how far off, over the noise of the working format
 
     @classmethod
     def of(cls, checked: Checked) -> Row:
@@ -74,6 +76,8 @@ class Row:
             gap_by_step=finding.by_step,
             stores=checked.stores,
             not_judged=checked.not_judged,
+            loss=finding.loss,
+            times_noise=finding.noise,
         )
 
     @property
@@ -235,22 +239,28 @@ class CacheReport:
         return [f"{cache}: its {part} were not judged" for cache, part in parts]
 
     def _worst(self, kind: str, verdict: str) -> str:
-        from kvtool.core.verify.outcome import PRECISION
+        from kvtool.core.verify.outcome import LOSSY, PRECISION
 
         rows = [row for row in self.bugs if (row.cache, row.verdict) == (kind, verdict)]
         names = list(dict.fromkeys(row.scenario for row in rows))
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         why = " (the cache stores lower)" if verdict == PRECISION else ""
+        lost = [row.loss for row in rows if row.loss is not None]
+        if verdict == LOSSY and lost:
+            why = f", by {max(lost):.1e} (on purpose? --lossy says so)"
         return f"{rows[0].verdict_text()} in {names[0]}{more}{why}"
 
     def _steps(self, kernels: str) -> str:
-        from kvtool.core.verify.outcome import IDENTICAL, ROUNDING
+        from kvtool.core.verify.outcome import IDENTICAL, LOSSY, ROUNDING
 
         rows = [row for row in self.judged if row.kernels == kernels]
         same, steps = sum(row.identical_steps for row in rows), sum(row.steps for row in rows)
         if same == steps:
             return f"{same:,} of {steps:,} steps identical, bit for bit"
         loose = [row for row in rows if row.verdict != IDENTICAL]
+        lost = [row.loss for row in loose if row.verdict == LOSSY and row.loss is not None]
+        if lost:
+            return f"lossy as declared, by {max(lost):.1e} ({same:,} of {steps:,} steps identical)"
         precise = all(row.verdict == ROUNDING for row in loose)
         what = "rounding only" if precise else "rounding, or the model's own precision"
         return f"{what} ({same:,} of {steps:,} steps identical)"

@@ -138,6 +138,7 @@ def verify(
     caches: Sequence[str] | None = None,
     vocab_size: int = 0,
     context: int = 0,
+    lossy: bool = False,
 ) -> Verification:
     """Compare a decoder's cached with its uncached logits: bug or rounding, where, and what.
 
@@ -146,7 +147,8 @@ def verify(
     ids: what to decode (N,) or (1,N), the last `tokens` of it one by one, at most half; else they
     are random. scenarios: names of SCENARIOS, all by default. dtype: the working format, the
     model's own by default. caches: kinds for a model of kvtool's, all by default. vocab_size,
-    context: of another decoder, where they cannot be found.
+    context: of another decoder, where they cannot be found. lossy: its cache rounds what it stores
+    on purpose, so that a loss is reported and no fault.
     Raises UsageError for what cannot be called, CheckFailed for logits that are not finite.
     """
     for name in scenarios or ():
@@ -159,6 +161,7 @@ def verify(
     if caches is not None:
         raise UsageError("caches: only models of kvtool's can be given a kind of cache")
     subject = TargetSubject(_copied(model), type(model).__name__, vocab_size, context)
+    subject.lossy |= lossy
     if dtype is not None:
         subject = subject.to(dtype)
     main = decode_case(subject.vocab_size, subject.context, ids, tokens, subject.device)

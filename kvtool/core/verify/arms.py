@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core.verify.precision import Promote
-from kvtool.core.verify.scenario_run import ScenarioRun
+from kvtool.core.verify.scenario_run import ScenarioRun, Segment
 from kvtool.core.verify.scenarios import Scenario
 from kvtool.core.verify.subject import Source, Subject
 from kvtool.errors import first_line, pass_on_shortage
@@ -55,6 +55,7 @@ class Arms:
     vacuous: str | None = None
     raised: Raised | None = None
     promoted: bool = False  # both arms ran without lower types
+    segments: list[Segment] = field(default_factory=list)  # the histories that were answered
 
 
 @torch.inference_mode()
@@ -71,6 +72,7 @@ def play(subject: Subject, case: Case, promote: tuple[bool, bool] = (False, Fals
         arms.vacuous, arms.raised = _vacuous(run)
     with Promote() if promote[1] else contextlib.nullcontext():
         answers = _answers(subject, run)
+    arms.segments = [segment for segment in run.segments if segment.answers]
     for step in sorted(answers):
         found, expected = answers[step]
         arms.found.append(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class Promote(TorchDispatchMode):
         if any(isinstance(arg, Tensor) for arg in args):
             return made
         return tree_map(_made, made)  # a factory without a dtype made the default one
+
+
+def promoting(promote: bool) -> contextlib.AbstractContextManager[object]:
+    """`Promote`, or nothing."""
+    return Promote() if promote else contextlib.nullcontext()
 
 
 def _dtype(value: Any) -> Any:

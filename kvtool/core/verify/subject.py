@@ -17,6 +17,7 @@ from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.models import Model
+from kvtool.core.verify.copies import moved
 
 # What a subject may be able to do; a scenario names those that it needs.
 ABILITIES = (
@@ -82,6 +83,8 @@ class Subject(Protocol):
     window: int  # tokens that a query sees, its own included; 0: all
     dtype: torch.dtype
     device: torch.device
+    told: bool  # whether its uncached pass rounds as its cache does, so that a loss is a bug
+    lossy: bool  # whether it declares that its cache rounds on purpose
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
         """Whole sequences (B,T) in one pass that no cache takes part in -> logits (B,T,V)."""
@@ -91,6 +94,12 @@ class Subject(Protocol):
 
     def to(self, dtype: torch.dtype) -> Subject:
         """The same mathematics in another format."""
+
+    def moved(self, by: float, seed: int = 0, tables: bool = False) -> Subject:
+        """The same decoder with weights, or `tables`, that differ by about `by` of themselves.
+
+        Raises NotImplementedError if it holds none.
+        """
 
     def unrounded(self) -> Subject | None:
         """The same decoder with a cache that rounds nothing, if this one's does."""
@@ -170,6 +179,9 @@ class ModelSubject:
     formats: where other subjects of the same model find its copies too.
     """
 
+    told = True
+    lossy = False
+
     def __init__(
         self,
         model: Model,
@@ -227,6 +239,12 @@ class ModelSubject:
     def with_session(self, session: Callable[[ModelSubject, Start], Session]) -> ModelSubject:
         """The same subject, decoding in another way."""
         return ModelSubject(self.model, self.make, self.name, self.kernels, session, self.formats)
+
+    def moved(self, by: float, seed: int = 0, tables: bool = False) -> ModelSubject:
+        if tables:
+            raise NotImplementedError("its tables are computed, and none is held")
+        model = moved(self.model, by, seed)
+        return ModelSubject(model, self.make, self.name, self.kernels, self.session)
 
     def unrounded(self) -> ModelSubject | None:
         if self.quantization is None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvtool.core.verify.copies import converted
 from kvtool.core.verify.target.plans import CACHES, FACTORIES, Plan, parameters, plans, required
 from kvtool.errors import UsageError, first_line, pass_on_shortage
 
@@ -149,7 +150,7 @@ class ModuleDecoder:
 
     def to(self, dtype: torch.dtype) -> ModuleDecoder:
         """The same decoder with a copy of the module in another format."""
-        return replace(self, module=copy.deepcopy(self.module).to(dtype))
+        return replace(self, module=converted(self.module, dtype))
 
 
 CHANGE_METHODS = {

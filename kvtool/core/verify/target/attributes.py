@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
 
@@ -31,32 +30,6 @@ def contents(state: Any, depth: int = 6) -> Iterator[Any]:
         yield leaf
         if depth and not isinstance(leaf, Tensor):
             yield from contents(list(getattr(leaf, "__dict__", {}).values()), depth - 1)
-
-
-def converted(decoder: Any, dtype: torch.dtype) -> Any:
-    """A copy of a decoder in another format.
-
-    Raises what its own `to` raises, and NotImplementedError if it holds nothing to convert.
-    """
-    other = copy.deepcopy(decoder)
-    if callable(getattr(other, "to", None)):
-        return other.to(dtype) or other
-    n_converted = 0
-
-    def convert(value: Any) -> Any:
-        nonlocal n_converted
-        if isinstance(value, nn.Module) or (
-            isinstance(value, Tensor) and value.is_floating_point()
-        ):
-            n_converted += 1
-            return value.to(dtype)
-        return value
-
-    held = getattr(other, "__dict__", {})
-    held.update({name: tree_map(convert, value) for name, value in held.items()})
-    if not n_converted:
-        raise NotImplementedError("it has no to(dtype), and no modules or tensors to convert")
-    return other
 
 
 def device_of(given: Any) -> torch.device:

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from kvtool.core.verify.copies import converted, moved
 from kvtool.core.verify.fingerprint import fingerprint
 from kvtool.core.verify.scenario_run import PREFILL, STEPS
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.adapter import adapt
 from kvtool.core.verify.target.attributes import (
     contents,
-    converted,
     device_of,
     owned_modules,
     whole_number,
@@ -91,6 +91,7 @@ class TargetSubject:
     stores = True
     source_vocab_size = 0
     window = 0
+    told = False  # of what the cache rounds
 
     def __init__(self, given: Any, name: str, vocab_size: int = 0, context: int = 0) -> None:
         self.name = name
@@ -109,6 +110,7 @@ class TargetSubject:
                 f"{name}: holds {self.context} tokens (expected {NEEDED} or more)",
                 "A check feeds about that many: build it with a longer context.",
             )
+        self.lossy = self._declares_loss(given)
         self._vacuous: tuple[str | None] | None = None
 
     @property
@@ -181,6 +183,15 @@ class TargetSubject:
         other.decoder, other.dtype = converted(self.decoder, dtype), dtype
         return other
 
+    def moved(self, by: float, seed: int = 0, tables: bool = False) -> TargetSubject:
+        """The same decoder with weights, or `tables`, that differ by about `by` of themselves.
+
+        Raises NotImplementedError if it holds none.
+        """
+        other = copy.copy(self)
+        other.decoder = moved(self.decoder, by, seed, tables)
+        return other
+
     # What it is able to do
 
     def _probe(self, vocab_size: int) -> tuple[int, torch.dtype]:
@@ -244,6 +255,13 @@ class TargetSubject:
         except (Exception, SystemExit) as error:
             pass_on_shortage(error)
         return frozenset(found)
+
+    def _declares_loss(self, given: Any) -> bool:
+        """Whether a decoder, one of its modules or its cache has `lossy = True`."""
+        with torch.inference_mode():
+            _, state = self._after(torch.arange(4, device=self.device)[None] % self.vocab_size)
+        held = (given, self.decoder, *owned_modules(given).values(), state, *contents(state))
+        return any(getattr(value, "lossy", False) is True for value in held)
 
     def vacuous(self) -> str | None:
         """Why nothing would be proved by equal logits."""
