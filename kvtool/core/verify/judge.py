@@ -167,6 +167,9 @@ class Judge:
             return replace(finding, verdict=ERROR, evidence=text, first_wrong=step)
         if text := self.not_causal():
             return replace(finding, verdict=NOT_CAUSAL, evidence=text, first_wrong=step)
+        if in_float64.mixed > ROUNDING_64:
+            text = f"rows of a batch are not what each is alone, uncached ({in_float64.mixed:.1e})"
+            return replace(finding, verdict=BUG, evidence=text, first_wrong=step)
         gap = finding.promoted.relative if finding.promoted else float("nan")
         text = f"the gap stays in float64 ({gap:.1e})"
         found = Diagnosis()

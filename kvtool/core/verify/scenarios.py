@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvtool.core.verify import schedules
 from kvtool.core.verify.scenario_run import PREFILL, STEPS, ScenarioRun
 from kvtool.core.verify.subject import ABILITIES, Subject
 
@@ -24,6 +25,7 @@ class Scenario:
     about: str
     play: Callable[[ScenarioRun], None]
     needs: tuple[str, ...] = ()
+    generated: bool = False  # by schedules, as long as can be afforded
 
     def __post_init__(self) -> None:
         if unknown := [need for need in self.needs if need not in ABILITIES]:
@@ -111,6 +113,34 @@ def _permuted(run: ScenarioRun) -> None:
     for rows in ([2, 0, 1], [1, 1, 0]):
         session.select(rows)
         session.feed_singly(3)
+    session.select([1])  # a row that leaves the batch takes the others' places along
+    session.feed_singly(2)
+
+
+def _rows(run: ScenarioRun) -> None:
+    session = run.open(batch=3, alone=True)
+    session.feed(PREFILL)
+    session.feed_singly(3)
+    session.feed(CHUNK)
+    session.feed_singly(2 + run.subject.window)
+
+
+def _padded_rows(run: ScenarioRun) -> None:
+    session = run.open(batch=3, padding=[3, 0, 5])
+    session.feed(PREFILL + run.subject.window)
+    session.feed_singly(2)
+    for rows in ([1, 2, 0], [2, 2, 1], [1, 2]):
+        session.select(rows)
+        session.feed_singly(2)
+        session.feed(CHUNK)
+
+
+def _right_padded(run: ScenarioRun) -> None:
+    session = run.open(batch=3, padding=[[PREFILL, PREFILL], [PREFILL - 4, PREFILL], [5, PREFILL]])
+    session.feed(PREFILL)
+    session.feed_singly(3)
+    session.feed(CHUNK)
+    session.feed_singly(2)
 
 
 def _reset(run: ScenarioRun) -> None:
@@ -144,6 +174,52 @@ def _crop(run: ScenarioRun) -> None:
     session.feed_singly(2)
 
 
+def _prompts(run: ScenarioRun) -> None:
+    run.follow(schedules.prompts(run.limits))
+
+
+def _steps(run: ScenarioRun) -> None:
+    run.follow(schedules.steps(run.limits))
+
+
+def _boundaries(run: ScenarioRun) -> None:
+    run.follow(schedules.boundaries(run.limits))
+
+
+def _long(run: ScenarioRun) -> None:
+    run.follow(schedules.long(run.limits))
+
+
+def _ids(run: ScenarioRun) -> None:
+    session = run.open()
+    session.feed(PREFILL)
+    for ids in run.telling_ids():  # runs and repeats, and the ids that may have a meaning
+        session.feed(ids.shape[1], ids)
+    session.feed_singly(2)
+
+
+def _second_request(run: ScenarioRun) -> None:
+    n = PREFILL + run.subject.window
+    for steps in ((n, 1, 1, CHUNK), (n - 3, 1, 2)):  # the second begins as the first did
+        session = run.open()
+        for size in steps:
+            session.feed(size, run.line(session.length, size))
+    session.feed(CHUNK)
+    session.feed_singly(3)
+
+
+def _saved(run: ScenarioRun) -> None:
+    session = run.open()
+    session.feed(PREFILL + run.subject.window)
+    session.feed_singly(2)
+    session.reload()
+    session.feed_singly(2)
+    session.feed(CHUNK)
+    session.reload()
+    session.feed(CHUNK)
+    session.feed_singly(2)
+
+
 def _two_sources(run: ScenarioRun) -> None:
     session = run.open(batch=2, source=1)
     n = STEPS + 2 * run.subject.window
@@ -166,12 +242,45 @@ SCENARIOS = {
         Scenario("overflow", "a token too many must be refused", _overflow, ("capacity",)),
         Scenario("growth", f"past {BLOCK} tokens, where buffers grow", _growth),
         Scenario("padded", "a batch with left padding", _padded, ("batch", "padding")),
+        Scenario("rows", "a batch, and each of its rows alone", _rows, ("batch",)),
         Scenario("permuted", "rows reordered and repeated", _permuted, ("batch", "select")),
+        Scenario(
+            "padded-rows",
+            "padded rows reordered, and one that leaves",
+            _padded_rows,
+            ("batch", "padding", "select"),
+        ),
+        Scenario(
+            "right-padded",
+            "a batch with padding behind shorter prompts",
+            _right_padded,
+            ("batch", "right-padding"),
+        ),
         Scenario("reset", "a second sequence on the same cache", _reset, ("reset",)),
         Scenario("fork", "one prefix, two continuations", _fork, ("fork",)),
         Scenario("crop", "tokens taken back, then others", _crop, ("crop",)),
+        Scenario("saved", "saved, and loaded into a new cache", _saved, ("save",)),
+        Scenario("second-request", "another request that begins as the first", _second_request),
+        Scenario("ids", "repeats, runs, and ids with a meaning", _ids),
+        Scenario("prompts", "first steps of many sizes", _prompts, generated=True),
+        Scenario(
+            "steps", "steps of many sizes behind short and long pasts", _steps, generated=True
+        ),
+        Scenario(
+            "boundaries",
+            "steps that end around blocks, windows and chunks",
+            _boundaries,
+            generated=True,
+        ),
+        Scenario(
+            "long",
+            "large steps, then small ones up to the end of the context",
+            _long,
+            generated=True,
+        ),
         Scenario(
             "two-sources", "another source after the first", _two_sources, ("source", "reset")
         ),
     )
 }
+GENERATED = frozenset(name for name, scenario in SCENARIOS.items() if scenario.generated)

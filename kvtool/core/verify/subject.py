@@ -17,11 +17,13 @@ from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.models import Model
+from kvtool.core.verify.schedules import BRIEF
+from kvtool.errors import CacheOpUnsupported
 
 # What a subject may be able to do; a scenario names those that it needs.
 ABILITIES = (
-    "batch", "padding", "crop", "select", "reset", "fork", "capacity", "source", "window",
-    "quantized", "pages",
+    "batch", "padding", "right-padding", "crop", "select", "reset", "fork", "capacity", "source",
+    "window", "quantized", "pages", "save",
 )  # fmt: skip
 
 
@@ -34,12 +36,24 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Start:
-    """How a session begins: rows, room for tokens, left padding (B,) if any, and the source."""
+    """How a session begins: rows, room for tokens, padding if any, and the source.
+
+    padding: how many columns on the left (B,); or the columns (B,2) from the first on and up to
+    an end, which is where a row is padded that is shorter than its prompt.
+    """
 
     batch: int
     capacity: int
     padding: Tensor | None = None
     source: Source | None = None
+
+    def real(self, first: int, n: int) -> Tensor:
+        """Which of n columns from `first` on are not padding (B,n), where there is padding."""
+        assert self.padding is not None
+        columns = torch.arange(first, first + n, device=self.padding.device)
+        if self.padding.dim() == 1:
+            return columns >= self.padding[:, None]
+        return (columns < self.padding[:, :1]) | (columns >= self.padding[:, 1:])
 
     def select(self, rows: Tensor) -> Start:
         """How sessions on `rows` (n,) of it begin, in that order."""
@@ -65,6 +79,9 @@ class Session(Protocol):
 
     def fork(self) -> Session:
         """A second session that holds the same tokens and goes its own way."""
+
+    def reload(self) -> None:
+        """Save the cache, and go on with a new one that is loaded from it."""
 
     def vacuous(self) -> str | None:
         """Why equal logits would prove nothing about the cache, if so."""
@@ -147,6 +164,9 @@ class ModelSession:
         other.cache = self.cache.fork()
         return other
 
+    def reload(self) -> None:
+        raise CacheOpUnsupported(self.subject.name, "be saved and loaded", "it has no way to")
+
     def vacuous(self) -> str | None:
         return self.cache.vacuous()
 
@@ -194,6 +214,10 @@ class ModelSubject:
         self.stores = probe.stores
         self.window, self.sinks = probe.window, probe.sinks
         self.quantization, self.page = probe.quantization, probe.page
+        self.sizes = tuple(n for n in (self.page, model.config.window) if n)
+        self.level = BRIEF  # there are many kinds, and each is played by several kernels
+        # What recomputes all at each step proves nothing, and takes the square of the time.
+        self.reach = min(self.context, 64) if not self.stores else 0
         abilities = {"batch", "padding", "crop", "select", "reset", "fork", "capacity"}
         if model.config.n_encoder_layers:
             abilities = (abilities - {"padding"}) | {"source"}

@@ -12,7 +12,7 @@ from kvtool.core.verify.check import MAIN, Checked, beginning
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.scenario_run import PREFILL
-from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.core.verify.scenarios import GENERATED, SCENARIOS
 from kvtool.core.verify.subject import Session, Start
 from kvtool.core.verify.target.doctor import examine
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
@@ -68,12 +68,19 @@ def check_target(
     scenarios: Sequence[str],
     main: Case,
     tell: Callable[[str], None] = lambda text: None,
+    thorough: bool = False,
 ) -> Iterator[Checked]:
-    """Judge the user's decoder in all scenarios, in that order. Raises CheckFailed."""
+    """Judge the user's decoder in all scenarios, in that order. Raises CheckFailed.
+
+    thorough: feed all that can be fed in some minutes, not in some seconds.
+    """
+    if any(scenario in GENERATED for scenario in scenarios):
+        tell("how long a history can be")
+        subject.find_reach(thorough)
     judge = Judge(subject, examine)
     for scenario in scenarios:
         tell(scenario)
-        case = main if scenario == MAIN else Case(SCENARIOS[scenario])
+        case = main if scenario == MAIN else Case(SCENARIOS[scenario], thorough=thorough)
         yield Checked(subject.name, OWN, True, judge.judge(case, thorough=scenario == MAIN))
 
 
