@@ -14,7 +14,7 @@ from kvtool.errors import pass_on_shortage
 
 PREFILL = 11  # tokens of a prompt that no power of two divides
 STEPS = 6  # one-token steps that follow
-REACH = 600  # tokens of the longest history, where nobody asked what they cost
+REACH = 600  # tokens of the longest history, where nobody found out what they cost
 MOST_SPECIAL = 8  # ids to which a decoder gives a meaning
 Padding = list[int] | list[list[int]] | None  # of rows: see Start
 

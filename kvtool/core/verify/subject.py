@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ ABILITIES = (
     "batch", "padding", "right-padding", "crop", "select", "reset", "fork", "capacity", "source",
     "window", "quantized", "pages", "save",
 )  # fmt: skip
+REACH = 330  # tokens of the longest history that each of our kinds is fed by default
+LITTLE = 24
 
 
 class Source(NamedTuple):
@@ -217,7 +219,7 @@ class ModelSubject:
         self.sizes = tuple(n for n in (self.page, model.config.window) if n)
         self.level = BRIEF  # there are many kinds, and each is played by several kernels
         # What recomputes all at each step proves nothing, and takes the square of the time.
-        self.reach = min(self.context, 64) if not self.stores else 0
+        self.reach = min(self.context, REACH if self.stores else LITTLE)
         abilities = {"batch", "padding", "crop", "select", "reset", "fork", "capacity"}
         if model.config.n_encoder_layers:
             abilities = (abilities - {"padding"}) | {"source"}
@@ -246,17 +248,24 @@ class ModelSubject:
 
     def with_kernels(self, kernels: Kernels) -> ModelSubject:
         """The same subject, computed by other kernels."""
-        return ModelSubject(self.model, self.make, self.name, kernels, self.session, self.formats)
+        return self._varied(kernels=kernels)
 
     def with_session(self, session: Callable[[ModelSubject, Start], Session]) -> ModelSubject:
         """The same subject, decoding in another way."""
-        return ModelSubject(self.model, self.make, self.name, self.kernels, session, self.formats)
+        return self._varied(session=session)
 
     def unrounded(self) -> ModelSubject | None:
         if self.quantization is None:
             return None
-        return ModelSubject(self.model, DynamicCache, self.name, self.kernels)
+        plain = ModelSubject(self.model, DynamicCache, self.name, self.kernels)
+        plain.context, plain.reach, plain.sizes = self.context, self.reach, self.sizes
+        return plain
 
     def to(self, dtype: torch.dtype) -> ModelSubject:
-        model = self.formats.to(dtype)
-        return ModelSubject(model, self.make, self.name, self.kernels, self.session)
+        return self._varied(model=self.formats.to(dtype), dtype=dtype)
+
+    def _varied(self, **changes: Any) -> ModelSubject:
+        """A copy with other attributes: it is fed what this one is."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,7 +96,7 @@ def _extrapolated(taken: list[tuple[int, float]], n: int) -> float:
         power = math.log(max(t1 / t0, 1.0)) / math.log(n1 / n0) if n1 > n0 else 2.0
         return t1 * (n / n1) ** min(max(power, 1.0), 3.0)
     (low, t0), (high, t1) = next(
-        ((a, b) for a, b in zip(taken, taken[1:], strict=False) if n <= b[0]), (taken[0], taken[0])
+        ((a, b) for a, b in pairwise(taken) if n <= b[0]), (taken[0], taken[0])
     )
     return t0 + (t1 - t0) * max(n - low, 0) / max(high - low, 1)
 
