@@ -39,6 +39,7 @@ class Finding:
     promoted: Gap | None = None
     first_wrong: int | None = None  # the first step that differs by more than rounding
     lossy: bool = False  # precision that the cache alone loses, and nobody asked for
+    not_fed: str = ""  # what of the context no step was fed at, though right: "beyond 512 tokens"
     diagnosis: Diagnosis = field(default_factory=Diagnosis)
 
     @property

@@ -32,6 +32,7 @@ from kvtool.core.verify.outcome import (
     VACUOUS,
 )
 from kvtool.core.verify.precision import Promote
+from kvtool.core.verify.reduced import reduced
 from kvtool.core.verify.scenario_run import ScenarioRun, TooShort
 from kvtool.core.verify.scenarios import Scenario
 from kvtool.core.verify.subject import Subject
@@ -174,8 +175,9 @@ class Judge:
         text = f"the gap stays in float64 ({gap:.1e})"
         found = Diagnosis()
         if self.doctor is not None:
+            shorter = reduced(self.double, case, step, in_float64, ROUNDING_64)
             with Promote() if in_float64.promoted else contextlib.nullcontext():
-                found = self.doctor(self.double, case, step, in_float64)
+                found = self.doctor(self.double, *shorter)
         return replace(finding, verdict=BUG, evidence=text, first_wrong=step, diagnosis=found)
 
 

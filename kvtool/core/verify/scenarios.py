@@ -3,11 +3,12 @@ goes wrong in practice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from kvtool.core.verify import schedules
 from kvtool.core.verify.scenario_run import PREFILL, STEPS, ScenarioRun
+from kvtool.core.verify.schedules import Limits, Schedule
 from kvtool.core.verify.subject import ABILITIES, Subject
 
 CHUNK = 4  # tokens of a step that has several
@@ -25,12 +26,21 @@ class Scenario:
     about: str
     play: Callable[[ScenarioRun], None]
     needs: tuple[str, ...] = ()
-    generated: bool = False  # by schedules, as long as can be afforded
+    schedules: Callable[[Limits], list[Schedule]] | None = None  # of one that is generated
 
     def __post_init__(self) -> None:
         if unknown := [need for need in self.needs if need not in ABILITIES]:
             expected = f"expected some of {', '.join(ABILITIES)}"
             raise ValueError(f"{self.name}: needs {unknown} ({expected})")
+
+    @classmethod
+    def generated(cls, name: str, about: str, make: Callable[[Limits], list[Schedule]]) -> Scenario:
+        """A scenario that feeds the schedules that fit a subject, each to a session of its own."""
+        return cls(name, about, lambda run: run.follow(make(run.limits)), schedules=make)
+
+    def of(self, chosen: Sequence[Schedule]) -> Scenario:
+        """The same with these schedules alone."""
+        return replace(self, play=lambda run: run.follow(chosen))
 
     def lacking(self, subject: Subject) -> str | None:
         """The first ability that the subject does not have."""
@@ -182,22 +192,6 @@ def _crop(run: ScenarioRun) -> None:
     session.feed_singly(2)
 
 
-def _prompts(run: ScenarioRun) -> None:
-    run.follow(schedules.prompts(run.limits))
-
-
-def _steps(run: ScenarioRun) -> None:
-    run.follow(schedules.steps(run.limits))
-
-
-def _boundaries(run: ScenarioRun) -> None:
-    run.follow(schedules.boundaries(run.limits))
-
-
-def _long(run: ScenarioRun) -> None:
-    run.follow(schedules.long(run.limits))
-
-
 def _ids(run: ScenarioRun) -> None:
     session = run.open()
     session.feed(PREFILL)
@@ -271,25 +265,19 @@ SCENARIOS = {
         Scenario("saved", "saved, and loaded into a new cache", _saved, ("save",)),
         Scenario("second-request", "another request that begins as the first", _second_request),
         Scenario("ids", "repeats, runs, and ids with a meaning", _ids),
-        Scenario("prompts", "first steps of many sizes", _prompts, generated=True),
-        Scenario(
-            "steps", "steps of many sizes behind short and long pasts", _steps, generated=True
+        Scenario.generated("prompts", "first steps of many sizes", schedules.prompts),
+        Scenario.generated(
+            "steps", "steps of many sizes behind short and long pasts", schedules.steps
         ),
-        Scenario(
-            "boundaries",
-            "steps that end around blocks, windows and chunks",
-            _boundaries,
-            generated=True,
+        Scenario.generated(
+            "boundaries", "steps that end around blocks, windows and chunks", schedules.boundaries
         ),
-        Scenario(
-            "long",
-            "large steps, then small ones up to the end of the context",
-            _long,
-            generated=True,
+        Scenario.generated(
+            "long", "large steps, then small ones up to the end of the context", schedules.long
         ),
         Scenario(
             "two-sources", "another source after the first", _two_sources, ("source", "reset")
         ),
     )
 }
-GENERATED = frozenset(name for name, scenario in SCENARIOS.items() if scenario.generated)
+GENERATED = frozenset(name for name, scenario in SCENARIOS.items() if scenario.schedules)

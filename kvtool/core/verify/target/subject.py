@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kvtool.core.verify.compare import distances
 from kvtool.core.verify.fingerprint import fingerprint
 from kvtool.core.verify.scenario_run import PREFILL, STEPS
+from kvtool.core.verify.scenarios import GENERATED
 from kvtool.core.verify.schedules import NORMAL, THOROUGH, Limits
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target import cost, saving
@@ -203,6 +204,11 @@ class TargetSubject:
         return other
 
     # What it is able to do
+
+    def find_reach_for(self, scenarios: Sequence[str], thorough: bool = False) -> None:
+        """Find it out, if any of the scenarios depends on it."""
+        if GENERATED.intersection(scenarios):
+            self.find_reach(thorough)
 
     def find_reach(self, thorough: bool = False) -> None:
         """Find out how long a history can be fed in the time that a check may take."""
