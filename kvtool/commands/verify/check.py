@@ -44,9 +44,12 @@ class Settings:
     plot: Path | None = None
     resume: Path | None = None
     lossy: bool = False  # the target's cache rounds on purpose
+    prompt_length: int = 0  # tokens; 0: those of the prompt, or as many as a scenario has
+    thorough: bool = False
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2)
+        check_int("--prompt-length", self.prompt_length, 0)
         given = {
             "--target": self.target,
             "--model": self.run.model,
@@ -98,6 +101,8 @@ def load_model(
     ids = checkpoint.prompt_ids(loaded, prompt)
     if not ids:
         raise UsageError("--prompt: is empty (expected 1 token or more)")
+    if n := settings.prompt_length:
+        ids = (ids * (n // len(ids) + 1))[:n]
     if loaded.source_tokenizer is not None:
         check_sources([ids], loaded.config.context)
     n_prompt = len(ids) if loaded.source_tokenizer is None else 1
@@ -129,6 +134,7 @@ def check_model(
     }
     conditions = {**resolved, "model": loaded.path.name, "config": vars(loaded.config), "ids": ids}
     kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
+    kinds["thorough"] = settings.thorough
     log = resume_file(settings.resume, facts("kvtool", settings.run, **conditions, **kinds))
     rows = Rows(product(settings.caches, settings.kernels, names), log, out)
     total = len(rows.plan) + 1
@@ -137,7 +143,9 @@ def check_model(
         main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
         formats = Formats(loaded.model)
         asked = (settings.caches, settings.kernels, names)
-        for found in check.check_model(formats, *asked, main, bar.update, rows.known):
+        for found in check.check_model(
+            formats, *asked, main, bar.update, rows.known, settings.thorough
+        ):
             rows.add(Row.of(found))
             bar.advance()
         planted = check.control(formats, main)
@@ -177,7 +185,8 @@ def check_target(
         out.note(subject.guess)
     name = Path(subject.name).name
     sizes = (subject.vocab_size, subject.context)
-    main = target_check.decode_case(*sizes, None, settings.tokens, subject.device)
+    n, n_prompt = settings.tokens, settings.prompt_length
+    main = target_check.decode_case(*sizes, None, n, subject.device, n_prompt)
     if main.given is not None and main.given.shape[1] < main.n_prompt + settings.tokens:
         n = main.given.shape[1] - main.n_prompt
         out.note(f"--tokens {settings.tokens}: {n}, since the decoder holds {subject.context}")
@@ -196,6 +205,7 @@ def check_target(
         "scenarios": names,
     }
     conditions = {**resolved, "model": name, "tokens": settings.tokens}
+    conditions |= {"prompt_length": settings.prompt_length, "thorough": settings.thorough}
     if settings.resume is not None:
         conditions["weights"] = subject.fingerprint()
     log = resume_file(settings.resume, facts("target", settings.run, **conditions))
@@ -205,7 +215,8 @@ def check_target(
     with rows, redirect_stdout(said), bars as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         left = [check.scenario for check in rows.not_run]
-        for found in target_check.check_target(subject, left, main, bar.update):
+        given = (subject, left, main, bar.update, settings.thorough)
+        for found in target_check.check_target(*given):
             rows.add(Row.of(replace(found, cache=name)))
             bar.advance()
         planted = target_check.target_control(subject, main)

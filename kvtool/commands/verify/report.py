@@ -45,6 +45,7 @@ class Row:
     not_judged: str = ""  # what of the cache something else stood in for: its codes
     loss: float | None = None  # of a cache that rounds: root mean square, over the logits'
     times_noise: float | None = None  # how far off, over the noise of the working format
+    not_fed: str = ""  # what of the context was left out, since it would take too long
 
     @classmethod
     def of(cls, checked: Checked) -> Row:
@@ -78,6 +79,7 @@ class Row:
             not_judged=checked.not_judged,
             loss=finding.loss,
             times_noise=finding.noise,
+            not_fed=finding.not_fed,
         )
 
     @property
@@ -189,7 +191,7 @@ class CacheReport:
         kernels = dict.fromkeys(row.kernels for row in self.judged)
         parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
         control = "; the planted bug was found" * (self.control is not None)
-        return "; ".join(parts + self._in_vain() + self._put_aside()) + control
+        return "; ".join(parts + self._in_vain() + self._put_aside()) + control + self._not_fed()
 
     def _nothing(self) -> str:
         """Why what was found proves nothing, if so."""
@@ -231,6 +233,11 @@ class CacheReport:
         """Scenarios that proved nothing, of kinds that others did prove right."""
         rows = self.summary.proved_nothing
         return [f"{row.cache}, {row.scenario}: proved nothing" for row in rows]
+
+    def _not_fed(self) -> str:
+        """What of the context was left out, since it would take too long."""
+        parts = dict.fromkeys(row.not_fed for row in self.judged if row.not_fed)
+        return f"; not fed: {', '.join(parts)} (--thorough for more)" if parts else ""
 
     def _put_aside(self) -> list[str]:
         """Of what was judged, the parts that something else stood in for."""

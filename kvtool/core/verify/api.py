@@ -18,6 +18,7 @@ from kvtool.core.verify.compare import Gap
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.outcome import Outcome, Summary
 from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.core.verify.schedules import TOKENS
 from kvtool.core.verify.subject import Formats
 from kvtool.core.verify.target.check import OWN, check_target, decode_case, target_control
 from kvtool.core.verify.target.subject import TargetSubject
@@ -90,7 +91,9 @@ class Verification:
         if not self.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
         more = f", {n_judged - n_right} proved nothing" if n_right < n_judged else ""
-        return f"right: {n_right} of {n_judged} scenarios{more}; the planted bug was found"
+        parts = dict.fromkeys(c.finding.not_fed for c in self.checked if c.finding.not_fed)
+        left = f"; not fed: {', '.join(parts)}" if parts else ""
+        return f"right: {n_right} of {n_judged} scenarios{more}; the planted bug was found{left}"
 
     def __str__(self) -> str:
         return "\n".join([*self._lines(self.checked), self.conclusion])
@@ -133,7 +136,9 @@ def verify(
     *,
     ids: Tensor | Sequence[int] | None = None,
     scenarios: Sequence[str] | None = None,
-    tokens: int = 64,
+    tokens: int = TOKENS,
+    prompt_length: int = 0,
+    thorough: bool = False,
     dtype: torch.dtype | None = None,
     caches: Sequence[str] | None = None,
     vocab_size: int = 0,
@@ -145,10 +150,11 @@ def verify(
     model: a model of kvtool's, an nn.Module, or an object with full and step as documented in
     kvtool.core.verify.target. It is not changed: a copy of it is checked.
     ids: what to decode (N,) or (1,N), the last `tokens` of it one by one, at most half; else they
-    are random. scenarios: names of SCENARIOS, all by default. dtype: the working format, the
-    model's own by default. caches: kinds for a model of kvtool's, all by default. vocab_size,
-    context: of another decoder, where they cannot be found. lossy: its cache rounds what it stores
-    on purpose, so that a loss is reported and no fault.
+    are random, and begin with a prompt of prompt_length (0: 11). thorough: feed all that can be fed
+    in some minutes, not in some seconds. scenarios: names of SCENARIOS, all by default. dtype: the
+    working format, the model's own by default. caches: kinds for a model of kvtool's, all by
+    default. vocab_size, context: of another decoder, where they cannot be found. lossy: its cache
+    rounds what it stores on purpose, so that a loss is reported and no fault.
     Raises UsageError for what cannot be called, CheckFailed for logits that are not finite.
     """
     for name in scenarios or ():
@@ -157,15 +163,17 @@ def verify(
     if isinstance(model, Model):
         kinds = list(registry.CACHES) if caches is None else list(caches)
         model = copy.deepcopy(model).eval()
-        return _verify_own(model.to(dtype) if dtype else model, ids, names, tokens, kinds)
+        model = model.to(dtype) if dtype else model
+        return _verify_own(model, ids, names, tokens, kinds, prompt_length, thorough)
     if caches is not None:
         raise UsageError("caches: only models of kvtool's can be given a kind of cache")
     subject = TargetSubject(_copied(model), type(model).__name__, vocab_size, context)
     subject.lossy |= lossy
     if dtype is not None:
         subject = subject.to(dtype)
-    main = decode_case(subject.vocab_size, subject.context, ids, tokens, subject.device)
-    checked = tuple(check_target(subject, names, main))
+    sizes = (subject.vocab_size, subject.context)
+    main = decode_case(*sizes, ids, tokens, subject.device, prompt_length)
+    checked = tuple(check_target(subject, names, main, thorough=thorough))
     planted = target_control(subject, main)
     return Verification(subject.name, dtype_name(subject.dtype), checked, planted, subject.guess)
 
@@ -176,6 +184,8 @@ def _verify_own(
     scenarios: Sequence[str],
     tokens: int,
     caches: Sequence[str],
+    prompt_length: int,
+    thorough: bool,
 ) -> Verification:
     config, weight = model.config, next(model.parameters())
     if config.n_encoder_layers:
@@ -183,9 +193,11 @@ def _verify_own(
         assert case.given is not None
         main = main_case(model, case.given, min(tokens, config.context - 1))
     else:
-        main = decode_case(config.vocab_size, config.context, ids, tokens, weight.device)
+        sizes = (config.vocab_size, config.context)
+        main = decode_case(*sizes, ids, tokens, weight.device, prompt_length)
     formats = Formats(model)
-    checked = tuple(check_model(formats, caches, ["default"], scenarios, main))
+    given = (formats, caches, ["default"], scenarios, main)
+    checked = tuple(check_model(*given, thorough=thorough))
     planted = control(formats, main)
     return Verification(type(model).__name__, dtype_name(weight.dtype), checked, planted)
 

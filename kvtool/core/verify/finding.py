@@ -41,6 +41,7 @@ class Finding:
     lossy: bool = False  # precision that the cache alone loses, and nobody asked for
     loss: float | None = None  # of a cache that rounds: root mean square, over the logits'
     noise: float | None = None  # how many times the working format's noise the cached arm is off
+    not_fed: str = ""  # what of the context no step was fed at, though right: "beyond 512 tokens"
     diagnosis: Diagnosis = field(default_factory=Diagnosis)
 
     @property

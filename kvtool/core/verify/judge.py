@@ -39,6 +39,7 @@ from kvtool.core.verify.outcome import (
     VACUOUS,
 )
 from kvtool.core.verify.precision import Promote, promoting
+from kvtool.core.verify.reduced import reduced
 from kvtool.core.verify.scenario_run import ScenarioRun, TooShort
 from kvtool.core.verify.scenarios import Scenario
 from kvtool.core.verify.second_look import (
@@ -226,6 +227,9 @@ class Judge:
             return replace(finding, verdict=ERROR, evidence=text, first_wrong=step)
         if text := self.not_causal():
             return replace(finding, verdict=NOT_CAUSAL, evidence=text, first_wrong=step)
+        if in_float64.mixed > ROUNDING_64:
+            text = f"rows of a batch are not what each is alone, uncached ({in_float64.mixed:.1e})"
+            return replace(finding, verdict=BUG, evidence=text, first_wrong=step)
         own = by_own_prefixes(self.double, promoted, ROUNDING_64)
         if own is not None:
             wrong = _first_wrong(gap := compare(own.arms.found, own.arms.expected))
@@ -318,8 +322,9 @@ class Judge:
         text = f"the gap stays in float64 ({gap:.1e})"
         found = Diagnosis()
         if self.doctor is not None:
+            shorter = reduced(self.double, case, step, in_float64, ROUNDING_64)
             with promoting(in_float64.promoted):
-                found = self.doctor(self.double, case, step, in_float64)
+                found = self.doctor(self.double, *shorter)
         return replace(finding, verdict=BUG, evidence=text, first_wrong=step, diagnosis=found)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kvtool.core.verify.hf.caches import attention_limits, make_cache
 from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.core.verify.precision import Promote
+from kvtool.core.verify.schedules import BRIEF
 from kvtool.core.verify.target.adapter import ModuleDecoder, Plan, State, adapt
 from kvtool.core.verify.target.subject import NEEDED, TargetSubject
 from kvtool.errors import CacheOpUnsupported, UsageError, first_line, pass_on_shortage
@@ -86,6 +87,8 @@ class TransformersSubject(TargetSubject):
     Raises CacheOpUnsupported if the model does not take that kind, UsageError if it does not run.
     """
 
+    level = BRIEF  # many types and kinds of caches are judged
+
     def __init__(self, model: Any, kind: str) -> None:
         word_ids = ordinary_ids(model.config)
         with quiet_transformers(), torch.inference_mode():
@@ -102,6 +105,10 @@ class TransformersSubject(TargetSubject):
             self.abilities |= {"window"}
         if kind == "static" and full:
             self.abilities |= {"capacity"}
+
+    def find_special_ids(self, given: Any) -> tuple[int, ...]:
+        """None: they are not among `word_ids`."""
+        return ()
 
     @property
     def not_judged(self) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.core.verify.copies import converted
+from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.plans import CACHES, FACTORIES, Plan, parameters, plans, required
 from kvtool.errors import UsageError, first_line, pass_on_shortage
 
@@ -68,7 +69,11 @@ class ModuleDecoder:
         if plan.cache and required(self.module, plan.cache):
             given[plan.cache] = None
         # A module that keeps its caches takes positions to mean that they are to be used.
-        if not plan.in_module or (plan.position and required(self.module, plan.position)):
+        if (
+            padding is not None
+            or not plan.in_module
+            or (plan.position and required(self.module, plan.position))
+        ):
             given.update(self._position_arguments(ids, 0, padding))
         return logits_and_cache(self.module(ids, **given), plan.cache)[0]
 
@@ -105,9 +110,9 @@ class ModuleDecoder:
         line = torch.arange(past, past + n, device=ids.device)
         rows = line.expand(batch, n)
         if padding is not None:
-            columns = torch.arange(past + n, device=ids.device)
-            found["attention_mask"] = (columns >= padding[:, None]).long()
-            rows = (rows - padding[:, None]).clamp(min=0)
+            real = Start(batch, 0, padding).real(0, past + n)
+            found["attention_mask"] = real.long()
+            rows = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
         if plan.position:
             found[plan.position] = {"rows": rows, "line": line, "int": past}[plan.form]
         return found
@@ -251,10 +256,33 @@ def _with_abilities(decoder: ModuleDecoder, ids: Tensor) -> ModuleDecoder:
     able = [op for op in CHANGE_METHODS if change_method(module, state.cache, op)]
     decoder.unable = tuple(op for op in CHANGE_METHODS if op not in able)
     names = parameters(module)
-    decoder.takes_padding = "attention_mask" in names and plan.form == "rows"
+    decoder.takes_padding = _takes_padding(decoder, ids.device)
     if plan.position and not plan.in_module and names[plan.position].default is None:
         decoder.note = _without_positions(decoder, ids)
     return decoder
+
+
+def _takes_padding(decoder: ModuleDecoder, device: torch.device) -> bool:
+    """Whether a mask of the whole history runs, with positions for each row or without any, and
+    hides padding from an uncached pass."""
+    names = parameters(decoder.module)
+    if "attention_mask" not in names or decoder.plan.form not in ("", "rows"):
+        return False
+    ids = torch.arange(2 * PROBE, device=device).reshape(2, PROBE) % 4
+    padding = torch.tensor([0, 3], device=device)
+    other = ids.clone()
+    other[1, :3] = (ids[1, :3] + 1) % 4
+    try:
+        state = decoder.start(2, 2 * PROBE, padding)
+        _, state = decoder.step(ids[:, :-2], state)
+        found, _ = decoder.step(ids[:, -2:], state)
+        whole, changed = (decoder.full(line, padding)[:, -2:] for line in (ids, other))
+    except (Exception, SystemExit) as error:  # whatever it raises: it takes no such mask
+        pass_on_shortage(error)
+        return False
+    finite = bool(found[:, -1].isfinite().all() and whole.isfinite().all())
+    scale = float(whole.abs().max()) or 1.0
+    return finite and float((changed - whole).abs().max()) <= AGREES * scale
 
 
 def _without_positions(decoder: ModuleDecoder, ids: Tensor) -> str:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from kvtool.core.verify.arms import Case
-from kvtool.core.verify.check import MAIN, Checked, beginning
+from kvtool.core.verify.check import MAIN, Checked, beginning, with_reach
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.judge import Judge
+from kvtool.core.verify.outcome import BUG
 from kvtool.core.verify.scenario_run import PREFILL
-from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.core.verify.scenarios import GENERATED, SCENARIOS
+from kvtool.core.verify.schedules import TOKENS
 from kvtool.core.verify.subject import Session, Start
 from kvtool.core.verify.target.doctor import examine
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
@@ -25,18 +27,25 @@ def decode_case(
     vocab_size: int,
     context: int,
     ids: Tensor | Sequence[int] | None = None,
-    tokens: int = 64,
+    tokens: int = TOKENS,
     device: torch.device | str = "cpu",
+    prompt_length: int = 0,
 ) -> Case:
     """The scenario `decode` on ids, or on random ones: the last `tokens` of them one by one.
 
-    Raises UsageError for ids that the decoder does not have, or too many of them.
+    prompt_length: of random ids, in tokens; 0: as many as other scenarios have. Raises UsageError
+    for ids that the decoder does not have, or too many of them.
     """
     if ids is None:
-        length = min(PREFILL + tokens, context)
+        if prompt_length >= context:
+            text = f"the prompt: {prompt_length:,} tokens are too many"
+            raise UsageError(f"{text} (the decoder holds {context:,}, and one more is needed)")
+        n_prompt = prompt_length or PREFILL
+        length = min(n_prompt + tokens, context)
         generator = torch.Generator().manual_seed(0)
         given = torch.randint(vocab_size, (1, length), generator=generator)
-        return Case(SCENARIOS[MAIN], given.to(device), PREFILL if length > PREFILL else length // 2)
+        n_prompt = n_prompt if length > n_prompt else length // 2
+        return Case(SCENARIOS[MAIN], given.to(device), n_prompt)
     given = _checked_ids(ids, vocab_size, context, device)
     n = given.shape[1]
     return Case(SCENARIOS[MAIN], given, n - max(1, min(tokens, n // 2)))
@@ -68,13 +77,23 @@ def check_target(
     scenarios: Sequence[str],
     main: Case,
     tell: Callable[[str], None] = lambda text: None,
+    thorough: bool = False,
 ) -> Iterator[Checked]:
-    """Judge the user's decoder in all scenarios, in that order. Raises CheckFailed."""
-    judge = Judge(subject, examine)
+    """Judge the user's decoder in all scenarios, in that order. Raises CheckFailed.
+
+    thorough: feed all that can be fed in some minutes, not in some seconds.
+    """
+    tell("how long a history can be")
+    subject.find_reach_for(scenarios, thorough)
+    judge, diagnosed = Judge(subject, examine), False
     for scenario in scenarios:
         tell(scenario)
-        case = main if scenario == MAIN else Case(SCENARIOS[scenario])
-        yield Checked(subject.name, OWN, True, judge.judge(case, thorough=scenario == MAIN))
+        # The many steps of a generated scenario are diagnosed where nothing shorter was wrong.
+        judge.doctor = None if diagnosed and scenario in GENERATED else examine
+        case = main if scenario == MAIN else Case(SCENARIOS[scenario], thorough=thorough)
+        finding = judge.judge(case, thorough=scenario == MAIN)
+        diagnosed = diagnosed or finding.verdict == BUG
+        yield Checked(subject.name, OWN, True, with_reach(finding, subject))
 
 
 def target_control(subject: TargetSubject, main: Case) -> Finding:

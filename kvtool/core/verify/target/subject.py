@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvtool.core.verify.copies import converted, moved
+from kvtool.core.verify.compare import distances
 from kvtool.core.verify.fingerprint import fingerprint
 from kvtool.core.verify.scenario_run import PREFILL, STEPS
+from kvtool.core.verify.scenarios import GENERATED
+from kvtool.core.verify.schedules import NORMAL, THOROUGH, Limits
 from kvtool.core.verify.subject import Start
-from kvtool.core.verify.target.adapter import adapt
+from kvtool.core.verify.target import cost, saving
+from kvtool.core.verify.target.adapter import AGREES, adapt
 from kvtool.core.verify.target.attributes import (
     contents,
     device_of,
     owned_modules,
     whole_number,
 )
+from kvtool.core.verify.target.clues import sizes, special_ids
 from kvtool.errors import CacheOpUnsupported, UsageError, first_line, pass_on_shortage
 
 NEEDED = 2 * (PREFILL + STEPS)  # tokens that the longest scenario feeds, and some more
@@ -73,6 +78,15 @@ class TargetSession:
             raise CacheOpUnsupported(self.subject.name, op, first_line(error)) from error
         self.state = self.state if changed is None else changed
 
+    def reload(self) -> None:
+        """Save the cache, and go on with a new one that is loaded from it."""
+        try:
+            self.state = self.subject.reloaded(self.state, self.start)
+        except (Exception, SystemExit) as error:  # found by their names: they promised nothing
+            pass_on_shortage(error)
+            name, what = self.subject.name, f"{type(error).__name__}: {first_line(error)}"
+            raise CacheOpUnsupported(name, "be saved and loaded", what) from error
+
     def fork(self) -> TargetSession:
         other = copy.copy(self)
         other.state = copy.deepcopy(self.state)
@@ -92,6 +106,7 @@ class TargetSubject:
     source_vocab_size = 0
     window = 0
     told = False  # of what the cache rounds
+    level = NORMAL  # of the schedules that are fed by default
 
     def __init__(self, given: Any, name: str, vocab_size: int = 0, context: int = 0) -> None:
         self.name = name
@@ -105,12 +120,15 @@ class TargetSubject:
             self.vocab_size, self.dtype = self._probe(n_ids)
             self.context = context or whole_number(given, CONTEXT_NAMES) or self._longest()
             self.abilities = self._abilities()
+            self.sizes = sizes(given, self.context)
+            self.special_ids = self.find_special_ids(given)
         if self.context < NEEDED:
             raise UsageError(
                 f"{name}: holds {self.context} tokens (expected {NEEDED} or more)",
                 "A check feeds about that many: build it with a longer context.",
             )
         self.lossy = self._declares_loss(given)
+        self.reach = 0  # tokens of the longest history that is fed; 0: nobody asked what it costs
         self._vacuous: tuple[str | None] | None = None
 
     @property
@@ -148,6 +166,10 @@ class TargetSubject:
         if start.padding is None:
             return make(start.batch, start.capacity)
         return make(start.batch, start.capacity, start.padding)
+
+    def reloaded(self, state: Any, start: Start) -> Any:
+        """A new state that is loaded from what this one saves."""
+        return saving.reloaded(self.decoder, state, lambda: self.initial_state(start))
 
     def reset_arguments(self, start: Start) -> tuple[Any, ...]:
         """What the decoder's reset is told besides the state."""
@@ -193,6 +215,22 @@ class TargetSubject:
         return other
 
     # What it is able to do
+
+    def find_reach_for(self, scenarios: Sequence[str], thorough: bool = False) -> None:
+        """Find it out, if any of the scenarios depends on it."""
+        if GENERATED.intersection(scenarios):
+            self.find_reach(thorough)
+
+    def find_reach(self, thorough: bool = False) -> None:
+        """Find out how long a history can be fed in the time that a check may take."""
+        level = THOROUGH if thorough else self.level
+        single = getattr(self, "single_steps_only", False)
+        of_steps = (getattr(self, "largest_step", 0), single, self.sizes)
+        self.reach = cost.reach(self, Limits(self.context, *of_steps, level))
+
+    def find_special_ids(self, given: Any) -> tuple[int, ...]:
+        """The ids to which the decoder gives a meaning."""
+        return special_ids(given, self.vocab_size)
 
     def _probe(self, vocab_size: int) -> tuple[int, torch.dtype]:
         """Call everything once: the number of ids, and the format of the logits."""
@@ -252,8 +290,12 @@ class TargetSubject:
                 for leaf in contents(copy.deepcopy(state))
             ):
                 found.add("fork")
+            if saving.can_save(self.decoder, state):
+                found.add("save")
         except (Exception, SystemExit) as error:
             pass_on_shortage(error)
+        if {"batch", "padding"} <= found and self._pads_on_the_right():
+            found.add("right-padding")
         return frozenset(found)
 
     def _declares_loss(self, given: Any) -> bool:
@@ -262,6 +304,19 @@ class TargetSubject:
             _, state = self._after(torch.arange(4, device=self.device)[None] % self.vocab_size)
         held = (given, self.decoder, *owned_modules(given).values(), state, *contents(state))
         return any(getattr(value, "lossy", False) is True for value in held)
+    def _pads_on_the_right(self) -> bool:
+        """Whether an uncached pass over a row that is padded behind its prompt answers as one over
+        the row alone, so that a cache has to as well."""
+        ids = torch.arange(2, 14, device=self.device).reshape(2, 6) % self.vocab_size
+        padding = torch.tensor([[4, 4], [2, 4]], device=self.device)
+        alone = torch.cat([ids[1:, :2], ids[1:, 4:]], dim=1)
+        try:
+            padded = self.call_full(ids, Start(2, NEEDED, padding))[1:, -1:]
+            gap = distances([padded], [self.call_full(alone)[:, -1:]])[0]
+        except (Exception, SystemExit) as error:  # whatever it raises: it takes no such padding
+            pass_on_shortage(error)
+            return False
+        return gap <= AGREES
 
     def vacuous(self) -> str | None:
         """Why nothing would be proved by equal logits."""

@@ -1,0 +1,114 @@
+"""How long a history a decoder can be fed in the time that a check may take.
+
+Times are those of the processor, so that what is fed does not hang on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvtool.core.verify import schedules
+from kvtool.core.verify.schedules import BRIEF, NORMAL, THOROUGH, Limits
+from kvtool.core.verify.subject import Start
+
+if TYPE_CHECKING:
+    from kvtool.core.verify.target.subject import TargetSubject
+
+BUDGET = {BRIEF: 4.0, NORMAL: 8.0, THOROUGH: 240.0}  # seconds for all schedules, in all precisions
+RUNS = 2.5  # of each schedule: in the working format, in float64, and sometimes once more
+HELD = 6  # times that the logits of a history are held: of both arms, in two formats
+MOST_BYTES = 2**31  # of those logits
+REACHES = (4200, 2100, 1100, 600, 330, 160)  # tokens: longer histories are left out first
+SHORT = 24  # tokens behind which a step is timed
+PASSES = (SHORT, 96, 384, 1536)  # tokens of the passes that are timed
+QUICK = 0.1  # seconds
+SCHEDULES = (schedules.prompts, schedules.steps, schedules.boundaries, schedules.long)
+
+
+def reach(subject: TargetSubject, limits: Limits) -> int:
+    """The longest history (tokens) with which all schedules take no more than BUDGET seconds.
+
+    limits: those of the subject, with its context as reach. The least of REACHES is always fed.
+    """
+    choices = sorted({min(n, limits.reach) for n in (limits.reach, *REACHES)}, reverse=True)
+    if limits.level < THOROUGH:
+        choices = [n for n in choices if n <= REACHES[1]] or choices[-1:]
+    bytes_per_token = HELD * subject.vocab_size * torch.float64.itemsize
+    affordable = [n for n in choices if n * bytes_per_token <= MOST_BYTES] or choices[-1:]
+    if len(affordable) < 2:
+        return affordable[0]
+    step, full = _step_seconds(subject), _pass_seconds(subject)
+    for n in affordable[:-1]:
+        at_most = Limits(n, limits.largest, limits.single, limits.sizes, limits.level)
+        if RUNS * _seconds(at_most, step, full) <= BUDGET[limits.level]:
+            return n
+    return affordable[-1]
+
+
+def _seconds(limits: Limits, step: float, full: Callable[[int], float]) -> float:
+    """What all schedules take: each step, a pass's worth for the tokens of each history, and the
+    uncached pass over the longest, which judges the others of its scenario as well."""
+    total = 0.0
+    for make in SCHEDULES:
+        found = make(limits)
+        total += sum(step * len(schedule) + full(sum(schedule)) for schedule in found)
+        total += full(max(map(sum, found)))
+    return total
+
+
+@torch.inference_mode()
+def _step_seconds(subject: TargetSubject) -> float:
+    """What a step of one token takes."""
+    ids = _ids(subject, SHORT)
+    state = subject.initial_state(Start(1, SHORT))
+    _, state = subject.step(ids[:, : SHORT - 3], state)
+    taken = []
+    for end in range(SHORT - 2, SHORT + 1):
+        begun = time.thread_time()
+        _, state = subject.step(ids[:, end - 1 : end], state)
+        taken.append(time.thread_time() - begun)
+    return min(taken)
+
+
+def _pass_seconds(subject: TargetSubject) -> Callable[[int], float]:
+    """What a pass over n tokens takes, as some that are timed suggest: longer and longer ones, as
+    long as they are quick."""
+    taken: list[tuple[int, float]] = []
+    for n in PASSES:
+        if taken and (taken[-1][1] > QUICK or taken[-1][0] == subject.context):
+            break
+        at_most = min(n, subject.context)
+        taken.append((at_most, min(_timed_passes(subject, _ids(subject, at_most)))))
+    return lambda n: _extrapolated(taken, n)
+
+
+def _extrapolated(taken: list[tuple[int, float]], n: int) -> float:
+    """Seconds for n tokens: between two measured lengths on the line, beyond by their power."""
+    (n0, t0), (n1, t1) = taken[-2:] if len(taken) > 1 else (taken[0], taken[0])
+    if n > n1:
+        power = math.log(max(t1 / t0, 1.0)) / math.log(n1 / n0) if n1 > n0 else 2.0
+        return t1 * (n / n1) ** min(max(power, 1.0), 3.0)
+    (low, t0), (high, t1) = next(
+        ((a, b) for a, b in pairwise(taken) if n <= b[0]), (taken[0], taken[0])
+    )
+    return t0 + (t1 - t0) * max(n - low, 0) / max(high - low, 1)
+
+
+@torch.inference_mode()
+def _timed_passes(subject: TargetSubject, ids: Tensor) -> Iterator[float]:
+    for _ in range(2):
+        begun = time.thread_time()
+        subject.full(ids, Start(1, ids.shape[1]))
+        yield time.thread_time() - begun
+
+
+def _ids(subject: TargetSubject, n: int) -> Tensor:
+    ids = torch.arange(n, device=subject.device) * 7 % subject.vocab_size
+    return ids[None]
