@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from kvtool.core.verify.fingerprint import fingerprint
 from kvtool.core.verify.scenario_run import PREFILL, STEPS
 from kvtool.core.verify.subject import Start
-from kvtool.core.verify.target.adapter import adapt
 from kvtool.core.verify.target.attributes import (
     contents,
     converted,
@@ -22,6 +21,7 @@ from kvtool.core.verify.target.attributes import (
     owned_modules,
     whole_number,
 )
+from kvtool.core.verify.target.fitting import adapt
 from kvtool.errors import CacheOpUnsupported, UsageError, first_line, pass_on_shortage
 
 NEEDED = 2 * (PREFILL + STEPS)  # tokens that the longest scenario feeds, and some more

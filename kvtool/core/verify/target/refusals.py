@@ -1,0 +1,36 @@
+"""Whether an error is a refusal: the decoder's author wrote down what it does not do.
+
+A refusal is raised by a `raise` or an `assert` of the decoder's own code. What torch raises, that
+shapes do not fit for example, is a crash: nobody meant it.
+"""
+
+from __future__ import annotations
+
+import dis
+import os
+
+import torch
+
+from kvtool.errors import first_line
+
+OF_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error was raised on purpose, and not because of another that was not."""
+    if not isinstance(error, Exception) or error.__traceback__ is None:
+        return False
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    raised = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+    if not raised or code.co_filename.startswith(OF_TORCH):
+        return False
+    before = error.__cause__ or error.__context__
+    return before is None or is_refusal(before)
+
+
+def in_words(error: BaseException) -> str:
+    """What a refusal says."""
+    return f"{type(error).__name__}: {first_line(error)}".rstrip(": ")
