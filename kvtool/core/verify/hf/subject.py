@@ -23,6 +23,7 @@ from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.target.adapter import ModuleDecoder, State
 from kvtool.core.verify.target.changes import NEGATIVE, Change
 from kvtool.core.verify.target.fitting import adapt
+from kvtool.core.verify.target.limits import Limits
 from kvtool.core.verify.target.plans import Plan
 from kvtool.core.verify.target.subject import NEEDED, TargetSubject
 from kvtool.errors import CacheOpUnsupported, UsageError, first_line, pass_on_shortage
@@ -110,6 +111,10 @@ class TransformersSubject(TargetSubject):
             self.abilities |= {"window"}
         if kind == "static" and full:
             self.abilities |= {"capacity"}
+
+    def step_limits(self) -> Limits:
+        """None: its caches take steps of any size."""
+        return Limits()
 
     @property
     def not_judged(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kvtool.core.verify.target import arguments, factories
 from kvtool.core.verify.target.answers import is_empty, logits_and_cache
 from kvtool.core.verify.target.changes import Change, apply
+from kvtool.core.verify.target.eager import eager
 from kvtool.core.verify.target.kept import session_copy, shared
 from kvtool.core.verify.target.plans import Plan, signature
 
@@ -44,6 +45,7 @@ class ModuleDecoder:
     changes: dict[str, Change] = field(default_factory=dict)
     takes_padding: bool = False
     notes: tuple[str, ...] = ()
+    breaks_down: bool = False  # in every step behind a prompt
 
     @property
     def unable(self) -> tuple[str, ...]:
@@ -116,7 +118,8 @@ class ModuleDecoder:
     def _call(self, module: nn.Module, ids: Tensor, given: dict[str, Any]) -> Any:
         plan = self.plan
         called = module if plan.method == "forward" else getattr(module, plan.method)
-        return called(**{plan.ids: ids}, **given) if plan.ids else called(ids, **given)
+        with eager():
+            return called(**{plan.ids: ids}, **given) if plan.ids else called(ids, **given)
 
     def _position_arguments(self, ids: Tensor, past: int, padding: Tensor | None) -> dict[str, Any]:
         """Positions, and where there is padding a mask."""

@@ -42,6 +42,18 @@ def unwrapped(given: Any) -> tuple[Any, str]:
     return given, "torch.compile" if compiled else ""
 
 
+def unwrap_attributes(decoder: Any) -> tuple[str, ...]:
+    """Take the modules in an object's attributes out of torch.compile; what to say of it."""
+    notes = []
+    for name, value in list(getattr(decoder, "__dict__", {}).items()):
+        if isinstance(value, nn.Module):
+            inner, wrapper = unwrapped(value)
+            if wrapper:
+                setattr(decoder, name, inner)
+                notes.append(f"{name} taken out of {wrapper}")
+    return tuple(notes)
+
+
 def contents(state: Any, depth: int = 6) -> Iterator[Any]:
     """Everything that a state holds: in containers, and in the attributes of its objects."""
     for leaf in tree_leaves(state):

@@ -156,7 +156,12 @@ def _stores(decoder: ModuleDecoder, ids: Tensor) -> bool:
     """Whether a step changes the cache that it is given, or the module that keeps it."""
     state = decoder.start(1, 4 * PROBE)
     before = copy.deepcopy(state)
-    _, after = decoder.step(ids[:, :1], state)
+    try:
+        _, after = decoder.step(ids, state)
+    except Exception as error:
+        if not is_refusal(error) or ids.shape[1] == 1:
+            raise
+        return _stores(decoder, ids[:, :1])
     if decoder.plan.in_module:
         return bool(left_over(before.module or decoder.module, decoder.running(after)))
     return after.cache is not state.cache or not same(before.cache, after.cache)
@@ -168,7 +173,7 @@ def _measured(decoder: ModuleDecoder, ids: Tensor) -> Fit:
     One that takes a prompt rightly and then breaks down is taken too: that is its verdict. Raises
     what the module raised at the first of them.
     """
-    if not _stores(decoder, ids):
+    if not _stores(decoder, ids[:, :4]):
         raise TypeError("it answered without a cache")
     whole = decoder.full(ids)
     if whole.dim() < 2 or whole.shape[0] != 1:
@@ -226,7 +231,8 @@ def _with_abilities(fit: Fit, ids: Tensor) -> ModuleDecoder:
     """With what else it can do, and whether it needs the positions that it is given."""
     decoder, plan = fit.decoder, fit.decoder.plan
     names = signature(decoder.module, plan)
-    if fit.level < PROMPT_ONLY:
+    decoder.breaks_down = fit.level == PROMPT_ONLY
+    if not decoder.breaks_down:
         decoder.changes = changes_of(decoder, ids, SIZES[fit.level])
         readings = [change for change in decoder.changes.values() if change.noted]
         decoder.notes = (*decoder.notes, *map(str, readings))

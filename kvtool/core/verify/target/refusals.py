@@ -11,9 +11,12 @@ import os
 
 import torch
 
+import kvtool
 from kvtool.errors import first_line
 
-OF_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+NOT_ITS_OWN = tuple(  # folders of torch's code, and of kvtool's
+    os.path.dirname(os.path.abspath(package.__file__ or "")) + os.sep for package in (torch, kvtool)
+)
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -25,7 +28,7 @@ def is_refusal(error: BaseException) -> bool:
         trace = trace.tb_next
     code = trace.tb_frame.f_code
     raised = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
-    if not raised or code.co_filename.startswith(OF_TORCH):
+    if not raised or code.co_filename.startswith(NOT_ITS_OWN):
         return False
     before = error.__cause__ or error.__context__
     return before is None or is_refusal(before)
