@@ -179,13 +179,13 @@ class CacheReport:
         if self.bugs:
             kinds = dict.fromkeys((row.cache, row.verdict) for row in self.bugs)
             worst = [f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds]
-            return "; ".join(worst + self._put_aside())
+            return "; ".join(worst + self._put_aside() + self._beyond())
         if self.ended is None and (vain := self._nothing()):
             return vain
         kernels = dict.fromkeys(row.kernels for row in self.judged)
         parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
-        control = "; the planted bug was found" * (self.control is not None)
-        return "; ".join(parts + self._in_vain() + self._put_aside()) + control
+        control = ["the planted bug was found"] * (self.control is not None)
+        return "; ".join(parts + self._in_vain() + self._put_aside() + control + self._beyond())
 
     def _nothing(self) -> str:
         """Why what was found proves nothing, if so."""
@@ -227,6 +227,14 @@ class CacheReport:
         """Scenarios that proved nothing, of kinds that others did prove right."""
         rows = self.summary.proved_nothing
         return [f"{row.cache}, {row.scenario}: proved nothing" for row in rows]
+
+    def _beyond(self) -> list[str]:
+        """The scenarios that are beyond all subjects, and why."""
+        from kvtool.core.verify.left_out import left_out
+
+        skipped = [(row.scenario, row.evidence) for row in self.checks if row.beyond]
+        said = left_out(skipped, [row.scenario for row in self.checks if not row.beyond])
+        return [said] if said else []
 
     def _put_aside(self) -> list[str]:
         """Of what was judged, the parts that something else stood in for."""

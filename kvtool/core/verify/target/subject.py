@@ -63,7 +63,7 @@ class TargetSession:
         subject, past, n = self.subject, self.ids.shape[1], ids.shape[1]
         what = f"take {n} token{'s' * (n > 1)} in a step"
         if subject.limits.refuses(n, past):
-            raise CacheOpUnsupported(subject.name, what, subject.limits.said)
+            raise CacheOpUnsupported(subject.name, what, subject.limits.words)
         try:
             return subject.step(ids, self.state)
         except Exception as error:
