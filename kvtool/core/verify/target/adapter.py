@@ -132,7 +132,9 @@ class ModuleDecoder:
             found["attention_mask"] = (columns >= padding[:, None]).long()
             rows = (rows - padding[:, None]).clamp(min=0)
         if plan.position:
-            found[plan.position] = {"rows": rows, "line": line, "int": past}[plan.form]
+            starts = rows[:, 0]
+            forms = {"rows": rows, "line": line, "int": past, "starts": starts}
+            found[plan.position] = forms[plan.form]
         return found
 
     def _mask(self, batch: int, past: int, n: int, room: int, padding: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ POSITION_FORMS = {
     "rows": "arange(past, past + n) for each row",
     "line": "arange(past, past + n)",
     "int": "past",
+    "starts": "past for each row",
 }
 # (n, T): n new tokens and all T that there are.
 MASK_FORMS = {

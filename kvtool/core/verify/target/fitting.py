@@ -22,6 +22,7 @@ from kvtool.core.verify.target.example import cannot_call
 from kvtool.core.verify.target.kept import left_over, same, session_copy
 from kvtool.core.verify.target.plans import Plan, plans, signature
 from kvtool.core.verify.target.refusals import is_refusal
+from kvtool.core.verify.target.signature import CACHES
 from kvtool.errors import UsageError, pass_on_shortage
 
 AGREES = 1e-3  # the gap in float32 or float64 below which no other way of calling is tried
@@ -116,7 +117,10 @@ def _fit(module: nn.Module, plan: Plan, ids: Tensor) -> Fit:
     Raises what the module raises.
     """
     if plan.own_module:
-        return _measured(ModuleDecoder(module, plan), ids)
+        fit = _measured(ModuleDecoder(module, plan), ids)
+        if not plan.initial and not fit.agrees and signature(module, plan).of(CACHES):
+            raise TypeError("without a cache from outside its logits are others")
+        return fit
     used = _copy(module)
     fit, error = _tried(ModuleDecoder(used, plan), ids)
     kept = left_over(module, used) if used is not module else []

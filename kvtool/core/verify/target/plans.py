@@ -126,5 +126,5 @@ def _forms(names: Signature, name: str) -> tuple[str, ...]:
         return ("int",)
     tensor = ("line",) if name in ("input_pos", "cache_position") else ("rows", "line")
     if "Tensor" in hint:
-        return (*tensor, "rows") if tensor == ("line",) else tensor
-    return (*tensor, "int")
+        return (*tensor, "rows") if tensor == ("line",) else (*tensor, "starts")
+    return (*tensor, "int", "starts")
