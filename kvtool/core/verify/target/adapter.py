@@ -15,6 +15,7 @@ from kvtool.core.verify.target.changes import Change, apply
 from kvtool.core.verify.target.eager import eager
 from kvtool.core.verify.target.kept import session_copy, shared
 from kvtool.core.verify.target.plans import Plan, signature
+from kvtool.core.verify.target.refusals import OneAtATime
 
 OPS = ("crop", "select", "reset")
 
@@ -29,6 +30,7 @@ class State:
     room: int  # tokens
     padding: Tensor | None = None
     module: nn.Module | None = None  # the copy that this session runs on, if it has its own
+    ids: Tensor | None = None  # (B,T) all that were fed, for a module that is given all of them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         if self.module is not None:
@@ -95,14 +97,17 @@ class ModuleDecoder:
 
         Raises TypeError if the module answers without a cache, and what the module raises.
         """
-        plan = self.plan
+        plan, n = self.plan, ids.shape[1]
+        if plan.whole:
+            ids = ids if state.ids is None else torch.cat([state.ids, ids], dim=1)
+            state = replace(state, ids=ids, past=0)
         given: dict[str, Any] = dict.fromkeys(plan.filler) | dict.fromkeys(plan.flags, True)
         if plan.cache:
             given[plan.cache] = state.cache
         given.update(self._position_arguments(ids, state.past, state.padding))
         if plan.mask_form:
-            past, n, room = state.past, ids.shape[1], state.room
-            given[plan.mask] = self._mask(ids.shape[0], past, n, room, state.padding)
+            of = (*ids.shape[:1], state.past, ids.shape[1], state.room)
+            given[plan.mask] = self._mask(*of, state.padding)
         answer = self._call(self.running(state), ids, given)
         logits, cache, how = logits_and_cache(answer, plan.cache)
         if plan.in_module:
@@ -113,6 +118,10 @@ class ModuleDecoder:
             raise TypeError("it answered without a cache")
         if not plan.read:
             self.plan = replace(plan, read=how)
+        if plan.whole and logits.dim() == 3:
+            logits = logits[:, -n:]
+            if logits.shape[1] < n < ids.shape[1]:
+                raise OneAtATime("it computes the last token alone")
         return logits, replace(state, cache=cache, past=state.past + ids.shape[1])
 
     def _call(self, module: nn.Module, ids: Tensor, given: dict[str, Any]) -> Any:
@@ -126,7 +135,7 @@ class ModuleDecoder:
         plan, (batch, n) = self.plan, ids.shape
         found: dict[str, Any] = {}
         line = torch.arange(past, past + n, device=ids.device)
-        rows = line.expand(batch, n)
+        rows = line.repeat(batch, 1)
         if padding is not None:
             columns = torch.arange(past + n, device=ids.device)
             found["attention_mask"] = (columns >= padding[:, None]).long()
@@ -137,22 +146,27 @@ class ModuleDecoder:
             found[plan.position] = forms[plan.form]
         return found
 
-    def _mask(self, batch: int, past: int, n: int, room: int, padding: Tensor | None) -> Tensor:
+    def _mask(self, batch: int, past: int, n: int, room: int, padding: Tensor | None) -> Any:
         weight = next(self.module.parameters())
-        return arguments.mask(self.plan.mask_form, batch, past, n, room, weight, padding)
+        found = arguments.mask(self.plan.mask_form, batch, past, n, room, weight, padding)
+        wrapper = signature(self.module, self.plan).wrapper(self.plan.mask)
+        return wrapper(found) if wrapper else found
 
     def crop(self, state: State, length: int) -> State:
         """Forget all but the first `length` tokens."""
-        return replace(self._changed("crop", state, length), past=length)
+        ids = None if state.ids is None else state.ids[:, :length]
+        return replace(self._changed("crop", state, length), past=length, ids=ids)
 
     def select(self, state: State, rows: Tensor) -> State:
         """Go on from the histories of `rows` (n,), in that order."""
         padding = None if state.padding is None else state.padding[rows]
-        return replace(self._changed("select", state, rows), batch=len(rows), padding=padding)
+        ids = None if state.ids is None else state.ids[rows]
+        found = self._changed("select", state, rows)
+        return replace(found, batch=len(rows), padding=padding, ids=ids)
 
     def reset(self, state: State) -> State:
         """Forget everything and begin again on the same cache."""
-        found = replace(self._changed("reset", state), past=0)
+        found = replace(self._changed("reset", state), past=0, ids=None)
         if not self.plan.copies:
             return found
         # What the module itself keeps, a position, is not in the cache that was reset.

@@ -103,8 +103,10 @@ def adapt(module: Any, name: str, device: torch.device) -> ModuleDecoder:
 def _try(module: nn.Module, ids: Tensor, tries: Tries, masked: bool) -> None:
     """Try plans until one agrees."""
     for plan in plans(module, masked):
-        if tries.agree or (tries.runs and (plan.needs_cache or plan.method != "forward")):
+        if tries.agree:
             return
+        if tries.runs and (plan.needs_cache or plan.method != "forward"):
+            continue
         try:
             tries.fits.append(_fit(module, plan, ids))
         except (Exception, SystemExit) as error:  # it may raise anything if called wrongly

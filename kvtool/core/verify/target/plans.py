@@ -31,6 +31,7 @@ class Plan:
     mask_form: str = ""
     filler: tuple[str, ...] = ()  # required parameters that are given None
     needs_cache: bool = False  # the uncached pass is one step on a new cache
+    whole: bool = False  # each step is given all ids so far, and computes the new ones
     copies: bool = False  # each session runs on a copy of the module, which keeps something
     read: str = ""  # how the answer is read
 
@@ -57,6 +58,7 @@ class Plan:
         setup = f"{self.initial}, then " if self.in_module and self.initial else ""
         before = f"{setup or 'a copy for each session, '}" if self.in_module else ""
         after = f" -> {self.read}" if self.read else ""
+        after += "; ids are all so far" * self.whole
         if self.needs_cache:
             after += "; it cannot go without a cache: the uncached pass is one step on a new one"
         return f"{before}{self.method}({', '.join(parts)}){after}"
@@ -68,7 +70,8 @@ def signature(module: nn.Module, plan: Plan) -> Signature:
 
 
 def plans(module: nn.Module, masked: bool = False) -> Iterator[Plan]:
-    """Every way to call a module, the likeliest first; at the end those that need a cache.
+    """Every way to call a module, the likeliest first; at the end those that need a cache, and
+    those that are given all ids again.
 
     masked: with real masks, where it takes any.
     """
@@ -77,6 +80,8 @@ def plans(module: nn.Module, masked: bool = False) -> Iterator[Plan]:
             suggested = list(_suggested(module, method, masked))
             yield from (plan for plan in suggested if not plan.needs_cache)
             yield from (replace(plan, needs_cache=True) for plan in suggested)
+            outside = [plan for plan in suggested if plan.cache]
+            yield from (replace(plan, whole=True) for plan in outside)
 
 
 def _suggested(module: nn.Module, method: str, masked: bool) -> Iterator[Plan]:

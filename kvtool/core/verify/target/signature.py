@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from typing import Any
 
 IDS = (
@@ -21,7 +22,7 @@ ANSWERED = ("present", "presents", "present_key_values", "new_cache", "next_cach
 FLAGS = (
     "use_cache", "return_cache", "use_kv_cache", "return_kv", "return_state", "store_cache",
     "return_kv_cache", "return_past", "return_past_key_values", "return_present", "output_cache",
-    "use_kv", "cached", "incremental", "return_intermediates", "input_not_include_cache",
+    "use_kv", "cached", "incremental", "return_intermediates",
 )  # fmt: skip
 POSITIONS = (
     "position_ids", "positions", "input_pos", "cache_position", "start_pos", "start_position",
@@ -38,6 +39,7 @@ class Signature:
     """The parameters of a callable that have names, in order, and what each is for."""
 
     def __init__(self, called: Any) -> None:
+        self.called = called
         found = inspect.signature(called).parameters.values()
         variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         self.parameters = {p.name: p for p in found if p.kind not in variable}
@@ -67,6 +69,17 @@ class Signature:
         other = {*CACHES, *FLAGS, *POSITIONS, *MASKS}
         named = next((name for name in IDS if name in self.parameters), "")
         return named if named and (first in other or self.required(named)) else first
+
+    def wrapper(self, name: str) -> Any:
+        """The class that a parameter's annotation names, if it is one to be built from a tensor;
+        else None."""
+        try:
+            hint = typing.get_type_hints(self.called).get(name)
+        except Exception:  # names that only a type checker knows
+            return None
+        found = [kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type)]
+        own = [k for k in found if k.__module__.split(".")[0] not in ("torch", "builtins", "types")]
+        return own[0] if own else None
 
     @property
     def positional(self) -> bool:
