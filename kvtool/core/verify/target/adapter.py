@@ -106,8 +106,8 @@ class ModuleDecoder:
             given[plan.cache] = state.cache
         given.update(self._position_arguments(ids, state.past, state.padding))
         if plan.mask_form:
-            of = (*ids.shape[:1], state.past, ids.shape[1], state.room)
-            given[plan.mask] = self._mask(*of, state.padding)
+            past, width = state.past, ids.shape[1]
+            given[plan.mask] = self._mask(ids.shape[0], past, width, state.room, state.padding)
         answer = self._call(self.running(state), ids, given)
         logits, cache, how = logits_and_cache(answer, plan.cache)
         if plan.in_module:

@@ -108,7 +108,9 @@ def _try(module: nn.Module, ids: Tensor, tries: Tries, masked: bool) -> None:
         if tries.runs and (plan.needs_cache or plan.method != "forward"):
             continue
         try:
-            tries.fits.append(_fit(module, plan, ids))
+            fit = _fit(module, plan, ids)
+            if fit.agrees or not plan.whole:  # a wrong one may be near by chance
+                tries.fits.append(fit)
         except (Exception, SystemExit) as error:  # it may raise anything if called wrongly
             tries.errors.setdefault(str(plan), error)
 
@@ -119,10 +121,10 @@ def _fit(module: nn.Module, plan: Plan, ids: Tensor) -> Fit:
     Raises what the module raises.
     """
     if plan.own_module:
-        fit = _measured(ModuleDecoder(module, plan), ids)
-        if not plan.initial and not fit.agrees and signature(module, plan).of(CACHES):
+        inside = _measured(ModuleDecoder(module, plan), ids)
+        if not plan.initial and not inside.agrees and signature(module, plan).of(CACHES):
             raise TypeError("without a cache from outside its logits are others")
-        return fit
+        return inside
     used = _copy(module)
     fit, error = _tried(ModuleDecoder(used, plan), ids)
     kept = left_over(module, used) if used is not module else []
