@@ -11,7 +11,7 @@ from kvtool.core.verify.target.refusals import is_refusal
 from kvtool.core.verify.target.signature import CACHES, FLAGS, POSITIONS, Signature
 from kvtool.errors import UsageError, first_line
 
-HINT = "Give it full(ids) and step(ids, state): see docs/own_decoder.md"
+HINT = "Give it full(ids) and step(ids, state): see docs/own_decoder.md."
 
 
 class CannotCall(UsageError):
@@ -27,17 +27,16 @@ def cannot_call(module: nn.Module, name: str, errors: Mapping[str, BaseException
     names = Signature(module.forward)
     text = f"{name}: forward({names})"
     example = adapter_code(module, names)
-    hint = f"{HINT}, and the lines above."
     if unknown := names.unknown:
         needed = " and ".join(unknown)
         text += f" needs {needed}, of which nothing is known ({unknown[0]}=None was tried"
     elif not names.of(CACHES):
-        return CannotCall(f"{text} has no parameter that could be a cache", hint, example)
+        return CannotCall(f"{text} has no parameter that could be a cache", HINT, example)
     else:
         text += " cannot be called with a cache (the likeliest way"
     plan, error = _telling(errors)
     raised = f"{type(error).__name__}: {first_line(error)}".rstrip(": ")
-    return CannotCall(f"{text}, {plan}: {raised})", hint, example)
+    return CannotCall(f"{text}, {plan}: {raised})", HINT, example)
 
 
 def _telling(errors: Mapping[str, BaseException]) -> tuple[str, BaseException]:
