@@ -35,7 +35,9 @@ class State:
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         if self.module is not None:
             memo.update(shared(self.module))
-        return State(**{f.name: copy.deepcopy(getattr(self, f.name), memo) for f in fields(self)})
+        return type(self)(
+            **{f.name: copy.deepcopy(getattr(self, f.name), memo) for f in fields(self)}
+        )
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from kvtool.core.verify.target.factories import setups
 from kvtool.core.verify.target.refusals import is_refusal
 from kvtool.core.verify.target.signature import CACHES, FLAGS, POSITIONS, Signature
 from kvtool.errors import UsageError, first_line
@@ -30,7 +31,7 @@ def cannot_call(module: nn.Module, name: str, errors: Mapping[str, BaseException
     if unknown := names.unknown:
         needed = " and ".join(unknown)
         text += f" needs {needed}, of which nothing is known ({unknown[0]}=None was tried"
-    elif not names.of(CACHES):
+    elif not names.of((*CACHES, *FLAGS, *POSITIONS)) and not setups(module):
         return CannotCall(f"{text} has no parameter that could be a cache", HINT, example)
     else:
         text += " cannot be called with a cache (the likeliest way"
