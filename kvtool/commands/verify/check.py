@@ -154,11 +154,18 @@ def check_model(
     return rows.report(len(ids), computed, resolved, outcome.how, out)
 
 
-def load_target(settings: Settings, dtype: Any) -> TargetSubject:
-    """The user's own decoder in the format that was asked for. Raises UsageError and FileError."""
+def load_target(settings: Settings, dtype: Any, out: Output) -> TargetSubject:
+    """The user's own decoder in the format that was asked for. Raises UsageError and FileError,
+    and shows code that would help with one that cannot be called."""
+    from kvtool.core.verify.target.example import CannotCall
     from kvtool.core.verify.target.file import target_subject
 
-    subject = target_subject(settings.target or "")
+    try:
+        subject = target_subject(settings.target or "")
+    except CannotCall as error:
+        for line in ("A class like this would help:", *error.example.splitlines()):
+            out.note(line)
+        raise
     subject.lossy |= settings.lossy
     if settings.run.dtype == "float32":  # the default leaves a decoder as it is
         return subject
@@ -180,7 +187,7 @@ def check_target(
     from kvtool.core.verify.target import check as target_check
     from kvtool.core.verify.target.file import identity
 
-    subject = load_target(settings, dtype)
+    subject = load_target(settings, dtype, out)
     if subject.guess:
         out.note(subject.guess)
     name = Path(subject.name).name

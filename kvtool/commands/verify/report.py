@@ -185,13 +185,13 @@ class CacheReport:
         if self.bugs:
             kinds = dict.fromkeys((row.cache, row.verdict) for row in self.bugs)
             worst = [f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds]
-            return "; ".join(worst + self._put_aside())
+            return "; ".join(worst + self._put_aside() + self._left_out())
         if self.ended is None and (vain := self._nothing()):
             return vain
         kernels = dict.fromkeys(row.kernels for row in self.judged)
         parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
-        control = "; the planted bug was found" * (self.control is not None)
-        return "; ".join(parts + self._in_vain() + self._put_aside()) + control + self._not_fed()
+        control = ["the planted bug was found"] * (self.control is not None)
+        return "; ".join(parts + self._in_vain() + self._put_aside() + control + self._left_out())
 
     def _nothing(self) -> str:
         """Why what was found proves nothing, if so."""
@@ -234,10 +234,16 @@ class CacheReport:
         rows = self.summary.proved_nothing
         return [f"{row.cache}, {row.scenario}: proved nothing" for row in rows]
 
-    def _not_fed(self) -> str:
-        """What of the context was left out, since it would take too long."""
+    def _left_out(self) -> list[str]:
+        """The scenarios that are beyond all subjects, and why; what of the context was left out,
+        since it would take too long."""
+        from kvtool.core.verify.left_out import left_out
+
+        skipped = [(row.scenario, row.evidence) for row in self.checks if row.beyond]
+        said = left_out(skipped, [row.scenario for row in self.checks if not row.beyond])
         parts = dict.fromkeys(row.not_fed for row in self.judged if row.not_fed)
-        return f"; not fed: {', '.join(parts)} (--thorough for more)" if parts else ""
+        not_fed = f"not fed: {', '.join(parts)} (--thorough for more)" if parts else ""
+        return [*filter(None, (said, not_fed))]
 
     def _put_aside(self) -> list[str]:
         """Of what was judged, the parts that something else stood in for."""

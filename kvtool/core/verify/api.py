@@ -16,7 +16,8 @@ from kvtool.core.models import Model
 from kvtool.core.verify.check import Checked, check_model, control, main_case, planted_bug
 from kvtool.core.verify.compare import Gap
 from kvtool.core.verify.finding import Finding
-from kvtool.core.verify.outcome import Outcome, Summary
+from kvtool.core.verify.left_out import left_out
+from kvtool.core.verify.outcome import UNSUPPORTED, Outcome, Summary
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.schedules import TOKENS
 from kvtool.core.verify.subject import Formats
@@ -76,7 +77,13 @@ class Verification:
 
     @property
     def conclusion(self) -> str:
-        """The verdict in one line."""
+        """The verdict in one line, and what was not run."""
+        found = [(c.finding.scenario, c.finding) for c in self.checked]
+        skipped = [(name, f.evidence) for name, f in found if f.verdict == UNSUPPORTED]
+        rest = left_out(skipped, [name for name, f in found if f.verdict != UNSUPPORTED])
+        return "; ".join(filter(None, [self._verdict(), rest]))
+
+    def _verdict(self) -> str:
         n_judged, n_right = len(self.judged), len(self.summary.right)
         if self.wrong:
             cache, first = self.wrong[0].cache, self.wrong[0].finding

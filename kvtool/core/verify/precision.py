@@ -24,6 +24,8 @@ class Promote(TorchDispatchMode):
     torch.float64
     """
 
+    supports_higher_order_operators = True  # flex_attention, in which nothing is promoted
+
     def __enter__(self) -> Promote:
         # What whole numbers become beside a Python float: 1.0 - mask.
         self._default = torch.get_default_dtype()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kvtool.core.verify.arms import Arms, Case, play
 from kvtool.core.verify.compare import distances
-from kvtool.core.verify.schedules import Limits, Schedule
+from kvtool.core.verify.schedules import Bounds, Schedule
 from kvtool.core.verify.subject import Subject
 
 
@@ -30,7 +30,7 @@ def reduced(
     return case, step, arms
 
 
-def _shorter(schedules: list[Schedule], step: int, limits: Limits) -> Iterator[Schedule]:
+def _shorter(schedules: list[Schedule], step: int, limits: Bounds) -> Iterator[Schedule]:
     """What may do for the history that has the step, the shortest first."""
     for schedule in schedules:
         if step < len(schedule):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvtool.core.verify.schedules import NORMAL, THOROUGH, Limits, Schedule
+from kvtool.core.verify.schedules import NORMAL, THOROUGH, Bounds, Schedule
 from kvtool.core.verify.subject import Session, Source, Start, Subject
 from kvtool.errors import pass_on_shortage
 
@@ -113,11 +113,11 @@ class ScenarioRun:
         return Start(batch, room, pads, self._source(batch, source))
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> Bounds:
         """What bounds the schedules of the subject."""
         subject = self.subject
         level = THOROUGH if self.thorough else getattr(subject, "level", NORMAL)
-        return Limits(
+        return Bounds(
             getattr(subject, "reach", 0) or min(subject.context, REACH),
             getattr(subject, "largest_step", 0),
             getattr(subject, "single_steps_only", False),

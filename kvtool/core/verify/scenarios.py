@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from kvtool.core.verify import schedules
 from kvtool.core.verify.scenario_run import PREFILL, STEPS, ScenarioRun
-from kvtool.core.verify.schedules import Limits, Schedule
+from kvtool.core.verify.schedules import Bounds, Schedule
 from kvtool.core.verify.subject import ABILITIES, Subject
 
 CHUNK = 4  # tokens of a step that has several
@@ -26,7 +26,7 @@ class Scenario:
     about: str
     play: Callable[[ScenarioRun], None]
     needs: tuple[str, ...] = ()
-    schedules: Callable[[Limits], list[Schedule]] | None = None  # of one that is generated
+    schedules: Callable[[Bounds], list[Schedule]] | None = None  # of one that is generated
 
     def __post_init__(self) -> None:
         if unknown := [need for need in self.needs if need not in ABILITIES]:
@@ -34,7 +34,7 @@ class Scenario:
             raise ValueError(f"{self.name}: needs {unknown} ({expected})")
 
     @classmethod
-    def generated(cls, name: str, about: str, make: Callable[[Limits], list[Schedule]]) -> Scenario:
+    def generated(cls, name: str, about: str, make: Callable[[Bounds], list[Schedule]]) -> Scenario:
         """A scenario that feeds the schedules that fit a subject, each to a session of its own."""
         return cls(name, about, lambda run: run.follow(make(run.limits)), schedules=make)
 

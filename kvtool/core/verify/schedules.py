@@ -25,7 +25,7 @@ TOKENS = 128  # that the scenario `decode` compares one by one behind its prompt
 
 
 @dataclass(frozen=True)
-class Limits:
+class Bounds:
     """What bounds the schedules of a subject.
 
     reach: tokens of the longest history. largest: tokens of the largest step, 0 for any. single:
@@ -39,13 +39,13 @@ class Limits:
     level: int = NORMAL
 
 
-def prompts(limits: Limits) -> list[Schedule]:
+def prompts(limits: Bounds) -> list[Schedule]:
     """First steps of every size, each with a step of one token and one of two behind it."""
     sizes = (1, 2, 3, 16, 64, 129) if limits.level == BRIEF else (*SMALL, *LARGE)
     return _fitted(((n, 1, 2) for n in sizes), limits)
 
 
-def steps(limits: Limits) -> list[Schedule]:
+def steps(limits: Bounds) -> list[Schedule]:
     """Steps of every size, each behind a short past and behind longer ones."""
     deep = min(DEEP, limits.reach // 2)
     if limits.level == BRIEF:
@@ -64,7 +64,7 @@ def steps(limits: Limits) -> list[Schedule]:
     return _fitted(found, limits)
 
 
-def boundaries(limits: Limits) -> list[Schedule]:
+def boundaries(limits: Bounds) -> list[Schedule]:
     """Steps that end on, one before and one behind a block's end; across it; and around sizes."""
     blocks = [n for n in BLOCKS if n + 4 <= limits.reach]
     if limits.level == THOROUGH:
@@ -79,7 +79,7 @@ def boundaries(limits: Limits) -> list[Schedule]:
     return _fitted(found, limits)
 
 
-def around(limits: Limits) -> tuple[int, ...]:
+def around(limits: Bounds) -> tuple[int, ...]:
     """The sizes around which steps are put: the smallest of those that are well below reach."""
     fits = sorted({n for n in limits.sizes if 2 <= n <= limits.reach - 4})
     return tuple(fits[:MOST_SIZES])
@@ -98,7 +98,7 @@ def _around(n: int, level: int) -> list[Schedule]:
     return [tuple(step for step in schedule if step > 0) for schedule in found]
 
 
-def long(limits: Limits) -> list[Schedule]:
+def long(limits: Bounds) -> list[Schedule]:
     """A few long histories: large steps, then some of one and of several tokens at each length."""
     farther = FARTHER if limits.level == THOROUGH else ()
     marks = [n for n in (*FAR, *farther) if n + 16 <= limits.reach - 8]
@@ -136,7 +136,7 @@ def _packed(prompt: int, sizes: Sequence[int], reach: int) -> list[Schedule]:
     return [tuple(schedule) for schedule in found]
 
 
-def _fitted(schedules: Iterable[Schedule], limits: Limits) -> list[Schedule]:
+def _fitted(schedules: Iterable[Schedule], limits: Bounds) -> list[Schedule]:
     """The schedules as a subject takes them, each once."""
     found: dict[Schedule, None] = {}
     for schedule in schedules:
@@ -156,7 +156,7 @@ def _within(schedule: Schedule, reach: int) -> Schedule:
     return schedule[:n]
 
 
-def _split(schedule: Schedule, limits: Limits) -> Schedule:
+def _split(schedule: Schedule, limits: Bounds) -> Schedule:
     """With steps of at most `largest` tokens."""
     if not limits.largest:
         return schedule
@@ -167,7 +167,7 @@ def _split(schedule: Schedule, limits: Limits) -> Schedule:
     return tuple(found)
 
 
-def _singly(schedule: Schedule, limits: Limits) -> Iterator[Schedule]:
+def _singly(schedule: Schedule, limits: Bounds) -> Iterator[Schedule]:
     """Histories with a prompt and steps of one token: a step of several begins a new one, whose
     prompt is as long."""
     current: list[int] = []

@@ -24,6 +24,35 @@ def owned_modules(decoder: Any) -> dict[str, nn.Module]:
     return found
 
 
+def unwrapped(given: Any) -> tuple[Any, str]:
+    """What torch.compile wrapped, and the wrapper in words, "" if it did not; a module that was
+    compiled in place runs as it is written."""
+    if isinstance(given, nn.Module) and isinstance(getattr(given, "_orig_mod", None), nn.Module):
+        return unwrapped(given._orig_mod)[0], "torch.compile"
+    compiled = False
+    for module in given.modules() if isinstance(given, nn.Module) else ():
+        compiled = compiled or getattr(module, "_compiled_call_impl", None) is not None
+        module._compiled_call_impl = None
+        for name, child in module.named_children():
+            inner, wrapper = unwrapped(child) if hasattr(child, "_orig_mod") else (child, "")
+            if wrapper:
+                setattr(module, name, inner)
+                compiled = True
+    return given, "torch.compile" if compiled else ""
+
+
+def unwrap_attributes(decoder: Any) -> tuple[str, ...]:
+    """Take the modules in an object's attributes out of torch.compile; what to say of it."""
+    notes = []
+    for name, value in list(getattr(decoder, "__dict__", {}).items()):
+        if isinstance(value, nn.Module):
+            inner, wrapper = unwrapped(value)
+            if wrapper:
+                setattr(decoder, name, inner)
+                notes.append(f"{name} taken out of {wrapper}")
+    return tuple(notes)
+
+
 def contents(state: Any, depth: int = 6) -> Iterator[Any]:
     """Everything that a state holds: in containers, and in the attributes of its objects."""
     for leaf in tree_leaves(state):

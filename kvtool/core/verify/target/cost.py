@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core.verify import schedules
-from kvtool.core.verify.schedules import BRIEF, NORMAL, THOROUGH, Limits
+from kvtool.core.verify.schedules import BRIEF, NORMAL, THOROUGH, Bounds
 from kvtool.core.verify.subject import Start
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ QUICK = 0.1  # seconds
 SCHEDULES = (schedules.prompts, schedules.steps, schedules.boundaries, schedules.long)
 
 
-def reach(subject: TargetSubject, limits: Limits) -> int:
+def reach(subject: TargetSubject, limits: Bounds) -> int:
     """The longest history (tokens) with which all schedules take no more than BUDGET seconds.
 
     limits: those of the subject, with its context as reach. The least of REACHES is always fed.
@@ -46,13 +46,13 @@ def reach(subject: TargetSubject, limits: Limits) -> int:
         return affordable[0]
     step, full = _step_seconds(subject), _pass_seconds(subject)
     for n in affordable[:-1]:
-        at_most = Limits(n, limits.largest, limits.single, limits.sizes, limits.level)
+        at_most = Bounds(n, limits.largest, limits.single, limits.sizes, limits.level)
         if RUNS * _seconds(at_most, step, full) <= BUDGET[limits.level]:
             return n
     return affordable[-1]
 
 
-def _seconds(limits: Limits, step: float, full: Callable[[int], float]) -> float:
+def _seconds(limits: Bounds, step: float, full: Callable[[int], float]) -> float:
     """What all schedules take: each step, a pass's worth for the tokens of each history, and the
     uncached pass over the longest, which judges the others of its scenario as well."""
     total = 0.0
