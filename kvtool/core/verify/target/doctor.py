@@ -19,6 +19,7 @@ from kvtool.core.verify.diagnosis.hypotheses.positions import (
 )
 from kvtool.core.verify.finding import Diagnosis
 from kvtool.core.verify.scenario_run import Stopped
+from kvtool.core.verify.target.attributes import owned_modules
 from kvtool.core.verify.target.hypotheses import (
     TARGET_HYPOTHESES,
     FedStep,
@@ -62,7 +63,7 @@ def locate(
     except Stopped as stopped:
         segment, answer = stopped.segment, stopped.answer
     batch, n = answer.logits.shape[:2]
-    with full.on(subject.decoder):
+    with full.on(owned_modules(subject.decoder)):
         subject.call_full(segment.history, segment.start)
     first = first_difference(cached.trace, full.trace, answer.first, n, subject.decoder)
     return first, find_lookups(cached.trace, batch, n)
