@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -26,12 +26,15 @@ from kvtool.core.verify.target.hypotheses import (
     TargetHypothesis,
     TracedSession,
 )
+from kvtool.core.verify.target.influence import Spot, sight
+from kvtool.core.verify.target.sight_rules import named
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import Difference, Lookup, Trace, Tracer, first_difference
 from kvtool.errors import pass_on_shortage
 
 # Masks of a decoder of unknown make cannot be changed from outside.
 UNNAMED = "none of the wrong positions and pasts that can be tried from outside reproduces it"
+SEES_RIGHT = "each token sees those that it should: what is wrong is what was stored of them"
 
 
 def examine(subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagnosis:
@@ -40,11 +43,41 @@ def examine(subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagno
     if located is None:
         return Diagnosis()
     first, lookups = located
-    bugs = explain(subject, case, arms.found[: step + STEPS_AFTER], lookups)
+    last = min(step + STEPS_AFTER, len(arms.found)) - 1
+    bugs = explain(subject, case, arms.found[: last + 1], lookups)
+    unexplained = UNNAMED
+    if not bugs:
+        bugs, unexplained = look(subject, case, step, last, first)
     if first is None:
         behind = "the logits, behind every module"
-        return Diagnosis(part="logits", place=behind, bugs=bugs, unexplained=UNNAMED)
-    return Diagnosis(first.site.layer, first.part, first.heads, str(first), bugs, UNNAMED)
+        return Diagnosis(part="logits", place=behind, bugs=bugs, unexplained=unexplained)
+    return Diagnosis(first.site.layer, first.part, first.heads, str(first), bugs, unexplained)
+
+
+def look(
+    subject: TargetSubject, case: Case, step: int, last: int, first: Difference | None
+) -> tuple[tuple[str, ...], str]:
+    """The bugs that what each token sees gives away; and what is said if there are none."""
+    for spot in spots(first):
+        try:
+            seen = sight(subject, case, step, last, spot)
+        except Exception as error:  # the user's code may not like what it is given here
+            pass_on_shortage(error)
+            continue
+        if seen is None:
+            return (), UNNAMED
+        if bugs := named(seen, step):
+            return bugs, UNNAMED
+        if seen.direct or not first:
+            return (), f"{UNNAMED}; {SEES_RIGHT}"
+    return (), UNNAMED
+
+
+def spots(first: Difference | None) -> Iterator[Spot]:
+    """Where to look at what tokens see: at the first wrong value, then at the logits."""
+    if first is not None and first.moved and first.found.is_floating_point():
+        yield Spot(first.site, first.axis, first.moved)
+    yield Spot()
 
 
 @torch.inference_mode()

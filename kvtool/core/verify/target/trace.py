@@ -125,6 +125,8 @@ class Difference:
     found: Tensor
     expected: Tensor
     heads: tuple[int, ...] = ()
+    axis: int = 1  # of the tokens, in the value
+    moved: tuple[str, ...] = ()  # right modules of the same layer that it was computed from
 
     @property
     def part(self) -> str:
@@ -158,16 +160,34 @@ def first_difference(
     cached: Trace, full: Trace, first: int, n: int, decoder: Any
 ) -> Difference | None:
     """The first value of the cached run that is not that of the same tokens, uncached."""
-    before = None
+    before, right = None, list[Site]()
     for site, found in cached.items():
         expected = None if site not in full else aligned(full[site], found.shape, first, n)
         if expected is None or found.numel() == 0:
             continue
         wrong = is_wrong(found, expected)
         if wrong and not _without_effect(site, cached, full, first, n):
-            return Difference(site, before, found, expected, _heads(site, found, expected, decoder))
+            heads = _heads(site, found, expected, decoder)
+            axis = _token_axis(found.shape, full[site].shape, n, first + n)
+            return Difference(
+                site, before, found, expected, heads, axis, _nearest(right, site.layer)
+            )
         before = site
+        if site.side == "out" and found.is_floating_point():
+            right.append(site)
     return None
+
+
+def _token_axis(found: torch.Size, whole: torch.Size, n: int, total: int) -> int:
+    """Which axis of a value counts tokens: n in a step, `total` in the pass."""
+    sizes = enumerate(zip(found, whole, strict=True))
+    return next((i for i, pair in sizes if pair == (n, total) and i < 3), 1)
+
+
+def _nearest(right: list[Site], layer: int | None) -> tuple[str, ...]:
+    """The modules that answered rightly last: those of a layer; without one the last alone."""
+    of_layer = [site.module for site in right if site.layer == layer]
+    return tuple(dict.fromkeys(of_layer or [site.module for site in right[-1:]]))
 
 
 def is_wrong(found: Tensor, expected: Tensor) -> bool:
