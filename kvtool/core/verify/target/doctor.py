@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -11,12 +11,6 @@ from torch import Tensor
 from kvtool.core.verify.arms import Arms, Case
 from kvtool.core.verify.compare import distances
 from kvtool.core.verify.diagnosis.hypotheses import REPRODUCED, STEPS_AFTER
-from kvtool.core.verify.diagnosis.hypotheses.positions import (
-    ByStep,
-    NotAdvanced,
-    OneTooFar,
-    OneTooNear,
-)
 from kvtool.core.verify.finding import Diagnosis
 from kvtool.core.verify.scenario_run import Stopped
 from kvtool.core.verify.target.attributes import owned_modules
@@ -27,6 +21,7 @@ from kvtool.core.verify.target.hypotheses import (
     TracedSession,
 )
 from kvtool.core.verify.target.influence import Spot, sight
+from kvtool.core.verify.target.positions import wrong_numbers, wrong_positions
 from kvtool.core.verify.target.sight_rules import named
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import Difference, Lookup, Trace, Tracer, first_difference
@@ -34,7 +29,7 @@ from kvtool.errors import pass_on_shortage
 
 # Masks of a decoder of unknown make cannot be changed from outside.
 UNNAMED = "none of the wrong positions and pasts that can be tried from outside reproduces it"
-SEES_RIGHT = "each token sees those that it should: what is wrong is what was stored of them"
+SEES_RIGHT = "each token sees just those that it should, so what was stored or computed is wrong"
 
 
 def examine(subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagnosis:
@@ -46,6 +41,7 @@ def examine(subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagno
     last = min(step + STEPS_AFTER, len(arms.found)) - 1
     bugs = explain(subject, case, arms.found[: last + 1], lookups)
     unexplained = UNNAMED
+    bugs = bugs or numbered(subject, case, step, arms.found[: last + 1])
     if not bugs:
         bugs, unexplained = look(subject, case, step, last, first)
     if first is None:
@@ -134,6 +130,23 @@ def explain(
     return tuple(dict.fromkeys(names))
 
 
+@torch.inference_mode()
+def numbered(
+    subject: TargetSubject, case: Case, step: int, found: Sequence[Tensor]
+) -> tuple[str, ...]:
+    """The positions that reproduce the wrong logits `found`, and the line that makes them."""
+
+    def reproduces(make: Callable[..., TargetHypothesis]) -> bool:
+        answers = _decode(subject.with_session(make), case, len(found))
+        return len(answers) == len(found) and max(distances(answers, found)) <= REPRODUCED
+
+    try:
+        return wrong_numbers(subject, case, step, reproduces)
+    except Exception as error:  # the user's code may not like to be watched
+        pass_on_shortage(error)
+        return ()
+
+
 def _decode(subject: TargetSubject, case: Case, n_steps: int) -> list[Tensor]:
     """The logits of the first steps of a scenario under a hypothesis."""
     run = case.run(subject, last=n_steps - 1)
@@ -158,29 +171,3 @@ def in_words(lookups: tuple[Lookup, ...], log: list[FedStep]) -> str:
         return f"{wrong_positions(asked, right)} ({module}; nothing else is wrong)"
     names = " and ".join(sorted({module for module, _ in lookups}))
     return f"what {names} was asked for explains all of it"
-
-
-def wrong_positions(asked: list[list[int]], right: list[list[int]]) -> str:
-    """How positions are wrong, step by step those that were `asked` for and the `right` ones.
-
-    The first step is right, and has the first position 0.
-    """
-    steps = [(a, r) for a, r in zip(asked, right, strict=True) if r[0] > 0]
-    shifts = {x - y for a, r in steps for x, y in zip(a, r, strict=True)}
-    first = len(asked[0])
-    if all(a == list(range(len(a))) for a, _ in steps):
-        return NotAdvanced.hint
-    if shifts == {1}:
-        return OneTooFar.hint
-    if shifts == {-1}:
-        return OneTooNear.hint
-    if all(a == list(range(first + i, first + i + len(a))) for i, (a, _) in enumerate(steps)):
-        return ByStep.hint
-    if len(shifts - {0}) != 1:
-        return "positions are wrong"
-    (shift,) = shifts - {0}
-    direction = "far" if shift > 0 else "low"
-    if shifts == {shift}:
-        return f"positions are {abs(shift)} too {direction} behind the first step"
-    step = next(i for i, (a, r) in enumerate(zip(asked, right, strict=True)) if a != r)
-    return f"positions are {abs(shift)} too {direction} from step {step} on"

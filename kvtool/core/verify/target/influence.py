@@ -26,9 +26,11 @@ from kvtool.core.verify.target.attributes import owned_modules, running_modules
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
 from kvtool.core.verify.target.trace import Site, parameter_names
 
-SECONDS = 3.0  # that all replays together may take
-MOST, LEAST = 160, 6  # tokens that are moved, at most; with less no map is made
-EDGES = 12  # tokens that are moved between others, to find where what is seen ends
+SECONDS = 1.5  # that all replays together may take
+MOST, LEAST = 72, 6  # tokens that are moved, at most; with less no map is made
+MOST_BETWEEN = 12  # in one round
+BESIDE = 5  # tokens on each side of an end
+EDGES = 12  # rounds in which tokens between others are moved: what is seen ends there
 
 
 class Token(NamedTuple):
@@ -397,6 +399,12 @@ def _between(found: Sight, columns: list[int], step: int) -> list[int]:
     more = set()
     for seen in (found.cached[:, query], found.uncached[:, query]):
         for k in range(len(columns) - 1):
-            if columns[k + 1] - columns[k] > 1 and bool((seen[:, k] != seen[:, k + 1]).any()):
-                more.add((columns[k] + columns[k + 1]) // 2)
-    return sorted(more)[:4]
+            if not bool((seen[:, k] != seen[:, k + 1]).any()):
+                continue
+            low, high = columns[k], columns[k + 1]
+            # Where what is seen ends is found by halves; the steps around end nearby.
+            near = (
+                range(high - BESIDE, high + BESIDE + 1) if high - low == 1 else [(low + high) // 2]
+            )
+            more.update(c for c in near if 0 <= c < columns[-1] and c not in columns)
+    return sorted(more)[:MOST_BETWEEN]

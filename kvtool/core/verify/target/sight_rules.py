@@ -63,11 +63,11 @@ def views(sight: Sight) -> list[View]:
 
 def width(view: View, seen: Tensor, rows: Tensor | None = None) -> int:
     """The window that all queries (of `rows`) see through, 0 if there is none or it is not one."""
-    widths = set()
+    widths, known = set(), set(view.key[0].tolist())
     for i in range(len(view.at)) if rows is None else rows.tolist():
         keys = view.key[0][seen[i]]
         oldest = int(keys.min()) if len(keys) else int(view.at[i])
-        if oldest > max(view.padding, int(view.key.min())):
+        if oldest > view.padding and oldest - 1 in known:  # else it may be older
             widths.add(int(view.at[i]) - oldest + 1)
     if len(widths) != 1:
         return 0
@@ -78,6 +78,7 @@ def width(view: View, seen: Tensor, rows: Tensor | None = None) -> int:
     return found if torch.equal(seen[picked] & real, band[picked] & real) else 0
 
 
+BEHIND = " (behind the first step)"
 Rule = Callable[[View], Tensor]  # -> (Q,K) bool: what is seen under it
 
 
@@ -93,7 +94,8 @@ def top_left(v: View) -> Tensor:
 
 def top_left_of_ring(v: View) -> Tensor:
     oldest = (v.end - v.window).clamp(min=0)
-    return (v.key >= oldest) & (v.key - oldest <= v.at - v.past) & (v.window > 0)
+    shown = (v.key >= oldest) & (v.key - oldest <= v.at - v.past)
+    return shown & (v.key < v.end) & (v.window > 0)
 
 
 def no_causal(v: View) -> Tensor:
@@ -174,26 +176,27 @@ RULES: dict[Rule, str] = {
     prompt_only: "the first step alone is stored: tokens behind it are forgotten",
     prompt_lost: "the first step is not stored: tokens behind it alone are seen",
     last_step_only: "the step before replaces the past in place of joining it",
-    oldest_lost: "the oldest key is not read",
     step_hidden: "the tokens of a step do not see each other",
+    oldest_lost: "the oldest key is not read",
 }
 
 
 def named(sight: Sight, step: int) -> tuple[str, ...]:
     """The bugs that give the map that was found, all of them; what is seen, if none does."""
     found = list(_elsewhere(sight))
-    if not sight.differs:
+    if found or not sight.differs:
         return tuple(found)
     rows = views(sight)
-    names = []
+    fits = list(_windows(rows, sight.queries, step))
     for rule, words in RULES.items():
         when = _where_it_holds([(v, rule(v)) for v in rows], sight.queries, step)
-        if when is not None:
-            names.append(words + when)
-    names += _windows(rows, sight.queries, step)
+        if when is not None and not (fits and rule is oldest_lost):
+            fits.append((words, when))
+    always = [words + when for words, when in fits if when in ("", BEHIND)]
+    names = always or [words + when for words, when in fits]
     if not names:
         names = [text] if (text := described(rows, sight, step)) else []
-    return (*found, *dict.fromkeys(names))
+    return tuple(dict.fromkeys(names))
 
 
 def _where_it_holds(
@@ -229,7 +232,7 @@ def _when(holds: list[Step], free: list[Step]) -> str:
         return ""
     sizes, others = {n for *_, n in holds}, {n for *_, n in free}
     if all(past == 0 for _, past, _ in free) and all(past > 0 for _, past, _ in holds):
-        return " (behind the first step)"
+        return BEHIND
     if sizes == {1} and 1 not in others:
         return " (in steps of one token alone)"
     if 1 not in sizes and others == {1}:
@@ -242,7 +245,7 @@ def _when(holds: list[Step], free: list[Step]) -> str:
     return " (in some steps)"
 
 
-def _windows(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterator[str]:
+def _windows(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterator[tuple[str, str]]:
     """Windows of another width than the right one."""
     wrong = [(v.seen != v.right).any(1).nonzero()[:, 0] for v in rows]
     found = {width(v, v.seen, w) for v, w in zip(rows, wrong, strict=True) if len(w) > 1}
@@ -251,7 +254,7 @@ def _windows(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterato
         (window,) = right
         when = _where_it_holds([(v, v.within(0)) for v in rows], queries, step)
         if when is not None:
-            yield f"the window of {window} tokens is dropped{when}"
+            yield f"the window of {window} tokens is dropped", when
     if len(found) != 1 or len(right) != 1 or found & {0, 1}:
         return
     (cached,), (window,) = found, right
@@ -259,12 +262,12 @@ def _windows(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterato
     if when is None:
         return
     if not window:
-        yield f"only the last {cached} tokens are seen through the cache, and all without it{when}"
+        yield f"the cache shows the last {cached} tokens alone, and the pass shows all", when
     elif abs(cached - window) == 1:
         how = "wide" if cached > window else "narrow"
-        yield f"the window is one token too {how}: {cached} tokens, not {window}{when}"
+        yield f"the window is one token too {how}: {cached} tokens, not {window}", when
     else:
-        yield f"the window is {cached} tokens wide through the cache, and {window} without it{when}"
+        yield f"the window is {cached} tokens wide through the cache, and {window} without it", when
 
 
 def _elsewhere(sight: Sight) -> Iterator[str]:
