@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -26,8 +26,8 @@ from kvtool.core.verify.target.attributes import owned_modules, running_modules
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
 from kvtool.core.verify.target.trace import Site, parameter_names
 
-SECONDS = 1.5  # that all replays together may take
-MOST, LEAST = 72, 6  # tokens that are moved, at most; with less no map is made
+SECONDS = 3.0  # that all replays together may take
+MOST, LEAST = 96, 6  # tokens that are moved, at most; with less no map is made
 MOST_BETWEEN = 12  # in one round
 BESIDE = 5  # tokens on each side of an end
 EDGES = 12  # rounds in which tokens between others are moved: what is seen ends there
@@ -253,10 +253,8 @@ class Prober:
         probe = Probe(self.spot, move)
         make = self.subject.with_session(lambda s, start: ProbedSession(s, start, probe))
         run = self.case.run(make, last=self.last)
-        try:
+        with suppress(Stopped):
             self.case.scenario.play(run)
-        except Stopped:
-            pass
         return probe, run
 
     def _pass(self, move: Token | None) -> Tensor:
@@ -314,7 +312,7 @@ def sight(subject: TargetSubject, case: Case, step: int, last: int, spot: Spot) 
     n_moves = min(MOST, int(SECONDS / max(prober.seconds, 1e-4)))
     if n_moves < LEAST:
         return None
-    batch, length = prober.history.shape
+    batch = prober.history.shape[0]
     given_up = [
         Token(number, row)
         for number in sorted(prober.base.fates)[-(n_moves // 4) :]
@@ -396,7 +394,7 @@ def _chosen(prober: Prober, n: int) -> list[int]:
 def _between(found: Sight, columns: list[int], step: int) -> list[int]:
     """Columns in the middle between neighbours of which the wrong step's last token sees one."""
     query = max(i for i, q in enumerate(found.queries) if q.step == step)
-    more = set()
+    more: set[int] = set()
     for seen in (found.cached[:, query], found.uncached[:, query]):
         for k in range(len(columns) - 1):
             if not bool((seen[:, k] != seen[:, k + 1]).any()):

@@ -185,24 +185,27 @@ def wrong_numbers(
 
 def _words(suspect: Suspect, log: list[FedStep]) -> str:
     """What is wrong with the numbers that the steps were given."""
-    asked, right = [], []
+    asked: list[Tensor] = []
+    right: list[Tensor] = []
     for fed in log:
         axis = suspect.axis
         there = suspect.numbers.narrow(axis, fed.past, fed.asked.shape[axis])
-        asked.append(places(fed.asked, suspect))
-        right.append(places(there, suspect))
-    if any(a is None or r is None or a.shape != r.shape for a, r in zip(asked, right, strict=True)):
-        return "what is computed of the tokens' positions is wrong"
-    shifts = torch.cat([a - r for fed, a, r in zip(log, asked, right, strict=True) if fed.past], 1)
+        found, expected = places(fed.asked, suspect), places(there, suspect)
+        if found is None or expected is None or found.shape != expected.shape:
+            return "what is computed of the tokens' positions is wrong"
+        asked.append(found)
+        right.append(expected)
+    behind = [i for i, fed in enumerate(log) if fed.past]
+    shifts = torch.cat([asked[i] - right[i] for i in behind], dim=1)
     if suspect.padding and any(suspect.padding):
         padding = torch.tensor(suspect.padding)[:, None]
         if len(shifts) == len(padding) and bool((shifts == padding).all()):
             return PaddingIgnored.hint
     if bool((shifts != shifts[:1]).any()):
         return "positions are wrong"
-    counted = [torch.arange(fed.past, fed.past + a.shape[1]) for fed, a in zip(log, asked)]
-    if any(bool((r != c).any()) for r, c in zip(right, counted, strict=True)):
-        if all(bool((a == c).all()) for fed, a, c in zip(log, asked, counted) if fed.past):
+    counted = [fed.past + torch.arange(a.shape[1]) for fed, a in zip(log, asked, strict=True)]
+    if any(bool((r - c).any()) for r, c in zip(right, counted, strict=True)):
+        if all(not bool((asked[i] - counted[i]).any()) for i in behind):
             return "positions count tokens behind the first step, and in the pass they do not"
         return "positions are wrong"
     return wrong_positions([a[0].tolist() for a in asked], [r[0].tolist() for r in right])

@@ -203,7 +203,8 @@ def _where_it_holds(
     predicted: list[tuple[View, Tensor]], queries: tuple[Query, ...], step: int
 ) -> str | None:
     """In which steps a rule gives just what is seen, in words; None if it does not explain all."""
-    holds, free = [], []
+    holds: list[Step] = []
+    free: list[Step] = []
     for one in dict.fromkeys((q.step, q.past, q.end - q.past) for q in queries):
         of_step = torch.tensor([q.step == one[0] for q in queries])
         right, fits, tells = True, True, False

@@ -168,7 +168,7 @@ def first_difference(
         wrong = is_wrong(found, expected)
         if wrong and not _without_effect(site, cached, full, first, n):
             heads = _heads(site, found, expected, decoder)
-            axis = _token_axis(found.shape, full[site].shape, n, first + n)
+            axis = token_axis(found.shape, full[site].shape, n, first + n)
             return Difference(
                 site, before, found, expected, heads, axis, _nearest(right, site.layer)
             )
@@ -178,7 +178,7 @@ def first_difference(
     return None
 
 
-def _token_axis(found: torch.Size, whole: torch.Size, n: int, total: int) -> int:
+def token_axis(found: torch.Size, whole: torch.Size, n: int, total: int) -> int:
     """Which axis of a value counts tokens: n in a step, `total` in the pass."""
     sizes = enumerate(zip(found, whole, strict=True))
     return next((i for i, pair in sizes if pair == (n, total) and i < 3), 1)
