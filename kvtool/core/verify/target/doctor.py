@@ -20,7 +20,8 @@ from kvtool.core.verify.target.hypotheses import (
     TargetHypothesis,
     TracedSession,
 )
-from kvtool.core.verify.target.influence import Spot, sight
+from kvtool.core.verify.target.influence import Sight, Spot, sight
+from kvtool.core.verify.target.operands import misread
 from kvtool.core.verify.target.positions import wrong_numbers, wrong_positions
 from kvtool.core.verify.target.sight_rules import named
 from kvtool.core.verify.target.subject import TargetSubject
@@ -29,7 +30,7 @@ from kvtool.errors import pass_on_shortage
 
 # Masks of a decoder of unknown make cannot be changed from outside.
 UNNAMED = "none of the wrong positions and pasts that can be tried from outside reproduces it"
-SEES_RIGHT = "each token sees just those that it should, so what was stored or computed is wrong"
+SEES_RIGHT = "each token sees just those that it should"
 
 
 def examine(subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagnosis:
@@ -53,20 +54,37 @@ def examine(subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagno
 def look(
     subject: TargetSubject, case: Case, step: int, last: int, first: Difference | None
 ) -> tuple[tuple[str, ...], str]:
-    """The bugs that what each token sees gives away; and what is said if there are none."""
+    """The bugs that what each token sees gives away, or what attention reads; and what is said if
+    there are none."""
+    seen, bugs = see(subject, case, step, last, first)
+    if bugs and (seen is None or not seen.across):
+        return bugs, UNNAMED
+    try:
+        words, told = misread(subject, case, step)
+    except Exception as error:  # the user's code may not like to be watched
+        pass_on_shortage(error)
+        words, told = "", False
+    if told:  # it says more than that rows read each other
+        return (words,), UNNAMED
+    right = SEES_RIGHT if seen is not None and seen.direct and not seen.differs else ""
+    return bugs, "; ".join(filter(None, [UNNAMED, right, words]))
+
+
+def see(
+    subject: TargetSubject, case: Case, step: int, last: int, first: Difference | None
+) -> tuple[Sight | None, tuple[str, ...]]:
+    """What each token sees, as near to the first wrong value as can be, and what it gives away."""
+    found = None
     for spot in spots(first):
         try:
             seen = sight(subject, case, step, last, spot)
         except Exception as error:  # the user's code may not like what it is given here
             pass_on_shortage(error)
             continue
-        if seen is None:
-            return (), UNNAMED
-        if bugs := named(seen, step):
-            return bugs, UNNAMED
-        if seen.direct or not first:
-            return (), f"{UNNAMED}; {SEES_RIGHT}"
-    return (), UNNAMED
+        found = found or seen
+        if seen is not None and (bugs := named(seen, step)):
+            return seen, bugs
+    return found, ()
 
 
 def spots(first: Difference | None) -> Iterator[Spot]:

@@ -77,7 +77,7 @@ class Probe:
     def watch(
         self, modules: dict[str, nn.Module], cells: list[tuple[int, int]], n: int
     ) -> Iterator[list[Tensor]]:
-        """Within, the spot's values are kept, and the outputs at the `cells` (row, column) moved."""
+        """Within, the spot's values are kept, and the outputs at `cells` (row, column) moved."""
         seen: list[Tensor] = []
         site, handles = self.spot.site, []
         if site is not None:

@@ -276,8 +276,8 @@ def _elsewhere(sight: Sight) -> Iterator[str]:
     if sight.across:
         rows = sorted({row for row, _ in sight.across})
         others = sorted({other for _, other in sight.across})
-        words = f"rows read each other: row {ranges(rows)} changes with what row {ranges(others)}"
-        yield f"{words} was fed"
+        words = f"rows read each other: {_numbered('row', rows)} changes with what"
+        yield f"{words} {_numbered('row', others)} was fed"
     for fate in sight.stale:
         yield f"tokens {fate} are still read"
 
@@ -302,5 +302,8 @@ def described(rows: list[View], sight: Sight, step: int) -> str:
 
 def _columns(columns: Tensor) -> str:
     """Tokens by their columns: "token 3", "tokens 3-5"."""
-    numbers = columns.tolist()
-    return f"token{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
+    return _numbered("token", columns.tolist())
+
+
+def _numbered(what: str, numbers: list[int]) -> str:
+    return f"{what}{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
