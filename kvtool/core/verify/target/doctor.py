@@ -42,9 +42,8 @@ def examine(subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagno
     last = min(step + STEPS_AFTER, len(arms.found)) - 1
     bugs = explain(subject, case, arms.found[: last + 1], lookups)
     unexplained = UNNAMED
-    bugs = bugs or numbered(subject, case, step, arms.found[: last + 1])
     if not bugs:
-        bugs, unexplained = look(subject, case, step, last, first)
+        bugs, unexplained = look(subject, case, step, arms.found[: last + 1], first)
     if first is None:
         behind = "the logits, behind every module"
         return Diagnosis(part="logits", place=behind, bugs=bugs, unexplained=unexplained)
@@ -52,11 +51,15 @@ def examine(subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagno
 
 
 def look(
-    subject: TargetSubject, case: Case, step: int, last: int, first: Difference | None
+    subject: TargetSubject, case: Case, step: int, found: Sequence[Tensor], first: Difference | None
 ) -> tuple[tuple[str, ...], str]:
-    """The bugs that what each token sees gives away, or what attention reads; and what is said if
-    there are none."""
-    seen, bugs = see(subject, case, step, last, first)
+    """The bugs that are given away by what each token sees, how tokens are numbered, or what
+    attention reads; and what is said if there are none."""
+    seen, bugs = see(subject, case, step, len(found) - 1, first)
+    numbers, positions = numbered(subject, case, step, found)
+    hidden = seen is not None and seen.differs  # then numbers may be those of a mask
+    if numbers and (positions or not hidden):
+        return (*bugs, numbers), UNNAMED
     if bugs and (seen is None or not seen.across):
         return bugs, UNNAMED
     try:
@@ -66,7 +69,7 @@ def look(
         words, told = "", False
     if told:  # it says more than that rows read each other
         return (words,), UNNAMED
-    right = SEES_RIGHT if seen is not None and seen.direct and not seen.differs else ""
+    right = SEES_RIGHT if seen is not None and seen.direct and not hidden else ""
     return bugs, "; ".join(filter(None, [UNNAMED, right, words]))
 
 
@@ -151,8 +154,9 @@ def explain(
 @torch.inference_mode()
 def numbered(
     subject: TargetSubject, case: Case, step: int, found: Sequence[Tensor]
-) -> tuple[str, ...]:
-    """The positions that reproduce the wrong logits `found`, and the line that makes them."""
+) -> tuple[str, bool]:
+    """The numbers of tokens that reproduce the wrong logits `found`, in words, with the line that
+    makes them; and whether they are positions."""
 
     def reproduces(make: Callable[..., TargetHypothesis]) -> bool:
         answers = _decode(subject.with_session(make), case, len(found))
@@ -162,7 +166,7 @@ def numbered(
         return wrong_numbers(subject, case, step, reproduces)
     except Exception as error:  # the user's code may not like to be watched
         pass_on_shortage(error)
-        return ()
+        return "", False
 
 
 def _decode(subject: TargetSubject, case: Case, n_steps: int) -> list[Tensor]:

@@ -173,18 +173,20 @@ def wrong_numbers(
     case: Case,
     step: int,
     reproduces: Callable[[Callable[..., TargetHypothesis]], bool],
-) -> tuple[str, ...]:
-    """The positions that are wrong, in words and with their line, if nothing else is wrong."""
+) -> tuple[str, bool]:
+    """What is wrong with the numbers that a line gives the tokens, if nothing else is wrong, in
+    words; and whether they are the positions of tokens."""
     for suspect in suspects(subject, case, step):
         log: list[FedStep] = []
         if reproduces(lambda s, start, it=suspect, log=log: LinesGiven(s, start, it, log)):
             words = _words(suspect, log)
-            return (f"{words} ({suspect.line}; nothing else is wrong)",)
-    return ()
+            said = words or "what it computes of the tokens' places is wrong"
+            return f"{said} ({suspect.line}; nothing else is wrong)", bool(words)
+    return "", False
 
 
 def _words(suspect: Suspect, log: list[FedStep]) -> str:
-    """What is wrong with the numbers that the steps were given."""
+    """How the steps' positions are wrong, "" if they are none."""
     asked: list[Tensor] = []
     right: list[Tensor] = []
     for fed in log:
@@ -192,7 +194,7 @@ def _words(suspect: Suspect, log: list[FedStep]) -> str:
         there = suspect.numbers.narrow(axis, fed.past, fed.asked.shape[axis])
         found, expected = places(fed.asked, suspect), places(there, suspect)
         if found is None or expected is None or found.shape != expected.shape:
-            return "what is computed of the tokens' positions is wrong"
+            return ""
         asked.append(found)
         right.append(expected)
     behind = [i for i, fed in enumerate(log) if fed.past]
@@ -202,12 +204,12 @@ def _words(suspect: Suspect, log: list[FedStep]) -> str:
         if len(shifts) == len(padding) and bool((shifts == padding).all()):
             return PaddingIgnored.hint
     if bool((shifts != shifts[:1]).any()):
-        return "positions are wrong"
+        return ""
     counted = [fed.past + torch.arange(a.shape[1]) for fed, a in zip(log, asked, strict=True)]
     if any(bool((r - c).any()) for r, c in zip(right, counted, strict=True)):
         if all(not bool((asked[i] - counted[i]).any()) for i in behind):
             return "positions count tokens behind the first step, and in the pass they do not"
-        return "positions are wrong"
+        return ""
     return wrong_positions([a[0].tolist() for a in asked], [r[0].tolist() for r in right])
 
 

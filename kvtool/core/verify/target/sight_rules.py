@@ -157,6 +157,12 @@ def step_hidden(v: View) -> Tensor:
     return v.right & ((v.key < v.past) | (v.key == v.at))
 
 
+def slot_low(v: View) -> Tensor:
+    held = (v.key < v.first - 1) | (v.key >= v.first)
+    behind = (v.key >= v.first) & (v.key <= v.at + 1) & (v.key < v.end)
+    return held & (v.right | behind) & (v.past > 0) | v.right & (v.past == 0)
+
+
 RULES: dict[Rule, str] = {
     past_lost: "the past is not read: tokens of a step see that step alone",
     top_left: "the causal mask is aligned top-left: a step's token sees the first keys, not its "
@@ -177,6 +183,7 @@ RULES: dict[Rule, str] = {
     prompt_lost: "the first step is not stored: tokens behind it alone are seen",
     last_step_only: "the step before replaces the past in place of joining it",
     step_hidden: "the tokens of a step do not see each other",
+    slot_low: "tokens behind the first step are stored one slot too low: over its last one",
     oldest_lost: "the oldest key is not read",
 }
 
@@ -191,7 +198,7 @@ def named(sight: Sight, step: int) -> tuple[str, ...]:
     for rule, words in RULES.items():
         when = _where_it_holds([(v, rule(v)) for v in rows], sight.queries, step)
         if when is not None and not (fits and rule is oldest_lost):
-            fits.append((words, when))
+            fits.append((words, "" if when == BEHIND and "past" in words else when))
     always = [words + when for words, when in fits if when in ("", BEHIND)]
     names = always or [words + when for words, when in fits]
     if not names:
