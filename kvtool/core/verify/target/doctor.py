@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -20,10 +20,11 @@ from kvtool.core.verify.target.hypotheses import (
     TargetHypothesis,
     TracedSession,
 )
-from kvtool.core.verify.target.influence import Sight, Spot, sight
+from kvtool.core.verify.target.influence import Sight, sight
 from kvtool.core.verify.target.operands import misread
 from kvtool.core.verify.target.positions import wrong_numbers, wrong_positions
 from kvtool.core.verify.target.sight_rules import named
+from kvtool.core.verify.target.spots import spots
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import Difference, Lookup, Trace, Tracer, first_difference
 from kvtool.errors import pass_on_shortage
@@ -73,12 +74,13 @@ def look(
     return bugs, "; ".join(filter(None, [UNNAMED, right, words]))
 
 
+@torch.inference_mode()
 def see(
     subject: TargetSubject, case: Case, step: int, last: int, first: Difference | None
 ) -> tuple[Sight | None, tuple[str, ...]]:
     """What each token sees, as near to the first wrong value as can be, and what it gives away."""
     found = None
-    for spot in spots(first):
+    for spot in spots(subject, first):
         try:
             seen = sight(subject, case, step, last, spot)
         except Exception as error:  # the user's code may not like what it is given here
@@ -88,13 +90,6 @@ def see(
         if seen is not None and (bugs := named(seen, step)):
             return seen, bugs
     return found, ()
-
-
-def spots(first: Difference | None) -> Iterator[Spot]:
-    """Where to look at what tokens see: at the first wrong value, then at the logits."""
-    if first is not None and first.moved and first.found.is_floating_point():
-        yield Spot(first.site, first.axis, first.moved)
-    yield Spot()
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from kvtool.core.verify.target.trace import is_wrong
 
 PRODUCTS = ("matmul", "bmm", "einsum", "scaled_dot_product_attention")
 NEAR = 1e-9  # of the largest value: both are float64, and were computed in other orders
+LATER = 3  # steps that are tried, if there are so many
 WEIGHTS = (
     "queries and keys are right, and the attention weights are not: the scale, the bias or the cap "
     "of the scores"
@@ -55,17 +56,28 @@ class GivenSession(TargetSession):
 def misread(subject: TargetSubject, case: Case, step: int) -> tuple[str, bool]:
     """The first operand of attention that is wrong at a step, in words, and whether it was found
     out what is read in its place. "" if none is wrong, or none is at hand."""
+    for later in range(LATER):  # as many tokens as a head has channels cannot be told apart
+        found = _misread_at(subject, case, step + later)
+        if found is not None:
+            return found
+    return "", False
+
+
+def _misread_at(subject: TargetSubject, case: Case, step: int) -> tuple[str, bool] | None:
+    """None if the step has no products that are known as those of attention."""
     seen: list[Operations] = []
     run = case.run(subject.with_session(lambda s, start: GivenSession(s, start, seen)), last=step)
     try:
         case.scenario.play(run)
-        return "", False
+        return None
     except Stopped as stopped:
         segment, answer = stopped.segment, stopped.answer
     with Operations(keep_given=True) as whole:
         subject.call_full(segment.history, segment.start)
     sizes = (answer.first, answer.logits.shape[1], segment.history.shape[1])
     products = list(_products(seen[0].done, whole.done, sizes))
+    if not products:
+        return None
     pads = segment.start.padding
     padding = 0 if pads is None else int(pads.max())
     for layer, product in enumerate(products):

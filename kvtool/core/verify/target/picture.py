@@ -7,18 +7,15 @@ from typing import NamedTuple
 import torch
 
 from kvtool.core.verify.arms import Case
-from kvtool.core.verify.scenario_run import ScenarioRun
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.target.attributes import owned_modules
-from kvtool.core.verify.target.doctor import locate, spots
+from kvtool.core.verify.target.doctor import locate
 from kvtool.core.verify.target.influence import Sight, Spot, sight
+from kvtool.core.verify.target.spots import first_attention, spots
 from kvtool.core.verify.target.subject import TargetSubject
-from kvtool.core.verify.target.trace import Tracer, is_wrong, token_axis
 from kvtool.errors import pass_on_shortage
 
 SHORT = "chunks"  # the scenario that is drawn where all are right: a prompt, and steps of all kinds
 SHOWN = 48  # tokens that a picture has room for
-N = 6  # tokens of the pass in which attention is looked for
 
 
 class Picture(NamedTuple):
@@ -66,31 +63,9 @@ def _double(subject: TargetSubject) -> TargetSubject:
 def _spots(subject: TargetSubject, case: Case, step: int | None) -> list[Spot]:
     if step is not None:
         located = locate(subject, case, step)
-        return list(spots(located[0] if located else None))
+        return list(spots(subject, located[0] if located else None))
     first = first_attention(subject)
     return [first, Spot()] if first is not None else [Spot()]
-
-
-def first_attention(subject: TargetSubject) -> Spot | None:
-    """The first value of a pass by which a token sees another; None if no hook reaches one."""
-    ids = ScenarioRun(subject).next_ids(1, N)
-    other = ids.clone()
-    other[:, 0] = (ids[:, 0] + 1) % subject.vocab_size
-    traces = []
-    for given in (ids, other, ids[:, :-1]):
-        tracer = Tracer()
-        with tracer.on(owned_modules(subject.decoder)):
-            subject.call_full(given)
-        traces.append(tracer.trace)
-    base, moved, shorter = traces
-    for site, value in base.items():
-        if site not in moved or site not in shorter or not value.is_floating_point():
-            continue
-        axis = token_axis(shorter[site].shape, value.shape, N - 1, N)
-        found, expected = (t[site].movedim(axis, 0)[1:] for t in (moved, base))
-        if value.dim() > 2 and found.shape[0] == N - 1 and is_wrong(found, expected):
-            return Spot(site, axis)
-    return None
 
 
 def _drawn(found: Sight, scenario: str) -> Picture:

@@ -194,7 +194,9 @@ def named(sight: Sight, step: int) -> tuple[str, ...]:
     if found or not sight.differs:
         return tuple(found)
     rows = views(sight)
-    fits = list(_windows(rows, sight.queries, step))
+    if not sight.direct:  # through several layers a window reaches further than it is wide
+        rows = [view._replace(window=0) for view in rows]
+    fits = list(_windows(rows, sight.queries, step)) if sight.direct else []
     for rule, words in RULES.items():
         when = _where_it_holds([(v, rule(v)) for v in rows], sight.queries, step)
         if when is not None and not (fits and rule is oldest_lost):
@@ -262,7 +264,15 @@ def _windows(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterato
         (window,) = right
         when = _where_it_holds([(v, v.within(0)) for v in rows], queries, step)
         if when is not None:
-            yield f"the window of {window} tokens is dropped", when
+            most = max(
+                int((v.at[w] - v.padding).max()) + 1
+                for v, w in zip(rows, wrong, strict=True)
+                if len(w)
+            )
+            if most == window + 1:
+                yield f"the window is one token too wide: {most} tokens, not {window}", when
+            yield f"the window of {window} tokens is dropped: up to {most} are seen", when
+            return
     if len(found) != 1 or len(right) != 1 or found & {0, 1}:
         return
     (cached,), (window,) = found, right
@@ -283,8 +293,8 @@ def _elsewhere(sight: Sight) -> Iterator[str]:
     if sight.across:
         rows = sorted({row for row, _ in sight.across})
         others = sorted({other for _, other in sight.across})
-        words = f"rows read each other: {_numbered('row', rows)} changes with what"
-        yield f"{words} {_numbered('row', others)} was fed"
+        words = f"rows read each other: what {_numbered('row', others)} was fed"
+        yield f"{words} changes {_numbered('row', rows)}"
     for fate in sight.stale:
         yield f"tokens {fate} are still read"
 
