@@ -14,7 +14,7 @@ from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.scenario_run import PREFILL
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import Session, Start
-from kvtool.core.verify.target.doctor import examine
+from kvtool.core.verify.target.doctor import Examiner
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
 from kvtool.errors import UsageError
 
@@ -70,7 +70,7 @@ def check_target(
     tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Checked]:
     """Judge the user's decoder in all scenarios, in that order. Raises CheckFailed."""
-    judge = Judge(subject, examine)
+    judge = Judge(subject, Examiner())
     for scenario in scenarios:
         tell(scenario)
         case = main if scenario == MAIN else Case(SCENARIOS[scenario])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -31,22 +32,40 @@ from kvtool.errors import pass_on_shortage
 
 # Masks of a decoder of unknown make cannot be changed from outside.
 UNNAMED = "none of the wrong positions and pasts that can be tried from outside reproduces it"
+NOT_LOOKED = "not looked into: the bugs found before took the time for it"
+SECONDS = 20.0  # that all bugs of a check are looked into
 SEES_RIGHT = "each token sees just those that it should"
 
 
-def examine(subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagnosis:
-    """Locate the first wrong thing at `step`, and try out what would give these wrong logits."""
+class Examiner:
+    """The doctor of one check: what it looks into takes `SECONDS` at most, and one more look."""
+
+    def __init__(self) -> None:
+        self.spent = 0.0
+
+    def __call__(self, subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagnosis:
+        began = time.perf_counter()
+        found = examine(subject, case, step, arms, thorough=self.spent < SECONDS)
+        self.spent += time.perf_counter() - began
+        return found
+
+
+def examine(
+    subject: TargetSubject, case: Case, step: int, arms: Arms, thorough: bool = True
+) -> Diagnosis:
+    """Locate the first wrong thing at `step`, and try out what would give these wrong logits;
+    if `thorough`, look at what tokens see and read too."""
     located = locate(subject, case, step)
     if located is None:
         return Diagnosis()
-    first, lookups = located
+    first, lookups, watched = located
     last = min(step + STEPS_AFTER, len(arms.found)) - 1
     bugs = explain(subject, case, arms.found[: last + 1], lookups)
-    unexplained = UNNAMED
-    if not bugs:
+    unexplained = UNNAMED if thorough else NOT_LOOKED
+    if not bugs and thorough:
         bugs, unexplained = look(subject, case, step, arms.found[: last + 1], first)
     if first is None:
-        behind = "the logits, behind every module"
+        behind = "the logits, behind every module" if watched else "the logits: no module was seen"
         return Diagnosis(part="logits", place=behind, bugs=bugs, unexplained=unexplained)
     return Diagnosis(first.site.layer, first.part, first.heads, str(first), bugs, unexplained)
 
@@ -95,8 +114,9 @@ def see(
 @torch.inference_mode()
 def locate(
     subject: TargetSubject, case: Case, step: int
-) -> tuple[Difference | None, tuple[Lookup, ...]] | None:
-    """The first value of a step that is wrong, and the lookups that the step made.
+) -> tuple[Difference | None, tuple[Lookup, ...], bool] | None:
+    """The first value of a step that is wrong, the lookups that the step made, and whether what
+    its modules were given and answered could be compared, if it has any.
 
     None if the step cannot be reached again.
     """
@@ -108,10 +128,12 @@ def locate(
     except Stopped as stopped:
         segment, answer = stopped.segment, stopped.answer
     batch, n = answer.logits.shape[:2]
-    with full.on(owned_modules(subject.decoder)):
+    modules = owned_modules(subject.decoder)
+    with full.on(modules):
         subject.call_full(segment.history, segment.start)
     first = first_difference(cached.trace, full.trace, answer.first, n, subject.decoder)
-    return first, find_lookups(cached.trace, batch, n)
+    watched = not modules or any(site in full.trace for site in cached.trace)
+    return first, find_lookups(cached.trace, batch, n), watched
 
 
 def find_lookups(trace: Trace, batch: int, n: int) -> tuple[Lookup, ...]:

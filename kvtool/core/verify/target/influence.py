@@ -26,7 +26,7 @@ from kvtool.core.verify.target.attributes import owned_modules, running_modules
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
 from kvtool.core.verify.target.trace import Site, parameter_names
 
-SECONDS = 3.0  # that all replays together may take
+SECONDS = 2.0  # that all replays together may take
 MOST, LEAST = 96, 6  # tokens that are moved, at most; with less no map is made
 MOST_BETWEEN = 12  # in one round
 BESIDE = 5  # tokens on each side of an end

@@ -58,7 +58,7 @@ def misread(subject: TargetSubject, case: Case, step: int) -> tuple[str, bool]:
     out what is read in its place. "" if none is wrong, or none is at hand."""
     for later in range(LATER):  # as many tokens as a head has channels cannot be told apart
         found = _misread_at(subject, case, step + later)
-        if found is not None:
+        if found is not None and (found[1] or not later):  # or it may only follow from the bug
             return found
     return "", False
 
