@@ -184,30 +184,19 @@ def test_what_cannot_be_told_is_said_not_to_be() -> None:
 # Where
 
 
-class Masked(nn.Module):
-    """A mask of 0 and -inf is given to a module, and its second layer reads a negated value."""
+class Masked(Sighted):
+    """A mask of 0 and large negative numbers is given to a module; a later value is negated."""
 
-    low = -torch.inf
+    low = -torch.inf  # of the pass
 
     def __init__(self) -> None:
-        super().__init__()
-        self.inner = Sighted(
-            reads=READS["the values that are read of token 7 are negated"], layer=1
-        )
-        self.vocab_size, self.context = self.inner.vocab_size, self.inner.context
+        super().__init__(reads=negated, layer=1)
         self.hide = Hide()
-        inner_attend = self.inner.attend
-        self.inner.attend = lambda *args: self.hide(
-            inner_attend(*args), self.mask(args[0], args[1])
-        )
 
-    def mask(self, q: Tensor, k: Tensor) -> Tensor:
-        low = self.low if q.shape[2] == k.shape[2] else -torch.inf
-        seen = torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2])
-        return torch.zeros_like(seen).masked_fill(seen == 0, low).to(q.dtype)
-
-    def forward(self, ids: Tensor, cache: Any = None) -> Any:
-        return self.inner(ids, cache)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: int, wrong: bool) -> Tensor:
+        seen = torch.ones(q.shape[2], k.shape[2]).tril(past)
+        mask = (1 - seen).masked_fill(seen == 0, -torch.inf if past else self.low)
+        return self.hide(super().attend(q, k, v, past, wrong), mask.to(q.dtype))
 
 
 class Hide(nn.Module):
