@@ -15,6 +15,7 @@ from kvtool.core.verify.target.doctor import SEES_RIGHT, UNNAMED
 from kvtool.core.verify.target.influence import Spot, sight
 from kvtool.core.verify.target.picture import picture
 from kvtool.core.verify.target.subject import TargetSubject
+from kvtool.core.verify.target.trace import is_wrong
 from kvtool.ui.sight_map import sight_plot
 from sighted import WINDOW, Sighted, judged, steps
 
@@ -210,6 +211,17 @@ def test_a_mask_of_infinities_is_not_what_is_wrong(low: float) -> None:
     finding = judged(decoder, steps(*ONES))
     assert finding.diagnosis.layer == 1
     assert "layers.1.o: its input is wrong" in finding.diagnosis.place
+
+
+def test_masks_differ_where_another_key_is_hidden_alone() -> None:
+    inf = torch.inf
+    mask = torch.tensor([0.0, -inf, 0.0, -inf], dtype=torch.float64)
+    assert not is_wrong(mask, mask.clamp(min=-1e9))
+    assert not is_wrong(mask, mask)
+    assert is_wrong(mask, mask.roll(1))
+    biased = torch.tensor([0.5, -inf, 0.25, -inf], dtype=torch.float64)
+    assert not is_wrong(biased, biased.clone())
+    assert is_wrong(biased, biased + torch.tensor([0.0, 0.0, 1e-3, 0.0]))
 
 
 class InModule(nn.Module):
