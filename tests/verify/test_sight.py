@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from kvtool.core.verify.judge import BUG, ROUNDING
 from kvtool.core.verify.target.doctor import SEES_RIGHT, UNNAMED
-from kvtool.core.verify.target.influence import Spot, sight
+from kvtool.core.verify.target.influence import sight
 from kvtool.core.verify.target.picture import picture
+from kvtool.core.verify.target.probe import Spot
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import is_wrong
 from kvtool.ui.sight_map import sight_plot
@@ -204,11 +205,11 @@ class Hide(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("low", [-torch.inf, -1e9])
-def test_a_mask_of_infinities_is_not_what_is_wrong(low: float) -> None:
+@pytest.mark.parametrize("low", [-torch.inf, -1e9, 1.0])
+def test_a_mask_that_changes_nothing_is_not_what_is_wrong(low: float) -> None:
     decoder = Masked()
     decoder.low = low
-    finding = judged(decoder, steps(*ONES))
+    finding = judged(decoder, steps(*MIXED))
     assert finding.diagnosis.layer == 1
     assert "layers.1.o: its input is wrong" in finding.diagnosis.place
 

@@ -9,7 +9,8 @@ import torch
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.target.doctor import locate
-from kvtool.core.verify.target.influence import Sight, Spot, sight
+from kvtool.core.verify.target.influence import Sight, sight
+from kvtool.core.verify.target.probe import Spot
 from kvtool.core.verify.target.spots import first_attention, spots
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.errors import pass_on_shortage

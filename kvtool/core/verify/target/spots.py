@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvtool.core.verify.scenario_run import ScenarioRun
 from kvtool.core.verify.target.attributes import owned_modules
-from kvtool.core.verify.target.influence import Probe, Spot, Token
+from kvtool.core.verify.target.probe import Probe, Spot, Token
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import Difference, Site, Trace, Tracer, is_wrong, token_axis
 from kvtool.errors import pass_on_shortage
