@@ -69,6 +69,14 @@ def test_a_window_is_not_called_dropped_where_it_may_be_one_too_wide() -> None:
     assert "one token too wide" in finding.diagnosis.hint and "dropped" in finding.diagnosis.hint
 
 
+def test_one_wrong_token_may_have_lost_the_first_or_see_through_a_window() -> None:
+    finding = judged(Sighted(0, lambda k, q, p: (k <= q) & (k > 0)), steps(7, 1))
+    assert finding.diagnosis.bugs == (
+        "the cache shows the last 7 tokens alone, and the pass shows all",
+        "the first token is lost (behind the first step)",
+    )
+
+
 def test_a_bug_of_some_steps_is_named_with_them() -> None:
     def sees(key: Tensor, query: Tensor, past: int) -> Tensor:
         return key <= query - past if len(query) == 3 else key <= query

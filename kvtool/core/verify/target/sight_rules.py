@@ -258,7 +258,7 @@ def _when(holds: list[Step], free: list[Step]) -> str:
 def _windows(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterator[tuple[str, str]]:
     """Windows of another width than the right one."""
     wrong = [(v.seen != v.right).any(1).nonzero()[:, 0] for v in rows]
-    found = {width(v, v.seen, w) for v, w in zip(rows, wrong, strict=True) if len(w) > 1}
+    found = {width(v, v.seen, w) for v, w in zip(rows, wrong, strict=True) if len(w)}
     right = {v.window for v in rows}
     if len(right) == 1 and right != {0}:
         (window,) = right
