@@ -23,7 +23,6 @@ from decoder_shapes import (
 )
 from kvtool.core.verify.judge import BUG, ERROR, PRECISION, ROUNDING
 from kvtool.core.verify.subject import Start
-from kvtool.core.verify.target.doctor import UNNAMED
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.ending import End, Ended
 from kvtool.errors import UsageError
@@ -80,7 +79,9 @@ MODULE_BUGS = {
     Forgetful: (0, "layer 0, blocks.0.attention.out: its input is wrong, and the output of "
                 "blocks.0.attention.qkv before it is right", "the past is not read"),
     StalePast: (1, "blocks.1.attention.out: its input is wrong, and the output of "
-                "blocks.1.attention.qkv before it is right, head 1", UNNAMED),
+                "blocks.1.attention.qkv before it is right, head 1",
+                "the values that are read of tokens 0-11 are another's: head 1 reads those of "
+                "head 0"),
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import product
@@ -24,6 +25,8 @@ from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint
+    from kvtool.core.verify.arms import Case
+    from kvtool.core.verify.target.picture import Picture
     from kvtool.core.verify.target.subject import TargetSubject
 
 DEFAULT_PROMPT = "To be, or not to be, that is the question:\n"
@@ -228,4 +231,22 @@ def check_target(
             bar.advance()
         planted = target_check.target_control(subject, main)
         rows.add_control(Row.of(planted_bug(planted, target_check.OWN)))
-    return rows.report(main.n_prompt, computed, resolved, outcome.how, out)
+        seen = what_is_seen(subject, main, rows.rows) if settings.plot is not None else None
+    report = rows.report(main.n_prompt, computed, resolved, outcome.how, out)
+    report.seen = seen if outcome.how is None else None
+    return report
+
+
+def what_is_seen(subject: TargetSubject, main: Case, rows: Sequence[Row]) -> Picture | None:
+    """The map of the first bug, or of a scenario that is right."""
+    from kvtool.core.verify.arms import Case
+    from kvtool.core.verify.outcome import BUG
+    from kvtool.core.verify.scenarios import SCENARIOS
+    from kvtool.core.verify.target.check import MAIN
+    from kvtool.core.verify.target.picture import picture
+
+    wrong = next((row for row in rows if row.verdict == BUG), None)
+    if wrong is None:
+        return picture(subject, None, None)
+    case = main if wrong.scenario == MAIN else Case(SCENARIOS[wrong.scenario])
+    return picture(subject, case, wrong.first_wrong_step)

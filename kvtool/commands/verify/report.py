@@ -10,6 +10,10 @@ from kvtool.ending import End
 if TYPE_CHECKING:
     from kvtool.core.verify.check import Checked
     from kvtool.core.verify.outcome import Outcome, Summary
+    from kvtool.core.verify.target.picture import Picture
+
+
+NOT_TOLD = ("verbose", "seen")
 
 
 @dataclass
@@ -143,6 +147,7 @@ class CacheReport:
     ended: End | None = None  # by what, so that checks are missing
     not_run: list[NotRun] = field(default_factory=list)
     verbose: bool = field(default=False, repr=False)
+    seen: Picture | None = field(default=None, repr=False)  # to be drawn, of the user's decoder
 
     @property
     def summary(self) -> Summary[Row]:
@@ -284,5 +289,5 @@ class CacheReport:
 
     def to_dict(self) -> dict[str, Any]:
         """What the document says."""
-        fields = {key: value for key, value in vars(self).items() if key != "verbose"}
+        fields = {key: value for key, value in vars(self).items() if key not in NOT_TOLD}
         return {**fields, "exit_code": self.exit_code, "conclusion": self.conclusion}

@@ -14,6 +14,7 @@ from kvtool.ui.tables import Column
 
 if TYPE_CHECKING:
     from kvtool.commands.verify.check import Settings
+    from kvtool.core.verify.target.picture import Picture
 
 TITLE = "Cached against uncached logits, the same tokens fed to both"
 Described = tuple[Column, Callable[[list[Row]], str]]  # a column, and its cell of some rows
@@ -54,8 +55,10 @@ def by_cause(rows: list[Row]) -> list[list[Row]]:
 
 
 def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> None:
-    """The plot of the gap by step in three precisions."""
+    """The plot of the gap by step in three precisions; of the user's decoder, what each token sees
+    too."""
     from kvtool.ui.plots import gap_plot
+    from kvtool.ui.sight_map import sight_plot
 
     panels: dict[str, dict[str, list[float]]] = {}
     rows = [*report.checks, *([report.control] if report.control else [])]
@@ -66,8 +69,17 @@ def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> No
                 working = f"{report.dtype}, {row.kernels} kernels"
                 lines[working if name == "working" else name] = gaps
     about = caption(measured_on(settings, report.resolved))
-    gap_plot(path, panels, f"Cached against uncached logits, by step\n{about}")
+    if report.seen is None:
+        gap_plot(path, panels, f"Cached against uncached logits, by step\n{about}")
+    else:
+        sight_plot(path, report.seen, panels, f"{sight_title(report.seen)}\n{about}")
     out.note(f"plot: {path}")
+
+
+def sight_title(seen: Picture) -> str:
+    """What a map shows, in words."""
+    of_row = f", row {seen.row}" if seen.n_rows > 1 else ""
+    return f"What each token sees, {seen.where}: {seen.scenario}{of_row}"
 
 
 def table(report: CacheReport) -> tuple[str, list[Column], list[list[str]]]:

@@ -53,6 +53,17 @@ def unwrap_attributes(decoder: Any) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def running_modules(decoder: Any, state: Any) -> dict[str, nn.Module]:
+    """The modules that a step runs: the decoder's, or the copy of them that its state holds."""
+    modules = owned_modules(decoder)
+    for leaf in contents(state):
+        if isinstance(leaf, nn.Module):
+            copies = dict(leaf.named_modules())
+            if len(copies) > 1 and copies.keys() == modules.keys():
+                return copies
+    return modules
+
+
 def contents(state: Any, depth: int = 6) -> Iterator[Any]:
     """Everything that a state holds: in containers, and in the attributes of its objects."""
     for leaf in tree_leaves(state):

@@ -16,7 +16,7 @@ from kvtool.core.verify.scenario_run import PREFILL
 from kvtool.core.verify.scenarios import GENERATED, SCENARIOS
 from kvtool.core.verify.schedules import TOKENS
 from kvtool.core.verify.subject import Session, Start
-from kvtool.core.verify.target.doctor import examine
+from kvtool.core.verify.target.doctor import Examiner
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
 from kvtool.errors import UsageError
 
@@ -85,11 +85,12 @@ def check_target(
     """
     tell("how long a history can be")
     subject.find_reach_for(scenarios, thorough)
-    judge, diagnosed = Judge(subject, examine), False
+    doctor, diagnosed = Examiner(), False
+    judge = Judge(subject, doctor)
     for scenario in scenarios:
         tell(scenario)
         # The many steps of a generated scenario are diagnosed where nothing shorter was wrong.
-        judge.doctor = None if diagnosed and scenario in GENERATED else examine
+        judge.doctor = None if diagnosed and scenario in GENERATED else doctor
         case = main if scenario == MAIN else Case(SCENARIOS[scenario], thorough=thorough)
         finding = judge.judge(case, thorough=scenario == MAIN)
         diagnosed = diagnosed or finding.verdict == BUG
