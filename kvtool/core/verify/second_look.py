@@ -54,7 +54,7 @@ def by_own_prefixes(subject: Subject, arms: Arms, limit: float) -> OwnPrefixes |
         with promoting(arms.promoted):
             own = by_own_prefix(subject, segment, first, end)
             left = float((arms.found[i].double() - own.double()).abs().max()) / scale
-            if not left <= max(limit, gap / 100):
+            if not left <= limit:
                 by = max(by, _change_with_length(subject, segment, first, end) / scale)
                 if by <= limit or not left <= MOOT * by:
                     break
