@@ -21,6 +21,7 @@ from kvtool.core.verify.target import cost
 from kvtool.core.verify.target.check import check_target, decode_case
 from kvtool.core.verify.target.doctor import examine
 from kvtool.core.verify.target.subject import TargetSubject
+from kvtool.errors import UsageError
 
 When = Callable[[int, int], bool]  # tokens of a step, and held before it
 
@@ -154,6 +155,15 @@ def test_python_and_the_command_have_the_same_defaults() -> None:
     line = inspect.signature(command).parameters
     for name in ("tokens", "prompt_length", "thorough"):
         assert python[name].default == line[name].default
+
+
+def test_a_prompt_is_as_long_as_was_asked_for() -> None:
+    found = kvtool.verify(Sums(), scenarios=["decode"], prompt_length=700, tokens=4)
+    (finding,) = found.findings
+    assert finding.working is not None and finding.working.steps == 5
+    assert decode_case(31, 1200, tokens=4, prompt_length=700).n_prompt == 700
+    with pytest.raises(UsageError, match=r"^a prompt of 1,200 tokens is too long \(the decoder"):
+        kvtool.verify(Sums(), prompt_length=1200)
 
 
 # Rows

@@ -38,7 +38,7 @@ def decode_case(
     """
     if ids is None:
         if prompt_length >= context:
-            text = f"the prompt: {prompt_length:,} tokens are too many"
+            text = f"a prompt of {prompt_length:,} tokens is too long"
             raise UsageError(f"{text} (the decoder holds {context:,}, and one more is needed)")
         n_prompt = prompt_length or PREFILL
         length = min(n_prompt + tokens, context)

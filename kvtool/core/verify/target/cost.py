@@ -21,10 +21,11 @@ from kvtool.core.verify.subject import Start
 if TYPE_CHECKING:
     from kvtool.core.verify.target.subject import TargetSubject
 
-BUDGET = {BRIEF: 4.0, NORMAL: 8.0, THOROUGH: 240.0}  # seconds for all schedules, in all precisions
+BUDGET = {BRIEF: 2.0, NORMAL: 8.0, THOROUGH: 240.0}  # seconds for all schedules, in all precisions
 RUNS = 2.5  # of each schedule: in the working format, in float64, and sometimes once more
 HELD = 6  # times that the logits of a history are held: of both arms, in two formats
 MOST_BYTES = 2**31  # of those logits
+MOST = {BRIEF: 600, NORMAL: 2100}  # tokens, however quick they are
 REACHES = (4200, 2100, 1100, 600, 330, 160)  # tokens: longer histories are left out first
 SHORT = 24  # tokens behind which a step is timed
 PASSES = (SHORT, 96, 384, 1536)  # tokens of the passes that are timed
@@ -38,8 +39,8 @@ def reach(subject: TargetSubject, limits: Limits) -> int:
     limits: those of the subject, with its context as reach. The least of REACHES is always fed.
     """
     choices = sorted({min(n, limits.reach) for n in (limits.reach, *REACHES)}, reverse=True)
-    if limits.level < THOROUGH:
-        choices = [n for n in choices if n <= REACHES[1]] or choices[-1:]
+    most = MOST.get(limits.level, limits.reach)
+    choices = [n for n in choices if n <= most] or choices[-1:]
     bytes_per_token = HELD * subject.vocab_size * torch.float64.itemsize
     affordable = [n for n in choices if n * bytes_per_token <= MOST_BYTES] or choices[-1:]
     if len(affordable) < 2:
