@@ -125,7 +125,7 @@ def test_all_histories_of_a_scenario_are_judged_by_one_pass() -> None:
 
 
 def test_what_would_take_too_long_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_step_seconds", lambda subject: 0.001)
+    monkeypatch.setattr(cost, "_step_seconds", lambda subject: (0.0, 0.001))
     monkeypatch.setattr(cost, "_pass_seconds", lambda subject: lambda n: 4e-6 * n**2)
     subject = TargetSubject(Sums(), "it")
     main = decode_case(subject.vocab_size, subject.context, tokens=8)
@@ -139,10 +139,20 @@ def test_what_would_take_too_long_is_left_out_and_named(monkeypatch: pytest.Monk
     assert "; not fed: beyond " in told.splitlines()[-1]
 
 
+def test_a_slow_decoder_is_fed_little_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_step_seconds", lambda subject: (0.0, 2.0))
+    monkeypatch.setattr(cost, "_pass_seconds", lambda subject: lambda n: 2.0)
+    subject = TargetSubject(Sums(), "it")
+    main = decode_case(subject.vocab_size, subject.context, tokens=8)
+    found = {c.finding.scenario: c.finding for c in check_target(subject, GENERATED, main)}
+    assert found["long"].not_fed == "most sizes of steps and beyond 64 tokens"
+    assert sum(f.working.steps for f in found.values() if f.working) < 70
+
+
 def test_a_vocabulary_whose_logits_fill_the_memory_shortens_the_histories(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cost, "_step_seconds", lambda subject: 0.0)
+    monkeypatch.setattr(cost, "_step_seconds", lambda subject: (0.0, 0.0))
     monkeypatch.setattr(cost, "_pass_seconds", lambda subject: lambda n: 0.0)
     subject = TargetSubject(Sums(n_ids=31), "it")
     subject.vocab_size = 10**5

@@ -116,7 +116,9 @@ class ScenarioRun:
     def limits(self) -> Limits:
         """What bounds the schedules of the subject."""
         subject = self.subject
-        level = THOROUGH if self.thorough else getattr(subject, "level", NORMAL)
+        level = getattr(subject, "level", NORMAL)
+        if self.thorough and not getattr(subject, "fed_little", False):
+            level = THOROUGH
         return Limits(
             getattr(subject, "reach", 0) or min(subject.context, REACH),
             getattr(subject, "largest_step", 0),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -27,55 +28,62 @@ HELD = 6  # times that the logits of a history are held: of both arms, in two fo
 MOST_BYTES = 2**31  # of those logits
 MOST = {BRIEF: 600, NORMAL: 2100}  # tokens, however quick they are
 REACHES = (4200, 2100, 1100, 600, 330, 160)  # tokens: longer histories are left out first
+LEAST = (160, 64)  # tokens of what is fed in any case, with few sizes of steps
 SHORT = 24  # tokens behind which a step is timed
 PASSES = (SHORT, 96, 384, 1536)  # tokens of the passes that are timed
 QUICK = 0.1  # seconds
 SCHEDULES = (schedules.prompts, schedules.steps, schedules.boundaries, schedules.long)
 
 
-def reach(subject: TargetSubject, limits: Limits) -> int:
-    """The longest history (tokens) with which all schedules take no more than BUDGET seconds.
+def affordable(subject: TargetSubject, limits: Limits) -> Limits:
+    """The limits with which all schedules take no more than BUDGET seconds: what is longest is left
+    out first, then most sizes of steps; the least is always fed.
 
-    limits: those of the subject, with its context as reach. The least of REACHES is always fed.
+    limits: those of the subject, with its context as reach.
     """
-    choices = sorted({min(n, limits.reach) for n in (limits.reach, *REACHES)}, reverse=True)
-    most = MOST.get(limits.level, limits.reach)
-    choices = [n for n in choices if n <= most] or choices[-1:]
-    bytes_per_token = HELD * subject.vocab_size * torch.float64.itemsize
-    affordable = [n for n in choices if n * bytes_per_token <= MOST_BYTES] or choices[-1:]
-    if len(affordable) < 2:
-        return affordable[0]
-    step, full = _step_seconds(subject), _pass_seconds(subject)
-    for n in affordable[:-1]:
-        at_most = Limits(n, limits.largest, limits.single, limits.sizes, limits.level)
-        if RUNS * _seconds(at_most, step, full) <= BUDGET[limits.level]:
-            return n
-    return affordable[-1]
+    most = min(limits.reach, MOST.get(limits.level, limits.reach))
+    per_token = HELD * subject.vocab_size * torch.float64.itemsize
+    lengths = sorted({min(n, most) for n in (most, *REACHES)}, reverse=True)
+    lengths = [n for n in lengths if n * per_token <= MOST_BYTES] or lengths[-1:]
+    choices = [replace(limits, reach=n) for n in lengths]
+    choices += [replace(limits, reach=min(n, lengths[-1]), level=BRIEF) for n in LEAST]
+    seconds = _seconds_of(subject)
+    for choice in choices[:-1]:
+        if RUNS * seconds(choice) <= BUDGET[limits.level]:
+            return choice
+    return choices[-1]
 
 
-def _seconds(limits: Limits, step: float, full: Callable[[int], float]) -> float:
-    """What all schedules take: each step, a pass's worth for the tokens of each history, and the
-    uncached pass over the longest, which judges the others of its scenario as well."""
-    total = 0.0
-    for make in SCHEDULES:
-        found = make(limits)
-        total += sum(step * len(schedule) + full(sum(schedule)) for schedule in found)
-        total += full(max(map(sum, found)))
-    return total
+def _seconds_of(subject: TargetSubject) -> Callable[[Limits], float]:
+    """What all schedules take: each start and each step, a pass's worth for the tokens of each
+    history, and the uncached pass over the longest, which judges the others of its scenario too."""
+    start, step = _step_seconds(subject)
+    full = _pass_seconds(subject)
+
+    def seconds(limits: Limits) -> float:
+        total = 0.0
+        for make in SCHEDULES:
+            found = make(limits)
+            total += sum(start + step * len(fed) + full(sum(fed)) for fed in found)
+            total += full(max(map(sum, found)))
+        return total
+
+    return seconds
 
 
 @torch.inference_mode()
-def _step_seconds(subject: TargetSubject) -> float:
-    """What a step of one token takes."""
-    ids = _ids(subject, SHORT)
+def _step_seconds(subject: TargetSubject) -> tuple[float, float]:
+    """What a start takes, and a step of one token."""
+    ids, begun = _ids(subject, SHORT), time.thread_time()
     state = subject.initial_state(Start(1, SHORT))
+    start = time.thread_time() - begun
     _, state = subject.step(ids[:, : SHORT - 3], state)
     taken = []
     for end in range(SHORT - 2, SHORT + 1):
         begun = time.thread_time()
         _, state = subject.step(ids[:, end - 1 : end], state)
         taken.append(time.thread_time() - begun)
-    return min(taken)
+    return start, min(taken)
 
 
 def _pass_seconds(subject: TargetSubject) -> Callable[[int], float]:

@@ -126,6 +126,7 @@ class TargetSubject:
                 f"{name}: holds {self.context} tokens (expected {NEEDED} or more)",
                 "A check feeds about that many: build it with a longer context.",
             )
+        self.fed_little = False  # most sizes of steps take too long
         self.reach = 0  # tokens of the longest history that is fed; 0: nobody asked what it costs
         self._vacuous: tuple[str | None] | None = None
 
@@ -212,10 +213,12 @@ class TargetSubject:
 
     def find_reach(self, thorough: bool = False) -> None:
         """Find out how long a history can be fed in the time that a check may take."""
-        level = THOROUGH if thorough else self.level
+        level = THOROUGH if thorough else type(self).level
         single = getattr(self, "single_steps_only", False)
         of_steps = (getattr(self, "largest_step", 0), single, self.sizes)
-        self.reach = cost.reach(self, Limits(self.context, *of_steps, level))
+        found = cost.affordable(self, Limits(self.context, *of_steps, level))
+        self.reach, self.level = found.reach, found.level
+        self.fed_little = found.level < level
 
     def find_special_ids(self, given: Any) -> tuple[int, ...]:
         """The ids to which the decoder gives a meaning."""
