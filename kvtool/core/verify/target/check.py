@@ -83,7 +83,8 @@ def check_target(
 
     thorough: feed all that can be fed in some minutes, not in some seconds.
     """
-    tell("how long a history can be")
+    if GENERATED.intersection(scenarios):
+        tell("how long a history can be")
     subject.find_reach_for(scenarios, thorough)
     judge, diagnosed = Judge(subject, examine), False
     for scenario in scenarios:
