@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kvtool.config import DECODE_TOKENS
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.check import MAIN, Checked, beginning, with_reach
 from kvtool.core.verify.finding import Finding
@@ -14,7 +15,6 @@ from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.outcome import BUG
 from kvtool.core.verify.scenario_run import PREFILL
 from kvtool.core.verify.scenarios import GENERATED, SCENARIOS
-from kvtool.core.verify.schedules import TOKENS
 from kvtool.core.verify.subject import Session, Start
 from kvtool.core.verify.target.doctor import examine
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
@@ -27,7 +27,7 @@ def decode_case(
     vocab_size: int,
     context: int,
     ids: Tensor | Sequence[int] | None = None,
-    tokens: int = TOKENS,
+    tokens: int = DECODE_TOKENS,
     device: torch.device | str = "cpu",
     prompt_length: int = 0,
 ) -> Case:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from torch import Tensor
 from kvtool.core.verify import schedules
 from kvtool.core.verify.schedules import BRIEF, NORMAL, THOROUGH, Limits
 from kvtool.core.verify.subject import Start
-
-if TYPE_CHECKING:
-    from kvtool.core.verify.target.subject import TargetSubject
 
 BUDGET = {BRIEF: 2.0, NORMAL: 8.0, THOROUGH: 240.0}  # seconds for all schedules, in all precisions
 RUNS = 2.5  # of each schedule: in the working format, in float64, and sometimes once more
@@ -35,7 +32,24 @@ QUICK = 0.1  # seconds
 SCHEDULES = (schedules.prompts, schedules.steps, schedules.boundaries, schedules.long)
 
 
-def affordable(subject: TargetSubject, limits: Limits) -> Limits:
+class Timed(Protocol):
+    """What is asked of a decoder to time it: see TargetSubject."""
+
+    vocab_size: int
+    context: int
+    device: torch.device
+
+    def initial_state(self, start: Start) -> Any:
+        """The state before the first token."""
+
+    def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next tokens, and the next state."""
+
+    def full(self, ids: Tensor, start: Start) -> Tensor:
+        """Whole sequences in one pass."""
+
+
+def affordable(subject: Timed, limits: Limits) -> Limits:
     """The limits with which all schedules take no more than BUDGET seconds: what is longest is left
     out first, then most sizes of steps; the least is always fed.
 
@@ -54,7 +68,7 @@ def affordable(subject: TargetSubject, limits: Limits) -> Limits:
     return choices[-1]
 
 
-def _seconds_of(subject: TargetSubject) -> Callable[[Limits], float]:
+def _seconds_of(subject: Timed) -> Callable[[Limits], float]:
     """What all schedules take: each start and each step, a pass's worth for the tokens of each
     history, and the uncached pass over the longest, which judges the others of its scenario too."""
     start, step = _step_seconds(subject)
@@ -72,7 +86,7 @@ def _seconds_of(subject: TargetSubject) -> Callable[[Limits], float]:
 
 
 @torch.inference_mode()
-def _step_seconds(subject: TargetSubject) -> tuple[float, float]:
+def _step_seconds(subject: Timed) -> tuple[float, float]:
     """What a start takes, and a step of one token."""
     ids, begun = _ids(subject, SHORT), time.thread_time()
     state = subject.initial_state(Start(1, SHORT))
@@ -86,7 +100,7 @@ def _step_seconds(subject: TargetSubject) -> tuple[float, float]:
     return start, min(taken)
 
 
-def _pass_seconds(subject: TargetSubject) -> Callable[[int], float]:
+def _pass_seconds(subject: Timed) -> Callable[[int], float]:
     """What a pass over n tokens takes, as some that are timed suggest: longer and longer ones, as
     long as they are quick."""
     taken: list[tuple[int, float]] = []
@@ -111,13 +125,13 @@ def _extrapolated(taken: list[tuple[int, float]], n: int) -> float:
 
 
 @torch.inference_mode()
-def _timed_passes(subject: TargetSubject, ids: Tensor) -> Iterator[float]:
+def _timed_passes(subject: Timed, ids: Tensor) -> Iterator[float]:
     for _ in range(2):
         begun = time.thread_time()
         subject.full(ids, Start(1, ids.shape[1]))
         yield time.thread_time() - begun
 
 
-def _ids(subject: TargetSubject, n: int) -> Tensor:
+def _ids(subject: Timed, n: int) -> Tensor:
     ids = torch.arange(n, device=subject.device) * 7 % subject.vocab_size
     return ids[None]
