@@ -21,6 +21,7 @@ from kvtool.core.verify.target import cost
 from kvtool.core.verify.target.check import check_target, decode_case
 from kvtool.core.verify.target.doctor import examine
 from kvtool.core.verify.target.subject import TargetSubject
+from kvtool.errors import UsageError
 
 When = Callable[[int, int], bool]  # tokens of a step, and held before it
 
@@ -124,7 +125,7 @@ def test_all_histories_of_a_scenario_are_judged_by_one_pass() -> None:
 
 
 def test_what_would_take_too_long_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_step_seconds", lambda subject: 0.001)
+    monkeypatch.setattr(cost, "_step_seconds", lambda subject: (0.0, 0.001))
     monkeypatch.setattr(cost, "_pass_seconds", lambda subject: lambda n: 4e-6 * n**2)
     subject = TargetSubject(Sums(), "it")
     main = decode_case(subject.vocab_size, subject.context, tokens=8)
@@ -138,10 +139,20 @@ def test_what_would_take_too_long_is_left_out_and_named(monkeypatch: pytest.Monk
     assert "; not fed: beyond " in told.splitlines()[-1]
 
 
+def test_a_slow_decoder_is_fed_little_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_step_seconds", lambda subject: (0.0, 2.0))
+    monkeypatch.setattr(cost, "_pass_seconds", lambda subject: lambda n: 2.0)
+    subject = TargetSubject(Sums(), "it")
+    main = decode_case(subject.vocab_size, subject.context, tokens=8)
+    found = {c.finding.scenario: c.finding for c in check_target(subject, GENERATED, main)}
+    assert found["long"].not_fed == "most sizes of steps and beyond 64 tokens"
+    assert sum(f.working.steps for f in found.values() if f.working) < 70
+
+
 def test_a_vocabulary_whose_logits_fill_the_memory_shortens_the_histories(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cost, "_step_seconds", lambda subject: 0.0)
+    monkeypatch.setattr(cost, "_step_seconds", lambda subject: (0.0, 0.0))
     monkeypatch.setattr(cost, "_pass_seconds", lambda subject: lambda n: 0.0)
     subject = TargetSubject(Sums(n_ids=31), "it")
     subject.vocab_size = 10**5
@@ -154,6 +165,15 @@ def test_python_and_the_command_have_the_same_defaults() -> None:
     line = inspect.signature(command).parameters
     for name in ("tokens", "prompt_length", "thorough"):
         assert python[name].default == line[name].default
+
+
+def test_a_prompt_is_as_long_as_was_asked_for() -> None:
+    found = kvtool.verify(Sums(), scenarios=["decode"], prompt_length=700, tokens=4)
+    (finding,) = found.findings
+    assert finding.working is not None and finding.working.steps == 5
+    assert decode_case(31, 1200, tokens=4, prompt_length=700).n_prompt == 700
+    with pytest.raises(UsageError, match=r"^a prompt of 1,200 tokens is too long \(the decoder"):
+        kvtool.verify(Sums(), prompt_length=1200)
 
 
 # Rows

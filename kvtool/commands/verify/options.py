@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from kvtool.core.verify.schedules import TOKENS
+from kvtool.config import DECODE_TOKENS
 from kvtool.registry import IMPLEMENTATIONS, TRANSFORMERS_CACHES
 from kvtool.ui import options as o
 from kvtool.ui.lists import list_option
 from kvtool.ui.option_rules import contradicts, needs
 
 EVERY: list[str] = []  # scenarios, or types
-DEFAULT_TOKENS = TOKENS
+DEFAULT_TOKENS = DECODE_TOKENS
 TIME_LIMIT = 60.0  # seconds
 SWEEP = "Sweep (--impl transformers)"
 HF = "--impl transformers"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvtool import registry
+from kvtool.config import DECODE_TOKENS
 from kvtool.core.machine import dtype_name
 from kvtool.core.models import Model
 from kvtool.core.verify.check import Checked, check_model, control, main_case, planted_bug
@@ -19,7 +20,6 @@ from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.left_out import left_out
 from kvtool.core.verify.outcome import UNSUPPORTED, Outcome, Summary
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.schedules import TOKENS
 from kvtool.core.verify.subject import Formats
 from kvtool.core.verify.target.check import OWN, check_target, decode_case, target_control
 from kvtool.core.verify.target.subject import TargetSubject
@@ -143,7 +143,7 @@ def verify(
     *,
     ids: Tensor | Sequence[int] | None = None,
     scenarios: Sequence[str] | None = None,
-    tokens: int = TOKENS,
+    tokens: int = DECODE_TOKENS,
     prompt_length: int = 0,
     thorough: bool = False,
     dtype: torch.dtype | None = None,

@@ -123,9 +123,11 @@ def check_model(
 def with_reach(finding: Finding, subject: Subject) -> Finding:
     """A finding of the long histories, and which tokens of the context they did not reach."""
     reach = getattr(subject, "reach", 0)
-    if not finding.right or finding.scenario != LONGEST or not 0 < reach < subject.context:
+    if not finding.right or finding.scenario != LONGEST:
         return finding
-    return replace(finding, not_fed=f"beyond {reach:,} tokens")
+    beyond = f"beyond {reach:,} tokens" if 0 < reach < subject.context else ""
+    sizes = "most sizes of steps" if getattr(subject, "fed_little", False) else ""
+    return replace(finding, not_fed=" and ".join(filter(None, [sizes, beyond])))
 
 
 def control(formats: Formats, main: Case) -> Finding:

@@ -116,7 +116,9 @@ class ScenarioRun:
     def limits(self) -> Bounds:
         """What bounds the schedules of the subject."""
         subject = self.subject
-        level = THOROUGH if self.thorough else getattr(subject, "level", NORMAL)
+        level = getattr(subject, "level", NORMAL)
+        if self.thorough and not getattr(subject, "fed_little", False):
+            level = THOROUGH
         return Bounds(
             getattr(subject, "reach", 0) or min(subject.context, REACH),
             getattr(subject, "largest_step", 0),

@@ -21,7 +21,6 @@ DEEP = 130  # tokens of a past that no block of BLOCKS exceeds
 MOST_SIZES = 4  # windows and chunks of a decoder around which steps are put
 MOST_SINGLE = 160  # tokens that are fed one by one where a decoder takes no more
 BRIEF, NORMAL, THOROUGH = 0, 1, 2
-TOKENS = 128  # that the scenario `decode` compares one by one behind its prompt
 
 
 @dataclass(frozen=True)

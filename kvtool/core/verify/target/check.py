@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kvtool.config import DECODE_TOKENS
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.check import MAIN, Checked, beginning, with_reach
 from kvtool.core.verify.finding import Finding
@@ -14,7 +15,6 @@ from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.outcome import BUG
 from kvtool.core.verify.scenario_run import PREFILL
 from kvtool.core.verify.scenarios import GENERATED, SCENARIOS
-from kvtool.core.verify.schedules import TOKENS
 from kvtool.core.verify.subject import Session, Start
 from kvtool.core.verify.target.doctor import Examiner
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
@@ -27,7 +27,7 @@ def decode_case(
     vocab_size: int,
     context: int,
     ids: Tensor | Sequence[int] | None = None,
-    tokens: int = TOKENS,
+    tokens: int = DECODE_TOKENS,
     device: torch.device | str = "cpu",
     prompt_length: int = 0,
 ) -> Case:
@@ -38,7 +38,7 @@ def decode_case(
     """
     if ids is None:
         if prompt_length >= context:
-            text = f"the prompt: {prompt_length:,} tokens are too many"
+            text = f"a prompt of {prompt_length:,} tokens is too long"
             raise UsageError(f"{text} (the decoder holds {context:,}, and one more is needed)")
         n_prompt = prompt_length or PREFILL
         length = min(n_prompt + tokens, context)
@@ -83,7 +83,8 @@ def check_target(
 
     thorough: feed all that can be fed in some minutes, not in some seconds.
     """
-    tell("how long a history can be")
+    if GENERATED.intersection(scenarios):
+        tell("how long a history can be")
     subject.find_reach_for(scenarios, thorough)
     doctor, diagnosed = Examiner(), False
     judge = Judge(subject, doctor)

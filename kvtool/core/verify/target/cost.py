@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,66 +19,88 @@ from kvtool.core.verify import schedules
 from kvtool.core.verify.schedules import BRIEF, NORMAL, THOROUGH, Bounds
 from kvtool.core.verify.subject import Start
 
-if TYPE_CHECKING:
-    from kvtool.core.verify.target.subject import TargetSubject
-
-BUDGET = {BRIEF: 4.0, NORMAL: 8.0, THOROUGH: 240.0}  # seconds for all schedules, in all precisions
+BUDGET = {BRIEF: 2.0, NORMAL: 8.0, THOROUGH: 240.0}  # seconds for all schedules, in all precisions
 RUNS = 2.5  # of each schedule: in the working format, in float64, and sometimes once more
 HELD = 6  # times that the logits of a history are held: of both arms, in two formats
 MOST_BYTES = 2**31  # of those logits
+MOST = {BRIEF: 600, NORMAL: 2100}  # tokens, however quick they are
 REACHES = (4200, 2100, 1100, 600, 330, 160)  # tokens: longer histories are left out first
+LEAST = (160, 64)  # tokens of what is fed in any case, with few sizes of steps
 SHORT = 24  # tokens behind which a step is timed
 PASSES = (SHORT, 96, 384, 1536)  # tokens of the passes that are timed
 QUICK = 0.1  # seconds
 SCHEDULES = (schedules.prompts, schedules.steps, schedules.boundaries, schedules.long)
 
 
-def reach(subject: TargetSubject, limits: Bounds) -> int:
-    """The longest history (tokens) with which all schedules take no more than BUDGET seconds.
+class Timed(Protocol):
+    """What is asked of a decoder to time it: see TargetSubject."""
 
-    limits: those of the subject, with its context as reach. The least of REACHES is always fed.
+    vocab_size: int
+    context: int
+    device: torch.device
+
+    def initial_state(self, start: Start) -> Any:
+        """The state before the first token."""
+
+    def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next tokens, and the next state."""
+
+    def full(self, ids: Tensor, start: Start) -> Tensor:
+        """Whole sequences in one pass."""
+
+
+def affordable(subject: Timed, limits: Bounds) -> Bounds:
+    """The limits with which all schedules take no more than BUDGET seconds: what is longest is left
+    out first, then most sizes of steps; the least is always fed.
+
+    limits: those of the subject, with its context as reach.
     """
-    choices = sorted({min(n, limits.reach) for n in (limits.reach, *REACHES)}, reverse=True)
-    if limits.level < THOROUGH:
-        choices = [n for n in choices if n <= REACHES[1]] or choices[-1:]
-    bytes_per_token = HELD * subject.vocab_size * torch.float64.itemsize
-    affordable = [n for n in choices if n * bytes_per_token <= MOST_BYTES] or choices[-1:]
-    if len(affordable) < 2:
-        return affordable[0]
-    step, full = _step_seconds(subject), _pass_seconds(subject)
-    for n in affordable[:-1]:
-        at_most = Bounds(n, limits.largest, limits.single, limits.sizes, limits.level)
-        if RUNS * _seconds(at_most, step, full) <= BUDGET[limits.level]:
-            return n
-    return affordable[-1]
+    most = min(limits.reach, MOST.get(limits.level, limits.reach))
+    per_token = HELD * subject.vocab_size * torch.float64.itemsize
+    lengths = sorted({min(n, most) for n in (most, *REACHES)}, reverse=True)
+    lengths = [n for n in lengths if n * per_token <= MOST_BYTES] or lengths[-1:]
+    choices = [replace(limits, reach=n) for n in lengths]
+    choices += [replace(limits, reach=min(n, lengths[-1]), level=BRIEF) for n in LEAST]
+    seconds = _seconds_of(subject)
+    for choice in choices[:-1]:
+        if RUNS * seconds(choice) <= BUDGET[limits.level]:
+            return choice
+    return choices[-1]
 
 
-def _seconds(limits: Bounds, step: float, full: Callable[[int], float]) -> float:
-    """What all schedules take: each step, a pass's worth for the tokens of each history, and the
-    uncached pass over the longest, which judges the others of its scenario as well."""
-    total = 0.0
-    for make in SCHEDULES:
-        found = make(limits)
-        total += sum(step * len(schedule) + full(sum(schedule)) for schedule in found)
-        total += full(max(map(sum, found)))
-    return total
+def _seconds_of(subject: Timed) -> Callable[[Bounds], float]:
+    """What all schedules take: each start and each step, a pass's worth for the tokens of each
+    history, and the uncached pass over the longest, which judges the others of its scenario too."""
+    start, step = _step_seconds(subject)
+    full = _pass_seconds(subject)
+
+    def seconds(limits: Bounds) -> float:
+        total = 0.0
+        for make in SCHEDULES:
+            found = make(limits)
+            total += sum(start + step * len(fed) + full(sum(fed)) for fed in found)
+            total += full(max(map(sum, found)))
+        return total
+
+    return seconds
 
 
 @torch.inference_mode()
-def _step_seconds(subject: TargetSubject) -> float:
-    """What a step of one token takes."""
-    ids = _ids(subject, SHORT)
+def _step_seconds(subject: Timed) -> tuple[float, float]:
+    """What a start takes, and a step of one token."""
+    ids, begun = _ids(subject, SHORT), time.thread_time()
     state = subject.initial_state(Start(1, SHORT))
+    start = time.thread_time() - begun
     _, state = subject.step(ids[:, : SHORT - 3], state)
     taken = []
     for end in range(SHORT - 2, SHORT + 1):
         begun = time.thread_time()
         _, state = subject.step(ids[:, end - 1 : end], state)
         taken.append(time.thread_time() - begun)
-    return min(taken)
+    return start, min(taken)
 
 
-def _pass_seconds(subject: TargetSubject) -> Callable[[int], float]:
+def _pass_seconds(subject: Timed) -> Callable[[int], float]:
     """What a pass over n tokens takes, as some that are timed suggest: longer and longer ones, as
     long as they are quick."""
     taken: list[tuple[int, float]] = []
@@ -102,13 +125,13 @@ def _extrapolated(taken: list[tuple[int, float]], n: int) -> float:
 
 
 @torch.inference_mode()
-def _timed_passes(subject: TargetSubject, ids: Tensor) -> Iterator[float]:
+def _timed_passes(subject: Timed, ids: Tensor) -> Iterator[float]:
     for _ in range(2):
         begun = time.thread_time()
         subject.full(ids, Start(1, ids.shape[1]))
         yield time.thread_time() - begun
 
 
-def _ids(subject: TargetSubject, n: int) -> Tensor:
+def _ids(subject: Timed, n: int) -> Tensor:
     ids = torch.arange(n, device=subject.device) * 7 % subject.vocab_size
     return ids[None]

@@ -151,6 +151,7 @@ class TargetSubject:
                 "A check feeds about that many: build it with a longer context.",
             )
         self.lossy = self._declares_loss(given)
+        self.fed_little = False  # most sizes of steps take too long
         self.reach = 0  # tokens of the longest history that is fed; 0: nobody asked what it costs
         self._vacuous: tuple[str | None] | None = None
 
@@ -268,9 +269,11 @@ class TargetSubject:
 
     def find_reach(self, thorough: bool = False) -> None:
         """Find out how long a history can be fed in the time that a check may take."""
-        level = THOROUGH if thorough else self.level
+        level = THOROUGH if thorough else type(self).level
         of_steps = (self.largest_step, self.single_steps_only, self.sizes)
-        self.reach = cost.reach(self, Bounds(self.context, *of_steps, level))
+        found = cost.affordable(self, Bounds(self.context, *of_steps, level))
+        self.reach, self.level = found.reach, found.level
+        self.fed_little = found.level < level
 
     def find_special_ids(self, given: Any) -> tuple[int, ...]:
         """The ids to which the decoder gives a meaning."""
