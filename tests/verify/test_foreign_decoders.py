@@ -124,6 +124,32 @@ def test_a_step_size_that_fails_between_others_is_no_limit(shape: type[Core]) ->
         session.feed(torch.arange(3)[None])
 
 
+class CrashesBeyondOne(Core):
+    """Shapes fit one token behind a prompt, and no more: nobody wrote that down."""
+
+    wrapped = False
+
+    def forward(self, ids: Tensor, cache: Any = None) -> Any:
+        new: list[Any] = []
+        try:
+            if cache is not None:
+                torch.zeros(ids.shape[1]) + torch.zeros(7)
+        except RuntimeError as error:
+            if self.wrapped:
+                raise ValueError("something went wrong") from error
+            raise
+        return self.run(ids, after(cache, ids), joined(cache, new)), new
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_crash_of_all_larger_steps_is_an_error_and_no_limit(wrapped: bool) -> None:
+    decoder = CrashesBeyondOne()
+    decoder.wrapped = wrapped
+    assert not TargetSubject(decoder, "it").single_steps_only
+    assert judged(decoder, "chunks").verdict == ERROR
+    assert judged(decoder).verdict == ROUNDING
+
+
 def _start() -> Any:
     from kvtool.core.verify.subject import Start
 
