@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from kvtool.ui.drawing import drawing
 from kvtool.ui.plots import COLOURS, entitle, gap_axes, gap_legend, save_figure
-
-if TYPE_CHECKING:
-    from kvtool.core.verify.target.picture import Picture
 
 SEEN, WRONG, NONE, PADDING = COLOURS[6], COLOURS[2], "#f4f4f4", "#cccccc"
 SIDE = 4.4  # inches of a map
@@ -18,9 +15,21 @@ GAPS = 2.8  # inches of the gaps below
 CAPTIONS = 1.5  # inches of titles, labels and legends
 
 
+class Seen(NamedTuple):
+    """What is drawn: a mark for each query and key. 0: not seen, 1: seen, 2: hidden by the cache
+    alone, 3: shown by it alone. The keys below `padding` are left padding."""
+
+    queries: Sequence[int]
+    steps: Sequence[int]  # of each query
+    keys: Sequence[int]
+    uncached: Sequence[Sequence[int]]
+    cached: Sequence[Sequence[int]]
+    padding: int
+
+
 @drawing()
 def sight_plot(
-    path: Path, seen: Picture, panels: Mapping[str, Mapping[str, Sequence[float]]], title: str = ""
+    path: Path, seen: Seen, panels: Mapping[str, Mapping[str, Sequence[float]]], title: str = ""
 ) -> None:
     """Two maps, a row for each token that looks and a column for each that is looked at; below them
     the gap by step, if there is one."""
@@ -43,7 +52,7 @@ def sight_plot(
     save_figure(figure, path)
 
 
-def _map(axes: Any, seen: Picture, marks: Sequence[Sequence[int]], title: str) -> None:
+def _map(axes: Any, seen: Seen, marks: Sequence[Sequence[int]], title: str) -> None:
     """One map, its steps apart from each other."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
@@ -81,7 +90,7 @@ def _ticks(axis: Any, tokens: Sequence[int]) -> None:
     axis.set_ticks([i + 0.5 for i in range(0, len(tokens), every)], tokens[::every])
 
 
-def _legend(figure: Any, seen: Picture) -> None:
+def _legend(figure: Any, seen: Seen) -> None:
     from matplotlib.patches import Patch
 
     marks = {mark for row in seen.cached for mark in row}

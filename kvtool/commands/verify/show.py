@@ -58,7 +58,7 @@ def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> No
     """The plot of the gap by step in three precisions; of the user's decoder, what each token sees
     too."""
     from kvtool.ui.plots import gap_plot
-    from kvtool.ui.sight_map import sight_plot
+    from kvtool.ui.sight_map import Seen, sight_plot
 
     panels: dict[str, dict[str, list[float]]] = {}
     rows = [*report.checks, *([report.control] if report.control else [])]
@@ -72,7 +72,7 @@ def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> No
     if report.seen is None:
         gap_plot(path, panels, f"Cached against uncached logits, by step\n{about}")
     else:
-        sight_plot(path, report.seen, panels, f"{sight_title(report.seen)}\n{about}")
+        sight_plot(path, Seen(*report.seen[1:7]), panels, f"{sight_title(report.seen)}\n{about}")
     out.note(f"plot: {path}")
 
 

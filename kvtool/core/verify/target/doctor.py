@@ -22,9 +22,9 @@ from kvtool.core.verify.target.hypotheses import (
     TracedSession,
 )
 from kvtool.core.verify.target.influence import Sight, sight
-from kvtool.core.verify.target.operands import misread
+from kvtool.core.verify.target.operands import WEIGHTS, misread
 from kvtool.core.verify.target.positions import wrong_numbers, wrong_positions
-from kvtool.core.verify.target.sight_rules import named
+from kvtool.core.verify.target.sight_rules import described, named
 from kvtool.core.verify.target.spots import spots
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import Difference, Lookup, Trace, Tracer, first_difference
@@ -87,8 +87,11 @@ def look(
     except Exception as error:  # the user's code may not like to be watched
         pass_on_shortage(error)
         words, told = "", False
-    if told:  # it says more than that rows read each other
+    if told and not (hidden and words == WEIGHTS):  # more than that rows read each other
         return (words,), UNNAMED
+    if not bugs and seen is not None and (cells := described(seen, step)):
+        return (cells,), UNNAMED
+    words = "" if hidden else words
     right = SEES_RIGHT if seen is not None and seen.direct and not hidden else ""
     return bugs, "; ".join(filter(None, [UNNAMED, right, words]))
 
@@ -105,9 +108,10 @@ def see(
         except Exception as error:  # the user's code may not like what it is given here
             pass_on_shortage(error)
             continue
-        found = found or seen
         if seen is not None and (bugs := named(seen, step)):
             return seen, bugs
+        if found is None or (seen is not None and seen.differs and not found.differs):
+            found = seen
     return found, ()
 
 

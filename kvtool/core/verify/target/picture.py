@@ -40,15 +40,16 @@ def picture(subject: TargetSubject, case: Case | None, step: int | None) -> Pict
     subject = _double(subject)
     case = case or Case(SCENARIOS[SHORT])
     best: Sight | None = None
-    try:
-        for spot in _spots(subject, case, step):
+    for spot in _spots(subject, case, step):
+        try:
             found = sight(subject, case, step or 0, 10**6 if step is None else step + 5, spot)
-            if found is not None and (best is None or found.differs):
-                best = found
-            if best is not None and (best.differs or step is None):
-                break
-    except Exception as error:  # the user's code may not like what it is given here
-        pass_on_shortage(error)
+        except Exception as error:  # the user's code may not like what it is given here
+            pass_on_shortage(error)
+            continue
+        if found is not None and (best is None or found.differs):
+            best = found
+        if best is not None and (best.differs or step is None):
+            break
     return None if best is None else _drawn(best, case.scenario.name)
 
 

@@ -79,6 +79,7 @@ def width(view: View, seen: Tensor, rows: Tensor | None = None) -> int:
 
 
 BEHIND = " (behind the first step)"
+MOST = 3  # bugs that may all be named: of more, too little was seen to tell
 Rule = Callable[[View], Tensor]  # -> (Q,K) bool: what is seen under it
 
 
@@ -189,7 +190,7 @@ RULES: dict[Rule, str] = {
 
 
 def named(sight: Sight, step: int) -> tuple[str, ...]:
-    """The bugs that give the map that was found, all of them; what is seen, if none does."""
+    """The bugs that give the map that was found, all of them; none if nearly all do."""
     found = list(_elsewhere(sight))
     if found or not sight.differs:
         return tuple(found)
@@ -203,9 +204,7 @@ def named(sight: Sight, step: int) -> tuple[str, ...]:
             fits.append((words, "" if when == BEHIND and "past" in words else when))
     always = [words + when for words, when in fits if when in ("", BEHIND)]
     names = always or [words + when for words, when in fits]
-    if not names:
-        names = [text] if (text := described(rows, sight, step)) else []
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(names)) if len(names) <= MOST else ()
 
 
 def _where_it_holds(
@@ -236,8 +235,9 @@ def _where_it_holds(
 Step = tuple[int, int, int]  # its number, tokens before it, tokens of it
 
 
-def _when(holds: list[Step], free: list[Step]) -> str:
-    """What tells the steps in which a bug shows from those in which it could and does not."""
+def _when(holds: list[Step], free: list[Step]) -> str | None:
+    """What tells the steps in which a bug shows from those in which it could and does not; None if
+    nothing does: then it is none of that kind."""
     if not free:
         return ""
     sizes, others = {n for *_, n in holds}, {n for *_, n in free}
@@ -252,7 +252,7 @@ def _when(holds: list[Step], free: list[Step]) -> str:
     least, most = min(past for _, past, _ in holds), max(past for _, past, _ in free)
     if least > most:
         return f" (from token {least} on)"
-    return " (in some steps)"
+    return None
 
 
 def _windows(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterator[tuple[str, str]]:
@@ -299,8 +299,9 @@ def _elsewhere(sight: Sight) -> Iterator[str]:
         yield f"tokens {fate} are still read"
 
 
-def described(rows: list[View], sight: Sight, step: int) -> str:
-    """What the first token whose sight is wrong at the wrong step sees, in words."""
+def described(sight: Sight, step: int) -> str:
+    """What the first token whose sight is wrong at the wrong step sees, in words; "" if none is."""
+    rows = views(sight)
     for row, v in enumerate(rows):
         for i, query in enumerate(sight.queries):
             missing, extra = v.right[i] & ~v.seen[i], v.seen[i] & ~v.right[i]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -26,7 +26,17 @@ def spots(subject: TargetSubject, first: Difference | None) -> Iterator[Spot]:
             moved = ()
         if moved and not first.site.call:
             yield Spot(first.site, first.axis, moved)
+        elif first.site.layer == 0 and (attention := _safely(first_attention, subject)):
+            yield attention
     yield Spot()
+
+
+def _safely(find: Callable[[TargetSubject], Spot | None], subject: TargetSubject) -> Spot | None:
+    try:
+        return find(subject)
+    except Exception as error:  # the user's code may not like what it is given here
+        pass_on_shortage(error)
+        return None
 
 
 def _behind_attention(subject: TargetSubject, spot: Spot) -> tuple[str, ...]:
@@ -35,6 +45,8 @@ def _behind_attention(subject: TargetSubject, spot: Spot) -> tuple[str, ...]:
     shorter = _traced(subject, n=N - 1)
     sites = list(base)
     before = sites[: sites.index(spot.site)] if spot.site in base else []
+    if spot.site in moved and not is_wrong(moved[spot.site], base[spot.site]):
+        return ()  # a mask, say: no token is in it
     left = list(spot.moved)
     for site in before:
         if _crossed(site, base, moved, shorter):
