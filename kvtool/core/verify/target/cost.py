@@ -18,6 +18,7 @@ from torch import Tensor
 from kvtool.core.verify import schedules
 from kvtool.core.verify.schedules import BRIEF, NORMAL, THOROUGH, Bounds
 from kvtool.core.verify.subject import Start
+from kvtool.errors import pass_on_shortage
 
 BUDGET = {BRIEF: 2.0, NORMAL: 8.0, THOROUGH: 240.0}  # seconds for all schedules, in all precisions
 RUNS = 2.5  # of each schedule: in the working format, in float64, and sometimes once more
@@ -36,7 +37,6 @@ class Timed(Protocol):
     """What is asked of a decoder to time it: see TargetSubject."""
 
     vocab_size: int
-    context: int
     device: torch.device
 
     def initial_state(self, start: Start) -> Any:
@@ -61,18 +61,22 @@ def affordable(subject: Timed, limits: Bounds) -> Bounds:
     lengths = [n for n in lengths if n * per_token <= MOST_BYTES] or lengths[-1:]
     choices = [replace(limits, reach=n) for n in lengths]
     choices += [replace(limits, reach=min(n, lengths[-1]), level=BRIEF) for n in LEAST]
-    seconds = _seconds_of(subject)
+    try:
+        seconds = _seconds_of(subject, limits)
+    except (Exception, SystemExit) as error:  # whatever it raises: the scenarios will report it
+        pass_on_shortage(error)
+        return choices[-1]
     for choice in choices[:-1]:
         if RUNS * seconds(choice) <= BUDGET[limits.level]:
             return choice
     return choices[-1]
 
 
-def _seconds_of(subject: Timed) -> Callable[[Bounds], float]:
+def _seconds_of(subject: Timed, limits: Bounds) -> Callable[[Bounds], float]:
     """What all schedules take: each start and each step, a pass's worth for the tokens of each
     history, and the uncached pass over the longest, which judges the others of its scenario too."""
-    start, step = _step_seconds(subject)
-    full = _pass_seconds(subject)
+    start, step = _step_seconds(subject, limits.largest or SHORT)
+    full = _pass_seconds(subject, limits.reach)
 
     def seconds(limits: Bounds) -> float:
         total = 0.0
@@ -86,28 +90,29 @@ def _seconds_of(subject: Timed) -> Callable[[Bounds], float]:
 
 
 @torch.inference_mode()
-def _step_seconds(subject: Timed) -> tuple[float, float]:
-    """What a start takes, and a step of one token."""
+def _step_seconds(subject: Timed, largest: int) -> tuple[float, float]:
+    """What a start takes, and a step of one token; `largest`: tokens that it takes at once."""
     ids, begun = _ids(subject, SHORT), time.thread_time()
     state = subject.initial_state(Start(1, SHORT))
     start = time.thread_time() - begun
-    _, state = subject.step(ids[:, : SHORT - 3], state)
+    first = min(SHORT - 3, largest)
+    _, state = subject.step(ids[:, :first], state)
     taken = []
-    for end in range(SHORT - 2, SHORT + 1):
+    for end in range(first + 1, first + 4):
         begun = time.thread_time()
         _, state = subject.step(ids[:, end - 1 : end], state)
         taken.append(time.thread_time() - begun)
     return start, min(taken)
 
 
-def _pass_seconds(subject: Timed) -> Callable[[int], float]:
+def _pass_seconds(subject: Timed, longest: int) -> Callable[[int], float]:
     """What a pass over n tokens takes, as some that are timed suggest: longer and longer ones, as
     long as they are quick."""
     taken: list[tuple[int, float]] = []
     for n in PASSES:
-        if taken and (taken[-1][1] > QUICK or taken[-1][0] == subject.context):
+        if taken and (taken[-1][1] > QUICK or taken[-1][0] == longest):
             break
-        at_most = min(n, subject.context)
+        at_most = min(n, longest)
         taken.append((at_most, min(_timed_passes(subject, _ids(subject, at_most)))))
     return lambda n: _extrapolated(taken, n)
 

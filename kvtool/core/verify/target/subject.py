@@ -271,7 +271,8 @@ class TargetSubject:
         """Find out how long a history can be fed in the time that a check may take."""
         level = THOROUGH if thorough else type(self).level
         of_steps = (self.largest_step, self.single_steps_only, self.sizes)
-        found = cost.affordable(self, Bounds(self.context, *of_steps, level))
+        longest = min(self.context, self.largest_pass or self.context)
+        found = cost.affordable(self, Bounds(longest, *of_steps, level))
         self.reach, self.level = found.reach, found.level
         self.fed_little = found.level < level
 
