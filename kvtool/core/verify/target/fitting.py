@@ -28,7 +28,8 @@ from kvtool.errors import UsageError, pass_on_shortage
 AGREES = 1e-3  # the gap in float32 or float64 below which no other way of calling is tried
 PROBE = 9  # ids that are tried
 # Steps that are tried: any size; one token behind a prompt; no prompt; never one token alone.
-SIZES = ((4, 3, 1, 1), (4, 1, 1, 1, 1), (1, 1, 1, 1), (4, 3, 2))
+SINGLY = (4, 1, 1, 1, 1)
+SIZES = ((4, 3, 1, 1), SINGLY, (1, 1, 1, 1), (4, 3, 2))
 PROMPT_ONLY = len(SIZES)
 NAMED = 3  # attributes that a note names
 
@@ -109,7 +110,7 @@ def _try(module: nn.Module, ids: Tensor, tries: Tries, masked: bool) -> None:
             continue
         try:
             fit = _fit(module, plan, ids)
-            if fit.agrees or not plan.whole:  # a wrong one may be near by chance
+            if not plan.whole or (fit.agrees and _computes_the_last(fit, ids)):
                 tries.fits.append(fit)
         except (Exception, SystemExit) as error:  # it may raise anything if called wrongly
             tries.errors.setdefault(str(plan), error)
@@ -143,6 +144,13 @@ def _fit(module: nn.Module, plan: Plan, ids: Tensor) -> Fit:
         raise error
     fit.decoder.module = module
     return fit
+
+
+def _computes_the_last(fit: Fit, ids: Tensor) -> bool:
+    """Whether a module that is given all ids again answers for the last alone, and without a cache
+    for all: one that computes everything again would hide what is wrong with its steps."""
+    whole = fit.decoder.full(ids)
+    return SIZES[fit.level] == SINGLY and whole.dim() == 3 and whole.shape[1] == ids.shape[1]
 
 
 def _copy(module: nn.Module) -> nn.Module:
