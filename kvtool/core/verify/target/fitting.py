@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kvtool.core.verify.target.abilities import changes_of
 from kvtool.core.verify.target.adapter import ModuleDecoder
+from kvtool.core.verify.target.answers import AGREES, last_gap
 from kvtool.core.verify.target.attributes import unwrapped
 from kvtool.core.verify.target.example import cannot_call
 from kvtool.core.verify.target.kept import left_over, same, session_copy
@@ -25,7 +26,6 @@ from kvtool.core.verify.target.refusals import is_refusal
 from kvtool.core.verify.target.signature import CACHES
 from kvtool.errors import UsageError, pass_on_shortage
 
-AGREES = 1e-3  # the gap in float32 or float64 below which no other way of calling is tried
 PROBE = 9  # ids that are tried
 # Steps that are tried: any size; one token behind a prompt; no prompt; never one token alone.
 SINGLY = (4, 1, 1, 1, 1)
@@ -221,14 +221,6 @@ def cached_gap(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> flo
             raise ValueError(f"it answered a step with {tuple(logits.shape)}")
         gaps.append(last_gap(logits, at_once))
     return max(gaps)
-
-
-def last_gap(found: Tensor, expected: Tensor) -> float:
-    """How far the logits of the last token are from what is expected, over max |expected|."""
-    width = expected.shape[-1]
-    found, expected = found.flatten()[-width:], expected.flatten()[-width:]
-    gap = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
-    return math.inf if math.isnan(gap) else gap
 
 
 def _looks_ahead(decoder: ModuleDecoder, ids: Tensor) -> bool:
