@@ -150,6 +150,23 @@ def test_a_crash_of_all_larger_steps_is_an_error_and_no_limit(wrapped: bool) -> 
     assert judged(decoder).verdict == ROUNDING
 
 
+def test_a_step_that_sees_itself_alone_is_not_hidden_by_giving_it_all_ids_again() -> None:
+    class SelfOnly(Core):
+        """Steps of several tokens do not see the past, which would be right for a whole text."""
+
+        def forward(self, ids: Tensor, cache: Any = None) -> Any:
+            new: list[Any] = []
+            past = None if ids.shape[1] > 1 else cache
+            logits = self.run(ids, self.places(ids, cache), joined(past, new))
+            return logits, new
+
+        def places(self, ids: Tensor, cache: Any) -> Tensor:
+            return torch.arange(ids.shape[1]) if ids.shape[1] > 1 else after(cache, ids)
+
+    finding = judged(SelfOnly(), "chunks")
+    assert (finding.verdict, finding.first_wrong) == (BUG, 1)
+
+
 def _start() -> Any:
     from kvtool.core.verify.subject import Start
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from kvtool.core.verify.target.adapter import OPS, ModuleDecoder, State
+from kvtool.core.verify.target.answers import AGREES, last_gap
 from kvtool.core.verify.target.changes import Change, changes
 from kvtool.errors import pass_on_shortage
 
 KEPT, HELD = 5, 7  # so that no length is a count
-AGREES = 1e-3
 
 
 def changes_of(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> dict[str, Change]:
@@ -71,7 +71,7 @@ def _gap(decoder: ModuleDecoder, change: Change, ids: Tensor, sizes: Sequence[in
             state, history = other.reset(state), ids[:, :0]
         fed = (ids[:, :1] + 3) % 4
         found, _ = other.step(fed, state)
-        return _last_gap(found, other.full(torch.cat([history, fed], dim=1)))
+        return last_gap(found[-1:], other.full(torch.cat([history, fed], dim=1))[-1:])
     except (Exception, SystemExit) as error:
         pass_on_shortage(error)
         return math.inf
@@ -84,7 +84,8 @@ def _selected(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> floa
     state = decoder.select(state, order)
     fed = rows[order, HELD : HELD + 1]
     found, _ = decoder.step(fed, state)
-    return _last_gap(found, decoder.full(torch.cat([rows[order, :HELD], fed], dim=1)))
+    expected = decoder.full(torch.cat([rows[order, :HELD], fed], dim=1))
+    return max(last_gap(found[row], expected[row]) for row in range(2))
 
 
 def _fed(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> State:
@@ -96,9 +97,3 @@ def _fed(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> State:
             _, state = decoder.step(ids[:, end : end + n], state)
         end += n
     return state
-
-
-def _last_gap(found: Tensor, expected: Tensor) -> float:
-    from kvtool.core.verify.target.fitting import last_gap
-
-    return last_gap(found[-1:], expected[-1:])

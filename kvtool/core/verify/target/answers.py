@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from kvtool.core.verify.target.signature import ANSWERED, CACHES
+
+AGREES = 1e-3  # the gap in float32 or float64 below which no other way of calling is tried
 
 
 def logits_and_cache(answer: Any, cache: str) -> tuple[Tensor, Any, str]:
@@ -41,3 +44,11 @@ def is_empty(cache: Any) -> bool:
     if isinstance(cache, (list, tuple)):
         return all(part is None for part in cache)
     return cache is None or cache == {}
+
+
+def last_gap(found: Tensor, expected: Tensor) -> float:
+    """How far the logits of the last token are from what is expected, over max |expected|."""
+    width = expected.shape[-1]
+    found, expected = found.flatten()[-width:], expected.flatten()[-width:]
+    gap = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+    return math.inf if math.isnan(gap) else gap

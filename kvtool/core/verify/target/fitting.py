@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kvtool.core.verify.target.abilities import changes_of
 from kvtool.core.verify.target.adapter import ModuleDecoder
+from kvtool.core.verify.target.answers import AGREES, last_gap
 from kvtool.core.verify.target.attributes import unwrapped
 from kvtool.core.verify.target.example import cannot_call
 from kvtool.core.verify.target.kept import left_over, same, session_copy
@@ -25,10 +26,10 @@ from kvtool.core.verify.target.refusals import is_refusal
 from kvtool.core.verify.target.signature import CACHES
 from kvtool.errors import UsageError, pass_on_shortage
 
-AGREES = 1e-3  # the gap in float32 or float64 below which no other way of calling is tried
 PROBE = 9  # ids that are tried
 # Steps that are tried: any size; one token behind a prompt; no prompt; never one token alone.
-SIZES = ((4, 3, 1, 1), (4, 1, 1, 1, 1), (1, 1, 1, 1), (4, 3, 2))
+SINGLY = (4, 1, 1, 1, 1)
+SIZES = ((4, 3, 1, 1), SINGLY, (1, 1, 1, 1), (4, 3, 2))
 PROMPT_ONLY = len(SIZES)
 NAMED = 3  # attributes that a note names
 
@@ -109,7 +110,7 @@ def _try(module: nn.Module, ids: Tensor, tries: Tries, masked: bool) -> None:
             continue
         try:
             fit = _fit(module, plan, ids)
-            if fit.agrees or not plan.whole:  # a wrong one may be near by chance
+            if not plan.whole or (fit.agrees and _computes_the_last(fit, ids)):
                 tries.fits.append(fit)
         except (Exception, SystemExit) as error:  # it may raise anything if called wrongly
             tries.errors.setdefault(str(plan), error)
@@ -143,6 +144,13 @@ def _fit(module: nn.Module, plan: Plan, ids: Tensor) -> Fit:
         raise error
     fit.decoder.module = module
     return fit
+
+
+def _computes_the_last(fit: Fit, ids: Tensor) -> bool:
+    """Whether a module that is given all ids again answers for the last alone, and without a cache
+    for all: one that computes everything again would hide what is wrong with its steps."""
+    whole = fit.decoder.full(ids)
+    return SIZES[fit.level] == SINGLY and whole.dim() == 3 and whole.shape[1] == ids.shape[1]
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -213,14 +221,6 @@ def cached_gap(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> flo
             raise ValueError(f"it answered a step with {tuple(logits.shape)}")
         gaps.append(last_gap(logits, at_once))
     return max(gaps)
-
-
-def last_gap(found: Tensor, expected: Tensor) -> float:
-    """How far the logits of the last token are from what is expected, over max |expected|."""
-    width = expected.shape[-1]
-    found, expected = found.flatten()[-width:], expected.flatten()[-width:]
-    gap = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
-    return math.inf if math.isnan(gap) else gap
 
 
 def _looks_ahead(decoder: ModuleDecoder, ids: Tensor) -> bool:

@@ -7,19 +7,34 @@ between others that are taken, is no limit: whoever feeds such a step reports an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.refusals import in_words, is_refusal
 from kvtool.errors import pass_on_shortage
 
-if TYPE_CHECKING:
-    from kvtool.core.verify.target.subject import TargetSubject
-
 REACH = 160  # tokens that are asked for at most
 PAST = 4  # tokens before a step
+
+
+class Asked(Protocol):
+    """The subject that is asked: see `TargetSubject`."""
+
+    context: int
+    vocab_size: int
+    device: torch.device
+
+    def call_full(self, ids: Tensor) -> Tensor:
+        """One call of full."""
+
+    def initial_state(self, start: Start) -> Any:
+        """The state before the first token."""
+
+    def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next tokens."""
 
 
 class Limits(NamedTuple):
@@ -50,7 +65,7 @@ class Limits(NamedTuple):
 
 
 @torch.inference_mode()
-def find_limits(subject: TargetSubject) -> Limits:
+def find_limits(subject: Asked) -> Limits:
     """What a decoder takes at most."""
     reach = min(subject.context, REACH)
     largest_pass, _ = _most(lambda n: _passes(subject, n), reach, refusals=False)
@@ -68,7 +83,7 @@ def find_limits(subject: TargetSubject) -> Limits:
     return Limits(step, first, step == 1, largest_pass, said=why or said)
 
 
-def is_limit(subject: TargetSubject, past: int, n: int) -> bool:
+def is_limit(subject: Asked, past: int, n: int) -> bool:
     """Whether steps of n tokens behind `past` are refused, and of more, and of fewer are not."""
     if n < 2 or not all(_refused(subject, past, m) for m in (n, n + 1)):
         return False
@@ -98,7 +113,7 @@ def _most(
     return low, in_words(error)
 
 
-def _passes(subject: TargetSubject, n: int) -> BaseException | None:
+def _passes(subject: Asked, n: int) -> BaseException | None:
     ids = torch.arange(n, device=subject.device)[None] % subject.vocab_size
     try:
         subject.call_full(ids)
@@ -108,7 +123,7 @@ def _passes(subject: TargetSubject, n: int) -> BaseException | None:
     return None
 
 
-def _steps(subject: TargetSubject, *sizes: int) -> BaseException | None:
+def _steps(subject: Asked, *sizes: int) -> BaseException | None:
     """What steps of these sizes raise, the first of the state None."""
     total = sum(sizes)
     ids = torch.arange(total, device=subject.device)[None] % subject.vocab_size
@@ -123,7 +138,7 @@ def _steps(subject: TargetSubject, *sizes: int) -> BaseException | None:
     return None
 
 
-def _refused(subject: TargetSubject, past: int, n: int) -> str:
+def _refused(subject: Asked, past: int, n: int) -> str:
     """How a step is refused; "" if it is taken, or crashes."""
     error = _steps(subject, past, n) if past else _steps(subject, n)
     return in_words(error) if error is not None and is_refusal(error) else ""
