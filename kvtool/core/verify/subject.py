@@ -50,6 +50,11 @@ class Start:
     padding: Tensor | None = None
     source: Source | None = None
 
+    @property
+    def has_holes(self) -> bool:
+        """Whether padding stands between tokens of a row, behind its prompt."""
+        return self.padding is not None and self.padding.dim() == 2
+
     def real(self, first: int, n: int) -> Tensor:
         """Which of n columns from `first` on are not padding (B,n), where there is padding."""
         assert self.padding is not None

@@ -59,7 +59,7 @@ def running_modules(decoder: Any, state: Any) -> dict[str, nn.Module]:
     for leaf in contents(state):
         if isinstance(leaf, nn.Module):
             copies = dict(leaf.named_modules())
-            if len(copies) > 1 and copies.keys() == modules.keys():
+            if len(copies) > 1 and copies.keys() >= modules.keys():
                 return copies
     return modules
 
