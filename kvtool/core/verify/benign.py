@@ -3,6 +3,7 @@ fault of known size. kvtool.core.verify.noise says what they mean."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -13,6 +14,7 @@ from kvtool.core.verify.arms import Arms
 from kvtool.core.verify.noise import Steps
 from kvtool.core.verify.scenario_run import Segment
 from kvtool.core.verify.subject import Start, Subject
+from kvtool.errors import pass_on_shortage
 
 Pass = Callable[[Tensor, Start], Tensor]  # a history (B,T) -> its logits (B,T,V)
 TAILS = (5, 64)  # tokens that are added: the second crosses the switches of most kernels
@@ -38,6 +40,19 @@ def played(arms: Arms, whole: Pass) -> list[Tensor]:
     return [answers[step] for step in sorted(answers)]
 
 
+class NotTaken(Exception):
+    """A decoder does not take a pass that the run itself did not need."""
+
+
+def _played(arms: Arms, whole: Pass) -> list[Tensor]:
+    """`played`. Raises NotTaken for whatever the decoder raises."""
+    try:
+        return played(arms, whole)
+    except (Exception, SystemExit) as error:
+        pass_on_shortage(error)
+        raise NotTaken from error
+
+
 def benign(subject: Subject, arms: Arms, by_length: bool = True) -> Iterator[list[Tensor]]:
     """The runs of uncached passes of other shapes, and of weights moved by one unit in the last
     place, which rounds differently where the kernels of all shapes agree bit for bit.
@@ -52,11 +67,13 @@ def benign(subject: Subject, arms: Arms, by_length: bool = True) -> Iterator[lis
     if "batch" in subject.abilities:
         passes.append(partial(_in_other_rows, subject))
     for whole in passes:
-        yield played(arms, whole)
+        with contextlib.suppress(NotTaken):
+            yield _played(arms, whole)
     for seed in SEEDS:
         other = moved(subject, torch.finfo(subject.dtype).eps / 2, seed)
         if other is not None:
-            yield played(arms, other.full)
+            with contextlib.suppress(NotTaken):
+                yield _played(arms, other.full)
 
 
 def moved(subject: Subject, by: float, seed: int = 0, tables: bool = False) -> Subject | None:
@@ -84,8 +101,9 @@ def controls(subject: Subject, arms: Arms) -> Iterator[list[Tensor]]:
         logits = torch.cat([logits[:, :place], logits[:, place - 1 : place], logits[:, place:]], 1)
         return _only_behind(subject.full(ids, start), logits, place)
 
-    yield played(arms, replaced)
-    yield played(arms, missing)
+    for whole in (replaced, missing):
+        with contextlib.suppress(NotTaken):
+            yield _played(arms, whole)
 
 
 def _place(ids: Tensor, start: Start) -> int:
