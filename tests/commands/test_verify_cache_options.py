@@ -67,7 +67,7 @@ def test_a_right_decoder_of_the_user_is_right_and_may_talk(target: Callable[...,
     for name in ("Tiny", "Talks"):
         ran = target(name)
         assert ran.code == 0 and "hello" not in ran.out
-        assert ran.err.count("hello") < 10  # while it is tried out
+        assert "hello" not in ran.err
         assert "--tokens 128: 53, since the decoder holds 64" in ran.err
 
 

@@ -288,14 +288,14 @@ def test_what_cannot_be_converted_is_no_verdict_unless_all_is_identical() -> Non
     assert "cannot run in float64" in finding.evidence
 
 
-def test_logits_that_are_finite_in_one_format_only_are_no_verdict() -> None:
+def test_logits_that_are_finite_in_one_format_only_are_judged_by_the_noise_of_that() -> None:
     class Overflowing(Pairs):
         def run(self, ids: Tensor, *args: Any) -> Tensor:
             logits = super().run(ids, *args)
             return logits + (math.inf if logits.dtype == torch.float64 else 0.0)
 
     finding = judged(Overflowing())
-    assert finding.verdict == "undecided" and "not finite" in finding.evidence
+    assert finding.verdict == "rounding" and "not finite" in finding.evidence
 
 
 def test_a_decoder_of_numpy_is_checked_too() -> None:

@@ -125,8 +125,8 @@ def test_all_histories_of_a_scenario_are_judged_by_one_pass() -> None:
 
 
 def test_what_would_take_too_long_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_step_seconds", lambda subject: (0.0, 0.001))
-    monkeypatch.setattr(cost, "_pass_seconds", lambda subject: lambda n: 4e-6 * n**2)
+    monkeypatch.setattr(cost, "_step_seconds", lambda *_: (0.0, 0.001))
+    monkeypatch.setattr(cost, "_pass_seconds", lambda *_: lambda n: 4e-6 * n**2)
     subject = TargetSubject(Sums(), "it")
     main = decode_case(subject.vocab_size, subject.context, tokens=8)
     (found,) = check_target(subject, ["long"], main)

@@ -169,6 +169,9 @@ class Judge:
         if finding.verdict != IDENTICAL or not _differs(finding):
             return finding
         beyond = measured.beyond()
+        if beyond is not None and measured.unmeasurable:
+            text = f"{why}, which would decide; uncached passes do not differ, and show no noise"
+            return replace(finding, verdict=UNDECIDED, evidence=text)
         if beyond is not None:
             times = f"{beyond.times:.1e}" if beyond.times >= 1000 else f"{beyond.times:.1f}"
             text = f"{why}; {times} times as far as uncached passes are from each other"

@@ -18,6 +18,7 @@ from kvtool.core.verify.subject import Subject
 # in float32, bfloat16 and float16, and 8.8 the least of caches wrong in one format alone.
 LIMIT = 2.0
 SAME = 10.0  # how many times the noise the float64 run may be from the working one
+UNSEEN = 1e-3  # of a fault: what may be rounding where no rounding is seen
 RETRIES = (31, 32, 33)  # seeds of the moves that a bug has to outlast
 
 
@@ -68,6 +69,17 @@ class Measured:
         """How many times the floor a token replaced, and one missing, are."""
         runs = (arrays(run) for run in controls(self.subject, self.arms))
         return [noise.spread(run, self.expected).over(self.floor, self.least) for run in runs]
+
+    @cached_property
+    def unmeasurable(self) -> bool:
+        """Whether no benign run rounds otherwise, and the gap is small beside one wrong token: a
+        floor of 0 is a floor too small."""
+        if self.floor.total > 0:
+            return False
+        runs = (arrays(run) for run in controls(self.subject, self.arms))
+        fault = min((noise.spread(run, self.expected).total for run in runs), default=0.0)
+        gap = noise.spread(self.found, self.expected).total
+        return fault == 0 or gap <= UNSEEN * fault  # a fault that does not show proves nothing
 
     def same_model(self, in_float64: Arms) -> str:
         """How far the uncached float64 run is, if that is more than rounding; else ""."""

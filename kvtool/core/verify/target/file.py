@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib.util
 import inspect
+import io
 import sys
 import traceback
 from pathlib import Path
@@ -23,11 +24,18 @@ from kvtool.reading import sha256
 def target_subject(spec: str, vocab_size: int = 0, context: int = 0) -> TargetSubject:
     """Load FILE.py:NAME, and make ready to check what it is or builds.
 
-    vocab_size, context: 0 looks for them. What the file prints goes to stderr. Raises UsageError
-    and FileError, each with one line that says what to change.
+    vocab_size, context: 0 looks for them. What the file prints goes to stderr, what the decoder
+    prints while it is tried out only if that fails. Raises UsageError and FileError, each with one
+    line that says what to change.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        return TargetSubject(load_target(spec), spec, vocab_size, context)
+        given = load_target(spec)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            return TargetSubject(given, spec, vocab_size, context)
+        except Exception:
+            sys.stderr.write(said.getvalue())
+            raise
 
 
 def identity(spec: str) -> dict[str, str]:
