@@ -83,6 +83,8 @@ class Measured:
 
     def same_model(self, in_float64: Arms) -> str:
         """How far the uncached float64 run is, if that is more than rounding; else ""."""
+        if self.subject.converts:
+            return ""
         gap = noise.spread(self.expected, arrays(in_float64.expected))
         if gap.worst <= 4 * self.eps or gap.over(self.floor, self.least) <= SAME:
             return ""

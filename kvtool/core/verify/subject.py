@@ -206,6 +206,8 @@ class ModelSubject:
     formats: where other subjects of the same model find its copies too.
     """
 
+    converts = True
+
     told = True
     lossy = False
 

@@ -121,7 +121,7 @@ class TargetSubject:
     vocab_size, context: 0 looks for them. Raises UsageError if it cannot be called.
     """
 
-    stores = True
+    stores, converts = True, False
     source_vocab_size = 0
     window = 0
     told = False  # of what the cache rounds
