@@ -40,7 +40,7 @@ class Bounds:
 
 def prompts(limits: Bounds) -> list[Schedule]:
     """First steps of every size, each with a step of one token and one of two behind it."""
-    sizes = (1, 2, 3, 16, 64, 129) if limits.level == BRIEF else (*SMALL, *LARGE)
+    sizes = (1, 3, 16, 64, 129) if limits.level == BRIEF else (*SMALL, *LARGE)
     return _fitted(((n, 1, 2) for n in sizes), limits)
 
 

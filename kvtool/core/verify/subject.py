@@ -26,7 +26,7 @@ ABILITIES = (
     "batch", "padding", "right-padding", "crop", "select", "reset", "fork", "capacity", "source",
     "window", "quantized", "pages", "save",
 )  # fmt: skip
-REACH = 330  # tokens of the longest history that each of our kinds is fed by default
+REACH = 200  # tokens of the longest history that each of our kinds is fed by default
 LITTLE = 24
 
 
@@ -109,6 +109,7 @@ class Subject(Protocol):
     device: torch.device
     told: bool  # whether its uncached pass rounds as its cache does, so that a loss is a bug
     lossy: bool  # whether it declares that its cache rounds on purpose
+    converts: bool  # whether its float64 copy is known to be the same model
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
         """Whole sequences (B,T) in one pass that no cache takes part in -> logits (B,T,V)."""
