@@ -26,7 +26,8 @@ def show(report: CacheReport, out: Output) -> None:
     title, columns, cells = table(report)
     if cells:  # an unfinished check may have found only what its subject cannot do
         out.table(title, columns, cells)
-    for first, *others in by_cause(report.bugs):
+    looked_into, alike = apart(report.bugs)
+    for first, *others in by_cause(looked_into):
         out.text(
             f"{first.cache}, {first.kernels} kernels, {first.scenario}: {first.verdict_text()}"
         )
@@ -38,11 +39,23 @@ def show(report: CacheReport, out: Output) -> None:
         ):
             if text:
                 out.text(f"  {label}{text}")
+    if alike:
+        out.text(f"wrong too, and not looked into: {', '.join(row.scenario for row in alike)}")
     if report.exit_code and not report.bugs and report.ended is None:
         vain = [row for row in report.checks if row.evidence and row.stores and not row.right]
         for text in dict.fromkeys(f"{row.cache}: {row.evidence}" for row in vain):
             out.text(text)
     out.verdict(None if report.ended else report.exit_code == 0, report.conclusion)
+
+
+def apart(bugs: list[Row]) -> tuple[list[Row], list[Row]]:
+    """The bugs to show one by one, and those of generated scenarios, with many steps, that were not
+    looked into since a shorter one was."""
+    from kvtool.core.verify.scenarios import GENERATED
+
+    alike = [row for row in bugs if row.scenario in GENERATED and not (row.place or row.hint)]
+    shown = [row for row in bugs if row not in alike]
+    return (shown, alike) if shown else (bugs, [])
 
 
 def by_cause(rows: list[Row]) -> list[list[Row]]:

@@ -257,7 +257,7 @@ SCENARIOS = {
             "right-padded",
             "a batch with padding behind shorter prompts",
             _right_padded,
-            ("batch", "right-padding"),
+            ("batch", "padding", "right-padding"),
         ),
         Scenario("reset", "a second sequence on the same cache", _reset, ("reset",)),
         Scenario("fork", "one prefix, two continuations", _fork, ("fork",)),
