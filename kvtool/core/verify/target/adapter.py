@@ -50,6 +50,7 @@ class ModuleDecoder:
     plan: Plan
     changes: dict[str, Change] = field(default_factory=dict)
     takes_padding: bool = False
+    recomputes: bool = False  # it answered for all ids that it was given again
     notes: tuple[str, ...] = ()
     breaks_down: bool = False  # in every step behind a prompt
 
@@ -124,6 +125,7 @@ class ModuleDecoder:
         if not plan.read:
             self.plan = replace(plan, read=how)
         if plan.whole and logits.dim() == 3:
+            self.recomputes |= n < logits.shape[1] == ids.shape[1]
             logits = logits[:, -n:]
             if logits.shape[1] < n < ids.shape[1]:
                 raise OneAtATime("it computes the last token alone")

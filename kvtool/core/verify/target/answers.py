@@ -26,7 +26,7 @@ def logits_and_cache(answer: Any, cache: str) -> tuple[Tensor, Any, str]:
                 return named["logits"], named[name], f"output.logits, output.{name}"
         return named["logits"], None, "output.logits"
     if isinstance(answer, (tuple, list)) and answer and isinstance(answer[0], Tensor):
-        rest = [value for value in answer[1:] if not _is_number(value)]
+        rest = [value for value in answer[1:] if not (_is_number(value) or is_empty(value))]
         how = "(logits, cache)" if len(answer) == 2 else "(logits, ..., cache)"
         return answer[0], rest[0] if rest else None, how if rest else "(logits, ...)"
     raise TypeError(f"it answered with a {type(answer).__name__} in which there are no logits")
@@ -41,9 +41,11 @@ def _is_number(value: Any) -> bool:
 
 def is_empty(cache: Any) -> bool:
     """Whether a cache is None, or a container that holds nothing else."""
+    if isinstance(cache, dict):
+        cache = list(cache.values())
     if isinstance(cache, (list, tuple)):
         return all(part is None for part in cache)
-    return cache is None or cache == {}
+    return cache is None
 
 
 def last_gap(found: Tensor, expected: Tensor) -> float:

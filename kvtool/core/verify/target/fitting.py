@@ -110,7 +110,7 @@ def _try(module: nn.Module, ids: Tensor, tries: Tries, masked: bool) -> None:
             continue
         try:
             fit = _fit(module, plan, ids)
-            if not plan.whole or (fit.agrees and _computes_the_last(fit, ids)):
+            if not plan.whole or (fit.agrees and _computes_the_new(fit, ids)):
                 tries.fits.append(fit)
         except (Exception, SystemExit) as error:  # it may raise anything if called wrongly
             tries.errors.setdefault(str(plan), error)
@@ -146,11 +146,11 @@ def _fit(module: nn.Module, plan: Plan, ids: Tensor) -> Fit:
     return fit
 
 
-def _computes_the_last(fit: Fit, ids: Tensor) -> bool:
-    """Whether a module that is given all ids again answers for the last alone, and without a cache
-    for all: one that computes everything again would hide what is wrong with its steps."""
+def _computes_the_new(fit: Fit, ids: Tensor) -> bool:
+    """Whether a module that is given all ids again answers for the new ones alone, and without a
+    cache for all: one that computes everything again would hide what is wrong with its steps."""
     whole = fit.decoder.full(ids)
-    return SIZES[fit.level] == SINGLY and whole.dim() == 3 and whole.shape[1] == ids.shape[1]
+    return not fit.decoder.recomputes and whole.dim() == 3 and whole.shape[1] == ids.shape[1]
 
 
 def _copy(module: nn.Module) -> nn.Module:
