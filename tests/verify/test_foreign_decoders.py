@@ -311,3 +311,31 @@ def test_an_argument_that_nobody_knows_is_named_with_the_code_that_would_help() 
     example = caught.value.example  # type: ignore[attr-defined]
     assert "self.model(ids, speaker=..., cache=cache)" in example
     compile(example, "example", "exec")
+
+
+@pytest.mark.parametrize("before", ["hidden", "maps", "loss"])
+def test_a_cache_that_is_not_the_first_thing_behind_the_logits_is_found(before: str) -> None:
+    class Wordy(Core):
+        def forward(self, ids: Tensor, past: Any = None) -> Any:
+            new: list[Any] = []
+            logits = self.run(ids, after(past, ids), joined(past, new))
+            more = {"hidden": logits * 2, "maps": [logits], "loss": logits.mean().view(1)}
+            return logits, more[before], new
+
+    assert kvtool.verify(Wordy(), scenarios=["decode", "chunks"], tokens=6).ok
+
+
+def test_a_module_that_is_given_all_ids_again_and_computes_the_new_ones_is_called_so() -> None:
+    class Incremental(Core):
+        """As fairseq's: the state is changed in place, and what is answered beside is no cache."""
+
+        def forward(self, ids: Tensor, incremental_state: Any = None) -> Any:
+            past = None if incremental_state is None else incremental_state.get("kv")
+            new: list[Any] = []
+            ids = ids[:, 0 if past is None else past[0][0].shape[2] :]
+            logits = self.run(ids, after(past, ids), joined(past, new))
+            if incremental_state is not None:
+                incremental_state["kv"] = new
+            return logits, {"attn": None}
+
+    assert kvtool.verify(Incremental(), scenarios=["decode", "chunks"], tokens=6).ok

@@ -115,7 +115,7 @@ class ModuleDecoder:
             past, width = state.past, ids.shape[1]
             given[plan.mask] = self._mask(ids.shape[0], past, width, state.room, state.padding)
         answer = self._call(self.running(state), ids, given)
-        logits, cache, how = logits_and_cache(answer, plan.cache)
+        logits, cache, how = logits_and_cache(answer, plan.cache, plan.part)
         if plan.in_module:
             cache, how = None, "logits, the cache changed in place"
         elif cache is None and state.cache is not None:

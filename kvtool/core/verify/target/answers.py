@@ -12,10 +12,11 @@ from kvtool.core.verify.target.signature import ANSWERED, CACHES
 AGREES = 1e-3  # the gap in float32 or float64 below which no other way of calling is tried
 
 
-def logits_and_cache(answer: Any, cache: str) -> tuple[Tensor, Any, str]:
+def logits_and_cache(answer: Any, cache: str, part: int = 0) -> tuple[Tensor, Any, str]:
     """The logits and the cache of a module's answer, and how they were found.
 
-    Raises TypeError if there are no logits in it.
+    part: which of the parts behind the logits that may be a cache. Raises TypeError if there are no
+    logits in it, or not so many parts.
     """
     if isinstance(answer, Tensor):
         return answer, None, "logits"
@@ -27,8 +28,10 @@ def logits_and_cache(answer: Any, cache: str) -> tuple[Tensor, Any, str]:
         return named["logits"], None, "output.logits"
     if isinstance(answer, (tuple, list)) and answer and isinstance(answer[0], Tensor):
         rest = [value for value in answer[1:] if not (_is_number(value) or is_empty(value))]
+        if part and part >= len(rest):
+            raise TypeError(f"it answered without a part {part + 1} behind the logits")
         how = "(logits, cache)" if len(answer) == 2 else "(logits, ..., cache)"
-        return answer[0], rest[0] if rest else None, how if rest else "(logits, ...)"
+        return answer[0], rest[part] if rest else None, how if rest else "(logits, ...)"
     raise TypeError(f"it answered with a {type(answer).__name__} in which there are no logits")
 
 
