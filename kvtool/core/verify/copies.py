@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvtool.errors import pass_on_shortage
+
 WIDE = {torch.float64: torch.complex128}  # complex tables stay as they are in other formats
 ENOUGH = 8  # how deep objects hold objects
 PLAIN = (
@@ -48,7 +50,11 @@ def moved(decoder: Any, by: float, seed: int = 0, tables: bool = False) -> Any:
     """
     for every in (False, True) if not tables else (False,):  # some hold plain tensors alone
         mover = _Mover(by, seed, tables, every)
-        other = _Held(mover, True, None).visit(copy.deepcopy(decoder))
+        try:
+            other = _Held(mover, True, None).visit(copy.deepcopy(decoder))
+        except (TypeError, RuntimeError) as error:  # a lock, an open file
+            pass_on_shortage(error)
+            raise NotImplementedError(f"it cannot be copied ({error})") from error
         if mover.n_moved:
             return other
     raise NotImplementedError("it holds no weights that could be moved")

@@ -14,14 +14,17 @@ def left_out(skipped: Iterable[tuple[str, str]], run: Iterable[str]) -> str:
     run: scenarios that some subject did.
 
     >>> left_out([("crop", "needs crop, which it has not"), ("permuted", "no rows")], [])
-    'not run: crop, permuted (no rows)'
+    'not run: permuted (no rows), crop'
     """
     done, reasons = set(run), dict(skipped)
     groups: dict[str, list[str]] = {}
     for scenario, evidence in reasons.items():
         if scenario not in done:
             groups.setdefault(_reason(scenario, evidence), []).append(scenario)
-    said = [", ".join(names) + (f" ({why})" if why else "") for why, names in groups.items()]
+    groups[""] = groups.pop("", [])  # last, so that no reason seems to be theirs
+    said = [
+        ", ".join(names) + (f" ({why})" if why else "") for why, names in groups.items() if names
+    ]
     return f"not run: {', '.join(said)}" if said else ""
 
 

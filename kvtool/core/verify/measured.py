@@ -17,6 +17,7 @@ from kvtool.core.verify.subject import Subject
 # How many times the noise a single right run may be. Measured: 1.4 was the most of right decoders
 # in float32, bfloat16 and float16, and 8.8 the least of caches wrong in one format alone.
 LIMIT = 2.0
+COARSE = 10.0  # the same where no weights can be moved, so that fewer benign runs are had
 SAME = 10.0  # how many times the noise the float64 run may be from the working one
 UNSEEN = 1e-3  # of a fault: what may be rounding where no rounding is seen
 RETRIES = (31, 32, 33)  # seeds of the moves that a bug has to outlast
@@ -56,6 +57,11 @@ class Measured:
     def variants(self) -> list[noise.Steps]:
         """Uncached runs that only round differently."""
         return [arrays(run) for run in benign(self.subject, self.arms, self.by_length)]
+
+    @cached_property
+    def limit(self) -> float:
+        """How many times the floor is noise."""
+        return COARSE if moved(self.subject, self.eps, RETRIES[0]) is None else LIMIT
 
     @cached_property
     def floor(self) -> Spread:
@@ -98,11 +104,11 @@ class Measured:
         if in_float64 is not None:
             right = arrays(in_float64.expected)
             error = noise.spread(self.expected, right)
-            if noise.spread(self.found, right).over(error, self.least) <= LIMIT:
+            if noise.spread(self.found, right).over(error, self.least) <= self.limit:
                 return None
         found = noise.spread(self.found, noise.mean(self.variants))
         times = found.over(self.floor, self.least)
-        if times <= LIMIT:
+        if times <= self.limit:
             return None
         wrong = self._wrong(found)
         if not any(wrong):  # everywhere by a little
@@ -114,7 +120,7 @@ class Measured:
         """WITHIN, BEYOND or HIDDEN, as `noise.judge` says, without a float64 run."""
         if self.beyond() is not None:
             return noise.BEYOND
-        return noise.judge(0.0, self.controls, LIMIT)
+        return noise.judge(0.0, self.controls, self.limit)
 
     def _staying(self, wrong: list[bool]) -> list[bool]:
         """The steps that are wrong as well when weights are moved by one unit in the last place.
@@ -132,5 +138,5 @@ class Measured:
         return wrong
 
     def _wrong(self, found: Spread) -> list[bool]:
-        limit = LIMIT * max(self.floor.worst, self.least)
+        limit = self.limit * max(self.floor.worst, self.least)
         return [not gap <= limit for gap in found.by_step]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -39,7 +40,8 @@ class Segment:
 
     def zero_padding(self, logits: Tensor, first: int) -> Tensor:
         """Logits (B,n,V) of the tokens from column `first` on, where those of padding, which mean
-        nothing, are 0."""
+        nothing, are 0; and so are those of ids that the decoder bans with -inf."""
+        logits = logits.masked_fill(logits == -math.inf, 0.0)
         if self.start.padding is None:
             return logits
         real = self.start.real(first, logits.shape[1])

@@ -22,6 +22,7 @@ from kvtool.core.verify.subject import Subject
 
 MOVES = (0.1, 0.03)  # of themselves, that weights are moved by: about a code of 4 bits, and of 6
 SMOOTH = 0.3  # how far the logits may move with them: beyond that even a bug is another
+GROWN = 3.0  # times that rounding's gap may grow or shrink when weights are moved
 LASTING = 0.5  # the share of a gap that stays in place above which it is a bug
 LASTING_DECLARED = (
     0.8  # of a small gap of a cache that declares to round: codes cut off, not rounded
@@ -185,6 +186,9 @@ def _lasting(subject: Subject, case: Case, arms: Arms) -> float | None:
         far = noise.spread(arrays(again.expected), arrays(arms.expected)).total
         gap = _gap(again)
         if far <= SMOOTH and before.shape == gap.shape:
+            grown = float(gap.norm() / before.norm().clamp(min=1e-300))
+            if not 1 / GROWN <= grown <= GROWN:  # rounding takes off about as much everywhere
+                return 1.0
             shares.append(float(before @ gap / (before.norm() * gap.norm()).clamp(min=1e-300)))
     shares = [share for share in shares if math.isfinite(share)]
     return min(shares) if shares else None

@@ -54,6 +54,9 @@ def is_empty(cache: Any) -> bool:
 def last_gap(found: Tensor, expected: Tensor) -> float:
     """How far the logits of the last token are from what is expected, over max |expected|."""
     width = expected.shape[-1]
-    found, expected = found.flatten()[-width:], expected.flatten()[-width:]
+    found, expected = (
+        logits.flatten()[-width:].nan_to_num(nan=math.nan, neginf=0.0)  # ids that are banned
+        for logits in (found, expected)
+    )
     gap = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
     return math.inf if math.isnan(gap) else gap

@@ -104,7 +104,7 @@ def target_control(subject: TargetSubject, main: Case) -> Finding:
 
 
 class WrongToken(TargetSession):
-    """A session that stores another first token than it was fed."""
+    """A session that stores another token than it was fed in its first step."""
 
     def __init__(self, subject: TargetSubject, start: Start) -> None:
         super().__init__(subject, start)
@@ -117,6 +117,7 @@ class WrongToken(TargetSession):
         # The first step answers rightly, so that the bug has to be found in what was stored.
         found, self.right = self.right.feed(ids), None
         wrong = ids.clone()
-        wrong[:, 0] = (wrong[:, 0] + 1) % self.subject.vocab_size
+        # Its last token: a decoder may forget those that are far, and answers here already.
+        wrong[:, -1] = (wrong[:, -1] + 1) % self.subject.vocab_size
         super().feed(wrong)
         return found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kvtool.core.verify.target.abilities import changes_of
 from kvtool.core.verify.target.adapter import ModuleDecoder
 from kvtool.core.verify.target.answers import AGREES, last_gap
-from kvtool.core.verify.target.attributes import unwrapped
+from kvtool.core.verify.target.attributes import unwrapped, whole_number
 from kvtool.core.verify.target.example import cannot_call
 from kvtool.core.verify.target.kept import left_over, same, session_copy
 from kvtool.core.verify.target.plans import Plan, plans, signature
@@ -83,7 +83,13 @@ def adapt(module: Any, name: str, device: torch.device) -> ModuleDecoder:
             f"{name}: a {type(module).__name__} is no decoder (expected an nn.Module, or an object "
             "with full(ids) and step(ids, state))"
         )
-    ids = torch.arange(PROBE, device=device)[None] % 4
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UsageError(
+            f"{name}: TorchScript does not tell how its forward is called",
+            "Give the module that it was made of, or an object with full and step.",
+        )
+    n_ids = min(whole_number(module, ("vocab_size",)) or 4, 4)
+    ids = torch.arange(PROBE, device=device)[None] % n_ids
     tries = Tries()
     _try(module, ids, tries, masked=False)
     best = tries.best()

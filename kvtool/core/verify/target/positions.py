@@ -230,6 +230,8 @@ def places(answer: Tensor, suspect: Suspect) -> Tensor | None:
 def _by_token(numbers: Tensor, axis: int) -> Tensor:
     """(R,T,N) float64: the numbers of each token, in rows where they come first."""
     moved = numbers.movedim(axis, 0)
+    if moved.is_complex():
+        moved = torch.view_as_real(moved)
     if axis == 0:
         return moved.reshape(1, moved.shape[0], -1).double()
     return moved.reshape(moved.shape[0], moved.shape[1], -1).double().transpose(0, 1)
@@ -240,6 +242,8 @@ def wrong_positions(asked: list[list[int]], right: list[list[int]]) -> str:
 
     The first step is right, and has the first position 0.
     """
+    if asked == right:
+        return ""
     steps = [(a, r) for a, r in zip(asked, right, strict=True) if r[0] > 0]
     shifts = {x - y for a, r in steps for x, y in zip(a, r, strict=True)}
     first = len(asked[0])

@@ -440,9 +440,11 @@ def is_decoder(given: Any) -> bool:
 def shaped(logits: Any, ids: Tensor, what: str) -> Tensor:
     """Logits as (B,n,V), or (B,1,V) if only the last token was answered.
 
-    Raises ValueError for any other shape.
+    Raises ValueError for any other shape, and for what is not floating point.
     """
     found = logits if isinstance(logits, Tensor) else torch.as_tensor(logits)
+    if not found.is_floating_point():
+        raise ValueError(f"{what} answered with {found.dtype} (expected floating point logits)")
     batch, n = ids.shape
     if found.dim() == 2:
         found = found[:, None] if found.shape[0] == batch else found[None]
