@@ -25,17 +25,13 @@ def target_subject(spec: str, vocab_size: int = 0, context: int = 0) -> TargetSu
     """Load FILE.py:NAME, and make ready to check what it is or builds.
 
     vocab_size, context: 0 looks for them. What the file prints goes to stderr, what the decoder
-    prints while it is tried out only if that fails. Raises UsageError and FileError, each with one
-    line that says what to change.
+    prints while it is tried out nowhere. Raises UsageError and FileError, each with one line that
+    says what to change.
     """
     with contextlib.redirect_stdout(sys.stderr):
         given = load_target(spec)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        try:
-            return TargetSubject(given, spec, vocab_size, context)
-        except Exception:
-            sys.stderr.write(said.getvalue())
-            raise
+    with contextlib.redirect_stdout(io.StringIO()):
+        return TargetSubject(given, spec, vocab_size, context)
 
 
 def identity(spec: str) -> dict[str, str]:
