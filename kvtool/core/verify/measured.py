@@ -71,10 +71,10 @@ class Measured:
         return noise.floor(self.variants)
 
     @cached_property
-    def controls(self) -> list[float]:
-        """How many times the floor a token replaced, and one missing, are."""
-        runs = (arrays(run) for run in controls(self.subject, self.arms))
-        return [noise.spread(run, self.expected).over(self.floor, self.least) for run in runs]
+    def faults(self) -> list[Spread]:
+        """How far uncached runs with a token replaced, and one missing, are."""
+        runs = controls(self.subject, self.arms)
+        return [noise.spread(arrays(run), self.expected) for run in runs]
 
     @cached_property
     def unmeasurable(self) -> bool:
@@ -82,8 +82,7 @@ class Measured:
         floor of 0 is a floor too small."""
         if self.floor.total > 0:
             return False
-        runs = (arrays(run) for run in controls(self.subject, self.arms))
-        fault = min((noise.spread(run, self.expected).total for run in runs), default=0.0)
+        fault = min((fault.total for fault in self.faults), default=0.0)
         gap = noise.spread(self.found, self.expected).total
         return fault == 0 or gap <= UNSEEN * fault  # a fault that does not show proves nothing
 
@@ -104,11 +103,11 @@ class Measured:
         if in_float64 is not None:
             right = arrays(in_float64.expected)
             error = noise.spread(self.expected, right)
-            if noise.spread(self.found, right).over(error, self.least) <= self.limit:
+            if self._within(noise.spread(self.found, right).over(error, self.least)):
                 return None
         found = noise.spread(self.found, noise.mean(self.variants))
         times = found.over(self.floor, self.least)
-        if times <= self.limit:
+        if self._within(times):
             return None
         wrong = self._wrong(found)
         if not any(wrong):  # everywhere by a little
@@ -120,7 +119,12 @@ class Measured:
         """WITHIN, BEYOND or HIDDEN, as `noise.judge` says, without a float64 run."""
         if self.beyond() is not None:
             return noise.BEYOND
-        return noise.judge(0.0, self.controls, self.limit)
+        faults = [fault.over(self.floor, self.least) for fault in self.faults]
+        return noise.judge(0.0, faults, self.limit)
+
+    def _within(self, times: float) -> bool:
+        """Whether so many times the floor is noise; weights are moved only if LIMIT is passed."""
+        return times <= LIMIT or times <= self.limit
 
     def _staying(self, wrong: list[bool]) -> list[bool]:
         """The steps that are wrong as well when weights are moved by one unit in the last place.
