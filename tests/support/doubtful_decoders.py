@@ -123,6 +123,13 @@ class Codes(Decoder):
         return (x / scale).round() * scale
 
 
+class CodesInBatches(Codes):
+    """Keys and values are rounded where there are several rows, and kept as they are for one."""
+
+    def stored(self, x: Tensor) -> Tensor:
+        return super().stored(x) if x.shape[0] > 1 else x
+
+
 class CodesInBoth(Codes):
     """The uncached pass reads the same codes: a value between two may become either."""
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from doubtful_decoders import (
     Codes,
+    CodesInBatches,
     CodesInBoth,
     ComplexTable,
     Decoder,
@@ -39,10 +40,12 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def judged(decoder: nn.Module, lossy: bool = False, thorough: bool = False) -> Finding:
+def judged(
+    decoder: nn.Module, lossy: bool = False, thorough: bool = False, scenario: str = "decode"
+) -> Finding:
     subject = TargetSubject(decoder, "it")
     subject.lossy |= lossy
-    return Judge(subject).judge(Case(SCENARIOS["decode"]), thorough)
+    return Judge(subject).judge(Case(SCENARIOS[scenario]), thorough)
 
 
 # Copies
@@ -177,6 +180,13 @@ def test_a_bug_in_a_cache_that_rounds_stays_a_bug(lossy: bool) -> None:
     assert judged(Codes(late=True), lossy).verdict == BUG
     assert judged(CodesInBoth(late=True), lossy).verdict == BUG
     assert judged(Decoder(late=True), lossy).verdict == BUG
+
+
+def test_what_rounds_in_a_batch_alone_is_a_bug_of_batches_and_no_loss() -> None:
+    assert judged(Codes(), scenario="rows").verdict == LOSSY
+    assert judged(CodesInBatches(), scenario="decode").verdict == ROUNDING
+    found = judged(CodesInBatches(), scenario="rows")
+    assert found.verdict == BUG and "stays in float64" in found.evidence
 
 
 def test_a_cache_in_float16_under_a_float32_model_loses_precision_unless_declared() -> None:

@@ -47,6 +47,7 @@ from kvtool.core.verify.second_look import (
     by_own_prefixes,
     constants,
     is_rounding,
+    loses_plainly,
     loss_of,
     measured_loss,
     on_an_edge,
@@ -277,6 +278,8 @@ class Judge:
             return replace(finding, verdict=ROUNDING, evidence=text)
         lost = loss_of(self.double, case, exact)
         if lost is None or not is_rounding(lost, self.subject.lossy):
+            return None
+        if not loses_plainly(self.double, exact, ROUNDING_64):
             return None
         text = f"the cache rounds what it stores: {lost}"
         wrong = None if self.subject.lossy else _first_wrong(compare(exact.found, exact.expected))

@@ -17,8 +17,9 @@ from kvtool.core.verify.arms import Arms, Case, play
 from kvtool.core.verify.benign import arrays, by_own_prefix, controls, moved, played
 from kvtool.core.verify.compare import distances, largest
 from kvtool.core.verify.precision import promoting
-from kvtool.core.verify.scenario_run import Segment
+from kvtool.core.verify.scenario_run import ScenarioRun, Segment
 from kvtool.core.verify.subject import Subject
+from kvtool.errors import pass_on_shortage
 
 MOVES = (0.1, 0.03)  # of themselves, that weights are moved by: about a code of 4 bits, and of 6
 SMOOTH = 0.3  # how far the logits may move with them: beyond that even a bug is another
@@ -164,6 +165,47 @@ def is_rounding(loss: Loss, declared: bool) -> bool:
     if declared and loss.size <= SMALL * loss.fault and loss.lasting <= LASTING_DECLARED:
         return True
     return loss.lasting <= LASTING
+
+
+def loses_plainly(subject: Subject, arms: Arms, limit: float) -> bool:
+    """Whether the same tokens lose more than `limit` too where they are only decoded: one row, no
+    padding, nothing taken back or reordered. A cache that rounds what it stores does so there as
+    well; what is right there is no loss, but a bug in what the scenario does.
+    """
+    scale = largest(arms.expected)
+    segment = max(arms.segments, key=lambda s: _segment_gap(arms, s))
+    for row in range(segment.start.batch):
+        ids, sizes = _decoded_alone(segment, row)
+        with promoting(arms.promoted), torch.inference_mode():
+            session = ScenarioRun(subject, source=None).open(room=ids.shape[1])
+            try:
+                steps = [session.session.feed(step) for step in ids.split(sizes, dim=1)]
+            except (Exception, SystemExit) as error:  # it takes no such steps: nothing is known
+                pass_on_shortage(error)
+                return True
+            uncached = subject.full(ids, session.start)
+        if float((torch.cat(steps, dim=1) - uncached).abs().max()) > limit * scale:
+            return True
+    return False
+
+
+def _segment_gap(arms: Arms, segment: Segment) -> float:
+    """The largest gap of the steps of one history."""
+    order = sorted(answer.step for s in arms.segments for answer in s.answers)
+    gaps = dict(zip(order, distances(arms.found, arms.expected), strict=True))
+    return max(gaps[answer.step] for answer in segment.answers)
+
+
+def _decoded_alone(segment: Segment, row: int) -> tuple[Tensor, list[int]]:
+    """The real tokens (1,n) of a row, and the sizes of the steps that feed them."""
+    history, n = segment.history[row : row + 1], segment.history.shape[1]
+    real = torch.ones(n, dtype=torch.bool, device=history.device)
+    if segment.start.padding is not None:
+        real = segment.start.real(0, n)[row]
+    ends = [answer.first + answer.logits.shape[1] for answer in segment.answers]
+    counts = [int(real[:end].sum()) for end in (segment.answers[0].first, *ends)]
+    sizes = [b - a for a, b in zip([0, *counts], counts, strict=False) if b > a]
+    return history[:, real], sizes
 
 
 def _lasting(subject: Subject, case: Case, arms: Arms) -> float | None:
