@@ -1,0 +1,236 @@
+"""What llama.cpp, vLLM and SGLang are asked for, and what they answer: logprobs of token ids."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from kvtool.core.servers.client import Client
+from kvtool.errors import ServerError, UsageError
+
+WANTED = 256  # likeliest tokens asked for at each position, where a server gives as many
+NEEDED = 5  # likeliest tokens without which nothing can be compared
+
+
+class Completion(NamedTuple):
+    """What a server continued: its greedy tokens, and the logprobs of the likeliest at each."""
+
+    tokens: tuple[int, ...]
+    likeliest: tuple[Mapping[int, float], ...]  # by token id, in nats; one a token
+    reused: int | None  # prompt tokens that it took from its cache; None: it does not say
+
+
+class Engine(Protocol):
+    """A serving engine behind a Client."""
+
+    name: str
+    client: Client
+    model: str  # what the server calls its model
+    context: int  # tokens that it holds; 0: it does not say
+
+    def complete(
+        self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
+    ) -> Completion:
+        """Continue `ids` greedily by n tokens, with the cache or without it.
+
+        salt: requests of one salt share a cache, where the engine has salts. Raises ServerError.
+        """
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text. Raises ServerError."""
+
+
+class LlamaCpp:
+    """llama-server of llama.cpp, by its own /completion."""
+
+    name = "llama.cpp"
+
+    def __init__(self, client: Client, props: dict[str, Any]) -> None:
+        self.client = client
+        self.model = str(props.get("model_alias") or props.get("model_path") or "")
+        settings = props.get("default_generation_settings")
+        self.context = _whole(settings.get("n_ctx")) if isinstance(settings, dict) else 0
+
+    def complete(
+        self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
+    ) -> Completion:
+        """As Engine.complete. `cache_prompt: false` still leaves the prompt in the slot."""
+        body = {
+            "prompt": list(ids), "n_predict": n, "n_probs": WANTED, "cache_prompt": cached,
+            "temperature": 0.0, "samplers": ["temperature"], "return_tokens": True,
+            "ignore_eos": True,
+        }  # fmt: skip
+        answer = self.client.post("/completion", body)
+        found = answer.get("completion_probabilities")
+        timings = answer.get("timings")
+        reused = timings.get("cache_n") if isinstance(timings, dict) else None
+        return _completion(self, found, lambda t: t["id"], _of_llama_cpp, reused)
+
+    def tokenize(self, text: str) -> list[int]:
+        """As Engine.tokenize, with the tokens that begin a text."""
+        body = {"content": text, "add_special": True}
+        return _ids(self, self.client.post("/tokenize", body))
+
+
+def _of_llama_cpp(token: Any) -> dict[int, float]:
+    return {int(t["id"]): float(t["logprob"]) for t in token["top_logprobs"]}
+
+
+class VLLM:
+    """vLLM's server, by /v1/completions."""
+
+    name = "vllm"
+
+    def __init__(self, client: Client, models: dict[str, Any]) -> None:
+        self.client = client
+        first = models["data"][0]
+        self.model, self.context = str(first["id"]), _whole(first.get("max_model_len"))
+        self._unused = (f"kvtool-{os.urandom(8).hex()}-{i}" for i in itertools.count())
+        self._n_wanted = 0
+
+    def complete(
+        self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
+    ) -> Completion:
+        """As Engine.complete. Without the cache, a salt of its own shares nothing."""
+        body = {
+            "model": self.model, "prompt": list(ids), "max_tokens": n, "temperature": 0.0,
+            "return_tokens_as_token_ids": True, "ignore_eos": True,
+            "cache_salt": salt if cached and salt else next(self._unused),
+        }  # fmt: skip
+        answer = self._with_logprobs(body)
+        choice = answer["choices"][0]["logprobs"] or {}
+        found = list(zip(choice.get("tokens", []), choice.get("top_logprobs", []), strict=False))
+        usage = answer.get("usage") or {}
+        details = usage.get("prompt_tokens_details")
+        reused = details.get("cached_tokens") if isinstance(details, dict) else None
+        return _completion(self, found, lambda t: _named(t[0]), _of_vllm, reused)
+
+    def _with_logprobs(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer with as many logprobs as the server allows, found at the first request."""
+        allowed = [self._n_wanted] if self._n_wanted else [WANTED, 20, NEEDED]
+        for n in allowed:
+            try:
+                answer = self.client.post("/v1/completions", {**body, "logprobs": n})
+            except ServerError as error:
+                if "HTTP 400" not in error.message or "logprob" not in error.message.lower():
+                    raise
+                continue
+            self._n_wanted = n
+            return answer
+        raise ServerError(
+            f"{self.client.url}: gives fewer than {NEEDED} logprobs at a token",
+            "Start the server with --max-logprobs -1.",
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """As Engine.tokenize."""
+        return _ids(self, self.client.post("/tokenize", {"model": self.model, "prompt": text}))
+
+
+def _of_vllm(token: Any) -> dict[int, float]:
+    return {_named(name): float(value) for name, value in token[1].items()}
+
+
+def _named(name: str) -> int:
+    """The id of vLLM's token_id:123."""
+    return int(name.removeprefix("token_id:"))
+
+
+class SGLang:
+    """SGLang's server, by /generate."""
+
+    name = "sglang"
+
+    def __init__(self, client: Client, info: dict[str, Any]) -> None:
+        self.client = client
+        self.model = str(info.get("model_path", ""))
+        self.context = _whole(info.get("context_length") or info.get("max_total_num_tokens"))
+
+    def complete(
+        self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
+    ) -> Completion:
+        """As Engine.complete. Without the cache, everything in it is dropped first."""
+        if not cached:
+            self.client.post("/flush_cache", {})
+        body = {
+            "input_ids": list(ids), "return_logprob": True, "top_logprobs_num": WANTED,
+            "sampling_params": {"temperature": 0.0, "max_new_tokens": n, "ignore_eos": True},
+        }  # fmt: skip
+        meta = self.client.post("/generate", body)["meta_info"]
+        found = list(zip(meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True))
+        return _completion(self, found, lambda t: t[0][1], _of_sglang, meta.get("cached_tokens"))
+
+    def tokenize(self, text: str) -> list[int]:
+        """As Engine.tokenize."""
+        return _ids(self, self.client.post("/tokenize", {"prompt": text}))
+
+
+def _of_sglang(token: Any) -> dict[int, float]:
+    return {int(t[1]): float(t[0]) for t in token[1]}
+
+
+def _completion(engine: Engine, found: Any, id_of: Any, likeliest: Any, reused: Any) -> Completion:
+    """The Completion of a server's list of tokens. Raises ServerError for what lacks logprobs."""
+    try:
+        tokens = tuple(int(id_of(token)) for token in found)
+        tops = tuple(likeliest(token) for token in found)
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+        raise _no_logprobs(engine) from error
+    if not tokens or min(map(len, tops)) < NEEDED:
+        raise _no_logprobs(engine)
+    return Completion(tokens, tops, reused if isinstance(reused, int) else None)
+
+
+def _no_logprobs(engine: Engine) -> ServerError:
+    return ServerError(
+        f"{engine.client.url}: its answer has no logprobs of token ids as {engine.name} gives them",
+        "Name the engine with --engine, and let its API give logprobs.",
+    )
+
+
+def _ids(engine: Engine, answer: dict[str, Any]) -> list[int]:
+    found = answer.get("tokens")
+    if not isinstance(found, list) or not all(isinstance(i, int) for i in found):
+        raise ServerError(f"{engine.client.url}: did not answer with the ids of a text")
+    return found
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+# Each engine, and the address that it alone answers as expected.
+ENGINES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
+    "llama.cpp": ("/props", LlamaCpp, ("default_generation_settings",)),
+    "sglang": ("/get_model_info", SGLang, ("model_path",)),
+    "vllm": ("/v1/models", VLLM, ("data",)),
+}
+
+
+def connect(client: Client, name: str = "") -> Engine:
+    """The engine at a client's address; by its answers, if it has no name.
+
+    Raises UsageError for an unknown name, and ServerError for a server that is none of them.
+    """
+    if name and name not in ENGINES:
+        raise UsageError(f"--engine: {name!r} is unknown (expected {', '.join(ENGINES)})")
+    errors: list[ServerError] = []
+    for path, kind, keys in [ENGINES[name]] if name else ENGINES.values():
+        try:
+            answer = client.get(path)
+        except ServerError as error:
+            if "HTTP" not in error.message or "key" in error.message:
+                raise  # no other path would help
+            errors.append(error)
+            continue
+        if all(answer.get(key) for key in keys):
+            engine: Engine = kind(client, answer)
+            return engine
+    if name and errors:
+        raise errors[0]
+    raise ServerError(
+        f"{client.url}: is no server of {', '.join(ENGINES)} that can be recognised",
+        "Name the engine with --engine.",
+    )
