@@ -15,6 +15,8 @@ demo: .venv/installed ## check the caches, then measure them and plot out/bench.
 	$(BIN)/kvtool verify-cache
 	$(BIN)/kvtool bench --plot out/bench.png
 
+# Tests start a hundred processes: with bytecode kept none of them compiles all of kvtool anew.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/installed-test ## run the tests, each benchmark once and untimed
 	$(PYTEST) -q --benchmark-disable
 

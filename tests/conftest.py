@@ -8,6 +8,7 @@ import os
 # busy machine for long. Tests of threads set their number themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import signal
 import sys
 import types
@@ -42,8 +43,10 @@ def set_threads() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Files of tests may import numba, which sets the number as well."""
+    """Files of tests may import numba, which sets the number as well. What they have imported
+    stays to the end: Python's collector need not walk through it again and again."""
     set_threads()
+    gc.freeze()
 
 
 @pytest.fixture

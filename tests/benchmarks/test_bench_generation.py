@@ -44,6 +44,8 @@ def test_a_generation_is_complete(
 ) -> None:
     benchmark.group = f"generate {n_new:4} tokens"  # in the order of numbers
     benchmark.extra_info.update(kind=kind, length=N_PROMPT + n_new, tokens=n_new)
+    if benchmark.disabled and kind == "none":
+        n_new = min(n_new, 50)  # it holds nothing at any length, and takes the longest
     tokens, cache = benchmark.pedantic(
         generated, args=(model, kind, n_new), rounds=ROUNDS[n_new], warmup_rounds=1
     )

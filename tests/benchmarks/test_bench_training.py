@@ -31,6 +31,7 @@ from kvtool.core.training.translation import Translation
 
 PAIRS = 4000  # of the dictionary
 SEQ2SEQ_TOKENS, LM_TOKENS, LM_CONTEXT = 2048, 4608, 1152  # of the commands' defaults
+UNTIMED = 8  # without a clock, lengths and texts are so many times smaller
 N_BATCHES = 8  # each seen once before the clock runs, so that all memory and code is there
 SMOOTHING = 0.1
 CPU = torch.device("cpu")
@@ -136,16 +137,17 @@ class Pair(NamedTuple):
 
 
 @cache
-def translation() -> Translation:
+def translation(part: int) -> Translation:
     splits = load_cmudict()
-    splits = replace(splits, train=splits.train[:PAIRS], valid=splits.valid[:10], test=())
+    splits = replace(splits, train=splits.train[: PAIRS // part], valid=splits.valid[:10], test=())
     source = Tokenizer.train("char", [pair.source for pair in splits.train])
     target = Tokenizer.train("symbol", [x for pair in splits.train for x in pair.targets])
-    return Translation(splits, source, target, 256, SEQ2SEQ_TOKENS, SMOOTHING, 0, CPU)
+    tokens = SEQ2SEQ_TOKENS // part
+    return Translation(splits, source, target, 256, tokens, SMOOTHING, 0, CPU)
 
 
-def seq2seq(dropout: float) -> Pair:
-    task = translation()
+def seq2seq(dropout: float, part: int) -> Pair:
+    task = translation(part)
     config = ModelConfig(
         task.tokenizer.vocab_size,
         n_layers=1,
@@ -173,16 +175,20 @@ def seq2seq(dropout: float) -> Pair:
 
 
 @cache
-def language_modelling() -> LanguageModelling:
-    text = " ".join(pair.source for pair in load_cmudict().train[: 4 * PAIRS])
+def language_modelling(part: int) -> LanguageModelling:
+    text = " ".join(pair.source for pair in load_cmudict().train[: 4 * PAIRS // part])
     tokenizer = Tokenizer.train("bpe", [text], 1024, specials=False)
-    return LanguageModelling(text, tokenizer, LM_CONTEXT, LM_TOKENS, 0, CPU)
+    return LanguageModelling(text, tokenizer, LM_CONTEXT // part, LM_TOKENS // part, 0, CPU)
 
 
-def lm(dropout: float) -> Pair:
-    task = language_modelling()
+def lm(dropout: float, part: int) -> Pair:
+    task = language_modelling(part)
     config = ModelConfig(
-        task.tokenizer.vocab_size, n_layers=2, context=LM_CONTEXT, tied=True, dropout=dropout
+        task.tokenizer.vocab_size,
+        n_layers=2,
+        context=LM_CONTEXT // part,
+        tied=True,
+        dropout=dropout,
     )
     model = build_model(config)
     assert isinstance(model, Decoder)
@@ -221,13 +227,13 @@ def trainer(module: nn.Module, loss: Loss, amp: bool) -> Callable[[Any], float]:
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("make", [seq2seq, lm], ids=["seq2seq", "lm"])
 def test_a_training_step_learns_what_nn_transformer_does(
-    benchmark: BenchmarkFixture, make: Callable[[float], Pair], amp: bool, dropout: float
+    benchmark: BenchmarkFixture, make: Callable[[float, int], Pair], amp: bool, dropout: float
 ) -> None:
     """In turns with its step, so that a slow moment hits both."""
     tokens = LM_TOKENS if make is lm else SEQ2SEQ_TOKENS
     benchmark.group = f"a training step of {make.__name__}, {tokens} tokens"
     torch.manual_seed(0)
-    pair = make(dropout)
+    pair = make(dropout, UNTIMED if benchmark.disabled else 1)
     batches = pair.batches[:N_BATCHES]
     with torch.no_grad():
         sides = (pair.ours.eval(), pair.our_loss), (pair.theirs.eval(), pair.their_loss)

@@ -166,7 +166,8 @@ def test_the_table_fits_the_terminal(
     left_out = {80: "(no room for max ULP)", 60: "(no room for identical steps, max ULP)"}
     assert left_out[columns] in lines
     assert sum("kernels" in line and "verdict" in line for line in lines) == 1
-    assert sum(line.startswith("cache ") for line in check("-v").out.splitlines()) > 1
+    long = check("-v", "--caches", "static", "sliding").out.splitlines()
+    assert sum(line.startswith("cache ") for line in long) > 1
 
 
 GAPS = ("gap", "gap_float64", "gap_promoted")

@@ -7,6 +7,7 @@ test_cache_controls.py over broken ones, which they must catch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,18 +52,21 @@ CASES = (
 PLAIN, PADDED = CASES[0], Case("rotary", 2, 3, (2, 0, 5))
 
 
+@functools.cache
+def shared_model(positions: str, n_kv_heads: int) -> tuple[Model, Tensor]:
+    """One model for all who ask, since nobody changes its weights, and the state of torch's
+    generator when it was drawn."""
+    sizes = {"vocab_size": VOCAB, "context": 256}
+    model = random_model(0, torch.float64, positions=positions, n_kv_heads=n_kv_heads, **sizes)
+    return model, torch.get_rng_state()
+
+
 class Subject:
     """A random decoder of two layers and four heads, random tokens, and their padding."""
 
     def __init__(self, case: Case, n: int = 12) -> None:
-        self.model = random_model(
-            0,
-            torch.float64,
-            vocab_size=VOCAB,
-            positions=case.positions,
-            n_kv_heads=case.n_kv_heads,
-            context=256,
-        )
+        self.model, drawn = shared_model(case.positions, case.n_kv_heads)
+        torch.set_rng_state(drawn)
         self.ids = tokens(case.batch, n, 1)
         self.padding = torch.tensor(case.padding) if case.padding else None
 

@@ -1,6 +1,6 @@
 """Several processes that train one model: what they learn, write, say and do when they are stopped.
 
-Started by torchrun's own module, as users start them.
+Started by torchrun's own module, as users start them; one alone is played within the test.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from cli_probe import HANGS
+from cli_probe import HANGS, Ran
 from kvtool.core.training import runs
 from kvtool.core.training.team import ALONE, Share
 from kvtool.reading import sha256
@@ -49,13 +49,17 @@ def tsv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def settings(tsv: Path, out: Path) -> list[str]:
+    return ["--data", str(tsv), "--out", str(out), *SETTINGS, "--eval-every", "10"]
+
+
 @pytest.fixture(scope="module")
 def start(tsv: Path) -> Start:
     def call(
-        out: Path, *args: str, processes: int = 2, program: Sequence[str] = ("-m", "kvtool")
+        out: Path, *args: str, program: Sequence[str] = ("-m", "kvtool")
     ) -> subprocess.Popen[str]:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        given = ["--data", str(tsv), "--out", str(out), *SETTINGS, "--eval-every", "10", *args]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        given = [*settings(tsv, out), *args]
         return subprocess.Popen(
             [sys.executable, *launch, *program, "train-seq2seq", *given],
             stdout=subprocess.PIPE,
@@ -87,10 +91,16 @@ def two(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 
 
 def test_two_processes_learn_what_one_does(
-    start: Start, two: tuple[Path, str, str], tmp_path: Path
+    kv: Callable[..., Ran],
+    tsv: Path,
+    two: tuple[Path, str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    process = start(tmp_path / "one", "--steps", str(STEPS), processes=1)
-    assert process.wait(timeout=HANGS) == 0, process.communicate()[1]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)  # as torchrun tells a process that is alone
+    ran = kv(*settings(tsv, tmp_path / "one"), "--steps", str(STEPS), command="train-seq2seq")
+    assert ran.code == 0, ran.err
     found, expected = (log(out, "loss") for out in (two[0], tmp_path / "one"))
     assert [line["tokens"] for line in found] == [line["tokens"] for line in expected]
     for name in ("loss", "grad_norm", "lr"):

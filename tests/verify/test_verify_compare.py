@@ -56,6 +56,8 @@ def test_promoted_casts_lose_nothing(low: torch.dtype) -> None:
         assert torch.equal(torch.softmax(third, 0, dtype=low), torch.softmax(third, 0))
         assert torch.zeros(2).dtype == torch.zeros(2, dtype=low).dtype == torch.float64
         assert third.long().dtype == torch.int64
+        by_position = torch.ops.prims.convert_element_type.default(third, low)
+        assert torch.equal(by_position, third)
     assert third.to(low).dtype == low
 
 

@@ -35,8 +35,9 @@ class Promote(TorchDispatchMode):
         torch.set_default_dtype(self._default)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(_dtype, args), tree_map(_dtype, kwargs or {})
-        made = func(*args, **kwargs)
+        # No operation takes a type within a list: the schemas of ATen have none.
+        args = [_dtype(value) for value in args]
+        made = func(*args, **{name: _dtype(value) for name, value in (kwargs or {}).items()})
         if any(isinstance(arg, Tensor) for arg in args):
             return made
         return tree_map(_made, made)  # a factory without a dtype made the default one
