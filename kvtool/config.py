@@ -30,6 +30,9 @@ LENGTH_PENALTY = 0.6  # of beam search (Wu 2016)
 N_ADDED = 9  # the last fields of ModelConfig, which came after the first checkpoints
 
 
+DECODE_TOKENS = 128  # that the scenario `decode` compares one by one behind its prompt
+
+
 def process_rank() -> tuple[int, int]:
     """Which process this is, and of how many, where torchrun started several; else (0, 1)."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -177,11 +177,11 @@ def bench_plot(
         axes.legend(handles=shown, frameon=False, loc="best", handlelength=4)
     if caption:
         figure.supxlabel(_wrapped(figure, caption), fontsize=8.5)
-    _entitle(figure, title)
+    entitle(figure, title)
     save_figure(figure, path)
 
 
-def _entitle(figure: Any, title: str) -> None:
+def entitle(figure: Any, title: str) -> None:
     """What the picture shows, wrapped to its width."""
     if title:
         figure.suptitle(_wrapped(figure, title), fontsize=9)
@@ -288,6 +288,45 @@ def _line(
 NOTHING = 1e-18  # where a gap of exactly 0 is drawn on a log axis
 
 
+def gap_axes(
+    axes: Any, lines: Mapping[str, Sequence[float]], names: Sequence[str], handles: dict[str, Any]
+) -> None:
+    """The gaps by step of one cache, a line a precision, coloured by its place in `names`; the
+    lines are added to `handles`."""
+    from matplotlib.ticker import MaxNLocator
+
+    for name, gaps in lines.items():
+        i = names.index(name)
+        values = [min(max(gap, NOTHING), 1e3) for gap in gaps]
+        (handles[name],) = axes.plot(
+            values,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            markevery=max(1, len(values) // 8),
+            markersize=4,
+            linewidth=1,
+            linestyle="--" if name == "promoted" else "-",  # it lies upon float64's
+        )
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, color="#dddddd", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_yscale("log")
+    axes.set_ylim(NOTHING / 3, 30)
+    axes.set_yticks([1, 1e-3, 1e-6, 1e-9, 1e-12, 1e-15, NOTHING])
+    axes.set_yticklabels(["1", "1e-3", "1e-6", "1e-9", "1e-12", "1e-15", "exactly 0"])
+    axes.minorticks_off()
+    axes.tick_params(labelbottom=True)
+
+
+def gap_legend(figure: Any, handles: Mapping[str, Any]) -> None:
+    """What the lines of `gap_axes` are."""
+    figure.supylabel("gap, cached against uncached", fontsize=10)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False
+    )
+
+
 @drawing()
 def gap_plot(
     path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], title: str = ""
@@ -297,44 +336,18 @@ def gap_plot(
     Rounding falls by nine decades from float32 to float64, a bug stays where it is.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     n_columns = min(len(panels), 2) or 1
     n_rows = -(-len(panels) // n_columns) or 1
     figure = Figure(figsize=(4.2 * n_columns + 0.8, 2.6 * n_rows + 1.3), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes, (panel, lines) in zip(grid.flat, panels.items(), strict=False):
-        for name, gaps in lines.items():
-            i = names.index(name)
-            values = [min(max(gap, NOTHING), 1e3) for gap in gaps]
-            marker = MARKERS[i % len(MARKERS)]
-            (handles[name],) = axes.plot(
-                values,
-                color=COLOURS[i % len(COLOURS)],
-                marker=marker,
-                markevery=max(1, len(values) // 8),
-                markersize=4,
-                linewidth=1,
-                linestyle="--" if name == "promoted" else "-",  # it lies upon float64's
-            )
+        gap_axes(axes, lines, names, handles)
         axes.set_title(panel, fontsize=10)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(True, color="#dddddd", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_yscale("log")
-        axes.set_ylim(NOTHING / 3, 30)
-        axes.set_yticks([1, 1e-3, 1e-6, 1e-9, 1e-12, 1e-15, NOTHING])
-        axes.set_yticklabels(["1", "1e-3", "1e-6", "1e-9", "1e-12", "1e-15", "exactly 0"])
-        axes.minorticks_off()
-        axes.tick_params(labelbottom=True)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.supylabel("gap, cached against uncached", fontsize=10)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False
-    )
-    _entitle(figure, title)
+    gap_legend(figure, handles)
+    entitle(figure, title)
     save_figure(figure, path)

@@ -67,7 +67,7 @@ def test_a_right_decoder_of_the_user_is_right_and_may_talk(target: Callable[...,
     for name in ("Tiny", "Talks"):
         ran = target(name)
         assert ran.code == 0 and "hello" not in ran.out
-        assert ran.err.count("hello") < 10  # while it is tried out
+        assert "hello" not in ran.err
         assert "--tokens 128: 53, since the decoder holds 64" in ran.err
 
 
@@ -181,8 +181,8 @@ def test_the_self_test_prints_what_was_planted_and_exits_by_it(
     assert ran.code == 0
     assert ran.out.splitlines()[-1].startswith(f"✓ {len(few)} of {len(few)} planted bugs caught")
     assert "0 of 2 right caches reported falsely" in ran.out
-    for name in ("ROUNDING_64", "NOISE"):
-        monkeypatch.setattr(f"kvtool.core.verify.judge.{name}", 1e30)
+    for name in ("judge.ROUNDING_64", "measured.LIMIT"):
+        monkeypatch.setattr(f"kvtool.core.verify.{name}", 1e30)
     ran = kv("--self-test", "--device", "cpu", "--json", command="verify-cache")
     found = answer(ran, code=1)
     assert [o["caught"] for o in found["planted"]] == [False] * len(few)

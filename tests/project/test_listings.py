@@ -129,7 +129,7 @@ def of(command: str) -> Any:
 def test_a_listed_verdict_is_what_is_printed(
     listing: Listing, printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listing, more = as_listed(listing), ["--tokens", "4"]  # fewer steps, as many rows
+    listing, more = as_listed(listing), ["--tokens", "26"]  # fewer steps, as many rows
     if "--self-test" in listing.command:
         monkeypatch.setattr(selftest, "try_mutant", caught)  # as test_selftest.py finds them
         monkeypatch.setattr(selftest, "try_lookalike", passed)

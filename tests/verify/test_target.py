@@ -23,7 +23,6 @@ from decoder_shapes import (
 )
 from kvtool.core.verify.judge import BUG, ERROR, PRECISION, ROUNDING
 from kvtool.core.verify.subject import Start
-from kvtool.core.verify.target.doctor import UNNAMED
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.ending import End, Ended
 from kvtool.errors import UsageError
@@ -80,7 +79,9 @@ MODULE_BUGS = {
     Forgetful: (0, "layer 0, blocks.0.attention.out: its input is wrong, and the output of "
                 "blocks.0.attention.qkv before it is right", "the past is not read"),
     StalePast: (1, "blocks.1.attention.out: its input is wrong, and the output of "
-                "blocks.1.attention.qkv before it is right, head 1", UNNAMED),
+                "blocks.1.attention.qkv before it is right, head 1",
+                "the values that are read of tokens 0-11 are another's: head 1 reads those of "
+                "head 0"),
 }  # fmt: skip
 
 
@@ -287,14 +288,14 @@ def test_what_cannot_be_converted_is_no_verdict_unless_all_is_identical() -> Non
     assert "cannot run in float64" in finding.evidence
 
 
-def test_logits_that_are_finite_in_one_format_only_are_no_verdict() -> None:
+def test_logits_that_are_finite_in_one_format_only_are_judged_by_the_noise_of_that() -> None:
     class Overflowing(Pairs):
         def run(self, ids: Tensor, *args: Any) -> Tensor:
             logits = super().run(ids, *args)
             return logits + (math.inf if logits.dtype == torch.float64 else 0.0)
 
     finding = judged(Overflowing())
-    assert finding.verdict == "undecided" and "not finite" in finding.evidence
+    assert finding.verdict == "rounding" and "not finite" in finding.evidence
 
 
 def test_a_decoder_of_numpy_is_checked_too() -> None:

@@ -23,7 +23,6 @@ from kvtool.core.verify.judge import (
     NOT_CAUSAL,
     PRECISION,
     ROUNDING,
-    UNDECIDED,
     UNSUPPORTED,
     VACUOUS,
     Case,
@@ -224,7 +223,7 @@ def test_a_model_that_is_not_causal_is_no_bug_of_its_cache() -> None:
     assert "changing token 3" in found.evidence
 
 
-def test_a_subject_that_cannot_run_in_float64_is_judged_only_if_it_is_identical() -> None:
+def test_a_subject_that_cannot_run_in_float64_is_judged_by_the_noise_of_its_format() -> None:
     class Only32(DefaultKernels):
         def attention(
             self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
@@ -234,8 +233,12 @@ def test_a_subject_that_cannot_run_in_float64_is_judged_only_if_it_is_identical(
             return super().attention(q, k, v, mask, causal)
 
     found = Judge(subject().with_kernels(Only32())).judge(Case(SCENARIOS["decode"]))
-    assert found.verdict == UNDECIDED and not found.right
+    assert found.verdict == ROUNDING and found.right
     assert "float64" in found.evidence and "not implemented for Double" in found.evidence
+    wrong = moved(lambda pos, n: pos + int(n > 0))
+    found = Judge(subject(wrong).with_kernels(Only32())).judge(Case(SCENARIOS["decode"]))
+    assert (found.verdict, found.first_wrong, found.right) == (BUG, 1, False)
+    assert found.noise > 100
 
 
 def test_logits_that_are_not_finite_fail_the_check_naming_a_step() -> None:

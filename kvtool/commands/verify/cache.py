@@ -30,8 +30,11 @@ def command(
     page: v.Page = None,
     scenarios: v.Scenarios = v.EVERY,
     tokens: v.Tokens = v.DEFAULT_TOKENS,
+    prompt_length: v.PromptLength = 0,
+    thorough: v.Thorough = False,
     prompt: o.Prompt = None,
     target: v.Target = None,
+    lossy: v.Lossy = False,
     self_test: v.SelfTest = False,
     plot: o.Plot = None,
     sweep: v.Sweep = False,
@@ -81,8 +84,11 @@ def command(
         "--kernels": kernels != o.ALL_KERNELS,
         "--scenarios": scenarios,
         "--tokens": tokens != v.DEFAULT_TOKENS,
+        "--prompt-length": prompt_length,
+        "--thorough": thorough,
         "--prompt": prompt is not None,
         "--target": target is not None,
+        "--lossy": lossy,
         "--plot": plot,
         "--model": model,
         "--dtype": dtype != "float32",
@@ -108,7 +114,9 @@ def command(
         all_types = sweeps.Settings(machine, types, hf_kinds, scenarios, n, time_limit, resume)
         present("verify-cache.sweep", all_types, sweeps.run, sweeps.show, out)
     elif hf:
-        one_model = hf_models.Settings(machine, hf_kinds, scenarios, tokens, resume)
+        one_model = hf_models.Settings(
+            machine, hf_kinds, scenarios, tokens, resume, prompt_length, thorough
+        )
         present("verify-cache", one_model, hf_models.run, show, out)
     else:
         if target is None:
@@ -118,7 +126,10 @@ def command(
 
             parse_spec(target)  # is read again, but refused before torch is loaded
         chosen = o.kinds_with_settings(caches, **of_kinds)
-        asked = Settings(machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume)
+        asked = Settings(
+            machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume, lossy,
+            prompt_length, thorough,
+        )  # fmt: skip
         if plot is not None:
             out.later(lambda report, _: draw(report, asked, plot, out))
         present("verify-cache", asked, run, show, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import product
@@ -24,6 +25,8 @@ from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint
+    from kvtool.core.verify.arms import Case
+    from kvtool.core.verify.target.picture import Picture
     from kvtool.core.verify.target.subject import TargetSubject
 
 DEFAULT_PROMPT = "To be, or not to be, that is the question:\n"
@@ -43,9 +46,13 @@ class Settings:
     target: str | None = None
     plot: Path | None = None
     resume: Path | None = None
+    lossy: bool = False  # the target's cache rounds on purpose
+    prompt_length: int = 0  # tokens; 0: those of the prompt, or as many as a scenario has
+    thorough: bool = False
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2)
+        check_int("--prompt-length", self.prompt_length, 0)
         given = {
             "--target": self.target,
             "--model": self.run.model,
@@ -97,6 +104,8 @@ def load_model(
     ids = checkpoint.prompt_ids(loaded, prompt)
     if not ids:
         raise UsageError("--prompt: is empty (expected 1 token or more)")
+    if n := settings.prompt_length:
+        ids = (ids * (n // len(ids) + 1))[:n]
     if loaded.source_tokenizer is not None:
         check_sources([ids], loaded.config.context)
     n_prompt = len(ids) if loaded.source_tokenizer is None else 1
@@ -128,6 +137,7 @@ def check_model(
     }
     conditions = {**resolved, "model": loaded.path.name, "config": vars(loaded.config), "ids": ids}
     kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
+    kinds["thorough"] = settings.thorough
     log = resume_file(settings.resume, facts("kvtool", settings.run, **conditions, **kinds))
     rows = Rows(product(settings.caches, settings.kernels, names), log, out)
     total = len(rows.plan) + 1
@@ -136,7 +146,9 @@ def check_model(
         main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
         formats = Formats(loaded.model)
         asked = (settings.caches, settings.kernels, names)
-        for found in check.check_model(formats, *asked, main, bar.update, rows.known):
+        for found in check.check_model(
+            formats, *asked, main, bar.update, rows.known, settings.thorough
+        ):
             rows.add(Row.of(found))
             bar.advance()
         planted = check.control(formats, main)
@@ -145,11 +157,19 @@ def check_model(
     return rows.report(len(ids), computed, resolved, outcome.how, out)
 
 
-def load_target(settings: Settings, dtype: Any) -> TargetSubject:
-    """The user's own decoder in the format that was asked for. Raises UsageError and FileError."""
+def load_target(settings: Settings, dtype: Any, out: Output) -> TargetSubject:
+    """The user's own decoder in the format that was asked for. Raises UsageError and FileError,
+    and shows code that would help with one that cannot be called."""
+    from kvtool.core.verify.target.example import CannotCall
     from kvtool.core.verify.target.file import target_subject
 
-    subject = target_subject(settings.target or "")
+    try:
+        subject = target_subject(settings.target or "")
+    except CannotCall as error:
+        for line in ("A class like this would help:", *error.example.splitlines()):
+            out.note(line)
+        raise
+    subject.lossy |= settings.lossy
     if settings.run.dtype == "float32":  # the default leaves a decoder as it is
         return subject
     try:
@@ -170,12 +190,13 @@ def check_target(
     from kvtool.core.verify.target import check as target_check
     from kvtool.core.verify.target.file import identity
 
-    subject = load_target(settings, dtype)
+    subject = load_target(settings, dtype, out)
     if subject.guess:
         out.note(subject.guess)
     name = Path(subject.name).name
     sizes = (subject.vocab_size, subject.context)
-    main = target_check.decode_case(*sizes, None, settings.tokens, subject.device)
+    n, n_prompt = settings.tokens, settings.prompt_length
+    main = target_check.decode_case(*sizes, None, n, subject.device, n_prompt)
     if main.given is not None and main.given.shape[1] < main.n_prompt + settings.tokens:
         n = main.given.shape[1] - main.n_prompt
         out.note(f"--tokens {settings.tokens}: {n}, since the decoder holds {subject.context}")
@@ -189,10 +210,12 @@ def check_target(
         **identity(settings.target or ""),
         "dtype": computed,
         "called": subject.guess,
+        "lossy": subject.lossy,
         "device": str(subject.device),
         "scenarios": names,
     }
     conditions = {**resolved, "model": name, "tokens": settings.tokens}
+    conditions |= {"prompt_length": settings.prompt_length, "thorough": settings.thorough}
     if settings.resume is not None:
         conditions["weights"] = subject.fingerprint()
     log = resume_file(settings.resume, facts("target", settings.run, **conditions))
@@ -202,9 +225,28 @@ def check_target(
     with rows, redirect_stdout(said), bars as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         left = [check.scenario for check in rows.not_run]
-        for found in target_check.check_target(subject, left, main, bar.update):
+        given = (subject, left, main, bar.update, settings.thorough)
+        for found in target_check.check_target(*given):
             rows.add(Row.of(replace(found, cache=name)))
             bar.advance()
         planted = target_check.target_control(subject, main)
         rows.add_control(Row.of(planted_bug(planted, target_check.OWN)))
-    return rows.report(main.n_prompt, computed, resolved, outcome.how, out)
+        seen = what_is_seen(subject, main, rows.rows) if settings.plot is not None else None
+    report = rows.report(main.n_prompt, computed, resolved, outcome.how, out)
+    report.seen = seen if outcome.how is None else None
+    return report
+
+
+def what_is_seen(subject: TargetSubject, main: Case, rows: Sequence[Row]) -> Picture | None:
+    """The map of the first bug, or of a scenario that is right."""
+    from kvtool.core.verify.arms import Case
+    from kvtool.core.verify.outcome import BUG
+    from kvtool.core.verify.scenarios import SCENARIOS
+    from kvtool.core.verify.target.check import MAIN
+    from kvtool.core.verify.target.picture import picture
+
+    wrong = next((row for row in rows if row.verdict == BUG), None)
+    if wrong is None:
+        return picture(subject, None, None)
+    case = main if wrong.scenario == MAIN else Case(SCENARIOS[wrong.scenario])
+    return picture(subject, case, wrong.first_wrong_step)

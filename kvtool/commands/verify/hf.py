@@ -32,10 +32,13 @@ class Settings:
     scenarios: list[str]  # none: all
     tokens: int
     resume: Path | None = None
+    prompt_length: int = 0  # tokens; 0: as many as a scenario has
+    thorough: bool = False
     impl: str = "transformers"
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2)
+        check_int("--prompt-length", self.prompt_length, 0)
         for kind in self.caches:
             choose(kind, tuple(TRANSFORMERS_CACHES), "--caches")
         if not self.run.model:
@@ -67,7 +70,8 @@ def run(settings: Settings, out: Output) -> CacheReport:
     model = model.to(device, dtype)
     n_vocab = model.config.get_text_config(decoder=True).vocab_size
     needed = footprint.converted(model, torch.float64)
-    needed += footprint.arms(n_vocab, PREFILL, settings.tokens, dtype.itemsize)
+    n_prompt = settings.prompt_length or PREFILL
+    needed += footprint.arms(n_vocab, n_prompt, settings.tokens, dtype.itemsize)
     what = "the weights in float64, and the logits of all runs"
     require_memory(what, needed, device, footprint.FEWER)
     kinds = settings.caches or list(TRANSFORMERS_CACHES)
@@ -90,8 +94,9 @@ def run(settings: Settings, out: Output) -> CacheReport:
     with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         asked = (model, kinds, names, settings.tokens, bool(settings.caches))
-        check = partial(check_transformers, tell=bar.update, remark=out.note)
-        for found in check(*asked, skip=rows.known):
+        check = partial(check_transformers, tell=bar.update, remark=out.note, skip=rows.known)
+        more = partial(check, prompt_length=settings.prompt_length, thorough=settings.thorough)
+        for found in more(*asked):
             if found.planted:
                 rows.add_control(Row.of(found))
             else:
@@ -101,7 +106,7 @@ def run(settings: Settings, out: Output) -> CacheReport:
                 out.note(f"{found.cache}: {found.finding.evidence}")
     if outcome.how is None and not any(row.scenario in names for row in rows.rows):
         raise UsageError(f"--model {settings.run.model}: {rows.rows[0].evidence}")
-    report = rows.report(PREFILL, settings.run.dtype, resolved, outcome.how, out)
+    report = rows.report(n_prompt, settings.run.dtype, resolved, outcome.how, out)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -126,6 +131,7 @@ def conditions(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict
     if settings.resume is not None:
         config = json.loads(model.config.to_json_string())
         asked |= {"weights": fingerprint({"": model}, {}), "config": config}
+    asked |= {"prompt_length": settings.prompt_length, "thorough": settings.thorough}
     return facts("transformers", settings.run, **{**resolved, **asked})
 
 

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from kvtool.config import DECODE_TOKENS
 from kvtool.registry import IMPLEMENTATIONS, TRANSFORMERS_CACHES
 from kvtool.ui import options as o
 from kvtool.ui.lists import list_option
 from kvtool.ui.option_rules import contradicts, needs
 
 EVERY: list[str] = []  # scenarios, or types
-DEFAULT_TOKENS = 128
+DEFAULT_TOKENS = DECODE_TOKENS
 TIME_LIMIT = 60.0  # seconds
 SWEEP = "Sweep (--impl transformers)"
 HF = "--impl transformers"
@@ -21,11 +22,12 @@ OF_KINDS = "--window --sinks --group --residual --page"
 
 OF_THE_SELF_TEST = contradicts(
     "--self-test",
-    "--caches --kernels --scenarios --tokens --prompt --target --plot --model --dtype --impl "
-    f"--sweep {OF_KINDS}",
+    "--caches --kernels --scenarios --tokens --prompt-length --thorough --prompt --target --lossy "
+    f"--plot --model --dtype --impl --sweep {OF_KINDS}",
     "It has models, caches and tokens of its own.",
 )
 RULES = (
+    contradicts("--prompt", "--prompt-length", "Give one of them."),
     needs("--sweep", "--types --time-limit", f"Add {HF} --sweep."),
     contradicts(
         HF,
@@ -33,8 +35,13 @@ RULES = (
         "Models and caches of transformers have their own: leave it out.",
     ),
     contradicts(HF, "--target --prompt --plot", "Random ids are fed to models of transformers."),
-    contradicts(f"{HF} --sweep", "--model --dtype", "It judges every type in float32."),
+    contradicts(
+        f"{HF} --sweep",
+        "--model --dtype --prompt-length --thorough",
+        "It judges every type in float32, in a short time.",
+    ),
     needs(HF, "--sweep", f"Add {HF}."),
+    needs("--target", "--lossy", "kvtool's own caches declare what they round."),
 )
 OF_A_TARGET = contradicts(
     "--target",
@@ -132,6 +139,22 @@ Tokens = Annotated[
         help="How many tokens the scenario decode compares after the prompt.",
     ),
 ]
+PromptLength = Annotated[
+    int,
+    typer.Option(
+        "--prompt-length",
+        metavar="N",
+        show_default="11, or that of the text",
+        help="How many tokens the prompt of the scenario decode has.",
+    ),
+]
+Thorough = Annotated[
+    bool,
+    typer.Option(
+        "--thorough",
+        help="Feed more sizes of steps, behind more pasts, and longer histories: in minutes.",
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option(
@@ -147,6 +170,13 @@ Target = Annotated[
         "--target",
         metavar="FILE.py:NAME",
         help="Check your own decoder: an object, or a function that builds it.",
+    ),
+]
+Lossy = Annotated[
+    bool,
+    typer.Option(
+        "--lossy",
+        help="The cache of --target rounds what it stores, on purpose: report the loss.",
     ),
 ]
 SelfTest = Annotated[

@@ -10,6 +10,10 @@ from kvtool.ending import End
 if TYPE_CHECKING:
     from kvtool.core.verify.check import Checked
     from kvtool.core.verify.outcome import Outcome, Summary
+    from kvtool.core.verify.target.picture import Picture
+
+
+NOT_TOLD = ("verbose", "seen")
 
 
 @dataclass
@@ -43,6 +47,9 @@ class Row:
     gap_by_step: dict[str, list[float]]
     stores: bool = True
     not_judged: str = ""  # what of the cache something else stood in for: its codes
+    loss: float | None = None  # of a cache that rounds: root mean square, over the logits'
+    times_noise: float | None = None  # how far off, over the noise of the working format
+    not_fed: str = ""  # what of the context was left out, since it would take too long
 
     @classmethod
     def of(cls, checked: Checked) -> Row:
@@ -74,6 +81,9 @@ class Row:
             gap_by_step=finding.by_step,
             stores=checked.stores,
             not_judged=checked.not_judged,
+            loss=finding.loss,
+            times_noise=finding.noise,
+            not_fed=finding.not_fed,
         )
 
     @property
@@ -137,6 +147,7 @@ class CacheReport:
     ended: End | None = None  # by what, so that checks are missing
     not_run: list[NotRun] = field(default_factory=list)
     verbose: bool = field(default=False, repr=False)
+    seen: Picture | None = field(default=None, repr=False)  # to be drawn, of the user's decoder
 
     @property
     def summary(self) -> Summary[Row]:
@@ -179,13 +190,13 @@ class CacheReport:
         if self.bugs:
             kinds = dict.fromkeys((row.cache, row.verdict) for row in self.bugs)
             worst = [f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds]
-            return "; ".join(worst + self._put_aside())
+            return "; ".join(worst + self._put_aside() + self._left_out())
         if self.ended is None and (vain := self._nothing()):
             return vain
         kernels = dict.fromkeys(row.kernels for row in self.judged)
         parts = [f"{name} kernels: {self._steps(name)}" for name in kernels]
-        control = "; the planted bug was found" * (self.control is not None)
-        return "; ".join(parts + self._in_vain() + self._put_aside()) + control
+        control = ["the planted bug was found"] * (self.control is not None)
+        return "; ".join(parts + self._in_vain() + self._put_aside() + control + self._left_out())
 
     def _nothing(self) -> str:
         """Why what was found proves nothing, if so."""
@@ -228,6 +239,17 @@ class CacheReport:
         rows = self.summary.proved_nothing
         return [f"{row.cache}, {row.scenario}: proved nothing" for row in rows]
 
+    def _left_out(self) -> list[str]:
+        """The scenarios that are beyond all subjects, and why; what of the context was left out,
+        since it would take too long."""
+        from kvtool.core.verify.left_out import left_out
+
+        skipped = [(row.scenario, row.evidence) for row in self.checks if row.beyond]
+        said = left_out(skipped, [row.scenario for row in self.checks if not row.beyond])
+        parts = dict.fromkeys(row.not_fed for row in self.judged if row.not_fed)
+        not_fed = f"not fed: {', '.join(parts)} (--thorough for more)" if parts else ""
+        return [*filter(None, (said, not_fed))]
+
     def _put_aside(self) -> list[str]:
         """Of what was judged, the parts that something else stood in for."""
         rows = [row for row in (*self.judged, *self.bugs) if row.not_judged]
@@ -235,22 +257,28 @@ class CacheReport:
         return [f"{cache}: its {part} were not judged" for cache, part in parts]
 
     def _worst(self, kind: str, verdict: str) -> str:
-        from kvtool.core.verify.outcome import PRECISION
+        from kvtool.core.verify.outcome import LOSSY, PRECISION
 
         rows = [row for row in self.bugs if (row.cache, row.verdict) == (kind, verdict)]
         names = list(dict.fromkeys(row.scenario for row in rows))
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         why = " (the cache stores lower)" if verdict == PRECISION else ""
+        lost = [row.loss for row in rows if row.loss is not None]
+        if verdict == LOSSY and lost:
+            why = f", by {max(lost):.1e} (on purpose? --lossy says so)"
         return f"{rows[0].verdict_text()} in {names[0]}{more}{why}"
 
     def _steps(self, kernels: str) -> str:
-        from kvtool.core.verify.outcome import IDENTICAL, ROUNDING
+        from kvtool.core.verify.outcome import IDENTICAL, LOSSY, ROUNDING
 
         rows = [row for row in self.judged if row.kernels == kernels]
         same, steps = sum(row.identical_steps for row in rows), sum(row.steps for row in rows)
         if same == steps:
             return f"{same:,} of {steps:,} steps identical, bit for bit"
         loose = [row for row in rows if row.verdict != IDENTICAL]
+        lost = [row.loss for row in loose if row.verdict == LOSSY and row.loss is not None]
+        if lost:
+            return f"lossy as declared, by {max(lost):.1e} ({same:,} of {steps:,} steps identical)"
         precise = all(row.verdict == ROUNDING for row in loose)
         what = "rounding only" if precise else "rounding, or the model's own precision"
         return f"{what} ({same:,} of {steps:,} steps identical)"
@@ -261,5 +289,5 @@ class CacheReport:
 
     def to_dict(self) -> dict[str, Any]:
         """What the document says."""
-        fields = {key: value for key, value in vars(self).items() if key != "verbose"}
+        fields = {key: value for key, value in vars(self).items() if key not in NOT_TOLD}
         return {**fields, "exit_code": self.exit_code, "conclusion": self.conclusion}

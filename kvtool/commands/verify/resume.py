@@ -160,18 +160,21 @@ def _agrees(row: Row) -> bool:
 
     exact, promoted = row.gap_float64, row.gap_promoted
     differs, placed = row.identical_steps < row.steps, row.first_wrong_step is not None
-    close = (exact is None or exact <= ROUNDING_64) and (promoted or 0) <= ROUNDING_64
+    close = exact is None or exact <= ROUNDING_64  # the promoted run never overrides it
     judged = row.steps > 0 and not placed
     fits = {
         o.IDENTICAL: row.right and judged and close and not differs,
+        # Without a clean float64 run, or against one, the evidence says what decided.
         o.ROUNDING: row.right == (row.kernels != "exact")
-        and judged and close and differs and exact is not None,
-        o.PRECISION: row.right != placed
-        and exact is not None and exact > ROUNDING_64
-        and promoted is not None and promoted <= ROUNDING_64,
+        and judged and differs
+        and ((exact is not None and exact <= ROUNDING_64) or row.evidence != ""),
+        o.PRECISION: row.right != placed and exact is not None and exact > ROUNDING_64
+        and promoted is not None and (promoted <= ROUNDING_64 or row.right),
+        o.LOSSY: row.right != placed and row.loss is not None and exact is not None
+        and exact > ROUNDING_64,
         o.BUG: not row.right and placed and row.steps > 0,
         o.NOT_CAUSAL: not row.right and placed and row.steps > 0,
-        o.UNDECIDED: not row.right and differs and exact is None,
+        o.UNDECIDED: not row.right and (differs or placed),
         o.VACUOUS: not row.right,
         o.NO_CACHE: not row.right and not row.stores,
         o.ERROR: not row.right,

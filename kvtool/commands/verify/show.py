@@ -14,6 +14,7 @@ from kvtool.ui.tables import Column
 
 if TYPE_CHECKING:
     from kvtool.commands.verify.check import Settings
+    from kvtool.core.verify.target.picture import Picture
 
 TITLE = "Cached against uncached logits, the same tokens fed to both"
 Described = tuple[Column, Callable[[list[Row]], str]]  # a column, and its cell of some rows
@@ -25,7 +26,8 @@ def show(report: CacheReport, out: Output) -> None:
     title, columns, cells = table(report)
     if cells:  # an unfinished check may have found only what its subject cannot do
         out.table(title, columns, cells)
-    for first, *others in by_cause(report.bugs):
+    looked_into, alike = apart(report.bugs)
+    for first, *others in by_cause(looked_into):
         out.text(
             f"{first.cache}, {first.kernels} kernels, {first.scenario}: {first.verdict_text()}"
         )
@@ -37,11 +39,23 @@ def show(report: CacheReport, out: Output) -> None:
         ):
             if text:
                 out.text(f"  {label}{text}")
+    if alike:
+        out.text(f"wrong too, and not looked into: {', '.join(row.scenario for row in alike)}")
     if report.exit_code and not report.bugs and report.ended is None:
         vain = [row for row in report.checks if row.evidence and row.stores and not row.right]
         for text in dict.fromkeys(f"{row.cache}: {row.evidence}" for row in vain):
             out.text(text)
     out.verdict(None if report.ended else report.exit_code == 0, report.conclusion)
+
+
+def apart(bugs: list[Row]) -> tuple[list[Row], list[Row]]:
+    """The bugs to show one by one, and those of generated scenarios, with many steps, that were not
+    looked into since a shorter one was."""
+    from kvtool.core.verify.scenarios import GENERATED
+
+    alike = [row for row in bugs if row.scenario in GENERATED and not (row.place or row.hint)]
+    shown = [row for row in bugs if row not in alike]
+    return (shown, alike) if shown else (bugs, [])
 
 
 def by_cause(rows: list[Row]) -> list[list[Row]]:
@@ -54,8 +68,10 @@ def by_cause(rows: list[Row]) -> list[list[Row]]:
 
 
 def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> None:
-    """The plot of the gap by step in three precisions."""
+    """The plot of the gap by step in three precisions; of the user's decoder, what each token sees
+    too."""
     from kvtool.ui.plots import gap_plot
+    from kvtool.ui.sight_map import Seen, sight_plot
 
     panels: dict[str, dict[str, list[float]]] = {}
     rows = [*report.checks, *([report.control] if report.control else [])]
@@ -66,8 +82,17 @@ def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> No
                 working = f"{report.dtype}, {row.kernels} kernels"
                 lines[working if name == "working" else name] = gaps
     about = caption(measured_on(settings, report.resolved))
-    gap_plot(path, panels, f"Cached against uncached logits, by step\n{about}")
+    if report.seen is None:
+        gap_plot(path, panels, f"Cached against uncached logits, by step\n{about}")
+    else:
+        sight_plot(path, Seen(*report.seen[1:7]), panels, f"{sight_title(report.seen)}\n{about}")
     out.note(f"plot: {path}")
+
+
+def sight_title(seen: Picture) -> str:
+    """What a map shows, in words."""
+    of_row = f", row {seen.row}" if seen.n_rows > 1 else ""
+    return f"What each token sees, {seen.where}: {seen.scenario}{of_row}"
 
 
 def table(report: CacheReport) -> tuple[str, list[Column], list[list[str]]]:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from kvtool import registry
+from kvtool.config import DECODE_TOKENS
 from kvtool.core.machine import dtype_name
 from kvtool.core.models import Model
 from kvtool.core.verify.check import Checked, check_model, control, main_case, planted_bug
 from kvtool.core.verify.compare import Gap
 from kvtool.core.verify.finding import Finding
-from kvtool.core.verify.outcome import Outcome, Summary
+from kvtool.core.verify.left_out import left_out
+from kvtool.core.verify.outcome import UNSUPPORTED, Outcome, Summary
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import Formats
 from kvtool.core.verify.target.check import OWN, check_target, decode_case, target_control
@@ -75,7 +77,13 @@ class Verification:
 
     @property
     def conclusion(self) -> str:
-        """The verdict in one line."""
+        """The verdict in one line, and what was not run."""
+        found = [(c.finding.scenario, c.finding) for c in self.checked]
+        skipped = [(name, f.evidence) for name, f in found if f.verdict == UNSUPPORTED]
+        rest = left_out(skipped, [name for name, f in found if f.verdict != UNSUPPORTED])
+        return "; ".join(filter(None, [self._verdict(), rest]))
+
+    def _verdict(self) -> str:
         n_judged, n_right = len(self.judged), len(self.summary.right)
         if self.wrong:
             cache, first = self.wrong[0].cache, self.wrong[0].finding
@@ -90,7 +98,9 @@ class Verification:
         if not self.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
         more = f", {n_judged - n_right} proved nothing" if n_right < n_judged else ""
-        return f"right: {n_right} of {n_judged} scenarios{more}; the planted bug was found"
+        parts = dict.fromkeys(c.finding.not_fed for c in self.checked if c.finding.not_fed)
+        left = f"; not fed: {', '.join(parts)}" if parts else ""
+        return f"right: {n_right} of {n_judged} scenarios{more}; the planted bug was found{left}"
 
     def __str__(self) -> str:
         return "\n".join([*self._lines(self.checked), self.conclusion])
@@ -133,20 +143,25 @@ def verify(
     *,
     ids: Tensor | Sequence[int] | None = None,
     scenarios: Sequence[str] | None = None,
-    tokens: int = 64,
+    tokens: int = DECODE_TOKENS,
+    prompt_length: int = 0,
+    thorough: bool = False,
     dtype: torch.dtype | None = None,
     caches: Sequence[str] | None = None,
     vocab_size: int = 0,
     context: int = 0,
+    lossy: bool = False,
 ) -> Verification:
     """Compare a decoder's cached with its uncached logits: bug or rounding, where, and what.
 
     model: a model of kvtool's, an nn.Module, or an object with full and step as documented in
     kvtool.core.verify.target. It is not changed: a copy of it is checked.
     ids: what to decode (N,) or (1,N), the last `tokens` of it one by one, at most half; else they
-    are random. scenarios: names of SCENARIOS, all by default. dtype: the working format, the
-    model's own by default. caches: kinds for a model of kvtool's, all by default. vocab_size,
-    context: of another decoder, where they cannot be found.
+    are random, and begin with a prompt of prompt_length (0: 11). thorough: feed all that can be fed
+    in some minutes, not in some seconds. scenarios: names of SCENARIOS, all by default. dtype: the
+    working format, the model's own by default. caches: kinds for a model of kvtool's, all by
+    default. vocab_size, context: of another decoder, where they cannot be found. lossy: its cache
+    rounds what it stores on purpose, so that a loss is reported and no fault.
     Raises UsageError for what cannot be called, CheckFailed for logits that are not finite.
     """
     for name in scenarios or ():
@@ -155,14 +170,17 @@ def verify(
     if isinstance(model, Model):
         kinds = list(registry.CACHES) if caches is None else list(caches)
         model = copy.deepcopy(model).eval()
-        return _verify_own(model.to(dtype) if dtype else model, ids, names, tokens, kinds)
+        model = model.to(dtype) if dtype else model
+        return _verify_own(model, ids, names, tokens, kinds, prompt_length, thorough)
     if caches is not None:
         raise UsageError("caches: only models of kvtool's can be given a kind of cache")
     subject = TargetSubject(_copied(model), type(model).__name__, vocab_size, context)
+    subject.lossy |= lossy
     if dtype is not None:
         subject = subject.to(dtype)
-    main = decode_case(subject.vocab_size, subject.context, ids, tokens, subject.device)
-    checked = tuple(check_target(subject, names, main))
+    sizes = (subject.vocab_size, subject.context)
+    main = decode_case(*sizes, ids, tokens, subject.device, prompt_length)
+    checked = tuple(check_target(subject, names, main, thorough=thorough))
     planted = target_control(subject, main)
     return Verification(subject.name, dtype_name(subject.dtype), checked, planted, subject.guess)
 
@@ -173,6 +191,8 @@ def _verify_own(
     scenarios: Sequence[str],
     tokens: int,
     caches: Sequence[str],
+    prompt_length: int,
+    thorough: bool,
 ) -> Verification:
     config, weight = model.config, next(model.parameters())
     if config.n_encoder_layers:
@@ -180,9 +200,11 @@ def _verify_own(
         assert case.given is not None
         main = main_case(model, case.given, min(tokens, config.context - 1))
     else:
-        main = decode_case(config.vocab_size, config.context, ids, tokens, weight.device)
+        sizes = (config.vocab_size, config.context)
+        main = decode_case(*sizes, ids, tokens, weight.device, prompt_length)
     formats = Formats(model)
-    checked = tuple(check_model(formats, caches, ["default"], scenarios, main))
+    given = (formats, caches, ["default"], scenarios, main)
+    checked = tuple(check_model(*given, thorough=thorough))
     planted = control(formats, main)
     return Verification(type(model).__name__, dtype_name(weight.dtype), checked, planted)
 

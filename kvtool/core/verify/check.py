@@ -23,9 +23,11 @@ from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.outcome import ROUNDING, Outcome, outcome
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Formats, ModelSubject, Source
+from kvtool.core.verify.subject import Formats, ModelSubject, Source, Subject
 
 MAIN = "decode"  # the scenario that is fed the prompt and its continuation
+LONGEST = "long"  # the scenario that comes furthest
+LONG = 4200  # tokens that our kinds are fed at most
 CONTROL_STEPS = 24  # enough to see a planted bug
 
 
@@ -91,11 +93,12 @@ def check_model(
     main: Case,
     tell: Callable[[str], None] = lambda text: None,
     skip: Container[tuple[str, str, str]] = (),
+    thorough: bool = False,
 ) -> Iterator[Checked]:
     """Judge every kind with all kernels in all scenarios, in that order.
 
-    skip: kind, kernels and scenario of what is not judged. `tell` hears what comes next. Raises
-    CheckFailed.
+    skip: kind, kernels and scenario of what is not judged. `tell` hears what comes next. thorough:
+    feed all that can be fed in some minutes. Raises CheckFailed.
     """
     for kind in caches:
         for name in kernels:
@@ -104,14 +107,28 @@ def check_model(
                 continue
             made = (small(kind), kind, make_kernels(name))
             subject = ModelSubject(formats.model, *made, formats=formats)
+            if thorough and subject.stores:
+                subject.reach = min(subject.context, LONG)
             judge, found = Judge(subject, examine), cache_class(kind)
             for scenario in left:
                 tell(f"{kind}, {name} kernels, {scenario}")
-                case = main if scenario == MAIN else Case(SCENARIOS[scenario])
+                case = main if scenario == MAIN else Case(SCENARIOS[scenario], thorough=thorough)
+                main_of_all = scenario == MAIN and name == "default"
                 if found.recompute:  # it proves nothing, and its time grows with the square
-                    case = beginning(case)
-                finding = judge.judge(case, thorough=scenario == MAIN and name == "default")
+                    case, main_of_all = beginning(case), False
+                finding = judge.judge(case, thorough=main_of_all)
+                finding = with_reach(finding, subject)
                 yield Checked(kind, name, found.stores, finding, name == "exact")
+
+
+def with_reach(finding: Finding, subject: Subject) -> Finding:
+    """A finding of the long histories, and which tokens of the context they did not reach."""
+    reach = getattr(subject, "reach", 0)
+    if not finding.right or finding.scenario != LONGEST:
+        return finding
+    beyond = f"beyond {reach:,} tokens" if 0 < reach < subject.context else ""
+    sizes = "most sizes of steps" if getattr(subject, "fed_little", False) else ""
+    return replace(finding, not_fed=" and ".join(filter(None, [sizes, beyond])))
 
 
 def control(formats: Formats, main: Case) -> Finding:

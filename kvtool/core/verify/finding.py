@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvtool.core.verify.compare import Gap
-from kvtool.core.verify.outcome import IDENTICAL, PRECISION, ROUNDING
+from kvtool.core.verify.outcome import IDENTICAL, LOSSY, PRECISION, ROUNDING
 
 RIGHT = (IDENTICAL, ROUNDING)
 
@@ -39,12 +39,15 @@ class Finding:
     promoted: Gap | None = None
     first_wrong: int | None = None  # the first step that differs by more than rounding
     lossy: bool = False  # precision that the cache alone loses, and nobody asked for
+    loss: float | None = None  # of a cache that rounds: root mean square, over the logits'
+    noise: float | None = None  # how many times the working format's noise the cached arm is off
+    not_fed: str = ""  # what of the context no step was fed at, though right: "beyond 512 tokens"
     diagnosis: Diagnosis = field(default_factory=Diagnosis)
 
     @property
     def right(self) -> bool:
         """Whether the cache computes what the uncached pass does, as far as its format allows."""
-        return self.verdict in RIGHT or (self.verdict == PRECISION and not self.lossy)
+        return self.verdict in RIGHT or (self.verdict in (PRECISION, LOSSY) and not self.lossy)
 
     @property
     def by_step(self) -> dict[str, list[float]]:

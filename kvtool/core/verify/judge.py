@@ -3,26 +3,33 @@
 Rounding shrinks with the precision and a bug does not. In float64 a right cache is left with a gap
 of about 1e-15 and a wrong one with the gap that it had, so no tolerance has to be tuned. What
 stays in float64 but vanishes once every cast to a lower type is promoted is precision: the model
-or the cache itself computes or stores lower. Other kernels may serve the working format, and a bug
-be in them alone: there a cache must not be further from the float64 run than the uncached run is.
+or the cache itself computes or stores lower.
+
+The evidence has an order. A clean float64 run of the same model decides that the cache is right;
+what is left is whether other kernels serve the working format, and a bug is in them alone: then the
+cached run is further from the float64 one than the uncached run is. A float64 run that is not of
+the same model, or cannot be had, decides nothing: the noise of the working format is measured
+instead (`measured`). Where float64 says bug, innocent causes are tried first (`second_look`).
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from kvtool.core.machine import dtype_name
+from kvtool.core.verify import noise
 from kvtool.core.verify.arms import Arms, Case, play
 from kvtool.core.verify.compare import Gap, compare, distances
 from kvtool.core.verify.finding import Diagnosis, Finding
+from kvtool.core.verify.measured import Measured
 from kvtool.core.verify.outcome import (
     BUG,
     ERROR,
     IDENTICAL,
+    LOSSY,
     NO_CACHE,
     NOT_CAUSAL,
     PRECISION,
@@ -31,16 +38,25 @@ from kvtool.core.verify.outcome import (
     UNSUPPORTED,
     VACUOUS,
 )
-from kvtool.core.verify.precision import Promote
+from kvtool.core.verify.precision import Promote, promoting
+from kvtool.core.verify.reduced import reduced
 from kvtool.core.verify.scenario_run import ScenarioRun, TooShort
 from kvtool.core.verify.scenarios import Scenario
+from kvtool.core.verify.second_look import (
+    OwnPrefixes,
+    by_own_prefixes,
+    constants,
+    is_rounding,
+    loss_of,
+    measured_loss,
+    on_an_edge,
+)
 from kvtool.core.verify.subject import Subject
 from kvtool.errors import CacheOpUnsupported, CheckFailed, first_line, pass_on_shortage
 
 ROUNDING_64 = 1e-12  # between right caches (about 1e-15) and everything else (1e-9 and more)
-# How much further a right cache may be from float64 than the uncached run: 2.0 was the most in 144
-# tiny models in each of float32, bfloat16 and float16.
-NOISE = 10
+NOISE = 10  # how much more the cached arm loses, where it alone computes lower
+OWN_PREFIX = "what a pass computes depends on its length; each step equals one over its own prefix"
 
 
 class Doctor(Protocol):
@@ -104,34 +120,174 @@ class Judge:
         """Decide by the float64 run, and by the promoted one where that is not enough."""
         in_float64 = self._play_in_float64(case)
         if isinstance(in_float64, BaseException):
-            return _not_in_float64(finding, in_float64)
+            why = f"cannot run in float64 ({type(in_float64).__name__}: {first_line(in_float64)})"
+            return self._by_noise(finding, Measured(self.subject, case, arms), why)
         gap = compare(in_float64.found, in_float64.expected)
         finding = replace(finding, float64=gap)
         first_gap_in_float64 = _first_wrong(gap)
+        promoted = None
         if thorough or first_gap_in_float64 is not None:
             promoted = play(self.double, case, (True, True))
-            gap = compare(promoted.found, promoted.expected)
-            finding = replace(finding, promoted=gap)
-            wrong = _first_wrong(gap)
-            if wrong is not None:
-                return self._wrong(case, finding, wrong, in_float64)
-            if first_gap_in_float64 is not None:
-                return _precision(finding, in_float64, promoted, first_gap_in_float64)
-        return self._in_working_format(case, finding, arms, in_float64)
+            finding = replace(finding, promoted=compare(promoted.found, promoted.expected))
+        if promoted is None or first_gap_in_float64 is None:
+            return self._clean(case, finding, arms, in_float64)
+        wrong = finding.promoted and _first_wrong(finding.promoted)
+        if wrong is None:
+            return self._precision(case, finding, arms, in_float64, promoted, first_gap_in_float64)
+        return self._disputed(case, finding, arms, (in_float64, promoted), wrong)
 
-    def _in_working_format(
-        self, case: Case, finding: Finding, arms: Arms, in_float64: Arms
+    def _clean(
+        self,
+        case: Case,
+        finding: Finding,
+        arms: Arms,
+        in_float64: Arms,
+        by_length: bool = True,
+        why: str = "",
     ) -> Finding:
         """Decide where float64 is right: other kernels may serve the working format."""
-        wrong = _beyond_noise(arms, in_float64)
-        if wrong is not None:
-            wrong = _beyond_noise(arms, in_float64, self._by_codes(case, in_float64))
-        if wrong is not None:
-            text = f"right in float64, wrong in {dtype_name(self.subject.dtype)} alone"
-            return replace(finding, verdict=BUG, evidence=text, first_wrong=wrong)
+        measured = Measured(self.subject, case, arms, by_length)
+        if other := measured.same_model(in_float64):
+            text = f"in float64 it is another model (its uncached logits are off by {other})"
+            return self._by_noise(finding, measured, text)
+        beyond = measured.beyond(in_float64)
+        if beyond is not None and not self._by_codes(case, arms, in_float64):
+            name = dtype_name(self.subject.dtype)
+            text = (
+                f"right in float64, wrong in {name} alone "
+                f"({beyond.times:.1f} times the noise, {beyond.floor:.1e})"
+            )
+            return replace(
+                finding, verdict=BUG, evidence=text, first_wrong=beyond.step, noise=beyond.times
+            )
         if finding.verdict == IDENTICAL and _differs(finding):
-            return replace(finding, verdict=ROUNDING)
+            return replace(finding, verdict=ROUNDING, evidence=why)
         return finding
+
+    def _by_noise(self, finding: Finding, measured: Measured, why: str) -> Finding:
+        """Decide without a float64 run, by how far uncached passes are from each other."""
+        if finding.verdict != IDENTICAL or not _differs(finding):
+            return finding
+        beyond = measured.beyond()
+        if beyond is not None and measured.unmeasurable:
+            text = f"{why}, which would decide; uncached passes do not differ, and show no noise"
+            return replace(finding, verdict=UNDECIDED, evidence=text)
+        if beyond is not None:
+            times = f"{beyond.times:.1e}" if beyond.times >= 1000 else f"{beyond.times:.1f}"
+            text = f"{why}; {times} times as far as uncached passes are from each other"
+            return replace(
+                finding, verdict=BUG, evidence=text, first_wrong=beyond.step, noise=beyond.times
+            )
+        if measured.verdict() == noise.HIDDEN:
+            text = f"{why}, which would decide; the noise would hide a wrong token"
+            return replace(finding, verdict=UNDECIDED, evidence=text)
+        text = f"{why}; no further than uncached passes are from each other"
+        return replace(finding, verdict=ROUNDING, evidence=text)
+
+    def _precision(
+        self,
+        case: Case,
+        finding: Finding,
+        arms: Arms,
+        in_float64: Arms,
+        promoted: Arms,
+        step: int,
+    ) -> Finding:
+        """Both arms compute lower somewhere, or the cached arm alone does: it differs by more. A
+        loss is one only where the working format shows it."""
+        model = max(distances(in_float64.expected, promoted.expected))
+        gap = max(distances(in_float64.found, in_float64.expected))
+        if gap <= NOISE * model:
+            text = f"the model itself computes below float64, cached or not (by {model:.1e})"
+            return replace(finding, verdict=PRECISION, evidence=text)
+        if (
+            self.subject.dtype != torch.float64
+            and Measured(self.subject, case, arms).beyond() is None
+        ):
+            text = f"the cached arm computes below float64 (by {gap:.1e}), and not below its format"
+            return replace(finding, verdict=PRECISION, evidence=text)
+        lost = measured_loss(in_float64)
+        text = f"the cache stores or computes below the model's own format (a loss of {gap:.1e})"
+        told = self.subject.lossy
+        return replace(
+            finding,
+            verdict=LOSSY if told else PRECISION,
+            evidence=f"declared: {lost}" if told else text,
+            first_wrong=None if told else step,
+            lossy=not told,
+            loss=lost.size,
+        )
+
+    def _disputed(
+        self, case: Case, finding: Finding, arms: Arms, exact: tuple[Arms, Arms], step: int
+    ) -> Finding:
+        """Try what else would explain a gap that stays in float64, then call it a bug.
+
+        exact: the float64 run, and the promoted one.
+        """
+        in_float64, promoted = exact
+        if text := _random(self.double):
+            return replace(finding, verdict=ERROR, evidence=text, first_wrong=step)
+        if text := self.not_causal():
+            return replace(finding, verdict=NOT_CAUSAL, evidence=text, first_wrong=step)
+        if in_float64.mixed > ROUNDING_64:
+            text = f"rows of a batch are not what each is alone, uncached ({in_float64.mixed:.1e})"
+            return replace(finding, verdict=BUG, evidence=text, first_wrong=step)
+        own = by_own_prefixes(self.double, promoted, ROUNDING_64)
+        if own is not None:
+            wrong = _first_wrong(gap := compare(own.arms.found, own.arms.expected))
+            if wrong is None:
+                return self._by_length(
+                    case, replace(finding, float64=gap, promoted=None), arms, own
+                )
+            promoted, step = own.arms, wrong
+        if own is None and (innocent := self._innocent(case, finding, arms, promoted)):
+            return innocent
+        return self._wrong(case, finding, step, in_float64)
+
+    def _by_length(self, case: Case, finding: Finding, arms: Arms, own: OwnPrefixes) -> Finding:
+        """Decide where passes over own prefixes leave no gap in float64."""
+        if own.moot is not None:
+            text = (
+                "what a pass computes for earlier tokens depends on its length "
+                f"(by {own.by:.1e}): no cache can hold it"
+            )
+            return replace(finding, verdict=UNDECIDED, evidence=text, first_wrong=own.moot)
+        eps = torch.finfo(self.subject.dtype).eps
+        again = by_own_prefixes(self.subject, arms, 4 * eps)
+        if again is not None:
+            arms = again.arms
+            finding = replace(finding, working=compare(arms.found, arms.expected))
+        return self._clean(case, finding, arms, own.arms, False, OWN_PREFIX)
+
+    def _innocent(self, case: Case, finding: Finding, arms: Arms, exact: Arms) -> Finding | None:
+        """The finding where a gap in float64 is none of a bug's; else None."""
+        if self.subject.told:
+            return None
+        gap = max(distances(exact.found, exact.expected))
+        measured = Measured(self.subject, case, arms)
+        if self.subject.dtype != torch.float64 and measured.beyond() is None:
+            if gap <= constants(self.double, exact, self.subject.dtype):
+                text = f"both arms agree to the numbers that they hold rounded (to {gap:.1e})"
+                return replace(finding, verdict=PRECISION, evidence=text)
+            if other := measured.same_model(exact):
+                text = f"in float64 it is another model (its uncached logits are off by {other})"
+                return self._by_noise(finding, measured, text)
+        if text := on_an_edge(self.double, case, exact, ROUNDING_64):
+            return replace(finding, verdict=ROUNDING, evidence=text)
+        lost = loss_of(self.double, case, exact)
+        if lost is None or not is_rounding(lost, self.subject.lossy):
+            return None
+        text = f"the cache rounds what it stores: {lost}"
+        wrong = None if self.subject.lossy else _first_wrong(compare(exact.found, exact.expected))
+        return replace(
+            finding,
+            verdict=LOSSY,
+            evidence=text,
+            loss=lost.size,
+            lossy=not self.subject.lossy,
+            first_wrong=wrong,
+        )
 
     def _play_in_float64(self, case: Case) -> Arms | BaseException:
         """The float64 run; the promoted one, where a cast to float32 does not fit its weights, or
@@ -140,7 +296,7 @@ class Judge:
         for promote in ((False, False), (True, True)):
             try:
                 in_float64 = play(self.double, case, promote)
-            except (RuntimeError, NotImplementedError) as error:
+            except Exception as error:  # of the user's code: it refuses, or asserts a format
                 pass_on_shortage(error)
                 errors.append(error)
                 continue
@@ -152,53 +308,32 @@ class Judge:
                 return in_float64
         return errors[0]
 
-    def _by_codes(self, case: Case, in_float64: Arms) -> float:
-        """How far a quantizer moves the logits, all its codes together; 0 without one.
+    def _by_codes(self, case: Case, arms: Arms, in_float64: Arms) -> bool:
+        """Whether the cached arm is no further off than a quantizer moves the logits, all its codes
+        together.
 
         Where a value lies between two codes, rounding decides, and the other code is no bug.
         """
         plain = self.double.unrounded()
         if plain is None:
-            return 0.0
-        return max(distances(play(plain, case).expected, in_float64.expected))
+            return False
+        codes = max(distances(play(plain, case).expected, in_float64.expected))
+        return max(distances(arms.found, in_float64.expected)) <= codes
 
     def _wrong(self, case: Case, finding: Finding, step: int, in_float64: Arms) -> Finding:
-        if text := _random(self.double):
-            return replace(finding, verdict=ERROR, evidence=text, first_wrong=step)
-        if text := self.not_causal():
-            return replace(finding, verdict=NOT_CAUSAL, evidence=text, first_wrong=step)
-        gap = finding.promoted.relative if finding.promoted else float("nan")
+        gap = max(distances(in_float64.found, in_float64.expected))
         text = f"the gap stays in float64 ({gap:.1e})"
         found = Diagnosis()
         if self.doctor is not None:
-            with Promote() if in_float64.promoted else contextlib.nullcontext():
-                found = self.doctor(self.double, case, step, in_float64)
+            shorter = reduced(self.double, case, step, in_float64, ROUNDING_64)
+            with promoting(in_float64.promoted):
+                found = self.doctor(self.double, *shorter)
         return replace(finding, verdict=BUG, evidence=text, first_wrong=step, diagnosis=found)
 
 
 def _first_wrong(gap: Gap) -> int | None:
     """The first step that differs in float64 by more than rounding."""
     return next((i for i, step in enumerate(gap.by_step) if not step <= ROUNDING_64), None)
-
-
-def _precision(finding: Finding, in_float64: Arms, promoted: Arms, step: int) -> Finding:
-    """Both arms compute lower somewhere, or the cached arm alone does: then it differs by more."""
-    model = max(distances(in_float64.expected, promoted.expected))
-    gap = max(distances(in_float64.found, in_float64.expected))
-    if gap <= NOISE * model:
-        text = f"the model itself computes below float64, cached or not (by {model:.1e})"
-        return replace(finding, verdict=PRECISION, evidence=text)
-    text = f"the cache stores or computes below the model's own format (a loss of {gap:.1e})"
-    return replace(finding, verdict=PRECISION, evidence=text, first_wrong=step, lossy=True)
-
-
-def _beyond_noise(arms: Arms, in_float64: Arms, least: float = 0.0) -> int | None:
-    """The first step at which the cached arm is further from float64 than rounding explains, or
-    than `least`."""
-    noise = max(distances(arms.expected, in_float64.expected))
-    limit = max(least, NOISE * max(noise, torch.finfo(arms.expected[0].dtype).eps))
-    gaps = distances(arms.found, in_float64.expected)
-    return next((i for i, gap in enumerate(gaps) if not gap <= limit), None)
 
 
 def _finite(arms: Arms) -> bool:
@@ -219,14 +354,6 @@ def _raised(scenario: Scenario, arms: Arms) -> Finding:
     if isinstance(raised.error, (CacheOpUnsupported, TooShort)):
         return Finding(scenario.name, UNSUPPORTED, str(raised.error))
     return Finding(scenario.name, ERROR, raised.words, first_wrong=raised.step)
-
-
-def _not_in_float64(finding: Finding, error: BaseException) -> Finding:
-    """Without a float64 run only identical logits can be judged."""
-    if finding.verdict != IDENTICAL or not _differs(finding):
-        return finding
-    text = f"cannot run in float64, which would decide ({type(error).__name__}: "
-    return replace(finding, verdict=UNDECIDED, evidence=f"{text}{first_line(error)})")
 
 
 def _differs(finding: Finding) -> bool:

@@ -9,7 +9,8 @@ from typing import Generic, Protocol, TypeVar
 
 IDENTICAL, ROUNDING, PRECISION, BUG = "identical", "rounding", "precision", "bug"
 NOT_CAUSAL, VACUOUS, ERROR, UNSUPPORTED = "not-causal", "vacuous", "error", "unsupported"
-UNDECIDED = "undecided"  # it differs, and cannot run in float64, which would decide
+UNDECIDED = "undecided"  # it differs, and neither float64 nor the measured noise decides
+LOSSY = "lossy"  # the cache rounds what it stores: right if that was declared
 NO_CACHE = "no cache"  # vacuous, of a kind that stores nothing: it is there to be compared with
 
 

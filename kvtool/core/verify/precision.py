@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class Promote(TorchDispatchMode):
     torch.float64
     """
 
+    supports_higher_order_operators = True  # flex_attention, in which nothing is promoted
+
     def __enter__(self) -> Promote:
         # What whole numbers become beside a Python float: 1.0 - mask.
         self._default = torch.get_default_dtype()
@@ -41,6 +44,11 @@ class Promote(TorchDispatchMode):
         if any(isinstance(arg, Tensor) for arg in args):
             return made
         return tree_map(_made, made)  # a factory without a dtype made the default one
+
+
+def promoting(promote: bool) -> contextlib.AbstractContextManager[object]:
+    """`Promote`, or nothing."""
+    return Promote() if promote else contextlib.nullcontext()
 
 
 def _dtype(value: Any) -> Any:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from kvtool.core.verify.schedules import NORMAL, THOROUGH, Bounds, Schedule
 from kvtool.core.verify.subject import Session, Source, Start, Subject
 from kvtool.errors import pass_on_shortage
 
 PREFILL = 11  # tokens of a prompt that no power of two divides
 STEPS = 6  # one-token steps that follow
+REACH = 600  # tokens of the longest history, where nobody found out what they cost
+MOST_SPECIAL = 8  # ids to which a decoder gives a meaning
+Padding = list[int] | list[list[int]] | None  # of rows: see Start
 
 
 @dataclass
@@ -31,14 +36,16 @@ class Segment:
     start: Start
     history: Tensor
     answers: list[Answer] = field(default_factory=list)
+    alone: bool = False  # each row is judged by a pass over it alone
 
     def zero_padding(self, logits: Tensor, first: int) -> Tensor:
-        """Logits (B,n,V) of the tokens from column `first` on, where those of left padding, which
-        mean nothing, are 0."""
+        """Logits (B,n,V) of the tokens from column `first` on, where those of padding, which mean
+        nothing, are 0; and so are those of ids that the decoder bans with -inf."""
+        logits = logits.masked_fill(logits == -math.inf, 0.0)
         if self.start.padding is None:
             return logits
-        columns = torch.arange(first, first + logits.shape[1], device=logits.device)
-        return logits.masked_fill((columns < self.start.padding[:, None])[..., None], 0.0)
+        real = self.start.real(first, logits.shape[1])
+        return logits.masked_fill(~real[..., None], 0.0)
 
 
 class Stopped(Exception):
@@ -68,8 +75,11 @@ class ScenarioRun:
         n_prompt: int = 0,
         last: int | None = None,
         source: Source | None = None,
+        seed: int = 0,
+        thorough: bool = False,
     ) -> None:
         self.subject = subject
+        self.thorough = thorough
         self.source = source  # of the first session, for an encoder-decoder; None: a random one
         self.given = given
         self.n_prompt = n_prompt  # how many of the given ids are the prompt
@@ -80,22 +90,77 @@ class ScenarioRun:
         self.accepted_beyond_capacity: int | None = None  # the step that raised no error
         self.sessions: list[Session] = []
         self._drawn = 0
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._line = torch.empty(1, 0, dtype=torch.long)
+        self._line_generator = torch.Generator().manual_seed(seed + 1)
 
     def open(
-        self, batch: int = 1, padding: list[int] | None = None, room: int = 0, source: int = 0
+        self,
+        batch: int = 1,
+        padding: Padding = None,
+        room: int = 0,
+        source: int = 0,
+        alone: bool = False,
     ) -> TrackedSession:
         """A new session with `room` for that many tokens (0: as many as the context has)."""
         start = self.start(batch, padding, room, source)
-        return TrackedSession(self, start, self.subject.start(start))
+        return TrackedSession(self, start, self.subject.start(start), alone=alone)
 
     def start(
-        self, batch: int = 1, padding: list[int] | None = None, room: int = 0, source: int = 0
+        self, batch: int = 1, padding: Padding = None, room: int = 0, source: int = 0
     ) -> Start:
         """How a session starts; `source` numbers the source that an encoder-decoder reads."""
         pads = None if padding is None else torch.tensor(padding, device=self.subject.device)
         room = room or min(self.subject.context, 4 * (PREFILL + STEPS) + self.extra)
         return Start(batch, room, pads, self._source(batch, source))
+
+    @property
+    def limits(self) -> Bounds:
+        """What bounds the schedules of the subject."""
+        subject = self.subject
+        level = getattr(subject, "level", NORMAL)
+        if self.thorough and not getattr(subject, "fed_little", False):
+            level = THOROUGH
+        return Bounds(
+            getattr(subject, "reach", 0) or min(subject.context, REACH),
+            getattr(subject, "largest_step", 0),
+            getattr(subject, "single_steps_only", False),
+            (*getattr(subject, "sizes", ()), *filter(None, (subject.window,))),
+            level,
+        )
+
+    def follow(self, schedules: Iterable[Schedule]) -> None:
+        """Feed each schedule to a session of its own. All read one line of ids, so that one pass
+        over the longest of them judges them all. Only the longest is asked whether its cache is
+        used: a window need not be passed by each."""
+        before, longest = list(self.sessions), 0
+        for schedule in schedules:
+            session = self.open(room=sum(schedule))
+            for n in schedule:
+                session.feed(n, self.line(session.length, n))
+            if session.length > longest:
+                longest, asked = session.length, session.session
+            self.sessions = [*before, asked]
+
+    def line(self, first: int, n: int) -> Tensor:
+        """The ids (1,n) from `first` on of the line that sessions of one row may share."""
+        if missing := max(first + n - self._line.shape[1], 0):
+            n_ids, generator = self.subject.vocab_size, self._line_generator
+            more = torch.randint(n_ids, (1, missing), generator=generator)
+            self._line = torch.cat([self._line, more], dim=1)
+        return self._line[:, first : first + n].to(self.subject.device)
+
+    def telling_ids(self) -> list[Tensor]:
+        """Steps of ids (1,n) as real text has them: runs, repeats, the first and the last of the
+        vocabulary, and those to which the decoder gives a meaning."""
+        n_ids = self.subject.vocab_size
+        special = dict.fromkeys((n_ids - 1, 0, *getattr(self.subject, "special_ids", ())))
+        a, b, c = (int(i) for i in torch.randint(n_ids, (3,), generator=self._generator))
+        lines = [[a], [a], [a] * 3, [b, c] * 2]
+        for i in list(special)[:MOST_SPECIAL]:
+            lines += [[i], [b], [c, i, i, a]]
+        lines.append([b, *list(special)[:MOST_SPECIAL], c])
+        return [torch.tensor([line], device=self.subject.device) for line in lines]
 
     @property
     def extra(self) -> int:
@@ -139,9 +204,15 @@ class TrackedSession:
     """One session of a run, with the history (B,T) that it should hold."""
 
     def __init__(
-        self, run: ScenarioRun, start: Start, session: Session, history: Tensor | None = None
+        self,
+        run: ScenarioRun,
+        start: Start,
+        session: Session,
+        history: Tensor | None = None,
+        alone: bool = False,
     ) -> None:
         self.run = run
+        self.alone = alone
         self.start = start
         self.session = session
         run.sessions.append(session)
@@ -149,7 +220,7 @@ class TrackedSession:
         self._begin_segment(empty if history is None else history)
 
     def _begin_segment(self, history: Tensor) -> None:
-        self.segment = Segment(self.start, history)
+        self.segment = Segment(self.start, history, alone=self.alone)
         self.run.segments.append(self.segment)
 
     @property
@@ -157,12 +228,13 @@ class TrackedSession:
         """Tokens of the history, left padding included."""
         return self.segment.history.shape[1]
 
-    def feed(self, n: int) -> None:
-        """One step of n tokens. Raises TooShort, and Stopped as `ScenarioRun.keep` does."""
+    def feed(self, n: int, ids: Tensor | None = None) -> None:
+        """One step of n tokens, of `ids` (B,n) if they are given. Raises TooShort, and Stopped as
+        `ScenarioRun.keep` does."""
         step, context = self.run.n_steps, self.run.subject.context
         if self.length + n > context:
             raise TooShort(f"needs {self.length + n} tokens of context (the model holds {context})")
-        ids = self.run.next_ids(self.start.batch, n)
+        ids = self.run.next_ids(self.start.batch, n) if ids is None else ids
         logits, first = self.session.feed(ids), self.length
         self.segment.history = torch.cat([self.segment.history, ids], dim=1)
         self.run.keep(self.segment, Answer(step, first, logits))
@@ -200,6 +272,11 @@ class TrackedSession:
         self.session.reset(start)
         self.start = start
         self._begin_segment(self.segment.history.new_empty(start.batch, 0))
+
+    def reload(self) -> None:
+        """Save the cache, and go on with a new one that is loaded from it."""
+        self.session.reload()
+        self._begin_segment(self.segment.history)
 
     def fork(self) -> TrackedSession:
         """A second session with the same history, which goes its own way."""

@@ -3,10 +3,12 @@ goes wrong in practice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+from kvtool.core.verify import schedules
 from kvtool.core.verify.scenario_run import PREFILL, STEPS, ScenarioRun
+from kvtool.core.verify.schedules import Bounds, Schedule
 from kvtool.core.verify.subject import ABILITIES, Subject
 
 CHUNK = 4  # tokens of a step that has several
@@ -24,11 +26,21 @@ class Scenario:
     about: str
     play: Callable[[ScenarioRun], None]
     needs: tuple[str, ...] = ()
+    schedules: Callable[[Bounds], list[Schedule]] | None = None  # of one that is generated
 
     def __post_init__(self) -> None:
         if unknown := [need for need in self.needs if need not in ABILITIES]:
             expected = f"expected some of {', '.join(ABILITIES)}"
             raise ValueError(f"{self.name}: needs {unknown} ({expected})")
+
+    @classmethod
+    def generated(cls, name: str, about: str, make: Callable[[Bounds], list[Schedule]]) -> Scenario:
+        """A scenario that feeds the schedules that fit a subject, each to a session of its own."""
+        return cls(name, about, lambda run: run.follow(make(run.limits)), schedules=make)
+
+    def of(self, chosen: Sequence[Schedule]) -> Scenario:
+        """The same with these schedules alone."""
+        return replace(self, play=lambda run: run.follow(chosen))
 
     def lacking(self, subject: Subject) -> str | None:
         """The first ability that the subject does not have."""
@@ -113,6 +125,42 @@ def _permuted(run: ScenarioRun) -> None:
         session.feed_singly(3)
 
 
+def _leaving(run: ScenarioRun) -> None:
+    session = run.open(batch=3)
+    session.feed(PREFILL + run.subject.window)
+    session.feed_singly(2)
+    for rows in ([0, 2], [1]):
+        session.select(rows)
+        session.feed_singly(2)
+        session.feed(CHUNK)
+
+
+def _rows(run: ScenarioRun) -> None:
+    session = run.open(batch=3, alone=True)
+    session.feed(PREFILL)
+    session.feed_singly(3)
+    session.feed(CHUNK)
+    session.feed_singly(2 + run.subject.window)
+
+
+def _padded_rows(run: ScenarioRun) -> None:
+    session = run.open(batch=3, padding=[3, 0, 5])
+    session.feed(PREFILL + run.subject.window)
+    session.feed_singly(2)
+    for rows in ([1, 2, 0], [2, 1]):
+        session.select(rows)
+        session.feed_singly(2)
+        session.feed(CHUNK)
+
+
+def _right_padded(run: ScenarioRun) -> None:
+    session = run.open(batch=3, padding=[[PREFILL, PREFILL], [PREFILL - 4, PREFILL], [5, PREFILL]])
+    session.feed(PREFILL)
+    session.feed_singly(3)
+    session.feed(CHUNK)
+    session.feed_singly(2)
+
+
 def _reset(run: ScenarioRun) -> None:
     session = run.open()
     session.feed(PREFILL + 3 + run.subject.window)
@@ -144,6 +192,36 @@ def _crop(run: ScenarioRun) -> None:
     session.feed_singly(2)
 
 
+def _ids(run: ScenarioRun) -> None:
+    session = run.open()
+    session.feed(PREFILL)
+    for ids in run.telling_ids():  # runs and repeats, and the ids that may have a meaning
+        session.feed(ids.shape[1], ids)
+    session.feed_singly(2)
+
+
+def _second_request(run: ScenarioRun) -> None:
+    n = PREFILL + run.subject.window
+    for steps in ((n, 1, 1, CHUNK), (n - 3, 1, 2)):  # the second begins as the first did
+        session = run.open()
+        for size in steps:
+            session.feed(size, run.line(session.length, size))
+    session.feed(CHUNK)
+    session.feed_singly(3)
+
+
+def _saved(run: ScenarioRun) -> None:
+    session = run.open()
+    session.feed(PREFILL + run.subject.window)
+    session.feed_singly(2)
+    session.reload()
+    session.feed_singly(2)
+    session.feed(CHUNK)
+    session.reload()
+    session.feed(CHUNK)
+    session.feed_singly(2)
+
+
 def _two_sources(run: ScenarioRun) -> None:
     session = run.open(batch=2, source=1)
     n = STEPS + 2 * run.subject.window
@@ -166,12 +244,40 @@ SCENARIOS = {
         Scenario("overflow", "a token too many must be refused", _overflow, ("capacity",)),
         Scenario("growth", f"past {BLOCK} tokens, where buffers grow", _growth),
         Scenario("padded", "a batch with left padding", _padded, ("batch", "padding")),
+        Scenario("rows", "a batch, and each of its rows alone", _rows, ("batch",)),
         Scenario("permuted", "rows reordered and repeated", _permuted, ("batch", "select")),
+        Scenario("leaving", "rows that leave the batch", _leaving, ("batch", "select")),
+        Scenario(
+            "padded-rows",
+            "padded rows reordered, and one that leaves",
+            _padded_rows,
+            ("batch", "padding", "select"),
+        ),
+        Scenario(
+            "right-padded",
+            "a batch with padding behind shorter prompts",
+            _right_padded,
+            ("batch", "padding", "right-padding"),
+        ),
         Scenario("reset", "a second sequence on the same cache", _reset, ("reset",)),
         Scenario("fork", "one prefix, two continuations", _fork, ("fork",)),
         Scenario("crop", "tokens taken back, then others", _crop, ("crop",)),
+        Scenario("saved", "saved, and loaded into a new cache", _saved, ("save",)),
+        Scenario("second-request", "another request that begins as the first", _second_request),
+        Scenario("ids", "repeats, runs, and ids with a meaning", _ids),
+        Scenario.generated("prompts", "first steps of many sizes", schedules.prompts),
+        Scenario.generated(
+            "steps", "steps of many sizes behind short and long pasts", schedules.steps
+        ),
+        Scenario.generated(
+            "boundaries", "steps that end around blocks, windows and chunks", schedules.boundaries
+        ),
+        Scenario.generated(
+            "long", "large steps, then small ones up to the end of the context", schedules.long
+        ),
         Scenario(
             "two-sources", "another source after the first", _two_sources, ("source", "reset")
         ),
     )
 }
+GENERATED = frozenset(name for name, scenario in SCENARIOS.items() if scenario.schedules)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +17,17 @@ from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.models import Model
+from kvtool.core.verify.copies import moved
+from kvtool.core.verify.schedules import BRIEF
+from kvtool.errors import CacheOpUnsupported
 
 # What a subject may be able to do; a scenario names those that it needs.
 ABILITIES = (
-    "batch", "padding", "crop", "select", "reset", "fork", "capacity", "source", "window",
-    "quantized", "pages",
+    "batch", "padding", "right-padding", "crop", "select", "reset", "fork", "capacity", "source",
+    "window", "quantized", "pages", "save",
 )  # fmt: skip
+REACH = 200  # tokens of the longest history that each of our kinds is fed by default
+LITTLE = 24
 
 
 class Source(NamedTuple):
@@ -34,12 +39,29 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Start:
-    """How a session begins: rows, room for tokens, left padding (B,) if any, and the source."""
+    """How a session begins: rows, room for tokens, padding if any, and the source.
+
+    padding: how many columns on the left (B,); or the columns (B,2) from the first on and up to
+    an end, which is where a row is padded that is shorter than its prompt.
+    """
 
     batch: int
     capacity: int
     padding: Tensor | None = None
     source: Source | None = None
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether padding stands between tokens of a row, behind its prompt."""
+        return self.padding is not None and self.padding.dim() == 2
+
+    def real(self, first: int, n: int) -> Tensor:
+        """Which of n columns from `first` on are not padding (B,n), where there is padding."""
+        assert self.padding is not None
+        columns = torch.arange(first, first + n, device=self.padding.device)
+        if self.padding.dim() == 1:
+            return columns >= self.padding[:, None]
+        return (columns < self.padding[:, :1]) | (columns >= self.padding[:, 1:])
 
     def select(self, rows: Tensor) -> Start:
         """How sessions on `rows` (n,) of it begin, in that order."""
@@ -66,6 +88,9 @@ class Session(Protocol):
     def fork(self) -> Session:
         """A second session that holds the same tokens and goes its own way."""
 
+    def reload(self) -> None:
+        """Save the cache, and go on with a new one that is loaded from it."""
+
     def vacuous(self) -> str | None:
         """Why equal logits would prove nothing about the cache, if so."""
 
@@ -82,6 +107,9 @@ class Subject(Protocol):
     window: int  # tokens that a query sees, its own included; 0: all
     dtype: torch.dtype
     device: torch.device
+    told: bool  # whether its uncached pass rounds as its cache does, so that a loss is a bug
+    lossy: bool  # whether it declares that its cache rounds on purpose
+    converts: bool  # whether its float64 copy is known to be the same model
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
         """Whole sequences (B,T) in one pass that no cache takes part in -> logits (B,T,V)."""
@@ -91,6 +119,12 @@ class Subject(Protocol):
 
     def to(self, dtype: torch.dtype) -> Subject:
         """The same mathematics in another format."""
+
+    def moved(self, by: float, seed: int = 0, tables: bool = False) -> Subject:
+        """The same decoder with weights, or `tables`, that differ by about `by` of themselves.
+
+        Raises NotImplementedError if it holds none.
+        """
 
     def unrounded(self) -> Subject | None:
         """The same decoder with a cache that rounds nothing, if this one's does."""
@@ -147,6 +181,9 @@ class ModelSession:
         other.cache = self.cache.fork()
         return other
 
+    def reload(self) -> None:
+        raise CacheOpUnsupported(self.subject.name, "be saved and loaded", "it has no way to")
+
     def vacuous(self) -> str | None:
         return self.cache.vacuous()
 
@@ -169,6 +206,11 @@ class ModelSubject:
 
     formats: where other subjects of the same model find its copies too.
     """
+
+    converts = True
+
+    told = True
+    lossy = False
 
     def __init__(
         self,
@@ -194,6 +236,10 @@ class ModelSubject:
         self.stores = probe.stores
         self.window, self.sinks = probe.window, probe.sinks
         self.quantization, self.page = probe.quantization, probe.page
+        self.sizes = tuple(n for n in (self.page, model.config.window) if n)
+        self.level = BRIEF  # there are many kinds, and each is played by several kernels
+        # What recomputes all at each step proves nothing, and takes the square of the time.
+        self.reach = min(self.context, REACH if self.stores else LITTLE)
         abilities = {"batch", "padding", "crop", "select", "reset", "fork", "capacity"}
         if model.config.n_encoder_layers:
             abilities = (abilities - {"padding"}) | {"source"}
@@ -222,17 +268,30 @@ class ModelSubject:
 
     def with_kernels(self, kernels: Kernels) -> ModelSubject:
         """The same subject, computed by other kernels."""
-        return ModelSubject(self.model, self.make, self.name, kernels, self.session, self.formats)
+        return self._varied(kernels=kernels)
 
     def with_session(self, session: Callable[[ModelSubject, Start], Session]) -> ModelSubject:
         """The same subject, decoding in another way."""
-        return ModelSubject(self.model, self.make, self.name, self.kernels, session, self.formats)
+        return self._varied(session=session)
+
+    def moved(self, by: float, seed: int = 0, tables: bool = False) -> ModelSubject:
+        if tables:
+            raise NotImplementedError("its tables are computed, and none is held")
+        model = moved(self.model, by, seed)
+        return ModelSubject(model, self.make, self.name, self.kernels, self.session)
 
     def unrounded(self) -> ModelSubject | None:
         if self.quantization is None:
             return None
-        return ModelSubject(self.model, DynamicCache, self.name, self.kernels)
+        plain = ModelSubject(self.model, DynamicCache, self.name, self.kernels)
+        plain.context, plain.reach, plain.sizes = self.context, self.reach, self.sizes
+        return plain
 
     def to(self, dtype: torch.dtype) -> ModelSubject:
-        model = self.formats.to(dtype)
-        return ModelSubject(model, self.make, self.name, self.kernels, self.session)
+        return self._varied(model=self.formats.to(dtype), dtype=dtype)
+
+    def _varied(self, **changes: Any) -> ModelSubject:
+        """A copy with other attributes: it is fed what this one is."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other

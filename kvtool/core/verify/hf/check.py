@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from kvtool.core.verify.arms import Case
-from kvtool.core.verify.check import MAIN, Checked, planted_bug
+from kvtool.core.verify.check import MAIN, Checked, planted_bug, with_reach
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.hf.folder import read_folder
 from kvtool.core.verify.hf.library import (
@@ -73,6 +73,8 @@ def check_transformers(
     tell: Callable[[str], None] = lambda text: None,
     remark: Callable[[str], None] = lambda text: None,
     skip: Container[tuple[str, str, str]] = (),
+    prompt_length: int = 0,
+    thorough: bool = False,
 ) -> Iterator[Checked]:
     """Judge a model with kinds of transformers' caches in all scenarios, then a planted bug.
 
@@ -95,11 +97,14 @@ def check_transformers(
         first = planted is None
         if first and (text := subject.remark()):
             remark(text)
-        main = decode_case(subject.vocab_size, subject.context, None, tokens, subject.device)
+        sizes = (subject.vocab_size, subject.context)
+        main = decode_case(*sizes, None, tokens, subject.device, prompt_length)
+        with quiet_transformers():
+            subject.find_reach_for(left, thorough)
         judge = Judge(subject, examine if diagnose else None)
         for scenario in left:
             tell(f"{kind}, {scenario}")
-            yield _judged(judge, subject, scenario, main, thorough=first)
+            yield _judged(judge, subject, scenario, main, first, thorough)
         if first:
             with quiet_transformers():
                 planted = target_control(subject, main)
@@ -108,9 +113,15 @@ def check_transformers(
 
 
 def _judged(
-    judge: Judge, subject: TransformersSubject, scenario: str, main: Case, thorough: bool
+    judge: Judge,
+    subject: TransformersSubject,
+    scenario: str,
+    main: Case,
+    first: bool,
+    thorough: bool,
 ) -> Checked:
-    case = main if scenario == MAIN else Case(SCENARIOS[scenario])
+    case = main if scenario == MAIN else Case(SCENARIOS[scenario], thorough=thorough)
     with quiet_transformers():
-        finding = judge.judge(case, thorough=scenario == MAIN and thorough)
+        finding = judge.judge(case, thorough=scenario == MAIN and first)
+    finding = with_reach(finding, subject)
     return Checked(subject.name, OWN, True, finding, not_judged=subject.not_judged)

@@ -21,6 +21,7 @@ from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.core.verify.hf.subject import (
     HubDecoder,
     TransformersSubject,
+    changes,
     context,
     ordinary_ids,
     require_static,
@@ -28,7 +29,8 @@ from kvtool.core.verify.hf.subject import (
 from kvtool.core.verify.judge import ROUNDING_64
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.subject import Source, Start
-from kvtool.core.verify.target.adapter import Plan, State
+from kvtool.core.verify.target.adapter import State
+from kvtool.core.verify.target.plans import Plan
 from kvtool.core.verify.target.subject import HISTORY, NEEDED, TargetSubject, shaped
 from kvtool.errors import CacheOpUnsupported, first_line, pass_on_shortage
 
@@ -74,7 +76,8 @@ class EncoderDecoder(HubDecoder):
         assert source is not None
         encoded = self._encode(source)
         cache = generated_cache(self.module, self.kind, encoded, batch, capacity)
-        return Seq2SeqState(cache, 0, batch, capacity, padding, encoded, source.mask.long())
+        mask = source.mask.long()
+        return Seq2SeqState(cache, 0, batch, capacity, padding, encoded=encoded, mask=mask)
 
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """The next tokens (B,n) -> their logits (B,n,V), and the next state.
@@ -256,16 +259,21 @@ def encoder_decoder(model: Any, kind: str) -> EncoderDecoder:
         raise CacheOpUnsupported(kind, "be checked", "the model takes EncoderDecoderCache")
     require_static(model, kind)
     position = "decoder_position_ids" if "decoder_position_ids" in names else ""
-    plan = Plan("past_key_values", f"a {kind} cache", 0, "use_cache", position, "rows")
+    plan = Plan(
+        cache="past_key_values",
+        initial=f"a {kind} cache",
+        flags=("use_cache",),
+        position=position,
+        form="rows",
+    )
     word_ids, source_word_ids = (
         ordinary_ids(model.config, n).to(model.device) for n in vocabularies(model)
     )
-    unable = ("crop",) if kind == STATIC else ()
     takes_padding = "decoder_attention_mask" in names
     found = EncoderDecoder(
         model,
         plan,
-        unable,
+        changes(kind),
         takes_padding,
         kind=kind,
         word_ids=word_ids,

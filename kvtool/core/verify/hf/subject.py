@@ -2,7 +2,7 @@
 
 The way to call them is known, so nothing is guessed: the uncached arm is one pass with
 use_cache=False, the cached one is given a cache as `generate` would make it. Only what keeps its
-state in another way (xlnet, rwkv) is called as kvtool.core.verify.target.adapter finds it out.
+state in another way (xlnet, rwkv) is called as kvtool.core.verify.target.fitting finds it out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from kvtool.core.verify.hf.caches import attention_limits, make_cache
 from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.core.verify.precision import Promote
-from kvtool.core.verify.target.adapter import ModuleDecoder, Plan, State, adapt
+from kvtool.core.verify.schedules import BRIEF
+from kvtool.core.verify.target.adapter import ModuleDecoder, State
+from kvtool.core.verify.target.changes import NEGATIVE, Change
+from kvtool.core.verify.target.fitting import adapt
+from kvtool.core.verify.target.limits import Limits
+from kvtool.core.verify.target.plans import Plan
 from kvtool.core.verify.target.subject import NEEDED, TargetSubject
 from kvtool.errors import CacheOpUnsupported, UsageError, first_line, pass_on_shortage
 
@@ -73,11 +78,16 @@ class HubDecoder(ModuleDecoder):
         """The same decoder with a copy of the model in another format."""
         return replace(self, module=converted(self.module, dtype))
 
-    def _change(self, op: str, cache: Any, *args: Any) -> Any:
-        if op == "select" and self.kind != "own":  # as beam search does
-            cache.reorder_cache(*args)
-            return cache
-        return super()._change(op, cache, *args)
+
+def changes(kind: str) -> dict[str, Change]:
+    """How a cache of transformers is cropped, selected from as beam search does it, and reset."""
+    found = (
+        # Since transformers 5 it takes how many tokens to remove, as a negative number.
+        Change("crop", "crop", "cache", NEGATIVE),
+        Change("select", "reorder_cache", "cache"),
+        Change("reset", "reset", "cache"),
+    )
+    return {change.op: change for change in found if (change.op, kind) != ("crop", "static")}
 
 
 class TransformersSubject(TargetSubject):
@@ -85,6 +95,8 @@ class TransformersSubject(TargetSubject):
 
     Raises CacheOpUnsupported if the model does not take that kind, UsageError if it does not run.
     """
+
+    level = BRIEF  # many types and kinds of caches are judged
 
     def __init__(self, model: Any, kind: str) -> None:
         word_ids = ordinary_ids(model.config)
@@ -102,6 +114,14 @@ class TransformersSubject(TargetSubject):
             self.abilities |= {"window"}
         if kind == "static" and full:
             self.abilities |= {"capacity"}
+
+    def find_special_ids(self, given: Any) -> tuple[int, ...]:
+        """None: they are not among `word_ids`."""
+        return ()
+
+    def step_limits(self) -> Limits:
+        """None: its caches take steps of any size."""
+        return Limits()
 
     @property
     def not_judged(self) -> str:
@@ -143,12 +163,12 @@ def hub_decoder(model: Any, kind: str, word_ids: Tensor) -> HubDecoder:
     plan = Plan(
         cache=parameter,
         initial=f"a {kind} cache",
-        flag="use_cache" if "use_cache" in names or takes_any_keyword(model.forward) else "",
+        flags=("use_cache",) if "use_cache" in names or takes_any_keyword(model.forward) else (),
         position="position_ids" if "position_ids" in names else "",
         form="rows",
     )
-    unable = ("crop",) if kind == "static" else ()
-    return HubDecoder(model, plan, unable, "attention_mask" in names, kind=kind, word_ids=word_ids)
+    padded = "attention_mask" in names
+    return HubDecoder(model, plan, changes(kind), padded, kind=kind, word_ids=word_ids)
 
 
 def _require_made(model: Any, kind: str) -> None:

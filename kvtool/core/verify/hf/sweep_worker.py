@@ -15,6 +15,7 @@ from kvtool.core.verify.outcome import (
     BUG,
     ERROR,
     IDENTICAL,
+    LOSSY,
     NOT_CAUSAL,
     PRECISION,
     ROUNDING,
@@ -28,7 +29,7 @@ from kvtool.errors import CheckFailed, UsageError, first_line, short_of_memory
 # The worst first. A model that is not causal has wrong logits too, and that is why.
 UNTRUSTWORTHY = "the check did not report the bug that was planted to test it"
 ORDER = (
-    NOT_CAUSAL, BUG, ERROR, PRECISION, UNDECIDED, ROUNDING, IDENTICAL, VACUOUS, UNSUPPORTED,
+    NOT_CAUSAL, BUG, ERROR, LOSSY, PRECISION, UNDECIDED, ROUNDING, IDENTICAL, VACUOUS, UNSUPPORTED,
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from kvtool.core.verify.outcome import (
     BUG,
     ERROR,
     IDENTICAL,
+    LOSSY,
     NOT_CAUSAL,
     PRECISION,
     ROUNDING,
@@ -20,10 +21,10 @@ from kvtool.core.verify.outcome import (
 
 NOT_BUILT = "not built"  # the model, by its default configuration or for want of a package
 VERDICTS = (
-    IDENTICAL, ROUNDING, PRECISION, BUG, NOT_CAUSAL, UNDECIDED, VACUOUS, UNSUPPORTED, ERROR,
-    NOT_BUILT,
+    IDENTICAL, ROUNDING, PRECISION, LOSSY, BUG, NOT_CAUSAL, UNDECIDED, VACUOUS, UNSUPPORTED,
+    ERROR, NOT_BUILT,
 )  # fmt: skip
-JUDGED = (IDENTICAL, ROUNDING, PRECISION, BUG, NOT_CAUSAL)  # a verdict, good or bad
+JUDGED = (IDENTICAL, ROUNDING, PRECISION, LOSSY, BUG, NOT_CAUSAL)  # a verdict, good or bad
 MEMORY = 4 << 30  # bytes that a process may take
 
 
@@ -57,7 +58,9 @@ def is_coherent(swept: Swept) -> bool:
     """Whether what a result says can be true together."""
     gaps = (swept.gap or 0, swept.gap_float64 or 0, swept.seconds)
     known = swept.verdict in VERDICTS and all(gap >= 0 for gap in gaps)
-    return known and (swept.verdict == PRECISION or swept.right == (swept.verdict in RIGHT))
+    return known and (
+        swept.verdict in (PRECISION, LOSSY) or swept.right == (swept.verdict in RIGHT)
+    )
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def padding_sees_more(step: Step, held: int) -> Step:
 
 LOOKALIKES = (
     Lookalike(
-        "rotary positions shifted", moved(lambda pos, held: pos + 5),
+        "rotary positions shifted", moved(lambda pos, held: pos + 5), spare=5,
         why="rotary attention depends on differences of positions only",
     ),
     Lookalike(

@@ -103,6 +103,14 @@ class Lookalike(Planted):
 
     why: str = ""
     verdict: str = ""  # that some scenario must give; "": any that is right
+    spare: int = 0  # positions of the model that it needs beside those of the tokens
+
+    def subject(self) -> ModelSubject:
+        """The small model with what is planted."""
+        found = super().subject()
+        found.context -= self.spare
+        found.reach = min(found.reach, found.context)
+        return found
 
 
 # The ways in which most of them are planted

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
 
@@ -25,38 +24,52 @@ def owned_modules(decoder: Any) -> dict[str, nn.Module]:
     return found
 
 
+def unwrapped(given: Any) -> tuple[Any, str]:
+    """What torch.compile wrapped, and the wrapper in words, "" if it did not; a module that was
+    compiled in place runs as it is written."""
+    if isinstance(given, nn.Module) and isinstance(getattr(given, "_orig_mod", None), nn.Module):
+        return unwrapped(given._orig_mod)[0], "torch.compile"
+    compiled = False
+    for module in given.modules() if isinstance(given, nn.Module) else ():
+        compiled = compiled or getattr(module, "_compiled_call_impl", None) is not None
+        module._compiled_call_impl = None
+        for name, child in module.named_children():
+            inner, wrapper = unwrapped(child) if hasattr(child, "_orig_mod") else (child, "")
+            if wrapper:
+                setattr(module, name, inner)
+                compiled = True
+    return given, "torch.compile" if compiled else ""
+
+
+def unwrap_attributes(decoder: Any) -> tuple[str, ...]:
+    """Take the modules in an object's attributes out of torch.compile; what to say of it."""
+    notes = []
+    for name, value in list(getattr(decoder, "__dict__", {}).items()):
+        if isinstance(value, nn.Module):
+            inner, wrapper = unwrapped(value)
+            if wrapper:
+                setattr(decoder, name, inner)
+                notes.append(f"{name} taken out of {wrapper}")
+    return tuple(notes)
+
+
+def running_modules(decoder: Any, state: Any) -> dict[str, nn.Module]:
+    """The modules that a step runs: the decoder's, or the copy of them that its state holds."""
+    modules = owned_modules(decoder)
+    for leaf in contents(state):
+        if isinstance(leaf, nn.Module):
+            copies = dict(leaf.named_modules())
+            if len(copies) > 1 and copies.keys() >= modules.keys():
+                return copies
+    return modules
+
+
 def contents(state: Any, depth: int = 6) -> Iterator[Any]:
     """Everything that a state holds: in containers, and in the attributes of its objects."""
     for leaf in tree_leaves(state):
         yield leaf
         if depth and not isinstance(leaf, Tensor):
             yield from contents(list(getattr(leaf, "__dict__", {}).values()), depth - 1)
-
-
-def converted(decoder: Any, dtype: torch.dtype) -> Any:
-    """A copy of a decoder in another format.
-
-    Raises what its own `to` raises, and NotImplementedError if it holds nothing to convert.
-    """
-    other = copy.deepcopy(decoder)
-    if callable(getattr(other, "to", None)):
-        return other.to(dtype) or other
-    n_converted = 0
-
-    def convert(value: Any) -> Any:
-        nonlocal n_converted
-        if isinstance(value, nn.Module) or (
-            isinstance(value, Tensor) and value.is_floating_point()
-        ):
-            n_converted += 1
-            return value.to(dtype)
-        return value
-
-    held = getattr(other, "__dict__", {})
-    held.update({name: tree_map(convert, value) for name, value in held.items()})
-    if not n_converted:
-        raise NotImplementedError("it has no to(dtype), and no modules or tensors to convert")
-    return other
 
 
 def device_of(given: Any) -> torch.device:

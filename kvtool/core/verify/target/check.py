@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kvtool.config import DECODE_TOKENS
 from kvtool.core.verify.arms import Case
-from kvtool.core.verify.check import MAIN, Checked, beginning
+from kvtool.core.verify.check import MAIN, Checked, beginning, with_reach
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.judge import Judge
+from kvtool.core.verify.outcome import BUG
 from kvtool.core.verify.scenario_run import PREFILL
-from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.core.verify.scenarios import GENERATED, SCENARIOS
 from kvtool.core.verify.subject import Session, Start
-from kvtool.core.verify.target.doctor import examine
+from kvtool.core.verify.target.doctor import Examiner
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
 from kvtool.errors import UsageError
 
@@ -25,18 +27,25 @@ def decode_case(
     vocab_size: int,
     context: int,
     ids: Tensor | Sequence[int] | None = None,
-    tokens: int = 64,
+    tokens: int = DECODE_TOKENS,
     device: torch.device | str = "cpu",
+    prompt_length: int = 0,
 ) -> Case:
     """The scenario `decode` on ids, or on random ones: the last `tokens` of them one by one.
 
-    Raises UsageError for ids that the decoder does not have, or too many of them.
+    prompt_length: of random ids, in tokens; 0: as many as other scenarios have. Raises UsageError
+    for ids that the decoder does not have, or too many of them.
     """
     if ids is None:
-        length = min(PREFILL + tokens, context)
+        if prompt_length >= context:
+            text = f"a prompt of {prompt_length:,} tokens is too long"
+            raise UsageError(f"{text} (the decoder holds {context:,}, and one more is needed)")
+        n_prompt = prompt_length or PREFILL
+        length = min(n_prompt + tokens, context)
         generator = torch.Generator().manual_seed(0)
         given = torch.randint(vocab_size, (1, length), generator=generator)
-        return Case(SCENARIOS[MAIN], given.to(device), PREFILL if length > PREFILL else length // 2)
+        n_prompt = n_prompt if length > n_prompt else length // 2
+        return Case(SCENARIOS[MAIN], given.to(device), n_prompt)
     given = _checked_ids(ids, vocab_size, context, device)
     n = given.shape[1]
     return Case(SCENARIOS[MAIN], given, n - max(1, min(tokens, n // 2)))
@@ -68,13 +77,25 @@ def check_target(
     scenarios: Sequence[str],
     main: Case,
     tell: Callable[[str], None] = lambda text: None,
+    thorough: bool = False,
 ) -> Iterator[Checked]:
-    """Judge the user's decoder in all scenarios, in that order. Raises CheckFailed."""
-    judge = Judge(subject, examine)
+    """Judge the user's decoder in all scenarios, in that order. Raises CheckFailed.
+
+    thorough: feed all that can be fed in some minutes, not in some seconds.
+    """
+    if GENERATED.intersection(scenarios):
+        tell("how long a history can be")
+    subject.find_reach_for(scenarios, thorough)
+    doctor, diagnosed = Examiner(), False
+    judge = Judge(subject, doctor)
     for scenario in scenarios:
         tell(scenario)
-        case = main if scenario == MAIN else Case(SCENARIOS[scenario])
-        yield Checked(subject.name, OWN, True, judge.judge(case, thorough=scenario == MAIN))
+        # The many steps of a generated scenario are diagnosed where nothing shorter was wrong.
+        judge.doctor = None if diagnosed and scenario in GENERATED else doctor
+        case = main if scenario == MAIN else Case(SCENARIOS[scenario], thorough=thorough)
+        finding = judge.judge(case, thorough=scenario == MAIN)
+        diagnosed = diagnosed or finding.verdict == BUG
+        yield Checked(subject.name, OWN, True, with_reach(finding, subject))
 
 
 def target_control(subject: TargetSubject, main: Case) -> Finding:
@@ -83,7 +104,7 @@ def target_control(subject: TargetSubject, main: Case) -> Finding:
 
 
 class WrongToken(TargetSession):
-    """A session that stores another first token than it was fed."""
+    """A session that stores another token than it was fed in its first step."""
 
     def __init__(self, subject: TargetSubject, start: Start) -> None:
         super().__init__(subject, start)
@@ -96,6 +117,7 @@ class WrongToken(TargetSession):
         # The first step answers rightly, so that the bug has to be found in what was stored.
         found, self.right = self.right.feed(ids), None
         wrong = ids.clone()
-        wrong[:, 0] = (wrong[:, 0] + 1) % self.subject.vocab_size
+        # Its last token: a decoder may forget those that are far, and answers here already.
+        wrong[:, -1] = (wrong[:, -1] + 1) % self.subject.vocab_size
         super().feed(wrong)
         return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,46 +12,122 @@ from torch import Tensor
 from kvtool.core.verify.arms import Arms, Case
 from kvtool.core.verify.compare import distances
 from kvtool.core.verify.diagnosis.hypotheses import REPRODUCED, STEPS_AFTER
-from kvtool.core.verify.diagnosis.hypotheses.positions import (
-    ByStep,
-    NotAdvanced,
-    OneTooFar,
-    OneTooNear,
-)
 from kvtool.core.verify.finding import Diagnosis
 from kvtool.core.verify.scenario_run import Stopped
+from kvtool.core.verify.target.attributes import owned_modules
 from kvtool.core.verify.target.hypotheses import (
     TARGET_HYPOTHESES,
     FedStep,
     TargetHypothesis,
     TracedSession,
 )
+from kvtool.core.verify.target.influence import Sight, sight
+from kvtool.core.verify.target.operands import WEIGHTS, misread
+from kvtool.core.verify.target.positions import wrong_numbers, wrong_positions
+from kvtool.core.verify.target.sight_rules import described, named
+from kvtool.core.verify.target.spots import spots
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import Difference, Lookup, Trace, Tracer, first_difference
-from kvtool.errors import pass_on_shortage
+from kvtool.errors import first_line, pass_on_shortage
 
 # Masks of a decoder of unknown make cannot be changed from outside.
 UNNAMED = "none of the wrong positions and pasts that can be tried from outside reproduces it"
+NOT_LOOKED = "not looked into: the bugs found before took the time for it"
+SECONDS = 8.0  # that all bugs of a check are looked into
+SEES_RIGHT = "each token sees just those that it should"
 
 
-def examine(subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagnosis:
-    """Locate the first wrong thing at `step`, and try out what would give these wrong logits."""
+class Examiner:
+    """The doctor of one check: what it looks into takes `SECONDS` at most, and one more look."""
+
+    def __init__(self) -> None:
+        self.spent = 0.0
+
+    def __call__(self, subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagnosis:
+        began = time.perf_counter()
+        try:
+            return examine(subject, case, step, arms, thorough=self.spent < SECONDS)
+        except Exception as error:  # a verdict stands, also where a decoder is too strange to watch
+            pass_on_shortage(error)
+            why = f"could not be looked into ({type(error).__name__}: {first_line(error)})"
+            return Diagnosis(unexplained=why)
+        finally:
+            self.spent += time.perf_counter() - began
+
+
+def examine(
+    subject: TargetSubject, case: Case, step: int, arms: Arms, thorough: bool = True
+) -> Diagnosis:
+    """Locate the first wrong thing at `step`, and try out what would give these wrong logits;
+    if `thorough`, look at what tokens see and read too."""
     located = locate(subject, case, step)
     if located is None:
         return Diagnosis()
-    first, lookups = located
-    bugs = explain(subject, case, arms.found[: step + STEPS_AFTER], lookups)
+    first, lookups, watched = located
+    last = min(step + STEPS_AFTER, len(arms.found)) - 1
+    bugs = explain(subject, case, arms.found[: last + 1], lookups)
+    unexplained = UNNAMED if thorough else NOT_LOOKED
+    if any(segment.start.has_holes for segment in arms.segments):
+        unexplained = UNNAMED  # maps of what tokens see know padding on the left alone
+    elif not bugs and thorough:
+        bugs, unexplained = look(subject, case, step, arms.found[: last + 1], first)
     if first is None:
-        behind = "the logits, behind every module"
-        return Diagnosis(part="logits", place=behind, bugs=bugs, unexplained=UNNAMED)
-    return Diagnosis(first.site.layer, first.part, first.heads, str(first), bugs, UNNAMED)
+        behind = "the logits, behind every module" if watched else "the logits: no module was seen"
+        return Diagnosis(part="logits", place=behind, bugs=bugs, unexplained=unexplained)
+    return Diagnosis(first.site.layer, first.part, first.heads, str(first), bugs, unexplained)
+
+
+def look(
+    subject: TargetSubject, case: Case, step: int, found: Sequence[Tensor], first: Difference | None
+) -> tuple[tuple[str, ...], str]:
+    """The bugs that are given away by what each token sees, how tokens are numbered, or what
+    attention reads; and what is said if there are none."""
+    seen, bugs = see(subject, case, step, len(found) - 1, first)
+    numbers, positions = numbered(subject, case, step, found)
+    hidden = seen is not None and seen.differs  # then numbers may be those of a mask
+    if numbers and (positions or not hidden):
+        return (*bugs, numbers), UNNAMED
+    if bugs and (seen is None or not seen.across):
+        return bugs, UNNAMED
+    try:
+        words, told = misread(subject, case, step)
+    except Exception as error:  # the user's code may not like to be watched
+        pass_on_shortage(error)
+        words, told = "", False
+    if told and not (hidden and words == WEIGHTS):  # more than that rows read each other
+        return (words,), UNNAMED
+    if not bugs and seen is not None and (cells := described(seen, step)):
+        return (cells,), UNNAMED
+    words = "" if hidden else words
+    right = SEES_RIGHT if seen is not None and seen.direct and not hidden else ""
+    return bugs, "; ".join(filter(None, [UNNAMED, right, words]))
+
+
+@torch.inference_mode()
+def see(
+    subject: TargetSubject, case: Case, step: int, last: int, first: Difference | None
+) -> tuple[Sight | None, tuple[str, ...]]:
+    """What each token sees, as near to the first wrong value as can be, and what it gives away."""
+    found = None
+    for spot in spots(subject, first):
+        try:
+            seen = sight(subject, case, step, last, spot)
+        except Exception as error:  # the user's code may not like what it is given here
+            pass_on_shortage(error)
+            continue
+        if seen is not None and (bugs := named(seen, step)):
+            return seen, bugs
+        if found is None or (seen is not None and seen.differs and not found.differs):
+            found = seen
+    return found, ()
 
 
 @torch.inference_mode()
 def locate(
     subject: TargetSubject, case: Case, step: int
-) -> tuple[Difference | None, tuple[Lookup, ...]] | None:
-    """The first value of a step that is wrong, and the lookups that the step made.
+) -> tuple[Difference | None, tuple[Lookup, ...], bool] | None:
+    """The first value of a step that is wrong, the lookups that the step made, and whether what
+    its modules were given and answered could be compared, if it has any.
 
     None if the step cannot be reached again.
     """
@@ -62,10 +139,12 @@ def locate(
     except Stopped as stopped:
         segment, answer = stopped.segment, stopped.answer
     batch, n = answer.logits.shape[:2]
-    with full.on(subject.decoder):
+    modules = owned_modules(subject.decoder)
+    with full.on(modules):
         subject.call_full(segment.history, segment.start)
     first = first_difference(cached.trace, full.trace, answer.first, n, subject.decoder)
-    return first, find_lookups(cached.trace, batch, n)
+    watched = not modules or any(site in full.trace for site in cached.trace)
+    return first, find_lookups(cached.trace, batch, n), watched
 
 
 def find_lookups(trace: Trace, batch: int, n: int) -> tuple[Lookup, ...]:
@@ -100,6 +179,24 @@ def explain(
     return tuple(dict.fromkeys(names))
 
 
+@torch.inference_mode()
+def numbered(
+    subject: TargetSubject, case: Case, step: int, found: Sequence[Tensor]
+) -> tuple[str, bool]:
+    """The numbers of tokens that reproduce the wrong logits `found`, in words, with the line that
+    makes them; and whether they are positions."""
+
+    def reproduces(make: Callable[..., TargetHypothesis]) -> bool:
+        answers = _decode(subject.with_session(make), case, len(found))
+        return len(answers) == len(found) and max(distances(answers, found)) <= REPRODUCED
+
+    try:
+        return wrong_numbers(subject, case, step, reproduces)
+    except Exception as error:  # the user's code may not like to be watched
+        pass_on_shortage(error)
+        return "", False
+
+
 def _decode(subject: TargetSubject, case: Case, n_steps: int) -> list[Tensor]:
     """The logits of the first steps of a scenario under a hypothesis."""
     run = case.run(subject, last=n_steps - 1)
@@ -124,29 +221,3 @@ def in_words(lookups: tuple[Lookup, ...], log: list[FedStep]) -> str:
         return f"{wrong_positions(asked, right)} ({module}; nothing else is wrong)"
     names = " and ".join(sorted({module for module, _ in lookups}))
     return f"what {names} was asked for explains all of it"
-
-
-def wrong_positions(asked: list[list[int]], right: list[list[int]]) -> str:
-    """How positions are wrong, step by step those that were `asked` for and the `right` ones.
-
-    The first step is right, and has the first position 0.
-    """
-    steps = [(a, r) for a, r in zip(asked, right, strict=True) if r[0] > 0]
-    shifts = {x - y for a, r in steps for x, y in zip(a, r, strict=True)}
-    first = len(asked[0])
-    if all(a == list(range(len(a))) for a, _ in steps):
-        return NotAdvanced.hint
-    if shifts == {1}:
-        return OneTooFar.hint
-    if shifts == {-1}:
-        return OneTooNear.hint
-    if all(a == list(range(first + i, first + i + len(a))) for i, (a, _) in enumerate(steps)):
-        return ByStep.hint
-    if len(shifts - {0}) != 1:
-        return "positions are wrong"
-    (shift,) = shifts - {0}
-    direction = "far" if shift > 0 else "low"
-    if shifts == {shift}:
-        return f"positions are {abs(shift)} too {direction} behind the first step"
-    step = next(i for i, (a, r) in enumerate(zip(asked, right, strict=True)) if a != r)
-    return f"positions are {abs(shift)} too {direction} from step {step} on"

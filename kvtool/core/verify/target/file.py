@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib.util
 import inspect
+import io
 import sys
 import traceback
 from pathlib import Path
@@ -23,11 +24,14 @@ from kvtool.reading import sha256
 def target_subject(spec: str, vocab_size: int = 0, context: int = 0) -> TargetSubject:
     """Load FILE.py:NAME, and make ready to check what it is or builds.
 
-    vocab_size, context: 0 looks for them. What the file prints goes to stderr. Raises UsageError
-    and FileError, each with one line that says what to change.
+    vocab_size, context: 0 looks for them. What the file prints goes to stderr, what the decoder
+    prints while it is tried out nowhere. Raises UsageError and FileError, each with one line that
+    says what to change.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        return TargetSubject(load_target(spec), spec, vocab_size, context)
+        given = load_target(spec)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return TargetSubject(given, spec, vocab_size, context)
 
 
 def identity(spec: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core.verify.subject import Start
+from kvtool.core.verify.target.attributes import owned_modules, running_modules
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
 from kvtool.core.verify.target.trace import Lookup, Tracer
 
@@ -27,7 +28,7 @@ class TracedSession(TargetSession):
 
     def feed(self, ids: Tensor) -> Tensor:
         self.tracer.clear()
-        with self.tracer.on(self.subject.decoder):
+        with self.tracer.on(running_modules(self.subject.decoder, self.state)):
             return super().feed(ids)
 
 
@@ -76,7 +77,7 @@ class TargetHypothesis:
         self.tokens = torch.cat([self.tokens, torch.cat([ids[..., None], asked], dim=2)], dim=1)
         read = self.read(n)
         given = {lookup: read[..., 1 + i] for i, lookup in enumerate(self.lookups)}
-        with Tracer(given).on(self.subject.decoder):
+        with Tracer(given).on(owned_modules(self.subject.decoder)):
             return self.subject.call_full(read[..., 0], self.start)[:, -n:]
 
     def asked(self, ids: Tensor) -> Tensor:

@@ -1,46 +1,40 @@
-"""The ways in which an nn.Module's forward may take and give a cache, as its signature suggests."""
+"""The ways in which an nn.Module may take and give a cache, as its signature suggests."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
 
-CACHES = (
-    "past_key_values", "kv_cache", "kv_caches", "cache", "caches", "past_kv", "past_kvs", "past",
-    "layer_past", "past_key_value", "cache_params", "state", "states", "mems", "hidden",
-)  # fmt: skip
-FLAGS = ("use_cache", "return_cache", "use_kv_cache", "return_kv", "return_state")
-POSITIONS = (
-    "position_ids", "positions", "input_pos", "cache_position", "start_pos", "pos", "position",
-    "offset", "pos_offset", "past_length", "past_len", "cur_pos",
-)  # fmt: skip
-FORMS = {
-    "rows": "arange(past, past + n) for each row",
-    "line": "arange(past, past + n)",
-    "int": "past",
-}
-FACTORIES = (
-    "make_cache", "new_cache", "init_cache", "create_cache", "empty_cache", "make_kv_cache",
-    "init_kv_cache", "new_kv_cache", "allocate_cache", "init_state", "initial_state", "new_state",
-)  # fmt: skip
-SETUPS = ("setup_caches", "set_kv_cache", "setup_cache", "setup_kv_cache")  # caches in the module
+from kvtool.core.verify.target.arguments import MASK_FORMS, POSITION_FORMS
+from kvtool.core.verify.target.factories import factories, setups
+from kvtool.core.verify.target.signature import CACHES, FLAGS, MASKS, POSITIONS, Signature
+
+# Methods that are called in place of `forward` where that takes no cache.
+PARTS = (1, 2)  # of an answer, where the first behind the logits is no cache: attentions, a loss
+METHODS = ("forward", "call_with_cache", "forward_with_cache", "forward_cached", "decode")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to call a module's forward."""
+    """One way to call a module."""
 
+    method: str = "forward"
+    ids: str = ""  # the name that they are given by; none: they are the first argument
     cache: str = ""  # the parameter; none: they are in the module
-    initial: str = "None"  # what the first step is given: None, [], {}, [None] * n, or a method
-    n_layers: int = 0  # of [None] * n
-    flag: str = ""
+    initial: str = "None"  # what the first step is given, or what builds it; of caches in the
+    # module the method that sets them up, or none
+    flags: tuple[str, ...] = ()
     position: str = ""
     form: str = ""
+    mask: str = ""
+    mask_form: str = ""
     filler: tuple[str, ...] = ()  # required parameters that are given None
     needs_cache: bool = False  # the uncached pass is one step on a new cache
+    part: int = 0  # which of the parts of an answer that may be a cache
+    whole: bool = False  # each step is given all ids so far, and computes the new ones
+    copies: bool = False  # each session runs on a copy of the module, which keeps something
     read: str = ""  # how the answer is read
 
     @property
@@ -48,84 +42,97 @@ class Plan:
         """Whether the module keeps its caches itself."""
         return not self.cache
 
+    @property
+    def own_module(self) -> bool:
+        """Whether each session runs on a copy of the module."""
+        return self.in_module or self.copies
+
     def __str__(self) -> str:
-        parts = ["ids"]
+        parts = [f"{self.ids}=ids" if self.ids else "ids"]
         if self.cache:
             parts.append(f"{self.cache}={self.initial} at first")
-        if self.flag:
-            parts.append(f"{self.flag}=True")
+        parts.extend(f"{flag}=True" for flag in self.flags)
         if self.position:
-            parts.append(f"{self.position}={FORMS[self.form]}")
+            parts.append(f"{self.position}={POSITION_FORMS[self.form]}")
+        if self.mask_form:
+            parts.append(f"{self.mask}={MASK_FORMS[self.mask_form]}")
         parts.extend(f"{name}=None" for name in self.filler)
-        before = f"{self.initial}, then " if self.in_module else ""
+        setup = f"{self.initial}, then " if self.in_module and self.initial else ""
+        before = f"{setup or 'a copy for each session, '}" if self.in_module else ""
         after = f" -> {self.read}" if self.read else ""
+        after += "; ids are all so far" * self.whole
         if self.needs_cache:
             after += "; it cannot go without a cache: the uncached pass is one step on a new one"
-        return f"{before}forward({', '.join(parts)}){after}"
+        return f"{before}{self.method}({', '.join(parts)}){after}"
 
 
-def plans(module: nn.Module) -> Iterator[Plan]:
-    """Every way to call a module, the likeliest first; at the end those that need a cache."""
-    suggested = list(_suggested(module))
-    yield from suggested
-    yield from (replace(plan, needs_cache=True) for plan in suggested)
+def signature(module: nn.Module, plan: Plan) -> Signature:
+    """The signature of the method that a plan calls."""
+    return Signature(getattr(module, plan.method))
 
 
-def _suggested(module: nn.Module) -> Iterator[Plan]:
-    names = parameters(module)
-    flag = next((n for n in FLAGS if n in names), "")
-    known = {*FLAGS, *CACHES, *POSITIONS}
-    filler = tuple(n for n in list(names)[1:] if n not in known and required(module, n))
-    n_layers = _n_layers(module)
-    for cache, initial in _caches(module, n_layers):
-        for position, form in _positions(module):
-            yield Plan(cache, initial, n_layers, flag, position, form, filler)
+def plans(module: nn.Module, masked: bool = False) -> Iterator[Plan]:
+    """Every way to call a module, the likeliest first; at the end those that need a cache, and
+    those that are given all ids again.
+
+    masked: with real masks, where it takes any.
+    """
+    for method in METHODS:
+        if callable(getattr(module, method, None)):
+            suggested = list(_suggested(module, method, masked))
+            yield from (plan for plan in suggested if not plan.needs_cache)
+            yield from (replace(plan, needs_cache=True) for plan in suggested)
+            outside = [plan for plan in suggested if plan.cache]
+            yield from (replace(plan, whole=True) for plan in outside)
+            yield from (replace(plan, part=part) for part in PARTS for plan in outside)
 
 
-def _caches(module: nn.Module, n_layers: int) -> Iterator[tuple[str, str]]:
+def _suggested(module: nn.Module, method: str, masked: bool) -> Iterator[Plan]:
+    names = Signature(getattr(module, method))
+    mask = next(iter(names.of(MASKS)), "")
+    if masked and not mask:
+        return
+    filler = [*names.unknown, *(n for n in names.of(MASKS) if names.required(n))]
+    plan = Plan(method, "" if names.positional else names.ids, flags=tuple(names.of(FLAGS)))
+    for form in MASK_FORMS if masked else ("",):
+        left = tuple(n for n in filler if not (form and n == mask))
+        for cache, initial, needs_cache in _caches(module, names):
+            for position, position_form in _positions(names, cache):
+                yield replace(
+                    plan, cache=cache, initial=initial, position=position, form=position_form,
+                    mask=mask, mask_form=form, filler=left, needs_cache=needs_cache,
+                )  # fmt: skip
+
+
+def _caches(module: nn.Module, names: Signature) -> Iterator[tuple[str, str, bool]]:
     """The parameters that may take a cache, each with what it may be given at first; then, without
-    a parameter, the methods that may set up caches in the module."""
-    factories = [n for n in FACTORIES if callable(getattr(module, n, None))]
-    of_layers = [f"[None] * {n_layers}"] if n_layers else []
-    for cache in (n for n in CACHES if n in parameters(module)):
-        for initial in (*factories, "None", "[]", "{}", *of_layers):
-            yield cache, initial
-    for setup in (n for n in SETUPS if callable(getattr(module, n, None))):
-        yield "", setup
+    a parameter, the methods that may set up caches in the module, or none of them. Whether the
+    uncached pass is a step, too, for want of another."""
+    for cache in names.of(CACHES):
+        for initial in factories(module):
+            yield cache, initial, False
+    for setup in setups(module):
+        yield "", setup, False
+    yield "", "", not names.of(FLAGS)
 
 
-def _positions(module: nn.Module) -> list[tuple[str, str]]:
+def _positions(names: Signature, cache: str) -> list[tuple[str, str]]:
     """The parameters that may take positions, each with a form of them; ("", "") for none of them,
     if the module can be called so."""
-    names = parameters(module)
-    found = [(n, form) for n in POSITIONS if n in names for form in _forms(names[n])]
-    if any(required(module, n) for n, _ in found):
+    found = [(n, form) for n in names.of(POSITIONS) for form in _forms(names, n)]
+    if any(names.required(n) for n, _ in found):
         return found
     return [*found, ("", "")]
 
 
-def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    """The parameters of a module's forward that have names, in order."""
-    found = inspect.signature(module.forward).parameters
-    return {n: p for n, p in found.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-
-
-def required(module: nn.Module, name: str) -> bool:
-    """Whether a parameter of forward has no default."""
-    return parameters(module)[name].default is inspect.Parameter.empty
-
-
-def _forms(parameter: inspect.Parameter) -> tuple[str, ...]:
+def _forms(names: Signature, name: str) -> tuple[str, ...]:
     """What a parameter for positions may be, the likeliest first."""
+    parameter = names.parameters[name]
     hint = str(parameter.annotation)
-    if isinstance(parameter.default, int) or hint == "int" or parameter.annotation is int:
+    number = isinstance(parameter.default, int) and not isinstance(parameter.default, bool)
+    if number or hint == "int" or parameter.annotation is int:
         return ("int",)
-    tensor = ("line",) if parameter.name in ("input_pos", "cache_position") else ("rows", "line")
+    tensor = ("line",) if name in ("input_pos", "cache_position") else ("rows", "line")
     if "Tensor" in hint:
-        return tensor
-    return (*tensor, "int")
-
-
-def _n_layers(module: nn.Module) -> int:
-    """The number of layers: the longest list of modules."""
-    return max((len(m) for m in module.modules() if isinstance(m, nn.ModuleList)), default=0)
+        return (*tensor, "rows") if tensor == ("line",) else (*tensor, "starts")
+    return (*tensor, "int", "starts")

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
+from kvtool.core.verify.compare import distances
+from kvtool.core.verify.copies import converted, moved
 from kvtool.core.verify.fingerprint import fingerprint
 from kvtool.core.verify.scenario_run import PREFILL, STEPS
+from kvtool.core.verify.scenarios import GENERATED
+from kvtool.core.verify.schedules import NORMAL, THOROUGH, Bounds
 from kvtool.core.verify.subject import Start
-from kvtool.core.verify.target.adapter import adapt
+from kvtool.core.verify.target import cost, saving
 from kvtool.core.verify.target.attributes import (
     contents,
-    converted,
     device_of,
     owned_modules,
+    unwrap_attributes,
     whole_number,
 )
+from kvtool.core.verify.target.clues import sizes, special_ids
+from kvtool.core.verify.target.eager import eager, quiet
+from kvtool.core.verify.target.fitting import AGREES, adapt
+from kvtool.core.verify.target.limits import Limits, find_limits, is_limit
+from kvtool.core.verify.target.refusals import in_words, is_refusal
+from kvtool.core.verify.target.work import work
 from kvtool.errors import CacheOpUnsupported, UsageError, first_line, pass_on_shortage
 
 NEEDED = 2 * (PREFILL + STEPS)  # tokens that the longest scenario feeds, and some more
@@ -45,14 +54,29 @@ class TargetSession:
         self.ids = torch.empty(start.batch, 0, dtype=torch.long, device=self.subject.device)
 
     def feed(self, ids: Tensor) -> Tensor:
-        found, self.state = self.subject.step(ids, self.state)
-        self.ids = torch.cat([self.ids, ids], dim=1)
         n = ids.shape[1]
+        found, self.state = self._step(ids)
+        self.ids = torch.cat([self.ids, ids], dim=1)
         if found.shape[1] == n:
             return found
         # Only the last token was answered: the others, of which nothing is known, count as right.
         logits = self.subject.full(self.ids[:, :-1], self.start)[:, 1 - n :]
         return torch.cat([logits, found], dim=1)
+
+    def _step(self, ids: Tensor) -> tuple[Tensor, Any]:
+        """A step. Raises CacheOpUnsupported for one that the decoder refuses."""
+        subject, past, n = self.subject, self.ids.shape[1], ids.shape[1]
+        what = f"take {n} token{'s' * (n > 1)} in a step"
+        if subject.limits.refuses(n, past):
+            raise CacheOpUnsupported(subject.name, what, subject.limits.words)
+        try:
+            return subject.step(ids, self.state)
+        except Exception as error:
+            refused = is_refusal(error)
+            meant = refused and isinstance(error, NotImplementedError)
+            if meant or (refused and is_limit(subject, past, n)):
+                raise CacheOpUnsupported(subject.name, what, in_words(error)) from error
+            raise
 
     def crop(self, length: int) -> None:
         self._change("crop", length)
@@ -73,6 +97,15 @@ class TargetSession:
             raise CacheOpUnsupported(self.subject.name, op, first_line(error)) from error
         self.state = self.state if changed is None else changed
 
+    def reload(self) -> None:
+        """Save the cache, and go on with a new one that is loaded from it."""
+        try:
+            self.state = self.subject.reloaded(self.state, self.start)
+        except (Exception, SystemExit) as error:  # found by their names: they promised nothing
+            pass_on_shortage(error)
+            name, what = self.subject.name, f"{type(error).__name__}: {first_line(error)}"
+            raise CacheOpUnsupported(name, "be saved and loaded", what) from error
+
     def fork(self) -> TargetSession:
         other = copy.copy(self)
         other.state = copy.deepcopy(self.state)
@@ -88,40 +121,72 @@ class TargetSubject:
     vocab_size, context: 0 looks for them. Raises UsageError if it cannot be called.
     """
 
-    stores = True
+    stores, converts = True, False
     source_vocab_size = 0
     window = 0
+    told = False  # of what the cache rounds
+    level = NORMAL  # of the schedules that are fed by default
+    limits = Limits()
 
     def __init__(self, given: Any, name: str, vocab_size: int = 0, context: int = 0) -> None:
         self.name = name
         self.session: Callable[[TargetSubject, Start], Any] = TargetSession
         for module in owned_modules(given).values():
             module.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), quiet():
             self.device = device_of(given)
+            self.notes = unwrap_attributes(given) if is_decoder(given) else ()
             self.decoder: Any = given if is_decoder(given) else adapt(given, name, self.device)
             n_ids = vocab_size or whole_number(given, ("vocab_size",))
             self.vocab_size, self.dtype = self._probe(n_ids)
             self.context = context or whole_number(given, CONTEXT_NAMES) or self._longest()
+            self.limits = self.step_limits()
+            self.context = min(self.context, self.limits.capacity or self.context)
             self.abilities = self._abilities()
+            self.sizes = sizes(given, self.context)
+            self.special_ids = self.find_special_ids(given)
         if self.context < NEEDED:
             raise UsageError(
                 f"{name}: holds {self.context} tokens (expected {NEEDED} or more)",
                 "A check feeds about that many: build it with a longer context.",
             )
+        self.lossy = self._declares_loss(given)
+        self.fed_little = False  # most sizes of steps take too long
+        self.reach = 0  # tokens of the longest history that is fed; 0: nobody asked what it costs
         self._vacuous: tuple[str | None] | None = None
 
     @property
     def guess(self) -> str:
         """How an nn.Module is called, in words; "" for a decoder of the protocol."""
-        return getattr(self.decoder, "guess", "")
+        words = (getattr(self.decoder, "guess", ""), *self.notes, self.limits.words)
+        return "; ".join(filter(None, words))
+
+    @property
+    def largest_step(self) -> int:
+        """The most tokens that a step takes, 0 for any number."""
+        return self.limits.largest_step
+
+    @property
+    def single_steps_only(self) -> bool:
+        """Whether steps behind the first take one token."""
+        return self.limits.single_steps_only
+
+    @property
+    def largest_pass(self) -> int:
+        """The most tokens that an uncached pass takes, 0 for any number within the context."""
+        return self.limits.largest_pass
+
+    def step_limits(self) -> Limits:
+        """How many tokens it takes at once."""
+        return find_limits(self)
 
     # Calls
 
     def call_full(self, ids: Tensor, start: Start | None = None) -> Tensor:
         """One call of full: (B,T) -> (B,T,V), or (B,1,V) from a decoder that answers the last."""
         padding = None if start is None else start.padding
-        logits = self.decoder.full(ids) if padding is None else self.decoder.full(ids, padding)
+        with eager():
+            logits = self.decoder.full(*([ids] if padding is None else [ids, padding]))
         return shaped(logits, ids, "full")
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
@@ -133,7 +198,8 @@ class TargetSubject:
 
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
         """(B,n) -> (B,n,V) or (B,1,V), and the next state."""
-        answer = self.decoder.step(ids, state)
+        with eager():
+            answer = self.decoder.step(ids, state)
         if not isinstance(answer, (tuple, list)) or len(answer) != 2:
             raise TypeError(f"step returned a {type(answer).__name__}, not (logits, state)")
         return shaped(answer[0], ids, "step"), answer[1]
@@ -146,6 +212,10 @@ class TargetSubject:
         if start.padding is None:
             return make(start.batch, start.capacity)
         return make(start.batch, start.capacity, start.padding)
+
+    def reloaded(self, state: Any, start: Start) -> Any:
+        """A new state that is loaded from what this one saves."""
+        return saving.reloaded(self.decoder, state, lambda: self.initial_state(start))
 
     def reset_arguments(self, start: Start) -> tuple[Any, ...]:
         """What the decoder's reset is told besides the state."""
@@ -181,13 +251,42 @@ class TargetSubject:
         other.decoder, other.dtype = converted(self.decoder, dtype), dtype
         return other
 
+    def moved(self, by: float, seed: int = 0, tables: bool = False) -> TargetSubject:
+        """The same decoder with weights, or `tables`, that differ by about `by` of themselves.
+
+        Raises NotImplementedError if it holds none.
+        """
+        other = copy.copy(self)
+        other.decoder = moved(self.decoder, by, seed, tables)
+        return other
+
     # What it is able to do
+
+    def find_reach_for(self, scenarios: Sequence[str], thorough: bool = False) -> None:
+        """Find it out, if any of the scenarios depends on it."""
+        if GENERATED.intersection(scenarios):
+            self.find_reach(thorough)
+
+    def find_reach(self, thorough: bool = False) -> None:
+        """Find out how long a history can be fed in the time that a check may take."""
+        level = THOROUGH if thorough else type(self).level
+        of_steps = (self.largest_step, self.single_steps_only, self.sizes)
+        longest = min(self.context, self.largest_pass or self.context)
+        found = cost.affordable(self, Bounds(longest, *of_steps, level))
+        self.reach, self.level = found.reach, found.level
+        self.fed_little = found.level < level
+
+    def find_special_ids(self, given: Any) -> tuple[int, ...]:
+        """The ids to which the decoder gives a meaning."""
+        return special_ids(given, self.vocab_size)
 
     def _probe(self, vocab_size: int) -> tuple[int, torch.dtype]:
         """Call everything once: the number of ids, and the format of the logits."""
         ids = torch.arange(4, device=self.device)[None] % (vocab_size or 4)
         try:
             logits = self.call_full(ids)
+            if getattr(self.decoder, "breaks_down", False):  # then it is judged by its prompt
+                return vocab_size or logits.shape[-1], logits.dtype
             found, _ = self._after(ids)
         except (Exception, SystemExit) as error:
             pass_on_shortage(error)
@@ -202,10 +301,28 @@ class TargetSubject:
         return vocab_size or logits.shape[-1], logits.dtype
 
     def _after(self, ids: Tensor) -> tuple[Tensor, Any]:
-        """The logits and the state after ids that are fed in two steps."""
-        state = self.initial_state(Start(ids.shape[0], max(NEEDED, ids.shape[1])))
-        _, state = self.step(ids[:, :-1], state)
+        """The logits and the state after ids that are fed in two steps, or as many as it takes."""
+        state = self.prefilled(ids[:, :-1])
         return self.step(ids[:, -1:], state)
+
+    def prefilled(self, ids: Tensor) -> Any:
+        """The state behind ids (B,T), which are fed in steps as long as the decoder takes them."""
+        start, limits = Start(ids.shape[0], max(NEEDED, ids.shape[1])), self.limits
+        first = limits.largest_prompt or ids.shape[1]
+        later = 1 if limits.single_steps_only else limits.largest_step or ids.shape[1]
+        try:
+            return self._fed(ids, start, first, later)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            return self._fed(ids, start, 1, 1)
+
+    def _fed(self, ids: Tensor, start: Start, first: int, later: int) -> Any:
+        state, pieces = self.initial_state(start), [ids[:, :first]]
+        pieces += ids[:, first:].split(later, dim=1) if ids.shape[1] > first else []
+        for piece in pieces:
+            _, state = self.step(piece, state)
+        return state
 
     def _longest(self) -> int:
         """The longest sequence that a pass takes, as far as anyone needs to know."""
@@ -241,9 +358,37 @@ class TargetSubject:
                 for leaf in contents(copy.deepcopy(state))
             ):
                 found.add("fork")
+            if saving.can_save(self.decoder, state):
+                found.add("save")
         except (Exception, SystemExit) as error:
             pass_on_shortage(error)
+        if {"batch", "padding"} <= found and self._pads_on_the_right():
+            found.add("right-padding")
         return frozenset(found)
+
+    def _declares_loss(self, given: Any) -> bool:
+        """Whether a decoder, one of its modules or its cache has `lossy = True`."""
+        held = [given, self.decoder, *owned_modules(given).values()]
+        try:
+            _, state = self._after(torch.arange(4, device=self.device)[None] % self.vocab_size)
+            held += [state, *contents(state)]
+        except (Exception, SystemExit) as error:  # whatever it raises: the scenarios report it
+            pass_on_shortage(error)
+        return any(getattr(value, "lossy", False) is True for value in held)
+
+    def _pads_on_the_right(self) -> bool:
+        """Whether an uncached pass over a row that is padded behind its prompt answers as one over
+        the row alone, so that a cache has to as well."""
+        ids = torch.arange(2, 14, device=self.device).reshape(2, 6) % self.vocab_size
+        padding = torch.tensor([[4, 4], [2, 4]], device=self.device)
+        alone = torch.cat([ids[1:, :2], ids[1:, 4:]], dim=1)
+        try:
+            padded = self.call_full(ids, Start(2, NEEDED, padding))[1:, -1:]
+            gap = distances([padded], [self.call_full(alone)[:, -1:]])[0]
+        except (Exception, SystemExit) as error:  # whatever it raises: it takes no such padding
+            pass_on_shortage(error)
+            return False
+        return gap <= AGREES
 
     def vacuous(self) -> str | None:
         """Why nothing would be proved by equal logits."""
@@ -255,10 +400,12 @@ class TargetSubject:
         """Whether a step computes as much as a pass over the history."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self.vocab_size, (1, HISTORY), generator=generator).to(self.device)
-        state = self.initial_state(Start(1, NEEDED))
-        _, state = self.step(ids[:, :-1], state)
-        step = work(lambda: self.step(ids[:, -1:], state))
-        whole = work(lambda: self.call_full(ids))
+        state = self.prefilled(ids[:, :-1])
+        held = [leaf for leaf in contents(state) if isinstance(leaf, nn.Module)]
+        modules = [m for owner in held for m in owner.modules()]
+        modules += owned_modules(self.decoder).values()
+        step = work(lambda: self.step(ids[:, -1:], state), modules)
+        whole = work(lambda: self.call_full(ids), modules)
         if not whole or step < whole / 2:
             return None
         return f"a step computes as much as a pass over all {HISTORY} tokens: the cache is not used"
@@ -293,9 +440,11 @@ def is_decoder(given: Any) -> bool:
 def shaped(logits: Any, ids: Tensor, what: str) -> Tensor:
     """Logits as (B,n,V), or (B,1,V) if only the last token was answered.
 
-    Raises ValueError for any other shape.
+    Raises ValueError for any other shape, and for what is not floating point.
     """
     found = logits if isinstance(logits, Tensor) else torch.as_tensor(logits)
+    if not found.is_floating_point():
+        raise ValueError(f"{what} answered with {found.dtype} (expected floating point logits)")
     batch, n = ids.shape
     if found.dim() == 2:
         found = found[:, None] if found.shape[0] == batch else found[None]
@@ -303,10 +452,3 @@ def shaped(logits: Any, ids: Tensor, what: str) -> Tensor:
         return found
     shape = ", ".join(map(str, getattr(logits, "shape", ())))
     raise ValueError(f"{what} answered ids ({batch}, {n}) with ({shape}), not ({batch}, {n}, V)")
-
-
-def work(call: Callable[[], object]) -> int:
-    """How many floating-point operations the matrix products of a call take."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()

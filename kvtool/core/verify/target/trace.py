@@ -7,7 +7,7 @@ cached and uncached, in float64. The first difference in the order of execution 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kvtool.core.verify.diagnosis.locate import TOLERANCE, differs, ranges, scale
 from kvtool.core.verify.target.attributes import owned_modules
 
+HIDDEN = -1e4  # what is added to the scores of keys that are not seen is below
 HEADS = ("n_heads", "num_heads", "n_head", "num_attention_heads", "heads", "nhead")
 
 
@@ -59,10 +60,10 @@ class Tracer:
         return self.trace[Site(module, 0, "in", name)]
 
     @contextmanager
-    def on(self, decoder: Any) -> Iterator[None]:
-        """Within, the decoder's modules are traced."""
+    def on(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Within, these modules are traced: `owned_modules` of a pass, `running` ones of a step."""
         handles = []
-        for name, module in owned_modules(decoder).items():
+        for name, module in modules.items():
             enter, leave = self._enter(name), self._leave(name)
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
@@ -124,6 +125,8 @@ class Difference:
     found: Tensor
     expected: Tensor
     heads: tuple[int, ...] = ()
+    axis: int = 1  # of the tokens, in the value
+    moved: tuple[str, ...] = ()  # right modules of the same layer that it was computed from
 
     @property
     def part(self) -> str:
@@ -157,20 +160,63 @@ def first_difference(
     cached: Trace, full: Trace, first: int, n: int, decoder: Any
 ) -> Difference | None:
     """The first value of the cached run that is not that of the same tokens, uncached."""
-    before = None
+    before, right = None, list[Site]()
     for site, found in cached.items():
         expected = None if site not in full else aligned(full[site], found.shape, first, n)
         if expected is None or found.numel() == 0:
             continue
-        wrong = (
-            differs(found, expected)
-            if found.is_floating_point()
-            else not bool(torch.equal(found, expected))
-        )
-        if wrong:
-            return Difference(site, before, found, expected, _heads(site, found, expected, decoder))
+        wrong = is_wrong(found, expected)
+        if wrong and not _without_effect(site, cached, full, first, n):
+            heads = _heads(site, found, expected, decoder)
+            axis = token_axis(found.shape, full[site].shape, n, first + n)
+            return Difference(
+                site, before, found, expected, heads, axis, _nearest(right, site.layer)
+            )
         before = site
+        if site.side == "out" and found.is_floating_point():
+            right.append(site)
     return None
+
+
+def token_axis(found: torch.Size, whole: torch.Size, n: int, total: int) -> int:
+    """Which axis of a value counts tokens: n in a step, `total` in the pass."""
+    sizes = enumerate(zip(found, whole, strict=True))
+    return next((i for i, pair in sizes if pair == (n, total) and i < 3), 1)
+
+
+def _nearest(right: list[Site], layer: int | None) -> tuple[str, ...]:
+    """The modules that answered rightly last: those of a layer; without one the last alone."""
+    of_layer = [site.module for site in right if site.layer == layer]
+    return tuple(dict.fromkeys(of_layer or [site.module for site in right[-1:]]))
+
+
+def is_wrong(found: Tensor, expected: Tensor) -> bool:
+    """Whether values differ by more than rounding. Masks that are added differ where another key
+    is hidden, by whatever large negative number."""
+    if not found.is_floating_point():
+        return not torch.equal(found, expected)
+    if _is_mask(found) and _is_mask(expected):
+        return not torch.equal(found < HIDDEN, expected < HIDDEN)
+    return differs(found, expected)
+
+
+def _is_mask(values: Tensor) -> bool:
+    """Whether values are 0 or too low for a softmax to read."""
+    return bool(((values == 0) | (values < HIDDEN)).all())
+
+
+def _without_effect(site: Site, cached: Trace, full: Trace, first: int, n: int) -> bool:
+    """Whether a module that was given something else answers the same: masks and lengths may be
+    counted in another way."""
+    answers = [s for s in cached if s[:2] == site[:2] and s.side == "out"]
+    if site.side == "out" or not answers:
+        return False
+    for answer in answers:
+        found, whole = cached[answer], full.get(answer)
+        expected = None if whole is None else aligned(whole, found.shape, first, n)
+        if expected is None or found.numel() == 0 or is_wrong(found, expected):
+            return False
+    return True
 
 
 def aligned(value: Tensor, shape: torch.Size, first: int, n: int) -> Tensor | None:

@@ -1,0 +1,39 @@
+"""The scenarios that were not run, and why, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+LACKING = ("needs ", ", which it has not")  # around an ability, in the evidence of a finding
+LONGEST = 60  # characters of a reason
+
+
+def left_out(skipped: Iterable[tuple[str, str]], run: Iterable[str]) -> str:
+    """What to say of the scenarios that no subject could do; skipped: each with the evidence.
+
+    run: scenarios that some subject did.
+
+    >>> left_out([("crop", "needs crop, which it has not"), ("permuted", "no rows")], [])
+    'not run: permuted (no rows), crop'
+    """
+    done, reasons = set(run), dict(skipped)
+    groups: dict[str, list[str]] = {}
+    for scenario, evidence in reasons.items():
+        if scenario not in done:
+            groups.setdefault(_reason(scenario, evidence), []).append(scenario)
+    groups[""] = groups.pop("", [])  # last, so that no reason seems to be theirs
+    said = [
+        ", ".join(names) + (f" ({why})" if why else "") for why, names in groups.items() if names
+    ]
+    return f"not run: {', '.join(said)}" if said else ""
+
+
+def _reason(scenario: str, evidence: str) -> str:
+    """Why, in few words: none where the scenario bears the name of what is lacking."""
+    before, after = LACKING
+    if evidence.startswith(before) and evidence.endswith(after):
+        ability = evidence[len(before) : -len(after)]
+        return "" if ability == scenario else f"no {ability}"
+    _, cannot, what = evidence.partition(" cannot ")
+    text = what.partition(": ")[2] or f"cannot {what}" if cannot else evidence
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

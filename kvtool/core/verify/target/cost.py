@@ -1,0 +1,142 @@
+"""How long a history a decoder can be fed in the time that a check may take.
+
+Times are those of the processor, so that what is fed does not hang on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvtool.core.verify import schedules
+from kvtool.core.verify.schedules import BRIEF, NORMAL, THOROUGH, Bounds
+from kvtool.core.verify.subject import Start
+from kvtool.errors import pass_on_shortage
+
+BUDGET = {BRIEF: 2.0, NORMAL: 8.0, THOROUGH: 240.0}  # seconds for all schedules, in all precisions
+RUNS = 2.5  # of each schedule: in the working format, in float64, and sometimes once more
+HELD = 6  # times that the logits of a history are held: of both arms, in two formats
+MOST_BYTES = 2**31  # of those logits
+MOST = {BRIEF: 600, NORMAL: 2100}  # tokens, however quick they are
+REACHES = (4200, 2100, 1100, 600, 330, 160)  # tokens: longer histories are left out first
+LEAST = (160, 64)  # tokens of what is fed in any case, with few sizes of steps
+SHORT = 24  # tokens behind which a step is timed
+PASSES = (SHORT, 96, 384, 1536)  # tokens of the passes that are timed
+QUICK = 0.1  # seconds
+SCHEDULES = (schedules.prompts, schedules.steps, schedules.boundaries, schedules.long)
+
+
+class Timed(Protocol):
+    """What is asked of a decoder to time it: see TargetSubject."""
+
+    vocab_size: int
+    device: torch.device
+
+    def initial_state(self, start: Start) -> Any:
+        """The state before the first token."""
+
+    def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next tokens, and the next state."""
+
+    def full(self, ids: Tensor, start: Start) -> Tensor:
+        """Whole sequences in one pass."""
+
+
+def affordable(subject: Timed, limits: Bounds) -> Bounds:
+    """The limits with which all schedules take no more than BUDGET seconds: what is longest is left
+    out first, then most sizes of steps; the least is always fed.
+
+    limits: those of the subject, with its context as reach.
+    """
+    most = min(limits.reach, MOST.get(limits.level, limits.reach))
+    per_token = HELD * subject.vocab_size * torch.float64.itemsize
+    lengths = sorted({min(n, most) for n in (most, *REACHES)}, reverse=True)
+    lengths = [n for n in lengths if n * per_token <= MOST_BYTES] or lengths[-1:]
+    choices = [replace(limits, reach=n) for n in lengths]
+    choices += [replace(limits, reach=min(n, lengths[-1]), level=BRIEF) for n in LEAST]
+    try:
+        seconds = _seconds_of(subject, limits)
+    except (Exception, SystemExit) as error:  # whatever it raises: the scenarios will report it
+        pass_on_shortage(error)
+        return choices[-1]
+    for choice in choices[:-1]:
+        if RUNS * seconds(choice) <= BUDGET[limits.level]:
+            return choice
+    return choices[-1]
+
+
+def _seconds_of(subject: Timed, limits: Bounds) -> Callable[[Bounds], float]:
+    """What all schedules take: each start and each step, a pass's worth for the tokens of each
+    history, and the uncached pass over the longest, which judges the others of its scenario too."""
+    start, step = _step_seconds(subject, limits.largest or SHORT)
+    full = _pass_seconds(subject, limits.reach)
+
+    def seconds(limits: Bounds) -> float:
+        total = 0.0
+        for make in SCHEDULES:
+            found = make(limits)
+            total += sum(start + step * len(fed) + full(sum(fed)) for fed in found)
+            total += full(max(map(sum, found)))
+        return total
+
+    return seconds
+
+
+@torch.inference_mode()
+def _step_seconds(subject: Timed, largest: int) -> tuple[float, float]:
+    """What a start takes, and a step of one token; `largest`: tokens that it takes at once."""
+    ids, begun = _ids(subject, SHORT), time.thread_time()
+    state = subject.initial_state(Start(1, SHORT))
+    start = time.thread_time() - begun
+    first = min(SHORT - 3, largest)
+    _, state = subject.step(ids[:, :first], state)
+    taken = []
+    for end in range(first + 1, first + 4):
+        begun = time.thread_time()
+        _, state = subject.step(ids[:, end - 1 : end], state)
+        taken.append(time.thread_time() - begun)
+    return start, min(taken)
+
+
+def _pass_seconds(subject: Timed, longest: int) -> Callable[[int], float]:
+    """What a pass over n tokens takes, as some that are timed suggest: longer and longer ones, as
+    long as they are quick."""
+    taken: list[tuple[int, float]] = []
+    for n in PASSES:
+        if taken and (taken[-1][1] > QUICK or taken[-1][0] == longest):
+            break
+        at_most = min(n, longest)
+        taken.append((at_most, min(_timed_passes(subject, _ids(subject, at_most)))))
+    return lambda n: _extrapolated(taken, n)
+
+
+def _extrapolated(taken: list[tuple[int, float]], n: int) -> float:
+    """Seconds for n tokens: between two measured lengths on the line, beyond by their power."""
+    (n0, t0), (n1, t1) = taken[-2:] if len(taken) > 1 else (taken[0], taken[0])
+    if n > n1:
+        power = math.log(max(t1 / t0, 1.0)) / math.log(n1 / n0) if n1 > n0 else 2.0
+        return t1 * (n / n1) ** min(max(power, 1.0), 3.0)
+    (low, t0), (high, t1) = next(
+        ((a, b) for a, b in pairwise(taken) if n <= b[0]), (taken[0], taken[0])
+    )
+    return t0 + (t1 - t0) * max(n - low, 0) / max(high - low, 1)
+
+
+@torch.inference_mode()
+def _timed_passes(subject: Timed, ids: Tensor) -> Iterator[float]:
+    for _ in range(2):
+        begun = time.thread_time()
+        subject.full(ids, Start(1, ids.shape[1]))
+        yield time.thread_time() - begun
+
+
+def _ids(subject: Timed, n: int) -> Tensor:
+    ids = torch.arange(n, device=subject.device) * 7 % subject.vocab_size
+    return ids[None]

@@ -1,0 +1,238 @@
+"""What attention is given: the keys and values that a step reads, beside those of the pass.
+
+Where a decoder multiplies queries with keys, and weights with values, both are at hand, whatever
+stored them. The first that is wrong is compared with what it might have been taken for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtool.core.verify.arms import Case
+from kvtool.core.verify.diagnosis.locate import TOLERANCE, ranges, scale
+from kvtool.core.verify.scenario_run import Stopped
+from kvtool.core.verify.subject import Start
+from kvtool.core.verify.target.operations import Done, Operations
+from kvtool.core.verify.target.subject import TargetSession, TargetSubject
+from kvtool.core.verify.target.trace import is_wrong
+
+PRODUCTS = ("matmul", "bmm", "einsum", "scaled_dot_product_attention")
+NEAR = 1e-9  # of the largest value: both are float64, and were computed in other orders
+LATER = 3  # steps that are tried, if there are so many
+WEIGHTS = (
+    "queries and keys are right, and the attention weights are not: the scale, the bias or the cap "
+    "of the scores"
+)
+
+
+class Product(NamedTuple):
+    """One product of attention: its operands by name, of a step and of the pass (narrowed)."""
+
+    names: tuple[str, ...]  # queries, keys, weights, values
+    found: tuple[Tensor, ...]
+    right: tuple[Tensor, ...]
+    axes: tuple[int, ...]  # of the tokens
+
+
+class GivenSession(TargetSession):
+    """The user's session, and the operations of its last step with their operands."""
+
+    def __init__(self, subject: TargetSubject, start: Start, seen: list[Operations]) -> None:
+        super().__init__(subject, start)
+        self.seen = seen
+
+    def feed(self, ids: Tensor) -> Tensor:
+        with Operations(keep_given=True) as operations:
+            logits = super().feed(ids)
+        self.seen[:] = [operations]
+        return logits
+
+
+@torch.inference_mode()
+def misread(subject: TargetSubject, case: Case, step: int) -> tuple[str, bool]:
+    """The first operand of attention that is wrong at a step, in words, and whether it was found
+    out what is read in its place. "" if none is wrong, or none is at hand."""
+    for later in range(LATER):  # as many tokens as a head has channels cannot be told apart
+        found = _misread_at(subject, case, step + later)
+        if found is not None and (found[1] or not later):  # or it may only follow from the bug
+            return found
+    return "", False
+
+
+def _misread_at(subject: TargetSubject, case: Case, step: int) -> tuple[str, bool] | None:
+    """None if the step has no products that are known as those of attention."""
+    seen: list[Operations] = []
+    run = case.run(subject.with_session(lambda s, start: GivenSession(s, start, seen)), last=step)
+    try:
+        case.scenario.play(run)
+        return None
+    except Stopped as stopped:
+        segment, answer = stopped.segment, stopped.answer
+    with Operations(keep_given=True) as whole:
+        subject.call_full(segment.history, segment.start)
+    sizes = (answer.first, answer.logits.shape[1], segment.history.shape[1])
+    products = list(_products(seen[0].done, whole.done, sizes))
+    if not products:
+        return None
+    pads = segment.start.padding
+    padding = 0 if pads is None else int(pads.max())
+    for layer, product in enumerate(products):
+        for i, name in enumerate(product.names):
+            found, right = product.found[i], product.right[i]
+            if name in ("keys", "values"):
+                wrong = _wrong_tokens(found, right, product.axes[i], padding)
+                if wrong:
+                    return _in_words(products, layer, i, wrong, sizes)
+            elif padding == 0 and is_wrong(found, right):
+                return (WEIGHTS, True) if name == "weights" else ("", False)
+    return "", False
+
+
+Sizes = tuple[int, int, int]  # the step's first token, its tokens, and all tokens
+
+
+def _products(step: list[Done], whole: list[Done], sizes: Sizes) -> Iterator[Product]:
+    """The products of attention of a step beside those of the pass, in order."""
+    parts = [[d for d in done if d.line.asked in PRODUCTS] for done in (step, whole)]
+    if len(parts[0]) != len(parts[1]):
+        return
+    for one, other in zip(*parts, strict=True):
+        product = _product(one, other, sizes)
+        if product is not None:
+            yield product
+
+
+def _product(one: Done, other: Done, sizes: Sizes) -> Product | None:
+    """A step's product beside the pass's; None if it is none of attention, or has another shape."""
+    first, n, total = sizes
+    names = _names(other, total)
+    if not names or len(one.given) < len(names):
+        return None
+    found: list[Tensor] = []
+    right: list[Tensor] = []
+    axes: list[int] = []
+    for name, ours, theirs in zip(names, one.given, other.given, strict=False):
+        if ours.dim() != theirs.dim():
+            return None
+        for dim, (a, b) in enumerate(zip(ours.shape, theirs.shape, strict=True)):
+            if a == b:
+                continue
+            if b == total and a == n and name in ("queries", "weights"):
+                theirs = theirs.narrow(dim, first, n)
+            elif b == total and a > b and name in ("keys", "values", "weights"):
+                ours = ours.narrow(dim, 0, total)  # a buffer with room
+            else:
+                return None
+        tokens = [dim for dim, size in enumerate(other.given[len(found)].shape) if size == total]
+        found.append(ours)
+        right.append(theirs)
+        axes.append(tokens[-1])
+    return Product(names, tuple(found), tuple(right), tuple(axes))
+
+
+def _names(done: Done, total: int) -> tuple[str, ...]:
+    """What the operands of a product over the whole history are, by their sizes."""
+    counts = [sum(size == total for size in t.shape) for t in done.given]
+    if done.line.asked == "scaled_dot_product_attention":
+        return ("queries", "keys", "values") if counts[:3] == [1, 1, 1] else ()
+    made = sum(size == total for size in done.answer.shape)
+    if len(counts) != 2:
+        return ()
+    if counts == [1, 1] and made == 2:
+        return ("queries", "keys")
+    return ("weights", "values") if counts == [2, 1] and made == 1 else ()
+
+
+def _wrong_tokens(found: Tensor, right: Tensor, axis: int, padding: int) -> list[int]:
+    """The tokens whose keys or values are wrong, left padding aside."""
+    gap = (found - right).abs().where(found != right, 0.0).movedim(axis, 0).flatten(1).amax(1)
+    wrong = (~(gap <= TOLERANCE * scale(right))).nonzero()[:, 0].tolist()
+    return [token for token in wrong if token >= padding]
+
+
+def _in_words(
+    products: list[Product], layer: int, i: int, wrong: list[int], sizes: Sizes
+) -> tuple[str, bool]:
+    product = products[layer]
+    name, axis = product.names[i], product.axes[i]
+    found, right = (t[i].movedim(axis, 0) for t in (product.found, product.right))
+    tokens = f"token{'s' if len(wrong) > 1 else ''} {ranges(wrong)}"
+    if len(wrong) > 1 and wrong == list(range(sizes[0])):
+        tokens = "the past"
+    which = f"the {name} that are read of {tokens}"
+    others = _others(products, layer, name)
+    instead = _instead(found, right, wrong, others)
+    if instead:
+        return f"{which} are {instead}", True
+    return f"{which} are wrong", False
+
+
+def _others(products: list[Product], layer: int, name: str) -> dict[str, Tensor]:
+    """What else might be read: of other layers, and keys for values, tokens first."""
+    found = {}
+    own = sum(name in product.names for product in products[:layer])
+    counts = {"keys": -1, "values": -1}  # layers so far
+    for product in products:
+        for other, right, axis in zip(product.names, product.right, product.axes, strict=True):
+            if other not in counts:
+                continue
+            counts[other] += 1
+            of_layer = "" if counts[other] == own else f" of layer {counts[other]}"
+            if other != name or of_layer:
+                what = "those" if other == name else f"the {other}"
+                found[f"{what}{of_layer}"] = right.movedim(axis, 0)
+    return found
+
+
+def _instead(found: Tensor, right: Tensor, wrong: list[int], others: dict[str, Tensor]) -> str:
+    """What is read in place of what was stored of the `wrong` tokens, (T,...) both; "" if that
+    cannot be told."""
+    ours, theirs = found[wrong], right[wrong]
+    near = NEAR * scale(right)
+    if bool((ours == 0).all()):
+        return "zero"
+    factor = float((ours * theirs).sum() / (theirs * theirs).sum())
+    if _same(ours, factor * theirs, near):
+        return "negated" if abs(factor + 1) < 1e-9 else f"multiplied by {factor:.4g}"
+    for shift in (-1, 1, -2, 2):
+        there = [token + shift for token in wrong]
+        if min(there) >= 0 and max(there) < len(right) and _same(ours, right[there], near):
+            count = "" if abs(shift) == 1 else f"{abs(shift)} "
+            return f"those of the token {count}{'before' if shift < 0 else 'behind'} each"
+    for name, other in others.items():
+        if other.shape == right.shape and _same(ours, other[wrong], near):
+            return name
+    for dim, what in ((1, "row"), (2, "head")):
+        several = found.dim() > dim + 1 and found.shape[dim] > 1
+        if several and (words := _taken(ours, theirs, dim, what, near)):
+            return words
+    factors = (ours * theirs).sum(-1, keepdim=True) / (theirs * theirs).sum(-1, keepdim=True)
+    if ours.shape[-1] > 2 and _same(ours, factors * theirs, near):
+        low, high = float(factors.min()), float(factors.max())
+        return f"multiplied by factors from {low:.2g} to {high:.2g}: their scales are wrong"
+    gaps = [(right - one).abs().flatten(1).amax(1) for one in ours]
+    if all(float(gap.min()) <= near for gap in gaps) and len(right) > 2:
+        places = [int(gap.argmin()) for gap in gaps]
+        return f"those of token{'s' if len(places) > 1 else ''} {', '.join(map(str, places[:6]))}"
+    return ""
+
+
+def _taken(ours: Tensor, theirs: Tensor, dim: int, what: str, near: float) -> str:
+    """Which row or head each is taken from, "" if it cannot be told."""
+    parts = []
+    for i in range(ours.shape[dim]):
+        one = ours.select(dim, i)
+        same = [j for j in range(theirs.shape[dim]) if _same(one, theirs.select(dim, j), near)]
+        if not same:
+            return ""
+        if i not in same:
+            parts.append(f"{what} {i} reads those of {what} {same[0]}")
+    return f"another's: {', '.join(parts[:4])}" if parts else ""
+
+
+def _same(found: Tensor, expected: Tensor, near: float) -> bool:
+    return bool(((found - expected).abs() <= near).all())

@@ -1,0 +1,327 @@
+"""What a wrong map of what tokens see is called: each rule says which keys a bug of its kind shows.
+
+A rule is named only if it gives the map that was found, cell by cell: at each step either just
+that, or just what is right; so a bug in steps of one size alone is named with that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtool.core.verify.diagnosis.locate import ranges
+from kvtool.core.verify.target.influence import Query, Sight
+
+
+class View(NamedTuple):
+    """One row of the map: Q queries by K keys; column vectors of queries, row vectors of keys."""
+
+    seen: Tensor  # (Q,K) bool, through the cache
+    right: Tensor  # (Q,K) bool, uncached
+    at: Tensor  # (Q,1) the query's column in the history
+    past: Tensor  # (Q,1) tokens before its step
+    end: Tensor  # (Q,1) tokens after its step
+    key: Tensor  # (1,K) the key's column
+    first: int  # tokens of the segment's first step
+    before: Tensor  # (Q,1) where the step before begins
+    padding: int
+    window: int  # keys that a query sees without the cache, its own included; 0: all
+
+    @property
+    def causal(self) -> Tensor:
+        return self.key <= self.at
+
+    def within(self, window: int) -> Tensor:
+        """The keys of a window so wide, padding aside."""
+        near = self.key > self.at - window if window else torch.ones_like(self.right)
+        return self.causal & near & (self.key >= self.padding)
+
+
+def views(sight: Sight) -> list[View]:
+    """The rows of a map. A query's own key counts as seen: its token moves it without attention."""
+    at, past, end = (
+        torch.tensor([[getattr(q, name)] for q in sight.queries])
+        for name in ("column", "past", "end")
+    )
+    key = torch.tensor([sight.columns])
+    first = sight.queries[0].end - sight.queries[0].past
+    begins = sorted({q.past for q in sight.queries})
+    before = torch.tensor([[max([b for b in begins if b < q.past] or [0])] for q in sight.queries])
+    found = []
+    for row, padding in enumerate(sight.padding):
+        own = key == at
+        pads = (at < padding).expand_as(own)  # what a token of padding sees means nothing
+        right = (sight.uncached[row] | own) & ~pads
+        seen = (sight.cached[row] | own) & ~pads
+        view = View(seen, right, at, past, end, key, first, before, padding, 0)
+        found.append(view._replace(window=width(view, right)))
+    return found
+
+
+def width(view: View, seen: Tensor, rows: Tensor | None = None) -> int:
+    """The window that all queries (of `rows`) see through, 0 if there is none or it is not one."""
+    widths, known = set(), set(view.key[0].tolist())
+    for i in range(len(view.at)) if rows is None else rows.tolist():
+        keys = view.key[0][seen[i]]
+        oldest = int(keys.min()) if len(keys) else int(view.at[i])
+        if oldest > view.padding and oldest - 1 in known:  # else it may be older
+            widths.add(int(view.at[i]) - oldest + 1)
+    if len(widths) != 1:
+        return 0
+    (found,) = widths
+    band = view.within(found) | (view.key == view.at)
+    picked = slice(None) if rows is None else rows
+    real = (view.at >= view.padding)[picked]
+    return found if torch.equal(seen[picked] & real, band[picked] & real) else 0
+
+
+BEHIND = " (behind the first step)"
+MOST = 3  # bugs that may all be named: of more, too little was seen to tell
+Rule = Callable[[View], Tensor]  # -> (Q,K) bool: what is seen under it
+
+
+def past_lost(v: View) -> Tensor:
+    return v.right & (v.key >= v.past)
+
+
+def top_left(v: View) -> Tensor:
+    """Keys are counted from the oldest that the cache holds."""
+    oldest = (v.past - v.window + 1).clamp(min=0) if v.window else torch.zeros_like(v.past)
+    return (v.key >= oldest) & (v.key - oldest <= v.at - v.past) & (v.key >= v.padding)
+
+
+def top_left_of_ring(v: View) -> Tensor:
+    oldest = (v.end - v.window).clamp(min=0)
+    shown = (v.key >= oldest) & (v.key - oldest <= v.at - v.past)
+    return shown & (v.key < v.end) & (v.window > 0)
+
+
+def no_causal(v: View) -> Tensor:
+    return v.right | ((v.key >= v.past) & (v.key < v.end))
+
+
+def no_causal_window(v: View) -> Tensor:
+    """All of a step see what its last token sees."""
+    oldest = (v.end - v.window).clamp(min=0) if v.window else 0
+    return (v.key < v.end) & (v.key >= oldest) & (v.key >= v.padding) & (v.window > 0)
+
+
+def stored_first(v: View) -> Tensor:
+    return v.right & (v.key >= v.end - v.window) & (v.window > 0)
+
+
+def wrapped(v: View) -> Tensor:
+    w = max(v.window, 1)
+    return v.right & ((v.key % w <= v.at % w) | (v.key == v.at)) & (v.window > 0)
+
+
+def padding_seen(v: View) -> Tensor:
+    return v.right | (v.key < v.padding)
+
+
+def last_padding_seen(v: View) -> Tensor:
+    return v.right | (v.key == v.padding - 1)
+
+
+def first_lost(v: View) -> Tensor:
+    return v.right & (v.key != v.padding)
+
+
+def latest_lost(v: View) -> Tensor:
+    return v.right & (v.key != v.past - 1)
+
+
+def prompt_only(v: View) -> Tensor:
+    return v.right & ((v.key < v.first) | (v.key >= v.past))
+
+
+def prompt_lost(v: View) -> Tensor:
+    return v.right & (v.key >= v.first)
+
+
+def last_step_only(v: View) -> Tensor:
+    return v.right & (v.key >= v.before)
+
+
+def oldest_lost(v: View) -> Tensor:
+    """One key fewer than there are, whether or not a window is full."""
+    reach = v.window or 10**9
+    oldest = (v.at - reach + 1).clamp(min=v.padding)
+    return v.right & (v.key != oldest)
+
+
+def step_hidden(v: View) -> Tensor:
+    """The past is seen, and the other tokens of the step are not."""
+    return v.right & ((v.key < v.past) | (v.key == v.at))
+
+
+def slot_low(v: View) -> Tensor:
+    held = (v.key < v.first - 1) | (v.key >= v.first)
+    behind = (v.key >= v.first) & (v.key <= v.at + 1) & (v.key < v.end)
+    return held & (v.right | behind) & (v.past > 0) | v.right & (v.past == 0)
+
+
+RULES: dict[Rule, str] = {
+    past_lost: "the past is not read: tokens of a step see that step alone",
+    top_left: "the causal mask is aligned top-left: a step's token sees the first keys, not its "
+    "past",
+    top_left_of_ring: "a step longer than the window is stored before it is read, and its mask "
+    "goes by slots: the keys that its first tokens need are gone",
+    no_causal: "a step of several tokens has no causal mask once there is a past: they see each "
+    "other",
+    no_causal_window: "all tokens of a step see through the window of its last one",
+    stored_first: "a step of several tokens is stored before it is read: it overwrites keys still "
+    "needed",
+    wrapped: "once the ring has wrapped, the slots behind the newest are taken for empty",
+    padding_seen: "the padding mask is dropped: tokens attend to left padding",
+    last_padding_seen: "the padding mask is one column short: the last padding token is seen",
+    first_lost: "the first token is lost",
+    latest_lost: "the token before the step is lost",
+    prompt_only: "the first step alone is stored: tokens behind it are forgotten",
+    prompt_lost: "the first step is not stored: tokens behind it alone are seen",
+    last_step_only: "the step before replaces the past in place of joining it",
+    step_hidden: "the tokens of a step do not see each other",
+    slot_low: "tokens behind the first step are stored one slot too low: over its last one",
+    oldest_lost: "the oldest key is not read",
+}
+
+
+def named(sight: Sight, step: int) -> tuple[str, ...]:
+    """The bugs that give the map that was found, all of them; none if nearly all do."""
+    found = list(_elsewhere(sight))
+    if found or not sight.differs:
+        return tuple(found)
+    rows = views(sight)
+    if not sight.direct:  # through several layers a window reaches further than it is wide
+        rows = [view._replace(window=0) for view in rows]
+    fits = list(_windows(rows, sight.queries, step)) if sight.direct else []
+    for rule, words in RULES.items():
+        when = _where_it_holds([(v, rule(v)) for v in rows], sight.queries, step)
+        if when is not None and not (fits and rule is oldest_lost):
+            fits.append((words, "" if when == BEHIND and "past" in words else when))
+    always = [words + when for words, when in fits if when in ("", BEHIND)]
+    names = always or [words + when for words, when in fits]
+    return tuple(dict.fromkeys(names)) if len(names) <= MOST else ()
+
+
+def _where_it_holds(
+    predicted: list[tuple[View, Tensor]], queries: tuple[Query, ...], step: int
+) -> str | None:
+    """In which steps a rule gives just what is seen, in words; None if it does not explain all."""
+    holds: list[Step] = []
+    free: list[Step] = []
+    for one in dict.fromkeys((q.step, q.past, q.end - q.past) for q in queries):
+        of_step = torch.tensor([q.step == one[0] for q in queries])
+        right, fits, tells = True, True, False
+        for v, seen in predicted:
+            # What the query itself is, it always knows.
+            rule = (seen | (v.key == v.at)) & (v.at >= v.padding)
+            found, expected = v.seen[of_step], v.right[of_step]
+            right &= torch.equal(found, expected)
+            fits &= torch.equal(found, rule[of_step])
+            tells |= not torch.equal(rule[of_step], expected)
+        if not right and not fits:
+            return None
+        if tells:
+            (free if right else holds).append(one)
+    if all(one[0] != step for one in holds):
+        return None
+    return _when(holds, free)
+
+
+Step = tuple[int, int, int]  # its number, tokens before it, tokens of it
+
+
+def _when(holds: list[Step], free: list[Step]) -> str | None:
+    """What tells the steps in which a bug shows from those in which it could and does not; None if
+    nothing does: then it is none of that kind."""
+    if not free:
+        return ""
+    sizes, others = {n for *_, n in holds}, {n for *_, n in free}
+    if all(past == 0 for _, past, _ in free) and all(past > 0 for _, past, _ in holds):
+        return BEHIND
+    if sizes == {1} and 1 not in others:
+        return " (in steps of one token alone)"
+    if 1 not in sizes and others == {1}:
+        return " (in steps of several tokens alone)"
+    if not sizes & others:
+        return f" (in steps of {ranges(sorted(sizes))} tokens alone)"
+    least, most = min(past for _, past, _ in holds), max(past for _, past, _ in free)
+    if least > most:
+        return f" (from token {least} on)"
+    return None
+
+
+def _windows(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterator[tuple[str, str]]:
+    """Windows of another width than the right one."""
+    wrong = [(v.seen != v.right).any(1).nonzero()[:, 0] for v in rows]
+    found = {width(v, v.seen, w) for v, w in zip(rows, wrong, strict=True) if len(w)}
+    right = {v.window for v in rows}
+    if len(right) == 1 and right != {0}:
+        (window,) = right
+        when = _where_it_holds([(v, v.within(0)) for v in rows], queries, step)
+        if when is not None:
+            most = max(
+                int((v.at[w] - v.padding).max()) + 1
+                for v, w in zip(rows, wrong, strict=True)
+                if len(w)
+            )
+            if most == window + 1:
+                yield f"the window is one token too wide: {most} tokens, not {window}", when
+            yield f"the window of {window} tokens is dropped: up to {most} are seen", when
+            return
+    if len(found) != 1 or len(right) != 1 or found & {0, 1}:
+        return
+    (cached,), (window,) = found, right
+    when = _where_it_holds([(v, v.within(cached)) for v in rows], queries, step)
+    if when is None:
+        return
+    if not window:
+        yield f"the cache shows the last {cached} tokens alone, and the pass shows all", when
+    elif abs(cached - window) == 1:
+        how = "wide" if cached > window else "narrow"
+        yield f"the window is one token too {how}: {cached} tokens, not {window}", when
+    else:
+        yield f"the window is {cached} tokens wide through the cache, and {window} without it", when
+
+
+def _elsewhere(sight: Sight) -> Iterator[str]:
+    """What is read of tokens that are not in a row's history."""
+    if sight.across:
+        rows = sorted({row for row, _ in sight.across})
+        others = sorted({other for _, other in sight.across})
+        words = f"rows read each other: what {_numbered('row', others)} was fed"
+        yield f"{words} changes {_numbered('row', rows)}"
+    for fate in sight.stale:
+        yield f"tokens {fate} are still read"
+
+
+def described(sight: Sight, step: int) -> str:
+    """What the first token whose sight is wrong at the wrong step sees, in words; "" if none is."""
+    rows = views(sight)
+    for row, v in enumerate(rows):
+        for i, query in enumerate(sight.queries):
+            missing, extra = v.right[i] & ~v.seen[i], v.seen[i] & ~v.right[i]
+            if query.step != step or not bool((missing | extra).any()):
+                continue
+            parts = [
+                f"{verb} {_columns(v.key[0][cells])}"
+                for verb, cells in (("does not see", missing), ("sees", extra))
+                if bool(cells.any())
+            ]
+            of_row = f" of row {row}" if len(rows) > 1 else ""
+            wrongly = ", wrongly" if bool(extra.any()) else ""
+            return f"token {query.column}{of_row} {' and '.join(parts)}{wrongly}"
+    return ""
+
+
+def _columns(columns: Tensor) -> str:
+    """Tokens by their columns: "token 3", "tokens 3-5"."""
+    return _numbered("token", columns.tolist())
+
+
+def _numbered(what: str, numbers: list[int]) -> str:
+    return f"{what}{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
