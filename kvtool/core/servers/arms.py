@@ -22,7 +22,7 @@ from kvtool.core.servers.engines import Completion, Engine, NotFinite
 TOP = 30  # of the likeliest tokens of the reference, by which two answers are compared
 TAIL = 32  # tokens of the server's own that follow a prompt: the boundaries lie among them
 N_BOUNDARIES = 6
-JUDGED_FROM = 0.5  # of the tail: before it there are too few boundaries
+JUDGED_FROM = 0.6  # of the tail: before it there are too few boundaries
 N_SPLITS = 2  # shared prefixes that are tried for each prompt
 FORKED = 6  # other tokens behind a shared prefix
 CUT_TAIL = 8
@@ -210,6 +210,12 @@ def evicted(prompt: Prompt, into: Measured) -> None:
     prompt.probe(into, prompt.start - 1)
 
 
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the prefix that two texts share."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def cut(prompt: Prompt, into: Measured) -> None:
     """A prompt cut in the middle, the rest of which lay further behind before. A server that
     shifts what it has kept answers by design with another history's keys."""
@@ -218,7 +224,7 @@ def cut(prompt: Prompt, into: Measured) -> None:
     rest = [*prompt.ids[:first], *prompt.ids[last : prompt.n_prompt]]
     prompt.ask(prompt.ids)
     found = prompt.ask(rest, CUT_TAIL + 1)
-    if found.reused is not None and found.reused <= first:
+    if found.reused is None or found.reused <= common(rest, prompt.ids):
         into.unsupported = "it reuses nothing behind a cut"
         return
     shorter = Prompt(prompt.engine, prompt.number, rest, CUT_TAIL)
