@@ -148,18 +148,22 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def _gguf_within(folder: Path) -> Path | None:
-    """The one GGUF file of a folder that is no checkpoint otherwise. Raises FileError for several."""
+def _gguf_within(folder: Path) -> Path:
+    """A folder of a checkpoint, or the one GGUF file in it. Raises FileError for several."""
     if (folder / "config.json").exists():
-        return None
-    found = sorted(entry for entry in folder.iterdir() if is_gguf(entry))
+        return folder
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise FileError(f"--model {folder}: cannot be read ({error.strerror})") from error
+    found = [entry for entry in entries if entry.suffix.lower() == GGUF and entry.is_file()]
     if len(found) > 1:
         names = ", ".join(entry.name for entry in found[:4])
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
         raise FileError(
             f"--model {folder}: holds {len(found)} GGUF files ({names}{more})", "Name one of them."
         )
-    return found[0] if found else None
+    return found[0] if found else folder
 
 
 def model_folder(name: str) -> Path:
@@ -180,14 +184,14 @@ def model_folder(name: str) -> Path:
         snapshot = cached_snapshot(name)
         if snapshot is None:
             raise _no_model(name, path)
-        return _gguf_within(snapshot) or snapshot
+        return _gguf_within(snapshot)
     if (path / "best" / "config.json").is_file() and not (path / "config.json").exists():
         raise FileError(
             f"--model {name}: is the folder of a run (expected a checkpoint)",
             f"Give its best: {path / 'best'}.",
         )
     if path.is_dir():
-        return _gguf_within(path) or path
+        return _gguf_within(path)
     if not is_gguf(path):
         raise FileError(
             f"--model {name}: is a file (expected a checkpoint folder, or GGUF)",

@@ -140,18 +140,18 @@ def _read_gpt2(f: GGUFFields) -> ModelConfig:
 
 
 def _read_llama(f: GGUFFields) -> ModelConfig:
-    return _read_rotary(f, first_bias="")
+    return _read_rotary(f)
 
 
 def _read_qwen2(f: GGUFFields) -> ModelConfig:
-    return _read_rotary(f, first_bias="attn_q")
+    return _read_rotary(f, qkv_bias=True)
 
 
 def _read_qwen3(f: GGUFFields) -> ModelConfig:
-    return _read_rotary(f, first_bias="", qk_norm=True)
+    return _read_rotary(f, qk_norm=True)
 
 
-def _read_rotary(f: GGUFFields, first_bias: str, qk_norm: bool = False) -> ModelConfig:
+def _read_rotary(f: GGUFFields, qkv_bias: bool = False, qk_norm: bool = False) -> ModelConfig:
     """Llama and its kin; biases are where the first block has them."""
     found = _sizes(f)
     d_model, n_heads = found["d_model"], found["n_heads"]
@@ -179,9 +179,9 @@ def _read_rotary(f: GGUFFields, first_bias: str, qk_norm: bool = False) -> Model
         norm_eps=f.number("attention.layer_norm_rms_epsilon"),
         activation="swiglu",
         bias=False,
-        qkv_bias=bool(first_bias) or f.has("blk.0.attn_q.bias"),
-        out_bias=f.has("blk.0.attn_output.bias"),
-        mlp_bias=f.has("blk.0.ffn_gate.bias"),
+        qkv_bias=qkv_bias or f.has("blk.0.attn_q.bias") or None,  # None: as `bias`
+        out_bias=f.has("blk.0.attn_output.bias") or None,
+        mlp_bias=f.has("blk.0.ffn_gate.bias") or None,
         qk_norm=qk_norm,
         rope_theta=theta,
         rope_scaling=scaling,
