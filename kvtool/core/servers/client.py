@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
@@ -10,17 +11,22 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from email.message import Message
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from kvtool.errors import ServerError, UsageError
 from kvtool.reading import parse_json
 
 KEYS = ("KVTOOL_API_KEY", "OPENAI_API_KEY")  # variables that may hold a key, the first that does
+READ_AT_ONCE = 2**16
 MOST_ANSWERED = 64 * 2**20  # bytes of an answer
 RETRIED = (429, 502, 503, 504)  # busy, or limited in rate
 N_TRIES = 4
 LONGEST_WAIT = 20.0  # seconds before the next try
+
+
+class RequestsSpent(ServerError):
+    """As many requests were sent as are allowed."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -52,7 +58,7 @@ class Client:
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
         self.timeout, self.most, self.n_sent = timeout, most, 0
         self._sleep = sleep
-        self._key = next(filter(None, map(os.environ.get, KEYS)), "")
+        self._key = _key()
         self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
 
     def get(self, path: str) -> dict[str, Any]:
@@ -66,7 +72,7 @@ class Client:
     def _ask(self, path: str, body: bytes | None) -> dict[str, Any]:
         for attempt in range(1, N_TRIES + 1):
             if self.n_sent >= self.most:
-                raise ServerError(
+                raise RequestsSpent(
                     f"{self.url}: {self.most} requests were sent and more are needed",
                     "Allow more with --requests, or give fewer prompts.",
                 )
@@ -77,7 +83,11 @@ class Client:
                 if error.code not in RETRIED or attempt == N_TRIES:
                     raise self._refused(path, error) from error
                 self._sleep(_wait(error.headers, attempt))
-            except (OSError, ValueError) as error:  # a name, a port, TLS, a time-out, no HTTP
+            except (
+                OSError,
+                ValueError,
+                http.client.HTTPException,
+            ) as error:  # a name, a port, TLS, a time-out, no HTTP
                 raise self._unreachable(error) from error
         raise AssertionError("the last try answers or raises")
 
@@ -86,15 +96,35 @@ class Client:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url + path, body, headers)
+        until = time.monotonic() + self.timeout
         with self._opener.open(request, timeout=self.timeout) as answer:
-            data = _read(answer)
+            data = self._read(answer, until)
+        if data.lstrip()[:1] == b"<":
+            text = f"{self.url}{path}: answers with HTML, a page for browsers"
+            raise ServerError(text, "Give the address of the engine's own API.")
         try:
-            found = parse_json(data)
+            found = parse_json(data, finite=False)
         except ValueError as error:
             raise ServerError(f"{self.url}{path}: its answer is not valid JSON ({error})") from None
         if not isinstance(found, dict):
             raise ServerError(f"{self.url}{path}: its answer is no JSON object")
         return found
+
+    def _read(self, answer: http.client.HTTPResponse, until: float) -> bytes:
+        """A whole answer, that comes in time and is not larger than any answer need be."""
+        parts, size = [], 0
+        while part := answer.read1(READ_AT_ONCE):
+            parts.append(part)
+            size += len(part)
+            if size > MOST_ANSWERED:
+                most = f"{MOST_ANSWERED // 2**20} MiB"
+                raise ServerError(f"{self.url}: its answer is larger than {most}")
+            if time.monotonic() > until:
+                raise TimeoutError
+        if answer.length:
+            total = size + answer.length
+            raise ServerError(f"{self.url}: its answer is cut short ({size:,} of {total:,} bytes)")
+        return b"".join(parts)
 
     def _refused(self, path: str, error: urllib.error.HTTPError) -> ServerError:
         said, where = _message(error), f"{self.url}{path}"
@@ -106,6 +136,10 @@ class Client:
         if error.code in RETRIED:
             text = f"{where}: is busy, or limits requests (HTTP {error.code}, {N_TRIES} tries)"
             return ServerError(text, "Try again later.")
+        if 300 <= error.code < 400:
+            to = error.headers.get("Location", "another address")
+            text = f"{where}: redirects to {to[:200]} (HTTP {error.code}), which is not followed"
+            return ServerError(text, "Give that address, if you trust it.")
         return ServerError(f"{where}: refused the request (HTTP {error.code}{said})")
 
     def _unreachable(self, error: Exception) -> ServerError:
@@ -117,11 +151,14 @@ class Client:
         return ServerError(f"{self.url}: cannot be reached ({said})", "Is the server running?")
 
 
-def _read(answer: IO[bytes]) -> bytes:
-    data = answer.read(MOST_ANSWERED + 1)
-    if len(data) > MOST_ANSWERED:
-        raise ServerError(f"a server's answer is larger than {MOST_ANSWERED // 2**20} MiB")
-    return data
+def _key() -> str:
+    """The key in the environment; "" if there is none. Raises UsageError, which does not show it,
+    for what no header can hold."""
+    name = next((name for name in KEYS if os.environ.get(name)), "")
+    key = os.environ.get(name, "").strip()
+    if not (key.isascii() and (key.isprintable() or not key)):
+        raise UsageError(f"{name}: holds characters that no key has", "Set it anew.")
+    return key
 
 
 def _wait(headers: Message, attempt: int) -> float:
@@ -137,7 +174,7 @@ def _message(error: urllib.error.HTTPError) -> str:
     """What the server says of its refusal, after a colon; "" if nothing."""
     try:
         found = parse_json(error.read(65536))
-    except (ValueError, OSError):
+    except (ValueError, OSError, http.client.HTTPException):
         return ""
     while isinstance(found, dict):
         found = next((found[k] for k in ("error", "message", "detail") if k in found), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +12,7 @@ from kvtool.core.servers.client import Client
 from kvtool.errors import ServerError, UsageError
 
 WANTED = 256  # likeliest tokens asked for at each position, where a server gives as many
+LEAST_LOGPROB = -110.0  # the logarithm of float32's least number is -103; less is a mark for 0
 NEEDED = 5  # likeliest tokens without which nothing can be compared
 
 
@@ -22,6 +24,13 @@ class Completion(NamedTuple):
     reused: int | None  # prompt tokens that it took from its cache; None: it does not say
 
 
+Request = tuple[str, dict[str, Any]]  # a path, and the body of a POST
+
+
+class NotFinite(ServerError):
+    """A server's logprobs are not numbers: what it computed was NaN or infinite."""
+
+
 class Engine(Protocol):
     """A serving engine behind a Client."""
 
@@ -29,6 +38,16 @@ class Engine(Protocol):
     client: Client
     model: str  # what the server calls its model
     context: int  # tokens that it holds; 0: it does not say
+    slots: int  # requests that it holds at a time, each in a place of its own; 0: it does not say
+    chunk: int  # tokens of a prompt that it computes at a time; 0: it does not say
+
+    def identity(self) -> dict[str, str]:
+        """What tells this model from another, asked for anew. Raises ServerError."""
+
+    def requests(
+        self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
+    ) -> list[Request]:
+        """What `complete` sends."""
 
     def complete(
         self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
@@ -52,17 +71,31 @@ class LlamaCpp:
         self.model = str(props.get("model_alias") or props.get("model_path") or "")
         settings = props.get("default_generation_settings")
         self.context = _whole(settings.get("n_ctx")) if isinstance(settings, dict) else 0
+        self.slots = _whole(props.get("total_slots"))
+        self.chunk = _whole(props.get("n_ubatch")) or 512  # it is not told, and by default 512
 
-    def complete(
+    def identity(self) -> dict[str, str]:
+        """As Engine.identity."""
+        props = self.client.get("/props")
+        return {key: str(props.get(key, "")) for key in ("model_path", "model_ftype", "build_info")}
+
+    def requests(
         self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
-    ) -> Completion:
-        """As Engine.complete. `cache_prompt: false` still leaves the prompt in the slot."""
+    ) -> list[Request]:
+        """As Engine.requests. `cache_prompt: false` still leaves the prompt in the slot."""
         body = {
             "prompt": list(ids), "n_predict": n, "n_probs": WANTED, "cache_prompt": cached,
             "temperature": 0.0, "samplers": ["temperature"], "return_tokens": True,
             "ignore_eos": True,
         }  # fmt: skip
-        answer = self.client.post("/completion", body)
+        return [("/completion", body)]
+
+    def complete(
+        self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
+    ) -> Completion:
+        """As Engine.complete."""
+        ((path, body),) = self.requests(ids, n, cached, salt)
+        answer = self.client.post(path, body)
         found = answer.get("completion_probabilities")
         timings = answer.get("timings")
         reused = timings.get("cache_n") if isinstance(timings, dict) else None
@@ -75,7 +108,7 @@ class LlamaCpp:
 
 
 def _of_llama_cpp(token: Any) -> dict[int, float]:
-    return {int(t["id"]): float(t["logprob"]) for t in token["top_logprobs"]}
+    return {int(t["id"]): _number(t["logprob"]) for t in token["top_logprobs"]}
 
 
 class VLLM:
@@ -85,22 +118,38 @@ class VLLM:
 
     def __init__(self, client: Client, models: dict[str, Any]) -> None:
         self.client = client
-        first = models["data"][0]
-        self.model, self.context = str(first["id"]), _whole(first.get("max_model_len"))
+        first = _first(models)
+        self.model, self.context = str(first.get("id", "")), _whole(first.get("max_model_len"))
+        self.slots, self.chunk = 0, 2048  # max_num_batched_tokens is not told, and by default this
         self._unused = (f"kvtool-{os.urandom(8).hex()}-{i}" for i in itertools.count())
         self._n_wanted = 0
 
-    def complete(
+    def identity(self) -> dict[str, str]:
+        """As Engine.identity."""
+        first = _first(self.client.get("/v1/models"))
+        return {key: str(first.get(key, "")) for key in ("id", "root", "max_model_len")}
+
+    def requests(
         self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
-    ) -> Completion:
-        """As Engine.complete. Without the cache, a salt of its own shares nothing."""
+    ) -> list[Request]:
+        """As Engine.requests. Without the cache, a salt of its own shares nothing."""
         body = {
             "model": self.model, "prompt": list(ids), "max_tokens": n, "temperature": 0.0,
             "return_tokens_as_token_ids": True, "ignore_eos": True,
             "cache_salt": salt if cached and salt else next(self._unused),
+            "logprobs": self._n_wanted or WANTED,
         }  # fmt: skip
+        return [("/v1/completions", body)]
+
+    def complete(
+        self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
+    ) -> Completion:
+        """As Engine.complete."""
+        ((_, body),) = self.requests(ids, n, cached, salt)
         answer = self._with_logprobs(body)
-        choice = answer["choices"][0]["logprobs"] or {}
+        choices = answer.get("choices")
+        first = choices[0] if isinstance(choices, list) and choices else None
+        choice = (first.get("logprobs") if isinstance(first, dict) else None) or {}
         found = list(zip(choice.get("tokens", []), choice.get("top_logprobs", []), strict=False))
         usage = answer.get("usage") or {}
         details = usage.get("prompt_tokens_details")
@@ -119,18 +168,21 @@ class VLLM:
                 continue
             self._n_wanted = n
             return answer
-        raise ServerError(
-            f"{self.client.url}: gives fewer than {NEEDED} logprobs at a token",
-            "Start the server with --max-logprobs -1.",
-        )
+        raise _too_few(self)
 
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize."""
         return _ids(self, self.client.post("/tokenize", {"model": self.model, "prompt": text}))
 
 
+def _first(models: dict[str, Any]) -> dict[str, Any]:
+    """The model that a server names first."""
+    found = models.get("data")
+    return found[0] if isinstance(found, list) and found and isinstance(found[0], dict) else {}
+
+
 def _of_vllm(token: Any) -> dict[int, float]:
-    return {_named(name): float(value) for name, value in token[1].items()}
+    return {_named(name): _number(value) for name, value in token[1].items()}
 
 
 def _named(name: str) -> int:
@@ -147,19 +199,34 @@ class SGLang:
         self.client = client
         self.model = str(info.get("model_path", ""))
         self.context = _whole(info.get("context_length") or info.get("max_total_num_tokens"))
+        self.slots, self.chunk = 0, 0
 
-    def complete(
+    def identity(self) -> dict[str, str]:
+        """As Engine.identity."""
+        info = self.client.get("/get_model_info")
+        return {key: str(info.get(key, "")) for key in ("model_path", "weight_version")}
+
+    def requests(
         self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
-    ) -> Completion:
-        """As Engine.complete. Without the cache, everything in it is dropped first."""
-        if not cached:
-            self.client.post("/flush_cache", {})
+    ) -> list[Request]:
+        """As Engine.requests. Without the cache, everything in it is dropped first."""
         body = {
             "input_ids": list(ids), "return_logprob": True, "top_logprobs_num": WANTED,
             "sampling_params": {"temperature": 0.0, "max_new_tokens": n, "ignore_eos": True},
         }  # fmt: skip
-        meta = self.client.post("/generate", body)["meta_info"]
-        found = list(zip(meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True))
+        flushed: list[Request] = [] if cached else [("/flush_cache", {})]
+        return [*flushed, ("/generate", body)]
+
+    def complete(
+        self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
+    ) -> Completion:
+        """As Engine.complete."""
+        for path, body in self.requests(ids, n, cached, salt):
+            answer = self.client.post(path, body)
+        meta = answer.get("meta_info")
+        meta = meta if isinstance(meta, dict) else {}
+        tokens, tops = meta.get("output_token_logprobs"), meta.get("output_top_logprobs")
+        found = list(zip(tokens or [], tops or [], strict=False))
         return _completion(self, found, lambda t: t[0][1], _of_sglang, meta.get("cached_tokens"))
 
     def tokenize(self, text: str) -> list[int]:
@@ -168,7 +235,7 @@ class SGLang:
 
 
 def _of_sglang(token: Any) -> dict[int, float]:
-    return {int(t[1]): float(t[0]) for t in token[1]}
+    return {int(t[1]): _number(t[0]) for t in token[1]}
 
 
 def _completion(engine: Engine, found: Any, id_of: Any, likeliest: Any, reused: Any) -> Completion:
@@ -178,15 +245,34 @@ def _completion(engine: Engine, found: Any, id_of: Any, likeliest: Any, reused: 
         tops = tuple(likeliest(token) for token in found)
     except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
         raise _no_logprobs(engine) from error
-    if not tokens or min(map(len, tops)) < NEEDED:
+    if not tokens or not all(tops):
         raise _no_logprobs(engine)
+    if not all(math.isfinite(p) for top in tops for p in top.values()):
+        raise NotFinite(f"{engine.client.url}: its logprobs are no numbers (NaN)")
+    if min(map(len, tops)) < NEEDED:
+        raise _too_few(engine, min(map(len, tops)))
     return Completion(tokens, tops, reused if isinstance(reused, int) else None)
+
+
+def _number(value: Any) -> float:
+    """A logprob, not below what float32 can tell from 0; NaN for what JSON has as null."""
+    if value is None:
+        return math.nan
+    return max(float(value), LEAST_LOGPROB)
 
 
 def _no_logprobs(engine: Engine) -> ServerError:
     return ServerError(
         f"{engine.client.url}: its answer has no logprobs of token ids as {engine.name} gives them",
         "Name the engine with --engine, and let its API give logprobs.",
+    )
+
+
+def _too_few(engine: Engine, n: int = 0) -> ServerError:
+    found = f"{n} found" if n else "or none"
+    return ServerError(
+        f"{engine.client.url}: gives fewer than {NEEDED} logprobs at a token ({found})",
+        "Let the server give more: --max-logprobs -1 of vLLM.",
     )
 
 
@@ -228,8 +314,12 @@ def connect(client: Client, name: str = "") -> Engine:
         if all(answer.get(key) for key in keys):
             engine: Engine = kind(client, answer)
             return engine
-    if name and errors:
-        raise errors[0]
+    if name:
+        said = f" ({errors[0].message})" if errors else ""
+        raise ServerError(
+            f"{client.url}: does not answer as {name} does{said}",
+            "Leave --engine out, or name another.",
+        )
     raise ServerError(
         f"{client.url}: is no server of {', '.join(ENGINES)} that can be recognised",
         "Name the engine with --engine.",
