@@ -96,7 +96,13 @@ class LlamaCpp:
         """As Engine.complete."""
         ((path, body),) = self.requests(ids, n, cached, salt)
         answer = self.client.post(path, body)
-        found = answer.get("completion_probabilities")
+        found, tokens = answer.get("completion_probabilities"), answer.get("tokens")
+        if isinstance(tokens, list) and tokens and isinstance(found or [], list):
+            # It leaves out tokens that end within a letter: what is behind one stands elsewhere.
+            same = [_id_of(t) == token for t, token in zip(found or [], tokens, strict=False)]
+            found = (found or [])[: [*same, False].index(False)]
+            if not found:
+                return Completion((), (), None)
         timings = answer.get("timings")
         reused = timings.get("cache_n") if isinstance(timings, dict) else None
         return _completion(self, found, lambda t: t["id"], _of_llama_cpp, reused)
@@ -105,6 +111,10 @@ class LlamaCpp:
         """As Engine.tokenize, with the tokens that begin a text."""
         body = {"content": text, "add_special": True}
         return _ids(self, self.client.post("/tokenize", body))
+
+
+def _id_of(token: Any) -> Any:
+    return token.get("id") if isinstance(token, dict) else None
 
 
 def _of_llama_cpp(token: Any) -> dict[int, float]:
