@@ -66,7 +66,7 @@ def test_each_arm_finds_a_fault() -> None:
 
 def test_a_fault_at_the_ends_of_blocks_alone_is_found() -> None:
     def at_some(ids: list[int]) -> list[int]:
-        return ids if len(ids) % 16 else [*ids[:2], *ids[3:]]
+        return ids if len(ids) % 16 != 15 else [*ids[:2], *ids[3:]]
 
     found = asked(FakeEngine(at_some), "llama.cpp", ["prefix"])["prefix"]
     assert found.verdict == BEYOND

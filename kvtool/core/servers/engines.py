@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from kvtool.core.servers.client import Client
+from kvtool.core.servers.client import Client, Refused
 from kvtool.errors import ServerError, UsageError
 
 WANTED = 256  # likeliest tokens asked for at each position, where a server gives as many
@@ -172,8 +172,8 @@ class VLLM:
         for n in allowed:
             try:
                 answer = self.client.post("/v1/completions", {**body, "logprobs": n})
-            except ServerError as error:
-                if "HTTP 400" not in error.message or "logprob" not in error.message.lower():
+            except Refused as error:
+                if error.code != 400 or "logprob" not in error.message.lower():
                     raise
                 continue
             self._n_wanted = n
@@ -316,9 +316,7 @@ def connect(client: Client, name: str = "") -> Engine:
     for path, kind, keys in [ENGINES[name]] if name else ENGINES.values():
         try:
             answer = client.get(path)
-        except ServerError as error:
-            if "HTTP" not in error.message or "key" in error.message:
-                raise  # no other path would help
+        except Refused as error:  # after other errors no other path would help
             errors.append(error)
             continue
         if all(answer.get(key) for key in keys):
