@@ -113,10 +113,10 @@ class VisitReport:
         if self.grown > GROWN:
             return "Ask again while nobody else uses the server."
         if self.of(BEYOND, HIDDEN) and "promoted_url" not in self.resolved:
-            return (
-                "the same numbers in float32 decide: kvtool promote MODEL.gguf --out F32.gguf, "
-                "serve it too, and add --promoted URL"
-            )
+            how = "serve the model with --dtype float32 too"
+            if self.resolved.get("engine") == "llama.cpp":
+                how = "kvtool promote MODEL.gguf --out F32.gguf, serve that too"
+            return f"the same numbers in float32 decide: {how}, and add --promoted URL"
         return ""
 
     def rows(self) -> list[dict[str, Any]]:
