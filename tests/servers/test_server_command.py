@@ -136,6 +136,20 @@ def test_requests_that_are_spent_end_the_visit_and_not_the_account(
     assert "not run: fork" in ran.out
 
 
+def test_a_server_that_fails_in_between_loses_nothing(kv: Callable[..., Ran], prompts: str) -> None:
+    engine = FakeEngine()
+
+    def failing(served_by: FakeEngine, path: str, body: dict) -> dict | None:
+        failed = len(engine.seen) > 17
+        return {"HTTP": 500} if failed else llama_cpp(served_by, path, body)
+
+    with served(engine, failing) as url:
+        ran = ask(kv, "--server", url, "--prompts", prompts)
+    assert ran.code == 2
+    assert "! prefix: " in ran.out
+    assert "then the server failed: " in ran.out and "(HTTP 500)" in ran.out
+
+
 def test_a_server_that_gets_busy_is_said_to_be(kv: Callable[..., Ran], prompts: str) -> None:
     engine = FakeEngine()
 

@@ -27,6 +27,7 @@ class VisitReport:
     seconds: float = 0.0
     grown: float = 1.0  # times the noise at the end, over that of the beginning
     spent: bool = False  # --requests, before everything was asked
+    stopped: str = ""  # by which error, before everything was asked
     not_run: list[str] = field(default_factory=list)
     not_asked: list[str] = field(default_factory=list)  # that were not chosen
     ended: End | None = None
@@ -37,11 +38,14 @@ class VisitReport:
 
     @property
     def exit_code(self) -> int:
-        """That of a signal; else 0 if something is right and nothing speaks against it, else 1."""
+        """That of a signal; 2 if the server failed; else 0 if something is right and nothing speaks
+        against it, else 1."""
         from kvtool.core.servers.verdict import WRONG
 
         if self.ended is not None:
             return self.ended.exit_code
+        if self.stopped:
+            return 2
         right = any(arm.right for arm in self.arms)
         return 0 if right and not self.of(*WRONG) else 1
 
@@ -56,6 +60,8 @@ class VisitReport:
             )
         if self.spent:
             parts.append("all requests that --requests allows were sent")
+        if self.stopped:
+            parts.append(f"then the server failed: {self.stopped}")
         if self.ended is not None:
             parts.append(self.ended.value)
         left = [*self.not_run, *self.not_asked]
@@ -201,7 +207,8 @@ def show(report: VisitReport, out: Output) -> None:
     out.caption = _about(report)
     if cells:
         out.table(title, columns, cells)
-    out.verdict(None if report.ended else report.exit_code == 0, report.conclusion)
+    unfinished = report.ended or report.stopped
+    out.verdict(None if unfinished else report.exit_code == 0, report.conclusion)
     if report.advice:
         out.hint(report.advice)
 
