@@ -58,7 +58,8 @@ def test_a_wrong_server_is_beyond_it_and_the_next_step_is_said(
 ) -> None:
     ran = ask(kv, "--server", wrong, "--prompts", prompts)
     assert ran.code == 1
-    assert "✗ beyond the engine's own noise in prefix, fork: up to " in ran.out
+    assert "✗ beyond the engine's own noise in prefix, fork: " in ran.out
+    assert " of a wrong token), up to " in ran.out
     assert "from token " in ran.out
     assert "kvtool promote MODEL.gguf" in ran.err and "--promoted URL" in ran.err
 

@@ -153,10 +153,10 @@ def _size(arms: Sequence[ArmVerdict]) -> str:
         return (
             f"{times(most.promoted_ratio)} times the noise in F32, {nats(most.promoted_gap)} nats"
         )
-    said = f"up to {times(most.worst)} times it, {nats(most.gap)} nats"
+    said = f"{times(most.ratio)} times it, {nats(most.gap)} nats"
     if most.fault and most.gap is not None:
         said += f" ({times(most.gap / most.fault)} of a wrong token)"
-    return said
+    return f"{said}, up to {times(most.worst)} times in a request"
 
 
 def _begins(arms: Sequence[ArmVerdict]) -> str:
