@@ -97,7 +97,11 @@ class VisitReport:
 
         said = []
         if arms := self.of(ROUNDING):
-            said.append(f"rounding in {_names([a.arm for a in arms])}")
+            most = max(a.promoted_ratio or 0 for a in arms)
+            said.append(
+                f"{_names([a.arm for a in arms])}: rounding, in F32 too at most {times(most)} of "
+                "the engine's own noise"
+            )
         if arms := self.of(WITHIN):
             most = max(arms, key=lambda a: a.ratio or 0)
             said.append(
