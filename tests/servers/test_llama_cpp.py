@@ -18,7 +18,7 @@ from gguf_files import Made
 from kvtool.core.servers.client import Client
 from kvtool.core.servers.engines import connect
 from kvtool.core.servers.session import Visit, visit
-from kvtool.core.servers.verdict import BEYOND, IDENTICAL, UNSUPPORTED, WITHIN, ArmVerdict
+from kvtool.core.servers.verdict import BEYOND, IDENTICAL, LOSSY, UNSUPPORTED, WITHIN, ArmVerdict
 from llama_server import llama_server
 
 LETTERS = string.ascii_lowercase
@@ -66,3 +66,11 @@ def test_cached_logprobs_of_another_temperature_are_found(url: str) -> None:
 def test_a_proxy_that_plants_nothing_is_right(url: str) -> None:
     with proxied(FaultProxy(url)) as address:
         assert asked(address, ["prefix"])["prefix"].right
+
+
+def test_positions_that_llama_cpp_shifts_are_a_loss_and_no_bug(tmp_path: Path) -> None:
+    model = Made(tokens=WORDS[:300], formats=("F32",)).write(tmp_path / "tiny.gguf")
+    with llama_server(model, n_cache_reuse=4) as address:
+        found = asked(address, ["cut"])["cut"]
+    assert (found.verdict, found.right) == (LOSSY, True)
+    assert found.gap is not None and found.gap > 0.1
