@@ -74,3 +74,27 @@ def test_positions_that_llama_cpp_shifts_are_a_loss_and_no_bug(tmp_path: Path) -
         found = asked(address, ["cut"])["cut"]
     assert (found.verdict, found.right) == (LOSSY, True)
     assert found.gap is not None and found.gap > 0.1
+
+
+def test_a_prompt_longer_than_a_chunk_is_right_and_a_fault_in_it_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gguf_files.CONTEXT", 2048)
+    model = Made(tokens=WORDS[:300], formats=("F32",)).write(tmp_path / "tiny.gguf")
+    verdicts = {}
+    with llama_server(model, 4096) as url:
+        for name in ("", "a token missing"):
+            with proxied(FaultProxy(url, FAULTS.get(name))) as address:
+                found = Visit()
+                engine = connect(Client(address))
+                visit(engine, PROMPTS[:1], [], ["long"], TAIL, lambda _: None, found)
+            (verdicts[name],) = found.verdicts(["long"])
+    assert verdicts[""].verdict in (WITHIN, IDENTICAL)
+    assert verdicts["a token missing"].verdict == BEYOND
+
+
+def test_a_context_that_holds_no_long_prompt_is_said(url: str) -> None:
+    found = Visit()
+    visit(connect(Client(url)), PROMPTS[:1], [], ["long"], TAIL, lambda _: None, found)
+    (long,) = found.verdicts(["long"])
+    assert long.verdict == UNSUPPORTED and "its context is too short" in long.evidence
