@@ -97,9 +97,9 @@ class VisitReport:
 
         said = []
         if arms := self.of(ROUNDING):
-            most = max(a.promoted_ratio or 0 for a in arms)
+            in_f32 = max(a.promoted_ratio or 0 for a in arms)
             said.append(
-                f"{_names([a.arm for a in arms])}: rounding, in F32 too at most {times(most)} of "
+                f"{_names([a.arm for a in arms])}: rounding, in F32 too at most {times(in_f32)} of "
                 "the engine's own noise"
             )
         if arms := self.of(WITHIN):
