@@ -57,7 +57,7 @@ class Command(HelpPage, ListCommand):
         and an empty path would be the current folder. Lists have words of their own for it."""
         params: list[Any] = list(self.get_params(ctx))
         for param in params:
-            if param.multiple or param.is_flag:
+            if param.param_type_name == "argument" or param.multiple or param.is_flag:
                 continue
             for flag in param.opts:
                 if f"{flag}=" in args or (flag, "") in itertools.pairwise(args):

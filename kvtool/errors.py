@@ -44,6 +44,10 @@ class DeviceError(KvtoolError):
     """A device or dtype that this machine does not have (exit 2)."""
 
 
+class ServerError(KvtoolError):
+    """A server that cannot be reached, refuses, or answers with something else (exit 2)."""
+
+
 class CapacityError(KvtoolError):
     """More tokens than a cache or a model can hold (exit 2)."""
 

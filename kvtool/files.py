@@ -13,7 +13,7 @@ from typing import Any
 from kvtool.errors import FileError
 from kvtool.folders import Folder, open_lock, write_at
 from kvtool.hub import cache_folder, cached_snapshot
-from kvtool.reading import nearest
+from kvtool.reading import nearest, opened
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -131,13 +131,44 @@ def shipped_models() -> list[str]:
 
 DEFAULT_MODEL = "shakespeare-2l"
 CHECKPOINT_FOLDER = (
-    "A checkpoint is a folder with config.json, model.safetensors and tokenizer.json."
+    "A checkpoint is a folder with config.json, model.safetensors and tokenizer.json, or a GGUF "
+    "file."
 )
+GGUF, MAGIC = ".gguf", b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF, or is called so: then reading it says what it is instead."""
+    if path.suffix.lower() == GGUF:
+        return path.is_file()
+    try:
+        with opened(path, "a model") as file:
+            return file.read(4) == MAGIC
+    except FileError:
+        return False
+
+
+def _gguf_within(folder: Path) -> Path:
+    """A folder of a checkpoint, or the one GGUF file in it. Raises FileError for several."""
+    if (folder / "config.json").exists():
+        return folder
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise FileError(f"--model {folder}: cannot be read ({error.strerror})") from error
+    found = [entry for entry in entries if entry.suffix.lower() == GGUF and entry.is_file()]
+    if len(found) > 1:
+        names = ", ".join(entry.name for entry in found[:4])
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        raise FileError(
+            f"--model {folder}: holds {len(found)} GGUF files ({names}{more})", "Name one of them."
+        )
+    return found[0] if found else folder
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a checkpoint: `name` as a shipped model, as a path, or as a repository that is
-    in Hugging Face's cache. Raises FileError."""
+    """The folder of a checkpoint, or its GGUF file: `name` as a shipped model, as a path, or as a
+    repository that is in Hugging Face's cache. Raises FileError."""
     name = name or DEFAULT_MODEL
     if name in shipped_models():  # whatever lies where the user stands: that is ./name
         return weights_folder() / name
@@ -153,15 +184,17 @@ def model_folder(name: str) -> Path:
         snapshot = cached_snapshot(name)
         if snapshot is None:
             raise _no_model(name, path)
-        return snapshot
+        return _gguf_within(snapshot)
     if (path / "best" / "config.json").is_file() and not (path / "config.json").exists():
         raise FileError(
             f"--model {name}: is the folder of a run (expected a checkpoint)",
             f"Give its best: {path / 'best'}.",
         )
-    if not path.is_dir():
+    if path.is_dir():
+        return _gguf_within(path)
+    if not is_gguf(path):
         raise FileError(
-            f"--model {name}: is a file (expected a checkpoint folder)",
+            f"--model {name}: is a file (expected a checkpoint folder, or GGUF)",
             CHECKPOINT_FOLDER,
         )
     return path

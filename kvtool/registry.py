@@ -64,6 +64,7 @@ COMMANDS = {
     "verify-logits": "kvtool.commands.verify.logits:command",
     "verify-cache": "kvtool.commands.verify.cache:command",
     "bench": "kvtool.commands.bench.command:command",
+    "promote": "kvtool.commands.promote:command",
 }
 
 

@@ -115,5 +115,5 @@ def named(params: Iterator[Any] | list[Any], values: Mapping[str, Any]) -> dict[
     return {
         param.opts[0]: values.get(param.name)
         for param in params
-        if param.opts[0] in (RUN, *READ, *WRITTEN) and not param.is_flag
+        if param.opts[0] in (RUN, *READ, *WRITTEN) and not getattr(param, "is_flag", False)
     }

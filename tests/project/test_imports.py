@@ -29,6 +29,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom to the top: a file imports from its own wing, and from those before it.
 SPINE = (
     "native", "kernels", "cache", "models", "text", "checkpoint", "decoding", "training", "verify",
+    "servers",
     "reference", "bench",
 )  # fmt: skip
 DOORS = {"kvtool", "kvtool.__main__", "kvtool.app", "kvtool.testing"}  # what users come in by

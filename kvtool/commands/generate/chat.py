@@ -16,7 +16,7 @@ from kvtool.ui.output import Output
 if TYPE_CHECKING:
     from kvtool.commands.generate.settings import Settings
     from kvtool.core.checkpoint.checkpoint import Checkpoint
-    from kvtool.core.text.chat import Piece
+    from kvtool.core.text.chat import ChatTemplate, Piece
 
 INSTRUCT = "Instruct models"
 
@@ -58,11 +58,8 @@ def write_chats(
     Needs no model, and so no torch. Raises UsageError and FileError.
     """
     from kvtool.core.text import chat
-    from kvtool.core.text.tokenizer import Tokenizer
 
-    _refuse_pairs(folder)
-    template = chat.read_template(folder)
-    specials = Tokenizer.load(folder / "tokenizer.json").special_tokens
+    template, specials = _template(folder)
     conversations = [chat.conversation(text, settings.system) for text in texts]
     written = chat.render(template, conversations, [] if settings.special_tokens else specials)
     for text, pieces in zip(texts, written, strict=True):
@@ -70,6 +67,22 @@ def write_chats(
             raise chat.refusal(template, "nothing")
         out.detail(f"as the template writes it: {''.join(text for text, _ in pieces)!r}")
     return written
+
+
+def _template(folder: Path) -> tuple[ChatTemplate, list[str]]:
+    """The template of a checkpoint, and the special tokens that a message must not spell."""
+    from kvtool.core.text import chat
+    from kvtool.core.text.tokenizer import Tokenizer
+
+    if folder.is_file():
+        from kvtool.core.checkpoint.gguf import tokens
+        from kvtool.core.checkpoint.gguf.header import GGUFHeader
+
+        header = GGUFHeader(folder)
+        return tokens.read_template(header), tokens.read_tokenizer(header).special_tokens
+    _refuse_pairs(folder)
+    template = chat.read_template(folder)
+    return template, Tokenizer.load(folder / "tokenizer.json").special_tokens
 
 
 def _refuse_pairs(folder: Path) -> None:

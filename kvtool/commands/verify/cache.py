@@ -7,6 +7,7 @@ import typer
 from kvtool.commands.verify import hf as hf_models
 from kvtool.commands.verify import options as v
 from kvtool.commands.verify import self_test as self_tests
+from kvtool.commands.verify import server as server_visits
 from kvtool.commands.verify import sweep as sweeps
 from kvtool.commands.verify.check import Settings, run
 from kvtool.commands.verify.hf import require_model
@@ -36,6 +37,14 @@ def command(
     target: v.Target = None,
     lossy: v.Lossy = False,
     self_test: v.SelfTest = False,
+    server: v.Server = None,
+    engine: v.EngineName = "",
+    prompts: v.Prompts = None,
+    requests: v.Requests = v.MOST_REQUESTS,
+    timeout: v.Timeout = v.REQUEST_TIMEOUT,
+    dry_run: v.DryRun = False,
+    promoted: v.Promoted = None,
+    against: v.Against = None,
     plot: o.Plot = None,
     sweep: v.Sweep = False,
     types: v.Types = v.EVERY,
@@ -68,10 +77,12 @@ def command(
       kvtool verify-cache --target my_decoder.py:build
 
       kvtool verify-cache --impl transformers --model qwen3
+
+      kvtool verify-cache --server http://127.0.0.1:8080
     """
     out = Output(as_json, output_file, quiet, verbose)
     if scenarios == ["help"] and not self_test:
-        show_scenarios(out)
+        show_scenarios(out, server is not None)
         raise typer.Exit
     machine = RunConfig(model, device, dtype, threads, seed)
     of_kinds = {
@@ -88,7 +99,17 @@ def command(
         "--thorough": thorough,
         "--prompt": prompt is not None,
         "--target": target is not None,
+        "--target or --against": target is not None or against is not None,
         "--lossy": lossy,
+        "--server": server is not None,
+        "--engine": engine,
+        "--prompts": prompts,
+        "--requests": requests != v.MOST_REQUESTS,
+        "--timeout": timeout != v.REQUEST_TIMEOUT,
+        "--dry-run": dry_run,
+        "--promoted": promoted is not None,
+        "--against": against is not None,
+        "--resume": resume,
         "--plot": plot,
         "--model": model,
         "--dtype": dtype != "float32",
@@ -109,6 +130,12 @@ def command(
     if self_test:
         its = self_tests.Settings(machine, resume)
         present("verify-cache.self-test", its, self_tests.run, self_tests.show, out)
+    elif server is not None:
+        visited = server_visits.Settings(
+            server, engine, prompts, tokens if given["--tokens"] else None, requests, timeout,
+            dry_run, promoted, against, scenarios, thorough, lossy, plot,
+        )  # fmt: skip
+        server_visits.present_visit(visited, out)
     elif sweep:
         n = tokens if given["--tokens"] else sweeps.TOKENS
         all_types = sweeps.Settings(machine, types, hf_kinds, scenarios, n, time_limit, resume)
@@ -135,8 +162,15 @@ def command(
         present("verify-cache", asked, run, show, out)
 
 
-def show_scenarios(out: Output) -> None:
+def show_scenarios(out: Output, of_a_server: bool) -> None:
     """What --scenarios help prints."""
+    if of_a_server:
+        from kvtool.core.servers.arms import ARMS
+
+        out.table(
+            "Scenarios of a server", ["scenario", "about"], [[n, a.about] for n, a in ARMS.items()]
+        )
+        return
     from kvtool.core.verify.scenarios import SCENARIOS
 
     rows = [[s.name, s.about, ", ".join(s.needs) or "-"] for s in SCENARIOS.values()]

@@ -187,8 +187,9 @@ def own_reference(folder: Path) -> Path:
     """The reference that a checkpoint brings along. Raises FileError if there is none."""
     path = folder / REFERENCE_NAME
     if not path.exists():
+        found = f"{folder}: is GGUF" if folder.is_file() else f"{path}: not found"
         raise FileError(
-            f"{path}: not found, so the model has no reference of its own",
+            f"{found}, so the model has no reference of its own",
             "Give --reference FILE, or --against numpy to compute one now.",
         )
     return path

@@ -17,17 +17,32 @@ EVERY: list[str] = []  # scenarios, or types
 DEFAULT_TOKENS = DECODE_TOKENS
 TIME_LIMIT = 60.0  # seconds
 SWEEP = "Sweep (--impl transformers)"
+SERVER = "A running server"
+MOST_REQUESTS, REQUEST_TIMEOUT = 600, 120.0  # of a server; seconds for each
 HF = "--impl transformers"
 OF_KINDS = "--window --sinks --group --residual --page"
 
 OF_THE_SELF_TEST = contradicts(
     "--self-test",
     "--caches --kernels --scenarios --tokens --prompt-length --thorough --prompt --target --lossy "
-    f"--plot --model --dtype --impl --sweep {OF_KINDS}",
+    f"--plot --model --dtype --impl --sweep --server {OF_KINDS}",
     "It has models, caches and tokens of its own.",
 )
+OF_A_SERVER = "--engine --prompts --requests --timeout --dry-run --promoted --against"
 RULES = (
     contradicts("--prompt", "--prompt-length", "Give one of them."),
+    contradicts(
+        "--against",
+        "--promoted --scenarios --thorough",
+        "It compares the answers of two servers, and judges neither.",
+    ),
+    needs("--server", OF_A_SERVER, "Add --server URL."),
+    contradicts(
+        "--server",
+        f"--impl --target --sweep --model --dtype --caches --kernels --prompt --prompt-length "
+        f"--resume {OF_KINDS}",
+        "A server has its own model and cache, and takes its prompts from --prompts.",
+    ),
     needs("--sweep", "--types --time-limit", f"Add {HF} --sweep."),
     contradicts(
         HF,
@@ -41,7 +56,7 @@ RULES = (
         "It judges every type in float32, in a short time.",
     ),
     needs(HF, "--sweep", f"Add {HF}."),
-    needs("--target", "--lossy", "kvtool's own caches declare what they round."),
+    needs("--target or --against", "--lossy", "kvtool's own caches declare what they round."),
 )
 OF_A_TARGET = contradicts(
     "--target",
@@ -136,7 +151,8 @@ Tokens = Annotated[
     typer.Option(
         "--tokens",
         metavar="N",
-        help="How many tokens the scenario decode compares after the prompt.",
+        help="How many tokens the scenario decode compares after the prompt; of a server, how many "
+        "follow each prompt (32).",
     ),
 ]
 PromptLength = Annotated[
@@ -176,7 +192,80 @@ Lossy = Annotated[
     bool,
     typer.Option(
         "--lossy",
-        help="The cache of --target rounds what it stores, on purpose: report the loss.",
+        help="The cache of --target or --against rounds on purpose: report the loss.",
+    ),
+]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="URL",
+        help="Judge the cache of a running llama.cpp, vLLM or SGLang, from outside. A key is taken "
+        "from KVTOOL_API_KEY or OPENAI_API_KEY.",
+        rich_help_panel=SERVER,
+    ),
+]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        metavar="llama.cpp|vllm|sglang",
+        show_default="found from the server",
+        help="What the server is.",
+        rich_help_panel=SERVER,
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="Prompts, one a line: text, or JSON of strings and lists of ids. Five or more.",
+        rich_help_panel=SERVER,
+    ),
+]
+Requests = Annotated[
+    int,
+    typer.Option(
+        "--requests",
+        metavar="N",
+        help="How many requests may be sent to a server.",
+        rich_help_panel=SERVER,
+    ),
+]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        "--timeout",
+        metavar="SECONDS",
+        help="How long to wait for one answer.",
+        rich_help_panel=SERVER,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print the requests, and send none but the one that tells what the server is.",
+        rich_help_panel=SERVER,
+    ),
+]
+Promoted = Annotated[
+    str | None,
+    typer.Option(
+        "--promoted",
+        metavar="URL",
+        help="A second server with the same numbers in float32: it tells a bug from rounding.",
+        rich_help_panel=SERVER,
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="URL",
+        help="A second server whose answers are to be the same: another cache, or another build.",
+        rich_help_panel=SERVER,
     ),
 ]
 SelfTest = Annotated[

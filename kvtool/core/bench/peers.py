@@ -114,6 +114,8 @@ def cache_nbytes(cache: Any) -> int:
 
 def source_of(folder: Path) -> Path | None:
     """The folder, if transformers reads it by itself. Raises FileError."""
+    if folder.is_file():  # GGUF
+        return None
     kind = read_json_object(folder / CONFIG, "a configuration", MOST_CONFIG).get("model_type")
     return folder if kind in FAMILIES else None
 

@@ -4,7 +4,8 @@
     model.safetensors   the weights, without a logits head that shares the embedding's
     tokenizer.json      of a decoder-only model; an encoder-decoder has source.json and target.json
 
-A folder of Hugging Face is read too, if its model_type is one of `families`.
+A folder of Hugging Face is read too, if its model_type is one of `families`, and a GGUF file, which
+is all of that in one.
 Everything is checked before it costs memory or time: sizes, then names and shapes, then memory.
 """
 
@@ -25,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from kvtool.config import OWN, ModelConfig, own_types
 from kvtool.core.checkpoint.families import FAMILIES, Family, end_ids
+from kvtool.core.checkpoint.gguf.tokens import read_tokenizer
+from kvtool.core.checkpoint.gguf.weights import GGUFModel
 from kvtool.core.checkpoint.sizes import (
     CPU,
     SMALLER,
@@ -64,7 +67,7 @@ class Checkpoint:
     tokenizer: Tokenizer  # of what the model writes; decoder-only: also of what it reads
     source_tokenizer: Tokenizer | None  # of what an encoder reads
     path: Path
-    sha256: str  # of model.safetensors
+    sha256: str  # of model.safetensors, or of the GGUF file
     stored_dtype: str  # of most of its weights in the file; that of `model` may be another
 
     @property
@@ -131,19 +134,18 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     folder = model_folder(name)
     config, family = _read_config(folder)
     tokenizer, source_tokenizer = _read_tokenizers(folder, config, family)
-    source = _open(folder, config, family)
-    model = _empty_model(config, source)
+    source = _open(folder, config, family, dtype)
+    model = _empty_model(config, source, _described_in(folder))
     _check_tensors(source, model)
     require_memory_for(source, config, device, dtype)
     stored, sha256 = _read(source, model)
     weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
     require_finite(source.path, stored, weights, CheckFailed if check else FileError)
     _fill(model, weights)
-    kept = stored_dtype(source)
-    tell_format(name or folder.name, kept, dtype)
+    kept = _tell_stored(name or folder.name, source, family, dtype)
     # The weights are there already; the tables follow them.
     model = model.to(device).eval()
-    return Checkpoint(model, config, tokenizer, source_tokenizer, folder, sha256, dtype_name(kept))
+    return Checkpoint(model, config, tokenizer, source_tokenizer, folder, sha256, kept)
 
 
 def require_context(name: str, flag: str, n_tokens: int) -> None:
@@ -167,6 +169,19 @@ def tell_format(model: str, stored: torch.dtype, dtype: torch.dtype) -> None:
         LOG.info(f"{model}: stored in {kept}, run in {run} (--dtype {kept} runs it as stored)")
 
 
+def _tell_stored(
+    name: str, source: WeightFile, family: Family | GGUFModel | None, dtype: torch.dtype
+) -> str:
+    """What most weights are stored as, after saying so if they are run as something else."""
+    if isinstance(family, GGUFModel):
+        if family.stored not in ("F32", "F16", "BF16"):
+            LOG.info(f"{name}: stored in {family.stored}, dequantised to {dtype_name(dtype)}")
+        return family.stored
+    kept = stored_dtype(source)
+    tell_format(name, kept, dtype)
+    return dtype_name(kept)
+
+
 def prompt_ids(loaded: Checkpoint, text: str | None) -> list[int]:
     """Token ids of `text`; of None, ids from all over the vocabulary. Raises FileError for text
     without a tokenizer."""
@@ -181,9 +196,10 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
     A head that shares the embedding's weights is left out. Raises FileError and CapacityError.
     """
-    family = _read_config(folder)[1] if os.path.lexists(folder / CONFIG) else None
+    described = os.path.lexists(_described_in(folder))
+    family = _read_config(folder)[1] if described else None
     source = _open(folder, config, family)
-    model = _empty_model(config, source)
+    model = _empty_model(config, source, _described_in(folder))
     _check_tensors(source, model)
     require_memory(str(source.path), n_bytes(source), CPU, SMALLER)
     return _read(source, model)[0]
@@ -192,8 +208,16 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 # --- the small files
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
+def _described_in(folder: Path) -> Path:
+    """The file that says what a model is: config.json, or GGUF itself."""
+    return folder if folder.is_file() else folder / CONFIG
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, Family | GGUFModel | None]:
     """What config.json says, and whose names the weights have; None: kvtool's own."""
+    if folder.is_file():
+        found = GGUFModel(folder)
+        return found.config, found
     path = folder / CONFIG
     if not os.path.lexists(path):
         raise FileError(
@@ -217,8 +241,12 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
 
 
 def _read_tokenizers(
-    folder: Path, config: ModelConfig, family: Family | None
+    folder: Path, config: ModelConfig, family: Family | GGUFModel | None
 ) -> tuple[Tokenizer, Tokenizer | None]:
+    if isinstance(family, GGUFModel):
+        field = "rows of token_embd.weight"
+        tokenizer = _checked(read_tokenizer(family.header), folder, field, config.vocab_size)
+        return tokenizer, None
     if family is not None:
         if not os.path.lexists(folder / TOKENIZER):
             return NoTokenizer(folder / TOKENIZER), None
@@ -233,18 +261,22 @@ def _read_tokenizers(
 
 def _read_tokenizer(path: Path, field: str, embedded: int) -> Tokenizer:
     refuse_lookalike(path, "a tokenizer")
-    tokenizer = Tokenizer.load(path)
+    return _checked(Tokenizer.load(path), path, f"{field} of {CONFIG}", embedded)
+
+
+def _checked(tokenizer: Tokenizer, path: Path, field: str, embedded: int) -> Tokenizer:
+    """The tokenizer of the file `path`, if a model with `embedded` tokens can read all of it."""
     if tokenizer.vocab_size > embedded:
         raise FileError(
             f"{path}: has {tokenizer.vocab_size} tokens "
-            f"(expected {embedded} or fewer, the {field} of {CONFIG})",
+            f"(expected {embedded} or fewer, the {field})",
             "The model has no embedding for the rest: the tokenizer is another model's.",
         )
     for what, token in tokenizer.named_ids.items():
         if token >= embedded:
             raise FileError(
                 f"{path}: {what} has the token {token} "
-                f"(expected one below {embedded}, the {field} of {CONFIG})"
+                f"(expected one below {embedded}, the {field})"
             )
     if tokenizer.left_out:
         what = " and ".join(tokenizer.left_out)
@@ -273,20 +305,25 @@ class _WithoutWeights(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _open(folder: Path, config: ModelConfig, family: Family | None) -> WeightFile:
-    """The weights in `folder`, under our names. Raises FileError."""
-    source = open_weights(folder)
-    check_sizes(config, source)
+def _open(
+    folder: Path, config: ModelConfig, family: Family | GGUFModel | None,
+    dtype: torch.dtype = torch.float32,
+) -> WeightFile:  # fmt: skip
+    """The weights in `folder`, under our names; dequantised to `dtype`, or to float32 where that
+    holds less. Raises FileError."""
+    source: WeightFile
+    source = family.open(dtype) if isinstance(family, GGUFModel) else open_weights(folder)
+    check_sizes(config, source, _described_in(folder))
     return source if family is None else family.weights(source, config)
 
 
-def _empty_model(config: ModelConfig, source: WeightFile) -> Model:
-    """The model with all its parts but the weights, whose names and shapes it says.
+def _empty_model(config: ModelConfig, source: WeightFile, where: Path) -> Model:
+    """The model that the file `where` describes, with all its parts but the weights, whose names
+    and shapes it says.
 
     Raises FileError for tables of positions out of proportion to the weights, CapacityError for
     those that do not fit into memory.
     """
-    where = source.path.parent / CONFIG
     require_tables(where, table_nbytes(config), source, f"context {config.context}")
     # Making a table takes about two more of its size for a moment.
     require_memory(f"{where}: context {config.context}", 3 * table_nbytes(config), CPU, SMALLER)

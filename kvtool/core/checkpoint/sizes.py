@@ -11,7 +11,7 @@ import torch
 
 from kvtool.config import ModelConfig
 from kvtool.core.checkpoint.safetensors_file import TensorInfo
-from kvtool.core.checkpoint.weight_files import CONFIG, WeightFile
+from kvtool.core.checkpoint.weight_files import WeightFile
 from kvtool.core.machine import require_memory
 from kvtool.core.models import model_class
 from kvtool.errors import FileError
@@ -22,16 +22,16 @@ CPU = torch.device("cpu")
 SMALLER = "Free memory, or use a smaller model."
 
 
-def check_sizes(config: ModelConfig, source: WeightFile) -> None:
-    """Raise FileError for a configuration whose model would be expensive without its weights."""
-    where = source.path.parent / CONFIG
+def check_sizes(config: ModelConfig, source: WeightFile, where: Path) -> None:
+    """Raise FileError for a configuration, from the file `where`, whose model would be expensive
+    without its weights."""
     n_layers = config.n_layers + config.n_encoder_layers
     # A thousand tensors are cheap, and then the usual message names what is missing.
     least = n_layers * model_class(config.kind).tensors_per_layer
     if least > max(len(source.tensors), 1000):
         raise FileError(
             f"{source.path}: holds {len(source.tensors)} tensors (expected "
-            f"{least} or more for the {n_layers} layers of {CONFIG})"
+            f"{least} or more for the {n_layers} layers of {where.name})"
         )
     longest = max(config.vocab_size, config.source_vocab_size, config.d_ff, config.context)
     largest = config.d_model * max(config.d_model, longest, config.n_heads * config.head_dim)

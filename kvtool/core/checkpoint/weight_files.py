@@ -87,19 +87,23 @@ def require_tensors(
     tensors: Mapping[str, TensorInfo],
     shapes: Mapping[str, tuple[int, ...]],
     optional: Collection[str],
+    said_by: str = CONFIG,
 ) -> None:
-    """Raise FileError unless `tensors` are those of `shapes`; the `optional` ones may be absent."""
+    """Raise FileError unless `tensors` are those of `shapes`, which `said_by` implies; the
+    `optional` ones may be absent."""
     required = [name for name in shapes if name not in optional]
     missing = [name for name in required if name not in tensors]
     extra = [name for name in tensors if name not in shapes]
-    refuse_names(path, missing, extra, len(required))
+    refuse_names(path, missing, extra, len(required), said_by)
     for name, expected in shapes.items():
         found = tensors[name].shape if name in tensors else expected
         if found != expected:
-            raise wrong_shape(f"{path}: {short(name)}", found, expected)
+            raise wrong_shape(f"{path}: {short(name)}", found, expected, said_by)
 
 
-def refuse_names(path: Path, missing: list[str], extra: list[str], n_required: int) -> None:
+def refuse_names(
+    path: Path, missing: list[str], extra: list[str], n_required: int, said_by: str = CONFIG
+) -> None:
     """Raise FileError if tensors are missing, of `n_required`, or there are others."""
     if missing:
         raise FileError(
@@ -108,19 +112,21 @@ def refuse_names(path: Path, missing: list[str], extra: list[str], n_required: i
         )
     if extra:
         raise FileError(
-            f"{path}: holds {len(extra)} tensors that the model of config.json does not have "
+            f"{path}: holds {len(extra)} tensors that the model of {said_by} does not have "
             f"({_listed(extra)})"
         )
 
 
-def wrong_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> FileError:
+def wrong_shape(
+    where: str, found: tuple[int, ...], expected: tuple[int, ...], said_by: str = CONFIG
+) -> FileError:
     """What is said of a tensor of another shape than its model's."""
     transposed = len(found) == 2 and found == expected[::-1]
     return FileError(
         f"{where} has shape {list(found)} (expected {list(expected)})",
         "It looks transposed: GPT-2's own matrices are (inputs, outputs), all others the reverse."
         if transposed
-        else "config.json implies that shape: is it of the same model?",
+        else f"{said_by} implies that shape: is it of the same model?",
     )
 
 

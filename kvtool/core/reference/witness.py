@@ -77,10 +77,13 @@ def _empty(transformers: Any, config: Any, dtype: torch.dtype) -> Any:
 
 def folder_witness(folder: Path) -> Any | None:
     """The model of transformers in float64 for a folder of `families`, by its own configuration and
-    its tensors' own names, so that kvtool's reading of both is checked too; None for others.
+    its tensors' own names, so that kvtool's reading of both is checked too; None for others, GGUF
+    among them.
 
     Raises UsageError if transformers is not installed, FileError for what it cannot build.
     """
+    if folder.is_file():
+        return None
     path = folder / CONFIG
     data = read_json_object(path, "a configuration", MOST_CONFIG)
     if data.get("model_type") not in FAMILIES:

@@ -97,7 +97,11 @@ class Tokenizer:
         What in it is made for batches in training, such as cutting texts, is `left_out`. Raises
         FileError.
         """
-        text = read_text(path, "a tokenizer", most=MOST_JSON)
+        return cls.from_json(read_text(path, "a tokenizer", most=MOST_JSON), path)
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> Tokenizer:
+        """As `load`, of what a tokenizer.json holds, or would; `path` is the file it is from."""
 
         def failed(said: str) -> KvtoolError:
             return FileError(f"{path}: is not a tokenizer ({said})")
@@ -283,14 +287,20 @@ class Tokenizer:
 
 
 class NoTokenizer(Tokenizer):
-    """In place of the file `path`, which is not there: a model can be run, but not on text."""
+    """In place of the file `path`, which is not there, or of what is wrong with it: a model can be
+    run, but not on text."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, why: str = "") -> None:
         super().__init__(tokenizers.Tokenizer(models.BPE()))
-        self.path = path
+        self.path, self.why = path, why
 
     def encode(self, text: str, spelled: bool = False) -> list[int]:
         """Raises FileError."""
+        if self.why:
+            raise FileError(
+                f"{self.path}: {self.why}, and text needs one",
+                "bench and verify-cache do without, on token ids.",
+            )
         raise FileError(
             f"{self.path}: not found, and text needs a tokenizer",
             "Put the model's tokenizer.json there; bench and verify-cache do without.",

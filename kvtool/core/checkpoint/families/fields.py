@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from kvtool.config import check_bool, check_float, check_int
@@ -97,20 +97,22 @@ class Fields:
             )
         return choices[value]
 
-    def finish(self) -> None:
+    def finish(
+        self, harmless: Set[str] = HARMLESS, neutral: Mapping[str, Any] = NEUTRAL
+    ) -> None:
         """Raise UsageError for a field that was not taken and might change the mathematics."""
         for name, value in self.data.items():
-            if name in self._taken or name in HARMLESS:
+            if name in self._taken or name in harmless:
                 continue
-            if name not in NEUTRAL:
+            if name not in neutral:
                 found = f"{quoted(name)} (found {quoted(str(value))})"
                 raise UsageError(
                     f"unknown field {found} might change the model",
                     "kvtool ignores only what is known to change no logit.",
                 )
-            if value != NEUTRAL[name]:
+            if value != neutral[name]:
                 raise UsageError(
-                    f"{name}: {short(str(value))} is not supported (expected {NEUTRAL[name]})"
+                    f"{name}: {short(str(value))} is not supported (expected {neutral[name]})"
                 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core.checkpoint.safetensors_file import BUFFERS, TensorInfo
-from kvtool.core.checkpoint.weight_files import WeightFile, require_tensors
+from kvtool.core.checkpoint.weight_files import CONFIG, WeightFile, require_tensors
 
 HEAD = "lm_head.weight"
 EMBEDDING = "embed.tokens.weight"  # ours
@@ -57,16 +57,20 @@ class MappedFile:
     in the names that the file uses. Buffers that hold no weights are passed over.
     """
 
-    def __init__(self, source: WeightFile, names: NameMap, prefix: str, tied: bool) -> None:
+    def __init__(
+        self, source: WeightFile, names: NameMap, prefix: str, tied: bool, head: str = HEAD,
+        said_by: str = CONFIG,
+    ) -> None:  # fmt: skip
         self.path: Path = source.path
         self._source = source
         held = {name: info for name, info in source.tensors.items() if not BUFFERS.search(name)}
+        self._head = head
         self._prefix = prefix if any(name.startswith(prefix) for name in held) else ""
-        if tied and HEAD in held and self._theirs(names[EMBEDDING].parts[0][0]) not in held:
-            names = {**names, EMBEDDING: Stored.one(HEAD, *names[EMBEDDING].shape)}
+        if tied and head in held and self._theirs(names[EMBEDDING].parts[0][0]) not in held:
+            names = {**names, EMBEDDING: Stored.one(head, *names[EMBEDDING].shape)}
             del names["head.weight"]
         shapes = {self._theirs(n): shape for s in names.values() for n, shape in s.parts}
-        require_tensors(source.path, held, shapes, {HEAD} if tied else ())
+        require_tensors(source.path, held, shapes, {head} if tied else (), said_by)
         self._names = {
             ours: stored
             for ours, stored in names.items()
@@ -75,7 +79,7 @@ class MappedFile:
         self.tensors = {ours: self._info(stored) for ours, stored in self._names.items()}
 
     def _theirs(self, name: str) -> str:
-        return name if name == HEAD else self._prefix + name
+        return name if name == self._head else self._prefix + name
 
     def _info(self, stored: Stored) -> TensorInfo:
         infos = [self._source.tensors[self._theirs(name)] for name, _ in stored.parts]

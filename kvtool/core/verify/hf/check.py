@@ -51,6 +51,8 @@ def load_model(name: str, seed: int = 0) -> Loaded:
     kind = kind_of(name)
     if name in known_types(kind) or not os.path.lexists(name):
         return Loaded(*tiny_model(name, seed, kind=kind))
+    if os.path.isfile(name):
+        raise UsageError(f"--model {name}: is a file (expected a folder)", "Leave --impl out.")
     read = read_folder(Path(name), kind=CheckFailed)
     use_eager_experts(read.model)
     return Loaded(read.model, "", read.sha256)

@@ -1,0 +1,108 @@
+"""verify-cache --server: is the cache of a running engine right, as seen from outside?"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+from kvtool.commands.verify.server_against import run_against, show_against
+from kvtool.commands.verify.server_dry import DryReport, show_dry
+from kvtool.commands.verify.server_report import VisitReport, draw, show
+from kvtool.commands.verify.server_settings import (
+    Settings,
+    engine_at,
+    names_of,
+    prompts_for,
+    require_same_ids,
+    resolved,
+    tail_of,
+)  # fmt: skip
+from kvtool.ending import until_ended
+from kvtool.errors import UsageError
+from kvtool.ui.output import Output, present
+
+if TYPE_CHECKING:
+    from kvtool.core.servers.engines import Engine
+
+
+def present_visit(settings: Settings, out: Output) -> NoReturn:
+    """Ask the server, or say what it would be asked. Raises typer.Exit and ServerError."""
+    if settings.dry_run:
+        present("verify-cache.server.dry-run", settings, run_dry, show_dry, out)
+    if settings.against is not None:
+        present("verify-cache.against", settings, run_against, show_against, out)
+    if (path := settings.plot) is not None:
+        out.later(lambda report, _: draw(report, path, out))
+    present("verify-cache.server", settings, run, show, out)
+
+
+def run(settings: Settings, out: Output) -> VisitReport:
+    """Ask the server, and the promoted one if there is one."""
+    from kvtool.core.servers.session import Visit, visit
+    from kvtool.core.servers.verdict import with_promoted
+
+    started = time.perf_counter()
+    short, long = names_of(settings)
+    engine = engine_at(settings, settings.server)
+    second = None if settings.promoted is None else engine_at(settings, settings.promoted)
+    require_twin(engine, second)
+    prompts = prompts_for(settings, engine)
+    n = len(prompts) * (1 + len(short)) + len(long)
+    plain, promoted = Visit(), Visit()
+    bars = out.progress(engine.name, n * (1 if second is None else 2))
+    with bars as bar, until_ended() as outcome:
+
+        def tell(words: str) -> None:
+            bar.update(words)
+            bar.advance()
+
+        asked = (prompts, short, long, tail_of(settings), tell)
+        visit(engine, *asked, plain)
+        if second is not None:
+            visit(second, *asked, promoted)
+    rows = plain.verdicts([*short, *long])
+    if second is not None:
+        others = {row.arm: row for row in promoted.verdicts([*short, *long])}
+        rows = [with_promoted(row, others[row.arm]) if row.arm in others else row for row in rows]
+    left = [name for name in (*short, *long) if name not in {row.arm for row in rows}]
+    return VisitReport(
+        rows,
+        resolved(settings, engine, second, prompts),
+        requests_sent=engine.client.n_sent + (second.client.n_sent if second else 0),
+        seconds=time.perf_counter() - started,
+        grown=plain.grown,
+        spent=plain.spent or promoted.spent,
+        stopped=plain.stopped or promoted.stopped,
+        not_run=left,
+        not_asked=[] if settings.thorough or settings.scenarios else ["long (--thorough)"],
+        ended=outcome.how,
+    )
+
+
+def require_twin(engine: Engine, second: Engine | None) -> None:
+    """Raise UsageError if a promoted server is the same one, or reads text in another way."""
+    if second is None:
+        return
+    if second.client.url == engine.client.url:
+        raise UsageError("--promoted: is the same address as --server", "Start a second server.")
+    require_same_ids(engine, second, "--promoted")
+
+
+def run_dry(settings: Settings, out: Output) -> DryReport:
+    """All requests that would be sent; only what identifies the server is."""
+    from kvtool.core.servers.dry import DryEngine
+    from kvtool.core.servers.session import Visit, visit
+
+    short, long = names_of(settings)
+    dry = DryEngine(engine_at(settings, settings.server))
+    dry.arm = "prompts"
+    prompts = prompts_for(settings, dry)
+
+    def tell(words: str) -> None:
+        dry.arm = words
+
+    visit(dry, prompts, short, long, tail_of(settings), tell, Visit())
+    sent = dry.client.n_sent
+    more = max(0, math.ceil(len(dry.requests_made)) + sent - settings.requests)
+    return DryReport(dry.client.url, dry.name, dry.requests_made, sent, more)

@@ -1,0 +1,68 @@
+"""What verify-cache --server --dry-run prints: each request that would be sent."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from kvtool.ui.output import Output
+
+Sent = tuple[str, tuple[str, dict[str, Any]]]  # for which arm, and a path with its body
+
+
+@dataclass
+class DryReport:
+    """Requests that were not sent. -1 stands for an id that the server would have answered."""
+
+    url: str
+    engine: str
+    requests: list[Sent]
+    n_sent: int  # to find out what the server is
+    n_too_many: int  # above --requests
+    exit_code: int = 0
+
+    @property
+    def conclusion(self) -> str:
+        """The last line, in words."""
+        said = (
+            f"{len(self.requests)} requests to {self.url}, none of which was sent; {self.n_sent} "
+            f"asked what the server is ({self.engine}); -1 stands for an id that it will answer"
+        )
+        return f"{said}; {self.n_too_many} more than --requests allows" if self.n_too_many else said
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a request."""
+        return [
+            {"for": arm, "path": path, "body": json.dumps(body)}
+            for arm, (path, body) in self.requests
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
+        requests = [
+            {"for": arm, "method": "POST", "path": path, "body": body}
+            for arm, (path, body) in self.requests
+        ]
+        return {**vars(self), "requests": requests, "conclusion": self.conclusion}
+
+
+def brief(text: str) -> str:
+    """A body with a count in place of many ids that are not known.
+
+    >>> brief('{"prompt": [5, -1, -1, -1]}')
+    '{"prompt": [5, -1 (3 times)]}'
+    """
+    return re.sub(r"-1(, -1)+", lambda run: f"-1 ({run[0].count('-1')} times)", text)
+
+
+def show_dry(report: DryReport, out: Output) -> None:
+    """A line a request, as it would be sent, below a line for each arm."""
+    last = ""
+    for arm, (path, body) in report.requests:
+        if arm != last:
+            out.text(f"# {arm}")
+            last = arm
+        out.text(f"POST {path} {brief(json.dumps(body))}", wrap=False)
+    out.verdict(None, report.conclusion)

@@ -1,0 +1,247 @@
+"""What verify-cache --server found: a row for each arm, in a table and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvtool.ending import End
+from kvtool.ui.output import Output
+from kvtool.ui.tables import Column
+
+if TYPE_CHECKING:
+    from kvtool.core.servers.verdict import ArmVerdict
+
+GROWN = 2.0  # times the noise; above it the server is said to be busy
+
+
+@dataclass
+class VisitReport:
+    """All arms, and what they say together."""
+
+    arms: list[ArmVerdict]
+    resolved: dict[str, Any] = field(default_factory=dict)
+    requests_sent: int = 0
+    seconds: float = 0.0
+    grown: float = 1.0  # times the noise at the end, over that of the beginning
+    spent: bool = False  # --requests, before everything was asked
+    stopped: str = ""  # by which error, before everything was asked
+    not_run: list[str] = field(default_factory=list)
+    not_asked: list[str] = field(default_factory=list)  # that were not chosen
+    ended: End | None = None
+
+    def of(self, *verdicts: str) -> list[ArmVerdict]:
+        """The arms with one of these verdicts."""
+        return [arm for arm in self.arms if arm.verdict in verdicts]
+
+    @property
+    def exit_code(self) -> int:
+        """That of a signal; 2 if the server failed; else 0 if something is right and nothing speaks
+        against it, else 1."""
+        from kvtool.core.servers.verdict import WRONG
+
+        if self.ended is not None:
+            return self.ended.exit_code
+        if self.stopped:
+            return 2
+        right = any(arm.right for arm in self.arms)
+        return 0 if right and not self.of(*WRONG) else 1
+
+    @property
+    def conclusion(self) -> str:
+        """The last line, in words."""
+        parts = [*self._against(), *self._unknown(), *self._for()] or ["nothing was checked"]
+        if self.grown > GROWN:
+            parts.append(
+                f"the same request came out otherwise in the end, by {self.grown:.1f} times the "
+                "noise: the server is busy with others"
+            )
+        if self.spent:
+            parts.append("all requests that --requests allows were sent")
+        if self.stopped:
+            parts.append(f"then the server failed: {self.stopped}")
+        if self.ended is not None:
+            parts.append(self.ended.value)
+        left = [*self.not_run, *self.not_asked]
+        left += [f"{arm.arm} ({arm.evidence})" for arm in self._of_no_use()]
+        return "; ".join([*parts, f"not run: {', '.join(left)}"] if left else parts)
+
+    def _of_no_use(self) -> list[ArmVerdict]:
+        from kvtool.core.servers.verdict import UNSUPPORTED
+
+        return self.of(UNSUPPORTED)
+
+    def _against(self) -> list[str]:
+        from kvtool.core.servers.verdict import BEYOND, BUG
+
+        said = []
+        for verdict, words in ((BUG, "a bug"), (BEYOND, "beyond the engine's own noise")):
+            if arms := self.of(verdict):
+                names = _names([f"{a.arm} ({a.evidence})" if a.evidence else a.arm for a in arms])
+                said.append(f"{words} in {names}: {_size(arms)}{_begins(arms)}")
+        return said
+
+    def _unknown(self) -> list[str]:
+        from kvtool.core.servers.verdict import HIDDEN, VACUOUS
+
+        groups: dict[tuple[str, str], list[str]] = {}
+        for arm in self.of(HIDDEN, VACUOUS):
+            words = "cannot tell" if arm.verdict == HIDDEN else "proved nothing"
+            groups.setdefault((words, arm.evidence), []).append(arm.arm)
+        return [f"{_names(arms)}: {words}, {why}" for (words, why), arms in groups.items()]
+
+    def _for(self) -> list[str]:
+        from kvtool.core.servers.verdict import IDENTICAL, LOSSY, ROUNDING, WITHIN
+
+        said = []
+        if arms := self.of(ROUNDING):
+            in_f32 = max(a.promoted_ratio or 0 for a in arms)
+            said.append(
+                f"{_names([a.arm for a in arms])}: rounding, in F32 too at most {times(in_f32)} of "
+                "the engine's own noise"
+            )
+        if arms := self.of(WITHIN):
+            most = max(arms, key=lambda a: a.ratio or 0)
+            said.append(
+                f"{_names([a.arm for a in arms])}: within the engine's own noise, at most "
+                f"{most.ratio:.2f} of it ({most.arm})"
+            )
+        if arms := self.of(IDENTICAL):
+            said.append(f"{_names([a.arm for a in arms])}: identical to a request without a cache")
+        said += [f"{a.arm}: lossy by design, by {a.gap:.2g} nats" for a in self.of(LOSSY)]
+        return said
+
+    @property
+    def advice(self) -> str:
+        """What to do next, or nothing."""
+        from kvtool.core.servers.verdict import BEYOND, HIDDEN, NOT_TOLD, VACUOUS
+
+        if any(arm.evidence == NOT_TOLD for arm in self.of(VACUOUS)):
+            return "Start vLLM with --enable-prompt-tokens-details, so that it says what it reuses."
+        if self.grown > GROWN:
+            return "Ask again while nobody else uses the server."
+        if self.of(BEYOND, HIDDEN) and "promoted_url" not in self.resolved:
+            how = "serve the model with --dtype float32 too"
+            if self.resolved.get("engine") == "llama.cpp":
+                how = "kvtool promote MODEL.gguf --out F32.gguf, serve that too"
+            return f"the same numbers in float32 decide: {how}, and add --promoted URL"
+        return ""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row an arm."""
+        return [
+            {**{k: v for k, v in asdict(arm).items() if k != "gaps"}, "right": arm.right}
+            for arm in self.arms
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
+        return {
+            **{k: v for k, v in vars(self).items() if k != "arms"},
+            "arms": [{**asdict(arm), "right": arm.right} for arm in self.arms],
+            "conclusion": self.conclusion,
+            "advice": self.advice,
+        }
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names)
+
+
+def _size(arms: Sequence[ArmVerdict]) -> str:
+    """How large what is wrong is, on the promoted server if one decided."""
+    most = max(arms, key=lambda a: (a.promoted_ratio or 0, a.worst or 0))
+    if most.promoted_ratio is not None:
+        return (
+            f"{times(most.promoted_ratio)} times the noise in F32, {nats(most.promoted_gap)} nats"
+        )
+    said = f"{times(most.ratio)} times it, {nats(most.gap)} nats"
+    if most.fault and most.gap is not None:
+        said += f" ({times(most.gap / most.fault)} of a wrong token)"
+    return f"{said}, up to {times(most.worst)} times in a request"
+
+
+def _begins(arms: Sequence[ArmVerdict]) -> str:
+    first = min((a.first_beyond for a in arms if a.first_beyond is not None), default=None)
+    return "" if first is None else f", from token {first} on"
+
+
+def times(value: float | None) -> str:
+    """A ratio, as people read it."""
+    if value is None:
+        return "-"
+    return f"{value:,.2f}" if value < 100 else f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
+
+
+def nats(value: float | None) -> str:
+    """A distance, as people read it."""
+    if value is None:
+        return "-"
+    return f"{value:.1e}" if value else "0"
+
+
+def show(report: VisitReport, out: Output) -> None:
+    """A row for each arm, and what to do next."""
+    facts = report.resolved
+    title = f"Cached against cold logprobs of {facts.get('engine', '')} at {facts.get('url', '')}"
+    columns = [
+        Column("arm", "left", key=True),
+        Column("verdict", "left"),
+        Column("tokens reused", spare=1),
+        Column("noise, nats", spare=2, brief="noise"),
+        Column("cached gap"),
+        Column("wrong token", spare=2, brief="wrong"),
+        Column("gap / noise", brief="ratio", spare=3),
+    ]
+    promoted = any(arm.promoted for arm in report.arms)
+    if promoted:
+        columns.append(Column("in F32"))
+    columns.append(Column("from token", spare=4))
+    cells = []
+    for arm in report.arms:
+        row = [
+            arm.arm, arm.verdict, "-" if arm.reused is None else str(arm.reused), nats(arm.floor),
+            nats(arm.gap), nats(arm.fault), times(arm.ratio),
+            *([times(arm.promoted_ratio)] if promoted else []),
+            "-" if arm.first_beyond is None else str(arm.first_beyond),
+        ]  # fmt: skip
+        cells.append(row)
+    out.caption = _about(report)
+    if cells:
+        out.table(title, columns, cells)
+    unfinished = report.ended or report.stopped
+    out.verdict(None if unfinished else report.exit_code == 0, report.conclusion)
+    if report.advice:
+        out.hint(report.advice)
+
+
+def _about(report: VisitReport) -> str:
+    facts = report.resolved
+    n = len(facts.get("prompt_tokens", []))
+    return (
+        f"{facts.get('model', '')}, {n} prompt{'s' * (n != 1)}, {report.requests_sent} requests, "
+        f"{report.seconds:.0f} s"
+    )
+
+
+def draw(report: VisitReport, path: Path, out: Output) -> None:
+    """The plot of the gap by position, beside the noise and the size of a fault."""
+    from kvtool.ui.noise_plot import ArmSeen, noise_plot
+
+    panels = [
+        ArmSeen(
+            arm.arm,
+            arm.verdict,
+            [(gap.history, gap.gap) for gap in arm.gaps],
+            [(gap.history, gap.floor) for gap in arm.gaps],
+            arm.fault,
+        )
+        for arm in report.arms
+        if arm.gaps
+    ]
+    facts = report.resolved
+    title = f"Cached against cold logprobs, {facts['engine']}, {_about(report)}"
+    noise_plot(path, panels, title)
+    out.note(f"plot: {path}")

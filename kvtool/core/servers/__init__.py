@@ -1,0 +1,1 @@
+"""Serving engines, judged from outside: token ids in, logprobs out."""

@@ -1,0 +1,189 @@
+"""Requests to a server, as JSON over HTTP: bounded in number, in time and in size."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from email.message import Message
+from typing import Any
+from urllib.parse import urlsplit
+
+from kvtool.errors import ServerError, UsageError
+from kvtool.reading import parse_json
+
+KEYS = ("KVTOOL_API_KEY", "OPENAI_API_KEY")  # variables that may hold a key, the first that does
+READ_AT_ONCE = 2**16
+MOST_ANSWERED = 64 * 2**20  # bytes of an answer
+RETRIED = (429, 502, 503, 504)  # busy, or limited in rate
+N_TRIES = 4
+LONGEST_WAIT = 20.0  # seconds before the next try
+
+
+class Refused(ServerError):
+    """A server's answer to a request is an error of HTTP: `code`."""
+
+    def __init__(self, code: int, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.code = code
+
+
+class RequestsSpent(ServerError):
+    """As many requests were sent as are allowed."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A key must not follow to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class Client:
+    """One server. `n_sent` counts its requests, tries again included.
+
+    url: its address, as http://127.0.0.1:8080. timeout: seconds for one request. most: how many
+    requests may be sent. Raises UsageError for what is no address.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout: float = 120.0,
+        most: int = 10_000,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"{url!r} is no address of a server", "Give http://HOST:PORT.")
+        if parts.username or parts.password:
+            raise UsageError("a server's address must hold no password", f"Set {KEYS[0]} instead.")
+        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+        self.timeout, self.most, self.n_sent = timeout, most, 0
+        self._sleep = sleep
+        self._key = _key()
+        self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The answer to GET. Raises ServerError."""
+        return self._ask(path, None)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to POST. Raises ServerError."""
+        return self._ask(path, json.dumps(body).encode())
+
+    def _ask(self, path: str, body: bytes | None) -> dict[str, Any]:
+        for attempt in range(1, N_TRIES + 1):
+            if self.n_sent >= self.most:
+                raise RequestsSpent(
+                    f"{self.url}: {self.most} requests were sent and more are needed",
+                    "Allow more with --requests, or give fewer prompts.",
+                )
+            self.n_sent += 1
+            try:
+                return self._answer(path, body)
+            except urllib.error.HTTPError as error:
+                if error.code not in RETRIED or attempt == N_TRIES:
+                    raise self._refused(path, error) from error
+                self._sleep(_wait(error.headers, attempt))
+            except (
+                OSError,
+                ValueError,
+                http.client.HTTPException,
+            ) as error:  # a name, a port, TLS, a time-out, no HTTP
+                raise self._unreachable(error) from error
+        raise AssertionError("the last try answers or raises")
+
+    def _answer(self, path: str, body: bytes | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(self.url + path, body, headers)
+        until = time.monotonic() + self.timeout
+        with self._opener.open(request, timeout=self.timeout) as answer:
+            data = self._read(answer, until)
+        if data.lstrip()[:1] == b"<":
+            text = f"{self.url}{path}: answers with HTML, a page for browsers"
+            raise ServerError(text, "Give the address of the engine's own API.")
+        try:
+            found = parse_json(data, finite=False)
+        except ValueError as error:
+            raise ServerError(f"{self.url}{path}: its answer is not valid JSON ({error})") from None
+        if not isinstance(found, dict):
+            raise ServerError(f"{self.url}{path}: its answer is no JSON object")
+        return found
+
+    def _read(self, answer: http.client.HTTPResponse, until: float) -> bytes:
+        """A whole answer, that comes in time and is not larger than any answer need be."""
+        parts, size = [], 0
+        while part := answer.read1(READ_AT_ONCE):
+            parts.append(part)
+            size += len(part)
+            if size > MOST_ANSWERED:
+                most = f"{MOST_ANSWERED // 2**20} MiB"
+                raise ServerError(f"{self.url}: its answer is larger than {most}")
+            if time.monotonic() > until:
+                raise TimeoutError
+        if answer.length:
+            total = size + answer.length
+            raise ServerError(f"{self.url}: its answer is cut short ({size:,} of {total:,} bytes)")
+        return b"".join(parts)
+
+    def _refused(self, path: str, error: urllib.error.HTTPError) -> ServerError:
+        said, where = _message(error), f"{self.url}{path}"
+        if error.code in (401, 403):
+            wrong = "does not accept the key" if self._key else "needs a key"
+            return ServerError(f"{where}: {wrong} (HTTP {error.code})", f"Set {KEYS[0]}.")
+        if error.code == 404:
+            return Refused(404, f"{where}: there is no such address (HTTP 404)")
+        if error.code in RETRIED:
+            text = f"{where}: is busy, or limits requests (HTTP {error.code}, {N_TRIES} tries)"
+            return ServerError(text, "Try again later.")
+        if 300 <= error.code < 400:
+            to = error.headers.get("Location", "another address")
+            text = f"{where}: redirects to {to[:200]} (HTTP {error.code}), which is not followed"
+            return ServerError(text, "Give that address, if you trust it.")
+        return Refused(error.code, f"{where}: refused the request (HTTP {error.code}{said})")
+
+    def _unreachable(self, error: Exception) -> ServerError:
+        why = getattr(error, "reason", error)
+        if isinstance(why, TimeoutError):
+            text = f"{self.url}: gave no answer within {self.timeout:g} s"
+            return ServerError(text, "Wait longer with --timeout.")
+        said = getattr(why, "strerror", None) or str(why) or type(why).__name__
+        return ServerError(f"{self.url}: cannot be reached ({said})", "Is the server running?")
+
+
+def _key() -> str:
+    """The key in the environment; "" if there is none. Raises UsageError, which does not show it,
+    for what no header can hold."""
+    name = next((name for name in KEYS if os.environ.get(name)), "")
+    key = os.environ.get(name, "").strip()
+    if not (key.isascii() and (key.isprintable() or not key)):
+        raise UsageError(f"{name}: holds characters that no key has", "Set it anew.")
+    return key
+
+
+def _wait(headers: Message, attempt: int) -> float:
+    """Seconds to the next try: what the server asks for, within reason, or 0.5, 1, 2."""
+    try:
+        asked = float(headers.get("Retry-After", ""))
+    except ValueError:
+        asked = math.nan
+    return min(asked, LONGEST_WAIT) if asked >= 0 else 0.5 * 2 ** (attempt - 1)
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """What the server says of its refusal, after a colon; "" if nothing."""
+    try:
+        found = parse_json(error.read(65536))
+    except (ValueError, OSError, http.client.HTTPException):
+        return ""
+    while isinstance(found, dict):
+        found = next((found[k] for k in ("error", "message", "detail") if k in found), None)
+    return f": {found[:300]}" if isinstance(found, str) and found else ""

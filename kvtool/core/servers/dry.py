@@ -1,0 +1,46 @@
+"""What would be sent to a server, without sending it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvtool.core.servers.engines import Completion, Engine, Request
+from kvtool.core.servers.prompts import LEAST_TOKENS
+
+UNKNOWN = -1  # stands for a token that the server would have answered
+LETTERS = 4  # of a text, for which a token stands that the server would have told
+
+
+class DryEngine:
+    """An engine that keeps what it is asked, and answers with tokens that nobody knows."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.client = engine, engine.client
+        self.name, self.model = engine.name, engine.model
+        self.context, self.slots, self.chunk = engine.context, engine.slots, engine.chunk
+        self.requests_made: list[tuple[str, Request]] = []  # and for which arm
+        self.arm = ""
+
+    def identity(self) -> dict[str, str]:
+        """As Engine.identity: nothing."""
+        return {}
+
+    def requests(
+        self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
+    ) -> list[Request]:
+        """As Engine.requests."""
+        return self.engine.requests(ids, n, cached, salt)
+
+    def complete(
+        self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
+    ) -> Completion:
+        """As Engine.complete, of tokens that are not known."""
+        for request in self.requests(ids, n, cached, salt):
+            self.requests_made.append((self.arm, request))
+        nothing = dict.fromkeys(range(UNKNOWN, 30), 0.0)
+        return Completion((UNKNOWN,) * n, (nothing,) * n, None)
+
+    def tokenize(self, text: str) -> list[int]:
+        """As Engine.tokenize, of ids that are not known."""
+        self.requests_made.append((self.arm, ("/tokenize", {"text": text})))
+        return [UNKNOWN] * max(len(text) // LETTERS, LEAST_TOKENS)

@@ -1,0 +1,152 @@
+"""One visit to a server: every prompt and arm in turn, and whether it stayed what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from kvtool.core.servers.arms import (
+    FORKED,
+    LONG_TAIL,
+    Cold,
+    Measured,
+    Prompt,
+    lengthened,
+    open_prompt,
+    play,
+)  # fmt: skip
+from kvtool.core.servers.client import RequestsSpent
+from kvtool.core.servers.engines import Engine
+from kvtool.core.servers.verdict import (
+    LEAST,
+    ArmVerdict,
+    distance,
+    judge_arm,
+    pooled_floor,
+    scale_of,
+)  # fmt: skip
+from kvtool.errors import ServerError, UsageError
+
+Told = Callable[[str], None]  # is called before each arm, with a few words
+
+
+@dataclass
+class Visit:
+    """What was asked of a server so far."""
+
+    measured: list[Measured] = field(default_factory=list)
+    colds: list[Cold] = field(default_factory=list)
+    spent: bool = False  # all requests that were allowed, before all was asked
+    stopped: str = ""  # by which error, before all was asked
+    grown: float = 1.0  # times the noise in the end, over that of the beginning
+
+    @property
+    def pooled(self) -> float:
+        """The typical floor of all histories, relative."""
+        return pooled_floor(self.colds)
+
+    def verdicts(self, arms: Sequence[str]) -> list[ArmVerdict]:
+        """Of all arms that were asked, in their order."""
+        pooled, found = self.pooled, []
+        for name in arms:
+            if of_arm := [m for m in self.measured if m.arm == name]:
+                found.append(judge_arm(of_arm, pooled, self.grown))
+        return found
+
+
+def visit(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    short: Sequence[str],
+    long: Sequence[str],
+    tail: int,
+    tell: Told,
+    found: Visit,
+) -> None:
+    """Ask for everything, into `found`, until the requests are spent, or the server fails.
+
+    Raises ServerError if nothing was found by then, and for a model that was exchanged.
+    """
+    before = engine.identity()
+    first: Prompt | None = None
+    try:
+        for number, ids in enumerate(prompts):
+            tell(f"prompt {number + 1}")
+            prompt = open_prompt(engine, number, ids, tail)
+            found.colds.append(prompt.cold)
+            first = first or prompt
+            for name in short:
+                tell(f"{name}, prompt {number + 1}")
+                found.measured.append(play(prompt, name))
+        _visit_long(engine, prompts, long, tell, found)
+        if first is not None:
+            found.grown = growth(first, found.pooled)
+    except RequestsSpent:
+        if not found.measured:
+            raise
+        found.spent = True
+    except ServerError as error:
+        if not found.measured:
+            raise
+        found.stopped = error.message
+        return
+    require_same(engine, before)
+
+
+def _visit_long(
+    engine: Engine, prompts: Sequence[Sequence[int]], long: Sequence[str], tell: Told, found: Visit
+) -> None:
+    for name in long:
+        tell(name)
+        ids = lengthened(prompts, engine)
+        if not ids:
+            why = "its context is too short, or it does not tell its sizes"
+            found.measured.append(Measured(name, len(prompts), Cold([]), unsupported=why))
+            continue
+        prompt = open_prompt(engine, len(prompts), ids, LONG_TAIL)
+        found.colds.append(prompt.cold)
+        found.measured.append(play(prompt, name))
+
+
+def require_same(engine: Engine, before: dict[str, str]) -> None:
+    """Raise ServerError if the server now serves another model than before."""
+    try:
+        now = engine.identity()
+    except RequestsSpent:
+        return
+    for key, value in before.items():
+        if now.get(key) != value:
+            raise ServerError(
+                f"{engine.client.url}: the model changed in between ({key} {value!r}, then "
+                f"{now.get(key)!r})",
+                "Ask again, while nobody exchanges it.",
+            )
+
+
+def growth(prompt: Prompt, pooled: float) -> float:
+    """How far the answer to the very first request has moved, in floors of its history; 1 or more.
+
+    Where other requests are served at a time, the shapes of all change from moment to moment.
+    """
+    again = prompt.engine.complete(prompt.ids[: prompt.n_prompt], prompt.end - prompt.n_prompt + 1)
+    times = []
+    for length, answer in prompt.shared(again, prompt.n_prompt):
+        cold = prompt.cold.answers[length]
+        scale = scale_of(cold)
+        if scale is not None:
+            floor = max(scale.floor or pooled, LEAST)
+            times.append(distance(answer, cold[0], scale) / floor)
+    return max(1.0, float(median(times))) if times else 1.0
+
+
+def require_room(engine: Engine, prompts: Sequence[Sequence[int]], tail: int) -> None:
+    """Raise UsageError for a prompt that does not fit in the server's context with its tail."""
+    more = tail + FORKED + 1
+    for number, ids in enumerate(prompts, 1):
+        if 0 < engine.context < len(ids) + more:
+            raise UsageError(
+                f"--prompts: prompt {number} is {len(ids):,} tokens, and with {more} behind it "
+                f"longer than the server's context of {engine.context:,}",
+                "Shorten it, or give fewer --tokens.",
+            )

@@ -1,0 +1,239 @@
+"""Is a server's cached answer further from its cold ones than those are from each other?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtool.core.servers.arms import Answer, Cold, Measured, Probe, likeliest, vector
+from kvtool.core.verify import noise
+
+IDENTICAL, WITHIN, BEYOND = "identical", "within noise", "beyond noise"
+HIDDEN, VACUOUS, LOSSY, UNSUPPORTED = "cannot tell", "vacuous", "lossy", "unsupported"
+ROUNDING, BUG = "rounding", "bug"  # where a promoted server decides
+RIGHT = (IDENTICAL, WITHIN, ROUNDING, LOSSY)
+WRONG = (BEYOND, BUG, HIDDEN)
+
+LEAST = float(np.finfo(np.float32).eps)  # of a floor, relative: logprobs are float32
+NOTHING = 1e-12  # as the floor of answers that are the same: their mean is rounded
+LEAST_VARIANTS = 3  # cold answers to one history, without which it has no floor
+RARE = 4.0  # times the floor, of a single answer among others that are within it
+RARE_SIZE = 0.5  # of the smaller control, which such an answer is at least
+DOUBTED = 2.0  # times the noise: below it a promoted server that is right decides
+
+
+@dataclass(frozen=True)
+class ProbeGap:
+    """One cached answer beside the engine's noise at the same history. Distances are the root mean
+    square over the likeliest tokens, in nats."""
+
+    prompt: int
+    run: int
+    history: int
+    gap: float
+    floor: float
+    ratio: float
+    identical: bool
+
+
+@dataclass(frozen=True)
+class ArmVerdict:
+    """What an arm says of the cache, over all prompts. None: nothing was compared."""
+
+    arm: str
+    verdict: str
+    evidence: str = ""
+    ratio: float | None = None  # median over prompts, of the median over requests
+    worst: float | None = None  # of a single request
+    gap: float | None = None  # nats, as all that follow
+    floor: float | None = None
+    fault: float | None = None  # of the smaller control
+    reused: int | None = None  # the most tokens that were taken from the cache
+    prompts: int = 0
+    first_beyond: int | None = None  # the shortest history whose answer is beyond the noise
+    gaps: tuple[ProbeGap, ...] = ()
+    promoted: str = ""  # the verdict on the promoted server, if one was asked
+    promoted_ratio: float | None = None
+    promoted_gap: float | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether nothing speaks against the cache."""
+        return self.verdict in RIGHT
+
+
+class Scale(NamedTuple):
+    """What cached answers to one history are measured by."""
+
+    ids: list[int]
+    benign: list[list[NDArray[np.floating]]]
+    middle: list[NDArray[np.floating]]
+    floor: float  # relative to the root mean square of the logprobs
+    nats: float  # that root mean square
+
+
+def scale_of(cold: Sequence[Answer]) -> Scale | None:
+    """None where too few cold answers have the same history."""
+    if len(cold) < LEAST_VARIANTS:
+        return None
+    ids = likeliest(cold[0])
+    benign: list[list[NDArray[np.floating]]] = [[vector(answer, ids)] for answer in cold]
+    middle = noise.mean(benign)
+    size = float(np.sqrt(np.mean(np.square(middle[0])))) or 1.0
+    floor = noise.floor(benign).total
+    return Scale(ids, benign, middle, floor if floor > NOTHING else 0.0, size)
+
+
+def pooled_floor(colds: Iterable[Cold]) -> float:
+    """The median of all floors that are not 0. Where all shapes of one history chanced upon the
+    same kernels its floor is 0, and says nothing; 0 if all are."""
+    scales = [scale_of(answers) for cold in colds for answers in cold.answers.values()]
+    return float(median([s.floor for s in scales if s is not None and s.floor > 0] or [0.0]))
+
+
+def judge_arm(measured: Sequence[Measured], pooled: float = 0.0, grown: float = 1.0) -> ArmVerdict:
+    """The verdict of one arm on several prompts (five or more are a sound number).
+
+    pooled: see `pooled_floor`. grown: how many times the noise grew while the server was asked.
+    """
+    arm, asked = measured[0].arm, [m for m in measured if not m.unsupported]
+    if not asked:
+        return ArmVerdict(arm, UNSUPPORTED, measured[0].unsupported)
+    told = [m.reused for m in asked if m.reused is not None]
+    reused = max(told) if told else None
+    found = [_Compared.of(m, pooled, grown) for m in asked]
+    found = [compared for compared in found if compared.gaps]
+    if not found:
+        return ArmVerdict(arm, VACUOUS, NOT_SHARED, reused=reused)
+    verdict, evidence = _judged(found, reused)
+    if verdict == BEYOND and asked[0].approximate:
+        verdict = LOSSY
+    gaps = tuple(gap for compared in found for gap in compared.gaps)
+    beyond = [gap.history for gap in gaps if gap.ratio > 1]
+    faults = [compared.fault for compared in found if compared.fault is not None]
+    return ArmVerdict(
+        arm, verdict, evidence, _typical(found, "ratio"), max(r for c in found for r in c.runs()),
+        _typical(found, "gap"), _typical(found, "floor"), median(faults) if faults else None,
+        reused, len(found), min(beyond) if verdict in (BEYOND, LOSSY) and beyond else None, gaps,
+    )  # fmt: skip
+
+
+NOT_SHARED = "too few cold answers had the same history as the cached one"
+NOT_TOLD = "the server does not say what it takes from its cache, so that it may have taken nothing"
+NOT_REUSED = "the server took nothing from its cache"
+NO_NOISE = "no cold request differed from another by a bit, so that the noise is not known"
+TOO_NOISY = "the engine's own noise is as large as a wrong token"
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One prompt's cached answers, and its controls over the floor."""
+
+    gaps: list[ProbeGap]
+    controls: list[float]
+    fault: float | None
+
+    @classmethod
+    def of(cls, measured: Measured, pooled: float, grown: float) -> _Compared:
+        answers = measured.cold.answers
+        scales = {length: scale_of(cold) for length, cold in answers.items()}
+        gaps = []
+        for probe in measured.probes:
+            scale = scales.get(probe.history)
+            if scale is not None:
+                gaps.append(_gap(measured.prompt, probe, scale, pooled, grown))
+        end = scales.get(len(measured.cold.ids))
+        if end is None or not measured.cold.controls:
+            return cls(gaps, [], None)
+        faults = [_distance(control, end) for control in measured.cold.controls]
+        floor = _floor(end, pooled) * grown
+        return cls(gaps, [f / floor for f in faults], min(faults) * end.nats)
+
+    def runs(self, name: str = "ratio") -> list[float]:
+        """The median of a figure over the answers of each request."""
+        runs = {gap.run for gap in self.gaps}
+        return [median(getattr(g, name) for g in self.gaps if g.run == run) for run in runs]
+
+    def rare(self) -> int:
+        """How many requests are far beyond the noise, and as large as a fault."""
+        if self.fault is None:
+            return 0
+        sizes = zip(self.runs(), self.runs("gap"), strict=True)
+        return sum(ratio > RARE and gap > RARE_SIZE * self.fault for ratio, gap in sizes)
+
+
+def _typical(found: Sequence[_Compared], name: str) -> float:
+    return float(median(median(compared.runs(name)) for compared in found))
+
+
+def _judged(found: Sequence[_Compared], reused: int | None) -> tuple[str, str]:
+    """The verdict of an arm, and why it is none of the plain ones."""
+    if reused == 0:
+        return VACUOUS, NOT_REUSED
+    gaps = [gap for compared in found for gap in compared.gaps]
+    controls = [times for compared in found for times in compared.controls]
+    if all(gap.identical for gap in gaps):
+        return (VACUOUS, NOT_TOLD) if reused is None else (IDENTICAL, "")
+    faults = [compared.fault for compared in found if compared.fault is not None]
+    if all(gap.floor == 0 for gap in gaps) and faults:
+        large = _typical(found, "gap") > RARE_SIZE * median(faults)
+        return (BEYOND, "") if large else (HIDDEN, NO_NOISE)
+    said = noise.judge(_typical(found, "ratio"), controls)
+    if said == noise.BEYOND:
+        return BEYOND, ""
+    rare, n = sum(compared.rare() for compared in found), sum(len(c.runs()) for c in found)
+    if rare:
+        return BEYOND, f"in {rare} of {n} requests"
+    if said == noise.HIDDEN:
+        return HIDDEN, TOO_NOISY
+    return (VACUOUS, NOT_TOLD) if reused is None else (WITHIN, "")
+
+
+def _gap(prompt: int, probe: Probe, scale: Scale, pooled: float, grown: float) -> ProbeGap:
+    distance = _distance(probe.answer, scale)
+    floor = (scale.floor or pooled) * grown
+    found = vector(probe.answer, scale.ids)
+    same = any(np.array_equal(found, b[0]) for b in scale.benign)
+    ratio = 0.0 if same and not floor else distance / (_floor(scale, pooled) * grown)
+    nats = scale.nats
+    return ProbeGap(prompt, probe.run, probe.history, distance * nats, floor * nats, ratio, same)
+
+
+def _floor(scale: Scale, pooled: float) -> float:
+    """The floor that a distance is divided by."""
+    return max(scale.floor or pooled, LEAST)
+
+
+def _distance(answer: Answer, scale: Scale) -> float:
+    """From the mean of the benign answers; infinite for what is not a number."""
+    return noise.spread([vector(answer, scale.ids)], scale.middle).total
+
+
+def distance(answer: Answer, other: Answer, scale: Scale) -> float:
+    """Of two answers to one history, relative."""
+    return noise.spread([vector(answer, scale.ids)], [vector(other, scale.ids)]).total
+
+
+def with_promoted(plain: ArmVerdict, promoted: ArmVerdict) -> ArmVerdict:
+    """The verdict of an arm once the same numbers in F32 were asked too: what only rounds is within
+    the far smaller noise there, and a bug stays."""
+    ratio, gap = promoted.ratio, promoted.gap
+    found = replace(plain, promoted=promoted.verdict, promoted_ratio=ratio, promoted_gap=gap)
+    if plain.verdict in (VACUOUS, LOSSY, UNSUPPORTED):
+        return found
+    if promoted.verdict == BEYOND:
+        evidence = promoted.evidence
+        return replace(found, verdict=BUG, evidence=evidence, first_beyond=promoted.first_beyond)
+    if promoted.verdict not in (IDENTICAL, WITHIN) or plain.verdict == IDENTICAL:
+        return found
+    if plain.verdict == BEYOND and (plain.worst or 0) > DOUBTED:
+        return replace(found, evidence=KERNELS)
+    return replace(found, verdict=ROUNDING, evidence="")
+
+
+KERNELS = "in F32 it is within: the cache's logic is right there, so look at kernels of low formats"

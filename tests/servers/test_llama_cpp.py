@@ -1,0 +1,100 @@
+"""llama.cpp itself, with a tiny random model: right as it is, and wrong behind a faulty proxy."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import string
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("xllamacpp")
+pytest.importorskip("gguf")
+
+from fault_proxy import FAULTS, FaultProxy, proxied
+from gguf_files import Made
+from kvtool.core.servers.client import Client
+from kvtool.core.servers.engines import connect
+from kvtool.core.servers.session import Visit, visit
+from kvtool.core.servers.verdict import BEYOND, IDENTICAL, LOSSY, UNSUPPORTED, WITHIN, ArmVerdict
+from llama_server import llama_server
+
+LETTERS = string.ascii_lowercase
+WORDS = ["<end>", *LETTERS, *map("".join, itertools.product(LETTERS, repeat=2))]
+DRAWS = random.Random(0)
+PROMPTS = [[DRAWS.randrange(1, 299) for _ in range(n)] for n in (58, 61)]  # and 64 are crossed
+TAIL = 12
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    with llama_server(Made(tokens=WORDS[:300], formats=("F32",)).write(Path(path))) as address:
+        yield address
+
+
+def asked(address: str, arms: list[str]) -> dict[str, ArmVerdict]:
+    found = Visit()
+    visit(connect(Client(address)), PROMPTS, arms, [], TAIL, lambda _: None, found)
+    return {verdict.arm: verdict for verdict in found.verdicts(arms)}
+
+
+def test_llama_cpp_is_right_where_kernels_change_between_shapes(url: str) -> None:
+    found = asked(url, ["prefix", "decode", "fork", "evicted", "cut"])
+    assert {v.verdict for v in found.values()} <= {WITHIN, IDENTICAL, UNSUPPORTED}
+    assert found["prefix"].reused and found["evicted"].reused  # from its memory of old prompts
+    assert found["prefix"].floor  # not 0: the shapes crossed a change of kernels
+    assert found["cut"].verdict == UNSUPPORTED
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_before_llama_cpp_is_found(url: str, name: str) -> None:
+    proxy = FaultProxy(url, FAULTS[name])
+    with proxied(proxy) as address:
+        found = asked(address, ["prefix"])["prefix"]
+    assert proxy.planted
+    assert found.verdict == BEYOND
+
+
+def test_cached_logprobs_of_another_temperature_are_found(url: str) -> None:
+    with proxied(FaultProxy(url, temperature=1.05)) as address:
+        assert asked(address, ["prefix"])["prefix"].verdict == BEYOND
+
+
+def test_a_proxy_that_plants_nothing_is_right(url: str) -> None:
+    with proxied(FaultProxy(url)) as address:
+        assert asked(address, ["prefix"])["prefix"].right
+
+
+def test_positions_that_llama_cpp_shifts_are_a_loss_and_no_bug(tmp_path: Path) -> None:
+    model = Made(tokens=WORDS[:300], formats=("F32",)).write(tmp_path / "tiny.gguf")
+    with llama_server(model, n_cache_reuse=4) as address:
+        found = asked(address, ["cut"])["cut"]
+    assert (found.verdict, found.right) == (LOSSY, True)
+    assert found.gap is not None and found.gap > 0.1
+
+
+def test_a_prompt_longer_than_a_chunk_is_right_and_a_fault_in_it_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gguf_files.CONTEXT", 2048)
+    model = Made(tokens=WORDS[:300], formats=("F32",)).write(tmp_path / "tiny.gguf")
+    verdicts = {}
+    with llama_server(model, 4096) as url:
+        for name in ("", "a token missing"):
+            with proxied(FaultProxy(url, FAULTS.get(name))) as address:
+                found = Visit()
+                engine = connect(Client(address))
+                visit(engine, PROMPTS[:1], [], ["long"], TAIL, lambda _: None, found)
+            (verdicts[name],) = found.verdicts(["long"])
+    assert verdicts[""].verdict in (WITHIN, IDENTICAL)
+    assert verdicts["a token missing"].verdict == BEYOND
+
+
+def test_a_context_that_holds_no_long_prompt_is_said(url: str) -> None:
+    found = Visit()
+    visit(connect(Client(url)), PROMPTS[:1], [], ["long"], TAIL, lambda _: None, found)
+    (long,) = found.verdicts(["long"])
+    assert long.verdict == UNSUPPORTED and "its context is too short" in long.evidence

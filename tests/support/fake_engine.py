@@ -1,0 +1,174 @@
+"""A server that speaks as llama.cpp, vLLM or SGLang do, over a model and a cache of ours."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+from kvtool.core.cache import CacheSpec, make_cache
+from kvtool.core.decoding.engine import advance
+from small_models import random_model
+
+V, CONTEXT = 61, 160
+Fault = Callable[[list[int]], list[int]]  # what the cache holds in place of a kept prefix
+
+FAULTS: dict[str, Fault] = {
+    "a token replaced": lambda ids: [*ids[:-1], (ids[-1] + 1) % V],
+    "a token missing": lambda ids: [*ids[:2], *ids[3:]],
+    "a token doubled": lambda ids: [*ids[:3], *ids[2:]],
+    "a stale block": lambda ids: [*[7] * min(4, len(ids)), *ids[4:]],
+    "half of the prefix lost": lambda ids: ids[len(ids) // 2 :],
+}
+
+
+class FakeEngine:
+    """Continues token ids greedily. What it kept of the last request serves the next one's
+    prefix; `fault` spoils it. `status` is answered in place of the next requests, one each."""
+
+    def __init__(self, fault: Fault | None = None, top: int = 40) -> None:
+        self.model = random_model(0, vocab_size=V, context=CONTEXT)
+        self.fault, self.top, self.kept = fault, top, [[0]]
+        self.status: list[int] = []
+        self.seen: list[tuple[str, dict[str, Any], str]] = []
+        self.flushed = 0
+
+    @torch.inference_mode()
+    def complete(self, ids: list[int], n: int, cached: bool) -> tuple[list[Any], int]:
+        """[(token, [(id, logprob), ...]), ...] and the tokens reused."""
+        shared = max((_common(kept, ids[:-1]) for kept in self.kept), default=0) if cached else 0
+        held = ids[:shared]
+        if shared > 4 and self.fault is not None:
+            held = self.fault(held)
+        cache = make_cache("dynamic", CacheSpec.of(self.model.config, 1, CONTEXT))
+        if held:
+            advance(self.model, cache, torch.tensor([held]))
+        new, found = ids[shared:], []
+        for _ in range(n):
+            logits = advance(self.model, cache, torch.tensor([new]), last=True)[0, -1]
+            top = logits.float().log_softmax(-1).topk(min(self.top, V))
+            pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            found.append((pairs[0][0], pairs))
+            new = [pairs[0][0]]
+        self.kept = [*self.kept[-1:], [*ids, *(token for token, _ in found)]]
+        return found, shared
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def llama_cpp(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+    """The answer of llama-server."""
+    if path == "/props":
+        return {"default_generation_settings": {"n_ctx": CONTEXT}, "model_alias": "fake"}
+    if path == "/tokenize":
+        return {"tokens": [ord(c) % V for c in body["content"]]}
+    if path != "/completion":
+        return None
+    found, reused = engine.complete(body["prompt"], body["n_predict"], body["cache_prompt"])
+    tops = [
+        {"id": token, "top_logprobs": [{"id": i, "logprob": p} for i, p in pairs]}
+        for token, pairs in found
+    ]
+    return {"completion_probabilities": tops, "timings": {"cache_n": reused}}
+
+
+class Vllm:
+    """The answers of vLLM, where requests of one salt alone share a cache."""
+
+    def __init__(self, most: int = 20) -> None:
+        self.most = most
+        self.salts: set[str] = set()
+
+    def __call__(
+        self, engine: FakeEngine, path: str, body: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        if path == "/v1/models":
+            return {"data": [{"id": "fake", "max_model_len": CONTEXT}]}
+        if path == "/tokenize":
+            return {"tokens": [ord(c) % V for c in body["prompt"]]}
+        if path != "/v1/completions":
+            return None
+        if body["logprobs"] > self.most:
+            return {"HTTP": 400, "error": {"message": f"logprobs may be at most {self.most}"}}
+        cached = body["cache_salt"] in self.salts
+        self.salts.add(body["cache_salt"])
+        found, reused = engine.complete(body["prompt"], body["max_tokens"], cached)
+        logprobs = {
+            "tokens": [f"token_id:{token}" for token, _ in found],
+            "top_logprobs": [
+                {f"token_id:{i}": p for i, p in pairs[: body["logprobs"]]} for _, pairs in found
+            ],
+        }
+        usage = {"prompt_tokens_details": {"cached_tokens": reused}}
+        return {"choices": [{"logprobs": logprobs}], "usage": usage}
+
+
+def sglang(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+    """The answer of SGLang, as its documentation has it."""
+    if path == "/get_model_info":
+        return {"model_path": "fake"}
+    if path == "/flush_cache":
+        engine.kept, engine.flushed = [], engine.flushed + 1
+        return {}
+    if path == "/tokenize":
+        return {"tokens": [ord(c) % V for c in body["prompt"]]}
+    if path != "/generate":
+        return None
+    n = body["sampling_params"]["max_new_tokens"]
+    found, reused = engine.complete(body["input_ids"], n, cached=True)
+    meta = {
+        "output_token_logprobs": [[pairs[0][1], token, None] for token, pairs in found],
+        "output_top_logprobs": [[[p, i, None] for i, p in pairs] for _, pairs in found],
+        "cached_tokens": reused,
+    }
+    return {"meta_info": meta}
+
+
+@contextmanager
+def served(engine: FakeEngine, answer: Any = llama_cpp) -> Iterator[str]:
+    """The address of a server that answers as told, on this machine, within."""
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self._answer({})
+
+        def do_POST(self) -> None:
+            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def _answer(self, body: dict[str, Any]) -> None:
+            with lock:
+                engine.seen.append((self.path, body, self.headers.get("Authorization", "")))
+                status = engine.status.pop(0) if engine.status else 200
+                found = answer(engine, self.path, body) if status == 200 else {"error": "busy"}
+            if found is None:
+                status, found = 404, {}
+            self._send(found.pop("HTTP", status), json.dumps(found).encode())
+
+        def _send(self, status: int, data: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
