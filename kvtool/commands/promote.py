@@ -20,8 +20,8 @@ PORT = 8081
 # Of llama-server: an f32 cache, and no kernel that rounds to half precision on the way.
 FLAGS = "--cache-type-k f32 --cache-type-v f32 --flash-attn off"
 OTHER_MODEL = (
-    "With the first blocks alone it is another, smaller model, whose answers mean nothing and whose "
-    "cache works as before: compare it with itself, with and without the cache, and with no other."
+    "With the first blocks alone it is another, smaller model, whose answers mean nothing and "
+    "whose cache works as before: compare it with itself alone, with its cache and without."
 )
 
 

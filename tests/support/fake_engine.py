@@ -60,7 +60,9 @@ class FakeEngine:
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def llama_cpp(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:

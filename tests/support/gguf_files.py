@@ -37,7 +37,7 @@ class Made:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all tensors, as NumPy has them."""
-        d, ff = self.d_model, self.d_ff
+        d = self.d_model
         found: dict[str, tuple[int, ...]] = {"token_embd.weight": (self.vocab, d)}
         if self.arch == "gpt2":
             found["position_embd.weight"] = (CONTEXT, d)

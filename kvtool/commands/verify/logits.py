@@ -318,9 +318,7 @@ def command(
     if server is not None:
         o.require_inputs(model)
         exact = RunConfig(model, device, "float64", threads, seed)
-        asked = served.Settings(
-            exact, server, engine, prompt, prompts, tokens, requests, timeout
-        )
+        asked = served.Settings(exact, server, engine, prompt, prompts, tokens, requests, timeout)
         present("verify-logits.server", asked, served.run, served.show, out)
     settings = Settings(run_config, reference, against, prompt, save_reference)
     o.require_inputs(model, ("--reference", reference, "reference logits"))

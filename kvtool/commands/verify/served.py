@@ -18,7 +18,7 @@ from kvtool.ui.tables import Column
 
 if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint
-    from kvtool.core.reference.served import ServedPrompt, Verdict
+    from kvtool.core.reference.served import Verdict
     from kvtool.core.servers.engines import Engine
 
 TAIL, N_PROMPTS = 24, 4
@@ -124,7 +124,7 @@ class ServedReport:
             at = self.first or {}
             return (
                 f"differs from position {at.get('position')} of prompt {at.get('prompt')} on: "
-                f"{measured}, {self.ratio:.3g} times as much; top token other at {self.flips} of {n}"
+                f"{measured}: {self.ratio:.3g} times less; top token other at {self.flips} of {n}"
             )
         seen = ", ".join(f"{name} {times:.3g}" for name, times in self.controls.items())
         if self.verdict == "cannot tell":

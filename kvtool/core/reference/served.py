@@ -147,11 +147,14 @@ def positions(prompts: Sequence[ServedPrompt]) -> list[ServedPosition]:
 
 def judge(prompts: Sequence[ServedPrompt], found: Sequence[ServedPosition]) -> Verdict:
     """Whether the server is as far from our run as its format's rounding, or further."""
-    ratios, controls = [], {name: [] for name in FAULTS}  # type: dict[str, list[float]]
-    scales = {}
+    ratios: list[float] = []
+    controls: dict[str, list[float]] = {name: [] for name in FAULTS}
+    scales: dict[int, float] = {}
     for prompt in prompts:
         own = [p for p in found if p.prompt == prompt.number]
-        scale = max(_pooled([p.expected for p in own]), _pooled([p.noise or 0.0 for p in own]), LEAST)
+        scale = max(
+            _pooled([p.expected for p in own]), _pooled([p.noise or 0.0 for p in own]), LEAST
+        )
         scales[prompt.number] = scale
         ratios.append(_pooled([p.gap for p in own]) / scale)
         for name in FAULTS:
