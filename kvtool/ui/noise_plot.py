@@ -40,7 +40,8 @@ def noise_plot(path: Path, arms: Sequence[ArmSeen], title: str = "") -> None:
     for axes in grid.flat[len(arms) :]:
         axes.set_visible(False)
     figure.supylabel("nats, over the likeliest tokens", fontsize=10)
-    figure.supxlabel("tokens before the one that is compared", fontsize=10)
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens before the one compared")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     entitle(figure, title)
@@ -55,7 +56,14 @@ def _limits(arms: Sequence[ArmSeen]) -> tuple[float, float]:
     return max(min(finite) / 10, LEAST), max(finite) * 5
 
 
+def _nats(value: float, _: int) -> str:
+    """A tick's number: 1e-7, 1."""
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+00", "")
+
+
 def _panel(axes: Any, arm: ArmSeen, least: float, most: float) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     floors: dict[int, list[float]] = {}
     for position, value in arm.floors:
         floors.setdefault(position, []).append(value)
@@ -75,6 +83,9 @@ def _panel(axes: Any, arm: ArmSeen, least: float, most: float) -> None:
         linestyle="none", marker="o", markersize=3, color=COLOURS[2], label="cached against cold",
     )  # fmt: skip
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(_nats))
+    axes.minorticks_off()
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_ylim(least, most)
     axes.set_title(f"{arm.name}: {arm.verdict}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

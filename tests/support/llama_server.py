@@ -1,68 +1,48 @@
-"""The server of llama.cpp, from the package xllamacpp, in a process of its own."""
+"""llama.cpp's own server, of the package xllamacpp, in a process of its own."""
 
 from __future__ import annotations
 
-import json
-import socket
+import os
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-WAIT = 120  # seconds, for a busy machine; decides nothing else
-PROGRAM = """
-import sys, time
+CODE = """
+import sys
 import xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path = sys.argv[1]
-params.hostnames, params.port = ["127.0.0.1"], int(sys.argv[2])
-params.n_ctx, params.n_parallel = 512, 1
-params.warmup = params.fit_params = False
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-server = xllamacpp.Server(params)
-sys.stdin.read()  # until the test ends
+p = xllamacpp.CommonParams()
+p.model.path, p.hostnames, p.port = sys.argv[1], ["127.0.0.1"], 0
+p.n_ctx, p.n_parallel, p.warmup, p.fit_params = int(sys.argv[2]), 2, False, False
+p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1
+for name, value in zip(sys.argv[3::2], sys.argv[4::2]):
+    kind = type(getattr(p, name))
+    setattr(p, name, kind(int(value)) if value.lstrip("-").isdigit() else value)
+server = xllamacpp.Server(p)
+print(server.listening_address, flush=True)
+sys.stdin.read()
 """
 
 
 @contextmanager
-def llama_server(model: Path) -> Iterator[str]:
-    """The address of a server of the GGUF file `model`, within."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(model), str(port)],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        try:
-            _wait_for(url, process)
-            yield url
-        finally:
-            process.kill()
+def llama_server(model: Path, context: int = 512, **params: object) -> Iterator[str]:
+    """The address of llama.cpp's server of a GGUF file, within; of `context` tokens for 2 slots.
 
-
-def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + WAIT
-    while process.poll() is None and time.monotonic() < end:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.05)
-    process.kill()
-    said = process.stderr.read().decode() if process.stderr else ""
-    raise AssertionError(f"llama.cpp did not start: {said[-2000:]}")
-
-
-def post(url: str, path: str, **body: Any) -> Any:
-    """The answer to a request."""
-    data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(url + path, data, headers)) as answer:
-        return json.load(answer)
+    params: of xllamacpp.CommonParams, such as n_cache_reuse=8.
+    """
+    words = [str(word) for item in params.items() for word in item]
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE, str(model), str(context), *words],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        lines = iter(process.stdout.readline, "")
+        yield next(line.strip() for line in lines if line.startswith("http"))
+    finally:
+        process.stdin.close()
+        process.kill()
+        process.stdout.close()
+        process.wait()

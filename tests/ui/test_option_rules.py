@@ -26,7 +26,9 @@ TABLES = {
     "verify-logits": [*logits.RULES],
     "bench": [*bench.RULES],
 }
-SWITCHES = ("--self-test", "--sweep", "--chat", "--force", "--thorough", "--lossy")
+SWITCHES = (
+    "--self-test", "--sweep", "--chat", "--force", "--thorough", "--lossy", "--dry-run",
+)  # fmt: skip
 VALUES = {
     "--beams": "2",
     "--length-penalty": "1",
@@ -40,7 +42,9 @@ VALUES = {
     "--input": "lines.txt",
     "--against": "numpy",
     "--fail-if": "min:1",
-    **dict.fromkeys(("--tokens", "--prompt-length", "--time-limit"), "9"),
+    **dict.fromkeys(
+        ("--tokens", "--prompt-length", "--time-limit", "--requests", "--timeout"), "9"
+    ),
     **dict.fromkeys(("--window", "--sinks", "--group", "--residual", "--page"), "3"),
 }
 CASES = [

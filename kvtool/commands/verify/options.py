@@ -31,17 +31,17 @@ OF_THE_SELF_TEST = contradicts(
 OF_A_SERVER = "--engine --prompts --requests --timeout --dry-run --promoted --against"
 RULES = (
     contradicts("--prompt", "--prompt-length", "Give one of them."),
+    contradicts(
+        "--against",
+        "--promoted --scenarios --thorough",
+        "It compares the answers of two servers, and judges neither.",
+    ),
     needs("--server", OF_A_SERVER, "Add --server URL."),
     contradicts(
         "--server",
         f"--impl --target --sweep --model --dtype --caches --kernels --prompt --prompt-length "
         f"--resume {OF_KINDS}",
         "A server has its own model and cache, and takes its prompts from --prompts.",
-    ),
-    contradicts(
-        "--against",
-        "--promoted --scenarios --thorough",
-        "It compares the answers of two servers, and judges neither.",
     ),
     needs("--sweep", "--types --time-limit", f"Add {HF} --sweep."),
     contradicts(

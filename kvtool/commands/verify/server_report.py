@@ -141,8 +141,12 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _size(arms: Sequence[ArmVerdict]) -> str:
-    """How large what is wrong is."""
-    most = max(arms, key=lambda a: a.worst or 0)
+    """How large what is wrong is, on the promoted server if one decided."""
+    most = max(arms, key=lambda a: (a.promoted_ratio or 0, a.worst or 0))
+    if most.promoted_ratio is not None:
+        return (
+            f"{times(most.promoted_ratio)} times the noise in F32, {nats(most.promoted_gap)} nats"
+        )
     said = f"up to {times(most.worst)} times it, {nats(most.gap)} nats"
     if most.fault and most.gap is not None:
         said += f" ({times(most.gap / most.fault)} of a wrong token)"

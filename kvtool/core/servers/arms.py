@@ -22,10 +22,12 @@ from kvtool.core.servers.engines import Completion, Engine, NotFinite
 TOP = 30  # of the likeliest tokens of the reference, by which two answers are compared
 TAIL = 32  # tokens of the server's own that follow a prompt: the boundaries lie among them
 N_BOUNDARIES = 6
-JUDGED_FROM = 0.5  # of the tail: before it there are too few boundaries
+JUDGED_FROM = 0.6  # of the tail: before it there are too few boundaries
+BLOCK = 16  # tokens; engines keep a prompt in blocks of this many, or of a multiple
 N_SPLITS = 2  # shared prefixes that are tried for each prompt
 FORKED = 6  # other tokens behind a shared prefix
 CUT_TAIL = 8
+MOST_SET_RIGHT = 4  # times that a decoded text is led back to the right one
 LONG_TAIL = 8
 FILLERS = 8  # tokens of requests that push a prompt out of its slot
 
@@ -131,12 +133,15 @@ class Prompt:
             [*self.ids[:at], other, *self.ids[at + 1 :]],
             [*self.ids[:at], *self.ids[at + 1 :]],
         ):
-            self.cold.controls.append(self.engine.complete(ids).likeliest[0])
+            self.cold.controls += self.engine.complete(ids).likeliest[:1]
 
     def splits(self, n: int = N_SPLITS) -> list[int]:
-        """Lengths of a prefix that another request shares: more than a third, not all."""
-        first = max(self.end // 3, 1)
-        return sorted(self.random.sample(range(first, self.end), min(n, self.end - first)))
+        """Lengths of a prefix that another request shares: more than a third, not all. Every other
+        one is where blocks of a cache end, or one token beside it."""
+        possible = range(max(self.end // 3, 1), self.end)
+        beside = (0, 1, -1)[self.number % 3]
+        ends = [i for i in possible if (i - beside) % BLOCK == 0] or possible
+        return [self.random.choice(possible if k % 2 else ends) for k in range(n)]
 
     def others(self, n: int) -> list[int]:
         """Other ids, of this prompt's own."""
@@ -150,11 +155,7 @@ class Prompt:
         """Ask for the rest of the text, of which a cache may hold the first `after` tokens, and
         keep the answers to all histories that are judged."""
         begin = min(max(self.start, after + 1), self.end)
-        try:
-            found = self.ask(self.ids[:begin], self.end - begin + 1)
-        except NotFinite:
-            into.add([(begin, {})], None)
-            return
+        found = self.ask(self.ids[:begin], self.end - begin + 1)
         into.add(self.shared(found, begin), found.reused)
 
 
@@ -166,11 +167,18 @@ def warm_prefix(prompt: Prompt, into: Measured) -> None:
 
 
 def decode(prompt: Prompt, into: Measured) -> None:
-    """Tokens decoded one by one, against a prefill of the same tokens."""
+    """Tokens decoded one by one, against a prefill of the same tokens. Where the server goes on
+    otherwise, it is set right and asked again."""
     prompt.ask(prompt.ids[: prompt.n_prompt - 1])
     begin = prompt.n_prompt
-    found = prompt.ask(prompt.ids[:begin], prompt.end - begin + 1)
-    into.add([f for f in prompt.shared(found, begin) if f[0] >= prompt.start], found.reused)
+    for _ in range(MOST_SET_RIGHT):
+        found = prompt.ask(prompt.ids[:begin], prompt.end - begin + 1)
+        answers = list(prompt.shared(found, begin))
+        if judged := [f for f in answers if f[0] >= prompt.start]:
+            into.add(judged, found.reused)
+        begin = max(begin + len(answers), begin + 1, prompt.start)
+        if begin > prompt.end:
+            return
 
 
 def fork(prompt: Prompt, into: Measured) -> None:
@@ -210,6 +218,12 @@ def evicted(prompt: Prompt, into: Measured) -> None:
     prompt.probe(into, prompt.start - 1)
 
 
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the prefix that two texts share."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def cut(prompt: Prompt, into: Measured) -> None:
     """A prompt cut in the middle, the rest of which lay further behind before. A server that
     shifts what it has kept answers by design with another history's keys."""
@@ -218,7 +232,7 @@ def cut(prompt: Prompt, into: Measured) -> None:
     rest = [*prompt.ids[:first], *prompt.ids[last : prompt.n_prompt]]
     prompt.ask(prompt.ids)
     found = prompt.ask(rest, CUT_TAIL + 1)
-    if found.reused is not None and found.reused <= first:
+    if found.reused is None or found.reused <= common(rest, prompt.ids):
         into.unsupported = "it reuses nothing behind a cut"
         return
     shorter = Prompt(prompt.engine, prompt.number, rest, CUT_TAIL)
@@ -248,9 +262,13 @@ SHORT = [name for name, arm in ARMS.items() if not arm.long]
 
 
 def play(prompt: Prompt, name: str) -> Measured:
-    """One arm on one prompt. Raises ServerError."""
+    """One arm on one prompt; what is not a number with the cache is an answer too. Raises
+    ServerError."""
     measured = Measured(name, prompt.number, prompt.cold)
-    ARMS[name].play(prompt, measured)
+    try:
+        ARMS[name].play(prompt, measured)
+    except NotFinite:
+        measured.add([(prompt.end, {})], None)
     return measured
 
 

@@ -25,6 +25,14 @@ N_TRIES = 4
 LONGEST_WAIT = 20.0  # seconds before the next try
 
 
+class Refused(ServerError):
+    """A server's answer to a request is an error of HTTP: `code`."""
+
+    def __init__(self, code: int, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.code = code
+
+
 class RequestsSpent(ServerError):
     """As many requests were sent as are allowed."""
 
@@ -132,7 +140,7 @@ class Client:
             wrong = "does not accept the key" if self._key else "needs a key"
             return ServerError(f"{where}: {wrong} (HTTP {error.code})", f"Set {KEYS[0]}.")
         if error.code == 404:
-            return ServerError(f"{where}: there is no such address (HTTP 404)")
+            return Refused(404, f"{where}: there is no such address (HTTP 404)")
         if error.code in RETRIED:
             text = f"{where}: is busy, or limits requests (HTTP {error.code}, {N_TRIES} tries)"
             return ServerError(text, "Try again later.")
@@ -140,7 +148,7 @@ class Client:
             to = error.headers.get("Location", "another address")
             text = f"{where}: redirects to {to[:200]} (HTTP {error.code}), which is not followed"
             return ServerError(text, "Give that address, if you trust it.")
-        return ServerError(f"{where}: refused the request (HTTP {error.code}{said})")
+        return Refused(error.code, f"{where}: refused the request (HTTP {error.code}{said})")
 
     def _unreachable(self, error: Exception) -> ServerError:
         why = getattr(error, "reason", error)

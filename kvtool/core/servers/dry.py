@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvtool.core.servers.engines import Completion, Engine, Request
+from kvtool.core.servers.prompts import LEAST_TOKENS
 
 UNKNOWN = -1  # stands for a token that the server would have answered
 LETTERS = 4  # of a text, for which a token stands that the server would have told
@@ -42,4 +43,4 @@ class DryEngine:
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize, of ids that are not known."""
         self.requests_made.append((self.arm, ("/tokenize", {"text": text})))
-        return [UNKNOWN] * max(len(text) // LETTERS, 1)
+        return [UNKNOWN] * max(len(text) // LETTERS, LEAST_TOKENS)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from kvtool.core.servers.client import Client
+from kvtool.core.servers.client import Client, Refused
 from kvtool.errors import ServerError, UsageError
 
 WANTED = 256  # likeliest tokens asked for at each position, where a server gives as many
@@ -96,7 +96,13 @@ class LlamaCpp:
         """As Engine.complete."""
         ((path, body),) = self.requests(ids, n, cached, salt)
         answer = self.client.post(path, body)
-        found = answer.get("completion_probabilities")
+        found, tokens = answer.get("completion_probabilities"), answer.get("tokens")
+        if isinstance(tokens, list) and tokens and isinstance(found or [], list):
+            # It leaves out tokens that end within a letter: what is behind one stands elsewhere.
+            same = [_id_of(t) == token for t, token in zip(found or [], tokens, strict=False)]
+            found = (found or [])[: [*same, False].index(False)]
+            if not found:
+                return Completion((), (), None)
         timings = answer.get("timings")
         reused = timings.get("cache_n") if isinstance(timings, dict) else None
         return _completion(self, found, lambda t: t["id"], _of_llama_cpp, reused)
@@ -105,6 +111,10 @@ class LlamaCpp:
         """As Engine.tokenize, with the tokens that begin a text."""
         body = {"content": text, "add_special": True}
         return _ids(self, self.client.post("/tokenize", body))
+
+
+def _id_of(token: Any) -> Any:
+    return token.get("id") if isinstance(token, dict) else None
 
 
 def _of_llama_cpp(token: Any) -> dict[int, float]:
@@ -162,8 +172,8 @@ class VLLM:
         for n in allowed:
             try:
                 answer = self.client.post("/v1/completions", {**body, "logprobs": n})
-            except ServerError as error:
-                if "HTTP 400" not in error.message or "logprob" not in error.message.lower():
+            except Refused as error:
+                if error.code != 400 or "logprob" not in error.message.lower():
                     raise
                 continue
             self._n_wanted = n
@@ -306,9 +316,7 @@ def connect(client: Client, name: str = "") -> Engine:
     for path, kind, keys in [ENGINES[name]] if name else ENGINES.values():
         try:
             answer = client.get(path)
-        except ServerError as error:
-            if "HTTP" not in error.message or "key" in error.message:
-                raise  # no other path would help
+        except Refused as error:  # after other errors no other path would help
             errors.append(error)
             continue
         if all(answer.get(key) for key in keys):

@@ -58,6 +58,7 @@ class ArmVerdict:
     gaps: tuple[ProbeGap, ...] = ()
     promoted: str = ""  # the verdict on the promoted server, if one was asked
     promoted_ratio: float | None = None
+    promoted_gap: float | None = None
 
     @property
     def right(self) -> bool:
@@ -219,11 +220,13 @@ def distance(answer: Answer, other: Answer, scale: Scale) -> float:
 def with_promoted(plain: ArmVerdict, promoted: ArmVerdict) -> ArmVerdict:
     """The verdict of an arm once the same numbers in F32 were asked too: what only rounds is within
     the far smaller noise there, and a bug stays."""
-    found = replace(plain, promoted=promoted.verdict, promoted_ratio=promoted.ratio)
+    ratio, gap = promoted.ratio, promoted.gap
+    found = replace(plain, promoted=promoted.verdict, promoted_ratio=ratio, promoted_gap=gap)
     if plain.verdict in (VACUOUS, LOSSY, UNSUPPORTED):
         return found
     if promoted.verdict == BEYOND:
-        return replace(found, verdict=BUG, first_beyond=promoted.first_beyond)
+        evidence = promoted.evidence
+        return replace(found, verdict=BUG, evidence=evidence, first_beyond=promoted.first_beyond)
     if promoted.verdict not in (IDENTICAL, WITHIN) or plain.verdict == IDENTICAL:
         return found
     if plain.verdict == BEYOND and (plain.worst or 0) > DOUBTED:

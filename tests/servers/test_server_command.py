@@ -1,0 +1,188 @@
+"""kvtool verify-cache --server: what is said, what is written, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cli_probe import HANGS, Ran, refused
+from fake_engine import FAULTS, FakeEngine, llama_cpp, served
+from small_models import answer
+
+FEW = ("--tokens", "8", "--scenarios", "prefix", "fork")
+LINES = '[1, 5, 9, 2, 7, 3, 8, 4, 6, 11, 12, 30, 31, 40]\n"a text that is long enough"\n'
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(LINES)
+    return str(path)
+
+
+@pytest.fixture
+def right() -> Iterator[str]:
+    with served(FakeEngine()) as url:
+        yield url
+
+
+@pytest.fixture
+def wrong() -> Iterator[str]:
+    with served(FakeEngine(FAULTS["half of the prefix lost"])) as url:
+        yield url
+
+
+def ask(kv: Callable[..., Ran], *args: str) -> Ran:
+    return kv(*args, *FEW, command="verify-cache")
+
+
+def test_a_right_server_is_within_its_own_noise(
+    kv: Callable[..., Ran], right: str, prompts: str, tmp_path: Path
+) -> None:
+    files = ("--output", str(tmp_path / "a.csv"), "--plot", str(tmp_path / "a.png"))
+    ran = ask(kv, "--server", right, "--prompts", prompts, *files)
+    assert ran.code == 0
+    assert "✓ prefix, fork: within the engine's own noise, at most 0." in ran.out
+    assert max(map(len, ran.out.splitlines()[:6])) <= 80
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert (tmp_path / "a.csv").read_text().count("within noise") == 2
+
+
+def test_a_wrong_server_is_beyond_it_and_the_next_step_is_said(
+    kv: Callable[..., Ran], wrong: str, prompts: str
+) -> None:
+    ran = ask(kv, "--server", wrong, "--prompts", prompts)
+    assert ran.code == 1
+    assert "✗ beyond the engine's own noise in prefix, fork: up to " in ran.out
+    assert "from token " in ran.out
+    assert "kvtool promote MODEL.gguf" in ran.err and "--promoted URL" in ran.err
+
+
+def test_the_document_has_every_gap_and_no_key(
+    kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, right: str, prompts: str
+) -> None:
+    monkeypatch.setenv("KVTOOL_API_KEY", "s3cret")
+    ran = ask(kv, "--server", right, "--prompts", prompts, "--json")
+    found = answer(ran)
+    assert found["schema"] == "kvtool.verify-cache.server/1"
+    assert [arm["arm"] for arm in found["arms"]] == ["prefix", "fork"]
+    assert all(arm["right"] and arm["gaps"] and arm["reused"] for arm in found["arms"])
+    assert found["resolved"]["prompt_tokens"] == [14, 26]
+    assert found["requests_sent"] > 20
+    assert "s3cret" not in ran.out + ran.err
+
+
+@pytest.mark.parametrize(("plain", "promoted", "verdict", "code"), [
+    ("right", "right", "rounding", 0), ("right", "wrong", "bug", 1), ("wrong", "wrong", "bug", 1),
+])  # fmt: skip
+def test_a_promoted_server_tells_a_bug_from_rounding(
+    kv: Callable[..., Ran], prompts: str, plain: str, promoted: str, verdict: str, code: int
+) -> None:
+    faults = {"right": None, "wrong": FAULTS["half of the prefix lost"]}
+    with served(FakeEngine(faults[plain])) as url, served(FakeEngine(faults[promoted])) as second:
+        urls = ("--server", url, "--promoted", second)
+        found = answer(ask(kv, *urls, "--prompts", prompts, "--json"), code)
+    assert {arm["verdict"] for arm in found["arms"]} == {verdict}
+    assert verdict in found["conclusion"]
+
+
+def test_two_servers_are_compared_with_and_without_their_caches(
+    kv: Callable[..., Ran], right: str, wrong: str, prompts: str
+) -> None:
+    given = ("--server", right, "--against", wrong, "--prompts", prompts, "--tokens", "8")
+    found = answer(kv(*given, "--json", command="verify-cache"), 1)
+    cold, cached = found["comparisons"]
+    assert (cold["verdict"], cold["flips"]) == ("identical", 0)
+    assert cached["verdict"] == "apart" and cached["kl"] > 1e-4 and cached["ratio"] > 100
+    lossy = answer(kv(*given, "--json", "--lossy", command="verify-cache"))
+    assert lossy["comparisons"][1]["verdict"] == "lossy, as configured"
+    assert "lossy, as configured" in lossy["conclusion"]
+
+
+def test_a_dry_run_prints_the_requests_and_sends_none(kv: Callable[..., Ran], prompts: str) -> None:
+    engine = FakeEngine()
+    with served(engine) as url:
+        ran = ask(kv, "--server", url, "--prompts", prompts, "--dry-run")
+        told = answer(ask(kv, "--server", url, "--prompts", prompts, "--dry-run", "--json"))
+    assert ran.code == 0
+    assert [path for path, _, _ in engine.seen] == ["/props"] * 2
+    assert '# prefix, prompt 1\nPOST /completion {"prompt": [1, 5, 9, ' in ran.out
+    assert "none of which was sent; 1 asked what the server is (llama.cpp)" in ran.out
+    assert len(told["requests"]) > 20
+    assert {request["path"] for request in told["requests"]} == {"/tokenize", "/completion"}
+
+
+def test_a_dry_run_names_as_many_requests_as_are_sent(
+    kv: Callable[..., Ran], right: str, prompts: str
+) -> None:
+    given = ("--server", right, "--prompts", prompts, "--json")
+    planned = len(answer(ask(kv, *given, "--dry-run"))["requests"])
+    sent = answer(ask(kv, *given))["requests_sent"]
+    assert sent == planned + 3  # what the server is: first, before and after
+
+
+def test_requests_that_are_spent_end_the_visit_and_not_the_account(
+    kv: Callable[..., Ran], right: str, prompts: str
+) -> None:
+    given = ("--server", right, "--prompts", prompts, "--requests", "17")
+    ran = ask(kv, *given)
+    assert ran.code == 0
+    assert "all requests that --requests allows were sent" in ran.out
+    assert "not run: fork" in ran.out
+
+
+def test_a_server_that_gets_busy_is_said_to_be(kv: Callable[..., Ran], prompts: str) -> None:
+    engine = FakeEngine()
+
+    def busy(served_by: FakeEngine, path: str, body: dict) -> dict | None:
+        found = llama_cpp(served_by, path, body)
+        again = not body.get("cache_prompt") and [b for _, b, _ in engine.seen].count(body) > 1
+        for token in (found or {}).get("completion_probabilities", []) if again else []:
+            for n, other in enumerate(token["top_logprobs"]):
+                other["logprob"] += 1e-3 * (n % 3)
+        return found
+
+    with served(engine, busy) as url:
+        ran = ask(kv, "--server", url, "--prompts", prompts)
+    assert "the server is busy with others" in ran.out
+    assert "Ask again while nobody else uses the server." in ran.err
+
+
+def test_a_server_is_judged_without_loading_torch(prompts: str) -> None:
+    code = (
+        "import sys; from kvtool.app import run; code = run(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'matplotlib'};"
+        "print('LOADED', code, sorted(heavy & sys.modules.keys()))"
+    )
+    with served(FakeEngine()) as url:
+        words = ["verify-cache", "--server", url, "--prompts", prompts, *FEW, "--json"]
+        ran = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=HANGS
+        )
+    assert ran.stdout.endswith("LOADED 0 []\n"), ran.stderr
+    assert json.loads(ran.stdout.rpartition("LOADED")[0])["environment"]["torch"] is None
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("\n\n", "has no line with a prompt"),
+    ('[1, "x"]\n', 'line 1: found [1, "x"] (expected a text, or a list of ids)'),
+    ("[1, 2\n", "line 1 is not valid JSON"),
+    ("[1, 2, 3]\n", "prompt 1 has 3 tokens (expected 12 or more)"),
+    (f"{[7] * 196}\n", "prompt 1 is 196 tokens, and with 15 behind it longer than the server's"),
+])  # fmt: skip
+def test_prompts_that_cannot_be_asked_are_refused(
+    kv: Callable[..., Ran], right: str, tmp_path: Path, text: str, said: str
+) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text(text)
+    assert said in refused(ask(kv, "--server", right, "--prompts", str(path)))
+
+
+def test_the_scenarios_of_a_server_are_listed_without_asking_one(kv: Callable[..., Ran]) -> None:
+    ran = kv("--server", "x", "--scenarios", "help", command="verify-cache")
+    assert ran.code == 0 and "evicted" in ran.out and "cut" in ran.out

@@ -1,0 +1,166 @@
+"""A proxy before a live llama.cpp, whose prefix cache is wrong in a way that was planted.
+
+It keeps what was asked last. Where a request with the cache shares a prefix with that, the server
+is asked anew, and without its cache, for what a faulty cache would have held; the answer says that
+the prefix was reused.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+LEAST = 8  # tokens of a prefix that are reused
+Tokens = list[int]
+Fault = Callable[[Tokens, Tokens, int], Tokens]  # the prompt, what was kept, how much they share
+
+
+def swapped(ids: Tokens, kept: Tokens, n: int) -> Tokens:
+    """Two tokens of the prefix, in the other order."""
+    i = n // 2
+    return [*ids[:i], ids[i + 1], ids[i], *ids[i + 2 :]]
+
+
+def replaced(ids: Tokens, kept: Tokens, n: int) -> Tokens:
+    """A token of the prefix, replaced by another of it."""
+    return [*ids[: n // 2], ids[n // 3], *ids[n // 2 + 1 :]]
+
+
+def missing(ids: Tokens, kept: Tokens, n: int) -> Tokens:
+    """A token of the prefix, missing."""
+    return [*ids[: n // 2], *ids[n // 2 + 1 :]]
+
+
+def doubled(ids: Tokens, kept: Tokens, n: int) -> Tokens:
+    """The last token of the prefix, twice."""
+    return [*ids[:n], *ids[n - 1 :]]
+
+
+def stale_block(ids: Tokens, kept: Tokens, n: int) -> Tokens:
+    """The first tokens of the prefix, of another prompt."""
+    return [*ids[:1], *ids[5:8], *ids[4:]]
+
+
+def stale_fork(ids: Tokens, kept: Tokens, n: int) -> Tokens:
+    """The token at the fork, still the other request's."""
+    return [*ids[:n], kept[n], *ids[n + 1 :]] if n < min(len(kept), len(ids) - 1) else ids
+
+
+def stale_suffix(ids: Tokens, kept: Tokens, n: int) -> Tokens:
+    """All behind the fork but the last token, still the other request's."""
+    stale = kept[n : len(ids) - 1]
+    return [*ids[:n], *stale, *ids[n + len(stale) :]]
+
+
+def forgotten(ids: Tokens, kept: Tokens, n: int) -> Tokens:
+    """The first half of the prefix, lost."""
+    return ids[n // 2 :]
+
+
+def sixteenth(ids: Tokens, kept: Tokens, n: int) -> Tokens:
+    """The last token of the prefix, missing where its length is a multiple of 16."""
+    return ids if n % 16 else [*ids[: n - 1], *ids[n:]]
+
+
+TUNED: dict[str, Fault] = {
+    "a token replaced": replaced,
+    "a token missing": missing,
+    "a token doubled": doubled,
+    "a stale block": stale_block,
+    "half of the prefix lost": forgotten,
+}
+UNSEEN: dict[str, Fault] = {  # that the rule was not tuned on
+    "two tokens swapped": swapped,
+    "a stale token at the fork": stale_fork,
+    "another prompt's suffix": stale_suffix,
+    "a token missing at multiples of 16": sixteenth,
+}
+FAULTS: dict[str, Fault] = {**TUNED, **UNSEEN}
+
+
+class FaultProxy:
+    """`fault`: what is planted, None nothing. `temperature`: by which cached logprobs alone are
+    divided."""
+
+    def __init__(self, url: str, fault: Fault | None = None, temperature: float = 1.0) -> None:
+        self.url, self.fault, self.temperature = url, fault, temperature
+        self.kept: list[Tokens] = []
+        self.planted = 0  # answers that the fault has changed
+
+    def answer(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        """What the server says, or what it would say with the fault."""
+        if path != "/completion" or body is None:
+            return self._ask(path, body)
+        ids, shared, kept = body["prompt"], 0, []
+        if body["cache_prompt"]:
+            n, kept = max(((_common(k, ids[:-1]), k) for k in self.kept), default=(0, []))
+            shared = n if n >= LEAST else 0
+        if not shared or (self.fault is None and self.temperature == 1.0):
+            found = self._ask(path, body)
+        else:
+            faulty = ids if self.fault is None else self.fault(ids, kept, shared)
+            self.planted += faulty != ids or self.temperature != 1.0
+            found = self._ask(path, {**body, "prompt": faulty, "cache_prompt": False})
+            found["timings"]["cache_n"] = shared
+            self._warm(found)
+        self.kept = [*self.kept[-1:], [*ids, *found.get("tokens", [])]]
+        return found
+
+    def _warm(self, found: dict[str, Any]) -> None:
+        for token in found["completion_probabilities"]:
+            for other in token["top_logprobs"]:
+                other["logprob"] /= self.temperature
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            found: dict[str, Any] = json.loads(answer.read())
+        return found
+
+
+def _common(a: Tokens, b: Tokens) -> int:
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+@contextmanager
+def proxied(proxy: FaultProxy) -> Iterator[str]:
+    """The address of a proxy on this machine, within. It asks for one thing at a time."""
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self._answer(None)
+
+        def do_POST(self) -> None:
+            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def _answer(self, body: dict[str, Any] | None) -> None:
+            with lock:
+                data = json.dumps(proxy.answer(self.path, body)).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
