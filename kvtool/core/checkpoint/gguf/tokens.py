@@ -44,7 +44,6 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
     "smollm": (r"\p{N}", _GPT2),
     "llama-bpe": (rf"{_WORDS}\p{{N}}{{1,3}}{_REST}",),
     "qwen2": (rf"{_WORDS}\p{{N}}{_REST}",),
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
     "tekken": (_CAMEL.replace("END", "") + rf"\p{{N}}{_SLASH}",),
     "gpt-4o": (_CAMEL.replace("END", f"{_CASE}?") + rf"\p{{N}}{{1,3}}{_SLASH}",),
 }
