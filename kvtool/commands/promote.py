@@ -12,6 +12,7 @@ import typer
 from kvtool.config import check_int
 from kvtool.errors import UsageError
 from kvtool.ui import options as o
+from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
 
@@ -39,6 +40,7 @@ class Settings:
         if self.out.suffix.lower() != SUFFIX:
             found = self.out.suffix or "no suffix"
             raise UsageError(f"--out {self.out}: {found} (expected {SUFFIX})")
+        check_writable(self.out, "--out")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""GGUF files that are not what they should be: one clear line each, before anything is allocated."""
+"""GGUF files that are not what they should be: one line each, before anything is allocated."""
 
 from __future__ import annotations
 

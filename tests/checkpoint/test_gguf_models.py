@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gguf_files import CONTEXT, V, Made
+from gguf_files import CONTEXT, Made, V
 from kvtool.core.checkpoint import checkpoint
 from kvtool.core.checkpoint.checkpoint import Checkpoint
 from kvtool.core.checkpoint.gguf import formats

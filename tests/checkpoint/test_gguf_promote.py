@@ -30,7 +30,7 @@ def fields(path: Path) -> dict[str, Any]:
 
 
 def raw_file(path: Path, kind: Type, n_rows: int = 7, n_values: int = 512) -> Path:
-    """A file of one tensor of `kind`, made of random bytes, which are finite numbers of any kind."""
+    """A file of one tensor of `kind`: random bytes that are finite numbers of any kind."""
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     drawn = np.random.default_rng(int(kind))
     data = drawn.integers(0, 60, (n_rows, n_values // block * nbytes), dtype=np.uint8)
@@ -88,7 +88,7 @@ def test_the_first_blocks_alone_make_a_smaller_model(tmp_path: Path) -> None:
     assert fields(out)["llama.block_count"] == 2
     names = [t.name for t in gguf.GGUFReader(out).tensors]
     assert names == [n for n in made.shapes if not n.startswith("blk.2.")]
-    with pytest.raises(UsageError, match="--layers 4: .* has 3 blocks"):
+    with pytest.raises(UsageError, match=r"--layers 4: .* has 3 blocks"):
         promote.plan(GGUFHeader(source), 4)
 
 

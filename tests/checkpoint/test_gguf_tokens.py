@@ -23,17 +23,22 @@ from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.errors import FileError, UsageError
 from llama_server import llama_server
 
-WORDS = (
-    "the cat sat on the mat 1 22 333 4444 3.14 don't I'll WE'VE O'Neil naïve Ünïcode MixedCase 中文字 "
-    "日本語テスト 한국어 العربية हिन्दी ไทย 🙂 👩‍👩‍👧 <b> def f(x): \t \n \n\n \r\n \u00a0 \u2003 \u200b ½ ² "
-    "Ⅻ ٣ -- == $100 `x` ~ ^ | a/b/ ...\n !? \u0301e"
-).split(" ")
+WORDS = [
+    *"the cat sat on the mat 1 22 333 4444 3.14 don't I'll WE'VE O'Neil naïve Ünïcode".split(" "),
+    *"MixedCase 中文字 日本語テスト 한국어 العربية हिन्दी ไทย 🙂 👩\u200d👩\u200d👧 <b> def f(x): \t".split(
+        " "
+    ),
+    *"\n \n\n \r\n \u00a0 \u2003 \u200b ½ ² Ⅻ ٣ -- == $100 `x` ~ ^ | a/b/ ...\n !? \u0301e".split(
+        " "
+    ),
+]
 SPECIALS = ["<|end|>", "<|im_end|>", "<user>"]
 FILES = Callable[[Callable[[gguf.GGUFWriter], None]], Path]
 
 
 def texts(n: int, seed: int) -> list[str]:
-    """Without special tokens, which llama.cpp reads as such: words in a row, words with blanks and line breaks of every kind, and any characters."""
+    """Words in a row, words with blanks and line breaks of every kind, and any characters; without
+    special tokens, which llama.cpp reads as such."""
     drawn, found = random.Random(seed), []
     blanks = ["", " ", "  ", "\n", " \n ", "\t", "   \n\n"]
     for i in range(n):

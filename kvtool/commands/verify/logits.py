@@ -37,15 +37,15 @@ PROMPTS = (
 SMALLER = "Free memory, or check a smaller model."
 RULES = (
     contradicts("--against", "--reference", "Give one of them."),
-    needs("--against or --server", "--prompt", "A file has its own prompts."),
-    needs("--against", "--save-reference", "A file has its own prompts."),
-    needs("--server", "--engine --prompts --tokens --requests --timeout", "Add --server URL."),
+    contradicts("--prompt", "--prompts", "Give one of them."),
     contradicts(
         "--server",
         "--against --reference --save-reference --dtype",
         "The reference is the model itself, in float64.",
     ),
-    contradicts("--prompt", "--prompts", "Give one of them."),
+    needs("--against or --server", "--prompt", "A file has its own prompts."),
+    needs("--against", "--save-reference", "A file has its own prompts."),
+    needs("--server", "--engine --prompts --tokens --requests --timeout", "Add --server URL."),
 )
 
 
@@ -296,7 +296,7 @@ def command(
     Exit code 0: the same up to rounding; 1: not; 2: a reference that does not fit the model.
 
       kvtool verify-logits --against numpy --prompt "Hear me."
-      kvtool verify-logits --server http://127.0.0.1:8080 --model model.gguf
+      kvtool verify-logits --server localhost:8080 --model m.gguf
     """
     out = Output(as_json, output_file, quiet, verbose)
     run_config = RunConfig(model, device, dtype, threads, seed)

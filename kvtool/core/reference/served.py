@@ -21,7 +21,7 @@ from kvtool.core.reference import rounding
 from kvtool.core.servers.arms import TOP, Answer, Prompt, vector
 from kvtool.core.servers.engines import Engine
 from kvtool.core.verify import noise
-from kvtool.errors import FileError
+from kvtool.errors import FileError, ServerError
 
 LIMIT = 2.0  # times what is expected: a right server of llama.cpp is at 1.2 to 1.4
 FAR = 2.0  # times LIMIT, of a single prompt or position
@@ -84,6 +84,8 @@ def ask(
         tell(f"prompt {number + 1}")
         prompt = Prompt(engine, number, ids, tail)
         answers = prompt.cold.answers
+        if not answers:  # llama.cpp leaves out tokens that end within a letter
+            continue
         largest = max(max(answer) for some in answers.values() for answer in some)
         if max(largest, *prompt.ids) >= n_vocab:
             raise FileError(
@@ -91,6 +93,11 @@ def ask(
                 "Give --model what the server serves.",
             )
         found.append(ServedPrompt(number, prompt.ids, prompt.n_prompt, answers))
+    if not found:
+        raise ServerError(
+            f"{engine.client.url}: gave no logprobs behind any of the prompts",
+            "Give others with --prompts.",
+        )
     return found
 
 
