@@ -12,6 +12,7 @@ import typer
 from kvtool.config import check_int
 from kvtool.errors import UsageError
 from kvtool.ui import options as o
+from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
 
@@ -20,8 +21,8 @@ PORT = 8081
 # Of llama-server: an f32 cache, and no kernel that rounds to half precision on the way.
 FLAGS = "--cache-type-k f32 --cache-type-v f32 --flash-attn off"
 OTHER_MODEL = (
-    "With the first blocks alone it is another, smaller model, whose answers mean nothing and whose "
-    "cache works as before: compare it with itself, with and without the cache, and with no other."
+    "With the first blocks alone it is another, smaller model, whose answers mean nothing and "
+    "whose cache works as before: compare it with itself alone, with its cache and without."
 )
 
 
@@ -39,6 +40,7 @@ class Settings:
         if self.out.suffix.lower() != SUFFIX:
             found = self.out.suffix or "no suffix"
             raise UsageError(f"--out {self.out}: {found} (expected {SUFFIX})")
+        check_writable(self.out, "--out")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ class Made:
     fields: dict[str, Any] = field(default_factory=dict)  # more of the architecture's own
     tensors: dict[str, Array] = field(default_factory=dict)  # more, or others
     tokens: list[str] | None = None
+    tokenizer: Callable[[gguf.GGUFWriter], None] | None = None  # writes its fields
     seed: int = 0
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all tensors, as NumPy has them."""
-        d, ff = self.d_model, self.d_ff
+        d = self.d_model
         found: dict[str, tuple[int, ...]] = {"token_embd.weight": (self.vocab, d)}
         if self.arch == "gpt2":
             found["position_embd.weight"] = (CONTEXT, d)
@@ -122,7 +124,10 @@ class Made:
         for name, value in self.fields.items():
             add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
             add[type(value)](name, value)
-        byte_level(writer, self.tokens or bytes_and(self.vocab))
+        if self.tokenizer is not None:
+            self.tokenizer(writer)
+        else:
+            byte_level(writer, self.tokens or bytes_and(self.vocab))
 
 
 def bytes_and(n: int) -> list[str]:
@@ -134,13 +139,21 @@ def bytes_and(n: int) -> list[str]:
     return [*tokens, *pairs][:n] + [f"<unused{i}>" for i in range(n - len(tokens) - len(pairs))]
 
 
-def byte_level(writer: gguf.GGUFWriter, tokens: list[str], pre: str = "gpt-2") -> None:
-    """The fields of a tokenizer as GPT-2's."""
+def byte_level(
+    writer: gguf.GGUFWriter,
+    tokens: list[str],
+    pre: str = "gpt-2",
+    merges: list[str] | None = None,
+    special: Collection[str] = (),
+) -> None:
+    """The fields of a tokenizer as GPT-2's; without `merges`, each token of two letters is one, and
+    what begins as <|end|> does is special."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if t.startswith("<") and len(t) > 2 else 1 for t in tokens])
-    merges = [f"{t[0]} {t[1]}" for t in tokens if len(t) == 2 and not t.startswith("<")]
-    writer.add_token_merges(merges)
+    special = special or [t for t in tokens if t.startswith("<") and len(t) > 2]
+    writer.add_token_types([3 if t in special else 1 for t in tokens])
+    pairs = [f"{t[0]} {t[1]}" for t in tokens if len(t) == 2 and not t.startswith("<")]
+    writer.add_token_merges(pairs if merges is None else merges)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)

@@ -9,6 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
+from kvtool.commands.verify import served
+from kvtool.commands.verify.options import (
+    MOST_REQUESTS,
+    REQUEST_TIMEOUT,
+    EngineName,
+    Prompts,
+    Requests,
+    Timeout,
+)
 from kvtool.config import RunConfig
 from kvtool.errors import FileError, UsageError
 from kvtool.registry import choose
@@ -28,7 +37,15 @@ PROMPTS = (
 SMALLER = "Free memory, or check a smaller model."
 RULES = (
     contradicts("--against", "--reference", "Give one of them."),
-    needs("--against", "--prompt --save-reference", "A file has its own prompts."),
+    contradicts("--prompt", "--prompts", "Give one of them."),
+    contradicts(
+        "--server",
+        "--against --reference --save-reference --dtype",
+        "The reference is the model itself, in float64.",
+    ),
+    needs("--against or --server", "--prompt", "A file has its own prompts."),
+    needs("--against", "--save-reference", "A file has its own prompts."),
+    needs("--server", "--engine --prompts --tokens --requests --timeout", "Add --server URL."),
 )
 
 
@@ -45,13 +62,6 @@ class Settings:
     def __post_init__(self) -> None:
         if self.against is not None:
             choose(self.against, tuple(AGAINST), "--against")
-        given = {
-            "--against": self.against is not None,
-            "--reference": self.reference,
-            "--prompt": self.prompt is not None,
-            "--save-reference": self.save_reference,
-        }
-        require(RULES, given)
         if self.save_reference is not None:
             check_destination(self.save_reference)
 
@@ -259,6 +269,12 @@ def command(
             "--save-reference", metavar="FILE", help="Keep what --against computed (.safetensors)."
         ),
     ] = None,
+    server: served.Server = None,
+    engine: EngineName = "",
+    prompts: Prompts = None,
+    tokens: served.Tokens = served.TAIL,
+    requests: Requests = MOST_REQUESTS,
+    timeout: Timeout = REQUEST_TIMEOUT,
     model: o.Model = "",
     device: o.Device = "auto",
     dtype: o.Dtype = "float32",
@@ -274,14 +290,36 @@ def command(
 
     The reference is a file, or what independent code computes from the same weights: a NumPy
     implementation, or GPT-2 or Llama of transformers. The float64 run decides: right weights and
-    right code leave about 1e-15.
+    right code leave about 1e-15. With --server it is the reference, and a running engine is judged:
+    its format's rounding, and its own noise, are measured beside.
 
     Exit code 0: the same up to rounding; 1: not; 2: a reference that does not fit the model.
 
       kvtool verify-logits --against numpy --prompt "Hear me."
+      kvtool verify-logits --server localhost:8080 --model m.gguf
     """
     out = Output(as_json, output_file, quiet, verbose)
     run_config = RunConfig(model, device, dtype, threads, seed)
+    given = {
+        "--against": against is not None,
+        "--reference": reference,
+        "--prompt": prompt is not None,
+        "--save-reference": save_reference,
+        "--server": server is not None,
+        "--engine": engine,
+        "--prompts": prompts,
+        "--tokens": tokens != served.TAIL,
+        "--requests": requests != MOST_REQUESTS,
+        "--timeout": timeout != REQUEST_TIMEOUT,
+        "--dtype": dtype != "float32",
+    }
+    given["--against or --server"] = given["--against"] or given["--server"]
+    require(RULES, given)
+    if server is not None:
+        o.require_inputs(model)
+        exact = RunConfig(model, device, "float64", threads, seed)
+        asked = served.Settings(exact, server, engine, prompt, prompts, tokens, requests, timeout)
+        present("verify-logits.server", asked, served.run, served.show, out)
     settings = Settings(run_config, reference, against, prompt, save_reference)
     o.require_inputs(model, ("--reference", reference, "reference logits"))
     present("verify-logits", settings, run, show, out)

@@ -275,8 +275,7 @@ def _checked(tokenizer: Tokenizer, path: Path, field: str, embedded: int) -> Tok
     for what, token in tokenizer.named_ids.items():
         if token >= embedded:
             raise FileError(
-                f"{path}: {what} has the token {token} "
-                f"(expected one below {embedded}, the {field})"
+                f"{path}: {what} has the token {token} (expected one below {embedded}, the {field})"
             )
     if tokenizer.left_out:
         what = " and ".join(tokenizer.left_out)

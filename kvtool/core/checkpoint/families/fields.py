@@ -97,9 +97,7 @@ class Fields:
             )
         return choices[value]
 
-    def finish(
-        self, harmless: Set[str] = HARMLESS, neutral: Mapping[str, Any] = NEUTRAL
-    ) -> None:
+    def finish(self, harmless: Set[str] = HARMLESS, neutral: Mapping[str, Any] = NEUTRAL) -> None:
         """Raise UsageError for a field that was not taken and might change the mathematics."""
         for name, value in self.data.items():
             if name in self._taken or name in harmless:

@@ -199,7 +199,9 @@ def _rotation(f: GGUFFields, context: int) -> tuple[float, RopeScaling | None]:
     if kind not in ("none", "linear", "yarn"):
         raise UsageError(f"rope.scaling.type: {quoted(kind)} is not supported")
     if kind == "yarn":
-        times = f.number("rope.scaling.attn_factor", f.data.get("rope.scaling.yarn_attn_factor", 1.0))
+        times = f.number(
+            "rope.scaling.attn_factor", f.data.get("rope.scaling.yarn_attn_factor", 1.0)
+        )
         f.take("rope.scaling.yarn_attn_factor")
         scaling = RopeScaling(
             kind,

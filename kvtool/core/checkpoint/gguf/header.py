@@ -69,7 +69,7 @@ class GGUFHeader:
     """The checked header of the regular file `path`.
 
     Raises FileError: not a GGUF file, of another byte order, one part of several, cut short, or
-    with a header that contradicts itself or the file's size. Nothing is allocated by what it claims.
+    with a header that contradicts itself or the file's size. What it claims allocates nothing.
     """
 
     def __init__(self, path: Path, flag: str = "") -> None:

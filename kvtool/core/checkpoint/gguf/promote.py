@@ -104,7 +104,9 @@ def _field(field: Field, key: str, there: Any, kept: Any) -> bytes | Field:
         return _made(key, field.type, struct.pack(f"<{TYPES[field.type]}", kept))
     of_blocks = field.name.startswith(key.removesuffix("block_count"))
     if of_blocks and field.items in TYPES and len(field.value) == there:
-        numbers_ = struct.pack(f"<IQ{kept}{TYPES[field.items]}", field.items, kept, *field.value[:kept])
+        numbers_ = struct.pack(
+            f"<IQ{kept}{TYPES[field.items]}", field.items, kept, *field.value[:kept]
+        )
         return _made(field.name, field.type, numbers_)
     return field
 
@@ -133,7 +135,9 @@ def require_room(found: Plan, out: Path) -> int:
     try:
         free = shutil.disk_usage(out.parent).free
     except OSError as error:
-        raise FileError(f"--out {out}: the folder {out.parent} cannot be used ({error.strerror})") from error
+        raise FileError(
+            f"--out {out}: the folder {out.parent} cannot be used ({error.strerror})"
+        ) from error
     if found.nbytes > free:
         raise CapacityError(
             f"--out {out}: needs {gib(found.nbytes)} ({gib(free)} free)",
@@ -182,7 +186,9 @@ def _name(temporary: Path, out: Path) -> None:
 def _write(found: Plan, file: BufferedWriter, tell: Told) -> None:
     source = found.source
     with opened(source.path, "a GGUF file") as stored:
-        file.write(MAGIC + struct.pack("<IQQ", source.version, len(found.tensors), len(found.fields)))
+        file.write(
+            MAGIC + struct.pack("<IQQ", source.version, len(found.tensors), len(found.fields))
+        )
         for field in found.fields:
             file.write(field if isinstance(field, bytes) else _span(stored, field, source))
         for _, t in found.tensors:
@@ -210,9 +216,8 @@ def _write_tensor(
             tell(len(data), before.name)
         return
     for _, piece in numbers(stored, before.format, before.n_values, str(source.path)):
-        data = piece.astype("<f4", copy=False).data
-        file.write(data)
-        tell(data.nbytes, before.name)
+        file.write(piece.astype("<f4", copy=False).data)
+        tell(piece.nbytes, before.name)
 
 
 def _span(stored: BufferedReader, field: Field, source: GGUFHeader) -> bytes:

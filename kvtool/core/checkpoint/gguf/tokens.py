@@ -8,6 +8,7 @@ is what the file's users get.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from kvtool.core.checkpoint.gguf.header import GGUFHeader
 from kvtool.core.text.chat import ChatTemplate
 from kvtool.core.text.tokenizer import NoTokenizer, Tokenizer
 from kvtool.errors import FileError, UsageError
-from kvtool.reading import quoted, short
+from kvtool.reading import quoted
 
 KEY = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # token_type
@@ -43,7 +44,6 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
     "smollm": (r"\p{N}", _GPT2),
     "llama-bpe": (rf"{_WORDS}\p{{N}}{{1,3}}{_REST}",),
     "qwen2": (rf"{_WORDS}\p{{N}}{_REST}",),
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
     "tekken": (_CAMEL.replace("END", "") + rf"\p{{N}}{_SLASH}",),
     "gpt-4o": (_CAMEL.replace("END", f"{_CASE}?") + rf"\p{{N}}{{1,3}}{_SLASH}",),
 }
@@ -60,7 +60,10 @@ SPLITS_BY_NAME = {
     **{name: SPLITS[like] for like, names in ALIKE.items() for name in names.split()},
 }
 # Where a word that is a token needs no merges, and where a text begins with BOS unless told.
-WHOLE_WORDS = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 tekken".split()
+WHOLE_WORDS = (
+    "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+    "tekken",
+)  # fmt: skip
 
 
 def read_tokenizer(header: GGUFHeader) -> Tokenizer:
@@ -91,8 +94,7 @@ def _tokens(header: GGUFHeader) -> tuple[list[str], list[int]]:
     if not isinstance(types, list) or len(types) != len(tokens):
         raise FileError(f"{header.where}: {KEY}token_type is not as long as tokens, {len(tokens)}")
     if len(set(tokens)) < len(tokens):
-        seen: set[str] = set()
-        twice = next(token for token in tokens if token in seen or seen.add(token))
+        twice = next(token for token, n in Counter(tokens).items() if n > 1)
         raise FileError(f"{header.where}: {KEY}tokens has {quoted(twice)} twice")
     return tokens, types
 
@@ -233,9 +235,7 @@ def _end_ids(header: GGUFHeader) -> frozenset[int]:
     tokens, types = _tokens(header)
     named = (_special(header, name, tokens) for name in ENDS)
     by_text = (
-        i
-        for i, token in enumerate(tokens)
-        if token in END_TEXTS and types[i] in (CONTROL, USER)
+        i for i, token in enumerate(tokens) if token in END_TEXTS and types[i] in (CONTROL, USER)
     )
     return frozenset((*(i for i in named if i is not None), *by_text))
 

@@ -92,7 +92,9 @@ class GGUFWeights:
                 found[field.name] = self._tensor(file, field, digest)
             self._skip(file, self.header.size, digest)
         found.pop(FACTORS, None)
-        return {name: self._as_stored(name, found[name]) for name in self.tensors}, digest.hexdigest()
+        return {
+            name: self._as_stored(name, found[name]) for name in self.tensors
+        }, digest.hexdigest()
 
     def _skip(self, file: BufferedReader, end: int, digest: Any) -> None:
         """Count in what stands before `end`: the header, or what aligns tensors."""
