@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
+from kvtool.core.cache.quantization import Quantization
 from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import DEFAULT, Kernels
@@ -21,6 +22,9 @@ from kvtool.core.verify.copies import moved
 from kvtool.core.verify.schedules import BRIEF
 from kvtool.errors import CacheOpUnsupported
 
+if TYPE_CHECKING:
+    from kvtool.core.verify.passes import Passes
+
 # What a subject may be able to do; a scenario names those that it needs.
 ABILITIES = (
     "batch", "padding", "right-padding", "crop", "select", "reset", "fork", "capacity", "source",
@@ -28,6 +32,19 @@ ABILITIES = (
 )  # fmt: skip
 REACH = 200  # tokens of the longest history that each of our kinds is fed by default
 LITTLE = 24
+
+
+class Same:
+    """An object as part of a key: equal to itself alone, and alive as long as the key is."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.held is other.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
 
 
 class Source(NamedTuple):
@@ -110,6 +127,12 @@ class Subject(Protocol):
     told: bool  # whether its uncached pass rounds as its cache does, so that a loss is a bug
     lossy: bool  # whether it declares that its cache rounds on purpose
     converts: bool  # whether its float64 copy is known to be the same model
+    pure: bool  # whether its uncached pass is known to answer the same each time
+    passes: Passes | None  # the uncached passes that it shares, if any
+
+    @property
+    def pass_key(self) -> Hashable:
+        """What an uncached pass depends on, beside its arguments and the format."""
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
         """Whole sequences (B,T) in one pass that no cache takes part in -> logits (B,T,V)."""
@@ -211,6 +234,8 @@ class ModelSubject:
 
     told = True
     lossy = False
+    pure = True
+    passes: Passes | None = None
 
     def __init__(
         self,
@@ -251,6 +276,16 @@ class ModelSubject:
             abilities.add("pages")
         self.abilities = frozenset(abilities)
 
+    @property
+    def pass_key(self) -> Hashable:
+        """What an uncached pass depends on, beside its arguments and the format."""
+        return (Same(self.model), type(self.kernels), *self.seen)
+
+    @property
+    def seen(self) -> tuple[int, int, Quantization | None]:
+        """What a pass is told of the cache that it is compared with."""
+        return self.window, self.sinks, self.quantization
+
     def encode(self, start: Start) -> CrossCache | None:
         """The encoded source of a session, for a model that reads one."""
         if start.source is None:
@@ -259,8 +294,7 @@ class ModelSubject:
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
         batch, n = ids.shape
-        seen = (self.window, self.sinks, self.quantization)
-        step = Step.full(batch, n, ids.device, start.padding, self.kernels, *seen)
+        step = Step.full(batch, n, ids.device, start.padding, self.kernels, *self.seen)
         return self.model(ids, step, source=self.encode(start))
 
     def start(self, start: Start) -> Session:
