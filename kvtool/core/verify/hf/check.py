@@ -31,7 +31,7 @@ from kvtool.core.verify.passes import Passes
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import Same
 from kvtool.core.verify.target.check import OWN, decode_case, target_control
-from kvtool.core.verify.target.doctor import examine
+from kvtool.core.verify.target.doctor import Examiner
 from kvtool.errors import CacheOpUnsupported, CheckFailed, UsageError
 
 ALL = "all"  # scenarios
@@ -85,7 +85,7 @@ def check_transformers(
     kernels and scenario of what is not judged. `diagnose` locates bugs, which takes longer. `tell`
     hears what comes next, `remark` what goes with the verdicts. Raises CheckFailed.
     """
-    planted, passes = None, Passes()
+    planted, passes, doctor = None, Passes(), Examiner()
     formats: dict[tuple[Same, torch.dtype], nn.Module] = {}
     for kind in kinds:
         left = [scenario for scenario in scenarios if (kind, OWN, scenario) not in skip]
@@ -106,7 +106,7 @@ def check_transformers(
         main = decode_case(*sizes, None, tokens, subject.device, prompt_length)
         with quiet_transformers():
             subject.find_reach_for(left, thorough)
-        judge = Judge(subject, examine if diagnose else None)
+        judge = Judge(subject, doctor if diagnose else None)
         for scenario in left:
             tell(f"{kind}, {scenario}")
             yield _judged(judge, subject, scenario, main, first, thorough)
