@@ -163,7 +163,7 @@ def test_a_decoder_that_answers_otherwise_each_time_shares_nothing():
     found = [float(uncached(one, IDS, START)[0, 0, 0]) for _ in range(4)]
     assert decoder.n_passes == 4
     assert len(set(found)) == 4
-    assert one.passes is not None and not one.passes.shares and one.passes.nbytes == 0
+    assert isinstance(one.passes, Passes) and not one.passes.shares and one.passes.nbytes == 0
 
 
 def test_a_buffer_of_the_decoder_that_is_written_again_does_not_change_what_is_kept():
@@ -179,10 +179,13 @@ def test_a_buffer_of_the_decoder_that_is_written_again_does_not_change_what_is_k
     assert torch.equal(uncached(one, IDS, START), first)
 
 
-def test_weights_that_are_moved_are_another_decoder():
+def test_weights_that_are_moved_are_another_decoder_of_which_nothing_is_kept():
     one = target(Decoder())
+    assert isinstance(one.passes, Passes)
     moved = one.moved(0.1)
-    assert not torch.equal(uncached(one, IDS, START), uncached(moved, IDS, START))
+    found, nbytes = uncached(one, IDS, START), one.passes.nbytes
+    assert not torch.equal(found, uncached(moved, IDS, START))
+    assert one.passes.nbytes == nbytes  # nothing is kept of what is asked once
 
 
 def test_a_run_asks_for_no_pass_that_another_run_has_asked_for(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core.verify.precision import Promote
-from kvtool.core.verify.subject import Start, Subject
+from kvtool.core.verify.subject import SharedPasses, Start, Subject
 
 KEPT = 2**28  # bytes of logits that are kept at most
 
@@ -71,7 +71,7 @@ class Passes:
 def uncached(subject: Subject, ids: Tensor, start: Start) -> Tensor:
     """Whole sequences (B,T) in one pass -> (B,T,V), which the caller leaves as it is; shared, if
     the subject shares its passes."""
-    passes: Passes | None = getattr(subject, "passes", None)
+    passes: SharedPasses | None = getattr(subject, "passes", None)
     return subject.full(ids, start) if passes is None else passes.full(subject, ids, start)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from kvtool.core.models import Model
 from kvtool.core.verify.copies import moved
 from kvtool.core.verify.schedules import BRIEF
 from kvtool.errors import CacheOpUnsupported
-
-if TYPE_CHECKING:
-    from kvtool.core.verify.passes import Passes
 
 # What a subject may be able to do; a scenario names those that it needs.
 ABILITIES = (
@@ -112,6 +109,16 @@ class Session(Protocol):
         """Why equal logits would prove nothing about the cache, if so."""
 
 
+class SharedPasses(Protocol):
+    """Uncached passes that subjects share: see kvtool.core.verify.passes."""
+
+    def full(self, subject: Subject, ids: Tensor, start: Start) -> Tensor:
+        """The subject's `full`: (B,T) -> (B,T,V), which the caller leaves as it is."""
+
+    def clear(self) -> None:
+        """Forget all passes, and the subjects that answered them."""
+
+
 class Subject(Protocol):
     """A decoder under test; `abilities` are of ABILITIES."""
 
@@ -128,7 +135,7 @@ class Subject(Protocol):
     lossy: bool  # whether it declares that its cache rounds on purpose
     converts: bool  # whether its float64 copy is known to be the same model
     pure: bool  # whether its uncached pass is known to answer the same each time
-    passes: Passes | None  # the uncached passes that it shares, if any
+    passes: SharedPasses | None  # the uncached passes that it shares, if any
 
     @property
     def pass_key(self) -> Hashable:
@@ -235,7 +242,7 @@ class ModelSubject:
     told = True
     lossy = False
     pure = True
-    passes: Passes | None = None
+    passes: SharedPasses | None = None
 
     def __init__(
         self,

@@ -13,11 +13,10 @@ from torch.utils._pytree import tree_leaves
 from kvtool.core.verify.compare import distances
 from kvtool.core.verify.copies import converted, moved
 from kvtool.core.verify.fingerprint import fingerprint
-from kvtool.core.verify.passes import Passes
 from kvtool.core.verify.scenario_run import PREFILL, STEPS
 from kvtool.core.verify.scenarios import GENERATED
 from kvtool.core.verify.schedules import NORMAL, THOROUGH, Bounds
-from kvtool.core.verify.subject import Same, Start
+from kvtool.core.verify.subject import Same, SharedPasses, Start
 from kvtool.core.verify.target import cost, saving
 from kvtool.core.verify.target.attributes import (
     contents,
@@ -124,7 +123,7 @@ class TargetSubject:
 
     stores, converts = True, False
     pure = False  # as far as anyone knows
-    passes: Passes | None = None
+    passes: SharedPasses | None = None
     source_vocab_size = 0
     window = 0
     told = False  # of what the cache rounds
