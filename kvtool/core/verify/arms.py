@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core.verify.compare import distances
+from kvtool.core.verify.passes import uncached
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.scenario_run import ScenarioRun, Segment
 from kvtool.core.verify.scenarios import Scenario
@@ -146,12 +147,12 @@ def _begins(longer: Segment, segment: Segment) -> bool:
 
 def _uncached(subject: Subject, segment: Segment, arms: Arms) -> Tensor:
     """The uncached logits (B,T,V) of a history: of a pass over all rows, or over each alone."""
-    whole = subject.full(segment.history, segment.start)
+    whole = uncached(subject, segment.history, segment.start)
     if not segment.alone:
         return whole
     rows = torch.arange(segment.start.batch, device=segment.history.device).split(1)
     alone = torch.cat(
-        [subject.full(segment.history[row], segment.start.select(row)) for row in rows]
+        [uncached(subject, segment.history[row], segment.start.select(row)) for row in rows]
     )
     arms.mixed = max(arms.mixed, *distances([whole], [alone]))
     return alone

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvtool.core.verify.arms import Arms
 from kvtool.core.verify.noise import Steps
+from kvtool.core.verify.passes import uncached
 from kvtool.core.verify.scenario_run import Segment
 from kvtool.core.verify.subject import Start, Subject
 from kvtool.errors import pass_on_shortage
@@ -90,16 +91,16 @@ def controls(subject: Subject, arms: Arms) -> Iterator[list[Tensor]]:
     def replaced(ids: Tensor, start: Start) -> Tensor:
         other, place = ids.clone(), _place(ids, start)
         other[:, place] = (other[:, place] + 1) % subject.vocab_size
-        return _only_behind(subject.full(ids, start), subject.full(other, start), place)
+        return _only_behind(uncached(subject, ids, start), uncached(subject, other, start), place)
 
     def missing(ids: Tensor, start: Start) -> Tensor:
         place = _place(ids, start)
         if ids.shape[1] < 3:
             return replaced(ids, start)
         shorter = torch.cat([ids[:, :place], ids[:, place + 1 :]], dim=1)
-        logits = subject.full(shorter, start)
+        logits = uncached(subject, shorter, start)
         logits = torch.cat([logits[:, :place], logits[:, place - 1 : place], logits[:, place:]], 1)
-        return _only_behind(subject.full(ids, start), logits, place)
+        return _only_behind(uncached(subject, ids, start), logits, place)
 
     for whole in (replaced, missing):
         with contextlib.suppress(NotTaken):
@@ -121,7 +122,7 @@ def _only_behind(right: Tensor, wrong: Tensor, place: int) -> Tensor:
 def _with_tail(subject: Subject, ids: Tensor, start: Start, n: int) -> Tensor:
     n = min(n, subject.context - ids.shape[1])
     tail = ids[:, :1].expand(-1, max(n, 0))
-    return subject.full(torch.cat([ids, tail], dim=1), start)[:, : ids.shape[1]]
+    return uncached(subject, torch.cat([ids, tail], dim=1), start)[:, : ids.shape[1]]
 
 
 def _in_pieces(subject: Subject, ids: Tensor, start: Start) -> Tensor:
@@ -131,7 +132,7 @@ def _in_pieces(subject: Subject, ids: Tensor, start: Start) -> Tensor:
     ends = sorted({min(n, padded + 1 + (n - padded) * i // PIECES) for i in range(1, PIECES)} | {n})
     parts, done = [], 0
     for end in ends:
-        parts.append(subject.full(ids[:, :end], start)[:, done:end])
+        parts.append(uncached(subject, ids[:, :end], start)[:, done:end])
         done = end
     return torch.cat(parts, dim=1)
 
@@ -140,13 +141,13 @@ def _in_other_rows(subject: Subject, ids: Tensor, start: Start) -> Tensor:
     """Each row of a batch alone; one row beside copies of itself."""
     if start.batch == 1:
         rows = torch.zeros(3, dtype=torch.long, device=ids.device)
-        return subject.full(ids[rows], start.select(rows))[:1]
+        return uncached(subject, ids[rows], start.select(rows))[:1]
     alone = [torch.tensor([row], device=ids.device) for row in range(start.batch)]
-    return torch.cat([subject.full(ids[row], start.select(row)) for row in alone])
+    return torch.cat([uncached(subject, ids[row], start.select(row)) for row in alone])
 
 
 def by_own_prefix(subject: Subject, segment: Segment, first: int, end: int) -> Tensor:
     """The logits of the tokens from column `first` on, of a pass that ends with column `end`."""
     with torch.inference_mode():
-        logits = subject.full(segment.history[:, :end], segment.start)[:, first:]
+        logits = uncached(subject, segment.history[:, :end], segment.start)[:, first:]
     return segment.zero_padding(logits, first)

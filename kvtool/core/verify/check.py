@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.outcome import ROUNDING, Outcome, outcome
+from kvtool.core.verify.passes import Passes
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import Formats, ModelSubject, Source, Subject
 
@@ -100,15 +102,12 @@ def check_model(
     skip: kind, kernels and scenario of what is not judged. `tell` hears what comes next. thorough:
     feed all that can be fed in some minutes. Raises CheckFailed.
     """
-    for kind in caches:
+    for kind, of_kind in subjects_of(formats, caches, thorough):
         for name in kernels:
             left = [scenario for scenario in scenarios if (kind, name, scenario) not in skip]
             if not left:
                 continue
-            made = (small(kind), kind, make_kernels(name))
-            subject = ModelSubject(formats.model, *made, formats=formats)
-            if thorough and subject.stores:
-                subject.reach = min(subject.context, LONG)
+            subject = of_kind.with_kernels(make_kernels(name))
             judge, found = Judge(subject, examine), cache_class(kind)
             for scenario in left:
                 tell(f"{kind}, {name} kernels, {scenario}")
@@ -119,6 +118,27 @@ def check_model(
                 finding = judge.judge(case, thorough=main_of_all)
                 finding = with_reach(finding, subject)
                 yield Checked(kind, name, found.stores, finding, name == "exact")
+
+
+def subjects_of(
+    formats: Formats, caches: Sequence[str], thorough: bool
+) -> Iterator[tuple[str, ModelSubject]]:
+    """Each kind as a subject. Kinds whose uncached pass is the same share it; what one has kept
+    when the last of them is done is let go."""
+    subjects = {
+        kind: ModelSubject(formats.model, small(kind), kind, formats=formats) for kind in caches
+    }
+    passes, left = Passes(), Counter(subject.seen for subject in subjects.values())
+    sharing = {seen for seen, n in left.items() if n > 1}
+    for kind in caches:
+        subject = subjects[kind]
+        subject.passes = passes if subject.seen in sharing else None
+        if thorough and subject.stores:
+            subject.reach = min(subject.context, LONG)
+        yield kind, subject
+        left[subject.seen] -= 1
+        if subject.seen in sharing and not left[subject.seen]:
+            passes.clear()
 
 
 def with_reach(finding: Finding, subject: Subject) -> Finding:

@@ -25,15 +25,23 @@ class Promote(TorchDispatchMode):
     """
 
     supports_higher_order_operators = True  # flex_attention, in which nothing is promoted
+    active = 0  # how many are entered
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether the compiler is loaded, to keep it out of here; nothing is compiled meanwhile."""
+        return False
 
     def __enter__(self) -> Promote:
         # What whole numbers become beside a Python float: 1.0 - mask.
         self._default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         super().__enter__()
+        Promote.active += 1
         return self
 
     def __exit__(self, *raised: Any) -> None:
+        Promote.active -= 1
         super().__exit__(*raised)
         torch.set_default_dtype(self._default)
 

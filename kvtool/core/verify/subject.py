@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
+from kvtool.core.cache.quantization import Quantization
 from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import DEFAULT, Kernels
@@ -28,6 +29,19 @@ ABILITIES = (
 )  # fmt: skip
 REACH = 200  # tokens of the longest history that each of our kinds is fed by default
 LITTLE = 24
+
+
+class Same:
+    """An object as part of a key: equal to itself alone, and alive as long as the key is."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.held is other.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
 
 
 class Source(NamedTuple):
@@ -95,6 +109,16 @@ class Session(Protocol):
         """Why equal logits would prove nothing about the cache, if so."""
 
 
+class SharedPasses(Protocol):
+    """Uncached passes that subjects share: see kvtool.core.verify.passes."""
+
+    def full(self, subject: Subject, ids: Tensor, start: Start) -> Tensor:
+        """The subject's `full`: (B,T) -> (B,T,V), which the caller leaves as it is."""
+
+    def clear(self) -> None:
+        """Forget all passes, and the subjects that answered them."""
+
+
 class Subject(Protocol):
     """A decoder under test; `abilities` are of ABILITIES."""
 
@@ -110,6 +134,12 @@ class Subject(Protocol):
     told: bool  # whether its uncached pass rounds as its cache does, so that a loss is a bug
     lossy: bool  # whether it declares that its cache rounds on purpose
     converts: bool  # whether its float64 copy is known to be the same model
+    pure: bool  # whether its uncached pass is known to answer the same each time
+    passes: SharedPasses | None  # the uncached passes that it shares, if any
+
+    @property
+    def pass_key(self) -> Hashable:
+        """What an uncached pass depends on, beside its arguments and the format."""
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
         """Whole sequences (B,T) in one pass that no cache takes part in -> logits (B,T,V)."""
@@ -211,6 +241,8 @@ class ModelSubject:
 
     told = True
     lossy = False
+    pure = True
+    passes: SharedPasses | None = None
 
     def __init__(
         self,
@@ -251,6 +283,16 @@ class ModelSubject:
             abilities.add("pages")
         self.abilities = frozenset(abilities)
 
+    @property
+    def pass_key(self) -> Hashable:
+        """What an uncached pass depends on, beside its arguments and the format."""
+        return (Same(self.model), type(self.kernels), *self.seen)
+
+    @property
+    def seen(self) -> tuple[int, int, Quantization | None]:
+        """What a pass is told of the cache that it is compared with."""
+        return self.window, self.sinks, self.quantization
+
     def encode(self, start: Start) -> CrossCache | None:
         """The encoded source of a session, for a model that reads one."""
         if start.source is None:
@@ -259,8 +301,7 @@ class ModelSubject:
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
         batch, n = ids.shape
-        seen = (self.window, self.sinks, self.quantization)
-        step = Step.full(batch, n, ids.device, start.padding, self.kernels, *seen)
+        step = Step.full(batch, n, ids.device, start.padding, self.kernels, *self.seen)
         return self.model(ids, step, source=self.encode(start))
 
     def start(self, start: Start) -> Session:

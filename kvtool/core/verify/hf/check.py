@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from kvtool.core.verify.arms import Case
@@ -26,9 +27,11 @@ from kvtool.core.verify.hf.subject import TransformersSubject
 from kvtool.core.verify.hf.tiny import tiny_model
 from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.outcome import UNSUPPORTED
+from kvtool.core.verify.passes import Passes
 from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.core.verify.subject import Same
 from kvtool.core.verify.target.check import OWN, decode_case, target_control
-from kvtool.core.verify.target.doctor import examine
+from kvtool.core.verify.target.doctor import Examiner
 from kvtool.errors import CacheOpUnsupported, CheckFailed, UsageError
 
 ALL = "all"  # scenarios
@@ -84,7 +87,8 @@ def check_transformers(
     kernels and scenario of what is not judged. `diagnose` locates bugs, which takes longer. `tell`
     hears what comes next, `remark` what goes with the verdicts. Raises CheckFailed.
     """
-    planted = None
+    planted, passes, doctor = None, Passes(), Examiner()
+    formats: dict[tuple[Same, torch.dtype], nn.Module] = {}
     for kind in kinds:
         left = [scenario for scenario in scenarios if (kind, OWN, scenario) not in skip]
         # The bug is planted in the first kind that can be used, even if nothing of it is left.
@@ -96,6 +100,7 @@ def check_transformers(
             why = Finding(ALL, UNSUPPORTED, error.message)
             yield Checked(kind, OWN, asked, why, usable=False)
             continue
+        subject.passes, subject.formats = passes, formats
         first = planted is None
         if first and (text := subject.remark()):
             remark(text)
@@ -103,7 +108,7 @@ def check_transformers(
         main = decode_case(*sizes, None, tokens, subject.device, prompt_length)
         with quiet_transformers():
             subject.find_reach_for(left, thorough)
-        judge = Judge(subject, examine if diagnose else None)
+        judge = Judge(subject, doctor if diagnose else None)
         for scenario in left:
             tell(f"{kind}, {scenario}")
             yield _judged(judge, subject, scenario, main, first, thorough)

@@ -142,7 +142,8 @@ class EncoderDecoderSubject(TransformersSubject):
     decoder: EncoderDecoder
 
     def __init__(self, model: Any, kind: str) -> None:
-        self._shared: dict[Any, Any] = {}  # between this subject and its variants
+        self.formats = {}
+        self._shared: dict[str, float] = {}  # between this subject and its variants
         with quiet_transformers(), torch.inference_mode():
             decoder = encoder_decoder(model, kind)
             self.source_vocab_size = len(decoder.source_word_ids)
@@ -187,14 +188,6 @@ class EncoderDecoderSubject(TransformersSubject):
         ids = torch.arange(batch * SOURCE, device=self.device).reshape(batch, SOURCE)
         return Source(ids % self.source_vocab_size, torch.ones_like(ids, dtype=torch.bool))
 
-    def to(self, dtype: torch.dtype) -> TransformersSubject:
-        """The same mathematics in another format; each is converted once for all variants."""
-        if dtype not in self._shared:
-            self._shared[dtype] = super().to(dtype).decoder
-        other = copy.copy(self)
-        other.decoder, other.dtype = self._shared[dtype], dtype
-        return other
-
     # What is known of it
 
     @property
@@ -207,7 +200,7 @@ class EncoderDecoderSubject(TransformersSubject):
             except Exception as error:  # it cannot run in float64, or not with a batch
                 pass_on_shortage(error)
                 self._shared["gap"] = float("inf")
-        return float(self._shared["gap"])
+        return self._shared["gap"]
 
     @torch.inference_mode()
     def _padding_gap(self) -> float:

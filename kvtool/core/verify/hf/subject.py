@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from kvtool.core.verify.hf.caches import attention_limits, make_cache
 from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.schedules import BRIEF
+from kvtool.core.verify.subject import Same
 from kvtool.core.verify.target.adapter import ModuleDecoder, State
 from kvtool.core.verify.target.changes import NEGATIVE, Change
 from kvtool.core.verify.target.fitting import adapt
@@ -99,6 +100,7 @@ class TransformersSubject(TargetSubject):
     level = BRIEF  # many types and kinds of caches are judged
 
     def __init__(self, model: Any, kind: str) -> None:
+        self.formats: dict[tuple[Same, torch.dtype], nn.Module] = {}  # each is converted once
         word_ids = ordinary_ids(model.config)
         with quiet_transformers(), torch.inference_mode():
             decoder = hub_decoder(model, kind, word_ids.to(model.device))
@@ -134,9 +136,18 @@ class TransformersSubject(TargetSubject):
 
     def to(self, dtype: torch.dtype) -> TransformersSubject:
         """The same mathematics in another format."""
+        key = (Same(self.decoder.module), dtype)
+        if key not in self.formats:
+            self.formats[key] = self.decoder.to(dtype).module
         other = copy.copy(self)
-        other.decoder, other.dtype = self.decoder.to(dtype), dtype
+        other.decoder, other.dtype = replace(self.decoder, module=self.formats[key]), dtype
         return other
+
+    @property
+    def pass_key(self) -> Hashable:
+        """What an uncached pass depends on, beside its arguments and the format."""
+        plan = replace(self.decoder.plan, initial="")  # of a cache, which takes no part
+        return (Same(self.decoder.module), repr(plan), self.decoder.takes_padding)
 
 
 def require_static(model: Any, kind: str) -> None:

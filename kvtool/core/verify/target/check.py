@@ -13,6 +13,7 @@ from kvtool.core.verify.check import MAIN, Checked, beginning, with_reach
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.outcome import BUG
+from kvtool.core.verify.passes import Passes
 from kvtool.core.verify.scenario_run import PREFILL
 from kvtool.core.verify.scenarios import GENERATED, SCENARIOS
 from kvtool.core.verify.subject import Session, Start
@@ -86,6 +87,7 @@ def check_target(
     if GENERATED.intersection(scenarios):
         tell("how long a history can be")
     subject.find_reach_for(scenarios, thorough)
+    subject.passes = Passes()
     doctor, diagnosed = Examiner(), False
     judge = Judge(subject, doctor)
     for scenario in scenarios:
@@ -95,6 +97,7 @@ def check_target(
         case = main if scenario == MAIN else Case(SCENARIOS[scenario], thorough=thorough)
         finding = judge.judge(case, thorough=scenario == MAIN)
         diagnosed = diagnosed or finding.verdict == BUG
+        subject.passes.clear()  # the next scenario feeds other ids
         yield Checked(subject.name, OWN, True, with_reach(finding, subject))
 
 

@@ -34,17 +34,21 @@ from kvtool.errors import first_line, pass_on_shortage
 UNNAMED = "none of the wrong positions and pasts that can be tried from outside reproduces it"
 NOT_LOOKED = "not looked into: the bugs found before took the time for it"
 SECONDS = 8.0  # that all bugs of a check are looked into
+MOST_SECONDS = 12.0  # that they are located and explained
 SEES_RIGHT = "each token sees just those that it should"
 
 
 class Examiner:
-    """The doctor of one check: what it looks into takes `SECONDS` at most, and one more look."""
+    """The doctor of one check: what it looks into takes `SECONDS` of this thread at most, and one
+    more look; bugs that are found after `MOST_SECONDS` are not even located."""
 
     def __init__(self) -> None:
         self.spent = 0.0
 
     def __call__(self, subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagnosis:
-        began = time.perf_counter()
+        if self.spent >= MOST_SECONDS:
+            return Diagnosis(unexplained=NOT_LOOKED)
+        began = time.thread_time()
         try:
             return examine(subject, case, step, arms, thorough=self.spent < SECONDS)
         except Exception as error:  # a verdict stands, also where a decoder is too strange to watch
@@ -52,7 +56,7 @@ class Examiner:
             why = f"could not be looked into ({type(error).__name__}: {first_line(error)})"
             return Diagnosis(unexplained=why)
         finally:
-            self.spent += time.perf_counter() - began
+            self.spent += time.thread_time() - began
 
 
 def examine(

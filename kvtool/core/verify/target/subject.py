@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from kvtool.core.verify.fingerprint import fingerprint
 from kvtool.core.verify.scenario_run import PREFILL, STEPS
 from kvtool.core.verify.scenarios import GENERATED
 from kvtool.core.verify.schedules import NORMAL, THOROUGH, Bounds
-from kvtool.core.verify.subject import Start
+from kvtool.core.verify.subject import Same, SharedPasses, Start
 from kvtool.core.verify.target import cost, saving
 from kvtool.core.verify.target.attributes import (
     contents,
@@ -122,6 +122,8 @@ class TargetSubject:
     """
 
     stores, converts = True, False
+    pure = False  # as far as anyone knows
+    passes: SharedPasses | None = None
     source_vocab_size = 0
     window = 0
     told = False  # of what the cache rounds
@@ -224,6 +226,11 @@ class TargetSubject:
     def start(self, start: Start) -> Any:
         return self.session(self, start)
 
+    @property
+    def pass_key(self) -> Hashable:
+        """What an uncached pass depends on, beside its arguments and the format."""
+        return Same(self.decoder)
+
     # Variants
 
     def with_session(self, session: Callable[[TargetSubject, Start], Any]) -> TargetSubject:
@@ -257,7 +264,7 @@ class TargetSubject:
         Raises NotImplementedError if it holds none.
         """
         other = copy.copy(self)
-        other.decoder = moved(self.decoder, by, seed, tables)
+        other.decoder, other.passes = moved(self.decoder, by, seed, tables), None
         return other
 
     # What it is able to do

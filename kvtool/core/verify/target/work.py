@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from kvtool.errors import pass_on_shortage
 
@@ -16,12 +17,37 @@ def work(call: Callable[[], object], modules: Iterable[nn.Module]) -> int:
     """How many floating-point operations the matrix products of a call take; where they cannot be
     counted, as within flex_attention, how many numbers the smallest of its modules answer."""
     try:
-        with FlopCounterMode(display=False) as counter:
+        with Products() as products:
             call()
-        return counter.get_total_flops()
+        return products.work
     except Exception as error:  # what watches operations is not taken by what compiles them
         pass_on_shortage(error)
     return _answered(call, modules)
+
+
+class Products(TorchDispatchMode):
+    """Counts what matrix products take, as torch's FlopCounterMode does; but that loads the
+    compiler, which takes longer than what is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = 0  # floating-point operations
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether the compiler is loaded, to keep it out of here; nothing is compiled meanwhile."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:  # an operation that is made of others is counted as those
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        answer = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.work += count(*args, **kwargs, out_val=answer)
+        return answer
 
 
 def _answered(call: Callable[[], object], modules: Iterable[nn.Module]) -> int:
