@@ -16,7 +16,11 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.kernels.masks import mask_tensor
 from kvtool.core.models import Model, build_model
+from kvtool.core.verify.diagnosis.doctor import examine
+from kvtool.core.verify.judge import Doctor
 from kvtool.core.verify.subject import Make, ModelSession, ModelSubject, Session, Start
+from kvtool.core.verify.target.doctor import Examiner
+from kvtool.core.verify.target.subject import TargetSubject
 
 # Kinds of bugs that happened in caches of other projects; `Mutant.seen_in` names where.
 BUG_CLASSES = {
@@ -38,6 +42,12 @@ BUG_CLASSES = {
     16: "forks share their storage",
     17: "rows are reordered not at all, on the wrong axis, or in part",
     18: "a source's keys and values outlive it, or its padding is attended",
+    19: "rows of a batch read each other",
+    20: "what is saved and loaded is not all that was held",
+    21: "a request takes what an earlier one left",
+    22: "an id, a repeat or a run is treated in another way",
+    23: "steps or prompts of some sizes alone are wrong",
+    24: "wrong from some length on, or at some boundary alone",
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 23,
@@ -76,11 +86,21 @@ class Planted:
     kernels: Kernels = DEFAULT
     model: str = "rotary"
     dtype: torch.dtype = torch.float32
+    decoder: Callable[[], Any] | None = None  # a user's, in place of the model and its cache
 
-    def subject(self) -> ModelSubject:
-        """The small model with what is planted."""
+    def subject(self) -> Any:
+        """The small model, or the user's decoder, with what is planted."""
+        if self.decoder is not None:
+            found = TargetSubject(self.decoder(), self.name)
+            found.reach = found.context  # so that what is fed does not hang on the time it takes
+            return found
         model = build(self.model, self.dtype)
         return ModelSubject(model, self.make, self.name, self.kernels, self.session)
+
+    @property
+    def doctor(self) -> Doctor:
+        """Who finds out where the bug is and what it does."""
+        return examine if self.decoder is None else Examiner()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from kvtool.core.verify.arms import Case
-from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.mutants import LOOKALIKES, MUTANTS, Lookalike, Mutant
@@ -73,7 +72,7 @@ def one_thread() -> Iterator[None]:
 @one_thread()
 def try_mutant(mutant: Mutant) -> Trial:
     """Judge a planted bug as a user would."""
-    finding = Judge(mutant.subject(), examine).judge(Case(SCENARIOS[mutant.scenario]))
+    finding = Judge(mutant.subject(), mutant.doctor).judge(Case(SCENARIOS[mutant.scenario]))
     caught = finding.verdict == mutant.verdict and not finding.right
     place = (finding.diagnosis.layer, finding.diagnosis.part)
     said = in_one_line(finding)
@@ -104,7 +103,7 @@ def caught_elsewhere(mutant: Mutant) -> str:
 @one_thread()
 def try_lookalike(lookalike: Lookalike) -> Trial:
     """Judge right behaviour in all scenarios: quiet if none of them reports it."""
-    judge = Judge(lookalike.subject(), examine)
+    judge = Judge(lookalike.subject(), lookalike.doctor)
     findings = [judge.judge(Case(scenario)) for scenario in SCENARIOS.values()]
     tried = [finding for finding in findings if finding.verdict != UNSUPPORTED]
     loud = [finding for finding in tried if not finding.right]

@@ -8,6 +8,7 @@ logits that the cache gave, is the bug.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,16 @@ class FedStep(NamedTuple):
 
     past: int  # tokens before the step
     asked: Tensor  # (B,n,K) whole numbers
+    right: Tensor  # (B,n) the positions of its tokens
+
+
+def positions(start: Start, past: int, ids: Tensor) -> Tensor:
+    """The positions (B,n) of tokens behind `past` others, where padding counts for nothing."""
+    batch, n = ids.shape
+    if start.padding is None:
+        return torch.arange(past, past + n, device=ids.device).expand(batch, n)
+    real = start.real(0, past + n)
+    return (real.cumsum(1) - 1).clamp(min=0)[:, past:]
 
 
 class TargetHypothesis:
@@ -71,9 +82,9 @@ class TargetHypothesis:
         self.tokens = torch.empty(size, dtype=torch.long, device=self.subject.device)
 
     def feed(self, ids: Tensor) -> Tensor:
-        n = ids.shape[1]
+        past, n = self.tokens.shape[1], ids.shape[1]
         asked = self.asked(ids)
-        self.log.append(FedStep(self.tokens.shape[1], asked))
+        self.log.append(FedStep(past, asked, positions(self.start, past, ids)))
         self.tokens = torch.cat([self.tokens, torch.cat([ids[..., None], asked], dim=2)], dim=1)
         read = self.read(n)
         given = {lookup: read[..., 1 + i] for i, lookup in enumerate(self.lookups)}
@@ -215,10 +226,29 @@ class SelectInverse(TargetHypothesis):
     hint = "select applies the inverse order"
 
     def pick(self, rows: Tensor) -> None:
-        super().pick(rows.argsort())
+        a_permutation = torch.equal(rows.sort().values, torch.arange(len(self.tokens)).to(rows))
+        super().pick(rows.argsort() if a_permutation else rows)
+
+
+class SelectFirst(TargetHypothesis):
+    hint = "where rows leave the batch, the first ones stay in place of those that should"
+
+    def pick(self, rows: Tensor) -> None:
+        leave = len(rows) < len(self.tokens)
+        super().pick(torch.arange(len(rows), device=rows.device) if leave else rows)
+
+
+class PaddingKept(TargetHypothesis):
+    hint = "select leaves the padding where it is: rows go on with the padding of others"
+
+    def pick(self, rows: Tensor) -> None:
+        padding = self.start.padding
+        super().pick(rows)
+        if padding is not None:
+            self.start = replace(self.start, padding=padding[: len(rows)])
 
 
 TARGET_HYPOTHESES: tuple[type[TargetHypothesis], ...] = (
     PastLost, FirstLost, LatestLost, PromptOnly, LastStepOnly, CropIgnored, CropShort, CropLong,
-    CropTakes, ResetIgnored, SelectIgnored, SelectInverse,
+    CropTakes, ResetIgnored, SelectIgnored, SelectInverse, SelectFirst, PaddingKept,
 )  # fmt: skip

@@ -26,7 +26,7 @@ from kvtool.core.verify.diagnosis.hypotheses.positions import (
 )
 from kvtool.core.verify.scenario_run import Segment, Stopped
 from kvtool.core.verify.subject import Start
-from kvtool.core.verify.target.hypotheses import FedStep, TargetHypothesis
+from kvtool.core.verify.target.hypotheses import FedStep, TargetHypothesis, positions
 from kvtool.core.verify.target.operations import Line, Operations, by_place, token_axis
 from kvtool.core.verify.target.subject import TargetSession, TargetSubject
 from kvtool.core.verify.target.trace import is_wrong
@@ -81,7 +81,7 @@ class LinesGiven(TargetHypothesis):
                 if past == 0 or before is not None:
                     self.answers[done.time] = torch.cat(parts, dim=axis)
         numbers = self.answers[0].narrow(axis, past, n)
-        self.log.append(FedStep(past, numbers))
+        self.log.append(FedStep(past, numbers, positions(self.start, past, ids)))
         self.tokens = torch.cat([self.tokens, ids[..., None]], dim=1)
         with Operations(self._instead):
             return self.subject.call_full(self.tokens[..., 0], self.start)[:, -n:]

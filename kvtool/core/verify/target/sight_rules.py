@@ -28,6 +28,7 @@ class View(NamedTuple):
     first: int  # tokens of the segment's first step
     before: Tensor  # (Q,1) where the step before begins
     padding: int
+    paddings: frozenset[int]  # of all rows
     window: int  # keys that a query sees without the cache, its own included; 0: all
 
     @property
@@ -56,7 +57,8 @@ def views(sight: Sight) -> list[View]:
         pads = (at < padding).expand_as(own)  # what a token of padding sees means nothing
         right = (sight.uncached[row] | own) & ~pads
         seen = (sight.cached[row] | own) & ~pads
-        view = View(seen, right, at, past, end, key, first, before, padding, 0)
+        of_all = frozenset(sight.padding)
+        view = View(seen, right, at, past, end, key, first, before, padding, of_all, 0)
         found.append(view._replace(window=width(view, right)))
     return found
 
@@ -126,6 +128,15 @@ def last_padding_seen(v: View) -> Tensor:
     return v.right | (v.key == v.padding - 1)
 
 
+def padding_of_another(v: View) -> Tensor:
+    """The oldest key that a wrong query sees is the first behind the padding of another row."""
+    wrong = (v.seen != v.right).any(1)
+    oldest = int(v.key.expand_as(v.seen)[wrong][v.seen[wrong]].min()) if bool(wrong.any()) else 0
+    if not bool(wrong.any()) or oldest not in v.paddings - {v.padding}:
+        return v.right
+    return v._replace(padding=oldest).within(v.window)
+
+
 def first_lost(v: View) -> Tensor:
     return v.right & (v.key != v.padding)
 
@@ -178,6 +189,7 @@ RULES: dict[Rule, str] = {
     wrapped: "once the ring has wrapped, the slots behind the newest are taken for empty",
     padding_seen: "the padding mask is dropped: tokens attend to left padding",
     last_padding_seen: "the padding mask is one column short: the last padding token is seen",
+    padding_of_another: "a row is masked with the padding of another",
     first_lost: "the first token is lost",
     latest_lost: "the token before the step is lost",
     prompt_only: "the first step alone is stored: tokens behind it are forgotten",
@@ -279,8 +291,10 @@ def _windows(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterato
     when = _where_it_holds([(v, v.within(cached)) for v in rows], queries, step)
     if when is None:
         return
-    if not window:
-        yield f"the cache shows the last {cached} tokens alone, and the pass shows all", when
+    if not window:  # of that many tokens the pass shows all
+        most = max(int((v.at - v.padding).max()) + 1 for v in rows)
+        wide = f"through the cache, and {most} or more without it"
+        yield f"the window is {cached} tokens wide {wide}", when
     elif abs(cached - window) == 1:
         how = "wide" if cached > window else "narrow"
         yield f"the window is one token too {how}: {cached} tokens, not {window}", when
@@ -293,7 +307,8 @@ def _elsewhere(sight: Sight) -> Iterator[str]:
     if sight.across:
         rows = sorted({row for row, _ in sight.across})
         others = sorted({other for _, other in sight.across})
-        words = f"rows read each other: what {_numbered('row', others)} was fed"
+        fed = "were" if len(others) > 1 else "was"
+        words = f"rows read each other: what {_numbered('row', others)} {fed} fed"
         yield f"{words} changes {_numbered('row', rows)}"
     for fate in sight.stale:
         yield f"tokens {fate} are still read"
