@@ -5,13 +5,14 @@ from __future__ import annotations
 from kvtool.core.verify.mutants.batches import BATCHES
 from kvtool.core.verify.mutants.contents import CONTENTS
 from kvtool.core.verify.mutants.lengths import LENGTHS
-from kvtool.core.verify.mutants.lookalikes import LOOKALIKES
+from kvtool.core.verify.mutants.lookalikes import LOOKALIKES as OF_CACHES
 from kvtool.core.verify.mutants.masks import MASKS
 from kvtool.core.verify.mutants.mutant import BUG_CLASSES, Lookalike, Mutant, Planted
 from kvtool.core.verify.mutants.pages import PAGES
 from kvtool.core.verify.mutants.positions import POSITIONS
 from kvtool.core.verify.mutants.quantized import QUANTIZED
 from kvtool.core.verify.mutants.requests import REQUESTS
+from kvtool.core.verify.mutants.right_decoders import RIGHT_DECODERS
 from kvtool.core.verify.mutants.rollback import ROLLBACK
 from kvtool.core.verify.mutants.slots import SLOTS
 from kvtool.core.verify.mutants.sources import SOURCES
@@ -23,4 +24,5 @@ ALL = (
     *POSITIONS, *MASKS, *WINDOWS, *ROLLBACK, *SLOTS, *SOURCES, *PAGES, *QUANTIZED, *CONTENTS,
     *BATCHES, *REQUESTS, *LENGTHS,
 )  # fmt: skip
+LOOKALIKES: tuple[Lookalike, ...] = (*OF_CACHES, *RIGHT_DECODERS)
 MUTANTS = tuple(sorted(ALL, key=lambda mutant: mutant.bug_class or 99))  # unlisted ones last

@@ -1,14 +1,24 @@
-"""Planted bugs of classes 4, 5, 17 and 19: rows of a batch that mix, leave, or are padded behind."""
+"""Planted bugs of classes 4, 5, 17 and 19: rows that mix or leave, padding behind a prompt."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from kvtool.core.verify.mutants.mutant import Mutant
-from kvtool.core.verify.mutants.user_decoder import Decoder, Fed, Flaw, Held, Pair, flawed
+from kvtool.core.verify.mutants.user_decoder import (
+    PLACES,
+    Decoder,
+    Fed,
+    Flaw,
+    Held,
+    Pair,
+    flawed,
+)
+from kvtool.core.verify.target.doctor import PADDING_COUNTED
+from kvtool.core.verify.target.hypotheses import SelectFirst
+from kvtool.core.verify.target.sight_rules import RULES, padding_of_another
 
 
 def of_row(row: int) -> Flaw:
@@ -43,7 +53,8 @@ def values_kept(before: Held, right: Held, rows: Tensor) -> Held:
     """Where rows leave, the values are those of the first."""
     if len(rows) == len(before.layers[0][0]):
         return right
-    layers = [(k, v[: len(rows)]) for (k, _), (_, v) in zip(right.layers, before.layers, strict=True)]
+    pairs = zip(right.layers, before.layers, strict=True)
+    layers = [(k, v[: len(rows)]) for (k, _), (_, v) in pairs]
     return replace(right, layers=layers)
 
 
@@ -62,48 +73,46 @@ def holes_counted(right: Tensor, fed: Fed) -> Tensor:
     return right + holes(fed)[:, : fed.past].sum(1, keepdim=True)
 
 
-def last_hole_seen(right: Tensor, fed: Fed) -> Tensor:
-    """The last column of padding is taken for a token."""
-    last = holes(fed) & ~torch.nn.functional.pad(holes(fed)[:, 1:], (0, 1))
-    return right | last[:, None] if fed.past else right
-
-
-ROWS = "rows read each other"
 BATCHES = (
     Mutant(
-        "every row reads the first row's past", decoder=lambda: Decoder(of_row(0)),
-        bug_class=19, scenario="rows", layer=0, hint=ROWS,
+        "every row reads the first row's past",
+        decoder=lambda: Decoder(of_row(0)),
+        bug_class=19, scenario="rows", step=1, layer=0, part="out input",
+        hint="rows read each other: what row 0 was fed changes rows 1-2",
     ),
     Mutant(
-        "values of the row before, in a layer", decoder=lambda: Decoder(flawed(past=of_the_row_before)),
-        bug_class=19, scenario="rows", layer=1, hint=ROWS,
+        "values of the row before, in a layer",
+        decoder=lambda: Decoder(flawed(past=of_the_row_before)),
+        bug_class=19, scenario="rows", step=1, layer=1, part="out input",
+        hint="rows read each other: what rows 0-2 were fed changes rows 0-2",
     ),
     Mutant(
-        "the last row's past in padded rows", decoder=lambda: Decoder(of_row(-1)),
-        bug_class=19, scenario="padded-rows", hint=ROWS,
+        "a row leaves and the first ones stay",
+        decoder=lambda: Decoder(flawed(selected=of_first_rows)),
+        bug_class=17, scenario="leaving", step=3, layer=0, part="out input",
+        hint=SelectFirst.hint,
     ),
     Mutant(
-        "a row leaves and the first ones stay", decoder=lambda: Decoder(flawed(selected=of_first_rows)),
-        bug_class=17, scenario="leaving", step=3, hint=ROWS,
+        "a row leaves, its values stay",
+        decoder=lambda: Decoder(flawed(selected=values_kept)),
+        bug_class=17, scenario="leaving", step=3,
     ),
     Mutant(
-        "a row leaves, its values stay", decoder=lambda: Decoder(flawed(selected=values_kept)),
-        bug_class=17, scenario="leaving", step=3, hint=ROWS,
+        "padding is not reordered",
+        decoder=lambda: Decoder(flawed(selected=padding_kept)),
+        bug_class=17, scenario="padded-rows", step=3, part="places input",
+        hint=RULES[padding_of_another],
     ),
     Mutant(
-        "padding is not reordered", decoder=lambda: Decoder(flawed(selected=padding_kept)),
-        bug_class=17, scenario="padded-rows", step=3, hint="",
+        "padding behind a prompt is seen",
+        decoder=lambda: Decoder(flawed(mask=holes_seen)),
+        bug_class=5, scenario="right-padded", step=1,
+        hint="",
     ),
     Mutant(
-        "padding behind a prompt is seen", decoder=lambda: Decoder(flawed(mask=holes_seen)),
-        bug_class=5, scenario="right-padded", hint="",
-    ),
-    Mutant(
-        "padding behind a prompt is counted", decoder=lambda: Decoder(flawed(places=holes_counted)),
-        bug_class=4, scenario="right-padded", hint="",
-    ),
-    Mutant(
-        "padding's last column is seen", decoder=lambda: Decoder(flawed(mask=last_hole_seen)),
-        bug_class=5, scenario="right-padded", hint="",
+        "padding behind a prompt is counted",
+        decoder=lambda: Decoder(flawed(places=holes_counted)),
+        bug_class=4, scenario="right-padded", step=1, part="places input",
+        hint=f"{PADDING_COUNTED} ({PLACES})",
     ),
 )  # fmt: skip

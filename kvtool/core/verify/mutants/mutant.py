@@ -18,6 +18,7 @@ from kvtool.core.kernels.masks import mask_tensor
 from kvtool.core.models import Model, build_model
 from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.judge import Doctor
+from kvtool.core.verify.schedules import BRIEF
 from kvtool.core.verify.subject import Make, ModelSession, ModelSubject, Session, Start
 from kvtool.core.verify.target.doctor import Examiner
 from kvtool.core.verify.target.subject import TargetSubject
@@ -92,7 +93,7 @@ class Planted:
         """The small model, or the user's decoder, with what is planted."""
         if self.decoder is not None:
             found = TargetSubject(self.decoder(), self.name)
-            found.reach = found.context  # so that what is fed does not hang on the time it takes
+            found.reach, found.level = found.context, BRIEF  # whatever time that takes
             return found
         model = build(self.model, self.dtype)
         return ModelSubject(model, self.make, self.name, self.kernels, self.session)
@@ -116,13 +117,22 @@ class Mutant(Planted):
     part: str = ""
     hint: str | None = None  # a bug that it must name; "": it knows none; None: no hint is due
 
+    @property
+    def due_doctor(self) -> Doctor | None:
+        """Who finds out what has to be said of the bug; None: nothing has."""
+        return self.doctor if self.part or self.hint is not None else None
+
 
 @dataclass(frozen=True)
 class Lookalike(Planted):
-    """Right, although it looks suspicious: the check must not report it, in any scenario."""
+    """Right, although it looks suspicious: the check must not report it.
+
+    scenarios: those that it is tried in; none: all.
+    """
 
     why: str = ""
     verdict: str = ""  # that some scenario must give; "": any that is right
+    scenarios: tuple[str, ...] = ()
     spare: int = 0  # positions of the model that it needs beside those of the tokens
 
     def subject(self) -> ModelSubject:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvtool.core.verify.mutants.mutant import SIZES, Mutant
 from kvtool.core.verify.mutants.user_decoder import (
+    PLACES,
     ROOM,
     Decoder,
     Fed,
@@ -20,7 +21,7 @@ from kvtool.core.verify.mutants.user_decoder import (
     Pair,
     flawed,
 )
-
+from kvtool.core.verify.target.sight_rules import ANOTHER_REQUEST, BEHIND
 
 # Saved and loaded
 
@@ -103,46 +104,62 @@ def with_meaning(decoder: Decoder) -> Decoder:
 
 REQUESTS = (
     Mutant(
-        "positions are not saved", decoder=lambda: Decoder(flawed(loaded=place_lost)),
-        bug_class=20, scenario="saved", step=3, hint="",
+        "positions are not saved",
+        decoder=lambda: Decoder(flawed(loaded=place_lost)),
+        bug_class=20, scenario="saved", step=3, part="places input",
+        hint=f"positions start at 0 again at step 3 ({PLACES})",
     ),
     Mutant(
         "loaded with the first layer's values",
         decoder=lambda: Decoder(flawed(loaded=values_of_first_layer)),
-        bug_class=20, scenario="saved", step=3, hint="",
+        bug_class=20, scenario="saved", step=3,
     ),
     Mutant(
-        "the newest token is not saved", decoder=lambda: Decoder(flawed(loaded=newest_lost)),
-        bug_class=20, scenario="saved", step=3, hint="",
+        "the newest token is not saved",
+        decoder=lambda: Decoder(flawed(loaded=newest_lost)),
+        bug_class=20, scenario="saved", step=3, layer=0, part="out input",
+        hint="token 13 does not see token 12",
     ),
     Mutant(
-        "a longer prompt is taken for this one", decoder=lambda: Decoder(Remembers(ROOM)),
-        bug_class=21, scenario="second-request", step=5, hint="",
+        "a longer prompt is taken for this one",
+        decoder=lambda: Decoder(Remembers(ROOM)),
+        bug_class=21, scenario="second-request", step=5, layer=0, part="out input",
+        hint=f"{ANOTHER_REQUEST}{BEHIND}",
     ),
     Mutant(
-        "a known prefix is one token too long", decoder=lambda: Decoder(Remembers(1)),
-        bug_class=21, scenario="second-request", step=5, hint="",
+        "a known prefix is two tokens too long",
+        decoder=lambda: Decoder(Remembers(2)),
+        bug_class=21, scenario="second-request", step=5, layer=0, part="out input",
+        hint=f"{ANOTHER_REQUEST}{BEHIND}",
     ),
     Mutant(
         "an id with a meaning is not stored",
         decoder=lambda: with_meaning(Decoder(not_stored(lambda ids: ids == END))),
-        bug_class=22, scenario="ids", hint="",
+        bug_class=22, scenario="ids", step=1, layer=0, part="out input",
+        hint="tokens with the id 7 are not seen behind their step",
     ),
     Mutant(
-        "id 0 is taken for padding", decoder=lambda: Decoder(not_stored(lambda ids: ids == 0)),
-        bug_class=22, scenario="ids", hint="",
+        "id 0 is taken for padding",
+        decoder=lambda: Decoder(not_stored(lambda ids: ids == 0)),
+        bug_class=22, scenario="ids", step=2, layer=0, part="out input",
+        hint="tokens with the id 0 are not seen behind their step",
     ),
     Mutant(
         "the last id is not stored",
         decoder=lambda: Decoder(not_stored(lambda ids: ids == SIZES["vocab_size"] - 1)),
-        bug_class=22, scenario="ids", hint="",
+        bug_class=22, scenario="ids", step=6, layer=0, part="out input",
+        hint="token 21 does not see token 20",
     ),
     Mutant(
-        "a repeat is not stored", decoder=lambda: Decoder(not_stored(repeated)),
-        bug_class=22, scenario="ids", hint="",
+        "a repeat is not stored",
+        decoder=lambda: Decoder(not_stored(repeated)),
+        bug_class=22, scenario="ids", step=1, layer=0, part="out input",
+        hint="token 11 does not see token 9",
     ),
     Mutant(
-        "a run is stored but for two", decoder=lambda: Decoder(not_stored(in_a_run)),
-        bug_class=22, scenario="ids", hint="",
+        "a run is stored but for two",
+        decoder=lambda: Decoder(not_stored(in_a_run)),
+        bug_class=22, scenario="ids", step=4, layer=0, part="out input",
+        hint="token 16 does not see token 15",
     ),
 )  # fmt: skip

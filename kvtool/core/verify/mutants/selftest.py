@@ -48,7 +48,7 @@ def names() -> list[str]:
 def run(
     progress: Callable[[str], None] = lambda name: None, skip: Container[str] = ()
 ) -> Iterator[Trial]:
-    """Judge every mutant in its scenario and every look-alike in all of them, mutants first, but
+    """Judge every mutant in its scenario and every look-alike in its own, mutants first, but
     for those whose names are in `skip`. progress is told the name of what comes next."""
     everything: tuple[Mutant | Lookalike, ...] = (*MUTANTS, *LOOKALIKES)
     for planted in everything:
@@ -72,7 +72,7 @@ def one_thread() -> Iterator[None]:
 @one_thread()
 def try_mutant(mutant: Mutant) -> Trial:
     """Judge a planted bug as a user would."""
-    finding = Judge(mutant.subject(), mutant.doctor).judge(Case(SCENARIOS[mutant.scenario]))
+    finding = Judge(mutant.subject(), mutant.due_doctor).judge(Case(SCENARIOS[mutant.scenario]))
     caught = finding.verdict == mutant.verdict and not finding.right
     place = (finding.diagnosis.layer, finding.diagnosis.part)
     said = in_one_line(finding)
@@ -102,9 +102,9 @@ def caught_elsewhere(mutant: Mutant) -> str:
 
 @one_thread()
 def try_lookalike(lookalike: Lookalike) -> Trial:
-    """Judge right behaviour in all scenarios: quiet if none of them reports it."""
+    """Judge right behaviour in its scenarios: quiet if none of them reports it."""
     judge = Judge(lookalike.subject(), lookalike.doctor)
-    findings = [judge.judge(Case(scenario)) for scenario in SCENARIOS.values()]
+    findings = [judge.judge(Case(SCENARIOS[name])) for name in lookalike.scenarios or SCENARIOS]
     tried = [finding for finding in findings if finding.verdict != UNSUPPORTED]
     loud = [finding for finding in tried if not finding.right]
     verdicts = {finding.verdict for finding in loud or tried}
@@ -113,7 +113,7 @@ def try_lookalike(lookalike: Lookalike) -> Trial:
         lookalike.name,
         0,
         "",
-        loud[0].scenario if loud else f"{len(tried)} scenarios",
+        loud[0].scenario if loud else f"{len(tried)} scenario{'s' * (len(tried) != 1)}",
         lookalike.verdict or "right",
         ", ".join(sorted(verdicts)),
         quiet=bool(tried) and not loud and as_expected,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.core.verify.mutants.mutant import SIZES
@@ -20,10 +21,11 @@ from kvtool.core.verify.subject import Start
 Pair = tuple[Tensor, Tensor]  # keys and values (B,H,S,D)
 N_LAYERS, HEADS, WIDTH = 2, 2, 16
 ROOM = 256  # tokens
+PLACES = "places; nothing else is wrong"  # said where its positions alone are wrong
 
 
 class Fed(NamedTuple):
-    """One step: its ids (B,n), the tokens before it, and which columns are no padding (B,past+n)."""
+    """One step: its ids (B,n), the tokens before it, which columns are no padding (B,past+n)."""
 
     ids: Tensor
     past: int
@@ -77,19 +79,17 @@ class Held:
 
 
 class Attention(nn.Module):
-    """Self-attention with rotary positions."""
+    """Self-attention over what is held and what is new."""
 
     def __init__(self) -> None:
         super().__init__()
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor, places: Tensor, mask: Tensor, past: Pair) -> tuple[Tensor, Pair]:
-        """x (B,n,C), places (B,n), mask (B,n,S): all keys, of which the last n are new."""
+    def forward(self, x: Tensor, mask: Tensor, past: Pair) -> tuple[Tensor, Pair]:
+        """x (B,n,C), mask (B,n,S): of all keys, of which the last n are new."""
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotated(q, places), rotated(k, places)
         keys, values = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        scores = q @ keys.mT * q.shape[-1] ** -0.5
-        seen = scores.masked_fill(~mask[:, None], torch.finfo(x.dtype).min).softmax(-1) @ values
+        seen = F.scaled_dot_product_attention(q, keys, values, mask[:, None])
         return self.out(seen.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -101,6 +101,7 @@ class Decoder(nn.Module):
     """
 
     takes_padding = True
+    config: Any = None  # where ids have a meaning
 
     def __init__(
         self, flaw: Flaw | None = None, window: int = 0, chunk: int = 0, context: int = ROOM
@@ -112,6 +113,7 @@ class Decoder(nn.Module):
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             self.table = nn.Embedding(self.vocab_size, WIDTH)
+            self.places = nn.Embedding(context + 1, WIDTH)  # one more, for what stands too far
             self.layers = nn.ModuleList(Attention() for _ in range(N_LAYERS))
             self.head = nn.Linear(WIDTH, self.vocab_size)
 
@@ -159,9 +161,10 @@ class Decoder(nn.Module):
             real = Start(batch, 0, state.padding).real(0, past + n)
         fed = Fed(ids, past, real)
         places = flaw.places((real.cumsum(1) - 1).clamp(min=0)[:, past:] + state.n - past, fed)
-        mask, x, layers = flaw.mask(self.seen(fed), fed), self.table(ids), []
+        mask, layers = flaw.mask(self.seen(fed), fed), []
+        x = self.table(ids) + self.places(places)
         for i, (layer, held) in enumerate(zip(self.layers, state.layers, strict=True)):
-            answer, new = layer(x, places, mask, flaw.past(held, i, fed))
+            answer, new = layer(x, mask, flaw.past(held, i, fed))
             x = x + answer
             kept = flaw.stored(new, i, fed)
             layers.append(
@@ -181,22 +184,8 @@ class Decoder(nn.Module):
         return found & fed.real[:, None] | (key == query)
 
 
-def rotated(x: Tensor, places: Tensor) -> Tensor:
-    """x (B,H,n,D), turned by the angles of places (B,n)."""
-    half = x.shape[-1] // 2
-    inverse = 100.0 ** (-torch.arange(half, dtype=x.dtype, device=x.device) / half)
-    angle = (places.to(x.dtype)[..., None] * inverse)[:, None]
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
-
-
 def flawed(**changes: Callable[..., Any]) -> Flaw:
     """A flaw of which some methods are these functions."""
     flaw = Flaw()
     vars(flaw).update(changes)
     return flaw
-
-
-def steps_of(*sizes: int) -> Callable[[Fed], bool]:
-    """Whether a step behind the first has so many tokens."""
-    return lambda fed: bool(fed.past) and fed.n in sizes

@@ -120,6 +120,10 @@ class TargetHypothesis:
             self.inner.reset(start)
         self.begin_again(start)
 
+    def reload(self) -> None:
+        if self.inner is not None:
+            self.inner.reload()
+
     def fork(self) -> TargetHypothesis:
         other = copy.copy(self)
         other.inner = None if self.inner is None else self.inner.fork()

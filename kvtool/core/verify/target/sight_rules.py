@@ -6,6 +6,7 @@ that, or just what is right; so a bug in steps of one size alone is named with t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -201,17 +202,32 @@ RULES: dict[Rule, str] = {
 }
 
 
+ANOTHER_REQUEST = (
+    "what the first step stored is not read, and maybe that of an earlier request in its place"
+)
+
+
+LASTING = (prompt_only, prompt_lost, slot_low)
+IN_STEPS = " (in steps of "
+
+
 def named(sight: Sight, step: int) -> tuple[str, ...]:
     """The bugs that give the map that was found, all of them; none if nearly all do."""
     found = list(_elsewhere(sight))
     if found or not sight.differs:
         return tuple(found)
     rows = views(sight)
+    if told := _by_ids(sight, rows):
+        return (told,)
     if not sight.direct:  # through several layers a window reaches further than it is wide
         rows = [view._replace(window=0) for view in rows]
     fits = list(_windows(rows, sight.queries, step)) if sight.direct else []
+    fits += list(_chunks(rows, sight.queries, step)) if sight.direct else []
     for rule, words in RULES.items():
+        words = ANOTHER_REQUEST if sight.earlier and rule is prompt_lost else words
         when = _where_it_holds([(v, rule(v)) for v in rows], sight.queries, step)
+        if when is not None and rule in LASTING and IN_STEPS in when:
+            continue  # what is not stored does not come back
         if when is not None and not (fits and rule is oldest_lost):
             fits.append((words, "" if when == BEHIND and "past" in words else when))
     always = [words + when for words, when in fits if when in ("", BEHIND)]
@@ -258,7 +274,8 @@ def _when(holds: list[Step], free: list[Step]) -> str | None:
     if sizes == {1} and 1 not in others:
         return " (in steps of one token alone)"
     if 1 not in sizes and others == {1}:
-        return " (in steps of several tokens alone)"
+        one = f"{min(sizes)} tokens, and not of one"
+        return f"{IN_STEPS}{one if len(sizes) == 1 else 'several tokens alone'})"
     if not sizes & others:
         return f" (in steps of {ranges(sorted(sizes))} tokens alone)"
     least, most = min(past for _, past, _ in holds), max(past for _, past, _ in free)
@@ -302,6 +319,60 @@ def _windows(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterato
         yield f"the window is {cached} tokens wide through the cache, and {window} without it", when
 
 
+def chunk_of(view: View, seen: Tensor) -> int:
+    """The size of chunks that all queries see within, 0 if they do not."""
+    begins = set()
+    for i in range(len(view.at)):
+        keys = view.key[0][seen[i]]
+        begins.add(int(keys.min()) if len(keys) else int(view.at[i]))
+    size = math.gcd(*begins)
+    return size if size > 1 and torch.equal(seen, in_chunks(view, size)) else 0
+
+
+def in_chunks(view: View, size: int) -> Tensor:
+    """The keys of a query's own chunk."""
+    return view.causal & (view.key // size == view.at // size)
+
+
+def _chunks(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterator[tuple[str, str]]:
+    """Chunks of another size than the right one, or none."""
+    right = {chunk_of(v, v.right) for v in rows}
+    if len(right) != 1 or right == {0} or any(v.padding for v in rows):
+        return
+    (size,) = right
+    others = {chunk_of(v, v.seen) for v in rows} - {0}
+    for other in others if len(others) == 1 else ():
+        when = _where_it_holds([(v, in_chunks(v, other)) for v in rows], queries, step)
+        if when is not None:
+            yield f"a chunk has {other} tokens through the cache, and {size} without it", when
+            return
+    when = _where_it_holds([(v, v.causal) for v in rows], queries, step)
+    if when is not None:
+        yield f"chunks of {size} tokens are not kept apart: those before are seen", when
+
+
+def _by_ids(sight: Sight, rows: list[View]) -> str:
+    """Which ids the keys have that are not seen, if there is no more to it; "" else."""
+    if sight.ids is None or len(rows) != 1 or any(bool((v.seen & ~v.right).any()) for v in rows):
+        return ""
+    (view,), ids = rows, sight.ids[0]
+    known = view.key[0]
+    missing = (view.right & ~view.seen)[:, :]
+    lost = missing.any(0)
+    behind = known < int(view.at[missing.any(1)].max())
+    shown = (view.seen & (view.key < view.past)).any(0)  # behind its own step
+    if bool((lost & shown).any()) or not bool((behind & ~lost).any()):
+        return ""
+    same = {int(i) for i in ids[known[lost]]}
+    alike = torch.isin(ids[known], torch.tensor(sorted(same)).to(ids)) & behind
+    if len(same) == 1 and int(alike.sum()) > 1 and torch.equal(alike, lost):
+        return f"tokens with the id {same.pop()} are not seen behind their step"
+    again = torch.cat([ids[:1] != ids[:1], ids[1:] == ids[:-1]])[known] & behind
+    if int(again.sum()) > 1 and torch.equal(again, lost):
+        return "tokens that repeat the one before are not seen behind their step"
+    return ""
+
+
 def _elsewhere(sight: Sight) -> Iterator[str]:
     """What is read of tokens that are not in a row's history."""
     if sight.across:
@@ -323,7 +394,7 @@ def described(sight: Sight, step: int) -> str:
             if query.step != step or not bool((missing | extra).any()):
                 continue
             parts = [
-                f"{verb} {_columns(v.key[0][cells])}"
+                f"{verb} {_columns(v.key[0], cells)}"
                 for verb, cells in (("does not see", missing), ("sees", extra))
                 if bool(cells.any())
             ]
@@ -333,9 +404,14 @@ def described(sight: Sight, step: int) -> str:
     return ""
 
 
-def _columns(columns: Tensor) -> str:
-    """Tokens by their columns: "token 3", "tokens 3-5"."""
-    return _numbered("token", columns.tolist())
+def _columns(known: Tensor, cells: Tensor) -> str:
+    """Tokens by their columns: "token 3", "tokens 3-5". Of many tokens some were tried: those
+    between two that were are taken to be as these."""
+    found = known[cells].tolist()
+    for i in range(len(known) - 1):
+        if bool(cells[i]) and bool(cells[i + 1]):
+            found += range(int(known[i]) + 1, int(known[i + 1]))
+    return _numbered("token", sorted(found))
 
 
 def _numbered(what: str, numbers: list[int]) -> str:
