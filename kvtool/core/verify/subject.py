@@ -18,7 +18,7 @@ from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.models import Model
 from kvtool.core.verify.copies import moved
-from kvtool.core.verify.schedules import BRIEF
+from kvtool.core.verify.schedules import BRIEF, NORMAL
 from kvtool.errors import CacheOpUnsupported
 
 # What a subject may be able to do; a scenario names those that it needs.
@@ -95,8 +95,28 @@ class Session(Protocol):
         """Why equal logits would prove nothing about the cache, if so."""
 
 
+class Feeding:
+    """What of a context is fed to a subject; as it stands, all that a scenario asks for."""
+
+    reach: int = 0  # tokens of the longest history; 0: nobody found out what they cost
+    level: int = NORMAL  # of the schedules
+    fed_little: bool = False  # most sizes of steps take too long
+    sizes: tuple[int, ...] = ()  # tokens of its windows, chunks and pages
+    special_ids: tuple[int, ...] = ()  # to which it gives a meaning
+
+    @property
+    def largest_step(self) -> int:
+        """The most tokens that a step takes, 0 for any number."""
+        return 0
+
+    @property
+    def single_steps_only(self) -> bool:
+        """Whether steps behind the first take one token."""
+        return False
+
+
 class Subject(Protocol):
-    """A decoder under test; `abilities` are of ABILITIES."""
+    """A decoder under test; `abilities` are of ABILITIES. `Feeding` has what of it may be left."""
 
     name: str
     stores: bool  # whether its cache stores anything: one that does not is there to compare with
@@ -110,6 +130,19 @@ class Subject(Protocol):
     told: bool  # whether its uncached pass rounds as its cache does, so that a loss is a bug
     lossy: bool  # whether it declares that its cache rounds on purpose
     converts: bool  # whether its float64 copy is known to be the same model
+    reach: int
+    level: int
+    fed_little: bool
+    sizes: tuple[int, ...]
+    special_ids: tuple[int, ...]
+
+    @property
+    def largest_step(self) -> int:
+        """The most tokens that a step takes, 0 for any number."""
+
+    @property
+    def single_steps_only(self) -> bool:
+        """Whether steps behind the first take one token."""
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
         """Whole sequences (B,T) in one pass that no cache takes part in -> logits (B,T,V)."""
@@ -201,7 +234,7 @@ class Formats:
         return self._made[dtype]
 
 
-class ModelSubject:
+class ModelSubject(Feeding):
     """A model of ours with a kind of cache and kernels; `make` builds the cache.
 
     formats: where other subjects of the same model find its copies too.

@@ -228,7 +228,7 @@ def named(sight: Sight, step: int) -> tuple[str, ...]:
         when = _where_it_holds([(v, rule(v)) for v in rows], sight.queries, step)
         if when is not None and rule in LASTING and IN_STEPS in when:
             continue  # what is not stored does not come back
-        if when is not None and not (fits and rule is oldest_lost):
+        if when is not None and not (fits and rule in (oldest_lost, padding_of_another)):
             fits.append((words, "" if when == BEHIND and "past" in words else when))
     always = [words + when for words, when in fits if when in ("", BEHIND)]
     names = always or [words + when for words, when in fits]
