@@ -17,7 +17,7 @@ from kvtool.core.verify.target.picture import picture
 from kvtool.core.verify.target.probe import Spot
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import is_wrong
-from kvtool.ui.sight_map import Seen, sight_plot
+from kvtool.ui.sight_map import Seen, left_out, sight_plot
 from sighted import WINDOW, Sighted, judged, steps
 
 ONES, MIXED = (7, 1, 1, 1), (7, 3, 1, 4, 1)
@@ -281,3 +281,9 @@ def test_a_picture_marks_what_is_hidden_and_what_is_shown_wrongly(tmp_path: Path
     path = tmp_path / "seen.png"
     sight_plot(path, Seen(*seen[1:7]), {"it": {"float64": [0.0, 0.5]}}, "What each token sees")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_map_says_where_tokens_are_left_out() -> None:
+    assert left_out([0, 1, 2]) == []
+    assert left_out([0, 1, 5, 6, 9]) == [2, 4]
+    assert left_out([7, 8]) == [0]  # those before it

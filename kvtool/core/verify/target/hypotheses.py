@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.attributes import owned_modules, running_modules
-from kvtool.core.verify.target.subject import TargetSession, TargetSubject
+from kvtool.core.verify.target.session import TargetSession
+from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import Lookup, Tracer
 
 

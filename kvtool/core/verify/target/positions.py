@@ -29,7 +29,8 @@ from kvtool.core.verify.scenario_run import Segment, Stopped
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.hypotheses import FedStep, TargetHypothesis, positions
 from kvtool.core.verify.target.operations import Line, Operations, by_place, token_axis
-from kvtool.core.verify.target.subject import TargetSession, TargetSubject
+from kvtool.core.verify.target.session import TargetSession
+from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import is_wrong
 
 TRIED = 8  # lines of code
