@@ -36,7 +36,7 @@ SIGHTS: dict[str, tuple[int, Any, tuple[int, ...]]] = {
         WINDOW, lambda k, q, p: k <= q, ONES),
     "the window is 3 tokens wide through the cache, and 6 without it": (
         WINDOW, lambda k, q, p: window(k, q, 3), MIXED),
-    "the window is 4 tokens wide through the cache, and 10 or more without it": (
+    "the window is 4 tokens wide through the cache, and 16 or more without it": (
         0, lambda k, q, p: window(k, q, 4), MIXED),
     "the causal mask is aligned top-left": (0, lambda k, q, p: k <= q - p, MIXED),
     "they see each other": (0, lambda k, q, p: k <= q.max(), MIXED),
