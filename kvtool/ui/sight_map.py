@@ -46,7 +46,8 @@ def sight_plot(
     left, right = above.subplots(1, 2, sharey=True)
     _map(left, seen, seen.uncached, "without a cache")
     _map(right, seen, seen.cached, "through the cache")
-    left.set_ylabel("token that looks; a line parts two steps", fontsize=9)
+    cut = f"the last {len(seen.queries)}: " if seen.queries[0] > seen.padding else ""
+    left.set_ylabel(f"{cut}token that looks; a line parts two steps", fontsize=9)
     _legend(above, seen)
     entitle(figure, title)
     save_figure(figure, path)
@@ -80,8 +81,17 @@ def _map(axes: Any, seen: Seen, marks: Sequence[Sequence[int]], title: str) -> N
     _ticks(axes.yaxis, seen.queries)
     axes.tick_params(length=0, labelsize=7)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("token that is looked at", fontsize=9)
+    missing = left_out(seen.keys)
+    for x in missing:
+        axes.axvline(x, color="#333333", linewidth=0.8, linestyle=":")
+    said = "; dotted: others are left out" if missing else ""
+    axes.set_xlabel(f"token that is looked at{said}", fontsize=9)
     axes.set_title(title, fontsize=10)
+
+
+def left_out(keys: Sequence[int]) -> list[int]:
+    """In front of which columns there are tokens that were not tried, or have no room."""
+    return [x for x, key in enumerate(keys) if key != (keys[x - 1] + 1 if x else 0)]
 
 
 def _ticks(axis: Any, tokens: Sequence[int]) -> None:

@@ -25,11 +25,12 @@ def caught(mutant: Mutant) -> Trial:
 
 def passed(lookalike: Lookalike) -> Trial:
     """But for the number of scenarios, and for what may be identical or rounding."""
+    n = len(lookalike.scenarios or SCENARIOS)
     return Trial(
         lookalike.name,
         0,
         "",
-        f"{len(SCENARIOS)} scenarios",
+        f"{n} scenario{'s' * (n > 1)}",
         lookalike.verdict or "right",
         found=", ".join(sorted({lookalike.verdict or "rounding", "rounding"})),
         quiet=True,

@@ -19,7 +19,8 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.verify.api import evidence
 from kvtool.core.verify.judge import BUG, Judge
 from kvtool.core.verify.target.check import WrongToken, check_target, decode_case
-from kvtool.core.verify.target.subject import TargetSession, TargetSubject
+from kvtool.core.verify.target.session import TargetSession
+from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.errors import CheckFailed, UsageError
 from kvtool.testing import assert_cache_matches
 from small_models import random_model

@@ -17,7 +17,7 @@ from kvtool.core.verify.target.picture import picture
 from kvtool.core.verify.target.probe import Spot
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import is_wrong
-from kvtool.ui.sight_map import Seen, sight_plot
+from kvtool.ui.sight_map import Seen, left_out, sight_plot
 from sighted import WINDOW, Sighted, judged, steps
 
 ONES, MIXED = (7, 1, 1, 1), (7, 3, 1, 4, 1)
@@ -36,7 +36,7 @@ SIGHTS: dict[str, tuple[int, Any, tuple[int, ...]]] = {
         WINDOW, lambda k, q, p: k <= q, ONES),
     "the window is 3 tokens wide through the cache, and 6 without it": (
         WINDOW, lambda k, q, p: window(k, q, 3), MIXED),
-    "the cache shows the last 4 tokens alone, and the pass shows all": (
+    "the window is 4 tokens wide through the cache, and 16 or more without it": (
         0, lambda k, q, p: window(k, q, 4), MIXED),
     "the causal mask is aligned top-left": (0, lambda k, q, p: k <= q - p, MIXED),
     "they see each other": (0, lambda k, q, p: k <= q.max(), MIXED),
@@ -72,7 +72,7 @@ def test_a_window_is_not_called_dropped_where_it_may_be_one_too_wide() -> None:
 def test_one_wrong_token_may_have_lost_the_first_or_see_through_a_window() -> None:
     finding = judged(Sighted(0, lambda k, q, p: (k <= q) & (k > 0)), steps(7, 1))
     assert finding.diagnosis.bugs == (
-        "the cache shows the last 7 tokens alone, and the pass shows all",
+        "the window is 7 tokens wide through the cache, and 8 or more without it",
         "the first token is lost (behind the first step)",
     )
 
@@ -119,7 +119,7 @@ def test_rows_that_read_each_other_are_told() -> None:
         return keys.mean(0, keepdim=True).expand_as(keys), values
 
     finding = judged(Sighted(0, reads=reads), steps(*MIXED, batch=3))
-    assert "rows read each other: what rows 0-2 was fed changes rows 0-2" in finding.diagnosis.hint
+    assert "rows read each other: what rows 0-2 were fed changes rows 0-2" in finding.diagnosis.hint
 
 
 # What is read
@@ -281,3 +281,9 @@ def test_a_picture_marks_what_is_hidden_and_what_is_shown_wrongly(tmp_path: Path
     path = tmp_path / "seen.png"
     sight_plot(path, Seen(*seen[1:7]), {"it": {"float64": [0.0, 0.5]}}, "What each token sees")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_map_says_where_tokens_are_left_out() -> None:
+    assert left_out([0, 1, 2]) == []
+    assert left_out([0, 1, 5, 6, 9]) == [2, 4]
+    assert left_out([7, 8]) == [0]  # those before it

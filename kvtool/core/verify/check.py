@@ -143,11 +143,11 @@ def subjects_of(
 
 def with_reach(finding: Finding, subject: Subject) -> Finding:
     """A finding of the long histories, and which tokens of the context they did not reach."""
-    reach = getattr(subject, "reach", 0)
+    reach = subject.reach
     if not finding.right or finding.scenario != LONGEST:
         return finding
     beyond = f"beyond {reach:,} tokens" if 0 < reach < subject.context else ""
-    sizes = "most sizes of steps" if getattr(subject, "fed_little", False) else ""
+    sizes = "most sizes of steps" if subject.fed_little else ""
     return replace(finding, not_fed=" and ".join(filter(None, [sizes, beyond])))
 
 

@@ -10,6 +10,8 @@ from kvtool.core.verify.compare import distances
 from kvtool.core.verify.schedules import Bounds, Schedule
 from kvtool.core.verify.subject import Subject
 
+MORE = 3  # steps of one token behind the wrong one
+
 
 def reduced(
     subject: Subject, case: Case, step: int, arms: Arms, rounding: float
@@ -36,7 +38,8 @@ def _shorter(schedules: list[Schedule], step: int, limits: Bounds) -> Iterator[S
         if step < len(schedule):
             past, n = sum(schedule[:step]), schedule[step]
             if past and not limits.largest and not (limits.single and n > 1):
-                yield (past, n)
+                more = min(MORE, limits.reach - past - n)  # what they see tells bugs apart
+                yield (past, n, *[1] * more)
             yield schedule[: step + 1]
             return
         step -= len(schedule)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvtool.core.verify.schedules import NORMAL, THOROUGH, Bounds, Schedule
+from kvtool.core.verify.schedules import THOROUGH, Bounds, Schedule
 from kvtool.core.verify.subject import Session, Source, Start, Subject
 from kvtool.errors import pass_on_shortage
 
@@ -118,14 +118,12 @@ class ScenarioRun:
     def limits(self) -> Bounds:
         """What bounds the schedules of the subject."""
         subject = self.subject
-        level = getattr(subject, "level", NORMAL)
-        if self.thorough and not getattr(subject, "fed_little", False):
-            level = THOROUGH
+        level = THOROUGH if self.thorough and not subject.fed_little else subject.level
         return Bounds(
-            getattr(subject, "reach", 0) or min(subject.context, REACH),
-            getattr(subject, "largest_step", 0),
-            getattr(subject, "single_steps_only", False),
-            (*getattr(subject, "sizes", ()), *filter(None, (subject.window,))),
+            subject.reach or min(subject.context, REACH),
+            subject.largest_step,
+            subject.single_steps_only,
+            (*subject.sizes, *filter(None, (subject.window,))),
             level,
         )
 
@@ -154,7 +152,7 @@ class ScenarioRun:
         """Steps of ids (1,n) as real text has them: runs, repeats, the first and the last of the
         vocabulary, and those to which the decoder gives a meaning."""
         n_ids = self.subject.vocab_size
-        special = dict.fromkeys((n_ids - 1, 0, *getattr(self.subject, "special_ids", ())))
+        special = dict.fromkeys((n_ids - 1, 0, *self.subject.special_ids))
         a, b, c = (int(i) for i in torch.randint(n_ids, (3,), generator=self._generator))
         lines = [[a], [a], [a] * 3, [b, c] * 2]
         for i in list(special)[:MOST_SPECIAL]:

@@ -19,7 +19,7 @@ from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.models import Model
 from kvtool.core.verify.copies import moved
-from kvtool.core.verify.schedules import BRIEF
+from kvtool.core.verify.schedules import BRIEF, NORMAL
 from kvtool.errors import CacheOpUnsupported
 
 # What a subject may be able to do; a scenario names those that it needs.
@@ -119,8 +119,28 @@ class SharedPasses(Protocol):
         """Forget all passes, and the subjects that answered them."""
 
 
+class Feeding:
+    """What of a context is fed to a subject; as it stands, all that a scenario asks for."""
+
+    reach: int = 0  # tokens of the longest history; 0: nobody found out what they cost
+    level: int = NORMAL  # of the schedules
+    fed_little: bool = False  # most sizes of steps take too long
+    sizes: tuple[int, ...] = ()  # tokens of its windows, chunks and pages
+    special_ids: tuple[int, ...] = ()  # to which it gives a meaning
+
+    @property
+    def largest_step(self) -> int:
+        """The most tokens that a step takes, 0 for any number."""
+        return 0
+
+    @property
+    def single_steps_only(self) -> bool:
+        """Whether steps behind the first take one token."""
+        return False
+
+
 class Subject(Protocol):
-    """A decoder under test; `abilities` are of ABILITIES."""
+    """A decoder under test; `abilities` are of ABILITIES. `Feeding` has what of it may be left."""
 
     name: str
     stores: bool  # whether its cache stores anything: one that does not is there to compare with
@@ -140,6 +160,20 @@ class Subject(Protocol):
     @property
     def pass_key(self) -> Hashable:
         """What an uncached pass depends on, beside its arguments and the format."""
+
+    reach: int
+    level: int
+    fed_little: bool
+    sizes: tuple[int, ...]
+    special_ids: tuple[int, ...]
+
+    @property
+    def largest_step(self) -> int:
+        """The most tokens that a step takes, 0 for any number."""
+
+    @property
+    def single_steps_only(self) -> bool:
+        """Whether steps behind the first take one token."""
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
         """Whole sequences (B,T) in one pass that no cache takes part in -> logits (B,T,V)."""
@@ -231,7 +265,7 @@ class Formats:
         return self._made[dtype]
 
 
-class ModelSubject:
+class ModelSubject(Feeding):
     """A model of ours with a kind of cache and kernels; `make` builds the cache.
 
     formats: where other subjects of the same model find its copies too.

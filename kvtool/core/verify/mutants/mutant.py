@@ -16,7 +16,12 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.kernels.masks import mask_tensor
 from kvtool.core.models import Model, build_model
+from kvtool.core.verify.diagnosis.doctor import examine
+from kvtool.core.verify.judge import Doctor
+from kvtool.core.verify.schedules import BRIEF
 from kvtool.core.verify.subject import Make, ModelSession, ModelSubject, Session, Start
+from kvtool.core.verify.target.doctor import Examiner
+from kvtool.core.verify.target.subject import TargetSubject
 
 # Kinds of bugs that happened in caches of other projects; `Mutant.seen_in` names where.
 BUG_CLASSES = {
@@ -38,6 +43,12 @@ BUG_CLASSES = {
     16: "forks share their storage",
     17: "rows are reordered not at all, on the wrong axis, or in part",
     18: "a source's keys and values outlive it, or its padding is attended",
+    19: "rows of a batch read each other",
+    20: "what is saved and loaded is not all that was held",
+    21: "a request takes what an earlier one left",
+    22: "an id, a repeat or a run is treated in another way",
+    23: "steps or prompts of some sizes alone are wrong",
+    24: "wrong from some length on, or at some boundary alone",
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 23,
@@ -76,11 +87,21 @@ class Planted:
     kernels: Kernels = DEFAULT
     model: str = "rotary"
     dtype: torch.dtype = torch.float32
+    decoder: Callable[[], Any] | None = None  # a user's, in place of the model and its cache
 
-    def subject(self) -> ModelSubject:
-        """The small model with what is planted."""
+    def subject(self) -> Any:
+        """The small model, or the user's decoder, with what is planted."""
+        if self.decoder is not None:
+            found = TargetSubject(self.decoder(), self.name)
+            found.reach, found.level = found.context, BRIEF  # whatever time that takes
+            return found
         model = build(self.model, self.dtype)
         return ModelSubject(model, self.make, self.name, self.kernels, self.session)
+
+    @property
+    def doctor(self) -> Doctor:
+        """Who finds out where the bug is and what it does."""
+        return examine if self.decoder is None else Examiner()
 
 
 @dataclass(frozen=True)
@@ -96,13 +117,22 @@ class Mutant(Planted):
     part: str = ""
     hint: str | None = None  # a bug that it must name; "": it knows none; None: no hint is due
 
+    @property
+    def due_doctor(self) -> Doctor | None:
+        """Who finds out what has to be said of the bug; None: nothing has."""
+        return self.doctor if self.part or self.hint is not None else None
+
 
 @dataclass(frozen=True)
 class Lookalike(Planted):
-    """Right, although it looks suspicious: the check must not report it, in any scenario."""
+    """Right, although it looks suspicious: the check must not report it.
+
+    scenarios: those that it is tried in; none: all.
+    """
 
     why: str = ""
     verdict: str = ""  # that some scenario must give; "": any that is right
+    scenarios: tuple[str, ...] = ()
     spare: int = 0  # positions of the model that it needs beside those of the tokens
 
     def subject(self) -> ModelSubject:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from kvtool.core.verify.arms import Case
-from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.judge import Judge
 from kvtool.core.verify.mutants import LOOKALIKES, MUTANTS, Lookalike, Mutant
@@ -49,7 +48,7 @@ def names() -> list[str]:
 def run(
     progress: Callable[[str], None] = lambda name: None, skip: Container[str] = ()
 ) -> Iterator[Trial]:
-    """Judge every mutant in its scenario and every look-alike in all of them, mutants first, but
+    """Judge every mutant in its scenario and every look-alike in its own, mutants first, but
     for those whose names are in `skip`. progress is told the name of what comes next."""
     everything: tuple[Mutant | Lookalike, ...] = (*MUTANTS, *LOOKALIKES)
     for planted in everything:
@@ -73,7 +72,7 @@ def one_thread() -> Iterator[None]:
 @one_thread()
 def try_mutant(mutant: Mutant) -> Trial:
     """Judge a planted bug as a user would."""
-    finding = Judge(mutant.subject(), examine).judge(Case(SCENARIOS[mutant.scenario]))
+    finding = Judge(mutant.subject(), mutant.due_doctor).judge(Case(SCENARIOS[mutant.scenario]))
     caught = finding.verdict == mutant.verdict and not finding.right
     place = (finding.diagnosis.layer, finding.diagnosis.part)
     said = in_one_line(finding)
@@ -103,9 +102,9 @@ def caught_elsewhere(mutant: Mutant) -> str:
 
 @one_thread()
 def try_lookalike(lookalike: Lookalike) -> Trial:
-    """Judge right behaviour in all scenarios: quiet if none of them reports it."""
-    judge = Judge(lookalike.subject(), examine)
-    findings = [judge.judge(Case(scenario)) for scenario in SCENARIOS.values()]
+    """Judge right behaviour in its scenarios: quiet if none of them reports it."""
+    judge = Judge(lookalike.subject(), lookalike.doctor)
+    findings = [judge.judge(Case(SCENARIOS[name])) for name in lookalike.scenarios or SCENARIOS]
     tried = [finding for finding in findings if finding.verdict != UNSUPPORTED]
     loud = [finding for finding in tried if not finding.right]
     verdicts = {finding.verdict for finding in loud or tried}
@@ -114,7 +113,7 @@ def try_lookalike(lookalike: Lookalike) -> Trial:
         lookalike.name,
         0,
         "",
-        loud[0].scenario if loud else f"{len(tried)} scenarios",
+        loud[0].scenario if loud else f"{len(tried)} scenario{'s' * (len(tried) != 1)}",
         lookalike.verdict or "right",
         ", ".join(sorted(verdicts)),
         quiet=bool(tried) and not loud and as_expected,

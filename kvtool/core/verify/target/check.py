@@ -18,7 +18,8 @@ from kvtool.core.verify.scenario_run import PREFILL
 from kvtool.core.verify.scenarios import GENERATED, SCENARIOS
 from kvtool.core.verify.subject import Session, Start
 from kvtool.core.verify.target.doctor import Examiner
-from kvtool.core.verify.target.subject import TargetSession, TargetSubject
+from kvtool.core.verify.target.session import TargetSession
+from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.errors import UsageError
 
 OWN = "own"  # the kernels of a decoder that brings its own

@@ -35,6 +35,7 @@ UNNAMED = "none of the wrong positions and pasts that can be tried from outside 
 NOT_LOOKED = "not looked into: the bugs found before took the time for it"
 SECONDS = 8.0  # that all bugs of a check are looked into
 MOST_SECONDS = 12.0  # that they are located and explained
+PADDING_COUNTED = "positions behind the prompt count its padding: the length is taken in its place"
 SEES_RIGHT = "each token sees just those that it should"
 
 
@@ -217,11 +218,27 @@ def _decode(subject: TargetSubject, case: Case, n_steps: int) -> list[Tensor]:
 
 def in_words(lookups: tuple[Lookup, ...], log: list[FedStep]) -> str:
     """What is wrong with the positions that were asked for, when nothing else is wrong."""
-    right = [list(range(fed.past, fed.past + fed.asked.shape[1])) for fed in log]
+    right = [fed.right for fed in log]
     for i, (module, _) in enumerate(lookups):
-        asked = [fed.asked[0, :, i].tolist() for fed in log]
-        if asked[0] != right[0] or asked == right:
+        asked = [fed.asked[..., i] for fed in log]
+        pairs = [torch.equal(a, r) for a, r in zip(asked, right, strict=True)]
+        if not pairs[0] or all(pairs):
             continue  # these are ids, or positions that count otherwise
-        return f"{wrong_positions(asked, right)} ({module}; nothing else is wrong)"
+        return f"{_rows_in_words(log, asked)} ({module}; nothing else is wrong)"
     names = " and ".join(sorted({module for module, _ in lookups}))
     return f"what {names} was asked for explains all of it"
+
+
+def _rows_in_words(log: list[FedStep], asked: list[Tensor]) -> str:
+    """How positions (B,n) of steps are wrong, in the first row in which they are; or that all count
+    the padding that stands before a step."""
+    padded = any(not torch.equal(fed.right[:, 0], fed.right[:1, 0]) for fed in log)
+    columns = [fed.past + torch.arange(fed.right.shape[1], device=fed.right.device) for fed in log]
+    behind = [i for i, fed in enumerate(log) if fed.past]
+    if padded and all(bool((asked[i] == columns[i]).all()) for i in behind):
+        return PADDING_COUNTED
+    for row in range(len(asked[0])):
+        of_row = [[a[row].tolist() for a in steps] for steps in (asked, [f.right for f in log])]
+        if len({len(a) for a in asked}) == 1 and of_row[0] != of_row[1]:
+            return wrong_positions(*of_row)
+    return "positions are wrong"

@@ -8,6 +8,7 @@ logits that the cache gave, is the bug.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.attributes import owned_modules, running_modules
-from kvtool.core.verify.target.subject import TargetSession, TargetSubject
+from kvtool.core.verify.target.session import TargetSession
+from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import Lookup, Tracer
 
 
@@ -37,6 +39,16 @@ class FedStep(NamedTuple):
 
     past: int  # tokens before the step
     asked: Tensor  # (B,n,K) whole numbers
+    right: Tensor  # (B,n) the positions of its tokens
+
+
+def positions(start: Start, past: int, ids: Tensor) -> Tensor:
+    """The positions (B,n) of tokens behind `past` others, where padding counts for nothing."""
+    batch, n = ids.shape
+    if start.padding is None:
+        return torch.arange(past, past + n, device=ids.device).expand(batch, n)
+    real = start.real(0, past + n)
+    return (real.cumsum(1) - 1).clamp(min=0)[:, past:]
 
 
 class TargetHypothesis:
@@ -71,9 +83,9 @@ class TargetHypothesis:
         self.tokens = torch.empty(size, dtype=torch.long, device=self.subject.device)
 
     def feed(self, ids: Tensor) -> Tensor:
-        n = ids.shape[1]
+        past, n = self.tokens.shape[1], ids.shape[1]
         asked = self.asked(ids)
-        self.log.append(FedStep(self.tokens.shape[1], asked))
+        self.log.append(FedStep(past, asked, positions(self.start, past, ids)))
         self.tokens = torch.cat([self.tokens, torch.cat([ids[..., None], asked], dim=2)], dim=1)
         read = self.read(n)
         given = {lookup: read[..., 1 + i] for i, lookup in enumerate(self.lookups)}
@@ -108,6 +120,10 @@ class TargetHypothesis:
         if self.inner is not None:
             self.inner.reset(start)
         self.begin_again(start)
+
+    def reload(self) -> None:
+        if self.inner is not None:
+            self.inner.reload()
 
     def fork(self) -> TargetHypothesis:
         other = copy.copy(self)
@@ -215,10 +231,29 @@ class SelectInverse(TargetHypothesis):
     hint = "select applies the inverse order"
 
     def pick(self, rows: Tensor) -> None:
-        super().pick(rows.argsort())
+        # Rows that leave have no inverse: taking the first ones would look like it.
+        super().pick(rows.argsort() if len(rows) == len(self.tokens) else rows)
+
+
+class SelectFirst(TargetHypothesis):
+    hint = "where rows leave the batch, the first ones stay in place of those that should"
+
+    def pick(self, rows: Tensor) -> None:
+        leave = len(rows) < len(self.tokens)
+        super().pick(torch.arange(len(rows), device=rows.device) if leave else rows)
+
+
+class PaddingKept(TargetHypothesis):
+    hint = "select leaves the padding where it is: rows go on with the padding of others"
+
+    def pick(self, rows: Tensor) -> None:
+        padding = self.start.padding
+        super().pick(rows)
+        if padding is not None:
+            self.start = replace(self.start, padding=padding[: len(rows)])
 
 
 TARGET_HYPOTHESES: tuple[type[TargetHypothesis], ...] = (
     PastLost, FirstLost, LatestLost, PromptOnly, LastStepOnly, CropIgnored, CropShort, CropLong,
-    CropTakes, ResetIgnored, SelectIgnored, SelectInverse,
+    CropTakes, ResetIgnored, SelectIgnored, SelectInverse, SelectFirst, PaddingKept,
 )  # fmt: skip

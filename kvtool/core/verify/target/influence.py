@@ -64,6 +64,8 @@ class Sight:
     padding: tuple[int, ...]
     across: set[tuple[int, int]] = field(default_factory=set)
     stale: dict[str, set[int]] = field(default_factory=dict)
+    ids: Tensor | None = None  # (B,T) of the whole history
+    earlier: bool = False  # another session, of which no token is in it, was fed before
     direct: bool = False  # seen by attention itself, and not by way of other tokens
 
     @property
@@ -77,15 +79,16 @@ class Prober:
 
     def __init__(self, subject: TargetSubject, case: Case, step: int, last: int, spot: Spot):
         self.subject, self.case, self.step, self.last, self.spot = subject, case, step, last, spot
-        began = time.perf_counter()
+        began = time.thread_time()
         self.base, run = self._replay(None)
         self.segment = segment_of(run, step)
+        self.earlier = is_later_session(run, self.segment)
         self.answers = [a for a in self.segment.answers if a.step < len(self.base.steps)]
         end = self.base.steps[self.answers[-1].step].origin.shape[1]
         self.origin = self.base.steps[self.answers[-1].step].origin
         self.history = self.segment.history[:, :end]
         self.whole = self._pass(None)
-        self.seconds = time.perf_counter() - began
+        self.seconds = time.thread_time() - began
 
     def _replay(self, move: Token | None) -> tuple[Probe, ScenarioRun]:
         probe = Probe(self.spot, move)
@@ -137,6 +140,14 @@ def _changed(moved: Tensor, base: Tensor) -> Tensor:
     return ~(gap <= TOLERANCE * scale(base))
 
 
+def is_later_session(run: ScenarioRun, segment: Segment) -> bool:
+    """Whether a history began behind another one: at its beginning, and not as a fork of it."""
+    number = next(i for i, s in enumerate(run.segments) if s is segment)
+    begins = [s for s in run.segments[:number] if s.answers and s.answers[0].first == 0]
+    first = [a.first for a in segment.answers][:1]
+    return bool(begins) and first == [0]
+
+
 def segment_of(run: ScenarioRun, step: int) -> Segment:
     """The segment that a step belongs to. Raises LookupError if it was not reached."""
     for segment in run.segments:
@@ -170,7 +181,7 @@ def sight(subject: TargetSubject, case: Case, step: int, last: int, spot: Spot) 
     found = Sight(
         prober.queries, (), torch.empty(0), torch.empty(0), _padding(prober.segment, batch)
     )
-    found = replace(found, direct=spot.site is not None)
+    found = replace(found, ids=prober.history, earlier=prober.earlier, direct=spot.site is not None)
     for _ in range(EDGES):
         _see(found, prober, columns, look)
         more = _between(found, columns, prober.step)

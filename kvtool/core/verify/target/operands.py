@@ -17,7 +17,8 @@ from kvtool.core.verify.diagnosis.locate import TOLERANCE, ranges, scale
 from kvtool.core.verify.scenario_run import Stopped
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.operations import Done, Operations
-from kvtool.core.verify.target.subject import TargetSession, TargetSubject
+from kvtool.core.verify.target.session import TargetSession
+from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import is_wrong
 
 PRODUCTS = ("matmul", "bmm", "einsum", "scaled_dot_product_attention")

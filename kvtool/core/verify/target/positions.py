@@ -24,11 +24,13 @@ from kvtool.core.verify.diagnosis.hypotheses.positions import (
     StepAtOnePlace,
     WithinWindow,
 )
+from kvtool.core.verify.diagnosis.locate import ranges
 from kvtool.core.verify.scenario_run import Segment, Stopped
 from kvtool.core.verify.subject import Start
-from kvtool.core.verify.target.hypotheses import FedStep, TargetHypothesis
+from kvtool.core.verify.target.hypotheses import FedStep, TargetHypothesis, positions
 from kvtool.core.verify.target.operations import Line, Operations, by_place, token_axis
-from kvtool.core.verify.target.subject import TargetSession, TargetSubject
+from kvtool.core.verify.target.session import TargetSession
+from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import is_wrong
 
 TRIED = 8  # lines of code
@@ -81,7 +83,7 @@ class LinesGiven(TargetHypothesis):
                 if past == 0 or before is not None:
                     self.answers[done.time] = torch.cat(parts, dim=axis)
         numbers = self.answers[0].narrow(axis, past, n)
-        self.log.append(FedStep(past, numbers))
+        self.log.append(FedStep(past, numbers, positions(self.start, past, ids)))
         self.tokens = torch.cat([self.tokens, ids[..., None]], dim=1)
         with Operations(self._instead):
             return self.subject.call_full(self.tokens[..., 0], self.start)[:, -n:]
@@ -260,13 +262,20 @@ def wrong_positions(asked: list[list[int]], right: list[list[int]]) -> str:
         return StepAtOnePlace.hint
     if how := _held(asked, right):
         return how
+    again = [i for i, (a, r) in enumerate(zip(asked, right, strict=True)) if a[0] == 0 < r[0]]
+    wrong = [i for i, (a, r) in enumerate(zip(asked, right, strict=True)) if a != r]
+    if again and again[0] == wrong[0]:
+        return f"positions start at 0 again at step {wrong[0]}"
     if len(shifts - {0}) != 1:
         return "positions are wrong"
     (shift,) = shifts - {0}
     direction = "far" if shift > 0 else "low"
     if shifts == {shift}:
         return f"positions are {abs(shift)} too {direction} behind the first step"
-    step = next(i for i, (a, r) in enumerate(zip(asked, right, strict=True)) if a != r)
+    step = wrong[0]
+    if len(wrong) < len(asked) - step:
+        sizes = ranges(sorted({len(asked[i]) for i in wrong}))
+        return f"positions are {abs(shift)} too {direction} in some steps (of {sizes} tokens)"
     return f"positions are {abs(shift)} too {direction} from step {step} on"
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.attributes import running_modules
-from kvtool.core.verify.target.subject import TargetSession, TargetSubject
+from kvtool.core.verify.target.session import TargetSession
+from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import Site, parameter_names
 
 

@@ -6,77 +6,15 @@ that, or just what is right; so a bug in steps of one size alone is named with t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvtool.core.verify.diagnosis.locate import ranges
 from kvtool.core.verify.target.influence import Query, Sight
-
-
-class View(NamedTuple):
-    """One row of the map: Q queries by K keys; column vectors of queries, row vectors of keys."""
-
-    seen: Tensor  # (Q,K) bool, through the cache
-    right: Tensor  # (Q,K) bool, uncached
-    at: Tensor  # (Q,1) the query's column in the history
-    past: Tensor  # (Q,1) tokens before its step
-    end: Tensor  # (Q,1) tokens after its step
-    key: Tensor  # (1,K) the key's column
-    first: int  # tokens of the segment's first step
-    before: Tensor  # (Q,1) where the step before begins
-    padding: int
-    window: int  # keys that a query sees without the cache, its own included; 0: all
-
-    @property
-    def causal(self) -> Tensor:
-        return self.key <= self.at
-
-    def within(self, window: int) -> Tensor:
-        """The keys of a window so wide, padding aside."""
-        near = self.key > self.at - window if window else torch.ones_like(self.right)
-        return self.causal & near & (self.key >= self.padding)
-
-
-def views(sight: Sight) -> list[View]:
-    """The rows of a map. A query's own key counts as seen: its token moves it without attention."""
-    at, past, end = (
-        torch.tensor([[getattr(q, name)] for q in sight.queries])
-        for name in ("column", "past", "end")
-    )
-    key = torch.tensor([sight.columns])
-    first = sight.queries[0].end - sight.queries[0].past
-    begins = sorted({q.past for q in sight.queries})
-    before = torch.tensor([[max([b for b in begins if b < q.past] or [0])] for q in sight.queries])
-    found = []
-    for row, padding in enumerate(sight.padding):
-        own = key == at
-        pads = (at < padding).expand_as(own)  # what a token of padding sees means nothing
-        right = (sight.uncached[row] | own) & ~pads
-        seen = (sight.cached[row] | own) & ~pads
-        view = View(seen, right, at, past, end, key, first, before, padding, 0)
-        found.append(view._replace(window=width(view, right)))
-    return found
-
-
-def width(view: View, seen: Tensor, rows: Tensor | None = None) -> int:
-    """The window that all queries (of `rows`) see through, 0 if there is none or it is not one."""
-    widths, known = set(), set(view.key[0].tolist())
-    for i in range(len(view.at)) if rows is None else rows.tolist():
-        keys = view.key[0][seen[i]]
-        oldest = int(keys.min()) if len(keys) else int(view.at[i])
-        if oldest > view.padding and oldest - 1 in known:  # else it may be older
-            widths.add(int(view.at[i]) - oldest + 1)
-    if len(widths) != 1:
-        return 0
-    (found,) = widths
-    band = view.within(found) | (view.key == view.at)
-    picked = slice(None) if rows is None else rows
-    real = (view.at >= view.padding)[picked]
-    return found if torch.equal(seen[picked] & real, band[picked] & real) else 0
-
+from kvtool.core.verify.target.views import View, views, width
 
 BEHIND = " (behind the first step)"
 MOST = 3  # bugs that may all be named: of more, too little was seen to tell
@@ -124,6 +62,15 @@ def padding_seen(v: View) -> Tensor:
 
 def last_padding_seen(v: View) -> Tensor:
     return v.right | (v.key == v.padding - 1)
+
+
+def padding_of_another(v: View) -> Tensor:
+    """The oldest key that a wrong query sees is the first behind the padding of another row."""
+    wrong = (v.seen != v.right).any(1)
+    oldest = int(v.key.expand_as(v.seen)[wrong][v.seen[wrong]].min()) if bool(wrong.any()) else 0
+    if not bool(wrong.any()) or oldest not in v.paddings - {v.padding}:
+        return v.right
+    return v._replace(padding=oldest).within(v.window)
 
 
 def first_lost(v: View) -> Tensor:
@@ -178,6 +125,7 @@ RULES: dict[Rule, str] = {
     wrapped: "once the ring has wrapped, the slots behind the newest are taken for empty",
     padding_seen: "the padding mask is dropped: tokens attend to left padding",
     last_padding_seen: "the padding mask is one column short: the last padding token is seen",
+    padding_of_another: "a row is masked with the padding of another",
     first_lost: "the first token is lost",
     latest_lost: "the token before the step is lost",
     prompt_only: "the first step alone is stored: tokens behind it are forgotten",
@@ -189,18 +137,33 @@ RULES: dict[Rule, str] = {
 }
 
 
+ANOTHER_REQUEST = (
+    "what the first step stored is not read, and maybe that of an earlier request in its place"
+)
+
+
+LASTING = (prompt_only, prompt_lost, slot_low)
+IN_STEPS = " (in steps of "
+
+
 def named(sight: Sight, step: int) -> tuple[str, ...]:
     """The bugs that give the map that was found, all of them; none if nearly all do."""
     found = list(_elsewhere(sight))
     if found or not sight.differs:
         return tuple(found)
     rows = views(sight)
+    if told := _by_ids(sight, rows):
+        return (told,)
     if not sight.direct:  # through several layers a window reaches further than it is wide
         rows = [view._replace(window=0) for view in rows]
     fits = list(_windows(rows, sight.queries, step)) if sight.direct else []
+    fits += list(_chunks(rows, sight.queries, step)) if sight.direct else []
     for rule, words in RULES.items():
+        words = ANOTHER_REQUEST if sight.earlier and rule is prompt_lost else words
         when = _where_it_holds([(v, rule(v)) for v in rows], sight.queries, step)
-        if when is not None and not (fits and rule is oldest_lost):
+        if when is not None and rule in LASTING and IN_STEPS in when:
+            continue  # what is not stored does not come back
+        if when is not None and not (fits and rule in (oldest_lost, padding_of_another)):
             fits.append((words, "" if when == BEHIND and "past" in words else when))
     always = [words + when for words, when in fits if when in ("", BEHIND)]
     names = always or [words + when for words, when in fits]
@@ -246,7 +209,8 @@ def _when(holds: list[Step], free: list[Step]) -> str | None:
     if sizes == {1} and 1 not in others:
         return " (in steps of one token alone)"
     if 1 not in sizes and others == {1}:
-        return " (in steps of several tokens alone)"
+        one = f"{min(sizes)} tokens, and not of one"
+        return f"{IN_STEPS}{one if len(sizes) == 1 else 'several tokens alone'})"
     if not sizes & others:
         return f" (in steps of {ranges(sorted(sizes))} tokens alone)"
     least, most = min(past for _, past, _ in holds), max(past for _, past, _ in free)
@@ -279,8 +243,10 @@ def _windows(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterato
     when = _where_it_holds([(v, v.within(cached)) for v in rows], queries, step)
     if when is None:
         return
-    if not window:
-        yield f"the cache shows the last {cached} tokens alone, and the pass shows all", when
+    if not window:  # of that many tokens the pass shows all
+        most = max(int((v.at - v.padding).max()) + 1 for v in rows)
+        wide = f"through the cache, and {most} or more without it"
+        yield f"the window is {cached} tokens wide {wide}", when
     elif abs(cached - window) == 1:
         how = "wide" if cached > window else "narrow"
         yield f"the window is one token too {how}: {cached} tokens, not {window}", when
@@ -288,12 +254,67 @@ def _windows(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterato
         yield f"the window is {cached} tokens wide through the cache, and {window} without it", when
 
 
+def chunk_of(view: View, seen: Tensor) -> int:
+    """The size of chunks that all queries see within, 0 if they do not."""
+    begins = set()
+    for i in range(len(view.at)):
+        keys = view.key[0][seen[i]]
+        begins.add(int(keys.min()) if len(keys) else int(view.at[i]))
+    size = math.gcd(*begins)
+    return size if size > 1 and torch.equal(seen, in_chunks(view, size)) else 0
+
+
+def in_chunks(view: View, size: int) -> Tensor:
+    """The keys of a query's own chunk."""
+    return view.causal & (view.key // size == view.at // size)
+
+
+def _chunks(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterator[tuple[str, str]]:
+    """Chunks of another size than the right one, or none."""
+    right = {chunk_of(v, v.right) for v in rows}
+    if len(right) != 1 or right == {0} or any(v.padding for v in rows):
+        return
+    (size,) = right
+    others = {chunk_of(v, v.seen) for v in rows} - {0}
+    for other in others if len(others) == 1 else ():
+        when = _where_it_holds([(v, in_chunks(v, other)) for v in rows], queries, step)
+        if when is not None:
+            yield f"a chunk has {other} tokens through the cache, and {size} without it", when
+            return
+    when = _where_it_holds([(v, v.causal) for v in rows], queries, step)
+    if when is not None:
+        yield f"chunks of {size} tokens are not kept apart: those before are seen", when
+
+
+def _by_ids(sight: Sight, rows: list[View]) -> str:
+    """Which ids the keys have that are not seen, if there is no more to it; "" else."""
+    if sight.ids is None or len(rows) != 1 or any(bool((v.seen & ~v.right).any()) for v in rows):
+        return ""
+    (view,), ids = rows, sight.ids[0]
+    known = view.key[0]
+    missing = (view.right & ~view.seen)[:, :]
+    lost = missing.any(0)
+    behind = known < int(view.at[missing.any(1)].max())
+    shown = (view.seen & (view.key < view.past)).any(0)  # behind its own step
+    if bool((lost & shown).any()) or not bool((behind & ~lost).any()):
+        return ""
+    same = {int(i) for i in ids[known[lost]]}
+    alike = torch.isin(ids[known], torch.tensor(sorted(same)).to(ids)) & behind
+    if len(same) == 1 and int(alike.sum()) > 1 and torch.equal(alike, lost):
+        return f"tokens with the id {same.pop()} are not seen behind their step"
+    again = torch.cat([ids[:1] != ids[:1], ids[1:] == ids[:-1]])[known] & behind
+    if int(again.sum()) > 1 and torch.equal(again, lost):
+        return "tokens that repeat the one before are not seen behind their step"
+    return ""
+
+
 def _elsewhere(sight: Sight) -> Iterator[str]:
     """What is read of tokens that are not in a row's history."""
     if sight.across:
         rows = sorted({row for row, _ in sight.across})
         others = sorted({other for _, other in sight.across})
-        words = f"rows read each other: what {_numbered('row', others)} was fed"
+        fed = "were" if len(others) > 1 else "was"
+        words = f"rows read each other: what {_numbered('row', others)} {fed} fed"
         yield f"{words} changes {_numbered('row', rows)}"
     for fate in sight.stale:
         yield f"tokens {fate} are still read"
@@ -308,7 +329,7 @@ def described(sight: Sight, step: int) -> str:
             if query.step != step or not bool((missing | extra).any()):
                 continue
             parts = [
-                f"{verb} {_columns(v.key[0][cells])}"
+                f"{verb} {_columns(v.key[0], cells)}"
                 for verb, cells in (("does not see", missing), ("sees", extra))
                 if bool(cells.any())
             ]
@@ -318,9 +339,14 @@ def described(sight: Sight, step: int) -> str:
     return ""
 
 
-def _columns(columns: Tensor) -> str:
-    """Tokens by their columns: "token 3", "tokens 3-5"."""
-    return _numbered("token", columns.tolist())
+def _columns(known: Tensor, cells: Tensor) -> str:
+    """Tokens by their columns: "token 3", "tokens 3-5". Of many tokens some were tried: those
+    between two that were are taken to be as these."""
+    found = known[cells].tolist()
+    for i in range(len(known) - 1):
+        if bool(cells[i]) and bool(cells[i + 1]):
+            found += range(int(known[i]) + 1, int(known[i + 1]))
+    return _numbered("token", sorted(found))
 
 
 def _numbered(what: str, numbers: list[int]) -> str:

@@ -18,12 +18,13 @@ N = 6  # tokens of the passes that are compared
 
 def spots(subject: TargetSubject, first: Difference | None) -> Iterator[Spot]:
     """At the first wrong value, and moved just before it; then at the logits, from the ids on."""
-    if first is not None and first.moved and first.found.is_floating_point():
-        try:
-            moved = _behind_attention(subject, Spot(first.site, first.axis, first.moved))
-        except Exception as error:  # the user's code may not like what it is given here
-            pass_on_shortage(error)
-            moved = ()
+    if first is not None and first.moved:
+        moved: tuple[str, ...] = ()
+        if first.found.is_floating_point():  # else it is a mask, and no token is in it
+            try:
+                moved = _behind_attention(subject, Spot(first.site, first.axis, first.moved))
+            except Exception as error:  # the user's code may not like what it is given here
+                pass_on_shortage(error)
         if moved and not first.site.call:
             yield Spot(first.site, first.axis, moved)
         elif first.site.layer == 0 and (attention := _safely(first_attention, subject)):
