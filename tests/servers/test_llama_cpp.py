@@ -18,7 +18,7 @@ from gguf_files import Made
 from kvtool.core.servers.client import Client
 from kvtool.core.servers.engines import connect
 from kvtool.core.servers.session import Visit, visit
-from kvtool.core.servers.verdict import BEYOND, IDENTICAL, UNSUPPORTED, WITHIN, ArmVerdict
+from kvtool.core.servers.verdict import BEYOND, IDENTICAL, LOSSY, UNSUPPORTED, WITHIN, ArmVerdict
 from llama_server import llama_server
 
 LETTERS = string.ascii_lowercase
@@ -66,3 +66,35 @@ def test_cached_logprobs_of_another_temperature_are_found(url: str) -> None:
 def test_a_proxy_that_plants_nothing_is_right(url: str) -> None:
     with proxied(FaultProxy(url)) as address:
         assert asked(address, ["prefix"])["prefix"].right
+
+
+def test_positions_that_llama_cpp_shifts_are_a_loss_and_no_bug(tmp_path: Path) -> None:
+    model = Made(tokens=WORDS[:300], formats=("F32",)).write(tmp_path / "tiny.gguf")
+    with llama_server(model, n_cache_reuse=4) as address:
+        found = asked(address, ["cut"])["cut"]
+    assert (found.verdict, found.right) == (LOSSY, True)
+    assert found.gap is not None and found.gap > 0.1
+
+
+def test_a_prompt_longer_than_a_chunk_is_right_and_a_fault_in_it_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gguf_files.CONTEXT", 2048)
+    model = Made(tokens=WORDS[:300], formats=("F32",)).write(tmp_path / "tiny.gguf")
+    verdicts = {}
+    with llama_server(model, 4096) as url:
+        for name in ("", "a token missing"):
+            with proxied(FaultProxy(url, FAULTS.get(name))) as address:
+                found = Visit()
+                engine = connect(Client(address))
+                visit(engine, PROMPTS[:1], [], ["long"], TAIL, lambda _: None, found)
+            (verdicts[name],) = found.verdicts(["long"])
+    assert verdicts[""].verdict in (WITHIN, IDENTICAL)
+    assert verdicts["a token missing"].verdict == BEYOND
+
+
+def test_a_context_that_holds_no_long_prompt_is_said(url: str) -> None:
+    found = Visit()
+    visit(connect(Client(url)), PROMPTS[:1], [], ["long"], TAIL, lambda _: None, found)
+    (long,) = found.verdicts(["long"])
+    assert long.verdict == UNSUPPORTED and "its context is too short" in long.evidence

@@ -58,7 +58,8 @@ def test_a_wrong_server_is_beyond_it_and_the_next_step_is_said(
 ) -> None:
     ran = ask(kv, "--server", wrong, "--prompts", prompts)
     assert ran.code == 1
-    assert "✗ beyond the engine's own noise in prefix, fork: up to " in ran.out
+    assert "✗ beyond the engine's own noise in prefix, fork: " in ran.out
+    assert " of a wrong token), up to " in ran.out
     assert "from token " in ran.out
     assert "kvtool promote MODEL.gguf" in ran.err and "--promoted URL" in ran.err
 
@@ -134,6 +135,20 @@ def test_requests_that_are_spent_end_the_visit_and_not_the_account(
     assert ran.code == 0
     assert "all requests that --requests allows were sent" in ran.out
     assert "not run: fork" in ran.out
+
+
+def test_a_server_that_fails_in_between_loses_nothing(kv: Callable[..., Ran], prompts: str) -> None:
+    engine = FakeEngine()
+
+    def failing(served_by: FakeEngine, path: str, body: dict) -> dict | None:
+        failed = len(engine.seen) > 17
+        return {"HTTP": 500} if failed else llama_cpp(served_by, path, body)
+
+    with served(engine, failing) as url:
+        ran = ask(kv, "--server", url, "--prompts", prompts)
+    assert ran.code == 2
+    assert "! prefix: " in ran.out
+    assert "then the server failed: " in ran.out and "(HTTP 500)" in ran.out
 
 
 def test_a_server_that_gets_busy_is_said_to_be(kv: Callable[..., Ran], prompts: str) -> None:

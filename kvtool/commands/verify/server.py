@@ -73,6 +73,7 @@ def run(settings: Settings, out: Output) -> VisitReport:
         seconds=time.perf_counter() - started,
         grown=plain.grown,
         spent=plain.spent or promoted.spent,
+        stopped=plain.stopped or promoted.stopped,
         not_run=left,
         not_asked=[] if settings.thorough or settings.scenarios else ["long (--thorough)"],
         ended=outcome.how,

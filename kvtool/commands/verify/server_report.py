@@ -27,6 +27,7 @@ class VisitReport:
     seconds: float = 0.0
     grown: float = 1.0  # times the noise at the end, over that of the beginning
     spent: bool = False  # --requests, before everything was asked
+    stopped: str = ""  # by which error, before everything was asked
     not_run: list[str] = field(default_factory=list)
     not_asked: list[str] = field(default_factory=list)  # that were not chosen
     ended: End | None = None
@@ -37,11 +38,14 @@ class VisitReport:
 
     @property
     def exit_code(self) -> int:
-        """That of a signal; else 0 if something is right and nothing speaks against it, else 1."""
+        """That of a signal; 2 if the server failed; else 0 if something is right and nothing speaks
+        against it, else 1."""
         from kvtool.core.servers.verdict import WRONG
 
         if self.ended is not None:
             return self.ended.exit_code
+        if self.stopped:
+            return 2
         right = any(arm.right for arm in self.arms)
         return 0 if right and not self.of(*WRONG) else 1
 
@@ -56,6 +60,8 @@ class VisitReport:
             )
         if self.spent:
             parts.append("all requests that --requests allows were sent")
+        if self.stopped:
+            parts.append(f"then the server failed: {self.stopped}")
         if self.ended is not None:
             parts.append(self.ended.value)
         left = [*self.not_run, *self.not_asked]
@@ -91,7 +97,11 @@ class VisitReport:
 
         said = []
         if arms := self.of(ROUNDING):
-            said.append(f"rounding in {_names([a.arm for a in arms])}")
+            in_f32 = max(a.promoted_ratio or 0 for a in arms)
+            said.append(
+                f"{_names([a.arm for a in arms])}: rounding, in F32 too at most {times(in_f32)} of "
+                "the engine's own noise"
+            )
         if arms := self.of(WITHIN):
             most = max(arms, key=lambda a: a.ratio or 0)
             said.append(
@@ -113,10 +123,10 @@ class VisitReport:
         if self.grown > GROWN:
             return "Ask again while nobody else uses the server."
         if self.of(BEYOND, HIDDEN) and "promoted_url" not in self.resolved:
-            return (
-                "the same numbers in float32 decide: kvtool promote MODEL.gguf --out F32.gguf, "
-                "serve it too, and add --promoted URL"
-            )
+            how = "serve the model with --dtype float32 too"
+            if self.resolved.get("engine") == "llama.cpp":
+                how = "kvtool promote MODEL.gguf --out F32.gguf, serve that too"
+            return f"the same numbers in float32 decide: {how}, and add --promoted URL"
         return ""
 
     def rows(self) -> list[dict[str, Any]]:
@@ -147,10 +157,10 @@ def _size(arms: Sequence[ArmVerdict]) -> str:
         return (
             f"{times(most.promoted_ratio)} times the noise in F32, {nats(most.promoted_gap)} nats"
         )
-    said = f"up to {times(most.worst)} times it, {nats(most.gap)} nats"
+    said = f"{times(most.ratio)} times it, {nats(most.gap)} nats"
     if most.fault and most.gap is not None:
         said += f" ({times(most.gap / most.fault)} of a wrong token)"
-    return said
+    return f"{said}, up to {times(most.worst)} times in a request"
 
 
 def _begins(arms: Sequence[ArmVerdict]) -> str:
@@ -201,7 +211,8 @@ def show(report: VisitReport, out: Output) -> None:
     out.caption = _about(report)
     if cells:
         out.table(title, columns, cells)
-    out.verdict(None if report.ended else report.exit_code == 0, report.conclusion)
+    unfinished = report.ended or report.stopped
+    out.verdict(None if unfinished else report.exit_code == 0, report.conclusion)
     if report.advice:
         out.hint(report.advice)
 

@@ -38,6 +38,7 @@ class Visit:
     measured: list[Measured] = field(default_factory=list)
     colds: list[Cold] = field(default_factory=list)
     spent: bool = False  # all requests that were allowed, before all was asked
+    stopped: str = ""  # by which error, before all was asked
     grown: float = 1.0  # times the noise in the end, over that of the beginning
 
     @property
@@ -63,7 +64,10 @@ def visit(
     tell: Told,
     found: Visit,
 ) -> None:
-    """Ask for everything, into `found`, until the requests are spent. Raises ServerError."""
+    """Ask for everything, into `found`, until the requests are spent, or the server fails.
+
+    Raises ServerError if nothing was found by then, and for a model that was exchanged.
+    """
     before = engine.identity()
     first: Prompt | None = None
     try:
@@ -82,6 +86,11 @@ def visit(
         if not found.measured:
             raise
         found.spent = True
+    except ServerError as error:
+        if not found.measured:
+            raise
+        found.stopped = error.message
+        return
     require_same(engine, before)
 
 

@@ -20,6 +20,7 @@ RIGHT = (IDENTICAL, WITHIN, ROUNDING, LOSSY)
 WRONG = (BEYOND, BUG, HIDDEN)
 
 LEAST = float(np.finfo(np.float32).eps)  # of a floor, relative: logprobs are float32
+NOTHING = 1e-12  # as the floor of answers that are the same: their mean is rounded
 LEAST_VARIANTS = 3  # cold answers to one history, without which it has no floor
 RARE = 4.0  # times the floor, of a single answer among others that are within it
 RARE_SIZE = 0.5  # of the smaller control, which such an answer is at least
@@ -84,7 +85,8 @@ def scale_of(cold: Sequence[Answer]) -> Scale | None:
     benign: list[list[NDArray[np.floating]]] = [[vector(answer, ids)] for answer in cold]
     middle = noise.mean(benign)
     size = float(np.sqrt(np.mean(np.square(middle[0])))) or 1.0
-    return Scale(ids, benign, middle, noise.floor(benign).total, size)
+    floor = noise.floor(benign).total
+    return Scale(ids, benign, middle, floor if floor > NOTHING else 0.0, size)
 
 
 def pooled_floor(colds: Iterable[Cold]) -> float:

@@ -1,0 +1,153 @@
+"""The rule by which a cached answer is judged, on answers that are made up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvtool.core.servers.arms import Answer, Cold, Measured
+from kvtool.core.servers.verdict import (
+    BEYOND,
+    BUG,
+    HIDDEN,
+    IDENTICAL,
+    KERNELS,
+    LOSSY,
+    NO_NOISE,
+    NOT_SHARED,
+    ROUNDING,
+    TOO_NOISY,
+    UNSUPPORTED,
+    VACUOUS,
+    WITHIN,
+    ArmVerdict,
+    judge_arm,
+    pooled_floor,
+    with_promoted,
+)
+
+SIZE, END, N_PROMPTS = 40, 20, 5
+RIGHT = np.linspace(-1, -9, SIZE)
+
+
+def answer(draws: np.random.Generator, by: float) -> Answer:
+    return dict(enumerate(RIGHT + by * draws.normal(size=SIZE)))
+
+
+def measured(
+    prompt: int, gap: float, floor: float = 0.1, fault: float = 1.0, reused: int | None = 9,
+    variants: int = 6, requests: int = 2,
+) -> Measured:  # fmt: skip
+    """One prompt with two requests, whose answers are so far off."""
+    draws = np.random.default_rng(prompt)
+    cold = Cold(list(range(END)), {END: [answer(draws, floor) for _ in range(variants)]})
+    cold.controls = [answer(draws, fault) for _ in range(2)]
+    found = Measured("prefix", prompt, cold)
+    for _ in range(requests):
+        found.add([(END, answer(draws, gap))], reused)
+    return found
+
+
+def judged(gap: float, grown: float = 1.0, **given: float | None) -> ArmVerdict:
+    prompts = [measured(n, gap, **given) for n in range(N_PROMPTS)]  # type: ignore[arg-type]
+    return judge_arm(prompts, pooled_floor([m.cold for m in prompts]), grown)
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(0.1, WITHIN), (0.3, BEYOND), (1.0, BEYOND)])
+def test_a_gap_is_measured_by_the_noise(gap: float, verdict: str) -> None:
+    found = judged(gap)
+    assert found.verdict == verdict
+    assert found.first_beyond == (END if verdict == BEYOND else None)
+    assert found.prompts == N_PROMPTS and len(found.gaps) == 2 * N_PROMPTS
+
+
+def test_noise_as_large_as_a_fault_tells_nothing() -> None:
+    found = judged(0.1, fault=0.08)
+    assert (found.verdict, found.evidence) == (HIDDEN, TOO_NOISY)
+
+
+def test_noise_that_grew_is_noise() -> None:
+    assert judged(0.3).verdict == BEYOND
+    assert judged(0.3, grown=4.0).verdict in (WITHIN, HIDDEN)
+
+
+@pytest.mark.parametrize(("given", "verdict", "evidence"), [
+    ({"reused": 0}, VACUOUS, "took nothing"),
+    ({"reused": None}, VACUOUS, "does not say"),
+    ({"variants": 2}, VACUOUS, NOT_SHARED),
+])  # fmt: skip
+def test_what_proves_nothing_is_vacuous(
+    given: dict[str, int | None], verdict: str, evidence: str
+) -> None:
+    found = judged(0.1, **given)
+    assert found.verdict == verdict and evidence in found.evidence
+
+
+def test_a_fault_is_seen_though_the_server_does_not_say_what_it_reused() -> None:
+    assert judged(1.0, reused=None).verdict == BEYOND
+
+
+def test_one_request_that_is_as_wrong_as_a_fault_is_not_averaged_away() -> None:
+    prompts = [measured(n, 0.1, requests=3) for n in range(N_PROMPTS)]
+    prompts[3].add([(END, answer(np.random.default_rng(99), 1.0))], 9)
+    found = judge_arm(prompts, 0.0)
+    assert found.ratio is not None and found.ratio < 1
+    assert (found.verdict, found.evidence) == (BEYOND, "in 1 of 16 requests")
+
+
+def test_one_request_that_is_large_noise_is_no_fault() -> None:
+    prompts = [measured(n, 0.1, requests=3) for n in range(N_PROMPTS)]
+    prompts[3].add([(END, answer(np.random.default_rng(99), 0.25))], 9)
+    assert judge_arm(prompts, 0.0).verdict == WITHIN
+
+
+def test_a_floor_of_exactly_0_takes_that_of_other_histories() -> None:
+    prompts = [measured(n, 0.1) for n in range(N_PROMPTS)]
+    for quiet in prompts[:3]:  # their shapes chanced upon the same kernels
+        quiet.cold.answers[END] = [dict(enumerate(RIGHT))] * 6
+    assert judge_arm(prompts, 0.0).verdict == BEYOND
+    assert judge_arm(prompts, pooled_floor([m.cold for m in prompts])).verdict == WITHIN
+
+
+@pytest.mark.parametrize(("gap", "verdict", "evidence"), [
+    (0.0, IDENTICAL, ""), (0.1, HIDDEN, NO_NOISE), (1.0, BEYOND, ""),
+])  # fmt: skip
+def test_where_no_shape_differs_the_size_of_a_fault_decides(
+    gap: float, verdict: str, evidence: str
+) -> None:
+    found = judged(gap, floor=0.0)
+    assert (found.verdict, found.evidence) == (verdict, evidence)
+
+
+def test_what_is_approximate_by_design_is_lossy_beyond_the_noise_alone() -> None:
+    for gap, verdict in ((0.1, WITHIN), (1.0, LOSSY)):
+        prompts = [replace(measured(n, gap), approximate=True) for n in range(N_PROMPTS)]
+        found = judge_arm(prompts, 0.0)
+        assert (found.verdict, found.right) == (verdict, True)
+
+
+def test_an_arm_that_a_server_has_not_is_unsupported() -> None:
+    found = judge_arm([Measured("evicted", 0, Cold([]), unsupported="it has no slots to fill")])
+    assert (found.verdict, found.evidence, found.right) == (
+        UNSUPPORTED, "it has no slots to fill", False,
+    )  # fmt: skip
+
+
+PLAIN = ArmVerdict("prefix", WITHIN, ratio=0.9, worst=1.0)
+
+
+@pytest.mark.parametrize(("plain", "worst", "promoted", "verdict"), [
+    (WITHIN, 1.0, WITHIN, ROUNDING), (WITHIN, 1.0, IDENTICAL, ROUNDING), (WITHIN, 1.0, BEYOND, BUG),
+    (HIDDEN, 1.0, WITHIN, ROUNDING), (HIDDEN, 1.0, HIDDEN, HIDDEN), (BEYOND, 9.0, BEYOND, BUG),
+    (BEYOND, 1.2, WITHIN, ROUNDING), (BEYOND, 9.0, WITHIN, BEYOND), (VACUOUS, 0.0, BEYOND, VACUOUS),
+    (IDENTICAL, 0.0, WITHIN, IDENTICAL), (IDENTICAL, 0.0, BEYOND, BUG),
+    (WITHIN, 1.0, VACUOUS, WITHIN),
+])  # fmt: skip
+def test_a_promoted_server_decides(plain: str, worst: float, promoted: str, verdict: str) -> None:
+    found = with_promoted(
+        replace(PLAIN, verdict=plain, worst=worst), replace(PLAIN, verdict=promoted, ratio=7.0)
+    )
+    assert (found.verdict, found.promoted, found.promoted_ratio) == (verdict, promoted, 7.0)
+    assert (found.evidence == KERNELS) == (plain == BEYOND and verdict == BEYOND)
