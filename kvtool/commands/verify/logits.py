@@ -296,7 +296,7 @@ def command(
     Exit code 0: the same up to rounding; 1: not; 2: a reference that does not fit the model.
 
       kvtool verify-logits --against numpy --prompt "Hear me."
-      kvtool verify-logits --server localhost:8080 --model m.gguf
+      kvtool verify-logits --server localhost:80 --model m.gguf
     """
     out = Output(as_json, output_file, quiet, verbose)
     run_config = RunConfig(model, device, dtype, threads, seed)
