@@ -222,7 +222,8 @@ def test_seven_columns_of_a_target_fit_into_80(
     kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = Path(__file__).parents[2] / "docs" / "my_decoder.py"
-    given = ("--target", f"{target}:build", "--tokens", "8")
+    widest = sorted(SCENARIOS, key=len)[-2:]
+    given = ("--target", f"{target}:build", "--tokens", "8", "--scenarios", "decode", *widest)
     for columns, head in (
         (80, ["identical gap", "scenario verdict steps max ULP float32 float64 promoted"]),
         (60, ["identical gap", "scenario verdict steps f32 f64 prom."]),
