@@ -29,13 +29,13 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 def held_against() -> list[Any]:
     """Each check and kind with every case. The same kinds with other settings meet padding each
-    time, and in turns one of the two cases without: a setting changes where columns lie, which
-    rows and heads only repeat."""
+    time, and every other time one of the two cases without, in turns: a setting changes where
+    columns lie, which rows and heads only repeat."""
     found = []
-    plain = [case for case in CASES if not case.padding]
+    turns = [*(case for case in CASES if not case.padding), None, None]
     for i, check in enumerate(CHECKS):
         for j, (name, make) in enumerate(MAKES.items()):
-            in_turn = plain[(i + j) % len(plain)]
+            in_turn = turns[(i + j) % len(turns)]
             for case in CASES:
                 if name in KINDS or case.padding or case is in_turn:
                     said = f"{check.__name__.removeprefix('check_')}-{name}-{case}"

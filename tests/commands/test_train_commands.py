@@ -343,12 +343,12 @@ def with_best(run: Path, other: Path, known: bool) -> None:
 
 @pytest.mark.parametrize("known", [False, True], ids=["in best/ alone", "in the state too"])
 @pytest.mark.parametrize("kind", ["lm", "seq2seq"])
-@pytest.mark.parametrize("other", ["lm", "seq2seq", "wider"])
+@pytest.mark.parametrize("other", ["lm", "seq2seq"])
 def test_another_model_in_place_of_the_best_is_not_reported_as_the_runs_own(
     request: pytest.FixtureRequest, tmp_path: Path, kind: str, other: str, known: bool
 ) -> None:
-    more = ["--d-model", "32"] if other == "wider" or other == kind else []
-    theirs = request.getfixturevalue(kind if other == "wider" else other)
+    more = ["--d-model", "32"] if other == kind else []
+    theirs = request.getfixturevalue(other)
     assert theirs("--out", str(tmp_path / "other"), "-q", *more).code == 0
     ours = request.getfixturevalue(kind)
     assert ours("-q").code == 0

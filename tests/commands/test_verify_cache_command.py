@@ -91,7 +91,8 @@ def test_a_scenario_beyond_the_context_is_unsupported_and_not_an_error(
     kv: Callable[..., Ran], tmp_path: Path
 ) -> None:
     model = str(save_decoder(tmp_path / "short", context=20))
-    ran = kv("--model", model, "--prompt", "ab", "--tokens", "4", "--json", command="verify-cache")
+    given = ("--model", model, "--prompt", "ab", "--tokens", "4", "--caches", "static", "--json")
+    ran = kv(*given, command="verify-cache")
     rows = {row["scenario"]: row for row in answer(ran)["checks"] if row["cache"] == "static"}
     assert rows["decode"]["right"]
     assert rows["chunks"]["verdict"] == "unsupported"
@@ -111,7 +112,8 @@ def test_every_dtype_is_judged(check: Callable[..., Ran], dtype: str) -> None:
 def test_an_encoder_decoder_is_judged_from_a_source(
     check: Callable[..., Ran], seq2seq: str
 ) -> None:
-    found = answer(check("--json", "--prompt", "jail", model=seq2seq))
+    words = ["--prompt", "jail", "--scenarios", "decode", "permuted", "two-sources"]
+    found = answer(check("--json", *words, model=seq2seq))
     assert found["prompt_tokens"] == 4
     assert all(row["right"] for row in found["checks"] if row["verdict"] in ("bug", "error"))
     sources = [row for row in found["checks"] if row["scenario"] == "two-sources"]
@@ -126,7 +128,7 @@ def test_without_a_prompt_there_is_one_that_suits_the_model(
     kv: Callable[..., Ran], decoder: str, seq2seq: str
 ) -> None:
     for model in (decoder, seq2seq):
-        given = ("--model", model, "--tokens", "4", "--caches", "static")
+        given = ("--model", model, "--tokens", "4", "--caches", "static", "--scenarios", "decode")
         assert answer(kv(*given, "--json", command="verify-cache"))["prompt_tokens"] > 1
 
 
@@ -166,6 +168,9 @@ def test_the_table_fits_the_terminal(
     left_out = {80: "(no room for max ULP)", 60: "(no room for identical steps, max ULP)"}
     assert left_out[columns] in lines
     assert sum("kernels" in line and "verdict" in line for line in lines) == 1
+
+
+def test_a_long_table_has_its_heading_again(check: Callable[..., Ran]) -> None:
     long = check("-v", "--caches", "static", "sliding").out.splitlines()
     assert sum(line.startswith("cache ") for line in long) > 1
 
@@ -217,7 +222,8 @@ def test_seven_columns_of_a_target_fit_into_80(
     kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = Path(__file__).parents[2] / "docs" / "my_decoder.py"
-    given = ("--target", f"{target}:build", "--tokens", "8")
+    widest = sorted(SCENARIOS, key=len)[-2:]
+    given = ("--target", f"{target}:build", "--tokens", "8", "--scenarios", "decode", *widest)
     for columns, head in (
         (80, ["identical gap", "scenario verdict steps max ULP float32 float64 promoted"]),
         (60, ["identical gap", "scenario verdict steps f32 f64 prom."]),

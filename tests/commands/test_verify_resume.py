@@ -310,8 +310,10 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("mode", ["kvtool", "transformers", "target", "self-test"])
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(  # begun or not: it is looked at before anything is checked
+    ("mode", "begun"),
+    [("kvtool", True), ("transformers", False), ("target", True), ("self-test", False)],
+)
 def test_a_file_that_another_process_goes_on_from_is_refused_until_that_ends(
     verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path, mode: str, begun: bool
 ) -> None:

@@ -151,7 +151,8 @@ def verdicts(document: dict[str, Any], kernels: str) -> set[str]:
 
 
 def test_every_command_takes_the_kinds_of_the_page(run: Callable[..., Ran], decoder: Path) -> None:
-    found = answer(run("verify-cache", decoder, *SHORT, "--caches", *KINDS_OF_THE_PAGE))
+    given = [*SHORT, "--caches", *KINDS_OF_THE_PAGE, "--scenarios", "decode"]
+    found = answer(run("verify-cache", decoder, *given))
     assert {row["cache"] for row in found["checks"]} == {*KINDS_OF_THE_PAGE}
     assert verdicts(found, "default") <= {"rounding", "identical"}
     assert verdicts(found, "exact") == {"identical"}
@@ -200,7 +201,8 @@ def test_a_folder_of_the_family_is_generated_from(run: Callable[..., Ran], paral
 
 
 def test_a_folder_of_the_family_is_verified(run: Callable[..., Ran], parallel: Path) -> None:
-    found = answer(run("verify-cache", parallel, *SHORT))
+    words = ["--scenarios", "decode", "--caches", "dynamic", "static"]
+    found = answer(run("verify-cache", parallel, *SHORT, *words))
     assert verdicts(found, "default") <= {"rounding", "identical"}
     assert verdicts(found, "exact") == {"identical"}
 

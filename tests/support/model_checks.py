@@ -150,8 +150,8 @@ def check_no_field_is_ignored(family: str) -> None:
         assert gap(found, other) > 1e-3, f"{more} change nothing"
 
 
-def check_every_cache_gives_its_logits(family: str) -> None:
-    report = kvtool.verify(made(family, torch.float32), tokens=4)
+def check_every_cache_gives_its_logits(family: str, **only: Any) -> None:
+    report = kvtool.verify(made(family, torch.float32), tokens=4, **only)
     assert report.ok, str(report)
 
 

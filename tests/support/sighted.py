@@ -78,7 +78,7 @@ class Sighted(nn.Module):
             q, k, v = (
                 f(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (layer.q, layer.k, layer.v)
             )
-            q, k = rotated(q, places), rotated(k, places)
+            q, k = rotated(torch.cat([q, k], 1), places).split(HEADS, dim=1)
             wrong = past and self.layer in (None, i)
             if past:
                 k, v = torch.cat([cache[i][0], k], 2), torch.cat([cache[i][1], v], 2)

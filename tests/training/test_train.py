@@ -226,8 +226,11 @@ hoard: list[torch.Tensor] = []
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells resident memory")
-@pytest.mark.parametrize("kind", [Trainer, Hoarder])
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "amp"),
+    [(Trainer, False), (Trainer, True), (Hoarder, False)],  # the last shows that this can fail
+    ids=["float32", "bfloat16", "hoarder"],
+)
 def test_memory_does_not_grow_over_steps(tmp_path: Path, kind: type[Trainer], amp: bool) -> None:
     memory = Memory(50, 150)
     train(tmp_path / "run", kind=kind, watcher=memory, steps=150, eval_every=1000, amp=amp)

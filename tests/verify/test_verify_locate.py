@@ -166,15 +166,14 @@ def test_places_and_ranges_read_well() -> None:
 # The hypotheses
 
 
-@pytest.mark.parametrize("window", [0, 6])
-@pytest.mark.parametrize(
-    "scenario",
-    [name for name in SCENARIOS if name != "overflow"],  # a hypothesis has no end
-)
+ENDLESS = [name for name in SCENARIOS if name != "overflow"]  # a hypothesis has no end
+
+
+@pytest.mark.parametrize("scenario", ENDLESS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_hypothesis_that_changes_no_rule_equals_a_full_pass(
-    name: str, scenario: str, window: int
-) -> None:
+def test_a_hypothesis_that_changes_no_rule_equals_a_full_pass(name: str, scenario: str) -> None:
+    """Within a window in turns: every scenario and every model meets both."""
+    window = 6 * ((ENDLESS.index(scenario) + (*MODELS,).index(name)) % 2)
     make = windowed(lambda cache, step, held: step.mask) if window else DynamicCache
     one = subject(make, torch.float64, session=Hypothesis, **MODELS[name])
     case = Case(SCENARIOS[scenario])
