@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,10 +13,12 @@ from torch import Tensor
 from kvtool.core.kernels.default import make_kernels
 from kvtool.core.verify.arms import Case, play
 from kvtool.core.verify.check import check_model, main_case, small
+from kvtool.core.verify.finding import Diagnosis
 from kvtool.core.verify.passes import Passes, uncached
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import Formats, ModelSubject, Start
+from kvtool.core.verify.target.doctor import MOST_SECONDS, NOT_LOOKED, Examiner
 from kvtool.core.verify.target.subject import TargetSubject
 from small_models import random_model
 
@@ -197,3 +201,28 @@ def test_a_run_asks_for_no_pass_that_another_run_has_asked_for(monkeypatch):
     again = play(one, case)
     assert len(shapes) == n > 0
     assert all(torch.equal(a, b) for a, b in zip(first.expected, again.expected, strict=True))
+
+
+def test_a_check_does_not_load_the_compiler_and_counts_as_torch_does():
+    code = """
+import sys, torch
+from kvtool.core.verify.precision import Promote
+from kvtool.core.verify.target.work import work
+linear, x = torch.nn.Linear(5, 7), torch.ones(2, 3, 5)
+with torch.inference_mode(), Promote():
+    torch.ones(2, 2) @ torch.ones(2, 2)
+with torch.inference_mode():
+    found = work(lambda: linear(x), [])
+assert "torch._dynamo" not in sys.modules
+from torch.utils.flop_counter import FlopCounterMode
+with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    linear(x)
+assert found == counter.get_total_flops() > 0, found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bugs_that_are_found_after_the_time_for_it_are_not_located():
+    doctor = Examiner()
+    doctor.spent = MOST_SECONDS
+    assert doctor(None, None, 0, None) == Diagnosis(unexplained=NOT_LOOKED)  # type: ignore[arg-type]
