@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,11 @@ from kvtool.core.verify.target.limits import is_limit
 from kvtool.core.verify.target.refusals import in_words, is_refusal
 from kvtool.errors import CacheOpUnsupported, first_line, pass_on_shortage
 
-if TYPE_CHECKING:
-    from kvtool.core.verify.target.subject import TargetSubject
-
 
 class TargetSession:
-    """The user's decoder and its state."""
+    """The user's decoder and its state; `subject` is a TargetSubject."""
 
-    def __init__(self, subject: TargetSubject, start: Start) -> None:
+    def __init__(self, subject: Any, start: Start) -> None:
         self.subject = subject
         self._begin(start)
         self.state = subject.initial_state(start)
