@@ -34,6 +34,8 @@ def _of_model(value: Any) -> list[Path]:
     found: list[Path] = []
     with contextlib.suppress(FileError, OSError, RuntimeError):  # loading it says what is wrong
         folder = model_folder(str(value))
+        if folder.is_file():
+            return [folder]
         entries = sorted(folder.iterdir())
         found = [e for e in entries if any(fnmatch(e.name, known) for known in OF_A_MODEL)]
         for index in [entry for entry in found if entry.name.endswith(".index.json")]:

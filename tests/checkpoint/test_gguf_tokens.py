@@ -24,8 +24,8 @@ from kvtool.errors import FileError, UsageError
 from llama_server import llama_server
 
 PLAIN = "the cat sat on the mat 1 22 333 4444 3.14 don't I'll WE'VE O'Neil naïve Ünïcode MixedCase"
-OTHERS = "中文字 日本語テスト 한국어 العربية हिन्दी ไทย 🙂 👩\u200d👩\u200d👧 <b> f(x): \t \n \n\n \r\n \u00a0"
-SIGNS = "\u2003 \u200b ½ ² Ⅻ ٣ -- == $100 `x` ~ ^ | a/b/ ...\n !? \u0301e"
+OTHERS = "中文字 日本語テスト 한국어 العربية हिन्दी ไทย 🙂 👩\u200d👩\u200d👧 <b> f(x): \t \n \n\n"
+SIGNS = "\r\n \u00a0 \u2003 \u200b ½ ² Ⅻ ٣ -- == $100 `x` ~ ^ | a/b/ ...\n !? \u0301e"
 WORDS = f"{PLAIN} {OTHERS} {SIGNS}".split(" ")
 SPECIALS = ["<|end|>", "<|im_end|>", "<user>"]
 FILES = Callable[[Callable[[gguf.GGUFWriter], None]], Path]
