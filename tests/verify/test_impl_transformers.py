@@ -20,7 +20,7 @@ from kvtool.core.verify.check import Checked
 from kvtool.core.verify.hf import library
 from kvtool.core.verify.hf.check import check_transformers, load_model
 from kvtool.core.verify.hf.library import is_type
-from kvtool.core.verify.hf.shrink import SPECIAL, WINDOW, shrunk
+from kvtool.core.verify.hf.shrink import AMPLE, SPECIAL, WINDOW, shrunk
 from kvtool.core.verify.hf.subject import TransformersSubject, ordinary_ids
 from kvtool.core.verify.hf.tiny import tiny_config, tiny_model
 from kvtool.core.verify.judge import BUG, NOT_CAUSAL, UNSUPPORTED
@@ -95,6 +95,7 @@ def test_an_unknown_type_is_refused_with_the_nearest_name() -> None:
         ("num_key_value_heads", 8, 2),
         ("sliding_window", 4096, WINDOW),
         ("sliding_window", 4, 4),
+        ("expert_capacity", 64, AMPLE),
         ("head_dim", None, 16),
         ("use_sliding_window", True, True),
         ("rms_norm_eps", 1e-6, 1e-6),

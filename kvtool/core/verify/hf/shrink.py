@@ -17,6 +17,7 @@ VOCABULARY = 192
 WINDOW = 8  # of attention, in tokens
 HEADS = 4
 MOST_LAYERS = 6
+AMPLE = 2**16  # tokens
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 LAYER_NUMBERS = re.compile(r".*(_layers|_ids|_idxs|_indices)")  # lists of the numbers of layers
@@ -66,6 +67,11 @@ def _shrunk_field(name: str, value: Any, layers: Layers) -> Any:
 
 def _unchanged(name: str, value: Any, layers: Layers) -> Any:
     return value
+
+
+def _ample(name: str, value: int, layers: Layers) -> int:
+    """More tokens than any check feeds."""
+    return AMPLE
 
 
 def _token_id(name: str, value: int, layers: Layers) -> int:
@@ -118,6 +124,7 @@ RULES: tuple[tuple[re.Pattern[str], type, Callable[[str, Any, Layers], Any]], ..
         (r".*", bool, _unchanged),  # in Python a bool is an int too
         (r".*_token_(id|index)", int, _token_id),  # it must be in the small vocabulary
         (r"(swa_)?(num_)?(key_value|kv)_(n_)?heads|num_kv_heads", int, _kv_heads),  # as grouped
+        (r"expert_capacity", int, _ample),  # beyond it a pass drops tokens, and no step does
         (r".*", int, _size),  # sizes, by their names
         (r".*", list, _list_of_layers),  # what differs from layer to layer
         (r".*", tuple, _list_of_layers),
