@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from kvtool.core.verify.compare import distances
-from kvtool.core.verify.copies import converted, moved
+from kvtool.core.verify.copies import converted
 from kvtool.core.verify.fingerprint import fingerprint
 from kvtool.core.verify.scenario_run import PREFILL, STEPS
 from kvtool.core.verify.scenarios import GENERATED
@@ -29,6 +29,7 @@ from kvtool.core.verify.target.clues import sizes, special_ids
 from kvtool.core.verify.target.eager import eager, quiet
 from kvtool.core.verify.target.fitting import AGREES, adapt
 from kvtool.core.verify.target.limits import Limits, find_limits
+from kvtool.core.verify.target.moves import MovedCopies
 from kvtool.core.verify.target.refusals import is_refusal
 from kvtool.core.verify.target.session import TargetSession
 from kvtool.core.verify.target.work import work
@@ -82,6 +83,7 @@ class TargetSubject:
         self.lossy = self._declares_loss(given)
         self.fed_little = False  # most sizes of steps take too long
         self.reach = 0  # tokens of the longest history that is fed; 0: nobody asked what it costs
+        self.moves = MovedCopies()
         self._vacuous: tuple[str | None] | None = None
 
     @property
@@ -191,7 +193,7 @@ class TargetSubject:
         Raises NotImplementedError if it holds none.
         """
         other = copy.copy(self)
-        other.decoder, other.passes = moved(self.decoder, by, seed, tables), None
+        other.decoder, other.passes = self.moves.of(self.decoder, by, seed, tables), None
         return other
 
     # What it is able to do
