@@ -44,9 +44,11 @@ def set_threads() -> None:
 
 def pytest_collection_finish() -> None:
     """Files of tests may import numba, which sets the number as well. What they have imported
-    stays to the end: Python's collector need not walk through it again and again."""
+    stays to the end: Python's collector need not walk through it again and again, nor as often as
+    for a program that waits for its garbage."""
     set_threads()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture
