@@ -83,10 +83,10 @@ PLANTED: dict[str, Bug] = {
     "litgpt-position": Bug(
         libraries.litgpt_llama,
         "litgpt.model:GPT.forward",
-        "if input_pos is not None:  # use the kv cache",
-        "if input_pos is not None:\n            rows, input_pos = input_pos, input_pos - (T == 1)",
+        "cos = batched_index_select(self.cos, 0, input_pos)",
+        "input_pos = input_pos - (T == 1); cos = batched_index_select(self.cos, 0, input_pos)",
         "steps of one token stand, and are stored, one too low",
-        "one too low|stored one slot too low|over its last one",
+        "one too low|1 too low|over its last one",
     ),
     "litgpt-heads": Bug(
         libraries.litgpt_llama,
@@ -118,7 +118,7 @@ PLANTED: dict[str, Bug] = {
         "start_pos=pos_start,",
         "start_pos=max(pos_start - 1, 0),",
         "positions one too low behind the first step",
-        "one too low",
+        "one too low|1 too low",
     ),
     "qwen3-layer": Bug(
         libraries.from_scratch_qwen3,
@@ -142,7 +142,7 @@ PLANTED: dict[str, Bug] = {
         "keys = torch.cat([prev_k, keys_new], dim=2)",
         "keys = torch.cat([apply_rope(prev_k, cos, sin), keys_new], dim=2)",
         "stored keys are rotated again at each step",
-        "rotated again|rotated twice|rotated",
+        "rotated twice",
     ),
     "llama3-first": Bug(
         from_scratch_llama3,
@@ -175,7 +175,7 @@ PLANTED: dict[str, Bug] = {
         "k = self.pos_embeddings(k, input_pos=input_pos)",
         "k = self.pos_embeddings(k, input_pos=None)",
         "keys of each step are rotated as if it began at 0, queries are right",
-        "keys.*position|position.*keys|at position|restart",
+        "keys .* began at position 0",
     ),
     "curated-length": Bug(
         libraries.curated_llama,
@@ -183,7 +183,7 @@ PLANTED: dict[str, Bug] = {
         "cache_len = cache.key.size(-2)",
         "cache_len = cache.key.size(-1)",
         "each step begins at position 8: the width of a head is taken for the length",
-        "8 at most|at position 8|begin at 8|position",
+        "8 at most|at position 8",
     ),
     "curated-keys": Bug(
         libraries.curated_llama,
@@ -224,7 +224,7 @@ PLANTED: dict[str, Bug] = {
         "q = self.hook_rot_q(self.apply_rotary(q, kv_cache_pos_offset, attention_mask))",
         "q = self.hook_rot_q(self.apply_rotary(q, 0, attention_mask[:, -q.shape[1]:]))",
         "queries of each step are rotated as if it began at 0, keys are right",
-        "quer.*position|position.*quer|restart|begin at 0",
+        "queries .* began at position 0",
     ),
     "lens-frozen": Bug(
         libraries.TransformerLens,
@@ -248,15 +248,15 @@ PLANTED: dict[str, Bug] = {
         "tokens, start_index=cache_update_index",
         "tokens, start_index=0",
         "positions restart in each step",
-        "restart|start at 0",
+        "restart|began at position 0|position 0",
     ),
     "keras-window": Bug(
         libraries.keras_mistral,
         "keras_hub.src.models.mistral.mistral_transformer_decoder:"
         "MistralTransformerDecoder._compute_self_attention_mask",
-        "causal_mask_upper = ops.cast(i < j + self.sliding_window, \"int32\")",
+        'causal_mask_upper = ops.cast(i < j + self.sliding_window, "int32")',
         "causal_mask_upper = ops.cast("
-        "i < j + self.sliding_window + (self_attention_cache is not None), \"int32\")",
+        'i < j + self.sliding_window + (self_attention_cache is not None), "int32")',
         "the window is one token too wide through the cache",
         "one token too wide",
     ),

@@ -23,7 +23,7 @@ from kvtool.core.verify.target.hypotheses import (
 )
 from kvtool.core.verify.target.influence import Sight, sight
 from kvtool.core.verify.target.operands import WEIGHTS, misread
-from kvtool.core.verify.target.positions import wrong_numbers, wrong_positions
+from kvtool.core.verify.target.positions import NUMBERS, wrong_numbers, wrong_positions
 from kvtool.core.verify.target.sight_rules import described, named
 from kvtool.core.verify.target.spots import spots
 from kvtool.core.verify.target.subject import TargetSubject
@@ -90,9 +90,10 @@ def look(
     seen, bugs = see(subject, case, step, len(found) - 1, first)
     numbers, positions = numbered(subject, case, step, found)
     hidden = seen is not None and seen.differs  # then numbers may be those of a mask
-    if numbers and (positions or not hidden):
+    told_by_numbers = numbers and (positions or not hidden)
+    if told_by_numbers and not numbers.startswith(NUMBERS):
         return (*bugs, numbers), UNNAMED
-    if bugs and (seen is None or not seen.across):
+    if not told_by_numbers and bugs and (seen is None or not seen.across):
         return bugs, UNNAMED
     try:
         words, told = misread(subject, case, step)
@@ -101,6 +102,8 @@ def look(
         words, told = "", False
     if told and not (hidden and words == WEIGHTS):  # more than that rows read each other
         return (words,), UNNAMED
+    if told_by_numbers:
+        return (*bugs, numbers), UNNAMED
     if not bugs and seen is not None and (cells := described(seen, step)):
         return (cells,), UNNAMED
     words = "" if hidden else words
