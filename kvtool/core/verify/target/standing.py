@@ -16,6 +16,7 @@ from kvtool.errors import pass_on_shortage
 
 PRODUCTS = ("matmul", "bmm", "einsum", "scaled_dot_product_attention")
 NEAR = 1e-9  # of the largest value: both are float64, and were computed in other orders
+ROTATED = 1e-6  # of the largest value: angles may be float32 numbers, and turned by twice
 TRIED = 6  # tokens that are looked for
 AGAIN = 2  # times as far as a token stands it may be looked for
 
@@ -70,7 +71,7 @@ class Standing:
         if table.shape[1:] != found.shape:
             return None
         gaps = (table - found).abs().flatten(1).amax(1)
-        if float(gaps.min()) <= NEAR * scale(table):
+        if float(gaps.min()) <= ROTATED * scale(table):
             place = int(gaps.argmin())
             return None if place == token else place
         return -token if token < n and _is_backwards(found, table[token], table[0]) else None
@@ -85,7 +86,7 @@ def _is_backwards(found: Tensor, right: Tensor, start: Tensor) -> bool:
         pairs = [t.unflatten(-1, (-1, 2) if dim == -1 else (2, -1)) for t in (right, start)]
         along = (pairs[0] * pairs[1]).sum(dim, keepdim=True)
         mirrored = 2 * along / (pairs[1] ** 2).sum(dim, keepdim=True) * pairs[1] - pairs[0]
-        if bool(((mirrored.flatten(-2) - found).abs() <= NEAR * scale(right)).all()):
+        if bool(((mirrored.flatten(-2) - found).abs() <= ROTATED * scale(right)).all()):
             return True
     return False
 
