@@ -31,6 +31,9 @@ PROBE = 9  # ids that are tried
 SINGLY = (4, 1, 1, 1, 1)
 SIZES = ((4, 3, 1, 1), SINGLY, (1, 1, 1, 1), (4, 3, 2))
 PROMPT_ONLY = len(SIZES)
+# A module that may be given a position for each token has to count them itself if it is not. Where
+# a step starts, its caller alone may know.
+COUNTED, RAISES = ("rows", "line"), "it raises"
 NAMED = 3  # attributes that a note names
 
 
@@ -254,6 +257,9 @@ def _with_abilities(fit: Fit, ids: Tensor) -> ModuleDecoder:
     optional = plan.position and not names.required(plan.position)
     if optional and not plan.in_module and names.parameters[plan.position].default is None:
         note = _without_positions(decoder, ids, SIZES[min(fit.level, PROMPT_ONLY - 1)])
+        if note and plan.form in COUNTED and RAISES not in note:
+            decoder.plan = replace(plan, position="")
+            note = f"{plan.position} is left out, as its default allows; given, logits are right"
         decoder.notes = (*decoder.notes, note) if note else decoder.notes
     return decoder
 
@@ -290,7 +296,7 @@ def _without_positions(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]
         gap = cached_gap(bare, ids, sizes)
     except (Exception, SystemExit) as error:
         pass_on_shortage(error)
-        return f"without {name} it raises {type(error).__name__}"
+        return f"without {name} {RAISES} {type(error).__name__}"
     if gap <= AGREES or cached_gap(decoder, ids, sizes) > AGREES:
         return ""
     return f"without {name} its cached logits are others ({gap:.0e})"
