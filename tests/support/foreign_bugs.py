@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import foreign_libraries as libraries
 import kvtool
@@ -72,6 +72,25 @@ def from_scratch_llama3() -> nn.Module:
     return libraries.seeded(Llama3Model(libraries.FROM_SCRATCH))
 
 
+class XTransformers:
+    """The decoder as it asks to be called: all ids so far, of which it computes the new ones."""
+
+    vocab_size, context = libraries.V, libraries.CONTEXT
+
+    def __init__(self) -> None:
+        self.module = libraries.x_transformers_rotary()
+
+    def full(self, ids: Tensor) -> Tensor:
+        return self.module(ids)
+
+    def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        if state is not None and ids.shape[1] > 1:
+            raise NotImplementedError("it computes the last token alone")
+        ids, cache = (ids, None) if state is None else (torch.cat([state[0], ids], 1), state[1])
+        logits, cache = self.module(ids, return_intermediates=True, cache=cache)
+        return logits[:, -1:] if state else logits, (ids, cache)
+
+
 SIZES = {
     "vocab_size": libraries.V, "max_position_embeddings": libraries.CONTEXT, "hidden_size": 32,
     "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -84,7 +103,8 @@ PLANTED: dict[str, Bug] = {
         libraries.litgpt_llama,
         "litgpt.model:GPT.forward",
         "cos = batched_index_select(self.cos, 0, input_pos)",
-        "input_pos = input_pos - (T == 1); cos = batched_index_select(self.cos, 0, input_pos)",
+        "input_pos = input_pos - int(T == 1)\n"
+        "            cos = batched_index_select(self.cos, 0, input_pos)",
         "steps of one token stand, and are stored, one too low",
         "one too low|1 too low|over its last one",
     ),
@@ -202,7 +222,7 @@ PLANTED: dict[str, Bug] = {
         "no causal mask",
     ),
     "x-swapped": Bug(
-        libraries.x_transformers_rotary,
+        XTransformers,
         "x_transformers.x_transformers:Attention.forward",
         "ck, cv = cache.cached_kv",
         "cv, ck = cache.cached_kv",
@@ -276,23 +296,13 @@ PLANTED: dict[str, Bug] = {
         "crop takes the oldest values, not the newest",
         "taken back are still read|the values",
     ),
-    "hf-select": Bug(
-        llama_of_transformers,
-        "transformers.cache_utils:DynamicLayer.batch_select_indices",
-        "self.values = self.values[indices, ...]",
-        "self.values = self.values[: len(indices)]",
-        "values are not reordered with their rows",
-        "the values .* another's: row|rows read each other",
-    ),
     "hf-window": Bug(
         mistral_of_transformers,
-        "transformers.cache_utils:DynamicSlidingWindowLayer.update",
-        "self.keys = full_key_states[:, :, -self.sliding_window + 1 :, :]\n",
-        "self.keys = full_key_states[:, :, -self.sliding_window + 1 :, :]\n"
-        "            self.keys[:, :, :1] = 0 if self.cumulative_length >= self.sliding_window"
-        " else self.keys[:, :, :1]\n",
-        "the oldest key of a full window is zero",
-        "the keys .* zero|oldest key",
+        "transformers.cache_utils:DynamicSlidingWindowLayer.get_mask_sizes",
+        "kv_offset = max(self.cumulative_length - self.sliding_window + 1, 0)",
+        "kv_offset = max(self.cumulative_length - self.sliding_window, 0)",
+        "keys of a full window are masked as if each was one older",
+        "the window is one token too narrow",
     ),
     "hf-softcap": Bug(
         gemma2_of_transformers,
@@ -306,9 +316,9 @@ PLANTED: dict[str, Bug] = {
         llama_of_transformers,
         "transformers.models.llama.modeling_llama:LlamaModel.forward",
         "past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0",
-        "past_seen_tokens = min(past_key_values.get_seq_length(), 40) if past_key_values else 0",
-        "positions stay at 40 from there on",
-        "40",
+        "past_seen_tokens = 0",
+        "positions start at 0 again where the caller gives none",
+        "positions start at 0 again",
     ),
 }
 

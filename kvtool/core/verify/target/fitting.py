@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Fit:
     decoder: ModuleDecoder
     level: int
     gap: float
+    held: int = 0  # tokens before the first that is not the pass's
 
     @property
     def agrees(self) -> bool:
@@ -69,8 +71,11 @@ class Tries:
         return any(fit.agrees for fit in self.fits)
 
     def best(self) -> Fit | None:
-        """The first of those that are about as close as the closest."""
+        """The first of those that are about as close as the closest, among those that are right
+        longest: where a cache is wrong, no way to call it agrees."""
         of = self.runs or self.fits
+        longest = max((fit.held for fit in of), default=0)
+        of = [fit for fit in of if fit.held == longest]
         least = min((fit.gap for fit in of), default=math.inf)
         return next((fit for fit in of if fit.gap <= 10 * least), None)
 
@@ -206,7 +211,9 @@ def _measured(decoder: ModuleDecoder, ids: Tensor) -> Fit:
     first: BaseException | None = None
     for level, sizes in enumerate(SIZES):
         try:
-            return Fit(decoder, level, cached_gap(decoder, ids, sizes))
+            gaps = _gaps(decoder, ids, sizes)
+            right = list(takewhile(lambda gap: gap <= AGREES, gaps))
+            return Fit(decoder, level, max(gaps), sum(sizes[: len(right)]))
         except (Exception, SystemExit) as error:
             first = first or error
             if isinstance(error, TypeError) and "without a cache" in str(error):
@@ -221,6 +228,10 @@ def _measured(decoder: ModuleDecoder, ids: Tensor) -> Fit:
 
 def cached_gap(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> float:
     """How far cached logits are from the uncached ones, over max |uncached|."""
+    return max(_gaps(decoder, ids, sizes))
+
+
+def _gaps(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> list[float]:
     state, gaps, end = decoder.start(1, 4 * PROBE), [], 0
     for n in sizes:
         logits, state = decoder.step(ids[:, end : end + n], state)
@@ -229,7 +240,7 @@ def cached_gap(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> flo
         if logits.shape[-1] != at_once.shape[-1]:
             raise ValueError(f"it answered a step with {tuple(logits.shape)}")
         gaps.append(last_gap(logits, at_once))
-    return max(gaps)
+    return gaps
 
 
 def _looks_ahead(decoder: ModuleDecoder, ids: Tensor) -> bool:

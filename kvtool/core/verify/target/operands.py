@@ -18,7 +18,7 @@ from kvtool.core.verify.scenario_run import Stopped
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.operations import Done, Line, Operations
 from kvtool.core.verify.target.session import TargetSession
-from kvtool.core.verify.target.standing import NEAR, PRODUCTS, Standing, attended
+from kvtool.core.verify.target.standing import NEAR, PRODUCTS, Standing, attended, turned
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import aligned, is_wrong
 
@@ -186,6 +186,8 @@ def _in_words(
         return f"{which} are {instead}", True
     if not layer and (words := stands.words(i, found[wrong], wrong, sizes[0])):
         return f"{which} {words}", True
+    if turned(found[wrong], right[wrong]):
+        return f"{which} are rotated otherwise: they stand at other positions", True
     return f"{which} are wrong", False
 
 
@@ -224,6 +226,9 @@ def _instead(found: Tensor, right: Tensor, wrong: list[int], others: dict[str, T
     for name, other in others.items():
         if other.shape == right.shape and _same(ours, other[wrong], near):
             return name
+    for name, other in others.items():
+        if other.shape == right.shape and turned(ours, other[wrong]):
+            return f"{name}, rotated"
     for dim, what in ((1, "row"), (2, "head")):
         several = found.dim() > dim + 1 and found.shape[dim] > 1
         if several and (words := _taken(ours, theirs, dim, what, near)):

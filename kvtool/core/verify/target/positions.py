@@ -7,7 +7,7 @@ that gives the wrong logits, they are the bug, and nothing else is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -181,9 +181,9 @@ def wrong_numbers(
     """What is wrong with the numbers that a line gives the tokens, if nothing else is wrong, in
     words; and whether they are the positions of tokens."""
     tried = suspects(subject, case, step)
-    for given in [*((one,) for one in tried), tuple(tried)] if len(tried) > 1 else [tried]:
+    for given in [*((one,) for one in tried), *_alike(tried)]:
         log: list[FedStep] = []
-        if given and reproduces(lambda s, start, it=given, log=log: LinesGiven(s, start, it, log)):
+        if reproduces(lambda s, start, it=given, log=log: LinesGiven(s, start, it, log)):
             words = _words(given[0], log)
             said = words or NUMBERS
             lines = dict.fromkeys(str(suspect.line) for suspect in given)
@@ -191,6 +191,15 @@ def wrong_numbers(
                 given
             ) == 1
     return "", False
+
+
+def _alike(tried: list[Suspect]) -> list[tuple[Suspect, ...]]:
+    """Suspects that may be parts of one thing, as tables of cosines and sines are."""
+    groups: dict[Hashable, list[Suspect]] = {}
+    for one in tried:
+        key = (one.line.file, one.line.asked, one.axis, one.numbers.shape)
+        groups.setdefault(key, []).append(one)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
 def _words(suspect: Suspect, log: list[FedStep]) -> str:

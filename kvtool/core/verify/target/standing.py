@@ -17,6 +17,7 @@ from kvtool.errors import pass_on_shortage
 PRODUCTS = ("matmul", "bmm", "einsum", "scaled_dot_product_attention")
 NEAR = 1e-9  # of the largest value: both are float64, and were computed in other orders
 ROTATED = 1e-6  # of the largest value: angles may be float32 numbers, and turned by twice
+LEAST = 4  # vectors that are compared by their lengths
 TRIED = 6  # tokens that are looked for
 AGAIN = 2  # times as far as a token stands it may be looked for
 
@@ -87,6 +88,20 @@ def _is_backwards(found: Tensor, right: Tensor, start: Tensor) -> bool:
         along = (pairs[0] * pairs[1]).sum(dim, keepdim=True)
         mirrored = 2 * along / (pairs[1] ** 2).sum(dim, keepdim=True) * pairs[1] - pairs[0]
         if bool(((mirrored.flatten(-2) - found).abs() <= ROTATED * scale(right)).all()):
+            return True
+    return False
+
+
+def turned(found: Tensor, right: Tensor) -> bool:
+    """Whether values (N,...,D) are others rotated: each pair of channels is as long as before.
+
+    Pairs are neighbours, or halves of a head. Of few tokens that may be by chance.
+    """
+    if found.shape[-1] % 2 or found[..., 0].numel() < LEAST:
+        return False
+    for dim, pair in ((-1, (-1, 2)), (-2, (2, -1))):
+        sizes = [t.unflatten(-1, pair).norm(dim=dim) for t in (found, right)]
+        if float((sizes[0] - sizes[1]).abs().max()) <= ROTATED * scale(right):
             return True
     return False
 
