@@ -2,8 +2,7 @@
 
     python tests/support/foreign_bugs.py [NAME ...]
 
-judges each as `kvtool verify-cache --target` does, and prints what is said of it; what is right is
-in its own column, and whoever changes either reads both.
+judges each in a few scenarios, and prints what was planted beside what is said of it.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ SIZES = {
     "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-SCENARIOS = os.environ.get("SCENARIOS", "").split()
+SCENARIOS = ["decode", "chunks", "rows", "permuted", "crop"]
 
 PLANTED: dict[str, Bug] = {
     "litgpt-position": Bug(
@@ -246,13 +245,13 @@ PLANTED: dict[str, Bug] = {
         "queries of each step are rotated as if it began at 0, keys are right",
         "queries .* began at position 0",
     ),
-    "lens-frozen": Bug(
+    "lens-mask": Bug(
         libraries.TransformerLens,
-        "transformer_lens.past_key_value_caching:HookedTransformerKeyValueCacheEntry.append",
-        "if not self.frozen:",
-        "if self.past_keys.shape[1] == 0 or self.past_keys.shape[3] == 0:",
-        "only the first step is stored",
-        "the first step alone is stored",
+        "transformer_lens.components.abstract_attention:AbstractAttention.apply_causal_mask",
+        "final_mask = self.mask[None, None, -query_ctx_length:, -key_ctx_length:]",
+        "final_mask = self.mask[None, None, :query_ctx_length, :key_ctx_length]",
+        "the mask is aligned top-left",
+        "aligned top-left",
     ),
     "lens-values": Bug(
         libraries.TransformerLens,
@@ -295,6 +294,14 @@ PLANTED: dict[str, Bug] = {
         "self.values = self.values[..., abs(tokens_to_remove) :, :]",
         "crop takes the oldest values, not the newest",
         "taken back are still read|the values",
+    ),
+    "hf-select": Bug(
+        llama_of_transformers,
+        "transformers.cache_utils:DynamicLayer.batch_select_indices",
+        "self.values = self.values[indices, ...]",
+        "self.values = self.values[: len(indices)]",
+        "values are not reordered with their rows, and `reorder_cache` is right",
+        "the values .* another's: row|rows read each other",
     ),
     "hf-window": Bug(
         mistral_of_transformers,
@@ -350,7 +357,7 @@ def judged(bug: Bug) -> kvtool.Verification:
     """What is found of a decoder with the bug."""
     os.environ.setdefault("KERAS_BACKEND", "torch")
     with planted(bug):
-        return kvtool.verify(bug.build(), scenarios=SCENARIOS or None)
+        return kvtool.verify(bug.build(), scenarios=SCENARIOS)
 
 
 def names_of(found: kvtool.Verification) -> list[str]:
