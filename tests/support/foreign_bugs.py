@@ -103,7 +103,7 @@ PLANTED: dict[str, Bug] = {
         "litgpt.model:GPT.forward",
         "cos = batched_index_select(self.cos, 0, input_pos)",
         "input_pos = input_pos - int(T == 1)\n"
-        "            cos = batched_index_select(self.cos, 0, input_pos)",
+        "        cos = batched_index_select(self.cos, 0, input_pos)",
         "steps of one token stand, and are stored, one too low",
         "one too low|1 too low|over its last one",
     ),
@@ -202,7 +202,7 @@ PLANTED: dict[str, Bug] = {
         "cache_len = cache.key.size(-2)",
         "cache_len = cache.key.size(-1)",
         "each step begins at position 8: the width of a head is taken for the length",
-        "8 at most|at position 8",
+        "8 at most|at positions? 8",
     ),
     "curated-keys": Bug(
         libraries.curated_llama,
@@ -309,7 +309,7 @@ PLANTED: dict[str, Bug] = {
         "kv_offset = max(self.cumulative_length - self.sliding_window + 1, 0)",
         "kv_offset = max(self.cumulative_length - self.sliding_window, 0)",
         "keys of a full window are masked as if each was one older",
-        "the window is one token too narrow",
+        "one token too narrow|token 19 does not see token 4",
     ),
     "hf-softcap": Bug(
         gemma2_of_transformers,

@@ -34,7 +34,7 @@ READS: dict[str, Any] = {
         of_step(lambda k, p: rotated(k, -2 * places(k, p)))),
     "the keys that are read of token 6 stand as if the step began at position 0": (
         of_step(lambda k, p: rotated(k, 0 * places(k) - p))),
-    "the keys that are read of the past stand 2 too far": (
+    "the keys that are read of the past stand at positions 2-7, 2 too far": (
         with_past(lambda k: rotated(k, 0 * places(k) + 2))),
     "the keys that are read of the past are the values, rotated": lambda k, v, new, p: (
         torch.cat([rotated(v[:, :, :p], places(v[:, :, :p])), k[:, :, p:]], 2), v),

@@ -124,7 +124,9 @@ def _try(module: nn.Module, ids: Tensor, tries: Tries, masked: bool) -> None:
             continue
         try:
             fit = _fit(module, plan, ids)
-            if not plan.whole or (fit.agrees and _computes_the_new(fit, ids)):
+            longest = max((other.held for other in tries.fits), default=0)
+            tells = fit.agrees or fit.held > longest
+            if not plan.whole or (tells and _computes_the_new(fit, ids)):
                 tries.fits.append(fit)
         except (Exception, SystemExit) as error:  # it may raise anything if called wrongly
             tries.errors.setdefault(str(plan), error)

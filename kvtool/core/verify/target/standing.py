@@ -51,10 +51,11 @@ class Standing:
         shifts = {place - token for place, token in zip(known, shown, strict=True)}
         if shifts == {-first} and first:
             return "stand as if the step began at position 0"
-        if len(shifts) == 1:
-            (shift,) = shifts
-            return f"stand {abs(shift)} too {'far' if shift > 0 else 'low'}"
-        return f"stand at position{'s' if len(known) > 1 else ''} {ranges(sorted(set(known)))}"
+        at = f"stand at position{'s' if len(known) > 1 else ''} {ranges(sorted(set(known)))}"
+        if len(shifts) > 1:
+            return at
+        (shift,) = shifts
+        return f"{at}, {abs(shift)} too {'far' if shift > 0 else 'low'}"
 
     def _place(self, operand: int, found: Tensor, token: int) -> int | None:
         """The position at which (B,...) stands, negative if it is rotated backwards by it; None if
