@@ -86,6 +86,20 @@ def test_another_scale_of_fused_attention_is_told() -> None:
     assert judged(Fused(), steps(*ONES)).diagnosis.bugs == (WEIGHTS,)
 
 
+class LongerPast(Sighted):
+    """The past is stored with two empty slots, and seen with them."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: int, wrong: bool) -> Tensor:
+        if past:
+            k, v = (nn.functional.pad(t, (0, 0, 2, 0)) for t in (k, v))
+        return super().attend(q, k, v, past + 2 if past else 0, wrong)
+
+
+def test_slots_that_no_token_is_stored_in_are_counted() -> None:
+    hint = judged(LongerPast(), steps(*ONES)).diagnosis.bugs
+    assert hint == ("attention reads 2 slots more than there are tokens",)
+
+
 class NormedHeads(Sighted):
     """A module norms each head, so that its answers (B,H,n,D) count heads before tokens."""
 

@@ -77,6 +77,9 @@ def _misread_at(subject: TargetSubject, case: Case, step: int) -> tuple[str, boo
     with Operations(keep_given=True) as whole:
         subject.call_full(segment.history, segment.start)
     sizes = (answer.first, answer.logits.shape[1], segment.history.shape[1])
+    if extra := _extra_slots(seen[0].done, whole.done, sizes[2]):
+        slots = "a slot" if extra == 1 else f"{extra} slots"
+        return f"attention reads {slots} more than there are tokens", True
     products = list(_products(seen[0].done, whole.done, sizes))
     if not products:
         return None
@@ -99,6 +102,19 @@ def _misread_at(subject: TargetSubject, case: Case, step: int) -> tuple[str, boo
         if padding == 0 and len(product.names) == 3 and _answers_wrong(product, sizes):
             return WEIGHTS, True
     return "", False
+
+
+def _extra_slots(step: list[Done], whole: list[Done], total: int) -> int:
+    """How many keys a step gives weight to beyond the number of tokens."""
+    parts = [[d for d in done if d.line.asked in PRODUCTS] for done in (step, whole)]
+    for one, other in zip(*parts, strict=False):
+        if attended(other, total)[:1] != ("weights",) or one.given[0].dim() != other.given[0].dim():
+            continue
+        axis = max(i for i, size in enumerate(other.given[0].shape) if size == total)
+        weighed = (one.given[0] != 0).movedim(axis, 0).flatten(1).any(1)
+        if int(weighed.sum()) > total:
+            return int(weighed.sum()) - total
+    return 0
 
 
 def _answers_wrong(product: Product, sizes: Sizes) -> bool:
