@@ -105,7 +105,7 @@ PLANTED: dict[str, Bug] = {
         "input_pos = input_pos - int(T == 1)\n"
         "        cos = batched_index_select(self.cos, 0, input_pos)",
         "steps of one token stand, and are stored, one too low",
-        "one too low|1 too low|over its last one",
+        "over its last one|does not see token",
     ),
     "litgpt-heads": Bug(
         libraries.litgpt_llama,

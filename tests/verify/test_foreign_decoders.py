@@ -367,6 +367,8 @@ def test_what_cannot_be_checked_is_refused_in_words(words: str, change: Any) -> 
     class Refused(Core):
         def forward(self, ids: Tensor, cache: Any = None) -> Any:
             new: list[Any] = []
+            if "6" in words:
+                torch.zeros(6)[after(cache, ids)]
             logits = self.run(ids, after(cache, ids), joined(cache, new))
             return (logits > 0 if words == "torch.bool" else logits), new
 
