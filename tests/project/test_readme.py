@@ -112,7 +112,7 @@ def test_the_tests_that_pages_show_run(
         space: dict[str, Any] = {}
         # my_decoder has a slip, which the test is there to find.
         exec(compile(code, "page", "exec", dont_inherit=True), space)
-        with pytest.raises(AssertionError, match="positions behind the first step"):
+        with pytest.raises(AssertionError, match="positions after the first step"):
             space["test_the_cache_changes_nothing"]()
 
 

@@ -136,7 +136,7 @@ PLANTED: dict[str, Bug] = {
         "llms_from_scratch.kv_cache.qwen3:Qwen3Model.forward",
         "start_pos=pos_start,",
         "start_pos=max(pos_start - 1, 0),",
-        "positions one too low behind the first step",
+        "positions one too low after the first step",
         "one too low|1 too low",
     ),
     "qwen3-layer": Bug(
@@ -169,7 +169,7 @@ PLANTED: dict[str, Bug] = {
         "attn_scores = attn_scores.masked_fill(mask, -torch.inf)",
         "attn_scores = attn_scores.masked_fill("
         "mask | ((torch.arange(keys.shape[2]) == 0) & (start_pos > 0)), -torch.inf)",
-        "the first token is not seen behind the first step",
+        "the first token is not seen after the first step",
         "first token is lost",
     ),
     "torchtune-slot": Bug(
@@ -177,7 +177,7 @@ PLANTED: dict[str, Bug] = {
         "torchtune.modules.kv_cache:KVCache.update",
         "self.cache_pos.add_(seq_len)",
         "self.cache_pos.add_(seq_len - int(seq_len > 1 and self.size == 0))",
-        "steps behind the first are stored one slot too low",
+        "steps after the first are stored one slot too low",
         "one slot too low",
     ),
     "torchtune-values": Bug(

@@ -43,10 +43,10 @@ GUESSES = {
     "MustBeMasked": "forward(input_ids=ids, past_kv=None at first, mask=(n, T), True where a token "
     "may look) -> (logits, cache)",
     "AllAgain": "forward(ids, cache=None at first, return_intermediates=True) -> (logits, cache); "
-    "ids are all so far; one token a step behind a prompt",
+    "ids are all so far; one token a step after a prompt",
     "RowStarts": "forward(ids, kv_cache=None at first, start_pos=past for each row) -> "
     "(logits, cache); without start_pos its cached logits are others",
-    "Singly": "forward(ids, cache=None at first) -> (logits, cache); one token a step behind a "
+    "Singly": "forward(ids, cache=None at first) -> (logits, cache); one token a step after a "
     "prompt",
     "AtMostEight": "forward(ids, cache=None at first) -> (logits, cache); 8 tokens a step at most",
 }
@@ -190,7 +190,7 @@ def test_a_decoder_that_breaks_down_behind_every_prompt_is_judged_and_not_refuse
 
 def test_a_report_names_what_was_not_run_and_why() -> None:
     report = kvtool.verify(Singly(), scenarios=["decode", "chunks", "crop", "permuted"], tokens=6)
-    said = "not run: chunks (one token a step behind a prompt), permuted (no select), crop"
+    said = "not run: chunks (one token a step after a prompt), permuted (no select), crop"
     assert report.ok and report.conclusion.endswith(said)
 
 

@@ -136,13 +136,13 @@ REQUESTS = (
         "an id with a meaning is not stored",
         decoder=lambda: with_meaning(Decoder(not_stored(lambda ids: ids == END))),
         bug_class=22, scenario="ids", step=1, layer=0, part="out input",
-        hint="tokens with the id 7 are not seen behind their step",
+        hint="tokens with the id 7 are not seen after their step",
     ),
     Mutant(
         "id 0 is taken for padding",
         decoder=lambda: Decoder(not_stored(lambda ids: ids == 0)),
         bug_class=22, scenario="ids", step=2, layer=0, part="out input",
-        hint="tokens with the id 0 are not seen behind their step",
+        hint="tokens with the id 0 are not seen after their step",
     ),
     Mutant(
         "the last id is not stored",

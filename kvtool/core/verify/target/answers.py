@@ -38,7 +38,7 @@ def _parts(answer: Any, cache: str, part: int) -> tuple[Tensor, Any, str]:
             return answer[0], None, "(logits, ...)"
         rest = [value for value in answer[1:] if not (_is_number(value) or is_empty(value))]
         if part and part >= len(rest):
-            raise TypeError(f"it answered without a part {part + 1} behind the logits")
+            raise TypeError(f"it answered without a part {part + 1} after the logits")
         how = "(logits, cache)" if len(answer) == 2 else "(logits, ..., cache)"
         return answer[0], rest[part] if rest else None, how if rest else "(logits, ...)"
     raise TypeError(f"it answered with a {type(answer).__name__} in which there are no logits")

@@ -35,7 +35,7 @@ UNNAMED = "none of the wrong positions and pasts that can be tried from outside 
 NOT_LOOKED = "not looked into: the bugs found before took the time for it"
 SECONDS = 8.0  # that all bugs of a check are looked into
 MOST_SECONDS = 12.0  # that they are located and explained
-PADDING_COUNTED = "positions behind the prompt count its padding: the length is taken in its place"
+PADDING_COUNTED = "positions after the prompt count its padding: the length is taken in its place"
 SEES_RIGHT = "each token sees just those that it should"
 
 
@@ -77,7 +77,7 @@ def examine(
     elif not bugs and thorough:
         bugs, unexplained = look(subject, case, step, arms.found[: last + 1], first)
     if first is None:
-        behind = "the logits, behind every module" if watched else "the logits: no module was seen"
+        behind = "the logits, after every module" if watched else "the logits: no module was seen"
         return Diagnosis(part="logits", place=behind, bugs=bugs, unexplained=unexplained)
     return Diagnosis(first.site.layer, first.part, first.heads, str(first), bugs, unexplained)
 

@@ -238,7 +238,7 @@ def _instead(found: Tensor, right: Tensor, wrong: list[int], others: dict[str, T
         there = [token + shift for token in wrong]
         if min(there) >= 0 and max(there) < len(right) and _same(ours, right[there], near):
             count = "" if abs(shift) == 1 else f"{abs(shift)} "
-            return f"those of the token {count}{'before' if shift < 0 else 'behind'} each"
+            return f"those of the token {count}{'before' if shift < 0 else 'after'} each"
     for name, other in others.items():
         if other.shape == right.shape and _same(ours, other[wrong], near):
             return name

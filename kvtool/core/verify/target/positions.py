@@ -225,7 +225,7 @@ def _words(suspect: Suspect, log: list[FedStep]) -> str:
     counted = [fed.past + torch.arange(a.shape[1]) for fed, a in zip(log, asked, strict=True)]
     if any(bool((r - c).any()) for r, c in zip(right, counted, strict=True)):
         if all(not bool((asked[i] - counted[i]).any()) for i in behind):
-            return "positions count tokens behind the first step, and in the pass they do not"
+            return "positions count tokens after the first step, and in the pass they do not"
         return ""
     return wrong_positions([a[0].tolist() for a in asked], [r[0].tolist() for r in right])
 
@@ -286,7 +286,7 @@ def wrong_positions(asked: list[list[int]], right: list[list[int]]) -> str:
     (shift,) = shifts - {0}
     direction = "far" if shift > 0 else "low"
     if shifts == {shift}:
-        return f"positions are {abs(shift)} too {direction} behind the first step"
+        return f"positions are {abs(shift)} too {direction} after the first step"
     step = wrong[0]
     if len(wrong) < len(asked) - step:
         sizes = ranges(sorted({len(asked[i]) for i in wrong}))
