@@ -267,7 +267,7 @@ PLANTED: dict[str, Bug] = {
         "tokens, start_index=cache_update_index",
         "tokens, start_index=0",
         "positions restart in each step",
-        "restart|began at position 0|position 0",
+        "start at 0 again",
     ),
     "keras-window": Bug(
         libraries.keras_mistral,

@@ -21,7 +21,7 @@ from kvtool.core.verify.mutants.user_decoder import (
     Pair,
     flawed,
 )
-from kvtool.core.verify.target.sight_rules import ANOTHER_REQUEST, BEHIND
+from kvtool.core.verify.target.sight_rules import ANOTHER_REQUEST, AFTER
 
 # Saved and loaded
 
@@ -124,13 +124,13 @@ REQUESTS = (
         "a longer prompt is taken for this one",
         decoder=lambda: Decoder(Remembers(ROOM)),
         bug_class=21, scenario="second-request", step=5, layer=0, part="out input",
-        hint=f"{ANOTHER_REQUEST}{BEHIND}",
+        hint=f"{ANOTHER_REQUEST}{AFTER}",
     ),
     Mutant(
         "a known prefix is two tokens too long",
         decoder=lambda: Decoder(Remembers(2)),
         bug_class=21, scenario="second-request", step=5, layer=0, part="out input",
-        hint=f"{ANOTHER_REQUEST}{BEHIND}",
+        hint=f"{ANOTHER_REQUEST}{AFTER}",
     ),
     Mutant(
         "an id with a meaning is not stored",

@@ -22,7 +22,7 @@ from kvtool.core.verify.target.hypotheses import (
     TracedSession,
 )
 from kvtool.core.verify.target.influence import Sight, sight
-from kvtool.core.verify.target.operands import WEIGHTS, misread
+from kvtool.core.verify.target.operands import OR_MASK, WEIGHTS, misread
 from kvtool.core.verify.target.positions import NUMBERS, wrong_numbers, wrong_positions
 from kvtool.core.verify.target.sight_rules import described, named
 from kvtool.core.verify.target.spots import spots
@@ -100,6 +100,8 @@ def look(
     except Exception as error:  # the user's code may not like to be watched
         pass_on_shortage(error)
         words, told = "", False
+    if words == WEIGHTS and seen is None:  # then a mask may be wrong too
+        words, told = OR_MASK, False
     if told and not (hidden and words == WEIGHTS):  # more than that rows read each other
         return (words,), UNNAMED
     if told_by_numbers:

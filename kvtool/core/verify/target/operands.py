@@ -28,6 +28,8 @@ WEIGHTS = (
     "of the scores"
 )
 
+OR_MASK = WEIGHTS.replace("the scale", "the mask, the scale")
+
 
 class Product(NamedTuple):
     """One product of attention: its operands by name, of a step and of the pass (narrowed)."""
