@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kvtool.core.verify.target import doctor
 from kvtool.core.verify.target.operands import WEIGHTS
 from sighted import HEADS, WIDTH, Sighted, judged, rotated, steps
 
@@ -142,3 +143,11 @@ class TwoTables(Sighted):
 def test_positions_of_which_two_lines_make_use_are_told() -> None:
     hint = judged(TwoTables(), steps(*MIXED)).diagnosis.hint
     assert "2 too low" in hint and "test_standing.py" in hint
+
+
+def test_where_it_is_not_known_what_tokens_see_a_mask_may_be_wrong_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "sight", lambda *given: None)
+    diagnosis = judged(Fused(), steps(*ONES)).diagnosis
+    assert diagnosis.bugs == () and "the mask, the scale" in diagnosis.hint

@@ -21,7 +21,7 @@ from kvtool.core.verify.mutants.user_decoder import (
     Pair,
     flawed,
 )
-from kvtool.core.verify.target.sight_rules import ANOTHER_REQUEST, AFTER
+from kvtool.core.verify.target.sight_rules import AFTER, ANOTHER_REQUEST
 
 # Saved and loaded
 
