@@ -2,7 +2,7 @@
 
     kvtool verify-cache --target docs/my_decoder.py:build
 
-It holds one slip on purpose: with a cache, every token behind the prompt stands one too far.
+It holds one slip on purpose: with a cache, every token after the prompt stands one too far.
 """
 
 import torch

@@ -114,7 +114,7 @@ def test_the_tests_that_pages_show_run(
         # of the command plays them all.
         monkeypatch.setattr(api, "SCENARIOS", {"decode": scenarios.SCENARIOS["decode"]})
         exec(compile(code, "page", "exec", dont_inherit=True), space)
-        with pytest.raises(AssertionError, match="positions behind the first step"):
+        with pytest.raises(AssertionError, match="positions after the first step"):
             space["test_the_cache_changes_nothing"]()
 
 

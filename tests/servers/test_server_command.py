@@ -188,7 +188,7 @@ def test_a_server_is_judged_without_loading_torch(prompts: str) -> None:
     ('[1, "x"]\n', 'line 1: found [1, "x"] (expected a text, or a list of ids)'),
     ("[1, 2\n", "line 1 is not valid JSON"),
     ("[1, 2, 3]\n", "prompt 1 has 3 tokens (expected 12 or more)"),
-    (f"{[7] * 196}\n", "prompt 1 is 196 tokens, and with 15 behind it longer than the server's"),
+    (f"{[7] * 196}\n", "prompt 1 is 196 tokens, and with 15 after it longer than the server's"),
 ])  # fmt: skip
 def test_prompts_that_cannot_be_asked_are_refused(
     kv: Callable[..., Ran], right: str, tmp_path: Path, text: str, said: str

@@ -86,10 +86,12 @@ class Lenient(Core):
         return self.run(ids, positions, joined(cache, new)), new
 
 
-def test_it_is_told_that_positions_make_a_difference() -> None:
+def test_a_default_of_positions_that_is_wrong_is_a_bug() -> None:
     guess = TargetSubject(Lenient(), "it").guess
-    assert "position_ids=arange(past, past + n) for each row" in guess
-    assert "without position_ids its cached logits are others" in guess
+    assert "forward(ids, cache=None at first) -> (logits, cache)" in guess
+    assert "position_ids is left out, as its default allows; given, logits are right" in guess
+    finding = judged(Lenient(), "decode")
+    assert finding.verdict == BUG and "positions start at 0 again" in finding.diagnosis.hint
 
 
 def test_without_a_cache_in_the_signature_the_error_names_the_signature() -> None:

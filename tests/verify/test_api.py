@@ -97,7 +97,7 @@ def test_the_report_of_a_bug_shows_step_gaps_place_and_kind() -> None:
     gap = report.findings[0].float64
     assert gap is not None and f"{gap.relative:.1e} float64" in lines[3]
     assert lines[4].strip() == "where: pos_embedding was asked for 12, not 11"
-    assert lines[5].strip().startswith("what: positions behind the first step are one too high")
+    assert lines[5].strip().startswith("what: positions after the first step are one too high")
     assert lines[-1] == "decode: bug from step 1 on (1 of 1 checks not right)"
 
 
@@ -106,7 +106,7 @@ def test_the_assertion_passes_and_fails_with_the_evidence() -> None:
     with pytest.raises(AssertionError) as caught:
         assert_cache_matches(Shifted(), torch.arange(12), **QUICK)
     assert "where: pos_embedding was asked for 9, not 8" in str(caught.value)
-    assert "what: positions behind the first step are one too high" in str(caught.value)
+    assert "what: positions after the first step are one too high" in str(caught.value)
     assert "float64" in str(caught.value)
 
 

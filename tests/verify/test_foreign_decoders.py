@@ -24,6 +24,7 @@ from foreign_shapes import (
     StartPos,
 )
 from kvtool.core.verify.judge import BUG, ERROR, ROUNDING, UNSUPPORTED
+from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.fitting import adapt
 from kvtool.core.verify.target.kept import left_over
 from kvtool.core.verify.target.subject import TargetSubject
@@ -42,10 +43,10 @@ GUESSES = {
     "MustBeMasked": "forward(input_ids=ids, past_kv=None at first, mask=(n, T), True where a token "
     "may look) -> (logits, cache)",
     "AllAgain": "forward(ids, cache=None at first, return_intermediates=True) -> (logits, cache); "
-    "ids are all so far; one token a step behind a prompt",
+    "ids are all so far; one token a step after a prompt",
     "RowStarts": "forward(ids, kv_cache=None at first, start_pos=past for each row) -> "
     "(logits, cache); without start_pos its cached logits are others",
-    "Singly": "forward(ids, cache=None at first) -> (logits, cache); one token a step behind a "
+    "Singly": "forward(ids, cache=None at first) -> (logits, cache); one token a step after a "
     "prompt",
     "AtMostEight": "forward(ids, cache=None at first) -> (logits, cache); 8 tokens a step at most",
 }
@@ -189,7 +190,7 @@ def test_a_decoder_that_breaks_down_behind_every_prompt_is_judged_and_not_refuse
 
 def test_a_report_names_what_was_not_run_and_why() -> None:
     report = kvtool.verify(Singly(), scenarios=["decode", "chunks", "crop", "permuted"], tokens=6)
-    said = "not run: chunks (one token a step behind a prompt), permuted (no select), crop"
+    said = "not run: chunks (one token a step after a prompt), permuted (no select), crop"
     assert report.ok and report.conclusion.endswith(said)
 
 
@@ -325,6 +326,59 @@ def test_a_cache_that_is_not_the_first_thing_behind_the_logits_is_found(before: 
     assert kvtool.verify(Wordy(), scenarios=["decode", "chunks"], tokens=6).ok
 
 
+def test_a_state_that_changes_in_place_is_not_taken_for_a_tensor_beside_the_logits() -> None:
+    class Beside(Core):
+        def forward(self, ids: Tensor, incremental_state: Any = None) -> Any:
+            past = None if incremental_state is None else incremental_state.get("kv")
+            new: list[Any] = []
+            logits = self.run(ids, after(past, ids), joined(past, new))
+            if incremental_state is not None:
+                incremental_state["kv"] = new
+            return logits, torch.zeros(len(ids), 3, 5)
+
+    report = kvtool.verify(Beside(), scenarios=["decode", "chunks"], tokens=6)
+    assert report.ok and "the cache changed in place" in report.guess
+
+
+def test_a_decoder_that_answers_the_last_token_is_asked_for_no_prefix_before_the_step() -> None:
+    class LastAlone(Core):
+        def forward(self, ids: Tensor, cache: Any = None) -> Any:
+            new: list[Any] = []
+            asked.append(ids.shape[1])
+            return self.run(ids, after(cache, ids), joined(cache, new))[:, -1:], new
+
+    asked: list[int] = []
+    session = TargetSubject(LastAlone(), "it").start(Start(1, 64))
+    for size in (20, 4):
+        asked.clear()
+        session.feed(torch.arange(size)[None] % 5)
+    assert sorted(asked) == [4, 21, 22, 23]
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("the meta device", lambda core: core.to("meta")),
+        ("holds 6 tokens", lambda core: core),
+        ("torch.bool", lambda core: core),
+    ],
+)
+def test_what_cannot_be_checked_is_refused_in_words(words: str, change: Any) -> None:
+    class Refused(Core):
+        def forward(self, ids: Tensor, cache: Any = None) -> Any:
+            new: list[Any] = []
+            if "6" in words:
+                torch.zeros(6)[after(cache, ids)]
+            logits = self.run(ids, after(cache, ids), joined(cache, new))
+            return (logits > 0 if words == "torch.bool" else logits), new
+
+    decoder = change(Refused())
+    if "6" in words:
+        decoder.context = 6
+    with pytest.raises(UsageError, match=words):
+        TargetSubject(decoder, "it")
+
+
 def test_a_module_that_is_given_all_ids_again_and_computes_the_new_ones_is_called_so() -> None:
     class Incremental(Core):
         """As fairseq's: the state is changed in place, and what is answered beside is no cache."""
@@ -339,3 +393,16 @@ def test_a_module_that_is_given_all_ids_again_and_computes_the_new_ones_is_calle
             return logits, {"attn": None}
 
     assert kvtool.verify(Incremental(), scenarios=["decode", "chunks"], tokens=6).ok
+
+
+def test_a_wrong_cache_does_not_make_another_way_of_calling_look_better() -> None:
+    class AllAgainWrong(AllAgain):
+        """Right in the first step behind a prompt, and wrong from then on."""
+
+        def forward(self, x: Tensor, cache: Any = None, return_intermediates: bool = False) -> Any:
+            logits, new = super().forward(x, cache=cache, return_intermediates=True)
+            if cache is not None:
+                new = [(k * 1.5, v) for k, v in new]
+            return (logits, new) if return_intermediates else logits
+
+    assert "ids are all so far" in TargetSubject(AllAgainWrong(), "it").guess

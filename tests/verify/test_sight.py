@@ -44,11 +44,11 @@ SIGHTS: dict[str, tuple[int, Any, tuple[int, ...]]] = {
     "the token before the step is lost": (0, lambda k, q, p: (k <= q) & (k != p - 1), MIXED),
     "the past is not read": (0, lambda k, q, p: (k <= q) & (k >= p), MIXED),
     "the tokens of a step do not see each other": (0, lambda k, q, p: (k < p) | (k == q), MIXED),
-    "tokens behind it are forgotten": (
+    "tokens after it are forgotten": (
         0, lambda k, q, p: (k <= q) & ((k < 7) | (k >= p)), MIXED),
     "a step of several tokens is stored before it is read": (
         WINDOW, lambda k, q, p: window(k, q, WINDOW) & (k > q.max() - WINDOW), MIXED),
-    "the slots behind the newest are taken for empty": (
+    "the slots after the newest are taken for empty": (
         WINDOW, lambda k, q, p: window(k, q, WINDOW) & ((k % 6 <= q % 6) | (k == q)), ONES),
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_one_wrong_token_may_have_lost_the_first_or_see_through_a_window() -> No
     finding = judged(Sighted(0, lambda k, q, p: (k <= q) & (k > 0)), steps(7, 1))
     assert finding.diagnosis.bugs == (
         "the window is 7 tokens wide through the cache, and 8 or more without it",
-        "the first token is lost (behind the first step)",
+        "the first token is lost (after the first step)",
     )
 
 
@@ -163,11 +163,11 @@ def test_values_of_another_layer_are_told() -> None:
 # Positions
 
 PLACES: dict[str, Any] = {
-    "positions behind the first step are one too high": lambda at, past: at + 1,
-    "positions behind the first step are one too low": lambda at, past: at - 1,
+    "positions after the first step are one too high": lambda at, past: at + 1,
+    "positions after the first step are one too low": lambda at, past: at - 1,
     "positions start at 0 again in each step": lambda at, past: at - past,
-    "all tokens of a step behind the first get the position": lambda at, past: 0 * at + past,
-    "positions are 3 too low behind the first step": lambda at, past: at - 3,
+    "all tokens of a step after the first get the position": lambda at, past: 0 * at + past,
+    "positions are 3 too low after the first step": lambda at, past: at - 3,
     "the number of keys held, not of tokens seen: 8 at most": lambda at, past: (
         at - past + min(past, 8)),
 }  # fmt: skip

@@ -315,7 +315,7 @@ def test_a_decoder_of_numpy_is_checked_too() -> None:
     Sums.slip = 1
     finding = judged(Sums())
     assert (finding.verdict, finding.first_wrong) == (BUG, 1)
-    assert finding.diagnosis.place == "the logits, behind every module"
+    assert finding.diagnosis.place == "the logits, after every module"
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ Thorough = Annotated[
     bool,
     typer.Option(
         "--thorough",
-        help="Feed more sizes of steps, behind more pasts, and longer histories: in minutes.",
+        help="Feed more sizes of steps, after more pasts, and longer histories: in minutes.",
     ),
 ]
 Seed = Annotated[

@@ -40,7 +40,7 @@ Tokens = Annotated[
     typer.Option(
         "--tokens",
         metavar="N",
-        help="How many tokens of a server's own behind each prompt are compared.",
+        help="How many tokens of a server's own after each prompt are compared.",
         rich_help_panel=SERVER,
     ),
 ]

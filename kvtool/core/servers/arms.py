@@ -233,7 +233,7 @@ def cut(prompt: Prompt, into: Measured) -> None:
     prompt.ask(prompt.ids)
     found = prompt.ask(rest, CUT_TAIL + 1)
     if found.reused is None or found.reused <= common(rest, prompt.ids):
-        into.unsupported = "it reuses nothing behind a cut"
+        into.unsupported = "it reuses nothing after a cut"
         return
     shorter = Prompt(prompt.engine, prompt.number, rest, CUT_TAIL)
     into.cold = shorter.cold

@@ -146,7 +146,7 @@ def require_room(engine: Engine, prompts: Sequence[Sequence[int]], tail: int) ->
     for number, ids in enumerate(prompts, 1):
         if 0 < engine.context < len(ids) + more:
             raise UsageError(
-                f"--prompts: prompt {number} is {len(ids):,} tokens, and with {more} behind it "
+                f"--prompts: prompt {number} is {len(ids):,} tokens, and with {more} after it "
                 f"longer than the server's context of {engine.context:,}",
                 "Shorten it, or give fewer --tokens.",
             )

@@ -255,7 +255,7 @@ SCENARIOS = {
         ),
         Scenario(
             "right-padded",
-            "a batch with padding behind shorter prompts",
+            "a batch with padding after shorter prompts",
             _right_padded,
             ("batch", "padding", "right-padding"),
         ),
@@ -267,7 +267,7 @@ SCENARIOS = {
         Scenario("ids", "repeats, runs, and ids with a meaning", _ids),
         Scenario.generated("prompts", "first steps of many sizes", schedules.prompts),
         Scenario.generated(
-            "steps", "steps of many sizes behind short and long pasts", schedules.steps
+            "steps", "steps of many sizes after short and long pasts", schedules.steps
         ),
         Scenario.generated(
             "boundaries", "steps that end around blocks, windows and chunks", schedules.boundaries

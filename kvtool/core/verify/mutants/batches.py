@@ -104,13 +104,13 @@ BATCHES = (
         hint=RULES[padding_of_another],
     ),
     Mutant(
-        "padding behind a prompt is seen",
+        "padding after a prompt is seen",
         decoder=lambda: Decoder(flawed(mask=holes_seen)),
         bug_class=5, scenario="right-padded", step=1,
         hint="",
     ),
     Mutant(
-        "padding behind a prompt is counted",
+        "padding after a prompt is counted",
         decoder=lambda: Decoder(flawed(places=holes_counted)),
         bug_class=4, scenario="right-padded", step=1, part="places input",
         hint=f"{PADDING_COUNTED} ({PLACES})",

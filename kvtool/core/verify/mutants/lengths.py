@@ -12,7 +12,7 @@ from kvtool.core.verify.mutants.mutant import Mutant
 from kvtool.core.verify.mutants.user_decoder import PLACES, Decoder, Fed, Flaw, Pair, flawed
 from kvtool.core.verify.target.hypotheses import PastLost
 from kvtool.core.verify.target.sight_rules import (
-    BEHIND,
+    AFTER,
     RULES,
     first_lost,
     no_causal,
@@ -110,7 +110,7 @@ LENGTHS = (
         "a prompt of 3 loses its first token",
         decoder=lambda: Decoder(last_kept(2, prompt_of(lambda n: n == 3))),
         bug_class=23, scenario=PROMPT, step=4, layer=0, part="out input",
-        hint=f"{RULES[first_lost]}{BEHIND}",
+        hint=f"{RULES[first_lost]}{AFTER}",
     ),
     Mutant(
         "a draft of 3 has no causal mask",

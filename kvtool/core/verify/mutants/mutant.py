@@ -25,11 +25,11 @@ from kvtool.core.verify.target.subject import TargetSubject
 
 # Kinds of bugs that happened in caches of other projects; `Mutant.seen_in` names where.
 BUG_CLASSES = {
-    1: "the position is not advanced behind a step",
+    1: "the position is not advanced after a step",
     2: "positions are off by one, or by a step",
     3: "stored keys are rotated again",
     4: "positions ignore left padding",
-    5: "the padding mask is forgotten behind the prompt",
+    5: "the padding mask is forgotten after the prompt",
     6: "the causal mask is aligned top-left where there are more keys than queries",
     7: "a step of several tokens has no causal mask once there is a past",
     8: "the window is off by one, or dropped in some steps",

@@ -211,7 +211,7 @@ QUANTIZED = (
         step=0, layer=0, part=KEYS, hint=quantized.PaddingCounted.hint,
     ),
     Mutant(
-        "no residual behind the prompt", small(NoResidual), step=2, layer=0, part=KEYS,
+        "no residual after the prompt", small(NoResidual), step=2, layer=0, part=KEYS,
         hint=quantized.NoResidual.hint,
     ),
     Mutant(

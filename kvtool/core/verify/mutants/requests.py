@@ -21,7 +21,7 @@ from kvtool.core.verify.mutants.user_decoder import (
     Pair,
     flawed,
 )
-from kvtool.core.verify.target.sight_rules import ANOTHER_REQUEST, BEHIND
+from kvtool.core.verify.target.sight_rules import AFTER, ANOTHER_REQUEST
 
 # Saved and loaded
 
@@ -124,25 +124,25 @@ REQUESTS = (
         "a longer prompt is taken for this one",
         decoder=lambda: Decoder(Remembers(ROOM)),
         bug_class=21, scenario="second-request", step=5, layer=0, part="out input",
-        hint=f"{ANOTHER_REQUEST}{BEHIND}",
+        hint=f"{ANOTHER_REQUEST}{AFTER}",
     ),
     Mutant(
         "a known prefix is two tokens too long",
         decoder=lambda: Decoder(Remembers(2)),
         bug_class=21, scenario="second-request", step=5, layer=0, part="out input",
-        hint=f"{ANOTHER_REQUEST}{BEHIND}",
+        hint=f"{ANOTHER_REQUEST}{AFTER}",
     ),
     Mutant(
         "an id with a meaning is not stored",
         decoder=lambda: with_meaning(Decoder(not_stored(lambda ids: ids == END))),
         bug_class=22, scenario="ids", step=1, layer=0, part="out input",
-        hint="tokens with the id 7 are not seen behind their step",
+        hint="tokens with the id 7 are not seen after their step",
     ),
     Mutant(
         "id 0 is taken for padding",
         decoder=lambda: Decoder(not_stored(lambda ids: ids == 0)),
         bug_class=22, scenario="ids", step=2, layer=0, part="out input",
-        hint="tokens with the id 0 are not seen behind their step",
+        hint="tokens with the id 0 are not seen after their step",
     ),
     Mutant(
         "the last id is not stored",

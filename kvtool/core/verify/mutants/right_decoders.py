@@ -106,7 +106,7 @@ RIGHT_DECODERS = (
         scenarios=("leaving", "padded-rows"), why="where a row is stored does not matter",
     ),
     Lookalike(
-        "large numbers in padding behind a prompt",
+        "large numbers in padding after a prompt",
         decoder=lambda: Decoder(flawed(stored=large_in_holes)), scenarios=("right-padded",),
         why="padding is masked",
     ),

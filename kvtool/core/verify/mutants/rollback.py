@@ -275,7 +275,7 @@ ROLLBACK = (
         hint=rollback.CropSeen.hint,
     ),
     Mutant(
-        "one stale value behind a crop", StaleValue,
+        "one stale value after a crop", StaleValue,
         model="rotary, one KV head", bug_class=12, scenario="crop", step=6, layer=0,
         part="stored V", hint=rollback.ValueLate.hint,
     ),

@@ -209,7 +209,7 @@ WINDOWS = (
         layer=0, part=SEEN, hint=windows.NoWindowSingly.hint,
     ),
     Mutant(
-        "window dropped behind the prompt", windowed(behind_prompt, slack=ALL),
+        "window dropped after the prompt", windowed(behind_prompt, slack=ALL),
         model="sinusoidal", bug_class=8, seen_in="mlx-lm #390", scenario="chunks", layer=0,
         part=SEEN, hint=windows.NoWindow.hint,
     ),

@@ -15,9 +15,16 @@ AGREES = 1e-3  # the gap in float32 or float64 below which no other way of calli
 def logits_and_cache(answer: Any, cache: str, part: int = 0) -> tuple[Tensor, Any, str]:
     """The logits and the cache of a module's answer, and how they were found.
 
-    part: which of the parts behind the logits that may be a cache. Raises TypeError if there are no
-    logits in it, or not so many parts.
+    part: which of the parts behind the logits that may be a cache, less than 0 for none of them.
+    Raises TypeError if there are no logits in it, or not so many parts.
     """
+    logits, found, how = _parts(answer, cache, part)
+    if not logits.is_floating_point():
+        raise TypeError(f"it answered with {logits.dtype} (expected floating point logits)")
+    return logits, found, how
+
+
+def _parts(answer: Any, cache: str, part: int) -> tuple[Tensor, Any, str]:
     if isinstance(answer, Tensor):
         return answer, None, "logits"
     named = dict(answer) if isinstance(answer, dict) else getattr(answer, "__dict__", {})
@@ -27,9 +34,11 @@ def logits_and_cache(answer: Any, cache: str, part: int = 0) -> tuple[Tensor, An
                 return named["logits"], named[name], f"output.logits, output.{name}"
         return named["logits"], None, "output.logits"
     if isinstance(answer, (tuple, list)) and answer and isinstance(answer[0], Tensor):
+        if part < 0:
+            return answer[0], None, "(logits, ...)"
         rest = [value for value in answer[1:] if not (_is_number(value) or is_empty(value))]
         if part and part >= len(rest):
-            raise TypeError(f"it answered without a part {part + 1} behind the logits")
+            raise TypeError(f"it answered without a part {part + 1} after the logits")
         how = "(logits, cache)" if len(answer) == 2 else "(logits, ..., cache)"
         return answer[0], rest[part] if rest else None, how if rest else "(logits, ...)"
     raise TypeError(f"it answered with a {type(answer).__name__} in which there are no logits")

@@ -22,8 +22,8 @@ from kvtool.core.verify.target.hypotheses import (
     TracedSession,
 )
 from kvtool.core.verify.target.influence import Sight, sight
-from kvtool.core.verify.target.operands import WEIGHTS, misread
-from kvtool.core.verify.target.positions import wrong_numbers, wrong_positions
+from kvtool.core.verify.target.operands import OR_MASK, WEIGHTS, misread
+from kvtool.core.verify.target.positions import NUMBERS, wrong_numbers, wrong_positions
 from kvtool.core.verify.target.sight_rules import described, named
 from kvtool.core.verify.target.spots import spots
 from kvtool.core.verify.target.subject import TargetSubject
@@ -35,7 +35,7 @@ UNNAMED = "none of the wrong positions and pasts that can be tried from outside 
 NOT_LOOKED = "not looked into: the bugs found before took the time for it"
 SECONDS = 8.0  # that all bugs of a check are looked into
 MOST_SECONDS = 12.0  # that they are located and explained
-PADDING_COUNTED = "positions behind the prompt count its padding: the length is taken in its place"
+PADDING_COUNTED = "positions after the prompt count its padding: the length is taken in its place"
 SEES_RIGHT = "each token sees just those that it should"
 
 
@@ -77,7 +77,7 @@ def examine(
     elif not bugs and thorough:
         bugs, unexplained = look(subject, case, step, arms.found[: last + 1], first)
     if first is None:
-        behind = "the logits, behind every module" if watched else "the logits: no module was seen"
+        behind = "the logits, after every module" if watched else "the logits: no module was seen"
         return Diagnosis(part="logits", place=behind, bugs=bugs, unexplained=unexplained)
     return Diagnosis(first.site.layer, first.part, first.heads, str(first), bugs, unexplained)
 
@@ -90,17 +90,22 @@ def look(
     seen, bugs = see(subject, case, step, len(found) - 1, first)
     numbers, positions = numbered(subject, case, step, found)
     hidden = seen is not None and seen.differs  # then numbers may be those of a mask
-    if numbers and (positions or not hidden):
+    told_by_numbers = numbers and (positions or not hidden)
+    if told_by_numbers and not numbers.startswith(NUMBERS):
         return (*bugs, numbers), UNNAMED
-    if bugs and (seen is None or not seen.across):
+    if not told_by_numbers and bugs and (seen is None or not seen.across):
         return bugs, UNNAMED
     try:
         words, told = misread(subject, case, step)
     except Exception as error:  # the user's code may not like to be watched
         pass_on_shortage(error)
         words, told = "", False
+    if words == WEIGHTS and seen is None:  # then a mask may be wrong too
+        words, told = OR_MASK, False
     if told and not (hidden and words == WEIGHTS):  # more than that rows read each other
         return (words,), UNNAMED
+    if told_by_numbers:
+        return (*bugs, numbers), UNNAMED
     if not bugs and seen is not None and (cells := described(seen, step)):
         return (cells,), UNNAMED
     words = "" if hidden else words

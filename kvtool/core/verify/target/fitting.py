@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ PROBE = 9  # ids that are tried
 SINGLY = (4, 1, 1, 1, 1)
 SIZES = ((4, 3, 1, 1), SINGLY, (1, 1, 1, 1), (4, 3, 2))
 PROMPT_ONLY = len(SIZES)
+# A module that may be given a position for each token has to count them itself if it is not. Where
+# a step starts, its caller alone may know.
+COUNTED, RAISES = ("rows", "line"), "it raises"
 NAMED = 3  # attributes that a note names
 
 
@@ -41,6 +45,7 @@ class Fit:
     decoder: ModuleDecoder
     level: int
     gap: float
+    held: int = 0  # tokens before the first that is not the pass's
 
     @property
     def agrees(self) -> bool:
@@ -66,8 +71,11 @@ class Tries:
         return any(fit.agrees for fit in self.fits)
 
     def best(self) -> Fit | None:
-        """The first of those that are about as close as the closest."""
+        """The first of those that are about as close as the closest, among those that are right
+        longest: where a cache is wrong, no way to call it agrees."""
         of = self.runs or self.fits
+        longest = max((fit.held for fit in of), default=0)
+        of = [fit for fit in of if fit.held == longest]
         least = min((fit.gap for fit in of), default=math.inf)
         return next((fit for fit in of if fit.gap <= 10 * least), None)
 
@@ -116,7 +124,9 @@ def _try(module: nn.Module, ids: Tensor, tries: Tries, masked: bool) -> None:
             continue
         try:
             fit = _fit(module, plan, ids)
-            if not plan.whole or (fit.agrees and _computes_the_new(fit, ids)):
+            longest = max((other.held for other in tries.fits), default=0)
+            tells = fit.agrees or fit.held > longest
+            if not plan.whole or (tells and _computes_the_new(fit, ids)):
                 tries.fits.append(fit)
         except (Exception, SystemExit) as error:  # it may raise anything if called wrongly
             tries.errors.setdefault(str(plan), error)
@@ -203,7 +213,9 @@ def _measured(decoder: ModuleDecoder, ids: Tensor) -> Fit:
     first: BaseException | None = None
     for level, sizes in enumerate(SIZES):
         try:
-            return Fit(decoder, level, cached_gap(decoder, ids, sizes))
+            gaps = _gaps(decoder, ids, sizes)
+            right = list(takewhile(lambda gap: gap <= AGREES, gaps))
+            return Fit(decoder, level, max(gaps), sum(sizes[: len(right)]))
         except (Exception, SystemExit) as error:
             first = first or error
             if isinstance(error, TypeError) and "without a cache" in str(error):
@@ -218,6 +230,10 @@ def _measured(decoder: ModuleDecoder, ids: Tensor) -> Fit:
 
 def cached_gap(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> float:
     """How far cached logits are from the uncached ones, over max |uncached|."""
+    return max(_gaps(decoder, ids, sizes))
+
+
+def _gaps(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> list[float]:
     state, gaps, end = decoder.start(1, 4 * PROBE), [], 0
     for n in sizes:
         logits, state = decoder.step(ids[:, end : end + n], state)
@@ -226,7 +242,7 @@ def cached_gap(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> flo
         if logits.shape[-1] != at_once.shape[-1]:
             raise ValueError(f"it answered a step with {tuple(logits.shape)}")
         gaps.append(last_gap(logits, at_once))
-    return max(gaps)
+    return gaps
 
 
 def _looks_ahead(decoder: ModuleDecoder, ids: Tensor) -> bool:
@@ -254,6 +270,9 @@ def _with_abilities(fit: Fit, ids: Tensor) -> ModuleDecoder:
     optional = plan.position and not names.required(plan.position)
     if optional and not plan.in_module and names.parameters[plan.position].default is None:
         note = _without_positions(decoder, ids, SIZES[min(fit.level, PROMPT_ONLY - 1)])
+        if note and plan.form in COUNTED and RAISES not in note:
+            decoder.plan = replace(plan, position="")
+            note = f"{plan.position} is left out, as its default allows; given, logits are right"
         decoder.notes = (*decoder.notes, note) if note else decoder.notes
     return decoder
 
@@ -290,7 +309,7 @@ def _without_positions(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]
         gap = cached_gap(bare, ids, sizes)
     except (Exception, SystemExit) as error:
         pass_on_shortage(error)
-        return f"without {name} it raises {type(error).__name__}"
+        return f"without {name} {RAISES} {type(error).__name__}"
     if gap <= AGREES or cached_gap(decoder, ids, sizes) > AGREES:
         return ""
     return f"without {name} its cached logits are others ({gap:.0e})"

@@ -156,7 +156,7 @@ class PastLost(TargetHypothesis):
 
 
 class FirstLost(TargetHypothesis):
-    hint = "the first token is lost behind the first step"
+    hint = "the first token is lost after the first step"
 
     def read(self, n: int) -> Tensor:
         return self.tokens[:, 1:] if self.tokens.shape[1] > n else self.tokens
@@ -171,7 +171,7 @@ class LatestLost(TargetHypothesis):
 
 
 class PromptOnly(TargetHypothesis):
-    hint = "the first step alone is stored: tokens behind it are forgotten"
+    hint = "the first step alone is stored: tokens after it are forgotten"
 
     def read(self, n: int) -> Tensor:
         cut, first = self.tokens.shape[1] - n, self.log[0].asked.shape[1]
@@ -214,7 +214,7 @@ class CropTakes(TargetHypothesis):
 
 
 class ResetIgnored(TargetHypothesis):
-    hint = "reset does nothing: the second sequence goes on behind the first"
+    hint = "reset does nothing: the second sequence goes on after the first"
 
     def begin_again(self, start: Start) -> None:
         self.start = start

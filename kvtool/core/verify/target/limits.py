@@ -53,7 +53,7 @@ class Limits(NamedTuple):
     def words(self) -> str:
         """The limit of a step, for a report; "" if there is none."""
         if self.single_steps_only and self.largest_step != 1:
-            return "one token a step behind a prompt"
+            return "one token a step after a prompt"
         if self.largest_step:
             return f"{self.largest_step} token{'s' * (self.largest_step > 1)} a step at most"
         return ""

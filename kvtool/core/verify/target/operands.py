@@ -16,18 +16,19 @@ from kvtool.core.verify.arms import Case
 from kvtool.core.verify.diagnosis.locate import TOLERANCE, ranges, scale
 from kvtool.core.verify.scenario_run import Stopped
 from kvtool.core.verify.subject import Start
-from kvtool.core.verify.target.operations import Done, Operations
+from kvtool.core.verify.target.operations import Done, Line, Operations
 from kvtool.core.verify.target.session import TargetSession
+from kvtool.core.verify.target.standing import NEAR, PRODUCTS, Standing, attended, turned
 from kvtool.core.verify.target.subject import TargetSubject
-from kvtool.core.verify.target.trace import is_wrong
+from kvtool.core.verify.target.trace import aligned, is_wrong
 
-PRODUCTS = ("matmul", "bmm", "einsum", "scaled_dot_product_attention")
-NEAR = 1e-9  # of the largest value: both are float64, and were computed in other orders
 LATER = 3  # steps that are tried, if there are so many
 WEIGHTS = (
     "queries and keys are right, and the attention weights are not: the scale, the bias or the cap "
     "of the scores"
 )
+
+OR_MASK = WEIGHTS.replace("the scale", "the mask, the scale")
 
 
 class Product(NamedTuple):
@@ -37,6 +38,8 @@ class Product(NamedTuple):
     found: tuple[Tensor, ...]
     right: tuple[Tensor, ...]
     axes: tuple[int, ...]  # of the tokens
+    answers: tuple[Tensor, Tensor]  # of the step, and of the pass as it is
+    place: tuple[Line, int]  # the line, and the how manieth time
 
 
 class GivenSession(TargetSession):
@@ -76,9 +79,13 @@ def _misread_at(subject: TargetSubject, case: Case, step: int) -> tuple[str, boo
     with Operations(keep_given=True) as whole:
         subject.call_full(segment.history, segment.start)
     sizes = (answer.first, answer.logits.shape[1], segment.history.shape[1])
+    if extra := _extra_slots(seen[0].done, whole.done, sizes[2]):
+        slots = "a slot" if extra == 1 else f"{extra} slots"
+        return f"attention reads {slots} more than there are tokens", True
     products = list(_products(seen[0].done, whole.done, sizes))
     if not products:
         return None
+    stands = Standing(subject, segment.history, products[0].place)
     pads = segment.start.padding
     padding = 0 if pads is None else int(pads.max())
     for layer, product in enumerate(products):
@@ -87,10 +94,50 @@ def _misread_at(subject: TargetSubject, case: Case, step: int) -> tuple[str, boo
             if name in ("keys", "values"):
                 wrong = _wrong_tokens(found, right, product.axes[i], padding)
                 if wrong:
-                    return _in_words(products, layer, i, wrong, sizes)
+                    return _in_words(products, layer, i, wrong, sizes, stands)
             elif padding == 0 and is_wrong(found, right):
-                return (WEIGHTS, True) if name == "weights" else ("", False)
+                if name == "weights":
+                    return WEIGHTS, True
+                if name == "queries" and layer == 0:
+                    return _queries_in_words(product, sizes, stands)
+                return "", False
+        if padding == 0 and len(product.names) == 3 and _answers_wrong(product, sizes):
+            return WEIGHTS, True
     return "", False
+
+
+def _extra_slots(step: list[Done], whole: list[Done], total: int) -> int:
+    """How many keys a step gives weight to beyond the number of tokens."""
+    parts = [[d for d in done if d.line.asked in PRODUCTS] for done in (step, whole)]
+    for one, other in zip(*parts, strict=False):
+        if attended(other, total)[:1] != ("weights",) or one.given[0].dim() != other.given[0].dim():
+            continue
+        axis = max(i for i, size in enumerate(other.given[0].shape) if size == total)
+        weighed = (one.given[0] != 0).movedim(axis, 0).flatten(1).any(1)
+        if int(weighed.sum()) > total:
+            return int(weighed.sum()) - total
+    return 0
+
+
+def _answers_wrong(product: Product, sizes: Sizes) -> bool:
+    """Whether fused attention over right operands answers wrongly."""
+    found, whole = product.answers
+    expected = aligned(whole, found.shape, *sizes[:2])
+    return expected is not None and is_wrong(found, expected)
+
+
+def _queries_in_words(product: Product, sizes: Sizes, stands: Standing) -> tuple[str, bool]:
+    """Where the queries of a step stand, if their places alone are wrong."""
+    first, n, _ = sizes
+    found = product.found[0].movedim(product.axes[0], 0)
+    keys = _wrong_tokens(product.found[1], product.right[1], product.axes[1], 0)
+    words = stands.words(0, found, list(range(first, first + n)), first)
+    if not words or any(token < first for token in keys):
+        return "", False
+    tokens = f"token{'s' if n > 1 else ''} {ranges(range(first, first + n))}"
+    what = "queries and keys" if keys else "queries"
+    rest = "" if keys else ", and their keys do not"
+    return f"the {what} of {tokens} {words}{rest}", True
 
 
 Sizes = tuple[int, int, int]  # the step's first token, its tokens, and all tokens
@@ -110,12 +157,10 @@ def _products(step: list[Done], whole: list[Done], sizes: Sizes) -> Iterator[Pro
 def _product(one: Done, other: Done, sizes: Sizes) -> Product | None:
     """A step's product beside the pass's; None if it is none of attention, or has another shape."""
     first, n, total = sizes
-    names = _names(other, total)
+    names = attended(other, total)
     if not names or len(one.given) < len(names):
         return None
-    found: list[Tensor] = []
-    right: list[Tensor] = []
-    axes: list[int] = []
+    found, right, axes = list[Tensor](), list[Tensor](), list[int]()
     for name, ours, theirs in zip(names, one.given, other.given, strict=False):
         if ours.dim() != theirs.dim():
             return None
@@ -132,20 +177,8 @@ def _product(one: Done, other: Done, sizes: Sizes) -> Product | None:
         found.append(ours)
         right.append(theirs)
         axes.append(tokens[-1])
-    return Product(names, tuple(found), tuple(right), tuple(axes))
-
-
-def _names(done: Done, total: int) -> tuple[str, ...]:
-    """What the operands of a product over the whole history are, by their sizes."""
-    counts = [sum(size == total for size in t.shape) for t in done.given]
-    if done.line.asked == "scaled_dot_product_attention":
-        return ("queries", "keys", "values") if counts[:3] == [1, 1, 1] else ()
-    made = sum(size == total for size in done.answer.shape)
-    if len(counts) != 2:
-        return ()
-    if counts == [1, 1] and made == 2:
-        return ("queries", "keys")
-    return ("weights", "values") if counts == [2, 1] and made == 1 else ()
+    answers, place = (one.answer, other.answer), (other.line, other.time)
+    return Product(names, tuple(found), tuple(right), tuple(axes), answers, place)
 
 
 def _wrong_tokens(found: Tensor, right: Tensor, axis: int, padding: int) -> list[int]:
@@ -156,7 +189,7 @@ def _wrong_tokens(found: Tensor, right: Tensor, axis: int, padding: int) -> list
 
 
 def _in_words(
-    products: list[Product], layer: int, i: int, wrong: list[int], sizes: Sizes
+    products: list[Product], layer: int, i: int, wrong: list[int], sizes: Sizes, stands: Standing
 ) -> tuple[str, bool]:
     product = products[layer]
     name, axis = product.names[i], product.axes[i]
@@ -169,6 +202,10 @@ def _in_words(
     instead = _instead(found, right, wrong, others)
     if instead:
         return f"{which} are {instead}", True
+    if not layer and (words := stands.words(i, found[wrong], wrong, sizes[0])):
+        return f"{which} {words}", True
+    if turned(found[wrong], right[wrong]):
+        return f"{which} are rotated otherwise: they stand at other positions", True
     return f"{which} are wrong", False
 
 
@@ -203,10 +240,13 @@ def _instead(found: Tensor, right: Tensor, wrong: list[int], others: dict[str, T
         there = [token + shift for token in wrong]
         if min(there) >= 0 and max(there) < len(right) and _same(ours, right[there], near):
             count = "" if abs(shift) == 1 else f"{abs(shift)} "
-            return f"those of the token {count}{'before' if shift < 0 else 'behind'} each"
+            return f"those of the token {count}{'before' if shift < 0 else 'after'} each"
     for name, other in others.items():
         if other.shape == right.shape and _same(ours, other[wrong], near):
             return name
+    for name, other in others.items():
+        if other.shape == right.shape and turned(ours, other[wrong]):
+            return f"{name}, rotated"
     for dim, what in ((1, "row"), (2, "head")):
         several = found.dim() > dim + 1 and found.shape[dim] > 1
         if several and (words := _taken(ours, theirs, dim, what, near)):

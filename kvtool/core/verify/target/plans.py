@@ -11,8 +11,11 @@ from kvtool.core.verify.target.arguments import MASK_FORMS, POSITION_FORMS
 from kvtool.core.verify.target.factories import factories, setups
 from kvtool.core.verify.target.signature import CACHES, FLAGS, MASKS, POSITIONS, Signature
 
+# Of an answer, where the first behind the logits is no cache: attentions, a loss; or none of
+# them is, and what was given changed in place.
+IN_PLACE = -1
+PARTS = (1, 2, IN_PLACE)
 # Methods that are called in place of `forward` where that takes no cache.
-PARTS = (1, 2)  # of an answer, where the first behind the logits is no cache: attentions, a loss
 METHODS = ("forward", "call_with_cache", "forward_with_cache", "forward_cached", "decode")
 
 
@@ -32,7 +35,7 @@ class Plan:
     mask_form: str = ""
     filler: tuple[str, ...] = ()  # required parameters that are given None
     needs_cache: bool = False  # the uncached pass is one step on a new cache
-    part: int = 0  # which of the parts of an answer that may be a cache
+    part: int = 0  # which of the parts of an answer that may be a cache; IN_PLACE: none
     whole: bool = False  # each step is given all ids so far, and computes the new ones
     copies: bool = False  # each session runs on a copy of the module, which keeps something
     read: str = ""  # how the answer is read
@@ -84,7 +87,9 @@ def plans(module: nn.Module, masked: bool = False) -> Iterator[Plan]:
             yield from (replace(plan, needs_cache=True) for plan in suggested)
             outside = [plan for plan in suggested if plan.cache]
             yield from (replace(plan, whole=True) for plan in outside)
-            yield from (replace(plan, part=part) for part in PARTS for plan in outside)
+            for plan in outside:
+                parts = PARTS if plan.initial != "None" else PARTS[:-1]
+                yield from (replace(plan, part=part) for part in parts)
 
 
 def _suggested(module: nn.Module, method: str, masked: bool) -> Iterator[Plan]:

@@ -7,7 +7,7 @@ that gives the wrong logits, they are the bug, and nothing else is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.target.trace import is_wrong
 
 TRIED = 8  # lines of code
+NUMBERS = "what it computes of the tokens' places is wrong"
 AHEAD = 24  # tokens behind the history for which positions are known too
 
 
@@ -61,49 +62,50 @@ class WatchedSession(TargetSession):
 
 
 class LinesGiven(TargetHypothesis):
-    """Computes the whole history again, a line's answers those that it gave in the steps."""
+    """Computes the whole history again, the answers of lines those that they gave in the steps."""
 
     def __init__(
-        self, subject: TargetSubject, start: Start, suspect: Suspect, log: list[FedStep]
+        self, subject: TargetSubject, start: Start, given: Sequence[Suspect], log: list[FedStep]
     ) -> None:
-        self.suspect = suspect
-        self.answers: dict[int, Tensor] = {}  # by time, over the tokens of the history
+        self.axes = {suspect.line: suspect.axis for suspect in given}
+        self.logged = given[0]
+        # By line and time, over the tokens of the history.
+        self.answers: dict[tuple[Line, int], Tensor] = {}
         super().__init__(subject, start, (), log)
         self.seen: list[Operations] = []
         self.inner = WatchedSession(subject, start, self.seen)
 
     def feed(self, ids: Tensor) -> Tensor:
         assert self.inner is not None
-        n, past, axis = ids.shape[1], self.tokens.shape[1], self.suspect.axis
+        n, past = ids.shape[1], self.tokens.shape[1]
         self.inner.feed(ids)
         for done in self.seen[0].done:
-            if done.line == self.suspect.line:
-                before = self.answers.get(done.time)
+            if done.line in self.axes:
+                before = self.answers.get(done[:2])
                 parts = [done.answer] if before is None else [before, done.answer]
                 if past == 0 or before is not None:
-                    self.answers[done.time] = torch.cat(parts, dim=axis)
-        numbers = self.answers[0].narrow(axis, past, n)
+                    self.answers[done[:2]] = torch.cat(parts, dim=self.axes[done.line])
+        numbers = self.answers[self.logged.line, 0].narrow(self.logged.axis, past, n)
         self.log.append(FedStep(past, numbers, positions(self.start, past, ids)))
         self.tokens = torch.cat([self.tokens, ids[..., None]], dim=1)
         with Operations(self._instead):
             return self.subject.call_full(self.tokens[..., 0], self.start)[:, -n:]
 
     def _instead(self, line: Line, time: int, answer: Tensor) -> Tensor | None:
-        given = self.answers.get(time) if line == self.suspect.line else None
+        given = self.answers.get((line, time))
         return given if given is not None and given.shape == answer.shape else None
 
     def cut(self, length: int) -> None:
         super().cut(length)
-        axis = self.suspect.axis
-        self.answers = {t: a.narrow(axis, 0, length) for t, a in self.answers.items()}
+        for place, answer in self.answers.items():
+            self.answers[place] = answer.narrow(self.axes[place[0]], 0, length)
 
     def pick(self, rows: Tensor) -> None:
         batch = self.tokens.shape[0]
         super().pick(rows)
-        if self.suspect.axis:
-            self.answers = {
-                t: a[rows] if a.shape[0] == batch else a for t, a in self.answers.items()
-            }
+        for place, answer in self.answers.items():
+            if self.axes[place[0]] and answer.shape[0] == batch:
+                self.answers[place] = answer[rows]
 
     def begin_again(self, start: Start) -> None:
         super().begin_again(start)
@@ -178,13 +180,26 @@ def wrong_numbers(
 ) -> tuple[str, bool]:
     """What is wrong with the numbers that a line gives the tokens, if nothing else is wrong, in
     words; and whether they are the positions of tokens."""
-    for suspect in suspects(subject, case, step):
+    tried = suspects(subject, case, step)
+    for given in [*((one,) for one in tried), *_alike(tried)]:
         log: list[FedStep] = []
-        if reproduces(lambda s, start, it=suspect, log=log: LinesGiven(s, start, it, log)):
-            words = _words(suspect, log)
-            said = words or "what it computes of the tokens' places is wrong"
-            return f"{said} ({suspect.line}; nothing else is wrong)", bool(words)
+        if reproduces(lambda s, start, it=given, log=log: LinesGiven(s, start, it, log)):
+            words = _words(given[0], log)
+            said = words or NUMBERS
+            lines = dict.fromkeys(str(suspect.line) for suspect in given)
+            return f"{said} ({', '.join(lines)}; nothing else is wrong)", bool(words) and len(
+                given
+            ) == 1
     return "", False
+
+
+def _alike(tried: list[Suspect]) -> list[tuple[Suspect, ...]]:
+    """Suspects that may be parts of one thing, as tables of cosines and sines are."""
+    groups: dict[Hashable, list[Suspect]] = {}
+    for one in tried:
+        key = (one.line.file, one.line.asked, one.axis, one.numbers.shape)
+        groups.setdefault(key, []).append(one)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
 def _words(suspect: Suspect, log: list[FedStep]) -> str:
@@ -210,7 +225,7 @@ def _words(suspect: Suspect, log: list[FedStep]) -> str:
     counted = [fed.past + torch.arange(a.shape[1]) for fed, a in zip(log, asked, strict=True)]
     if any(bool((r - c).any()) for r, c in zip(right, counted, strict=True)):
         if all(not bool((asked[i] - counted[i]).any()) for i in behind):
-            return "positions count tokens behind the first step, and in the pass they do not"
+            return "positions count tokens after the first step, and in the pass they do not"
         return ""
     return wrong_positions([a[0].tolist() for a in asked], [r[0].tolist() for r in right])
 
@@ -271,7 +286,7 @@ def wrong_positions(asked: list[list[int]], right: list[list[int]]) -> str:
     (shift,) = shifts - {0}
     direction = "far" if shift > 0 else "low"
     if shifts == {shift}:
-        return f"positions are {abs(shift)} too {direction} behind the first step"
+        return f"positions are {abs(shift)} too {direction} after the first step"
     step = wrong[0]
     if len(wrong) < len(asked) - step:
         sizes = ranges(sorted({len(asked[i]) for i in wrong}))

@@ -33,7 +33,7 @@ class TargetSession:
         if found.shape[1] == n:
             return found
         # Only the last token was answered: the others, of which nothing is known, count as right.
-        logits = self.subject.full(self.ids[:, :-1], self.start)[:, 1 - n :]
+        logits = self.subject.last_of(self.ids[:, :-1], self.start, n - 1)
         return torch.cat([logits, found], dim=1)
 
     def _step(self, ids: Tensor) -> tuple[Tensor, Any]:

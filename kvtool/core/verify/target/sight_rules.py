@@ -16,7 +16,7 @@ from kvtool.core.verify.diagnosis.locate import ranges
 from kvtool.core.verify.target.influence import Query, Sight
 from kvtool.core.verify.target.views import View, views, width
 
-BEHIND = " (behind the first step)"
+AFTER = " (after the first step)"
 MOST = 3  # bugs that may all be named: of more, too little was seen to tell
 Rule = Callable[[View], Tensor]  # -> (Q,K) bool: what is seen under it
 
@@ -122,17 +122,17 @@ RULES: dict[Rule, str] = {
     no_causal_window: "all tokens of a step see through the window of its last one",
     stored_first: "a step of several tokens is stored before it is read: it overwrites keys still "
     "needed",
-    wrapped: "once the ring has wrapped, the slots behind the newest are taken for empty",
+    wrapped: "once the ring has wrapped, the slots after the newest are taken for empty",
     padding_seen: "the padding mask is dropped: tokens attend to left padding",
     last_padding_seen: "the padding mask is one column short: the last padding token is seen",
     padding_of_another: "a row is masked with the padding of another",
     first_lost: "the first token is lost",
     latest_lost: "the token before the step is lost",
-    prompt_only: "the first step alone is stored: tokens behind it are forgotten",
-    prompt_lost: "the first step is not stored: tokens behind it alone are seen",
+    prompt_only: "the first step alone is stored: tokens after it are forgotten",
+    prompt_lost: "the first step is not stored: tokens after it alone are seen",
     last_step_only: "the step before replaces the past in place of joining it",
     step_hidden: "the tokens of a step do not see each other",
-    slot_low: "tokens behind the first step are stored one slot too low: over its last one",
+    slot_low: "tokens after the first step are stored one slot too low: over its last one",
     oldest_lost: "the oldest key is not read",
 }
 
@@ -164,8 +164,8 @@ def named(sight: Sight, step: int) -> tuple[str, ...]:
         if when is not None and rule in LASTING and IN_STEPS in when:
             continue  # what is not stored does not come back
         if when is not None and not (fits and rule in (oldest_lost, padding_of_another)):
-            fits.append((words, "" if when == BEHIND and "past" in words else when))
-    always = [words + when for words, when in fits if when in ("", BEHIND)]
+            fits.append((words, "" if when == AFTER and "past" in words else when))
+    always = [words + when for words, when in fits if when in ("", AFTER)]
     names = always or [words + when for words, when in fits]
     return tuple(dict.fromkeys(names)) if len(names) <= MOST else ()
 
@@ -205,7 +205,7 @@ def _when(holds: list[Step], free: list[Step]) -> str | None:
         return ""
     sizes, others = {n for *_, n in holds}, {n for *_, n in free}
     if all(past == 0 for _, past, _ in free) and all(past > 0 for _, past, _ in holds):
-        return BEHIND
+        return AFTER
     if sizes == {1} and 1 not in others:
         return " (in steps of one token alone)"
     if 1 not in sizes and others == {1}:
@@ -301,10 +301,10 @@ def _by_ids(sight: Sight, rows: list[View]) -> str:
     same = {int(i) for i in ids[known[lost]]}
     alike = torch.isin(ids[known], torch.tensor(sorted(same)).to(ids)) & behind
     if len(same) == 1 and int(alike.sum()) > 1 and torch.equal(alike, lost):
-        return f"tokens with the id {same.pop()} are not seen behind their step"
+        return f"tokens with the id {same.pop()} are not seen after their step"
     again = torch.cat([ids[:1] != ids[:1], ids[1:] == ids[:-1]])[known] & behind
     if int(again.sum()) > 1 and torch.equal(again, lost):
-        return "tokens that repeat the one before are not seen behind their step"
+        return "tokens that repeat the one before are not seen after their step"
     return ""
 
 

@@ -42,8 +42,9 @@ def _safely(find: Callable[[TargetSubject], Spot | None], subject: TargetSubject
 
 def _behind_attention(subject: TargetSubject, spot: Spot) -> tuple[str, ...]:
     """Those of the moved modules behind which no token reaches another but at the spot."""
-    base, moved = _traced(subject), _traced(subject, spot)
-    shorter = _traced(subject, n=N - 1)
+    base, shorter = _traced(subject), _traced(subject, n=N - 1)
+    spot = spot._replace(moved=tuple(n for n in spot.moved if _by_token(n, base, shorter)))
+    moved = _traced(subject, spot)
     sites = list(base)
     before = sites[: sites.index(spot.site)] if spot.site in base else []
     if spot.site in moved and not is_wrong(moved[spot.site], base[spot.site]):
@@ -54,6 +55,14 @@ def _behind_attention(subject: TargetSubject, spot: Spot) -> tuple[str, ...]:
             passed = {s.module for s in before[: before.index(site) + 1] if s.side == "out"}
             left = [name for name in left if name not in passed]
     return tuple(left)
+
+
+def _by_token(module: str, base: Trace, shorter: Trace) -> bool:
+    """Whether a module answers (B,T,...): behind a split into heads, say, it does not, and what is
+    moved there would be a head."""
+    answers = [site for site in base if site.module == module and site.side == "out"]
+    shapes = [(shorter[site].shape, base[site].shape) for site in answers if site in shorter]
+    return any(len(a) > 2 and (a[1], b[1]) == (N - 1, N) for a, b in shapes)
 
 
 def first_attention(subject: TargetSubject) -> Spot | None:

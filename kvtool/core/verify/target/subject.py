@@ -65,26 +65,35 @@ class TargetSubject:
             module.eval()
         with torch.inference_mode(), quiet():
             self.device = device_of(given)
+            if self.device.type == "meta":
+                text = f"{name}: its weights are on the meta device, and hold no numbers"
+                raise UsageError(text, "Load them, or build the decoder on the CPU.")
+            known = context or whole_number(given, CONTEXT_NAMES)
+            self._check_context(known or NEEDED)
             self.notes = unwrap_attributes(given) if is_decoder(given) else ()
             self.decoder: Any = given if is_decoder(given) else adapt(given, name, self.device)
             n_ids = vocab_size or whole_number(given, ("vocab_size",))
             self.vocab_size, self.dtype = self._probe(n_ids)
-            self.context = context or whole_number(given, CONTEXT_NAMES) or self._longest()
+            self.context = known or self._longest()
             self.limits = self.step_limits()
             self.context = min(self.context, self.limits.capacity or self.context)
             self.abilities = self._abilities()
             self.sizes = sizes(given, self.context)
             self.special_ids = self.find_special_ids(given)
-        if self.context < NEEDED:
-            raise UsageError(
-                f"{name}: holds {self.context} tokens (expected {NEEDED} or more)",
-                "A check feeds about that many: build it with a longer context.",
-            )
+        self._check_context(self.context)
         self.lossy = self._declares_loss(given)
         self.fed_little = False  # most sizes of steps take too long
         self.reach = 0  # tokens of the longest history that is fed; 0: nobody asked what it costs
         self.moves = MovedCopies()
         self._vacuous: tuple[str | None] | None = None
+
+    def _check_context(self, n: int) -> None:
+        """Raises UsageError for a decoder that holds too few tokens."""
+        if n < NEEDED:
+            raise UsageError(
+                f"{self.name}: holds {n} tokens (expected {NEEDED} or more)",
+                "A check feeds about that many: build it with a longer context.",
+            )
 
     @property
     def guess(self) -> str:
@@ -124,8 +133,17 @@ class TargetSubject:
         logits = self.call_full(ids, start)
         if logits.shape[1] == ids.shape[1]:
             return logits
-        ends = range(1, ids.shape[1] + 1)
-        return torch.cat([self.call_full(ids[:, :end], start) for end in ends], dim=1)
+        ends = range(1, ids.shape[1])
+        return torch.cat([*(self.call_full(ids[:, :n], start) for n in ends), logits], dim=1)
+
+    def last_of(self, ids: Tensor, start: Start, n: int) -> Tensor:
+        """The uncached logits (B,n,V) of the last n tokens of ids, of a decoder whose passes answer
+        all tokens, or the last alone."""
+        logits = self.call_full(ids, start)
+        if logits.shape[1] == ids.shape[1]:
+            return logits[:, -n:]
+        ends = range(ids.shape[1] - n + 1, ids.shape[1])
+        return torch.cat([*(self.call_full(ids[:, :end], start) for end in ends), logits], dim=1)
 
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
         """(B,n) -> (B,n,V) or (B,1,V), and the next state."""

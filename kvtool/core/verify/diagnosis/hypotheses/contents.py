@@ -40,7 +40,7 @@ class EmptyBlock(EmptySlots):
 
 
 class OneEmptySlot(EmptySlots):
-    hint = "one slot behind the last token is attended"
+    hint = "one slot after the last token is attended"
 
     def buffer_end(self, used: int) -> int:
         return used + 1
@@ -77,7 +77,7 @@ class NotStored(_KnowsPrompt):
 
 
 class NotStoredLastLayer(NotStored):
-    hint = "the last layer stores only the prompt: zeros are read for the tokens behind it"
+    hint = "the last layer stores only the prompt: zeros are read for the tokens after it"
 
     def past_columns(self, layer: int, row: int) -> list[Column]:
         held = self.rows[row]

@@ -9,7 +9,7 @@ from kvtool.core.verify.subject import Start
 
 
 class PaddingSeen(Hypothesis):
-    hint = "the padding mask is dropped behind the prompt: tokens attend to left padding"
+    hint = "the padding mask is dropped after the prompt: tokens attend to left padding"
     needs = ("padding",)
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
@@ -20,14 +20,14 @@ class PaddingSeen(Hypothesis):
 
 
 class PaddingSeenInChunks(PaddingSeen):
-    hint = "the padding mask is dropped in steps of several tokens behind the prompt"
+    hint = "the padding mask is dropped in steps of several tokens after the prompt"
 
     def _wrong(self, column: Column, new: bool) -> bool:
         return self.n_new > 1 and column.at < 0 and not new
 
 
 class OnePaddingSeen(PaddingSeen):
-    hint = "the padding mask is one column short behind the prompt: the last padding token is seen"
+    hint = "the padding mask is one column short after the prompt: the last padding token is seen"
 
     def _wrong(self, column: Column, new: bool) -> bool:
         return column.at == -1 and not new
@@ -66,7 +66,7 @@ class NoCausalMaskAlways(Hypothesis):
 
 
 class NotItself(Hypothesis):
-    hint = "a token behind the prompt does not see its own key"
+    hint = "a token after the prompt does not see its own key"
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
         itself = column is query and any(self.rows)
@@ -81,7 +81,7 @@ class LastOnly(Hypothesis):
 
 
 class OldestLost(Hypothesis):
-    hint = "the oldest key is not read behind the prompt"
+    hint = "the oldest key is not read after the prompt"
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
         lost = column.at == 0 and any(self.rows)

@@ -14,7 +14,7 @@ class NotAdvanced(Hypothesis):
 
 
 class OneTooFar(Hypothesis):
-    hint = "positions behind the first step are one too high"
+    hint = "positions after the first step are one too high"
     shift = 1
 
     def positions(self, row: int, n: int) -> list[int]:
@@ -23,7 +23,7 @@ class OneTooFar(Hypothesis):
 
 
 class OneTooNear(OneTooFar):
-    hint = "positions behind the first step are one too low"
+    hint = "positions after the first step are one too low"
     shift = -1
 
 
@@ -61,7 +61,7 @@ class ByStep(Hypothesis):
 
 
 class StepAtOnePlace(Hypothesis):
-    hint = "all tokens of a step behind the first get the position of its first one"
+    hint = "all tokens of a step after the first get the position of its first one"
 
     def positions(self, row: int, n: int) -> list[int]:
         places = super().positions(row, n)
@@ -69,7 +69,7 @@ class StepAtOnePlace(Hypothesis):
 
 
 class PaddingIgnored(Hypothesis):
-    hint = "positions behind the prompt ignore the left padding: the length is taken instead"
+    hint = "positions after the prompt ignore the left padding: the length is taken instead"
     needs = ("padding",)
 
     def positions(self, row: int, n: int) -> list[int]:

@@ -95,7 +95,7 @@ class PaddingCounted(Hypothesis):
 
 
 class NoResidual(Hypothesis):
-    hint = "behind the prompt a group is met rounded once it is full: no residual stays exact"
+    hint = "after the prompt a group is met rounded once it is full: no residual stays exact"
     needs = ("quantized",)
 
     @property

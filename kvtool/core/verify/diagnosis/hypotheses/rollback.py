@@ -77,7 +77,7 @@ class CropSeen(CropOneLayer):
 
 
 class ValueLate(_CropPart):
-    hint = "behind a crop, the first value is not written: one of the tokens taken back stays"
+    hint = "after a crop, the first value is not written: one of the tokens taken back stays"
 
     def _begin(self, start: Start) -> None:
         super()._begin(start)
@@ -127,7 +127,7 @@ class EvictedBeforeCrop(Hypothesis):
 
 
 class ResetIgnored(Hypothesis):
-    hint = "reset does nothing: the second sequence goes on behind the first"
+    hint = "reset does nothing: the second sequence goes on after the first"
     needs = ("reset",)
 
     def reset(self, start: Start) -> None:
@@ -322,7 +322,7 @@ class ForkSharesValues(ForkShares):
 
 
 class ForkSame(Hypothesis):
-    hint = "fork hands out the same cache: one continuation goes on behind the other"
+    hint = "fork hands out the same cache: one continuation goes on after the other"
     needs = ("fork",)
 
     def fork(self) -> Hypothesis:

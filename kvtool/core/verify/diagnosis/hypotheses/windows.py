@@ -25,7 +25,7 @@ class NarrowerWindow(WiderWindow):
 
 
 class NoWindow(WiderWindow):
-    hint = "the window is dropped behind the prompt"
+    hint = "the window is dropped after the prompt"
 
     def sees(self, i: int, query: Column, column: Column, new: bool) -> bool:
         self.n_wider = 2**30 if any(self.rows) else 0
@@ -68,7 +68,7 @@ class SinksLost(Hypothesis):
 
 
 class KeptTooFew(Hypothesis):
-    hint = "eviction keeps one key too few behind the prompt"
+    hint = "eviction keeps one key too few after the prompt"
     needs = ("window",)
 
     def past_columns(self, layer: int, row: int) -> list[Column]:
