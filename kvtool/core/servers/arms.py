@@ -174,7 +174,7 @@ class Prompt:
 
     def ask(self, ids: Sequence[int], n: int = 1) -> Completion:
         """A request with the cache."""
-        return self.engine.complete(ids, n, cached=True, salt=f"kvtool-{self.number}")
+        return self.engine.complete(ids, n, cached=True, salt=str(self.number))
 
     def probe(self, into: Measured, after: int = 0) -> None:
         """Ask for the rest of the text, of which a cache may hold the first `after` tokens, and
