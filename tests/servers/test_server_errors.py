@@ -259,3 +259,15 @@ def test_a_request_that_is_refused_says_why() -> None:
         pytest.raises(ServerError, match="HTTP 400: the prompt exceeds the context"),
     ):
         Client(url).post("/completion", {})
+
+
+@pytest.mark.parametrize("slots", [65, 10**9])
+def test_a_server_that_claims_countless_slots_is_not_filled(
+    kv: Callable[..., Ran], slots: int
+) -> None:
+    many = changed(lambda f: f.update(total_slots=slots), "/props")
+    with served(FakeEngine(), many) as url:
+        ran = kv("--server", url, "--tokens", "8", "--scenarios", "evicted", "--dry-run",
+                 command="verify-cache")  # fmt: skip
+    assert ran.code == 0
+    assert ran.out.count("POST /completion") < 100
