@@ -73,6 +73,8 @@ def _command_line(group: Any, ctx: Any, name: str) -> tuple[Text, Text]:
 def _flags(param: Any) -> Text:
     from rich.text import Text
 
+    if param.param_type_name == "argument":
+        return Text(param.metavar or param.name.upper(), style="yellow")
     names = sorted(param.opts, key=len) + list(param.secondary_opts)
     text = Text(", ".join(names), style="cyan")
     takes_value = not (getattr(param, "is_flag", False) or getattr(param, "count", False))

@@ -61,6 +61,12 @@ def test_the_document_has_a_row_for_each_format(
     assert q4["bytes_after"] == 4 * q4["values"] and q4["bytes"] * 32 == q4["values"] * 20
 
 
+def test_its_help_shows_the_argument_once_and_as_the_user_writes_it(kv: Callable[..., Ran]) -> None:
+    lines = kv("--help", command="promote").out.splitlines()
+    shown = [line for line in lines if "The quantised model, in one file" in line]
+    assert [line.split()[0] for line in shown] == ["MODEL.gguf"]
+
+
 def test_fewer_layers_are_said_to_be_another_model(
     promote: Callable[..., Ran], source: Path
 ) -> None:

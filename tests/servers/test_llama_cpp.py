@@ -49,6 +49,34 @@ def test_llama_cpp_is_right_where_kernels_change_between_shapes(url: str) -> Non
     assert found["cut"].verdict == UNSUPPORTED
 
 
+def test_slots_that_share_one_cache_are_right_and_a_fault_among_them_is_found(
+    tmp_path: Path,
+) -> None:
+    model = Made(tokens=WORDS[:300], formats=("Q4_1",)).write(tmp_path / "tiny.gguf")
+    crowded = ["between", "slot", "evicted"]
+    with llama_server(model, 2048, n_parallel=4, kv_unified=1) as url:
+        right = asked(url, crowded)
+        with proxied(FaultProxy(url, FAULTS["a token missing"])) as address:
+            wrong = asked(address, ["between"])
+    assert {v.verdict for v in right.values()} <= {WITHIN, IDENTICAL}
+    assert wrong["between"].verdict == BEYOND
+
+
+def test_a_long_prompt_is_right_whatever_is_computed_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gguf_files.CONTEXT", 2048)
+    sizes = {"d_model": 128, "d_ff": 256, "head_dim": 32, "n_layers": 3}
+    model = Made(tokens=WORDS[:300], formats=("F32",), **sizes).write(tmp_path / "tiny.gguf")
+    with llama_server(model, 2048, n_ubatch=64, n_parallel=1) as url:
+        found = Visit()
+        visit(connect(Client(url)), PROMPTS, [], ["long"], TAIL, lambda _: None, found)
+    (long,) = found.verdicts(["long"])
+    assert long.verdict in (WITHIN, IDENTICAL)
+    assert long.floor is not None and long.floor > 1e-5  # the shapes crossed a change of kernels
+    assert {probe.reused for probe in found.measured[0].probes} >= {512, 544}
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_before_llama_cpp_is_found(url: str, name: str) -> None:
     proxy = FaultProxy(url, FAULTS[name])

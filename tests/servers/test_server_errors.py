@@ -181,6 +181,13 @@ def first_top(found: dict[str, Any]) -> list[dict[str, Any]]:
     (changed(lambda f: first_top(f).__delitem__(slice(2, None))),
      "gives fewer than 5 logprobs at a token (2 found)"),
     (changed(lambda f: first_top(f)[0].update(logprob=None)), "its logprobs are no numbers (NaN)"),
+    (changed(lambda f: first_top(f)[0].update(logprob=True)), "has no logprobs of token ids"),
+    (changed(lambda f: first_top(f)[0].update(logprob=0.7)), "its logprobs are above 0"),
+    (changed(lambda f: first_top(f)[0].update(logprob=1e308)), "its logprobs are above 0"),
+    (changed(lambda f: first_top(f)[0].update(id=1.5)), "has no logprobs of token ids"),
+    (changed(lambda f: first_top(f)[0].update(id=-1)), "has no logprobs of token ids"),
+    (changed(lambda f: first_top(f)[0].update(id=10**30)), "has no logprobs of token ids"),
+    (changed(lambda f: f.update(tokens=[-1] * 60), "/tokenize"), "did not answer with the ids of"),
     (changed(lambda f: f.update(tokens=["x"]), "/tokenize"), "did not answer with the ids of"),
     (Vllm(most=4), "gives fewer than 5 logprobs at a token (or none)"),
 ])  # fmt: skip
@@ -252,3 +259,15 @@ def test_a_request_that_is_refused_says_why() -> None:
         pytest.raises(ServerError, match="HTTP 400: the prompt exceeds the context"),
     ):
         Client(url).post("/completion", {})
+
+
+@pytest.mark.parametrize("slots", [65, 10**9])
+def test_a_server_that_claims_countless_slots_is_not_filled(
+    kv: Callable[..., Ran], slots: int
+) -> None:
+    many = changed(lambda f: f.update(total_slots=slots), "/props")
+    with served(FakeEngine(), many) as url:
+        ran = kv("--server", url, "--tokens", "8", "--scenarios", "evicted", "--dry-run",
+                 command="verify-cache")  # fmt: skip
+    assert ran.code == 0
+    assert ran.out.count("POST /completion") < 100

@@ -10,6 +10,7 @@ import pytest
 from kvtool.core.servers.arms import Answer, Cold, Measured
 from kvtool.core.servers.verdict import (
     BEYOND,
+    BLIND,
     BUG,
     HIDDEN,
     IDENTICAL,
@@ -66,6 +67,38 @@ def test_a_gap_is_measured_by_the_noise(gap: float, verdict: str) -> None:
 def test_noise_as_large_as_a_fault_tells_nothing() -> None:
     found = judged(0.1, fault=0.08)
     assert (found.verdict, found.evidence) == (HIDDEN, TOO_NOISY)
+
+
+@pytest.mark.parametrize(("gap", "fault", "verdict"), [
+    (0.03, 1.0, WITHIN), (0.03, 0.4, BEYOND), (0.2, 9.0, BEYOND),
+])  # fmt: skip
+def test_a_few_times_the_noise_is_noise_while_a_wrong_token_dwarfs_it(
+    gap: float, fault: float, verdict: str
+) -> None:
+    found = judged(gap, floor=0.01, fault=fault)
+    assert found.ratio is not None and found.ratio > 1.5
+    assert found.verdict == verdict
+
+
+@pytest.mark.parametrize(("arm", "verdict"), [
+    ("prefix", BEYOND), ("fork", BEYOND), ("between", WITHIN), ("slot", WITHIN), ("evicted", WITHIN)
+])  # fmt: skip
+def test_more_is_noise_where_the_tokens_of_others_lie_between(arm: str, verdict: str) -> None:
+    prompts = [replace(measured(n, 0.13), arm=arm) for n in range(N_PROMPTS)]
+    found = judge_arm(prompts)
+    assert found.ratio is not None and 1 < found.ratio < 1.5
+    assert found.verdict == verdict
+    assert judge_arm([replace(measured(n, 0.3), arm=arm) for n in range(N_PROMPTS)]).verdict == (
+        BEYOND
+    )
+
+
+def test_answers_that_no_wrong_token_changes_tell_nothing() -> None:
+    prompts = [measured(n, 0.0, floor=0.0) for n in range(N_PROMPTS)]
+    for prompt in prompts:
+        prompt.cold.controls = [dict(enumerate(RIGHT))] * 2
+    found = judge_arm(prompts)
+    assert (found.verdict, found.evidence) == (HIDDEN, BLIND)
 
 
 def test_noise_that_grew_is_noise() -> None:

@@ -104,9 +104,10 @@ class VisitReport:
             )
         if arms := self.of(WITHIN):
             most = max(arms, key=lambda a: a.ratio or 0)
+            allowed = f", where {most.limit:g} is the limit" if (most.ratio or 0) > 1 else ""
             said.append(
                 f"{_names([a.arm for a in arms])}: within the engine's own noise, at most "
-                f"{most.ratio:.2f} of it ({most.arm})"
+                f"{most.ratio:.2f} of it ({most.arm}{allowed})"
             )
         if arms := self.of(IDENTICAL):
             said.append(f"{_names([a.arm for a in arms])}: identical to a request without a cache")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,8 +29,12 @@ N_SPLITS = 2  # shared prefixes that are tried for each prompt
 FORKED = 6  # other tokens behind a shared prefix
 CUT_TAIL = 8
 MOST_SET_RIGHT = 4  # times that a decoded text is led back to the right one
-LONG_TAIL = 8
+LONG_TAIL = 32
+AROUND = 64  # tokens; kernels change there, so the boundaries of a long prompt lie about a multiple
+MOST_CHUNK = 2**16  # tokens, and MOST_SLOTS, of a server that is asked for more than they hold
+MOST_SLOTS = 64
 FILLERS = 8  # tokens of requests that push a prompt out of its slot
+N_BESIDE = 2  # cold requests with another one at the same time
 
 Answer = Mapping[int, float]
 Vector = NDArray[np.float64]
@@ -143,13 +148,33 @@ class Prompt:
         ends = [i for i in possible if (i - beside) % BLOCK == 0] or possible
         return [self.random.choice(possible if k % 2 else ends) for k in range(n)]
 
+    def add_company(self) -> None:
+        """Ask some of it again while the server answers another request as well: in a batch, and
+        with others in its memory, an engine may round otherwise, cache or not."""
+        if self.engine.slots == 1 or len(self.engine.requests(self.ids)) > 1:
+            return  # one at a time, or a cache that is dropped before, which others would hinder
+        for boundary in self.boundaries()[:: N_BOUNDARIES // N_BESIDE]:
+            rest = self.end - boundary + 1
+            with self.beside(cached=False):
+                found = self.engine.complete(self.ids[:boundary], rest)
+            self._add(found, boundary)
+
+    @contextmanager
+    def beside(self, cached: bool) -> Iterator[None]:
+        """Within, the server answers another request too."""
+        ask = self.ask if cached else self.engine.complete
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(ask, self.ids[:0:-1][: self.n_prompt // 2], TAIL)
+            yield
+            other.result()
+
     def others(self, n: int) -> list[int]:
         """Other ids, of this prompt's own."""
         return [self.random.choice(self.ids) for _ in range(n)]
 
     def ask(self, ids: Sequence[int], n: int = 1) -> Completion:
         """A request with the cache."""
-        return self.engine.complete(ids, n, cached=True, salt=f"kvtool-{self.number}")
+        return self.engine.complete(ids, n, cached=True, salt=str(self.number))
 
     def probe(self, into: Measured, after: int = 0) -> None:
         """Ask for the rest of the text, of which a cache may hold the first `after` tokens, and
@@ -162,6 +187,14 @@ class Prompt:
 def warm_prefix(prompt: Prompt, into: Measured) -> None:
     """A prefix that another request has left, then the rest."""
     for split in prompt.splits():
+        prompt.ask([*prompt.ids[:split], *prompt.others(FORKED)])
+        prompt.probe(into, split)
+
+
+def long_prefix(prompt: Prompt, into: Measured) -> None:
+    """Prefixes that end before, at and behind the end of what is computed at a time."""
+    chunk = prompt.engine.chunk
+    for split in (prompt.random.randrange(chunk // 2, chunk), chunk, chunk + chunk // 16):
         prompt.ask([*prompt.ids[:split], *prompt.others(FORKED)])
         prompt.probe(into, split)
 
@@ -201,16 +234,17 @@ def second_slot(prompt: Prompt, into: Measured) -> None:
     """Another request at the same time."""
     split = prompt.splits()[-1]
     prompt.ask(prompt.ids[:split])
-    with ThreadPoolExecutor(1) as pool:
-        beside = pool.submit(prompt.ask, prompt.ids[:0:-1][: prompt.n_prompt // 2], TAIL)
+    with prompt.beside(cached=True):
         prompt.probe(into, split)
-        beside.result()
 
 
 def evicted(prompt: Prompt, into: Measured) -> None:
     """As many other requests as there are slots, and one more: the prompt must be restored."""
     if not prompt.engine.slots:
         into.unsupported = "it has no slots to fill"
+        return
+    if prompt.engine.slots > MOST_SLOTS:
+        into.unsupported = f"it has more than {MOST_SLOTS} slots to fill"
         return
     prompt.ask(prompt.ids[: prompt.end - 1])
     for _ in range(prompt.engine.slots + 1):
@@ -246,17 +280,20 @@ class Arm(NamedTuple):
     about: str
     play: Callable[[Prompt, Measured], None]
     long: bool = False
+    crowded: bool = False  # whether others' tokens lie between: no cold request varies that
 
 
 ARMS: dict[str, Arm] = {
     "prefix": Arm("a prefix that another request left, then the rest", warm_prefix),
     "decode": Arm("tokens decoded one by one, against a prefill of them", decode),
     "fork": Arm("one prefix, two continuations, the first again", fork),
-    "between": Arm("another request in between", between),
-    "slot": Arm("another request at the same time", second_slot),
-    "evicted": Arm("more other requests than there are slots, then the first again", evicted),
+    "between": Arm("another request in between", between, crowded=True),
+    "slot": Arm("another request at the same time", second_slot, crowded=True),
+    "evicted": Arm(
+        "more other requests than there are slots, then the first again", evicted, crowded=True
+    ),
     "cut": Arm("a prompt cut in the middle (reuse with shifted positions)", cut),
-    "long": Arm("a prompt longer than what is computed at a time", warm_prefix, long=True),
+    "long": Arm("a prompt longer than what is computed at a time", long_prefix, long=True),
 }
 SHORT = [name for name, arm in ARMS.items() if not arm.long]
 
@@ -275,6 +312,7 @@ def play(prompt: Prompt, name: str) -> Measured:
 def open_prompt(engine: Engine, number: int, ids: Sequence[int], tail: int = TAIL) -> Prompt:
     """Ask for all that a prompt's cached answers are compared with. Raises ServerError."""
     prompt = Prompt(engine, number, ids, tail)
+    prompt.add_company()
     prompt.add_controls()
     return prompt
 
@@ -283,7 +321,9 @@ def lengthened(prompts: Sequence[Sequence[int]], engine: Engine) -> list[int]:
     """A prompt longer than what the engine computes at a time, of shorter ones; [] if its context
     holds none, or its sizes are not told."""
     length = engine.chunk + engine.chunk // 8
-    if not engine.chunk or 0 < engine.context <= length + TAIL + FORKED:
+    length = length // AROUND * AROUND - LONG_TAIL // 2
+    fits = not 0 < engine.context <= length + LONG_TAIL + FORKED
+    if not 0 < engine.chunk <= MOST_CHUNK or not fits:
         return []
     joined = [i for ids in prompts for i in ids]
     return (joined * (length // len(joined) + 1))[:length]

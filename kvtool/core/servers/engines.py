@@ -13,6 +13,8 @@ from kvtool.errors import ServerError, UsageError
 
 WANTED = 256  # likeliest tokens asked for at each position, where a server gives as many
 LEAST_LOGPROB = -110.0  # the logarithm of float32's least number is -103; less is a mark for 0
+LARGEST_LOGPROB = 1e-3  # 0, as far as engines round it
+MOST_ID = 2**31
 NEEDED = 5  # likeliest tokens without which nothing can be compared
 
 
@@ -118,7 +120,7 @@ def _id_of(token: Any) -> Any:
 
 
 def _of_llama_cpp(token: Any) -> dict[int, float]:
-    return {int(t["id"]): _number(t["logprob"]) for t in token["top_logprobs"]}
+    return {_id(t["id"]): _number(t["logprob"]) for t in token["top_logprobs"]}
 
 
 class VLLM:
@@ -131,7 +133,8 @@ class VLLM:
         first = _first(models)
         self.model, self.context = str(first.get("id", "")), _whole(first.get("max_model_len"))
         self.slots, self.chunk = 0, 2048  # max_num_batched_tokens is not told, and by default this
-        self._unused = (f"kvtool-{os.urandom(8).hex()}-{i}" for i in itertools.count())
+        self._own = f"kvtool-{os.urandom(8).hex()}"  # shares nothing with earlier visits
+        self._unused = (f"{self._own}-cold-{i}" for i in itertools.count())
         self._n_wanted = 0
 
     def identity(self) -> dict[str, str]:
@@ -146,7 +149,7 @@ class VLLM:
         body = {
             "model": self.model, "prompt": list(ids), "max_tokens": n, "temperature": 0.0,
             "return_tokens_as_token_ids": True, "ignore_eos": True,
-            "cache_salt": salt if cached and salt else next(self._unused),
+            "cache_salt": f"{self._own}-{salt}" if cached and salt else next(self._unused),
             "logprobs": self._n_wanted or WANTED,
         }  # fmt: skip
         return [("/v1/completions", body)]
@@ -245,29 +248,43 @@ class SGLang:
 
 
 def _of_sglang(token: Any) -> dict[int, float]:
-    return {int(t[1]): _number(t[0]) for t in token[1]}
+    return {_id(t[1]): _number(t[0]) for t in token[1]}
 
 
 def _completion(engine: Engine, found: Any, id_of: Any, likeliest: Any, reused: Any) -> Completion:
     """The Completion of a server's list of tokens. Raises ServerError for what lacks logprobs."""
     try:
-        tokens = tuple(int(id_of(token)) for token in found)
+        tokens = tuple(_id(id_of(token)) for token in found)
         tops = tuple(likeliest(token) for token in found)
     except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
         raise _no_logprobs(engine) from error
     if not tokens or not all(tops):
         raise _no_logprobs(engine)
+    if not all(0 <= i < MOST_ID for top in tops for i in (*top, *tokens)):
+        raise _no_logprobs(engine)
+    if any(p > LARGEST_LOGPROB for top in tops for p in top.values()):
+        text = f"{engine.client.url}: its logprobs are above 0, which no logarithm of a share is"
+        raise ServerError(text, "Let it give natural logarithms, before any sampling.")
     if not all(math.isfinite(p) for top in tops for p in top.values()):
         raise NotFinite(f"{engine.client.url}: its logprobs are no numbers (NaN)")
     if min(map(len, tops)) < NEEDED:
         raise _too_few(engine, min(map(len, tops)))
-    return Completion(tokens, tops, reused if isinstance(reused, int) else None)
+    return Completion(tokens, tops, reused if type(reused) is int and reused >= 0 else None)
+
+
+def _id(value: Any) -> int:
+    """A token id, which some write as a text."""
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        return int(value)
+    raise TypeError
 
 
 def _number(value: Any) -> float:
     """A logprob, not below what float32 can tell from 0; NaN for what JSON has as null."""
     if value is None:
         return math.nan
+    if isinstance(value, bool):
+        raise TypeError
     return max(float(value), LEAST_LOGPROB)
 
 
@@ -288,7 +305,7 @@ def _too_few(engine: Engine, n: int = 0) -> ServerError:
 
 def _ids(engine: Engine, answer: dict[str, Any]) -> list[int]:
     found = answer.get("tokens")
-    if not isinstance(found, list) or not all(isinstance(i, int) for i in found):
+    if not isinstance(found, list) or not all(type(i) is int and 0 <= i < MOST_ID for i in found):
         raise ServerError(f"{engine.client.url}: did not answer with the ids of a text")
     return found
 

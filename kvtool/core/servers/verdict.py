@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.core.servers.arms import Answer, Cold, Measured, Probe, likeliest, vector
+from kvtool.core.servers.arms import ARMS, Answer, Cold, Measured, Probe, likeliest, vector
 from kvtool.core.verify import noise
 
 IDENTICAL, WITHIN, BEYOND = "identical", "within noise", "beyond noise"
@@ -24,6 +24,9 @@ NOTHING = 1e-12  # as the floor of answers that are the same: their mean is roun
 LEAST_VARIANTS = 3  # cold answers to one history, without which it has no floor
 RARE = 4.0  # times the floor, of a single answer among others that are within it
 RARE_SIZE = 0.5  # of the smaller control, which such an answer is at least
+SMALL = 0.05  # of the smaller control: a gap below it is beyond the noise from RARE times on alone
+CROWDED = 1.5  # times the noise, where others' tokens lie between: llama.cpp's unified cache then
+# adds in another order than any cold request, and is right at 1.0 to 1.3
 DOUBTED = 2.0  # times the noise: below it a promoted server that is right decides
 
 
@@ -57,6 +60,7 @@ class ArmVerdict:
     prompts: int = 0
     first_beyond: int | None = None  # the shortest history whose answer is beyond the noise
     gaps: tuple[ProbeGap, ...] = ()
+    limit: float = 1.0  # of the ratio: above it is beyond the noise
     promoted: str = ""  # the verdict on the promoted server, if one was asked
     promoted_ratio: float | None = None
     promoted_gap: float | None = None
@@ -110,7 +114,8 @@ def judge_arm(measured: Sequence[Measured], pooled: float = 0.0, grown: float = 
     found = [compared for compared in found if compared.gaps]
     if not found:
         return ArmVerdict(arm, VACUOUS, NOT_SHARED, reused=reused)
-    verdict, evidence = _judged(found, reused)
+    limit = _limit(arm, found)
+    verdict, evidence = _judged(found, reused, limit)
     if verdict == BEYOND and asked[0].approximate:
         verdict = LOSSY
     gaps = tuple(gap for compared in found for gap in compared.gaps)
@@ -120,6 +125,7 @@ def judge_arm(measured: Sequence[Measured], pooled: float = 0.0, grown: float = 
         arm, verdict, evidence, _typical(found, "ratio"), max(r for c in found for r in c.runs()),
         _typical(found, "gap"), _typical(found, "floor"), median(faults) if faults else None,
         reused, len(found), min(beyond) if verdict in (BEYOND, LOSSY) and beyond else None, gaps,
+        limit=limit,
     )  # fmt: skip
 
 
@@ -127,6 +133,7 @@ NOT_SHARED = "too few cold answers had the same history as the cached one"
 NOT_TOLD = "the server does not say what it takes from its cache, so that it may have taken nothing"
 NOT_REUSED = "the server took nothing from its cache"
 NO_NOISE = "no cold request differed from another by a bit, so that the noise is not known"
+BLIND = "a wrong token changes none of its answers, so that they say nothing"
 TOO_NOISY = "the engine's own noise is as large as a wrong token"
 
 
@@ -171,19 +178,29 @@ def _typical(found: Sequence[_Compared], name: str) -> float:
     return float(median(median(compared.runs(name)) for compared in found))
 
 
-def _judged(found: Sequence[_Compared], reused: int | None) -> tuple[str, str]:
+def _limit(arm: str, found: Sequence[_Compared]) -> float:
+    """How many times the floor is still within the noise."""
+    faults = [compared.fault for compared in found if compared.fault is not None]
+    if faults and _typical(found, "gap") < SMALL * median(faults):
+        return RARE
+    return CROWDED if arm in ARMS and ARMS[arm].crowded else 1.0
+
+
+def _judged(found: Sequence[_Compared], reused: int | None, limit: float) -> tuple[str, str]:
     """The verdict of an arm, and why it is none of the plain ones."""
     if reused == 0:
         return VACUOUS, NOT_REUSED
     gaps = [gap for compared in found for gap in compared.gaps]
     controls = [times for compared in found for times in compared.controls]
-    if all(gap.identical for gap in gaps):
-        return (VACUOUS, NOT_TOLD) if reused is None else (IDENTICAL, "")
     faults = [compared.fault for compared in found if compared.fault is not None]
+    if all(gap.identical for gap in gaps):
+        if faults and max(faults) <= NOTHING:
+            return HIDDEN, BLIND
+        return (VACUOUS, NOT_TOLD) if reused is None else (IDENTICAL, "")
     if all(gap.floor == 0 for gap in gaps) and faults:
         large = _typical(found, "gap") > RARE_SIZE * median(faults)
         return (BEYOND, "") if large else (HIDDEN, NO_NOISE)
-    said = noise.judge(_typical(found, "ratio"), controls)
+    said = noise.judge(_typical(found, "ratio"), controls, limit)
     if said == noise.BEYOND:
         return BEYOND, ""
     rare, n = sum(compared.rare() for compared in found), sum(len(c.runs()) for c in found)
