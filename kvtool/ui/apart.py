@@ -54,6 +54,8 @@ READ: dict[str, Callable[[Any], list[Path]]] = {
     "--test": _one,
     "--input": _one,
     "--prompt-file": _one,
+    "--prompts": _one,
+    "model": _one,  # an argument: the file to promote
     "--text": _one,
     "--reference": _one,
     "--load-cache": _one,

@@ -30,6 +30,7 @@ LISTED = re.compile(
     r"^<!-- printed at (\d+) columns(, figures vary)?: kvtool (.+) -->\n(?=```)", re.MULTILINE
 )
 QUOTED = re.compile(r"^<!-- lines of (\S+) -->\n(?=```)", re.MULTILINE)
+BY_HAND = re.compile(r"^<!-- by hand: (\S.*) -->\n(?=```)", re.MULTILINE)  # and what it needs
 SECONDS = re.compile(r"\(\d+ s\)")
 # Of a right cache, the processor decides: on some, other shapes give the same bits.
 RIGHT = re.compile(r"\b(?:identical, rounding|identical|rounding) +")
@@ -78,7 +79,9 @@ def unlisted() -> list[str]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        known = {match.end() for marks in (LISTED, QUOTED) for match in marks.finditer(text)}
+        known = {
+            match.end() for marks in (LISTED, QUOTED, BY_HAND) for match in marks.finditer(text)
+        }
         for fenced in FENCED.finditer(text):
             lines = fenced[1].splitlines()
             printed = [line for line in lines if not line.startswith("$ ")]
