@@ -139,6 +139,20 @@ def test_answers_that_are_none(kv: Callable[..., Ran], bytes_: bytes, said: str)
     assert said in found and "\x1b" not in found
 
 
+@pytest.mark.parametrize("begun", [b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\nX-Long: "])
+def test_a_heading_that_does_not_end_is_given_up(kv: Callable[..., Ran], begun: bytes) -> None:
+    with raw(begun, endless=b"2") as url:
+        said = asked(kv, url, "--timeout", "0.2")
+    assert said == f"{url}: gave no answer within 0.2 s. Wait longer with --timeout."
+
+
+def test_a_refusal_whose_words_do_not_end_is_given_up(kv: Callable[..., Ran]) -> None:
+    refusal = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 9999\r\n\r\n"
+    with raw(refusal, endless=b" ") as url:
+        said = asked(kv, url, "--timeout", "0.2")
+    assert said.endswith("gave no answer within 0.2 s. Wait longer with --timeout.")
+
+
 @pytest.mark.parametrize("endless", [b"", b" " * 10])
 def test_an_answer_that_does_not_end_is_given_up(kv: Callable[..., Ran], endless: bytes) -> None:
     with raw(ANSWER + b"\r\n" + b" ", endless=endless or b"\n") as url:

@@ -6,6 +6,8 @@ import http.client
 import json
 import math
 import os
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -104,9 +106,7 @@ class Client:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url + path, body, headers)
-        until = time.monotonic() + self.timeout
-        with self._opener.open(request, timeout=self.timeout) as answer:
-            data = self._read(answer, until)
+        data = _within(self.timeout, lambda: self._exchanged(request))
         if data.lstrip()[:1] == b"<":
             text = f"{self.url}{path}: answers with HTML, a page for browsers"
             raise ServerError(text, "Give the address of the engine's own API.")
@@ -118,8 +118,12 @@ class Client:
             raise ServerError(f"{self.url}{path}: its answer is no JSON object")
         return found
 
-    def _read(self, answer: http.client.HTTPResponse, until: float) -> bytes:
-        """A whole answer, that comes in time and is not larger than any answer need be."""
+    def _exchanged(self, request: urllib.request.Request) -> bytes:
+        with self._opener.open(request, timeout=self.timeout) as answer:
+            return self._read(answer)
+
+    def _read(self, answer: http.client.HTTPResponse) -> bytes:
+        """A whole answer, that is not larger than any answer need be."""
         parts, size = [], 0
         while part := answer.read1(READ_AT_ONCE):
             parts.append(part)
@@ -127,15 +131,13 @@ class Client:
             if size > MOST_ANSWERED:
                 most = f"{MOST_ANSWERED // 2**20} MiB"
                 raise ServerError(f"{self.url}: its answer is larger than {most}")
-            if time.monotonic() > until:
-                raise TimeoutError
         if answer.length:
             total = size + answer.length
             raise ServerError(f"{self.url}: its answer is cut short ({size:,} of {total:,} bytes)")
         return b"".join(parts)
 
     def _refused(self, path: str, error: urllib.error.HTTPError) -> ServerError:
-        said, where = _message(error), f"{self.url}{path}"
+        said, where = _message(error, self.timeout), f"{self.url}{path}"
         if error.code in (401, 403):
             wrong = "does not accept the key" if self._key else "needs a key"
             return ServerError(f"{where}: {wrong} (HTTP {error.code})", f"Set {KEYS[0]}.")
@@ -178,10 +180,33 @@ def _wait(headers: Message, attempt: int) -> float:
     return min(asked, LONGEST_WAIT) if asked >= 0 else 0.5 * 2 ** (attempt - 1)
 
 
-def _message(error: urllib.error.HTTPError) -> str:
+def _within(seconds: float, call: Callable[[], bytes]) -> bytes:
+    """What `call` gives. Raises what it raises, and TimeoutError after that many seconds.
+
+    A socket's own time-out bounds the wait for the next byte, and a server may send one at a time.
+    """
+    given: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            given.put(call())
+        except BaseException as error:
+            given.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        found = given.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _message(error: urllib.error.HTTPError, seconds: float) -> str:
     """What the server says of its refusal, after a colon; "" if nothing."""
     try:
-        found = parse_json(error.read(65536))
+        found = parse_json(_within(seconds, lambda: error.read(65536)))
     except (ValueError, OSError, http.client.HTTPException):
         return ""
     while isinstance(found, dict):
