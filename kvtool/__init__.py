@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from kvtool.core.verify.api import verify as verify
 
 __version__ = "0.1.0"
+
+# Before torch and numba load their threads. These spin while they wait for each other, by default
+# so long that where other programs use the processor a check takes five times as long and more.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # What is imported when it is used: torch takes a second.
 FUNCTIONS = {"verify": "kvtool.core.verify.api", "generate": "kvtool.core.decoding.generation"}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +60,15 @@ def test_without_a_number_of_threads_it_stays_as_it_is() -> None:
     torch.set_num_threads(1)
     machine.prepare(RunConfig(device="cpu"))
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("chosen", ["", "7"])
+def test_threads_spin_briefly_unless_the_user_says_how_long(chosen: str) -> None:
+    given = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    given |= {"GOMP_SPINCOUNT": chosen} if chosen else {}
+    line = "import os, sys, kvtool; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", line], env=given, capture_output=True, text=True)
+    assert run.stdout.split() == [chosen or "10000", "False"]
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**63 - 1])

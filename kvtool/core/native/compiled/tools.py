@@ -16,10 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-# Before numba loads its threads. They spin while they wait for each other, by default so long that
-# where another program has one's processor, a layer takes milliseconds.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import llvmlite.binding
 import numba
 from llvmlite import ir
