@@ -15,6 +15,7 @@ from kvtool.commands.verify.options import (
     REQUEST_TIMEOUT,
     EngineName,
     Prompts,
+    RecordedSeed,
     Requests,
     Timeout,
 )
@@ -279,7 +280,7 @@ def command(
     device: o.Device = "auto",
     dtype: o.Dtype = "float32",
     threads: o.Threads = 0,
-    seed: o.Seed = 0,
+    seed: RecordedSeed = 0,
     as_json: o.Json = False,
     output_file: o.OutputFile = None,
     quiet: o.Quiet = False,

@@ -180,6 +180,15 @@ Seed = Annotated[
         rich_help_panel=o.MACHINE,
     ),
 ]
+RecordedSeed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        help="Only recorded: nothing is random here.",
+        rich_help_panel=o.MACHINE,
+    ),
+]
 Target = Annotated[
     str | None,
     typer.Option(
