@@ -15,6 +15,7 @@ from kvtool.core.servers.verdict import (
     HIDDEN,
     IDENTICAL,
     KERNELS,
+    LIMIT,
     LOSSY,
     NO_NOISE,
     NOT_SHARED,
@@ -84,13 +85,19 @@ def test_a_few_times_the_noise_is_noise_while_a_wrong_token_dwarfs_it(
     ("prefix", BEYOND), ("fork", BEYOND), ("between", WITHIN), ("slot", WITHIN), ("evicted", WITHIN)
 ])  # fmt: skip
 def test_more_is_noise_where_the_tokens_of_others_lie_between(arm: str, verdict: str) -> None:
-    prompts = [replace(measured(n, 0.13), arm=arm) for n in range(N_PROMPTS)]
+    prompts = [replace(measured(n, 0.16), arm=arm) for n in range(N_PROMPTS)]
     found = judge_arm(prompts)
-    assert found.ratio is not None and 1 < found.ratio < 1.5
+    assert found.ratio is not None and LIMIT < found.ratio < 1.5
     assert found.verdict == verdict
     assert judge_arm([replace(measured(n, 0.3), arm=arm) for n in range(N_PROMPTS)]).verdict == (
         BEYOND
     )
+
+
+def test_a_ratio_a_little_above_the_noise_accuses_nobody() -> None:
+    found = judged(0.13)
+    assert found.ratio is not None and 1 < found.ratio < LIMIT
+    assert (found.verdict, found.limit) == (WITHIN, LIMIT)
 
 
 def test_answers_that_no_wrong_token_changes_tell_nothing() -> None:
