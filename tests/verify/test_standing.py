@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -149,5 +150,16 @@ def test_where_it_is_not_known_what_tokens_see_a_mask_may_be_wrong_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(doctor, "sight", lambda *given: None)
+    diagnosis = judged(Fused(), steps(*ONES)).diagnosis
+    assert diagnosis.bugs == () and "the mask, the scale" in diagnosis.hint
+
+
+def test_what_is_seen_through_all_layers_clears_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    sight = doctor.sight
+
+    def through_all_layers(*given: Any) -> Any:
+        return (seen := sight(*given)) and replace(seen, direct=False)
+
+    monkeypatch.setattr(doctor, "sight", through_all_layers)
     diagnosis = judged(Fused(), steps(*ONES)).diagnosis
     assert diagnosis.bugs == () and "the mask, the scale" in diagnosis.hint

@@ -100,7 +100,9 @@ def look(
     except Exception as error:  # the user's code may not like to be watched
         pass_on_shortage(error)
         words, told = "", False
-    if words == WEIGHTS and seen is None:  # then a mask may be wrong too
+    if words == WEIGHTS and (
+        seen is None or not seen.direct
+    ):  # a mask may be wrong: layers hide it
         words, told = OR_MASK, False
     if told and not (hidden and words == WEIGHTS):  # more than that rows read each other
         return (words,), UNNAMED
