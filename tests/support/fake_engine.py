@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
 
+from json_server import json_server
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.decoding.engine import advance
 from small_models import random_model
@@ -136,39 +134,15 @@ def sglang(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any
 @contextmanager
 def served(engine: FakeEngine, answer: Any = llama_cpp) -> Iterator[str]:
     """The address of a server that answers as told, on this machine, within."""
-    lock = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
+    def reply(path: str, body: Any, headers: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
+        body = body or {}
+        engine.seen.append((path, body, headers.get("Authorization", "")))
+        status = engine.status.pop(0) if engine.status else 200
+        found = answer(engine, path, body) if status == 200 else {"error": "busy"}
+        if found is None:
+            return 404, {}
+        return found.pop("HTTP", status), found
 
-        def do_GET(self) -> None:
-            self._answer({})
-
-        def do_POST(self) -> None:
-            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def _answer(self, body: dict[str, Any]) -> None:
-            with lock:
-                engine.seen.append((self.path, body, self.headers.get("Authorization", "")))
-                status = engine.status.pop(0) if engine.status else 200
-                found = answer(engine, self.path, body) if status == 200 else {"error": "busy"}
-            if found is None:
-                status, found = 404, {}
-            self._send(found.pop("HTTP", status), json.dumps(found).encode())
-
-        def _send(self, status: int, data: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with json_server(reply) as address:
+        yield address

@@ -8,12 +8,12 @@ the prefix was reused.
 from __future__ import annotations
 
 import json
-import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from json_server import json_server
 
 LEAST = 8  # tokens of a prefix that are reused
 Tokens = list[int]
@@ -135,32 +135,5 @@ def _common(a: Tokens, b: Tokens) -> int:
 @contextmanager
 def proxied(proxy: FaultProxy) -> Iterator[str]:
     """The address of a proxy on this machine, within. It asks for one thing at a time."""
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            self._answer(None)
-
-        def do_POST(self) -> None:
-            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def _answer(self, body: dict[str, Any] | None) -> None:
-            with lock:
-                data = json.dumps(proxy.answer(self.path, body)).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with json_server(lambda path, body, _: (200, proxy.answer(path, body))) as address:
+        yield address
