@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 TAIL, N_PROMPTS = 24, 4
 SHOWN = 8  # positions in the table; all are in the document
-SMALLER = "Free memory, or check a smaller model."
 
 Server = Annotated[
     str | None,

@@ -173,11 +173,12 @@ def loses_plainly(subject: Subject, arms: Arms, limit: float) -> bool:
     well; what is right there is no loss, but a bug in what the scenario does.
     """
     scale = largest(arms.expected)
-    segment = max(arms.segments, key=lambda s: _segment_gap(arms, s))
+    gaps = distances(arms.found, arms.expected)
+    segment, _, _ = _places(arms)[gaps.index(max(gaps))]
     for row in range(segment.start.batch):
         ids, sizes = _decoded_alone(segment, row)
         with promoting(arms.promoted), torch.inference_mode():
-            session = ScenarioRun(subject, source=None).open(room=ids.shape[1])
+            session = ScenarioRun(subject).open(room=ids.shape[1])
             try:
                 steps = [session.session.feed(step) for step in ids.split(sizes, dim=1)]
             except (Exception, SystemExit) as error:  # it takes no such steps: nothing is known
@@ -187,13 +188,6 @@ def loses_plainly(subject: Subject, arms: Arms, limit: float) -> bool:
         if float((torch.cat(steps, dim=1) - uncached).abs().max()) > limit * scale:
             return True
     return False
-
-
-def _segment_gap(arms: Arms, segment: Segment) -> float:
-    """The largest gap of the steps of one history."""
-    order = sorted(answer.step for s in arms.segments for answer in s.answers)
-    gaps = dict(zip(order, distances(arms.found, arms.expected), strict=True))
-    return max(gaps[answer.step] for answer in segment.answers)
 
 
 def _decoded_alone(segment: Segment, row: int) -> tuple[Tensor, list[int]]:
