@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -200,3 +201,19 @@ def test_the_planted_bug_is_found_in_a_cache_that_declares_a_loss() -> None:
     subject = TargetSubject(Codes(), "it")
     subject.lossy = True
     assert target_control(subject, decode_case(subject.vocab_size, subject.context)).verdict == BUG
+
+
+def test_one_short_history_of_many_is_enough_to_be_sure_of_a_bug(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[Case] = []
+    innocent = Judge._innocent
+
+    def watched(judge: Judge, case: Case, *rest: Any) -> Finding | None:
+        tried.append(case)
+        return innocent(judge, case, *rest)
+
+    monkeypatch.setattr(Judge, "_innocent", watched)
+    case = Case(SCENARIOS["prompts"])
+    assert Judge(TargetSubject(Decoder(late=True), "it")).judge(case).verdict == BUG
+    assert tried and case not in tried
