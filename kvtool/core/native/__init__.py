@@ -1,1 +1,1 @@
-"""Native code: loops in numba, and what lends them tensors."""
+"""Native code: loops compiled by numba, and the functions that hand tensors to them."""

@@ -1,9 +1,9 @@
-"""A few tokens at a time through native code, where PyTorch is far from the speed of memory.
+"""Native code for a few tokens at a time, where PyTorch does not reach the memory bandwidth.
 
-PyTorch's library multiplies one row by a matrix at a third of the speed at which a processor reads
-the matrix, and four rows at half of it (docs/performance.md). So modules and exact kernels give
-such work to compiled/layers.py, where it can be done: on a CPU, without gradients, half formats
-computed in float32. A whole step is given to compiled/decoder.py. All get the same bits.
+PyTorch multiplies one row by a matrix at a third of the memory bandwidth, and four rows at half of
+it (docs/performance.md). So modules and exact kernels pass such work to compiled/layers.py, if they
+run on a CPU without gradients. Half formats are computed in float32. A whole decoding step goes to
+compiled/decoder.py. All of these routes give the same bits.
 """
 
 from __future__ import annotations
@@ -27,34 +27,33 @@ Array = NDArray[Any]
 ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row by itself
 
 FEW = 8  # rows; PyTorch is faster for many more
-LARGE = 2**17  # numbers that a layer or attention reads; to share fewer gains little
-PAYS = 500  # tokens to decode; loading takes 0.3 s, and a token gains 0.5 ms or more
+LARGE = 2**17  # numbers read by a layer or attention; for fewer, threads gain little
+PAYS = 500  # tokens to decode; loading takes 0.3 s, and each token saves 0.5 ms or more
 
 COMPUTED = torch.float32, torch.float64
-# Of no type that NumPy or numba has, and so as bits of their own type; computed in float32.
+# NumPy or numba lacks these formats. So arrays hold their bits as integers, one type for each.
 HALVES = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 READ = *COMPUTED, *HALVES
 
 
 def native_if_worthwhile(n_tokens: int) -> AbstractContextManager[None]:
-    """For a command that decodes about `n_tokens`: without native code if loading it would take
-    longer than is gained."""
+    """Turn native code off if loading it takes longer than `n_tokens` decoded tokens gain."""
     why = f"for fewer than {PAYS} tokens native code takes longer to load than it gains"
     return context.within(no_native="" if n_tokens >= PAYS else why)
 
 
 def serves(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether x (...,in) holds few tokens, and `can_read` them and the parameters."""
+    """Whether x (...,in) holds at most FEW tokens and native code can read all the tensors."""
     return x.numel() <= FEW * x.shape[-1] and not why_unreadable(x, *parameters)
 
 
 def can_read(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether native code is there, and can stand in for PyTorch with these tensors."""
+    """Whether native code is available and can replace PyTorch for these tensors."""
     return not why_unreadable(first, *others)
 
 
 def why_unreadable(first: Tensor, *others: Tensor | None) -> str:
-    """Why native code cannot stand in for PyTorch with these tensors; empty if it can."""
+    """Why native code cannot replace PyTorch for these tensors; empty if it can."""
     if why := context.current().no_native:
         return why
     if not numpy_can_read(first, *others, dtypes=READ):
@@ -67,9 +66,11 @@ def why_unreadable(first: Tensor, *others: Tensor | None) -> str:
 def numpy_can_read(
     first: Tensor, *others: Tensor | None, dtypes: Sequence[torch.dtype] = COMPUTED
 ) -> bool:
-    """Whether arrays can stand for these tensors, which are of one of `dtypes`, and may: what is
-    done to arrays is missed by gradients, by a compiler, and by a mode that watches or replaces
-    what PyTorch does."""
+    """Whether NumPy can compute with these tensors in PyTorch's place.
+
+    All must have the same dtype, one of `dtypes`, and lie on the CPU. Neither gradients nor a
+    compiler, tracer or mode may be active, since none of them sees operations on arrays.
+    """
     if first.dtype not in dtypes:
         return False
     graded = torch.is_grad_enabled()
@@ -85,14 +86,14 @@ def numpy_can_read(
 
 
 def why_away() -> str:
-    """Why a step takes no native code, whatever its tensors are; empty if there is no reason."""
+    """Why no step may use native code now, whatever its tensors are; empty if it may."""
     why = context.current().no_native
     return "something watches what PyTorch does" if not why and watched() else why
 
 
 def watched() -> bool:
-    """Whether something would miss what PyTorch does not do: a compiler, a tracer, autocast, a
-    mode, a transform of functions, forward derivatives."""
+    """Whether something tracks or changes PyTorch's operations and would miss those done elsewhere:
+    a compiler, a tracer, autocast, a dispatch mode, a function transform, forward derivatives."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -105,7 +106,7 @@ def watched() -> bool:
 
 
 def can_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether `attention` can do it: with queries and keys, and a mask as `Kernels` has it."""
+    """Whether `attention` can compute this call; shapes as `Kernels.attention`."""
     sizes = k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]
     masked = mask is None or (
         mask.dtype is torch.bool and (mask.shape[1], mask.shape[3]) == (1, k.shape[2])
@@ -114,17 +115,17 @@ def can_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 
 
 def array(tensor: Tensor) -> Array:
-    """A tensor's memory as an array, of half formats as bits; a copy if it is not dense."""
+    """The tensor's memory as an array, half formats as bits; a copy if it is not contiguous."""
     return tensor.detach().contiguous().view(HALVES.get(tensor.dtype, tensor.dtype)).numpy()
 
 
 def computed(tensor: Tensor) -> Array:
-    """A tensor as an array to compute with, half formats as float32."""
+    """The tensor as an array of numbers, half formats converted to float32."""
     return array(tensor.float() if tensor.dtype in HALVES else tensor)
 
 
 def on_tensor(layer: ArrayLayer, x: Tensor) -> Tensor:
-    """A layer of arrays applied to (...,in) -> (...,out)."""
+    """Apply a layer for arrays to a tensor: x (...,in) -> (...,out) in the dtype of x."""
     y = layer(computed(x).reshape(x.numel() // x.shape[-1], x.shape[-1]))
     return torch.from_numpy(y).view(*x.shape[:-1], y.shape[1]).to(x.dtype)
 
@@ -137,7 +138,10 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> Weights:
-        """The arrays of a layer, not copied. Raises ValueError for a bias of another width."""
+        """The arrays of a layer; contiguous weights are not copied.
+
+        Raises ValueError if the bias has another width than the weight.
+        """
         _require_width(weight, bias)
         return cls(array(weight), _or_empty(bias, weight))
 
@@ -152,13 +156,16 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, scale: Tensor, shift: Tensor | None, eps: float, centred: bool) -> Norm:
-        """The arrays of a layer, not copied. Raises ValueError for a shift of another width."""
+        """The arrays of a norm; contiguous weights are not copied.
+
+        Raises ValueError if the shift has another width than the scale.
+        """
         _require_width(scale, shift)
         return cls(centred, array(scale), _or_empty(shift, scale), eps)
 
 
 def _require_width(weight: Tensor, bias: Tensor | None) -> None:
-    """Compiled functions trust the shapes that they are given. Raises ValueError."""
+    """Raise ValueError for a bias of another width: compiled functions do not check shapes."""
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"weights of {len(weight)} outputs have a bias of shape {tuple(bias.shape)}"
@@ -175,7 +182,10 @@ def _or_empty(bias: Tensor | None, weight: Tensor) -> Array:
 
 
 def linear(weights: Weights) -> ArrayLayer:
-    """`F.linear`. Large weights are shared by as many threads as PyTorch has."""
+    """`F.linear` on arrays; threads share weights of LARGE numbers or more.
+
+    The layer raises ValueError for an input of another width or one that is not contiguous.
+    """
     kernel, (n_out, n_in) = _loaded().product, weights.weight.shape
 
     def layer(x: Array) -> Array:
@@ -188,7 +198,10 @@ def linear(weights: Weights) -> ArrayLayer:
 
 
 def normalised(norm: Norm) -> ArrayLayer:
-    """`F.layer_norm` or `F.rms_norm` over the last dimension."""
+    """`F.layer_norm` or `F.rms_norm` over the last dimension of arrays.
+
+    The layer raises ValueError for an input of another width or one that is not contiguous.
+    """
     kernel, width = _loaded().normalise, len(norm.scale)
 
     def layer(x: Array) -> Array:
@@ -201,8 +214,10 @@ def normalised(norm: Norm) -> ArrayLayer:
 
 
 def activation(name: str) -> ArrayLayer:
-    """The activation of a feed-forward network, by its name in a ModelConfig; swiglu (n,2d) ->
-    (n,d)."""
+    """The activation that a ModelConfig names, on arrays: (n,d) -> (n,d); swiglu (n,2d) -> (n,d).
+
+    Raises KeyError for an unknown name.
+    """
     kernel, number = _loaded().activate, number_of(name)
     parts = 1 + (name == "swiglu")
 
@@ -215,14 +230,17 @@ def activation(name: str) -> ArrayLayer:
 
 
 def threads_for(n_read: int) -> int:
-    """How many threads share work that reads `n_read` numbers: for many, as many as PyTorch and
-    compiled code both have."""
+    """How many threads share work that reads `n_read` numbers: 1 below LARGE, else as many as
+    PyTorch uses and compiled code allows."""
     n = torch.get_num_threads() if n_read >= LARGE else 1
     return n if n == 1 else min(n, _loaded().MOST_THREADS)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """`Kernels.attention`, each query by itself over the keys that it sees, in their order."""
+    """`Kernels.attention`, computed for each query alone, over the keys that it sees in order.
+
+    Ask `can_attend` first.
+    """
     batch, _, n_queries, _ = q.shape
     queries, n_keys = computed(q.transpose(1, 2)), k.shape[2]  # (B,T,H,D)
     y, read = np.empty_like(queries), (Stored.of(k), Stored.of(v))
@@ -236,7 +254,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 
 
 def _attend_seen(q: Array, read: tuple[Stored, Stored], seen: Array, y: Array) -> None:
-    """`_attend` over the columns that are True in seen (B,T,S)."""
+    """`_attend` over the columns that are True in `seen` (B,T,S)."""
     spans = two_spans_of(seen)
     if spans is not None:
         _attend(q, read, spans, y)
@@ -250,8 +268,10 @@ def _attend_seen(q: Array, read: tuple[Stored, Stored], seen: Array, y: Array) -
 
 
 def two_spans_of(seen: Array) -> Array | None:
-    """As `spans_of`, but with room for one interruption: the last stretch of True, and in front of
-    it the first, or nothing -> (...,4); None if there are more."""
+    """Begin and end of up to two runs of True in each (...,n) -> (...,4); None if one has more.
+
+    The last run comes first, then the run before it, or 0, 0 if there is none.
+    """
     flags = np.zeros((*seen.shape[:-1], seen.shape[-1] + 2), bool)
     flags[..., 1:-1] = seen
     begins, ends = flags[..., 1:] & ~flags[..., :-1], flags[..., :-1] & ~flags[..., 1:]
@@ -267,7 +287,7 @@ def two_spans_of(seen: Array) -> Array | None:
 
 
 def spans_of(seen: Array) -> Array | None:
-    """Where True begins and ends in each (...,n) -> (...,2); None if in one it is interrupted."""
+    """Begin and end of the run of True in each (...,n) -> (...,2); None if one has several runs."""
     if not seen.shape[-1]:
         return np.zeros((*seen.shape[:-1], 2), np.int64)
     n, first = seen.sum(-1), seen.argmax(-1)
@@ -278,8 +298,10 @@ def spans_of(seen: Array) -> Array | None:
 
 
 def _attend(q: Array, read: tuple[Stored, Stored], spans: Array, y: Array) -> None:
-    """Queries (B,T,H,D) over keys and values, each from spans[...,2] to spans[...,3] of their
-    columns, if there are four, and from spans[...,0] to spans[...,1] -> y (B,T,H,D)"""
+    """Attention of queries q (B,T,H,D) over the columns of `spans` (B,T,2 or 4) -> y (B,T,H,D).
+
+    A query reads columns spans[...,2] to spans[...,3], if given, then spans[...,0] to spans[...,1].
+    """
     k, v = read
     batch, n_queries, n_heads, width = q.shape
     flat = batch * n_queries, n_heads, width
@@ -295,15 +317,15 @@ def _attend(q: Array, read: tuple[Stored, Stored], spans: Array, y: Array) -> No
 
 
 class Stored(NamedTuple):
-    """Where the memory of keys or values (B,G,S,D) is, which the tensor keeps."""
+    """Keys or values (B,G,S,D) and their place in memory."""
 
-    tensor: Tensor
-    # Its address, the bytes of a row, the columns of a head, and an array of its type.
+    tensor: Tensor  # keeps the memory alive
+    # Address, bytes to the next row, columns of a head, and an empty array of the same type.
     place: tuple[int, int, int, Array]
 
     @classmethod
     def of(cls, x: Tensor) -> Stored:
-        """Copied only if a head's columns are not dense."""
+        """The place of a tensor; it is copied only if a head's columns are not contiguous."""
         n, width = x.shape[2:]
         if x.stride()[2:] != (width, 1) or x.stride(1) % width or x.stride(1) < n * width:
             x = x.contiguous()
@@ -312,31 +334,31 @@ class Stored(NamedTuple):
 
 
 def number_of(activation: str) -> int:
-    """The number that an activation has in compiled functions."""
+    """The number of an activation in compiled functions. Raises KeyError for an unknown name."""
     return int(_loaded().ACTIVATIONS[activation])
 
 
 @cache
 def kind_of(dtype: torch.dtype) -> Array:
-    """An empty array of the type that stands for `dtype` in compiled code."""
+    """An empty array of the type that represents `dtype` in compiled code."""
     return array(torch.empty(0, dtype=dtype))
 
 
 @cache
 def layer_code(dtype: torch.dtype) -> ModuleType | None:
-    """The compiled functions of layers and attention, with weights of that type; None where numba
-    does not work."""
+    """The compiled functions of layers and attention for weights of that dtype; None if numba does
+    not work here."""
     return _code("layers", dtype, "layers")
 
 
 @cache
 def decoder_code(dtype: torch.dtype) -> ModuleType | None:
-    """The compiled functions of a whole step, with weights of that type; None as `layer_code`."""
+    """The compiled functions of a whole step for weights of that dtype; None as `layer_code`."""
     return _code("decoder", dtype, "whole steps")
 
 
 def prepare(tensor: Tensor) -> None:
-    """Compile all code for such weights now, so that nothing is compiled while a run is timed."""
+    """Compile the code for this tensor's dtype now, so that no compilation falls into a timing."""
     if tensor.is_cpu and tensor.dtype in READ:
         decoder_code(tensor.dtype)
 
@@ -356,5 +378,5 @@ def _code(name: str, dtype: torch.dtype, what: str) -> ModuleType | None:
 
 @cache
 def _loaded() -> ModuleType:
-    """The functions of `layer_code`, of a type for which `can_read` was asked."""
+    """The module of `layer_code`; `can_read` has loaded its functions for the dtype in use."""
     return importlib.import_module("kvtool.core.native.compiled.layers")

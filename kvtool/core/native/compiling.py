@@ -1,4 +1,4 @@
-"""Native code made, or read from disk: one function after the other, by one process at a time."""
+"""Compiling native code, or loading it from disk, by one process at a time."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("kvtool")
 LOCK = "kvtool.lock"
-PATIENCE = 1.0  # seconds: reading compiled code takes less
+PATIENCE = 1.0  # seconds to wait in silence; loading compiled code takes less
 
 
 _failure = ""
 
 
 def failure() -> str:
-    """Why `available` last found nothing."""
+    """Why `available` last returned None; empty if it never did."""
     return _failure
 
 
 def available(load: Callable[[], ModuleType]) -> ModuleType | None:
-    """The compiled functions that `load` returns; None where numba does not work, beside a newer
-    NumPy for example, and `failure` says why."""
+    """The module that `load` returns, or None if numba does not work, as with a NumPy too new for
+    it; `failure` then says why."""
     global _failure
     threads = torch.get_num_threads()
     try:
-        with elsewhere():  # numba looks for settings where one stands
+        with elsewhere():  # numba looks for settings in the current folder
             return load()
-    except Exception as error:  # of numba, LLVM, a file that it kept: PyTorch does without it
+    except Exception as error:  # from numba, LLVM or a cached file: PyTorch works without them
         _failure = (str(error).splitlines() or [type(error).__name__])[0]
         return None
     finally:
-        torch.set_num_threads(threads)  # numba starts its own, and OpenMP takes that for PyTorch's
+        torch.set_num_threads(threads)  # numba sets its own number, which OpenMP applies to PyTorch
 
 
 def load_all(forms: Forms, name: str) -> None:
-    """Compile all functions for their types, or read them from disk; `name` says for what format.
+    """Compile all functions for their types, or load them from disk, and log if it compiles.
 
-    Says so if it has to compile. Of two processes the second waits, and reads what the first has
-    made. A signal is obeyed between two functions: within, LLVM's callbacks would swallow it.
+    name: what is compiled, for the log. A second process waits, then loads what the first compiled.
+    Signals are held until a function is done, since LLVM's callbacks would swallow them.
     """
     listed = list(forms)
     started, compiles = time.monotonic(), False
@@ -76,8 +76,8 @@ def _how_often(folder: Path | None) -> str:
 
 @contextmanager
 def _alone(folder: Path | None) -> Iterator[None]:
-    """While no other process is here with the same folder; with none, or one that cannot be
-    locked, every process works for itself."""
+    """Hold the lock of a folder. Without a folder, or if it cannot be locked, each process goes on
+    without a lock."""
     try:
         import fcntl
 
@@ -88,7 +88,7 @@ def _alone(folder: Path | None) -> Iterator[None]:
     if lock is None:
         yield
         return
-    with open(lock):  # closing it lets go
+    with open(lock):  # closing it releases the lock
         patient_until = time.monotonic() + PATIENCE
         while True:
             with suppress(BlockingIOError):

@@ -1,4 +1,4 @@
-"""What layers need to know beside their inputs: the caller sets it around its work.
+"""Settings that layers read besides their inputs; the caller sets them around its work.
 
 with context.within(training=True, first_row=rows.start):
     loss = ...
@@ -14,24 +14,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Context:
-    """Of the process, not of a thread."""
+    """The settings of the whole process; threads share them."""
 
-    no_native: str = ""  # why decoding does without native code; empty: it uses it where it can
-    training: bool = False  # this is a step that has first derivatives, and no second ones
-    first_row: int = 0  # of this rank, in the batch that is shared by as many as the world size
+    no_native: str = ""  # why native code is off; empty: it is used where possible
+    training: bool = False  # a training step, with first derivatives and no second ones
+    first_row: int = 0  # of this rank's part of the batch, which all ranks share
 
 
 _current = Context()
 
 
 def current() -> Context:
-    """The context of what runs now."""
+    """The context in force."""
     return _current
 
 
 @contextmanager
 def within(**changes: Any) -> Iterator[None]:
-    """Change fields of the Context for what runs within."""
+    """Change fields of the Context inside a `with` block. Raises TypeError for an unknown field."""
     global _current
     before, _current = _current, replace(_current, **changes)
     try:

@@ -1,6 +1,6 @@
-"""Parts of a training step that PyTorch does in several passes over memory, done in one.
+"""Fused parts of a training step: one pass over memory where PyTorch takes several.
 
-On a CPU, in float32 or bfloat16, in a context of training, where numba works. What is compiled is
+They need a CPU, float32 or bfloat16, a context with `training`, and numba. The compiled loops are
 in compiled/training.py.
 """
 
@@ -19,14 +19,14 @@ from torch.autograd.function import once_differentiable
 from kvtool.core.native import arrays as native
 from kvtool.core.native import compiling, context
 
-LEAST = 2**14  # numbers; fewer are not worth the 0.3 s of loading
-LONGEST = 24  # keys; products of many heads at once are faster for more
+LEAST = 2**14  # numbers; for fewer the 0.3 s of loading do not pay
+LONGEST = 24  # keys; for more, batched products of many heads are faster
 LANES = 16  # numbers of a head that are multiplied at once
 DTYPES = torch.float32, torch.bfloat16
 
 
 def serves(x: Tensor, *others: Tensor) -> bool:
-    """Whether there is code for these tensors, the first of which says how much work it is."""
+    """Whether fused code can be used for these tensors; the size of x decides if it pays."""
     return (
         context.current().training
         and torch.is_grad_enabled()
@@ -62,14 +62,14 @@ def _rows(x: Tensor) -> native.Array:
 
 
 class Mask(NamedTuple):
-    """Which elements a dropout keeps: a hash of each one's index decides."""
+    """Which elements a dropout keeps; a hash of each element's index decides."""
 
-    start: int  # the index of the first
-    least: int  # hash, an int32, that stays
-    scale: float  # of what stays
+    start: int  # index of the first element
+    least: int  # an element is kept if its hash, an int32, is this or more
+    scale: float  # factor of kept elements
 
     def kept(self, x: Tensor) -> Tensor:
-        """Where elements of x stay, bool; as compiled.training.keeps."""
+        """Which elements of x are kept, bool in the shape of x; as compiled.training.keeps."""
         h = torch.arange(x.numel(), dtype=torch.int32, device=x.device).add_(_int32(self.start))
         h.bitwise_xor_(h >> 16 & 0xFFFF).mul_(0x7FEB352D)
         h.bitwise_xor_(h >> 15 & 0x1FFFF).mul_(_int32(0x846CA68B))
@@ -77,7 +77,7 @@ class Mask(NamedTuple):
 
 
 def _int32(x: int) -> int:
-    """The int32 of the same 32 bits."""
+    """The int32 with the same 32 bits."""
     return (x + 2**31) % 2**32 - 2**31
 
 
@@ -103,28 +103,32 @@ def _drop(x: Tensor, onto: Tensor | None, mask: Mask, y: Tensor) -> None:
 
 
 def dropout(x: Tensor, onto: Tensor | None, mask: Mask) -> Tensor:
-    """x (...,d) after dropout, added to `onto` (...,d) if there is one."""
+    """x (...,d) after dropout, plus `onto` (...,d) if that is given -> (...,d).
+
+    Ask `serves` first. It has first derivatives only.
+    """
     found: Tensor = _Dropout.apply(x, onto, mask)
     return found
 
 
 class View(NamedTuple):
-    """Where a part (B,H,T,D) of a tensor is; heads of a token are side by side."""
+    """A part (B,H,T,D) of a base tensor; the heads of a token are adjacent in memory."""
 
-    of: int  # which tensor
+    of: int  # index of the base tensor
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    behind: int  # numbers from the tensor's first
+    behind: int  # offset in numbers from the base's first
 
     def place(self, bases: Sequence[Tensor]) -> tuple[int, int, int, int]:
-        """As compiled.training.Place."""
+        """The part's memory, as compiled.training.Place."""
         base, (of_row, _, of_token, _) = bases[self.of], self.stride
         size = base.itemsize
         return base.data_ptr() + self.behind * size, of_row * size, of_token * size, self.shape[2]
 
 
 class _Attention(torch.autograd.Function):
-    """Of the tensors that q, k and v are parts of, so that gradients need not be joined."""
+    """Attention as a function of the base tensors of q, k and v: so each base gets one gradient,
+    and those of its parts need not be concatenated."""
 
     @staticmethod
     def forward(ctx: Any, seen: Tensor, views: Sequence[View], *bases: Tensor) -> Tensor:
@@ -157,18 +161,18 @@ class _Attention(torch.autograd.Function):
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x (B,H,T,D), of which (B,T,H,D) is dense; a copy if it is not."""
+    """x (B,H,T,D) stored contiguously as (B,T,H,D); a copy if it is not."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention` takes them."""
+    """Whether `attention` can be used for q (B,H,T,D) and k, v (B,Hkv,S,D)."""
     fits = k.shape[2] <= LONGEST and k.shape == v.shape and not k.shape[3] % LANES
     return fits and q.dtype is k.dtype is v.dtype and serves(q, k, v)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """`Kernels.attention`; within, all is float32."""
+    """`Kernels.attention`, computed in float32; first derivatives only. Ask `attends` first."""
     n, n_keys = q.shape[2], k.shape[2]
     if mask is None or causal:
         seen = torch.ones(1, n, n_keys, dtype=torch.bool)
@@ -185,8 +189,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 
 
 def _bases(parts: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The dense tensors whose every number is in one of the parts (B,H,T,D), where the heads of a
-    token lie side by side; none if there are no such."""
+    """The contiguous base tensors of the parts (B,H,T,D), if the parts cover them completely and
+    the heads of each token are adjacent; else none."""
     bases = list({id(x._base): x._base for x in parts if x._base is not None}.values())
     whole = sum(base.numel() for base in bases) == sum(x.numel() for x in parts)
     apart = len({x.data_ptr() for x in parts}) == len(parts)

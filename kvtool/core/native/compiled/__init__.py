@@ -1,1 +1,1 @@
-"""The functions that numba compiles; nothing here knows PyTorch."""
+"""The functions that numba compiles; nothing here uses PyTorch."""

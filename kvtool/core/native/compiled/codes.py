@@ -1,7 +1,7 @@
-"""Quantized keys and values as numbers again, compiled by numba.
+"""Dequantizing keys and values, compiled by numba.
 
-Scales and zero points are of the type of the result. All is rounded as PyTorch rounds it: after the
-product, after the sum, and once more into a half format.
+Scales and zero points have the type of the result. Rounding is PyTorch's: after the product, after
+the sum, and at last to a half format.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ def decode_token(
     codes: int, shift: int, mask: int, scale: int, low: int, channels: int, width: int, y: int,
     kind: Array,
 ) -> None:  # fmt: skip
-    """At address y (width,) the bits from `shift` on of the bytes at `codes`, times the numbers at
-    `scale` (width/channels,) plus those at `low`; all but codes are of the type of `kind`."""
+    """Dequantize one token of a head: y (width,) = code * scale + low, all four given as addresses.
+
+    A code is the bits of its byte from `shift` on, under `mask`. scale and low (width/channels,)
+    and y have the type of `kind`.
+    """
     whole = width % WIDTH == 0 and (channels == 1 or channels % WIDTH == 0)
     if kind.itemsize == 4 and whole:
         for j in range(0, width, WIDTH):
@@ -62,18 +65,18 @@ def read_codes(
     codes: Array, packing: Array, stored: Place, exact: int, shape: tuple[int, int, int, int],
     y: Array,
 ) -> Place:  # fmt: skip
-    """Keys or values (B,G,n,D) of that shape into y, of as many numbers or more -> where they are.
+    """Write the keys or values of `shape` (B,G,n,D) densely into y -> their place.
 
-    codes (3,): addresses of the codes, scales and zero points (B,G,...) of the first columns; the
-    others follow in `stored` from column `exact` on. packing (5,): how many columns are quantized,
-    and there is room for; how many share a byte; and how many tokens, or channels of a token, share
-    a scale.
+    codes (3,): addresses of the codes, scales and zero points (B,G,...) of the quantized columns,
+    which come first. The rest are in `stored` from column `exact` on. packing (5,): the number of
+    quantized columns, the room for them, codes per byte, and tokens and channels per scale. y has
+    B*G*n*D numbers or more.
     """
     n_quantized, room, per_byte = packing[0], packing[1], packing[2]
     tokens, channels = packing[3], packing[4]
     batch, n_groups, n, width = shape
     mask, token_bytes = 255 if per_byte == 1 else 15, width * y.itemsize
-    scale_bytes = width // channels * y.itemsize  # of as many tokens as share one
+    scale_bytes = width // channels * y.itemsize  # of one group of tokens
     for head in range(batch * n_groups):
         at = np.int64(y.ctypes.data) + head * n * token_bytes
         met = carray(pointer(at, y), (n, width))
@@ -95,7 +98,7 @@ def read_codes(
 
 
 def forms(kind: types.Type) -> Forms:
-    """What makes numbers of `kind`."""
+    """The functions of this file with their argument types, for a result of `kind`."""
     n, (like, *_) = types.intp, dense(kind)
     row, place = dense(n)[0], types.Tuple((n, n, n, like))
     yield read_codes, (row, row, place, n, types.UniTuple(n, 4), like)

@@ -1,12 +1,12 @@
-"""A decoder's step as compiled code: from tokens to logits without coming back to Python.
+"""A decoding step as compiled code, from tokens to logits without a return to Python.
 
-What stands between a small model's layers in Python takes as long as the layers. Here is the same
-mathematics as in models/decoder.py, in the same order, by the functions of layers.py; a
-model is handed over as records of addresses, so that one compiled form serves every depth and size.
-The caller keeps alive what the addresses point to.
+In a small model the Python code between layers takes as long as the layers. This file does the
+operations of models/decoder.py in the same order, with the functions of layers.py. The model comes
+as records of addresses, so one compiled form serves every depth and size. The caller keeps the
+memory at these addresses alive.
 
-`kind` is an array of the type that is at those addresses, for its type alone. With half formats all
-is computed in float32, and rounded wherever a module would give a tensor.
+`kind` is an array that only tells the type of the numbers at those addresses. Half formats are
+computed in float32, and rounded wherever a module would return a tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kvtool.core.native.compiled.tools import (
     vector,
 )
 
-# A model as records of addresses and sizes. What is not there has the address 0.
+# A model as records of addresses and sizes. A missing part has the address 0.
 NORM = np.dtype(
     [(name, np.int64) for name in ("scale", "shift", "width", "centred")] + [("eps", np.float64)]
 )
@@ -54,7 +54,7 @@ MODEL = np.dtype(
 
 @compiled()
 def apply_norm(norm: Any, x: Array, y: Array, kind: Array) -> None:
-    """y (n,d) = x (n,d) through the norm of a record."""
+    """y (n,d) = the norm of a record, applied to x (n,d)."""
     scale = vector(norm.scale, norm.width, kind)
     shift = vector(norm.shift, norm.width if norm.shift else 0, kind)
     normalise(x, norm.centred != 0, scale, shift, norm.eps, y)
@@ -63,7 +63,7 @@ def apply_norm(norm: Any, x: Array, y: Array, kind: Array) -> None:
 
 @compiled()
 def apply_linear(layer: Any, x: Array, y: Array, kind: Array, threads: int, large: int) -> None:
-    """y (n,out) = x (n,in) through the linear layer of a record."""
+    """y (n,out) = the linear layer of a record, applied to x (n,in)."""
     weight = carray(pointer(layer.weight, kind), (layer.n_out, layer.n_in))
     bias = vector(layer.bias, layer.n_out if layer.bias else 0, kind)
     product(x, weight, bias, y, threads, large)
@@ -72,13 +72,16 @@ def apply_linear(layer: Any, x: Array, y: Array, kind: Array, threads: int, larg
 
 @compiled()
 def rounded(x: float, kind: Array) -> float:
-    """What is left of a number in the type of `kind`."""
+    """x rounded to the type of `kind`, as float32 or float64."""
     return number(kept(x, kind))
 
 
-@shared(fast=False)  # rounded after each operation, as PyTorch's are
+@shared(fast=False)  # rounds after each operation, as PyTorch does
 def embed(models: Array, tokens: Array, pos: Array, x: Array, kind: Array) -> bool:
-    """x (n,d) = tokens (n,) at positions (n,), those of padding negative -> whether all exist."""
+    """x (n,d) = embeddings of tokens (n,) at positions pos (n,) -> whether all of them exist.
+
+    Padding has negative positions, and reads position 0.
+    """
     model, width, size = models[0], x.shape[1], kind.itemsize
     for n in range(x.shape[0]):
         at = max(pos[n], 0)
@@ -103,7 +106,10 @@ def embed(models: Array, tokens: Array, pos: Array, x: Array, kind: Array) -> bo
 
 @compiled(fast=False)
 def rotate(heads: Array, n_turned: int, angles: Array, kind: Array) -> None:
-    """Turn the first heads (H,D) of a token by cosines and sines (D,), in place (Su 2021)."""
+    """Apply rotary positions to the first `n_turned` heads (H,D), in place (Su 2021).
+
+    angles (D,): the D/2 cosines of the token's position, then the D/2 sines.
+    """
     half = heads.shape[1] // 2
     for h in range(n_turned):
         for j in range(half):
@@ -119,7 +125,7 @@ def before_attention(
     models: Array, blocks: Array, layer: int, x: Array, pos: Array, qkv: Array, kind: Array,
     threads: int, large: int,
 ) -> None:  # fmt: skip
-    """qkv (n,H+2*G,D) = the queries, keys and values of x (n,d) at positions (n,)"""
+    """qkv (n,H+2*G,D) = queries, keys and values of x (n,d) at positions pos (n,)."""
     model, block = models[0], blocks[layer]
     n_heads, n_turned, width = model.n_heads, model.n_heads + model.n_groups, model.head_dim
     normal = np.empty_like(x)
@@ -137,7 +143,7 @@ def before_attention(
 
 @compiled()
 def add_linear(layer: Any, y: Array, x: Array, kind: Array, threads: int, large: int) -> None:
-    """x (n,d) += y (n,in) through the linear layer of a record."""
+    """x (n,d) += the linear layer of a record, applied to y (n,in)."""
     out = np.empty_like(x)
     apply_linear(layer, y, out, kind, threads, large)
     x += out
@@ -149,8 +155,10 @@ def read_source(
     model: Any, block: Any, x: Array, k: int, v: int, columns: int, seen: Array, kind: Array,
     threads: int, large: int,
 ) -> None:  # fmt: skip
-    """x (n,d) += attention to a source: addresses of its keys and values (B,G,columns,D), of which
-    each row sees those from seen[row,0] to seen[row,1]."""
+    """x (n,d) += cross-attention; k and v are addresses of the source's (B,G,columns,D).
+
+    Each row sees the columns from seen[row,0] to seen[row,1].
+    """
     n, n_groups, width = x.shape[0], model.n_groups, model.head_dim
     normal, q = np.empty_like(x), np.empty((n, model.n_heads, width), x.dtype)
     apply_norm(block.norm_cross, x, normal, kind)
@@ -171,8 +179,11 @@ def after_attention(
     models: Array, blocks: Array, layer: int, y: Array, x: Array, kind: Array,
     source: Array, columns: int, seen: Array, threads: int, large: int,
 ) -> None:  # fmt: skip
-    """x (n,d) += what attention gave, y (n,H,D); then what the source gives, if there is one; then
-    the feed-forward network. source (2,layers), columns and seen as in `read_source`, or (2,0)."""
+    """The rest of a block: x (n,d) += attention's result y (n,H,D) through `out`, then
+    cross-attention if there is a source, then the feed-forward network.
+
+    source (2,layers): addresses as in `read_source`, with columns and seen; (2,0) without a source.
+    """
     model, block, n = models[0], blocks[layer], x.shape[0]
     add_linear(block.out, y.reshape(n, -1), x, kind, threads, large)
     if source.shape[1]:
@@ -192,7 +203,7 @@ def after_attention(
 def logits_of(
     models: Array, x: Array, logits: Array, kind: Array, threads: int, large: int
 ) -> None:
-    """logits (n,V) of x (n,d)"""
+    """logits (n,V) = the final norm and the head, applied to x (n,d)."""
     normal = np.empty_like(x)
     apply_norm(models[0].norm, x, normal, kind)
     apply_linear(models[0].head, normal, logits, kind, threads, large)
@@ -200,9 +211,11 @@ def logits_of(
 
 @compiled()
 def spans_of_step(pos: Array, n_each: int, slot: int, window: int, sinks: Array) -> Array:
-    """Which columns each token at positions pos (n,) sees, as in `attend`: a row's first is stored
-    in column `slot`. From its position 0 on, or as many as the window (0: all), its own included;
-    and always the row's sinks (B,2), the columns from one to another."""
+    """The columns that each token at pos (n,) sees, as `spans` of `attend` -> (n,4).
+
+    A row's first new token is in column `slot`. A token sees itself and the tokens before it, at
+    most `window` of them (0: all), and always its row's sinks, columns sinks[row,0] to [row,1].
+    """
     spans = np.zeros((pos.shape[0], 4), np.int64)
     for i in range(pos.shape[0]):
         row, last = i // n_each, slot + i % n_each + 1
@@ -223,8 +236,10 @@ def store(
     qkv: Array, n_heads: int, stored: Array, layer: int, columns: int, slot: int, n_each: int,
     q: Array, kind: Array,
 ) -> None:  # fmt: skip
-    """Of qkv (n,H+2*G,D), n_each tokens of each row: queries into q (n,H,D), and keys and values
-    into the memory of a layer as `decode` has it, from column `slot` on."""
+    """Copy the queries of qkv (n,H+2*G,D) to q (n,H,D), and its keys and values to the cache.
+
+    There are n_each tokens a row. A layer's memory is as in `decode`, written from `slot` on.
+    """
     n, width = qkv.shape[0], qkv.shape[2]
     n_groups = (qkv.shape[1] - n_heads) // 2
     shape = n // n_each, n_groups, columns, width
@@ -245,14 +260,14 @@ def decode(
     models: Array, blocks: Array, tokens: Array, place: Any, scratch: Array, source: Any,
     logits: Array, kind: Array, threads: int, large: int,
 ) -> bool:  # fmt: skip
-    """A decoder's step: a few tokens of each row after `start` others, of which `padding` (B,) are
-    none -> whether all tokens and positions exist.
+    """One step of the decoder -> whether all tokens and positions exist; if not, stop at once.
 
-    tokens (n,), a row's together, n a multiple of B. place: as cache/places.py's StepAddresses.
-    stored (2,layers): addresses of keys and values (B,G,columns,D), new ones from column `slot` on.
-    window and sinks as in `spans_of_step`; codes (6,layers) of keys and values as in `read_codes`,
-    or (6,0); these use scratch (2,numbers). source: addresses, columns and seen as in
-    `after_attention`. logits (n,V), or of each row's last token (B,V).
+    tokens (n,): the same number for each of B rows, a row's together. `start` tokens come before
+    them, of which padding (B,) are no real tokens. place: a StepAddresses (cache/direct_access.py).
+    stored (2,layers): addresses of keys and values (B,G,columns,D); new ones go to column `slot`
+    and on. window and sinks as in `spans_of_step`. codes (6,layers) of keys and values as in
+    `read_codes`, or (6,0); they are dequantized into scratch (2,numbers). source: addresses,
+    columns and seen as in `after_attention`. logits (n,V), or (B,V) of each row's last token.
     """
     start, padding, stored, columns, slot, window, sinks, codes, packings, exact = place
     source_at, source_columns, seen = source
@@ -292,7 +307,8 @@ def decode(
 
 
 def forms(real: types.Type, kind: types.Type) -> Forms:
-    """All that decodes in `real` with weights, keys and values of `kind`, what is called first."""
+    """All functions that decode, with their argument types: they compute in `real`, with weights,
+    keys and values of `kind`. A function comes after those that it calls."""
     yield from layers.forms(real, kind)
     yield from codes.forms(kind)
     n, (_, x2, x3), (k1, k2, _), (n1, n2, _) = types.intp, *map(dense, (real, kind, types.intp))

@@ -1,4 +1,4 @@
-"""Sixteen numbers in a register, for loops that LLVM would not vectorise well by itself."""
+"""Vectors of sixteen numbers, for loops that LLVM would not vectorise well by itself."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
 
 
 class Lanes(types.Type):
-    """Sixteen float32 in a register. LLVM would not keep there what a short loop sums up, and would
-    ask before each one whether its arrays overlap: that doubles the time of attention."""
+    """numba's type of sixteen float32 in a register.
+
+    Without it LLVM would keep the sums of a short loop in memory, and check before each loop
+    whether its arrays overlap: that doubles the time of attention.
+    """
 
     def __init__(self) -> None:
         super().__init__(name=f"{WIDTH} x float32")
@@ -27,6 +30,8 @@ LANES = Lanes()
 
 @register_model(Lanes)
 class LanesModel(models.PrimitiveModel):
+    """How numba stores Lanes: as an LLVM vector."""
+
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, VECTOR)
 
@@ -36,7 +41,7 @@ def _pointer(builder: Any, address: Any) -> Any:
 
 
 def _everywhere(builder: Any, x: Any) -> Any:
-    """A vector of sixteen times x."""
+    """A vector with x in each of its sixteen lanes."""
     first, none = (
         ir.Constant(ir.IntType(32), 0),
         ir.Constant(ir.VectorType(x.type, WIDTH), ir.Undefined),
@@ -107,7 +112,7 @@ lanes_at: Any = intrinsic(_load)  # (address of 16 float32) -> lanes
 put_lanes: Any = intrinsic(_store)  # (lanes, address)
 multiply_add: Any = intrinsic(_multiply_add)  # (a, b, c) -> a * b + c, rounded once
 times_plus: Any = intrinsic(_times_plus)  # (a, b, c) -> a * b + c, rounded twice, as PyTorch does
-# (address of 16 bytes, shift, mask) -> the bits of each from `shift` on, as numbers
+# (address of 16 bytes, shift, mask) -> lanes of (byte >> shift) & mask
 codes_at: Any = intrinsic(_codes)
-spread: Any = intrinsic(_spread)  # (float32) -> it in every lane
+spread: Any = intrinsic(_spread)  # (float32) -> lanes, all equal to it
 total: Any = intrinsic(_total)  # (lanes) -> their sum

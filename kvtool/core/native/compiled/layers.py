@@ -1,10 +1,10 @@
-"""What decoding spends its time on, compiled by numba: layers and attention as loops over arrays.
+"""Layers and attention as loops over arrays, compiled by numba.
 
-Every function treats each row by itself, in an order that its width alone decides. So a token gets
-the same bits alone, among others, cached or not, in any memory and with any number of threads.
-All arrays are dense, of one type, float32 or float64; but weights, keys and values may be of a half
-format, and all else float32 then. A bias or shift of no elements is none: one form of each function
-to compile, and not two.
+Every function computes each row alone, in an order that depends on the row's width only. So a
+token gets the same bits alone or among others, cached or not, anywhere in memory and with any
+number of threads. All arrays are contiguous and of one type, float32 or float64. Weights, keys and
+values may be in a half format; then all else is float32. An empty bias or shift means that there is
+none, so that each function is compiled once and not twice.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from kvtool.core.native.compiled.tools import (
     use_threads,
 )
 
-# Of keys or values: an address, a row's bytes, a head's columns, and an array of their type.
+# Keys or values: address, bytes to the next row, columns of a head, an empty array of their type.
 Place = tuple[int, int, int, Array]
 
-# Compiled into the functions.
+# Constants of the compiled functions.
 GELU, GELU_TANH, RELU, SWIGLU = range(4)
 ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "swiglu": SWIGLU}
 
 
 @compiled()
 def round_to_format(x: Array, kind: Array) -> None:
-    """Round x (n,d) to numbers that arrays of the type of `kind` can hold, in place."""
+    """Round x (n,d) to the type of `kind`, in place."""
     if kind.itemsize < x.itemsize:
         for n in range(x.shape[0]):
             for j in range(x.shape[1]):
@@ -50,10 +50,10 @@ def round_to_format(x: Array, kind: Array) -> None:
 
 @shared()
 def linear(x: Array, weight: Array, bias: Array, y: Array, first: int, last: int) -> None:
-    """Columns `first` to `last` of y (n,out) = x (n,in) times weight (out,in), plus bias (out,)"""
+    """Columns `first` to `last` of y (n,out) = x (n,in) times weight.T (in,out) + bias (out,)."""
     for i in range(first, last):
         row = weight[i]
-        for n in range(x.shape[0]):  # inside, so that weights are read from memory once
+        for n in range(x.shape[0]):  # the inner loop, so that weights are read from memory once
             total = x.dtype.type(0)
             for j in range(row.shape[0]):
                 total += number(row[j]) * x[n, j]
@@ -64,7 +64,7 @@ def linear(x: Array, weight: Array, bias: Array, y: Array, first: int, last: int
 
 @shared(parallel=True)
 def linear_by_threads(x: Array, weight: Array, bias: Array, y: Array, parts: int) -> None:
-    """`linear`, each of `parts` threads with its own columns."""
+    """`linear` by `parts` threads; each computes its own columns."""
     use_threads(parts)
     for part in numba.prange(parts):
         width, at = weight.shape[0], np.int64(part)
@@ -73,7 +73,7 @@ def linear_by_threads(x: Array, weight: Array, bias: Array, y: Array, parts: int
 
 @compiled()
 def layer_norm(x: Array, scale: Array, shift: Array, eps: float, y: Array) -> None:
-    """y (n,d) = each row of x, its mean taken away and divided by its deviation (Ba 2016)."""
+    """y (n,d) = LayerNorm of x (n,d) with scale (d,) and shift (d,) or (0,) (Ba 2016)."""
     width = x.shape[1]
     for n in range(x.shape[0]):
         total = x.dtype.type(0)
@@ -92,7 +92,7 @@ def layer_norm(x: Array, scale: Array, shift: Array, eps: float, y: Array) -> No
 
 @compiled()
 def rms_norm(x: Array, scale: Array, eps: float, y: Array) -> None:
-    """y (n,d) = each row of x over the root of its mean square (Zhang 2019)."""
+    """y (n,d) = RMSNorm of x (n,d) with scale (d,) (Zhang 2019)."""
     width = x.shape[1]
     for n in range(x.shape[0]):
         squares = x.dtype.type(0)
@@ -105,8 +105,8 @@ def rms_norm(x: Array, scale: Array, eps: float, y: Array) -> None:
 
 @compiled()
 def exponential(x: Array) -> None:
-    """x (n,) becomes e to its power; in float32 by 2**k * 2**f, |f| <= 1/2, the last by its Taylor
-    series, since neither NumPy's nor the C library's function would be vectorised here."""
+    """x (n,) = e**x, in place; float32 as 2**k * 2**f with |f| <= 1/2, by the Taylor series of
+    2**f, since LLVM could vectorise neither NumPy's exp nor the C library's."""
     if x.itemsize == 8:
         for i in range(x.shape[0]):
             x[i] = np.exp(x[i])
@@ -114,8 +114,8 @@ def exponential(x: Array) -> None:
     bits = x.view(np.int32)
     for i in range(x.shape[0]):
         t = x[i] * np.float32(1.4426950408889634)  # log2(e)
-        t = np.float32(-127) if t < np.float32(-127) else t  # 1 with this exponent is 0,
-        t = np.float32(128) if t > np.float32(128) else t  # and with this one infinity
+        t = np.float32(-127) if t < np.float32(-127) else t  # the bits of 2**-127 are those of 0
+        t = np.float32(128) if t > np.float32(128) else t  # and those of 2**128 are infinity's
         k = np.rint(t)
         f = t - k
         power = np.float32(1.5252734e-5)
@@ -131,7 +131,7 @@ def exponential(x: Array) -> None:
 
 @compiled()
 def sigmoid_times(x: Array, t: Array, y: Array) -> None:
-    """y (n,) = x / (1 + e**-t); t is used up."""
+    """y (n,) = x / (1 + e**-t); t is overwritten."""
     for i in range(t.shape[0]):
         t[i] = -t[i]
     exponential(t)
@@ -141,8 +141,8 @@ def sigmoid_times(x: Array, t: Array, y: Array) -> None:
 
 @compiled()
 def gelu_tanh(x: Array, y: Array) -> None:
-    """y (n,d) = GELU's approximation by tanh (Hendrycks 2016): (1 + tanh(u)) / 2 is 1 / (1 +
-    e**-2u)."""
+    """y (n,d) = GELU of x (n,d) by the tanh approximation (Hendrycks 2016), with (1 + tanh(u)) / 2
+    computed as 1 / (1 + e**-2u)."""
     one = x.dtype.type(1)
     cubic, factor = x.dtype.type(0.044715), x.dtype.type(1.5957691216057308)  # 2 sqrt(2 / pi)
     t = np.empty(x.shape[1], x.dtype)
@@ -154,11 +154,11 @@ def gelu_tanh(x: Array, y: Array) -> None:
 
 @compiled()
 def gelu(x: Array, y: Array) -> None:
-    """y (n,d) = x/2 (1 + erf(x/sqrt2)), the normal distribution's part of x (Hendrycks 2016).
+    """y (n,d) = GELU of x (n,d): x/2 (1 + erf(x/sqrt(2))) (Hendrycks 2016).
 
-    In float32 erfc(|u|) is t e**(p(t) - u**2) with t = 1 / (1 + 0.4 |u|); p is ln erfcx(u)/t fitted
-    at 400 Chebyshev nodes for |u| <= 10, which is right to 1.1e-7 of the value. The C library's erf
-    would not be vectorised.
+    In float32 erfc(|u|) is t e**(p(t) - u**2) with t = 1 / (1 + 0.4 |u|). The polynomial p is
+    fitted to ln(erfcx(u)/t) at 400 Chebyshev nodes for |u| <= 10, with a relative error of 1.1e-7.
+    LLVM could not vectorise the C library's erf.
     """
     half, one, root = x.dtype.type(0.5), x.dtype.type(1), x.dtype.type(0.7071067811865476)
     if x.itemsize == 8:
@@ -189,7 +189,7 @@ def gelu(x: Array, y: Array) -> None:
 
 @compiled()
 def swiglu(x: Array, y: Array) -> None:
-    """y (n,d) = silu of the first half of x (n,2d), times the second (Shazeer 2020)."""
+    """y (n,d) = SiLU of the first half of x (n,2d), times the second half (Shazeer 2020)."""
     width = y.shape[1]
     for n in range(x.shape[0]):
         sigmoid_times(x[n], x[n, :width].copy(), y[n])
@@ -199,9 +199,9 @@ def swiglu(x: Array, y: Array) -> None:
 
 @compiled()
 def add_values(w: Array, v: Array, y: Array) -> None:
-    """y (D,) += the sum of the values v (n,D), each times its weight w (n,)."""
+    """y (D,) += the sum of values v (n,D) weighted by w (n,)."""
     whole = w.shape[0] // 8 * 8
-    for i in range(0, whole, 8):  # together, or each would wait for y of the one before
+    for i in range(0, whole, 8):  # eight at once: one by one, each sum would wait for the last
         for j in range(y.shape[0]):
             first = w[i] * number(v[i, j]) + w[i + 1] * number(v[i + 1, j])
             second = w[i + 2] * number(v[i + 2, j]) + w[i + 3] * number(v[i + 3, j])
@@ -215,7 +215,7 @@ def add_values(w: Array, v: Array, y: Array) -> None:
 
 @shared()
 def normalise(x: Array, centred: bool, scale: Array, shift: Array, eps: float, y: Array) -> None:
-    """`layer_norm` if centred, else `rms_norm`."""
+    """`layer_norm` if `centred`, else `rms_norm`."""
     if centred:
         layer_norm(x, scale, shift, eps, y)
     else:
@@ -224,7 +224,7 @@ def normalise(x: Array, centred: bool, scale: Array, shift: Array, eps: float, y
 
 @shared()
 def activate(number: int, x: Array, y: Array) -> None:
-    """The activation of that number in ACTIVATIONS."""
+    """y (n,d) = the activation with that number in ACTIVATIONS; x (n,d), or (n,2d) for swiglu."""
     if number == GELU:
         gelu(x, y)
     elif number == GELU_TANH:
@@ -248,7 +248,7 @@ def product(x: Array, weight: Array, bias: Array, y: Array, threads: int, large:
 
 @compiled()
 def score(query: Array, keys: Array, scores: Array) -> None:
-    """scores (n,) of a query (D,) and keys (n,D)"""
+    """scores (n,) = query (D,) times keys (n,D), scaled by 1/sqrt(D)."""
     width = keys.shape[1]
     scale = query.dtype.type(1 / np.sqrt(width))
     for i in range(keys.shape[0]):
@@ -262,8 +262,8 @@ def score(query: Array, keys: Array, scores: Array) -> None:
 def attend_head(
     query: Array, first_keys: Array, first_values: Array, keys: Array, values: Array, result: Array
 ) -> None:
-    """One query (D,) over the first keys and values (m,D), m whole eights, and more of them (n,D)
-    -> result (D,), NaN if there are none: the same bits however they are divided."""
+    """result (D,) = attention of one query (D,) over m first keys and values, then n others.
+    m is a multiple of 8, so the bits do not depend on the split. Without keys, result is NaN."""
     n_first, width = first_keys.shape
     n_keys = n_first + keys.shape[0]
     scores = np.empty(n_keys, query.dtype)
@@ -287,7 +287,7 @@ def attend_head(
 
 @compiled()
 def seen_of(stored: Place, row: int, group: int, first: int, last: int, width: int) -> Array:
-    """Columns `first` to `last` of a row's and a head's keys or values (columns,width)."""
+    """Columns `first` to `last` of the keys or values of one row and head -> (last-first,width)."""
     address, row_bytes, columns, like = stored
     at = address + row * row_bytes + (group * columns + first) * width * like.itemsize
     return carray(pointer(at, like), (last - first, width))
@@ -297,8 +297,8 @@ def seen_of(stored: Place, row: int, group: int, first: int, last: int, width: i
 def sinks_apart(
     stored: Place, row: int, group: int, span: Array, width: int
 ) -> tuple[Array, Array]:
-    """What a query sees by its span as in `attend`: sinks, with as many of the others as make whole
-    eights, and the rest; without sinks all are the rest."""
+    """The keys or values that a query sees, in two parts: the sinks, filled up with others to a
+    multiple of 8, and the rest. Without sinks the first part is empty. span: as in `attend`."""
     others = seen_of(stored, row, group, span[0], span[1], width)
     n_sinks = span[3] - span[2]
     if not n_sinks:
@@ -318,7 +318,7 @@ def attend_part(
     q: Array, begin: int, end: int, n_each: int, n_groups: int, k: Place, v: Place, spans: Array,
     y: Array,
 ) -> None:  # fmt: skip
-    """`attend` for the heads from number `begin` to `end`, counted over all queries."""
+    """`attend` for heads `begin` to `end`, numbered over all queries."""
     n_heads = q.shape[1]
     for at in range(begin, end):
         i, h = at // n_heads, at % n_heads
@@ -332,7 +332,7 @@ def attend_part(
 def attend_by_threads(
     q: Array, parts: int, n_each: int, n_groups: int, k: Place, v: Place, spans: Array, y: Array
 ) -> None:
-    """`attend`, each of `parts` threads with its own heads."""
+    """`attend` by `parts` threads; each computes its own heads."""
     use_threads(parts)
     for part in numba.prange(parts):
         n, at = q.shape[0] * q.shape[1], np.int64(part)
@@ -345,11 +345,11 @@ def attend(
     q: Array, n_each: int, n_groups: int, k: Place, v: Place, spans: Array, y: Array,
     threads: int, large: int,
 ) -> None:  # fmt: skip
-    """Queries of each head, q (n,H,D), `n_each` of a row, over keys and values -> y (n,H,D).
+    """y (n,H,D) = attention of queries q (n,H,D), `n_each` a row, over keys and values.
 
-    Query i sees the columns from spans[i,2] to spans[i,3], sinks, and then those from spans[i,0] to
-    spans[i,1]; NaN if there are none. k and v say where (B,n_groups,columns,D) is. Several threads
-    share `large` numbers to read or more. Heads of queries share heads of keys (Ainslie 2023).
+    Query i sees columns spans[i,2] to spans[i,3], the sinks, then spans[i,0] to spans[i,1]. If it
+    sees none, its y is NaN. k and v: the place of (B,n_groups,columns,D). Query heads share
+    key-value heads (Ainslie 2023). Threads share the work if it reads `large` numbers or more.
     """
     n = q.shape[0]
     seen = 0
@@ -365,8 +365,8 @@ def attend(
 def attend_columns(
     q: Array, row: int, n_groups: int, k: Place, v: Place, columns: Array, y: Array
 ) -> None:
-    """`attend` for one query of a row, q (H,D), over the columns (n,) that are listed: copied, so
-    that they are side by side."""
+    """y (H,D) = attention of one query q (H,D) of a row over the listed columns (n,), whose keys
+    and values are copied first, since `attend_head` needs them contiguous."""
     n, (n_heads, width) = columns.shape[0], q.shape
     keys, values = np.empty((n, width), k[3].dtype), np.empty((n, width), v[3].dtype)
     for group in range(n_groups):
@@ -381,7 +381,8 @@ def attend_columns(
 
 
 def forms(real: types.Type, kind: types.Type) -> Forms:
-    """What computes in `real` with weights, keys and values of `kind`, what is called first."""
+    """The functions of this file with their argument types: they compute in `real`, with weights,
+    keys and values of `kind`. A function comes after those that it calls."""
     n, (x1, x2, x3), (w1, w2, _) = types.intp, dense(real), dense(kind)
     (columns, spans, _), place = dense(n), types.Tuple((n, n, n, w1))
     read = n, n, place, place, spans, x3

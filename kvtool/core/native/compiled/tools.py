@@ -1,11 +1,11 @@
-"""How functions are compiled by numba here, and numbers that it does not know read and written.
+"""Compiling functions with numba, and reading and writing half formats, which numba lacks.
 
-An address takes the place of an array, and whole numbers of 16 bits that of half formats: bfloat16
-as uint16, float16 as int16, which are computed with as float32.
+Compiled code reads arrays by their addresses. Half formats are stored as integers of 16 bits,
+bfloat16 as uint16 and float16 as int16, and computed in float32.
 
-numba copies what a function calls into it, and what that calls, and compiles all of it again: so a
-step of a decoder took half a minute. A `Shared` function is compiled once for each format, and
-called where it stands.
+numba compiles a function together with a copy of every function that it calls, at any depth. So a
+decoding step took half a minute to compile. A `Shared` function is compiled once for each format,
+and then called at its address.
 """
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ Array = NDArray[Any]
 Forms = Iterator[tuple["Shared", tuple[Any, ...]]]  # functions, each with the types of arguments
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# numba looks for this file in the current folder, also whenever it compiles. If it was imported
-# before, that folder may have been a stranger's.
+# Whenever numba compiles, it reads this settings file from the current folder. An import of numba
+# before this one may have read it already, from a folder that is not trusted.
 numba.core.config._config_fname = os.devnull  # type: ignore[attr-defined]
 numba.core.config.reload_config()  # type: ignore[attr-defined]
 
-# What is kept on disk refers to functions of numba's threads; and numba forgets to load these first
-# where the functions that it was made of came from disk themselves.
+# Code on disk calls functions of numba's thread pool. numba does not load these by itself if all
+# the functions that the code was made of came from disk as well.
 numba.get_num_threads()
-# Without OpenMP numba's own threads serve, which end the process if two of Python's ask them.
+# Without OpenMP numba uses a pool of its own, which ends the process if two Python threads use it.
 ALONE = numba.threading_layer() == "workqueue"
 MOST_THREADS = 1 if ALONE else int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
-# Without this instruction of its processors LLVM calls functions that are not there.
+# Without F16C on x86, LLVM calls conversion functions that do not exist here.
 CODEGEN = cpu_target.target_context.codegen()
 TRIPLE, _, FEATURES = CODEGEN.magic_tuple()
 CONVERTS_FLOAT16 = not TRIPLE.startswith(("x86", "i")) or "+f16c" in FEATURES
 
-# How many of them share the loops that follow, at most those. numba's own function for it takes as
-# long as a small layer.
+# Sets how many threads share the next parallel loops, at most MOST_THREADS. numba's own function
+# for this takes as long as a small layer.
 use_threads: Any = types.ExternalFunction("set_num_threads", types.void(types.intc))
 
-# Sums may be taken in several parts, or nothing could be vectorised; NaN and infinity stay.
+# LLVM may reorder sums, or it could vectorise nothing. NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
-# numba keeps a function until its own file changes, but it may hold some of another file.
+# numba recompiles a function if its own file changes, but its code may include other files' too.
 SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:8]
 
 
 def _places() -> Iterator[Path]:
-    """Where code may be kept, the first choice first."""
+    """Folders that may keep compiled code, the first choice first."""
     if asked := os.environ.get("NUMBA_CACHE_DIR"):
         yield Path(asked)
     yield Path(__file__).parent / "__pycache__" / "native"
@@ -72,8 +72,11 @@ def _places() -> Iterator[Path]:
 
 
 def _chosen() -> tuple[str, str]:
-    """The folder where code is kept, and why not in the first choice: it is run when it is read, so
-    nobody else may be able to put it there, nor a folder that one happens to stand in."""
+    """The folder that keeps compiled code -> its path and "", or "" and why there is none.
+
+    Code from this folder is executed. So only the user may be able to write there, and its path may
+    not depend on the current folder.
+    """
     reasons = []
     for place in _places():
         reason = made_private(place) if place.is_absolute() else f"{place} depends on where one is"
@@ -83,13 +86,14 @@ def _chosen() -> tuple[str, str]:
     return "", reasons[0]
 
 
-FOLDER, NOT_KEPT = _chosen()  # the second says why there is none
+FOLDER, NOT_KEPT = _chosen()  # NOT_KEPT: why there is no folder
 
 
 def compiled(parallel: bool = False, fast: bool = True) -> Callable[[Function], Function]:
-    """numba.njit, kept on disk for the next process where there is a folder for it.
+    """numba.njit, with the code kept on disk for the next process if there is a folder for it.
 
-    fast: whether sums may be taken in another order, and a product and a sum be rounded once.
+    parallel: whether `numba.prange` uses threads. fast: whether LLVM may reorder sums, and round a
+    product and a sum once (fused multiply-add).
     """
 
     def decorate(function: Function) -> Function:
@@ -104,7 +108,7 @@ def compiled(parallel: bool = False, fast: bool = True) -> Callable[[Function], 
 
 
 def _kept(function: Function, options: dict[str, Any]) -> Any:
-    """As `compiled`, kept in FOLDER; None where numba would keep it elsewhere, or not at all."""
+    """As `compiled`, with the code kept in FOLDER; None if numba cannot keep it there."""
     settings: Any = numba.core.config
     before, settings.CACHE_DIR = settings.CACHE_DIR, FOLDER
     try:
@@ -117,28 +121,29 @@ def _kept(function: Function, options: dict[str, Any]) -> Any:
 
 
 class Shared:
-    """A function that others call at its address: compiled once for the types that it is `load`ed
-    for, and for no others when called from compiled code. From Python it is an ordinary one.
+    """A compiled function that other compiled code calls at its address.
 
-    Code on disk names what it calls: `load` that first, or the process ends when it is linked.
+    Compiled code can call it only with argument types it was `load`ed for; Python can call it with
+    any. Code on disk refers to the functions that it calls by name: `load` these first, or linking
+    ends the process.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         self.name = f"kvtool.{function.__module__}.{function.__qualname__}.{VERSION}"
         self.function: Any = compiled(**options)(function)
-        self.forms: dict[tuple[Any, ...], tuple[Any, str]] = {}  # by types: what numba has, symbol
+        self.forms: dict[tuple[Any, ...], tuple[Any, str]] = {}  # types -> numba's result, symbol
 
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 
     @property
     def folder(self) -> Path | None:
-        """Where code is kept, if there is a folder to write to."""
+        """The folder that keeps the code, or None."""
         path = self.function.stats.cache_path
         return Path(path) if path else None
 
     def load(self, *kinds: Any) -> bool:
-        """Compile for arguments of these numba types, or read that from disk -> whether it was
+        """Compile for arguments of these numba types, or load the code from disk -> whether it was
         compiled."""
         if kinds in self.forms:
             return False
@@ -153,7 +158,7 @@ class Shared:
 
 
 def shared(parallel: bool = False, fast: bool = True) -> Callable[[Callable[..., Any]], Shared]:
-    """`compiled`, as a function that is called where it stands."""
+    """`compiled`, as a `Shared` function; options as in `compiled`."""
 
     def decorate(function: Callable[..., Any]) -> Shared:
         made = Shared(function, parallel=parallel, fast=fast)
@@ -174,7 +179,7 @@ def shared(parallel: bool = False, fast: bool = True) -> Callable[[Callable[...,
 
 
 def _calling(made: Shared) -> Any:
-    """How numba makes the call of a shared function."""
+    """The function by which numba generates a call of a shared function."""
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         form, symbol = made.forms[signature.args]
@@ -193,7 +198,7 @@ def _calling(made: Shared) -> Any:
 
 
 def typed_pointer(typing: Any, address: Any, like: Any) -> Any:
-    """An address as a pointer to numbers of the type of `like`, for carray."""
+    """An intrinsic: address, `like` -> a pointer to numbers of the type of `like`, for carray."""
     kind = types.CPointer(like.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -206,7 +211,10 @@ pointer: Any = intrinsic(typed_pointer)
 
 
 def typed_number(typing: Any, x: Any) -> Any:
-    """A number as it is computed with: a bfloat16 is the upper half of a float32."""
+    """An intrinsic: a stored number -> the float to compute with, float32 for half formats.
+
+    A bfloat16 is the upper half of a float32.
+    """
     if isinstance(x, types.Float):
         return x(x), lambda context, builder, signature, args: args[0]
 
@@ -223,7 +231,8 @@ number: Any = intrinsic(typed_number)
 
 
 def typed_kept(typing: Any, x: Any, kind: Any) -> Any:
-    """A number as it is stored in arrays of the type of `kind`: rounded to nearest even."""
+    """An intrinsic: a float, `kind` -> the number as arrays of the type of `kind` store it, rounded
+    to nearest even."""
     if isinstance(kind.dtype, types.Float):
         return x(x, kind), lambda context, builder, signature, args: args[0]
 
@@ -235,7 +244,7 @@ def typed_kept(typing: Any, x: Any, kind: Any) -> Any:
         odd = builder.and_(builder.lshr(bits, shift), ir.Constant(bits.type, 1))
         upper = builder.lshr(builder.add(bits, builder.add(odd, half)), shift)
         is_nan = builder.fcmp_unordered("uno", args[0], args[0])
-        nan = ir.Constant(bits.type, 0x7FC0)  # or the sum could carry into infinity and beyond
+        nan = ir.Constant(bits.type, 0x7FC0)  # rounding could carry a NaN's bits past infinity
         return builder.trunc(builder.select(is_nan, nan, upper), ir.IntType(16))
 
     return kind.dtype(types.float32, kind), generate
@@ -246,18 +255,18 @@ kept: Any = intrinsic(typed_kept)
 
 @compiled()
 def vector(address: int, n: int, like: Array) -> Array:
-    """The n numbers at an address."""
+    """An array (n,) over the numbers at an address, of the type of `like`."""
     return carray(pointer(address, like), (n,))
 
 
 @compiled()
 def copy_rows(x: Array, y: Array) -> None:
-    """y (n,d) = x (n,d): an assignment to a slice would compile words for shapes that differ."""
+    """y (n,d) = x (n,d); y[:] = x would also compile an error message for shapes that differ."""
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
             y[i, j] = x[i, j]
 
 
 def dense(kind: Any) -> tuple[Any, Any, Any]:
-    """numba's types of dense arrays of one, two and three dimensions."""
+    """numba's types of contiguous arrays of `kind` with one, two and three dimensions."""
     return kind[::1], kind[:, ::1], kind[:, :, ::1]

@@ -1,8 +1,8 @@
-"""What a training step does beside products of matrices, compiled by numba: forward and backward.
+"""Dropout and attention of a training step, forward and backward, compiled by numba.
 
 PyTorch does each of these in several passes over memory, with casts between. Here one pass reads a
 row, computes in float32 and rounds once. Numbers are float32, or bfloat16 as uint16. Threads share
-the rows, of which each is treated by itself, so that their number does not matter.
+the rows. Each row is computed alone, so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -32,28 +32,30 @@ from kvtool.core.native.compiled.tools import (
     vector,
 )
 
-# An address, the bytes to the next row and to the next token, and the tokens of a row.
+# Address, bytes to the next row, bytes to the next token, tokens of a row.
 Place = tuple[int, int, int, int]
 
 
 @compiled()
 def read(x: Array, y: Array) -> None:
-    """y (n,) float32 = x (n,)"""
+    """y (n,) float32 = x (n,)."""
     for i in range(x.shape[0]):
         y[i] = number(x[i])
 
 
 @compiled()
 def write(x: Array, y: Array) -> None:
-    """y (n,) = x (n,) float32"""
+    """y (n,) = x (n,) float32, rounded to the type of y."""
     for i in range(x.shape[0]):
         y[i] = kept(x[i], y)
 
 
 @compiled()
 def keeps(index: int, least: int) -> bool:
-    """Whether an element stays: if 32 bits that look random (Wellons 2018, lowbias32, but for its
-    last step, which changes no upper bits) are `least` or more, as an int32."""
+    """Whether dropout keeps the element `index`: if its hash, an int32, is `least` or more.
+
+    The hash is lowbias32 (Wellons 2018) without its last step, which changes no upper bits.
+    """
     h = np.uint32(index)
     h = np.uint32((h ^ (h >> np.uint32(16))) * np.uint32(0x7FEB352D))
     h = np.uint32((h ^ (h >> np.uint32(15))) * np.uint32(0x846CA68B))
@@ -64,7 +66,7 @@ def keeps(index: int, least: int) -> bool:
 def dropout_part(
     x: Array, onto: Array, start: int, least: int, scale: float, y: Array, first: int, last: int
 ) -> None:
-    """`dropout` of rows `first` to `last`."""
+    """`dropout` for rows `first` to `last`."""
     row, factor = np.empty(x.shape[1], np.float32), np.float32(scale)
     for n in range(first, last):
         read(x[n], row)
@@ -82,8 +84,10 @@ def dropout_part(
 def dropout(
     x: Array, onto: Array, start: int, least: int, scale: float, y: Array, threads: int
 ) -> None:
-    """y (n,d) = x (n,d) times scale, or 0 where an element is dropped, plus onto (n,d) if it has
-    elements; `start` is the first element's index."""
+    """y (n,d) = x (n,d) times `scale`, with dropped elements 0, plus onto (n,d) or nothing (0,1).
+
+    start: index of the first element, for `keeps`.
+    """
     use_threads(threads)
     for part in numba.prange(threads):
         n, at = x.shape[0], np.int64(part)
@@ -93,7 +97,7 @@ def dropout(
 
 @compiled()
 def read_row(stored: Place, row: int, like: Array, x: Array) -> None:
-    """x (T*H,D) float32 = a row's tokens, which are stored in numbers `like`."""
+    """x (T*H,D) float32 = the tokens of a row, stored in the type of `like`."""
     address, of_row, of_token, n_tokens = stored
     tokens = x.reshape(n_tokens, x.size // n_tokens)
     for t in range(n_tokens):
@@ -102,7 +106,7 @@ def read_row(stored: Place, row: int, like: Array, x: Array) -> None:
 
 @compiled()
 def write_row(x: Array, stored: Place, row: int, like: Array) -> None:
-    """What `read_row` would read becomes x."""
+    """The tokens of a row = x (T*H,D) float32, stored in the type of `like`."""
     address, of_row, of_token, n_tokens = stored
     tokens = x.reshape(n_tokens, x.size // n_tokens)
     for t in range(n_tokens):
@@ -111,7 +115,7 @@ def write_row(x: Array, stored: Place, row: int, like: Array) -> None:
 
 @compiled()
 def multiply(x: Array, h: int, n: int, y: Array, group: int, m: int, z: Array) -> None:
-    """z (T,S) = head h of x (T*n,D) times head `group` of y (S*m,D)"""
+    """z (T,S) = head h of x (T*n,D) times the transpose of head `group` of y (S*m,D)."""
     size = 4 * x.shape[1]  # bytes of a head
     for i in range(z.shape[0]):
         for j in range(z.shape[1]):
@@ -124,7 +128,7 @@ def multiply(x: Array, h: int, n: int, y: Array, group: int, m: int, z: Array) -
 
 @compiled()
 def add_product(w: Array, x: Array, h: int, n: int, y: Array, group: int, m: int) -> None:
-    """Head `group` of y (T*m,D) += w (T,S), which may be turned, times head h of x (S*n,D)"""
+    """Head `group` of y (T*m,D) += w (T,S) times head h of x (S*n,D); w may be a transpose."""
     size = 4 * x.shape[1]
     for i in range(w.shape[0]):
         for at in range(0, size, NBYTES):
@@ -139,7 +143,7 @@ def add_product(w: Array, x: Array, h: int, n: int, y: Array, group: int, m: int
 
 @compiled()
 def softmax(scores: Array, seen: Array, scale: float) -> None:
-    """scores (H,T,S) become weights over the keys that are True in seen (T,S)."""
+    """Turn scores (H,T,S) into weights over the keys that are True in `seen` (T,S), in place."""
     for h in range(scores.shape[0]):
         for i in range(scores.shape[1]):
             largest = np.float32(-np.inf)
@@ -161,7 +165,7 @@ def softmax(scores: Array, seen: Array, scale: float) -> None:
 
 @compiled()
 def softmax_backward(weights: Array, grads: Array, scale: float) -> None:
-    """grads (T,S) of weights (T,S) become those of the scores before `softmax`."""
+    """Turn gradients (T,S) of weights (T,S) into those of the scores before `softmax`, in place."""
     for i in range(grads.shape[0]):
         mean = np.float32(0)
         for j in range(grads.shape[1]):
@@ -175,7 +179,7 @@ def attend_part(
     q: Place, k: Place, v: Place, n_groups: int, seen: Array, weights: Array, y: Array,
     first: int, last: int,
 ) -> None:  # fmt: skip
-    """`attend` of rows `first` to `last`."""
+    """`attend` for rows `first` to `last`."""
     _, n_queries, n_heads, width = y.shape
     n_keys, like = seen.shape[2], y[0, 0, 0]
     queries = np.empty((n_queries * n_heads, width), np.float32)
@@ -200,8 +204,10 @@ def attend_part(
 def attend(
     q: Place, k: Place, v: Place, n_groups: int, seen: Array, weights: Array, y: Array, threads: int
 ) -> None:
-    """Attention over the keys that are True in seen (1 or B,T,S) -> weights (B,H,T,S) float32 and
-    y (B,T,H,D), which is of the type of q, k and v."""
+    """Attention over the keys that are True in `seen` (1 or B,T,S).
+
+    Writes weights (B,H,T,S) float32, and y (B,T,H,D) in the type of q, k and v.
+    """
     use_threads(threads)
     for part in numba.prange(threads):
         batch, at = y.shape[0], np.int64(part)
@@ -214,7 +220,7 @@ def attend_backward_part(
     dy: Place, q: Place, k: Place, v: Place, n_groups: int, weights: Array, like: Array,
     dq: Place, dk: Place, dv: Place, first: int, last: int,
 ) -> None:  # fmt: skip
-    """`attend_backward` of rows `first` to `last`."""
+    """`attend_backward` for rows `first` to `last`."""
     _, n_heads, n_queries, n_keys = weights.shape
     width = like.shape[0]
     queries = np.empty((n_queries * n_heads, width), np.float32)
@@ -247,7 +253,10 @@ def attend_backward(
     dy: Place, q: Place, k: Place, v: Place, n_groups: int, weights: Array, like: Array,
     dq: Place, dk: Place, dv: Place, threads: int,
 ) -> None:  # fmt: skip
-    """Gradients of `attend`, of numbers `like` (D,)."""
+    """Write the gradients dq, dk and dv of `attend` from dy and its weights.
+
+    like (D,): an array of the type of all the tensors.
+    """
     use_threads(threads)
     for part in numba.prange(threads):
         batch, at = weights.shape[0], np.int64(part)
@@ -256,7 +265,8 @@ def attend_backward(
 
 
 def forms() -> Forms:
-    """All of these functions, what is called first: of float32 (f), and of bfloat16 as bits (h)."""
+    """The functions of this file with their argument types, for float32 (f) and bfloat16 bits (h).
+    A function comes after those that it calls."""
     n, real, f, h = types.intp, types.float64, types.float32, types.uint16
     for x, onto, y in ((h, f, f), (f, f, f), (f, f, h)):
         yield dropout, (x[:, ::1], onto[:, ::1], n, n, real, y[:, ::1], n)
