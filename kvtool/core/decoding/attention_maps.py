@@ -1,4 +1,4 @@
-"""How much each token of a target read from each token of its source: cross-attention weights."""
+"""Cross-attention weights: how much each target token read from each source token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvtool.core.text.tokenizer import BOS, SPECIALS, Tokenizer
 
 
 class WeightRecorder:
-    """Kernels that compute as `kernels` do, and keep the weights of each attention over `keys`."""
+    """Kernels that compute as `kernels` do and record the weights of each attention over `keys`."""
 
     def __init__(self, kernels: Kernels, keys: Tensor) -> None:
         self.name = kernels.name
@@ -25,11 +25,13 @@ class WeightRecorder:
         self.found: list[Tensor] = []  # each (B,H,T,S), float64
 
     def per_token(self, x: Tensor, *layers: Layer) -> Tensor:
+        """As `Kernels.per_token`."""
         return self.kernels.per_token(x, *layers)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
+        """As `Kernels.attention`; records the weights if `k` is the tensor `keys` itself."""
         if k is self.keys:
             self.found.append(reference_weights(q, k, mask_tensor(mask), causal))
         return self.kernels.attention(q, k, v, mask, causal)
@@ -43,11 +45,12 @@ def cross_attention_weights(
     layer: int,
     kernels: Kernels = DEFAULT,
 ) -> Tensor:
-    """The weights of one decoder layer for a target that the model has chosen, (H,T,S) in float64.
+    """The cross-attention weights of one decoder layer for a decoded target: (H,T,S) in float64.
 
-    Row t has the weights of the step that chose target[t], which read the tokens before it; so the
-    end token has a row if it is in `target`. They come from the queries and keys of one pass over
-    the whole target, which are those of decoding: bit for bit with exact kernels, else to rounding.
+    source (S,) and target (T,) are ids. Row t belongs to the step that chose target[t], and that
+    step read the tokens before it. So the end token has a row if it is in `target`. One pass over
+    the whole target gives the same queries and keys as decoding: bit for bit with exact kernels,
+    otherwise up to rounding.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([source], device=device)
@@ -60,7 +63,7 @@ def cross_attention_weights(
 
 
 def labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Each token's own text in visible characters; a special token's is its name."""
+    """The text of each token in visible characters, or the name of a special token."""
     return [_label(tokenizer, token) for token in ids]
 
 
@@ -72,8 +75,8 @@ def _label(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _text_of_bytes(piece: str) -> str:
-    """The text that a byte-level piece stands for, with \\x.. for part of a character."""
-    alphabet = set(ByteLevel.alphabet())  # a character a byte: itself, or one from 256 on
+    """The text of a byte-level piece, with \\x.. for the bytes of a partial character."""
+    alphabet = set(ByteLevel.alphabet())  # one character for each byte: itself, or one from 256 on
     if not alphabet.issuperset(piece):
         return piece
     others = [byte for byte in range(256) if chr(byte) not in alphabet]
@@ -82,5 +85,5 @@ def _text_of_bytes(piece: str) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` on one line, with escapes such as \\n for what cannot be seen."""
+    """`text` on one line, with escapes such as \\n for characters that do not print."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""Beam search: several continuations side by side, the likeliest kept, by rows of one cache."""
+"""Beam search: the likeliest continuations of a prompt, each in a row of one cache."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.machine import require_memory
 from kvtool.core.models import Model
 
-NOTHING = float("-inf")  # the logarithm of what cannot be
+NOTHING = float("-inf")  # the logarithm of probability 0
 
-Choice = tuple[int, int, float]  # a row, the token after it, nats of both
+Choice = tuple[int, int, float]  # a row, its next token, and the log probability of both in nats
 
 
 @dataclass(frozen=True)
 class Beam:
-    """How to search: `size` live continuations at a time, and the best `n_best` are returned."""
+    """How to search: with `size` live continuations of each prompt, for the best `n_best`."""
 
-    size: int = 4  # 1: the greedy continuation alone
-    length_penalty: float = 0.6  # 0: none, which favours short targets
+    size: int = 4  # 1: only the greedy continuation
+    length_penalty: float = 0.6  # 0: no penalty, which favours short targets
     n_best: int = 1
 
     @property
     def n_rows(self) -> int:
-        """Rows that one prompt may need: the greedy continuation may be none of the likeliest."""
+        """Cache rows for one prompt: the beam, and one for a greedy continuation outside it."""
         return self.size + (self.size > 1)
 
     def score(self, log_prob: float, length: int) -> float:
-        """What hypotheses of different lengths are compared by (Wu 2016, eq. 14)."""
+        """The score that ranks hypotheses of different lengths (Wu 2016, eq. 14)."""
         return log_prob / ((5 + length) / 6) ** self.length_penalty
 
     def bound(self, log_prob: float, length: int, limit: int) -> float:
         """The best score that a live continuation of `length` tokens may still reach.
 
-        It can only lose probability, and will have from one token more to `limit`. The penalty
-        rises or falls with the length all the way, so one of these two lengths is the best.
+        Its probability can only fall, and it will end with between length + 1 and `limit` tokens.
+        The penalty is monotonic in the length, so one of these two lengths gives the best score.
         """
         return max(self.score(log_prob, length + 1), self.score(log_prob, limit))
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A continuation without its end token, which counts in the logarithm of its probability."""
+    """A finished continuation."""
 
-    ids: list[int]
-    log_prob: float  # nats
-    score: float
+    ids: list[int]  # without the end token
+    log_prob: float  # nats, the end token included
+    score: float  # `Beam.score`
     ended: bool  # by the model, not by the limit
 
 
@@ -74,22 +74,23 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """The best continuations of each prompt (S,P), at most `limits[s]` tokens long, best first.
 
-    `eos` ends a continuation; there may be several such tokens. What ends takes no place from what
-    is live: each live row may end at each step, and the `beam.n_best` best of all that ended are
-    kept, while the `beam.size` likeliest that did not end live on. A row leaves the batch when it
-    can no longer become one of the best, whatever the length penalty (`Beam.bound`), and a prompt
-    with its last row. What reaches the limit unended is ranked with the rest by the same score:
-    targets that ended, and those cut at the limit, are all there is, and their probabilities add up
-    to one.
+    kind: of the cache. eos: the tokens that end a continuation. source: the encoded sources (S,...)
+    of an encoder-decoder. tell: called after each step with the bytes of the caches.
 
-    The best is never below the greedy continuation, which plain beam search may lose: where that is
-    not among the likeliest, one more row carries it on, and nothing but it: the cost is that row,
-    as long as it lives, and room for it in the cache. (With default kernels
-    a row's rounding depends on the batch, so near ties may fall otherwise than alone.) Nor is it
-    below plain beam search of this size; a larger beam may still find less than a smaller one.
+    Every live row may end at every step. The `beam.n_best` best ended continuations are kept. The
+    `beam.size` likeliest that did not end stay live; ended ones take none of these places. A row
+    leaves the batch when no length can make it one of the best (`Beam.bound`), and a prompt leaves
+    with its last row. A continuation cut at the limit is ranked by the same score as those that
+    ended. Together they are all possible outcomes, and their probabilities add up to one.
 
-    `tell` is given the bytes of the cache after each step. Raises CapacityError before any work if
-    the context is too short, CheckFailed if logits are not finite.
+    The best score is never below that of the greedy continuation, which plain beam search may lose.
+    If the greedy continuation is not among the likeliest, an extra row of the cache carries it on.
+    Nor is the best score below that of plain beam search of this size. A larger beam may still find
+    a worse one than a smaller beam. With default kernels the rounding of a row depends on the
+    batch, so near ties may be decided otherwise than alone.
+
+    Raises CapacityError, before any work, if the context is too short or the cache does not fit
+    into memory, and CheckFailed if logits are not finite.
     """
     check_context(prompt.shape[1], max(limits), model.config.context)
     search = _Search(prompt, limits, beam, eos)
@@ -101,7 +102,7 @@ def beam_search(
     what, needed = f"a cache for {n_rows} beams", capacity * spec.token_nbytes
     require_memory(what, needed, weight.device, dtype=weight.dtype)
     cache: Cache = make_cache(kind, spec)
-    cache.select(torch.arange(len(limits), device=prompt.device))  # one row reads a prompt
+    cache.select(torch.arange(len(limits), device=prompt.device))  # one row prefills each prompt
     read, reading = source, search.prompts
     while search.rows:
         logits = feed(decode, cache, search.ids, read, last=True)[:, -1]
@@ -117,18 +118,18 @@ def beam_search(
 
 
 class _Row(NamedTuple):
-    """A continuation that has not ended: that of row `parent` of the step before, and `token`."""
+    """A live continuation: that of row `parent` of the step before, then `token`."""
 
-    prompt: int
+    prompt: int  # index of its prompt
     parent: int
     token: int
     log_prob: float  # nats
-    in_beam: bool  # among the likeliest; else here only for being greedy
+    in_beam: bool  # False: it is kept only because it is the greedy continuation
     is_greedy: bool
 
 
 class _Search:
-    """The rows of all prompts that are not done: those of the first, then of the next."""
+    """The live rows of all unfinished prompts, in the order of the prompts."""
 
     def __init__(
         self,
@@ -147,18 +148,18 @@ class _Search:
 
     @property
     def prompts(self) -> list[int]:
-        """That of each row."""
+        """The prompt of each row."""
         return [row.prompt for row in self.rows]
 
     def advance(self, logits: Tensor) -> list[int]:
-        """Take logits (R,V) of the rows -> the rows to go on from, one for each that is left."""
+        """Extend the rows by their logits (R,V) -> the parent row of each row that is live now."""
         before = torch.tensor([row.log_prob for row in self.rows], dtype=torch.float64)
         found = before.to(logits.device)[:, None] + logits.double().log_softmax(-1)
         top = logits.max(-1).indices
         greedy = list(zip(top.tolist(), found.gather(1, top[:, None])[:, 0].tolist(), strict=True))
         ending = [NOTHING] * len(found)
         if self.ends:
-            # Of several ways to end only the likeliest: others would be the same target again.
+            # Only the likeliest end token counts: the others would give the same target again.
             ending = found[:, self.ends].amax(-1).tolist()
             found[:, self.ends] = NOTHING
         self.n_made += 1
@@ -175,8 +176,10 @@ class _Search:
         return parents
 
     def _likeliest(self, members: list[list[int]], found: Tensor) -> list[list[Choice]]:
-        """How the beams of each prompt, which are among its rows `members`, go on, the likeliest
-        `size` ways by found (R,V)."""
+        """The `size` likeliest next choices for each prompt, among the beam rows in `members`.
+
+        found (R,V): the log probability of each row with each next token.
+        """
         beams = [[i for i in own if self.rows[i].in_beam] for own in members]
         width, n_vocab = max(map(len, beams)), found.shape[1]
         if not width:
@@ -203,7 +206,12 @@ class _Search:
         ending: list[float],
         greedy: list[tuple[int, float]],
     ) -> list[_Row]:
-        """Take in what ends of a prompt's rows `own` -> how they go on, if they may still win."""
+        """Record the ended continuations of a prompt's rows `own` -> its next rows, without those
+        that cannot become one of the best.
+
+        ending: each row's log probability with the end token. greedy: its likeliest token with the
+        log probability.
+        """
         going = [
             _Row(prompt, i, token, value, True, self.rows[i].is_greedy and token == greedy[i][0])
             for i, token, value in choices
@@ -226,12 +234,12 @@ class _Search:
         return [r for r in going if self.beam.bound(r.log_prob, self.n_made, limit) > worst]
 
     def _worst(self, prompt: int) -> float:
-        """What a hypothesis must surpass to be one of the best."""
+        """The score that a hypothesis must exceed to become one of the best."""
         best = self.best[prompt]
         return best[-1].score if len(best) == self.beam.n_best else NOTHING
 
     def _take(self, prompt: int, row: int, token: int | None, log_prob: float) -> None:
-        """Make a row a hypothesis, ended or with its last token, if it is one of the best."""
+        """Add a row to the hypotheses if it is one of the best; token None: it has ended."""
         score = self.beam.score(log_prob, self.n_made)
         if score <= self._worst(prompt):
             return

@@ -1,10 +1,10 @@
 """A decoding step on a GPU as a captured CUDA graph, replayed at each token.
 
-A step of one token is a hundred small kernels, and to launch them one by one takes longer than they
-do. A CUDA graph launches all of them in one call. But it replays what it has seen: the addresses,
-the shapes and every number and branch of Python are those of the step that was captured. So a graph
-is kept for each set of these, and is replayed only for a step that has the same. What differs at
-each step, such as the number of tokens before it, is read from memory.
+A step of one token launches about a hundred small kernels, and launching takes longer than running
+them. A CUDA graph launches all of them in one call. But a replay repeats the addresses, the shapes,
+the Python numbers and the branches of the captured step. So each combination of these gets its own
+graph, which is replayed only for steps with the same combination. The graph reads from memory what
+changes at each step, such as the number of tokens before it.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from kvtool.core.native import arrays as native
 from kvtool.core.native import compiling
 
 Decode = Callable[[Tensor, Step, Cache, "CrossCache | None"], Tensor]
-Replay = Callable[[], Tensor]  # -> the result, in memory that is written to again by the next one
-# Captures what a function does to fixed memory, having run it or not: it may be run twice.
+Replay = Callable[[], Tensor]  # -> the result, in memory that the next replay overwrites
+# Captures what a function does to fixed memory. The function may be run more than once.
 Capture = Callable[[Callable[[], Tensor]], Replay]
 
-MOST = 8  # sets of memory, such as caches in turns, whose captured are kept
+MOST = 8  # sets of memory, such as caches used in turns, whose graphs are kept
 
 
 class CudaCapture:
-    """Captures CUDA graphs. They share their intermediate memory, and so must run one by one."""
+    """Captures CUDA graphs. They share their intermediate memory, so they must not run at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # One for all: each stream that cuBLAS meets gets a workspace of its own.
+        # One stream for all graphs: cuBLAS allocates a workspace for each stream.
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], Tensor]) -> Replay:
         with torch.cuda.device(self.device):
-            # Kernels are loaded and workspaces made by a run, since a graph can do neither.
+            # A first run loads kernels and allocates workspaces, which a capture cannot do.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 step()
             torch.cuda.current_stream().wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            # "global" would fail where another thread allocates memory meanwhile.
+            # In mode "global" an allocation by another thread would make the capture fail.
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 result = step()
 
@@ -59,31 +59,29 @@ class CudaCapture:
 
 
 def capture_for(device: torch.device) -> Capture | None:
-    """How steps on a device are captured; None: they are not."""
+    """The capture for steps on `device`; None if it is no GPU."""
     return CudaCapture(device) if device.type == "cuda" else None
 
 
 class CapturedStep(NamedTuple):
-    """A CUDA graph, and the memory that it reads what differs from."""
+    """A CUDA graph and the memory of its inputs."""
 
-    # Where it reads how many tokens stand before, (1,), then the tokens, and the step's tables.
+    # The number of tokens before the step (1,), the tokens (B,1), and the step's tables.
     inputs: list[Tensor]
     replay: Replay
 
 
 class Graphs:
-    """The steps of one new token a row, for caches that are `compilable`: captured when the first
-    of a kind comes, then replayed. In other cases, and while anything watches what PyTorch does,
-    the step is left to be done as it is written.
+    """Captures single-token steps with `compilable` caches, and replays them.
 
-    A cache at other addresses, a source, weights that were exchanged, and numbers of the step that
-    differ all have graphs of their own. Memory is compared as it is at each step, so none is
-    replayed that would touch what is not the cache's any more. For one loop at a time.
+    Another cache, source or weight tensor, and another form of the step, get graphs of their own.
+    The addresses are compared at each step, so no replay touches memory that was freed since. For
+    one decode loop at a time.
     """
 
     def __init__(self, decoder: nn.Module, capture: Capture, device: torch.device) -> None:
         self.capture, self.device = capture, device
-        # Where tensors stand that a step may read, since others may be put there.
+        # The dictionaries that hold the decoder's tensors, since these may be replaced.
         self._places = [
             (owner, name)
             for module in decoder.modules()
@@ -92,7 +90,7 @@ class Graphs:
             if isinstance(value, Tensor)
         ]
         self._kept: dict[tuple[Any, ...], dict[tuple[Any, ...], CapturedStep]] = {}
-        self._memory: list[Tensor] = []  # of the last step, with its addresses and graphs
+        self._memory: list[Tensor] = []  # of the last step, as the next two
         self._addresses: list[int] = []
         self._captured: dict[tuple[Any, ...], CapturedStep] = {}
         self._failed = False
@@ -100,8 +98,11 @@ class Graphs:
     def step(
         self, decode: Decode, tokens: Tensor, cache: Cache, source: CrossCache | None
     ) -> Tensor | str:
-        """A whole step, `begin` and `commit` included: tokens (B,1) -> logits (B,1,V), as `decode`
-        gives, or why it cannot be captured. Raises CapacityError."""
+        """A whole step with the cache's `commit`: tokens (B,1) -> logits (B,1,V), the same as from
+        `decode`, or the reason why the step cannot be captured. Raises CapacityError.
+
+        If a capture fails, `decode` does this step and no later step is captured.
+        """
         if self._failed:
             return "CUDA graphs have failed"
         if native.watched() or torch.is_autocast_enabled(self.device.type):
@@ -119,7 +120,7 @@ class Graphs:
             try:
                 captured[key] = self._capture_step(decode, tokens, cache, fixed, source)
             except RuntimeError as error:
-                # If the step is to blame, it says so itself.
+                # If the step itself is wrong, this call raises its error.
                 logits = decode(tokens, cache.begin(1), cache, source)
                 cache.commit(1)
                 self._failed = True
@@ -136,12 +137,12 @@ class Graphs:
         return logits
 
     def _captured_on(self, held: list[Tensor]) -> dict[tuple[Any, ...], CapturedStep]:
-        """The graphs that touch just the weights and this memory, by the step's key."""
+        """The graphs of the present weights and the memory `held`, by the key of the step."""
         memory = [x for owner, name in self._places if (x := owner.get(name)) is not None]
         memory += held
         addresses = list(map(Tensor.data_ptr, memory))
         if addresses != self._addresses or not all(map(is_, memory, self._memory)):
-            # The same addresses may by now be another tensor's, of another form.
+            # By now a tensor of another shape or dtype may have the same address.
             layout = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in memory)
             if layout not in self._kept and len(self._kept) == MOST:
                 del self._kept[next(iter(self._kept))]
@@ -158,7 +159,7 @@ class Graphs:
         source: CrossCache | None,
     ) -> CapturedStep:
         assert isinstance(cache, DirectAccess), "it gave the step"
-        with torch.inference_mode(False):  # or they could be written to in that mode alone
+        with torch.inference_mode(False):  # inference tensors are read-only outside that mode
             start = torch.full((1,), fixed.start, device=self.device)
             changing = (tokens, *fixed.tables)
             own = [x.clone(memory_format=torch.contiguous_format) for x in changing]
@@ -171,8 +172,7 @@ class Graphs:
 
 
 def _key(tokens: Tensor, cache: Cache, fixed: GraphStep) -> tuple[Any, ...]:
-    """What a step depends on beside numbers in memory: shapes, Python's numbers, and the kernels
-    that PyTorch takes."""
+    """What a graph depends on besides its memory: shapes, Python's numbers, PyTorch's settings."""
     cuda, products = torch.backends.cuda, torch.backends.cuda.matmul
     return (
         type(cache),

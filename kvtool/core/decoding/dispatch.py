@@ -1,8 +1,8 @@
-"""How a step's new tokens are decoded: `DecodingForm.step` is the one place that chooses.
+"""The dispatch of decoding steps: `DecodingForm.step` alone chooses how a step is computed.
 
-There are five ways, with the same bits wherever two of them could do a step: one compiled call for
-all layers, native code layer by layer, the replay of a CUDA graph, the flat form in PyTorch, and
-the model's modules. What stands against a way is asked once a step, and said in words.
+There are five ways: one compiled call for all layers, native code layer by layer, the replay of a
+CUDA graph, the flat form in PyTorch, and the model's modules. Any two of them give the same bits
+for a step that both can do. A way that cannot do a step is refused once, with a reason in words.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from kvtool.core.models.seq2seq import Seq2Seq
 from kvtool.core.native import arrays as native
 from kvtool.core.native.arrays import Array
 
-# What a model is made of, and how each works. A subclass or a patch may do something else, and is
-# left to do it.
+# The modules that faster ways may replace, with their forward. A subclass or a patched forward may
+# compute something else, so it is called as it is.
 KNOWN: dict[type, Any] = {
     kind: kind.forward
     for kind in (
@@ -55,7 +55,7 @@ IDS = (torch.int64, torch.int32)
 
 
 class Way(NamedTuple):
-    """How a step was decoded, and what stood against the faster ways."""
+    """How a step was decoded, and why no faster way was taken."""
 
     name: str
     why: str = ""
@@ -73,21 +73,20 @@ def decoding_form(model: Model | DecodingForm) -> DecodingForm:
 
 
 class DecodingForm:
-    """A model with the ways to decode its steps, for one loop: it keeps the weights that the model
-    has at its first few tokens, and the CUDA graphs that it has captured.
+    """A model with all ways to decode its steps, for one decode loop.
 
-    A model that is watched by hooks, compiled, or made of other modules than ours is left to do
-    every step itself.
+    It keeps the weights that the model has at the first step, and captured CUDA graphs. A model
+    with hooks, a compiled one, or one with modules that are not kvtool's does every step itself.
     """
 
     def __init__(self, model: Model) -> None:
         self.model, self.config = model, model.config
-        self.taken: Counter[Way] = Counter()  # how many steps went which way
+        self.taken: Counter[Way] = Counter()  # the number of steps decoded in each way
         self._foreign = _why_foreign(model)
         self._graphs: graphs.Graphs | None = None
         self._flat: FlatDecoder | None = None
-        self._native: NativeDecoder | str | None = None  # or why there is none
-        self._spec: CacheSpec | None = None  # the last that native code could serve
+        self._native: NativeDecoder | str | None = None  # a str: why there is none
+        self._spec: CacheSpec | None = None  # the last one that native code accepted
         if not self._foreign:
             decoder = model.decoder if isinstance(model, Seq2Seq) else model
             assert isinstance(decoder, Decoder)
@@ -98,13 +97,14 @@ class DecodingForm:
     def step(
         self, new: Tensor | Array, cache: Cache, source: CrossCache | None, last: bool
     ) -> Tensor | Array:
-        """A whole step, from the cache's `begin` to its `commit`, by the fastest way for it.
+        """Decode a whole step, from the cache's `begin` to its `commit`, in the fastest way.
 
-        new (B,n), after what the cache holds -> logits (B,n,V), or (B,1,V) of the last token with
-        `last`: an array from the compiled call, in float32 for half formats; a tensor otherwise.
-        An array of ids asks for no gradients, so inference mode need not be entered for it.
-        Nothing is committed if it raises: CapacityError, and IndexError for a token or position
-        that does not exist.
+        new (B,n): the ids after those that the cache holds -> logits (B,n,V), or (B,1,V) of the
+        last token with `last`. The compiled call returns an array, in float32 for half formats; the
+        other ways return a tensor. An array of ids needs no gradients, so callers need not enter
+        inference mode for it.
+        Raises CapacityError, and IndexError for a token or position that does not exist. Nothing is
+        committed then.
         """
         why = self._foreign or _why_modules(new, cache, source, self.config.n_encoder_layers > 0)
         if not why:
@@ -122,21 +122,20 @@ class DecodingForm:
             return by_modules(self.model, torch.as_tensor(new), cache, source, last)
 
     def captures(self, cache: Cache) -> bool:
-        """Whether single-token steps with this cache are captured as CUDA graphs, so that the first
-        ones take longer than those after them."""
+        """Whether single-token steps with this cache are captured as CUDA graphs; then the first
+        steps take longer than later ones."""
         usual = self._graphs is not None and _are_usual(cache.spec.kernels)
         return usual and not _why_not_captured(cache)
 
     def told(self) -> str:
-        """How many steps were decoded in which way, and why in no faster one, in a line."""
+        """One line: how many steps were decoded in each way, and why in no faster one."""
         return "; ".join(
             f"{n} step{'s' * (n != 1)} by {way.name}" + (f" ({way.why})" if way.why else "")
             for way, n in self.taken.most_common()
         )
 
     def _why_pytorch(self, new: Tensor | Array, kernels: Kernels) -> str:
-        """Why PyTorch computes every layer of a step, though modules do it; empty if native code
-        does."""
+        """Why native code computes no layer of a step; empty if it computes them."""
         if self._graphs is not None:
             return "the weights are on a GPU"
         # Exact kernels leave any number of tokens to native code.
@@ -145,7 +144,7 @@ class DecodingForm:
         if why := native.why_away():
             return why
         if self._native is None:
-            with torch.no_grad():  # weights that could have gradients are as readable as others
+            with torch.no_grad():  # else weights with requires_grad would count as unreadable
                 if why := native.why_unreadable(self.decoder.head.weight):
                     return why
                 self._native = NativeDecoder.of(self.decoder)
@@ -154,7 +153,7 @@ class DecodingForm:
     def _pytorch_step(
         self, why: str, new: Tensor, cache: Cache, source: CrossCache | None
     ) -> Tensor | str:
-        """`step` of one token a row, by a CUDA graph or else the flat form, or why not."""
+        """`step` for one token a row by a CUDA graph, or else the flat form; a str says why not."""
         if new.shape[1] != 1:
             return why
         if not _are_usual(cache.spec.kernels):
@@ -177,7 +176,7 @@ class DecodingForm:
     def _native_step(
         self, new: Tensor | Array, cache: Cache, source: CrossCache | None, last: bool
     ) -> Tensor | Array | str:
-        """`step` in native code, or why not."""
+        """`step` in native code; a str says why not."""
         asked, (batch, n) = new, new.shape
         form = self._native_form(cache.spec)
         if isinstance(form, str):
@@ -210,7 +209,7 @@ class DecodingForm:
         return found
 
     def _native_form(self, spec: CacheSpec) -> NativeDecoder | str:
-        """The model in native code, for a cache of that spec, or why not."""
+        """The model in native code for a cache of that spec; a str says why there is none."""
         assert self._native is not None, "ask _why_pytorch first"
         if isinstance(self._native, str) or spec is self._spec:
             return self._native
@@ -225,7 +224,10 @@ class DecodingForm:
 def by_modules(
     model: Model, new: Tensor, cache: Cache, source: CrossCache | None, last: bool
 ) -> Tensor:
-    """`DecodingForm.step` by the model itself, or whatever is called as `Model.forward`."""
+    """`DecodingForm.step` by the model itself: new (B,n) -> logits (B,n,V) or (B,1,V).
+
+    Raises CapacityError; nothing is committed if the model raises.
+    """
     step: Step = cache.begin(new.shape[1])
     logits: Tensor = model(new, step, cache, source, last)
     cache.commit(new.shape[1])
@@ -233,14 +235,14 @@ def by_modules(
 
 
 def _mode_for(new: Tensor | Array) -> AbstractContextManager[object]:
-    """The mode in which PyTorch does its part: the caller's, or inference mode for an array."""
+    """The mode for PyTorch's operations: the caller's for a tensor, inference mode for an array."""
     return nullcontext() if isinstance(new, Tensor) else torch.inference_mode()
 
 
 def _why_modules(
     new: Tensor | Array, cache: Cache, source: CrossCache | None, reads_source: bool
 ) -> str:
-    """What asks for modules, whatever else could be done; empty if nothing does."""
+    """Why only the model's modules can do this step; empty if other ways may."""
     if isinstance(new, Tensor) and torch.is_grad_enabled():
         return "gradients are asked for"
     if not new.shape[0] == cache.batch > 0:
@@ -253,20 +255,20 @@ def _why_modules(
 def _why_not_captured(cache: Cache) -> str:
     """Why steps with a cache are not captured as CUDA graphs; empty if they are."""
     if type(cache.spec.kernels) is not DefaultKernels:
-        # Others ask the device which keys are seen, and wait for the answer.
+        # Exact kernels read from the GPU which keys are seen, and a capture cannot wait for that.
         return "only default kernels can be captured in a CUDA graph"
     return "" if cache.compilable else f"the memory of a {cache.kind} cache moves"
 
 
 def _are_usual(kernels: Kernels) -> bool:
-    """Whether they are those with which modules, too, use native code."""
+    """Whether these are kvtool's kernels, unchanged: with them modules use native code as well."""
     kind = type(kernels)
     return KERNELS.get(kind) == (kind.per_token, kind.attention) and not vars(kernels)
 
 
 def _why_foreign(model: Model) -> str:
-    """Why no other code may stand for the modules of a model; empty if it may."""
-    if nn.modules.module._has_any_global_hook():  # such as torch's FlopCounterMode has
+    """Why no other code may replace the modules of a model; empty if it may."""
+    if nn.modules.module._has_any_global_hook():  # as torch's FlopCounterMode does
         return "hooks watch every module of this process"
     decoder = model.decoder if isinstance(model, Seq2Seq) else model
     return next(filter(None, map(_why_unknown, (model, *decoder.modules()))), "")

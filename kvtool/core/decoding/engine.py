@@ -1,4 +1,4 @@
-"""The decode loop over token ids: the same for every model and every cache."""
+"""The decode loop over token ids, for every model and every cache."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def feed(
     source: CrossCache | None = None,
     last: bool = False,
 ) -> Tensor:
-    """Run the tokens of `ids` (B,T), a whole history, that the cache does not hold yet.
+    """Run the model on those tokens of a whole history `ids` (B,T) that the cache does not hold.
 
-    -> logits (B,n,V) of those n tokens, or (B,1,V) of the last one. Nothing is committed if the
-    model raises. In a loop, take the model's `decoding_form`. Raises CapacityError.
+    -> logits (B,n,V) of these n tokens, or (B,1,V) of the last one with `last`. In a loop, pass the
+    model's `decoding_form`. Raises CapacityError. Nothing is committed if the model raises.
     """
     new = ids if cache.recompute else ids[:, cache.length :]
     return advance(model, cache, new, source, last)
@@ -41,8 +41,10 @@ def advance(
     source: CrossCache | None = None,
     last: bool = False,
 ) -> Tensor:
-    """One step: `new` (B,n) after what the cache holds, or all tokens for a kind that recomputes
-    -> logits as `feed`. Raises CapacityError."""
+    """Decode one step: the tokens `new` (B,n) after those in the cache -> logits as `feed`.
+
+    For a cache kind that recomputes, `new` is the whole history. Raises CapacityError.
+    """
     if not isinstance(model, DecodingForm):
         return by_modules(model, new, cache, source, last)
     logits = model.step(new, cache, source, last)
@@ -52,9 +54,11 @@ def advance(
 def first_input(
     model: Model, ids: Tensor, kernels: Kernels = DEFAULT
 ) -> tuple[Tensor, CrossCache | None]:
-    """Where decoding starts from `ids` (B,P): the tokens themselves, or for an encoder-decoder the
-    start token (B,1) and the encoded source. `kernels` serve the encoder; a cache's spec has those
-    of the decoder."""
+    """The first input of the decoder, and the encoded source, for `ids` (B,P).
+
+    A decoder-only model gets the ids themselves, and None. An encoder-decoder gets the start token
+    (B,1), and the encoded ids. `kernels` are the encoder's; the decoder's are in the cache's spec.
+    """
     if not model.config.n_encoder_layers:
         return ids, None
     source = model.encode(ids, torch.ones_like(ids, dtype=torch.bool), kernels)
@@ -62,7 +66,7 @@ def first_input(
 
 
 def check_context(n_prompt: int, n_new: int, context: int) -> None:
-    """Raise CapacityError unless a prompt and `n_new` tokens fit into the context."""
+    """Raise CapacityError unless `n_prompt` and `n_new` tokens together fit into the context."""
     if n_prompt + n_new > context:
         raise CapacityError(
             f"the prompt is {n_prompt:,} token{'s' * (n_prompt != 1)} and {n_new:,} more were "
@@ -80,12 +84,13 @@ def generate(
     source: CrossCache | None = None,
     on_step: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Continue `prompt` (B,P) by `n_new` tokens, yielding each (B,) as it is chosen.
+    """Continue `prompt` (B,P) by `n_new` tokens, yielding the tokens (B,) of each step.
 
-    `on_step` is given each step's logits (B,V), to be read at once, and what was chosen (B,). The
-    caller stops the iteration to stop early. To generate again on one cache, pass the same
-    `decoding_form`: it keeps what it has captured. Raises CapacityError before any work if the
-    context is too short, and CheckFailed if logits are not finite.
+    on_step: called at each step with the logits (B,V), valid until the next step, and the chosen
+    tokens (B,). To stop early, stop the iteration. To generate again on one cache, pass the same
+    `decoding_form`, which keeps its captured CUDA graphs.
+    Raises CapacityError, before any work, if the context is too short, and CheckFailed if logits
+    are not finite.
     """
     n_prompt = prompt.shape[1]
     check_context(n_prompt, n_new, model.config.context)
@@ -93,19 +98,20 @@ def generate(
     new: Tensor | Array = prompt if cache.recompute else prompt[:, cache.length :]
     without_gradients = torch.inference_mode()
     for index in range(n_new):
-        # Not around the caller's part, nor a greedy token's in native code: to enter it takes time.
+        # Inference mode must not cover the caller's code. Entering it costs time, so a greedy token
+        # in native code goes without.
         if isinstance(new, Tensor):
             with without_gradients:
                 found = decode.step(new, cache, source, last=True)
         else:
             found = decode.step(new, cache, source, last=True)
-        if sampler.greedy and not isinstance(found, Tensor):  # without PyTorch, which is slow
+        if sampler.greedy and not isinstance(found, Tensor):  # NumPy is faster for a few numbers
             chosen = likeliest(found[:, -1], index)
             token, new = torch.from_numpy(chosen), chosen[:, None].copy()
         else:
             with without_gradients:
                 token = sampler(_as_tensor(found)[:, -1], index)
-                added = token[:, None].clone()  # since the caller's token is its own
+                added = token[:, None].clone()  # the caller may change `token`
                 new = torch.cat([_as_tensor(new), added], dim=1) if cache.recompute else added
         if on_step is not None:
             on_step(_as_tensor(found)[:, -1], token)

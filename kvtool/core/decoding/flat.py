@@ -1,11 +1,11 @@
-"""A decoding step in PyTorch, written flat: what `Decoder.forward` does to one token a row.
+"""A decoding step in PyTorch without calls of modules: `Decoder.forward` for one token a row.
 
-Calling modules and looking up their weights takes as long as a small model's products. The flat
-form does the same operations in the same order, so its logits are the modules' bit for bit;
-`verify-cache` compares them, as the cached arm, with the modules' whole pass.
+In a small model, calling modules and looking up their weights takes as long as the matrix products.
+The flat form does the same operations in the same order, so its logits equal the modules' bit for
+bit. `verify-cache` uses it as the cached arm, and compares it with the modules' uncached pass.
 
-Modules without nn.Module.__call__ that look each weight up once were tried in its place, and were
-slower: at sixteen rows a little, at one row without native code by more than a tenth.
+Modules without nn.Module.__call__ that look up each weight once were tried instead. They were
+slower: a little at sixteen rows, by more than 10 % at one row without native code.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Layer = Callable[[Tensor], Tensor]
 
 
 class FlatBlock(NamedTuple):
-    """A block's layers between its attentions."""
+    """The layers of a block, without its attentions."""
 
-    first: Sequence[Layer]  # norm1, and the projection to queries, keys and values
+    first: Sequence[Layer]  # norm1, then the projection to queries, keys and values
     out: Layer
-    cross: Sequence[Layer]  # norm_cross, and the projection to queries; or nothing
+    cross: Sequence[Layer]  # norm_cross, then the projection to queries; () without a source
     cross_out: Layer | None
-    last: Sequence[Layer]  # norm2, and the feed-forward network
+    last: Sequence[Layer]  # norm2, then the feed-forward network
 
 
 class FlatDecoder:
-    """The step of a Decoder for one new token a row, on the weights that it has now."""
+    """The step of a Decoder for one new token a row; it keeps the weights of its construction."""
 
     def __init__(self, decoder: Decoder) -> None:
         c = decoder.config
@@ -51,7 +51,7 @@ class FlatDecoder:
     def __call__(
         self, tokens: Tensor, step: Step, cache: Cache, source: CrossCache | None
     ) -> Tensor:
-        """tokens (B,1) -> logits (B,1,V)"""
+        """tokens (B,1) -> logits (B,1,V); the caller commits the step."""
         x, per_token = self.embed(tokens, step.q_pos), step.kernels.per_token
         windowed = step.within(self.window)
         for i, block in enumerate(self.blocks):
@@ -65,7 +65,7 @@ class FlatDecoder:
         return per_token(x, *self.logits)
 
     def _turned(self, qkv: Tensor, step: Step) -> tuple[Tensor, ...]:
-        """(B,1,(H+2*Hkv)*D) -> queries, keys and values (B,heads,1,D), by their positions."""
+        """qkv (B,1,(H+2*Hkv)*D) -> q, k, v (B,heads,1,D), rotated if positions are rotary."""
         q, k, v = split_heads(qkv, self.head_dim).split_with_sizes(self.qkv_heads, dim=1)
         if self.rotary is None:
             return q, k, v
@@ -86,7 +86,7 @@ class FlatDecoder:
         return tuple(map(self._layer, modules))
 
     def _layer(self, module: nn.Module) -> Layer:
-        """A layer as a function that has its weights at hand."""
+        """A layer as a function that does not look up its weights."""
         if isinstance(module, LayerNorm):
             shape, (scale, shift) = module.normalized_shape, (module.weight, module.bias)
             return lambda x: torch.layer_norm(x, shape, scale, shift, module.eps)

@@ -1,4 +1,4 @@
-"""`kvtool.generate`: continue a text, or turn a source into its target; the command's way too."""
+"""`kvtool.generate`: continue a prompt or translate a source; the command uses the same code."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ DEFAULT_TOKENS = 200
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was generated from one prompt."""
+    """One continuation of one prompt."""
 
-    ids: list[int]  # of the new tokens, the end token included
-    text: str  # "" of a model without a tokenizer
-    ended: bool  # by the model, not by the most tokens asked for
-    log_prob: float  # nats, of all new tokens by the model itself, however they were chosen
+    ids: list[int]  # the new tokens, the end token included
+    text: str  # "" if the model has no tokenizer
+    ended: bool  # True: by an end token; False: by the limit of tokens
+    log_prob: float  # nats, of all new tokens, before temperature, top-k and top-p
     rank: int = 1  # among the n_best of a prompt
-    score: float | None = None  # of beam search: log_prob with the length penalty
+    score: float | None = None  # beam search only: log_prob with the length penalty
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What was generated from one prompt or several: for each the `n_best`, the best first."""
+    """The `n_best` continuations of each prompt, prompt by prompt, the best first."""
 
     results: list[Continuation] = field(default_factory=list)
-    cache_bytes: int = 0  # the largest, keys and values of a source included
+    cache_bytes: int = 0  # peak of the caches' bytes, the source's keys and values included
 
     @property
     def text(self) -> str:
-        """The best of the first prompt."""
+        """The text of the best continuation of the first prompt."""
         return self.results[0].text
 
     @property
     def ids(self) -> list[int]:
-        """The new tokens of the best of the first prompt."""
+        """The new tokens of the best continuation of the first prompt."""
         return self.results[0].ids
 
 
@@ -73,16 +73,17 @@ def generate(
     on_text: Callable[[str], object] | None = None,
     **choices: Any,
 ) -> Generated:
-    """Continue a prompt, or turn a source into its target, as `kvtool generate` does.
+    """Continue a prompt, or translate a source, as `kvtool generate` does.
 
-    model: a checkpoint that was loaded, the name or folder of one, or a model alone, which has no
-    tokenizer and so takes ids. prompt: a text, or ids (P,) or (B,P); rows are decoded one after the
-    other. cache: a kind with its settings, "paged:page=8". on_text: is given each piece of text as
-    it comes, but of beam search nothing. choices: kernels, temperature, top_k, top_p, beams,
-    length_penalty, n_best and seed, as in GenerateConfig.
-    Raises UsageError for what cannot be asked for, FileError for a folder that cannot be read,
-    CapacityError for what does not fit into the context or the memory, and CheckFailed for logits
-    that are not finite.
+    model: a loaded checkpoint, the name or folder of one, or a bare model. A bare model has no
+    tokenizer, so it needs ids. prompt: text, or ids (P,) or (B,P); rows are decoded one after the
+    other. max_tokens: at most so many new tokens. cache: a kind with its settings, such as
+    "paged:page=8". on_text: called with each piece of text as it is generated; beam search does not
+    call it. choices: kernels, temperature, top_k, top_p, beams, length_penalty, n_best and seed, as
+    in GenerateConfig.
+    Raises UsageError for arguments that are wrong or contradict each other, FileError for a folder
+    that cannot be read, CapacityError if the context or the memory is too small, and CheckFailed if
+    logits are not finite.
 
     >>> found = kvtool.generate("shakespeare-2l", "ROMEO:", 12, temperature=0.0)
     >>> len(found.ids), found.text
@@ -104,7 +105,7 @@ def generate(
 
 
 def _rows(prompt: Tensor | Sequence[int], generator: Generator) -> list[list[int]]:
-    """Rows of ids. Raises UsageError for what are none of the model's."""
+    """The ids of a prompt, row by row. Raises UsageError if the model does not know them."""
     try:
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -122,11 +123,11 @@ def _rows(prompt: Tensor | Sequence[int], generator: Generator) -> list[list[int
 
 
 class Generator:
-    """One model and one way of choosing tokens, for any number of prompts.
+    """Generates from any number of prompts with one model and one GenerateConfig.
 
-    saved: keys and values of a prompt, for those that begin as it does. on_prefill: is given the
-    cache that holds a prompt, and the prompt's ids. Raises UsageError for more of the likeliest
-    tokens than there are.
+    saved: the keys and values of a prompt, reused for prompts with the same beginning. on_prefill:
+    called after a prefill with the cache and the prompt's ids. Raises UsageError if top_k exceeds
+    the vocabulary.
     """
 
     def __init__(
@@ -136,8 +137,8 @@ class Generator:
         saved: SavedCache | None = None,
         on_prefill: Callable[[Cache, list[int]], object] | None = None,
     ) -> None:
-        self.tokenizer: Tokenizer | None = None  # of what is written
-        self.reader: Tokenizer | None = None  # of what is read
+        self.tokenizer: Tokenizer | None = None  # of the output
+        self.reader: Tokenizer | None = None  # of the input
         if isinstance(model, Checkpoint):
             if model.reads_text:
                 self.tokenizer = model.tokenizer
@@ -149,8 +150,8 @@ class Generator:
         weight = next(self.model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.saved, self.on_prefill = saved, on_prefill
-        self.cache_bytes = 0  # the largest so far
-        self.n_reused = 0  # tokens of the last prompt that came from `saved`
+        self.cache_bytes = 0  # peak so far
+        self.n_reused = 0  # tokens of the last prompt whose keys and values came from `saved`
         if how.top_k > self.config.vocab_size:
             raise UsageError(
                 f"--top-k: {how.top_k} is above the vocabulary of {self.config.vocab_size}"
@@ -158,7 +159,7 @@ class Generator:
 
     @cached_property
     def decode(self) -> DecodingForm:
-        """The model in the form that decodes, for all prompts."""
+        """The model's decoding form, shared by all prompts."""
         return decoding_form(self.model)
 
     @property
@@ -168,31 +169,31 @@ class Generator:
 
     @property
     def n_readable(self) -> int:
-        """How many tokens there are that a prompt may have."""
+        """The size of the vocabulary that prompts are read with."""
         return self.config.source_vocab_size or self.config.vocab_size
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """The tokens that end a text."""
+        """The ids of the end tokens."""
         if self.tokenizer is not None:
             return self.tokenizer.end_ids
         return frozenset({EOS} if self.reads_sources else ())
 
     @property
     def temperature(self) -> float:
-        """The one asked for, or that of the kind of model."""
+        """The temperature: as configured, else 0 for an encoder-decoder and 0.8 for a decoder."""
         if self.how.temperature is None:
             return 0.0 if self.reads_sources else 0.8
         return self.how.temperature
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt. Raises UsageError for a model without a tokenizer."""
+        """The ids of a text. Raises UsageError for a model without a tokenizer."""
         if self.reader is None:
             raise UsageError("prompt: text needs a tokenizer", "Give ids, or a checkpoint.")
         return self.reader.encode(text)
 
     def n_new(self, ids: list[int]) -> int:
-        """How many tokens to generate after a prompt at most."""
+        """The largest number of tokens to generate for a prompt."""
         if self.how.max_tokens is not None:
             return self.how.max_tokens
         if self.reads_sources:
@@ -200,18 +201,24 @@ class Generator:
         return max(1, min(DEFAULT_TOKENS, self.config.context - len(ids)))
 
     def require_fit(self, ids: list[int], text: str = "", index: int = 0) -> None:
-        """Raise CapacityError for a prompt, the `index`-th, that is empty, or does not fit with
-        what is to follow it."""
+        """Raise CapacityError if a prompt is empty, or if the context is too short for it and what
+        follows.
+
+        text and index: the prompt as it was typed and its place among the prompts, for the message.
+        """
         if self.reads_sources:
             check_sources([ids], self.config.context, first=index)
             engine.check_context(1, self.n_new(ids), self.config.context)
             return
-        if not ids:  # blanks are no token of a word tokenizer
+        if not ids:  # a word tokenizer makes no token of blanks
             raise CapacityError(f"the prompt holds no token (found {text!r})")
         engine.check_context(len(ids), self.n_new(ids), self.config.context)
 
     def one(self, ids: list[int], on_text: Callable[[str], object] | None = None) -> Continuation:
-        """Take or draw one token after the other, handing text to `on_text` as it comes."""
+        """Generate one continuation of `ids`, greedy or by sampling, as `tokens`.
+
+        on_text: called with each piece of text. Raises CapacityError and CheckFailed.
+        """
         emit = on_text or (lambda piece: None)
         stream = self.tokenizer.stream() if self.tokenizer is not None else None
         ends, log_prob = self.end_ids, LogProb()
@@ -230,15 +237,17 @@ class Generator:
         return Continuation(made, "".join(pieces), made[-1] in ends, log_prob.total)
 
     def tokens(self, ids: list[int], log_prob: LogProb) -> Iterator[Tensor]:
-        """The tokens that follow `ids`, each (1,), counted in `log_prob`. Raises CapacityError and
-        CheckFailed."""
+        """Yield the tokens that follow `ids`, each (1,), and add them up in `log_prob`.
+
+        Raises CapacityError if the cache does not fit, and CheckFailed if logits are not finite.
+        """
         with torch.inference_mode():
             start = torch.tensor([ids], device=self.device)
             prompt, source = engine.first_input(self.model, start, self.kernels)
         n_new = self.n_new(ids)
         cache = make_cache(self.how.cache, self._fitting(prompt.shape[1], n_new))
         if self.saved is not None:
-            # The last token is always computed: its logits are what comes next.
+            # The last token is always computed, since its logits choose the next one.
             self.n_reused = min(common_prefix(self.saved.ids, ids), len(ids) - 1)
             self.saved.fill(cache, self.n_reused)
         steps = engine.generate(self.decode, prompt, cache, n_new, self.sampler(), source, log_prob)
@@ -250,8 +259,10 @@ class Generator:
             yield token
 
     def search(self, rows: list[list[int]]) -> list[list[Continuation]]:
-        """The `n_best` of each prompt by beam search, or by the same with a beam of one, which is
-        greedy: sources in batches, other prompts one by one."""
+        """The `n_best` continuations of each prompt by beam search; one beam is greedy search.
+
+        Sources are decoded in batches, other prompts one by one. Raises as `beam_search`.
+        """
         how = self.how
         beam = Beam(how.beams, how.length_penalty, how.n_best)
         if self.reads_sources:
@@ -274,7 +285,7 @@ class Generator:
     def _ranked(self, rank: int, found: Hypothesis) -> Continuation:
         text = self.tokenizer.decode(found.ids) if self.tokenizer is not None else ""
         score = found.score if self.how.beams > 1 else None
-        # Beam search does not say which of several tokens ended a text.
+        # Beam search does not tell which end token it was: take the first.
         ids = [*found.ids, *sorted(self.end_ids)[: found.ended]]
         return Continuation(ids, text, found.ended, found.log_prob, rank, score)
 
@@ -282,10 +293,11 @@ class Generator:
         self.cache_bytes = max(self.cache_bytes, nbytes)
 
     def _fitting(self, n_prompt: int, n_new: int) -> CacheSpec:
-        """The spec for a prompt and `n_new` tokens. Raises CapacityError if they do not fit."""
+        """The cache spec for a prompt and `n_new` tokens. Raises CapacityError if they do not fit
+        into memory."""
         spec, kind = self.spec(n_prompt + n_new), self.how.cache
         kept = predicted_nbytes(kind, spec, spec.capacity, n_prompt)
-        # A kind that stores holds what is read at once exactly, until that is done.
+        # During the prefill, a kind that stores keys and values holds the whole prompt unrounded.
         held = kept and max(kept, n_prompt * spec.token_nbytes)
         longest = n_prompt if kept else spec.capacity
         read = footprint.activations(self.config, longest, spec.dtype.itemsize)
@@ -295,10 +307,10 @@ class Generator:
         return spec
 
     def spec(self, capacity: int) -> CacheSpec:
-        """That of a cache for one prompt with what follows it: `capacity` tokens."""
+        """The spec of a cache for one prompt and its continuation, `capacity` tokens together."""
         return CacheSpec.of(self.config, 1, capacity, self.dtype, self.device, self.kernels)
 
     def sampler(self) -> Sampler:
-        """A fresh sampler, so that a prompt's result does not depend on those before it."""
+        """A new sampler, so that a prompt's result does not depend on earlier prompts."""
         how = self.how
         return Sampler(self.temperature, how.top_k, how.top_p, how.seed)

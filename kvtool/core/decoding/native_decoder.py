@@ -1,4 +1,4 @@
-"""A decoder's step in native code: one call for a few tokens, or one before and after attention."""
+"""A decoding step in native code: one call for the whole step, or calls for each layer."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from kvtool.core.native import arrays as native
 from kvtool.core.native import compiling
 from kvtool.core.native.arrays import Array
 
-MOST_A_CALL = 256  # tokens; a Ctrl-C waits for the end of a call
+MOST_A_CALL = 256  # tokens; Ctrl-C takes effect only after a call
 NO_SOURCE = SourceAddresses(np.empty((2, 0), np.int64), 0, np.empty((0, 2), np.int64))
 
 
 class NativeDecoder:
-    """The step of a Decoder on the weights that it has now, which it keeps.
+    """The step of a Decoder; it keeps the weights that the decoder has at construction.
 
-    It calls the functions of the modules in the same order, so it has the same bits. When the
-    memory of the weights moves, as share_memory does, make a new one.
+    It does the operations of the modules in the same order, so it gives the same bits. After the
+    weights have moved in memory, as by share_memory, make a new one.
     """
 
     @classmethod
     def of(cls, decoder: Decoder) -> NativeDecoder | str:
-        """That of a decoder, or why there is none: each layer must be where, and have the size,
-        that the configuration asks for, in memory that native code can read. Compiled code trusts
-        them, and would read other memory."""
+        """The native form of a decoder, or a str that says why there is none.
+
+        Every layer must be as the configuration says, with contiguous weights of the right shape:
+        compiled code does not check, and would read beyond them.
+        """
         c = decoder.config
         if len(decoder.layers) != c.n_layers:
             return f"the model has {len(decoder.layers)} layers (configured: {c.n_layers})"
@@ -76,7 +78,7 @@ class NativeDecoder:
         self.no_scratch = np.empty((2, 0), self.kind.dtype)
         self.computed = native.computed(decoder.head.weight[:0]).dtype
         c, embed, head = decoder.config, decoder.embed, decoder.head
-        # What the addresses point to, also when a parameter is given another tensor.
+        # Keeps the memory at the addresses alive, even if a parameter gets another tensor.
         self.kept = [tensor.detach() for tensor in read]
         windows = [c.window if i >= c.first_window_layer else 0 for i in range(c.n_layers)]
         records = [(*map(Part.record, block), windows[i]) for i, block in enumerate(blocks)]
@@ -94,16 +96,18 @@ class NativeDecoder:
         self.largest = max(tensor.numel() for tensor in read)
 
     def stores_in(self, spec: CacheSpec) -> bool:
-        """Whether a cache with that spec holds what the model computes."""
+        """Whether a cache with that spec has the model's sizes, dtype and device."""
         sizes = spec.n_layers, spec.n_kv_heads, spec.head_dim
         return self.stored == (*sizes, spec.dtype, spec.device)
 
     def one_call_step(
         self, tokens: Array, place: StepAddresses, source: SourceAddresses, last: bool
     ) -> Array:
-        """The step of tokens (B,T), which are stored -> logits (B,T,V), or (B,1,V) of the last
-        token alone, those of half formats in float32. Raises IndexError for a token or position
-        that does not exist."""
+        """A step in one compiled call, which also writes the keys and values to the cache.
+
+        tokens (B,T) -> logits (B,T,V), or (B,1,V) of the last token with `last`; in float32 for
+        half formats. Raises IndexError for a token or position that does not exist.
+        """
         batch, n = tokens.shape
         if batch * n <= MOST_A_CALL:
             return self._part(tokens, 0, place, source, last)
@@ -117,7 +121,7 @@ class NativeDecoder:
     def _part(
         self, tokens: Array, first: int, place: StepAddresses, source: SourceAddresses, last: bool
     ) -> Array:
-        """`one_call_step` for the tokens from number `first` on."""
+        """`one_call_step` for a part of the tokens, which begins with number `first`."""
         batch, n = tokens.shape
         start = place.start + first
         place = place._replace(start=start, slot=place.slot + first) if first else place
@@ -138,8 +142,11 @@ class NativeDecoder:
     def layerwise_step(
         self, tokens: Array, step: Step, cache: Cache, source: SourceAddresses
     ) -> Tensor:
-        """The step of single tokens (B,1) -> logits (B,1,V), where a cache stores and attends in
-        its own way. Raises as `one_call_step`."""
+        """A step layer by layer, for a cache that stores and attends by itself.
+
+        tokens (B,1) -> logits (B,1,V). Raises IndexError as `one_call_step`, and ValueError if the
+        cache returns another shape or dtype.
+        """
         c, batch, model = self.config, len(tokens), (self.model, self.blocks)
         ids, pos = (
             np.ascontiguousarray(x, np.int64).reshape(batch) for x in (tokens, step.q_pos.numpy())
@@ -162,13 +169,16 @@ class NativeDecoder:
         return torch.from_numpy(logits).to(self.dtype)
 
     def _threads(self, n_seen: int, source: SourceAddresses) -> tuple[int, int]:
-        """How many threads share what reads so many numbers or more: the weights of a layer, or
-        keys and values of `n_seen` tokens, or of the source."""
+        """How many threads share a layer or an attention, and from how many numbers on.
+
+        n_seen: the tokens whose keys and values the step reads, in all rows.
+        """
         n_seen = max(n_seen, len(source.seen) * source.columns)
         return native.threads_for(max(self.largest, n_seen * self.token_size)), native.LARGE
 
     def _given(self, y: Tensor, shape: tuple[int, ...]) -> Array:
-        """What a cache's attention gave, as (B,H,D). Raises ValueError."""
+        """The result of a cache's attention (B,H,1,D) as an array (B,H,D). Raises ValueError for
+        another shape or dtype."""
         if (y.shape, y.dtype) != (shape, self.dtype):
             raise ValueError(
                 f"attention gave {tuple(y.shape)} {y.dtype} (expected {shape} {self.dtype})"
@@ -186,14 +196,14 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def linear_record(layer: Linear | None) -> tuple[int, ...]:
-    """As compiled.decoder.LINEAR."""
+    """A linear layer, or None, as a record compiled.decoder.LINEAR."""
     if layer is None:
         return 0, 0, 0, 0
     return _address(layer.weight), _address(layer.bias), *layer.weight.shape
 
 
 def norm_record(norm: LayerNorm | RMSNorm | None) -> tuple[float, ...]:
-    """As compiled.decoder.NORM."""
+    """A norm, or None, as a record compiled.decoder.NORM."""
     if norm is None:
         return 0, 0, 0, 0, 0.0
     centred = isinstance(norm, LayerNorm)
@@ -202,13 +212,13 @@ def norm_record(norm: LayerNorm | RMSNorm | None) -> tuple[float, ...]:
 
 
 class Part(NamedTuple):
-    """A layer that has weights, if it is there, and the shape that they must have."""
+    """A layer with weights, or None, and the shape that the weight must have."""
 
     layer: Any  # an nn.Module or None
     shape: tuple[int, ...]
 
     def weights(self) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """What is read of it, each with the shape that it must have."""
+        """The tensors that native code reads, each with the shape that it must have."""
         if self.layer is None:
             return []
         weight, bias = self.layer.weight, getattr(self.layer, "bias", None)
@@ -216,12 +226,12 @@ class Part(NamedTuple):
         return found if bias is None else [*found, (bias, self.shape[:1])]
 
     def record(self) -> tuple[float, ...]:
-        """As compiled.decoder.NORM, or LINEAR."""
+        """The layer as a record compiled.decoder.NORM or LINEAR."""
         return (norm_record if len(self.shape) == 1 else linear_record)(self.layer)
 
 
 def _is_usual(c: ModelConfig, i: int, block: nn.Module) -> bool:
-    """Whether a block has the parts that block i of the configuration has, with no other ways."""
+    """Whether block i has exactly the parts and sizes that the configuration says."""
     if type(block) is not Block:
         return False
     attn, cross, norms = block.attn, block.cross, (block.norm1, block.norm2, block.norm_cross)
@@ -238,8 +248,8 @@ def _is_usual(c: ModelConfig, i: int, block: nn.Module) -> bool:
 
 
 def _constants(decoder: Decoder) -> list[tuple[Tensor | None, tuple[int, ...]]]:
-    """The tables in float64, as the last of compiled.decoder.TABLES, and the shapes that they must
-    have."""
+    """The position tables in float64, in the order of compiled.decoder.TABLES, each with the shape
+    that it must have."""
     c, waves, rotary = decoder.config, decoder.embed.table, decoder.rotary
     return [
         (None if waves is None else waves.table, (c.context, c.d_model)),
@@ -248,7 +258,7 @@ def _constants(decoder: Decoder) -> list[tuple[Tensor | None, tuple[int, ...]]]:
 
 
 def _ends(decoder: Decoder) -> list[Part]:
-    """What stands before and after the blocks."""
+    """The layers before and after the blocks."""
     c, embed, head = decoder.config, decoder.embed, decoder.head
     return [
         Part(embed.tokens, (len(embed.tokens.weight), c.d_model)),

@@ -1,11 +1,11 @@
-"""A prompt's keys and values in a file, so that a long prompt is computed once.
+"""A prompt's keys and values in a file, so that a long prompt is prefilled only once.
 
-A safetensors file: `k.N` and `v.N` (Hkv,S,D) of each layer N, and in its metadata the tokens that
-they are of and the Origin: all that decides what a model makes of them. Only kinds that store what
-the model computed are saved, and any of them can be filled from the file.
+The format is safetensors: `k.N` and `v.N` (Hkv,S,D) for each layer N. The metadata has the prompt's
+ids and the Origin, on which the keys and values depend. Only caches that store everything the model
+computed can be saved, and only these can be filled from a file.
 
-What keys and values hold cannot be checked without computing them again: a file by somebody else
-can make the model say anything, as weights by somebody else can.
+Keys and values cannot be checked without computing them again. So a file from an untrusted source
+can make the model say anything, as untrusted weights can.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint
 
 FORMAT = "kvtool.cache/2"
-OLDER = ("kvtool.cache/1",)  # which did not say of what configuration
+OLDER = ("kvtool.cache/1",)  # did not record the configuration
 AGAIN = "Save it again with --save-cache and this --model."
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What keys and values depend on, besides the tokens and the number format."""
+    """What keys and values depend on besides the ids and the dtype."""
 
     sha256: str  # of the weights
     config: dict[str, Any]  # ModelConfig.to_dict()
@@ -47,19 +47,22 @@ class Origin:
 
     @classmethod
     def of(cls, loaded: Checkpoint) -> Origin:
-        """That of what a checkpoint computes."""
+        """The origin of the keys and values that a checkpoint computes."""
         return cls(loaded.sha256, loaded.config.to_dict(), loaded.tokenizer.fingerprint)
 
 
 @dataclass(frozen=True)
 class SavedCache:
-    """Keys and values of `ids`."""
+    """The keys and values of a prompt's `ids`."""
 
     ids: list[int]
     layers: list[tuple[Tensor, Tensor]]  # k, v (Hkv,S,D)
 
     def fill(self, cache: Cache, n: int) -> None:
-        """Put the first `n` tokens into an empty cache of one row. Raises CacheOpUnsupported."""
+        """Write the first `n` tokens into an empty cache of one row.
+
+        Raises CacheOpUnsupported for a kind that does not store everything the model computed.
+        """
         require_whole(cache, "be filled from a file")
         if not n:
             return
@@ -71,7 +74,11 @@ class SavedCache:
 
 
 def save_cache(path: Path, cache: Cache, ids: list[int], origin: Origin) -> None:
-    """Write what a cache of one row holds of `ids`. Raises CacheOpUnsupported and FileError."""
+    """Write the keys and values of a cache of one row to a file, with those of `ids` that it holds.
+
+    Raises CacheOpUnsupported for a kind that does not store everything, and FileError if the file
+    cannot be written.
+    """
     require_whole(cache, "be saved")
     tensors = {}
     for layer in range(cache.spec.n_layers):
@@ -89,8 +96,11 @@ def save_cache(path: Path, cache: Cache, ids: list[int], origin: Origin) -> None
 
 
 def load_cache(path: Path, spec: CacheSpec, origin: Origin) -> SavedCache:
-    """Read a file for a model of that origin. Raises FileError for one of another, naming what
-    differs, of another number format than that of `spec`, or that is damaged."""
+    """Read a file of `save_cache` for a model of that origin and a cache of that spec.
+
+    Raises FileError if the file is damaged, or has another origin, dtype or shape; the message
+    names what differs. Raises CapacityError if it does not fit into memory.
+    """
     file = SafetensorsFile(path)
     _check_origin(file, origin)
     ids = _read_ids(file, origin.config)
@@ -104,7 +114,7 @@ def load_cache(path: Path, spec: CacheSpec, origin: Origin) -> SavedCache:
 
 
 def _check_origin(file: SafetensorsFile, origin: Origin) -> None:
-    """Raise FileError unless the file is of the same weights, configuration and tokenizer."""
+    """Raise FileError unless weights, configuration and tokenizer are the same."""
     found = file.metadata
     if found.get("format") in OLDER:
         raise FileError(
@@ -178,13 +188,16 @@ def _check_tensors(file: SafetensorsFile, spec: CacheSpec, n: int) -> None:
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many tokens two texts share from the start on."""
+    """How many ids two prompts share at their beginning."""
     pairs = zip(a, b, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def require_whole(cache: Cache, op: str) -> None:
-    """Raise CacheOpUnsupported for a kind that does not store all that the model computed."""
+    """Raise CacheOpUnsupported for a kind that does not store everything the model computed.
+
+    op: what was asked of the cache, as the message says it.
+    """
     if cache.loses or cache.recompute:
         why = "it does not store all that the model computed"
         raise CacheOpUnsupported(cache.kind, op, why, "Use --cache dynamic, static or paged.")

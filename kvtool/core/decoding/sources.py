@@ -1,4 +1,4 @@
-"""What an encoder-decoder makes of sources: padding, limits, and decoding many of them together."""
+"""Decoding many sources of an encoder-decoder together: padding, limits and batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DECODING_BATCH = 256  # sources decoded together
 
 
 def pad(rows: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ids -> ids (B,S) with PAD after the shorter ones, and mask (B,S), True = real."""
+    """Rows of ids -> ids (B,S) padded at the right with PAD, and mask (B,S) bool, True = real."""
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -47,7 +47,10 @@ def translate(
     kind: str = "dynamic",
     kernels: Kernels = DEFAULT,
 ) -> list[list[int]]:
-    """The greedy target of each source, without special tokens; else as `search`."""
+    """The greedy target of each source, without special tokens; arguments and errors as `search`.
+
+    -> ids, one list for each source.
+    """
     found = search(model, sources, Beam(1), max_tokens, kind, kernels)
     return [hypotheses[0].ids for hypotheses in found]
 
@@ -64,9 +67,11 @@ def search(
 ) -> list[list[Hypothesis]]:
     """The best targets of each source by beam search, in the order of the sources.
 
-    max_tokens 0: as `target_limit` says for each source. Sources of similar length are decoded
-    together, and each target is what it would be alone. `tell` is given the bytes of the caches.
-    Raises CapacityError.
+    max_tokens: of each target; 0 takes `target_limit`. kind: of the cache. tell: called after each
+    step with the bytes of the caches. Sources of similar length are decoded together; up to
+    rounding, the result is that of each source alone. Raises CapacityError for a source that is
+    empty or too long, or if the cache does not fit into memory, and CheckFailed if logits are not
+    finite.
     """
     found: list[list[Hypothesis]] = [[] for _ in sources]
     size = max(1, DECODING_BATCH // beam.size)
@@ -82,8 +87,11 @@ def search(
 def _batches(
     model: Model, sources: Sequence[Ids], max_tokens: int, size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor, list[int]]]:
-    """Sources of similar length together, padded: their indices, ids and mask (B,S), and how long
-    each target may become. Raises CapacityError before the first."""
+    """Yield padded batches of sources of similar length.
+
+    Each is the indices of its sources, ids (B,S), mask (B,S), and the limit of each target. Raises
+    CapacityError before the first batch.
+    """
     context, device = model.config.context, next(model.parameters()).device
     check_sources(sources, context)
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
@@ -94,5 +102,5 @@ def _batches(
 
 
 def target_limit(n_source: int, context: int) -> int:
-    """How long a target may become where nobody says."""
+    """The default limit of tokens for the target of a source of `n_source` tokens."""
     return min(2 * n_source + 20, context - 1)
