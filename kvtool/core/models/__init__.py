@@ -22,7 +22,8 @@ def model_class(family: str) -> type[Model]:
 def build_model(config: ModelConfig) -> Model:
     """A model with random weights (std 1/sqrt(width)), drawn from torch's global generator.
 
-    What its family has to configure besides, and `config` does not say, is the family's default.
+    Fields that the family adds to ModelConfig, and that `config` lacks, take their defaults. Raises
+    UsageError for an unknown family.
     """
     family = model_class(config.kind)
     if not isinstance(config, family.config_class):
@@ -32,8 +33,10 @@ def build_model(config: ModelConfig) -> Model:
 
 
 def read_config(data: Mapping[str, Any], where: str) -> ModelConfig:
-    """What a checkpoint's config.json holds, with the fields of its family; `where` names the file
-    in errors. Raises FileError."""
+    """The configuration in a checkpoint's config.json, of the class that its family has.
+
+    data: the parsed file. where: its name, for errors. Raises FileError for wrong fields.
+    """
     kind = data.get("model_type")
     family = str(kind).removeprefix(OWN) if kind in own_types() else "decoder"
     return model_class(family).config_class.from_dict(data, where)

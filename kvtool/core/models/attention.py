@@ -1,4 +1,4 @@
-"""Multi-head attention over a sequence itself, with or without a cache, and over a source."""
+"""Multi-head attention: self-attention with or without a cache, and cross-attention to a source."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from kvtool.core.models.rope import Rotary
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """(B,T,H*D) -> (B,H,T,D)"""
+    """Split each token into heads: (B,T,H*D) -> (B,H,T,D)."""
     return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(B,H,T,D) -> (B,T,H*D)"""
+    """Join the heads of each token: (B,H,T,D) -> (B,T,H*D)."""
     return x.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
-    """Each token attends to those that the step lets it see: (B,T,d) -> (B,T,d).
+    """Self-attention: each token attends to those that the step's mask shows it.
 
-    With fewer key-value heads than heads, a group of query heads shares one (Ainslie 2023).
+    With fewer key-value heads than query heads, a group of query heads shares one (Ainslie 2023).
     """
 
     by_token = True  # of `project`, as in layers.Plain
@@ -44,11 +44,14 @@ class SelfAttention(nn.Module):
         self.out = Linear(self.qkv_widths[0], config.d_model, bias=config.has_bias("out"))
 
     def project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of each token, side by side: (B,T,d) -> (B,T,(H+2*Hkv)*D)"""
+        """The queries, keys and values of each token: (B,T,d) -> (B,T,(H+2*Hkv)*D)."""
         return self.normalise(self.qkv(x))
 
     def normalise(self, qkv: Tensor) -> Tensor:
-        """Norms of queries and keys, where there are any, in what `qkv` gave."""
+        """Apply the norms of queries and keys, if there are any, to the output of `self.qkv`.
+
+        (B,T,(H+2*Hkv)*D) -> the same shape.
+        """
         if self.q_norm is None or self.k_norm is None:
             return qkv
         q, k, v = qkv.split(self.qkv_widths, dim=-1)
@@ -57,6 +60,7 @@ class SelfAttention(nn.Module):
         return torch.cat([q, k, v], dim=-1)
 
     def forward(self, x: Tensor, step: Step, cache: Cache | None, rotary: Rotary | None) -> Tensor:
+        """x (B,T,d) -> (B,T,d); with a cache, also write the keys and values of x to it."""
         heads = split_heads(
             step.kernels.per_token(x, self.project), self.head_dim
         )  # (B,H+2*Hkv,T,D)
@@ -73,7 +77,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Each token attends to the whole source: (B,T,d) -> (B,T,d)."""
+    """Cross-attention: each token attends to the whole source."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -85,11 +89,12 @@ class CrossAttention(nn.Module):
         self.out = Linear(width, config.d_model, bias=config.has_bias("out"))
 
     def project(self, memory: Tensor, kernels: Kernels = DEFAULT) -> tuple[Tensor, Tensor]:
-        """Keys and values of an encoded source (B,S,d) -> twice (B,Hkv,S,D)."""
+        """The keys and values of an encoded source: memory (B,S,d) -> k, v (B,Hkv,S,D)."""
         k, v = kernels.per_token(memory, self.kv).chunk(2, dim=-1)
         return split_heads(k, self.head_dim), split_heads(v, self.head_dim)
 
     def forward(self, x: Tensor, source: CrossCache, kernels: Kernels = DEFAULT) -> Tensor:
+        """x (B,T,d) -> (B,T,d)."""
         q = split_heads(kernels.per_token(x, self.q), self.head_dim)
         y = source.attend(self.layer, q, kernels)
         return kernels.per_token(merge_heads(y), self.out)

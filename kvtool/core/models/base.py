@@ -1,4 +1,4 @@
-"""What the rest of kvtool relies on in a model, whatever its family."""
+"""The interface of all models, on which the rest of kvtool relies."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kvtool.core.kernels.default import DEFAULT, Kernels
 
 
 class Model(nn.Module):
-    """A function of (weights, tokens, step, cache, source) that holds no state between calls, so
-    one object runs cached and uncached side by side.
+    """A function of (weights, tokens, step, cache, source) without state between calls.
 
-    A family is a subclass, made from its configuration alone, and a line in registry.MODELS.
+    So one object runs cached and uncached side by side. A family is a subclass whose constructor
+    takes only its configuration, and a line in registry.MODELS.
     """
 
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
-    tensors_per_layer: ClassVar[int] = 1  # at least; a file with fewer is refused before it is read
+    tensors_per_layer: ClassVar[int] = 1  # at least; a file with fewer is refused unread
     config: ModelConfig
 
     def forward(
@@ -33,12 +33,15 @@ class Model(nn.Module):
     ) -> Tensor:
         """tokens (B,T) -> logits (B,T,V), or (B,1,V) of the last token alone with `last`.
 
-        Without `step` the tokens are whole sequences, each token seeing itself and those before it.
+        Without `step` the tokens are whole sequences; each token sees itself and those before it.
         With a cache, `step` is what `cache.begin(T)` returned. Encoder-decoders need `source`.
-        Raises ValueError without them.
+        Raises ValueError if one of these is missing.
         """
         raise NotImplementedError
 
     def encode(self, tokens: Tensor, mask: Tensor, kernels: Kernels = DEFAULT) -> CrossCache:
-        """Read sources (B,S), mask (B,S) bool with True = real. Encoder-decoders only."""
+        """Encode sources (B,S) with mask (B,S) bool, True = real -> their keys and values.
+
+        Raises NotImplementedError for a decoder-only model.
+        """
         raise NotImplementedError("a decoder-only model has no encoder")

@@ -14,13 +14,14 @@ from kvtool.core.models.rope import Rotary
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward network, each on the normalised input and added to it.
+    """One layer: attention, then a feed-forward network, each with a norm before it and a residual
+    connection around it.
 
-    Norms come first (Xiong 2020), so that training needs no long warm-up. With `cross`, attention
-    over the source stands between the two.
+    The norms come first (Xiong 2020), so that training needs no long warm-up. With `cross`,
+    cross-attention stands between the two.
     """
 
-    smallest = 6  # tensors: two norms, qkv, out, up, down
+    smallest = 6  # tensors at least: two norms, qkv, out, up, down
 
     def __init__(self, config: ModelConfig, layer: int, cross: bool = False) -> None:
         super().__init__()
@@ -40,6 +41,7 @@ class Block(nn.Module):
         source: CrossCache | None = None,
         rotary: Rotary | None = None,
     ) -> Tensor:
+        """x (B,T,d) -> (B,T,d); a block with `cross` reads `source`, if that is given."""
         per_token = step.kernels.per_token
         x = self.dropout(self.attn(per_token(x, self.norm1), step, cache, rotary), onto=x)
         if self.cross is not None and self.norm_cross is not None and source is not None:
@@ -50,14 +52,14 @@ class Block(nn.Module):
 
 
 def make_rotary(config: ModelConfig) -> Rotary | None:
-    """The rotation of queries and keys, where the configuration asks for one."""
+    """The rotary positions of the configuration; None if its positions are others."""
     if config.positions != "rotary":
         return None
     return Rotary(config.context, config.head_dim, config.rope_theta, config.rope_scaling)
 
 
 class Decoder(Model):
-    """A decoder-only Transformer, or with `cross` the decoding half of an encoder-decoder."""
+    """A decoder-only Transformer, or with `cross` the decoder of an encoder-decoder."""
 
     tensors_per_layer = Block.smallest
 
@@ -81,6 +83,7 @@ class Decoder(Model):
         source: CrossCache | None = None,
         last: bool = False,
     ) -> Tensor:
+        """As `Model.forward`: tokens (B,T) -> logits (B,T,V), or (B,1,V) with `last`."""
         if step is None:
             if cache is not None:
                 raise ValueError("a cache needs the step that its begin() returned")

@@ -1,4 +1,4 @@
-"""Norms, linear layers, feed-forward networks and positions: all that works token by token."""
+"""Layers that compute each token alone: norms, linear layers, feed-forward networks, positions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kvtool.core.native import context, fused
 
 
 class Plain(nn.Module):
-    """Skips nn.Module's call overhead unless it has hooks or is compiled.
+    """A module that is called without nn.Module's overhead, unless it has hooks or is compiled.
 
-    That would take as long as a small layer. For what works token by token; hooks on all modules of
-    a process are not looked for.
+    The overhead would take as long as a small layer. Only for modules that compute each token
+    alone. Global hooks on all modules of a process are not called.
 
-    by_token: for a few tokens native code is used where it can be, which treats each by itself.
+    by_token: a few tokens go through native code where possible, which computes each token alone.
     """
 
     by_token: ClassVar[bool] = False
@@ -44,8 +44,8 @@ class Linear(Plain, nn.Linear):
     by_token = True
 
     def reset_parameters(self) -> None:
-        """Draw the weight; the bias is 0."""
-        # Smaller weights hide cache bugs: attention is then nearly uniform whatever the positions.
+        """Draw the weight, and set the bias to 0."""
+        # Smaller weights would hide cache bugs: attention would be nearly uniform at all positions.
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -53,17 +53,17 @@ class Linear(Plain, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(...,in) -> (...,out)"""
         weight, bias = self.weight, self.bias
-        # Where sizes do not fit, PyTorch says what is wrong.
+        # If sizes do not fit, PyTorch raises a clear error.
         if native.serves(x, weight, bias) and x.shape[-1] == self.in_features:
             return native.on_tensor(self.on_arrays(), x)
         return F.linear(x, weight, bias)
 
     def on_arrays(self) -> native.ArrayLayer:
-        """The same for a few tokens, on arrays (n,in) -> (n,out)."""
+        """`forward` for a few tokens in native code, on arrays: (n,in) -> (n,out)."""
         return native.linear(self.weights())
 
     def weights(self) -> native.Weights:
-        """What native code reads of it. Raises ValueError for a bias of another width."""
+        """The arrays that native code reads. Raises ValueError for a bias of another width."""
         return native.Weights.of(self.weight, self.bias)
 
 
@@ -80,11 +80,11 @@ class LayerNorm(Plain, nn.LayerNorm):
         return torch.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
     def on_arrays(self) -> native.ArrayLayer:
-        """The same for a few tokens, on arrays (n,d) -> (n,d)."""
+        """`forward` for a few tokens in native code, on arrays: (n,d) -> (n,d)."""
         return native.normalised(self.weights())
 
     def weights(self) -> native.Norm:
-        """What native code reads of it. Raises ValueError for a shift of another width."""
+        """The arrays that native code reads. Raises ValueError for a shift of another width."""
         return native.Norm.of(self.weight, self.bias, self.eps, centred=True)
 
 
@@ -96,29 +96,29 @@ class RMSNorm(Plain, nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(...,d) -> (...,d)"""
         fits = self.weight is not None and x.shape[-1:] == self.weight.shape
-        if fits and self.eps is not None and native.can_read(x, self.weight):  # however many
+        if fits and self.eps is not None and native.can_read(x, self.weight):  # any number of rows
             return native.on_tensor(self.on_arrays(), x)
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
     def on_arrays(self) -> native.ArrayLayer:
-        """The same on arrays (n,d) -> (n,d)."""
+        """`forward` in native code, on arrays: (n,d) -> (n,d)."""
         return native.normalised(self.weights())
 
     def weights(self) -> native.Norm:
-        """What native code reads of it; eps must be given."""
+        """The arrays that native code reads; `eps` must not be None."""
         assert self.eps is not None
         return native.Norm.of(self.weight, None, self.eps, centred=False)
 
 
 def make_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
-    """LayerNorm (Ba 2016) or RMSNorm (Zhang 2019) over the width of the model."""
+    """The configured norm over the model's width: LayerNorm (Ba 2016) or RMSNorm (Zhang 2019)."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.d_model, eps=config.norm_eps)
     return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
 def make_head_norm(config: ModelConfig) -> RMSNorm:
-    """RMSNorm over one head's queries or keys (Henry 2020, as in Qwen3)."""
+    """An RMSNorm over the queries or keys of one head (Henry 2020, as in Qwen3)."""
     return RMSNorm(config.head_dim, eps=config.norm_eps)
 
 
@@ -131,9 +131,9 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(Plain):
-    """The feed-forward network of a block: (B,T,d) -> (B,T,d), each token by itself.
+    """The feed-forward network of a block.
 
-    swiglu (Shazeer 2020) has a gate beside the activation: `up` then yields 2 * d_ff, gate first.
+    With swiglu (Shazeer 2020), `up` gives 2 * d_ff numbers: the gate, then the values.
     """
 
     by_token = True
@@ -146,21 +146,21 @@ class MLP(Plain):
         self.down = Linear(config.d_ff, config.d_model, bias=config.has_bias("mlp"))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(...,d) -> (...,d)"""
         return self.down(self.activate(self.up(x)))
 
     def activate(self, x: Tensor) -> Tensor:
-        """(...,d_ff), or with a gate (...,2*d_ff) -> (...,d_ff)"""
+        """Apply the activation: (...,d_ff), or with swiglu (...,2*d_ff) -> (...,d_ff)."""
         if native.serves(x):
             return native.on_tensor(native.activation(self.activation), x)
         return ACTIVATION[self.activation](x)
 
 
 class Dropout(Plain):
-    """While training, zeroes elements with probability p and scales the others up (Srivastava
-    2014): (B,T,d) -> (B,T,d), added to `onto` if that is given.
+    """In training, sets elements to 0 with probability p and scales up the rest (Srivastava 2014).
 
-    Where several processes share a batch, the context says with which row this one's input begins:
-    each row loses the same elements, however many they are.
+    Which elements these are depends on the row's place in the whole batch, not on the number of
+    ranks that share it: `Context.first_row` tells where this rank's rows begin.
     """
 
     def __init__(self, p: float) -> None:
@@ -168,6 +168,7 @@ class Dropout(Plain):
         self.p = p
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """x (B,T,d) after dropout, plus `onto` (B,T,d) if that is given -> (B,T,d)."""
         if not self.training or not (dropped := round(self.p * 2**32)):
             return x if onto is None else onto + x
         before = context.current().first_row * math.prod(x.shape[1:])
@@ -180,9 +181,10 @@ class Dropout(Plain):
 
 
 class Table(Plain):
-    """A constant looked up by position, (context, width), in float64 whatever the model's dtype.
+    """A constant table (context, width), looked up by position.
 
-    It is no part of a checkpoint. Rounding happens once, at the look-up, to the caller's dtype.
+    It is float64 for every dtype of the model, and rounded once, when it is looked up. Checkpoints
+    do not contain it.
     """
 
     def __init__(self, table: Tensor) -> None:
@@ -194,8 +196,8 @@ class Table(Plain):
         return self
 
     def forward(self, pos: Tensor, dtype: torch.dtype) -> Tensor:
-        """pos (B,T), where padding (negative) reads row 0 -> (B,T,width)"""
-        if pos.shape[0] > 1 and pos.stride(0) == 0:  # one row for all
+        """The rows at positions pos (B,T) -> (B,T,width) in `dtype`; padding (< 0) reads row 0."""
+        if pos.shape[0] > 1 and pos.stride(0) == 0:  # all rows share one in memory
             return self(pos[:1], dtype).expand(*pos.shape, -1)
         return F.embedding(pos.clamp(min=0), self.table).to(dtype)
 
@@ -212,10 +214,10 @@ def sinusoids(n_positions: int, width: int) -> Tensor:
 
 
 class TokenEmbedding(Plain):
-    """Tokens and their positions -> (B,T,d).
+    """The embedding of tokens and, unless they are rotary, of their positions.
 
-    Sinusoidal positions are added to embeddings scaled by sqrt(d) (Vaswani 2017, 3.4); learned ones
-    are added as they are; rotary positions are left to attention.
+    Sinusoidal positions are added to embeddings scaled by sqrt(d) (Vaswani 2017, 3.4). Learned
+    positions are added to unscaled embeddings. Rotary positions are applied in attention.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -231,7 +233,7 @@ class TokenEmbedding(Plain):
             nn.init.normal_(self.positions.weight, std=config.d_model**-0.5)
 
     def forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        """tokens (B,T), positions (B,T), negative = padding -> (B,T,d)"""
+        """tokens (B,T), positions pos (B,T), negative = padding -> (B,T,d)."""
         x = F.embedding(tokens, self.tokens.weight)
         if self.table is not None:
             return x * self.scale + self.table(pos, x.dtype)

@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys are turned by an angle that grows with their position."""
+"""Rotary positions: queries and keys are rotated by angles that grow with their position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvtool.core.models.rope_scaling import SCALE
 
 
 class Rotary(Plain):
-    """Rotates halves of a head against each other (Su 2021, in GPT-NeoX's and Llama's layout)."""
+    """Rotary positions (Su 2021); element i of a head pairs with i + D/2, as in GPT-NeoX, Llama."""
 
     def __init__(
         self, context: int, head_dim: int, theta: float, scaling: RopeScaling | None = None
@@ -25,7 +25,7 @@ class Rotary(Plain):
         self.table = Table(table if scaling is None else table * scaling.attention_factor)
 
     def forward(self, x: Tensor, pos: Tensor) -> Tensor:
-        """x (B,H,T,D), pos (B,T) -> (B,H,T,D)"""
+        """Rotate x (B,H,T,D) by positions pos (B,T) -> (B,H,T,D)."""
         cos, sin = self.table(pos, x.dtype)[:, None].chunk(2, dim=-1)  # (B,1,T,D/2) each
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

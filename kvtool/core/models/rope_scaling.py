@@ -1,4 +1,4 @@
-"""Rotary positions beyond the context of training: what makes the angles grow more slowly."""
+"""Scaling of rotary positions for contexts longer than in training: angles grow more slowly."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from kvtool.config import RopeScaling
 
 
 def _linear(rates: Tensor, theta: float, s: RopeScaling) -> Tensor:
-    """rates (D/2,) in radians a token -> (D/2,)"""
+    """Divide all rates by the factor: (D/2,) in radians per token -> (D/2,)."""
     return rates / s.factor
 
 
 def _llama3(rates: Tensor, theta: float, s: RopeScaling) -> Tensor:
-    """By how often a dimension turns in the first context: below `low` times slow, above `high`
-    times as it was, and in between a mixture."""
+    """Scale a dimension by its turns in the original context: below `low` turns it is slowed by the
+    factor, above `high` it keeps its rate, and between them it gets a mixture (Llama 3)."""
     turns = s.original_context * rates / (2 * math.pi)
     kept = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)
     return (1 - kept) * rates / s.factor + kept * rates
 
 
 def _yarn(rates: Tensor, theta: float, s: RopeScaling) -> Tensor:
-    """Like `_llama3`, but the mixture is linear in the dimension's number (Peng 2023, 3.2, with the
-    bounds of its reference implementation)."""
+    """As `_llama3`, but the mixture is linear in the index of the dimension (Peng 2023, 3.2, with
+    the bounds of its reference implementation)."""
     width = 2 * len(rates)
 
     def dimension(turns: float) -> float:
-        """The number of the dimension that turns so often in the first context."""
+        """The index of the dimension with that many turns in the original context."""
         return width * math.log(s.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = dimension(s.beta_fast), dimension(s.beta_slow)

@@ -17,7 +17,7 @@ from kvtool.core.models.layers import Dropout, TokenEmbedding, make_norm
 
 
 class Encoder(nn.Module):
-    """Source tokens -> one vector each, every real token seeing every other."""
+    """The encoder: each real token of a source attends to all real tokens."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -38,10 +38,10 @@ class Encoder(nn.Module):
 
 
 class Seq2Seq(Model):
-    """An encoder, and a decoder that attends to it.
+    """An encoder-decoder Transformer.
 
-    Decoding is `source = encode(...)` once, then `forward(tokens, step, cache, source)`, the same
-    call as a decoder-only model's.
+    To decode, call `source = encode(...)` once, then `forward(tokens, step, cache, source)` as for
+    a decoder-only model.
     """
 
     tensors_per_layer = Block.smallest
@@ -53,7 +53,8 @@ class Seq2Seq(Model):
         self.decoder = Decoder(config, cross=True)
 
     def encode(self, tokens: Tensor, mask: Tensor, kernels: Kernels = DEFAULT) -> CrossCache:
-        """tokens (B,S), mask (B,S) bool, True = real -> keys and values for every decoder layer."""
+        """Encode tokens (B,S) with mask (B,S) bool, True = real -> keys and values for all decoder
+        layers."""
         memory = self.encoder(tokens, mask, kernels)
         crosses = [cast(CrossAttention, block.cross) for block in self.decoder.layers]
         return CrossCache([cross.project(memory, kernels) for cross in crosses], mask)
@@ -66,7 +67,7 @@ class Seq2Seq(Model):
         source: CrossCache | None = None,
         last: bool = False,
     ) -> Tensor:
-        """tokens (B,T) of the target -> logits (B,T,V); see Decoder.forward."""
+        """As `Model.forward`, with tokens (B,T) of the target; ValueError without `source`."""
         if source is None:
             raise ValueError("an encoder-decoder model needs the encoded source")
         return self.decoder(tokens, step, cache, source, last)
