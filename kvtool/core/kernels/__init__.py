@@ -1,1 +1,1 @@
-"""Attention over the keys and values of a cache: the usual kernels, and the exact ones."""
+"""Kernels for layers and attention: the default ones, and exact ones, independent of shapes."""

@@ -1,4 +1,4 @@
-"""Attention on a GPU without cuDNN's, which plans anew for each number of keys."""
+"""A switch that keeps PyTorch from choosing cuDNN's attention on a GPU."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ import torch
 
 
 class CudnnSwitch:
-    """Turns off cuDNN's attention, which PyTorch may choose for half formats on a GPU: it makes a
-    new plan for each number of keys, so that a token of a growing cache took 27 ms on an H200."""
+    """Turns off cuDNN's attention, which PyTorch may choose for half formats on a GPU.
+
+    cuDNN makes a new plan for each number of keys. So with a growing cache each token took 27 ms on
+    an H200.
+    """
 
     def __init__(self) -> None:
         self._lock, self._without, self._before = Lock(), 0, True
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """It is not chosen in this block, unless all other fused attention has been turned off. The
-        setting is the process's: it is as before when the last of several threads has left."""
+        """Turn cuDNN's attention off inside a `with` block, unless it is the only fused attention
+        that is on.
+
+        The setting belongs to the process. It is restored when the last of several threads leaves.
+        """
         cuda = torch.backends.cuda
         with self._lock:
             if not self._without:

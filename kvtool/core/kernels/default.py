@@ -1,8 +1,8 @@
-"""The two kinds of work whose rounding depends on shapes: layers that see one token, and attention.
+"""The default kernels, and the interface of all kernels: layers that see one token, and attention.
 
-Models and caches reach both through one `Kernels` object that travels in the `Step`, so the same
-model can run with PyTorch's kernels or with others whose results do not depend on shapes. Adding,
-multiplying and casting elements need no kernels: IEEE 754 fixes their every bit.
+The rounding of these two depends on shapes. Models and caches call both through the `Kernels` of a
+`Step`. So the same model can run with PyTorch's kernels, or with others whose results do not depend
+on shapes. Elementwise operations need no kernels: IEEE 754 fixes their bits.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from kvtool.core.native import fused
 
 Layer = Callable[[Tensor], Tensor]
 
-PRODUCTS_UP_TO = 96  # keys; the scores of more, all at once, do not fit into a processor's cache
-SERIAL_FROM = 1024  # keys; on a GPU, fused attention in float32 takes longer than two products
+PRODUCTS_UP_TO = 96  # keys; the scores of more do not fit into a CPU's cache at once
+SERIAL_FROM = 1024  # keys; from here on, two products are faster on a GPU than fused float32
 
 
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 ) -> Tensor:
-    """Attention from its formula in float64 (Vaswani 2017, eq. 1), for tests to compare with.
+    """Attention by its formula in float64 (Vaswani 2017, eq. 1), as a reference for tests.
 
     Shapes as `Kernels.attention`; the result is float64.
     """
@@ -39,7 +39,7 @@ def reference_attention(
 
 
 def reference_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """The weights of that attention, how much each query takes of each key: (B,H,T,S), float64."""
+    """The weights of `reference_attention`: (B,H,T,S) float64; shapes as `Kernels.attention`."""
     k = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q.double() @ k.mT / q.shape[-1] ** 0.5  # (B,H,T,S)
     if causal:
@@ -50,30 +50,30 @@ def reference_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -
 
 
 class Kernels(Protocol):
-    """How layers are applied to tokens, and how an attention is computed."""
+    """How layers are applied to tokens, and how attention is computed."""
 
     name: str
 
     def per_token(self, x: Tensor, *layers: Layer) -> Tensor:
-        """Apply layers that look at one token each, one after another: (B,T,in) -> (B,T,out)"""
+        """Apply layers that compute each token alone, one after another: (B,T,in) -> (B,T,out)."""
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
-        """(B,H,T,D), (B,Hkv,S,D), (B,Hkv,S,D), (B,1,T,S) bool or None -> (B,H,T,D)
+        """q (B,H,T,D), k and v (B,Hkv,S,D), mask (1 or B,1,T,S) bool, True = attend -> (B,H,T,D).
 
-        A LazyMask stands for a mask that would be large: `attention_by_blocks` makes it for a few
-        queries at a time.
+        A LazyMask stands for a large mask: `attention_by_blocks` makes it for a few queries at a
+        time. With `causal`, query i sees keys 0 to i, and T must equal S. Raises ValueError if not.
         """
 
 
 class DefaultKernels:
-    """PyTorch's own kernels: fast, and rounded in an order that depends on the shapes."""
+    """PyTorch's own kernels: fast, but the order of their sums depends on the shapes."""
 
     name = "default"
 
     def per_token(self, x: Tensor, *layers: Layer) -> Tensor:
-        """Each layer over all tokens at once, (B,T,in) -> (B,T,out)."""
+        """Apply each layer to all tokens at once: (B,T,in) -> (B,T,out)."""
         for layer in layers:
             x = layer(x)
         return x
@@ -81,17 +81,17 @@ class DefaultKernels:
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
-        """As `Kernels.attention`, by the first of these routes that applies:
+        """`Kernels.attention` by the first of these routes that applies:
 
         1. blocks: a LazyMask, some queries at a time
         2. native: few queries on a CPU, without gradients, in compiled code
         3. fused: training on a CPU, forward and backward in compiled code
         4. one query by products: on a GPU, with a mask or many float32 keys
-        5. SDPA without cuDNN: all else on a GPU, without gradients
+        5. SDPA without cuDNN: other calls on a GPU, without gradients
         6. products: training in bfloat16 on a CPU with few keys
         7. float32: the same with more keys, by these routes again
-        8. one query in float32: in a half format on a CPU where native code cannot be used
-        9. SDPA: everything else
+        8. one query in float32: a half format on a CPU where native code cannot be used
+        9. SDPA: all other calls
         """
         if isinstance(mask, LazyMask):
             return attention_by_blocks(self.attention, q, k, v, mask, merges=_can_merge(q))
@@ -120,14 +120,16 @@ class DefaultKernels:
     def _in_float32(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     ) -> Tensor:
-        """bfloat16 in and out; many keys by products take 3 times as long (docs/training.md)."""
-        with torch.autocast("cpu", enabled=False):  # or they become bfloat16 again
+        """`attention` of bfloat16 computed in float32 -> bfloat16; for many keys `products` would
+        take 3 times as long (docs/training.md)."""
+        with torch.autocast("cpu", enabled=False):  # it would cast back to bfloat16
             return self.attention(q.float(), k.float(), v.float(), mask, causal).bfloat16()
 
     def _one_query(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Half formats in and out; PyTorch's own kernel takes 2 to 4 times as long for one query.
+        """`attention` of one query in a half format, computed in float32 -> the half format.
 
-        Row by row: copies of all rows would soon be too large for memory that is used again.
+        PyTorch's own kernel takes 2 to 4 times as long for one query. It goes row by row, since
+        float32 copies of all rows would be too large for the allocator to reuse their memory.
         """
         found = []
         for row in range(q.shape[0]):
@@ -146,18 +148,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> 
 
 
 def _is_serial(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
-    """Whether PyTorch would read a head's keys one after another on a GPU, and `attention_of_one`
-    can do it."""
+    """Whether PyTorch would read the keys of a head one after another on a GPU, and
+    `attention_of_one` can be used in its place."""
     serial = mask is not None or (q.dtype.itemsize >= 4 and k.shape[2] >= SERIAL_FROM)
     return q.shape[2] == 1 and serial and not torch.is_autocast_enabled("cuda")
 
 
 def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one query, on a GPU, by products that share its keys among all processors.
+    """Attention of one query on a GPU by two products, which divide the keys among all processors.
 
-    Shapes as `Kernels.attention`; scores are float32 at least. With a mask, or in float32, PyTorch
-    has a kernel in which a head's keys are read one after another: at 384 and 8,192 keys of 12
-    heads, 51 and 969 µs in float32 on an H200, where this takes 14 and 37 (docs/performance.md).
+    Shapes as `Kernels.attention`; scores are float32 or wider. With a mask, or in float32, the
+    kernel of PyTorch reads the keys of a head one after another. In float32 with 12 heads on an
+    H200 it takes 51 µs for 384 keys and 969 µs for 8,192; this function takes 14 and 37 µs
+    (docs/performance.md).
     """
     batch, n_heads, _, width = q.shape
     queries = q.reshape(batch * k.shape[1], -1, width)
@@ -171,7 +174,7 @@ def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
         weights = scores.softmax(-1)
     else:
         hidden = ~mask[:, 0]
-        # A row that sees nothing gives zeros, as it does in PyTorch's attention.
+        # A row that sees no key gives zeros, as in PyTorch's attention.
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)
     weights = weights.to(v.dtype).view(len(keys), -1, k.shape[2])
     return (weights @ values).view(batch, n_heads, 1, width)
@@ -180,10 +183,10 @@ def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 def attention_by_products(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 ) -> Tensor:
-    """Attention as two batched products with a float32 softmax between (Vaswani 2017, eq. 1).
+    """Attention as two batched products with a float32 softmax between them (Vaswani 2017, eq. 1).
 
-    Shapes as `Kernels.attention`. To train in bfloat16 on a CPU with few keys: the backward pass of
-    PyTorch's fused attention takes 2 to 8 times as long there (docs/training.md).
+    Shapes as `Kernels.attention`. It serves training in bfloat16 on a CPU with few keys, where the
+    backward pass of PyTorch's fused attention takes 2 to 8 times as long (docs/training.md).
     """
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
@@ -201,9 +204,10 @@ Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None", bool], Tensor]
 def attention_by_blocks(
     attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: LazyMask, merges: bool = False
 ) -> Tensor:
-    """`Kernels.attention` where the mask would be large, a block of queries at a time.
+    """`Kernels.attention` with a large mask, for one block of queries at a time.
 
-    merges: the columns that a whole block sees are read apart from the others, without a mask.
+    attention: computes a block, with a tensor as its mask. merges: read the columns that a whole
+    block sees without a mask, apart from the others.
     """
     batch, n_heads, n, width = q.shape
     y = q.new_empty(batch, n, n_heads, width).transpose(1, 2)
@@ -219,11 +223,11 @@ def attention_by_blocks(
 
 
 def columns_of(x: Tensor, columns: slice | Tensor) -> Tensor:
-    """Those columns of (B,H,S,D), a view if they are a slice."""
+    """The given columns of x (B,H,S,D) -> (B,H,n,D); a view if they are a slice."""
     return x[:, :, columns] if isinstance(columns, slice) else x.index_select(2, columns)
 
 
-# PyTorch's attention on a CPU, which also gives the log-sum-exp of each softmax.
+# PyTorch's attention on a CPU; it also returns the log-sum-exp of each softmax.
 FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
@@ -233,8 +237,11 @@ def _can_merge(q: Tensor) -> bool:
 
 
 def _merge(q: Tensor, k: Tensor, v: Tensor, mask: LazyMask, block: QueryBlock, y: Tensor) -> None:
-    """Attention of a block over the columns that all of it sees, and over the others, each weighted
-    by its share in the softmax's sum (Dao 2022, arXiv 2205.14135, 3.1) -> y (B,H,T,D)"""
+    """Write the attention of a block to y (B,H,T,D).
+
+    It attends to the columns that the whole block sees and to the others apart, and weights the two
+    results by their shares of the softmax's sum (Dao 2022, arXiv 2205.14135, 3.1).
+    """
     assert FLASH is not None
     common, total = FLASH(q[:, :, block.queries], k[:, :, block.shared], v[:, :, block.shared])
     for queries, columns in block.masked:
@@ -253,6 +260,6 @@ DEFAULT = DefaultKernels()
 
 
 def make_kernels(name: str) -> Kernels:
-    """The registered kernels of that name. Raises UsageError for an unknown one."""
+    """The registered kernels called `name`. Raises UsageError for an unknown name."""
     registry.choose(name, tuple(registry.KERNELS), "--kernels")
     return registry.load(registry.KERNELS, name)()

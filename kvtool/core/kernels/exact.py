@@ -1,17 +1,17 @@
 """Kernels whose results do not depend on shapes: cached equals uncached, bit for bit.
 
-Floating point adds in an order that PyTorch chooses by the shape of the whole call, so a token gets
-other bits alone than among others. Here the model and a token's own position decide how it is
-computed:
+PyTorch chooses the order of floating-point sums by the shape of the whole call. So a token gets
+different bits alone than among others. Here only the model and the token's position decide how the
+token is computed:
 
-- `per_token`: each token goes through its layers by itself, in native code, or where that cannot
-  be used (core/native/arrays.py) in calls of its own and in fresh memory.
-- `attention`: each query attends to the keys that it sees, and to no masked ones, whether they were
-  computed just now or come from a cache.
+- `per_token`: each token goes through its layers alone, in native code. Where that cannot be used
+  (core/native/arrays.py), it gets calls of its own in fresh memory.
+- `attention`: each query attends to the keys that it sees, without masked ones. It does not matter
+  whether the keys were just computed or come from a cache.
 
-So a token's logits are the same in every split of its sequence into steps, after any padding and
-beside any other rows, by construction, on one machine with one number of threads. A cache must hand
-out its columns in the order of their positions; docs/exact.md says what it costs.
+So by construction a token's logits are the same for every split of its sequence into steps, after
+any padding and beside any other rows. This holds on one machine with one number of threads. A cache
+must return its columns in the order of their positions. docs/exact.md gives the costs.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from kvtool.core.kernels.default import Layer, attention_by_blocks
 from kvtool.core.kernels.masks import LazyMask
 from kvtool.core.native import arrays as native
 
-# Bytes: fresh memory begins at such addresses; elsewhere vector code may take another path.
+# Bytes. Fresh memory begins at multiples of it; elsewhere vector code may add in another order.
 ALIGNMENT = 64
-COLUMNS = 16  # of at least 4 bytes fill whole units of ALIGNMENT, however wide a head is
+COLUMNS = 16  # of 4-byte numbers or wider fill whole units of ALIGNMENT, for any width of a head
 
 
 class ExactKernels:
-    """One token and one query at a time; attention in float32 or above."""
+    """Kernels that compute one token and one query at a time; attention is float32 or wider."""
 
     name = "exact"
 
     def per_token(self, x: Tensor, *layers: Layer) -> Tensor:
-        """Each token through all layers by itself, (B,T,in) -> (B,T,out)."""
+        """Apply all layers to each token alone: (B,T,in) -> (B,T,out)."""
         batch, n, width = x.shape
         if batch * n == 1:
             x = x.clone(memory_format=torch.contiguous_format)
@@ -55,7 +55,7 @@ class ExactKernels:
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
     ) -> Tensor:
-        """As Kernels.attention, each query by itself over the keys that it sees."""
+        """`Kernels.attention`, computed for each query alone, over the keys that it sees."""
         if isinstance(mask, LazyMask):
             return attention_by_blocks(self.attention, q, k, v, mask)
         batch, n_heads, n_queries, head_dim = q.shape
@@ -83,8 +83,8 @@ class ExactKernels:
 
 
 def _by_token(layers: Sequence[Layer]) -> bool:
-    """Whether all modules, and those within them, are ours and unchanged: those leave
-    few tokens to native code, which treats each row by itself."""
+    """Whether all layers are kvtool's modules, unchanged: these pass a few tokens to native code,
+    which computes each row alone."""
     owners = (getattr(layer, "__self__", layer) for layer in layers)
     return not torch.is_grad_enabled() and all(
         isinstance(owner, nn.Module) and all(map(_is_ours, owner.modules())) for owner in owners
@@ -92,20 +92,20 @@ def _by_token(layers: Sequence[Layer]) -> bool:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    """A subclass may do something else, as may a method that was put in."""
+    """Whether a module is of a class with `by_token` and has its own forward: a subclass or a
+    replaced method may compute something else."""
     return bool(vars(type(module)).get("by_token")) and "forward" not in vars(module)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One query of each head, (Hkv,G,D) and scaled, over keys and values (Hkv,S,D) -> as q."""
+    """Attention of one scaled query for each head, q (Hkv,G,D), over k and v (Hkv,S,D) -> as q."""
     if not k.shape[1]:
-        return q * float("nan")  # as the default kernels
+        return q * float("nan")  # as with the default kernels
     return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
 
 
 def _columns(x: Tensor, seen: Tensor) -> Tensor:
-    """Those columns of (H,S,D) whose numbers are `seen`, in ascending order, without a copy if they
-    are the first ones."""
+    """The columns `seen` (n,), ascending, of x (H,S,D) -> (H,n,D); a view if they are the first."""
     n = len(seen)
     if not n or int(seen[-1]) == n - 1:
         return x[:, :n]
@@ -113,8 +113,10 @@ def _columns(x: Tensor, seen: Tensor) -> Tensor:
 
 
 def aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(H,S,D) in `dtype` with dense matrices (S,D) that begin where fresh ones might, so that where
-    keys stand in memory changes nothing; a copy only if need be."""
+    """x (H,S,D) in `dtype`, with contiguous matrices (S,D) at multiples of ALIGNMENT.
+
+    So the place of keys in memory does not change the bits. It copies only if it must.
+    """
     x = x.to(dtype)
     matrix, row, column = x.stride()
     begins = (x.storage_offset() * x.itemsize, matrix * x.itemsize)

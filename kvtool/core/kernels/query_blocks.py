@@ -1,8 +1,8 @@
-"""The queries of a long prompt in blocks, so that no mask of all of them need be made.
+"""The queries of a long prompt in blocks, so that the mask of the whole prompt is never made.
 
-A prompt's mask has an entry for each pair of tokens: 1 GiB at 32,768, and PyTorch makes numbers of
-it, which take four times as much. But what a block of queries attends to are a few ranges of
-columns, most of which all of its queries share; only the others need a mask.
+A prompt's mask has one entry for each pair of tokens: 1 GiB for 32,768 tokens. PyTorch converts it
+to float32, which takes four times as much. But a block of queries attends to a few ranges of
+columns. All of its queries see most of these columns, and only the others need a mask.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from torch import Tensor
 Flags = NDArray[np.bool_]
 
 BLOCK = 1024  # queries that attend together
-EDGE = 256  # queries of a block that share a mask, where most columns need none
+EDGE = 256  # queries of a block that share the mask of its other columns
 
 
 class MaskedPart(NamedTuple):
-    """A few queries, and columns that some of them see: attention between these needs a mask."""
+    """A few queries and the columns that some of them see; attention between them needs a mask."""
 
     queries: slice
     columns: slice | Tensor
 
 
 class QueryBlock(NamedTuple):
-    """A block of queries, and the columns that they see."""
+    """A block of queries and the columns that they see."""
 
     queries: slice
-    columns: slice | Tensor  # that some of them see
-    shared: slice  # those of a range that all of them see in every row; it may be empty
-    masked: Sequence[MaskedPart]  # all the others; none if `shared` is empty
+    columns: slice | Tensor  # all columns that some of them see
+    shared: slice  # a range of columns that all of them see in every row; it may be empty
+    masked: Sequence[MaskedPart]  # all other columns; () if `shared` is empty
 
 
 def query_blocks(
     n_queries: int, seen_by: Callable[[slice], tuple[Flags, Flags]], device: torch.device
 ) -> Sequence[QueryBlock]:
-    """All queries, `BLOCK` at a time.
+    """Divide all queries into blocks of `BLOCK`.
 
-    seen_by: which columns some of a range of queries see, and which all of them see before their
-    own, (S,) bool each. Columns that are no range become an index tensor on `device`.
+    seen_by: for a range of queries, the columns that some of them see, and the columns before them
+    that all see, (S,) bool each. Columns that form no range become an index tensor on `device`.
     """
     return [_block(queries, seen_by, device) for queries in _cut(slice(0, n_queries), BLOCK)]
 
@@ -63,13 +63,13 @@ def _block(
 
 
 def _cut(queries: slice, n: int) -> Iterator[slice]:
-    """A slice in pieces of at most n."""
+    """Cut a slice into pieces of at most n."""
     for at in range(queries.start, queries.stop, n):
         yield slice(at, min(at + n, queries.stop))
 
 
 def _longest_range(seen: Flags) -> slice:
-    """The longest range of True in (n,), the first of equals."""
+    """The longest run of True in (n,), and the first of several."""
     ends = np.flatnonzero(np.diff(np.concatenate([[False], seen, [False]]).astype(np.int8)))
     if not len(ends):
         return slice(0, 0)
@@ -79,7 +79,7 @@ def _longest_range(seen: Flags) -> slice:
 
 
 def _indices(seen: Flags, device: torch.device) -> slice | Tensor:
-    """Which of (n,) are True: their numbers, or a slice if none is left out."""
+    """The indices of True in (n,), as a slice if they form a range."""
     columns = seen.nonzero()[0]
     if len(columns) and columns[-1] - columns[0] + 1 == len(columns):
         return slice(int(columns[0]), int(columns[-1]) + 1)
