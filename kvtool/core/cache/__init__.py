@@ -23,23 +23,26 @@ __all__ = [
 
 
 def cache_class(kind: str) -> type[Cache]:
-    """The class of a registered kind, whatever its settings. Raises UsageError for an unknown
-    one."""
+    """The class of a registered kind; settings after its name are ignored. Raises UsageError for an
+    unknown kind."""
     return registry.load(registry.CACHES, registry.split_kind(kind)[0])
 
 
 def make_cache(kind: str, spec: CacheSpec, left_padding: Tensor | None = None) -> Cache:
-    """An empty cache of a registered kind, with settings if they follow it ("paged:page=8").
+    """An empty cache of a registered kind, with the settings after its name ("paged:page=8").
 
-    Raises UsageError.
+    left_padding (B,): padding tokens at the start of each row. Raises UsageError for an unknown
+    kind or a wrong setting.
     """
     name, settings = registry.split_kind(kind)
     return registry.load(registry.CACHES, name)(spec, left_padding, **settings)
 
 
 def settings_of(kind: str, small: bool = False) -> dict[str, int]:
-    """What a user may choose of a registered kind, as it is: by its text, or by default; with
-    `small` by what the kind takes in short checks."""
+    """The values of all settings of a registered kind: as given after its name, else the defaults.
+
+    small: take the kind's settings for short checks in place of the defaults.
+    """
     name, given = registry.split_kind(kind)
     found = cache_class(kind)
     made = inspect.signature(found).parameters
@@ -53,7 +56,7 @@ def settings_of(kind: str, small: bool = False) -> dict[str, int]:
 
 
 def predicted_nbytes(kind: str, spec: CacheSpec, length: int, prompt: int = 1) -> int:
-    """`Cache.predict_nbytes` of a registered kind with its settings."""
+    """`Cache.predict_nbytes` for a registered kind with its settings: bytes."""
     name, settings = registry.split_kind(kind)
     predict = registry.load(registry.CACHES, name).predict_nbytes
     return predict(spec, length, prompt, **settings)

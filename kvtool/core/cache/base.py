@@ -1,7 +1,7 @@
-"""The cache interface: what a cache is told, what it answers, and what it promises.
+"""The interface of all caches, and its contract.
 
-A cache is an argument of the model, never a part of it. `begin` and `commit` are host work
-(capacity, masks); `write` and `attend` are device work and touch only tensors.
+A cache is an argument of the model, never a part of it. `begin` and `commit` work on the host
+(capacity, masks). `write` and `attend` work on the device, and touch only tensors.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.kernels.masks import LazyMask, make_mask
 from kvtool.errors import CapacityError, UsageError
 
-EMPTY = -(2**30)  # the position of a key column that holds nothing; no padding is that long
+EMPTY = -(2**30)  # the position of an empty key column; no padding is that long
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The sizes a cache is made for. Key-value heads are stored as they are, never expanded."""
+    """The sizes, dtype, device and kernels of a cache; key-value heads are stored unexpanded."""
 
     n_layers: int
     batch: int
@@ -47,7 +47,7 @@ class CacheSpec:
         device: torch.device | None = None,
         kernels: Kernels = DEFAULT,
     ) -> CacheSpec:
-        """The spec for `batch` sequences of at most `capacity` tokens of a model."""
+        """The spec for a model and `batch` sequences of at most `capacity` tokens."""
         return cls(
             n_layers=config.n_layers,
             batch=batch,
@@ -68,15 +68,15 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class Step:
-    """Where the tokens of one forward pass stand, and which keys they may see.
+    """The positions of the tokens of one forward pass, and which keys they may see.
 
     q_pos (B,T): absolute position of each new token, negative = left padding.
-    k_pos (B,S): absolute position held by each key column, EMPTY = nothing. If a position is there
-        twice, quantized and exactly, `mask` lets each query see one of the two.
+    k_pos (B,S): absolute position of each key column, EMPTY = an empty column. If a position has
+        two columns, quantized and exact, `mask` shows each query one of the two.
     slots (T,): the storage column of each new token.
-    mask (B,1,T,S) bool, or None if every query sees every column (or `causal`); a LazyMask for one
-        that would be large.
-    causal: T == S, in order, and nothing else is masked.
+    mask (B,1,T,S) bool, True = attend. None: every query sees every column, or `causal` holds. A
+        large mask is a LazyMask.
+    causal: T == S, in order, and each query sees its own column and those before it.
     """
 
     q_pos: Tensor
@@ -85,7 +85,7 @@ class Step:
     mask: Tensor | LazyMask | None
     causal: bool
     kernels: Kernels = DEFAULT
-    quantization: Quantization | None = None  # of a pass without a cache, if it has any
+    quantization: Quantization | None = None  # for a pass without a cache: how it rounds
 
     @classmethod
     def full(
@@ -99,10 +99,11 @@ class Step:
         sinks: int = 0,
         quantization: Quantization | None = None,
     ) -> Step:
-        """A whole sequence at once, from position 0 and without a cache.
+        """The step of `n` tokens a row from position 0, for a pass without a cache.
 
-        window, sinks, quantization: of the cache that this is to be compared with. One that keeps
-        no more than a window, or rounds what it keeps, cannot give what a pass without them does.
+        left_padding (B,): padding tokens at the start of each row. window, sinks, quantization:
+        those of the cache that the pass is compared with, since such a cache loses keys or rounds
+        them. Without these, the pass would be another computation.
         """
         slots = torch.arange(n, device=device)
         q_pos = slots.expand(batch, n)
@@ -120,9 +121,9 @@ class Step:
         return cls(q_pos, k_pos, slots, mask, False, kernels, quantization)
 
     def within(self, window: int) -> Step:
-        """The same step where a token sees `window` positions, its own included; 0: all before it.
+        """The same step, but each token sees at most `window` positions with its own; 0: no limit.
 
-        The window is the model's; a cache may have its own, and a query sees what both let it see.
+        This is the model's window. If the cache has one as well, a query sees what both allow.
         """
         if not window or (self.causal and self.q_pos.shape[1] <= window):
             return self
@@ -138,18 +139,18 @@ class Step:
 
     @classmethod
     def bidirectional(cls, mask: Tensor, kernels: Kernels = DEFAULT) -> Step:
-        """An encoder's pass: every token sees the real ones; mask (B,S) bool, True = real."""
+        """The step of an encoder: every token sees all real ones; mask (B,S) bool, True = real."""
         slots = torch.arange(mask.shape[1], device=mask.device)
         q_pos = slots.expand(mask.shape)
         return cls(q_pos, q_pos, slots, mask[:, None, None, :], False, kernels)
 
 
 class Bytes(NamedTuple):
-    """Memory of a cache, in bytes."""
+    """The memory of a cache, in bytes over all layers and rows."""
 
-    allocated: int  # every storage that the cache owns
+    allocated: int  # all storage that the cache owns
     live: int  # keys and values of committed tokens
-    read_per_step: int  # keys and values that one more token reads, over all layers
+    read_per_step: int  # keys and values that the next single-token step reads
 
     @property
     def overhead(self) -> int:
@@ -158,38 +159,45 @@ class Bytes(NamedTuple):
 
 
 class Cache(ABC):
-    """Keys and values of past tokens, so that a decoder need not compute them again.
+    """Holds the keys and values of past tokens, so that a decoder need not compute them again.
 
-    One step: `step = begin(n)`; for each layer `attend(layer, q, k, v, step)`; `commit(n)`. What
-    was written and not committed does not exist: after an exception, `begin` starts over.
+    One step: `step = begin(n)`; for each layer `attend(layer, q, k, v, step)`; `commit(n)`. Tokens
+    that were written but not committed are not part of the sequence: after an exception, call
+    `begin` again.
     """
 
     kind: ClassVar[str]
-    exact: ClassVar[bool] = True  # stored keys and values are what the model computed
+    exact: ClassVar[bool] = True  # stored keys and values are bit for bit the model's
     compilable: ClassVar[bool] = False  # fixed addresses and no host sync in write and attend
-    # Settings so small that a short check exercises everything.
+    # Settings small enough for a short check to reach every case.
     small: ClassVar[Mapping[str, int]] = {}
-    stores: ClassVar[bool] = True  # False: caches nothing on purpose, to be compared with
-    recompute: ClassVar[bool] = False  # holds nothing: must be given the whole sequence each time
-    quantization: Quantization | None = None  # how tokens are rounded, and by when
-    window: int = 0  # how many positions a token sees, its own included; 0: all before it
-    sinks: int = 0  # and how many of the first ones, always
-    page: int = 0  # tokens of a page; 0: columns are not in pages
+    stores: ClassVar[bool] = True  # False: stores nothing on purpose, as a reference
+    recompute: ClassVar[bool] = False  # stores nothing: every step needs the whole sequence
+    quantization: Quantization | None = None  # how tokens are rounded, and when
+    window: int = 0  # how many positions a token sees, with its own; 0: all before it
+    sinks: int = 0  # how many of the first positions it always sees besides
+    page: int = 0  # tokens per page; 0: no pages
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
-        """An empty cache; left_padding (B,) counts the padding tokens at the start of each row."""
+        """An empty cache; left_padding (B,): padding tokens at the start of each row.
+
+        Raises UsageError for left padding that is negative, not whole, or of another shape.
+        """
         self.spec = spec
         self.reset(left_padding)
 
     def reset(self, left_padding: Tensor | None = None) -> None:
-        """Forget every token and start on new sequences; a compilable kind, in the same memory."""
+        """Forget all tokens and start new sequences; a compilable kind keeps its memory.
+
+        Raises UsageError for wrong left padding.
+        """
         self.length = 0  # committed tokens a row, left padding included
         self._begun = 0  # tokens of the step that has begun and is not committed
         self.batch = self.spec.batch
         self.left_padding = None if left_padding is None else self._checked(left_padding)
 
     def _checked(self, left_padding: Tensor) -> Tensor:
-        """A copy. Raises UsageError."""
+        """A copy as int64. Raises UsageError for a wrong shape, type or sign."""
         wrong = left_padding.shape != (self.batch,) or left_padding.is_floating_point()
         if wrong or (not left_padding.is_meta and bool((left_padding < 0).any())):
             raise UsageError(
@@ -199,15 +207,20 @@ class Cache(ABC):
         return left_padding.to(torch.long, copy=True)
 
     def begin(self, n_new: int) -> Step:
-        """Make room for `n_new` tokens a row and say where they stand. Raises CapacityError."""
+        """Make room for `n_new` tokens a row -> their step.
+
+        Raises UsageError for a step without tokens, and CapacityError if they do not fit.
+        """
         start = self.make_room(n_new)
         step = self._make_step(start, n_new)
         self._begun = n_new
         return step
 
     def make_room(self, n_new: int) -> int:
-        """The first part of `begin` -> how many tokens come before the new ones. Raises UsageError
-        for a step without tokens, and CapacityError."""
+        """The first part of `begin`: make room -> the number of tokens before the new ones.
+
+        Raises UsageError for a step without tokens, and CapacityError if they do not fit.
+        """
         start = 0 if self.recompute else self.length
         if n_new < 1:
             raise UsageError(f"a step needs 1 token or more (found {n_new})")
@@ -221,11 +234,11 @@ class Cache(ABC):
 
     @abstractmethod
     def _make_step(self, start: int, n_new: int) -> Step:
-        """The Step of `n_new` tokens after the first `start`; capacity has been checked."""
+        """The step of `n_new` tokens after `start` others; there is room for them."""
 
     @abstractmethod
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Store k, v (B,Hkv,T,D) -> all keys and values (B,Hkv,S,D), in columns as step.k_pos."""
+        """Store k, v (B,Hkv,T,D) -> all keys and values (B,Hkv,S,D), with columns as step.k_pos."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """Store k, v (B,Hkv,T,D) and attend with q (B,H,T,D) -> (B,H,T,D)."""
@@ -233,9 +246,10 @@ class Cache(ABC):
         return step.kernels.attention(q, keys, values, step.mask, step.causal)
 
     def commit(self, n_new: int) -> None:
-        """Make the first `n_new` tokens of the step part of the sequence; call it after all layers.
+        """Add the first `n_new` tokens of the step to the sequence; call it after all layers.
 
-        Raises UsageError beyond what the step has begun, or if rows or length have changed since.
+        Raises UsageError for more tokens than the step has, and after a `select`, `crop` or `reset`
+        that came after `begin`.
         """
         if not 0 <= n_new <= self._begun:
             raise UsageError(
@@ -245,7 +259,7 @@ class Cache(ABC):
         self._begun = 0
 
     def crop(self, length: int) -> None:
-        """Forget all but the first `length` tokens. Raises UsageError beyond what is held."""
+        """Forget all but the first `length` tokens. Raises UsageError if it holds fewer."""
         if not 0 <= length <= self.length:
             raise UsageError(
                 f"{self.kind} cache holds {self.length} tokens, cannot crop to {length}"
@@ -254,9 +268,9 @@ class Cache(ABC):
         self._begun = 0
 
     def select(self, rows: Tensor) -> None:
-        """Continue from the histories of `rows` (n,), in that order; repeats are allowed.
+        """Replace the rows by `rows` (n,), in that order, to continue from their histories.
 
-        Raises UsageError for a row that is not there.
+        A row may be taken more than once. Raises UsageError for a row that does not exist.
         """
         if bool(((rows < 0) | (rows >= self.batch)).any()):
             raise UsageError(
@@ -269,36 +283,38 @@ class Cache(ABC):
 
     @property
     def loses(self) -> bool:
-        """Whether it changes what is predicted, beyond rounding."""
+        """Whether it changes predictions by more than rounding: it evicts or quantizes tokens."""
         return not self.exact or bool(self.window)
 
     def vacuous(self) -> str | None:
-        """Why results equal to those without a cache would prove nothing; None if they would
-        prove something."""
+        """Why a comparison with no cache would prove nothing, as when a window never evicted a
+        token; None if it would prove something."""
         if self.recompute:
             return "it stores nothing: every step computes the whole sequence again"
         return None
 
     def fork(self) -> Cache:
-        """A cache that holds the same tokens and goes its own way from here."""
+        """An independent cache with the same tokens."""
         return copy.deepcopy(self)
 
     @abstractmethod
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of the committed k, v (B,Hkv,S,D) of a layer, and their positions (B,S).
+        """Copies of a layer's committed k, v (B,Hkv,S,D), and of their positions (B,S).
 
-        EMPTY is the position of a column that holds nothing in that row.
+        An empty column has the position EMPTY.
         """
 
     @abstractmethod
     def nbytes(self) -> Bytes:
-        """What the cache occupies now."""
+        """The memory of the cache now, in bytes."""
 
     @classmethod
     @abstractmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
-        """Bytes of keys and values that the kind allocates to hold `length` tokens, of which the
-        first `prompt` arrive at once and the others one by one."""
+        """Bytes of keys and values that the kind allocates for `length` tokens.
+
+        The first `prompt` tokens come in one step, the others one by one.
+        """
 
     def _padding_nbytes(self) -> int:
         """Bytes of the counts of left padding."""
@@ -309,5 +325,5 @@ class Cache(ABC):
         return self._at(torch.arange(start, end, device=self.spec.device), self.left_padding)
 
     def _at(self, columns: Tensor, padding: Tensor | None) -> Tensor:
-        """Absolute positions of the tokens that arrive as number `columns` (n,) -> (B,n)."""
+        """Absolute positions of the tokens with numbers `columns` (n,), by arrival -> (B,n)."""
         return columns.expand(self.batch, -1) if padding is None else columns - padding[:, None]

@@ -1,4 +1,4 @@
-"""What the dynamic and the static cache share: one buffer a layer, column = order of arrival."""
+"""The common part of most caches: one buffer per layer, with columns in order of arrival."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kvtool.core.native.arrays import Array
 
 
 class BufferedCache(DirectAccess, Cache):
-    """Tokens stand in columns 0, 1, 2 ... of `_keys[layer]` and `_values[layer]`.
+    """Stores tokens in columns 0, 1, 2 ... of `_keys[layer]` and `_values[layer]`.
 
-    Each of these is (rows,Hkv,columns,D). Columns after `length` may hold anything: they are
-    overwritten before they are ever visible.
+    Each of these is (rows,Hkv,columns,D). Columns from `length` on may hold anything: they are
+    overwritten before a query sees them.
     """
 
     _keys: list[Tensor]
@@ -27,12 +27,13 @@ class BufferedCache(DirectAccess, Cache):
         super().__init__(spec, left_padding)
 
     def reset(self, left_padding: Tensor | None = None) -> None:
+        """As Cache.reset; allocates anew only if `select` had changed the number of rows."""
         super().reset(left_padding)
-        if self._keys[0].shape[0] != self.batch:  # select had changed the number of rows
+        if self._keys[0].shape[0] != self.batch:
             self._allocate(self.batch, self._columns)
 
     def _gather_rows(self, rows: Tensor) -> None:
-        """Let new buffers hold the histories of `rows`, as many as there are."""
+        """Replace the buffers by copies of the histories of `rows`."""
         for buffers in (self._keys, self._values):
             for layer, old in enumerate(buffers):
                 buffers[layer] = torch.index_select(old, 0, rows)
@@ -49,27 +50,28 @@ class BufferedCache(DirectAccess, Cache):
 
     @property
     def _columns(self) -> int:
-        return self._values[-1].shape[2]  # the last to grow: if memory ran out, all grow again
+        return self._values[-1].shape[2]  # it grows last: if memory runs out, all grow again
 
     def _reserve(self, length: int) -> None:
         """Make sure that `length` columns exist."""
 
     def _reach(self, length: int) -> int:
-        """How many columns a step after others reads when `length` of them are filled."""
+        """How many columns a later step reads when `length` columns are filled."""
         return length
 
     def make_room(self, n_new: int) -> int:
+        """As Cache.make_room; the buffers grow here if the kind grows."""
         start = super().make_room(n_new)
         self._reserve(start + n_new)
         return start
 
     def _make_step(self, start: int, n_new: int) -> Step:
         end = start + n_new
-        # A first step of several tokens reads only its own columns; unpadded it needs no mask.
+        # A first step of several tokens reads only its own columns; without padding it is causal.
         reach = end if start == 0 and n_new > 1 else self._reach(end)
         causal = start == 0 and reach == end and self.left_padding is None
-        # One new token sees every filled column; without empty ones or padding nothing is masked.
-        # A compilable kind keeps the mask, or the last token of a block would need another capture.
+        # One new token sees every filled column; without empty ones or padding it needs no mask.
+        # A compilable kind makes one, or the last token of a block would need another capture.
         all_seen = n_new == 1 and reach == end and self.left_padding is None
         unmasked = causal or (all_seen and not self.compilable)
         slots = torch.arange(start, end, device=self.spec.device)
@@ -85,8 +87,10 @@ class BufferedCache(DirectAccess, Cache):
         causal: bool = False,
         unmasked: bool = False,
     ) -> Step:
-        """The step of tokens that go into these slots (T,) and read `reach` columns: by device work
-        alone. has_unfilled: some of these come after the last token. unmasked: without a mask."""
+        """The step of tokens in `slots` (T,) that read `reach` columns, made on the device alone.
+
+        has_unfilled: some of the columns come after the last token. unmasked: no mask is needed.
+        """
         columns = torch.arange(reach, device=self.spec.device)
         q_pos, k_pos = self._at(slots, padding), self._at(columns, padding)
         if has_unfilled:
@@ -95,6 +99,7 @@ class BufferedCache(DirectAccess, Cache):
         return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """As Cache.write; returns views of the buffers."""
         # index_copy_ refuses a column that does not exist; a slice assignment would store nothing.
         keys, values = self._keys[layer], self._values[layer]
         if self.batch < keys.shape[0]:
@@ -105,7 +110,7 @@ class BufferedCache(DirectAccess, Cache):
         return keys.narrow(2, 0, reach), values.narrow(2, 0, reach)
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
-        """Of the buffers, if the kind's methods are as it froze them."""
+        """As DirectAccess.step_addresses; the tokens follow one another in the buffers."""
         if not self._is_unpatched():
             return None
         start = self.make_room(n_new)
@@ -120,8 +125,10 @@ class BufferedCache(DirectAccess, Cache):
         window: int = 0,
         sinks: Array | None = None,
     ) -> StepAddresses | None:
-        """The StepAddresses of new tokens whose slots begin with `slot`; None unless the padding
-        is known, and the buffers are as the spec says, with room for all of them."""
+        """The StepAddresses of new tokens from column `slot` on.
+
+        None unless the padding is known and the buffers have the spec's layout and room for all.
+        """
         rows, n_kv_heads, columns, head_dim = self._keys[0].shape
         fits = (n_kv_heads, head_dim) == (self.spec.n_kv_heads, self.spec.head_dim)
         if not fits or rows < self.batch or not 0 <= slot <= columns - n_new:
@@ -134,12 +141,14 @@ class BufferedCache(DirectAccess, Cache):
         return StepAddresses(start, padding, addresses, columns, slot, window, sinks)
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As Cache.snapshot."""
         keys, values = (
             t[layer][: self.batch, :, : self.length] for t in (self._keys, self._values)
         )
         return keys.clone(), values.clone(), self._positions(0, self.length).clone()
 
     def nbytes(self) -> Bytes:
+        """As Cache.nbytes."""
         token = self.spec.token_nbytes // self.spec.batch * self.batch
         allocated = sum(t.untyped_storage().nbytes() for t in (*self._keys, *self._values))
         allocated += self._padding_nbytes()
@@ -147,5 +156,5 @@ class BufferedCache(DirectAccess, Cache):
 
 
 def round_up(n: int, block: int) -> int:
-    """The smallest multiple of `block` that is not below `n`."""
+    """`n` rounded up to a multiple of `block`."""
     return -(-n // block) * block

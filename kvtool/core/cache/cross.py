@@ -17,35 +17,38 @@ from kvtool.core.native.arrays import Array
 
 
 class SourceAddresses(NamedTuple):
-    """Where a source's keys and values are, and which columns each row sees."""
+    """The memory of a source's keys and values, and the columns that each row sees."""
 
     addresses: Array  # (2,layers) of keys and values, (B,Hkv,columns,D)
     columns: int
-    seen: Array  # (B,2) the first column and the one after the last
+    seen: Array  # (B,2) the first column that a row sees, and the one after the last
 
 
 @dataclass
 class CrossCache:
-    """Filled once per source by `Seq2Seq.encode`; decoding never lengthens it.
+    """The keys and values of encoded sources for cross-attention, made once by `Seq2Seq.encode`.
 
-    layers: k, v (B,Hkv,S,D) for each decoder layer; mask (B,S) bool, True = a real source token.
+    layers: k, v (B,Hkv,S,D) of each decoder layer. mask (B,S) bool, True = a real source token.
     """
 
     layers: list[tuple[Tensor, Tensor]]
     mask: Tensor
 
     def __post_init__(self) -> None:
-        if not torch.is_grad_enabled():  # halves of a projection, which every step would gather
+        if not torch.is_grad_enabled():  # strided halves of a projection: each step would copy them
             self.layers = [(k.contiguous(), v.contiguous()) for k, v in self.layers]
 
     def attend(self, layer: int, q: Tensor, kernels: Kernels) -> Tensor:
-        """q (B,H,T,D) -> (B,H,T,D)"""
+        """Attend to the source with q (B,H,T,D) -> (B,H,T,D)."""
         k, v = self.layers[layer]
         return kernels.attention(q, k, v, self.mask[:, None, None, :], False)
 
     def step_addresses(self, spec: CacheSpec, batch: int) -> SourceAddresses | None:
-        """For compiled code; None if this is not a source for `batch` rows of a cache with that
-        spec, or if the columns that a row sees are not one range."""
+        """The addresses for compiled code.
+
+        None if the source does not fit `batch` rows of a cache with that spec, or if the real
+        tokens of a row are not one range of columns.
+        """
         mask, pairs = self.mask, self.layers
         if not self._is_unpatched() or len(pairs) != spec.n_layers:
             return None
@@ -60,7 +63,7 @@ class CrossCache:
         return SourceAddresses(addresses, mask.shape[1], seen)
 
     def memory(self) -> list[Tensor] | None:
-        """All tensors that `attend` reads; None if that is another method than ours."""
+        """All tensors that `attend` reads; None if `attend` has been replaced."""
         return [self.mask, *chain(*self.layers)] if self._is_unpatched() else None
 
     def _is_unpatched(self) -> bool:
@@ -68,15 +71,15 @@ class CrossCache:
         return ours and "attend" not in vars(self)
 
     def select(self, rows: Tensor) -> CrossCache:
-        """The sources of `rows` (n,), in that order; repeats are allowed."""
+        """A copy with the sources of `rows` (n,), in that order; a row may be taken repeatedly."""
         layers = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.layers]
         return CrossCache(layers, self.mask.index_select(0, rows))
 
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
+        """Bytes of the memory of all keys and values."""
         storages = (t.untyped_storage() for pair in self.layers for t in pair)
-        # Where gradients are wanted they are halves of one projection, and share its memory.
+        # With gradients, keys and values are halves of one projection and share its memory.
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-ATTEND = CrossCache.attend  # a patch of it is not passed over
+ATTEND = CrossCache.attend  # to notice that it has been patched

@@ -1,5 +1,8 @@
-"""Direct access to a cache's memory, for code that passes over its `write` and `attend`: compiled
-code on a CPU, and CUDA graphs. A cache without it is right as well, and slower."""
+"""Direct access to a cache's memory, for code that does not call its `write` and `attend`.
+
+This code is compiled code on a CPU, and CUDA graphs. Without direct access a cache gives the same
+results, but decodes more slowly.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +20,22 @@ from kvtool.core.native.arrays import Array
 if TYPE_CHECKING:
     from kvtool.core.cache.base import CacheSpec, Step
 
-# How a cache stores and reads.
+# The methods by which a cache stores and reads.
 STORAGE_METHODS = (
     "begin", "_make_step", "_positions", "_at", "step_at", "write", "attend", "commit",
 )  # fmt: skip
 
 
 class StepAddresses(NamedTuple):
-    """Where the keys and values of a step are stored, and those before them, in columns by order of
-    arrival: what compiled/decoder.py takes."""
+    """The memory that a step of compiled/decoder.py uses, with columns in order of arrival."""
 
-    start: int  # how many tokens stand before the first new one
-    padding: Array  # (B,) how many tokens at the start of each row are padding
+    start: int  # how many tokens come before the first new one
+    padding: Array  # (B,) padding tokens at the start of each row
     addresses: Array  # (2,layers) of keys and values, (B,Hkv,columns,D) in the spec's dtype
     columns: int
     slot: int  # the column of the first new token
-    window: int  # how many positions a token sees, its own included; 0: all before it
-    sinks: Array  # (B,2) and besides, the columns from one to another
+    window: int  # how many positions a token sees, with its own; 0: all before it
+    sinks: Array  # (B,2) the first column of each row's sinks, and the one after the last
     # Quantized tokens, which come before the others: (6,layers) the addresses of codes, scales and
     # zero points of keys, and of values, and how they are packed, as compiled/codes.py has it.
     codes: Array = np.empty((6, 0), np.int64)
@@ -42,16 +44,16 @@ class StepAddresses(NamedTuple):
 
 
 class GraphStep(NamedTuple):
-    """A step of one token a row, as a CUDA graph replays it."""
+    """A step of one token a row, for the replay of a CUDA graph."""
 
-    start: int  # how many tokens stand before it
-    tables: tuple[Tensor, ...]  # what else a step reads that another one may find changed
-    form: tuple[int | None, ...]  # numbers that a capture fixes
-    memory: list[Tensor]  # of keys and values: all else that `write` and `attend` reach
+    start: int  # how many tokens come before it
+    tables: tuple[Tensor, ...]  # other inputs that may change from step to step
+    form: tuple[int | None, ...]  # numbers that are constant in a capture
+    memory: list[Tensor]  # keys and values: all other memory that `write` and `attend` use
 
 
 class MethodSnapshot(NamedTuple):
-    """The methods by which a kind stores and reads, as they were when it was written."""
+    """The methods by which a kind stores and reads, as its author wrote them."""
 
     names: frozenset[str]
     get: attrgetter[tuple[Any, ...]]
@@ -59,45 +61,53 @@ class MethodSnapshot(NamedTuple):
 
 
 class DirectAccess:
-    """For a Cache that tells where its keys and values are: put it before Cache among the bases.
+    """A mixin for caches that give direct access to their memory; name it before Cache as a base.
 
-    A kind answers once `freeze_methods` has been called on it, below its class: what is stored and
-    read directly passes over its methods, and so over what a subclass or a patch makes of them.
+    Direct access does not call the cache's methods, so it would ignore a subclass or a patch. So a
+    kind calls `freeze_methods` after its class, and allows no direct access once a method differs.
     """
 
     spec: CacheSpec
     batch: int
     left_padding: Tensor | None
     _frozen: ClassVar[MethodSnapshot]
-    _known: tuple[Any, Array] | None = None  # the buffers of the last step, and their addresses
+    _known: tuple[Any, Array] | None = None  # layout of the last step's buffers, their addresses
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
-        """As `begin`, for compiled code; None from a cache whose memory or methods are not as that
-        code expects, whose step then takes `begin`. Raises CapacityError."""
+        """As `begin`, for compiled code.
+
+        None if the memory or methods are not as that code expects; then call `begin`. Raises
+        CapacityError.
+        """
         return None
 
     def graph_step(self) -> GraphStep | None:
-        """As `begin(1)`, to replay a capture of `step_at` and what follows it; None from a kind
-        that is not compilable, from a cache whose methods have been replaced, and for a step that
-        is not like others. Raises CapacityError."""
+        """As `begin(1)`, for the replay of a captured `step_at` and the work after it.
+
+        None if the kind is not compilable, if its methods have been replaced, or if the step is not
+        like others, as the first one. Raises CapacityError.
+        """
         return None
 
     def step_at(
         self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
     ) -> Step:
-        """What `begin(1)` gives after `start` (1,) tokens, by device work alone; tables and form
-        as in GraphStep. Raises NotImplementedError from a kind that is not compilable."""
+        """The step of `begin(1)` after `start` (1,) tokens, made on the device alone.
+
+        tables and form: as in GraphStep. Raises NotImplementedError for a kind that is not
+        compilable.
+        """
         raise NotImplementedError(f"{type(self).__name__} is not compilable")
 
     @classmethod
     def freeze_methods(cls, *more: str) -> None:
-        """Record that this kind is now as written: its STORAGE_METHODS, and `more` methods."""
+        """Record this kind's STORAGE_METHODS, and `more` methods, as its author wrote them."""
         names = frozenset({*STORAGE_METHODS, *more})
         get = attrgetter(*names)
         cls._frozen = MethodSnapshot(names, get, get(cls))
 
     def _is_unpatched(self) -> bool:
-        """Whether all frozen methods are still there; False for a subclass that froze none."""
+        """Whether all frozen methods are unchanged; False for a subclass that froze none."""
         kind = type(self)
         frozen: MethodSnapshot | None = vars(kind).get("_frozen")
         if frozen is None:
@@ -105,8 +115,10 @@ class DirectAccess:
         return frozen.get(kind) == frozen.found and frozen.names.isdisjoint(vars(self))
 
     def _addresses_of(self, keys: list[Tensor], values: list[Tensor]) -> Array | None:
-        """The addresses (2,layers) of the buffers of all layers, kept until a buffer moves; None
-        unless all are alike, and readable in the spec's dtype."""
+        """The addresses (2,layers) of all buffers, computed again when a buffer has moved.
+
+        None unless all have the same shape, the spec's dtype, and readable memory.
+        """
         layout = [(x.data_ptr(), x.dtype) for x in (*keys, *values)]
         found = keys[0].shape, self.spec.dtype, layout
         if self._known is None or found != self._known[0]:
@@ -117,7 +129,7 @@ class DirectAccess:
         return self._known[1]
 
     def _padding(self) -> Array | None:
-        """The padding tokens of each row, (B,); None if compiled code cannot read their number."""
+        """The padding tokens of each row, (B,); None if compiled code cannot read them."""
         padded = self.left_padding
         if padded is None:
             return no_padding(self.batch)
@@ -127,32 +139,32 @@ class DirectAccess:
         return None if (padding < 0).any() else padding
 
     def _padding_table(self) -> tuple[Tensor, ...]:
-        """The padding as one of the tables of a GraphStep, if there is any."""
+        """The padding as tables of a GraphStep; () without padding."""
         return () if self.left_padding is None else (self.left_padding,)
 
 
 @cache
 def no_padding(batch: int) -> Array:
-    """Zeros (B,), which nobody writes to."""
+    """Zeros (B,), shared and read-only by convention: no row has padding."""
     return np.zeros(batch, np.int64)
 
 
 @cache
 def no_sinks(batch: int) -> Array:
-    """Zeros (B,2), which nobody writes to."""
+    """Zeros (B,2), shared and read-only by convention: no row has sinks."""
     return np.zeros((batch, 2), np.int64)
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether a tensor is dense memory of the CPU, from its address on."""
+    """Whether compiled code can read a tensor: it is plain, contiguous and on the CPU."""
     return type(x) is Tensor and x.is_cpu and x.is_contiguous() and x.data_ptr() != 0
 
 
 def buffer_addresses(
     keys: Sequence[Tensor], values: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
 ) -> Array | None:
-    """The addresses (2,layers) of keys and values, for compiled code; None unless all are readable
-    and of that shape and type."""
+    """The addresses (2,layers) of keys and values for compiled code; None unless all are readable
+    and have that shape and dtype."""
     for x in (*keys, *values):
         if x.shape != shape or x.dtype is not dtype or not is_readable(x):
             return None

@@ -13,9 +13,9 @@ GRAIN = 64  # columns; growth is rounded up to a multiple of it
 
 
 class DynamicCache(BufferedCache):
-    """Starts small and grows by half of its size when full, so appending n tokens copies O(n).
+    """Starts small and grows by half of its size when it is full, so n tokens cost O(n) copies.
 
-    Transformers' DynamicCache concatenates at every token, which copies O(n^2).
+    The DynamicCache of Transformers concatenates at each token, which costs O(n^2) copies.
     """
 
     kind: ClassVar[str] = "dynamic"
@@ -25,7 +25,7 @@ class DynamicCache(BufferedCache):
 
     @classmethod
     def _grown(cls, columns: int, length: int, capacity: int) -> int:
-        """The columns to have when `length` are needed and there are `columns`."""
+        """The new number of columns when `length` are needed and there are `columns`."""
         return min(round_up(max(length, columns + columns // 2), GRAIN), capacity)
 
     def _reserve(self, length: int) -> None:
@@ -33,17 +33,19 @@ class DynamicCache(BufferedCache):
             return
         columns = self._grown(self._columns, length, self.spec.capacity)
         for buffers in (self._keys, self._values):
-            for layer, old in enumerate(buffers):  # one by one: the peak is a layer, not two caches
+            for layer, old in enumerate(buffers):  # one by one: only one buffer is held twice
                 new = old.new_zeros((*old.shape[:2], columns, old.shape[3]))
                 new[:, :, : self.length] = old[:, :, : self.length]
                 buffers[layer] = new
 
     def select(self, rows: Tensor) -> None:
+        """As Cache.select, by copies of the rows."""
         super().select(rows)
         self._gather_rows(rows)
 
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
+        """As Cache.predict_nbytes."""
         columns = min(GRAIN, spec.capacity)
         if prompt > columns:
             columns = cls._grown(columns, prompt, spec.capacity)

@@ -1,4 +1,4 @@
-"""No cache: every step computes the whole sequence again. The reference, and the price to beat."""
+"""No cache: every step computes the whole sequence again. It is the reference for all kinds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvtool.errors import CacheOpUnsupported
 
 
 class NoCache(Cache):
-    """Holds nothing but a count of tokens; each step must bring the whole sequence."""
+    """Stores only the number of tokens; each step must bring the whole sequence."""
 
     kind: ClassVar[str] = "none"
     stores: ClassVar[bool] = False
@@ -25,16 +25,20 @@ class NoCache(Cache):
         return Step(pos, pos, slots, mask, mask is None, self.spec.kernels)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """k, v (B,Hkv,T,D) as they are: the step has the whole sequence."""
         return k, v
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Raises CacheOpUnsupported: there is nothing to copy."""
         raise CacheOpUnsupported(
             self.kind, "show its keys and values", "it stores none", "Use --cache dynamic."
         )
 
     def nbytes(self) -> Bytes:
+        """As Cache.nbytes: only the counts of left padding."""
         return Bytes(self._padding_nbytes(), 0, 0)
 
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
+        """0 bytes of keys and values."""
         return 0

@@ -1,4 +1,4 @@
-"""A cache in pages: memory is handed out a page at a time, and equal pasts are held once."""
+"""A cache in pages: rows take memory a page at a time, and share the pages of a common past."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ PAGE = 16  # tokens
 
 @dataclass(frozen=True)
 class PagedStep(Step):
-    """slots (B,T): where in the pool each new token is stored, counted in tokens.
+    """A step of a paged cache.
 
-    pages (B,n): the pages of each row, in the order of their tokens; None if the step's own tokens
-        are the first, and so all that there is to read.
-    first: the first page of an only row whose pages are contiguous in the pool, if they are.
-    empty (page,1) bool: the columns of the last page that hold nothing yet.
+    slots (B,T): where in the pool each new token is stored, counted in tokens.
+    pages (B,n): the pages of each row, in the order of their tokens; None for a first step, which
+        reads only its own tokens.
+    first: the first page if there is one row and its pages are contiguous in the pool; else None.
+    empty (page,1) bool: the empty columns of the last page.
     """
 
     pages: Tensor | None = None
@@ -37,23 +38,24 @@ class PagedStep(Step):
 
 
 class PagedCache(DirectAccess, Cache):
-    """Pages of `page` tokens from one pool, and a table of each row's pages (vLLM, Kwon 2023).
+    """Pages of `page` tokens from one pool, with a table of each row's pages (vLLM, Kwon 2023).
 
-    A row takes a page when its tokens reach it. `select` and `fork` copy tables, not tokens; a page
-    that is filled in part and used by several rows is copied before one of them writes to it. One
-    table serves all layers.
+    A row takes a page when its tokens reach it. `select` and `fork` copy tables, not tokens. If
+    several rows use a partly filled page, it is copied before one of them writes to it (copy on
+    write). One table serves all layers.
 
         page=2; two rows, three tokens each: [0 1] [2 3], one page in two is half empty
         select([0, 0]):  [0 1] [0 1]    pages 2 and 3 are free
         one more token:  [0 2] [0 1]    page 1 was copied to 2, then each row wrote to its own
 
-    The pool has `pages` pages: by default as many as the rows need to reach the capacity when they
-    share nothing, and those of `rows` rows at least. Rows that `select` adds and forks draw on the
-    same pool. A fork gives back its pages when it is reset, or when its last reference goes.
+    The pool has `pages` pages. By default these let all rows, and at least `rows` rows, reach the
+    capacity without sharing. Rows that `select` adds, and forks, take pages from the same pool. A
+    fork returns its pages when it is reset or deleted.
 
-    PyTorch's attention needs keys side by side. The pages of an only row that has not shared any
-    follow one another in the pool, and are read in place. Otherwise each layer of a step that has a
-    past gathers its rows' pages into new tensors, and drops them after use; vLLM's kernel need not.
+    PyTorch's attention needs contiguous keys. The pages of a single row that never shared any are
+    contiguous in the pool, and are read in place. Otherwise each layer of a later step gathers the
+    pages of its rows into new tensors, and drops them after use. vLLM's kernel reads pages in
+    place.
     """
 
     kind: ClassVar[str] = "paged"
@@ -68,7 +70,7 @@ class PagedCache(DirectAccess, Cache):
         rows: int = 1,
         pages: int = 0,
     ) -> None:
-        """Raises UsageError for a page or rows below 1, or a negative number of pages."""
+        """An empty cache. Raises UsageError for a page or rows below 1, or negative pages."""
         check_int("page", page, 1)
         check_int("rows", rows, 1)
         check_int("pages", pages, 0)
@@ -78,18 +80,19 @@ class PagedCache(DirectAccess, Cache):
         super().__init__(spec, left_padding)
 
     def _keep_table(self, table: list[list[int]]) -> None:
-        """Let `table` be the pages of each row, until the end of this object."""
+        """Use `table` for the pages of each row; the pool gets them back when this is deleted."""
         self._table = table  # changed in place only
         weakref.finalize(self, self.pool.drop_all, table).atexit = False
 
     def reset(self, left_padding: Tensor | None = None) -> None:
+        """As Cache.reset; returns all pages to the pool."""
         super().reset(left_padding)
         self.pool.drop_all(self._table)
         self._table[:] = [[] for _ in range(self.batch)]
-        self._most_pages = 0  # that a row has had
+        self._most_pages = 0  # the most pages that a row has had
 
     def _trim(self) -> None:
-        """Forget what is not committed, and give back its pages."""
+        """Forget tokens that are not committed, and return their pages."""
         self._begun = 0
         n = self._n_pages(self.length)
         for row in self._table:
@@ -100,6 +103,7 @@ class PagedCache(DirectAccess, Cache):
         return -(-length // self.page)
 
     def make_room(self, n_new: int) -> int:
+        """As Cache.make_room; takes pages. Raises CapacityError also if the pool is empty."""
         start = super().make_room(n_new)
         self._trim()
         self._take_pages(start, start + n_new)
@@ -123,19 +127,20 @@ class PagedCache(DirectAccess, Cache):
     def _device_step(
         self, numbers: Tensor, padding: Tensor | None, pages: Tensor, first: int | None
     ) -> PagedStep:
-        """The step of tokens with these numbers (T,) after others: by device work alone."""
+        """The step of the tokens with `numbers` (T,) after others, made on the device alone."""
         columns = torch.arange(pages.shape[1] * self.page, device=self.spec.device)
         empty = columns > numbers[-1]
         q_pos = self._at(numbers, padding)
         k_pos = self._at(columns, padding).masked_fill(empty, EMPTY)
         return PagedStep(
             q_pos, k_pos, self._slots(pages, numbers),
-            make_mask(q_pos, k_pos),  # always there, or a full page would need another capture
+            make_mask(q_pos, k_pos),  # always made, or a full page would need another capture
             causal=False, kernels=self.spec.kernels,
             pages=pages, first=first, empty=empty[-self.page :, None],
         )  # fmt: skip
 
     def graph_step(self) -> GraphStep | None:
+        """As DirectAccess.graph_step; the tables are the pages (B,n), then the padding."""
         if not self.length or not self._is_unpatched():
             return None
         start = self.make_room(1)
@@ -147,11 +152,12 @@ class PagedCache(DirectAccess, Cache):
     def step_at(
         self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
     ) -> Step:
+        """As DirectAccess.step_at."""
         padding = tables[1] if len(tables) > 1 else None
         return self._device_step(start, padding, tables[0], *form)
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
-        """Of an only row whose pages are contiguous in the pool, so that its tokens are."""
+        """As DirectAccess.step_addresses; None too unless one row has contiguous pages."""
         if len(self._table) != 1 or not self._is_unpatched():
             return None
         start = self.make_room(n_new)
@@ -160,14 +166,14 @@ class PagedCache(DirectAccess, Cache):
         if first is None or padding is None or addresses is None:
             return None
         columns = self.pool.n_pages * self.page
-        if first:  # the row's column 0 is that page's
+        if first:  # column 0 of the row is the first of that page
             page_nbytes = self.page * self.spec.head_dim * self.spec.dtype.itemsize
             addresses = addresses + first * page_nbytes
         self._begun = n_new
         return StepAddresses(start, padding, addresses, columns, start, 0, no_sinks(1))
 
     def _slots(self, pages: Tensor, numbers: Tensor) -> Tensor:
-        """Where the tokens with these numbers (T,) are, in rows with these pages (B,n) -> (B,T)"""
+        """The slots in the pool of tokens `numbers` (T,), by the rows' pages (B,n) -> (B,T)."""
         taken = pages.index_select(1, numbers // self.page)
         return taken * self.page + numbers % self.page
 
@@ -192,8 +198,10 @@ class PagedCache(DirectAccess, Cache):
         self._most_pages = max(self._most_pages, self._n_pages(end))
 
     def _shared_by_others(self) -> list[list[int]]:
-        """The rows whose last page must be copied before they write to it: of those that share one
-        with nobody else, the last may keep it."""
+        """The rows whose last page must be copied before they write to it.
+
+        If all users of a page are rows of this cache, the last of them keeps the page itself.
+        """
         found = []
         users = {row[-1]: self.pool.users[row[-1]] for row in self._table}
         for row in self._table:
@@ -203,7 +211,7 @@ class PagedCache(DirectAccess, Cache):
         return found
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """As Cache.write; gives views of the pool for an only row whose pages are contiguous, and
+        """As Cache.write; returns views of the pool for a single row with contiguous pages, and
         gathers the pages otherwise."""
         assert isinstance(step, PagedStep)
         buffers = self.pool.keys[layer], self.pool.values[layer]
@@ -214,13 +222,13 @@ class PagedCache(DirectAccess, Cache):
             return k, v
         keys, values = (self._gather(buffer, step.pages, step.first) for buffer in buffers)
         for found in (keys, values):
-            # Other sequences may have left NaN there, which no mask keeps out: 0 x NaN is NaN. If
-            # this is no copy, it is the row's own page, where nobody else reads.
+            # Other sequences may have left NaN there, and a mask does not help: 0 x NaN is NaN. If
+            # this is a view, the page belongs to this row alone.
             found[:, :, -self.page :].masked_fill_(step.empty, 0.0)
         return keys, values
 
     def _gather(self, buffer: Tensor, pages: Tensor, first: int | None = None) -> Tensor:
-        """The contents of pages (B,n), side by side -> (B,Hkv,n*page,D), no copy with `first`."""
+        """The tokens of pages (B,n) -> (B,Hkv,n*page,D); a view with `first`, else a copy."""
         batch, n = pages.shape
         if first is not None:
             return buffer[:, first : first + n].flatten(1, 2)[None]
@@ -228,19 +236,19 @@ class PagedCache(DirectAccess, Cache):
         return found.view(buffer.shape[0], batch, n * self.page, buffer.shape[3]).transpose(0, 1)
 
     def commit(self, n_new: int) -> None:
-        """As Cache.commit; pages taken for tokens beyond `n_new` are given back."""
+        """As Cache.commit; returns the pages of tokens beyond `n_new`."""
         super().commit(n_new)
         self._trim()
 
     def crop(self, length: int) -> None:
-        """As Cache.crop; pages after `length` are given back."""
+        """As Cache.crop; returns the pages after `length`."""
         super().crop(length)
         self._trim()
 
     def select(self, rows: Tensor) -> None:
-        """Continue from the histories of `rows`, in that order: none of their tokens is copied.
+        """As Cache.select, without copying tokens.
 
-        More rows than before are welcome, as long as there are pages for what they will write.
+        There may be more rows than before, if the pool has pages for their new tokens.
         """
         super().select(rows)
         self._trim()
@@ -251,7 +259,7 @@ class PagedCache(DirectAccess, Cache):
         self._table[:] = picked
 
     def fork(self) -> PagedCache:
-        """A cache that shares the pages of all committed tokens, and goes its own way from here."""
+        """As Cache.fork; it shares the pages of all committed tokens."""
         other = copy.copy(self)
         n = self._n_pages(self.length)
         other._keep_table([row[:n] for row in self._table])
@@ -264,11 +272,13 @@ class PagedCache(DirectAccess, Cache):
         return self.fork()
 
     def vacuous(self) -> str | None:
+        """As Cache.vacuous: a check within one page reaches no table."""
         if self._most_pages > 1:
             return None
         return f"no row needed a second page of {self.page} tokens ({self.length} tokens held)"
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As Cache.snapshot."""
         n = self._n_pages(self.length)
         table = [row[:n] for row in self._table]
         pages = torch.tensor(table, dtype=torch.long, device=self.spec.device)
@@ -279,10 +289,10 @@ class PagedCache(DirectAccess, Cache):
         return keys, values, self._positions(0, self.length).clone()
 
     def nbytes(self) -> Bytes:
-        """What the cache occupies now. A fork tells of the same pool; what rows share counts once.
+        """As Cache.nbytes; a fork counts the same pool, and shared pages count once.
 
-        A step that gathers its pages reads them twice: for that, which takes the memory of a
-        layer's rows for a moment, and to attend.
+        A step that gathers its pages reads them twice, to copy and to attend. Meanwhile the copies
+        take the memory of one layer's rows besides.
         """
         token = self.spec.token_nbytes // self.spec.batch  # of one row
         buffers = (*self.pool.keys, *self.pool.values)
@@ -298,13 +308,13 @@ class PagedCache(DirectAccess, Cache):
         return Bytes(allocated, sum(filled.values()) * token, read * token)
 
     def _next_table(self) -> list[list[int]]:
-        """The pages that one more token of an only row will read, or those of more rows as now."""
+        """The table at the next token, for a single row; the present table for several rows."""
         if len(self._table) != 1:
             return self._table
         row, n_full = self._table[0], self.length // self.page
         if self.length % self.page and self.pool.users[row[n_full]] == 1:
             return [row[: n_full + 1]]
-        begun = row[self._n_pages(self.length) :]  # is given back first
+        begun = row[self._n_pages(self.length) :]  # returned to the pool first
         return [row[:n_full] + sorted(self.pool.next_free + begun)[:1]]
 
     @classmethod
@@ -317,6 +327,7 @@ class PagedCache(DirectAccess, Cache):
         rows: int = 1,
         pages: int = 0,
     ) -> int:
+        """As Cache.predict_nbytes: the whole pool, whatever `length` is."""
         n_pages = pages or pages_for(spec, page, rows)
         return n_pages * page * (spec.token_nbytes // spec.batch)
 
@@ -325,7 +336,7 @@ PagedCache.freeze_methods("_device_step", "_slots", "_gather", "_pages")
 
 
 def _first_contiguous(table: list[list[int]]) -> int | None:
-    """The first page of an only row whose pages are contiguous in the pool, if they are."""
+    """The first page if there is one row and its pages are contiguous in the pool; else None."""
     if len(table) != 1 or not table[0]:
         return None
     first, n = table[0][0], len(table[0])
@@ -333,5 +344,5 @@ def _first_contiguous(table: list[list[int]]) -> int | None:
 
 
 def pages_for(spec: CacheSpec, page: int, rows: int = 1) -> int:
-    """How many pages all rows of the spec, and `rows` at least, need when they share nothing."""
+    """How many pages the rows of the spec, and at least `rows` rows, need if they share nothing."""
     return max(spec.batch, rows) * -(-spec.capacity // page)

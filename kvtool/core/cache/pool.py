@@ -1,4 +1,4 @@
-"""The pages of a paged cache: which are free, and how many rows use each."""
+"""The pool of a paged cache: its pages, and how many rows use each."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kvtool.core.cache.base import CacheSpec
 
 
 class Pool:
-    """Pages for the rows of a cache and of its forks, with a count of the rows that use each.
+    """The pages of a cache and its forks, with the number of rows that use each page.
 
-    Page p of a layer is `keys[layer][p]` and `values[layer][p]`, each (page,Hkv,D). A page that
-    nobody uses is free: `n_live + n_free == n_pages` at every moment.
+    Page p of a layer is `keys[layer][:, p]` and `values[layer][:, p]`, each (Hkv,page,D). A page
+    without users is free: `n_live + n_free == n_pages` always holds.
     """
 
     def __init__(self, spec: CacheSpec, page: int, n_pages: int) -> None:
@@ -29,21 +29,24 @@ class Pool:
 
     @property
     def n_free(self) -> int:
-        """How many pages nobody uses."""
+        """How many pages are free."""
         return len(self._free)
 
     @property
     def next_free(self) -> list[int]:
-        """The page that is taken next, if there is one."""
+        """The page that is taken next, in a list; [] if none is free."""
         return self._free[-1:]
 
     @property
     def n_live(self) -> int:
-        """How many pages a row uses, or several."""
+        """How many pages are in use."""
         return sum(n > 0 for n in self.users)
 
     def take(self, n: int, sources: list[int]) -> list[int]:
-        """`n` free pages for one row each, the first of them copies of `sources`."""
+        """Take `n` free pages for one row each; the first ones become copies of `sources`.
+
+        At least `n` pages must be free.
+        """
         taken = self._free[len(self._free) - n :][::-1]
         if sources:
             goals, old = (
@@ -52,25 +55,25 @@ class Pool:
             )
             for buffer in (*self.keys, *self.values):
                 buffer.index_copy_(1, goals, buffer.index_select(1, old))
-        # Only now, when memory for the copies has not run out.
+        # After the copies: if memory runs out for them, nothing has been taken.
         del self._free[len(self._free) - n :]
         self.share(taken)
         return taken
 
     def share(self, pages: list[int]) -> None:
-        """Count one more row that uses each page."""
+        """Add one user to each page."""
         for page in pages:
             self.users[page] += 1
 
     def drop(self, pages: list[int]) -> None:
-        """Count one row less that uses each page; nobody's are free."""
+        """Take one user from each page; a page without users is free."""
         for page in pages:
             self.users[page] -= 1
             if not self.users[page]:
                 insort(self._free, page, key=neg)
 
     def drop_all(self, table: list[list[int]]) -> None:
-        """Empty every row of a table."""
+        """Drop the pages of all rows of a table, and empty the rows."""
         for row in table:
             self.drop(row)
             row.clear()

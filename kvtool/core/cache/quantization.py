@@ -1,7 +1,7 @@
 """How a quantized cache rounds keys and values, and which queries read the rounded ones.
 
-This is the mathematics alone, for a pass over whole sequences: it packs and stores nothing, and no
-cache takes part. core/cache/quantized.py stores codes, and has to give the same.
+This file has only the mathematics, for a pass over whole sequences without a cache. The cache in
+core/cache/quantized.py stores packed codes, and must give the same values.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from kvtool.core.kernels.masks import CopyRule
 
 
 class Codes(NamedTuple):
-    """Whole numbers from 0 on, and what turns them into values again; all in float32 or above."""
+    """Quantized values: value = code * scale + low, all in float32 or wider."""
 
-    codes: Tensor
+    codes: Tensor  # whole numbers from 0 on
     scale: Tensor
-    low: Tensor  # the zero point: what code 0 means
+    low: Tensor  # the zero point: the value of code 0
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The values again, in `dtype`."""
@@ -31,23 +31,23 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantization:
-    """Asymmetric quantization as in KIVI (Liu 2024, arXiv 2402.02750).
+    """Asymmetric quantization to codes of `bits` bits, as in KIVI (Liu 2024, arXiv 2402.02750).
 
-    Of `group` tokens that follow each other, each channel of the keys has a scale and a zero point
-    of its own; values have them for each token, over `group` channels (over all of a head that
-    `group` does not divide). Codes have `bits` bits.
+    Keys are quantized by channel: each channel of `group` consecutive tokens has one scale and zero
+    point. Values are quantized by token: each `group` channels of a token have one, or the whole
+    head if `group` does not divide it.
 
-    A token with n others before it in its row, padding included, reads the first `n_quantized(n)`
-    of them quantized, and the others and itself exactly. So what it reads depends on n alone, never
-    on the steps in which a cache was filled.
+    A token with n tokens before it in its row, padding included, reads the first `n_quantized(n)`
+    of them quantized, and the rest and itself exactly. So what it reads depends only on n, never on
+    the steps in which a cache was filled.
     """
 
     bits: int
     group: int
-    residual: int  # at least so many of the newest tokens are not quantized
+    residual: int  # at least this many of the newest tokens stay exact
 
     def n_quantized(self, n: int) -> int:
-        """How many of n tokens are quantized: whole groups, all but the newest `residual`."""
+        """How many of n tokens are quantized: whole groups, without the newest `residual`."""
         return max(n - self.residual, 0) // self.group * self.group
 
     def copy_mask(
@@ -59,10 +59,10 @@ class Quantization:
     def copy_rule(
         self, tokens: Sequence[int], quantized: Sequence[int], exact: Sequence[int]
     ) -> CopyRule:
-        """Which columns each token reads, as a rule.
+        """The rule that says which columns each token reads.
 
-        All are numbers in order of arrival: of the tokens (T), of the columns that hold quantized
-        keys (Q), and of those after them that hold exact ones (E).
+        tokens (T), quantized (Q) and exact (E) are numbers of tokens in order of arrival: of the
+        queries, of the columns with quantized keys, and of the columns with exact keys after them.
         """
         since = [n + 1 for n in quantized] + [0] * len(exact)
         until = [sys.maxsize] * len(quantized) + [n + 1 for n in exact]
@@ -70,7 +70,7 @@ class Quantization:
         return CopyRule(torch.tensor(n_quantized), torch.tensor(since), torch.tensor(until))
 
     def channels(self, head_dim: int) -> int:
-        """How many channels of a value share a scale."""
+        """How many channels of a value share a scale, for heads of `head_dim` channels."""
         return head_dim if head_dim % self.group else self.group
 
     def both_copies(self, k: Tensor, v: Tensor, q_pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,15 +86,20 @@ class Quantization:
         return keys.dequantized(k.dtype).flatten(2, 3), values.dequantized(v.dtype).flatten(3, 4)
 
     def codes(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Codes, Codes]:
-        """Codes of keys (B,Hkv,T/G,G,D) and of values (B,Hkv,T,D/C,C), C channels each."""
+        """The codes of keys (B,Hkv,T/G,G,D), G tokens each, and values (B,Hkv,T,D/C,C), C channels.
+
+        k, v (B,Hkv,T,D) of whole groups, at positions (B,T).
+        """
         groups, channels = (-1, self.group), (-1, self.channels(v.shape[3]))
         padding = (positions < 0).unflatten(1, groups)[:, None, :, :, None]  # (B,1,T/G,G,1)
         keys = self.quantized(k.unflatten(2, groups), 3, padding)
         return keys, self.quantized(v.unflatten(3, channels), 4)
 
     def quantized(self, x: Tensor, dim: int, padding: Tensor | None = None) -> Codes:
-        """x in 2**bits equal steps from the least to the largest along `dim`, of which padding has
-        no part in a group that holds other tokens."""
+        """Quantize x to 2**bits levels from its minimum to its maximum along `dim`.
+
+        padding: bool, broadcast to x; the range of a group ignores it, unless all of it is padding.
+        """
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         least = largest = exact
         if padding is not None:
@@ -103,8 +108,8 @@ class Quantization:
             largest = exact.masked_fill(padding, -torch.inf)
         low, high = least.amin(dim, keepdim=True), largest.amax(dim, keepdim=True)
         levels = 2**self.bits - 1
-        # Kept in the format of the model: rounded up, or the last level would not reach the
-        # largest. Of equal values it must not become 0.
+        # The scale is rounded up to the model's dtype, or the last level would not reach the
+        # maximum. For equal values it must not become 0.
         scale = ((high - low) / levels).to(x.dtype)
         short = scale.to(exact.dtype) * levels < high - low
         info = torch.finfo(x.dtype)

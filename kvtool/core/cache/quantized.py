@@ -1,4 +1,4 @@
-"""Caches that keep old keys and values in a few bits, and the newest exactly."""
+"""Caches that store old keys and values in a few bits, and the newest exactly."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from kvtool.core.kernels.masks import make_mask
 from kvtool.core.native.arrays import Array
 from kvtool.errors import CacheOpUnsupported, UsageError
 
-GROUP, RESIDUAL = 32, 32  # KIVI has groups of 32 and keeps up to 128, for longer texts
+GROUP, RESIDUAL = 32, 32  # KIVI has groups of 32 too, and a residual of 128 for longer texts
 
 
 class Packed:
-    """Quantized keys, or values, of a layer: codes of `bits` bits, scales and zero points.
+    """The quantized keys or values of a layer: codes of `bits` bits, scales and zero points.
 
-    Along dimension `dim` of (rows,Hkv,columns,D), 2 (tokens) or 3 (channels), `size` entries share
-    a scale and a zero point. Of 4 bits, two tokens that follow each other share a byte.
+    They stand for (rows,Hkv,columns,D). Along dimension `dim`, 2 (tokens) or 3 (channels), `size`
+    entries share a scale and a zero point. With 4 bits, two consecutive tokens share a byte.
     """
 
     def __init__(self, like: Tensor, columns: int, bits: int, dim: int, size: int) -> None:
-        """Room for `columns` tokens as those in `like` (rows,Hkv,1,D): whole groups."""
+        """Room for `columns` tokens, whole groups, with the layout of `like` (rows,Hkv,1,D)."""
         self.bits, self.dim, self.size = bits, dim, size
         self.per_byte = 8 // bits
         rows, heads, _, width = like.shape
@@ -48,7 +48,7 @@ class Packed:
     def write(self, start: int, x: Tensor, padding: Tensor | None = None) -> None:
         """Quantize x (rows,Hkv,n,D), whole groups, into the columns from `start` on.
 
-        padding (rows,n) bool: tokens that have no part in the range of a group.
+        padding (rows,n) bool: tokens that the range of a group ignores.
         """
         folded = x.to(_wide(x)).unflatten(self.dim, (-1, self.size))
         low, high = self._range(folded, padding)
@@ -64,8 +64,8 @@ class Packed:
         _put(self.low, first, low.to(x.dtype))
 
     def _range(self, folded: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The least and the largest of what shares a scale."""
-        if padding is None or self.dim == 3:  # a value of padding has a scale of its own
+        """The minimum and maximum of the entries that share a scale."""
+        if padding is None or self.dim == 3:  # scales of values belong to one token each
             return folded.aminmax(dim=self.dim + 1, keepdim=True)
         groups = padding.unflatten(1, (-1, self.size))[:, None, :, :, None]
         left_out = groups & ~groups.all(3, keepdim=True)
@@ -105,34 +105,34 @@ class Packed:
         return codes.data_ptr(), others[0].data_ptr(), others[1].data_ptr()
 
     def gather(self, rows: Tensor) -> None:
-        """Let new tensors hold `rows` of these."""
+        """Replace the tensors by copies of `rows`."""
         self.codes, self.scale, self.low = (t.index_select(0, rows) for t in self.tensors)
 
 
-# As DirectAccess.freeze_methods: codes too are read directly.
+# As DirectAccess.freeze_methods, since compiled code reads codes directly too.
 packed_methods = attrgetter("write", "read", "_range")
 PACKED_METHODS = packed_methods(Packed)
 
 
 class QuantizedCache(BufferedCache):
-    """Rounds keys by channel over `group` tokens, and values by token over channels, as soon as a
-    group is full and `residual` newer tokens are there (KIVI, Liu 2024, arXiv 2402.02750).
+    """Quantizes a group of tokens when `residual` newer ones are there (KIVI, Liu 2024).
 
-    What a token reads is said by `Quantization` and depends on its number alone: in a step of many
-    tokens the first may read a key exactly, and the last quantized. Such a key is handed out twice,
-    and the mask says which of the two copies a query reads.
+    Keys are quantized by channel over `group` tokens, and values by token over channels, as
+    `Quantization` says (arXiv 2402.02750). What a token reads depends only on its number. In a step
+    of many tokens the first may read a key exactly, and the last quantized. `write` returns both
+    copies of such a key, and the mask says which of them a query reads.
 
         group=2, residual=1, Q quantized and . exact; the token that comes next reads
         0 -> [.]   1 -> [. .]   2 -> [. . .]   3 -> [Q Q . .]   4 -> [Q Q . . .]
 
-    Codes are in `_packed` from column 0 on, and exact tokens in `_keys` and `_values` from token
-    number `_first` on. A token is rounded once, from its exact value, when its group is; what is
-    stored does not depend on the steps. Padding has no part in the range of a group, but shifts
-    where groups begin: after other padding a text is rounded otherwise.
+    Codes are in `_packed` from column 0 on. Exact tokens are in `_keys` and `_values` from token
+    number `_first` on. A token is rounded once, from its exact value, together with its group. So
+    what is stored does not depend on the steps. The range of a group ignores padding. But padding
+    shifts where groups begin, so a text is rounded differently after other padding.
 
-    A group that has been rounded cannot be made exact again, so a crop must leave `residual` tokens
-    after all that is quantized. With `slack` the last tokens are kept exactly beside their codes,
-    so that up to `slack` can be cropped always.
+    Quantized tokens cannot be made exact again. So after a crop, `residual` tokens must remain
+    behind the quantized ones. With `slack`, the last tokens are also stored exactly beside their
+    codes, so that the last `slack` tokens can always be cropped.
     """
 
     exact: ClassVar[bool] = False
@@ -149,7 +149,8 @@ class QuantizedCache(BufferedCache):
         residual: int = RESIDUAL,
         slack: int = 0,
     ) -> None:
-        """Raises UsageError for a group that does not fill bytes, or negative residual or slack."""
+        """An empty cache. Raises UsageError for a group that does not fill whole bytes, and for a
+        negative residual or slack."""
         check_int("group", group, 1)
         check_int("residual", residual, 0)
         check_int("slack", slack, 0)
@@ -175,15 +176,16 @@ class QuantizedCache(BufferedCache):
         ]
 
     def reset(self, left_padding: Tensor | None = None) -> None:
+        """As Cache.reset."""
         super().reset(left_padding)
-        self._first = 0  # the number of the first token that is held exactly
+        self._first = 0  # the number of the first token that is stored exactly
         self._longest = 0  # the most tokens that were committed
         self._set_aside: list[tuple[Tensor, Tensor]] = []  # (buffer, the exact tokens from _first)
 
     def _make_step(self, start: int, n_new: int) -> Step:
         self._set_aside = []
         end, n_quantized = start + n_new, self.quantization.n_quantized
-        # Quantized when the first and the last new token come: those between are handed out twice.
+        # Quantized for the first and for the last new token; keys between are returned twice.
         n_first, n_last = n_quantized(start), n_quantized(end - 1)
         k_pos = torch.cat([self._positions(0, n_last), self._positions(n_first, end)], dim=1)
         q_pos = k_pos[:, -n_new:]
@@ -228,22 +230,22 @@ class QuantizedCache(BufferedCache):
         return np.concatenate([keys, values], axis=1).T.copy()  # dense, as compiled code has it
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """As Cache.write; quantizes a group that becomes full."""
+        """As Cache.write; quantizes groups that become full."""
         end, n_quantized = self.length + k.shape[2], self.quantization.n_quantized
-        # Quantized before the step, when its last token comes, and after it.
+        # Quantized for the first new token, for the last one, and after the step.
         n_first, n_last, n_full = (n_quantized(n) for n in (self.length, end - 1, end))
         padding = None if self.left_padding is None else self._positions(n_first, n_full) < 0
         buffers = self._keys[layer], self._values[layer]
         found = []
         for buffer, packed, new in zip(buffers, self._packed[layer], (k, v), strict=True):
             exact = self._store_exact(buffer, new, step)[:, :, n_first - self._first :]
-            if n_full > n_first:  # into columns that nothing reads before they are committed
+            if n_full > n_first:  # into columns that no step reads before the commit
                 packed.write(n_first, exact[:, :, : n_full - n_first], padding)
             found.append(torch.cat([packed.read(n_last), exact], dim=2) if n_last else exact)
         return found[0], found[1]
 
     def _store_exact(self, buffer: Tensor, new: Tensor, step: Step) -> Tensor:
-        """All exact tokens from `_first` on, the new ones too; set aside if they do not fit."""
+        """Store new tokens -> all exact tokens from `_first` on; set aside if they do not fit."""
         held = self.length - self._first
         end = held + new.shape[2]
         if end <= self._columns:
@@ -253,14 +255,14 @@ class QuantizedCache(BufferedCache):
         return whole
 
     def commit(self, n_new: int) -> None:
-        """As Cache.commit; forgets exact copies of quantized tokens, but for `slack` of them."""
+        """As Cache.commit; forgets the exact copies of quantized tokens, except for `slack`."""
         super().commit(n_new)
         self._longest = max(self._longest, self.length)
         first = max(self._first, self.quantization.n_quantized(max(self.length - self.slack, 0)))
         contents = self._set_aside or [(b, b) for b in (*self._keys, *self._values)]
         if self._set_aside or first > self._first:
             tokens = slice(first - self._first, self.length - self._first)
-            # Nothing is allocated after a token has moved: if memory runs out, all is as before.
+            # Allocate before moving anything: if memory runs out, nothing has changed.
             moved = torch.empty_like(contents[0][1][:, :, tokens])
             for buffer, content in contents:
                 moved.copy_(content[:, :, tokens])  # the two may overlap
@@ -271,8 +273,8 @@ class QuantizedCache(BufferedCache):
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens.
 
-        Raises UsageError beyond what is held, and CacheOpUnsupported if a token that the next one
-        would read exactly has only been kept quantized.
+        Raises UsageError if it holds fewer, and CacheOpUnsupported if the next token would need an
+        exact token that is stored only quantized.
         """
         if 0 <= length < self.length:
             needed = self.quantization.n_quantized(length)
@@ -289,6 +291,7 @@ class QuantizedCache(BufferedCache):
         self._first = min(self._first, length)
 
     def select(self, rows: Tensor) -> None:
+        """As Cache.select, by copies of the rows."""
         super().select(rows)
         self._set_aside = []
         self._gather_rows(rows)
@@ -296,6 +299,7 @@ class QuantizedCache(BufferedCache):
             packed.gather(rows)
 
     def vacuous(self) -> str | None:
+        """As Cache.vacuous: a check in which no token read a quantized one."""
         padding = 0 if self.left_padding is None else int(self.left_padding.min())
         n_read = self.quantization.n_quantized(max(self._longest - 1, 0))  # by the last token
         if n_read > padding:
@@ -303,6 +307,7 @@ class QuantizedCache(BufferedCache):
         return f"no token met a quantized one ({self._longest} tokens held at most)"
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As Cache.snapshot; quantized tokens are dequantized."""
         n = self.quantization.n_quantized(self.length)
         exact = slice(n - self._first, self.length - self._first)
         buffers = self._keys[layer], self._values[layer]
@@ -313,6 +318,7 @@ class QuantizedCache(BufferedCache):
         return keys.clone(), values.clone(), self._positions(0, self.length).clone()
 
     def nbytes(self) -> Bytes:
+        """As Cache.nbytes; scales and zero points count."""
         q, token = self.quantization, self.spec.token_nbytes // self.spec.batch  # of one row
         n = q.n_quantized(self.length)
         codes = packed_nbytes(self.spec, n, q) // self.spec.batch
@@ -332,6 +338,7 @@ class QuantizedCache(BufferedCache):
         residual: int = RESIDUAL,
         slack: int = 0,
     ) -> int:
+        """As Cache.predict_nbytes: all is allocated at once, whatever `length` is."""
         q = Quantization(cls.bits, group, residual)
         exact = exact_columns(spec.capacity, q, slack) * spec.token_nbytes
         return exact + packed_nbytes(spec, q.n_quantized(spec.capacity), q)
@@ -358,12 +365,12 @@ Int4Cache.freeze_methods()
 
 
 def exact_columns(capacity: int, q: Quantization, slack: int) -> int:
-    """How many exact tokens there is room for: all that a group waits for, and one to write."""
+    """How many exact tokens are stored at most: those that wait to be quantized, and `slack`."""
     return min(q.residual + slack + q.group, capacity)
 
 
 def packed_nbytes(spec: CacheSpec, n: int, q: Quantization) -> int:
-    """Bytes of n quantized tokens, whole groups, over all layers and rows."""
+    """Bytes of n quantized tokens, a multiple of the group, over all layers and rows."""
     codes = 2 * n * spec.head_dim * q.bits // 8
     key_scales = n // q.group * spec.head_dim
     value_scales = n * (spec.head_dim // q.channels(spec.head_dim))
@@ -372,12 +379,12 @@ def packed_nbytes(spec: CacheSpec, n: int, q: Quantization) -> int:
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """What codes are computed in: float32 or above."""
+    """The dtype to compute codes in: float32 or wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _scale(extent: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
-    """What reaches over `extent` in `levels` steps, kept in a format: rounded up, and never 0."""
+    """The scale that covers `extent` with `levels` steps, rounded up to `dtype` and never 0."""
     info = torch.finfo(dtype)
     scale = (extent / levels).to(dtype)
     larger = (scale.to(extent.dtype) * (1 + info.eps)).to(dtype)
@@ -386,5 +393,5 @@ def _scale(extent: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
 
 
 def _put(goal: Tensor, start: int, new: Tensor) -> None:
-    """Store new (rows,Hkv,n,...) in columns from `start` on; a column that is not there raises."""
+    """Store new (rows,Hkv,n,...) in the columns from `start` on. Raises if one does not exist."""
     goal.narrow(2, start, new.shape[2]).copy_(new)

@@ -1,4 +1,4 @@
-"""A cache that forgets: the first few tokens, the last few, and nothing in between."""
+"""A sliding-window cache: it keeps the first few tokens and the last few."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from kvtool.errors import CacheOpUnsupported
 
 
 class SlidingCache(BufferedCache):
-    """Keeps the first `sinks` positions of each row, and the last `window`: what `visible` shows.
+    """Keeps the first `sinks` positions of each row and the last `window`, as `visible` shows them.
 
-    A window without the first tokens, which draw much attention, makes a model fail (StreamingLLM,
-    Xiao 2023). Positions stay absolute, where StreamingLLM renumbers them within the cache: so the
-    logits are those of one pass under the same window, and `capacity` still bounds the length of
-    the text, not only what is held.
+    Without the first tokens, which get much attention, a model fails (StreamingLLM, Xiao 2023).
+    StreamingLLM renumbers positions within the cache; here they stay absolute. So the logits equal
+    those of one pass under the same window, and `capacity` bounds the length of the whole text.
 
-    Columns: the sinks, then the tokens from number `_first` on in order of arrival. When they reach
-    the end, the last `window - 1 + slack` are moved to the start, which an eighth of a window of
-    spare columns makes rare; a ring would move nothing, but hand out its columns in another order.
-    Before the first move the columns of the sinks are empty and are not handed out.
+    The columns are the sinks, then the tokens from number `_first` on in order of arrival. When
+    these reach the end, the last `window - 1 + slack` tokens move to the start. Spare columns, an
+    eighth of the window, make this rare. A ring buffer would move nothing, but its columns would be
+    out of order. Before the first move the columns of the sinks are empty, and are not returned.
 
         window=2, sinks=1, two columns beside the sink, after tokens 0 to 3:
         0 -> [ |0 ]    1 -> [ |0 1]    2 -> [0|1 2]    3 -> [0|2 3]
 
-    A step that has more tokens than fit is held apart until it is committed, so its tokens see
-    all that they should, and an error costs nothing. Until then it takes the memory of all its
-    tokens: a long prompt needs less in pieces.
+    If a step has more tokens than fit, they are set aside until the commit. So its tokens see all
+    that they should, and after an error the cache is unchanged. Until then the step takes the
+    memory of all its tokens: a long prompt needs less memory in several steps.
 
-    `slack` more tokens are held, so that the last `slack` can always be cropped.
+    `slack` more tokens are kept, so that the last `slack` tokens can always be cropped.
     """
 
     kind: ClassVar[str] = "sliding"
@@ -52,7 +51,7 @@ class SlidingCache(BufferedCache):
         sinks: int = 4,
         slack: int = 0,
     ) -> None:
-        """Raises UsageError for a window below 1, or negative sinks or slack."""
+        """An empty cache. Raises UsageError for a window below 1, or negative sinks or slack."""
         check_int("window", window, 1)
         check_int("sinks", sinks, 0)
         check_int("slack", slack, 0)
@@ -67,10 +66,11 @@ class SlidingCache(BufferedCache):
         return self._n_sinks + self._room
 
     def reset(self, left_padding: Tensor | None = None) -> None:
+        """As Cache.reset."""
         super().reset(left_padding)
-        self._first = 0  # the number of the first token after the sinks
-        self._furthest = 0  # where that has been at most
-        self._set_aside: list[tuple[Tensor, Tensor]] = []  # (buffer, what it should hold)
+        self._first = 0  # the number of the first token in the columns after the sinks
+        self._furthest = 0  # the largest `_first` so far
+        self._set_aside: list[tuple[Tensor, Tensor]] = []  # (buffer, its tokens from _first on)
 
     def _make_step(self, start: int, n_new: int) -> Step:
         end = start + n_new
@@ -87,14 +87,15 @@ class SlidingCache(BufferedCache):
         return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
 
     def _evict_for(self, start: int, n_new: int) -> None:
-        """Evict what no token sees any more, if the new ones do not fit after it."""
+        """Evict tokens that no query sees any more, if the new ones would not fit."""
         self._set_aside = []
         if start + n_new - self._first > self._room and start - self._first > self._kept:
             held = slice(self._n_sinks, self._n_sinks + start - self._first)
             self._evict([(b, b[:, :, held]) for b in (*self._keys, *self._values)])
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
-        """None too if the step's tokens are set aside, or the sinks of a row are apart."""
+        """As DirectAccess.step_addresses; None too if the tokens are set aside, or if a row's sinks
+        are not in one range of columns."""
         as_made = self.window > 0 <= self.sinks and self._n_sinks in (0, self.sinks)
         if not self._is_unpatched() or not as_made:
             return None
@@ -110,9 +111,11 @@ class SlidingCache(BufferedCache):
         return self._addresses_from(start, n_new, slot, padding, self.window, sinks)
 
     def _columns_of_sinks(self, padding: Array) -> Array | None:
-        """The first column of each row's sinks, and the one after the last, (B,2); None while some
-        have been moved to the start and others, after much padding, are still to come."""
-        if not self._first:  # nothing was moved: they are the first tokens that are no padding
+        """The first column of each row's sinks, and the one after the last: (B,2).
+
+        None while some rows' sinks are at the start, and those of rows with more padding are not.
+        """
+        if not self._first:  # nothing was moved: the sinks are the first tokens after the padding
             begin = self._n_sinks + padding
         elif padding.max() + self.sinks <= self._first:
             begin = np.zeros_like(padding)
@@ -138,20 +141,23 @@ class SlidingCache(BufferedCache):
         return whole[0], whole[1]
 
     def commit(self, n_new: int) -> None:
-        """As Cache.commit; evicts what no later token sees, if there is no more room."""
+        """As Cache.commit; if there is no more room, evicts tokens that no later one sees."""
         super().commit(n_new)
         if self._set_aside or self.length - self._first > self._room:
             self._evict(self._set_aside)
         self._set_aside = []
 
     def _evict(self, contents: list[tuple[Tensor, Tensor]]) -> None:
-        """Keep the last tokens, and the sinks among the others. `contents` has for each buffer the
-        tokens from `_first` on, (B,Hkv,n,D); they may be its own columns."""
+        """Keep the last tokens, and the sinks among the evicted ones.
+
+        contents: for each buffer the tokens from `_first` on, (B,Hkv,n,D), which may be a view of
+        the buffer.
+        """
         first = max(self._first, self.length - self._kept)
         column = self._sink_tokens() - self._first
         leaves = ((column >= 0) & (column < first - self._first))[:, None, :, None]
-        # Nothing reads the new sinks before `_first` has changed, and nothing is allocated after
-        # the first token has moved: if memory runs out, all is as before.
+        # If memory runs out, nothing has changed: no step reads the new sinks before `_first`
+        # changes, and nothing is allocated after the first token has moved.
         for buffer, content in contents:
             sinks = buffer[:, :, : self._n_sinks]
             index = column.clamp(0, content.shape[2] - 1)[:, None, :, None]
@@ -165,12 +171,12 @@ class SlidingCache(BufferedCache):
         self._furthest = max(self._furthest, first)
 
     def _sink_tokens(self) -> Tensor:
-        """The number of the token that belongs into each sink column -> (B, n_sinks)."""
+        """The number of the token for each sink column -> (B,n_sinks)."""
         sinks = torch.arange(self._n_sinks, device=self.spec.device).expand(self.batch, -1)
         return sinks if self.left_padding is None else sinks + self.left_padding[:, None]
 
     def _held_positions(self, end: int) -> Tensor:
-        """The positions of the columns that are handed out when tokens up to `end` are there."""
+        """The positions of the columns that `write` returns with tokens up to `end` -> (B,S)."""
         tokens = self._positions(self._first, end)
         if not self._first:
             return tokens
@@ -181,11 +187,11 @@ class SlidingCache(BufferedCache):
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens.
 
-        Raises UsageError beyond what is held, and CacheOpUnsupported if a token that the next one
-        would see has been evicted.
+        Raises UsageError if it holds fewer, and CacheOpUnsupported if the next token would see a
+        token that has been evicted.
         """
         if 0 <= length < self.length and self._first:
-            padding = self._least_padding()  # of the row that needs the most
+            padding = self._least_padding()  # the row with the least needs the most tokens
             needed = max(length - self.window + 1 - padding, self.sinks)
             if needed < min(self._first, length) - padding:
                 raise CacheOpUnsupported(
@@ -202,16 +208,19 @@ class SlidingCache(BufferedCache):
         return 0 if self.left_padding is None else int(self.left_padding.min())
 
     def select(self, rows: Tensor) -> None:
+        """As Cache.select, by copies of the rows."""
         super().select(rows)
         self._set_aside = []
         self._gather_rows(rows)
 
     def vacuous(self) -> str | None:
+        """As Cache.vacuous: a check in which no token was evicted."""
         if self._furthest - self._least_padding() > self.sinks:
             return None
         return f"the window of {self.window} never evicted a token ({self.length} tokens held)"
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As Cache.snapshot."""
         positions = self._held_positions(self.length).clone()
         begin = 0 if self._first else self._n_sinks
         held = slice(begin, begin + positions.shape[1])
@@ -219,6 +228,7 @@ class SlidingCache(BufferedCache):
         return keys.clone(), values.clone(), positions
 
     def nbytes(self) -> Bytes:
+        """As Cache.nbytes."""
         token = self.spec.token_nbytes // self.spec.batch  # of one row
         live = int((self._held_positions(self.length) != EMPTY).sum())
         buffers = [*self._keys, *self._values, *(content for _, content in self._set_aside)]
@@ -240,6 +250,7 @@ class SlidingCache(BufferedCache):
         sinks: int = 4,
         slack: int = 0,
     ) -> int:
+        """As Cache.predict_nbytes: all is allocated at once, whatever `length` is."""
         return columns_for(spec.capacity, window, sinks, slack) * spec.token_nbytes
 
 
@@ -247,6 +258,6 @@ SlidingCache.freeze_methods("_held_positions")
 
 
 def columns_for(capacity: int, window: int, sinks: int, slack: int) -> int:
-    """How many columns a sliding cache has: a token to write and `spare` more beside those kept."""
+    """How many columns a sliding cache has: those it keeps, one to write, and `spare` more."""
     spare = -(-window // 8) - 1
     return min(sinks + window + slack + spare, capacity)

@@ -1,4 +1,4 @@
-"""A cache that is allocated once, at full size, and never moves."""
+"""A cache that is allocated once at full size, and never moves."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kvtool.errors import CacheOpUnsupported
 
 
 class StaticCache(BufferedCache):
-    """All memory from the start, at fixed addresses, so a compiled or captured step can be reused.
+    """Allocates all memory at the start, at fixed addresses, so that a captured step can be reused.
 
-    Attention reads `block` columns at a time: shapes change once every `block` tokens, not at each
-    one, and the columns after the last token are masked. `block = capacity` never changes a shape.
+    Attention reads whole blocks of `block` columns, and a mask hides those after the last token. So
+    shapes change once in `block` tokens. With `block = capacity` they never change.
     """
 
     kind: ClassVar[str] = "static"
@@ -32,7 +32,7 @@ class StaticCache(BufferedCache):
         return min(round_up(length, self.block), self.spec.capacity)
 
     def select(self, rows: Tensor) -> None:
-        """As Cache.select. Raises CacheOpUnsupported for more rows than it was made for."""
+        """As Cache.select, in place. Raises CacheOpUnsupported for more rows than in the spec."""
         if rows.shape[0] > self.spec.batch:
             raise CacheOpUnsupported(
                 self.kind,
@@ -43,9 +43,10 @@ class StaticCache(BufferedCache):
         super().select(rows)
         for buffer in (*self._keys, *self._values):
             filled = buffer[:, :, : self.length]
-            filled[: self.batch] = filled.index_select(0, rows)  # a copy first: rows may overlap
+            filled[: self.batch] = filled.index_select(0, rows)  # index_select copies: rows overlap
 
     def graph_step(self) -> GraphStep | None:
+        """As DirectAccess.graph_step; the only table is the padding, if there is any."""
         if not self.length or not self._is_unpatched():
             return None
         start, memory = self.make_room(1), [*self._keys, *self._values]
@@ -55,12 +56,14 @@ class StaticCache(BufferedCache):
     def step_at(
         self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
     ) -> Step:
+        """As DirectAccess.step_at."""
         (reach,), padding = form, tables[0] if tables else None
         assert reach is not None
         return self._device_step(start, padding, reach)
 
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
+        """As Cache.predict_nbytes: the whole capacity, whatever `length` is."""
         return spec.capacity * spec.token_nbytes
 
 
