@@ -1,4 +1,4 @@
-"""Language modelling: predict the next token of a text, and measure how well."""
+"""Language modelling: the task of predicting the next token of a text, and its scores."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.core.training.team import WHOLE, Share
 from kvtool.errors import FileError
 
-SHARES = (8, 4, 2, 1)  # blocks of context/8, context/4, context/2 and the whole context
+SHARES = (8, 4, 2, 1)  # blocks are context/8, context/4, context/2 or context long
 
 
 @dataclass(frozen=True)
 class LMScore:
-    """How well held-out text is predicted."""
+    """The scores of predictions of held-out text."""
 
     nats_per_token: float
     bits_per_char: float
@@ -36,16 +36,17 @@ class LMScore:
 
 
 def split_text(text: str) -> tuple[str, str]:
-    """The first 90 % of the characters, to train on, and the rest to measure with, as nanoGPT."""
+    """Split a text: 90 % of the characters for training, the rest for validation (as nanoGPT)."""
     cut = int(0.9 * len(text))
     return text[:cut], text[cut:]
 
 
 @torch.inference_mode()
 def score_text(model: Model, tokenizer: Tokenizer, ids: Tensor, context: int) -> LMScore:
-    """Predict every token of `ids` (n,) but the first, each from half a context or more before it.
+    """Score the predictions of all tokens of `ids` (n,) except the first.
 
-    Windows of `context` tokens overlap by half, and only the first one's early tokens see less.
+    Windows of `context` tokens overlap by half. So each token is predicted from half a context or
+    more, except for the first tokens of the text.
     """
     size, half = max(context, 2), max(context // 2, 1)  # a window of 1 would predict nothing
     total = 0.0
@@ -64,20 +65,20 @@ def score_text(model: Model, tokenizer: Tokenizer, ids: Tensor, context: int) ->
 
 
 class Blocks(NamedTuple):
-    """One batch: where each block (rows,) begins in the text, the position that its first token is
-    given, and the length of all."""
+    """One batch: blocks of the text, all of one length."""
 
-    starts: Tensor
-    offsets: Tensor
-    length: int
+    starts: Tensor  # (rows,) where each block begins in the text
+    offsets: Tensor  # (rows,) the position that its first token is given
+    length: int  # tokens
 
 
 class LanguageModelling:
-    """The training task over one text; an epoch draws about as many tokens as the text has.
+    """The task of training on one text; an epoch draws about as many tokens as the text has.
 
-    Each batch holds `batch_tokens` tokens in blocks of one length, a part of the context or the
-    whole of it. Only long blocks reach late positions by themselves, and those are few: so short
-    ones are also placed there, or late tokens would be predicted worse than early ones.
+    Each batch has `batch_tokens` tokens in blocks of one length, the context or a part of it. Few
+    blocks are long enough to reach late positions. So short blocks are also placed at late
+    positions; otherwise late tokens would be predicted worse than early ones. Raises FileError for
+    a text that is too short.
     """
 
     score_name = "bits_per_char"
@@ -99,7 +100,8 @@ class LanguageModelling:
         self.tokenizer = tokenizer
         self.context = context
         self.seed = seed
-        # Nothing is kept yet, and the library comes back when it is done.
+        # A signal may end the process here, since there is nothing to save yet. The tokenizer's
+        # library would not return before it is done.
         with ending.signals_at_default():
             ids = tokenizer.encode(train), tokenizer.encode(valid)
         self.train_ids, self.valid_ids = (torch.tensor(part, device=device) for part in ids)
@@ -123,7 +125,10 @@ class LanguageModelling:
             )
 
     def batches(self, epoch: int) -> Sequence[Blocks]:
-        """Blocks drawn at random; half of them stand at random positions of the context."""
+        """The batches of an epoch: random blocks, half of them at random positions.
+
+        The same for every call with the same epoch and seed.
+        """
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
 
         def draw(below: int, n: int) -> Tensor:
@@ -138,7 +143,7 @@ class LanguageModelling:
         return found
 
     def loss(self, model: Model, batch: Blocks, share: Share = WHOLE) -> tuple[Tensor, int]:
-        """As Task.loss: cross-entropy of the next token."""
+        """As Task.loss: the cross-entropy of the next token."""
         device = self.train_ids.device
         rows = share.rows(len(batch.starts))
         columns = torch.arange(batch.length + 1)
@@ -152,17 +157,20 @@ class LanguageModelling:
         return loss / (len(batch.starts) * batch.length), positions.numel()
 
     def evaluate(self, model: Model) -> dict[str, float]:
+        """As Task.evaluate: bits per character and nats per token."""
         score = self.score(model)
         return {"bits_per_char": score.bits_per_char, "nats_per_token": score.nats_per_token}
 
     def score(self, model: Model) -> LMScore:
-        """The score on the last 10 % of the text."""
+        """The scores on the last 10 % of the text."""
         return score_text(model, self.tokenizer, self.valid_ids, self.context)
 
     def files(self, model: Model) -> dict[str, bytes]:
+        """As Task.files."""
         return checkpoint.files(model, self.tokenizer)
 
     def facts(self) -> dict[str, Any]:
+        """As Task.facts."""
         return {
             "task": "train-lm",
             "data_sha256": self.text_sha256,

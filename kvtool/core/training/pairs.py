@@ -1,7 +1,7 @@
-"""Source-target pairs for training and scoring: the embedded dictionary, or the user's own TSV.
+"""Source-target pairs for training and scoring, from the embedded dictionary or a TSV file.
 
-Imports no torch. A source with several right targets (a word with several pronunciations) is one
-Pair, so that all of its targets land on one side of a split.
+This file imports no torch. A source with several right targets, such as a word with several
+pronunciations, is one Pair. So all of its targets are on one side of a split.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ CMUDICT = "cmudict"
 CMUDICT_FILE = PACKAGE / "data" / "cmudict.txt.xz"
 CMUDICT_SHA256 = "81917843c7f44ce2b094ac63873c2c7a4cf802040792c455ba3ca406891c3d22"
 
-# g2p-seq2seq's published split of the dictionary; a user's file gets the same dev share.
+# The published split of the dictionary by g2p-seq2seq. A user's file gets a dev set of that share.
 SPLIT_MODULUS = 20
 DEV_REMAINDER = 19
 TEST_REMAINDERS = (17, 18)
 
-# The phones of the dictionary; other dictionaries put a digit of stress after a vowel.
+# The phones of the dictionary. Other dictionaries put a stress digit after vowels.
 _PHONES = (
     "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W "
     "Y Z ZH"
 )
 PHONES = frozenset(_PHONES.split())
 
-LONGEST_LINE = 65_536  # characters of a source and its target; a model's context holds fewer
+LONGEST_LINE = 65_536  # characters of a source and its target; contexts are shorter
 BLOCK = 1 << 24  # bytes that are unpacked at once
-# Lines after which memory is looked at, and what one may take: two texts, and places for them.
+# Memory is checked after every MANY_LINES lines, for LINE_NBYTES each: two texts and their objects.
 MANY_LINES, LINE_NBYTES = 1 << 20, 512
 
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # all but the tab
@@ -54,7 +54,7 @@ _NOT_TSV = {
     b"BZh91AY&SY": ("a bzip2 archive", _UNPACK),
     b"\xfd7zXZ\x00": ("an xz archive", _UNPACK),
     b"\x28\xb5\x2f\xfd": ("a zstd archive", _UNPACK),
-    b"\xff\xfe\x00\x00": ("UTF-32 text", _CONVERT),  # before UTF-16, which it begins like
+    b"\xff\xfe\x00\x00": ("UTF-32 text", _CONVERT),  # before UTF-16, with the same first bytes
     b"\xff\xfe": ("UTF-16 text", _CONVERT),
     b"\xfe\xff": ("UTF-16 text", _CONVERT),
 }
@@ -62,7 +62,7 @@ _NOT_TSV = {
 
 @dataclass(frozen=True)
 class Pair:
-    """One source and every target that is right for it, none twice, in the order they were read."""
+    """One source and all its right targets, without repeats, in the order of the file."""
 
     source: str
     targets: tuple[str, ...]
@@ -70,21 +70,21 @@ class Pair:
 
 @dataclass(frozen=True)
 class TsvFile:
-    """What one TSV file holds. `n_rows` counts the lines with a pair, repeated ones included."""
+    """The contents of one TSV file."""
 
     pairs: tuple[Pair, ...]
-    n_rows: int
-    n_blank: int
-    sha256: str  # of the bytes on disk, compressed if the file is
+    n_rows: int  # lines with a pair, repeated ones included
+    n_blank: int  # blank lines
+    sha256: str  # of the bytes on disk, compressed or not
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Pairs to train on, to stop early on and to report on, and where each of them came from.
+    """The training, dev and test pairs, and their origins.
 
-    `sha256` covers the pairs of `train` and `valid`, all that a training run depends on: it stays
-    the same when a file moves, is compressed or changes its line ends. `test` may be empty, and
-    `test_name` is then "". `notes` are sentences that the user should see.
+    sha256: covers the pairs of `train` and `valid`, on which a training run depends. It does not
+    change if a file is moved or compressed, or gets other line ends. test: may be empty; then
+    `test_name` is "". notes: sentences for the user.
     """
 
     train: tuple[Pair, ...]
@@ -100,10 +100,11 @@ class Splits:
 def load_data(data: str, valid: Path | None = None, test: Path | None = None) -> Splits:
     """Load `data`, "cmudict" or the path of a TSV file, with its dev and test pairs.
 
-    A file in `valid` or `test` takes the place of that part; the words that the dictionary's own
-    split holds out stay out of training. Without `valid`, a TSV of at least 20 sources gives up
-    every 20th (index % 20 == 19), and a smaller one is its own dev set. Sources that are in two
-    parts are noted, not removed. Raises FileError, and UsageError if `data` is "".
+    A file `valid` or `test` replaces that part; words held out by the dictionary's own split stay
+    out of training. Without `valid`, a TSV with 20 sources or more gives every 20th to the dev set
+    (index % 20 == 19), and a smaller one is its own dev set. Sources in two parts are noted, not
+    removed. Raises FileError for a file that cannot be read or is no TSV, CapacityError for too
+    little memory, and UsageError if `data` is "".
     """
     notes: list[str] = []
     if data == CMUDICT:
@@ -122,12 +123,13 @@ def load_data(data: str, valid: Path | None = None, test: Path | None = None) ->
 
 
 def load_cmudict() -> Splits:
-    """The embedded dictionary: spelling -> phones without stress, in g2p-seq2seq's published split.
+    """The embedded dictionary: spelling -> phones without stress, split as by g2p-seq2seq.
 
-    Words in file order: index % 20 == 19 is dev, 17 and 18 are test, the rest train. Pronunciations
-    of a word that differ only in stress are one. Raises FileError if the installed file is damaged.
+    Words keep the order of the file: index % 20 == 19 is dev, 17 and 18 are test, and the rest is
+    training. Pronunciations that differ only in stress count as one. Raises FileError if the
+    installed file is damaged.
     """
-    # Every digit is a stress mark or the number of a variant: "a(2) EY1" becomes "a() EY".
+    # Each digit is a stress mark or the number of a variant: "a(2) EY1" becomes "a() EY".
     text = _cmudict_bytes().translate(None, b"0123456789").decode("ascii")
     words: dict[str, tuple[str, ...]] = {}
     for line in text.splitlines():
@@ -158,14 +160,15 @@ def load_cmudict() -> Splits:
 
 
 def read_tsv(path: Path, flag: str = "") -> TsvFile:
-    """Read lines of source TAB target as UTF-8, gzipped or not, with equal sources merged.
+    """Read lines of source TAB target in UTF-8, gzipped or not, and merge equal sources.
 
-    The pairs stand in the order of their sources' first lines. There is no header: the first line
-    is a pair. Spaces around a source or target are dropped, blank lines skipped and counted; a byte
-    order mark and CRLF are accepted. Raises FileError that names the line for a number of fields
-    other than two, an empty field, a line of more than LONGEST_LINE characters, a control
-    character, or a byte that is not UTF-8 (its offset is in the decompressed file), and FileError
-    if there is no pair at all; CapacityError where there is too little memory for them.
+    Pairs are in the order of the first lines of their sources. There is no header: the first line
+    is a pair. Spaces around a source or target are dropped. Blank lines are skipped and counted. A
+    byte order mark and CRLF are accepted.
+    Raises FileError, naming the line, if it does not have two fields, has an empty field or a
+    control character, is longer than LONGEST_LINE characters, or is not UTF-8 (with the offset in
+    the decompressed file). Raises FileError if there is no pair, and CapacityError for too little
+    memory.
     """
     raw = read_bytes(path, "a TSV file", flag)
     data = _decompress(path, raw)
@@ -175,7 +178,7 @@ def read_tsv(path: Path, flag: str = "") -> TsvFile:
     for number, line in enumerate(_lines(path, data), start=1):
         if not number % MANY_LINES:
             _count_memory(path, MANY_LINES * LINE_NBYTES)
-        # Files with a byte order mark that were joined have one in the middle too.
+        # A concatenation of files with byte order marks has them inside too.
         line = line.removesuffix("\r").removeprefix("\ufeff")
         if "\t" not in line and not line.strip():
             n_blank += 1
@@ -194,7 +197,7 @@ def _merged(targets_of: Mapping[str, Iterable[str]]) -> tuple[Pair, ...]:
 
 
 def _cmudict_bytes() -> bytes:
-    """The dictionary's text as it was published. Raises FileError."""
+    """The text of the dictionary as published. Raises FileError if it is damaged."""
     try:
         import lzma  # a Python built without liblzma must still run everything else
     except ImportError as error:
@@ -230,7 +233,7 @@ def data_path(data: str) -> Path:
             hint or f"Give a file with source TAB target on each line, or {CMUDICT}.",
         ) from None
     except OSError:
-        pass  # the one that reads it will say why it cannot be
+        pass  # reading it will raise the right error
     return path
 
 
@@ -254,7 +257,7 @@ def _split_tsv(path: Path, hold_out: bool, notes: list[str]) -> Splits:
 
 
 def _read_part(path: Path, notes: list[str], flag: str) -> tuple[Pair, ...]:
-    """The pairs of a file; what the user should know of it is added to `notes`."""
+    """The pairs of a file; adds notes for the user to `notes`."""
     tsv = read_tsv(path, flag)
     if tsv.n_blank:
         notes.append(f"{path}: {_count(tsv.n_blank, 'blank line')} skipped")
@@ -268,10 +271,10 @@ def _read_part(path: Path, notes: list[str], flag: str) -> tuple[Pair, ...]:
 
 
 def _overlaps(splits: Splits) -> list[str]:
-    """A note for each two parts that share sources."""
+    """A note for every two parts that share sources."""
     parts = {"training": splits.train, "dev": splits.valid, "test": splits.test}
     if splits.valid is splits.train:
-        del parts["dev"]  # has a note of its own
+        del parts["dev"]  # it has a note of its own
     sources = {name: {pair.source for pair in pairs} for name, pairs in parts.items()}
     notes = []
     for held_out, seen in (("dev", "training"), ("test", "training"), ("test", "dev")):
@@ -290,7 +293,7 @@ def _count(n: int, noun: str) -> str:
 
 
 def _fingerprint(*parts: Sequence[Pair]) -> str:
-    """One hash over the pairs of all parts; tabs and line ends cannot be inside a field."""
+    """The SHA-256 of the pairs of all parts; fields contain no tabs and line ends."""
     digest = hashlib.sha256()
     for part in parts:
         lines: Iterable[str] = ("\t".join((pair.source, *pair.targets)) for pair in part)
@@ -299,7 +302,7 @@ def _fingerprint(*parts: Sequence[Pair]) -> str:
 
 
 def _decompress(path: Path, raw: bytes) -> bytes:
-    """Gzip is known by its first bytes, whatever the file is called."""
+    """The bytes of a file, unpacked if they are gzip by their first bytes. Raises FileError."""
     if not raw.startswith(b"\x1f\x8b"):
         return raw
     found: list[bytes] = []
@@ -314,15 +317,15 @@ def _decompress(path: Path, raw: bytes) -> bytes:
                         f"{path}: unpacks to more than {MOST_TEXT:,} bytes",
                         "Train on a part of it.",
                     )
-                _count_memory(path, 2 * nbytes)  # these blocks, and what is made of them
+                _count_memory(path, 2 * nbytes)  # these blocks, and their concatenation
     except (OSError, EOFError, zlib.error) as error:
         raise FileError(f"{path}: is a damaged gzip file ({error})") from error
     return b"".join(found)
 
 
 def _count_memory(path: Path, nbytes: int) -> None:
-    """Raise CapacityError unless `nbytes` more can be had."""
-    import torch  # pairs are read to train on them
+    """Raise CapacityError unless `nbytes` more are available."""
+    import torch  # late, since this file imports no torch
 
     from kvtool.core.machine import require_memory
 
@@ -330,7 +333,7 @@ def _count_memory(path: Path, nbytes: int) -> None:
 
 
 def _check_kind(path: Path, data: bytes) -> None:
-    """Raise FileError for a file that begins like one of another kind."""
+    """Raise FileError for a file that has the first bytes of another format."""
     start = data[:32].lower()
     for magic, (what, hint) in _NOT_TSV.items():
         if start.startswith(magic.lower()):
@@ -338,10 +341,10 @@ def _check_kind(path: Path, data: bytes) -> None:
 
 
 def _lines(path: Path, data: bytes) -> Iterator[str]:
-    """The lines without their line feeds, one at a time. Raises FileError."""
+    """Yield the lines without line feeds. Raises FileError for a long line or a wrong byte."""
     offset = 0
     for number, line in enumerate(io.BytesIO(data), start=1):
-        if len(line) > LONGEST_LINE:  # bytes: a character has one to four
+        if len(line) > LONGEST_LINE:  # bytes; a character has one to four
             n = len(line.removesuffix(b"\n").decode(errors="replace"))
             if n > LONGEST_LINE:
                 raise FileError(
@@ -360,7 +363,7 @@ def _lines(path: Path, data: bytes) -> Iterator[str]:
 
 
 def _fields(where: str, line: str) -> tuple[str, str]:
-    """Source and target of one line without its end; `where` names the line. Raises FileError."""
+    """The source and target of a line. `where` names the line in errors. Raises FileError."""
     bad = _CONTROL.search(line)
     if bad:
         raise FileError(

@@ -1,4 +1,4 @@
-"""What the log and the states of a run may hold: a stranger may have written them."""
+"""Checks of the log and the states of a run, since they may come from an untrusted source."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from kvtool.core.checkpoint.pickled_file import check_zip
 from kvtool.errors import pass_on_shortage
 from kvtool.reading import parse_json
 
-MOST_STEPS = 2**53  # a float counts so far
-LARGEST = 2.0**128  # beyond every float32, of which all figures are
-MOST_TOKENS = 2**31  # of a step
-MOST_SECONDS = 2**31  # of a run: 68 years
-EXACT = 2**24  # a float32, as AdamW's count of steps is, counts so far
+MOST_STEPS = 2**53  # up to here a float64 can count
+LARGEST = 2.0**128  # above every float32; all figures are float32
+MOST_TOKENS = 2**31  # per step
+MOST_SECONDS = 2**31  # per run: 68 years
+EXACT = 2**24  # up to here a float32 can count, as AdamW does its steps
 SHA256 = re.compile("[0-9a-f]{64}")
-PARTS = ("valid", "averaged")  # the figures of an evaluation
+PARTS = ("valid", "averaged")  # the parts of an evaluation
 
 
 def log_line(text: str) -> dict[str, Any] | None:
-    """The fields of a line of log.jsonl: a step, and figures, alone or in PARTS; None if it is
-    anything else, as a line is that a crash cut short."""
+    """The fields of a line of log.jsonl: a step, and figures, directly or in PARTS.
+
+    None for any other line, such as one that a crash cut short.
+    """
     with contextlib.suppress(ValueError):
         fields = parse_json(text)
         if isinstance(fields, dict) and _is_count(fields.get("step")):
@@ -55,20 +57,23 @@ def _is_figures(part: Mapping[str, Any]) -> bool:
 
 
 class Strange(ValueError):
-    """A state holds something else than its run would have written."""
+    """A state has contents that its run would not have written."""
 
 
 def unpickled(data: bytes) -> Any:
-    """What torch.save wrote, of tensors, numbers, texts and containers. Raises Strange."""
+    """Load data of torch.save that has only tensors, numbers, texts and containers.
+
+    Raises Strange for any other data.
+    """
     try:
-        # torch.save never compresses, and it could be any amount.
+        # torch.save never compresses, and compressed data could unpack to any size.
         check_zip(io.BytesIO(data), len(data), Path("state"), compressed=False)
         with warnings.catch_warnings(), ending.signals_at_default():
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a strange file raises almost anything
+    except Exception as error:  # damaged data raises almost anything
         pass_on_shortage(error)
-        # torch's text is left out: it recommends weights_only=False, which runs the file's code.
+        # PyTorch's message is left out: it suggests weights_only=False, which runs the file's code.
         if isinstance(error, (Foreign, pickle.UnpicklingError)):
             raise Strange("holds code objects, which kvtool never runs") from error
         raise Strange(f"is no state of a run ({type(error).__name__})") from error
@@ -77,10 +82,11 @@ def unpickled(data: bytes) -> Any:
 def checked(
     state: Any, step: int, weights: Mapping[str, Tensor], parameters: Sequence[Tensor], average: int
 ) -> dict[str, Any]:
-    """`state`, if its parts are of the types, names, shapes and values that a run writes at `step`.
+    """Check that a state has the types, names, shapes and values that a run writes at `step`.
 
-    weights: those of the model; parameters: the optimizer's, in its order. "recent" holds up to
-    `average` sets of weights, and is missing in a run from before --average. Raises Strange.
+    weights: of the model. parameters: of the optimizer, in its order. average: how many recent
+    weights the run averages; states from before --average have none. -> the state, with "recent".
+    Raises Strange if anything differs.
     """
     if not isinstance(state, dict):
         raise Strange(f"is a {type(state).__name__}")
@@ -100,7 +106,7 @@ def checked(
 
 
 def _check_moments(found: Any, parameters: Sequence[Tensor], step: int) -> None:
-    """They may be missing for a parameter that no step has used, but not for all."""
+    """Raise Strange unless the moments of AdamW fit; parameters that no step used have none."""
     if not isinstance(found, dict) or not all(_is_index(n, parameters) for n in found):
         raise Strange("has an optimizer of other parameters")
     for number, moments in found.items():

@@ -1,14 +1,14 @@
 """The folder of one training run: its lock, its settings, its log and its states.
 
-run.json               settings, data and tokenizer; a resumed run must agree with all of it
-log.jsonl              one line for every logged step and evaluation
+run.json               settings, data and tokenizer; a resumed run must have the same
+log.jsonl              one line for each logged step and evaluation
 best/ last/            checkpoints: the best by dev score, and the newest
-loss.png               the log as a picture
-tensorboard/           the log again, for TensorBoard, if it was asked for
-state-STEP-SHA.pt      what a resumed run needs; the last two are kept, and any that is damaged
+loss.png               a plot of the log
+tensorboard/           the log for TensorBoard, if it was asked for
+state-STEP-SHA.pt      all that a resumed run needs; the last two are kept, and damaged ones
 
-A run may be a stranger's: none of these is reached through a link, or written where it has another
-name, and what the log and the states hold is looked at before it is used.
+A run may come from an untrusted source. So links are not followed, files with other names are not
+overwritten, and the contents of the log and the states are checked before use.
 """
 
 from __future__ import annotations
@@ -49,21 +49,23 @@ from kvtool.reading import MOST_JSON, json_object
 
 KEPT = 2
 DAMAGED = ".damaged"
-TOLD = 8  # settings that one line names
+TOLD = 8  # settings that an error names at most
 MOST_LOG = 2**26  # bytes
-MOST_LINES = 250_000  # of the log: of some two million steps, and read in seconds
-MOST_LINE = 2**16  # bytes; a run writes some hundred
-CHECKED_EVERY = 2**15  # lines, after each of which a signal that got lost ends the reading
-TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what a killed write leaves behind
-# What runs did that were started before the setting was there.
+MOST_LINES = 250_000  # of the log; enough for two million steps, and read in seconds
+MOST_LINE = 2**16  # bytes; a run writes about a hundred
+CHECKED_EVERY = 2**15  # lines; after so many, reading looks for a signal
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # the file of a write that was killed
+# The values of settings that older runs did not record.
 BEFORE = {"average": 0, "schedule": "cosine"}
 
 
 class RunFolder:
-    """Use as a context manager: nobody else can work in the folder while it is open.
+    """The open folder of a run, a context manager; no other process can use it meanwhile.
 
-    Raises FileError for a folder that cannot be written, is in use, or is not empty while `resume`
-    is not given; where there is nothing to resume; and for a run with links in it.
+    path: the folder; a new run makes it. resume: continue the run in it. warn: called with
+    sentences for the user. probing: leave unfinished files as they are.
+    Raises FileError if the folder cannot be written, is in use, is not empty without `resume`, has
+    no run to resume, or contains links.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class RunFolder:
         self._open: Folder | None = None
         try:
             names = self._names(make=not resume)
-            # Any other folder is somebody else's: it is refused without a trace.
+            # Any other folder is not a run's. It is refused, and nothing is written to it.
             if names & {LOCK, RUN} or not (names or resume):
                 self._require_own(names)
                 self._lock = self._take_lock(probing)
@@ -90,7 +92,10 @@ class RunFolder:
 
     @classmethod
     def probe(cls, path: Path, resume: bool) -> None:
-        """Raise what opening it would raise, before there is any work to lose; leaves no trace."""
+        """Raise the errors of opening the folder, before other work; it changes nothing.
+
+        Raises FileError as RunFolder.
+        """
         absent = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
         locked_before = os.path.lexists(path / LOCK)
         with cls(path, resume, lambda _: None, probing=True) as run:
@@ -122,12 +127,12 @@ class RunFolder:
             ) from error
 
     def _require_own(self, names: set[str]) -> None:
-        """Raise FileError for a link, FIFO or device where something of a run is, and for a folder
-        in place of a file or a file in place of a folder."""
+        """Raise FileError for a link, FIFO or device with the name of a run's file, and for a file
+        in place of a folder, or a folder in place of a file."""
         for name in sorted(names):
             if name in (LOCK, RUN, LOG, PLOT):
                 self._folder.require_own(name, "a file of this run", folder=False)
-            elif STATE.fullmatch(name):  # a folder is as good as a damaged one
+            elif STATE.fullmatch(name):  # a folder counts as a damaged state
                 self._folder.require_own(name, "a file of this run")
             elif name in (*CHECKPOINTS, EVENTS):
                 self._folder.require_own(name, "a folder of this run", folder=True)
@@ -175,7 +180,10 @@ class RunFolder:
             self._open.close()
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """Record what the run is started with, or raise FileError where a resumed one differs."""
+        """Record the facts of a new run, or compare them with those of a resumed one.
+
+        Raises FileError if a resumed run differs, and names the settings.
+        """
         if RUN not in self._folder.names():
             self._folder.write(RUN, json_bytes(facts))
             return
@@ -194,18 +202,23 @@ class RunFolder:
         return json_object(self.path / RUN, data)
 
     def write(self, path: Path, data: bytes) -> None:
-        """Replace a file of the run, durably. Raises FileError."""
+        """Replace a file of the run durably (with fsync). Raises FileError."""
         self._folder.write(path.name, data)
 
     def save_checkpoint(self, name: str, files: Mapping[str, bytes]) -> None:
-        """Write the files of a checkpoint, in their order, each durably. Raises FileError."""
+        """Write the files of a checkpoint in their order, each durably. Raises FileError.
+
+        name: of its folder, "best" or "last".
+        """
         with self._folder.below(name, make=True) as folder:
             for file, data in files.items():
                 folder.write(file, data)
 
     def require_best(self, step: int) -> None:
-        """Raise FileError if the best checkpoint is gone, which the run saved at `step`, before its
-        state. It may be a newer one: a kill can come between the two."""
+        """Raise FileError if the best checkpoint, of `step`, is missing.
+
+        It may be newer than the state, since a kill can come after the checkpoint is written.
+        """
         if not (self.path / BEST / WEIGHTS).is_file():
             raise FileError(
                 f"--out {self.path}: its best checkpoint is missing ({BEST}/, of step {step:,})",
@@ -215,7 +228,7 @@ class RunFolder:
     # --- state: all or nothing
 
     def save_state(self, step: int, state: dict[str, Any]) -> None:
-        """Write everything that a resumed run needs; the two newest are kept."""
+        """Write a state durably, and remove all but the two newest. Raises FileError."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
@@ -225,11 +238,11 @@ class RunFolder:
             self._folder.remove(old)
 
     def load_state(self, check: Callable[[Any, int], Any] = lambda state, step: state) -> Any:
-        """What `check` makes of the newest state whose SHA-256 is right, and of the step in its
-        name; damaged ones before it are set aside.
+        """Load the newest state with the right SHA-256 -> the result of `check(state, step)`.
 
-        None if no state was ever written. Raises FileError if all are damaged, and for one that
-        holds more than tensors, numbers and texts, or that `check` finds Strange.
+        None if there is no state. Newer states that are damaged are renamed. Raises FileError if
+        all are damaged, if a state has more than tensors, numbers and texts, or if `check` raises
+        Strange. Raises CapacityError for too little memory.
         """
         damaged: list[str] = []
         for name in self._states():
@@ -248,7 +261,7 @@ class RunFolder:
         return None
 
     def _set_aside(self, damaged: list[str]) -> None:
-        """Rename damaged states: else they would be counted among those that are kept."""
+        """Rename damaged states, so that they do not count among the two that are kept."""
         if not damaged:
             return
         more = f", and so are {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
@@ -258,12 +271,14 @@ class RunFolder:
         self._warn(f"{self.path / damaged[0]}: is damaged ({why}){more}; going back")
 
     def _states(self) -> list[str]:
-        """Newest first."""
+        """The names of all states, the newest first."""
         return sorted(filter(STATE.fullmatch, self._folder.names()), reverse=True)
 
     def _intact(self, name: str) -> bytes | None:
-        """The bytes of a state, or None if they cannot be read or are not those that were written.
-        Raises CapacityError."""
+        """The bytes of a state; None if they cannot be read or have the wrong SHA-256.
+
+        Raises CapacityError for too little memory.
+        """
         match = STATE.fullmatch(name)
         with contextlib.suppress(FileError):
             size = self._folder.size(name)
@@ -276,22 +291,22 @@ class RunFolder:
     # --- the log
 
     def log(self, **fields: Any) -> None:
-        """Append one line to log.jsonl. Raises FileError, and ValueError on NaN."""
+        """Append one line to log.jsonl. Raises FileError, and ValueError for NaN or infinity."""
         line = json.dumps(fields, allow_nan=False)
         self._folder.append(LOG, f"{line}\n".encode())
         self._show(fields)
 
     def rewind_log(self, step: int) -> None:
-        """Forget the lines of steps after `step`, and a line that a crash cut short."""
+        """Remove the lines of steps after `step`, and a line that a crash cut short."""
         if LOG in self._folder.names():
             kept = (line for line, fields in self._log_lines() if fields["step"] <= step)
             self._folder.write(LOG, b"".join(kept))
 
     def open_events(self, step: int) -> None:
-        """Show the log in TensorBoard too, from now on; what it shows of steps after `step` goes.
+        """Write the log for TensorBoard too from now on, and hide its events after `step`.
 
-        A folder without events gets those of the log so far. Raises UsageError where TensorBoard is
-        not installed, and FileError.
+        A new folder gets the events of the whole log. Raises UsageError if TensorBoard is not
+        installed, and FileError if the folder cannot be written.
         """
         folder = self.path / EVENTS
         past = [] if folder.exists() else self.read_log()
@@ -312,15 +327,15 @@ class RunFolder:
             figures |= {f"{part}/{name}": value for name, value in fields.get(part, {}).items()}
         for name, value in figures.items():
             self._events.add_scalar(name, value, fields["step"])
-        self._events.flush()  # or a kill would take the last two minutes with it
+        self._events.flush()  # or a kill would lose the events of the last two minutes
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl, without those that a crash or a person has spoilt. Raises
-        FileError."""
+        """The fields of all valid lines of log.jsonl. Raises FileError if it cannot be read or is
+        too long."""
         return [fields for _, fields in self._log_lines()]
 
     def _log_lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """Each line as it stands, and its fields."""
+        """Yield each valid line with its fields."""
         if LOG not in self._folder.names():
             return
         data = self._folder.read(LOG, "the log of a run", MOST_LOG)
@@ -337,7 +352,7 @@ class RunFolder:
 
 
 def event_writer() -> Any:
-    """torch's SummaryWriter. Raises UsageError where TensorBoard is not installed."""
+    """The class torch.utils.tensorboard.SummaryWriter. Raises UsageError without TensorBoard."""
     try:
         with elsewhere():
             from torch.utils.tensorboard import SummaryWriter

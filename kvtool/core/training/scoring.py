@@ -1,6 +1,6 @@
-"""How far outputs are from the right ones: error rates of sequences, BLEU and chrF of translations.
+"""Scores of outputs against references: error rates of sequences, BLEU and chrF of translations.
 
-Imports no torch.
+This file imports no torch.
 """
 
 from __future__ import annotations
@@ -14,38 +14,34 @@ from itertools import zip_longest
 from kvtool.errors import UsageError
 
 Tokens = Sequence[str]
-LIBRARIES = ("rapidfuzz", "sacrebleu")  # of the extra `train`: nothing else of kvtool uses them
+LIBRARIES = ("rapidfuzz", "sacrebleu")  # of the extra `train`; only scores use them
 
-# What 13a does not part from a word or number, where it stands in one.
+# Punctuation with blanks around it that tokenizer 13a does not separate from a word or number.
 _INNER = re.compile(r"(?<=[^\W\d]) ([-'’]) (?=[^\W\d])|(?<=\d) ([.,]) (?=\d)")
 
 
 @dataclass(frozen=True)
 class Score:
-    """Counts over a corpus of sequences; add two of them to score both together.
+    """Counts of errors over a corpus of sequences; add two of them to score both together."""
 
-    `n_edits` are the insertions, deletions and substitutions from each output to its closest
-    reference, `n_reference_tokens` the lengths of those references.
-    """
-
-    n: int
-    n_wrong: int
-    n_edits: int
-    n_reference_tokens: int
+    n: int  # sequences
+    n_wrong: int  # sequences that equal none of their references
+    n_edits: int  # insertions, deletions and substitutions to the closest references
+    n_reference_tokens: int  # tokens of these references
 
     @property
     def wer(self) -> float:
-        """Sequences that equal none of their references, in percent (0 to 100)."""
+        """The word error rate: sequences that equal none of their references, 0 to 100 %."""
         return 100 * self.n_wrong / self.n
 
     @property
     def token_error_rate(self) -> float:
-        """Edits per reference token, in percent; above 100 if outputs are much too long."""
+        """Edits per reference token, in percent; above 100 for outputs that are far too long."""
         return 100 * self.n_edits / self.n_reference_tokens
 
     @property
     def signatures(self) -> dict[str, str]:
-        """None: counts of errors have no settings."""
+        """{}: counts of errors have no settings to record."""
         return {}
 
     def __add__(self, other: Score) -> Score:
@@ -59,20 +55,16 @@ class Score:
 
 @dataclass(frozen=True)
 class TextScore:
-    """BLEU (Papineni 2002), BLEU of lowercased text, and chrF (Popović 2015) of a corpus.
+    """BLEU (Papineni 2002), BLEU of lowercased text, and chrF (Popović 2015) of a corpus."""
 
-    `figures` has each by its name, bleu, bleu_lc or chrf, from 0 to 100, higher is better;
-    `signatures` has by the same names what sacreBLEU needs to repeat it (Post 2018).
-    """
-
-    n: int
-    figures: dict[str, float]
-    signatures: dict[str, str]
+    n: int  # texts
+    figures: dict[str, float]  # bleu, bleu_lc and chrf, 0 to 100; higher is better
+    signatures: dict[str, str]  # by the same names: the settings of sacreBLEU (Post 2018)
 
 
 def require_libraries() -> None:
-    """Raise UsageError unless both can be scored, sequences and texts: before there is any work to
-    lose."""
+    """Raise UsageError unless the libraries of both scores are installed; call it before work that
+    would be lost."""
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         names, are = " and ".join(missing), "are" if missing[1:] else "is"
@@ -85,15 +77,15 @@ def require_libraries() -> None:
 def score_sequences(references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]) -> Score:
     """Compare each hypothesis with its closest reference.
 
-    `references[i]` are all the right token sequences for `hypotheses[i]`. The closest is the one
-    with the fewest edits and, among those, the longest: the lower error rate, whatever their order.
-    A hypothesis may be empty, a reference may not.
+    `references[i]` are all right token sequences for `hypotheses[i]`. The closest has the fewest
+    edits; among several of these it is the longest, which gives the lower error rate. A hypothesis
+    may be empty, a reference may not.
 
     >>> score_sequences([(("AH", "B"), ("EY", "B"))], [("EY", "B", "Z")])
     Score(n=1, n_wrong=1, n_edits=1, n_reference_tokens=2)
 
-    Raises UsageError if there is nothing to score, ValueError if the two do not pair up or a
-    reference is missing or empty, TypeError if a str stands where a sequence of tokens should.
+    Raises UsageError if there is nothing to score, ValueError if the lengths of the two differ or a
+    reference is missing or empty, and TypeError for a str in place of a sequence of tokens.
     """
     _check_pairing(references, hypotheses)
     n_wrong = n_edits = n_tokens = 0
@@ -108,21 +100,21 @@ def score_sequences(references: Sequence[Sequence[Tokens]], hypotheses: Sequence
 def score_translations(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> TextScore:
     """Compare each detokenized hypothesis with all its references by sacreBLEU, tokenizer 13a.
 
-    `references[i]` are all the right texts for `hypotheses[i]`, as many as there are. A hypothesis
-    may be empty, a reference may not.
+    `references[i]` are all right texts for `hypotheses[i]`, any number of them. A hypothesis may be
+    empty, a reference may not.
 
-    Raises UsageError if there is nothing to score, ValueError if the two do not pair up or a
-    reference is missing or empty, TypeError if one str stands where several references should.
+    Raises UsageError if there is nothing to score, ValueError if the lengths of the two differ or a
+    reference is missing or empty, and TypeError for a str in place of several references.
     """
     _check_pairing(references, hypotheses)
     for index, texts in enumerate(references):
         _check_references(index, texts)
     from sacrebleu.metrics import BLEU, CHRF  # takes 0.1 s, and only text needs it
 
-    # Stream k has the k-th reference of every source. None is no reference; "" would be an empty
-    # one, and the closest in length to many a short hypothesis.
+    # Stream k has the k-th reference of every source, or None. "" would count as a reference, and
+    # be the closest in length to short hypotheses.
     streams = list(zip_longest(*references))
-    # force: no warning of text that looks tokenized.
+    # force: do not warn about text that looks tokenized.
     metrics = {
         "bleu": BLEU(force=True),
         "bleu_lc": BLEU(lowercase=True, force=True),
@@ -137,9 +129,9 @@ def score_translations(references: Sequence[Sequence[str]], hypotheses: Sequence
 
 
 def detokenize(text: str) -> str:
-    """Undo the blanks round punctuation inside words and numbers: hyphens, apostrophes, points.
+    """Remove the blanks around hyphens, apostrophes, points and commas in words and numbers.
 
-    Sentence punctuation keeps its blanks: 13a puts them into hypotheses and references alike.
+    Sentence punctuation keeps its blanks, since 13a adds them to hypotheses and references alike.
 
     >>> detokenize("1 . 5 T - shirts , aren ' t they ?")
     "1.5 T-shirts , aren't they ?"
@@ -165,7 +157,7 @@ def _closest(index: int, references: Sequence[Tokens], hypothesis: Tokens) -> tu
     """Edits to the closest reference, and its length in tokens."""
     from rapidfuzz.distance import Levenshtein
 
-    # A str is a sequence too, and would be compared by its characters without a word.
+    # A str is a sequence of characters too, and would be compared without an error.
     if isinstance(hypothesis, str) or any(isinstance(tokens, str) for tokens in references):
         raise TypeError(f"item {index}: a str (expected a sequence of tokens)")
     _check_references(index, references)

@@ -1,8 +1,7 @@
-"""One process that trains, or several that train one model together on torch.distributed.
+"""Training in one process, or data-parallel in several with torch.distributed.
 
-`torchrun --nproc-per-node 2 -m kvtool train-seq2seq ...` starts the processes and tells each its
-rank. They share the rows of every step's batch; the leader, of rank 0, alone evaluates, writes and
-talks.
+`torchrun --nproc-per-node 2 -m kvtool train-seq2seq ...` starts the processes and gives each its
+rank. They share the rows of each batch. Only the leader, rank 0, evaluates, writes and prints.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """The part of every batch that one process learns from."""
+    """The part of every batch that belongs to one rank."""
 
     rank: int = 0
     world_size: int = 1
 
     def rows(self, n: int) -> slice:
-        """This share's rows of a batch of `n`; all shares together are the batch."""
+        """The rows of this share in a batch of `n` rows; all shares together cover the batch."""
         return slice(self.rank * n // self.world_size, (self.rank + 1) * n // self.world_size)
 
 
@@ -39,26 +38,26 @@ WHOLE = Share()
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run, this one among them. Alone, every method is trivial."""
+    """The processes that train together; with one process every method is trivial."""
 
     share: Share = WHOLE
 
     @property
     def leads(self) -> bool:
-        """Whether this process evaluates, writes and talks for all."""
+        """Whether this process is rank 0, which evaluates, writes files and prints for all."""
         return self.share.rank == 0
 
     @property
     def alone(self) -> bool:
-        """Whether it is one process."""
+        """Whether there is only one process."""
         return self.share.world_size == 1
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """`module`, whose gradients are then the mean over the team after every backward pass."""
+        """The module whose backward pass averages the gradients over all ranks."""
         return module if self.alone else nn.parallel.DistributedDataParallel(module)
 
     def gather(self, *values: float) -> list[tuple[float, ...]]:
-        """The values that each process gave, by rank."""
+        """The values of every process, in the order of ranks; all processes must call it."""
         if self.alone:
             return [values]
         mine = torch.tensor(values, dtype=torch.float64, device=_device())
@@ -67,7 +66,10 @@ class Team:
         return [tuple(row.tolist()) for row in rows]
 
     def lead(self, work: Callable[[], T]) -> T:
-        """What `work` returns, or raises of KvtoolError, in the leader: the same for all."""
+        """Run `work` in the leader, and return its result in every process.
+
+        All processes must call it. Raises the KvtoolError of the leader in every process.
+        """
         if self.alone:
             return work()
         outcome: list[object] = [None]
@@ -87,7 +89,10 @@ ALONE = Team()
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Team]:
-    """The team that torchrun started, while the block runs: over NCCL on GPUs, else gloo."""
+    """The team of processes that torchrun started, inside a `with` block.
+
+    It uses NCCL on GPUs, and gloo otherwise.
+    """
     share = Share(*process_rank())
     if share.world_size == 1:
         yield ALONE
@@ -100,5 +105,5 @@ def joined(device: torch.device) -> Iterator[Team]:
 
 
 def _device() -> torch.device:
-    """Where the team's backend wants its tensors."""
+    """The device that the backend needs its tensors on."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,7 +1,7 @@
-"""The training loop: one for every task, resumable at any step to the same bytes.
+"""The training loop of all tasks; a run resumed at any step gives the same bytes.
 
-What a step does depends on (seed, step) alone: the order of the data, the dropout, the schedule. So
-a state needs no random generator in it, and a run that was killed continues as if it had not been.
+The order of the data, the dropout and the schedule of a step depend only on (seed, step). So a
+state contains no random generator, and a killed run continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -33,14 +33,18 @@ from kvtool.errors import CheckFailed
 from kvtool.files import BEST, LAST
 
 LOG_EVERY = 10  # steps
-FLOOR = 0.05  # of the peak learning rate, reached at the end
+FLOOR = 0.05  # share of the peak learning rate at the end
 
 
 def learning_rate(
     peak: float, warmup: int, step: int, done: float, schedule: str = "cosine"
 ) -> float:
-    """Linear from 0 over `warmup` steps, then a schedule: a cosine to FLOOR * peak at the end
-    (Loshchilov 2017), the inverse square root of the step (Vaswani 2017, 5.3), or constant."""
+    """The learning rate of a step: a linear warmup, then a schedule.
+
+    done: the finished share of the run, 0 to 1. schedule: "cosine" falls to FLOOR * peak
+    (Loshchilov 2017); "inverse-sqrt" falls with the root of the step (Vaswani 2017, 5.3);
+    "constant" does not fall.
+    """
     warmup = max(warmup, 1)
     rise = min(1.0, (step + 1) / warmup)
     if schedule == "cosine":
@@ -52,73 +56,76 @@ def learning_rate(
 
 
 class Task(Protocol):
-    """What is learned: data in batches, a loss, and a score on held-out data."""
+    """A training task: data in batches, a loss, and scores on held-out data."""
 
     @property
     def score_name(self) -> str:
-        """Of the figure in `evaluate` that decides."""
+        """The figure of `evaluate` that decides which checkpoint is best."""
 
     @property
     def loss_name(self) -> str:
-        """Of the figure in `evaluate` that is what `loss` is, of held-out data."""
+        """The figure of `evaluate` that is the loss on held-out data."""
 
     @property
     def loss_floor(self) -> float:
-        """What no `loss` can be below, in nats."""
+        """The lowest value that `loss` can reach, in nats."""
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether it is a score to raise, as BLEU is, or one to lower, as an error rate."""
+        """Whether a higher score is better, as for BLEU, or a lower one, as for an error rate."""
 
     @property
     def in_percent(self) -> Collection[str]:
-        """Those of the figures in `evaluate` that are rates, from 0 to 100."""
+        """The figures of `evaluate` that are in percent, 0 to 100."""
 
     def batches(self, epoch: int) -> Sequence[Any]:
         """All batches of an epoch, in order; the same at every call."""
 
     def loss(self, model: Model, batch: Any, share: Share = ...) -> tuple[Tensor, int]:
-        """What the rows of `share` add to the batch's mean loss per token, in nats, and how many
-        tokens they have."""
+        """What the rows of `share` add to the batch's mean loss per token, in nats, and their
+        number of tokens."""
 
     def evaluate(self, model: Model) -> dict[str, float]:
-        """Figures on held-out data, `score_name` among them; the model is in eval mode."""
+        """Figures on held-out data by name, with `score_name`; the model is in eval mode."""
 
     def files(self, model: Model) -> dict[str, bytes]:
-        """Of a checkpoint, by name, as checkpoint.files has them."""
+        """The files of a checkpoint by name, as from checkpoint.files."""
 
     def facts(self) -> dict[str, Any]:
-        """What a resumed run must share: the model, the data, the tokenizer."""
+        """The facts that a resumed run must share: the data and the tokenizers."""
 
 
 class Watcher(Protocol):
-    """Is told about progress; a progress bar is one."""
+    """Receives the progress of a run, as a progress bar does."""
 
     def advance(self, n: int = 1) -> None:
-        """So many more steps are done."""
+        """Count `n` more steps as done."""
 
     def update(self, text: str = "", **fields: Any) -> None:
-        """What to show: a text, and figures by name."""
+        """Show a text, and figures by name."""
 
 
 @dataclass
 class Position:
-    """Where a run stands; all of it is saved."""
+    """The position of a run; every state saves it."""
 
-    step: int = 0
+    step: int = 0  # steps done
     epoch: int = 0
-    batch: int = 0  # of the epoch
-    tokens: int = 0
+    batch: int = 0  # index of the next batch in the epoch
+    tokens: int = 0  # trained on so far
     seconds: float = 0.0
     best_score: float | None = None  # None before the first evaluation
     best_step: int = 0
-    best_sha256: str = ""
+    best_sha256: str = ""  # of the weights of the best checkpoint
     stale: int = 0  # evaluations since the best
 
 
 class Loss(nn.Module):
-    """The loss of a team's share as a module: gradients are averaged where a module's forward is
-    wrapped, and an encoder-decoder's work is not all in its own."""
+    """The loss of a rank's share as a module.
+
+    DistributedDataParallel averages gradients only around a module's forward, and a loss does more
+    than the forward of an encoder-decoder.
+    """
 
     def __init__(self, model: Model, task: Task, share: Share) -> None:
         super().__init__()
@@ -127,12 +134,16 @@ class Loss(nn.Module):
         self.share = share
 
     def forward(self, batch: Any) -> tuple[Tensor, int]:
-        """As Task.loss, of the team's share."""
+        """As Task.loss, for this rank's share."""
         return self.task.loss(self.model, batch, self.share)
 
 
 class Trainer:
-    """Trains `model` on `task` within a run folder, which the team's leader alone has."""
+    """Trains a model on a task, and writes to the run folder.
+
+    folder: None except in the team's leader. watcher: receives the progress. say: called with
+    sentences for the user.
+    """
 
     def __init__(
         self,
@@ -166,10 +177,15 @@ class Trainer:
         )
 
     def run(self) -> Position:
-        """Train to the end. Raises CheckFailed on a loss, gradient or score that is not finite."""
+        """Train to the end -> the last position.
+
+        Raises CheckFailed for a loss, gradient or score that is not finite, and FileError if the
+        folder does not fit the run or cannot be written. On a signal it saves, then raises it
+        again.
+        """
         self.team.lead(lambda: self.folder.agree(self._facts()))
         self._restore()
-        # torchrun passes on a Ctrl-C that its processes have had already.
+        # Under torchrun each process gets a Ctrl-C twice: from the terminal and from torchrun.
         with ending.noted(insist=not self.team.alone) as wanted:
             number = 0
             while not number and not self._finished():
@@ -191,7 +207,7 @@ class Trainer:
         if state is None:
             return
         self.model.load_state_dict(state["model"])
-        # The groups are the configuration, which has been compared.
+        # The groups hold the configuration, which is the same as in the state.
         groups = self.optimizer.state_dict()["param_groups"]
         moments = state["optimizer"]["state"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -211,7 +227,7 @@ class Trainer:
         return state
 
     def _checked(self, state: Any, step: int) -> dict[str, Any]:
-        """A state that this run can have written at `step`. Raises Strange."""
+        """The state, if this run could have written it at `step`. Raises Strange if not."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         found = checked(state, step, self.model.state_dict(), parameters, self.config.average)
         at, length = found["position"], self.config.length
@@ -235,7 +251,7 @@ class Trainer:
         return self._done() >= 1.0 or bool(patience and self.at.stale >= patience)
 
     def _epoch(self, wanted: Callable[[], int]) -> int:
-        """Train to the end of the epoch or of all; the signal that stops the team before, or 0."""
+        """Train to the end of the epoch or run -> the signal that stopped the team, or 0."""
         batches = self.task.batches(self.at.epoch)
         while self.at.batch < len(batches):
             self._step(batches[self.at.batch])
@@ -261,7 +277,7 @@ class Trainer:
         with context.within(training=True), amp:
             loss, n = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss * self.team.share.world_size).backward()  # the team takes the mean of the gradients
+        (loss * self.team.share.world_size).backward()  # the team averages gradients over ranks
         parts = self.team.gather(float(loss.detach()), n)
         value = self._finite("loss", sum(part[0] for part in parts), at.step + 1)
         length = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -273,7 +289,7 @@ class Trainer:
         self._report(value, rate, norm)
 
     def _finite(self, what: str, value: float, step: int) -> float:
-        """Return `value`, or raise CheckFailed before it gets into the weights or a state."""
+        """Return `value`. Raises CheckFailed if it is not finite, before it reaches the weights."""
         if not math.isfinite(value):
             kept = "the last good checkpoint is kept"
             if self.team.leads and not (self.folder.path / LAST).exists():
@@ -302,7 +318,7 @@ class Trainer:
 
     @torch.inference_mode()
     def _evaluate(self) -> Position:
-        """Score the weights, and their average with those of the evaluations before; save."""
+        """Score the weights, and their average over the last evaluations; then save."""
         at = self.at
         models = {"valid": self.model}
         if (averaged := self._averaged()) is not None:
@@ -337,8 +353,10 @@ class Trainer:
         return score > best if self.task.higher_is_better else score < best
 
     def _averaged(self) -> Model | None:
-        """The model with the mean of its weights at the last evaluations, this one included; it
-        ends less far to one side than any of them (Vaswani 2017, 6.1). None if it is only one."""
+        """The model with the mean of its weights over the last evaluations (Vaswani 2017, 6.1).
+
+        None before the second evaluation, and without --average.
+        """
         if self.config.average < 2:
             return None
         weights = {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -362,7 +380,7 @@ class Trainer:
         self.folder.save_state(self.at.step, state)
 
     def _save_checkpoint(self, name: str, model: Model) -> str:
-        """Write it; the SHA-256 of its weights."""
+        """Write a checkpoint -> the SHA-256 of its weights."""
         files = self.task.files(model)
         self.folder.save_checkpoint(name, files)
         return hashlib.sha256(files[WEIGHTS]).hexdigest()

@@ -1,4 +1,4 @@
-"""The task of training an encoder-decoder on pairs: batches, the loss, and scores of decoding."""
+"""The task of training an encoder-decoder on pairs: batches, loss, and scores of decoding."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ from kvtool.core.training.scoring import (
 from kvtool.core.training.team import WHOLE, Share
 from kvtool.errors import FileError
 
-Rows = Sequence[tuple[list[int], list[int]]]  # of a source and its target
+Rows = Sequence[tuple[list[int], list[int]]]  # the ids of a source and of its target
 DEV_SAMPLE = 1000  # sources decoded at each evaluation during training
 
 
 class Translation:
-    """The training task over pairs: batches of similar length, label-smoothed cross-entropy
-    (Szegedy 2016), and scores of real greedy decoding: error rates of targets spelt in characters
-    or symbols, BLEU and chrF of any other text. Held-out pairs have a loss too, by the same rule.
+    """The task of training on pairs, with label-smoothed cross-entropy (Szegedy 2016).
+
+    Batches have rows of similar length. Scores come from greedy decoding: error rates for targets
+    of characters or symbols, BLEU and chrF for other text. The loss of held-out pairs is computed
+    in the same way. Raises FileError for a source or training target longer than the context.
     """
 
     loss_name = "loss"
@@ -73,7 +75,7 @@ class Translation:
 
     @cached_property
     def error_rate(self) -> str:
-        """What the errors of a token are called: of a character, a phone, or any other symbol."""
+        """The name of the token error rate: cer of characters, per of phones, ser of others."""
         if self.tokenizer.kind == "char":
             return "cer"
         targets = (target for pair in self.splits.train for target in pair.targets)
@@ -82,7 +84,7 @@ class Translation:
 
     @property
     def loss_floor(self) -> float:
-        """The lowest loss that label smoothing leaves, in nats: the entropy of what is aimed at."""
+        """The lowest loss possible with label smoothing, in nats: the entropy of the targets."""
         n = self.tokenizer.vocab_size
         wrong = self.smoothing / n
         right = 1 - (n - 1) * wrong
@@ -90,20 +92,20 @@ class Translation:
 
     @property
     def score_name(self) -> str:
-        """bleu for texts, chrf if they are short; an error rate for sequences."""
+        """bleu for text, chrf for short text, and the error rate for sequences."""
         if not self.is_text:
             return self.error_rate
-        # BLEU is 0, however right the outputs are, where no target has four words.
+        # BLEU is 0 even for perfect outputs if no target has four words.
         long = any(len(target.split()) >= 4 for pair in self.dev for target in pair.targets)
         return "bleu" if long else "chrf"
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether the score is one of texts."""
+        """True for the scores of text, False for error rates."""
         return self.is_text
 
     def _encode(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
-        """As `_ids`. Raises FileError for what is too long."""
+        """As `_ids`. Raises FileError for a source or target that is too long."""
         found = self._ids(pairs)
         texts = (pair.source for pair in pairs for _ in pair.targets)
         for text, row in zip(texts, found, strict=True):
@@ -111,14 +113,14 @@ class Translation:
         return found
 
     def _ids(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
-        """Ids of each source with each of its targets, EOS at the end."""
+        """The ids of each source with each of its targets; targets end with EOS."""
         flat = [(pair.source, target) for pair in pairs for target in pair.targets]
         sources = self.source_tokenizer.encode_batch([source for source, _ in flat])
         targets = self.tokenizer.encode_batch([target for _, target in flat])
         return [(source, [*target, EOS]) for source, target in zip(sources, targets, strict=True)]
 
     def _check_length(self, where: str, text: str, n: int) -> None:
-        """Raise FileError before any work for a source or target that the model cannot hold."""
+        """Raise FileError for a source or target of more tokens than the context."""
         if n > self.context:
             raise FileError(
                 f"{where}: {text[:40]!r} makes {n} tokens (the model holds {self.context})",
@@ -126,8 +128,11 @@ class Translation:
             )
 
     def batches(self, epoch: int) -> Sequence[list[int]]:
-        """Indices of pairs; a batch's padded tokens, of both sides, are at most batch_tokens, but
-        for a pair that alone has more."""
+        """The batches of an epoch, as indices of rows.
+
+        A batch has at most `batch_tokens` tokens, sources, targets and padding together. Only a
+        single longer row may exceed this.
+        """
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.rows), generator=generator).tolist()
         found = self._packed(self.rows, order)
@@ -135,13 +140,13 @@ class Translation:
         return [found[i] for i in shuffled]
 
     def _packed(self, rows: Rows, order: list[int]) -> list[list[int]]:
-        """The indices of `order` in batches of rows of similar length."""
+        """Divide the indices of `order` into batches of rows of similar length."""
         order = sorted(
             order, key=lambda i: (len(rows[i][1]), len(rows[i][0]))
         )  # ties stay shuffled
         found: list[list[int]] = []
         batch: list[int] = []
-        n_source = n_target = 0  # of the longest of the batch
+        n_source = n_target = 0  # tokens of the longest in the batch
         for i in order:
             source, target = map(len, rows[i])
             n_source, n_target = max(n_source, source), max(n_target, target)
@@ -152,7 +157,7 @@ class Translation:
         return [*found, batch]
 
     def loss(self, model: Model, batch: list[int], share: Share = WHOLE) -> tuple[Tensor, int]:
-        """As Task.loss: cross-entropy with label smoothing."""
+        """As Task.loss: the cross-entropy of the target with label smoothing."""
         source, mask = pad([self.rows[i][0] for i in batch], self.device)
         target, real = pad([self.rows[i][1] for i in batch], self.device)
         n_targets = real.sum()
@@ -165,8 +170,10 @@ class Translation:
     def _nats(
         self, model: Model, source: Tensor, mask: Tensor, target: Tensor, real: Tensor
     ) -> Tensor:
-        """The smoothed loss summed over all tokens of target (B,T), from source (B,S), each with
-        its mask, True = real."""
+        """The smoothed loss of target (B,T) from source (B,S), summed over its real tokens.
+
+        mask (B,S) and real (B,T) bool: True = a real token.
+        """
         shifted = F.pad(target[:, :-1], (1, 0), value=BOS)
         logits = model(shifted, source=model.encode(source, mask))
         return F.cross_entropy(
@@ -177,12 +184,13 @@ class Translation:
         )
 
     def evaluate(self, model: Model) -> dict[str, float]:
+        """As Task.evaluate: the scores and the loss on a sample of the dev pairs."""
         figures = self.figures(self.score(model, self.dev))
         return figures if not self.dev_rows else {**figures, "loss": self._held_out_loss(model)}
 
     @torch.inference_mode()
     def _held_out_loss(self, model: Model) -> float:
-        """Nats per token of the dev sample."""
+        """The loss of the dev sample, in nats per token."""
         nats = n = 0.0
         for batch in self._packed(self.dev_rows, list(range(len(self.dev_rows)))):
             source, target = (
@@ -193,7 +201,7 @@ class Translation:
         return nats / n
 
     def figures(self, score: Score | TextScore) -> dict[str, float]:
-        """By name, in percent or as sacreBLEU gives them."""
+        """The figures of a score by name: error rates in percent, BLEU and chrF from 0 to 100."""
         if isinstance(score, TextScore):
             return score.figures
         return {self.error_rate: score.token_error_rate, "wer": score.wer}
@@ -201,7 +209,10 @@ class Translation:
     def score(
         self, model: Model, pairs: Sequence[Pair], beam: Beam | None = None
     ) -> Score | TextScore:
-        """Scores of greedy decoding, or of beam search, against all targets of each source."""
+        """Decode all sources, greedily or by beam search, and score them against their targets.
+
+        Raises UsageError if there are no pairs.
+        """
         sources = self.source_tokenizer.encode_batch([pair.source for pair in pairs])
         if beam is None:
             targets = translate(model, sources)
@@ -217,9 +228,11 @@ class Translation:
         return score_sequences(references, [units(text) for text in texts])
 
     def files(self, model: Model) -> dict[str, bytes]:
+        """As Task.files."""
         return checkpoint.files(model, self.tokenizer, self.source_tokenizer)
 
     def facts(self) -> dict[str, Any]:
+        """As Task.facts."""
         return {
             "task": "train-seq2seq",
             "data_sha256": self.splits.sha256,
