@@ -1,1 +1,1 @@
-"""Models in folders: weights, configuration, tokenizers, and the families of other projects."""
+"""Models in folders: weights, configuration and tokenizers, also of Hugging Face and GGUF."""

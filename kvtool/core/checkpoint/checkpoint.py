@@ -1,12 +1,12 @@
 """Checkpoints: a model, its configuration and its tokenizers, in a folder.
 
-    config.json         ModelConfig, so that a checkpoint needs no flag to be loaded
-    model.safetensors   the weights, without a logits head that shares the embedding's
+    config.json         ModelConfig, so that loading needs no flags
+    model.safetensors   the weights; a head that shares the embedding's weights is left out
     tokenizer.json      of a decoder-only model; an encoder-decoder has source.json and target.json
 
-A folder of Hugging Face is read too, if its model_type is one of `families`, and a GGUF file, which
-is all of that in one.
-Everything is checked before it costs memory or time: sizes, then names and shapes, then memory.
+Folders of Hugging Face are read too, if `families` has their model_type, and GGUF files, which have
+all of this in one file. Everything is checked before it costs memory or time: sizes, then names and
+shapes, then memory.
 """
 
 from __future__ import annotations
@@ -60,19 +60,19 @@ LOG = logging.getLogger("kvtool")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model ready to run, and where it is from."""
+    """A model ready to run, with its tokenizers and its origin."""
 
     model: Model  # on its device, in its dtype, in eval mode
     config: ModelConfig
-    tokenizer: Tokenizer  # of what the model writes; decoder-only: also of what it reads
-    source_tokenizer: Tokenizer | None  # of what an encoder reads
+    tokenizer: Tokenizer  # of the output; for a decoder-only model also of the input
+    source_tokenizer: Tokenizer | None  # of the encoder's input
     path: Path
     sha256: str  # of model.safetensors, or of the GGUF file
-    stored_dtype: str  # of most of its weights in the file; that of `model` may be another
+    stored_dtype: str  # of most weights in the file; `model` may have another dtype
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a report says of it."""
+        """The facts of the checkpoint for a report."""
         return {
             "model": str(self.path),
             "sha256": self.sha256,
@@ -81,16 +81,16 @@ class Checkpoint:
 
     @property
     def reads_text(self) -> bool:
-        """Whether it came with a tokenizer; a folder of Hugging Face may have none."""
+        """Whether it has a tokenizer; a folder of Hugging Face may have none."""
         return not isinstance(self.tokenizer, NoTokenizer)
 
 
 def save(
     folder: Path, model: Model, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None = None
 ) -> str:
-    """Write a checkpoint, durably, and return the SHA-256 of model.safetensors. Raises FileError.
+    """Write a checkpoint durably -> the SHA-256 of model.safetensors. Raises FileError.
 
-    A folder which has its weights is complete.
+    The weights are written last, so a folder with weights is complete.
     """
     contents = files(model, tokenizer, source_tokenizer)
     try:
@@ -105,8 +105,7 @@ def save(
 def files(
     model: Model, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None = None
 ) -> dict[str, bytes]:
-    """A checkpoint's files by their names, in the order in which to write them: the weights come
-    last."""
+    """The files of a checkpoint by name, in the order of writing: the weights come last."""
     config = model.config
     if (source_tokenizer is not None) != bool(config.n_encoder_layers):
         raise ValueError("an encoder-decoder model, and no other, has a source tokenizer")
@@ -127,9 +126,10 @@ def files(
 def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = False) -> Checkpoint:
     """Read the checkpoint `name`, a folder or a shipped model.
 
-    Raises FileError for anything missing, damaged or contradictory; UsageError for weights that
-    overflow `dtype`; CapacityError if there is too little memory; and for NaN or infinite weights
-    FileError, or CheckFailed with `check`, for a command whose verdict is about them.
+    check: raise CheckFailed in place of FileError for NaN or infinite weights, for commands that
+    judge the model.
+    Raises FileError for files that are missing, damaged or contradictory, and for NaN or infinite
+    weights; UsageError for weights that overflow `dtype`; CapacityError for too little memory.
     """
     folder = model_folder(name)
     config, family = _read_config(folder)
@@ -143,15 +143,16 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     require_finite(source.path, stored, weights, CheckFailed if check else FileError)
     _fill(model, weights)
     kept = _tell_stored(name or folder.name, source, family, dtype)
-    # The weights are there already; the tables follow them.
+    # The weights are on the device already; this moves the tables.
     model = model.to(device).eval()
     return Checkpoint(model, config, tokenizer, source_tokenizer, folder, sha256, kept)
 
 
 def require_context(name: str, flag: str, n_tokens: int) -> None:
-    """Raise CapacityError for more tokens than the model `name` holds, before its weights are read.
+    """Raise CapacityError for more tokens than the context of the model `name`, before its weights
+    are read.
 
-    Raises FileError as `load` does.
+    flag: the option that asked for them, for the message. Raises FileError as `load` does.
     """
     context = _read_config(model_folder(name))[0].context
     if n_tokens > context:
@@ -162,8 +163,8 @@ def require_context(name: str, flag: str, n_tokens: int) -> None:
 
 
 def tell_format(model: str, stored: torch.dtype, dtype: torch.dtype) -> None:
-    """Say that a model is not run in the format that it is stored in, if it has fewer bits: then a
-    default decided that. float64 is always asked for."""
+    """Log that a model runs in a wider dtype than it is stored in; not for float64, which only the
+    user can ask for."""
     if stored.itemsize < dtype.itemsize and dtype != torch.float64:
         kept, run = dtype_name(stored), dtype_name(dtype)
         LOG.info(f"{model}: stored in {kept}, run in {run} (--dtype {kept} runs it as stored)")
@@ -172,7 +173,7 @@ def tell_format(model: str, stored: torch.dtype, dtype: torch.dtype) -> None:
 def _tell_stored(
     name: str, source: WeightFile, family: Family | GGUFModel | None, dtype: torch.dtype
 ) -> str:
-    """What most weights are stored as, after saying so if they are run as something else."""
+    """The format of most stored weights; logs if the model runs in another one."""
     if isinstance(family, GGUFModel):
         if family.stored not in ("F32", "F16", "BF16"):
             LOG.info(f"{name}: stored in {family.stored}, dequantised to {dtype_name(dtype)}")
@@ -183,8 +184,8 @@ def _tell_stored(
 
 
 def prompt_ids(loaded: Checkpoint, text: str | None) -> list[int]:
-    """Token ids of `text`; of None, ids from all over the vocabulary. Raises FileError for text
-    without a tokenizer."""
+    """The ids of `text`, or for None, ids from the whole vocabulary. Raises FileError for text if
+    there is no tokenizer."""
     if text is not None:
         return (loaded.source_tokenizer or loaded.tokenizer).encode(text)
     n, n_vocab = min(12, max(loaded.config.context // 4, 1)), loaded.config.vocab_size
@@ -192,9 +193,10 @@ def prompt_ids(loaded: Checkpoint, text: str | None) -> list[int]:
 
 
 def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The weights of a model of `config` as stored, on the CPU; NaN is not looked for.
+    """The stored weights of a model of `config`, on the CPU, without a check for NaN.
 
-    A head that shares the embedding's weights is left out. Raises FileError and CapacityError.
+    A head that shares the embedding's weights is left out. Raises FileError, and CapacityError for
+    too little memory.
     """
     described = os.path.lexists(_described_in(folder))
     family = _read_config(folder)[1] if described else None
@@ -209,12 +211,12 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _described_in(folder: Path) -> Path:
-    """The file that says what a model is: config.json, or GGUF itself."""
+    """The file with the configuration: config.json, or the GGUF file itself."""
     return folder if folder.is_file() else folder / CONFIG
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, Family | GGUFModel | None]:
-    """What config.json says, and whose names the weights have; None: kvtool's own."""
+    """The configuration, and the family whose names the weights have; None for kvtool's own."""
     if folder.is_file():
         found = GGUFModel(folder)
         return found.config, found
@@ -265,7 +267,7 @@ def _read_tokenizer(path: Path, field: str, embedded: int) -> Tokenizer:
 
 
 def _checked(tokenizer: Tokenizer, path: Path, field: str, embedded: int) -> Tokenizer:
-    """The tokenizer of the file `path`, if a model with `embedded` tokens can read all of it."""
+    """The tokenizer, if an embedding of `embedded` tokens has all of its ids. Raises FileError."""
     if tokenizer.vocab_size > embedded:
         raise FileError(
             f"{path}: has {tokenizer.vocab_size} tokens "
@@ -287,10 +289,11 @@ def _checked(tokenizer: Tokenizer, path: Path, field: str, embedded: int) -> Tok
 
 
 class _WithoutWeights(TorchFunctionMode):
-    """Gives what torch.empty makes, which is every weight, no memory and no values.
+    """A mode in which torch.empty, which makes all weights, takes no memory and sets no values.
 
-    Tables are computed as ever: on the meta device torch.arange and normal_ would import torch's
-    compiler, which takes a second. Nothing is drawn, so the generator's state stays as it was.
+    Tables are computed as usual: on the meta device, torch.arange and normal_ would import
+    PyTorch's compiler, which takes a second. No random numbers are drawn, so the generator's state
+    does not change.
     """
 
     def __torch_function__(
@@ -308,8 +311,10 @@ def _open(
     folder: Path, config: ModelConfig, family: Family | GGUFModel | None,
     dtype: torch.dtype = torch.float32,
 ) -> WeightFile:  # fmt: skip
-    """The weights in `folder`, under our names; dequantised to `dtype`, or to float32 where that
-    holds less. Raises FileError."""
+    """The weights in `folder` under kvtool's names. Raises FileError.
+
+    Quantized weights are dequantized to `dtype`, or to float32 if `dtype` is wider than that.
+    """
     source: WeightFile
     source = family.open(dtype) if isinstance(family, GGUFModel) else open_weights(folder)
     check_sizes(config, source, _described_in(folder))
@@ -317,21 +322,20 @@ def _open(
 
 
 def _empty_model(config: ModelConfig, source: WeightFile, where: Path) -> Model:
-    """The model that the file `where` describes, with all its parts but the weights, whose names
-    and shapes it says.
+    """The model that the file `where` describes, with tables but without values of weights.
 
-    Raises FileError for tables of positions out of proportion to the weights, CapacityError for
-    those that do not fit into memory.
+    Raises FileError for position tables that are far larger than the weights, and CapacityError for
+    tables that do not fit into memory.
     """
     require_tables(where, table_nbytes(config), source, f"context {config.context}")
-    # Making a table takes about two more of its size for a moment.
+    # Making a table takes about three times its size for a moment.
     require_memory(f"{where}: context {config.context}", 3 * table_nbytes(config), CPU, SMALLER)
     with _WithoutWeights():
         return build_model(config)
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
-    """Second names of shared parameters -> their first: {"head.weight": "embed.tokens.weight"}."""
+    """Second names of shared parameters -> first names: {"head.weight": "embed.tokens.weight"}."""
     first: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     owners = {name: first.setdefault(id(parameter), name) for name, parameter in named}
@@ -339,7 +343,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 
 
 def _check_tensors(source: WeightFile, model: nn.Module) -> None:
-    """Raise FileError unless the names and shapes are those of the model."""
+    """Raise FileError unless the file has the names and shapes of the model."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     require_tensors(source.path, source.tensors, shapes, _aliases(model).keys())
 
@@ -348,7 +352,7 @@ def _check_tensors(source: WeightFile, model: nn.Module) -> None:
 
 
 def _read(source: WeightFile, model: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """The tensors without the second names of shared ones, and the SHA-256 of the file."""
+    """The tensors, without second names of shared ones, and the SHA-256 of the file."""
     weights, sha256 = source.read()
     for alias, owner in _aliases(model).items():
         twin = weights.pop(alias, None)
@@ -362,12 +366,12 @@ def _read(source: WeightFile, model: nn.Module) -> tuple[dict[str, Tensor], str]
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    # As bytes, because NaN differs from itself.
+    # Compare bytes, because NaN is not equal to itself.
     return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Make `weights` the model's own, without a copy, and share again what was shared."""
+    """Make `weights` the model's parameters without a copy, and share those that were shared."""
     aliases = _aliases(model)
     shared = {alias: weights[owner] for alias, owner in aliases.items()}
     model.load_state_dict({**weights, **shared}, assign=True)

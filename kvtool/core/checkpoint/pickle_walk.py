@@ -1,10 +1,9 @@
-"""What a pickle of torch.save would build, found out without building it.
+"""A dry run of a pickle of torch.save: what it would build, without building it.
 
-torch.load runs no code with weights_only=True, but what it builds may take forever: a few hundred
-bytes make a tuple that holds itself doubled sixty times, and to hash or print that never ends. So a
-pickle is walked first, by the steps of torch's own reader (torch/_weights_only_unpickler.py), on
-values that cost nothing. It must name nothing but tensors and plain containers, and give them flat
-values.
+With weights_only=True torch.load runs no code, but building may take forever. A few hundred bytes
+can make a tuple that contains itself doubled sixty times, and hashing or printing it never ends. So
+a pickle is walked first, by the steps of PyTorch's reader (torch/_weights_only_unpickler.py), with
+placeholders for values. It may name only tensors and plain containers, with flat arguments.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from typing import Any
 
 import torch
 
-MOST_STEPS = 4_000_000  # some 40 make a tensor
-WIDEST, DEEPEST = 64, 3  # tuples that a tensor is made from: torch has up to 64 dimensions
+MOST_STEPS = 4_000_000  # a tensor takes about 40
+WIDEST, DEEPEST = 64, 3  # of the tuples in a tensor's arguments; it has 64 dimensions at most
 
 ITEMSIZE = {
     "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
@@ -26,7 +25,7 @@ ITEMSIZE = {
     "BoolStorage": 1, "UntypedStorage": 1, "ComplexDoubleStorage": 16, "ComplexFloatStorage": 8,
 }  # fmt: skip
 STORAGES = {f"{module}.{name}" for name in ITEMSIZE for module in ("torch", "torch.storage")}
-# No parameter_with_state: its attributes would hide the methods of the parameter.
+# Without parameter_with_state, whose attributes would hide the parameter's methods.
 TENSORS = {
     f"torch._utils._rebuild_{name}"
     for name in (
@@ -40,38 +39,40 @@ PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 class Refused(ValueError):
-    """A pickle that builds more than tensors, or that no torch.save wrote."""
+    """The pickle builds more than tensors, or is not one of torch.save."""
 
 
 class Foreign(Refused):
-    """It names something else than tensors and containers."""
+    """The pickle names something other than tensors and containers."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A function or class of the pickle."""
+    """A placeholder for a function or class that the pickle names."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a call, or a storage's record, stands for; a set or dictionary, whatever it holds."""
+    """A placeholder for the result of a call, a storage, a set or a dictionary."""
 
     by: str
 
 
 @dataclass(frozen=True)
 class Record:
-    """The values of a tensor, which lie beside the pickle."""
+    """The values of a tensor, which are stored beside the pickle."""
 
     key: str
     nbytes: int
 
 
 def walk(stream: BytesIO) -> tuple[Any, list[Record]]:
-    """What stands for the value of the pickle at the stream's position, and the records that it
-    refers to. Raises Refused."""
+    """Walk the pickle at the stream's position -> a placeholder for its value, and its records.
+
+    Raises Refused if torch.load must not read it.
+    """
     walker = _Walker()
     try:
         for n, (step, given) in enumerate(_steps(stream)):
@@ -82,7 +83,7 @@ def walk(stream: BytesIO) -> tuple[Any, list[Record]]:
             walker.take(step, given)
     except Refused:
         raise
-    except Exception as error:  # whatever a stack that is too short, or a cut string, raises
+    except Exception as error:  # a short stack or a cut string raises many types
         raise Refused(type(error).__name__) from error
     raise Refused("it does not end")
 
@@ -93,7 +94,7 @@ def _steps(stream: BytesIO) -> Iterator[tuple[str, Any]]:
 
 
 class _Walker:
-    """The stack, the marks and the memo of torch's reader."""
+    """The stack, the marks and the memo of PyTorch's reader."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -102,7 +103,7 @@ class _Walker:
         self.records: list[Record] = []
 
     def take(self, step: str, given: Any) -> None:
-        """One step."""
+        """Do one step of the pickle."""
         if step in _PUSHED:
             self.stack.append(_PUSHED[step](given))
         elif step in ("BINPUT", "LONG_BINPUT"):
@@ -146,7 +147,7 @@ class _Walker:
             raise Refused("a key is neither a string nor a number")
 
     def record(self) -> None:
-        """A storage: what kind, its key, where it was, how many values, and a part of it."""
+        """Push a storage, by its type, key, device, number of values, and view."""
         given = self.stack.pop()
         if not isinstance(given, tuple) or not 5 <= len(given) <= 6:
             raise Refused("a storage is not described as torch.save does")
@@ -162,7 +163,7 @@ class _Walker:
         self.stack.append(Made("storage"))
 
     def call(self) -> None:
-        """A function with arguments: one that makes tensors, of what is flat."""
+        """Call a function with arguments: it must make tensors, from flat values."""
         args, function = self.stack.pop(), self.stack[-1]
         if not isinstance(function, Named) or function.name in STORAGES:
             raise Foreign("it calls what is no function")
@@ -180,7 +181,7 @@ class _Walker:
         self.stack[-1] = Made(function.name)
 
     def build(self) -> None:
-        """The attributes of an object: of a dictionary, where state_dict keeps its versions."""
+        """Set attributes of an object: only of a dictionary, as state_dict does with versions."""
         state = self.stack.pop()
         made = self.stack[-1]
         if not isinstance(made, Made) or made.by != ORDERED_DICT:
@@ -198,7 +199,7 @@ def _is_pair(item: Any) -> bool:
 
 
 def _is_flat(value: Any, depth: int = 0) -> bool:
-    """Whether a value, and tuples in it, are of sizes that a tensor can need."""
+    """Whether a value, with the tuples in it, is of a size that a tensor can need."""
     if not isinstance(value, tuple):
         return not isinstance(value, list)
     return (

@@ -1,8 +1,8 @@
-"""A state_dict that torch.save wrote, of which all is checked that can be before torch reads it.
+"""A state_dict from torch.save, checked as far as possible before PyTorch reads it.
 
-Nothing but tensors is ever unpickled. What torch's reader would build is bounded (`pickle_walk`),
-and the archive is one that two readers see alike: torch's finds a file in another way than Python's
-does, and neither looks whether files overlap.
+Only tensors are unpickled. `pickle_walk` bounds what PyTorch's reader would build. The archive must
+look the same to two readers: PyTorch finds files in another way than Python, and neither checks
+whether files overlap.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from kvtool.errors import FileError, KvtoolError, pass_on_shortage
 from kvtool.reading import opened, sha256, short
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights
-MOST_PICKLE = 2**26  # bytes, without the values; a hundred thousand tensors take a tenth of it
-SHARED = 8  # how often tensors may share one value: embeddings and heads do
+MOST_PICKLE = 2**26  # bytes without values; a hundred thousand tensors take a tenth of it
+SHARED = 8  # how many tensors may share one value, as embeddings and heads do
 ZIP = b"PK\x03\x04"
 END, END64, LOCATOR = 22, 56, 20  # bytes of a zip archive's last records
-STEPS = 5  # pickles of the format before torch 1.6; tensors are in the fourth, keys in the fifth
+STEPS = 5  # pickles in the format before torch 1.6; the fourth has tensors, the fifth keys
 
 
 class PickledFile:
-    """The tensors of a regular file. It has no header, so that opening it reads it.
+    """The tensors of a regular file; since it has no header, opening reads all of it.
 
-    Raises FileError for one that asks for more than tensors of `dtypes`, or is damaged.
+    Raises FileError if it is damaged or contains anything but tensors of `dtypes`, and
+    CapacityError for too little memory.
     """
 
     def __init__(self, path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> None:
@@ -51,8 +52,8 @@ class PickledFile:
         }
 
     def read(self) -> tuple[dict[str, Tensor], str]:
-        """All tensors, contiguous, each with memory of its own, and the SHA-256 of the file."""
-        # Views may share memory, be transposed or repeat one value; a model owns its weights.
+        """All tensors, contiguous and each in its own memory, and the SHA-256 of the file."""
+        # Stored views may share memory, be transposed or repeat a value; a model's weights may not.
         found = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
             for name, tensor in self._state.items()
@@ -64,7 +65,7 @@ class PickledFile:
 
 
 def _check(path: Path) -> None:
-    """Raise FileError, or CapacityError, for what torch.load may not be given."""
+    """Raise FileError or CapacityError for a file that torch.load must not read."""
     with opened(path, "weights") as file:
         zipped = file.read(len(ZIP)) == ZIP  # as torch tells the formats apart
         size = file.seek(0, 2)
@@ -81,18 +82,21 @@ def _check(path: Path) -> None:
 
 
 def check_zip(file: BinaryIO, size: int, path: Path, compressed: bool = True) -> None:
-    """Raise Refused, CapacityError, or what zipfile raises, for an archive; ValueError for one that
-    is compressed where it must not be."""
+    """Check a zip archive of torch.save.
+
+    compressed: whether it may be. Raises Refused, CapacityError or an error of zipfile, and
+    ValueError if it is compressed and must not be.
+    """
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        # torch.load inflates, so that a small file can stand for any amount.
+        # torch.load inflates, so a small file can expand to any size.
         nbytes = sum(entry.file_size for entry in entries)
         if nbytes > size and not compressed:
             raise ValueError("compressed")
         require_memory(str(path), nbytes, torch.device("cpu"))
         if _end_of_directory(file, size) != size:
             raise Refused("its table of contents is not where it says")
-        names = {entry.filename.lower(): entry for entry in entries}  # torch ignores the case
+        names = {entry.filename.lower(): entry for entry in entries}  # PyTorch ignores case
         if len(names) < len(entries):
             raise Refused("two files have one name")
         _check_apart(entries, archive.start_dir)
@@ -109,8 +113,11 @@ def check_zip(file: BinaryIO, size: int, path: Path, compressed: bool = True) ->
 
 
 def _end_of_directory(file: BinaryIO, size: int) -> int:
-    """Where an archive ends by its own word: its table of contents, and the records after it. They
-    are its last bytes, with no comment, where a reader might find another end. Raises Refused."""
+    """The end of an archive as its own records give it: the directory, and the records after it.
+
+    These must be the last bytes, without a comment, in which a reader might find another end.
+    Raises Refused.
+    """
     file.seek(max(size - END64 - LOCATOR - END, 0))
     tail = file.read()
     end, locator, record = tail[-END:], tail[-END - LOCATOR : -END], tail[: -END - LOCATOR]
@@ -119,12 +126,12 @@ def _end_of_directory(file: BinaryIO, size: int) -> int:
         raise Refused("it does not end as torch.save ends it")
     if not locator.startswith(b"PK\x06\x07"):
         return int(offset + length + END)
-    length, offset = struct.unpack("<QQ", record[40:])  # of an archive of many or large files
+    length, offset = struct.unpack("<QQ", record[40:])  # zip64, for many or large files
     return int(offset + length + END64 + LOCATOR + END)
 
 
 def _check_apart(entries: list[zipfile.ZipInfo], end: int) -> None:
-    """Raise Refused unless each file of an archive has bytes of its own, before the table."""
+    """Raise Refused if files of an archive overlap each other or its directory."""
     ordered = sorted(entries, key=lambda entry: entry.header_offset)
     ends = [entry.header_offset for entry in ordered[1:]] + [end]
     for entry, after in zip(ordered, ends, strict=True):
@@ -133,7 +140,7 @@ def _check_apart(entries: list[zipfile.ZipInfo], end: int) -> None:
 
 
 def _check_legacy(file: BinaryIO, size: int, path: Path) -> None:
-    """The same of the format before torch 1.6: pickles, and then the values."""
+    """As `check_zip`, for the format before torch 1.6: pickles, then the values."""
     require_memory(str(path), size, torch.device("cpu"))
     head = file.read(MOST_PICKLE)
     if _begins_a_tar(head):
@@ -151,7 +158,7 @@ def _check_legacy(file: BinaryIO, size: int, path: Path) -> None:
 
 
 def _begins_a_tar(head: bytes) -> bool:
-    """As the format before that did, which torch still looks for."""
+    """Whether it looks like a tar archive, the still older format, which PyTorch also reads."""
     try:
         tarfile.TarInfo.frombuf(head[:512], tarfile.ENCODING, "surrogateescape")
     except tarfile.TarError:
@@ -167,9 +174,9 @@ def _unpickle(path: Path) -> Any:
         with warnings.catch_warnings(), ending.signals_at_default():
             warnings.simplefilter("ignore")  # on protocols, and on what is refused anyway
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises almost anything, from EOFError to KeyError
+    except Exception as error:  # a damaged file raises many types, from EOFError to KeyError
         pass_on_shortage(error)
-        # torch's text is left out: it recommends weights_only=False, which runs the file's code.
+        # PyTorch's message is left out: it suggests weights_only=False, which runs the file's code.
         raise _damaged(path, error) from error
 
 
@@ -189,13 +196,13 @@ def _damaged(path: Path, error: Exception) -> FileError:
 
 
 def _checked_state(found: Any, path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """The state_dict itself, unwrapped, if it holds ordinary tensors alone."""
+    """The state_dict, unwrapped, if it has only ordinary tensors. Raises FileError."""
     for name in WRAPPERS:
         if isinstance(found, dict) and isinstance(dict.get(found, name), dict):
             found = found[name]
     if not isinstance(found, dict):
         raise FileError(f"{path}: holds no state_dict (found {type(found).__name__})")
-    # By dict's own method: an ordered dictionary has attributes, which may hide its methods.
+    # By dict's method: the attributes of an ordered dictionary may hide its own methods.
     found = dict(dict.items(found))
     for name, tensor in found.items():
         where = f"{path}: {short(str(name))}"
@@ -214,8 +221,10 @@ def _checked_state(found: Any, path: Path, dtypes: Mapping[str, torch.dtype]) ->
 
 
 def _check_held(state: Mapping[str, Tensor], path: Path) -> None:
-    """Raise FileError for tensors that stand for far more values than there are: a stride of 0
-    repeats one without end, and the file's size would bound nothing."""
+    """Raise FileError for tensors with far more elements than stored values.
+
+    A stride of 0 repeats a value without limit, so the file's size would bound nothing.
+    """
     storages = (tensor.untyped_storage() for tensor in state.values())
     held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     said = sum(tensor.nbytes for tensor in state.values())

@@ -1,8 +1,8 @@
-"""A safetensors file, whose header is checked to the last byte before any tensor is read.
+"""A safetensors file; its whole header is checked before any tensor is read.
 
-The format: 8 bytes of length N (little-endian), N bytes of JSON, then the tensors' bytes in one
-gapless run (https://github.com/huggingface/safetensors#format). The library of that name parses the
-header too, but its errors name no tensor, and sizes would not be known before its allocation.
+The format: 8 bytes with the length N (little-endian), N bytes of JSON, then the bytes of the
+tensors without gaps (https://github.com/huggingface/safetensors#format). The safetensors library
+parses the header too, but its errors name no tensor, and it allocates before sizes are known.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch import Tensor
 from kvtool.errors import FileError
 from kvtool.reading import opened, parse_json, short
 
-LARGEST_HEADER = 2**25  # bytes, where the reference has 10^8; one of 100,000 tensors has 10^7
-MOST_DIMENSIONS = 8  # bounds the work on a shape of a million numbers; weights have one or two
+LARGEST_HEADER = 2**25  # bytes; 100,000 tensors take 10^7, and the reference allows 10^8
+MOST_DIMENSIONS = 8  # so that a shape of a million numbers costs no time; weights have 1 or 2
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F64": torch.float64,
 }
-# Constants that versions of transformers stored beside the weights: masks and rotary rates.
+# Constants that some versions of transformers stored with the weights: masks and rotary rates.
 BUFFERS = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 BUFFER_DTYPES = {**DTYPES, "BOOL": torch.bool, "U8": torch.uint8}
-# What models of transformers store beside their weights, such as the numbers of positions.
+# Dtypes that models of transformers store besides those of weights, as for position ids.
 STORED_DTYPES = {
     **BUFFER_DTYPES,
     "I8": torch.int8,
@@ -43,7 +43,7 @@ STORED_DTYPES = {
 
 
 class DamagedFile(FileError):
-    """A file that is cut short or was changed, so that another copy of it may be whole."""
+    """A file was cut short or changed, so another copy of it may be whole."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "Download or copy it again.")
@@ -51,7 +51,7 @@ class DamagedFile(FileError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; `begin` and `end` count bytes from the header's end."""
+    """The header's entry for one tensor; `begin` and `end` are bytes from the end of the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -60,11 +60,10 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """The checked header of the regular file `path`, and its tensors of `dtypes` on demand.
+    """The checked header of the regular file `path`; `read` loads the tensors.
 
-    dtypes: the formats that tensors of it may have; those of weights.
-    Raises FileError, here for a damaged header or a size that contradicts it, and in `read` for a
-    file that changed in between.
+    dtypes: the formats that its tensors may have, by their names in the header. Raises FileError
+    for a damaged header, or one that contradicts the file's size.
     """
 
     def __init__(self, path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> None:
@@ -82,7 +81,8 @@ class SafetensorsFile:
     def read(self) -> tuple[dict[str, Tensor], str]:
         """All tensors as stored, on the CPU, and the SHA-256 of the file in hexadecimal.
 
-        One pass over the file yields both, so that the digest is of the very bytes loaded.
+        Both come from one pass over the file, so the digest covers the bytes that were loaded.
+        Raises FileError if the file has changed since it was opened.
         """
         found = {}
         with opened(self.path, "safetensors") as file:
@@ -100,7 +100,7 @@ class SafetensorsFile:
 
 
 def _read_prefix(file: BinaryIO, size: int, path: Path) -> bytes:
-    """The length and the header that it announces, as bytes."""
+    """The first bytes of the file: the length of the header, and the header."""
     length_bytes = file.read(8)
     length = int.from_bytes(length_bytes, "little")
     if length_bytes.startswith(b"PK\x03\x04") and length > LARGEST_HEADER:
@@ -108,7 +108,7 @@ def _read_prefix(file: BinaryIO, size: int, path: Path) -> bytes:
             f"{path}: is a zip archive (expected safetensors)",
             "If torch.save wrote it, name it model.pt.",
         )
-    if length > size - 8:  # also of a file too short for a length
+    if length > size - 8:  # also if the file is too short for a length
         found = f"{size} bytes, expected {8 + max(length, 2)} or more"
         raise DamagedFile(f"{path}: is cut short or no safetensors file ({found})")
     if length > LARGEST_HEADER:
@@ -119,7 +119,7 @@ def _read_prefix(file: BinaryIO, size: int, path: Path) -> bytes:
 
 
 def _parse(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the header says of tensors, and its metadata."""
+    """The entries of the tensors in a header, and its metadata. Raises FileError."""
     try:
         found = parse_json(header.decode())
     except ValueError as error:
@@ -165,17 +165,17 @@ def _tensor_info(
 
 
 def _whole_numbers(value: Any) -> bool:
-    # bool is a subclass of int, and `true` is no size.
+    # type() and not isinstance: bool is a subclass of int, and `true` is no size.
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def _digits(number: int) -> str:
-    """A number from a file, however long; Python refuses to print more than 4,300 digits."""
+    """A number from a file as text; Python refuses to print more than 4,300 digits."""
     return str(number) if number < 2**64 else "more than 2^64"
 
 
 def _check_layout(tensors: dict[str, TensorInfo], start: int, size: int, path: Path) -> None:
-    """Every byte after the header, which ends at `start`, belongs to exactly one tensor."""
+    """Raise FileError unless each byte after the header, from `start` on, is of just one tensor."""
     ordered = sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))
     needed = start + max((info.end for info in tensors.values()), default=0)
     if needed > size:

@@ -1,4 +1,4 @@
-"""Whether a model fits its weight file and this machine, asked before anything of it is made."""
+"""Checks that a model fits its weight file and this machine, before any of it is allocated."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from kvtool.core.machine import require_memory
 from kvtool.core.models import model_class
 from kvtool.errors import FileError
 
-MOST_TABLES = 2**28  # bytes; they cost three times that while they are made
-LARGEST_TENSOR = 2**48  # values; torch counts bytes in 63 bits, and no file holds this many
+MOST_TABLES = 2**28  # bytes; making tables takes three times as much
+LARGEST_TENSOR = 2**48  # values; PyTorch counts bytes in 63 bits, and no file has this many
 CPU = torch.device("cpu")
 SMALLER = "Free memory, or use a smaller model."
 
 
 def check_sizes(config: ModelConfig, source: WeightFile, where: Path) -> None:
-    """Raise FileError for a configuration, from the file `where`, whose model would be expensive
-    without its weights."""
+    """Raise FileError for a configuration, from the file `where`, that describes far more tensors
+    than the weight file has, or tensors larger than any file."""
     n_layers = config.n_layers + config.n_encoder_layers
-    # A thousand tensors are cheap, and then the usual message names what is missing.
+    # A thousand tensors cost little, and the usual error then names the missing ones.
     least = n_layers * model_class(config.kind).tensors_per_layer
     if least > max(len(source.tensors), 1000):
         raise FileError(
@@ -42,7 +42,7 @@ def check_sizes(config: ModelConfig, source: WeightFile, where: Path) -> None:
 
 
 def table_nbytes(config: ModelConfig) -> int:
-    """Bytes of the float64 tables of positions, which no file holds, so that none bounds them."""
+    """Bytes of the float64 position tables, which no file contains and no file's size bounds."""
     width = {"sinusoidal": config.d_model, "rotary": config.head_dim}.get(config.positions, 0)
     return (2 if config.n_encoder_layers else 1) * config.context * width * 8
 
@@ -50,9 +50,9 @@ def table_nbytes(config: ModelConfig) -> int:
 def require_tables(
     where: Path, nbytes: int, source: WeightFile, what: str = "what it describes"
 ) -> None:
-    """Raise FileError if tables of `nbytes`, which no file holds, are far larger than the weights.
+    """Raise FileError if position tables of `nbytes` are far larger than the weights.
 
-    A context of a million positions takes a gibibyte, in a model of fifteen.
+    For comparison: tables for a million positions take 1 GiB in a model of 15 GiB.
     """
     most = max(MOST_TABLES, 4 * n_bytes(source))
     if nbytes > most:
@@ -65,16 +65,16 @@ def require_tables(
 def require_memory_for(
     source: WeightFile, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Raise CapacityError unless the weights fit, as stored and as converted at once."""
+    """Raise CapacityError unless the stored and the converted weights fit into memory together."""
     stored = n_bytes(source)
-    on_cpu = device.type == "cpu"  # then a weight of the right dtype is used as it was read
+    on_cpu = device.type == "cpu"  # there a weight of the right dtype is used without a copy
     made = sum(
         math.prod(info.shape) * dtype.itemsize
         for info in source.tensors.values()
         if not (on_cpu and info.dtype == dtype)
     )
     where = str(source.path)
-    # As it is stored on a CPU it takes the least: any other format is made beside it.
+    # On a CPU the stored dtype takes the least memory: any other needs a copy.
     wider = dtype if on_cpu and dtype.itemsize > stored_dtype(source).itemsize else None
     require_memory(where, stored + (made if on_cpu else 0), CPU, SMALLER, wider)
     if not on_cpu:
@@ -82,7 +82,7 @@ def require_memory_for(
 
 
 def n_bytes(source: WeightFile) -> int:
-    """What its tensors take, as stored."""
+    """Bytes of the tensors as stored."""
     return _nbytes(source.tensors.values())
 
 

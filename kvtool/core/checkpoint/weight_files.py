@@ -1,7 +1,7 @@
-"""The weights in a checkpoint's folder, in whichever form they are: one file, shards, or a pickle.
+"""The weights in a checkpoint's folder: one safetensors file, shards, or a pickle.
 
-`open_weights` finds them and says what there is, from headers alone where the form has any; `read`
-then yields the tensors.
+`open_weights` finds them and lists their tensors, from headers alone if the format has headers.
+`read` then loads the tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PICKLES = ("model.pt", "pytorch_model.bin")
 NAMES_SHOWN = 10
 LONGEST_NAME = 256  # characters; no file system has longer names
 
-# What a download may leave in place of the file. Neither can start a valid file of ours.
+# What a download may leave in place of the file. No valid file of kvtool begins like these.
 LOOKALIKES = {
     b"version https://git-lfs": ("a Git LFS pointer", "Run git lfs pull to fetch the file itself."),
     b"<!doctype": ("an HTML page", "Download the file itself, not the page that shows it."),
@@ -37,19 +37,19 @@ LOOKALIKES = {
 
 
 class WeightFile(Protocol):
-    """Tensors that can be looked at before they are read; all that it raises is FileError."""
+    """A file of weights, with the list of its tensors before they are read; it raises FileError."""
 
     path: Path  # for error messages
     tensors: dict[str, TensorInfo]
 
     def read(self) -> tuple[dict[str, Tensor], str]:
-        """All tensors, on the CPU, contiguous, and a SHA-256 of the file(s) in hexadecimal."""
+        """All tensors, contiguous on the CPU, and a SHA-256 of the file(s) in hexadecimal."""
 
 
 def open_weights(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> WeightFile:
-    """The weights in `folder`; safetensors are preferred. `dtypes` are what tensors may be of.
+    """The weights in `folder`; safetensors are preferred to pickles.
 
-    Raises FileError if there are none.
+    dtypes: the formats that tensors may have. Raises FileError for missing or damaged weights.
     """
 
     def safetensors(path: Path) -> SafetensorsFile:
@@ -60,7 +60,7 @@ def open_weights(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> We
         refuse_lookalike(path, "weights")
         return PickledFile(path, dtypes)
 
-    # lexists: a broken link is an error about that file, not a reason to take another one.
+    # lexists: a broken link is an error, and no reason to take another file.
     if os.path.lexists(folder / WEIGHTS):
         return safetensors(folder / WEIGHTS)
     if os.path.lexists(folder / INDEX):
@@ -74,7 +74,7 @@ def open_weights(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> We
 
 
 def refuse_lookalike(path: Path, what: str) -> None:
-    """Raise FileError unless `path` is a file, and not a pointer or web page in place of one."""
+    """Raise FileError unless `path` is a file, and no Git LFS pointer or web page in its place."""
     with opened(path, what) as file:
         head = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for start, (found, hint) in LOOKALIKES.items():
@@ -89,8 +89,10 @@ def require_tensors(
     optional: Collection[str],
     said_by: str = CONFIG,
 ) -> None:
-    """Raise FileError unless `tensors` are those of `shapes`, which `said_by` implies; the
-    `optional` ones may be absent."""
+    """Raise FileError unless `tensors` have the names and shapes of `shapes`.
+
+    optional: names that may be missing. said_by: the file that implies the shapes, for the message.
+    """
     required = [name for name in shapes if name not in optional]
     missing = [name for name in required if name not in tensors]
     extra = [name for name in tensors if name not in shapes]
@@ -104,7 +106,7 @@ def require_tensors(
 def refuse_names(
     path: Path, missing: list[str], extra: list[str], n_required: int, said_by: str = CONFIG
 ) -> None:
-    """Raise FileError if tensors are missing, of `n_required`, or there are others."""
+    """Raise FileError if any of `n_required` tensors are missing, or if there are extra ones."""
     if missing:
         raise FileError(
             f"{path}: lacks {len(missing)} of {n_required} tensors ({_listed(missing)})",
@@ -120,7 +122,7 @@ def refuse_names(
 def wrong_shape(
     where: str, found: tuple[int, ...], expected: tuple[int, ...], said_by: str = CONFIG
 ) -> FileError:
-    """What is said of a tensor of another shape than its model's."""
+    """The error for a tensor of another shape than the model's."""
     transposed = len(found) == 2 and found == expected[::-1]
     return FileError(
         f"{where} has shape {list(found)} (expected {list(expected)})",
@@ -133,7 +135,7 @@ def wrong_shape(
 def require_finite(
     path: Path, stored: Mapping[str, Tensor], weights: Mapping[str, Tensor], kind: type[Exception]
 ) -> None:
-    """Raise `kind` for NaN or infinity in the file, UsageError if only the conversion made it."""
+    """Raise `kind` for NaN or infinity in the file, or UsageError if the conversion caused it."""
     counts = {name: _count_bad(tensor) for name, tensor in weights.items()}
     bad = [name for name, count in counts.items() if count]
     if not bad:
@@ -160,7 +162,10 @@ def _listed(names: list[str]) -> str:
 
 
 class ShardedFile:
-    """Several files that `open_shard` opens, and an index that says which tensor is in which."""
+    """Weights in several files, with an index that lists which tensor is in which.
+
+    open_shard: opens one of the files. Raises FileError.
+    """
 
     def __init__(self, path: Path, open_shard: Callable[[Path], WeightFile]) -> None:
         self.path = path
@@ -173,13 +178,13 @@ class ShardedFile:
         self.tensors: dict[str, TensorInfo] = {}
         for name in sorted(listed):
             shard = open_shard(path.parent / name)
-            # Before the next is opened: of what nobody listed, no more than one shard is held.
+            # Check before opening the next: at most one shard with unlisted tensors is in memory.
             _check_shard(path, name, places, listed[name], set(shard.tensors))
             self._shards.append(shard)
             self.tensors |= shard.tensors
 
     def read(self) -> tuple[dict[str, Tensor], str]:
-        """The SHA-256 is of the shards' own SHA-256s, in the order of their names."""
+        """All tensors, and the SHA-256 of the shards' SHA-256s in the order of their names."""
         found: dict[str, Tensor] = {}
         digests = []
         for shard in self._shards:
@@ -190,7 +195,7 @@ class ShardedFile:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """The index's table of tensor -> shard. Raises FileError before any shard is opened."""
+    """The table of the index: tensor -> shard. Raises FileError for a damaged index."""
     places = read_json_object(path, "an index of weights").get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise FileError(f"{path}: weight_map is not an object of file names")
