@@ -313,7 +313,7 @@ def _open(
 ) -> WeightFile:  # fmt: skip
     """The weights in `folder` under kvtool's names. Raises FileError.
 
-    Quantized weights are dequantized to `dtype`, or to float32 if `dtype` is wider than that.
+    Those of GGUF are dequantized to bfloat16 if that is `dtype`, and otherwise to float32.
     """
     source: WeightFile
     source = family.open(dtype) if isinstance(family, GGUFModel) else open_weights(folder)
