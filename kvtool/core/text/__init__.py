@@ -1,1 +1,1 @@
-"""Text and token ids: tokenizers and chat templates."""
+"""Tokenizers and chat templates: from text to token ids and back."""

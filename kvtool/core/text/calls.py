@@ -1,7 +1,7 @@
-"""Calls of the `tokenizers` library, whose rules and files may be a stranger's.
+"""Calls of the `tokenizers` library, whose rules and files may be untrusted.
 
-It is native code. What it cannot do with a file it says in an exception, or by a panic, which is no
-Exception, and which is printed on stderr before it is raised. It may also not come back.
+The library is native code. It reports an error by an exception, or by a panic, which is no
+Exception and is first printed on stderr. A call may also never return.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from kvtool.errors import KvtoolError, first_line, pass_on_shortage
 
 
 class Asking:
-    """A block that does nothing but call the library: what goes wrong is raised as what `failed`
-    makes of one line. Made for a call a token: it costs a microsecond.
+    """A context manager around a call of the library, which turns its errors into kvtool's.
 
-    careful: nothing is printed on stderr meanwhile, not even by other threads, and Ctrl-C and
-    SIGTERM end the process at once.
+    failed: makes the error from one line of text. careful: print nothing on stderr meanwhile, not
+    even from other threads, and let Ctrl-C and SIGTERM end the process at once. It costs a
+    microsecond, since it may be used once for each token.
     """
 
     def __init__(self, failed: Callable[[str], KvtoolError], careful: bool) -> None:
@@ -44,9 +44,9 @@ class Asking:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Let nothing reach the file descriptor of stderr, where native code prints."""
+    """Discard what is written to the file descriptor of stderr, where native code prints."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # the descriptor is the process's
+        yield  # the descriptor belongs to the whole process
         return
     try:
         kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

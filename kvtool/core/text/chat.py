@@ -1,7 +1,8 @@
-"""Chat templates: how a checkpoint wants a conversation written down for it.
+"""Chat templates: the format in which a checkpoint expects a conversation.
 
-A folder of Hugging Face brings a Jinja template, in a file of its own or in tokenizer_config.json.
-It is rendered as transformers does, by `chat_worker` in a process with limits. Imports no torch.
+A folder of Hugging Face has a Jinja template in a file of its own or in tokenizer_config.json. The
+template is rendered as in transformers, by `chat_worker` in a process with limits. This file
+imports no torch.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from kvtool.reading import parse_json, read_json_object, read_text, short
 TEMPLATE, CONFIG, LEGACY = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
 TOKENS = "special_tokens_map.json"  # of older folders
 WORKER = Path(__file__).with_name("chat_worker.py")
-SECONDS = 2  # of the processor, for up to a thousand conversations
-WAIT_SECONDS = 120  # for the process, which a busy machine may keep waiting
+SECONDS = 2  # of CPU time, for up to a thousand conversations
+WAIT_SECONDS = 120  # of real time, since a busy machine may delay the process
 NBYTES = 1 << 29
-CHARACTERS = 1 << 20  # of one text, besides what it was given
-MOST_TEMPLATE = 1 << 22  # bytes; the longest of real ones have a hundredth of it
+CHARACTERS = 1 << 20  # of one rendered text, beyond the messages themselves
+MOST_TEMPLATE = 1 << 22  # bytes; the longest real templates have a hundredth of it
 DEFAULT = "default"
 REASONS = {
     "time": "takes more than {seconds} s of processor time",
@@ -40,15 +41,15 @@ REASONS = {
     "nothing": "writes nothing for this conversation",
     "ended": "ended the process that rendered it",
 }
-PASSED_ON = ("TZ", "LD_LIBRARY_PATH")  # what the time is, and where Python itself may be
+PASSED_ON = ("TZ", "LD_LIBRARY_PATH")  # for the local time, and for libraries of Python itself
 
 Message = dict[str, str]  # role and content
-Piece = tuple[str, bool]  # a text, and whether it is nothing but text: what a person wrote
+Piece = tuple[str, bool]  # a text, and whether a user wrote it, so that it spells no special token
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template, the special tokens that it may name, and the file that it is from."""
+    """A Jinja template, the special tokens that it may name, and its file."""
 
     source: str
     variables: Mapping[str, str]
@@ -56,8 +57,11 @@ class ChatTemplate:
 
 
 def read_template(folder: Path) -> ChatTemplate:
-    """The template in a checkpoint's folder: chat_template.jinja before tokenizer_config.json, as
-    in transformers. Raises FileError for one that is damaged, UsageError if there is none."""
+    """The template of a checkpoint's folder: chat_template.jinja, else in tokenizer_config.json.
+
+    The order is that of transformers. Raises FileError for a damaged template, and UsageError if
+    there is none.
+    """
     config = _object(folder / CONFIG, "settings of a tokenizer")
     variables = _named_tokens(folder, config)
     if os.path.lexists(folder / TEMPLATE):
@@ -79,7 +83,7 @@ def _object(path: Path, what: str) -> dict[str, Any]:
 
 
 def _chosen(path: Path, found: Any) -> str:
-    """The template called default where a file has several."""
+    """The template, or the one called default if the file has several."""
     if isinstance(found, str):
         return found
     try:
@@ -96,7 +100,7 @@ def _chosen(path: Path, found: Any) -> str:
 
 
 def _named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token and the like, by those names."""
+    """The special tokens of a template by name: bos_token, eos_token and others."""
     data = dict(config)
     if "added_tokens_decoder" not in config:  # as in transformers: then the older file counts
         data.update(_object(folder / TOKENS, "special tokens"))
@@ -108,7 +112,7 @@ def _named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def conversation(text: str, system: str | None) -> list[Message]:
-    """What is said before an answer to `text`."""
+    """The messages of a prompt: the system message if there is one, then `text` by the user."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, {"role": "user", "content": text}]
 
@@ -116,11 +120,11 @@ def conversation(text: str, system: str | None) -> list[Message]:
 def render(
     template: ChatTemplate, conversations: Sequence[Sequence[Message]], specials: Sequence[str] = ()
 ) -> list[list[Piece]]:
-    """Each conversation as the template writes it, up to where the answer begins.
+    """Render each conversation by the template, up to the beginning of the answer.
 
-    Where a message spells one of `specials`, that spelling becomes a piece of its own, which is
-    only text: a message cannot end itself, or begin another. Raises UsageError for a template that
-    refuses the conversation, fails, or goes beyond its limits of time, memory and length.
+    If a message contains one of `specials`, that part becomes a piece marked as plain text. So a
+    message cannot end itself or begin another. Raises UsageError for a template that refuses a
+    conversation, fails, or exceeds its limits of time, memory or length.
     """
     said = [message["content"] for messages in conversations for message in messages]
     opening, closing = _unused_pair([template.source, *template.variables.values(), *said])
@@ -135,13 +139,13 @@ def render(
         for messages in conversations
     ]
     texts = _render_elsewhere(template, marked, sum(map(len, said)))
-    # A template may cut a text anywhere: a lone mark is dropped.
+    # A template may cut a text between two marks: then drop the mark that is left.
     marks = re.compile(f"{opening}([^{opening}{closing}]*){closing}|[{opening}{closing}]")
     return [_pieces(marks.split(text)) for text in texts]
 
 
 def _unused_pair(texts: Sequence[str]) -> tuple[str, str]:
-    """Two characters for private use that none of the texts has."""
+    """Two private-use characters that occur in none of the texts."""
     used = set().union(*texts)
     free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
     found = list(zip(free, free, strict=False))
@@ -157,7 +161,7 @@ def _pieces(split: Sequence[str | None]) -> list[Piece]:
 def _render_elsewhere(
     template: ChatTemplate, conversations: Sequence[Sequence[Message]], n_said: int
 ) -> list[str]:
-    """The texts that chat_worker makes. Ctrl-C, SIGTERM and any error here end its process."""
+    """The texts from chat_worker. Ctrl-C, SIGTERM and any error here end its process."""
     seconds = seconds_for(len(conversations))
     asked = {
         "path": [_package_folder("jinja2"), _package_folder("markupsafe")],
@@ -186,8 +190,8 @@ def _render_elsewhere(
 
 
 def _answer(output: bytes, n: int) -> list[str] | dict[str, str]:
-    """What the worker wrote: `n` texts, or an error. Raises ValueError if it is neither: then the
-    worker is not what wrote it."""
+    """The worker's output: `n` texts, or an error. Raises ValueError if it is neither, since then
+    the template wrote it."""
     found = parse_json(output)
     match found:
         case {"texts": [*texts]} if len(texts) == n and all(isinstance(t, str) for t in texts):
@@ -198,7 +202,7 @@ def _answer(output: bytes, n: int) -> list[str] | dict[str, str]:
 
 
 def _run_worker(data: bytes) -> tuple[int, bytes]:
-    """The exit code and output of a fresh interpreter, which does not outlive this call."""
+    """Run the worker in a new interpreter, which ends with this call -> exit code and output."""
     with subprocess.Popen(
         [sys.executable, "-I", "-S", str(WORKER)],
         stdin=subprocess.PIPE,
@@ -217,7 +221,7 @@ def _run_worker(data: bytes) -> tuple[int, bytes]:
 
 
 def seconds_for(n_conversations: int) -> int:
-    """How much of the processor a template may take."""
+    """The CPU time, in seconds, that a template may take."""
     return SECONDS + n_conversations // 1000
 
 

@@ -1,9 +1,9 @@
 """Renders a chat template in a process of its own, which `chat.render` starts and watches.
 
-A template is a program by a stranger. jinja2's sandbox keeps it from Python's objects, and this
-process has nothing else: no files, no network, no children, little memory, little time. stdin has
-{source, conversations, variables, ...}; stdout gets {texts}, or {error, refused}. Imports the
-standard library and jinja2 alone, which is not on the path of an isolated interpreter.
+A template is an untrusted program. jinja2's sandbox keeps it from Python's objects, and the process
+has no files, no network, no children, little memory and little time. stdin has {source,
+conversations, variables, ...}; stdout gets {texts}, or {error, refused}. It imports only the
+standard library and jinja2, which is not on the path of an isolated interpreter.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import sys
 from datetime import datetime
 from typing import Any
 
-OLDEST = (3, 1, 6)  # sandboxes of jinja2 before it can be left
+OLDEST = (3, 1, 6)  # templates can escape the sandboxes of older versions of jinja2
 
 LONGEST_ERROR = 300  # characters
-# What Python and jinja2 import when they first need it must be there before files are out of reach.
+# A template whose rendering makes Python and jinja2 import all they need, while files can be read.
 WARM_UP = "{{ strftime_now('%c') }}{{ '\\n' | pprint | wordwrap | urlize | tojson }}"
 
 
@@ -26,8 +26,8 @@ class TooLong(Exception):
 
 
 def make_environment() -> Any:
-    """A sandbox with all that transformers offers a template, and no more."""
-    import jinja2.constants  # what jinja2 would import later, when no file can be opened
+    """A sandbox that offers templates the same as transformers, and no more."""
+    import jinja2.constants  # jinja2 would import it later, when no file can be opened
     import jinja2.debug
     import jinja2.ext
     import jinja2.sandbox
@@ -36,7 +36,7 @@ def make_environment() -> Any:
         raise ImportError(f"jinja2 {jinja2.__version__} is too old")
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %}, which marks what an assistant wrote: its body stands as it is."""
+        """{% generation %}, which marks the text of an assistant; its body is rendered as usual."""
 
         tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
 
@@ -64,7 +64,7 @@ def make_environment() -> Any:
 
 
 class NewDict:
-    """In place of the type `dict`, which would be one more thing to climb from."""
+    """A substitute for the type `dict`, through whose attributes a template might escape."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -75,7 +75,7 @@ class NewDict:
 
 
 def namespace_of(jinja2: Any) -> Any:
-    """jinja2's namespace, but for names that Python itself looks up."""
+    """The class of jinja2's namespace without names that Python itself looks up."""
 
     def check(name: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
@@ -101,7 +101,7 @@ def to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is: jinja2's own filter writes < as an escape, for HTML."""
+    """A value as JSON; the filter of jinja2 would escape < for HTML."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -112,7 +112,7 @@ def to_json(
 
 
 def confine(seconds: int, nbytes: int) -> None:
-    """From now on: `seconds` of processor time, `nbytes` of addresses, and no new file."""
+    """Limit this process to `seconds` of CPU time, `nbytes` of address space, and no new files."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     end = int(used.ru_utime + used.ru_stime) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (end, end + 1))
@@ -127,8 +127,8 @@ def confine(seconds: int, nbytes: int) -> None:
 
 
 def render(template: Any, limit: int, variables: dict[str, Any]) -> str:
-    """One text. Raises TooLong above `limit` characters, whatever is still to come, and
-    UnicodeEncodeError for what is no text."""
+    """Render one text. Raises TooLong as soon as it exceeds `limit` characters, and
+    UnicodeEncodeError for half a surrogate pair."""
     parts, size = [], 0
     for part in template.generate(**variables):
         size += len(part)
@@ -136,12 +136,12 @@ def render(template: Any, limit: int, variables: dict[str, Any]) -> str:
             raise TooLong
         parts.append(part)
     text = "".join(parts)
-    text.encode()  # half of a character is no text
+    text.encode()  # raises for half a surrogate pair
     return text
 
 
 def answer(asked: dict[str, Any], environment: Any) -> dict[str, Any]:
-    """The rendered texts, or in one word or sentence why there are none."""
+    """The rendered texts, or an error with its reason."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
@@ -165,13 +165,13 @@ def answer(asked: dict[str, Any], environment: Any) -> dict[str, Any]:
         return {"error": "failed", "said": f"line {error.lineno}: {error.message}"[:LONGEST_ERROR]}
     except TemplateError as error:
         return {"error": "failed", "said": str(error)[:LONGEST_ERROR]}
-    except Exception as error:  # whatever a template can do wrong
+    except Exception as error:  # a template can raise anything
         return {"error": "failed", "said": f"{type(error).__name__}: {error}"[:LONGEST_ERROR]}
     return {"texts": texts}
 
 
 def main() -> None:
-    """Answer the request on stdin, JSON, on stdout."""
+    """Read a request from stdin and write the answer to stdout, both as JSON."""
     asked = json.loads(sys.stdin.buffer.read())
     sys.path += asked["path"]
     environment = make_environment()

@@ -1,8 +1,8 @@
-"""What the rules of a tokenizer.json may do: they are a program by the author of the file.
+"""Limits on the rules of a tokenizer.json, which are a program by the author of the file.
 
-A few replacements one after another make gigabytes of one word, and a template may hold the text a
-thousand times. What each rule can make of one character is known before any of them runs; where all
-together can make too much, the file is refused. Imports no torch.
+A few replacements in a row can make gigabytes from one word, and a template may repeat the text a
+thousand times. How much each rule can make from one character is computed before any rule runs. If
+all rules together can make too much, the file is refused. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import tokenizers
 from kvtool.errors import FileError, first_line
 from kvtool.reading import parse_json, short
 
-MOST_GROWTH = 256  # characters made of one; the rules of ALBERT and T5 may make 72
-MOST_MADE = 2**22  # characters made of a text; the library takes up to 300 bytes for each
-USUAL_GROWTH = 4  # of rules that may be run on any text: those for bytes, or for blanks
-MOST_DECODED = 16  # the same of the way back, where 2 is usual
+MOST_GROWTH = 256  # characters made from one; the rules of ALBERT and T5 may make 72
+MOST_MADE = 2**22  # characters made from a text; the library takes up to 300 bytes for each
+USUAL_GROWTH = 4  # of rules that may run on any text: those for bytes or for blanks
+MOST_DECODED = 16  # growth in decoding; 2 is usual
 MOST_AROUND = 1024  # tokens that a template puts around a text
-LONGEST_TOKEN = 4096  # characters; decoding repeats it as often as it is generated
-LONGEST_AFFIX = 64  # characters, of what marks that a word begins, goes on or ends
-LONGEST_WORD = 1000  # characters, of WordPiece, whose time grows with the square; 100 is usual
-# Special tokens, each of which is looked for in a text, and their characters.
+LONGEST_TOKEN = 4096  # characters; decoding writes it each time it is generated
+LONGEST_AFFIX = 64  # characters of a mark for the beginning, continuation or end of a word
+LONGEST_WORD = 1000  # characters in WordPiece, which takes quadratic time; 100 is usual
+# The number of special tokens, each of which is searched for in a text, and their characters.
 MOST_SPECIAL, MOST_SPECIAL_TEXT = 16_384, 1_048_576
 MOST_ADDED = 2**21  # characters of added tokens, normalized; the library takes 80 bytes for each
-MOST_TRIE = 2**21  # beginnings of tokens of Unigram, which takes 360 bytes for each
+MOST_TRIE = 2**21  # nodes of the trie of Unigram, which takes 360 bytes for each
 
 Rule = dict[str, Any]
 NO_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
@@ -44,19 +44,19 @@ class Around:
 
     ids: set[int] = field(default_factory=set)
     n_tokens: int = 0
-    n_texts: int = 1  # how often the text is there itself
+    n_texts: int = 1  # how often the text itself is repeated
 
 
 def without_vocabulary(data: Any) -> str:
-    """A tokenizer.json of the rules alone that one says, as `data`."""
+    """A tokenizer.json with only the rules of the parsed file `data`."""
     return json.dumps({**data, "added_tokens": [], "model": NO_MODEL})
 
 
 def check_vocabulary(data: Any, inner: tokenizers.Tokenizer, where: str) -> None:
-    """Raise FileError, which begins with `where`, if what a tokenizer.json says, `data`, is too
-    large a vocabulary for the library, which bounds nothing while it reads it.
+    """Raise FileError, beginning with `where`, if the vocabulary of a tokenizer.json is too large.
 
-    inner: the rules of the file alone, for they change added tokens too.
+    The library has no limits when it reads one. data: the parsed file. inner: its rules alone,
+    which change added tokens too.
     """
     try:
         vocab = data["model"]["vocab"]
@@ -79,7 +79,7 @@ def check_vocabulary(data: Any, inner: tokenizers.Tokenizer, where: str) -> None
 
 
 def _n_beginnings(names: Iterable[bytes]) -> int:
-    """How many nodes a trie of tokens has, or, beyond MOST_TRIE, some of them."""
+    """How many nodes the trie of tokens has; it stops counting above MOST_TRIE."""
     total, before = 0, b""
     for name in sorted(names):
         pairs = enumerate(zip(before, name, strict=False))
@@ -91,9 +91,10 @@ def _n_beginnings(names: Iterable[bytes]) -> int:
 
 
 def check_rules(inner: tokenizers.Tokenizer, where: str) -> int:
-    """The most characters that the rules can make of one, as `growth` has it.
+    """The largest number of characters that the rules can make from one, as by `growth`.
 
-    Raises FileError, which begins with `where`, if that or what else they make is too much.
+    Raises FileError, beginning with `where`, if that is too much, or if the rules exceed other
+    limits.
     """
     there = growth([*rules(inner.normalizer), *rules(inner.pre_tokenizer)], where)
     _most(where, "characters of one", there, MOST_GROWTH)
@@ -108,10 +109,10 @@ def check_rules(inner: tokenizers.Tokenizer, where: str) -> int:
 
 
 def made_of(text: str, inner: tokenizers.Tokenizer, made_of_one: int) -> int:
-    """How many characters the rules make of a text, or, beyond MOST_MADE, of its beginning.
+    """How many characters the rules make from a text; it stops counting above MOST_MADE.
 
-    made_of_one: the most that they can make of one character. They seldom do: so they are tried,
-    on parts of which they cannot make too much.
+    made_of_one: the largest number that they can make from one character. They seldom make so many.
+    So they are run, on parts of the text that cannot become too large.
     """
     behind = growth(rules(inner.pre_tokenizer), "")
     made, n = 0, MOST_MADE // made_of_one
@@ -131,15 +132,15 @@ def _most(where: str, what: str, found: int, most: int) -> None:
 
 
 def check_model(inner: tokenizers.Tokenizer, vocab: Mapping[str, int], where: str) -> None:
-    """Raise FileError, which begins with `where`, for tokens and limits that cost too much later,
-    and for an id with two tokens."""
+    """Raise FileError, beginning with `where`, for tokens and limits that would cost too much
+    later, and for an id with two tokens."""
     model: Any = inner.model
     specials = [t.content for t in inner.get_added_tokens_decoder().values() if t.special]
     if len(specials) > MOST_SPECIAL or sum(map(len, specials)) > MOST_SPECIAL_TEXT:
         found = f"{len(specials):,} special tokens of {sum(map(len, specials)):,} characters"
         expected = f"expected {MOST_SPECIAL:,} of {MOST_SPECIAL_TEXT:,} in all, or fewer"
         raise FileError(f"{where}: has {found} ({expected})")
-    if len(set(vocab.values())) < len(vocab):  # which of them an id means would be up to chance
+    if len(set(vocab.values())) < len(vocab):  # the meaning of an id would be random
         seen: dict[int, str] = {}
         twice = next(i for name, i in sorted(vocab.items()) if seen.setdefault(i, name) != name)
         raise FileError(f"{where}: several tokens have the id {twice} (expected one)")
@@ -157,7 +158,7 @@ def check_model(inner: tokenizers.Tokenizer, vocab: Mapping[str, int], where: st
 
 
 def rules(part: Any) -> Iterator[Rule]:
-    """The rules in a part of a tokenizer, in order, and those in a sequence one by one."""
+    """The rules of a part of a tokenizer in order; a sequence gives each of its rules."""
     if part is not None:
         yield from _flat(parse_json(part.__getstate__()))
 
@@ -172,8 +173,10 @@ def _flat(rule: Rule) -> Iterator[Rule]:
 
 
 def growth(found: Any, where: str) -> int:
-    """The most characters that rules one after another can make of one that a text has, but for
-    what the alphabet itself does, as in changes of case."""
+    """The largest number of characters that rules, one after another, can make from one character.
+
+    Growth by the alphabet itself, as in changes of case, is not counted.
+    """
     total = 1
     for rule in found:
         try:
@@ -191,7 +194,7 @@ def _replaced(rule: Rule) -> int:
 
 
 def _longest_replacement(rule: Rule) -> int:
-    """Of a table by sentencepiece: the size of a trie, the trie, and texts that end in NUL."""
+    """The longest replacement in a table of SentencePiece: trie size, trie, texts ended by NUL."""
     table = base64.b64decode(rule["precompiled_charsmap"] or "")
     texts = table[4 + int.from_bytes(table[:4], "little") :].decode(errors="replace")
     return max(map(len, texts.split("\0")))
@@ -209,16 +212,16 @@ GROWTH: dict[str, Callable[[Rule], int]] = {
 
 
 def is_sure(rule: Rule) -> bool:
-    """Whether a rule of decoding takes little time and cannot panic, whatever the text."""
+    """Whether a decoding rule is fast and cannot panic for any text."""
     plain = rule["type"] in ("ByteLevel", "ByteFallback", "Fuse", "Metaspace")
     replaces = rule["type"] == "Replace" and bool(rule["pattern"].get("String"))
-    # The library looks for `stop` characters after those of a shorter text.
+    # With `stop`, the library would read beyond the end of a shorter text.
     strips = rule["type"] == "Strip" and not rule["stop"]
     return plain or replaces or strips
 
 
 def around(inner: tokenizers.Tokenizer) -> Around:
-    """What the rules put around a text, were they followed."""
+    """The special tokens that the rules would put around a text."""
     found = Around()
     for rule in rules(inner.post_processor):
         if rule["type"] in ("BertProcessing", "RobertaProcessing"):

@@ -1,6 +1,7 @@
-"""Text and token ids: every tokenizer of kvtool behind encode and decode.
+"""Tokenizers: encoding text as token ids, and decoding ids.
 
-The work is done by Hugging Face's `tokenizers`, and a file is its tokenizer.json. Imports no torch.
+Hugging Face's `tokenizers` does the work, and files are its tokenizer.json. This file imports no
+torch.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ KINDS = ("char", "symbol", "word", "bpe")
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0 to 3 of a tokenizer that has them
 PAD, BOS, EOS, UNK = range(4)
 PART = 1 << 20  # characters of texts that are encoded together
-ENCODED_NBYTES = 256  # what the library takes for a byte of text while it encodes it
+ENCODED_NBYTES = 256  # memory that the library takes to encode a byte of text
 
-_PRE_TOKENIZER_KINDS = {  # what a file's pre-tokenizer says is its kind
+_PRE_TOKENIZER_KINDS = {  # pre-tokenizer of a file -> kind
     "Split": "char",
     "WhitespaceSplit": "symbol",
     "Whitespace": "word",
@@ -49,40 +50,41 @@ _PRE_TOKENIZER_KINDS = {  # what a file's pre-tokenizer says is its kind
 class Tokenizer:
     """Encodes text as token ids and back.
 
-    kind: char (one token a code point), symbol (split at blanks), word (words and punctuation) or
-    bpe (byte-level byte-pair encoding, Sennrich 2016 and Radford 2019, which loses no byte of any
-    text). One with `specials` starts with SPECIALS; without them nothing marks an end.
+    kind: char (one token per code point), symbol (split at blanks), word (words and punctuation) or
+    bpe (byte-level byte-pair encoding, Sennrich 2016, Radford 2019; it preserves every byte). With
+    specials, the vocabulary starts with SPECIALS; without, there is no end token.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, vocab: Mapping[str, int] | None = None) -> None:
         self._inner = inner
-        # Text that spells "<pad>" is text: only we put special tokens anywhere.
+        # "<pad>" in a text is plain text: only kvtool adds special tokens.
         inner.encode_special_tokens = True
         pre = [rule["type"] for rule in rules(inner.pre_tokenizer)]
         self.kind = _PRE_TOKENIZER_KINDS.get(pre[0], "other") if len(pre) == 1 else "other"
-        # A vocabulary may have gaps, and the embedding needs a row for the largest id.
+        # A vocabulary may have gaps; the embedding needs rows up to the largest id.
         ids = (inner.get_vocab() if vocab is None else vocab).values()
         self.vocab_size: int = max(ids, default=-1) + 1
         self.has_specials = all(inner.token_to_id(name) == i for i, name in enumerate(SPECIALS))
         self.end_ids = frozenset({EOS} if self.has_specials else ())  # each ends a text
-        self._frames = False  # whether its own rules put special tokens around a text
-        self.path: Path | None = None  # of the file that it is from, and so its rules
-        self.left_out: tuple[str, ...] = ()  # its rules that are not followed
-        self.named_ids: dict[str, int] = {}  # the largest that a rule names, by which rule
-        self._made_of_one = 1  # characters that rules of a file can make of one
-        self._sure_back = False  # whether decoding takes little time and cannot fail
+        self._frames = False  # whether rules of its file put special tokens around a text
+        self.path: Path | None = None  # the file with its rules
+        self.left_out: tuple[str, ...] = ()  # rules of the file that are not followed
+        self.named_ids: dict[str, int] = {}  # rule -> the largest id that it names
+        self._made_of_one = 1  # characters that rules of the file can make from one
+        self._sure_back = False  # whether decoding is fast and cannot fail
 
     @classmethod
     def train(
         cls, kind: str, texts: Iterable[str], vocab_size: int = 1024, specials: bool = True
     ) -> Tokenizer:
-        """Learn a vocabulary from texts; `vocab_size` bounds it for bpe alone.
+        """Learn a vocabulary from texts; `vocab_size` limits only that of bpe.
 
-        Raises UsageError for an unknown kind, for bpe too small a vocabulary, and for the others
-        texts without a single token.
+        Raises UsageError for an unknown kind, a bpe vocabulary that is too small, and texts without
+        a token for the other kinds.
         """
         choose(kind, KINDS, "--tokenizer")
-        # Nothing is kept yet, and the library comes back when it is done.
+        # A signal may end the process here, since there is nothing to save yet. The library would
+        # not return before it is done.
         with ending.signals_at_default():
             if kind == "bpe":
                 inner = learn_bpe(texts, vocab_size, SPECIALS if specials else ())
@@ -92,29 +94,29 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a tokenizer.json, which may be a stranger's, and bound what its rules may do.
+        """Read a tokenizer.json, which may be untrusted, and limit its rules.
 
-        What in it is made for batches in training, such as cutting texts, is `left_out`. Raises
-        FileError.
+        Rules for batches in training, such as truncation, are `left_out`. Raises FileError for a
+        file that is missing, damaged or beyond the limits.
         """
         return cls.from_json(read_text(path, "a tokenizer", most=MOST_JSON), path)
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Tokenizer:
-        """As `load`, of what a tokenizer.json holds, or would; `path` is the file it is from."""
+        """As `load`, from the text of a tokenizer.json; `path` names its file in errors."""
 
         def failed(said: str) -> KvtoolError:
             return FileError(f"{path}: is not a tokenizer ({said})")
 
         try:
-            data = parse_json(text)  # it says the same to every parser
+            data = parse_json(text)  # strict: every parser reads the same from it
         except ValueError as error:
             raise failed(str(error)) from error
         with Asking(failed, careful=True):
             inner = tokenizers.Tokenizer.from_str(without_vocabulary(data))
         made_of_one = check_rules(inner, str(path))
         check_vocabulary(data, inner, str(path))
-        del data  # large, and what the library makes of it is too
+        del data  # it is large, and so is what the library makes from it
         with Asking(failed, careful=True):
             inner = tokenizers.Tokenizer.from_str(text)
             vocab = inner.get_vocab()
@@ -127,7 +129,7 @@ class Tokenizer:
         return tokenizer
 
     def _take_rules(self, path: Path) -> None:
-        """Note what the rules of the file `path` are, and leave out those that are for training."""
+        """Record the rules of the file `path`, and leave out those for training."""
         inner, self.path = self._inner, path
         padding, model = inner.padding, inner.model
         pad = set() if padding is None else {padding["pad_id"]}
@@ -143,51 +145,59 @@ class Tokenizer:
         self.left_out = tuple(name for name, value in found.items() if value is not None)
 
     def save(self, path: Path) -> None:
-        """Write a tokenizer.json, durably. Raises FileError."""
+        """Write a tokenizer.json durably. Raises FileError."""
         write_durable(path, self.to_json())
 
     def to_json(self) -> bytes:
-        """What `save` writes."""
+        """The bytes of the tokenizer.json that `save` writes."""
         return bytes(self._inner.to_str(pretty=True).encode())
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the vocabulary and the rules."""
+        """The SHA-256 of the vocabulary and the rules, in hexadecimal."""
         return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends a text, if there is just one."""
+        """The id of the end token; None unless there is just one."""
         return next(iter(self.end_ids)) if len(self.end_ids) == 1 else None
 
     def as_it_is(self, end_ids: frozenset[int]) -> Tokenizer:
-        """Follow the file's own rules, such as a first token before every text, with none of
-        SPECIALS; `end_ids` end a text. Returns itself."""
+        """Use the file's own rules, such as a first token before each text, and not SPECIALS.
+
+        end_ids: the tokens that end a text. Returns the tokenizer itself.
+        """
         self.has_specials, self.end_ids, self._frames = False, end_ids, True
         return self
 
     def encode(self, text: str, spelled: bool = False) -> list[int]:
-        """Token ids of `text`, with special tokens only by rules of the file (`as_it_is`), or, if
-        `spelled`, also where the text spells them; what is unknown is UNK.
+        """The ids of `text`; unknown pieces become UNK.
 
-        Raises UsageError where an unknown piece has no token at all.
+        Special tokens come only from rules of the file (`as_it_is`), and, if `spelled`, from their
+        names in the text. Raises UsageError for an unknown piece if there is no UNK.
         """
         ids = self._ids(text, spelled, self._frames)
         return ids if spelled else self._as_text(ids)
 
     def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
-        """Token ids of what a chat template wrote, with special tokens where it spells them, and
-        none around it. A piece that is marked True is text, whatever it spells."""
+        """The ids of a rendered chat template, without special tokens around it.
+
+        pieces: texts, each with True for plain text. In other pieces the names of special tokens
+        become these tokens.
+        """
         ids: list[int] = []
         pieces = list(pieces)
-        self._check("".join(text for text, _ in pieces))  # and not one by one alone
+        self._check("".join(text for text, _ in pieces))  # together, not only one by one
         for text, only_text in pieces:
             ids += self._continued(text, not only_text) if ids else self._ids(text, not only_text)
         return ids
 
     def _continued(self, text: str, spelled: bool) -> list[int]:
-        """Token ids of `text` after another: some tokenizers begin a text with a blank of their
-        own, and after a line break none does (as transformers finds out)."""
+        """The ids of `text` after another text.
+
+        Some tokenizers add a blank before a text, but not after a line break; transformers uses
+        the same fact.
+        """
         behind, line_break = self._ids(f"\n{text}", spelled), self._ids("\n")
         n = len(line_break)
         return behind[n:] if behind[:n] == line_break else self._ids(text, spelled)
@@ -202,7 +212,7 @@ class Tokenizer:
                 self._inner.encode_special_tokens = True
 
     def _check(self, text: str) -> None:
-        """Raise UsageError where the rules of a file would make too much of a text."""
+        """Raise UsageError if the rules of the file would make too many characters from a text."""
         one = self._made_of_one
         if one <= USUAL_GROWTH or len(text) * one <= MOST_MADE:
             return
@@ -215,7 +225,7 @@ class Tokenizer:
             )
 
     def _asking(self, what: str) -> Asking:
-        """A call of the library, which may take any time, and panic, on a stranger's rules."""
+        """A context for a call of the library, which may take long or panic on untrusted rules."""
         where = "" if self.path is None else f"{self.path}: "
 
         def failed(said: str) -> KvtoolError:
@@ -226,16 +236,16 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> list[str]:
-        """How the tokens are spelled that text is never made of."""
+        """The names of the special tokens, which plain text never becomes."""
         added = self._inner.get_added_tokens_decoder().values()
         return [token.content for token in added if token.special]
 
     def special_tokens_in(self, text: str) -> list[str]:
-        """The special tokens that `text` spells, each once."""
+        """The special tokens whose names `text` contains, each once."""
         return [name for name in self.special_tokens if name and name in text]
 
     def unknown(self, text: str) -> list[str]:
-        """The pieces of `text` that encode makes UNK, each once."""
+        """The pieces of `text` that encode turns into UNK, each once."""
         if not self.has_specials:
             return []
         self._check(text)
@@ -245,7 +255,7 @@ class Tokenizer:
         return list(dict.fromkeys(text[start:end] for i, (start, end) in spans if i <= UNK))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts at once."""
+        """The ids of many texts, encoded together; as `encode`."""
         ids: list[list[int]] = []
         part = min(PART, MOST_MADE // self._made_of_one)
         for some in _parts(texts, part):
@@ -257,7 +267,8 @@ class Tokenizer:
         return ids
 
     def _as_text(self, ids: list[int]) -> list[int]:
-        """`ids` of a text: a vocabulary of whole pieces finds a piece "<eos>" among SPECIALS."""
+        """`ids` of a text with special tokens made UNK: a vocabulary of whole pieces would turn the
+        piece "<eos>" into EOS."""
         return [UNK if i < UNK else i for i in ids] if self.has_specials else ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -267,18 +278,18 @@ class Tokenizer:
             return self._inner.decode(plain, skip_special_tokens=False)
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Each token's own text, for comparing token by token."""
+        """The text of each token, to compare token by token."""
         return [self._inner.id_to_token(i) or "" for i in self._plain(ids)]
 
     def units(self, text: str) -> list[str]:
-        """What a score counts: characters, symbols, words and punctuation, or, for subwords and
-        bytes, what blanks separate."""
+        """The units that a score counts: characters, symbols, or words and punctuation; for bpe the
+        parts between blanks."""
         if self.kind in ("bpe", "other"):
             return text.split()
         return [piece for piece, _ in SPLITTERS[self.kind]().pre_tokenize_str(text)]
 
     def stream(self) -> TextStream:
-        """A decoder of ids that arrive one by one."""
+        """A decoder for ids that come one by one."""
         return TextStream(self)
 
     def _plain(self, ids: Iterable[int]) -> list[int]:
@@ -287,15 +298,17 @@ class Tokenizer:
 
 
 class NoTokenizer(Tokenizer):
-    """In place of the file `path`, which is not there, or of what is wrong with it: a model can be
-    run, but not on text."""
+    """Stands for a tokenizer that is missing or damaged: the model can run on ids, but not on text.
+
+    path: its file. why: what is wrong with it; empty if it is missing.
+    """
 
     def __init__(self, path: Path, why: str = "") -> None:
         super().__init__(tokenizers.Tokenizer(models.BPE()))
         self.path, self.why = path, why
 
     def encode(self, text: str, spelled: bool = False) -> list[int]:
-        """Raises FileError."""
+        """Raises FileError: there is no tokenizer."""
         if self.why:
             raise FileError(
                 f"{self.path}: {self.why}, and text needs one",
@@ -307,12 +320,12 @@ class NoTokenizer(Tokenizer):
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The ids themselves."""
+        """The ids themselves, as text."""
         return " ".join(map(str, ids))
 
 
 class TextStream:
-    """Text of tokens as they come; an incomplete character waits for those that complete it."""
+    """Decodes tokens one by one; an incomplete character waits for the tokens that complete it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -331,13 +344,15 @@ class TextStream:
         return text
 
     def finish(self) -> str:
-        """What was still waiting."""
+        """The text that was still waiting."""
         return self._tokenizer.decode(self._ids)[self._shown :]
 
 
 def _parts(texts: Sequence[str], n: int) -> Iterator[list[str]]:
-    """`texts` in runs of about `n` characters: between calls of the library signals are heard, and
-    memory is given back."""
+    """Yield `texts` in parts of about `n` characters.
+
+    Between the parts, signals take effect and the library frees memory.
+    """
     part: list[str] = []
     size = 0
     for text in texts:
@@ -351,7 +366,7 @@ def _parts(texts: Sequence[str], n: int) -> Iterator[list[str]]:
 
 
 def require_room(where: str, text: str) -> None:
-    """Raise CapacityError, which begins with `where`, for a text too long to be encoded at once."""
+    """Raise CapacityError, beginning with `where`, for a text too long to encode at once."""
     import torch
 
     from kvtool.core.machine import require_memory
@@ -362,10 +377,10 @@ def require_room(where: str, text: str) -> None:
 
 
 def guess_kind(texts: Sequence[str]) -> str:
-    """The kind that suits one side of a list of pairs.
+    """The kind that suits the sources, or the targets, of pairs.
 
-    char for single words, but for a few, symbol for a small inventory of blank-separated pieces
-    (phones), bpe for everything else.
+    char if nearly all texts are single words; symbol for a small set of pieces between blanks, such
+    as phones; else bpe.
     """
     pieces = [text.split() for text in texts]
     n_pieces = sum(map(len, pieces))

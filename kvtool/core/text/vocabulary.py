@@ -1,4 +1,4 @@
-"""Vocabularies that are learned from texts: byte-pair encoding, or whole pieces by their number."""
+"""Learning vocabularies from texts: byte-pair encoding, or whole pieces by frequency."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvtool.reading import short
 
 LARGEST_WORD_VOCAB = 30_000
 
-# How a kind of tokenizer splits a text.
+# How each kind of tokenizer splits a text.
 SPLITTERS: dict[str, Any] = {
     "char": lambda: pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated"),
     "symbol": pre_tokenizers.WhitespaceSplit,
@@ -27,8 +27,10 @@ SPLITTERS: dict[str, Any] = {
 def learn_bpe(
     texts: Iterable[str], vocab_size: int, specials: Sequence[str]
 ) -> tokenizers.Tokenizer:
-    """A byte-level BPE of `vocab_size` tokens at most, the specials first. Raises UsageError for
-    fewer than it has bytes and specials."""
+    """A byte-level BPE of at most `vocab_size` tokens, the specials first.
+
+    Raises UsageError if `vocab_size` is smaller than the number of bytes and specials.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + len(specials)
     if vocab_size < smallest:
@@ -53,9 +55,11 @@ def learn_bpe(
 def learn_pieces(
     kind: str, texts: Iterable[str], specials: Sequence[str], unknown: str
 ) -> tokenizers.Tokenizer:
-    """A vocabulary of whole pieces, the frequent ones first, after the specials; `unknown` is the
-    one for a piece that is not in it. Raises UsageError for texts without a piece, or with one that
-    is too long."""
+    """A vocabulary of whole pieces: the specials, then the pieces by falling frequency.
+
+    unknown: the special token for pieces that are not in it. Raises UsageError for texts without a
+    piece, or with a piece that is too long.
+    """
     splitter = SPLITTERS[kind]()
     counts: Counter[str] = Counter()
     for text in texts:
