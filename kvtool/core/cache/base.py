@@ -175,7 +175,7 @@ class Cache(ABC):
     recompute: ClassVar[bool] = False  # stores nothing: every step needs the whole sequence
     quantization: Quantization | None = None  # how tokens are rounded, and when
     window: int = 0  # how many positions a token sees, with its own; 0: all before it
-    sinks: int = 0  # how many of the first positions it always sees besides
+    sinks: int = 0  # how many of the first positions it always sees too
     page: int = 0  # tokens per page; 0: no pages
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None) -> None:
@@ -189,7 +189,7 @@ class Cache(ABC):
     def reset(self, left_padding: Tensor | None = None) -> None:
         """Forget all tokens and start new sequences; a compilable kind keeps its memory.
 
-        Raises UsageError for wrong left padding.
+        left_padding: as in the constructor. Raises UsageError.
         """
         self.length = 0  # committed tokens a row, left padding included
         self._begun = 0  # tokens of the step that has begun and is not committed

@@ -105,7 +105,10 @@ def save(
 def files(
     model: Model, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None = None
 ) -> dict[str, bytes]:
-    """The files of a checkpoint by name, in the order of writing: the weights come last."""
+    """The files of a checkpoint by name, in the order of writing: the weights come last.
+
+    Raises ValueError unless an encoder-decoder, and no other model, has a source tokenizer.
+    """
     config = model.config
     if (source_tokenizer is not None) != bool(config.n_encoder_layers):
         raise ValueError("an encoder-decoder model, and no other, has a source tokenizer")

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from kvtool.core.native import compiling, context
 
 Array = NDArray[Any]
-ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row by itself
+ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row alone
 
 FEW = 8  # rows; PyTorch is faster for many more
 LARGE = 2**17  # numbers read by a layer or attention; for fewer, threads gain little

@@ -44,7 +44,7 @@ REASONS = {
 PASSED_ON = ("TZ", "LD_LIBRARY_PATH")  # for the local time, and for libraries of Python itself
 
 Message = dict[str, str]  # role and content
-Piece = tuple[str, bool]  # a text, and whether a user wrote it, so that it spells no special token
+Piece = tuple[str, bool]  # a text, and whether it is plain text without special tokens
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,10 @@ class TooLong(Exception):
 
 
 def make_environment() -> Any:
-    """A sandbox that offers templates the same as transformers, and no more."""
+    """A sandbox that offers templates the same as transformers, and no more.
+
+    Raises ImportError for a jinja2 older than OLDEST.
+    """
     import jinja2.constants  # jinja2 would import it later, when no file can be opened
     import jinja2.debug
     import jinja2.ext

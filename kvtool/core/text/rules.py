@@ -175,7 +175,8 @@ def _flat(rule: Rule) -> Iterator[Rule]:
 def growth(found: Any, where: str) -> int:
     """The largest number of characters that rules, one after another, can make from one character.
 
-    Growth by the alphabet itself, as in changes of case, is not counted.
+    Growth by the alphabet itself, as in changes of case, is not counted. Raises FileError, which
+    begins with `where`, for a damaged rule.
     """
     total = 1
     for rule in found:
