@@ -64,14 +64,14 @@ class Sampler:
         else:
             best, token = logits.max(dim=-1)
             require_finite(best, index)
-        return token if self.greedy else self._draw(logits)
+        return token if self.greedy else self._sample(logits)
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0
 
-    def _draw(self, logits: Tensor) -> Tensor:
+    def _sample(self, logits: Tensor) -> Tensor:
         if self._generator is None:
             self._generator = torch.Generator(device=logits.device).manual_seed(self.seed)
         probs = self.distribution(logits)
