@@ -107,7 +107,7 @@ def beam_search(
     while search.rows:
         logits = feed(decode, cache, search.ids, read, last=True)[:, -1]
         tell(cache.nbytes().allocated + (read.nbytes() if read else 0))
-        require_finite(logits, search.n_made)
+        require_finite(logits, search.n_generated)
         n_before, rows = len(search.rows), search.advance(logits)
         if rows and rows != list(range(n_before)):
             cache.select(torch.tensor(rows, device=prompt.device))
@@ -141,8 +141,8 @@ class _Search:
         self.beam, self.limits = beam, limits
         self.ends = sorted({eos} if isinstance(eos, int) else set(eos or ()))
         self.n_prompt = prompt.shape[1]
-        self.n_made = 0
-        self.ids = prompt  # (R,P+n_made)
+        self.n_generated = 0
+        self.ids = prompt  # (R,P+n_generated)
         self.rows = [_Row(i, i, -1, 0.0, beam.size > 1, True) for i in range(len(limits))]
         self.best: list[list[Hypothesis]] = [[] for _ in limits]
 
@@ -162,14 +162,14 @@ class _Search:
             # Only the likeliest end token counts: the others would give the same target again.
             ending = found[:, self.ends].amax(-1).tolist()
             found[:, self.ends] = NOTHING
-        self.n_made += 1
+        self.n_generated += 1
         members: dict[int, list[int]] = {}
         for i, prompt in enumerate(self.prompts):
             members.setdefault(prompt, []).append(i)
         likeliest = self._likeliest(list(members.values()), found)
         rows: list[_Row] = []
         for (prompt, own), choices in zip(members.items(), likeliest, strict=True):
-            rows += self._follow(prompt, own, choices, ending, greedy)
+            rows += self._extend(prompt, own, choices, ending, greedy)
         self.rows, parents = rows, [row.parent for row in rows]
         tokens = self.ids.new_tensor([row.token for row in rows])
         self.ids = torch.cat([self.ids[parents], tokens[:, None]], dim=1)
@@ -198,7 +198,7 @@ class _Search:
             )
         ]
 
-    def _follow(
+    def _extend(
         self,
         prompt: int,
         own: list[int],
@@ -220,28 +220,28 @@ class _Search:
             token, value = greedy[i]
             ends = token in self.ends
             if self.rows[i].in_beam:
-                self._take(prompt, i, None, ending[i])
+                self._add_hypothesis(prompt, i, None, ending[i])
             elif ends:
-                self._take(prompt, i, None, value)
+                self._add_hypothesis(prompt, i, None, value)
             if self.rows[i].is_greedy and not ends and not any(row.is_greedy for row in going):
                 going.append(_Row(prompt, i, token, value, False, True))
-        if self.n_made == self.limits[prompt]:
+        if self.n_generated == self.limits[prompt]:
             for row in going:
-                self._take(prompt, row.parent, row.token, row.log_prob)
+                self._add_hypothesis(prompt, row.parent, row.token, row.log_prob)
             return []
-        worst = self._worst(prompt)
+        worst = self._score_to_beat(prompt)
         limit = self.limits[prompt]
-        return [r for r in going if self.beam.bound(r.log_prob, self.n_made, limit) > worst]
+        return [r for r in going if self.beam.bound(r.log_prob, self.n_generated, limit) > worst]
 
-    def _worst(self, prompt: int) -> float:
+    def _score_to_beat(self, prompt: int) -> float:
         """The score that a hypothesis must exceed to become one of the best."""
         best = self.best[prompt]
         return best[-1].score if len(best) == self.beam.n_best else NOTHING
 
-    def _take(self, prompt: int, row: int, token: int | None, log_prob: float) -> None:
+    def _add_hypothesis(self, prompt: int, row: int, token: int | None, log_prob: float) -> None:
         """Add a row to the hypotheses if it is one of the best; token None: it has ended."""
-        score = self.beam.score(log_prob, self.n_made)
-        if score <= self._worst(prompt):
+        score = self.beam.score(log_prob, self.n_generated)
+        if score <= self._score_to_beat(prompt):
             return
         made = self.ids[row, self.n_prompt :].tolist()
         ids = made if token is None else [*made, token]
