@@ -56,7 +56,7 @@ class FlatDecoder:
         windowed = step.within(self.window)
         for i, block in enumerate(self.blocks):
             layer_step = windowed if i >= self.first_window_layer else step
-            q, k, v = self._turned(per_token(x, *block.first), step)
+            q, k, v = self._rotated_qkv(per_token(x, *block.first), step)
             x = x + per_token(merge_heads(cache.attend(i, q, k, v, layer_step)), block.out)
             if block.cross_out is not None and source is not None:
                 q = split_heads(per_token(x, *block.cross), self.head_dim)
@@ -64,7 +64,7 @@ class FlatDecoder:
             x = x + per_token(x, *block.last)
         return per_token(x, *self.logits)
 
-    def _turned(self, qkv: Tensor, step: Step) -> tuple[Tensor, ...]:
+    def _rotated_qkv(self, qkv: Tensor, step: Step) -> tuple[Tensor, ...]:
         """qkv (B,1,(H+2*Hkv)*D) -> q, k, v (B,heads,1,D), rotated if positions are rotary."""
         q, k, v = split_heads(qkv, self.head_dim).split_with_sizes(self.qkv_heads, dim=1)
         if self.rotary is None:
