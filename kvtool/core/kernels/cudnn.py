@@ -17,7 +17,7 @@ class CudnnSwitch:
     """
 
     def __init__(self) -> None:
-        self._lock, self._without, self._before = Lock(), 0, True
+        self._lock, self._n_users, self._was_on = Lock(), 0, True
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -28,18 +28,18 @@ class CudnnSwitch:
         """
         cuda = torch.backends.cuda
         with self._lock:
-            if not self._without:
-                self._before = cuda.cudnn_sdp_enabled()
+            if not self._n_users:
+                self._was_on = cuda.cudnn_sdp_enabled()
                 others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled()
-                cuda.enable_cudnn_sdp(self._before and not others)
-            self._without += 1
+                cuda.enable_cudnn_sdp(self._was_on and not others)
+            self._n_users += 1
         try:
             yield
         finally:
             with self._lock:
-                self._without -= 1
-                if not self._without:
-                    cuda.enable_cudnn_sdp(self._before)
+                self._n_users -= 1
+                if not self._n_users:
+                    cuda.enable_cudnn_sdp(self._was_on)
 
 
 CUDNN = CudnnSwitch()
