@@ -49,7 +49,7 @@ from kvtool.reading import MOST_JSON, json_object
 
 KEPT = 2
 DAMAGED = ".damaged"
-TOLD = 8  # settings that an error names at most
+SHOWN = 8  # settings that an error names at most
 MOST_LOG = 2**26  # bytes
 MOST_LINES = 250_000  # of the log; enough for two million steps, and read in seconds
 MOST_LINE = 2**16  # bytes; a run writes about a hundred
@@ -191,9 +191,9 @@ class RunFolder:
         before = {name: value for name, value in BEFORE.items() if name in now}
         before |= flat(self._settings())
         if changed := changes(before, now):
-            more = f" and {len(changed) - TOLD} more" if len(changed) > TOLD else ""
+            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
             raise FileError(
-                f"--resume: {', '.join(changed[:TOLD])}{more}",
+                f"--resume: {', '.join(changed[:SHOWN])}{more}",
                 "Resume with the settings, data and tokenizer that the run was started with.",
             )
 
