@@ -69,7 +69,7 @@ class SlidingCache(BufferedCache):
         """As Cache.reset."""
         super().reset(left_padding)
         self._first = 0  # the number of the first token in the columns after the sinks
-        self._furthest = 0  # the largest `_first` so far
+        self._largest_first = 0  # the largest `_first` so far
         self._set_aside: list[tuple[Tensor, Tensor]] = []  # (buffer, its tokens from _first on)
 
     def _make_step(self, start: int, n_new: int) -> Step:
@@ -168,7 +168,7 @@ class SlidingCache(BufferedCache):
         for buffer, content in contents:
             buffer[:, :, goal] = moved.copy_(content[:, :, tokens])  # the two may overlap
         self._first = first
-        self._furthest = max(self._furthest, first)
+        self._largest_first = max(self._largest_first, first)
 
     def _sink_tokens(self) -> Tensor:
         """The number of the token for each sink column -> (B,n_sinks)."""
@@ -215,7 +215,7 @@ class SlidingCache(BufferedCache):
 
     def vacuous(self) -> str | None:
         """As Cache.vacuous: a check in which no token was evicted."""
-        if self._furthest - self._least_padding() > self.sinks:
+        if self._largest_first - self._least_padding() > self.sinks:
             return None
         return f"the window of {self.window} never evicted a token ({self.length} tokens held)"
 
