@@ -65,7 +65,7 @@ def require_tables(
 def require_memory_for(
     source: WeightFile, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Raise CapacityError unless the weights fit, as stored and as converted at once."""
+    """Raise CapacityError unless the weights fit, with those that are made beside stored ones."""
     stored = n_bytes(source)
     on_cpu = device.type == "cpu"  # then a weight of the right dtype is used as it was read
     made = sum(
@@ -76,7 +76,8 @@ def require_memory_for(
     where = str(source.path)
     # As it is stored on a CPU it takes the least: any other format is made beside it.
     wider = dtype if on_cpu and dtype.itemsize > stored_dtype(source).itemsize else None
-    require_memory(where, stored + (made if on_cpu else 0), CPU, SMALLER, wider)
+    needed = max(stored, source.resident + (made if on_cpu else 0))
+    require_memory(where, needed, CPU, SMALLER, wider)
     if not on_cpu:
         require_memory(where, made + table_nbytes(config), device, SMALLER, dtype)
 
