@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from kvtool.config import OWN, ModelConfig, own_types
 from kvtool.core.checkpoint.families import FAMILIES, Family, end_ids
 from kvtool.core.checkpoint.gguf.tokens import read_tokenizer
 from kvtool.core.checkpoint.gguf.weights import GGUFModel
+from kvtool.core.checkpoint.safetensors_file import Digest
 from kvtool.core.checkpoint.sizes import (
     CPU,
     SMALLER,
@@ -67,8 +68,13 @@ class Checkpoint:
     tokenizer: Tokenizer  # of the output; for a decoder-only model also of the input
     source_tokenizer: Tokenizer | None  # of the encoder's input
     path: Path
-    sha256: str  # of model.safetensors, or of the GGUF file
+    digest: Digest  # of model.safetensors, or of the GGUF file
     stored_dtype: str  # of most weights in the file; `model` may have another dtype
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of its weights' file, in hexadecimal. Raises FileError if that changed."""
+        return self.digest()
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -141,14 +147,15 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     model = _empty_model(config, source, _described_in(folder))
     _check_tensors(source, model)
     require_memory_for(source, config, device, dtype)
-    stored, sha256 = _read(source, model)
-    weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
-    require_finite(source.path, stored, weights, CheckFailed if check else FileError)
+    stored, digest = _read(source, model)
+    weights: dict[str, Tensor] = {}
+    converted = _converted(stored, device, dtype, weights)
+    require_finite(source.path, converted, CheckFailed if check else FileError)
     _fill(model, weights)
     kept = _tell_stored(name or folder.name, source, family, dtype)
     # The weights are on the device already; this moves the tables.
     model = model.to(device).eval()
-    return Checkpoint(model, config, tokenizer, source_tokenizer, folder, sha256, kept)
+    return Checkpoint(model, config, tokenizer, source_tokenizer, folder, digest, kept)
 
 
 def require_context(name: str, flag: str, n_tokens: int) -> None:
@@ -354,9 +361,9 @@ def _check_tensors(source: WeightFile, model: nn.Module) -> None:
 # --- from the file into the model
 
 
-def _read(source: WeightFile, model: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """The tensors, without second names of shared ones, and the SHA-256 of the file."""
-    weights, sha256 = source.read()
+def _read(source: WeightFile, model: nn.Module) -> tuple[dict[str, Tensor], Digest]:
+    """The tensors, without second names of shared ones, and the digest of the file."""
+    weights, digest = source.read()
     for alias, owner in _aliases(model).items():
         twin = weights.pop(alias, None)
         if twin is not None and not _same_bytes(twin, weights[owner]):
@@ -365,7 +372,17 @@ def _read(source: WeightFile, model: nn.Module) -> tuple[dict[str, Tensor], str]
                 f"{CONFIG} ties them)",
                 "Set tied to false to keep both, or leave the head out of the file.",
             )
-    return weights, sha256
+    return weights, digest
+
+
+def _converted(
+    stored: dict[str, Tensor], device: torch.device, dtype: torch.dtype, weights: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each tensor of `stored`, which is emptied, as it was and as it is moved to `weights`."""
+    for name in list(stored):
+        tensor = stored.pop(name)
+        weights[name] = tensor.to(device, dtype)
+        yield name, tensor, weights[name]
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,7 @@ import struct
 import tarfile
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +22,13 @@ from torch import Tensor
 
 from kvtool import ending
 from kvtool.core.checkpoint.pickle_walk import PLAIN, Foreign, Record, Refused, walk
-from kvtool.core.checkpoint.safetensors_file import BUFFER_DTYPES, BUFFERS, DTYPES, TensorInfo
+from kvtool.core.checkpoint.safetensors_file import (
+    BUFFER_DTYPES,
+    BUFFERS,
+    DTYPES,
+    Digest,
+    TensorInfo,
+)
 from kvtool.core.machine import require_memory
 from kvtool.errors import FileError, KvtoolError, pass_on_shortage
 from kvtool.reading import opened, sha256, short
@@ -50,15 +57,20 @@ class PickledFile:
             name: TensorInfo(tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
             for name, tensor in self._state.items()
         }
+        self.resident = sum(info.end for info in self.tensors.values())
 
-    def read(self) -> tuple[dict[str, Tensor], str]:
-        """All tensors, contiguous and each in its own memory, and the SHA-256 of the file."""
+    def read(self) -> tuple[dict[str, Tensor], Digest]:
+        """All tensors, contiguous and each in its own memory, and the digest of the file."""
         # Stored views may share memory, be transposed or repeat a value; a model's weights may not.
-        found = {
-            name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in self._state.items()
-        }
-        return found, sha256(self.path)
+        owners = Counter(t.untyped_storage().data_ptr() for t in self._state.values())
+        found = {}
+        for name, tensor in self._state.items():
+            storage = tensor.untyped_storage()
+            alone = owners[storage.data_ptr()] == 1 and storage.nbytes() == tensor.nbytes
+            kept = tensor.detach().contiguous()
+            found[name] = kept if alone else kept.clone()
+        digest = sha256(self.path)
+        return found, lambda: digest
 
 
 # --- before torch sees it

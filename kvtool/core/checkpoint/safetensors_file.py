@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +26,9 @@ from kvtool.reading import opened, parse_json, short
 
 LARGEST_HEADER = 2**25  # bytes; 100,000 tensors take 10^7, and the reference allows 10^8
 MOST_DIMENSIONS = 8  # so that a shape of a million numbers costs no time; weights have 1 or 2
+MAPPED = 2**26  # bytes; from this size on a file is mapped into memory, not read
+READ_AT_ONCE = 2**20
+Digest = Callable[[], str]  # the SHA-256 of what was read, in hexadecimal; computed when called
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -62,8 +68,9 @@ class TensorInfo:
 class SafetensorsFile:
     """The checked header of the regular file `path`; `read` loads the tensors.
 
-    dtypes: the formats that its tensors may have, by their names in the header. Raises FileError
-    for a damaged header, or one that contradicts the file's size.
+    dtypes: the formats that its tensors may have, by their names in the header. resident: bytes of
+    memory that `read` fills. Raises FileError for a damaged header, or one that contradicts the
+    file's size.
     """
 
     def __init__(self, path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> None:
@@ -77,26 +84,85 @@ class SafetensorsFile:
             name: _tensor_info(name, entry, path, dtypes) for name, entry in spec.items()
         }
         _check_layout(self.tensors, len(self._prefix), size, path)
+        self._size = size
+        self.resident = 0 if size >= MAPPED else size - len(self._prefix)
 
-    def read(self) -> tuple[dict[str, Tensor], str]:
-        """All tensors as stored, on the CPU, and the SHA-256 of the file in hexadecimal.
+    def read(self) -> tuple[dict[str, Tensor], Digest]:
+        """All tensors as stored, on the CPU, and the digest of the file.
 
-        Both come from one pass over the file, so the digest covers the bytes that were loaded.
-        Raises FileError if the file has changed since it was opened.
+        A small file is read in one pass. A large one is mapped: its bytes are read when they are
+        used, processes share them, and a page that is written to is copied first. Raises FileError
+        if the file has changed since it was opened.
         """
-        found = {}
         with opened(self.path, "safetensors") as file:
             # A training run may have replaced the file since its header was checked.
             if file.read(len(self._prefix)) != self._prefix:
                 raise FileError(f"{self.path}: changed while it was read", "Try again.")
-            digest = hashlib.sha256(self._prefix)
-            for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
-                buffer = torch.empty(info.end - info.begin, dtype=torch.uint8)
-                if file.readinto(buffer.numpy().data) != len(buffer):
-                    raise FileError(f"{self.path}: became shorter while it was read", "Try again.")
-                digest.update(buffer.numpy().data)
-                found[name] = buffer.view(info.dtype).view(info.shape)
-        return found, digest.hexdigest()
+            return self._copied(file) if self.resident else self._mapped(file)
+
+    def _copied(self, file: BufferedReader) -> tuple[dict[str, Tensor], Digest]:
+        found = {}
+        digest = hashlib.sha256(self._prefix)
+        for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
+            buffer = torch.empty(info.end - info.begin, dtype=torch.uint8)
+            if file.readinto(buffer.numpy().data) != len(buffer):
+                raise _shorter(self.path)
+            digest.update(buffer.numpy().data)
+            found[name] = buffer.view(info.dtype).view(info.shape)
+        return found, digest.hexdigest
+
+    def _mapped(self, file: BufferedReader) -> tuple[dict[str, Tensor], Digest]:
+        digest = _FileDigest(file, self.path)
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if len(pages) < self._size:
+            raise _shorter(self.path)
+        if hasattr(mmap, "MADV_WILLNEED"):
+            pages.madvise(mmap.MADV_WILLNEED)  # the disk is read ahead, while the rest is checked
+        found = {}
+        for name, info in self.tensors.items():
+            begin, n = len(self._prefix) + info.begin, info.end - info.begin
+            if not n:
+                found[name] = torch.empty(info.shape, dtype=info.dtype)
+                continue
+            stored = torch.frombuffer(pages, dtype=torch.uint8, count=n, offset=begin)
+            aligned = stored if begin % info.dtype.itemsize == 0 else stored.clone()
+            found[name] = aligned.view(info.dtype).view(info.shape)
+        return found, digest
+
+
+class _FileDigest:
+    """The digest of an open file, which may be replaced meanwhile by another of its name.
+
+    Raises FileError if its own bytes changed since.
+    """
+
+    def __init__(self, file: BufferedReader, path: Path) -> None:
+        self.path = path
+        self._handle = os.dup(file.fileno())
+        self._seen = self._state()
+        self._found = ""
+
+    def __call__(self) -> str:
+        if not self._found:
+            digest, position = hashlib.sha256(), 0
+            while data := os.pread(self._handle, READ_AT_ONCE, position):
+                digest.update(data)
+                position += len(data)
+            if self._state() != self._seen:
+                raise FileError(f"{self.path}: changed while it was used", "Run it again.")
+            self._found = digest.hexdigest()
+        return self._found
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._handle)
+        return found.st_size, found.st_mtime_ns
+
+    def __del__(self) -> None:
+        os.close(self._handle)
+
+
+def _shorter(path: Path) -> FileError:
+    return FileError(f"{path}: became shorter while it was read", "Try again.")
 
 
 def _read_prefix(file: BinaryIO, size: int, path: Path) -> bytes:

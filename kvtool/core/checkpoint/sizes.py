@@ -65,7 +65,7 @@ def require_tables(
 def require_memory_for(
     source: WeightFile, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Raise CapacityError unless the stored and the converted weights fit into memory together."""
+    """Raise CapacityError unless stored weights, if not mapped, and converted ones fit together."""
     stored = n_bytes(source)
     on_cpu = device.type == "cpu"  # there a weight of the right dtype is used without a copy
     made = sum(
@@ -76,7 +76,8 @@ def require_memory_for(
     where = str(source.path)
     # On a CPU the stored dtype takes the least memory: any other needs a copy.
     wider = dtype if on_cpu and dtype.itemsize > stored_dtype(source).itemsize else None
-    require_memory(where, stored + (made if on_cpu else 0), CPU, SMALLER, wider)
+    needed = max(stored, source.resident + (made if on_cpu else 0))
+    require_memory(where, needed, CPU, SMALLER, wider)
     if not on_cpu:
         require_memory(where, made + table_nbytes(config), device, SMALLER, dtype)
 

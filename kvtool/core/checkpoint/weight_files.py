@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core.checkpoint.pickled_file import PickledFile
-from kvtool.core.checkpoint.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
+from kvtool.core.checkpoint.safetensors_file import DTYPES, Digest, SafetensorsFile, TensorInfo
 from kvtool.core.machine import dtype_name
 from kvtool.errors import FileError, UsageError
 from kvtool.reading import opened, quoted, read_json_object, short
@@ -41,9 +42,10 @@ class WeightFile(Protocol):
 
     path: Path  # for error messages
     tensors: dict[str, TensorInfo]
+    resident: int  # bytes of memory that `read` fills; 0 of a file that is mapped
 
-    def read(self) -> tuple[dict[str, Tensor], str]:
-        """All tensors, contiguous on the CPU, and a SHA-256 of the file(s) in hexadecimal."""
+    def read(self) -> tuple[dict[str, Tensor], Digest]:
+        """All tensors, contiguous on the CPU, and the digest of the file(s)."""
 
 
 def open_weights(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> WeightFile:
@@ -133,23 +135,31 @@ def wrong_shape(
 
 
 def require_finite(
-    path: Path, stored: Mapping[str, Tensor], weights: Mapping[str, Tensor], kind: type[Exception]
+    path: Path, tensors: Iterable[tuple[str, Tensor, Tensor]], kind: type[Exception]
 ) -> None:
-    """Raise `kind` for NaN or infinity in the file, or UsageError if the conversion caused it."""
-    counts = {name: _count_bad(tensor) for name, tensor in weights.items()}
-    bad = [name for name, count in counts.items() if count]
-    if not bad:
-        return
-    from_file = [name for name in bad if _count_bad(stored[name])]
-    if not from_file:
-        dtype = dtype_name(weights[bad[0]].dtype)
-        raise UsageError(
-            f"--dtype {dtype}: {counts[bad[0]]} values of {bad[0]} are beyond its range",
-            "Use a --dtype of more range, such as float32 or float64.",
-        )
-    first = from_file[0]
-    more = f", and so do {len(from_file) - 1} more tensors" if from_file[1:] else ""
-    raise kind(f"{path}: {first} holds {_count_bad(stored[first])} NaN or infinite values{more}")
+    """Raise `kind` for NaN or infinity in the file, or UsageError if the conversion caused it.
+
+    tensors: each name, with the tensor as stored and as converted; they may be made one by one.
+    """
+    overflowed, in_file = "", []
+    for name, stored, converted in tensors:
+        if is_finite(converted):
+            continue
+        if n := _count_bad(stored):
+            in_file.append(f"{name} holds {n} NaN or infinite values")
+        elif not overflowed:
+            dtype, n = dtype_name(converted.dtype), _count_bad(converted)
+            overflowed = f"--dtype {dtype}: {n} values of {name} are beyond its range"
+    if in_file:
+        more = f", and so do {len(in_file) - 1} more tensors" if in_file[1:] else ""
+        raise kind(f"{path}: {in_file[0]}{more}")
+    if overflowed:
+        raise UsageError(overflowed, "Use a --dtype of more range, such as float32 or float64.")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass that makes no other tensor."""
+    return not tensor.numel() or all(math.isfinite(v) for v in map(float, tensor.aminmax()))
 
 
 def _count_bad(tensor: Tensor) -> int:
@@ -182,16 +192,17 @@ class ShardedFile:
             _check_shard(path, name, places, listed[name], set(shard.tensors))
             self._shards.append(shard)
             self.tensors |= shard.tensors
+        self.resident = sum(shard.resident for shard in self._shards)
 
-    def read(self) -> tuple[dict[str, Tensor], str]:
-        """All tensors, and the SHA-256 of the shards' SHA-256s in the order of their names."""
+    def read(self) -> tuple[dict[str, Tensor], Digest]:
+        """The digest is of the shards' own digests, in the order of their names."""
         found: dict[str, Tensor] = {}
         digests = []
         for shard in self._shards:
             tensors, digest = shard.read()
             found |= tensors
             digests.append(digest)
-        return found, hashlib.sha256("".join(digests).encode()).hexdigest()
+        return found, lambda: hashlib.sha256("".join(d() for d in digests).encode()).hexdigest()
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kvtool.core.checkpoint.safetensors_file import BUFFERS, TensorInfo
+from kvtool.core.checkpoint.safetensors_file import BUFFERS, Digest, TensorInfo
 from kvtool.core.checkpoint.weight_files import CONFIG, WeightFile, require_tensors
 
 HEAD = "lm_head.weight"
@@ -35,6 +36,11 @@ class Stored:
     def conv1d(cls, name: str, n_out: int, n_in: int) -> Stored:
         """Of the weight (n_out,n_in) of a GPT-2 Conv1D."""
         return cls(((name, (n_in, n_out)),), transposed=True)
+
+    @property
+    def made(self) -> bool:
+        """Whether ours has other bytes than theirs, so that it takes memory of its own."""
+        return self.transposed or len(self.parts) > 1
 
     @property
     def shape(self) -> Shape:
@@ -77,6 +83,11 @@ class MappedFile:
             if self._theirs(stored.parts[0][0]) in held
         }
         self.tensors = {ours: self._info(stored) for ours, stored in self._names.items()}
+        self.resident = source.resident + sum(
+            math.prod(info.shape) * info.dtype.itemsize
+            for ours, info in self.tensors.items()
+            if self._names[ours].made
+        )
 
     def _theirs(self, name: str) -> str:
         return name if name == self._head else self._prefix + name
@@ -88,9 +99,9 @@ class MappedFile:
             dtype = torch.promote_types(dtype, info.dtype)
         return TensorInfo(dtype, stored.shape, 0, 0)
 
-    def read(self) -> tuple[dict[str, Tensor], str]:
+    def read(self) -> tuple[dict[str, Tensor], Digest]:
         """As WeightFile.read, under our names."""
-        tensors, sha256 = self._source.read()
+        tensors, digest = self._source.read()
         found = {}
         for ours, stored in self._names.items():
             parts = [tensors.pop(self._theirs(name)) for name, _ in stored.parts]
@@ -98,4 +109,4 @@ class MappedFile:
                 found[ours] = parts[0].T.contiguous()
             else:
                 found[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return found, sha256
+        return found, digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kvtool.core.checkpoint.gguf.config import (
 )
 from kvtool.core.checkpoint.gguf.formats import numbers, require_known
 from kvtool.core.checkpoint.gguf.header import GGUFHeader, TensorField
-from kvtool.core.checkpoint.safetensors_file import TensorInfo
+from kvtool.core.checkpoint.safetensors_file import Digest, TensorInfo
 from kvtool.core.checkpoint.weight_files import WeightFile
 from kvtool.errors import FileError
 from kvtool.reading import opened
@@ -81,8 +82,10 @@ class GGUFWeights:
                 continue
             require_known(f"{header.where}: {name}", field.format)
             self.tensors[name] = TensorInfo(self.dtype, field.shape, field.begin, field.end)
+        n_values = sum(math.prod(info.shape) for info in self.tensors.values())
+        self.resident = n_values * self.dtype.itemsize
 
-    def read(self) -> tuple[dict[str, Tensor], str]:
+    def read(self) -> tuple[dict[str, Tensor], Digest]:
         """As WeightFile.read, in one pass over the file."""
         found: dict[str, Tensor] = {}
         digest = hashlib.sha256()
@@ -92,9 +95,8 @@ class GGUFWeights:
                 found[field.name] = self._tensor(file, field, digest)
             self._skip(file, self.header.size, digest)
         found.pop(FACTORS, None)
-        return {
-            name: self._as_stored(name, found[name]) for name in self.tensors
-        }, digest.hexdigest()
+        weights = {name: self._as_stored(name, found.pop(name)) for name in self.tensors}
+        return weights, digest.hexdigest
 
     def _skip(self, file: BufferedReader, end: int, digest: Any) -> None:
         """Count in what stands before `end`: the header, or what aligns tensors."""

@@ -75,13 +75,13 @@ def read_folder(
             skeleton, info = _load(_without_values(made), config, shapes, chosen)
             _check_names(skeleton, info, source)
         require_memory(str(source.path), _needed(source, chosen), CPU, SMALLER)
-        tensors, sha256 = source.read()
-        floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
-        require_finite(source.path, floats, floats, kind)
+        tensors, digest = source.read()
+        floats = [(name, t, t) for name, t in tensors.items() if t.is_floating_point()]
+        require_finite(source.path, floats, kind)
         model, _ = _load(made, config, tensors, chosen)
         _check_tied(model, skeleton, source)
     model.config.name_or_path = str(folder)
-    return Read(model.eval().requires_grad_(False), sha256)
+    return Read(model.eval().requires_grad_(False), digest())
 
 
 def _check_depths(settings: Mapping[str, Any], source: WeightFile, folder: Path) -> None:
