@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -182,5 +183,12 @@ def _common(a: Tokens, b: Tokens) -> int:
 @contextmanager
 def proxied(proxy: FaultProxy) -> Iterator[str]:
     """The address of a proxy on this machine, within. It asks for one thing at a time."""
-    with json_server(lambda path, body, _: (200, proxy.answer(path, body))) as address:
+
+    def reply(path: str, body: dict[str, Any] | None, _: Any) -> tuple[int, dict[str, Any]]:
+        try:
+            return 200, proxy.answer(path, body)
+        except urllib.error.HTTPError as error:  # as of an address that this engine does not have
+            return error.code, {}
+
+    with json_server(reply) as address:
         yield address
