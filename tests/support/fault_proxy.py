@@ -1,4 +1,4 @@
-"""A proxy before a live llama.cpp, whose prefix cache is wrong in a way that was planted.
+"""A proxy before a live llama.cpp or vLLM, whose prefix cache is wrong in a way that was planted.
 
 It keeps what was asked last. Where a request with the cache shares a prefix with that, the server
 is asked anew, and without its cache, for what a faulty cache would have held; the answer says that
@@ -8,6 +8,8 @@ the prefix was reused.
 from __future__ import annotations
 
 import json
+import os
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,38 +85,84 @@ UNSEEN: dict[str, Fault] = {  # that the rule was not tuned on
 FAULTS: dict[str, Fault] = {**TUNED, **UNSEEN}
 
 
+class _LlamaCpp:
+    """/completion of llama.cpp."""
+
+    def cached(self, body: dict[str, Any]) -> bool:
+        """Whether a request may take from the cache."""
+        return bool(body["cache_prompt"])
+
+    def cold(self, number: int) -> dict[str, Any]:
+        """What of a request changes if it must not."""
+        return {"cache_prompt": False}
+
+    def tokens(self, found: dict[str, Any]) -> Tokens:
+        """The ids that an answer continues with."""
+        return list(found.get("tokens", []))
+
+    def mend(self, found: dict[str, Any], reused: int, temperature: float) -> None:
+        """Let an answer say that so many tokens were taken from the cache, and warm it."""
+        found["timings"]["cache_n"] = reused
+        for token in found["completion_probabilities"]:
+            for other in token["top_logprobs"]:
+                other["logprob"] /= temperature
+
+
+class _VLLM:
+    """/v1/completions of vLLM, with the salts by which kvtool asks it to share nothing."""
+
+    def cached(self, body: dict[str, Any]) -> bool:
+        """As _LlamaCpp.cached."""
+        return "-cold-" not in body["cache_salt"]
+
+    def cold(self, number: int) -> dict[str, Any]:
+        """As _LlamaCpp.cold."""
+        return {"cache_salt": f"proxy-{number}-{os.urandom(8).hex()}"}
+
+    def tokens(self, found: dict[str, Any]) -> Tokens:
+        """As _LlamaCpp.tokens."""
+        named = found["choices"][0]["logprobs"]["tokens"]
+        return [int(name.removeprefix("token_id:")) for name in named]
+
+    def mend(self, found: dict[str, Any], reused: int, temperature: float) -> None:
+        """As _LlamaCpp.mend."""
+        found["usage"]["prompt_tokens_details"] = {"cached_tokens": reused}
+        for token in found["choices"][0]["logprobs"]["top_logprobs"]:
+            for name in token:
+                token[name] /= temperature
+
+
+APIS: dict[str, _LlamaCpp | _VLLM] = {"/completion": _LlamaCpp(), "/v1/completions": _VLLM()}
+
+
 class FaultProxy:
     """`fault`: what is planted, None nothing. `temperature`: by which cached logprobs alone are
     divided."""
 
     def __init__(self, url: str, fault: Fault | None = None, temperature: float = 1.0) -> None:
         self.url, self.fault, self.temperature = url, fault, temperature
-        self.kept: list[Tokens] = []
+        self.kept: list[tuple[str, Tokens]] = []  # each with the salt that it was asked with
         self.planted = 0  # answers that the fault has changed
 
     def answer(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """What the server says, or what it would say with the fault."""
-        if path != "/completion" or body is None:
+        if path not in APIS or body is None:
             return self._ask(path, body)
-        ids, shared, kept = body["prompt"], 0, []
-        if body["cache_prompt"]:
-            n, kept = max(((_common(k, ids[:-1]), k) for k in self.kept), default=(0, []))
+        api = APIS[path]
+        ids, shared, kept, salt = body["prompt"], 0, [], body.get("cache_salt", "")
+        if api.cached(body):
+            same = [k for s, k in self.kept if s == salt]
+            n, kept = max(((_common(k, ids[:-1]), k) for k in same), default=(0, []))
             shared = n if n >= LEAST else 0
         if not shared or (self.fault is None and self.temperature == 1.0):
             found = self._ask(path, body)
         else:
             faulty = ids if self.fault is None else self.fault(ids, kept, shared)
             self.planted += faulty != ids or self.temperature != 1.0
-            found = self._ask(path, {**body, "prompt": faulty, "cache_prompt": False})
-            found["timings"]["cache_n"] = shared
-            self._warm(found)
-        self.kept = [*self.kept[-1:], [*ids, *found.get("tokens", [])]]
+            found = self._ask(path, {**body, "prompt": faulty, **api.cold(self.planted)})
+            api.mend(found, shared, self.temperature)
+        self.kept = [*self.kept[-1:], (salt, [*ids, *api.tokens(found)])]
         return found
-
-    def _warm(self, found: dict[str, Any]) -> None:
-        for token in found["completion_probabilities"]:
-            for other in token["top_logprobs"]:
-                other["logprob"] /= self.temperature
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
@@ -135,5 +183,12 @@ def _common(a: Tokens, b: Tokens) -> int:
 @contextmanager
 def proxied(proxy: FaultProxy) -> Iterator[str]:
     """The address of a proxy on this machine, within. It asks for one thing at a time."""
-    with json_server(lambda path, body, _: (200, proxy.answer(path, body))) as address:
+
+    def reply(path: str, body: dict[str, Any] | None, _: Any) -> tuple[int, dict[str, Any]]:
+        try:
+            return 200, proxy.answer(path, body)
+        except urllib.error.HTTPError as error:  # as of an address that this engine does not have
+            return error.code, {}
+
+    with json_server(reply) as address:
         yield address
