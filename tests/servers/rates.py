@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("url")
     parser.add_argument("--promoted", default="")
     parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--first", type=int, default=0, help="to go on where a run was ended")
     parser.add_argument("--prompts", type=int, default=5)
     parser.add_argument("--tail", type=int, default=32)
     parser.add_argument("--arms", nargs="+", default=["prefix"])
@@ -125,7 +126,7 @@ def main() -> None:
     faults = [*FAULTS, "temperature"]
     counts: dict[str, Counter[str]] = {}
     kept = []
-    for n in range(given.trials):
+    for n in range(given.first, given.trials):
         prompts = fresh_prompts(given.url, given.seed + 1000 * n, given.prompts)
         memories: list[Memory] = [{}, {}]
         for name in ("", faults[n % len(faults)]):
