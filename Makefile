@@ -43,7 +43,6 @@ baseline: .venv/installed-test ## time the benchmarks and make that the baseline
 	mkdir -p $(dir $(BASELINE))
 	mv out/baseline/*/0001_baseline.json $(BASELINE)
 
-# llama.cpp takes part once `.venv/bin/pip install llama-cpp-python gguf` has built it.
 peers: .venv/installed-test ## time kvtool, transformers and llama.cpp in turns, into docs/peers.md
 	$(BIN)/python tests/benchmarks/peers/run.py
 

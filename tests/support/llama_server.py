@@ -15,8 +15,8 @@ import xllamacpp
 p = xllamacpp.CommonParams()
 p.model.path, p.hostnames, p.port = sys.argv[1], ["127.0.0.1"], 0
 p.n_ctx, p.n_parallel, p.warmup, p.fit_params = int(sys.argv[2]), 2, False, False
-p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1
-for name, value in zip(sys.argv[3::2], sys.argv[4::2]):
+p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[3])
+for name, value in zip(sys.argv[4::2], sys.argv[5::2]):
     kind = type(getattr(p, name))
     setattr(p, name, kind(int(value)) if value.lstrip("-").isdigit() else value)
 server = xllamacpp.Server(p)
@@ -26,16 +26,18 @@ sys.stdin.read()
 
 
 @contextmanager
-def llama_server(model: Path, context: int = 512, **params: object) -> Iterator[str]:
+def llama_server(
+    model: Path, context: int = 512, threads: int = 1, **params: object
+) -> Iterator[str]:
     """The address of llama.cpp's server of a GGUF file, within; of `context` tokens for 2 slots.
 
     params: of xllamacpp.CommonParams, such as n_cache_reuse=8.
     """
     words = [str(word) for item in params.items() for word in item]
     process = subprocess.Popen(
-        [sys.executable, "-c", CODE, str(model), str(context), *words],
+        [sys.executable, "-c", CODE, str(model), str(context), str(threads), *words],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
     try:

@@ -2,29 +2,32 @@
 
     make peers
 
-llama.cpp takes part if `pip install llama-cpp-python gguf` has been done.
+llama.cpp is the one in the package xllamacpp, which the tests install.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
+import importlib.metadata
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 from figure import draw
-from measure import Series, make_model, make_series, measure
+from measure import Series, in_turns, make_large, make_model, make_series, measure
 
+from kvtool.core.bench.timing import iqr
 from kvtool.ui.environment import environment
 
 DOCS = Path(__file__).parents[3] / "docs"
 LENGTHS = [10, 50, 100, 500, 1000]
 N_PROMPT = 8
 LONG_PROMPT = 1000  # tokens, of which the reading is timed
+LARGE = {1: 512, 8: 128}  # rows of the large model, and the prompt of each
+LARGE_NEW, LARGE_ROUNDS = 33, 5
 
 
 def main() -> None:
@@ -43,6 +46,8 @@ def main() -> None:
         reading = one_count(threads, [1], asked.rounds, LONG_PROMPT)
         text.append(section(threads, found[threads], reading))
         print(text[-1])
+    text.append(large_section(asked.threads, min(asked.rounds, LARGE_ROUNDS)))
+    print(text[-1])
     (asked.output / "peers.md").write_text("\n".join(text))
     first = asked.threads[0]
     draw(asked.output / "peers.png", found[first], first)
@@ -55,15 +60,57 @@ def one_count(
     model = make_model(n_prompt + max(lengths) + 32)
     prompt = torch.randint(model.config.vocab_size, (1, n_prompt))
     with tempfile.TemporaryDirectory() as folder:
-        series = make_series(model, prompt, threads, Path(folder))
-        measure(series, lengths, rounds, lambda text: print(text, file=sys.stderr))
+        with make_series(model, prompt, threads, Path(folder)) as series:
+            measure(series, lengths, rounds, tell)
     return series
+
+
+def tell(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr)
+
+
+def large_section(counts: Sequence[int], rounds: int) -> str:
+    """The tables of a model of 135 million weights."""
+    rows = ", ".join(f"{b} row{'s' * (b > 1)} behind {n} tokens" for b, n in LARGE.items())
+    lines = [
+        f"""## A model of 135 million weights
+
+Random weights in the shape of SmolLM2-135M (Llama's form, 30 layers of 576), float32: {rows}, and
+{LARGE_NEW - 1} tokens decoded. Medians of {rounds} rounds in turns, and the distance between the quartiles.
+"""
+    ]
+    for threads in counts:
+        torch.set_num_threads(threads)
+        for batch, n_prompt in LARGE.items():
+            model = make_large(n_prompt + LARGE_NEW + 32)
+            prompt = torch.randint(model.config.vocab_size, (batch, n_prompt))
+            with tempfile.TemporaryDirectory() as folder:
+                with make_series(model, prompt, threads, Path(folder), "llama") as series:
+                    runs = in_turns(series[:-1], LARGE_NEW, rounds, tell)
+            words = f"{threads} thread{'s' * (threads > 1)}, {batch} row{'s' * (batch > 1)}"
+            cells = {
+                name: [
+                    spread([n_prompt * batch / run.prefill_s for run in found]),
+                    spread([run.decode_s / (LARGE_NEW - 1) * 1e3 for run in found], 1),
+                ]
+                for name, found in runs.items()
+            }
+            lines.append(table(words, ["prompt, tokens/s", "a step, ms"], cells))
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """The median and the distance between the quartiles."""
+    return f"{median(values):,.{digits}f} ± {iqr(values):,.{digits}f}"
 
 
 def introduction(rounds: int) -> str:
     """The conditions, in words."""
     env = environment()
-    peers = f"transformers {installed('transformers')}, llama-cpp-python {installed('llama_cpp')}"
+    peers = (
+        f"transformers {installed('transformers')}, llama.cpp of xllamacpp {installed('xllamacpp')}"
+    )
     return f"""# How fast is kvtool beside transformers and llama.cpp?
 
 Written by `make peers`: the same random weights in GPT-2's form (2 layers, width 256, 8 heads,
@@ -72,18 +119,20 @@ generate the same tokens. Microseconds per token of a whole run, prompt and allo
 medians of {rounds} rounds, in which the programs take turns, another one first in each; behind ±
 the distance between the quartiles, and where that is over a quarter of the median, no figure:
 something else had the processor. What a program makes of a model once is not in them: loading
-it, or kvtool's table of addresses. The floor is the time of one token's matrix products, and of
-reading its keys and values, each in one call of compiled code.
+it, or kvtool's table of addresses. llama.cpp is asked as a server, and its times are its own: HTTP
+is not in them, what its loop does for each token is. The floor is the time of one token's matrix
+products, and of reading its keys and values, each in one call of compiled code.
 
 {env["cpu"]}, torch {env["torch"]}, {peers}.
 """
 
 
 def installed(name: str) -> str:
-    """The version of a module, if it is there."""
-    if importlib.util.find_spec(name) is None:
+    """The version of a package, if it is there."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
-    return str(importlib.import_module(name).__version__)
 
 
 def section(threads: int, series: Sequence[Series], reading: Sequence[Series]) -> str:
