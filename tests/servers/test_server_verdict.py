@@ -12,6 +12,7 @@ from kvtool.core.servers.verdict import (
     BEYOND,
     BLIND,
     BUG,
+    CROWDED,
     HIDDEN,
     IDENTICAL,
     KERNELS,
@@ -25,8 +26,10 @@ from kvtool.core.servers.verdict import (
     VACUOUS,
     WITHIN,
     ArmVerdict,
+    distance,
     judge_arm,
     pooled_floor,
+    scale_of,
     with_promoted,
 )
 
@@ -63,6 +66,34 @@ def test_a_gap_is_measured_by_the_noise(gap: float, verdict: str) -> None:
     assert found.verdict == verdict
     assert found.first_beyond == (END if verdict == BEYOND else None)
     assert found.prompts == N_PROMPTS and len(found.gaps) == 2 * N_PROMPTS
+
+
+def test_a_gap_that_the_limit_allows_is_not_where_a_fault_begins() -> None:
+    prompts = [measured(n, 1.0) for n in range(N_PROMPTS)]
+    for prompt in prompts:  # a shorter history, whose answer is a little above the noise
+        draws = np.random.default_rng(prompt.prompt)
+        prompt.cold.answers[END - 1] = [answer(draws, 0.1) for _ in range(6)]
+        prompt.add([(END - 1, answer(draws, 0.135))], 9)
+    found = judge_arm(prompts)
+    early = [gap.ratio for gap in found.gaps if gap.history == END - 1]
+    assert 1 < max(early) < found.limit == LIMIT
+    assert (found.verdict, found.first_beyond) == (BEYOND, END)
+
+
+def test_a_verdict_has_the_limit_by_which_it_was_judged() -> None:
+    assert ArmVerdict("prefix", WITHIN).limit == judged(0.1).limit == LIMIT
+    crowded = judge_arm([replace(measured(n, 0.1), arm="slot") for n in range(N_PROMPTS)])
+    assert crowded.limit == CROWDED
+
+
+def test_the_distance_of_answers_is_relative_and_infinite_where_one_is_no_number() -> None:
+    scale = scale_of([dict(enumerate(RIGHT))] * 3)
+    assert scale is not None
+    near = dict(enumerate(RIGHT * 1.01))
+    assert distance(near, scale) == pytest.approx(0.01)
+    assert distance(near, scale, near) == 0
+    assert distance(dict(enumerate(RIGHT * 1.02)), scale, near) == pytest.approx(0.01 / 1.01)
+    assert distance({0: float("nan")}, scale) == float("inf")
 
 
 def test_noise_as_large_as_a_fault_tells_nothing() -> None:

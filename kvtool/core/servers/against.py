@@ -128,7 +128,7 @@ def _positions(
         nats = math.sqrt(fmean(v * v for v in sorted(a.values())[-30:])) or 1.0
         scale = scales[0] or scale_of([a, a, a])
         assert scale is not None
-        apart = distance(b, a, scale)
+        apart = distance(b, scale, a)
         next_token = ours.ids[length] if length < ours.end else max(a, key=lambda i: a[i])
         floor = max(floors) if len(floors) == len(scales) else None
         found.append(

@@ -136,7 +136,7 @@ def growth(prompt: Prompt, pooled: float) -> float:
         scale = scale_of(cold)
         if scale is not None:
             floor = max(scale.floor or pooled, LEAST)
-            times.append(distance(answer, cold[0], scale) / floor)
+            times.append(distance(answer, scale, cold[0]) / floor)
     return max(1.0, float(median(times))) if times else 1.0
 
 

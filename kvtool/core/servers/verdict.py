@@ -62,7 +62,7 @@ class ArmVerdict:
     prompts: int = 0
     first_beyond: int | None = None  # the shortest history whose answer is beyond the noise
     gaps: tuple[ProbeGap, ...] = ()
-    limit: float = 1.0  # of the ratio: above it is beyond the noise
+    limit: float = LIMIT  # of the ratio: above it is beyond the noise
     promoted: str = ""  # the verdict on the promoted server, if one was asked
     promoted_ratio: float | None = None
     promoted_gap: float | None = None
@@ -121,7 +121,7 @@ def judge_arm(measured: Sequence[Measured], pooled: float = 0.0, grown: float = 
     if verdict == BEYOND and asked[0].approximate:
         verdict = LOSSY
     gaps = tuple(gap for compared in found for gap in compared.gaps)
-    beyond = [gap.history for gap in gaps if gap.ratio > 1]
+    beyond = [gap.history for gap in gaps if gap.ratio > limit]
     faults = [compared.fault for compared in found if compared.fault is not None]
     return ArmVerdict(
         arm, verdict, evidence, _typical(found, "ratio"), max(r for c in found for r in c.runs()),
@@ -159,7 +159,7 @@ class _Compared:
         end = scales.get(len(measured.cold.ids))
         if end is None or not measured.cold.controls:
             return cls(gaps, [], None)
-        faults = [_distance(control, end) for control in measured.cold.controls]
+        faults = [distance(control, end) for control in measured.cold.controls]
         floor = _floor(end, pooled) * grown
         return cls(gaps, [f / floor for f in faults], min(faults) * end.nats)
 
@@ -214,13 +214,13 @@ def _judged(found: Sequence[_Compared], reused: int | None, limit: float) -> tup
 
 
 def _gap(prompt: int, probe: Probe, scale: Scale, pooled: float, grown: float) -> ProbeGap:
-    distance = _distance(probe.answer, scale)
+    away = distance(probe.answer, scale)
     floor = (scale.floor or pooled) * grown
     found = vector(probe.answer, scale.ids)
     same = any(np.array_equal(found, b[0]) for b in scale.benign)
-    ratio = 0.0 if same and not floor else distance / (_floor(scale, pooled) * grown)
+    ratio = 0.0 if same and not floor else away / (_floor(scale, pooled) * grown)
     nats = scale.nats
-    return ProbeGap(prompt, probe.run, probe.history, distance * nats, floor * nats, ratio, same)
+    return ProbeGap(prompt, probe.run, probe.history, away * nats, floor * nats, ratio, same)
 
 
 def _floor(scale: Scale, pooled: float) -> float:
@@ -228,14 +228,11 @@ def _floor(scale: Scale, pooled: float) -> float:
     return max(scale.floor or pooled, LEAST)
 
 
-def _distance(answer: Answer, scale: Scale) -> float:
-    """From the mean of the benign answers; infinite for what is not a number."""
-    return noise.spread([vector(answer, scale.ids)], scale.middle).total
-
-
-def distance(answer: Answer, other: Answer, scale: Scale) -> float:
-    """Of two answers to one history, relative."""
-    return noise.spread([vector(answer, scale.ids)], [vector(other, scale.ids)]).total
+def distance(answer: Answer, scale: Scale, other: Answer | None = None) -> float:
+    """From another answer to the same history, or from the mean of the benign ones; relative, and
+    infinite for what is not a number."""
+    middle = scale.middle if other is None else [vector(other, scale.ids)]
+    return noise.spread([vector(answer, scale.ids)], middle).total
 
 
 def with_promoted(plain: ArmVerdict, promoted: ArmVerdict) -> ArmVerdict:
