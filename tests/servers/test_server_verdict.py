@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvtool.core.servers.arms import Answer, Cold, Measured
+from kvtool.core.servers.texts import Answer, Cold, Measured
 from kvtool.core.servers.verdict import (
     BEYOND,
     BLIND,

@@ -26,12 +26,20 @@ FAULTS: dict[str, Fault] = {
 
 
 class FakeEngine:
-    """Continues token ids greedily. What it kept of the last request serves the next one's
-    prefix; `fault` spoils it. `status` is answered in place of the next requests, one each."""
+    """Continues token ids greedily. What it kept of the last requests serves the next one's
+    prefix; `fault` spoils it. `status` is answered in place of the next requests, one each.
 
-    def __init__(self, fault: Fault | None = None, top: int = 40) -> None:
+    slots: places that a request may name, which hold its text alone. memory: how many texts of
+    requests that name none are kept.
+    """
+
+    def __init__(
+        self, fault: Fault | None = None, top: int = 40, slots: int = 0, memory: int = 2
+    ) -> None:
         self.model = random_model(0, vocab_size=V, context=CONTEXT)
         self.fault, self.top, self.kept = fault, top, [[0]]
+        self.slots: list[list[int]] = [[] for _ in range(slots)]
+        self.memory, self.files = memory, {}
         self.status: list[int] = []
         self.seen: list[tuple[str, dict[str, Any], str]] = []
         self.flushed = 0
@@ -53,8 +61,22 @@ class FakeEngine:
             pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
             found.append((pairs[0][0], pairs))
             new = [pairs[0][0]]
-        self.kept = [*self.kept[-1:], [*ids, *(token for token, _ in found)]]
+        self.kept = [*self.kept, [*ids, *(token for token, _ in found)]][-self.memory :]
         return found, shared
+
+    def complete_in(self, slot: int, ids: list[int], n: int, cached: bool) -> tuple[list[Any], int]:
+        """The same in a slot, which holds one text."""
+        others, self.kept = self.kept, [self.slots[slot]]
+        found = self.complete(ids, n, cached)
+        self.slots[slot], self.kept = self.kept[-1], others
+        return found
+
+    def file_slot(self, slot: int, action: str, name: str) -> None:
+        """Keep a slot's text under a name, or take it from there."""
+        if action == "save":
+            self.files[name] = list(self.slots[slot])
+        else:
+            self.slots[slot] = list(self.files[name])
 
 
 def _common(a: list[int], b: list[int]) -> int:
@@ -66,12 +88,19 @@ def _common(a: list[int], b: list[int]) -> int:
 def llama_cpp(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
     """The answer of llama-server."""
     if path == "/props":
-        return {"default_generation_settings": {"n_ctx": CONTEXT}, "model_alias": "fake"}
+        sizes = {"total_slots": len(engine.slots)} if engine.slots else {}
+        return {"default_generation_settings": {"n_ctx": CONTEXT}, "model_alias": "fake", **sizes}
     if path == "/tokenize":
         return {"tokens": [ord(c) % V for c in body["content"]]}
+    if path.startswith("/slots/"):
+        slot, _, action = path.removeprefix("/slots/").partition("?action=")
+        engine.file_slot(int(slot), action, body["filename"])
+        return {}
     if path != "/completion":
         return None
-    found, reused = engine.complete(body["prompt"], body["n_predict"], body["cache_prompt"])
+    asked = (body["prompt"], body["n_predict"], body["cache_prompt"])
+    slot = body.get("id_slot")
+    found, reused = engine.complete(*asked) if slot is None else engine.complete_in(slot, *asked)
     tops = [
         {"id": token, "top_logprobs": [{"id": i, "logprob": p} for i, p in pairs]}
         for token, pairs in found

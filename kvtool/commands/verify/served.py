@@ -19,7 +19,7 @@ from kvtool.ui.tables import Column
 if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint
     from kvtool.core.reference.served import Verdict
-    from kvtool.core.servers.engines import Engine
+    from kvtool.core.servers.engine import Engine
 
 TAIL, N_PROMPTS = 24, 4
 SHOWN = 8  # positions in the table; all are in the document

@@ -23,7 +23,7 @@ from kvtool.errors import UsageError
 from kvtool.ui.output import Output, present
 
 if TYPE_CHECKING:
-    from kvtool.core.servers.engines import Engine
+    from kvtool.core.servers.engine import Engine
 
 
 def present_visit(settings: Settings, out: Output) -> NoReturn:

@@ -12,7 +12,7 @@ from kvtool.reading import require_file
 from kvtool.registry import choose
 
 if TYPE_CHECKING:
-    from kvtool.core.servers.engines import Engine
+    from kvtool.core.servers.engine import Engine
 
 N_PROMPTS, N_THOROUGH = 5, 10
 LEAST_TAIL = 8
@@ -83,7 +83,7 @@ def prompts_for(settings: Settings, engine: Engine) -> list[list[int]]:
 
 def tail_of(settings: Settings) -> int:
     """How many tokens follow each prompt."""
-    from kvtool.core.servers.arms import TAIL
+    from kvtool.core.servers.texts import TAIL
 
     return TAIL if settings.tokens is None else settings.tokens
 

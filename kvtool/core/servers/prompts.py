@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtool.core.servers.client import Refused
-from kvtool.core.servers.engines import Engine
+from kvtool.core.servers.engine import Engine
 from kvtool.errors import FileError
 from kvtool.reading import parse_json, read_text
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.core.servers.arms import ARMS, Answer, Cold, Measured, Probe, likeliest, vector
+from kvtool.core.servers.arms import ARMS
+from kvtool.core.servers.texts import Answer, Cold, Measured, Probe, likeliest, vector
 from kvtool.core.verify import noise
 
 IDENTICAL, WITHIN, BEYOND = "identical", "within noise", "beyond noise"
