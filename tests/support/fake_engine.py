@@ -113,7 +113,7 @@ class Vllm:
 
     def __init__(self, most: int = 20) -> None:
         self.most = most
-        self.salts: set[str] = set()
+        self.kept: dict[str, list[list[int]]] = {}
 
     def __call__(
         self, engine: FakeEngine, path: str, body: dict[str, Any]
@@ -126,9 +126,9 @@ class Vllm:
             return None
         if body["logprobs"] > self.most:
             return {"HTTP": 400, "error": {"message": f"logprobs may be at most {self.most}"}}
-        cached = body["cache_salt"] in self.salts
-        self.salts.add(body["cache_salt"])
-        found, reused = engine.complete(body["prompt"], body["max_tokens"], cached)
+        engine.kept = self.kept.get(body["cache_salt"], [])
+        found, reused = engine.complete(body["prompt"], body["max_tokens"], cached=True)
+        self.kept[body["cache_salt"]] = engine.kept
         logprobs = {
             "tokens": [f"token_id:{token}" for token, _ in found],
             "top_logprobs": [

@@ -62,17 +62,18 @@ def fork(prompt: Prompt, into: Measured) -> None:
 def between(prompt: Prompt, into: Measured) -> None:
     """Another request in between, which shares nothing."""
     split = prompt.split(1)
-    prompt.ask(prompt.ids[:split], anywhere=True)
-    prompt.ask(prompt.ids[:0:-1][: prompt.n_prompt // 2], FORKED, anywhere=True)
-    prompt.probe(into, split, anywhere=True)
+    other = prompt.ids[:0:-1][: prompt.n_prompt // 2]
+    prompt.ask(prompt.ids[:split], anywhere=prompt.alone)
+    prompt.ask(other, FORKED, prompt.other_slot, prompt.alone)
+    prompt.probe(into, split, anywhere=prompt.alone)
 
 
 def second_slot(prompt: Prompt, into: Measured) -> None:
     """Another request at the same time."""
     split = prompt.split(2)
-    prompt.ask(prompt.ids[:split], anywhere=True)
+    prompt.ask(prompt.ids[:split], anywhere=prompt.alone)
     with prompt.beside(cached=True):
-        prompt.probe(into, split, anywhere=True)
+        prompt.probe(into, split, anywhere=prompt.alone)
 
 
 def evicted(prompt: Prompt, into: Measured) -> None:
@@ -91,20 +92,19 @@ def evicted(prompt: Prompt, into: Measured) -> None:
 
 def restored(prompt: Prompt, into: Measured) -> None:
     """A slot saved to a file, and read from there into another slot that held something else."""
-    if prompt.slot is None:
+    if prompt.slot is None or prompt.other_slot is None:
         into.unsupported = "it has no slots to save"
         return
-    other = (prompt.slot + 1) % prompt.engine.slots
     prompt.ask(prompt.ids[: prompt.end - 1])
     try:
         prompt.engine.file_slot(prompt.slot, "save")
-        prompt.ask(prompt.others(FILLERS), slot=other)
-        prompt.engine.file_slot(other, "restore")
+        prompt.ask(prompt.others(FILLERS), slot=prompt.other_slot)
+        prompt.engine.file_slot(prompt.other_slot, "restore")
     except Refused as error:
         why = f"it failed to save and restore a slot: {error.message}"
         into.unsupported = "--slot-save-path is not set" if error.code == NO_SAVING else why
         return
-    prompt.probe(into, prompt.start - 1, slot=other)
+    prompt.probe(into, prompt.start - 1, slot=prompt.other_slot)
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
