@@ -13,7 +13,7 @@ from kvtool.core.servers.arms import SHORT
 from kvtool.core.servers.client import Client
 from kvtool.core.servers.engine import Completion
 from kvtool.core.servers.engines import connect
-from kvtool.core.servers.prompts import LENGTHS
+from kvtool.core.servers.prompts import LENGTHS, built_in
 from kvtool.core.servers.session import Visit, visit
 from kvtool.core.servers.splits import ANY, Kind, drawn
 from kvtool.core.servers.texts import TAIL, Prompt
@@ -87,7 +87,9 @@ def reuse(engine: FakeEngine, answer: Any = llama_cpp, arms: list[str] = SHORT) 
     """What each arm says of an engine, and what each of its requests took from the cache."""
     with served(engine, answer) as url:
         found = Visit()
-        visit(connect(Client(url)), PROMPTS, arms, [], 20, lambda _: None, found)
+        asked = connect(Client(url))
+        prompts = built_in(asked, 2, random.SystemRandom())
+        visit(asked, prompts, arms, [], 20, lambda _: None, found)
     taken = {
         arm: [sorted({(p.run, p.reused) for p in m.probes}) for m in found.measured if m.arm == arm]
         for arm in arms

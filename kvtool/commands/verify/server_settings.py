@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,8 @@ def prompts_for(settings: Settings, engine: Engine) -> list[list[int]]:
     from kvtool.core.servers.session import require_room
 
     if settings.prompts is None:
-        ids = built_in(engine, N_THOROUGH if settings.thorough else N_PROMPTS)
+        n = N_THOROUGH if settings.thorough else N_PROMPTS
+        ids = built_in(engine, n, random.SystemRandom())
     else:
         ids = ids_of(engine, read_prompts(settings.prompts))
     require_room(engine, ids, tail_of(settings))
@@ -115,6 +117,7 @@ def resolved(
         "context": engine.context,
         "tail": tail_of(settings),
         "prompt_tokens": lengths,
+        "prompts": prompts,
         **({} if second is None else {"promoted_url": second.client.url}),
         **({} if second is None else {"promoted_model": Path(second.model).name}),
     }

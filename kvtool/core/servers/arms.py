@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from kvtool.core.servers.engine import Engine, NotFinite
 from kvtool.core.servers.texts import FORKED, TAIL, Measured, Prompt
 
 CUT_TAIL = 8
+FRESH = 4  # tokens
 FIRST_OF_LONG = 8  # tokens that stay before a cut of as many in a long text
 MOST_SET_RIGHT = 4  # times that a decoded text is led back to the right one
 LONG_TAIL = 32
@@ -63,17 +65,17 @@ def between(prompt: Prompt, into: Measured) -> None:
     """Another request in between, which shares nothing."""
     split = prompt.split(1)
     other = prompt.ids[:0:-1][: prompt.n_prompt // 2]
-    prompt.ask(prompt.ids[:split], anywhere=prompt.alone)
-    prompt.ask(other, FORKED, prompt.other_slot, prompt.alone)
-    prompt.probe(into, split, anywhere=prompt.alone)
+    prompt.ask(prompt.ids[:split], anywhere=True)
+    prompt.ask(other, FORKED, anywhere=True)
+    prompt.probe(into, split, anywhere=True)
 
 
 def second_slot(prompt: Prompt, into: Measured) -> None:
     """Another request at the same time."""
     split = prompt.split(2)
-    prompt.ask(prompt.ids[:split], anywhere=prompt.alone)
+    prompt.ask(prompt.ids[:split], anywhere=True)
     with prompt.beside(cached=True):
-        prompt.probe(into, split, anywhere=prompt.alone)
+        prompt.probe(into, split, anywhere=True)
 
 
 def evicted(prompt: Prompt, into: Measured) -> None:
@@ -133,9 +135,11 @@ def cut(prompt: Prompt, into: Measured) -> None:
 
 def _to_cut(prompt: Prompt) -> Iterator[tuple[list[int], int, int]]:
     """A text, and the ends of what is cut from it: a middle third, or little of a long text, since
-    a server shifts pieces of so many tokens alone (--cache-reuse of llama.cpp, often 256)."""
-    yield prompt.ids, prompt.n_prompt // 3, 2 * prompt.n_prompt // 3
-    text = [*prompt.ids, *prompt.more]
+    a server shifts pieces of so many tokens alone (--cache-reuse of llama.cpp, often 256). Each
+    begins as no text before, so that what it reuses is not what an earlier visit left."""
+    fresh = [random.SystemRandom().choice(prompt.ids) for _ in range(FRESH)]
+    yield [*fresh, *prompt.ids], prompt.n_prompt // 3, 2 * prompt.n_prompt // 3
+    text = [*fresh[::-1], *prompt.ids, *prompt.more]
     fits = not 0 < prompt.engine.context <= len(text) + CUT_TAIL + 1
     if prompt.more and fits:
         yield text, FIRST_OF_LONG, 2 * FIRST_OF_LONG

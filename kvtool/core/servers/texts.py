@@ -125,11 +125,6 @@ class Prompt:
         """Where other requests are answered; the same one if there is no other."""
         return None if self.slot is None else (self.slot + 1) % self.engine.slots
 
-    @property
-    def alone(self) -> bool:
-        """Whether there is one slot for all: the server must make room, and has its own ways."""
-        return self.engine.slots == 1
-
     def boundaries(self) -> list[int]:
         """How many tokens the cold requests prefill; the rest is decoded."""
         return sorted({round(b) for b in np.linspace(self.n_prompt, self.end, N_BOUNDARIES)})
@@ -177,7 +172,7 @@ class Prompt:
     def add_company(self) -> None:
         """Ask some of it again while the server answers another request as well: in a batch, and
         with others in its memory, an engine may round otherwise, cache or not."""
-        if self.alone or len(self.engine.requests(self.ids)) > 1:
+        if self.engine.slots == 1 or len(self.engine.requests(self.ids)) > 1:
             return  # one at a time, or a cache that is dropped before, which others would hinder
         for boundary in self.boundaries()[:: N_BOUNDARIES // N_BESIDE]:
             with self.beside(cached=False):
@@ -190,7 +185,7 @@ class Prompt:
         ids = self.ids[:0:-1][: self.n_prompt // 2]
         with ThreadPoolExecutor(1) as pool:
             if cached:
-                other = pool.submit(self.ask, ids, TAIL, self.other_slot, self.alone)
+                other = pool.submit(self.ask, ids, TAIL, anywhere=True)
             else:
                 other = pool.submit(self.engine.complete, ids, TAIL, slot=self.other_slot)
             yield
