@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING, NoReturn
 
 from kvtool.commands.verify.server_against import run_against, show_against
-from kvtool.commands.verify.server_dry import DryReport, show_dry
+from kvtool.commands.verify.server_dry import DryReport, dry_report, show_dry
 from kvtool.commands.verify.server_report import VisitReport, draw, show
 from kvtool.commands.verify.server_settings import (
     Settings,
@@ -103,6 +102,4 @@ def run_dry(settings: Settings, out: Output) -> DryReport:
         dry.arm = words
 
     visit(dry, prompts, short, long, tail_of(settings), tell, Visit())
-    sent = dry.client.n_sent
-    more = max(0, math.ceil(len(dry.requests_made)) + sent - settings.requests)
-    return DryReport(dry.client.url, dry.name, dry.requests_made, sent, more)
+    return dry_report(dry, settings.requests)
