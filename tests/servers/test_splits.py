@@ -13,11 +13,11 @@ from kvtool.core.servers.arms import SHORT
 from kvtool.core.servers.client import Client
 from kvtool.core.servers.engine import Completion
 from kvtool.core.servers.engines import connect
-from kvtool.core.servers.prompts import LENGTHS, built_in
+from kvtool.core.servers.prompts import LENGTHS
 from kvtool.core.servers.session import Visit, visit
 from kvtool.core.servers.splits import ANY, Kind, drawn
 from kvtool.core.servers.texts import TAIL, Prompt
-from kvtool.core.servers.verdict import BEYOND, IDENTICAL, VACUOUS, WITHIN
+from kvtool.core.servers.verdict import BEYOND, IDENTICAL, UNSUPPORTED, WITHIN
 
 DRAWS = random.Random(2)
 PROMPTS = [[DRAWS.randrange(V) for _ in range(n)] for n in (40, 44)]
@@ -87,9 +87,7 @@ def reuse(engine: FakeEngine, answer: Any = llama_cpp, arms: list[str] = SHORT) 
     """What each arm says of an engine, and what each of its requests took from the cache."""
     with served(engine, answer) as url:
         found = Visit()
-        asked = connect(Client(url))
-        prompts = built_in(asked, 2, random.SystemRandom())
-        visit(asked, prompts, arms, [], 20, lambda _: None, found)
+        visit(connect(Client(url)), PROMPTS, arms, [], 20, lambda _: None, found)
     taken = {
         arm: [sorted({(p.run, p.reused) for p in m.probes}) for m in found.measured if m.arm == arm]
         for arm in arms
@@ -102,7 +100,7 @@ def test_a_second_visit_reuses_what_the_first_did_and_says_the_same() -> None:
     assert reuse(engine) == reuse(engine)
 
 
-@pytest.mark.parametrize("api", [lambda: Vllm(), lambda: sglang])
+@pytest.mark.parametrize("api", [lambda: llama_cpp, lambda: Vllm(), lambda: sglang])
 def test_each_request_finds_no_more_than_its_own_scene_has_left(api: Any) -> None:
     verdicts, taken = reuse(FakeEngine(slots=2, memory=10_000), api(), ["prefix", "fork"])
     (first, second), (third, _) = ([n for _, n in runs] for runs in taken["prefix"])
@@ -137,9 +135,9 @@ def test_a_slot_is_saved_and_restored_into_another() -> None:
 
 def test_a_restore_that_brings_back_nothing_proves_nothing() -> None:
     engine = FakeEngine(slots=2)
-    engine.file_slot = lambda *_: None  # type: ignore[method-assign]
-    verdicts, _ = reuse(engine, arms=["restored"])
-    assert verdicts["restored"] == VACUOUS
+    engine.file_slot = lambda *_: 0  # type: ignore[method-assign]
+    verdicts, taken = reuse(engine, arms=["restored"])
+    assert verdicts["restored"] == UNSUPPORTED and taken["restored"] == [[]]
 
 
 def test_a_restore_that_mixes_up_tokens_is_found() -> None:
@@ -170,3 +168,15 @@ def test_an_engine_without_slots_is_not_asked_to_save_one() -> None:
     verdicts, _ = reuse(engine, arms=["restored"])
     assert verdicts["restored"] == "unsupported"
     assert not any("slots" in path for path, _, _ in engine.seen)
+
+
+@pytest.mark.parametrize("told", [10**30, -1, 3.5, "7", True, None])
+def test_a_server_that_claims_an_impossible_reuse_says_nothing_of_it(told: Any) -> None:
+    def claiming(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        found = llama_cpp(engine, path, body)
+        if found is not None and "timings" in found:
+            found["timings"]["cache_n"] = told
+        return found
+
+    with served(FakeEngine(), claiming) as url:
+        assert connect(Client(url)).complete([1, 2, 3], cached=True).reused is None

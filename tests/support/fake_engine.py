@@ -65,18 +65,22 @@ class FakeEngine:
         return found, shared
 
     def complete_in(self, slot: int, ids: list[int], n: int, cached: bool) -> tuple[list[Any], int]:
-        """The same in a slot, which holds one text."""
-        others, self.kept = self.kept, [self.slots[slot]]
+        """The same in a slot, which holds one text: as llama.cpp does, it looks for a better one
+        among the others if it would keep less than half of that."""
+        others, held = self.kept, self.slots[slot]
+        self.kept = [held] if 2 * _common(held, ids) >= len(held) else [held, *others]
         found = self.complete(ids, n, cached)
-        self.slots[slot], self.kept = self.kept[-1], others
+        self.slots[slot] = self.kept[-1]
+        self.kept = [*others, self.slots[slot]][-self.memory :]
         return found
 
-    def file_slot(self, slot: int, action: str, name: str) -> None:
-        """Keep a slot's text under a name, or take it from there."""
+    def file_slot(self, slot: int, action: str, name: str) -> int:
+        """Keep a slot's text under a name, or take it from there: how many tokens."""
         if action == "save":
             self.files[name] = list(self.slots[slot])
         else:
             self.slots[slot] = list(self.files[name])
+        return len(self.slots[slot])
 
 
 def _common(a: list[int], b: list[int]) -> int:
@@ -94,8 +98,7 @@ def llama_cpp(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, 
         return {"tokens": [ord(c) % V for c in body["content"]]}
     if path.startswith("/slots/"):
         slot, _, action = path.removeprefix("/slots/").partition("?action=")
-        engine.file_slot(int(slot), action, body["filename"])
-        return {}
+        return {f"n_{action}d": engine.file_slot(int(slot), action, body["filename"])}
     if path != "/completion":
         return None
     asked = (body["prompt"], body["n_predict"], body["cache_prompt"])

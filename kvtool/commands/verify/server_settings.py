@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +74,7 @@ def prompts_for(settings: Settings, engine: Engine) -> list[list[int]]:
     from kvtool.core.servers.session import require_room
 
     if settings.prompts is None:
-        n = N_THOROUGH if settings.thorough else N_PROMPTS
-        ids = built_in(engine, n, random.SystemRandom())
+        ids = built_in(engine, N_THOROUGH if settings.thorough else N_PROMPTS)
     else:
         ids = ids_of(engine, read_prompts(settings.prompts))
     require_room(engine, ids, tail_of(settings))

@@ -101,10 +101,13 @@ def restored(prompt: Prompt, into: Measured) -> None:
     try:
         prompt.engine.file_slot(prompt.slot, "save")
         prompt.ask(prompt.others(FILLERS), slot=prompt.other_slot)
-        prompt.engine.file_slot(prompt.other_slot, "restore")
+        n_restored = prompt.engine.file_slot(prompt.other_slot, "restore")
     except Refused as error:
         why = f"it failed to save and restore a slot: {error.message}"
         into.unsupported = "--slot-save-path is not set" if error.code == NO_SAVING else why
+        return
+    if not n_restored:  # what is reused then is from elsewhere
+        into.unsupported = "it restored no tokens of a slot"
         return
     prompt.probe(into, prompt.start - 1, slot=prompt.other_slot)
 

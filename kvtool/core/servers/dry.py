@@ -53,9 +53,10 @@ class DryEngine:
         nothing = dict.fromkeys(range(UNKNOWN, 30), 0.0)
         return Completion((UNKNOWN,) * n, (nothing,) * n, len(ids) if cached else 0)
 
-    def file_slot(self, slot: int, action: str) -> None:
+    def file_slot(self, slot: int, action: str) -> int:
         """As Engine.file_slot."""
         self.requests_made.append((self.arm, slot_request(slot, action)))
+        return 1
 
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize, of ids that are not known."""

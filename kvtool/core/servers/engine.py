@@ -70,8 +70,9 @@ class Engine(Protocol):
         one is to answer, where it has slots; None: whichever it likes. Raises ServerError.
         """
 
-    def file_slot(self, slot: int, action: str) -> None:
-        """Save a slot to a file on the server, or restore it. Raises ServerError."""
+    def file_slot(self, slot: int, action: str) -> int:
+        """Save a slot to a file on the server, or restore it; how many tokens. Raises
+        ServerError."""
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text. Raises ServerError."""
@@ -82,7 +83,7 @@ class Slotless:
 
     client: Client
 
-    def file_slot(self, slot: int, action: str) -> None:
+    def file_slot(self, slot: int, action: str) -> int:
         """As Engine.file_slot: it cannot."""
         raise ServerError(f"{self.client.url}: has no slots")
 
@@ -91,7 +92,9 @@ def _token_id(token: Any) -> Any:
     return token.get("id") if isinstance(token, dict) else None
 
 
-def completion(engine: Engine, found: Any, token: Any, likeliest: Any, reused: Any) -> Completion:
+def completion(
+    engine: Engine, n_prompt: int, found: Any, token: Any, likeliest: Any, reused: Any
+) -> Completion:
     """The Completion of a server's list of tokens. Raises ServerError for what lacks logprobs."""
     try:
         tokens = tuple(id_of(token(item)) for item in found)
@@ -109,7 +112,8 @@ def completion(engine: Engine, found: Any, token: Any, likeliest: Any, reused: A
         raise NotFinite(f"{engine.client.url}: its logprobs are no numbers (NaN)")
     if min(map(len, tops)) < NEEDED:
         raise too_few(engine, min(map(len, tops)))
-    return Completion(tokens, tops, reused if type(reused) is int and reused >= 0 else None)
+    told = type(reused) is int and 0 <= reused <= n_prompt
+    return Completion(tokens, tops, reused if told else None)
 
 
 def id_of(value: Any) -> int:
@@ -154,4 +158,4 @@ def ids_in(engine: Engine, answer: dict[str, Any]) -> list[int]:
 
 def whole(value: Any) -> int:
     """A size that a server tells; 0 for what is none."""
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if type(value) is int and value > 0 else 0

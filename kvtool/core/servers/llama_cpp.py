@@ -76,16 +76,17 @@ class LlamaCpp:
                 return Completion((), (), None)
         timings = answer.get("timings")
         reused = timings.get("cache_n") if isinstance(timings, dict) else None
-        return completion(self, found, lambda t: t["id"], _of_llama_cpp, reused)
+        return completion(self, len(ids), found, lambda t: t["id"], _of_llama_cpp, reused)
 
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize, with the tokens that begin a text."""
         body = {"content": text, "add_special": True}
         return ids_in(self, self.client.post("/tokenize", body))
 
-    def file_slot(self, slot: int, action: str) -> None:
+    def file_slot(self, slot: int, action: str) -> int:
         """As Engine.file_slot."""
-        self.client.post(*slot_request(slot, action))
+        answer = self.client.post(*slot_request(slot, action))
+        return whole(answer.get(f"n_{action}d"))
 
 
 def slot_request(slot: int, action: str) -> Request:

@@ -15,7 +15,6 @@ from kvtool.reading import parse_json, read_text
 
 MOST = 2**24  # bytes of a file of prompts
 LEAST_TOKENS = 12  # of a prompt; shorter ones leave nothing to share
-FRESH = 4  # of its own tokens, drawn, behind the first
 DRAWN = 6  # ids that a server without a tokenizer is made to go on from
 
 # Cut to these many tokens. With the tail behind them they stand on both sides of 64 tokens, where
@@ -78,28 +77,27 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def built_in(engine: Engine, n: int, draws: random.Random | None = None) -> list[list[int]]:
+def built_in(engine: Engine, n: int) -> list[list[int]]:
     """The ids of `n` built-in prompts; if the server has no tokenizer, texts of its own making.
 
-    draws: what each begins with is drawn, so that a server holds nothing of it since an earlier
-    visit; None: they begin alike each time. Raises ServerError.
+    Raises ServerError.
     """
     try:
-        return [_cut(engine.tokenize(TEXTS[i % len(TEXTS)]), i, draws) for i in range(n)]
+        return [_cut(engine.tokenize(TEXTS[i % len(TEXTS)]), i) for i in range(n)]
     except Refused:
         pass
-    return [_made(engine, LENGTHS[i % len(LENGTHS)], draws or random.Random(i)) for i in range(n)]
+    return [_made(engine, LENGTHS[i % len(LENGTHS)], i) for i in range(n)]
 
 
-def _cut(ids: list[int], i: int, draws: random.Random | None) -> list[int]:
+def _cut(ids: list[int], i: int) -> list[int]:
     """The first of these, as many as the i-th prompt has; a second round begins further behind."""
     start = i // len(TEXTS) * 5
-    fresh = [] if draws is None else draws.sample(ids[1:], min(FRESH, len(ids) - 1))
-    return [*ids[:1], *fresh, *ids[1 + start :]][: LENGTHS[i % len(LENGTHS)]]
+    return [*ids[:1], *ids[1 + start :]][: LENGTHS[i % len(LENGTHS)]]
 
 
-def _made(engine: Engine, length: int, draws: random.Random) -> list[int]:
+def _made(engine: Engine, length: int, seed: int) -> list[int]:
     """Low ids, which every vocabulary has, and how the server goes on from them."""
+    draws = random.Random(seed)
     ids = [draws.randrange(1, 50) for _ in range(DRAWN)]
     return [*ids, *engine.complete(ids, length - DRAWN).tokens]
 

@@ -70,7 +70,9 @@ class SGLang(Slotless):
         meta = meta if isinstance(meta, dict) else {}
         tokens, tops = meta.get("output_token_logprobs"), meta.get("output_top_logprobs")
         found = list(zip(tokens or [], tops or [], strict=False))
-        return completion(self, found, lambda t: t[0][1], _of_sglang, meta.get("cached_tokens"))
+        return completion(
+            self, len(ids), found, lambda t: t[0][1], _of_sglang, meta.get("cached_tokens")
+        )
 
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize."""
