@@ -188,6 +188,8 @@ def test_a_server_is_judged_without_loading_torch(prompts: str) -> None:
     ("\n\n", "has no line with a prompt"),
     ('[1, "x"]\n', 'line 1: found [1, "x"] (expected a text, or a list of ids)'),
     ("[1, 2\n", "line 1 is not valid JSON"),
+    (f"[{2**31}, 1]\n", "line 1: found [2147483648, 1] (expected a text, or a list of ids)"),
+    ('"\\ud800 and more"\n', "line 1: has half of a surrogate pair, which is no text"),
     ("[1, 2, 3]\n", "prompt 1 has 3 tokens (expected 12 or more)"),
     (f"{[7] * 196}\n", "prompt 1 is 196 tokens, and with 15 after it longer than the server's"),
 ])  # fmt: skip
@@ -202,3 +204,15 @@ def test_prompts_that_cannot_be_asked_are_refused(
 def test_the_scenarios_of_a_server_are_listed_without_asking_one(kv: Callable[..., Ran]) -> None:
     ran = kv("--server", "x", "--scenarios", "help", command="verify-cache")
     assert ran.code == 0 and "evicted" in ran.out and "cut" in ran.out
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_prompts_end_with_their_lines_and_are_asked_once(
+    kv: Callable[..., Ran], right: str, tmp_path: Path, end: str
+) -> None:
+    odd = '"a text with a\u2028separator, and\x85another"'
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(end.join(["", odd, str([*range(1, 20)]), odd, odd]).encode())
+    ran = ask(kv, "--server", right, "--prompts", str(path), "--json")
+    assert answer(ran)["resolved"]["prompt_tokens"] == [len(odd) - 2, 19]
+    assert "--prompts: left out 2 of 4 lines, which repeat others" in ran.err

@@ -180,7 +180,7 @@ def run_dry(settings: Settings, out: Output) -> DryReport:
     dry.arm = "whether the tokenizer is the same"
     _same_tokens(dry, loaded)
     dry.arm = "prompts"
-    for number, ids in enumerate(_prompts(settings, dry, loaded)):
+    for number, ids in enumerate(_prompts(settings, dry, loaded, out)):
         dry.arm = f"prompt {number + 1}"
         Prompt(dry, number, ids, settings.tokens)
     return dry_report(dry, settings.requests)
@@ -203,7 +203,7 @@ def run(settings: Settings, out: Output) -> ServedReport:
     loaded = checkpoint.load(settings.run.model, device, torch.float64, check=True)
     reference.check_decoder(loaded.config)
     agree = _same_tokens(engine, loaded)
-    prompts = _prompts(settings, engine, loaded)
+    prompts = _prompts(settings, engine, loaded, out)
     with out.progress(engine.name, len(prompts) + 2) as bar:
 
         def tell(words: str) -> None:
@@ -263,14 +263,16 @@ def _same_tokens(engine: Engine, loaded: Checkpoint) -> bool | None:
         return None
 
 
-def _prompts(settings: Settings, engine: Engine, loaded: Checkpoint) -> list[list[int]]:
+def _prompts(
+    settings: Settings, engine: Engine, loaded: Checkpoint, out: Output
+) -> list[list[int]]:
     """The ids of all prompts: the model's own tokenizer makes them, where it has one."""
     from kvtool.core.reference.reference import check_length
     from kvtool.core.servers.prompts import LENGTHS, TEXTS, built_in, ids_of, read_prompts
 
     tokenizer, n_prompts = loaded.tokenizer, N_PROMPTS
     if settings.prompts is not None:
-        read = read_prompts(settings.prompts)
+        read = read_prompts(settings.prompts, out.note)
         if loaded.reads_text:
             read = [tokenizer.encode(p) if isinstance(p, str) else p for p in read]
         found = ids_of(engine, read)

@@ -46,7 +46,7 @@ def run(settings: Settings, out: Output) -> VisitReport:
     engine = engine_at(settings, settings.server)
     second = None if settings.promoted is None else engine_at(settings, settings.promoted)
     require_twin(engine, second)
-    prompts = prompts_for(settings, engine)
+    prompts = prompts_for(settings, engine, out)
     n = len(prompts) * (1 + len(short)) + len(long)
     plain, promoted = Visit(), Visit()
     bars = out.progress(engine.name, n * (1 if second is None else 2))
@@ -96,7 +96,7 @@ def run_dry(settings: Settings, out: Output) -> DryReport:
     short, long = names_of(settings)
     dry = DryEngine(engine_at(settings, settings.server))
     dry.arm = "prompts"
-    prompts = prompts_for(settings, dry)
+    prompts = prompts_for(settings, dry, out)
 
     def tell(words: str) -> None:
         dry.arm = words
