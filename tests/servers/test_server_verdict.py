@@ -199,6 +199,42 @@ def test_what_is_approximate_by_design_is_lossy_beyond_the_noise_alone() -> None
         assert (found.verdict, found.right) == (verdict, True)
 
 
+@pytest.mark.parametrize(("gap", "floor", "verdict"), [
+    (0.0, 0.0, IDENTICAL), (0.1, 0.1, WITHIN), (1.0, 0.1, BEYOND), (1.0, 0.0, BEYOND),
+])  # fmt: skip
+def test_without_the_size_of_a_fault_the_noise_alone_decides(
+    gap: float, floor: float, verdict: str
+) -> None:
+    prompts = [measured(n, gap, floor=floor) for n in range(N_PROMPTS)]
+    for prompt in prompts:  # as of a text that was cut
+        prompt.cold.controls = []
+    found = judge_arm(prompts, 0.0)
+    assert (found.verdict, found.fault) == (verdict, None)
+
+
+def test_one_prompt_is_judged_as_many_are() -> None:
+    for approximate, verdict in ((False, BEYOND), (True, LOSSY)):
+        found = judge_arm([replace(measured(0, 1.0), approximate=approximate)])
+        assert (found.verdict, found.prompts) == (verdict, 1)
+
+
+def test_an_answer_that_a_cold_one_gave_too_is_as_far_as_that_one() -> None:
+    prompt = measured(0, 0.1)
+    prompt.probes = []
+    prompt.add([(END, prompt.cold.answers[END][3])], 9)
+    (gap,) = judge_arm([prompt]).gaps
+    assert gap.identical and 0 < gap.ratio <= 1
+
+
+def test_a_quiet_history_has_the_floor_of_the_others_in_nats() -> None:
+    prompt = measured(0, 0.1)
+    prompt.cold.answers[END] = [dict(enumerate(RIGHT))] * 6
+    size = float(np.sqrt(np.mean(np.square(RIGHT[:30]))))
+    for gap in judge_arm([prompt], pooled=0.02).gaps:
+        assert gap.floor == pytest.approx(0.02 * size)
+        assert gap.ratio == pytest.approx(gap.gap / gap.floor)
+
+
 def test_an_arm_that_a_server_has_not_is_unsupported() -> None:
     found = judge_arm([Measured("evicted", 0, Cold([]), unsupported="it has no slots to fill")])
     assert (found.verdict, found.evidence, found.right) == (
