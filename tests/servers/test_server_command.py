@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cli_probe import HANGS, Ran, refused
-from fake_engine import FAULTS, FakeEngine, llama_cpp, served
+from fake_engine import FAULTS, FakeEngine, Vllm, llama_cpp, served, sglang
 from small_models import answer
 
 FEW = ("--tokens", "8", "--scenarios", "prefix", "fork")
@@ -216,3 +217,25 @@ def test_prompts_end_with_their_lines_and_are_asked_once(
     ran = ask(kv, "--server", right, "--prompts", str(path), "--json")
     assert answer(ran)["resolved"]["prompt_tokens"] == [len(odd) - 2, 19]
     assert "--prompts: left out 2 of 4 lines, which repeat others" in ran.err
+
+
+@pytest.mark.parametrize(("api", "where", "key", "said"), [
+    (llama_cpp, (), "timings", "Ask llama-server itself"),
+    (Vllm(), (), "usage", "Start vLLM with --enable-prompt-tokens-details"),
+    (sglang, ("meta_info",), "cached_tokens", "Ask SGLang itself"),
+])  # fmt: skip
+def test_a_server_that_does_not_tell_its_reuse_gets_the_advice_of_its_engine(
+    kv: Callable[..., Ran], prompts: str, api: Any, where: tuple[str, ...], key: str, said: str
+) -> None:
+    def mute(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        found = api(engine, path, body)
+        inner = found or {}
+        for name in where:
+            inner = inner.get(name, {})
+        inner.pop(key, None)
+        return found
+
+    with served(FakeEngine(), mute) as url:
+        ran = ask(kv, "--server", url, "--prompts", prompts)
+    assert ran.code == 1 and "does not say what it takes from its cache" in ran.out
+    assert f"hint: {said}" in ran.err

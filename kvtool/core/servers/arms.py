@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from kvtool.core.servers.client import Refused
 from kvtool.core.servers.engine import Engine, NotFinite
-from kvtool.core.servers.texts import FORKED, TAIL, Measured, Prompt
+from kvtool.core.servers.texts import FORKED, LEAST_VARIANTS, TAIL, Measured, Prompt
 
 CUT_TAIL = 8
 FRESH = 4  # tokens
@@ -131,6 +131,8 @@ def cut(prompt: Prompt, into: Measured) -> None:
         if found.reused is not None and found.reused > common(rest, text):
             shorter = Prompt(prompt.engine, prompt.number, rest, CUT_TAIL)
             into.cold = shorter.cold
+            # No other shape comes to the first history: its noise is that of the other texts.
+            into.cold.answers[shorter.n_prompt] *= LEAST_VARIANTS
             into.add(shorter.shared(found, shorter.n_prompt), found.reused)
             return
     into.unsupported = f"it reuses nothing behind a cut, up to {longest} tokens"

@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtool.core.servers.arms import ARMS
-from kvtool.core.servers.texts import Answer, Cold, Measured, Probe, likeliest, vector
+from kvtool.core.servers.texts import (
+    LEAST_VARIANTS,
+    Answer,
+    Cold,
+    Measured,
+    Probe,
+    likeliest,
+    vector,
+)
 from kvtool.core.verify import noise
 
 IDENTICAL, WITHIN, BEYOND = "identical", "within noise", "beyond noise"
@@ -22,7 +30,6 @@ WRONG = (BEYOND, BUG, HIDDEN)
 
 LEAST = float(np.finfo(np.float32).eps)  # of a floor, relative: logprobs are float32
 NOTHING = 1e-12  # as the floor of answers that are the same: their mean is rounded
-LEAST_VARIANTS = 3  # cold answers to one history, without which it has no floor
 RARE = 4.0  # times the floor, of a single answer among others that are within it
 RARE_SIZE = 0.5  # of the smaller control, which such an answer is at least
 SMALL = 0.05  # of the smaller control: a gap below it is beyond the noise from RARE times on alone
