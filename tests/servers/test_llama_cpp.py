@@ -25,6 +25,7 @@ LETTERS = string.ascii_lowercase
 WORDS = ["<end>", *LETTERS, *map("".join, itertools.product(LETTERS, repeat=2))]
 DRAWS = random.Random(0)
 PROMPTS = [[DRAWS.randrange(1, 299) for _ in range(n)] for n in (58, 61)]  # and 64 are crossed
+FIVE = [[DRAWS.randrange(1, 299) for _ in range(n)] for n in (58, 61, 55, 60, 57)]
 TAIL = 12
 
 
@@ -35,9 +36,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def asked(address: str, arms: list[str]) -> dict[str, ArmVerdict]:
+def asked(
+    address: str, arms: list[str], prompts: list[list[int]] = PROMPTS
+) -> dict[str, ArmVerdict]:
     found = Visit()
-    visit(connect(Client(address)), PROMPTS, arms, [], TAIL, lambda _: None, found)
+    visit(connect(Client(address)), prompts, arms, [], TAIL, lambda _: None, found)
     return {verdict.arm: verdict for verdict in found.verdicts(arms)}
 
 
@@ -55,7 +58,7 @@ def test_slots_that_share_one_cache_are_right_and_a_fault_among_them_is_found(
     model = Made(tokens=WORDS[:300], formats=("Q4_1",)).write(tmp_path / "tiny.gguf")
     crowded = ["between", "slot", "evicted"]
     with llama_server(model, 2048, n_parallel=4, kv_unified=1) as url:
-        right = asked(url, crowded)
+        right = asked(url, crowded, FIVE)
         with proxied(FaultProxy(url, FAULTS["a token missing"])) as address:
             wrong = asked(address, ["between"])
     assert {v.verdict for v in right.values()} <= {WITHIN, IDENTICAL}

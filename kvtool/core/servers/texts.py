@@ -89,9 +89,9 @@ def likeliest(answer: Answer) -> list[int]:
 class Prompt:
     """One prompt with the server's own continuation, and cold answers to its histories.
 
-    Its requests stay in one slot of the server, where that has slots: what is in it is then what
-    was asked last, whatever other slots and earlier visits have left. Arms that are about other
-    requests leave it to the server.
+    Its requests with a cache stay in one slot of the server, where that has slots: what is in it is
+    then what was asked last, whatever other slots and earlier visits have left. Arms that are about
+    other requests leave it to the server.
     """
 
     def __init__(self, engine: Engine, number: int, ids: Sequence[int], tail: int = TAIL) -> None:
@@ -131,8 +131,9 @@ class Prompt:
         return sorted({round(b) for b in np.linspace(self.n_prompt, self.end, N_BOUNDARIES)})
 
     def cold_answer(self, ids: Sequence[int], n: int = 1) -> Completion:
-        """A request without the cache."""
-        return self.engine.complete(ids, n, slot=self.slot)
+        """A request without the cache, wherever the server likes: in one slot alone its tokens
+        would lie in the same place each time, and the noise of other places be missing."""
+        return self.engine.complete(ids, n)
 
     def _continued(self, boundary: int) -> Completion:
         return self.cold_answer(self.ids[:boundary], self.end - boundary + 1)
@@ -188,7 +189,7 @@ class Prompt:
             if cached:
                 other = pool.submit(self.ask, ids, TAIL, anywhere=True)
             else:
-                other = pool.submit(self.engine.complete, ids, TAIL, slot=self.other_slot)
+                other = pool.submit(self.engine.complete, ids, TAIL)
             yield
             other.result()
 
