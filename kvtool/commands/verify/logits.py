@@ -13,6 +13,7 @@ from kvtool.commands.verify import served
 from kvtool.commands.verify.options import (
     MOST_REQUESTS,
     REQUEST_TIMEOUT,
+    DryRun,
     EngineName,
     Prompts,
     RecordedSeed,
@@ -44,9 +45,14 @@ RULES = (
         "--against --reference --save-reference --dtype",
         "The reference is the model itself, in float64.",
     ),
+    contradicts("--dry-run", "--plot", "A dry run finds nothing to draw."),
     needs("--against or --server", "--prompt", "A file has its own prompts."),
     needs("--against", "--save-reference", "A file has its own prompts."),
-    needs("--server", "--engine --prompts --tokens --requests --timeout", "Add --server URL."),
+    needs(
+        "--server",
+        "--engine --prompts --tokens --requests --timeout --dry-run --plot",
+        "Add --server URL.",
+    ),
 )
 
 
@@ -276,6 +282,8 @@ def command(
     tokens: served.Tokens = served.TAIL,
     requests: Requests = MOST_REQUESTS,
     timeout: Timeout = REQUEST_TIMEOUT,
+    dry_run: DryRun = False,
+    plot: o.Plot = None,
     model: o.Model = "",
     device: o.Device = "auto",
     dtype: o.Dtype = "float32",
@@ -312,6 +320,8 @@ def command(
         "--tokens": tokens != served.TAIL,
         "--requests": requests != MOST_REQUESTS,
         "--timeout": timeout != REQUEST_TIMEOUT,
+        "--dry-run": dry_run,
+        "--plot": plot,
         "--dtype": dtype != "float32",
     }
     given["--against or --server"] = given["--against"] or given["--server"]
@@ -319,8 +329,10 @@ def command(
     if server is not None:
         o.require_inputs(model)
         exact = RunConfig(model, device, "float64", threads, seed)
-        asked = served.Settings(exact, server, engine, prompt, prompts, tokens, requests, timeout)
-        present("verify-logits.server", asked, served.run, served.show, out)
+        asked = served.Settings(
+            exact, server, engine, prompt, prompts, tokens, requests, timeout, dry_run, plot
+        )
+        served.present_served(asked, out)
     settings = Settings(run_config, reference, against, prompt, save_reference)
     o.require_inputs(model, ("--reference", reference, "reference logits"))
     present("verify-logits", settings, run, show, out)
