@@ -286,11 +286,13 @@ class Judge:
             return None
         gap = max(distances(exact.found, exact.expected))
         measured = Measured(self.subject, case, arms)
-        if self.subject.dtype != torch.float64 and measured.beyond() is None:
-            if gap <= constants(self.double, exact, self.subject.dtype):
-                text = f"both arms agree to the numbers that they hold rounded (to {gap:.1e})"
-                return replace(finding, verdict=PRECISION, evidence=text)
-            if other := measured.same_model(exact):
+        if self.subject.dtype != torch.float64:
+            held = gap <= constants(self.double, exact, self.subject.dtype)
+            other = "" if held else measured.same_model(exact)
+            if (held or other) and measured.beyond() is None:  # last, as it takes longest
+                if held:
+                    text = f"both arms agree to the numbers that they hold rounded (to {gap:.1e})"
+                    return replace(finding, verdict=PRECISION, evidence=text)
                 text = f"in float64 it is another model (its uncached logits are off by {other})"
                 return self._by_noise(finding, measured, text)
         if text := on_an_edge(self.double, case, exact, ROUNDING_64):
