@@ -21,6 +21,11 @@ def converted(model: nn.Module, dtype: torch.dtype) -> int:
     return dtype.itemsize * sum(weight.numel() for weight in weights)
 
 
+def widened(model: nn.Module) -> int:
+    """What a model takes in float64 whose weights are widened as they are read: the largest."""
+    return FLOAT64 * max(weight.numel() for weight in model.parameters())
+
+
 def activations(config: ModelConfig, n_tokens: int, itemsize: int) -> int:
     """Bytes of the widest moment of a pass over `n_tokens` of all rows: a layer's queries, keys and
     values, or its feed-forward network, and the values around them."""

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kvtool.core.cache import Step
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.verify import by_layer, check
-from kvtool.core.verify import subject as subjects
+from kvtool.core.verify import by_layer, check, widened
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.by_layer import ByLayer, can_go_by_layer
 from kvtool.core.verify.check import LostKey, check_model, main_case
@@ -34,7 +33,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is judged as a large one is."""
-    monkeypatch.setattr(subjects, "LARGE", -1)
+    monkeypatch.setattr(widened, "LARGE", -1)
 
 
 def found(formats: Formats, kinds: list[str], names: list[str]) -> dict[Any, Any]:
@@ -47,7 +46,7 @@ def found(formats: Formats, kinds: list[str], names: list[str]) -> dict[Any, Any
 def test_verdicts_are_those_of_runs_step_by_step(name: str, large: None) -> None:
     model = random_model(**{"context": 160, **CHANGES[name]})
     shared = found(Formats(model, widens=True), KINDS, NAMES)
-    subjects.LARGE = 2**40
+    widened.LARGE = 2**40
     alone = found(Formats(model), KINDS, NAMES)
     assert shared.keys() == alone.keys()
     for key, finding in shared.items():
@@ -175,5 +174,5 @@ def test_the_copy_is_made_where_memory_holds_several(monkeypatch, large):
     model = random_model()
     needed = 8 * sum(weight.numel() for weight in model.parameters())
     for available, widens in ((4 * needed, False), (4 * needed - 1, True)):
-        monkeypatch.setattr(subjects, "available_bytes", lambda device, n=available: n)
+        monkeypatch.setattr(widened, "available_bytes", lambda device, n=available: n)
         assert Formats(model).widens is widens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,11 @@ from kvtool.core.cache import CacheSpec
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.decoding.engine import feed
 from kvtool.core.verify import widened
+from kvtool.core.verify.copies import converted
+from kvtool.core.verify.copies import widened as widened_decoder
+from kvtool.core.verify.subject import Start
+from kvtool.core.verify.target.attributes import outermost
+from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.core.verify.widened import Room, twin
 from small_models import random_model
 from verify_subjects import MODELS
@@ -106,3 +112,73 @@ def test_a_weight_that_is_widened_when_memory_is_gone_is_not_taken_for_whole(
         _ = wide.a.weight
     monkeypatch.undo()
     assert torch.equal(wide.a.weight, model.a.weight.double())
+
+
+class Tables:
+    """A decoder of the protocol that holds a module, a plain table and the name of its format."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.table = torch.randn(11, 8)
+        self.format = torch.float32
+        self.head = nn.Linear(8, 11)
+        self.layers = [nn.Linear(8, 8) for _ in range(2)]
+
+    def full(self, ids: Tensor) -> Tensor:
+        x = self.table[ids].to(self.format).cumsum(1)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+@torch.inference_mode()
+def test_what_a_decoder_holds_beside_its_weights_is_converted_and_they_are_not():
+    decoder, room = Tables(), Room()
+    wide = widened_decoder(decoder, room)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(wide.full(ids), converted(decoder, torch.float64).full(ids))
+    assert wide.head.weight.dtype == wide.table.dtype == wide.format == torch.float64
+    for module, own in zip((wide.head, *wide.layers), (decoder.head, *decoder.layers), strict=True):
+        assert module._parameters["weight"] is own.weight and own.weight.dtype == torch.float32
+    assert decoder.full(ids).dtype == torch.float32
+    with pytest.raises(NotImplementedError):
+        widened_decoder(object(), room)
+
+
+class UserDecoder(nn.Module):
+    """Sums what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11)
+
+    def full(self, ids: Tensor) -> Tensor:
+        return self.head(self.up(self.embed(ids).cumsum(1)))
+
+    def step(self, ids: Tensor, state: Tensor | float | None) -> tuple[Tensor, Tensor]:
+        x = self.embed(ids).cumsum(1) + (0.0 if state is None else state)
+        return self.head(self.up(x)), x[:, -1:]
+
+
+class HandsOver(UserDecoder):
+    """Hands its weights over by another way than by their names."""
+
+    def full(self, ids: Tensor) -> Tensor:
+        return nn.functional.linear(self.up(self.embed(ids).cumsum(1)), *self.head.parameters())
+
+
+@pytest.mark.parametrize("make, widens", [(UserDecoder, True), (HandsOver, False)])
+def test_a_users_decoder_is_widened_where_that_runs_and_copied_where_it_does_not(
+    make: Any, widens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    subject = TargetSubject(make().eval(), "own", 11, 64)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.inference_mode():
+        right = subject.to(torch.float64).full(ids, Start(1, 4))
+        monkeypatch.setattr("kvtool.core.verify.target.subject.copy_crowds", lambda module: True)
+        other = subject.to(torch.float64)
+        assert torch.equal(other.full(ids, Start(1, 4)), right)
+    weights = {id(weight) for m in outermost(subject.decoder) for weight in m.parameters()}
+    held = {id(weight) for m in outermost(other.decoder) for weight in m.parameters()}
+    assert (held == weights) is widens

@@ -89,13 +89,10 @@ def load_model(
     settings: Settings, device: Any, dtype: Any
 ) -> tuple[Checkpoint, str | None, list[int]]:
     """The checkpoint, the prompt, and its ids. Raises FileError and UsageError."""
-    import torch
-
     from kvtool.core import footprint
     from kvtool.core.checkpoint import checkpoint
     from kvtool.core.decoding.engine import check_context
     from kvtool.core.decoding.sources import check_sources
-    from kvtool.core.machine import require_memory
 
     checkpoint.require_context(settings.run.model, "--tokens", settings.tokens)
     loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
@@ -110,11 +107,42 @@ def load_model(
         check_sources([ids], loaded.config.context)
     n_prompt = len(ids) if loaded.source_tokenizer is None else 1
     check_context(n_prompt, settings.tokens, loaded.config.context)
-    needed = footprint.converted(loaded.model, torch.float64)
-    needed += footprint.verdicts(loaded.config, len(ids), settings.tokens, dtype.itemsize)
-    what = "the weights in float64, and the logits of all runs"
-    require_memory(what, needed, device, footprint.FEWER)
+    needed = footprint.verdicts(loaded.config, len(ids), settings.tokens, dtype.itemsize)
+    require_float64(loaded.model, needed)
     return loaded, prompt, ids
+
+
+def require_float64(model: Any, logits: int) -> None:
+    """Raise CapacityError unless a model in float64, as a copy or as its weights are widened, and
+    so many bytes of logits can be had."""
+    import torch
+
+    from kvtool.core import footprint
+    from kvtool.core.machine import require_memory
+    from kvtool.core.verify.widened import copy_crowds
+
+    what = "the weights in float64, and the logits of all runs"
+    needed = footprint.converted(model, torch.float64)
+    if copy_crowds(model):
+        what = "a weight in float64, and the logits of all runs"
+        needed = footprint.widened(model)
+    device = next(model.parameters()).device
+    require_memory(what, needed + logits, device, footprint.FEWER)
+
+
+def tell_float64(model: Any, out: Output) -> None:
+    """Say with -v whether float64 is a copy of a large model."""
+    import torch
+
+    from kvtool.core import footprint
+    from kvtool.core.verify.widened import copy_crowds, is_large
+
+    if not out.verbose or not is_large(model):
+        return
+    size = f"{footprint.converted(model, torch.float64) / 2**30:.3g} GiB"
+    how = "a copy of the weights" if not copy_crowds(model) else "each weight is widened as it is"
+    more = f" of {size}" if not copy_crowds(model) else f" read (a copy would take {size})"
+    out.note(f"float64: {how}{more}")
 
 
 def check_model(
@@ -138,6 +166,7 @@ def check_model(
     conditions = {**resolved, "model": loaded.path.name, "config": vars(loaded.config), "ids": ids}
     kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
     kinds["thorough"] = settings.thorough
+    tell_float64(loaded.model, out)
     log = resume_file(settings.resume, facts("kvtool", settings.run, **conditions, **kinds))
     rows = Rows(product(settings.caches, settings.kernels, names), log, out)
     total = len(rows.plan) + 1

@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from kvtool.commands.verify.check import require_float64, tell_float64
 from kvtool.commands.verify.report import CacheReport, Row
 from kvtool.commands.verify.resume import Rows, facts, resume_file
 from kvtool.config import RunConfig, check_int
@@ -50,11 +51,9 @@ class Settings:
 
 def run(settings: Settings, out: Output) -> CacheReport:
     """Judge the model with each kind of cache in every scenario, then a planted bug."""
-    import torch
-
     from kvtool.core import footprint
     from kvtool.core.checkpoint.checkpoint import tell_format
-    from kvtool.core.machine import dtype_name, prepare, require_memory
+    from kvtool.core.machine import dtype_name, prepare
     from kvtool.core.verify.hf.check import ALL, check_transformers, load_model
     from kvtool.core.verify.hf.library import need_transformers
     from kvtool.core.verify.scenarios import PREFILL
@@ -69,11 +68,9 @@ def run(settings: Settings, out: Output) -> CacheReport:
         tell_format(settings.run.model, stored, dtype)
     model = model.to(device, dtype)
     n_vocab = model.config.get_text_config(decoder=True).vocab_size
-    needed = footprint.converted(model, torch.float64)
     n_prompt = settings.prompt_length or PREFILL
-    needed += footprint.arms(n_vocab, n_prompt, settings.tokens, dtype.itemsize)
-    what = "the weights in float64, and the logits of all runs"
-    require_memory(what, needed, device, footprint.FEWER)
+    require_float64(model, footprint.arms(n_vocab, n_prompt, settings.tokens, dtype.itemsize))
+    tell_float64(model, out)
     kinds = settings.caches or list(TRANSFORMERS_CACHES)
     resolved = {
         "model": settings.run.model,

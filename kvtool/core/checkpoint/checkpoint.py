@@ -286,7 +286,7 @@ def _checked(tokenizer: Tokenizer, path: Path, field: str, embedded: int) -> Tok
 # --- what must be there
 
 
-class _WithoutWeights(TorchFunctionMode):
+class WithoutWeights(TorchFunctionMode):
     """Gives what torch.empty makes, which is every weight, no memory and no values.
 
     Tables are computed as ever: on the meta device torch.arange and normal_ would import torch's
@@ -326,7 +326,7 @@ def _empty_model(config: ModelConfig, source: WeightFile, where: Path) -> Model:
     require_tables(where, table_nbytes(config), source, f"context {config.context}")
     # Making a table takes about two more of its size for a moment.
     require_memory(f"{where}: context {config.context}", 3 * table_nbytes(config), CPU, SMALLER)
-    with _WithoutWeights():
+    with WithoutWeights():
         return build_model(config)
 
 

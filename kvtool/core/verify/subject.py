@@ -16,13 +16,11 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.quantization import Quantization
 from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed
-from kvtool.core.footprint import converted
 from kvtool.core.kernels.default import DEFAULT, Kernels
-from kvtool.core.machine import available_bytes
 from kvtool.core.models import Model
 from kvtool.core.verify.copies import moved
 from kvtool.core.verify.schedules import BRIEF, NORMAL
-from kvtool.core.verify.widened import Room, twin
+from kvtool.core.verify.widened import Room, copy_crowds, is_large, twin
 from kvtool.errors import CacheOpUnsupported
 
 # What a subject may be able to do; a scenario names those that it needs.
@@ -30,8 +28,6 @@ ABILITIES = (
     "batch", "padding", "right-padding", "crop", "select", "reset", "fork", "capacity", "source",
     "window", "quantized", "pages", "save",
 )  # fmt: skip
-LARGE = 2**28  # bytes of a copy in float64; to make a smaller one costs nothing
-COPIES = 4  # of those that memory would hold, one may be made
 REACH = 200  # tokens of the longest history that each of our kinds is fed by default
 LITTLE = 24
 
@@ -280,16 +276,13 @@ class Formats:
     @property
     def is_large(self) -> bool:
         """Whether a copy in float64 is worth doing without."""
-        return converted(self.model, torch.float64) > LARGE
+        return is_large(self.model)
 
     @property
     def widens(self) -> bool:
         """Whether float64 is no copy."""
         if self._widens is None:
-            device = next(self.model.parameters()).device
-            available = available_bytes(device) if self.is_large else None
-            needed = COPIES * converted(self.model, torch.float64)
-            self._widens = available is not None and needed > available
+            self._widens = copy_crowds(self.model)
         return self._widens
 
     def to(self, dtype: torch.dtype) -> Model:

@@ -16,8 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.core.footprint import converted
+from kvtool.core.machine import available_bytes
+
 SMALL = 2**16  # numbers of a weight that is widened once, and kept: norms and biases
+LARGE = 2**28  # bytes of a copy in float64; to make a smaller one costs nothing
+COPIES = 4  # of those that memory would hold, one may be made
 WIDE = torch.float64
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether a copy in float64 is worth doing without."""
+    return converted(model, WIDE) > LARGE
+
+
+def copy_crowds(model: nn.Module) -> bool:
+    """Whether a copy in float64 would take more than a good part of the memory that there is."""
+    if not is_large(model):
+        return False
+    available = available_bytes(next(model.parameters()).device)
+    return available is not None and COPIES * converted(model, WIDE) > available
 
 
 class Room:
@@ -97,10 +115,15 @@ def twin(model: Any, room: Room, given: Any = None) -> Any:
         shared = {id(weight): weight for weight in _weights(model)}
         given = copy.deepcopy(model, memo=dict(shared))  # type: ignore[arg-type]
     for module in given.modules():
-        if any(map(_is_low, module._parameters.values())):
+        if any(map(_is_low, module._parameters.values())) or _names_its_format(type(module)):
             module.__dict__["_room"] = room
             module.__class__ = _reading_wide(type(module))
     return given
+
+
+def _names_its_format(kind: Any) -> bool:
+    """Whether modules say, as those of transformers do, what format their weights have."""
+    return isinstance(getattr(kind, "dtype", None), property)
 
 
 def _weights(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -124,6 +147,8 @@ def _reading_wide(kind: Any) -> Any:
     changes: dict[str, Any] = {"__getattr__": read, "__module__": kind.__module__}
     if kind.forward is nn.Embedding.forward:  # of a table, the rows that are read are widened
         changes["forward"] = _rows
+    if _names_its_format(kind):
+        changes["dtype"] = property(lambda self: WIDE)
     return type(kind.__name__, (kind,), changes)
 
 
