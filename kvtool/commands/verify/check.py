@@ -22,15 +22,18 @@ from kvtool.ui.documents import check_writable
 from kvtool.ui.option_rules import require
 from kvtool.ui.options import ALL_CACHES, ALL_KERNELS
 from kvtool.ui.output import Output
+from kvtool.ui.progress import Progress
 
 if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint
     from kvtool.core.verify.arms import Case
+    from kvtool.core.verify.subject import Formats
     from kvtool.core.verify.target.picture import Picture
     from kvtool.core.verify.target.subject import TargetSubject
 
 DEFAULT_PROMPT = "To be, or not to be, that is the question:\n"
 SOURCE_PROMPT = "workbench"
+LONG = 60  # seconds of a check of which the time is told before
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,29 @@ def tell_float64(model: Any, out: Output) -> None:
     out.note(f"float64: {how}{more}")
 
 
+def tell_time(
+    formats: Formats,
+    settings: Settings,
+    names: list[str],
+    main: Case,
+    rows: Rows,
+    out: Output,
+    bar: Progress,
+) -> None:
+    """Say what is fed to a large model, and how long that takes, if it takes long."""
+    from kvtool.core.verify import check, expected
+
+    if out.quiet or not check.goes_by_layer(formats):
+        return
+    bar.update("how long it takes")
+    cases = expected.cases_of(names, main, settings.thorough)
+    asked = (settings.caches, settings.kernels, cases, rows.known, settings.thorough)
+    work = expected.work_of(formats, *asked)
+    seconds = expected.seconds_for(formats, work)
+    if seconds >= LONG:
+        out.note(expected.in_words(work, seconds))
+
+
 def check_model(
     settings: Settings, names: list[str], device: Any, dtype: Any, out: Output
 ) -> CacheReport:
@@ -175,6 +201,7 @@ def check_model(
         main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
         formats = Formats(loaded.model)
         asked = (settings.caches, settings.kernels, names)
+        tell_time(formats, settings, names, main, rows, out, bar)
         for found in check.check_model(
             formats, *asked, main, bar.update, rows.known, settings.thorough
         ):

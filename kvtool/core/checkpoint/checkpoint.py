@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,35 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     _check_tensors(source, model)
     require_memory(str(source.path), n_bytes(source), CPU, SMALLER)
     return _read(source, model)[0]
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """`load_weights`, read when the first of them is asked for."""
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        self.folder, self.config = folder, config
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        return load_weights(self.folder, self.config)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def fits(folder: Path, dtype: torch.dtype) -> bool:
+    """Whether a format holds all that is stored in a folder exactly; False for GGUF, whose codes
+    are numbers of no format. Raises FileError."""
+    if folder.is_file():
+        return False
+    infos = open_weights(folder).tensors.values()
+    return all(torch.promote_types(info.dtype, dtype) == dtype for info in infos)
 
 
 # --- the small files
