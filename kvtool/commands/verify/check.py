@@ -52,13 +52,16 @@ class Settings:
     lossy: bool = False  # the target's cache rounds on purpose
     prompt_length: int = 0  # tokens; 0: those of the prompt, or as many as a scenario has
     thorough: bool = False
+    layers: int = 0  # the first ones alone; 0: all
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2)
         check_int("--prompt-length", self.prompt_length, 0)
+        check_int("--layers", self.layers, 0)
         given = {
             "--target": self.target,
             "--model": self.run.model,
+            "--layers": self.layers,
             "--caches": self.caches != ALL_CACHES,  # and their settings
             "--kernels": self.kernels != ALL_KERNELS,
             "--prompt": self.prompt is not None,
@@ -98,7 +101,7 @@ def load_model(
     from kvtool.core.decoding.sources import check_sources
 
     checkpoint.require_context(settings.run.model, "--tokens", settings.tokens)
-    loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
+    loaded = checkpoint.load(settings.run.model, device, dtype, True, settings.layers)
     default = SOURCE_PROMPT if loaded.source_tokenizer else DEFAULT_PROMPT
     prompt = default if settings.prompt is None and loaded.reads_text else settings.prompt
     ids = checkpoint.prompt_ids(loaded, prompt)
@@ -148,6 +151,20 @@ def tell_float64(model: Any, out: Output) -> None:
     out.note(f"float64: {how}{more}")
 
 
+def tell_layers(name: str, layers: int, out: Output) -> None:
+    """Say, before it is read, how much of a folder the first layers are. Raises FileError."""
+    from kvtool.core.checkpoint.first_layers import FirstLayers
+    from kvtool.core.checkpoint.safetensors_file import STORED_DTYPES
+    from kvtool.core.checkpoint.weight_files import open_weights
+
+    folder = Path(name)
+    if not layers or not folder.is_dir():
+        return
+    tensors = open_weights(folder, STORED_DTYPES, FirstLayers(layers)).tensors.values()
+    size = sum(info.end - info.begin for info in tensors) / 2**30
+    out.note(f"--layers {layers}: {size:.3g} GiB of weights; later layers are not read or judged")
+
+
 def tell_time(
     formats: Formats,
     settings: Settings,
@@ -181,6 +198,7 @@ def check_model(
     from kvtool.core.verify import check
     from kvtool.core.verify.subject import Formats
 
+    tell_layers(settings.run.model, settings.layers, out)
     loaded, prompt, ids = load_model(settings, device, dtype)
     resolved = {
         **loaded.facts,
@@ -193,6 +211,8 @@ def check_model(
     kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
     kinds["thorough"] = settings.thorough
     tell_float64(loaded.model, out)
+    if settings.layers:
+        resolved["layers"] = settings.layers
     log = resume_file(settings.resume, facts("kvtool", settings.run, **conditions, **kinds))
     rows = Rows(product(settings.caches, settings.kernels, names), log, out)
     total = len(rows.plan) + 1

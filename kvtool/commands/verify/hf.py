@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from kvtool.commands.verify.check import require_float64, tell_float64
+from kvtool.commands.verify.check import require_float64, tell_float64, tell_layers
 from kvtool.commands.verify.report import CacheReport, Row
 from kvtool.commands.verify.resume import Rows, facts, resume_file
 from kvtool.config import RunConfig, check_int
@@ -35,11 +35,13 @@ class Settings:
     resume: Path | None = None
     prompt_length: int = 0  # tokens; 0: as many as a scenario has
     thorough: bool = False
+    layers: int = 0  # the first ones alone; 0: all
     impl: str = "transformers"
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2)
         check_int("--prompt-length", self.prompt_length, 0)
+        check_int("--layers", self.layers, 0)
         for kind in self.caches:
             choose(kind, tuple(TRANSFORMERS_CACHES), "--caches")
         if not self.run.model:
@@ -62,7 +64,8 @@ def run(settings: Settings, out: Output) -> CacheReport:
     names = chosen_scenarios(settings.scenarios)
     started = time.perf_counter()
     device, dtype = prepare(settings.run)
-    model, note, sha256 = load_model(settings.run.model, settings.run.seed)
+    tell_layers(settings.run.model, settings.layers, out)
+    model, note, sha256 = load_model(settings.run.model, settings.run.seed, settings.layers)
     stored = getattr(model.config, "dtype", None) or dtype
     if sha256 is not None:
         tell_format(settings.run.model, stored, dtype)
@@ -83,6 +86,7 @@ def run(settings: Settings, out: Output) -> CacheReport:
         "device": str(device),
         "scenarios": names,
         "caches": kinds,
+        **({"layers": settings.layers} if settings.layers else {}),
     }
     log = resume_file(settings.resume, conditions(settings, model, resolved))
     note_model(model, note, kinds, out)

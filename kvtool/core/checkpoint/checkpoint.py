@@ -15,7 +15,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from kvtool.config import OWN, ModelConfig, own_types
 from kvtool.core.checkpoint.families import FAMILIES, Family, end_ids
+from kvtool.core.checkpoint.first_layers import FirstLayers
 from kvtool.core.checkpoint.gguf.tokens import read_tokenizer
 from kvtool.core.checkpoint.gguf.weights import GGUFModel
 from kvtool.core.checkpoint.sizes import (
@@ -51,7 +52,7 @@ from kvtool.core.checkpoint.weight_files import (
 from kvtool.core.machine import dtype_name, require_memory
 from kvtool.core.models import Model, build_model, read_config
 from kvtool.core.text.tokenizer import NoTokenizer, Tokenizer
-from kvtool.errors import CapacityError, CheckFailed, FileError
+from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
 from kvtool.files import CHECKPOINT_FOLDER, json_bytes, model_folder, write_durable
 from kvtool.reading import MOST_CONFIG, quoted, read_json_object
 
@@ -125,8 +126,11 @@ def files(
     return found
 
 
-def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = False) -> Checkpoint:
-    """Read the checkpoint `name`, a folder or a shipped model.
+def load(
+    name: str, device: torch.device, dtype: torch.dtype, check: bool = False, layers: int = 0
+) -> Checkpoint:
+    """Read the checkpoint `name`, a folder or a shipped model; `layers`: only the first of them, 0
+    for all.
 
     Raises FileError for anything missing, damaged or contradictory; UsageError for weights that
     overflow `dtype`; CapacityError if there is too little memory; and for NaN or infinite weights
@@ -135,7 +139,11 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     folder = model_folder(name)
     config, family = _read_config(folder)
     tokenizer, source_tokenizer = _read_tokenizers(folder, config, family)
-    source = _open(folder, config, family, dtype)
+    first = None
+    if layers and layers < config.n_layers:
+        _require_layers(folder, config)
+        first, config = FirstLayers(layers), replace(config, n_layers=layers)
+    source = _open(folder, config, family, dtype, first)
     model = _empty_model(config, source, _described_in(folder))
     _check_tensors(source, model)
     require_memory_for(source, config, device, dtype)
@@ -147,6 +155,13 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     # The weights are there already; the tables follow them.
     model = model.to(device).eval()
     return Checkpoint(model, config, tokenizer, source_tokenizer, folder, sha256, kept)
+
+
+def _require_layers(folder: Path, config: ModelConfig) -> None:
+    """Raise UsageError for a model whose first layers cannot be had alone."""
+    why = "is GGUF" if folder.is_file() else "is an encoder-decoder"
+    if folder.is_file() or config.n_encoder_layers:
+        raise UsageError(f"--layers: {folder} {why} (expected a folder of a decoder)")
 
 
 def require_context(name: str, flag: str, n_tokens: int) -> None:
@@ -336,12 +351,15 @@ class WithoutWeights(TorchFunctionMode):
 
 def _open(
     folder: Path, config: ModelConfig, family: Family | GGUFModel | None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, layers: FirstLayers | None = None,
 ) -> WeightFile:  # fmt: skip
     """The weights in `folder`, under our names; dequantised to `dtype`, or to float32 where that
     holds less. Raises FileError."""
     source: WeightFile
-    source = family.open(dtype) if isinstance(family, GGUFModel) else open_weights(folder)
+    if isinstance(family, GGUFModel):
+        source = family.open(dtype)
+    else:
+        source = open_weights(folder, layers=layers)
     check_sizes(config, source, _described_in(folder))
     return source if family is None else family.weights(source, config)
 

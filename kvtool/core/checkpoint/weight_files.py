@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvtool.core.checkpoint.first_layers import FirstLayers
 from kvtool.core.checkpoint.pickled_file import PickledFile
 from kvtool.core.checkpoint.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
 from kvtool.core.machine import dtype_name
@@ -46,11 +47,37 @@ class WeightFile(Protocol):
         """All tensors, on the CPU, contiguous, and a SHA-256 of the file(s) in hexadecimal."""
 
 
-def open_weights(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> WeightFile:
+def open_weights(
+    folder: Path,
+    dtypes: Mapping[str, torch.dtype] = DTYPES,
+    layers: FirstLayers | None = None,
+) -> WeightFile:
     """The weights in `folder`; safetensors are preferred. `dtypes` are what tensors may be of.
 
-    Raises FileError if there are none.
+    layers: those that are wanted; shards without any of theirs need not be there. Raises FileError
+    if there are none.
     """
+    if layers is not None:
+        return SomeTensors(_open_weights(folder, dtypes, layers.needs), layers.needs)
+    return _open_weights(folder, dtypes, lambda name: True)
+
+
+class SomeTensors:
+    """A weight file of which only some tensors are there."""
+
+    def __init__(self, whole: WeightFile, needs: Callable[[str], bool]) -> None:
+        self.path, self.whole = whole.path, whole
+        self.tensors = {name: info for name, info in whole.tensors.items() if needs(name)}
+
+    def read(self) -> tuple[dict[str, Tensor], str]:
+        """The SHA-256 is of all files that were read."""
+        found, digest = self.whole.read()
+        return {name: found[name] for name in self.tensors}, digest
+
+
+def _open_weights(
+    folder: Path, dtypes: Mapping[str, torch.dtype], needs: Callable[[str], bool]
+) -> WeightFile:
 
     def safetensors(path: Path) -> SafetensorsFile:
         refuse_lookalike(path, "weights")
@@ -64,12 +91,12 @@ def open_weights(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> We
     if os.path.lexists(folder / WEIGHTS):
         return safetensors(folder / WEIGHTS)
     if os.path.lexists(folder / INDEX):
-        return ShardedFile(folder / INDEX, safetensors)
+        return ShardedFile(folder / INDEX, safetensors, needs)
     for name in PICKLES:
         if os.path.lexists(folder / name):
             return pickled(folder / name)
     if os.path.lexists(folder / PICKLED_INDEX):
-        return ShardedFile(folder / PICKLED_INDEX, pickled)
+        return ShardedFile(folder / PICKLED_INDEX, pickled, needs)
     raise FileError(f"{folder / WEIGHTS}: not found (expected weights)", "Copy them there.")
 
 
@@ -160,9 +187,17 @@ def _listed(names: list[str]) -> str:
 
 
 class ShardedFile:
-    """Several files that `open_shard` opens, and an index that says which tensor is in which."""
+    """Several files that `open_shard` opens, and an index that says which tensor is in which.
 
-    def __init__(self, path: Path, open_shard: Callable[[Path], WeightFile]) -> None:
+    needs: says which tensors are wanted; a shard with none of them is not opened.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        open_shard: Callable[[Path], WeightFile],
+        needs: Callable[[str], bool] = lambda name: True,
+    ) -> None:
         self.path = path
         refuse_lookalike(path, "an index of weights")
         places = _weight_map(path)
@@ -171,7 +206,7 @@ class ShardedFile:
             listed.setdefault(name, set()).add(tensor)
         self._shards: list[WeightFile] = []
         self.tensors: dict[str, TensorInfo] = {}
-        for name in sorted(listed):
+        for name in sorted(name for name, held in listed.items() if any(map(needs, held))):
             shard = open_shard(path.parent / name)
             # Before the next is opened: of what nobody listed, no more than one shard is held.
             _check_shard(path, name, places, listed[name], set(shard.tensors))
