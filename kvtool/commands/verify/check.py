@@ -136,19 +136,18 @@ def require_float64(model: Any, logits: int) -> None:
     require_memory(what, needed + logits, device, footprint.FEWER)
 
 
-def tell_float64(model: Any, out: Output) -> None:
+def tell_float64(model: Any, widens: bool, out: Output) -> None:
     """Say with -v whether float64 is a copy of a large model."""
     import torch
 
     from kvtool.core import footprint
-    from kvtool.core.verify.widened import copy_crowds, is_large
+    from kvtool.core.verify.widened import is_large
 
     if not out.verbose or not is_large(model):
         return
     size = f"{footprint.converted(model, torch.float64) / 2**30:.3g} GiB"
-    how = "a copy of the weights" if not copy_crowds(model) else "each weight is widened as it is"
-    more = f" of {size}" if not copy_crowds(model) else f" read (a copy would take {size})"
-    out.note(f"float64: {how}{more}")
+    widened = f"each weight is widened as it is read (a copy would take {size})"
+    out.note(f"float64: {widened if widens else f'a copy of the weights, of {size}'}")
 
 
 def tell_layers(name: str, layers: int, out: Output) -> None:
@@ -210,7 +209,8 @@ def check_model(
     conditions = {**resolved, "model": loaded.path.name, "config": vars(loaded.config), "ids": ids}
     kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
     kinds["thorough"] = settings.thorough
-    tell_float64(loaded.model, out)
+    formats = Formats(loaded.model)
+    tell_float64(loaded.model, formats.widens, out)
     if settings.layers:
         resolved["layers"] = settings.layers
     log = resume_file(settings.resume, facts("kvtool", settings.run, **conditions, **kinds))
@@ -219,7 +219,6 @@ def check_model(
     with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
-        formats = Formats(loaded.model)
         asked = (settings.caches, settings.kernels, names)
         tell_time(formats, settings, names, main, rows, out, bar)
         for found in check.check_model(

@@ -60,6 +60,7 @@ def run(settings: Settings, out: Output) -> CacheReport:
     from kvtool.core.verify.hf.library import need_transformers
     from kvtool.core.verify.scenarios import PREFILL
     from kvtool.core.verify.target.check import OWN
+    from kvtool.core.verify.widened import copy_crowds
 
     names = chosen_scenarios(settings.scenarios)
     started = time.perf_counter()
@@ -73,7 +74,7 @@ def run(settings: Settings, out: Output) -> CacheReport:
     n_vocab = model.config.get_text_config(decoder=True).vocab_size
     n_prompt = settings.prompt_length or PREFILL
     require_float64(model, footprint.arms(n_vocab, n_prompt, settings.tokens, dtype.itemsize))
-    tell_float64(model, out)
+    tell_float64(model, copy_crowds(model), out)
     kinds = settings.caches or list(TRANSFORMERS_CACHES)
     resolved = {
         "model": settings.run.model,

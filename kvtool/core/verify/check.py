@@ -111,9 +111,10 @@ def check_model(
     shares_scenario = goes_by_layer(formats)
     if shares_scenario:
         plan.sort(key=lambda turn: (scenarios.index(turn[2]), kernels.index(turn[1])))
-    subjects, passes = subjects_of(formats, caches, thorough, shares_scenario)
-    sharing = {turn: turn[2] if shares_scenario else subjects[turn[0]].seen for turn in plan}
-    left = Counter(sharing.values())
+    subjects, passes = subjects_of(formats, caches, thorough)
+    # After the last of those that share passes these are let go.
+    sharing = {turn: turn[1:] if shares_scenario else subjects[turn[0]].seen for turn in plan}
+    left: Counter[Any] = Counter(sharing.values())
     cases = {name: Case(SCENARIOS[name], thorough=thorough) for name in scenarios} | {MAIN: main}
     evidence = ByLayer(formats, subjects.values()) if shares_scenario else None
     judges: dict[tuple[str, str], Judge] = {}
@@ -146,10 +147,9 @@ def goes_by_layer(formats: Formats) -> bool:
 
 
 def subjects_of(
-    formats: Formats, caches: Sequence[str], thorough: bool, share_all: bool
+    formats: Formats, caches: Sequence[str], thorough: bool
 ) -> tuple[dict[str, ModelSubject], Passes]:
-    """Each kind as a subject. Kinds whose uncached pass is the same share it; all have a place for
-    theirs with `share_all`."""
+    """Each kind as a subject. Kinds whose uncached pass is the same share it."""
     passes, subjects = Passes(), dict[str, ModelSubject]()
     for kind in caches:
         subjects[kind] = subject = ModelSubject(formats.model, small(kind), kind, formats=formats)
@@ -157,7 +157,7 @@ def subjects_of(
             subject.reach = min(subject.context, LONG)
     alike = Counter(subject.seen for subject in subjects.values())
     for subject in subjects.values():
-        subject.passes = passes if share_all or alike[subject.seen] > 1 else None
+        subject.passes = passes if alike[subject.seen] > 1 else None
     return subjects, passes
 
 

@@ -48,7 +48,7 @@ def work_of(
     thorough: bool = False,
 ) -> dict[str, Work]:
     """What `check_model` feeds, by the name of the kernels."""
-    subjects, _ = subjects_of(formats, caches, thorough, True)
+    subjects, _ = subjects_of(formats, caches, thorough)
     found = {name: Work() for name in kernels}
     for name, case in product(kernels, cases):
         histories = Histories()

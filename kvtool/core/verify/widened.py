@@ -115,9 +115,10 @@ def twin(model: Any, room: Room, given: Any = None) -> Any:
         shared = {id(weight): weight for weight in _weights(model)}
         given = copy.deepcopy(model, memo=dict(shared))  # type: ignore[arg-type]
     for module in given.modules():
-        if any(map(_is_low, module._parameters.values())) or _names_its_format(type(module)):
+        kind: Any = type(module)
+        if any(map(_is_low, module._parameters.values())) or _names_its_format(kind):
             module.__dict__["_room"] = room
-            module.__class__ = _reading_wide(type(module))
+            module.__class__ = _reading_wide(kind)
     return given
 
 
