@@ -176,3 +176,18 @@ def test_the_copy_is_made_where_memory_holds_several(monkeypatch, large):
     for available, widens in ((4 * needed, False), (4 * needed - 1, True)):
         monkeypatch.setattr(widened, "available_bytes", lambda device, n=available: n)
         assert Formats(model).widens is widens
+
+
+def test_what_is_skipped_is_not_judged_and_the_rest_is_as_it_would_be(large: None) -> None:
+    model = random_model(**ROTARY)
+    main = main_case(model, torch.tensor([[1, 5, 2]]), 4)
+    asked = (Formats(model), ["dynamic", "int8"], ["default", "exact"], ["decode", "crop"], main)
+    everything = {(c.cache, c.kernels, c.finding.scenario): c for c in check_model(*asked)}
+    assert list(everything)[:3] == [
+        ("dynamic", "default", "decode"),
+        ("int8", "default", "decode"),
+        ("dynamic", "exact", "decode"),
+    ]
+    skip = list(everything)[:5]
+    rest = {(c.cache, c.kernels, c.finding.scenario): c for c in check_model(*asked, skip=skip)}
+    assert rest == {turn: c for turn, c in everything.items() if turn not in skip}
