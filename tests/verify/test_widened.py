@@ -107,10 +107,10 @@ def test_a_weight_that_is_widened_when_memory_is_gone_is_not_taken_for_whole(
         right(self[:1], other[:1])
         raise MemoryError
 
-    monkeypatch.setattr(Tensor, "copy_", breaks)
-    with pytest.raises(MemoryError):
-        _ = wide.a.weight
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "copy_", breaks)
+        with pytest.raises(MemoryError):
+            _ = wide.a.weight
     assert torch.equal(wide.a.weight, model.a.weight.double())
 
 
