@@ -154,12 +154,17 @@ def test_the_planted_bug_is_found_in_a_large_model(large: None) -> None:
     assert check.control(Formats(model, widens=True), case).verdict == BUG
 
 
-def test_a_kind_that_stores_nothing_and_exact_kernels_ask_for_no_shared_evidence(large):
+@pytest.mark.parametrize("kinds, kernels", [(["none"], "default"), (["none", "dynamic"], "exact")])
+def test_what_proves_nothing_and_what_is_identical_is_not_run_in_float64(
+    kinds: list[str], kernels: str, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = random_model(**ROTARY)
-    formats = Formats(model)
     main = main_case(model, torch.tensor([[1, 5, 2]]), 6)
-    checks = list(check_model(formats, ["none", "dynamic"], ["exact"], ["decode", "crop"], main))
-    assert [c.finding.verdict for c in checks if c.cache == "dynamic"] == ["identical"] * 2
+    formats = Formats(model)
+    monkeypatch.setattr(formats, "to", None)
+    for checked in check_model(formats, kinds, [kernels], ["decode", "crop"], main):
+        assert checked.finding.verdict == ("no cache" if checked.cache == "none" else "identical")
+        assert checked.finding.float64 is None
 
 
 def test_a_model_with_attention_of_another_kind_goes_step_by_step():

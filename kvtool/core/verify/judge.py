@@ -116,6 +116,9 @@ class Judge:
             finding = replace(finding, verdict=verdict, evidence=arms.vacuous)
         if not _differs(finding) and not thorough:
             return finding
+        # Float64 would decide nothing, and of a large model it takes long.
+        if finding.verdict == NO_CACHE and getattr(self.subject, "evidence", None) is not None:
+            return finding
         return self._by_precision(case, finding, arms, thorough)
 
     def _by_precision(self, case: Case, finding: Finding, arms: Arms, thorough: bool) -> Finding:
