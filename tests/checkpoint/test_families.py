@@ -182,6 +182,24 @@ def test_verify_logits_agrees_with_both_witnesses(
     assert document["worst_float64"] < 1e-13
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["gpt2, untied head", "llama, tied head", "qwen3"])
+def test_verify_logits_finds_the_same_to_the_last_bit_when_weights_are_widened_as_they_are_read(
+    case: str, dtype: str, made: Made, kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = f"--model {made(case)[1]} --against transformers --threads 1 --json --dtype {dtype}"
+    usual = answer(kv(*args.split(), command="verify-logits"))
+    monkeypatch.setattr("kvtool.core.verify.widened.LARGE", -1)
+    read: list[Path] = []
+    load_weights = checkpoint.load_weights
+    monkeypatch.setattr(
+        checkpoint, "load_weights", lambda *args: read.append(args[0]) or load_weights(*args)
+    )
+    wide = answer(kv(*args.split(), command="verify-logits"))
+    assert wide["positions"] == usual["positions"]
+    assert not read  # a second time, under kvtool's names
+
+
 # --- other forms of the same folder
 
 

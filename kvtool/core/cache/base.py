@@ -137,6 +137,12 @@ class Step:
             mask = self.mask & in_window[:, None]
         return replace(self, mask=mask, causal=False)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a pass without a cache: q (B,H,T,D), k, v (B,Hkv,T,D) -> (B,H,T,D)"""
+        if self.quantization is not None:
+            k, v = self.quantization.both_copies(k, v, self.q_pos)
+        return self.kernels.attention(q, k, v, self.mask, self.causal)
+
     @classmethod
     def bidirectional(cls, mask: Tensor, kernels: Kernels = DEFAULT) -> Step:
         """The step of an encoder: every token sees all real ones; mask (B,S) bool, True = real."""

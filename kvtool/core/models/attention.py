@@ -67,12 +67,7 @@ class SelfAttention(nn.Module):
         q, k, v = heads.split_with_sizes(self.qkv_heads, dim=1)
         if rotary is not None:
             q, k = rotary(q, step.q_pos), rotary(k, step.q_pos)
-        if cache is None:
-            if step.quantization is not None:
-                k, v = step.quantization.both_copies(k, v, step.q_pos)
-            y = step.kernels.attention(q, k, v, step.mask, step.causal)
-        else:
-            y = cache.attend(self.layer, q, k, v, step)
+        y = step.attend(q, k, v) if cache is None else cache.attend(self.layer, q, k, v, step)
         return step.kernels.per_token(merge_heads(y), self.out)
 
 

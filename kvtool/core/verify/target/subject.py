@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from kvtool.core.verify.compare import distances
-from kvtool.core.verify.copies import converted
+from kvtool.core.verify.copies import converted, widened
 from kvtool.core.verify.fingerprint import fingerprint
 from kvtool.core.verify.scenario_run import PREFILL, STEPS
 from kvtool.core.verify.scenarios import GENERATED
@@ -21,6 +21,7 @@ from kvtool.core.verify.target import cost, saving, vacuous
 from kvtool.core.verify.target.attributes import (
     contents,
     device_of,
+    outermost,
     owned_modules,
     unwrap_attributes,
     whole_number,
@@ -32,6 +33,7 @@ from kvtool.core.verify.target.limits import Limits, find_limits
 from kvtool.core.verify.target.moves import MovedCopies
 from kvtool.core.verify.target.refusals import is_refusal
 from kvtool.core.verify.target.session import TargetSession
+from kvtool.core.verify.widened import Room, copy_crowds
 from kvtool.errors import UsageError, first_line, pass_on_shortage
 
 NEEDED = 2 * (PREFILL + STEPS)  # tokens that the longest scenario feeds, and some more
@@ -200,7 +202,17 @@ class TargetSubject:
     def to(self, dtype: torch.dtype) -> TargetSubject:
         """Raises what the decoder raises, NotImplementedError if it holds nothing to convert."""
         other = copy.copy(self)
-        other.decoder, other.dtype = converted(self.decoder, dtype), dtype
+        other.dtype = dtype
+        if dtype == torch.float64 and any(map(copy_crowds, outermost(self.decoder))):
+            try:
+                other.decoder = widened(self.decoder, Room())
+                ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+                with torch.inference_mode():
+                    other.call_full(ids), other.prefilled(ids)
+                return other
+            except Exception as error:  # code that holds its weights elsewhere too
+                pass_on_shortage(error)
+        other.decoder = converted(self.decoder, dtype)
         return other
 
     def moved(self, by: float, seed: int = 0, tables: bool = False) -> TargetSubject:
