@@ -42,6 +42,7 @@ from kvtool.core.decoding import engine
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import make_kernels
 from kvtool.core.models import build_model
+from kvtool.core.models.general import GeneralConfig
 from kvtool.core.reference import oracle
 from kvtool.core.text.tokenizer import Tokenizer
 from small_models import answer
@@ -51,8 +52,12 @@ every_case = pytest.mark.parametrize("case", CASES)
 # One of each family, and what a cache could get wrong: windows, lengthened keys, odd head widths.
 TELLING = (
     "gpt2", "llama, yarn", "mistral, window", "qwen2, window in later layers",
-    "qwen3, biases and window",
+    "qwen3, biases and window", "smollm3, window", "gemma2", "gemma3, two turns",
 )  # fmt: skip
+JUDGED = (*TELLING[:5], "gemma2")
+GENERAL = [case for case in CASES if case.startswith(("granite", "smoll", "phi3", "olmo", "gemma"))]
+GENERAL += ["gpt2, scores by depth", "gpt2, raw scores by depth"]
+SHAPING = {"family", "norm_place", "qk_norm_whole"}  # with other weights, which could not be loaded
 SMALL = {"sliding": "sliding:window=9:sinks=2", "int8": "int8:group=4:residual=4"}
 SMALL |= {"int4": "int4:group=4:residual=4", "paged": "paged:page=4"}
 
@@ -129,6 +134,28 @@ def test_an_option_that_agrees_is_not_idle(case: str, made: Made) -> None:
         assert gap(plain(ids), expected(model, ids)) > 1e-3
 
 
+@pytest.mark.parametrize("case", GENERAL)
+def test_each_setting_of_a_family_changes_its_logits(case: str, made: Made) -> None:
+    """So that the ones that agree with transformers are not there by name alone."""
+    model, folder = made(case)
+    loaded, ids = load(folder), tokens(CONTEXT)
+    config, right = loaded.config, expected(model, ids)
+    if not isinstance(config, GeneralConfig):
+        return
+    for field in fields(GeneralConfig)[len(fields(ModelConfig)) :]:
+        if getattr(config, field.name) == field.default or field.name in SHAPING:
+            continue
+        changes = {field.name: field.default}
+        if field.name == "window_theta":
+            changes["window_scaling"] = None
+        if field.name == "rotary_dim":  # LongRoPE has a factor for each pair that turns
+            changes["rope_scaling"] = None
+        plain = build_model(replace(config, **changes)).double().eval()
+        plain.load_state_dict(loaded.model.state_dict())
+        with torch.no_grad():
+            assert gap(plain(ids), right) > 1e-3, field.name
+
+
 def test_only_later_layers_have_the_window_of_qwen2(made: Made) -> None:
     config = load(made("qwen2, window in later layers")[1]).config
     assert (config.window, config.first_window_layer, config.n_layers) == (6, 1, 3)
@@ -159,7 +186,7 @@ def test_every_cache_kind_gives_the_logits_of_one_pass(
         assert difference == 0.0 if kernels == "exact" else difference < 1e-12
 
 
-@pytest.mark.parametrize("case", TELLING)
+@pytest.mark.parametrize("case", JUDGED)
 def test_verify_cache_finds_the_planted_bug_and_no_other(
     case: str, made: Made, kv: Callable[..., Ran]
 ) -> None:

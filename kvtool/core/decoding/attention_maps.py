@@ -28,11 +28,17 @@ class WeightRecorder:
         return self.kernels.per_token(x, *layers)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | LazyMask | None,
+        causal: bool,
+        cap: float = 0.0,
     ) -> Tensor:
         if k is self.keys:
             self.found.append(reference_weights(q, k, mask_tensor(mask), causal))
-        return self.kernels.attention(q, k, v, mask, causal)
+        return self.kernels.attention(q, k, v, mask, causal, cap)
 
 
 @torch.inference_mode()

@@ -56,13 +56,18 @@ class SelfAttention(nn.Module):
         k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         return torch.cat([q, k, v], dim=-1)
 
+    def placed(
+        self, q: Tensor, k: Tensor, pos: Tensor, rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B,heads,T,D) as attention takes them, at positions (B,T)."""
+        return (q, k) if rotary is None else (rotary(q, pos), rotary(k, pos))
+
     def forward(self, x: Tensor, step: Step, cache: Cache | None, rotary: Rotary | None) -> Tensor:
         heads = split_heads(
             step.kernels.per_token(x, self.project), self.head_dim
         )  # (B,H+2*Hkv,T,D)
         q, k, v = heads.split_with_sizes(self.qkv_heads, dim=1)
-        if rotary is not None:
-            q, k = rotary(q, step.q_pos), rotary(k, step.q_pos)
+        q, k = self.placed(q, k, step.q_pos, rotary)
         if cache is None:
             if step.quantization is not None:
                 k, v = step.quantization.both_copies(k, v, step.q_pos)

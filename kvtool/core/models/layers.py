@@ -126,6 +126,7 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "geglu": lambda x: F.gelu(x.chunk(2, dim=-1)[0], approximate="tanh") * x.chunk(2, dim=-1)[1],
     "swiglu": lambda x: F.silu(x.chunk(2, dim=-1)[0]) * x.chunk(2, dim=-1)[1],
 }
 
@@ -133,7 +134,8 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 class MLP(Plain):
     """The feed-forward network of a block: (B,T,d) -> (B,T,d), each token by itself.
 
-    swiglu (Shazeer 2020) has a gate beside the activation: `up` then yields 2 * d_ff, gate first.
+    swiglu and geglu (Shazeer 2020) have a gate beside the activation: `up` then yields 2 * d_ff,
+    gate first.
     """
 
     by_token = True
@@ -141,7 +143,7 @@ class MLP(Plain):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        gates = 2 if config.activation == "swiglu" else 1
+        gates = 2 if config.gated else 1
         self.up = Linear(config.d_model, gates * config.d_ff, bias=config.has_bias("mlp"))
         self.down = Linear(config.d_ff, config.d_model, bias=config.has_bias("mlp"))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtool.config import ModelConfig, check_int
-from kvtool.core.checkpoint.families import gpt2, llama
+from kvtool.core.checkpoint.families import gemma, gpt2, granite, llama, olmo2, phi3, smollm3
 from kvtool.core.checkpoint.families.fields import Fields
 from kvtool.core.checkpoint.families.weights import MappedFile, NameMap
 from kvtool.core.checkpoint.weight_files import WeightFile
@@ -55,6 +55,12 @@ FAMILIES = {
     "mistral": Family(llama.read_mistral, llama.names, llama.PREFIX),
     "qwen2": Family(llama.read_qwen2, llama.names, llama.PREFIX),
     "qwen3": Family(llama.read_qwen3, llama.names, llama.PREFIX),
+    "granite": Family(granite.read, llama.names, llama.PREFIX),
+    "smollm3": Family(smollm3.read, llama.names, llama.PREFIX),
+    "phi3": Family(phi3.read, phi3.names, llama.PREFIX),
+    "olmo2": Family(olmo2.read, llama.names, llama.PREFIX),
+    "gemma2": Family(gemma.read_gemma2, llama.names, llama.PREFIX),
+    "gemma3_text": Family(gemma.read_gemma3, llama.names, llama.PREFIX),
 }
 
 

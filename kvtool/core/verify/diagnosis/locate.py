@@ -69,7 +69,13 @@ class AttentionRecorder:
         return self  # a forked cache reports to the same place
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | LazyMask | None,
+        causal: bool,
+        cap: float = 0.0,
     ) -> Tensor:
         if self.current is not None:
             mask = mask_tensor(mask)
@@ -78,7 +84,7 @@ class AttentionRecorder:
             shape = (q.shape[0], 1, q.shape[2], k.shape[2])
             self.current.q, self.current.k, self.current.v = q.clone(), k.clone(), v.clone()
             self.current.mask = seen.expand(shape).clone()
-        return self.kernels.attention(q, k, v, mask, causal)
+        return self.kernels.attention(q, k, v, mask, causal, cap)
 
 
 @contextmanager
