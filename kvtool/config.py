@@ -256,10 +256,20 @@ class ModelConfig:
         """Channels of a head that turn where positions are rotary."""
         return self.head_dim
 
+    @property
+    def n_turns(self) -> int:
+        """In how many ways positions turn, each with a table of its own."""
+        return 1
+
     def has_bias(self, part: str) -> bool:
         """Whether the linear layers of "qkv", "out" or "mlp" have one."""
         own = getattr(self, f"{part}_bias")
         return self.bias if own is None else own
+
+    @property
+    def shared_values(self) -> bool:
+        """Whether values are the keys once more, so that a cache stores one of the two."""
+        return False
 
     @property
     def gated(self) -> bool:

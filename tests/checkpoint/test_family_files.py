@@ -104,6 +104,15 @@ REFUSED += [
     ("gemma2", set_to(use_bidirectional_attention=True), "use_bidirectional_attention: True is"),
     ("gemma2", set_to(attn_logit_softcapping=0), "attn_logit_softcapping: 0 is out of range"),
     ("gemma3", set_to(attn_logit_softcapping=50.0), "attn_logit_softcapping: is not supported"),
+    (
+        "deepseek_v3",
+        set_to(first_k_dense_replace=1),
+        "first_k_dense_replace: layers from 1 on have experts (expected 3: kvtool has no experts)",
+    ),
+    ("deepseek_v3", set_to(first_k_dense_replace="3"), "first_k_dense_replace: '3' is not a whole"),
+    ("deepseek_v3", set_to(qk_rope_head_dim=5), "qk_rope_head_dim: 5 is odd"),
+    ("deepseek_v3", set_to(num_key_value_heads=2), "num_key_value_heads: 2 is not supported"),
+    ("deepseek_v3", set_to(index_topk=8), "unknown field 'index_topk'"),
     ("gemma3", turn_to(full_attention=3), "rope_parameters: full_attention: 3 is not an object"),
     ("gemma3", turn_to(chunked_attention={}), "unknown field 'chunked_attention'"),
 ]
@@ -157,10 +166,8 @@ def test_an_unknown_model_type_is_answered_with_the_known_ones(
     folder = edit(copy("llama"), set_to(model_type="mamba"))
     ran = kv("--model", str(folder), command="bench")
     assert ran.code == 2 and ran.err.count("\n") == 1
-    names = "kvtool-decoder, kvtool-seq2seq, kvtool-general, "
-    names += (
-        "gpt2, llama, mistral, qwen2, qwen3, granite, smollm3, phi3, olmo2, gemma2, gemma3_text"
-    )
+    own = "kvtool-decoder, kvtool-seq2seq, kvtool-general, kvtool-latent"
+    names = ", ".join([own, *FAMILIES])
     assert f"model_type 'mamba' is not supported (expected one of {names})" in ran.err
     for odd in (None, 3, ["gpt2"], {}):
         assert "is not supported" in refusal(edit(folder, set_to(model_type=odd)))

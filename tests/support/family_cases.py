@@ -82,6 +82,18 @@ TWO_TURNS = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 900.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
 }
+LATENT = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 14,
+    "first_k_dense_replace": 3,
+}
+DEEPSEEK2, DEEPSEEK3 = ({"model_type": f"deepseek_{version}", **LATENT} for version in ("v2", "v3"))
+MSCALE = turned("yarn", **YARN, mscale=0.7, mscale_all_dim=0.3)
 BY_DEPTH = {"scale_attn_by_inverse_layer_idx": True}
 
 
@@ -154,6 +166,15 @@ CASES: dict[str, dict[str, Any]] = {
     "olmo2, biases, eps": {
         **OLMO2, "attention_bias": True, "rms_norm_eps": 1e-3, "head_dim": 12,
         "tie_word_embeddings": True, **turned("llama3", **LLAMA3),
+    },
+    "deepseek_v2": {**DEEPSEEK2, "mlp_bias": True},
+    "deepseek_v2, no latent queries, mscale": {
+        **DEEPSEEK2, "q_lora_rank": None, "attention_bias": True, **MSCALE,
+    },
+    "deepseek_v3": DEEPSEEK3,
+    "deepseek_v3, biases, mscale, halves": {
+        **DEEPSEEK3, **MSCALE, "attention_bias": True, "rope_interleave": False,
+        "rms_norm_eps": 1e-3,
     },
     "gemma2": GEMMA2,
     "gemma2, no caps": {

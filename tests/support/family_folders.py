@@ -32,6 +32,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "olmo2",
         "gemma2",
         "gemma3",
+        "deepseek_v3",
     )
     return {c: save(build(CASES[c]), tmp_path_factory.mktemp("family")) for c in cases}
 

@@ -13,7 +13,8 @@ from kvtool.core.cache.base import CacheSpec
 class Pool:
     """Pages for the rows of a cache and of its forks, with a count of the rows that use each.
 
-    Page p of a layer is `keys[layer][p]` and `values[layer][p]`, each (page,Hkv,D). A page that
+    Page p of a layer is `keys[layer][p]` and `values[layer][p]`, each (page,Hkv,D), or both the
+    same where values are shared. A page that
     nobody uses is free: `n_live + n_free == n_pages` at every moment.
     """
 
@@ -22,7 +23,8 @@ class Pool:
         self.keys = [
             torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(spec.n_layers)
         ]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.values = self.keys if spec.shared else [torch.zeros_like(k) for k in self.keys]
+        self.stored = self.keys if spec.shared else [*self.keys, *self.values]  # each once
         self.n_pages = n_pages
         self.users = [0] * n_pages
         self._free = list(range(n_pages))[::-1]  # the lowest last: it is taken next
@@ -50,7 +52,7 @@ class Pool:
                 torch.tensor(pages, device=self.keys[0].device)
                 for pages in (taken[: len(sources)], sources)
             )
-            for buffer in (*self.keys, *self.values):
+            for buffer in self.stored:
                 buffer.index_copy_(1, goals, buffer.index_select(1, old))
         # Only now, when memory for the copies has not run out.
         del self._free[len(self._free) - n :]

@@ -23,6 +23,18 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def attended(
+    layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step, cache: Cache | None
+) -> Tensor:
+    """What queries (B,H,T,D) gather from keys and values (B,Hkv,T,D) of the step and, with a cache,
+    those before them -> (B,H,T,D)."""
+    if cache is not None:
+        return cache.attend(layer, q, k, v, step)
+    if step.quantization is not None:
+        k, v = step.quantization.both_copies(k, v, step.q_pos)
+    return step.kernels.attention(q, k, v, step.mask, step.causal)
+
+
 class SelfAttention(nn.Module):
     """Each token attends to those that the step lets it see: (B,T,d) -> (B,T,d).
 
@@ -68,12 +80,7 @@ class SelfAttention(nn.Module):
         )  # (B,H+2*Hkv,T,D)
         q, k, v = heads.split_with_sizes(self.qkv_heads, dim=1)
         q, k = self.placed(q, k, step.q_pos, rotary)
-        if cache is None:
-            if step.quantization is not None:
-                k, v = step.quantization.both_copies(k, v, step.q_pos)
-            y = step.kernels.attention(q, k, v, step.mask, step.causal)
-        else:
-            y = cache.attend(self.layer, q, k, v, step)
+        y = attended(self.layer, q, k, v, step, cache)
         return step.kernels.per_token(merge_heads(y), self.out)
 
 

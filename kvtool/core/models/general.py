@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,9 @@ class GeneralConfig(ModelConfig):
         choose(self.norm_place, NORM_PLACES, "norm_place")
         self._check_together()
 
+    def _says_how_to_turn(self) -> bool:
+        return bool(self.rotary_dim or self.unrotated_layers or self.window_theta)
+
     def _check_together(self) -> None:
         if self.n_encoder_layers:
             raise UsageError(f"--family: {self.family} is for decoder-only models")
@@ -91,8 +94,7 @@ class GeneralConfig(ModelConfig):
             raise UsageError("norm_plus_one: is for --norm rmsnorm")
         if self.qk_norm_whole and not self.qk_norm:
             raise UsageError("qk_norm_whole: needs qk_norm")
-        turned = bool(self.rotary_dim or self.unrotated_layers or self.window_theta)
-        if turned and self.positions != "rotary":
+        if self._says_how_to_turn() and self.positions != "rotary":
             raise UsageError("rotary_dim, unrotated_layers, window_theta: need rotary positions")
         if self.rotary_dim % 2:
             raise UsageError(f"rotary_dim: {self.rotary_dim} is odd (expected an even number)")
@@ -105,6 +107,10 @@ class GeneralConfig(ModelConfig):
     @property
     def rotary_width(self) -> int:
         return self.rotary_dim or self.head_dim
+
+    @property
+    def n_turns(self) -> int:
+        return 2 if self.window_theta else 1
 
     def window_of(self, layer: int) -> int:
         """How many positions a token sees in a layer, its own included; 0: all before it."""
@@ -229,7 +235,7 @@ class GeneralBlock(nn.Module):
 class GeneralDecoder(Model):
     """A decoder-only Transformer of a GeneralConfig."""
 
-    config_class = GeneralConfig
+    config_class: ClassVar[type[ModelConfig]] = GeneralConfig
     tensors_per_layer = 6  # at least: qkv, out, up, down, two norms
     config: GeneralConfig
 

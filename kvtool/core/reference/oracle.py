@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvtool.config import ModelConfig, RopeScaling
+from kvtool.core.reference import oracle_latent
 from kvtool.errors import FileError
 
 Weights = Mapping[str, np.ndarray]
-FAMILIES = ("decoder", "general")  # whose formulas these are
+FAMILIES = ("decoder", "general", "latent")  # whose formulas these are
 
 
 class Rules(NamedTuple):
@@ -56,7 +57,8 @@ def logits(weights: Weights, config: ModelConfig, ids: Sequence[int]) -> np.ndar
     for i in range(config.n_layers):
         layer, rules = f"layers.{i}", layer_rules(config, i)
         y = _norm_if(weights, config, f"{layer}.norm1", x)
-        y = attention(weights, config, f"{layer}.attn", y, rules)
+        attends = oracle_latent.attention if config.kind == "latent" else attention
+        y = attends(weights, config, f"{layer}.attn", y, rules)
         x = x + share * _norm_if(weights, config, f"{layer}.norm1_after", y)
         y = mlp(weights, config, f"{layer}.mlp", _norm_if(weights, config, f"{layer}.norm2", x))
         x = x + share * _norm_if(weights, config, f"{layer}.norm2_after", y)
@@ -107,11 +109,14 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer = f"layers.{i}"
         for name in NORMS[_said(config, "norm_place", "before")]:
             shapes |= _norm_shapes(config, f"{layer}.{name}")
-        shapes |= _linear_shapes(config, f"{layer}.attn.qkv", n_qkv, d)
+        if config.kind == "latent":
+            shapes |= oracle_latent.shapes(config, f"{layer}.attn")
+        else:
+            shapes |= _linear_shapes(config, f"{layer}.attn.qkv", n_qkv, d)
+            shapes |= _linear_shapes(config, f"{layer}.attn.out", d, config.n_heads * width)
         for x, n in heads.items() if config.qk_norm else ():
             size = n * width if _said(config, "qk_norm_whole", False) else width
             shapes |= {f"{layer}.attn.{x}_norm.weight": (size,)}
-        shapes |= _linear_shapes(config, f"{layer}.attn.out", d, config.n_heads * width)
         shapes |= _linear_shapes(config, f"{layer}.mlp.up", n_up, d)
         shapes |= _linear_shapes(config, f"{layer}.mlp.down", d, ff)
     shapes |= _norm_shapes(config, "norm")

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from kvtool.config import ModelConfig, check_int
-from kvtool.core.checkpoint.families import gemma, gpt2, granite, llama, olmo2, phi3, smollm3
+from kvtool.core.checkpoint.families import (
+    deepseek,
+    gemma,
+    gpt2,
+    granite,
+    llama,
+    olmo2,
+    phi3,
+    smollm3,
+)
 from kvtool.core.checkpoint.families.fields import Fields
 from kvtool.core.checkpoint.families.weights import MappedFile, NameMap
 from kvtool.core.checkpoint.weight_files import WeightFile
@@ -61,6 +70,8 @@ FAMILIES = {
     "olmo2": Family(olmo2.read, llama.names, llama.PREFIX),
     "gemma2": Family(gemma.read_gemma2, llama.names, llama.PREFIX),
     "gemma3_text": Family(gemma.read_gemma3, llama.names, llama.PREFIX),
+    "deepseek_v2": Family(deepseek.read_v2, deepseek.names, llama.PREFIX),
+    "deepseek_v3": Family(deepseek.read_v3, deepseek.names, llama.PREFIX),
 }
 
 

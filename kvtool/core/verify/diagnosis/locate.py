@@ -15,6 +15,7 @@ from kvtool.core.kernels.default import Kernels
 from kvtool.core.kernels.masks import LazyMask, mask_tensor
 from kvtool.core.models import Model
 from kvtool.core.models.attention import CrossAttention, SelfAttention
+from kvtool.core.models.latent import LatentAttention
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.scenario_run import Stopped
 from kvtool.core.verify.subject import ModelSubject
@@ -93,8 +94,8 @@ def recording(model: Model, recorder: AttentionRecorder) -> Iterator[None]:
     handles = []
     decoder = getattr(model, "decoder", model)
     for module in decoder.modules():
-        if isinstance(module, (SelfAttention, CrossAttention)):
-            key = ("self" if isinstance(module, SelfAttention) else "cross", module.layer)
+        if isinstance(module, (SelfAttention, LatentAttention, CrossAttention)):
+            key = ("cross" if isinstance(module, CrossAttention) else "self", module.layer)
             handles.append(module.register_forward_pre_hook(_enter(recorder, key)))
             handles.append(module.register_forward_hook(_leave(recorder)))
     try:
