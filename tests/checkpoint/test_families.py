@@ -22,6 +22,7 @@ from family_cases import (
     GPT2,
     LLAMA,
     LLAMA3,
+    LONGROPE,
     YARN,
     build,
     edit,
@@ -260,6 +261,37 @@ def test_a_tied_head_may_be_stored_in_place_of_the_embedding(
             {"rope_theta": 500, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
         ),
         ("llama, yarn", {"rope_theta": 500.0, "rope_scaling": {"type": "yarn", **YARN}}),
+        ("gemma2", {}),
+        ("gemma3", {}),
+        ("gemma3", {"rope_theta": 1_000_000, "rope_local_base_freq": 10_000}),
+        (
+            "gemma3, two turns",
+            {
+                "rope_theta": 900.0,
+                "rope_local_base_freq": 50.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+        ),
+        ("smollm3", {}),
+        (
+            "phi3, longrope",
+            {
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": CONTEXT,
+                "rope_scaling": {
+                    "type": "su",
+                    **{name: LONGROPE[name] for name in ("short_factor", "long_factor")},
+                },
+            },
+        ),
+        (
+            "deepseek_v2, no latent queries, mscale",
+            {
+                "rope_theta": 500.0,
+                "rope_scaling": {"type": "yarn", **YARN, "mscale": 0.7, "mscale_all_dim": 0.3},
+            },
+        ),
     ],
 )
 def test_the_old_spelling_of_rotary_positions_says_the_same(

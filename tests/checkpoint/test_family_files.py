@@ -133,6 +133,25 @@ def test_a_field_that_could_change_the_model_is_named(
         ("gpt2", {"head_dim": 64, "d_ff": 3072, "tied": True, "activation": "gelu_tanh"}),
         ("SmolLM2", {"head_dim": 64, "n_kv_heads": 3, "rope_theta": 1e5, "rope_scaling": None}),
         ("Llama 3.2", {"context": 131072, "rope_scaling": RopeScaling("llama3", 32.0, 8192)}),
+        (
+            "Gemma 3",
+            {
+                "head_dim": 256,
+                "window": 512,
+                "full_layers": (5, 11, 17, 23),
+                "tied": True,
+                "rope_theta": 1e6,
+                "window_theta": 1e4,
+                "attention_scale": 1 / 16,
+                "embed_scale": 1152**0.5,
+                "activation": "geglu",
+                "norm_place": "both",
+            },
+        ),
+        (
+            "SmolLM3",
+            {"unrotated_layers": tuple(range(3, 36, 4)), "rope_theta": 5e6, "window": 0},
+        ),
         ("Qwen2.5", {"window": 0, "qkv_bias": True, "out_bias": None, "rope_theta": 1e6}),
     ],
 )

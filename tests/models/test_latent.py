@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,12 @@ def test_crop_and_select_move_shared_columns_once() -> None:
             right = feed(model, whole, ids.flip(0))
         gap = float((found - right[:, -1:]).abs().max())
         assert gap < 1e-12, kind
+
+
+def test_key_value_heads_are_refused_where_there_are_none() -> None:
+    with pytest.raises(UsageError, match="--n-kv-heads: 2 is not for latent attention"):
+        replace(CONFIG, n_kv_heads=2)
+    assert replace(CONFIG, n_kv_heads=4) == CONFIG
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,10 @@ class LatentConfig(GeneralConfig):
         defaults = {"kv_rank": 2 * usual, "still_dim": usual, "value_dim": usual}
         for name, size in {**defaults, "rotary_dim": usual}.items():
             object.__setattr__(self, name, getattr(self, name) or size)
+        if self.n_kv_heads not in (0, 1, self.n_heads):  # 0 becomes n_heads in other families
+            raise UsageError(
+                f"--n-kv-heads: {self.n_kv_heads} is not for latent attention, which caches one head"
+            )
         object.__setattr__(self, "n_kv_heads", 1)
         object.__setattr__(self, "head_size", self.kv_rank + self.rotary_dim)
         if not self.attention_scale:
