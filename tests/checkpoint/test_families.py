@@ -30,6 +30,7 @@ from family_cases import (
     found,
     gap,
     load,
+    refusal,
     save,
     tokens,
     turned,
@@ -234,6 +235,26 @@ def test_a_model_saved_without_a_head_has_names_without_a_prefix(
     model, folder = made(case)
     save(model.base_model, tmp_path)
     assert found(tmp_path, tokens(9)).equal(found(folder, tokens(9)))
+
+
+def test_the_language_model_of_a_gemma3_that_reads_images_is_read(
+    tmp_path: Path, made: Made
+) -> None:
+    """Its folder, with what reads images beside it, is the same model as the text's alone."""
+    _, folder = made("gemma3, two turns")
+    fields = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": fields, "vision_config": {"hidden_size": 16}}
+    whole |= {"mm_tokens_per_image": 4, "image_token_index": 60, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    named = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    named["vision_tower.vision_model.head.weight"] = torch.zeros(2)
+    named["multi_modal_projector.mm_input_projection_weight"] = torch.zeros(2)
+    safetensors.torch.save_file(named, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load(tmp_path).config == load(folder).config
+    assert found(tmp_path, tokens(9)).equal(found(folder, tokens(9)))
+    edit(tmp_path, lambda data: data.update(tie_word_embeddings=False))
+    assert "tie_word_embeddings: False is not supported" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama, tied head"])

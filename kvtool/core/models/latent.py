@@ -52,7 +52,7 @@ class LatentConfig(GeneralConfig):
             object.__setattr__(self, name, getattr(self, name) or size)
         if self.n_kv_heads not in (0, 1, self.n_heads):  # 0 becomes n_heads in other families
             raise UsageError(
-                f"--n-kv-heads: {self.n_kv_heads} is not for latent attention, which caches one head"
+                f"--n-kv-heads: {self.n_kv_heads} is not for latent attention (expected 1)"
             )
         object.__setattr__(self, "n_kv_heads", 1)
         object.__setattr__(self, "head_size", self.kv_rank + self.rotary_dim)

@@ -41,6 +41,7 @@ class Family:
     read: Callable[[Fields], ModelConfig]
     names: Callable[[ModelConfig], NameMap]
     prefix: str  # of the names, if the file has the logits head as well
+    beside: tuple[str, ...] = ()  # how names begin of what is no part of the language model
 
     def config(self, data: Mapping[str, Any], where: str) -> ModelConfig:
         """The configuration with this mathematics; `where` names the file. Raises FileError for a
@@ -55,7 +56,8 @@ class Family:
 
     def weights(self, source: WeightFile, config: ModelConfig) -> MappedFile:
         """Their tensors under our names. Raises FileError for any that is missing or misshapen."""
-        return MappedFile(source, self.names(config), self.prefix, config.tied)
+        names = self.names(config)
+        return MappedFile(source, names, self.prefix, config.tied, beside=self.beside)
 
 
 FAMILIES = {
@@ -70,6 +72,7 @@ FAMILIES = {
     "olmo2": Family(olmo2.read, llama.names, llama.PREFIX),
     "gemma2": Family(gemma.read_gemma2, llama.names, llama.PREFIX),
     "gemma3_text": Family(gemma.read_gemma3, llama.names, llama.PREFIX),
+    "gemma3": Family(gemma.read_gemma3_folder, llama.names, gemma.PREFIX, gemma.BESIDE),
     "deepseek_v2": Family(deepseek.read_v2, deepseek.names, llama.PREFIX),
     "deepseek_v3": Family(deepseek.read_v3, deepseek.names, llama.PREFIX),
 }

@@ -15,6 +15,11 @@ from kvtool.errors import UsageError
 from kvtool.reading import quoted
 
 ACTIVATIONS = {"gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+PREFIX, BESIDE = "language_model.model.", ("vision_tower.", "multi_modal_projector.")
+IMAGES = (
+    "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index",
+    "image_token_index",
+)  # fmt: skip
 GLOBAL, LOCAL = 1_000_000.0, 10_000.0  # theta of layers without a window and with one
 
 
@@ -42,6 +47,21 @@ def read_gemma3(f: Fields) -> ModelConfig:
     f.require(_sliding_window_pattern=every)
     usual = [SLIDING if (i + 1) % every else FULL for i in range(n_layers)]
     return _read(f, layer_kinds(f, n_layers, usual), qk_norm=True, turn=_two_turns)
+
+
+def read_gemma3_folder(f: Fields) -> ModelConfig:
+    """A model_type of gemma3: the language model of one that also reads images."""
+    for name in IMAGES:
+        f.take(name)
+    found = f.take("text_config", {})
+    if not isinstance(found, dict):
+        raise UsageError(f"text_config: {quoted(found)} is not an object")
+    text = Fields(found)
+    text.require(model_type="gemma3_text")
+    config = read_gemma3(text)
+    text.finish()
+    f.require(tie_word_embeddings=config.tied)
+    return config
 
 
 def _read(f: Fields, kinds: list[str], turn: Any = usual_turn, **extra: Any) -> ModelConfig:
