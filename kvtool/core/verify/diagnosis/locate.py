@@ -85,7 +85,8 @@ class AttentionRecorder:
             shape = (q.shape[0], 1, q.shape[2], k.shape[2])
             self.current.q, self.current.k, self.current.v = q.clone(), k.clone(), v.clone()
             self.current.mask = seen.expand(shape).clone()
-        return self.kernels.attention(q, k, v, mask, causal, cap)
+        asked = (cap,) if cap else ()  # kernels need not know one
+        return self.kernels.attention(q, k, v, mask, causal, *asked)
 
 
 @contextmanager
