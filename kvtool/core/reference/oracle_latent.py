@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvtool.core.reference import oracle
+from kvtool.core.reference.oracle_parts import Rules, Weights, attend, rotate, unit
 
 EPS = 1e-6  # of the norms of latents
 
@@ -40,9 +40,7 @@ def shapes(config: Any, name: str) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def attention(
-    weights: oracle.Weights, config: Any, name: str, x: np.ndarray, rules: oracle.Rules
-) -> np.ndarray:
+def attention(weights: Weights, config: Any, name: str, x: np.ndarray, rules: Rules) -> np.ndarray:
     """Let every token gather from itself and the tokens before it: (T, d) -> (T, d).
 
     q = W_q n(W_dq x) and c = n(W_dkv x), n being RMSNorm; k and v of each head are W_uk c and
@@ -57,7 +55,7 @@ def attention(
 
     def normed(part: str, y: np.ndarray) -> np.ndarray:
         scale = np.asarray(weights[f"{name}.{part}.weight"], np.float64)
-        return oracle.unit(y, EPS) * scale
+        return unit(y, EPS) * scale
 
     def heads(y: np.ndarray) -> np.ndarray:
         return y.reshape(n_tokens, c.n_heads, -1).swapaxes(0, 1)  # (H, T, ...)
@@ -72,15 +70,15 @@ def attention(
         turning = _turned(q[h, :, c.still_dim :], c.interleaved, rules)
         query = np.concatenate([q[h, :, : c.still_dim], turning], axis=-1)
         key = np.concatenate([made[h, :, : c.still_dim], shared], axis=-1)
-        gathered.append(oracle.attend(query, key, made[h, :, c.still_dim :], rules))
+        gathered.append(attend(query, key, made[h, :, c.still_dim :], rules))
     return linear("out", np.concatenate(gathered, axis=-1))
 
 
-def _turned(x: np.ndarray, interleaved: bool, rules: oracle.Rules) -> np.ndarray:
+def _turned(x: np.ndarray, interleaved: bool, rules: Rules) -> np.ndarray:
     """Turn all channels (T, P), of which 2i and 2i + 1 form a plane if they are interleaved."""
     if rules.turn is None:
         return x
     if not interleaved:
-        return oracle.rotate(x, *rules.turn)
+        return rotate(x, *rules.turn)
     halves = np.concatenate([x[:, 0::2], x[:, 1::2]], axis=-1)
-    return oracle.rotate(halves, *rules.turn)
+    return rotate(halves, *rules.turn)
