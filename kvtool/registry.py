@@ -53,6 +53,8 @@ KERNELS = {
 MODELS = {
     "decoder": "kvtool.core.models.decoder:Decoder",
     "seq2seq": "kvtool.core.models.seq2seq:Seq2Seq",
+    "general": "kvtool.core.models.general:GeneralDecoder",
+    "latent": "kvtool.core.models.latent:LatentDecoder",
 }
 
 MOST_LISTED = 12  # names in an error; of more, the nearest are

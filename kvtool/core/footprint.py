@@ -30,7 +30,7 @@ def activations(config: ModelConfig, n_tokens: int, itemsize: int) -> int:
     """Bytes of the widest moment of a pass over `n_tokens` of all rows: a layer's queries, keys and
     values, or its feed-forward network, and the values around them."""
     heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    wide = config.d_ff * (3 if config.activation == "swiglu" else 2)
+    wide = config.d_ff * (3 if config.gated else 2)
     return n_tokens * (3 * config.d_model + max(2 * heads, wide)) * itemsize
 
 

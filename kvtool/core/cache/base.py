@@ -26,7 +26,10 @@ EMPTY = -(2**30)  # the position of an empty key column; no padding is that long
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The sizes, dtype, device and kernels of a cache; key-value heads are stored unexpanded."""
+    """The sizes, dtype, device and kernels of a cache; key-value heads are stored unexpanded.
+
+    shared: values are the keys once more, as in latent attention, so that they need no memory.
+    """
 
     n_layers: int
     batch: int
@@ -36,6 +39,7 @@ class CacheSpec:
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     kernels: Kernels = DEFAULT
+    shared: bool = False
 
     @classmethod
     def of(
@@ -57,13 +61,18 @@ class CacheSpec:
             dtype=dtype,
             device=device or torch.device("cpu"),
             kernels=kernels,
+            shared=config.shared_values,
         )
+
+    def apart(self) -> CacheSpec:
+        """The same for a kind that stores values in another way than keys, and so cannot share."""
+        return replace(self, shared=False)
 
     @property
     def token_nbytes(self) -> int:
         """Bytes of keys and values of one token, over all layers and rows, stored in `dtype`."""
         width = self.n_kv_heads * self.head_dim * self.dtype.itemsize
-        return 2 * self.n_layers * self.batch * width
+        return (1 if self.shared else 2) * self.n_layers * self.batch * width
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ class QuantizedCache(BufferedCache):
             raise UsageError(f"group: {group} tokens of {self.bits} bits do not fill bytes")
         self.slack = slack
         self.quantization = Quantization(self.bits, group, residual)
-        super().__init__(spec, left_padding)
+        super().__init__(spec.apart(), left_padding)  # keys and values are rounded in two ways
 
     def _first_columns(self) -> int:
         return exact_columns(self.spec.capacity, self.quantization, self.slack)
@@ -339,7 +339,7 @@ class QuantizedCache(BufferedCache):
         slack: int = 0,
     ) -> int:
         """As Cache.predict_nbytes: all is allocated at once, whatever `length` is."""
-        q = Quantization(cls.bits, group, residual)
+        q, spec = Quantization(cls.bits, group, residual), spec.apart()
         exact = exact_columns(spec.capacity, q, slack) * spec.token_nbytes
         return exact + packed_nbytes(spec, q.n_quantized(spec.capacity), q)
 

@@ -284,6 +284,6 @@ def _parts(c: ModelConfig, block: nn.Module) -> list[Part]:
         Part(attn.out, (c.d_model, heads)),
         Part(cross and cross.q, (heads, c.d_model)),
         Part(cross and cross.out, (c.d_model, heads)),
-        Part(mlp.up, (wide * (2 if c.activation == "swiglu" else 1), c.d_model)),
+        Part(mlp.up, (wide * (2 if c.gated else 1), c.d_model)),
         Part(mlp.down, (c.d_model, wide)),
     ]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from kvtool.config import GATED
 from kvtool.core.native import compiling, context
 
 Array = NDArray[Any]
@@ -214,12 +215,13 @@ def normalised(norm: Norm) -> ArrayLayer:
 
 
 def activation(name: str) -> ArrayLayer:
-    """The activation that a ModelConfig names, on arrays: (n,d) -> (n,d); swiglu (n,2d) -> (n,d).
+    """The activation that a ModelConfig names, on arrays: (n,d) -> (n,d); with a gate
+    (n,2d) -> (n,d).
 
     Raises KeyError for an unknown name.
     """
     kernel, number = _loaded().activate, number_of(name)
-    parts = 1 + (name == "swiglu")
+    parts = 1 + (name in GATED)
 
     def layer(x: Array) -> Array:
         y = np.empty((len(x), x.shape[1] // parts), x.dtype)

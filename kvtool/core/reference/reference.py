@@ -125,10 +125,11 @@ def check_decoder(config: Any) -> None:
             "--model: is an encoder-decoder (expected a decoder-only model)",
             "Reference logits are of decoder-only models; use verify-cache.",
         )
-    if config.kind != "decoder":
+    if config.kind not in oracle.FAMILIES:
         raise UsageError(
             f"--model: is of the family {config.kind}, for which there is no independent code",
-            "Reference logits are of the family decoder; use verify-cache.",
+            f"Reference logits are of the families {' and '.join(oracle.FAMILIES)}; use "
+            "verify-cache.",
         )
 
 

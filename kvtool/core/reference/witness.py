@@ -88,7 +88,8 @@ def folder_witness(folder: Path) -> Any | None:
         return None
     path = folder / CONFIG
     data = read_json_object(path, "a configuration", MOST_CONFIG)
-    if data.get("model_type") not in FAMILIES:
+    family = FAMILIES.get(data.get("model_type", ""))
+    if family is None or family.beside:  # of a part of a model, transformers has other names
         return None
     transformers = _transformers()
     source = open_weights(folder)

@@ -35,8 +35,10 @@ from kvtool.core.native.compiled.tools import (
 Place = tuple[int, int, int, Array]
 
 # Constants of the compiled functions.
-GELU, GELU_TANH, RELU, SWIGLU = range(4)
-ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "swiglu": SWIGLU}
+GELU, GELU_TANH, RELU, SWIGLU, GEGLU = range(5)
+ACTIVATIONS = {
+    "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "swiglu": SWIGLU, "geglu": GEGLU
+}  # fmt: skip
 
 
 @compiled()
@@ -198,6 +200,16 @@ def swiglu(x: Array, y: Array) -> None:
 
 
 @compiled()
+def geglu(x: Array, y: Array) -> None:
+    """y (n,d) = gelu_tanh of the first half of x (n,2d), times the second (Shazeer 2020)."""
+    width = y.shape[1]
+    gelu_tanh(x[:, :width].copy(), y)
+    for n in range(x.shape[0]):
+        for j in range(width):
+            y[n, j] *= x[n, width + j]
+
+
+@compiled()
 def add_values(w: Array, v: Array, y: Array) -> None:
     """y (D,) += the sum of values v (n,D) weighted by w (n,)."""
     whole = w.shape[0] // 8 * 8
@@ -231,6 +243,8 @@ def activate(number: int, x: Array, y: Array) -> None:
         gelu_tanh(x, y)
     elif number == SWIGLU:
         swiglu(x, y)
+    elif number == GEGLU:
+        geglu(x, y)
     else:
         for n in range(x.shape[0]):
             for j in range(x.shape[1]):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvtool.core.cache import Step
 from kvtool.core.cache.quantization import Quantization
-from kvtool.core.kernels.default import DEFAULT
+from kvtool.core.kernels.default import DEFAULT, CappedKernels
 from kvtool.core.verify.subject import ModelSubject, Start
 
 ZERO = -1  # in place of a token's number: zeros
@@ -164,6 +164,7 @@ class Hypothesis:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """Keep k, v (B,Hkv,n,D), and attend by the rules: q (B,H,n,D) -> (B,H,n,D)."""
+        self.cap = step.kernels.cap if isinstance(step.kernels, CappedKernels) else 0.0
         self.store.add(layer, k, v)
         columns = [[*self.past_columns(layer, b), *self.new[b]] for b in range(q.shape[0])]
         width = max(map(len, columns))
@@ -202,4 +203,4 @@ class Hypothesis:
         ]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return DEFAULT.attention(q, k, v, mask, False)
+        return DEFAULT.attention(q, k, v, mask, False, self.cap)
