@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
-from kvtool.core.cache.quantization import Quantization
+from kvtool.core.cache.quantization import Float8, Quantization
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.kernels.masks import LazyMask, make_mask
 from kvtool.errors import CapacityError, UsageError
@@ -85,7 +85,8 @@ class Step:
     mask: Tensor | LazyMask | None
     causal: bool
     kernels: Kernels = DEFAULT
-    quantization: Quantization | None = None  # of a pass without a cache, if it has any
+    # Of a pass without a cache, if it has any.
+    quantization: Quantization | Float8 | None = None
 
     @classmethod
     def full(
@@ -97,7 +98,7 @@ class Step:
         kernels: Kernels = DEFAULT,
         window: int = 0,
         sinks: int = 0,
-        quantization: Quantization | None = None,
+        quantization: Quantization | Float8 | None = None,
     ) -> Step:
         """A whole sequence at once, from position 0 and without a cache.
 
@@ -107,13 +108,14 @@ class Step:
         slots = torch.arange(n, device=device)
         q_pos = slots.expand(batch, n)
         n_quantized = 0 if quantization is None else quantization.n_quantized(n - 1)
+        in_place = quantization if quantization is not None and quantization.in_place else None
         if left_padding is None and (not window or n <= window) and not n_quantized:
-            return cls(q_pos, q_pos, slots, None, True, kernels)
+            return cls(q_pos, q_pos, slots, None, True, kernels, in_place)
         if left_padding is not None:
             q_pos = q_pos - left_padding[:, None]
-        if quantization is None or not n_quantized:
+        if not isinstance(quantization, Quantization) or not n_quantized:
             mask = make_mask(q_pos, q_pos, window, sinks)
-            return cls(q_pos, q_pos, slots, mask, False, kernels)
+            return cls(q_pos, q_pos, slots, mask, False, kernels, in_place)
         k_pos = torch.cat([q_pos[:, :n_quantized], q_pos], dim=1)
         copies = quantization.copy_rule(range(n), range(n_quantized), range(n)).to(slots.device)
         mask = make_mask(q_pos, k_pos, window, sinks, copies)
@@ -171,7 +173,7 @@ class Cache(ABC):
     small: ClassVar[Mapping[str, int]] = {}
     stores: ClassVar[bool] = True  # False: caches nothing on purpose, to be compared with
     recompute: ClassVar[bool] = False  # holds nothing: must be given the whole sequence each time
-    quantization: Quantization | None = None  # how tokens are rounded, and by when
+    quantization: Quantization | Float8 | None = None  # how tokens are rounded, and by when
     window: int = 0  # how many positions a token sees, its own included; 0: all before it
     sinks: int = 0  # and how many of the first ones, always
     page: int = 0  # tokens of a page; 0: columns are not in pages

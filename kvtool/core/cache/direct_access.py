@@ -34,11 +34,8 @@ class StepAddresses(NamedTuple):
     slot: int  # the column of the first new token
     window: int  # how many positions a token sees, its own included; 0: all before it
     sinks: Array  # (B,2) and besides, the columns from one to another
-    # Quantized tokens, which come before the others: (6,layers) the addresses of codes, scales and
-    # zero points of keys, and of values, and how they are packed, as compiled/codes.py has it.
-    codes: Array = np.empty((6, 0), np.int64)
-    packings: Array = np.array([[0, 1, 1, 1, 1]] * 2)
-    exact: int = 0  # the first column of `addresses` that is read beside those
+    # Of keys and of values, (2,layers,9) where there are codes, as compiled/codes.py has it.
+    coded: Array = np.zeros((2, 1, 9), np.int64)
 
 
 class GraphStep(NamedTuple):

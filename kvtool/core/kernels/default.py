@@ -93,12 +93,15 @@ class DefaultKernels:
         8. one query in float32: in a half format on a CPU where native code cannot be used
         9. SDPA: everything else
         """
+        few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.FEW
+        if k.dtype is not q.dtype and not (few and native.can_attend(q, k, v, None)):
+            # Codes stand for numbers of float32, also where the model is of a half format.
+            return self.attention(q.to(k.dtype), k, v, mask, causal).to(q.dtype)
         if isinstance(mask, LazyMask):
             return attention_by_blocks(self.attention, q, k, v, mask, merges=_can_merge(q))
         # is_causal aligns the mask at the top left: right only when T == S (pytorch #144858).
         if causal and q.shape[2] != k.shape[2]:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
-        few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.FEW
         if few and native.can_attend(q, k, v, mask):
             return native.attention(q, k, v, mask, causal)
         if fused.attends(q, k, v):

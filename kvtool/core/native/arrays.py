@@ -2,8 +2,9 @@
 
 PyTorch's library multiplies one row by a matrix at a third of the speed at which a processor reads
 the matrix, and four rows at half of it (docs/performance.md). So modules and exact kernels give
-such work to compiled/layers.py, where it can be done: on a CPU, without gradients, half formats
-computed in float32. A whole step is given to compiled/decoder.py. All get the same bits.
+such work to compiled/layers.py and compiled/attention.py, where it can be done: on a CPU, without
+gradients, half formats computed in float32. A whole step is given to compiled/decoder.py. All get
+the same bits.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ COMPUTED = torch.float32, torch.float64
 # Of no type that NumPy or numba has, and so as bits of their own type; computed in float32.
 HALVES = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 READ = *COMPUTED, *HALVES
+NO_CODES = np.zeros(9, np.int64)  # as compiled/codes.py has it
 
 
 def native_if_worthwhile(n_tokens: int) -> AbstractContextManager[None]:
@@ -110,7 +112,11 @@ def can_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     masked = mask is None or (
         mask.dtype is torch.bool and (mask.shape[1], mask.shape[3]) == (1, k.shape[2])
     )
-    return sizes and masked and bool(q.numel() and k.numel()) and can_read(q, k, v)
+    if not (sizes and masked and q.numel() and k.numel()):
+        return False
+    if q.dtype in HALVES and k.dtype is torch.float32:  # what a cache had rounded
+        return can_read(q) and numpy_can_read(k, v)
+    return can_read(q, k, v)
 
 
 def array(tensor: Tensor) -> Array:
@@ -244,7 +250,7 @@ def _attend_seen(q: Array, read: tuple[Stored, Stored], seen: Array, y: Array) -
     k, v = read
     for row, i in np.ndindex(*seen.shape[:2]):
         columns = seen[row, i].nonzero()[0]
-        _loaded().attend_columns(
+        _attention().attend_columns(
             q[row, i], row, k.tensor.shape[1], k.place, v.place, columns, y[row, i]
         )
 
@@ -288,7 +294,7 @@ def _attend(q: Array, read: tuple[Stored, Stored], spans: Array, y: Array) -> No
     with_sinks[:, : spans.shape[-1]] = spans.reshape(batch * n_queries, -1)
     n_seen = int((with_sinks[:, 1::2] - with_sinks[:, ::2]).sum())
     threads = threads_for(2 * n_groups * width * n_seen)
-    _loaded().attend(
+    _attention().attend(
         q.reshape(flat), n_queries, n_groups, k.place, v.place, with_sinks, y.reshape(flat),
         threads, LARGE,
     )  # fmt: skip
@@ -298,8 +304,8 @@ class Stored(NamedTuple):
     """Where the memory of keys or values (B,G,S,D) is, which the tensor keeps."""
 
     tensor: Tensor
-    # Its address, the bytes of a row, the columns of a head, and an array of its type.
-    place: tuple[int, int, int, Array]
+    # Its address, the bytes of a row, the columns of a head, an array of its type, and no codes.
+    place: tuple[int, int, int, Array, Array]
 
     @classmethod
     def of(cls, x: Tensor) -> Stored:
@@ -308,7 +314,7 @@ class Stored(NamedTuple):
         if x.stride()[2:] != (width, 1) or x.stride(1) % width or x.stride(1) < n * width:
             x = x.contiguous()
         at = x.data_ptr(), x.stride(0) * x.itemsize, x.stride(1) // width
-        return cls(x, (*at, kind_of(x.dtype)))
+        return cls(x, (*at, kind_of(x.dtype), NO_CODES))
 
 
 def number_of(activation: str) -> int:
@@ -326,7 +332,7 @@ def kind_of(dtype: torch.dtype) -> Array:
 def layer_code(dtype: torch.dtype) -> ModuleType | None:
     """The compiled functions of layers and attention, with weights of that type; None where numba
     does not work."""
-    return _code("layers", dtype, "layers")
+    return _code("attention", dtype, "layers")
 
 
 @cache
@@ -356,5 +362,11 @@ def _code(name: str, dtype: torch.dtype, what: str) -> ModuleType | None:
 
 @cache
 def _loaded() -> ModuleType:
-    """The functions of `layer_code`, of a type for which `can_read` was asked."""
+    """The functions of layers in `layer_code`, of a type for which `can_read` was asked."""
     return importlib.import_module("kvtool.core.native.compiled.layers")
+
+
+@cache
+def _attention() -> ModuleType:
+    """And those of attention."""
+    return importlib.import_module("kvtool.core.native.compiled.attention")
