@@ -250,7 +250,7 @@ def _attend_seen(q: Array, read: tuple[Stored, Stored], seen: Array, y: Array) -
     k, v = read
     for row, i in np.ndindex(*seen.shape[:2]):
         columns = seen[row, i].nonzero()[0]
-        _attention().attend_columns(
+        _loaded().attend_columns(
             q[row, i], row, k.tensor.shape[1], k.place, v.place, columns, y[row, i]
         )
 
@@ -294,7 +294,7 @@ def _attend(q: Array, read: tuple[Stored, Stored], spans: Array, y: Array) -> No
     with_sinks[:, : spans.shape[-1]] = spans.reshape(batch * n_queries, -1)
     n_seen = int((with_sinks[:, 1::2] - with_sinks[:, ::2]).sum())
     threads = threads_for(2 * n_groups * width * n_seen)
-    _attention().attend(
+    _loaded().attend(
         q.reshape(flat), n_queries, n_groups, k.place, v.place, with_sinks, y.reshape(flat),
         threads, LARGE,
     )  # fmt: skip
@@ -362,11 +362,5 @@ def _code(name: str, dtype: torch.dtype, what: str) -> ModuleType | None:
 
 @cache
 def _loaded() -> ModuleType:
-    """The functions of layers in `layer_code`, of a type for which `can_read` was asked."""
-    return importlib.import_module("kvtool.core.native.compiled.layers")
-
-
-@cache
-def _attention() -> ModuleType:
-    """And those of attention."""
+    """The functions of `layer_code`, of a type for which `can_read` was asked."""
     return importlib.import_module("kvtool.core.native.compiled.attention")

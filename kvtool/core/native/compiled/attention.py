@@ -29,7 +29,12 @@ from kvtool.core.native.compiled.lanes import (
     spread,
     times,
 )
-from kvtool.core.native.compiled.layers import exponential
+from kvtool.core.native.compiled.layers import ACTIVATIONS as ACTIVATIONS
+from kvtool.core.native.compiled.layers import MOST_THREADS as MOST_THREADS
+from kvtool.core.native.compiled.layers import activate as activate
+from kvtool.core.native.compiled.layers import exponential as exponential
+from kvtool.core.native.compiled.layers import normalise as normalise
+from kvtool.core.native.compiled.layers import product as product
 from kvtool.core.native.compiled.tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
 from kvtool.core.native.compiled.tools import (
     Array,
