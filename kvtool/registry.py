@@ -21,6 +21,7 @@ CACHES = {
     "sliding": "kvtool.core.cache.sliding:SlidingCache",
     "int8": "kvtool.core.cache.quantized:Int8Cache",
     "int4": "kvtool.core.cache.quantized:Int4Cache",
+    "fp8": "kvtool.core.cache.float8:Float8Cache",
     "paged": "kvtool.core.cache.paged:PagedCache",
 }
 

@@ -244,7 +244,7 @@ def test_who_watches_what_pytorch_does_misses_nothing(served: list[str]) -> None
 def test_without_numba_everything_is_done_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = linear(), torch.randn(1, WIDTH)
     with_numba = layer(x)
-    monkeypatch.setitem(sys.modules, "kvtool.core.native.compiled.layers", None)
+    monkeypatch.setitem(sys.modules, "kvtool.core.native.compiled.attention", None)
     monkeypatch.setattr(native, "layer_code", native.layer_code.__wrapped__)
     assert not native.serves(x)
     torch.testing.assert_close(layer(x), with_numba)

@@ -111,6 +111,10 @@ class DefaultKernels:
         9. one query in float32: a half format on a CPU where native code cannot be used
         10. SDPA: all other calls
         """
+        few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.FEW
+        if k.dtype is not q.dtype and (cap or not (few and native.can_attend(q, k, v, None))):
+            # Codes stand for numbers of float32, also where the model is of a half format.
+            return self.attention(q.to(k.dtype), k, v, mask, causal, cap).to(q.dtype)
         if cap:
             return capped_attention(q, k, v, mask, causal, cap)
         if isinstance(mask, LazyMask):
@@ -118,7 +122,6 @@ class DefaultKernels:
         # is_causal aligns the mask at the top left: right only when T == S (pytorch #144858).
         if causal and q.shape[2] != k.shape[2]:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
-        few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.FEW
         if few and native.can_attend(q, k, v, mask):
             return native.attention(q, k, v, mask, causal)
         if fused.attends(q, k, v):

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.cache.quantization import Quantization
+from kvtool.core.cache.quantization import Float8, Quantization
 from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import DEFAULT, Kernels
@@ -342,7 +342,7 @@ class ModelSubject(Feeding):
             abilities = (abilities - {"padding"}) | {"source"}
         if self.window:
             abilities.add("window")
-        if self.quantization is not None:
+        if self.quantization is not None and not self.quantization.in_place:
             abilities.add("quantized")
         if self.page:
             abilities.add("pages")
@@ -354,7 +354,7 @@ class ModelSubject(Feeding):
         return (Same(self.model), type(self.kernels), *self.seen)
 
     @property
-    def seen(self) -> tuple[int, int, Quantization | None]:
+    def seen(self) -> tuple[int, int, Quantization | Float8 | None]:
         """What a pass is told of the cache that it is compared with."""
         return self.window, self.sinks, self.quantization
 

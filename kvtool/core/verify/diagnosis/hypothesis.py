@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvtool.core.cache import Step
-from kvtool.core.cache.quantization import Quantization
+from kvtool.core.cache.quantization import Float8, Quantization
 from kvtool.core.kernels.default import DEFAULT, CappedKernels
 from kvtool.core.verify.subject import ModelSubject, Start
 
@@ -146,7 +146,7 @@ class Hypothesis:
         return stored
 
     @property
-    def quantization(self) -> Quantization | None:
+    def quantization(self) -> Quantization | Float8 | None:
         """How old keys and values are rounded."""
         return self.subject.quantization
 
@@ -178,8 +178,11 @@ class Hypothesis:
         seen = [[self._seen(b, i, row, filler) for i in range(self.n_new)]
                 for b, row in enumerate(rows)]  # fmt: skip
         mask = torch.tensor(seen, device=q.device)[:, None]
-        if self.quantization is not None:
-            keys, values, mask = self._quantized(self.quantization, keys, values, mask, rows)
+        by = self.quantization
+        if isinstance(by, Quantization):
+            keys, values, mask = self._quantized(by, keys, values, mask, rows)
+        elif by is not None:
+            keys, values = by.rounded(keys, values, step.k_pos)
         return self.attention(q, keys, values, mask)
 
     def _quantized(
