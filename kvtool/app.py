@@ -11,7 +11,7 @@ import errno
 import itertools
 import os
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -35,6 +35,7 @@ from kvtool.ui.problems import (
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 COMPLETION = "_KVTOOL_COMPLETE"
+FULL = 2  # exit code: what was to be printed is not
 
 
 class Command(HelpPage, ListCommand):
@@ -174,7 +175,14 @@ def main(args: list[str] | None = None) -> NoReturn:
     ending.listen()
     if COMPLETION in os.environ:
         app(prog_name="kvtool")
-    sys.exit(run(sys.argv[1:] if args is None else args))
+    code = run(sys.argv[1:] if args is None else args)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk, which was told
+            code = code or FULL * (stream is sys.stdout)
+            _drop(stream)
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:
@@ -255,13 +263,18 @@ def _stop(how: ending.End) -> int:
 
 
 def _close_pipe() -> int:
-    # The interpreter flushes both when it ends, and would complain about the pipe again.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
-            os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+        _drop(stream)
     return CLOSED_PIPE
+
+
+def _drop(stream: TextIO) -> None:
+    """Let what is left in a stream that takes no more go nowhere: the interpreter flushes it when
+    it ends, would complain about it again, and exit with 120."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _prepare_streams() -> None:

@@ -20,8 +20,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
 POSITIONS = ("sinusoidal", "learned", "rotary")
 NORMS = ("layernorm", "rmsnorm")
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu")
-ROPE_SCALINGS = ("linear", "llama3", "yarn")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "geglu", "swiglu")
+GATED = ("geglu", "swiglu")  # activations with a gate beside them
+ROPE_SCALINGS = ("linear", "llama3", "yarn", "longrope")
 SCHEDULES = ("cosine", "inverse-sqrt", "constant")
 OWN = "kvtool-"  # model_type of a checkpoint of kvtool: this and the family
 LARGEST_SIZE = 2**31 - 1
@@ -98,8 +99,8 @@ class RopeScaling:
 
     linear (kaiokendev 2023) divides every rate by `factor`; llama3 (Llama 3.1) only those that turn
     less than `low` times within `original_context` tokens, and none that turns more than `high`
-    times; yarn (Peng 2023) likewise between `beta_slow` and `beta_fast` turns, and multiplies
-    queries and keys by `attention_factor`.
+    times; yarn (Peng 2023) likewise between `beta_slow` and `beta_fast` turns; longrope (Ding 2024)
+    divides each rate by a factor of its own. Both multiply queries and keys by `attention_factor`.
     """
 
     kind: str
@@ -111,9 +112,15 @@ class RopeScaling:
     beta_fast: float = 32.0
     truncate: bool = True  # yarn: the ramp begins and ends at whole dimensions
     attention_factor: float = 1.0
+    factors: tuple[float, ...] = ()  # longrope: of each pair of channels
 
     def __post_init__(self) -> None:
         choose(self.kind, ROPE_SCALINGS, "rope_scaling")
+        if not isinstance(self.factors, (list, tuple)):
+            raise UsageError(f"rope_scaling.factors: {quoted(self.factors)} is no list of numbers")
+        object.__setattr__(self, "factors", tuple(self.factors))
+        for factor in self.factors:
+            check_float("rope_scaling.factors", factor, 0.0, 1e30, open_low=True)
         check_int("rope_scaling.original_context", self.original_context, 1)
         positive = ("factor", "low", "high", "beta_slow", "beta_fast", "attention_factor")
         for name in positive:
@@ -232,6 +239,10 @@ class ModelConfig:
             raise UsageError(f"rope_scaling: {quoted(self.rope_scaling)} is not an object")
         if self.positions != "rotary":
             raise UsageError(f"rope_scaling: contradicts --positions {self.positions}")
+        n = self.rotary_width // 2 if self.rope_scaling.kind == "longrope" else 0
+        if len(self.rope_scaling.factors) != n:
+            found = len(self.rope_scaling.factors)
+            raise UsageError(f"rope_scaling.factors: has {found} numbers (expected {n})")
         if self.rope_scaling.kind == "yarn" and self.rope_theta <= 1.0:
             raise UsageError(f"rope_theta: {self.rope_theta} is too small for yarn")
 
@@ -240,10 +251,30 @@ class ModelConfig:
         """Channels of a head: `head_size`, or by default d_model / n_heads."""
         return self.head_size or self.d_model // self.n_heads
 
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a head that turn where positions are rotary."""
+        return self.head_dim
+
+    @property
+    def n_turns(self) -> int:
+        """In how many ways positions turn, each with a table of its own."""
+        return 1
+
     def has_bias(self, part: str) -> bool:
         """Whether the linear layers of "qkv", "out" or "mlp" have one."""
         own = getattr(self, f"{part}_bias")
         return self.bias if own is None else own
+
+    @property
+    def shared_values(self) -> bool:
+        """Whether values are the keys once more, so that a cache stores one of the two."""
+        return False
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward network has a gate beside its activation."""
+        return self.activation in GATED
 
     @property
     def kind(self) -> str:

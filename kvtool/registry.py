@@ -21,6 +21,7 @@ CACHES = {
     "sliding": "kvtool.core.cache.sliding:SlidingCache",
     "int8": "kvtool.core.cache.quantized:Int8Cache",
     "int4": "kvtool.core.cache.quantized:Int4Cache",
+    "fp8": "kvtool.core.cache.float8:Float8Cache",
     "paged": "kvtool.core.cache.paged:PagedCache",
 }
 
@@ -53,6 +54,8 @@ KERNELS = {
 MODELS = {
     "decoder": "kvtool.core.models.decoder:Decoder",
     "seq2seq": "kvtool.core.models.seq2seq:Seq2Seq",
+    "general": "kvtool.core.models.general:GeneralDecoder",
+    "latent": "kvtool.core.models.latent:LatentDecoder",
 }
 
 MOST_LISTED = 12  # names in an error; of more, the nearest are

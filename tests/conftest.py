@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import warm_python as warm
 from cli_probe import Ran, probe
 from kvtool import app, ending, registry
 
@@ -49,6 +50,13 @@ def pytest_collection_finish() -> None:
     set_threads()
     gc.freeze()
     gc.set_threshold(20_000)
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """A program to start as one starts Python, which has loaded torch and the modules named."""
+    folder = tmp_path_factory.mktemp("warm-python")
+    return lambda *modules: warm.command(folder, *modules)
 
 
 @pytest.fixture

@@ -21,11 +21,16 @@ def converted(model: nn.Module, dtype: torch.dtype) -> int:
     return dtype.itemsize * sum(weight.numel() for weight in weights)
 
 
+def widened(model: nn.Module) -> int:
+    """What a model takes in float64 whose weights are widened as they are read: the largest."""
+    return FLOAT64 * max(weight.numel() for weight in model.parameters())
+
+
 def activations(config: ModelConfig, n_tokens: int, itemsize: int) -> int:
     """Bytes of the widest moment of a pass over `n_tokens` of all rows: a layer's queries, keys and
     values, or its feed-forward network, and the values around them."""
     heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    wide = config.d_ff * (3 if config.activation == "swiglu" else 2)
+    wide = config.d_ff * (3 if config.gated else 2)
     return n_tokens * (3 * config.d_model + max(2 * heads, wide)) * itemsize
 
 
@@ -44,13 +49,18 @@ def verdicts(config: ModelConfig, n_prompt: int, n_tokens: int, itemsize: int) -
     return logits + cache + activations(config, n, FLOAT64)
 
 
-def witness(model: nn.Module, against: str | None) -> int:
+def witness(model: nn.Module, against: str | None, widens: bool = False) -> int:
     """What is held of the weights at most, beside a model in its working format, to compare it
-    with a reference that `against` computes, and with itself in float64: both at once never are."""
+    with a reference that `against` computes, and with itself in float64: both at once never are.
+
+    widens: whether weights are widened as they are read.
+    """
     weights = list(model.parameters())
     n, itemsize = sum(weight.numel() for weight in weights), weights[0].dtype.itemsize
     itemsize = max(itemsize, torch.float32.itemsize)  # as most are stored
-    largest = max(weight.numel() for weight in weights) * FLOAT64
+    largest = widened(model)
+    if widens:
+        return n * itemsize + 2 * largest
     again = n * (itemsize + FLOAT64)
     if against == "transformers":  # what is stored, twice or converted, and their model
         return max(n * (2 * itemsize + FLOAT64), again)

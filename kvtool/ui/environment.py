@@ -140,9 +140,20 @@ def commit() -> str | None:
     checkout = PACKAGE.parent
     if not (checkout / ".git").exists():
         return None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
+    head = _git(checkout, "rev-parse", "HEAD")
+    if not head:
         return None
-    return done.stdout.strip() or None
+    # `describe --dirty` would write the index, and might leave its lock behind on a full disk.
+    changed = _git(checkout, "--no-optional-locks", "status", "--porcelain", "-uno")
+    return f"{head}-dirty" if changed else head
+
+
+def _git(checkout: Path, *words: str) -> str:
+    """What git answers; "" if it cannot."""
+    try:
+        done = subprocess.run(
+            ["git", *words], cwd=checkout, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

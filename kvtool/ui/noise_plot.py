@@ -24,8 +24,21 @@ class ArmSeen(NamedTuple):
     fault: float | None
 
 
+class Words(NamedTuple):
+    """What the legend calls the lower band, the upper one, and the dots."""
+
+    floor: str = "the engine's own noise"
+    fault: str = "a wrong token"
+    gap: str = "cached against cold"
+
+
+OF_A_CACHE = Words()
+
+
 @drawing()
-def noise_plot(path: Path, arms: Sequence[ArmSeen], title: str = "") -> None:
+def noise_plot(
+    path: Path, arms: Sequence[ArmSeen], title: str = "", words: Words = OF_A_CACHE
+) -> None:
     """A panel an arm: a dot for each cached answer, a band up to the engine's own noise at that
     position, and one from the size of a wrong token on."""
     from matplotlib.figure import Figure
@@ -36,7 +49,7 @@ def noise_plot(path: Path, arms: Sequence[ArmSeen], title: str = "") -> None:
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
     least, most = _limits(arms)
     for axes, arm in zip(grid.flat, arms, strict=False):
-        _panel(axes, arm, least, most)
+        _panel(axes, arm, least, most, words)
     for axes in grid.flat[len(arms) :]:
         axes.set_visible(False)
     figure.supylabel("nats, over the likeliest tokens", fontsize=10)
@@ -61,7 +74,7 @@ def _nats(value: float, _: int) -> str:
     return f"{value:.0e}".replace("e-0", "e-").replace("e+00", "")
 
 
-def _panel(axes: Any, arm: ArmSeen, least: float, most: float) -> None:
+def _panel(axes: Any, arm: ArmSeen, least: float, most: float, words: Words) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     floors: dict[int, list[float]] = {}
@@ -71,16 +84,14 @@ def _panel(axes: Any, arm: ArmSeen, least: float, most: float) -> None:
     heights = [max(median(floors[p]), least) for p in positions]
     axes.fill_between(
         positions, least, heights, step="mid", color=COLOURS[6], alpha=0.35, linewidth=0,
-        label="the engine's own noise",
+        label=words.floor,
     )  # fmt: skip
     if arm.fault:
-        axes.axhspan(
-            arm.fault, most, color=COLOURS[5], alpha=0.25, linewidth=0, label="a wrong token"
-        )
+        axes.axhspan(arm.fault, most, color=COLOURS[5], alpha=0.25, linewidth=0, label=words.fault)
     axes.plot(
         [position for position, _ in arm.gaps],
         [min(max(value, least), most) for _, value in arm.gaps],
-        linestyle="none", marker="o", markersize=3, color=COLOURS[2], label="cached against cold",
+        linestyle="none", marker="o", markersize=3, color=COLOURS[2], label=words.gap,
     )  # fmt: skip
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(_nats))

@@ -178,7 +178,7 @@ def test_equal_values_are_stored_exactly(kind: str, dtype: torch.dtype, value: f
     cache: Any = partial(cache_class(kind), group=4, residual=2)(spec, None)  # type: ignore[arg-type]
     write(cache, 20, value)
     keys, values, _ = cache.snapshot(0)
-    expected = torch.full_like(keys, value)
+    expected = torch.full_like(keys, torch.tensor(value, dtype=dtype).item())
     assert torch.equal(keys, expected) and torch.equal(values, expected)
 
 

@@ -22,6 +22,7 @@ from family_cases import (
     GPT2,
     LLAMA,
     LLAMA3,
+    LONGROPE,
     YARN,
     build,
     edit,
@@ -29,6 +30,7 @@ from family_cases import (
     found,
     gap,
     load,
+    refusal,
     save,
     tokens,
     turned,
@@ -42,6 +44,7 @@ from kvtool.core.decoding import engine
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import make_kernels
 from kvtool.core.models import build_model
+from kvtool.core.models.general import GeneralConfig
 from kvtool.core.reference import oracle
 from kvtool.core.text.tokenizer import Tokenizer
 from small_models import answer
@@ -51,10 +54,17 @@ every_case = pytest.mark.parametrize("case", CASES)
 # One of each family, and what a cache could get wrong: windows, lengthened keys, odd head widths.
 TELLING = (
     "gpt2", "llama, yarn", "mistral, window", "qwen2, window in later layers",
-    "qwen3, biases and window",
+    "qwen3, biases and window", "smollm3, window", "gemma2", "gemma3, two turns",
+    "deepseek_v2", "deepseek_v3, biases, mscale, halves",
 )  # fmt: skip
+JUDGED = (*TELLING[:5], "gemma2", "deepseek_v2")
+GENERAL = [case for case in CASES if case.startswith(("granite", "smoll", "phi3", "olmo", "gemma"))]
+GENERAL += [case for case in CASES if case.startswith("deepseek")]
+GENERAL += ["gpt2, scores by depth", "gpt2, raw scores by depth"]
+SHAPING = {"family", "norm_place", "qk_norm_whole"}  # with other weights, which could not be loaded
 SMALL = {"sliding": "sliding:window=9:sinks=2", "int8": "int8:group=4:residual=4"}
 SMALL |= {"int4": "int4:group=4:residual=4", "paged": "paged:page=4"}
+LATENT_SIZES = {"q_rank", "kv_rank", "still_dim", "value_dim", "rotary_dim"}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +139,31 @@ def test_an_option_that_agrees_is_not_idle(case: str, made: Made) -> None:
         assert gap(plain(ids), expected(model, ids)) > 1e-3
 
 
+@pytest.mark.parametrize("case", GENERAL)
+def test_each_setting_of_a_family_changes_its_logits(case: str, made: Made) -> None:
+    """So that the ones that agree with transformers are not there by name alone."""
+    model, folder = made(case)
+    loaded, ids = load(folder), tokens(CONTEXT)
+    config, right = loaded.config, expected(model, ids)
+    if not isinstance(config, GeneralConfig):
+        return
+    sizes = LATENT_SIZES if config.kind == "latent" else set()
+    for field in fields(config)[len(fields(ModelConfig)) :]:
+        if getattr(config, field.name) == field.default or field.name in SHAPING | sizes:
+            continue
+        changes = {field.name: field.default}
+        if field.name == "window_theta":
+            changes["window_scaling"] = None
+        if field.name == "rotary_dim":  # LongRoPE has a factor for each pair that turns
+            changes["rope_scaling"] = None
+        if replace(config, **changes) == config:  # the default is what is there
+            continue
+        plain = build_model(replace(config, **changes)).double().eval()
+        plain.load_state_dict(loaded.model.state_dict())
+        with torch.no_grad():
+            assert gap(plain(ids), right) > 1e-3, field.name
+
+
 def test_only_later_layers_have_the_window_of_qwen2(made: Made) -> None:
     config = load(made("qwen2, window in later layers")[1]).config
     assert (config.window, config.first_window_layer, config.n_layers) == (6, 1, 3)
@@ -159,7 +194,7 @@ def test_every_cache_kind_gives_the_logits_of_one_pass(
         assert difference == 0.0 if kernels == "exact" else difference < 1e-12
 
 
-@pytest.mark.parametrize("case", TELLING)
+@pytest.mark.parametrize("case", JUDGED)
 def test_verify_cache_finds_the_planted_bug_and_no_other(
     case: str, made: Made, kv: Callable[..., Ran]
 ) -> None:
@@ -182,6 +217,24 @@ def test_verify_logits_agrees_with_both_witnesses(
     assert document["worst_float64"] < 1e-13
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["gpt2, untied head", "llama, tied head", "qwen3"])
+def test_verify_logits_finds_the_same_to_the_last_bit_when_weights_are_widened_as_they_are_read(
+    case: str, dtype: str, made: Made, kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = f"--model {made(case)[1]} --against transformers --threads 1 --json --dtype {dtype}"
+    usual = answer(kv(*args.split(), command="verify-logits"))
+    monkeypatch.setattr("kvtool.core.verify.widened.LARGE", -1)
+    read: list[Path] = []
+    load_weights = checkpoint.load_weights
+    monkeypatch.setattr(
+        checkpoint, "load_weights", lambda *args: read.append(args[0]) or load_weights(*args)
+    )
+    wide = answer(kv(*args.split(), command="verify-logits"))
+    assert wide["positions"] == usual["positions"]
+    assert not read  # a second time, under kvtool's names
+
+
 # --- other forms of the same folder
 
 
@@ -200,6 +253,26 @@ def test_a_model_saved_without_a_head_has_names_without_a_prefix(
     model, folder = made(case)
     save(model.base_model, tmp_path)
     assert found(tmp_path, tokens(9)).equal(found(folder, tokens(9)))
+
+
+def test_the_language_model_of_a_gemma3_that_reads_images_is_read(
+    tmp_path: Path, made: Made
+) -> None:
+    """Its folder, with what reads images beside it, is the same model as the text's alone."""
+    _, folder = made("gemma3, two turns")
+    fields = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": fields, "vision_config": {"hidden_size": 16}}
+    whole |= {"mm_tokens_per_image": 4, "image_token_index": 60, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    named = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    named["vision_tower.vision_model.head.weight"] = torch.zeros(2)
+    named["multi_modal_projector.mm_input_projection_weight"] = torch.zeros(2)
+    safetensors.torch.save_file(named, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load(tmp_path).config == load(folder).config
+    assert found(tmp_path, tokens(9)).equal(found(folder, tokens(9)))
+    edit(tmp_path, lambda data: data.update(tie_word_embeddings=False))
+    assert "tie_word_embeddings: False is not supported" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama, tied head"])
@@ -227,6 +300,37 @@ def test_a_tied_head_may_be_stored_in_place_of_the_embedding(
             {"rope_theta": 500, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
         ),
         ("llama, yarn", {"rope_theta": 500.0, "rope_scaling": {"type": "yarn", **YARN}}),
+        ("gemma2", {}),
+        ("gemma3", {}),
+        ("gemma3", {"rope_theta": 1_000_000, "rope_local_base_freq": 10_000}),
+        (
+            "gemma3, two turns",
+            {
+                "rope_theta": 900.0,
+                "rope_local_base_freq": 50.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+        ),
+        ("smollm3", {}),
+        (
+            "phi3, longrope",
+            {
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": CONTEXT,
+                "rope_scaling": {
+                    "type": "su",
+                    **{name: LONGROPE[name] for name in ("short_factor", "long_factor")},
+                },
+            },
+        ),
+        (
+            "deepseek_v2, no latent queries, mscale",
+            {
+                "rope_theta": 500.0,
+                "rope_scaling": {"type": "yarn", **YARN, "mscale": 0.7, "mscale_all_dim": 0.3},
+            },
+        ),
     ],
 )
 def test_the_old_spelling_of_rotary_positions_says_the_same(

@@ -51,12 +51,8 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("llama", set_to(head_dim=None, num_attention_heads=5), "5 heads do not divide hidden_size 32"),
     ("gpt2", set_to(n_head=5), "n_head: 5 heads do not divide n_embd 32"),
     ("gpt2", set_to(activation_function="mish"), "activation_function: 'mish' is not supported"),
-    ("gpt2", set_to(scale_attn_weights=False), "scale_attn_weights: False is not supported"),
-    (
-        "gpt2",
-        set_to(scale_attn_by_inverse_layer_idx=True),
-        "scale_attn_by_inverse_layer_idx: True is not supported",
-    ),
+    ("gpt2", set_to(scale_attn_weights=1), "scale_attn_weights: 1 is not true or false"),
+    ("gpt2", set_to(scale_attn_by_inverse_layer_idx="yes"), "'yes' is not true or false"),
     ("gpt2", set_to(add_cross_attention=True), "add_cross_attention: True is not supported"),
     ("gpt2", set_to(pruned_heads={"0": [1]}), "pruned_heads: {'0': [1]} is not supported"),
     ("mistral, window", set_to(sliding_window=0), "sliding_window: 0 is too small"),
@@ -89,6 +85,38 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("llama", set_to(rope_parameters={"rope_type": "llama3"}), "is missing"),
 ]
 
+REFUSED += [
+    ("granite", set_to(residual_multiplier=0), "residual_multiplier: 0 is out of range"),
+    ("granite", set_to(logits_scaling="8"), "logits_scaling: '8' is not a number"),
+    ("granite", set_to(num_local_experts=4), "unknown field 'num_local_experts'"),
+    ("smollm3", set_to(no_rope_layers=[1, 2, 0]), "no_rope_layers: expected 5 of 0 and 1"),
+    ("smollm3", set_to(layer_types=["sliding_attention"] * 5), "sliding_window is not used"),
+    ("phi3", turn_to(rope_type="llama3"), "rope_type: 'llama3' is not supported (expected default"),
+    ("phi3", turn_to(rope_type="longrope"), "short_factor: expected a list of 4 numbers"),
+    ("phi3", turn_to(partial_rotary_factor=0.4), "partial_rotary_factor: turns 3 channels"),
+    ("phi3", turn_to(partial_rotary_factor=2.0), "partial_rotary_factor: 2 (expected one, of 1"),
+    ("phi3", set_to(lm_head_bias=True), "lm_head_bias: True is not supported (expected False)"),
+    ("phi3", set_to(partial_rotary_factor=0.5), "partial_rotary_factor: 0.5 (expected one"),
+    ("olmo2", set_to(mlp_bias=True), "unknown field 'mlp_bias'"),
+    ("gemma2", set_to(layer_types=["full_attention"]), "layer_types: expected 4 of"),
+    ("gemma2", set_to(sliding_window=None), "names sliding_attention, but sliding_window is null"),
+    ("gemma2", set_to(hidden_activation="silu"), "hidden_activation: 'silu' is not supported"),
+    ("gemma2", set_to(use_bidirectional_attention=True), "use_bidirectional_attention: True is"),
+    ("gemma2", set_to(attn_logit_softcapping=0), "attn_logit_softcapping: 0 is out of range"),
+    ("gemma3", set_to(attn_logit_softcapping=50.0), "attn_logit_softcapping: is not supported"),
+    (
+        "deepseek_v3",
+        set_to(first_k_dense_replace=1),
+        "first_k_dense_replace: layers from 1 on have experts (expected 3: kvtool has no experts)",
+    ),
+    ("deepseek_v3", set_to(first_k_dense_replace="3"), "first_k_dense_replace: '3' is not a whole"),
+    ("deepseek_v3", set_to(qk_rope_head_dim=5), "qk_rope_head_dim: 5 is odd"),
+    ("deepseek_v3", set_to(num_key_value_heads=2), "num_key_value_heads: 2 is not supported"),
+    ("deepseek_v3", set_to(index_topk=8), "unknown field 'index_topk'"),
+    ("gemma3", turn_to(full_attention=3), "rope_parameters: full_attention: 3 is not an object"),
+    ("gemma3", turn_to(chunked_attention={}), "unknown field 'chunked_attention'"),
+]
+
 
 @pytest.mark.parametrize(("case", "change", "message"), REFUSED, ids=[r[2] for r in REFUSED])
 def test_a_field_that_could_change_the_model_is_named(
@@ -105,6 +133,25 @@ def test_a_field_that_could_change_the_model_is_named(
         ("gpt2", {"head_dim": 64, "d_ff": 3072, "tied": True, "activation": "gelu_tanh"}),
         ("SmolLM2", {"head_dim": 64, "n_kv_heads": 3, "rope_theta": 1e5, "rope_scaling": None}),
         ("Llama 3.2", {"context": 131072, "rope_scaling": RopeScaling("llama3", 32.0, 8192)}),
+        (
+            "Gemma 3",
+            {
+                "head_dim": 256,
+                "window": 512,
+                "full_layers": (5, 11, 17, 23),
+                "tied": True,
+                "rope_theta": 1e6,
+                "window_theta": 1e4,
+                "attention_scale": 1 / 16,
+                "embed_scale": 1152**0.5,
+                "activation": "geglu",
+                "norm_place": "both",
+            },
+        ),
+        (
+            "SmolLM3",
+            {"unrotated_layers": tuple(range(3, 36, 4)), "rope_theta": 5e6, "window": 0},
+        ),
         ("Qwen2.5", {"window": 0, "qkv_bias": True, "out_bias": None, "rope_theta": 1e6}),
     ],
 )
@@ -138,7 +185,8 @@ def test_an_unknown_model_type_is_answered_with_the_known_ones(
     folder = edit(copy("llama"), set_to(model_type="mamba"))
     ran = kv("--model", str(folder), command="bench")
     assert ran.code == 2 and ran.err.count("\n") == 1
-    names = "kvtool-decoder, kvtool-seq2seq, gpt2, llama, mistral, qwen2, qwen3"
+    own = "kvtool-decoder, kvtool-seq2seq, kvtool-general, kvtool-latent"
+    names = ", ".join([own, *FAMILIES])
     assert f"model_type 'mamba' is not supported (expected one of {names})" in ran.err
     for odd in (None, 3, ["gpt2"], {}):
         assert "is not supported" in refusal(edit(folder, set_to(model_type=odd)))

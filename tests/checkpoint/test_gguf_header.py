@@ -149,3 +149,22 @@ def test_tensors_stand_where_an_alignment_of_their_own_says(tmp_path: Path) -> N
     writer.close()
     found = GGUFHeader(tmp_path / "a.gguf")
     assert found.tensors["b"].begin - found.tensors["a"].begin == 128
+
+
+@pytest.mark.parametrize("fields", [
+    b"", field("general.architecture", 8, text("")),
+    field("general.architecture", 4, struct.pack("<I", 7)),
+])  # fmt: skip
+def test_a_file_that_names_no_architecture_says_so(tmp_path: Path, fields: bytes) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(padded(start(n_fields=bool(fields)) + fields))
+    with pytest.raises(FileError, match=r"general\.architecture is missing"):
+        _ = GGUFHeader(path).architecture
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    name = struct.pack("<Q", 2) + b"\xff\xfe"
+    path.write_bytes(padded(start(n_fields=1) + name + struct.pack("<II", 4, 7)))
+    with pytest.raises(FileError, match="has a name that is not UTF-8"):
+        GGUFHeader(path)

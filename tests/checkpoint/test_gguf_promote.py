@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,21 @@ def test_no_more_is_held_than_a_piece(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found.nbytes > 2**26 and peak < 2**25  # 64 MiB are written
+
+
+@pytest.mark.parametrize("formats", [("F32",), ("Q4_1",)])
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.99])
+def test_a_disk_that_fills_up_is_said_of_the_file_that_is_written(
+    tmp_path: Path, part: float, formats: tuple[str, ...]
+) -> None:
+    found = promote.plan(GGUFHeader(Made(formats=formats).write(tmp_path / "a.gguf")))
+    out = tmp_path / "b.gguf"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    most = found.start + int((found.nbytes - found.start) * part)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        with pytest.raises(FileError, match=r"^--out .*b.gguf: cannot be written \(File too large"):
+            promote.write(found, out, lambda n, name: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]

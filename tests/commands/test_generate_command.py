@@ -171,8 +171,8 @@ def test_a_line_break_at_the_end_of_a_file_is_part_of_the_prompt_and_one_of_a_pi
     assert piped["prompt"] == f"To be{one_less}"
 
 
-def test_a_real_pipe_is_read(decoder: Path) -> None:
-    command = [sys.executable, "-m", "kvtool", "generate", "--model", str(decoder), "--json"]
+def test_a_real_pipe_is_read(decoder: Path, warm_python: Callable[..., str]) -> None:
+    command = [warm_python(), "-m", "kvtool", "generate", "--model", str(decoder), "--json"]
     done = subprocess.run(
         [*command, "--max-tokens", "3"], input=b"To be", capture_output=True, timeout=HANGS
     )

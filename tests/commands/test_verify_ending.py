@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,12 +220,17 @@ app.main(sys.argv[2:])
 
 @BOTH
 def test_a_process_that_gets_a_signal_leaves_its_table_its_document_and_its_results(
-    modes: dict[str, list[str]], tmp_path: Path, number: int, code: int, word: str
+    modes: dict[str, list[str]],
+    tmp_path: Path,
+    warm_python: Callable[..., str],
+    number: int,
+    code: int,
+    word: str,
 ) -> None:
     written, kept = tmp_path / "rows.csv", tmp_path / "kept.jsonl"
     words = [*modes["target"], "--scenarios", *SCENARIOS, "--threads", "1"]
     words += ["--output", str(written), "--resume", str(kept)]
-    command = [sys.executable, "-c", PROCESS, str(int(number)), "verify-cache", *words]
+    command = [warm_python(), "-c", PROCESS, str(int(number)), "verify-cache", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr
     assert f"{word} after 4 of {len(SCENARIOS)} checks" in done.stdout

@@ -166,3 +166,45 @@ def test_llama_cpp_agrees_with_the_file_that_it_serves_and_with_no_other(
     assert found["verdict"] == "agrees" and found["rounding"].startswith("activations of 8 bits")
     assert 0.05 < found["ratio"] < 2
     assert answer(wrong, 1)["verdict"] == "differs"
+
+
+def test_the_gaps_are_drawn_beside_what_rounding_explains(
+    ask: Callable[..., Ran], engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "kvtool.ui.noise_plot.save_figure", lambda figure, path: seen.append(figure)
+    )
+    found = answer(ask(engine, "--plot", str(tmp_path / "a.png")))
+    (figure,) = seen
+    assert [axes.get_title() for axes in figure.axes] == ["prompt 1: agrees", "prompt 2: agrees"]
+    dots = [axes.lines[0].get_xydata() for axes in figure.axes]
+    assert sum(map(len, dots)) == len(found["positions"])
+    assert dots[0][0].tolist() == pytest.approx([
+        found["positions"][0]["position"], max(found["positions"][0]["gap"], 1e-9)
+    ])  # fmt: skip
+    labels = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+    assert labels == {"rounding", "a wrong token", "server against float64"}
+
+
+def test_a_dry_run_names_the_requests_that_are_sent(
+    ask: Callable[..., Ran], engine: FakeEngine
+) -> None:
+    planned = answer(ask(engine, "--dry-run"))
+    assert [path for path, _, _ in engine.seen] == ["/props"]
+    assert planned["schema"] == "kvtool.verify-logits.server.dry-run/1"
+    engine.seen.clear()
+    answer(ask(engine))
+    sent = [(path, body.get("prompt", [])[:12]) for path, body, _ in engine.seen[1:]]
+    asked = [(r["path"], r["body"].get("prompt", [])[:12]) for r in planned["requests"]]
+    assert asked == sent
+    assert {r["for"] for r in planned["requests"]} == {
+        "whether the tokenizer is the same", "prompt 1", "prompt 2"
+    }  # fmt: skip
+
+
+def test_a_plot_that_could_not_be_written_is_refused_before_anything_is_asked(
+    ask: Callable[..., Ran], engine: FakeEngine, tmp_path: Path
+) -> None:
+    said = refused(ask(engine, "--plot", str(tmp_path / "none" / "a.png")))
+    assert "--plot" in said and engine.seen == []

@@ -23,7 +23,8 @@ from kvtool.core.decoding.engine import advance, generate
 from kvtool.core.decoding.native_decoder import NativeDecoder
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import DefaultKernels, make_kernels
-from kvtool.core.models import Model
+from kvtool.core.models import Model, build_model
+from kvtool.core.models.general import GeneralConfig
 from kvtool.core.models.layers import Linear
 from kvtool.core.native import arrays as native
 from recorded_steps import Recorder
@@ -241,3 +242,12 @@ def test_the_ways_are_told_in_a_line() -> None:
         "2 steps by one compiled call; "
         "1 step by modules (PyTorch is as fast for more than 8 tokens at once)"
     )
+
+
+def test_a_family_with_more_settings_says_why_its_modules_decode() -> None:
+    config = GeneralConfig(9, n_layers=1, d_model=16, n_heads=2, context=20, logits_cap=2.0)
+    form = decoding_form(build_model(config).eval())
+    cache = make_cache("dynamic", CacheSpec.of(config, 1, 20))
+    form.step(ROW, cache, None, True)
+    why = "the settings of the family general are known to modules alone"
+    assert form.told() == f"1 step by modules ({why})"

@@ -16,6 +16,7 @@ import pytest
 
 import bench_cases
 from cli_probe import HANGS, Ran
+from kvtool import app
 from kvtool.errors import FileError
 from kvtool.ui.output import Output
 from small_models import save_decoder, save_seq2seq
@@ -208,13 +209,20 @@ def test_a_failure_is_told_beside_the_error_that_ended_the_work(
 # Streams that take no more
 
 
-def start(args: Sequence[str], **streams: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvtool", *args, *PLACE]
-    return subprocess.run(command, text=True, timeout=HANGS, **streams)
+Start = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def start(warm_python: Callable[..., str]) -> Start:
+    def call(args: Sequence[str], **streams: Any) -> subprocess.CompletedProcess[str]:
+        command = [warm_python(), "-m", "kvtool", *args, *PLACE]
+        return subprocess.run(command, text=True, timeout=HANGS, **streams)
+
+    return call
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]])
-def test_a_full_stdout_does_not_cost_the_file(here: Path, as_json: list[str]) -> None:
+def test_a_full_stdout_does_not_cost_the_file(here: Path, start: Start, as_json: list[str]) -> None:
     with open("/dev/full", "w") as nowhere:
         given = [*GENERATE, "--output", "a.json", *as_json]
         done = start(given, stdout=nowhere, stderr=subprocess.PIPE)
@@ -223,7 +231,7 @@ def test_a_full_stdout_does_not_cost_the_file(here: Path, as_json: list[str]) ->
     assert json.loads((here / "a.json").read_text())["results"][0]["new_tokens"] == 5
 
 
-def test_a_closed_pipe_does_not_cost_the_file_and_is_no_error(here: Path) -> None:
+def test_a_closed_pipe_does_not_cost_the_file_and_is_no_error(here: Path, start: Start) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = start([*GENERATE, "-q", "--output", "a.json"], stdout=writer, stderr=subprocess.PIPE)
@@ -252,10 +260,20 @@ def test_a_stream_that_is_written_nowhere_else_ends_with_its_pipe(
     out.stream("a")
 
 
-def test_a_full_stderr_costs_nothing(here: Path) -> None:
+def test_a_full_stderr_costs_nothing(here: Path, start: Start) -> None:
     with open("/dev/full", "w") as nowhere:
         done = start([*GENERATE, "--output", "a.json"], stdout=subprocess.PIPE, stderr=nowhere)
     assert done.returncode == 0 and done.stdout and (here / "a.json").exists()
+
+
+@pytest.mark.usefixtures("signals_as_in_the_app")
+def test_what_was_printed_last_is_not_lost_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "run", lambda args: print("not flushed") or 0)
+    with open("/dev/full", "w") as nowhere:
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        with pytest.raises(SystemExit) as ended:
+            app.main([])
+    assert ended.value.code == 2
 
 
 def test_a_file_that_may_not_grow_is_like_a_full_disk(here: Path) -> None:

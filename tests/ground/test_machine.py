@@ -244,3 +244,24 @@ def test_the_limit_of_each_group_around_the_process_counts(
 
     monkeypatch.setattr(Path, "read_text", read)
     assert machine.available_bytes(CPU) == 3 * GIB // 2
+
+
+def test_naming_the_commit_writes_nothing_into_the_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from kvtool.ui import environment
+
+    def git(*words: str) -> str:
+        made = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(made, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    (tmp_path / "a").write_text("a")
+    git("init"), git("add", "a"), git("commit", "-m", "a")
+    head = git("rev-parse", "HEAD").strip()
+    monkeypatch.setattr(environment, "PACKAGE", tmp_path / "kvtool")
+    os.utime(tmp_path / "a", (1, 1))  # git looks again, and would note that it did
+    index = (tmp_path / ".git" / "index").read_bytes()
+    assert environment.commit() == head
+    assert (tmp_path / ".git" / "index").read_bytes() == index
+    (tmp_path / "a").write_text("b")
+    assert environment.commit() == f"{head}-dirty"

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from cache_contract import KINDS
 from helpers import CASES, PADDED, TOLERANCE, VOCAB, Case, tokens
 from kvtool.core.cache import Cache, CacheSpec, Step, cache_class
-from kvtool.core.cache.quantization import Quantization
+from kvtool.core.cache.quantization import Float8, Quantization
 from kvtool.core.decoding.engine import advance
 from kvtool.core.kernels import default as kernels
 from kvtool.core.kernels import masks, query_blocks
@@ -164,7 +164,9 @@ def test_a_long_prompt_is_what_it_was_with_a_whole_mask(
     else:
         assert float((found - expected).abs().max()) < TOLERANCE
     needs = caches(kind, model, case, DEFAULT)
-    needs_mask = bool(needs.loses or case.padding or of_window or (held and not needs.recompute))
+    # A token of fp8 meets itself as it is stored, so that rounding needs no mask.
+    rounds = needs.loses and not isinstance(needs.quantization, Float8)
+    needs_mask = bool(rounds or case.padding or of_window or (held and not needs.recompute))
     # Native code needs no mask where it can do all by itself.
     assert made or not needs_mask or name == "exact", "no block was made"
 

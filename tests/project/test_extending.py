@@ -225,7 +225,7 @@ def test_a_family_is_trained_by_its_name(kv: Callable[..., Ran], tmp_path: Path)
     loaded = checkpoint.load(str(out / "best"), torch.device("cpu"), torch.float32)
     assert type(loaded.model).__name__ == "Parallel"
     typo = refused(kv(*words, "--family", "parallell", command="train-lm"))
-    assert "'parallell' is not known (expected one of decoder, parallel)" in typo
+    assert "'parallell' is not known (expected one of decoder, general, latent, parallel)" in typo
     contradicts = kv(*words, "--family", "seq2seq", command="train-lm")
     assert "an encoder-decoder. Train it with train-seq2seq." in refused(contradicts)
 

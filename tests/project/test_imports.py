@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,16 @@ def imported_from(node: ast.ImportFrom, package: str) -> Iterator[str]:
     yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports_of(path: Path, top_level_only: bool = False, types: bool = False) -> set[str]:
     name = module_name(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return set(imports(tree, package, top_level_only, types))
+    return set(imports(parsed(path), package, top_level_only, types))
 
 
 def arrows() -> dict[str, set[str]]:

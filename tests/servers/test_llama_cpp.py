@@ -25,6 +25,7 @@ LETTERS = string.ascii_lowercase
 WORDS = ["<end>", *LETTERS, *map("".join, itertools.product(LETTERS, repeat=2))]
 DRAWS = random.Random(0)
 PROMPTS = [[DRAWS.randrange(1, 299) for _ in range(n)] for n in (58, 61)]  # and 64 are crossed
+FIVE = [[DRAWS.randrange(1, 299) for _ in range(n)] for n in (58, 61, 55, 60, 57)]
 TAIL = 12
 
 
@@ -35,9 +36,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def asked(address: str, arms: list[str]) -> dict[str, ArmVerdict]:
+def asked(
+    address: str, arms: list[str], prompts: list[list[int]] = PROMPTS
+) -> dict[str, ArmVerdict]:
     found = Visit()
-    visit(connect(Client(address)), PROMPTS, arms, [], TAIL, lambda _: None, found)
+    visit(connect(Client(address)), prompts, arms, [], TAIL, lambda _: None, found)
     return {verdict.arm: verdict for verdict in found.verdicts(arms)}
 
 
@@ -55,7 +58,7 @@ def test_slots_that_share_one_cache_are_right_and_a_fault_among_them_is_found(
     model = Made(tokens=WORDS[:300], formats=("Q4_1",)).write(tmp_path / "tiny.gguf")
     crowded = ["between", "slot", "evicted"]
     with llama_server(model, 2048, n_parallel=4, kv_unified=1) as url:
-        right = asked(url, crowded)
+        right = asked(url, crowded, FIVE)
         with proxied(FaultProxy(url, FAULTS["a token missing"])) as address:
             wrong = asked(address, ["between"])
     assert {v.verdict for v in right.values()} <= {WITHIN, IDENTICAL}
@@ -96,12 +99,39 @@ def test_a_proxy_that_plants_nothing_is_right(url: str) -> None:
         assert asked(address, ["prefix"])["prefix"].right
 
 
-def test_positions_that_llama_cpp_shifts_are_a_loss_and_no_bug(tmp_path: Path) -> None:
+@pytest.mark.parametrize("least", [4, 60])  # tokens: a short text has 36 behind its cut
+def test_positions_that_llama_cpp_shifts_are_a_loss_and_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    monkeypatch.setattr("gguf_files.CONTEXT", 512)
     model = Made(tokens=WORDS[:300], formats=("F32",)).write(tmp_path / "tiny.gguf")
-    with llama_server(model, n_cache_reuse=4) as address:
+    with llama_server(model, 1024, n_cache_reuse=least) as address:
         found = asked(address, ["cut"])["cut"]
     assert (found.verdict, found.right) == (LOSSY, True)
-    assert found.gap is not None and found.gap > 0.1
+    assert found.gap is not None and found.gap > (0.1 if least == 4 else 1e-4)
+    assert found.reused is not None and found.reused > least
+
+
+def test_a_second_visit_finds_nothing_behind_a_cut_where_nothing_is_shifted(url: str) -> None:
+    for _ in range(2):  # llama.cpp remembers what was asked before
+        found = asked(url, ["cut"])["cut"]
+        assert (found.verdict, found.evidence.partition(",")[0]) == (
+            UNSUPPORTED, "it reuses nothing behind a cut",
+        )  # fmt: skip
+
+
+def test_a_slot_that_llama_cpp_saved_is_right_when_it_is_restored(tmp_path: Path) -> None:
+    model = Made(tokens=WORDS[:300], formats=("F32",)).write(tmp_path / "tiny.gguf")
+    with llama_server(model, slot_save_path=f"{tmp_path}/") as address:
+        found = asked(address, ["restored"])["restored"]
+    assert found.verdict in (WITHIN, IDENTICAL)
+    assert found.reused is not None and found.reused > 60
+    assert [path.name for path in tmp_path.glob("*.bin")] == ["kvtool-verify-cache.bin"]
+
+
+def test_llama_cpp_says_that_it_was_not_told_where_to_save_slots(url: str) -> None:
+    found = asked(url, ["restored"])["restored"]
+    assert (found.verdict, found.evidence) == (UNSUPPORTED, "--slot-save-path is not set")
 
 
 def test_a_prompt_longer_than_a_chunk_is_right_and_a_fault_in_it_is_found(

@@ -7,15 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cli_probe import HANGS, Ran, refused
-from fake_engine import FAULTS, FakeEngine, llama_cpp, served
+from fake_engine import FAULTS, FakeEngine, Vllm, llama_cpp, served, sglang
 from small_models import answer
 
 FEW = ("--tokens", "8", "--scenarios", "prefix", "fork")
-LINES = '[1, 5, 9, 2, 7, 3, 8, 4, 6, 11, 12, 30, 31, 40]\n"a text that is long enough"\n'
+LINES = f'{[*range(1, 16)]}\n"a text that is long enough, and longer"\n'
 
 
 @pytest.fixture
@@ -47,10 +48,11 @@ def test_a_right_server_is_within_its_own_noise(
     files = ("--output", str(tmp_path / "a.csv"), "--plot", str(tmp_path / "a.png"))
     ran = ask(kv, "--server", right, "--prompts", prompts, *files)
     assert ran.code == 0
-    assert "✓ prefix, fork: within the engine's own noise, at most 0." in ran.out
+    assert "✓ prefix: within the engine's own noise, at most 0." in ran.out
     assert max(map(len, ran.out.splitlines()[:6])) <= 80
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    assert (tmp_path / "a.csv").read_text().count("within noise") == 2
+    rows = (tmp_path / "a.csv").read_text()
+    assert rows.count("within noise") + rows.count("identical,") == 2
 
 
 def test_a_wrong_server_is_beyond_it_and_the_next_step_is_said(
@@ -73,7 +75,7 @@ def test_the_document_has_every_gap_and_no_key(
     assert found["schema"] == "kvtool.verify-cache.server/1"
     assert [arm["arm"] for arm in found["arms"]] == ["prefix", "fork"]
     assert all(arm["right"] and arm["gaps"] and arm["reused"] for arm in found["arms"])
-    assert found["resolved"]["prompt_tokens"] == [14, 26]
+    assert found["resolved"]["prompt_tokens"] == [15, 38]
     assert found["requests_sent"] > 20
     assert "s3cret" not in ran.out + ran.err
 
@@ -88,7 +90,7 @@ def test_a_promoted_server_tells_a_bug_from_rounding(
     with served(FakeEngine(faults[plain])) as url, served(FakeEngine(faults[promoted])) as second:
         urls = ("--server", url, "--promoted", second)
         found = answer(ask(kv, *urls, "--prompts", prompts, "--json"), code)
-    assert {arm["verdict"] for arm in found["arms"]} == {verdict}
+    assert {arm["verdict"] for arm in found["arms"]} - {"identical"} == {verdict}
     assert verdict in found["conclusion"]
 
 
@@ -112,7 +114,7 @@ def test_a_dry_run_prints_the_requests_and_sends_none(kv: Callable[..., Ran], pr
         told = answer(ask(kv, "--server", url, "--prompts", prompts, "--dry-run", "--json"))
     assert ran.code == 0
     assert [path for path, _, _ in engine.seen] == ["/props"] * 2
-    assert '# prefix, prompt 1\nPOST /completion {"prompt": [1, 5, 9, ' in ran.out
+    assert '# prefix, prompt 1\nPOST /completion {"prompt": [1, 2, 3, ' in ran.out
     assert "none of which was sent; 1 asked what the server is (llama.cpp)" in ran.out
     assert len(told["requests"]) > 20
     assert {request["path"] for request in told["requests"]} == {"/tokenize", "/completion"}
@@ -187,6 +189,8 @@ def test_a_server_is_judged_without_loading_torch(prompts: str) -> None:
     ("\n\n", "has no line with a prompt"),
     ('[1, "x"]\n', 'line 1: found [1, "x"] (expected a text, or a list of ids)'),
     ("[1, 2\n", "line 1 is not valid JSON"),
+    (f"[{2**31}, 1]\n", "line 1: found [2147483648, 1] (expected a text, or a list of ids)"),
+    ('"\\ud800 and more"\n', "line 1: has half of a surrogate pair, which is no text"),
     ("[1, 2, 3]\n", "prompt 1 has 3 tokens (expected 12 or more)"),
     (f"{[7] * 196}\n", "prompt 1 is 196 tokens, and with 15 after it longer than the server's"),
 ])  # fmt: skip
@@ -201,3 +205,37 @@ def test_prompts_that_cannot_be_asked_are_refused(
 def test_the_scenarios_of_a_server_are_listed_without_asking_one(kv: Callable[..., Ran]) -> None:
     ran = kv("--server", "x", "--scenarios", "help", command="verify-cache")
     assert ran.code == 0 and "evicted" in ran.out and "cut" in ran.out
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_prompts_end_with_their_lines_and_are_asked_once(
+    kv: Callable[..., Ran], right: str, tmp_path: Path, end: str
+) -> None:
+    odd = '"a text with a\u2028separator, and\x85another"'
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(end.join(["", odd, str([*range(1, 20)]), odd, odd]).encode())
+    ran = ask(kv, "--server", right, "--prompts", str(path), "--json")
+    assert answer(ran)["resolved"]["prompt_tokens"] == [len(odd) - 2, 19]
+    assert "--prompts: left out 2 of 4 lines, which repeat others" in ran.err
+
+
+@pytest.mark.parametrize(("api", "where", "key", "said"), [
+    (llama_cpp, (), "timings", "Ask llama-server itself"),
+    (Vllm(), (), "usage", "Start vLLM with --enable-prompt-tokens-details"),
+    (sglang, ("meta_info",), "cached_tokens", "Ask SGLang itself"),
+])  # fmt: skip
+def test_a_server_that_does_not_tell_its_reuse_gets_the_advice_of_its_engine(
+    kv: Callable[..., Ran], prompts: str, api: Any, where: tuple[str, ...], key: str, said: str
+) -> None:
+    def mute(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        found = api(engine, path, body)
+        inner = found or {}
+        for name in where:
+            inner = inner.get(name, {})
+        inner.pop(key, None)
+        return found
+
+    with served(FakeEngine(), mute) as url:
+        ran = ask(kv, "--server", url, "--prompts", prompts)
+    assert ran.code == 1 and "does not say what it takes from its cache" in ran.out
+    assert f"hint: {said}" in ran.err

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvtool.core.servers.arms import Answer, Cold, Measured
+from kvtool.core.servers.texts import Answer, Cold, Measured
 from kvtool.core.servers.verdict import (
     BEYOND,
     BLIND,
     BUG,
+    CROWDED,
     HIDDEN,
     IDENTICAL,
     KERNELS,
@@ -25,8 +26,10 @@ from kvtool.core.servers.verdict import (
     VACUOUS,
     WITHIN,
     ArmVerdict,
+    distance,
     judge_arm,
     pooled_floor,
+    scale_of,
     with_promoted,
 )
 
@@ -63,6 +66,34 @@ def test_a_gap_is_measured_by_the_noise(gap: float, verdict: str) -> None:
     assert found.verdict == verdict
     assert found.first_beyond == (END if verdict == BEYOND else None)
     assert found.prompts == N_PROMPTS and len(found.gaps) == 2 * N_PROMPTS
+
+
+def test_a_gap_that_the_limit_allows_is_not_where_a_fault_begins() -> None:
+    prompts = [measured(n, 1.0) for n in range(N_PROMPTS)]
+    for prompt in prompts:  # a shorter history, whose answer is a little above the noise
+        draws = np.random.default_rng(prompt.prompt)
+        prompt.cold.answers[END - 1] = [answer(draws, 0.1) for _ in range(6)]
+        prompt.add([(END - 1, answer(draws, 0.135))], 9)
+    found = judge_arm(prompts)
+    early = [gap.ratio for gap in found.gaps if gap.history == END - 1]
+    assert 1 < max(early) < found.limit == LIMIT
+    assert (found.verdict, found.first_beyond) == (BEYOND, END)
+
+
+def test_a_verdict_has_the_limit_by_which_it_was_judged() -> None:
+    assert ArmVerdict("prefix", WITHIN).limit == judged(0.1).limit == LIMIT
+    crowded = judge_arm([replace(measured(n, 0.1), arm="slot") for n in range(N_PROMPTS)])
+    assert crowded.limit == CROWDED
+
+
+def test_the_distance_of_answers_is_relative_and_infinite_where_one_is_no_number() -> None:
+    scale = scale_of([dict(enumerate(RIGHT))] * 3)
+    assert scale is not None
+    near = dict(enumerate(RIGHT * 1.01))
+    assert distance(near, scale) == pytest.approx(0.01)
+    assert distance(near, scale, near) == 0
+    assert distance(dict(enumerate(RIGHT * 1.02)), scale, near) == pytest.approx(0.01 / 1.01)
+    assert distance({0: float("nan")}, scale) == float("inf")
 
 
 def test_noise_as_large_as_a_fault_tells_nothing() -> None:
@@ -166,6 +197,42 @@ def test_what_is_approximate_by_design_is_lossy_beyond_the_noise_alone() -> None
         prompts = [replace(measured(n, gap), approximate=True) for n in range(N_PROMPTS)]
         found = judge_arm(prompts, 0.0)
         assert (found.verdict, found.right) == (verdict, True)
+
+
+@pytest.mark.parametrize(("gap", "floor", "verdict"), [
+    (0.0, 0.0, IDENTICAL), (0.1, 0.1, WITHIN), (1.0, 0.1, BEYOND), (1.0, 0.0, BEYOND),
+])  # fmt: skip
+def test_without_the_size_of_a_fault_the_noise_alone_decides(
+    gap: float, floor: float, verdict: str
+) -> None:
+    prompts = [measured(n, gap, floor=floor) for n in range(N_PROMPTS)]
+    for prompt in prompts:  # as of a text that was cut
+        prompt.cold.controls = []
+    found = judge_arm(prompts, 0.0)
+    assert (found.verdict, found.fault) == (verdict, None)
+
+
+def test_one_prompt_is_judged_as_many_are() -> None:
+    for approximate, verdict in ((False, BEYOND), (True, LOSSY)):
+        found = judge_arm([replace(measured(0, 1.0), approximate=approximate)])
+        assert (found.verdict, found.prompts) == (verdict, 1)
+
+
+def test_an_answer_that_a_cold_one_gave_too_is_as_far_as_that_one() -> None:
+    prompt = measured(0, 0.1)
+    prompt.probes = []
+    prompt.add([(END, prompt.cold.answers[END][3])], 9)
+    (gap,) = judge_arm([prompt]).gaps
+    assert gap.identical and 0 < gap.ratio <= 1
+
+
+def test_a_quiet_history_has_the_floor_of_the_others_in_nats() -> None:
+    prompt = measured(0, 0.1)
+    prompt.cold.answers[END] = [dict(enumerate(RIGHT))] * 6
+    size = float(np.sqrt(np.mean(np.square(RIGHT[:30]))))
+    for gap in judge_arm([prompt], pooled=0.02).gaps:
+        assert gap.floor == pytest.approx(0.02 * size)
+        assert gap.ratio == pytest.approx(gap.gap / gap.floor)
 
 
 def test_an_arm_that_a_server_has_not_is_unsupported() -> None:

@@ -103,6 +103,8 @@ class Recorder(NoCache):
     def stored(self, layer: int, n: int, like: Cache) -> tuple[Tensor, Tensor]:
         """What a cache that holds the first n tokens should have of a layer."""
         k, v = self.seen[layer]
+        if like.quantization is not None and like.quantization.in_place:
+            return like.quantization.rounded(k, v, self._positions(0, n))
         if like.quantization is None or not (n_quantized := like.quantization.n_quantized(n)):
             return k, v
         old = k[:, :, :n_quantized], v[:, :, :n_quantized]

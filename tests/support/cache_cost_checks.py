@@ -25,6 +25,7 @@ from helpers import (
     write,
 )
 from kvtool.core.cache import EMPTY, Cache
+from kvtool.core.cache.quantization import Float8
 from kvtool.errors import CacheOpUnsupported, CapacityError, UsageError
 
 aten = torch.ops.aten
@@ -108,7 +109,11 @@ def saved_by_codes(cache: Cache) -> int:
     q, s = cache.quantization, cache.spec
     if q is None:
         return 0
-    n, item = q.n_quantized(cache.length), s.dtype.itemsize
+    item = s.dtype.itemsize
+    if isinstance(q, Float8):
+        saved = s.head_dim * (item - 1) - item  # a byte a number, and a scale
+        return 2 * cache.length * saved * s.n_layers * s.n_kv_heads
+    n = q.n_quantized(cache.length)
     codes = 2 * n * s.head_dim * q.bits // 8
     pairs = n // q.group * s.head_dim + n * s.head_dim // q.channels(s.head_dim)
     saved = 2 * n * s.head_dim * item - codes - 2 * pairs * item

@@ -26,12 +26,20 @@ FAULTS: dict[str, Fault] = {
 
 
 class FakeEngine:
-    """Continues token ids greedily. What it kept of the last request serves the next one's
-    prefix; `fault` spoils it. `status` is answered in place of the next requests, one each."""
+    """Continues token ids greedily. What it kept of the last requests serves the next one's
+    prefix; `fault` spoils it. `status` is answered in place of the next requests, one each.
 
-    def __init__(self, fault: Fault | None = None, top: int = 40) -> None:
+    slots: places that a request may name, which hold its text alone. memory: how many texts of
+    requests that name none are kept.
+    """
+
+    def __init__(
+        self, fault: Fault | None = None, top: int = 40, slots: int = 0, memory: int = 2
+    ) -> None:
         self.model = random_model(0, vocab_size=V, context=CONTEXT)
         self.fault, self.top, self.kept = fault, top, [[0]]
+        self.slots: list[list[int]] = [[] for _ in range(slots)]
+        self.memory, self.files = memory, {}
         self.status: list[int] = []
         self.seen: list[tuple[str, dict[str, Any], str]] = []
         self.flushed = 0
@@ -53,8 +61,26 @@ class FakeEngine:
             pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
             found.append((pairs[0][0], pairs))
             new = [pairs[0][0]]
-        self.kept = [*self.kept[-1:], [*ids, *(token for token, _ in found)]]
+        self.kept = [*self.kept, [*ids, *(token for token, _ in found)]][-self.memory :]
         return found, shared
+
+    def complete_in(self, slot: int, ids: list[int], n: int, cached: bool) -> tuple[list[Any], int]:
+        """The same in a slot, which holds one text: as llama.cpp does, it looks for a better one
+        among the others if it would keep less than half of that."""
+        others, held = self.kept, self.slots[slot]
+        self.kept = [held] if 2 * _common(held, ids) >= len(held) else [held, *others]
+        found = self.complete(ids, n, cached)
+        self.slots[slot] = self.kept[-1]
+        self.kept = [*others, self.slots[slot]][-self.memory :]
+        return found
+
+    def file_slot(self, slot: int, action: str, name: str) -> int:
+        """Keep a slot's text under a name, or take it from there: how many tokens."""
+        if action == "save":
+            self.files[name] = list(self.slots[slot])
+        else:
+            self.slots[slot] = list(self.files[name])
+        return len(self.slots[slot])
 
 
 def _common(a: list[int], b: list[int]) -> int:
@@ -66,12 +92,18 @@ def _common(a: list[int], b: list[int]) -> int:
 def llama_cpp(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
     """The answer of llama-server."""
     if path == "/props":
-        return {"default_generation_settings": {"n_ctx": CONTEXT}, "model_alias": "fake"}
+        sizes = {"total_slots": len(engine.slots)} if engine.slots else {}
+        return {"default_generation_settings": {"n_ctx": CONTEXT}, "model_alias": "fake", **sizes}
     if path == "/tokenize":
         return {"tokens": [ord(c) % V for c in body["content"]]}
+    if path.startswith("/slots/"):
+        slot, _, action = path.removeprefix("/slots/").partition("?action=")
+        return {f"n_{action}d": engine.file_slot(int(slot), action, body["filename"])}
     if path != "/completion":
         return None
-    found, reused = engine.complete(body["prompt"], body["n_predict"], body["cache_prompt"])
+    asked = (body["prompt"], body["n_predict"], body["cache_prompt"])
+    slot = body.get("id_slot")
+    found, reused = engine.complete(*asked) if slot is None else engine.complete_in(slot, *asked)
     tops = [
         {"id": token, "top_logprobs": [{"id": i, "logprob": p} for i, p in pairs]}
         for token, pairs in found
@@ -84,7 +116,7 @@ class Vllm:
 
     def __init__(self, most: int = 20) -> None:
         self.most = most
-        self.salts: set[str] = set()
+        self.kept: dict[str, list[list[int]]] = {}
 
     def __call__(
         self, engine: FakeEngine, path: str, body: dict[str, Any]
@@ -97,9 +129,9 @@ class Vllm:
             return None
         if body["logprobs"] > self.most:
             return {"HTTP": 400, "error": {"message": f"logprobs may be at most {self.most}"}}
-        cached = body["cache_salt"] in self.salts
-        self.salts.add(body["cache_salt"])
-        found, reused = engine.complete(body["prompt"], body["max_tokens"], cached)
+        engine.kept = self.kept.get(body["cache_salt"], [])
+        found, reused = engine.complete(body["prompt"], body["max_tokens"], cached=True)
+        self.kept[body["cache_salt"]] = engine.kept
         logprobs = {
             "tokens": [f"token_id:{token}" for token, _ in found],
             "top_logprobs": [

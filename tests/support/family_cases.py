@@ -52,6 +52,50 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 LATER_LAYERS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+GRANITE = {"model_type": "granite", **SIZES}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}
+SMOLLM3 = {"model_type": "smollm3", **SIZES, "pad_token_id": 0}
+PHI3 = {"model_type": "phi3", **SIZES, "pad_token_id": 0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [1.0, 3.0, 9.0],
+}
+OLMO2 = {"model_type": "olmo2", **SIZES}
+GEMMA = {**SIZES, "head_dim": 12, "num_hidden_layers": 4, "sliding_window": 7}
+GEMMA2 = {
+    "model_type": "gemma2",
+    **GEMMA,
+    "query_pre_attn_scalar": 9,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
+GEMMA3 = {"model_type": "gemma3_text", **GEMMA, "query_pre_attn_scalar": 9}
+TWO_TURNS = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 900.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+LATENT = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 14,
+    "first_k_dense_replace": 3,
+}
+DEEPSEEK2, DEEPSEEK3 = ({"model_type": f"deepseek_{version}", **LATENT} for version in ("v2", "v3"))
+MSCALE = turned("yarn", **YARN, mscale=0.7, mscale_all_dim=0.3)
+BY_DEPTH = {"scale_attn_by_inverse_layer_idx": True}
+
 
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
@@ -87,6 +131,64 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2, window in later layers": {**QWEN2, **LATER_LAYERS},
     "qwen3": QWEN3,
     "qwen3, biases and window": {**QWEN3, **LATER_LAYERS, "attention_bias": True},
+    "gpt2, scores by depth": {**GPT2, **BY_DEPTH},
+    "gpt2, raw scores by depth": {**GPT2, **BY_DEPTH, "scale_attn_weights": False},
+    "granite": GRANITE,
+    "granite, multipliers": {
+        **GRANITE, **MULTIPLIERS, "attention_bias": True, "mlp_bias": True, "head_dim": 12,
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {**SMOLLM3, "num_hidden_layers": 5},
+    "smollm3, window": {
+        **SMOLLM3, "no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 6,
+        "tie_word_embeddings": False, **turned("yarn", **YARN),
+    },
+    "smollm3, named layers": {
+        **SMOLLM3, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "attention_bias": True, "mlp_bias": True,
+    },
+    "phi3": PHI3,
+    "phi3, window, part of heads": {
+        **PHI3, "sliding_window": 7, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0,
+                            "partial_rotary_factor": 0.5},
+    },
+    "phi3, longrope": {
+        **PHI3, "rope_parameters": LONGROPE, "max_position_embeddings": 4 * CONTEXT,
+        "original_max_position_embeddings": CONTEXT,
+    },
+    "phi3, longrope, factor": {
+        **PHI3, "rope_parameters": {**LONGROPE, "attention_factor": 1.3}, "rms_norm_eps": 1e-3,
+        "max_position_embeddings": 3 * CONTEXT, "original_max_position_embeddings": CONTEXT,
+    },
+    "olmo2": OLMO2,
+    "olmo2, biases, eps": {
+        **OLMO2, "attention_bias": True, "rms_norm_eps": 1e-3, "head_dim": 12,
+        "tie_word_embeddings": True, **turned("llama3", **LLAMA3),
+    },
+    "deepseek_v2": {**DEEPSEEK2, "mlp_bias": True},
+    "deepseek_v2, no latent queries, mscale": {
+        **DEEPSEEK2, "q_lora_rank": None, "attention_bias": True, **MSCALE,
+    },
+    "deepseek_v3": DEEPSEEK3,
+    "deepseek_v3, biases, mscale, halves": {
+        **DEEPSEEK3, **MSCALE, "attention_bias": True, "rope_interleave": False,
+        "rms_norm_eps": 1e-3,
+    },
+    "gemma2": GEMMA2,
+    "gemma2, no caps": {
+        **GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        "tie_word_embeddings": False, "attention_bias": True,
+    },
+    "gemma2, named layers": {
+        **GEMMA2, "layer_types": ["full_attention", *["sliding_attention"] * 3],
+    },
+    "gemma3": {**GEMMA3, "num_hidden_layers": 7},
+    "gemma3, two turns": {
+        **GEMMA3, "rope_parameters": TWO_TURNS, "final_logit_softcapping": 3.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "attention_bias": True,
+    },
 }  # fmt: skip
 
 

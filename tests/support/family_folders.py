@@ -26,6 +26,13 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "mistral, window",
         "qwen2",
         "qwen3",
+        "granite",
+        "smollm3",
+        "phi3",
+        "olmo2",
+        "gemma2",
+        "gemma3",
+        "deepseek_v3",
     )
     return {c: save(build(CASES[c]), tmp_path_factory.mktemp("family")) for c in cases}
 

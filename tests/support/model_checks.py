@@ -26,7 +26,8 @@ from kvtool.errors import UsageError
 
 SIZES: dict[str, Any] = {"n_layers": 2, "d_model": 16, "n_heads": 4, "n_kv_heads": 2, "context": 32}
 SOURCE = {"n_encoder_layers": 1, "source_vocab_size": 23}
-MORE: dict[str, dict[str, Any]] = {"seq2seq": SOURCE}  # what a family cannot do without
+# What a family cannot do without.
+MORE: dict[str, dict[str, Any]] = {"seq2seq": SOURCE, "latent": {"n_kv_heads": 1}}
 N, CLOSE = 12, 1e-12
 
 

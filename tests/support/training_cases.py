@@ -31,6 +31,7 @@ from kvtool.errors import KvtoolError
 from kvtool.ui.progress import Progress
 
 TEXT = "ab ba abba " * 40
+COMPILER = ("torch._dynamo",)  # which PyTorch loads for any optimizer
 STEPS, EVAL_EVERY = 12, 4
 WEIGHTS = "model.safetensors"
 

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from crash_lab import newest_state, resumed
 from deaths import KILLED, Aim
 from kvtool.files import PACKAGE
 from kvtool.reading import sha256
-from training_cases import EVAL_EVERY, STEPS, outcome, unreadable
+from training_cases import COMPILER, EVAL_EVERY, STEPS, outcome, unreadable
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
 
@@ -105,7 +106,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def lab(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+    warm_python: Callable[..., str],
 ) -> dict[Trial, dict[str, Any]]:
     """All trials, played by one process that imports torch once, and what each has left."""
     folder = tmp_path_factory.mktemp("lab")
@@ -114,7 +117,7 @@ def lab(
     plan = [{"out": str(folder / str(i)), **trial._asdict()} for i, trial in enumerate(trials)]
     (folder / "plan.json").write_text(json.dumps(plan))
     ran = subprocess.run(
-        [sys.executable, crash_lab.__file__, str(folder / "plan.json")],
+        [warm_python(*COMPILER), crash_lab.__file__, str(folder / "plan.json")],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,

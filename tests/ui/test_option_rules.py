@@ -43,7 +43,7 @@ VALUES = {
     "--against": "numpy",
     "--fail-if": "min:1",
     **dict.fromkeys(
-        ("--tokens", "--prompt-length", "--time-limit", "--requests", "--timeout"), "9"
+        ("--tokens", "--prompt-length", "--layers", "--time-limit", "--requests", "--timeout"), "9"
     ),
     **dict.fromkeys(("--window", "--sinks", "--group", "--residual", "--page"), "3"),
 }

@@ -15,6 +15,8 @@ pytest.importorskip("transformers")
 
 from cli_probe import Ran
 from kvtool.core.verify.check import Checked
+from kvtool.core.verify.finding import Finding
+from kvtool.core.verify.hf import check as hf_check
 from kvtool.core.verify.hf.check import check_transformers, load_model, subject_of
 from kvtool.core.verify.hf.library import CAUSAL, SEQ2SEQ, kind_of, known_types
 from kvtool.core.verify.hf.seq2seq import EncoderDecoderSubject
@@ -36,10 +38,14 @@ def check(
     kinds: Sequence[str] = ("dynamic",),
     scenarios: Sequence[str] = FEW,
     diagnose: bool = False,
+    control: bool = False,
 ) -> dict[tuple[str, str], Checked]:
-    """What is found for a model, by kind of cache and scenario."""
-    found = check_transformers(model, kinds, scenarios, 8, diagnose=diagnose)
-    return {(c.cache, c.finding.scenario): c for c in found}
+    """What is found for a model, by kind of cache and scenario; of the planted bug if `control`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not control:
+            patch.setattr(hf_check, "target_control", lambda *_: Finding("decode", BUG))
+        found = check_transformers(model, kinds, scenarios, 8, diagnose=diagnose)
+        return {(c.cache, c.finding.scenario): c for c in found}
 
 
 def source(batch: int, width: int, *lengths: int) -> Source:
@@ -77,7 +83,8 @@ def test_an_encoder_decoder_is_shrunk_on_both_sides_and_keeps_a_mixture_of_exper
 
 @pytest.mark.parametrize("model_type", ["bart", "t5"])
 def test_right_caches_are_called_right(model_type: str) -> None:
-    found = check(built(model_type), ("dynamic", "static"), (*FEW, "reset", "overflow"))
+    kinds = "dynamic", "static"
+    found = check(built(model_type), kinds, (*FEW, "reset", "overflow"), control=True)
     for (kind, scenario), one in found.items():
         if kind == "planted bug":
             assert one.finding.verdict == BUG

@@ -17,11 +17,13 @@ pytest.importorskip("transformers")
 from cli_probe import Ran, refused
 from kvtool.commands.verify.report import CacheReport, Row
 from kvtool.core.verify.check import Checked
+from kvtool.core.verify.finding import Finding
+from kvtool.core.verify.hf import check as hf_check
 from kvtool.core.verify.hf import library
 from kvtool.core.verify.hf.check import check_transformers, load_model
 from kvtool.core.verify.hf.library import is_type
 from kvtool.core.verify.hf.shrink import AMPLE, SPECIAL, WINDOW, shrunk
-from kvtool.core.verify.hf.subject import TransformersSubject, ordinary_ids
+from kvtool.core.verify.hf.subject import TransformersSubject, converted, ordinary_ids
 from kvtool.core.verify.hf.tiny import tiny_config, tiny_model
 from kvtool.core.verify.judge import BUG, NOT_CAUSAL, UNSUPPORTED
 from kvtool.core.verify.outcome import Outcome
@@ -32,11 +34,17 @@ FEW = ("decode", "chunks", "padded", "permuted", "reset")
 
 
 def check(
-    model: Any, kinds: Sequence[str] = ("dynamic",), scenarios: Sequence[str] = FEW
+    model: Any,
+    kinds: Sequence[str] = ("dynamic",),
+    scenarios: Sequence[str] = FEW,
+    control: bool = False,
 ) -> dict[tuple[str, str], Checked]:
-    """What is found for a model, by kind of cache and scenario."""
-    found = check_transformers(model, kinds, scenarios, 8, diagnose=False)
-    return {(c.cache, c.finding.scenario): c for c in found}
+    """What is found for a model, by kind of cache and scenario; of the planted bug if `control`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not control:
+            patch.setattr(hf_check, "target_control", lambda *_: Finding("decode", BUG))
+        found = check_transformers(model, kinds, scenarios, 8, diagnose=False)
+        return {(c.cache, c.finding.scenario): c for c in found}
 
 
 def verdicts(found: dict[tuple[str, str], Checked], cache: str = "dynamic") -> dict[str, str]:
@@ -127,7 +135,8 @@ def test_a_type_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "mixtral"])
 def test_right_caches_are_called_right(model_type: str) -> None:
-    found = check(tiny_model(model_type).model, ("dynamic", "static", "quantized"))
+    kinds = "dynamic", "static", "quantized"
+    found = check(tiny_model(model_type).model, kinds, control=True)
     judged = {c.outcome for (cache, _), c in found.items() if cache != "planted bug"}
     assert judged == {Outcome.RIGHT}
     assert found["planted bug", "decode"].finding.verdict == BUG
@@ -342,3 +351,24 @@ def test_without_transformers_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "transformers", None)
     message = refused(verify("--model", "llama"))
     assert "transformers is not installed" in message and "kvtool[hf]" in message
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "mixtral"])
+def test_a_model_whose_copy_would_crowd_memory_is_widened_to_the_same_bits(model_type, monkeypatch):
+    model = tiny_model(model_type).model.eval()
+    ids = torch.tensor([[3, 7, 1, 4]])
+    with torch.inference_mode():
+        right = converted(model, torch.float64)(ids).logits
+        monkeypatch.setattr("kvtool.core.verify.hf.subject.copy_crowds", lambda model: True)
+        wide = converted(model, torch.float64)
+        assert torch.equal(wide(ids).logits, right)
+    own = {id(weight) for weight in model.parameters()}
+    assert {id(weight) for weight in wide.parameters()} == own
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_a_widened_model_is_judged_as_a_copy_is(monkeypatch):
+    model = tiny_model("qwen3").model
+    usual = verdicts(check(model))
+    monkeypatch.setattr("kvtool.core.verify.hf.subject.copy_crowds", lambda model: True)
+    assert verdicts(check(model)) == usual

@@ -33,6 +33,7 @@ def command(
     tokens: v.Tokens = v.DEFAULT_TOKENS,
     prompt_length: v.PromptLength = 0,
     thorough: v.Thorough = False,
+    layers: v.Layers = 0,
     prompt: o.Prompt = None,
     target: v.Target = None,
     lossy: v.Lossy = False,
@@ -97,6 +98,7 @@ def command(
         "--tokens": tokens != v.DEFAULT_TOKENS,
         "--prompt-length": prompt_length,
         "--thorough": thorough,
+        "--layers": layers,
         "--prompt": prompt is not None,
         "--target": target is not None,
         "--target or --against": target is not None or against is not None,
@@ -142,7 +144,7 @@ def command(
         present("verify-cache.sweep", all_types, sweeps.run, sweeps.show, out)
     elif hf:
         one_model = hf_models.Settings(
-            machine, hf_kinds, scenarios, tokens, resume, prompt_length, thorough
+            machine, hf_kinds, scenarios, tokens, resume, prompt_length, thorough, layers
         )
         present("verify-cache", one_model, hf_models.run, show, out)
     else:
@@ -155,7 +157,7 @@ def command(
         chosen = o.kinds_with_settings(caches, **of_kinds)
         asked = Settings(
             machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume, lossy,
-            prompt_length, thorough,
+            prompt_length, thorough, layers,
         )  # fmt: skip
         if plot is not None:
             out.later(lambda report, _: draw(report, asked, plot, out))

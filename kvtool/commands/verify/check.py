@@ -22,15 +22,18 @@ from kvtool.ui.documents import check_writable
 from kvtool.ui.option_rules import require
 from kvtool.ui.options import ALL_CACHES, ALL_KERNELS
 from kvtool.ui.output import Output
+from kvtool.ui.progress import Progress
 
 if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint
     from kvtool.core.verify.arms import Case
+    from kvtool.core.verify.subject import Formats
     from kvtool.core.verify.target.picture import Picture
     from kvtool.core.verify.target.subject import TargetSubject
 
 DEFAULT_PROMPT = "To be, or not to be, that is the question:\n"
 SOURCE_PROMPT = "workbench"
+LONG = 60  # seconds of a check of which the time is told before
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,16 @@ class Settings:
     lossy: bool = False  # the target's cache rounds on purpose
     prompt_length: int = 0  # tokens; 0: those of the prompt, or as many as a scenario has
     thorough: bool = False
+    layers: int = 0  # the first ones alone; 0: all
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2)
         check_int("--prompt-length", self.prompt_length, 0)
+        check_int("--layers", self.layers, 0)
         given = {
             "--target": self.target,
             "--model": self.run.model,
+            "--layers": self.layers,
             "--caches": self.caches != ALL_CACHES,  # and their settings
             "--kernels": self.kernels != ALL_KERNELS,
             "--prompt": self.prompt is not None,
@@ -89,16 +95,13 @@ def load_model(
     settings: Settings, device: Any, dtype: Any
 ) -> tuple[Checkpoint, str | None, list[int]]:
     """The checkpoint, the prompt, and its ids. Raises FileError and UsageError."""
-    import torch
-
     from kvtool.core import footprint
     from kvtool.core.checkpoint import checkpoint
     from kvtool.core.decoding.engine import check_context
     from kvtool.core.decoding.sources import check_sources
-    from kvtool.core.machine import require_memory
 
     checkpoint.require_context(settings.run.model, "--tokens", settings.tokens)
-    loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
+    loaded = checkpoint.load(settings.run.model, device, dtype, True, settings.layers)
     default = SOURCE_PROMPT if loaded.source_tokenizer else DEFAULT_PROMPT
     prompt = default if settings.prompt is None and loaded.reads_text else settings.prompt
     ids = checkpoint.prompt_ids(loaded, prompt)
@@ -110,11 +113,78 @@ def load_model(
         check_sources([ids], loaded.config.context)
     n_prompt = len(ids) if loaded.source_tokenizer is None else 1
     check_context(n_prompt, settings.tokens, loaded.config.context)
-    needed = footprint.converted(loaded.model, torch.float64)
-    needed += footprint.verdicts(loaded.config, len(ids), settings.tokens, dtype.itemsize)
-    what = "the weights in float64, and the logits of all runs"
-    require_memory(what, needed, device, footprint.FEWER)
+    needed = footprint.verdicts(loaded.config, len(ids), settings.tokens, dtype.itemsize)
+    require_float64(loaded.model, needed)
     return loaded, prompt, ids
+
+
+def require_float64(model: Any, logits: int) -> None:
+    """Raise CapacityError unless a model in float64, as a copy or as its weights are widened, and
+    so many bytes of logits can be had."""
+    import torch
+
+    from kvtool.core import footprint
+    from kvtool.core.machine import require_memory
+    from kvtool.core.verify.widened import copy_crowds
+
+    what = "the weights in float64, and the logits of all runs"
+    needed = footprint.converted(model, torch.float64)
+    if copy_crowds(model):
+        what = "a weight in float64, and the logits of all runs"
+        needed = footprint.widened(model)
+    device = next(model.parameters()).device
+    require_memory(what, needed + logits, device, footprint.FEWER)
+
+
+def tell_float64(model: Any, widens: bool, out: Output) -> None:
+    """Say with -v whether float64 is a copy of a large model."""
+    import torch
+
+    from kvtool.core import footprint
+    from kvtool.core.verify.widened import is_large
+
+    if not out.verbose or not is_large(model):
+        return
+    size = f"{footprint.converted(model, torch.float64) / 2**30:.3g} GiB"
+    widened = f"each weight is widened as it is read (a copy would take {size})"
+    out.note(f"float64: {widened if widens else f'a copy of the weights, of {size}'}")
+
+
+def tell_layers(name: str, layers: int, out: Output) -> None:
+    """Say, before it is read, how much of a folder the first layers are. Raises FileError."""
+    from kvtool.core.checkpoint.first_layers import FirstLayers
+    from kvtool.core.checkpoint.safetensors_file import STORED_DTYPES
+    from kvtool.core.checkpoint.weight_files import open_weights
+
+    folder = Path(name)
+    if not layers or not folder.is_dir():
+        return
+    tensors = open_weights(folder, STORED_DTYPES, FirstLayers(layers)).tensors.values()
+    size = sum(info.end - info.begin for info in tensors) / 2**30
+    out.note(f"--layers {layers}: {size:.3g} GiB of weights; later layers are not read or judged")
+
+
+def tell_time(
+    formats: Formats,
+    settings: Settings,
+    names: list[str],
+    main: Case,
+    rows: Rows,
+    out: Output,
+    bar: Progress,
+) -> None:
+    """Say what is fed to a large model, and how long that takes, if it takes long."""
+    from kvtool.core.verify import check, expected
+
+    if out.quiet or not check.goes_by_layer(formats):
+        return
+    bar.update("how long it takes")
+    cases = expected.cases_of(names, main, settings.thorough)
+    asked = (settings.caches, settings.kernels, cases, rows.known, settings.thorough)
+    work = expected.work_of(formats, *asked)
+    seconds = expected.seconds_for(formats, work)
+    if seconds >= LONG:
+        out.note(expected.in_words(work, seconds))
 
 
 def check_model(
@@ -127,6 +197,7 @@ def check_model(
     from kvtool.core.verify import check
     from kvtool.core.verify.subject import Formats
 
+    tell_layers(settings.run.model, settings.layers, out)
     loaded, prompt, ids = load_model(settings, device, dtype)
     resolved = {
         **loaded.facts,
@@ -138,14 +209,18 @@ def check_model(
     conditions = {**resolved, "model": loaded.path.name, "config": vars(loaded.config), "ids": ids}
     kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
     kinds["thorough"] = settings.thorough
+    formats = Formats(loaded.model)
+    tell_float64(loaded.model, formats.widens, out)
+    if settings.layers:
+        resolved["layers"] = settings.layers
     log = resume_file(settings.resume, facts("kvtool", settings.run, **conditions, **kinds))
     rows = Rows(product(settings.caches, settings.kernels, names), log, out)
     total = len(rows.plan) + 1
     with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
-        formats = Formats(loaded.model)
         asked = (settings.caches, settings.kernels, names)
+        tell_time(formats, settings, names, main, rows, out, bar)
         for found in check.check_model(
             formats, *asked, main, bar.update, rows.known, settings.thorough
         ):

@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from kvtool.commands.verify.check import require_float64, tell_float64, tell_layers
 from kvtool.commands.verify.report import CacheReport, Row
 from kvtool.commands.verify.resume import Rows, facts, resume_file
 from kvtool.config import RunConfig, check_int
@@ -34,11 +35,13 @@ class Settings:
     resume: Path | None = None
     prompt_length: int = 0  # tokens; 0: as many as a scenario has
     thorough: bool = False
+    layers: int = 0  # the first ones alone; 0: all
     impl: str = "transformers"
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2)
         check_int("--prompt-length", self.prompt_length, 0)
+        check_int("--layers", self.layers, 0)
         for kind in self.caches:
             choose(kind, tuple(TRANSFORMERS_CACHES), "--caches")
         if not self.run.model:
@@ -50,30 +53,28 @@ class Settings:
 
 def run(settings: Settings, out: Output) -> CacheReport:
     """Judge the model with each kind of cache in every scenario, then a planted bug."""
-    import torch
-
     from kvtool.core import footprint
     from kvtool.core.checkpoint.checkpoint import tell_format
-    from kvtool.core.machine import dtype_name, prepare, require_memory
+    from kvtool.core.machine import dtype_name, prepare
     from kvtool.core.verify.hf.check import ALL, check_transformers, load_model
     from kvtool.core.verify.hf.library import need_transformers
     from kvtool.core.verify.scenarios import PREFILL
     from kvtool.core.verify.target.check import OWN
+    from kvtool.core.verify.widened import copy_crowds
 
     names = chosen_scenarios(settings.scenarios)
     started = time.perf_counter()
     device, dtype = prepare(settings.run)
-    model, note, sha256 = load_model(settings.run.model, settings.run.seed)
+    tell_layers(settings.run.model, settings.layers, out)
+    model, note, sha256 = load_model(settings.run.model, settings.run.seed, settings.layers)
     stored = getattr(model.config, "dtype", None) or dtype
     if sha256 is not None:
         tell_format(settings.run.model, stored, dtype)
     model = model.to(device, dtype)
     n_vocab = model.config.get_text_config(decoder=True).vocab_size
-    needed = footprint.converted(model, torch.float64)
     n_prompt = settings.prompt_length or PREFILL
-    needed += footprint.arms(n_vocab, n_prompt, settings.tokens, dtype.itemsize)
-    what = "the weights in float64, and the logits of all runs"
-    require_memory(what, needed, device, footprint.FEWER)
+    require_float64(model, footprint.arms(n_vocab, n_prompt, settings.tokens, dtype.itemsize))
+    tell_float64(model, copy_crowds(model), out)
     kinds = settings.caches or list(TRANSFORMERS_CACHES)
     resolved = {
         "model": settings.run.model,
@@ -86,6 +87,7 @@ def run(settings: Settings, out: Output) -> CacheReport:
         "device": str(device),
         "scenarios": names,
         "caches": kinds,
+        **({"layers": settings.layers} if settings.layers else {}),
     }
     log = resume_file(settings.resume, conditions(settings, model, resolved))
     note_model(model, note, kinds, out)

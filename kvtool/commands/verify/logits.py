@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from kvtool.commands.verify import served
 from kvtool.commands.verify.options import (
     MOST_REQUESTS,
     REQUEST_TIMEOUT,
+    DryRun,
     EngineName,
     Prompts,
     RecordedSeed,
@@ -27,6 +28,9 @@ from kvtool.ui.documents import check_writable
 from kvtool.ui.option_rules import contradicts, needs, require
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
+
+if TYPE_CHECKING:
+    from kvtool.core.checkpoint.checkpoint import Checkpoint
 
 AGAINST = {"numpy": "the NumPy oracle", "transformers": "transformers' model"}
 REFERENCE_NAME = "reference.safetensors"
@@ -44,9 +48,14 @@ RULES = (
         "--against --reference --save-reference --dtype",
         "The reference is the model itself, in float64.",
     ),
+    contradicts("--dry-run", "--plot", "A dry run finds nothing to draw."),
     needs("--against or --server", "--prompt", "A file has its own prompts."),
     needs("--against", "--save-reference", "A file has its own prompts."),
-    needs("--server", "--engine --prompts --tokens --requests --timeout", "Add --server URL."),
+    needs(
+        "--server",
+        "--engine --prompts --tokens --requests --timeout --dry-run --plot",
+        "Add --server URL.",
+    ),
 )
 
 
@@ -146,18 +155,17 @@ def place(row: dict[str, Any]) -> str:
 
 def run(settings: Settings, out: Output) -> LogitsReport:
     """Compare the model, in the working dtype and in float64, with the reference."""
-    import torch
-
     from kvtool.core import footprint
     from kvtool.core.checkpoint import checkpoint
     from kvtool.core.machine import prepare, require_memory
     from kvtool.core.reference import reference
+    from kvtool.core.verify.widened import is_large
 
     device, dtype = prepare(settings.run)
     loaded = checkpoint.load(settings.run.model, device, dtype, check=True)
     reference.check_decoder(loaded.config)
     tokenizer = loaded.tokenizer
-    weights_take = footprint.witness(loaded.model, settings.against)
+    weights_take = footprint.witness(loaded.model, settings.against, is_large(loaded.model))
     what = "verify-logits in float64"
     if settings.against is None:
         path = settings.reference or own_reference(loaded.path)
@@ -173,7 +181,7 @@ def run(settings: Settings, out: Output) -> LogitsReport:
         logits_take = footprint.reference(loaded.config, *sizes)
         needed = weights_take + logits_take
         require_memory(f"{what}, --against {against}", needed, device, SMALLER)
-        weights = checkpoint.load_weights(loaded.path, loaded.config)
+        weights = checkpoint.StoredWeights(loaded.path, loaded.config)
         references = reference.make_reference(weights, loaded.config, prompts, against, loaded.path)
         del weights
         name = AGAINST[against]
@@ -183,15 +191,32 @@ def run(settings: Settings, out: Output) -> LogitsReport:
         out.note(f"written to {save_to}")
     reference.check_fits(references, loaded.config)
     agree = all(r.text is None or tokenizer.encode(r.text) == r.ids for r in references)
-    # Loaded again: a model rounded to bfloat16 first would be another one in float64 too.
-    precise = checkpoint.load(settings.run.model, device, torch.float64, check=True).model
+    stored, precise = in_float64(loaded, device, dtype)
     positions = [
         {**vars(row), "piece": tokenizer.decode([row.token])}
         for row in reference.compare(loaded.model, precise, references)
     ]
-    tolerance = reference.allowance(precise, references)
+    tolerance = reference.allowance(precise, references, stored)
     resolved = {**loaded.facts, "device": str(device)}
     return LogitsReport(positions, agree, tolerance, name, settings.run.dtype, resolved)
+
+
+def in_float64(loaded: Checkpoint, device: Any, dtype: Any) -> tuple[Any, Any]:
+    """A model with the numbers that are stored, and the same in float64: loaded again, since one
+    that was rounded to bfloat16 first would be another. The weights of a large one are widened as
+    they are read, of `loaded` itself if nothing was rounded."""
+    import torch
+
+    from kvtool.core.checkpoint import checkpoint
+    from kvtool.core.verify.widened import Room, is_large, twin
+
+    name, path, model = str(loaded.path), loaded.path, loaded.model
+    if is_large(model) and checkpoint.fits(path, torch.float32):
+        if not checkpoint.fits(path, dtype):
+            model = checkpoint.load(name, device, torch.float32, check=True).model
+        return model, twin(model, Room())
+    precise = checkpoint.load(name, device, torch.float64, check=True).model
+    return precise, precise
 
 
 def own_reference(folder: Path) -> Path:
@@ -276,6 +301,8 @@ def command(
     tokens: served.Tokens = served.TAIL,
     requests: Requests = MOST_REQUESTS,
     timeout: Timeout = REQUEST_TIMEOUT,
+    dry_run: DryRun = False,
+    plot: o.Plot = None,
     model: o.Model = "",
     device: o.Device = "auto",
     dtype: o.Dtype = "float32",
@@ -312,6 +339,8 @@ def command(
         "--tokens": tokens != served.TAIL,
         "--requests": requests != MOST_REQUESTS,
         "--timeout": timeout != REQUEST_TIMEOUT,
+        "--dry-run": dry_run,
+        "--plot": plot,
         "--dtype": dtype != "float32",
     }
     given["--against or --server"] = given["--against"] or given["--server"]
@@ -319,8 +348,10 @@ def command(
     if server is not None:
         o.require_inputs(model)
         exact = RunConfig(model, device, "float64", threads, seed)
-        asked = served.Settings(exact, server, engine, prompt, prompts, tokens, requests, timeout)
-        present("verify-logits.server", asked, served.run, served.show, out)
+        asked = served.Settings(
+            exact, server, engine, prompt, prompts, tokens, requests, timeout, dry_run, plot
+        )
+        served.present_served(asked, out)
     settings = Settings(run_config, reference, against, prompt, save_reference)
     o.require_inputs(model, ("--reference", reference, "reference logits"))
     present("verify-logits", settings, run, show, out)

@@ -24,8 +24,8 @@ OF_KINDS = "--window --sinks --group --residual --page"
 
 OF_THE_SELF_TEST = contradicts(
     "--self-test",
-    "--caches --kernels --scenarios --tokens --prompt-length --thorough --prompt --target --lossy "
-    f"--plot --model --dtype --impl --sweep --server {OF_KINDS}",
+    "--caches --kernels --scenarios --tokens --prompt-length --thorough --layers --prompt "
+    f"--target --lossy --plot --model --dtype --impl --sweep --server {OF_KINDS}",
     "It has models, caches and tokens of its own.",
 )
 OF_A_SERVER = "--engine --prompts --requests --timeout --dry-run --promoted --against"
@@ -39,8 +39,8 @@ RULES = (
     needs("--server", OF_A_SERVER, "Add --server URL."),
     contradicts(
         "--server",
-        f"--impl --target --sweep --model --dtype --caches --kernels --prompt --prompt-length "
-        f"--resume {OF_KINDS}",
+        f"--impl --target --sweep --model --layers --dtype --caches --kernels --prompt "
+        f"--prompt-length --resume {OF_KINDS}",
         "A server has its own model and cache, and takes its prompts from --prompts.",
     ),
     needs("--sweep", "--types --time-limit", f"Add {HF} --sweep."),
@@ -52,7 +52,7 @@ RULES = (
     contradicts(HF, "--target --prompt --plot", "Random ids are fed to models of transformers."),
     contradicts(
         f"{HF} --sweep",
-        "--model --dtype --prompt-length --thorough",
+        "--model --layers --dtype --prompt-length --thorough",
         "It judges every type in float32, in a short time.",
     ),
     needs(HF, "--sweep", f"Add {HF}."),
@@ -60,7 +60,7 @@ RULES = (
 )
 OF_A_TARGET = contradicts(
     "--target",
-    "--model --caches --kernels --prompt",
+    "--model --layers --caches --kernels --prompt",
     "Your decoder has its own, and is fed random ids.",
 )
 
@@ -169,6 +169,15 @@ Thorough = Annotated[
     typer.Option(
         "--thorough",
         help="Feed more sizes of steps, after more pasts, and longer histories: in minutes.",
+    ),
+]
+Layers = Annotated[
+    int,
+    typer.Option(
+        "--layers",
+        metavar="N",
+        show_default="all",
+        help="Judge the first N layers alone, of a model that is too large as a whole.",
     ),
 ]
 Seed = Annotated[

@@ -187,6 +187,11 @@ class CacheReport:
         return "; ".join(filter(None, [found, self._left(self.ended)]))
 
     def _found(self) -> str:
+        found = self._found_of_layers()
+        layers = self.resolved.get("layers")
+        return f"{found}; judged: the first {layers} layers alone" if layers else found
+
+    def _found_of_layers(self) -> str:
         if self.bugs:
             kinds = dict.fromkeys((row.cache, row.verdict) for row in self.bugs)
             worst = [f"{kind}: {self._worst(kind, verdict)}" for kind, verdict in kinds]

@@ -5,21 +5,22 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from kvtool.commands.verify.options import MOST_REQUESTS, REQUEST_TIMEOUT, SERVER
+from kvtool.commands.verify.server_dry import DryReport, dry_report, show_dry
 from kvtool.config import RunConfig, check_float, check_int
-from kvtool.errors import ServerError
+from kvtool.errors import FileError, ServerError
 from kvtool.reading import require_file
-from kvtool.ui.output import Output
+from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
 
 if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint
     from kvtool.core.reference.served import Verdict
-    from kvtool.core.servers.engines import Engine
+    from kvtool.core.servers.engine import Engine
 
 TAIL, N_PROMPTS = 24, 4
 SHOWN = 8  # positions in the table; all are in the document
@@ -57,6 +58,8 @@ class Settings:
     tokens: int = TAIL
     requests: int = MOST_REQUESTS
     timeout: float = REQUEST_TIMEOUT
+    dry_run: bool = False
+    plot: Path | None = None
 
     def __post_init__(self) -> None:
         check_int("--tokens", self.tokens, 2, 4096)
@@ -64,6 +67,8 @@ class Settings:
         check_float("--timeout", self.timeout, 0.0, open_low=True)
         if self.prompts is not None:
             require_file(self.prompts, "prompts, one a line", "--prompts")
+        if self.plot is not None and not self.plot.parent.is_dir():
+            raise FileError(f"--plot {self.plot}: the folder {self.plot.parent} does not exist")
 
 
 @dataclass
@@ -148,6 +153,39 @@ class ServedReport:
         return {**vars(self), **more, "conclusion": self.conclusion}
 
 
+def present_served(settings: Settings, out: Output) -> NoReturn:
+    """Compare, or say what the server would be asked. Raises typer.Exit and ServerError."""
+    if settings.dry_run:
+        present("verify-logits.server.dry-run", settings, run_dry, show_dry, out)
+    if (path := settings.plot) is not None:
+        out.later(lambda report, _: draw(report, path, out))
+    present("verify-logits.server", settings, run, show, out)
+
+
+def run_dry(settings: Settings, out: Output) -> DryReport:
+    """All requests that would be sent; only what identifies the server is."""
+    from kvtool.core.checkpoint import checkpoint
+    from kvtool.core.machine import prepare
+    from kvtool.core.servers.client import Client
+    from kvtool.core.servers.dry import DryEngine
+    from kvtool.core.servers.engines import connect
+    from kvtool.core.servers.texts import Prompt
+
+    client = Client(settings.server, settings.timeout, settings.requests)
+    dry = DryEngine(connect(client, settings.engine))
+    import torch
+
+    device, _ = prepare(settings.run)
+    loaded = checkpoint.load(settings.run.model, device, torch.float32)
+    dry.arm = "whether the tokenizer is the same"
+    _same_tokens(dry, loaded)
+    dry.arm = "prompts"
+    for number, ids in enumerate(_prompts(settings, dry, loaded, out)):
+        dry.arm = f"prompt {number + 1}"
+        Prompt(dry, number, ids, settings.tokens)
+    return dry_report(dry, settings.requests)
+
+
 def run(settings: Settings, out: Output) -> ServedReport:
     """Ask the server, then run the same text here."""
     from kvtool.core.checkpoint import checkpoint
@@ -165,7 +203,7 @@ def run(settings: Settings, out: Output) -> ServedReport:
     loaded = checkpoint.load(settings.run.model, device, torch.float64, check=True)
     reference.check_decoder(loaded.config)
     agree = _same_tokens(engine, loaded)
-    prompts = _prompts(settings, engine, loaded)
+    prompts = _prompts(settings, engine, loaded, out)
     with out.progress(engine.name, len(prompts) + 2) as bar:
 
         def tell(words: str) -> None:
@@ -225,14 +263,16 @@ def _same_tokens(engine: Engine, loaded: Checkpoint) -> bool | None:
         return None
 
 
-def _prompts(settings: Settings, engine: Engine, loaded: Checkpoint) -> list[list[int]]:
+def _prompts(
+    settings: Settings, engine: Engine, loaded: Checkpoint, out: Output
+) -> list[list[int]]:
     """The ids of all prompts: the model's own tokenizer makes them, where it has one."""
     from kvtool.core.reference.reference import check_length
     from kvtool.core.servers.prompts import LENGTHS, TEXTS, built_in, ids_of, read_prompts
 
     tokenizer, n_prompts = loaded.tokenizer, N_PROMPTS
     if settings.prompts is not None:
-        read = read_prompts(settings.prompts)
+        read = read_prompts(settings.prompts, out.note)
         if loaded.reads_text:
             read = [tokenizer.encode(p) if isinstance(p, str) else p for p in read]
         found = ids_of(engine, read)
@@ -278,3 +318,20 @@ def show(report: ServedReport, out: Output) -> None:
     title = f"{report.resolved['engine']} against float64, the {len(rows)} largest gaps of {n}"
     out.table(title, columns, rows)
     out.verdict(report.right, report.conclusion)
+
+
+def draw(report: ServedReport, path: Path, out: Output) -> None:
+    """The plot of the gap by position, a panel a prompt, beside what rounding explains."""
+    from kvtool.ui.noise_plot import ArmSeen, Words, noise_plot
+
+    faults = [times for name, times in report.controls.items() if name.startswith("a token")]
+    fault = min(faults) * report.pooled("expected") if faults else None
+    panels = []
+    for number in dict.fromkeys(row["prompt"] for row in report.positions):
+        rows = [row for row in report.positions if row["prompt"] == number]
+        gaps = [(row["position"], row["gap"]) for row in rows]
+        expected = [(row["position"], max(row["expected"], row["noise"] or 0.0)) for row in rows]
+        panels.append(ArmSeen(f"prompt {number + 1}", report.verdict, gaps, expected, fault))
+    title = f"{report.resolved['served']}, {report.resolved['engine']} against float64"
+    noise_plot(path, panels, title, Words("rounding", "a wrong token", "server against float64"))
+    out.note(f"plot: {path}")

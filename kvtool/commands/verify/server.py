@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING, NoReturn
 
 from kvtool.commands.verify.server_against import run_against, show_against
-from kvtool.commands.verify.server_dry import DryReport, show_dry
+from kvtool.commands.verify.server_dry import DryReport, dry_report, show_dry
 from kvtool.commands.verify.server_report import VisitReport, draw, show
 from kvtool.commands.verify.server_settings import (
     Settings,
@@ -23,7 +22,7 @@ from kvtool.errors import UsageError
 from kvtool.ui.output import Output, present
 
 if TYPE_CHECKING:
-    from kvtool.core.servers.engines import Engine
+    from kvtool.core.servers.engine import Engine
 
 
 def present_visit(settings: Settings, out: Output) -> NoReturn:
@@ -47,7 +46,7 @@ def run(settings: Settings, out: Output) -> VisitReport:
     engine = engine_at(settings, settings.server)
     second = None if settings.promoted is None else engine_at(settings, settings.promoted)
     require_twin(engine, second)
-    prompts = prompts_for(settings, engine)
+    prompts = prompts_for(settings, engine, out)
     n = len(prompts) * (1 + len(short)) + len(long)
     plain, promoted = Visit(), Visit()
     bars = out.progress(engine.name, n * (1 if second is None else 2))
@@ -97,12 +96,10 @@ def run_dry(settings: Settings, out: Output) -> DryReport:
     short, long = names_of(settings)
     dry = DryEngine(engine_at(settings, settings.server))
     dry.arm = "prompts"
-    prompts = prompts_for(settings, dry)
+    prompts = prompts_for(settings, dry, out)
 
     def tell(words: str) -> None:
         dry.arm = words
 
     visit(dry, prompts, short, long, tail_of(settings), tell, Visit())
-    sent = dry.client.n_sent
-    more = max(0, math.ceil(len(dry.requests_made)) + sent - settings.requests)
-    return DryReport(dry.client.url, dry.name, dry.requests_made, sent, more)
+    return dry_report(dry, settings.requests)

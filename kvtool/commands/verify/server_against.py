@@ -92,7 +92,7 @@ def run_against(settings: server.Settings, out: Output) -> AgainstReport:
         raise UsageError("--against: is the same address as --server", "Start a second server.")
     server.require_same_ids(first, second, "--against")
     before = [engine.identity() for engine in (first, second)]
-    prompts = server.prompts_for(settings, first)
+    prompts = server.prompts_for(settings, first, out)
     found: list[Position] = []
     bars = out.progress(f"{first.name}, {second.name}", len(prompts))
     with bars as bar, until_ended() as outcome:

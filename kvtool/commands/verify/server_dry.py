@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvtool.ui.output import Output
 
+if TYPE_CHECKING:
+    from kvtool.core.servers.dry import DryEngine
+
 Sent = tuple[str, tuple[str, dict[str, Any]]]  # for which arm, and a path with its body
+
+
+def dry_report(dry: DryEngine, allowed: int) -> DryReport:
+    """What such an engine was asked; allowed: how many requests may be sent."""
+    n_sent, asked = dry.client.n_sent, dry.requests_made
+    more = max(0, len(asked) + n_sent - allowed)
+    return DryReport(dry.client.url, dry.name, asked, n_sent, more)
 
 
 @dataclass

@@ -120,7 +120,7 @@ class VisitReport:
         from kvtool.core.servers.verdict import BEYOND, HIDDEN, NOT_TOLD, VACUOUS
 
         if any(arm.evidence == NOT_TOLD for arm in self.of(VACUOUS)):
-            return "Start vLLM with --enable-prompt-tokens-details, so that it says what it reuses."
+            return _to_tell_reuse(self.resolved)
         if self.grown > GROWN:
             return "Ask again while nobody else uses the server."
         if self.of(BEYOND, HIDDEN) and "promoted_url" not in self.resolved:
@@ -145,6 +145,14 @@ class VisitReport:
             "conclusion": self.conclusion,
             "advice": self.advice,
         }
+
+
+def _to_tell_reuse(facts: dict[str, Any]) -> str:
+    """What makes an engine say how much it reused."""
+    from kvtool.core.servers.engines import ENGINES
+
+    kind = ENGINES.get(facts.get("engine", ""))
+    return "" if kind is None else str(kind[1].to_tell_reuse)
 
 
 def _names(names: Sequence[str]) -> str:

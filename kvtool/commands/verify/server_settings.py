@@ -10,9 +10,10 @@ from kvtool.config import check_float, check_int
 from kvtool.errors import FileError, ServerError, UsageError
 from kvtool.reading import require_file
 from kvtool.registry import choose
+from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
-    from kvtool.core.servers.engines import Engine
+    from kvtool.core.servers.engine import Engine
 
 N_PROMPTS, N_THOROUGH = 5, 10
 LEAST_TAIL = 8
@@ -68,7 +69,7 @@ def engine_at(settings: Settings, url: str) -> Engine:
     return connect(Client(url, settings.timeout, settings.requests), settings.engine)
 
 
-def prompts_for(settings: Settings, engine: Engine) -> list[list[int]]:
+def prompts_for(settings: Settings, engine: Engine, out: Output) -> list[list[int]]:
     """The ids of all prompts. Raises FileError, UsageError and ServerError."""
     from kvtool.core.servers.prompts import built_in, ids_of, read_prompts
     from kvtool.core.servers.session import require_room
@@ -76,14 +77,14 @@ def prompts_for(settings: Settings, engine: Engine) -> list[list[int]]:
     if settings.prompts is None:
         ids = built_in(engine, N_THOROUGH if settings.thorough else N_PROMPTS)
     else:
-        ids = ids_of(engine, read_prompts(settings.prompts))
+        ids = ids_of(engine, read_prompts(settings.prompts, out.note))
     require_room(engine, ids, tail_of(settings))
     return ids
 
 
 def tail_of(settings: Settings) -> int:
     """How many tokens follow each prompt."""
-    from kvtool.core.servers.arms import TAIL
+    from kvtool.core.servers.texts import TAIL
 
     return TAIL if settings.tokens is None else settings.tokens
 
@@ -115,6 +116,7 @@ def resolved(
         "context": engine.context,
         "tail": tail_of(settings),
         "prompt_tokens": lengths,
+        "prompts": prompts,
         **({} if second is None else {"promoted_url": second.client.url}),
         **({} if second is None else {"promoted_model": Path(second.model).name}),
     }

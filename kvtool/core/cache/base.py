@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
-from kvtool.core.cache.quantization import Quantization
+from kvtool.core.cache.quantization import Float8, Quantization
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.kernels.masks import LazyMask, make_mask
 from kvtool.errors import CapacityError, UsageError
@@ -26,7 +26,10 @@ EMPTY = -(2**30)  # the position of an empty key column; no padding is that long
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The sizes, dtype, device and kernels of a cache; key-value heads are stored unexpanded."""
+    """The sizes, dtype, device and kernels of a cache; key-value heads are stored unexpanded.
+
+    shared: values are the keys once more, as in latent attention, so that they need no memory.
+    """
 
     n_layers: int
     batch: int
@@ -36,6 +39,7 @@ class CacheSpec:
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     kernels: Kernels = DEFAULT
+    shared: bool = False
 
     @classmethod
     def of(
@@ -57,13 +61,18 @@ class CacheSpec:
             dtype=dtype,
             device=device or torch.device("cpu"),
             kernels=kernels,
+            shared=config.shared_values,
         )
+
+    def apart(self) -> CacheSpec:
+        """The same for a kind that stores values in another way than keys, and so cannot share."""
+        return replace(self, shared=False)
 
     @property
     def token_nbytes(self) -> int:
         """Bytes of keys and values of one token, over all layers and rows, stored in `dtype`."""
         width = self.n_kv_heads * self.head_dim * self.dtype.itemsize
-        return 2 * self.n_layers * self.batch * width
+        return (1 if self.shared else 2) * self.n_layers * self.batch * width
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Step:
     mask: Tensor | LazyMask | None
     causal: bool
     kernels: Kernels = DEFAULT
-    quantization: Quantization | None = None  # for a pass without a cache: how it rounds
+    quantization: Quantization | Float8 | None = None  # for a pass without a cache: how it rounds
 
     @classmethod
     def full(
@@ -97,7 +106,7 @@ class Step:
         kernels: Kernels = DEFAULT,
         window: int = 0,
         sinks: int = 0,
-        quantization: Quantization | None = None,
+        quantization: Quantization | Float8 | None = None,
     ) -> Step:
         """The step of `n` tokens a row from position 0, for a pass without a cache.
 
@@ -108,13 +117,14 @@ class Step:
         slots = torch.arange(n, device=device)
         q_pos = slots.expand(batch, n)
         n_quantized = 0 if quantization is None else quantization.n_quantized(n - 1)
+        in_place = quantization if quantization is not None and quantization.in_place else None
         if left_padding is None and (not window or n <= window) and not n_quantized:
-            return cls(q_pos, q_pos, slots, None, True, kernels)
+            return cls(q_pos, q_pos, slots, None, True, kernels, in_place)
         if left_padding is not None:
             q_pos = q_pos - left_padding[:, None]
-        if quantization is None or not n_quantized:
+        if not isinstance(quantization, Quantization) or not n_quantized:
             mask = make_mask(q_pos, q_pos, window, sinks)
-            return cls(q_pos, q_pos, slots, mask, False, kernels)
+            return cls(q_pos, q_pos, slots, mask, False, kernels, in_place)
         k_pos = torch.cat([q_pos[:, :n_quantized], q_pos], dim=1)
         copies = quantization.copy_rule(range(n), range(n_quantized), range(n)).to(slots.device)
         mask = make_mask(q_pos, k_pos, window, sinks, copies)
@@ -136,6 +146,12 @@ class Step:
             in_window = self.q_pos[:, :, None] - self.k_pos[:, None] < window
             mask = self.mask & in_window[:, None]
         return replace(self, mask=mask, causal=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a pass without a cache: q (B,H,T,D), k, v (B,Hkv,T,D) -> (B,H,T,D)"""
+        if self.quantization is not None:
+            k, v = self.quantization.both_copies(k, v, self.q_pos)
+        return self.kernels.attention(q, k, v, self.mask, self.causal)
 
     @classmethod
     def bidirectional(cls, mask: Tensor, kernels: Kernels = DEFAULT) -> Step:
@@ -173,7 +189,7 @@ class Cache(ABC):
     small: ClassVar[Mapping[str, int]] = {}
     stores: ClassVar[bool] = True  # False: stores nothing on purpose, as a reference
     recompute: ClassVar[bool] = False  # stores nothing: every step needs the whole sequence
-    quantization: Quantization | None = None  # how tokens are rounded, and when
+    quantization: Quantization | Float8 | None = None  # how tokens are rounded, and when
     window: int = 0  # how many positions a token sees, with its own; 0: all before it
     sinks: int = 0  # how many of the first positions it always sees too
     page: int = 0  # tokens per page; 0: no pages

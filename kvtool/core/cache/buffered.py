@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,8 @@ from kvtool.core.native.arrays import Array
 class BufferedCache(DirectAccess, Cache):
     """Stores tokens in columns 0, 1, 2 ... of `_keys[layer]` and `_values[layer]`.
 
-    Each of these is (rows,Hkv,columns,D). Columns from `length` on may hold anything: they are
-    overwritten before a query sees them.
+    Each of these is (rows,Hkv,columns,D); where values are shared, both are one list. Columns from
+    `length` on may hold anything: they are overwritten before a query sees them.
     """
 
     _keys: list[Tensor]
@@ -34,9 +36,13 @@ class BufferedCache(DirectAccess, Cache):
 
     def _gather_rows(self, rows: Tensor) -> None:
         """Replace the buffers by copies of the histories of `rows`."""
-        for buffers in (self._keys, self._values):
+        for buffers in self._stored():
             for layer, old in enumerate(buffers):
                 buffers[layer] = torch.index_select(old, 0, rows)
+
+    def _stored(self) -> tuple[list[Tensor], ...]:
+        """The lists of buffers, each once: of keys and of values, or of both."""
+        return (self._keys,) if self.spec.shared else (self._keys, self._values)
 
     def _first_columns(self) -> int:
         """How many columns a new cache has."""
@@ -46,7 +52,7 @@ class BufferedCache(DirectAccess, Cache):
         s = self.spec
         shape = (batch, s.n_kv_heads, columns, s.head_dim)
         self._keys = [torch.zeros(shape, dtype=s.dtype, device=s.device) for _ in range(s.n_layers)]
-        self._values = [torch.zeros_like(k) for k in self._keys]
+        self._values = self._keys if s.shared else [torch.zeros_like(k) for k in self._keys]
 
     @property
     def _columns(self) -> int:
@@ -105,7 +111,8 @@ class BufferedCache(DirectAccess, Cache):
         if self.batch < keys.shape[0]:
             keys, values = keys[: self.batch], values[: self.batch]
         keys.index_copy_(2, step.slots, k)
-        values.index_copy_(2, step.slots, v)
+        if not self.spec.shared:
+            values.index_copy_(2, step.slots, v)
         reach = step.k_pos.shape[1]
         return keys.narrow(2, 0, reach), values.narrow(2, 0, reach)
 
@@ -150,7 +157,7 @@ class BufferedCache(DirectAccess, Cache):
     def nbytes(self) -> Bytes:
         """As Cache.nbytes."""
         token = self.spec.token_nbytes // self.spec.batch * self.batch
-        allocated = sum(t.untyped_storage().nbytes() for t in (*self._keys, *self._values))
+        allocated = sum(t.untyped_storage().nbytes() for t in chain(*self._stored()))
         allocated += self._padding_nbytes()
         return Bytes(allocated, self.length * token, self._reach(self.length + 1) * token)
 

@@ -36,11 +36,8 @@ class StepAddresses(NamedTuple):
     slot: int  # the column of the first new token
     window: int  # how many positions a token sees, with its own; 0: all before it
     sinks: Array  # (B,2) the first column of each row's sinks, and the one after the last
-    # Quantized tokens, which come before the others: (6,layers) the addresses of codes, scales and
-    # zero points of keys, and of values, and how they are packed, as compiled/codes.py has it.
-    codes: Array = np.empty((6, 0), np.int64)
-    packings: Array = np.array([[0, 1, 1, 1, 1]] * 2)
-    exact: int = 0  # the first column of `addresses` that is read beside those
+    # (2,layers,9) of keys and of values: where codes are, as compiled/codes.py has it; 0: none.
+    coded: Array = np.zeros((2, 1, 9), np.int64)
 
 
 class GraphStep(NamedTuple):

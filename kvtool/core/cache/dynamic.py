@@ -32,7 +32,7 @@ class DynamicCache(BufferedCache):
         if length <= self._columns:
             return
         columns = self._grown(self._columns, length, self.spec.capacity)
-        for buffers in (self._keys, self._values):
+        for buffers in self._stored():
             for layer, old in enumerate(buffers):  # one by one: only one buffer is held twice
                 new = old.new_zeros((*old.shape[:2], columns, old.shape[3]))
                 new[:, :, : self.length] = old[:, :, : self.length]

@@ -147,7 +147,7 @@ class PagedCache(DirectAccess, Cache):
         tables = (self._pages(), *self._padding_table())
         form = (_first_contiguous(self._table),)
         self._begun = 1
-        return GraphStep(start, tables, form, [*self.pool.keys, *self.pool.values])
+        return GraphStep(start, tables, form, list(self.pool.stored))
 
     def step_at(
         self, start: Tensor, tables: tuple[Tensor, ...], form: tuple[int | None, ...]
@@ -295,7 +295,7 @@ class PagedCache(DirectAccess, Cache):
         take the memory of one layer's rows besides.
         """
         token = self.spec.token_nbytes // self.spec.batch  # of one row
-        buffers = (*self.pool.keys, *self.pool.values)
+        buffers = self.pool.stored
         allocated = sum(t.untyped_storage().nbytes() for t in buffers) + self._padding_nbytes()
         n = self._n_pages(self.length)
         filled = {

@@ -13,8 +13,9 @@ from kvtool.core.cache.base import CacheSpec
 class Pool:
     """The pages of a cache and its forks, with the number of rows that use each page.
 
-    Page p of a layer is `keys[layer][:, p]` and `values[layer][:, p]`, each (Hkv,page,D). A page
-    without users is free: `n_live + n_free == n_pages` always holds.
+    Page p of a layer is `keys[layer][:, p]` and `values[layer][:, p]`, each (Hkv,page,D), or both
+    the same where values are shared. A page without users is free: `n_live + n_free == n_pages`
+    always holds.
     """
 
     def __init__(self, spec: CacheSpec, page: int, n_pages: int) -> None:
@@ -22,7 +23,8 @@ class Pool:
         self.keys = [
             torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(spec.n_layers)
         ]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.values = self.keys if spec.shared else [torch.zeros_like(k) for k in self.keys]
+        self.stored = self.keys if spec.shared else [*self.keys, *self.values]  # each once
         self.n_pages = n_pages
         self.users = [0] * n_pages
         self._free = list(range(n_pages))[::-1]  # the lowest last: it is taken next
@@ -53,7 +55,7 @@ class Pool:
                 torch.tensor(pages, device=self.keys[0].device)
                 for pages in (taken[: len(sources)], sources)
             )
-            for buffer in (*self.keys, *self.values):
+            for buffer in self.stored:
                 buffer.index_copy_(1, goals, buffer.index_select(1, old))
         # After the copies: if memory runs out for them, nothing has been taken.
         del self._free[len(self._free) - n :]

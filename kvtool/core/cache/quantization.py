@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ class Codes(NamedTuple):
     scale: Tensor
     low: Tensor  # the zero point: the value of code 0
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The values again, in `dtype`."""
-        return (self.codes * self.scale + self.low).to(dtype)
+    def dequantized(self) -> Tensor:
+        """The values again, in the format of the scales."""
+        return self.codes * self.scale + self.low
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Quantization:
     of them quantized, and the rest and itself exactly. So what it reads depends only on n, never on
     the steps in which a cache was filled.
     """
+
+    in_place: ClassVar[bool] = False  # tokens meet a key exactly first, and later quantized
 
     bits: int
     group: int
@@ -75,15 +77,16 @@ class Quantization:
 
     def both_copies(self, k: Tensor, v: Tensor, q_pos: Tensor) -> tuple[Tensor, Tensor]:
         """All that the tokens of a whole pass read, k, v (B,Hkv,T,D) -> (B,Hkv,Q+T,D): those that
-        are quantized when the last one comes, and then everything exactly."""
+        are quantized when the last one comes, and then everything exactly; in float32 or above."""
         n = self.n_quantized(k.shape[2] - 1)
         keys, values = self.rounded(k[:, :, :n], v[:, :, :n], q_pos[:, :n])
         return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
 
     def rounded(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B,Hkv,T,D) of whole groups at positions (B,T), quantized and back."""
+        """Keys and values (B,Hkv,T,D) of whole groups at positions (B,T), quantized and back, in
+        float32 or above: a half format would double the error of 8 bits."""
         keys, values = self.codes(k, v, positions)
-        return keys.dequantized(k.dtype).flatten(2, 3), values.dequantized(v.dtype).flatten(3, 4)
+        return keys.dequantized().flatten(2, 3), values.dequantized().flatten(3, 4)
 
     def codes(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Codes, Codes]:
         """The codes of keys (B,Hkv,T/G,G,D), G tokens each, and values (B,Hkv,T,D/C,C), C channels.
@@ -116,3 +119,47 @@ class Quantization:
         larger = (scale.to(exact.dtype) * (1 + info.eps)).to(x.dtype)
         scale = torch.where(short, larger, scale).clamp(min=info.tiny).to(exact.dtype)
         return Codes(((exact - low) / scale).round().clamp(0, levels), scale, low)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Rounding to e4m3 (Micikevicius 2022, arXiv 2209.05433), of a token in a head by itself: to
+    four significant bits, fewer below 2**-6, of what is 448 at most once it has been scaled.
+
+    The scale is a power of two, the least that does. So it takes nothing from the digits, and what
+    a code stands for is a number in every format of a model.
+    """
+
+    in_place: ClassVar[bool] = True  # a token is met as it is stored, by itself too
+
+    def n_quantized(self, n: int) -> int:
+        """How many of n tokens are there twice, quantized and exactly: none."""
+        return 0
+
+    def both_copies(self, k: Tensor, v: Tensor, q_pos: Tensor) -> tuple[Tensor, Tensor]:
+        """All that the tokens of a whole pass read, k, v (B,Hkv,T,D) -> (B,Hkv,T,D)."""
+        return self.rounded(k, v, q_pos)
+
+    def rounded(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B,Hkv,T,D), each rounded, wherever it stands."""
+        return self._rounded(k), self._rounded(v)
+
+    @classmethod
+    def _rounded(cls, x: Tensor) -> Tensor:
+        scale = cls.scale(x)
+        scaled = (x / scale).float()
+        exponent = torch.frexp(scaled).exponent.clamp(min=-5) - 4  # of the last digit that is kept
+        digit = torch.ldexp(torch.ones_like(scaled), exponent)
+        return ((scaled / digit).round() * digit).to(x.dtype) * scale
+
+    @staticmethod
+    def scale(x: Tensor) -> Tensor:
+        """What tokens x (...,D) are divided by, (...,1); NaN for one that is not finite."""
+        largest = x.abs().amax(-1, keepdim=True).to(torch.promote_types(x.dtype, torch.float32))
+        digits, exponent = torch.frexp(largest)
+        exponent = exponent - torch.where(digits > 448 / 512, 8, 9)
+        info = torch.finfo(x.dtype)
+        # A code of the least number, 2**-9, times it is a number of that format, too.
+        least = max(info.tiny, 512 * info.tiny * info.eps)
+        scale = torch.ldexp(torch.ones_like(largest), exponent).clamp(min=least)
+        return scale.where(largest < torch.inf, torch.nan).to(x.dtype)

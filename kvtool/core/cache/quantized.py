@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.direct_access import StepAddresses, is_readable
 from kvtool.core.cache.quantization import Quantization
 from kvtool.core.kernels.masks import make_mask
+from kvtool.core.native import coded as native
 from kvtool.core.native.arrays import Array
+from kvtool.core.native.coded import EXACT, LENGTH, Coded
 from kvtool.errors import CacheOpUnsupported, UsageError
 
 GROUP, RESIDUAL = 32, 32  # KIVI has groups of 32 too, and a residual of 128 for longer texts
@@ -73,36 +75,30 @@ class Packed:
         return low, folded.masked_fill(left_out, -torch.inf).amax(3, keepdim=True)
 
     def read(self, n: int) -> Tensor:
-        """The first n columns, whole groups, dequantized -> (rows,Hkv,n,D)."""
+        """The first n columns, whole groups, dequantized -> (rows,Hkv,n,D) in float32 or above."""
         codes = self.codes[:, :, : n // self.per_byte]
         if self.per_byte == 2:
             codes = torch.stack([codes & 15, codes >> 4], dim=3).flatten(2, 3)
         first = slice(n // self.size if self.dim == 2 else n)
         scale, low = self.scale[:, :, first], self.low[:, :, first]
         wide = codes.to(_wide(scale)).unflatten(self.dim, (-1, self.size))
-        wide = wide.mul_(scale).add_(low)
-        return wide.to(scale.dtype).flatten(self.dim, self.dim + 1)
+        return wide.mul_(scale).add_(low).flatten(self.dim, self.dim + 1)
 
-    def packing(self, n: int) -> tuple[int, int, int, int, int]:
-        """As compiled.codes.read_codes has it, for the first n columns."""
-        shared = (self.size, 1) if self.dim == 2 else (1, self.size)  # by tokens, and channels
-        return n, self.codes.shape[2] * self.per_byte, self.per_byte, *shared
-
-    def buffer_addresses(self, like: Tensor) -> tuple[int, int, int] | None:
-        """The addresses of codes, scales and zero points, for code that reads memory by itself;
-        None unless all are for (rows,Hkv,D) and of the type that code expects."""
+    def facts(self, like: Tensor) -> Coded | None:
+        """What compiled/codes.py has to know, of no tokens as yet; None unless all is for
+        (rows,Hkv,D), and of the type and where that code expects it."""
         codes, *others = self.tensors
-        _, columns, per_byte, tokens, channels = self.packing(0)
+        tokens, channels = (self.size, 1) if self.dim == 2 else (1, self.size)  # of one scale
         rows, heads, width = like.shape
-        fits = (
-            codes.shape == (rows, heads, columns // per_byte, width) and codes.dtype is torch.uint8
-        )
+        columns = codes.shape[2] * self.per_byte
+        fits = codes.shape == (rows, heads, codes.shape[2], width) and codes.dtype is torch.uint8
         size = rows * heads * (columns // tokens) * (width // channels)
         alike = all(x.numel() == size and x.dtype is like.dtype for x in others)
-        readable = all(map(is_readable, self.tensors))
-        if type(self) is not Packed or not (fits and alike and readable):
+        if type(self) is not Packed or not (fits and alike and all(map(is_readable, self.tensors))):
             return None
-        return codes.data_ptr(), others[0].data_ptr(), others[1].data_ptr()
+        at, scales, lows = (x.data_ptr() for x in self.tensors)
+        form = (native.BYTES, native.HALF_BYTES)[self.per_byte - 1]
+        return Coded(at, scales, lows, 0, columns, form, tokens, channels, 0)
 
     def gather(self, rows: Tensor) -> None:
         """Replace the tensors by copies of `rows`."""
@@ -140,6 +136,7 @@ class QuantizedCache(BufferedCache):
     bits: ClassVar[int]
     quantization: Quantization
     _packed: list[tuple[Packed, Packed]]  # keys and values of each layer
+    _known_codes: tuple[Any, Array] | None = None  # those of the last step, and `_coded` of them
 
     def __init__(
         self,
@@ -158,7 +155,7 @@ class QuantizedCache(BufferedCache):
             raise UsageError(f"group: {group} tokens of {self.bits} bits do not fill bytes")
         self.slack = slack
         self.quantization = Quantization(self.bits, group, residual)
-        super().__init__(spec, left_padding)
+        super().__init__(spec.apart(), left_padding)  # keys and values are rounded in two ways
 
     def _first_columns(self) -> int:
         return exact_columns(self.spec.capacity, self.quantization, self.slack)
@@ -181,9 +178,10 @@ class QuantizedCache(BufferedCache):
         self._first = 0  # the number of the first token that is stored exactly
         self._longest = 0  # the most tokens that were committed
         self._set_aside: list[tuple[Tensor, Tensor]] = []  # (buffer, the exact tokens from _first)
+        self._direct: native.Exact | None = None  # if compiled code does the step: its exact tokens
 
     def _make_step(self, start: int, n_new: int) -> Step:
-        self._set_aside = []
+        self._set_aside, self._direct = [], None
         end, n_quantized = start + n_new, self.quantization.n_quantized
         # Quantized for the first and for the last new token; keys between are returned twice.
         n_first, n_last = n_quantized(start), n_quantized(end - 1)
@@ -201,33 +199,39 @@ class QuantizedCache(BufferedCache):
         return Step(q_pos, k_pos, slots, mask, causal, self.spec.kernels)
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
-        """None too if a group becomes full, and so is rounded, or the tokens are set aside."""
+        """None too if tokens of the step find different ones quantized, or are set aside."""
         if not self._is_unpatched() or packed_methods(Packed) != PACKED_METHODS:
             return None
         start, n_quantized = self.make_room(n_new), self.quantization.n_quantized
         n = n_quantized(start)
-        if n_quantized(start + n_new) > n:
+        if n_quantized(start + n_new - 1) > n:
             return None
-        self._set_aside = []
+        self._set_aside, self._direct = [], None
         exact = self._addresses_from(start, n_new, start - self._first, self._padding())
-        if exact is None or not n:
+        if exact is None or not n_quantized(start + n_new):
             return exact
-        codes = self._code_addresses()
-        if codes is None:
+        coded = self._coded()
+        if coded is None:
             return None
-        packings = np.array([part.packing(n) for part in self._packed[0]])
-        return exact._replace(codes=codes, packings=packings, exact=n - self._first)
+        coded[:, :, LENGTH], coded[:, :, EXACT] = n, n - self._first
+        s, (columns, padding) = self.spec, (exact.columns, exact.padding)
+        sizes = s.n_kv_heads, s.head_dim, s.dtype
+        self._direct = native.Exact(exact.addresses, columns, padding, *sizes)
+        return exact._replace(coded=coded)
 
-    def _code_addresses(self) -> Array | None:
-        """The addresses (6,layers) of codes, scales and zero points, as in StepAddresses; None if
-        compiled code cannot read them."""
-        like = self._keys[0][:, :, 0]
-        keys, values = (
-            [part.buffer_addresses(like) for part in x] for x in zip(*self._packed, strict=True)
-        )
-        if None in keys or None in values:
-            return None
-        return np.concatenate([keys, values], axis=1).T.copy()  # dense, as compiled code has it
+    def _coded(self) -> Array | None:
+        """All codes (2,layers,9) as in StepAddresses; None if compiled code cannot read them."""
+        tensors = [t for pair in self._packed for part in pair for t in part.tensors]
+        layout = [(t.data_ptr(), t.dtype, t.shape) for t in tensors]
+        if self._known_codes is None or layout != self._known_codes[0]:
+            like = self._keys[0][:, :, 0]
+            found = [
+                [part.facts(like) for part in side] for side in zip(*self._packed, strict=True)
+            ]
+            if any(None in side for side in found):
+                return None
+            self._known_codes = layout, np.array(found)
+        return self._known_codes[1]
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """As Cache.write; quantizes groups that become full."""
@@ -257,18 +261,29 @@ class QuantizedCache(BufferedCache):
     def commit(self, n_new: int) -> None:
         """As Cache.commit; forgets the exact copies of quantized tokens, except for `slack`."""
         super().commit(n_new)
+        direct, self._direct = self._direct, None
         self._longest = max(self._longest, self.length)
-        first = max(self._first, self.quantization.n_quantized(max(self.length - self.slack, 0)))
-        contents = self._set_aside or [(b, b) for b in (*self._keys, *self._values)]
-        if self._set_aside or first > self._first:
-            tokens = slice(first - self._first, self.length - self._first)
-            # Allocate before moving anything: if memory runs out, nothing has changed.
-            moved = torch.empty_like(contents[0][1][:, :, tokens])
-            for buffer, content in contents:
-                moved.copy_(content[:, :, tokens])  # the two may overlap
-                buffer[:, :, : moved.shape[2]] = moved
+        n_quantized = self.quantization.n_quantized
+        first = max(self._first, n_quantized(max(self.length - self.slack, 0)))
+        n, n_full = n_quantized(self.length - n_new), n_quantized(self.length)
+        if direct and self._known_codes and n_full > n:  # `write` has not done it
+            native.round_groups(direct, n - self._first, n, n_full - n, self._known_codes[1])
+        if direct and first > self._first:
+            native.move_columns(direct, first - self._first, self.length - first)
+        elif self._set_aside or first > self._first:
+            self._move(first)
         self._first = first
         self._set_aside = []
+
+    def _move(self, first: int) -> None:
+        """Let the buffers begin with token `first`."""
+        contents = self._set_aside or [(b, b) for b in (*self._keys, *self._values)]
+        tokens = slice(first - self._first, self.length - self._first)
+        # Nothing is allocated after a token has moved: if memory runs out, all is as before.
+        moved = torch.empty_like(contents[0][1][:, :, tokens])
+        for buffer, content in contents:
+            moved.copy_(content[:, :, tokens])  # the two may overlap
+            buffer[:, :, : moved.shape[2]] = moved
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens.
@@ -287,13 +302,13 @@ class QuantizedCache(BufferedCache):
                     f"Make it with slack={self._longest - length}, or crop before that is rounded.",
                 )
         super().crop(length)
-        self._set_aside = []
+        self._set_aside, self._direct = [], None
         self._first = min(self._first, length)
 
     def select(self, rows: Tensor) -> None:
         """As Cache.select, by copies of the rows."""
         super().select(rows)
-        self._set_aside = []
+        self._set_aside, self._direct = [], None
         self._gather_rows(rows)
         for packed in (part for pair in self._packed for part in pair):
             packed.gather(rows)
@@ -339,7 +354,7 @@ class QuantizedCache(BufferedCache):
         slack: int = 0,
     ) -> int:
         """As Cache.predict_nbytes: all is allocated at once, whatever `length` is."""
-        q = Quantization(cls.bits, group, residual)
+        q, spec = Quantization(cls.bits, group, residual), spec.apart()
         exact = exact_columns(spec.capacity, q, slack) * spec.token_nbytes
         return exact + packed_nbytes(spec, q.n_quantized(spec.capacity), q)
 

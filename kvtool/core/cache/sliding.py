@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import ClassVar
 
 import numpy as np
@@ -91,7 +92,7 @@ class SlidingCache(BufferedCache):
         self._set_aside = []
         if start + n_new - self._first > self._room and start - self._first > self._kept:
             held = slice(self._n_sinks, self._n_sinks + start - self._first)
-            self._evict([(b, b[:, :, held]) for b in (*self._keys, *self._values)])
+            self._evict([(b, b[:, :, held]) for b in chain(*self._stored())])
 
     def step_addresses(self, n_new: int) -> StepAddresses | None:
         """As DirectAccess.step_addresses; None too if the tokens are set aside, or if a row's sinks
@@ -130,15 +131,16 @@ class SlidingCache(BufferedCache):
         keys, values = self._keys[layer], self._values[layer]
         if end <= self._columns:
             keys.index_copy_(2, step.slots, k)
-            values.index_copy_(2, step.slots, v)
+            if not self.spec.shared:
+                values.index_copy_(2, step.slots, v)
             return keys[:, :, begin:end], values[:, :, begin:end]
         held = slice(begin, end - k.shape[2])
-        whole = [
-            torch.cat([buffer[:, :, held], new], dim=2) for buffer, new in ((keys, k), (values, v))
-        ]
+        pairs = ((keys, k),) if self.spec.shared else ((keys, k), (values, v))
+        whole = [torch.cat([buffer[:, :, held], new], dim=2) for buffer, new in pairs]
         after_sinks = self._n_sinks - begin
-        self._set_aside += zip((keys, values), (t[:, :, after_sinks:] for t in whole), strict=True)
-        return whole[0], whole[1]
+        for (buffer, _), content in zip(pairs, whole, strict=True):
+            self._set_aside.append((buffer, content[:, :, after_sinks:]))
+        return whole[0], whole[-1]
 
     def commit(self, n_new: int) -> None:
         """As Cache.commit; if there is no more room, evicts tokens that no later one sees."""
@@ -231,7 +233,7 @@ class SlidingCache(BufferedCache):
         """As Cache.nbytes."""
         token = self.spec.token_nbytes // self.spec.batch  # of one row
         live = int((self._held_positions(self.length) != EMPTY).sum())
-        buffers = [*self._keys, *self._values, *(content for _, content in self._set_aside)]
+        buffers = [*chain(*self._stored()), *(content for _, content in self._set_aside)]
         allocated = sum(t.untyped_storage().nbytes() for t in buffers) + self._padding_nbytes()
         read = self.length + 1 - self._first
         if read > self._room:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import ClassVar
 
 from torch import Tensor
@@ -41,7 +42,7 @@ class StaticCache(BufferedCache):
                 f"Make it with batch={rows.shape[0]}.",
             )
         super().select(rows)
-        for buffer in (*self._keys, *self._values):
+        for buffer in chain(*self._stored()):
             filled = buffer[:, :, : self.length]
             filled[: self.batch] = filled.index_select(0, rows)  # index_select copies: rows overlap
 
@@ -49,7 +50,7 @@ class StaticCache(BufferedCache):
         """As DirectAccess.graph_step; the only table is the padding, if there is any."""
         if not self.length or not self._is_unpatched():
             return None
-        start, memory = self.make_room(1), [*self._keys, *self._values]
+        start, memory = self.make_room(1), [*chain(*self._stored())]
         self._begun = 1
         return GraphStep(start, self._padding_table(), (self._reach(start + 1),), memory)
 

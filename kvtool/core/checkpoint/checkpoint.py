@@ -15,7 +15,8 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from kvtool.config import OWN, ModelConfig, own_types
 from kvtool.core.checkpoint.families import FAMILIES, Family, end_ids
+from kvtool.core.checkpoint.first_layers import FirstLayers
 from kvtool.core.checkpoint.gguf.tokens import read_tokenizer
 from kvtool.core.checkpoint.gguf.weights import GGUFModel
 from kvtool.core.checkpoint.safetensors_file import Digest
@@ -51,7 +53,7 @@ from kvtool.core.checkpoint.weight_files import (
 from kvtool.core.machine import dtype_name, require_memory
 from kvtool.core.models import Model, build_model, read_config
 from kvtool.core.text.tokenizer import NoTokenizer, Tokenizer
-from kvtool.errors import CapacityError, CheckFailed, FileError
+from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
 from kvtool.files import CHECKPOINT_FOLDER, json_bytes, model_folder, write_durable
 from kvtool.reading import MOST_CONFIG, quoted, read_json_object
 
@@ -132,8 +134,11 @@ def files(
     return found
 
 
-def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = False) -> Checkpoint:
-    """Read the checkpoint `name`, a folder or a shipped model.
+def load(
+    name: str, device: torch.device, dtype: torch.dtype, check: bool = False, layers: int = 0
+) -> Checkpoint:
+    """Read the checkpoint `name`, a folder or a shipped model; `layers`: only the first of them, 0
+    for all.
 
     check: raise CheckFailed in place of FileError for NaN or infinite weights, for commands that
     judge the model.
@@ -143,7 +148,11 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     folder = model_folder(name)
     config, family = _read_config(folder)
     tokenizer, source_tokenizer = _read_tokenizers(folder, config, family)
-    source = _open(folder, config, family, dtype)
+    first = None
+    if layers and layers < config.n_layers:
+        _require_layers(folder, config)
+        first, config = FirstLayers(layers), replace(config, n_layers=layers)
+    source = _open(folder, config, family, dtype, first)
     model = _empty_model(config, source, _described_in(folder))
     _check_tensors(source, model)
     require_memory_for(source, config, device, dtype)
@@ -156,6 +165,13 @@ def load(name: str, device: torch.device, dtype: torch.dtype, check: bool = Fals
     # The weights are on the device already; this moves the tables.
     model = model.to(device).eval()
     return Checkpoint(model, config, tokenizer, source_tokenizer, folder, digest, kept)
+
+
+def _require_layers(folder: Path, config: ModelConfig) -> None:
+    """Raise UsageError for a model whose first layers cannot be had alone."""
+    why = "is GGUF" if folder.is_file() else "is an encoder-decoder"
+    if folder.is_file() or config.n_encoder_layers:
+        raise UsageError(f"--layers: {folder} {why} (expected a folder of a decoder)")
 
 
 def require_context(name: str, flag: str, n_tokens: int) -> None:
@@ -215,6 +231,35 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     _check_tensors(source, model)
     require_memory(str(source.path), n_bytes(source), CPU, SMALLER)
     return _read(source, model)[0]
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """`load_weights`, read when the first of them is asked for."""
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        self.folder, self.config = folder, config
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        return load_weights(self.folder, self.config)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def fits(folder: Path, dtype: torch.dtype) -> bool:
+    """Whether a format holds all that is stored in a folder exactly; False for GGUF, whose codes
+    are numbers of no format. Raises FileError."""
+    if folder.is_file():
+        return False
+    infos = open_weights(folder).tensors.values()
+    return all(torch.promote_types(info.dtype, dtype) == dtype for info in infos)
 
 
 # --- the small files
@@ -298,7 +343,7 @@ def _checked(tokenizer: Tokenizer, path: Path, field: str, embedded: int) -> Tok
 # --- what must be there
 
 
-class _WithoutWeights(TorchFunctionMode):
+class WithoutWeights(TorchFunctionMode):
     """A mode in which torch.empty, which makes all weights, takes no memory and sets no values.
 
     Tables are computed as usual: on the meta device, torch.arange and normal_ would import
@@ -319,14 +364,17 @@ class _WithoutWeights(TorchFunctionMode):
 
 def _open(
     folder: Path, config: ModelConfig, family: Family | GGUFModel | None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, layers: FirstLayers | None = None,
 ) -> WeightFile:  # fmt: skip
     """The weights in `folder` under kvtool's names. Raises FileError.
 
     Those of GGUF are dequantized to bfloat16 if that is `dtype`, and otherwise to float32.
     """
     source: WeightFile
-    source = family.open(dtype) if isinstance(family, GGUFModel) else open_weights(folder)
+    if isinstance(family, GGUFModel):
+        source = family.open(dtype)
+    else:
+        source = open_weights(folder, layers=layers)
     check_sizes(config, source, _described_in(folder))
     return source if family is None else family.weights(source, config)
 
@@ -340,7 +388,7 @@ def _empty_model(config: ModelConfig, source: WeightFile, where: Path) -> Model:
     require_tables(where, table_nbytes(config), source, f"context {config.context}")
     # Making a table takes about three times its size for a moment.
     require_memory(f"{where}: context {config.context}", 3 * table_nbytes(config), CPU, SMALLER)
-    with _WithoutWeights():
+    with WithoutWeights():
         return build_model(config)
 
 

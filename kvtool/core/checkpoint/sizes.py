@@ -43,7 +43,8 @@ def check_sizes(config: ModelConfig, source: WeightFile, where: Path) -> None:
 
 def table_nbytes(config: ModelConfig) -> int:
     """Bytes of the float64 position tables, which no file contains and no file's size bounds."""
-    width = {"sinusoidal": config.d_model, "rotary": config.head_dim}.get(config.positions, 0)
+    turning = config.rotary_width * config.n_turns
+    width = {"sinusoidal": config.d_model, "rotary": turning}.get(config.positions, 0)
     return (2 if config.n_encoder_layers else 1) * config.context * width * 8
 
 

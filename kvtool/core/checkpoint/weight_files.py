@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvtool.core.checkpoint.first_layers import FirstLayers
 from kvtool.core.checkpoint.pickled_file import PickledFile
 from kvtool.core.checkpoint.safetensors_file import DTYPES, Digest, SafetensorsFile, TensorInfo
 from kvtool.core.machine import dtype_name
@@ -48,11 +49,38 @@ class WeightFile(Protocol):
         """All tensors, contiguous on the CPU, and the digest of the file(s)."""
 
 
-def open_weights(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> WeightFile:
+def open_weights(
+    folder: Path,
+    dtypes: Mapping[str, torch.dtype] = DTYPES,
+    layers: FirstLayers | None = None,
+) -> WeightFile:
     """The weights in `folder`; safetensors are preferred to pickles.
 
-    dtypes: the formats that tensors may have. Raises FileError for missing or damaged weights.
+    dtypes: the formats that tensors may have. layers: those that are wanted; shards without any of
+    theirs need not be there. Raises FileError for missing or damaged weights.
     """
+    if layers is not None:
+        return SomeTensors(_open_weights(folder, dtypes, layers.needs), layers.needs)
+    return _open_weights(folder, dtypes, lambda name: True)
+
+
+class SomeTensors:
+    """A weight file of which only some tensors are there."""
+
+    def __init__(self, whole: WeightFile, needs: Callable[[str], bool]) -> None:
+        self.path, self.whole = whole.path, whole
+        self.tensors = {name: info for name, info in whole.tensors.items() if needs(name)}
+        self.resident = whole.resident
+
+    def read(self) -> tuple[dict[str, Tensor], Digest]:
+        """As WeightFile.read. The digest is of all files that were read."""
+        found, digest = self.whole.read()
+        return {name: found[name] for name in self.tensors}, digest
+
+
+def _open_weights(
+    folder: Path, dtypes: Mapping[str, torch.dtype], needs: Callable[[str], bool]
+) -> WeightFile:
 
     def safetensors(path: Path) -> SafetensorsFile:
         refuse_lookalike(path, "weights")
@@ -66,12 +94,12 @@ def open_weights(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> We
     if os.path.lexists(folder / WEIGHTS):
         return safetensors(folder / WEIGHTS)
     if os.path.lexists(folder / INDEX):
-        return ShardedFile(folder / INDEX, safetensors)
+        return ShardedFile(folder / INDEX, safetensors, needs)
     for name in PICKLES:
         if os.path.lexists(folder / name):
             return pickled(folder / name)
     if os.path.lexists(folder / PICKLED_INDEX):
-        return ShardedFile(folder / PICKLED_INDEX, pickled)
+        return ShardedFile(folder / PICKLED_INDEX, pickled, needs)
     raise FileError(f"{folder / WEIGHTS}: not found (expected weights)", "Copy them there.")
 
 
@@ -175,9 +203,15 @@ class ShardedFile:
     """Weights in several files, with an index that lists which tensor is in which.
 
     open_shard: opens one of the files. Raises FileError.
+    needs: says which tensors are wanted; a shard with none of them is not opened.
     """
 
-    def __init__(self, path: Path, open_shard: Callable[[Path], WeightFile]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        open_shard: Callable[[Path], WeightFile],
+        needs: Callable[[str], bool] = lambda name: True,
+    ) -> None:
         self.path = path
         refuse_lookalike(path, "an index of weights")
         places = _weight_map(path)
@@ -186,7 +220,7 @@ class ShardedFile:
             listed.setdefault(name, set()).add(tensor)
         self._shards: list[WeightFile] = []
         self.tensors: dict[str, TensorInfo] = {}
-        for name in sorted(listed):
+        for name in sorted(name for name, held in listed.items() if any(map(needs, held))):
             shard = open_shard(path.parent / name)
             # Check before opening the next: at most one shard with unlisted tensors is in memory.
             _check_shard(path, name, places, listed[name], set(shard.tensors))

@@ -29,12 +29,19 @@ class WeightRecorder:
         return self.kernels.per_token(x, *layers)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | LazyMask | None,
+        causal: bool,
+        cap: float = 0.0,
     ) -> Tensor:
         """As `Kernels.attention`; records the weights if `k` is the tensor `keys` itself."""
         if k is self.keys:
             self.found.append(reference_weights(q, k, mask_tensor(mask), causal))
-        return self.kernels.attention(q, k, v, mask, causal)
+        asked = (cap,) if cap else ()  # kernels need not know one
+        return self.kernels.attention(q, k, v, mask, causal, *asked)
 
 
 @torch.inference_mode()

@@ -276,6 +276,8 @@ def _why_foreign(model: Model) -> str:
 
 def _why_unknown(module: nn.Module) -> str:
     kind = type(module).__name__
+    if isinstance(module, Model) and type(module) not in KNOWN:
+        return f"the settings of the family {module.config.kind} are known to modules alone"
     if KNOWN.get(type(module)) is not type(module).forward:
         return f"{kind} is no module of kvtool's, or has been changed"
     hooks = module._forward_hooks or module._forward_pre_hooks

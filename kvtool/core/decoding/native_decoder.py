@@ -75,7 +75,6 @@ class NativeDecoder:
         self.code, self.config = code, decoder.config
         self.dtype = decoder.head.weight.dtype
         self.kind = native.kind_of(self.dtype)
-        self.no_scratch = np.empty((2, 0), self.kind.dtype)
         self.computed = native.computed(decoder.head.weight[:0]).dtype
         c, embed, head = decoder.config, decoder.embed, decoder.head
         # Keeps the memory at the addresses alive, even if a parameter gets another tensor.
@@ -127,12 +126,8 @@ class NativeDecoder:
         place = place._replace(start=start, slot=place.slot + first) if first else place
         ids = np.ascontiguousarray(tokens, np.int64).reshape(-1)
         logits = np.empty((batch if last else batch * n, self.n_logits), self.computed)
-        scratch = self.no_scratch
-        if place.codes.size:
-            met = int(place.packings[0, 0]) + place.slot + n - place.exact
-            scratch = np.empty((2, batch * met * self.token_size // 2), self.kind.dtype)
         known = self.code.decode(
-            self.model, self.blocks, ids, tuple(place), scratch, tuple(source), logits, self.kind,
+            self.model, self.blocks, ids, tuple(place), tuple(source), logits, self.kind,
             *self._threads(batch * (start + n), source),
         )  # fmt: skip
         if not known:
@@ -284,6 +279,6 @@ def _parts(c: ModelConfig, block: nn.Module) -> list[Part]:
         Part(attn.out, (c.d_model, heads)),
         Part(cross and cross.q, (heads, c.d_model)),
         Part(cross and cross.out, (c.d_model, heads)),
-        Part(mlp.up, (wide * (2 if c.activation == "swiglu" else 1), c.d_model)),
+        Part(mlp.up, (wide * (2 if c.gated else 1), c.d_model)),
         Part(mlp.down, (c.d_model, wide)),
     ]

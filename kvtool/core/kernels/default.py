@@ -8,6 +8,8 @@ on shapes. Elementwise operations need no kernels: IEEE 754 fixes their bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -52,18 +54,27 @@ def reference_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -
 class Kernels(Protocol):
     """How layers are applied to tokens, and how attention is computed."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What they are called in registry.KERNELS."""
 
     def per_token(self, x: Tensor, *layers: Layer) -> Tensor:
         """Apply layers that compute each token alone, one after another: (B,T,in) -> (B,T,out)."""
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | LazyMask | None,
+        causal: bool,
+        cap: float = 0.0,
     ) -> Tensor:
         """q (B,H,T,D), k and v (B,Hkv,S,D), mask (1 or B,1,T,S) bool, True = attend -> (B,H,T,D).
 
         A LazyMask stands for a large mask: `attention_by_blocks` makes it for a few queries at a
-        time. With `causal`, query i sees keys 0 to i, and T must equal S. Raises ValueError if not.
+        time. With `causal`, query i sees keys 0 to i, and T must equal S. cap: scores s are bounded
+        to cap tanh(s / cap); 0: they are not. Raises ValueError if T is not S.
         """
 
 
@@ -79,26 +90,38 @@ class DefaultKernels:
         return x
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | LazyMask | None,
+        causal: bool,
+        cap: float = 0.0,
     ) -> Tensor:
         """`Kernels.attention` by the first of these routes that applies:
 
-        1. blocks: a LazyMask, some queries at a time
-        2. native: few queries on a CPU, without gradients, in compiled code
-        3. fused: training on a CPU, forward and backward in compiled code
-        4. one query by products: on a GPU, with a mask or many float32 keys
-        5. SDPA without cuDNN: other calls on a GPU, without gradients
-        6. products: training in bfloat16 on a CPU with few keys
-        7. float32: the same with more keys, by these routes again
-        8. one query in float32: a half format on a CPU where native code cannot be used
-        9. SDPA: all other calls
+        1. capped: scores that are bounded, by products
+        2. blocks: a LazyMask, some queries at a time
+        3. native: few queries on a CPU, without gradients, in compiled code
+        4. fused: training on a CPU, forward and backward in compiled code
+        5. one query by products: on a GPU, with a mask or many float32 keys
+        6. SDPA without cuDNN: other calls on a GPU, without gradients
+        7. products: training in bfloat16 on a CPU with few keys
+        8. float32: the same with more keys, by these routes again
+        9. one query in float32: a half format on a CPU where native code cannot be used
+        10. SDPA: all other calls
         """
+        few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.FEW
+        if k.dtype is not q.dtype and (cap or not (few and native.can_attend(q, k, v, None))):
+            # Codes stand for numbers of float32, also where the model is of a half format.
+            return self.attention(q.to(k.dtype), k, v, mask, causal, cap).to(q.dtype)
+        if cap:
+            return capped_attention(q, k, v, mask, causal, cap)
         if isinstance(mask, LazyMask):
             return attention_by_blocks(self.attention, q, k, v, mask, merges=_can_merge(q))
         # is_causal aligns the mask at the top left: right only when T == S (pytorch #144858).
         if causal and q.shape[2] != k.shape[2]:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
-        few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.FEW
         if few and native.can_attend(q, k, v, mask):
             return native.attention(q, k, v, mask, causal)
         if fused.attends(q, k, v):
@@ -196,6 +219,81 @@ def attention_by_products(
     if mask is not None:
         scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+QUERIES = 256  # of a causal pass whose scores are held at once
+
+
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool, cap: float
+) -> Tensor:
+    """Attention whose scores s are bounded to cap tanh(s / cap), by products, in float32 at least.
+
+    Shapes as `Kernels.attention`; no fused attention of PyTorch bounds scores (Gemma 2, arXiv
+    2408.00118).
+    """
+    if isinstance(mask, LazyMask):
+        return attention_by_blocks(partial(_capped, cap=cap), q, k, v, mask)
+    if not causal:
+        return _capped(q, k, v, mask, False, cap)
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
+    found = []
+    for first in range(0, q.shape[2], QUERIES):
+        queries = q[:, :, first : first + QUERIES]
+        end = first + queries.shape[2]
+        seen = torch.ones(queries.shape[2], end, dtype=torch.bool, device=q.device).tril(first)
+        found.append(_capped(queries, k[:, :, :end], v[:, :, :end], seen, False, cap))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+
+def _capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, cap: float
+) -> Tensor:
+    """`capped_attention` of queries whose scores can be held at once; `causal` is not asked for."""
+    batch, n_heads, n_queries, width = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    queries = q.to(wide).reshape(batch, k.shape[1], -1, width) * width**-0.5
+    scores = cap * (queries @ k.to(wide).mT / cap).tanh()
+    scores = scores.view(batch, n_heads, n_queries, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1).view(batch, k.shape[1], -1, k.shape[2])
+    return (weights @ v.to(wide)).view(batch, n_heads, n_queries, -1).to(q.dtype)
+
+
+@dataclass(frozen=True)
+class CappedKernels:
+    """Kernels that bound every score, for the layers of a model that asks for it."""
+
+    kernels: Kernels
+    cap: float
+
+    @property
+    def name(self) -> str:
+        """That of the kernels within."""
+        return self.kernels.name
+
+    def per_token(self, x: Tensor, *layers: Layer) -> Tensor:
+        """As the kernels within."""
+        return self.kernels.per_token(x, *layers)
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | LazyMask | None,
+        causal: bool,
+        cap: float = 0.0,
+    ) -> Tensor:
+        """As the kernels within, with the cap."""
+        return self.kernels.attention(q, k, v, mask, causal, self.cap)
+
+
+def capped(kernels: Kernels, cap: float) -> Kernels:
+    """The same kernels, where attention bounds scores s to cap tanh(s / cap)."""
+    return CappedKernels(kernels, cap) if cap else kernels
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None", bool], Tensor]

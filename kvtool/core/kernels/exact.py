@@ -17,6 +17,7 @@ must return its columns in the order of their positions. docs/exact.md gives the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,16 +54,22 @@ class ExactKernels:
         return torch.cat(found).view(batch, n, -1)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | LazyMask | None,
+        causal: bool,
+        cap: float = 0.0,
     ) -> Tensor:
         """`Kernels.attention`, computed for each query alone, over the keys that it sees."""
         if isinstance(mask, LazyMask):
-            return attention_by_blocks(self.attention, q, k, v, mask)
+            return attention_by_blocks(partial(self.attention, cap=cap), q, k, v, mask)
         batch, n_heads, n_queries, head_dim = q.shape
         n_kv_heads, n_keys = k.shape[1:3]
         if causal and n_queries != n_keys:
             raise ValueError(f"causal needs as many queries as keys ({n_queries}, {n_keys})")
-        if native.can_attend(q, k, v, mask):
+        if not cap and native.can_attend(q, k, v, mask):  # compiled code bounds no scores
             return native.attention(q, k, v, mask, causal)
         queries = q.to(torch.promote_types(q.dtype, torch.float32)) * head_dim**-0.5
         found = []
@@ -77,7 +84,7 @@ class ExactKernels:
                     keys, values = (_columns(x, seen) for x in stored)
                 elif causal:
                     keys, values = keys[:, : i + 1], values[:, : i + 1]
-                found.append(_attend(query, keys, values))
+                found.append(_attend(query, keys, values, cap))
         y = found[0] if len(found) == 1 else torch.stack(found)
         return y.view(batch, n_queries, n_heads, head_dim).transpose(1, 2).to(q.dtype)
 
@@ -97,11 +104,14 @@ def _is_ours(module: nn.Module) -> bool:
     return bool(vars(type(module)).get("by_token")) and "forward" not in vars(module)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
     """Attention of one scaled query for each head, q (Hkv,G,D), over k and v (Hkv,S,D) -> as q."""
     if not k.shape[1]:
-        return q * float("nan")  # as with the default kernels
-    return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
+        return q * float("nan")  # as the default kernels
+    scores = torch.bmm(q, k.mT)
+    if cap:
+        scores = cap * (scores / cap).tanh()
+    return torch.bmm(scores.softmax(-1), v)
 
 
 def _columns(x: Tensor, seen: Tensor) -> Tensor:

@@ -23,6 +23,14 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def attended(
+    layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step, cache: Cache | None
+) -> Tensor:
+    """What queries (B,H,T,D) gather from keys and values (B,Hkv,T,D) of the step and, with a cache,
+    those before them -> (B,H,T,D)."""
+    return step.attend(q, k, v) if cache is None else cache.attend(layer, q, k, v, step)
+
+
 class SelfAttention(nn.Module):
     """Self-attention: each token attends to those that the step's mask shows it.
 
@@ -59,20 +67,20 @@ class SelfAttention(nn.Module):
         k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         return torch.cat([q, k, v], dim=-1)
 
+    def placed(
+        self, q: Tensor, k: Tensor, pos: Tensor, rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B,heads,T,D) as attention takes them, at positions (B,T)."""
+        return (q, k) if rotary is None else (rotary(q, pos), rotary(k, pos))
+
     def forward(self, x: Tensor, step: Step, cache: Cache | None, rotary: Rotary | None) -> Tensor:
         """x (B,T,d) -> (B,T,d); with a cache, also write the keys and values of x to it."""
         heads = split_heads(
             step.kernels.per_token(x, self.project), self.head_dim
         )  # (B,H+2*Hkv,T,D)
         q, k, v = heads.split_with_sizes(self.qkv_heads, dim=1)
-        if rotary is not None:
-            q, k = rotary(q, step.q_pos), rotary(k, step.q_pos)
-        if cache is None:
-            if step.quantization is not None:
-                k, v = step.quantization.both_copies(k, v, step.q_pos)
-            y = step.kernels.attention(q, k, v, step.mask, step.causal)
-        else:
-            y = cache.attend(self.layer, q, k, v, step)
+        q, k = self.placed(q, k, step.q_pos, rotary)
+        y = attended(self.layer, q, k, v, step, cache)
         return step.kernels.per_token(merge_heads(y), self.out)
 
 

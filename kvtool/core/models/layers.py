@@ -126,6 +126,7 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "geglu": lambda x: F.gelu(x.chunk(2, dim=-1)[0], approximate="tanh") * x.chunk(2, dim=-1)[1],
     "swiglu": lambda x: F.silu(x.chunk(2, dim=-1)[0]) * x.chunk(2, dim=-1)[1],
 }
 
@@ -133,7 +134,7 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 class MLP(Plain):
     """The feed-forward network of a block.
 
-    With swiglu (Shazeer 2020), `up` gives 2 * d_ff numbers: the gate, then the values.
+    With swiglu or geglu (Shazeer 2020), `up` gives 2 * d_ff numbers: the gate, then the values.
     """
 
     by_token = True
@@ -141,7 +142,7 @@ class MLP(Plain):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        gates = 2 if config.activation == "swiglu" else 1
+        gates = 2 if config.gated else 1
         self.up = Linear(config.d_model, gates * config.d_ff, bias=config.has_bias("mlp"))
         self.down = Linear(config.d_ff, config.d_model, bias=config.has_bias("mlp"))
 

@@ -41,4 +41,9 @@ def _yarn(rates: Tensor, theta: float, s: RopeScaling) -> Tensor:
     return slow * rates / s.factor + (1 - slow) * rates
 
 
-SCALE = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _longrope(rates: Tensor, theta: float, s: RopeScaling) -> Tensor:
+    """Each dimension by a factor of its own (Ding 2024)."""
+    return rates / torch.tensor(s.factors, dtype=torch.float64)
+
+
+SCALE = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}

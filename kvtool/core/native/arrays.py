@@ -1,9 +1,9 @@
 """Native code for a few tokens at a time, where PyTorch does not reach the memory bandwidth.
 
 PyTorch multiplies one row by a matrix at a third of the memory bandwidth, and four rows at half of
-it (docs/performance.md). So modules and exact kernels pass such work to compiled/layers.py, if they
-run on a CPU without gradients. Half formats are computed in float32. A whole decoding step goes to
-compiled/decoder.py. All of these routes give the same bits.
+it (docs/performance.md). So modules and exact kernels pass such work to compiled/layers.py and
+compiled/attention.py, if they run on a CPU without gradients. Half formats are computed in float32.
+A whole decoding step goes to compiled/decoder.py. All of these routes give the same bits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from kvtool.config import GATED
 from kvtool.core.native import compiling, context
 
 Array = NDArray[Any]
@@ -34,6 +35,7 @@ COMPUTED = torch.float32, torch.float64
 # NumPy or numba lacks these formats. So arrays hold their bits as integers, one type for each.
 HALVES = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 READ = *COMPUTED, *HALVES
+NO_CODES = np.zeros(9, np.int64)  # as compiled/codes.py has it
 
 
 def native_if_worthwhile(n_tokens: int) -> AbstractContextManager[None]:
@@ -111,7 +113,11 @@ def can_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     masked = mask is None or (
         mask.dtype is torch.bool and (mask.shape[1], mask.shape[3]) == (1, k.shape[2])
     )
-    return sizes and masked and bool(q.numel() and k.numel()) and can_read(q, k, v)
+    if not (sizes and masked and q.numel() and k.numel()):
+        return False
+    if q.dtype in HALVES and k.dtype is torch.float32:  # what a cache had rounded
+        return can_read(q) and numpy_can_read(k, v)
+    return can_read(q, k, v)
 
 
 def array(tensor: Tensor) -> Array:
@@ -214,12 +220,13 @@ def normalised(norm: Norm) -> ArrayLayer:
 
 
 def activation(name: str) -> ArrayLayer:
-    """The activation that a ModelConfig names, on arrays: (n,d) -> (n,d); swiglu (n,2d) -> (n,d).
+    """The activation that a ModelConfig names, on arrays: (n,d) -> (n,d); with a gate
+    (n,2d) -> (n,d).
 
     Raises KeyError for an unknown name.
     """
     kernel, number = _loaded().activate, number_of(name)
-    parts = 1 + (name == "swiglu")
+    parts = 1 + (name in GATED)
 
     def layer(x: Array) -> Array:
         y = np.empty((len(x), x.shape[1] // parts), x.dtype)
@@ -320,8 +327,8 @@ class Stored(NamedTuple):
     """Keys or values (B,G,S,D) and their place in memory."""
 
     tensor: Tensor  # keeps the memory alive
-    # Address, bytes to the next row, columns of a head, and an empty array of the same type.
-    place: tuple[int, int, int, Array]
+    # Address, bytes to the next row, columns of a head, an empty array of the same type, no codes.
+    place: tuple[int, int, int, Array, Array]
 
     @classmethod
     def of(cls, x: Tensor) -> Stored:
@@ -330,7 +337,7 @@ class Stored(NamedTuple):
         if x.stride()[2:] != (width, 1) or x.stride(1) % width or x.stride(1) < n * width:
             x = x.contiguous()
         at = x.data_ptr(), x.stride(0) * x.itemsize, x.stride(1) // width
-        return cls(x, (*at, kind_of(x.dtype)))
+        return cls(x, (*at, kind_of(x.dtype), NO_CODES))
 
 
 def number_of(activation: str) -> int:
@@ -348,7 +355,7 @@ def kind_of(dtype: torch.dtype) -> Array:
 def layer_code(dtype: torch.dtype) -> ModuleType | None:
     """The compiled functions of layers and attention for weights of that dtype; None if numba does
     not work here."""
-    return _code("layers", dtype, "layers")
+    return _code("attention", dtype, "layers")
 
 
 @cache
@@ -379,4 +386,4 @@ def _code(name: str, dtype: torch.dtype, what: str) -> ModuleType | None:
 @cache
 def _loaded() -> ModuleType:
     """The module of `layer_code`; `can_read` has loaded its functions for the dtype in use."""
-    return importlib.import_module("kvtool.core.native.compiled.layers")
+    return importlib.import_module("kvtool.core.native.compiled.attention")

@@ -11,20 +11,26 @@ Sources: Vaswani et al. 2017 (attention, sinusoids); Xiong et al. 2020 (pre-norm
 Ba et al. 2016 (LayerNorm); Zhang and Sennrich 2019 (RMSNorm); Hendrycks and Gimpel 2016 (GELU);
 Shazeer 2020 (SwiGLU); Su et al. 2021 (rotary positions); Ainslie et al. 2023 (grouped queries);
 Press and Wolf 2017 (tied embeddings); Henry et al. 2020 (norms of queries and keys); Beltagy et al.
-2020 (windows); Peng et al. 2023 (YaRN).
+2020 (windows); Peng et al. 2023 (YaRN); Ding et al. 2024 (LongRoPE); Gemma Team 2024 (caps, norms
+on both sides); OLMo Team 2024 (norms after).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from kvtool.config import ModelConfig, RopeScaling
+from kvtool.core.reference import oracle_latent
+from kvtool.core.reference.oracle_parts import Rules, Weights, attend, bounded, turned, unit
+from kvtool.core.reference.oracle_parts import rotate as rotate
+from kvtool.core.reference.oracle_parts import softmax as softmax
 from kvtool.errors import FileError
 
-Weights = Mapping[str, np.ndarray]
+FAMILIES = ("decoder", "general", "latent")  # whose formulas these are
 
 
 def logits(weights: Weights, config: ModelConfig, ids: Sequence[int]) -> np.ndarray:
@@ -38,15 +44,40 @@ def logits(weights: Weights, config: ModelConfig, ids: Sequence[int]) -> np.ndar
     shapes = weight_shapes(config)  # refuses an encoder-decoder config
     tokens = _check_ids(config, ids)
     _check_weights(weights, shapes)
-    x = embed(weights, config, tokens)  # (T, d)
+    x = embed(weights, config, tokens) * _said(config, "embed_scale", 1.0)  # (T, d)
+    share = _said(config, "residual_scale", 1.0)
     for i in range(config.n_layers):
-        layer = f"layers.{i}"
-        window = config.window if i >= config.first_window_layer else 0
-        normal = norm(weights, config, f"{layer}.norm1", x)
-        x = x + attention(weights, config, f"{layer}.attn", normal, window)
-        x = x + mlp(weights, config, f"{layer}.mlp", norm(weights, config, f"{layer}.norm2", x))
+        layer, rules = f"layers.{i}", layer_rules(config, i)
+        y = _norm_if(weights, config, f"{layer}.norm1", x)
+        attends = oracle_latent.attention if config.kind == "latent" else attention
+        y = attends(weights, config, f"{layer}.attn", y, rules)
+        x = x + share * _norm_if(weights, config, f"{layer}.norm1_after", y)
+        y = mlp(weights, config, f"{layer}.mlp", _norm_if(weights, config, f"{layer}.norm2", x))
+        x = x + share * _norm_if(weights, config, f"{layer}.norm2_after", y)
     head = "embed.tokens.weight" if config.tied else "head.weight"
-    return norm(weights, config, "norm", x) @ _float64(weights, head).T  # (T, d) @ (d, V)
+    found = norm(weights, config, "norm", x) @ _float64(weights, head).T  # (T, d) @ (d, V)
+    return bounded(found / _said(config, "logits_scale", 1.0), _said(config, "logits_cap", 0.0))
+
+
+def layer_rules(config: ModelConfig, i: int) -> Rules:
+    """How layer number i attends."""
+    sees_all = i < config.first_window_layer or i in _said(config, "full_layers", ())
+    window = 0 if sees_all else config.window
+    turn: tuple[float, RopeScaling | None] | None = (config.rope_theta, config.rope_scaling)
+    if window and _said(config, "window_theta", 0.0):
+        turn = (_said(config, "window_theta", 0.0), _said(config, "window_scaling", None))
+    if config.positions != "rotary" or i in _said(config, "unrotated_layers", ()):
+        turn = None
+    scale = _said(config, "attention_scale", 0.0) or 1.0 / math.sqrt(config.head_dim)
+    if _said(config, "scale_by_depth", False):
+        scale /= i + 1
+    turned = _said(config, "rotary_dim", 0) or config.head_dim
+    return Rules(window, turn, turned, scale, _said(config, "attention_cap", 0.0))
+
+
+def _said(config: ModelConfig, name: str, default: Any) -> Any:
+    """A field of the family general; of the other, what it would be there."""
+    return vars(config).get(name, default)
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -57,22 +88,27 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.n_encoder_layers:
         found = config.n_encoder_layers
         raise ValueError(f"oracle: decoder-only models (found {found} encoder layers, expected 0)")
-    if config.kind != "decoder":
-        raise ValueError(f"oracle: has the formulas of the family decoder (found {config.kind})")
+    if config.kind not in FAMILIES:
+        raise ValueError(f"oracle: has the formulas of {FAMILIES} (found {config.kind})")
     d, ff, width = config.d_model, config.d_ff, config.head_dim
     n_qkv = (config.n_heads + 2 * config.n_kv_heads) * width
-    n_up = 2 * ff if config.activation == "swiglu" else ff
+    n_up = 2 * ff if config.activation in GATES else ff
     shapes: dict[str, tuple[int, ...]] = {"embed.tokens.weight": (config.vocab_size, d)}
     if config.positions == "learned":
         shapes["embed.positions.weight"] = (config.context, d)
+    heads = {"q": config.n_heads, "k": config.n_kv_heads}
     for i in range(config.n_layers):
         layer = f"layers.{i}"
-        shapes |= _norm_shapes(config, f"{layer}.norm1")
-        shapes |= _linear_shapes(config, f"{layer}.attn.qkv", n_qkv, d)
-        if config.qk_norm:
-            shapes |= {f"{layer}.attn.{x}_norm.weight": (width,) for x in "qk"}
-        shapes |= _linear_shapes(config, f"{layer}.attn.out", d, config.n_heads * width)
-        shapes |= _norm_shapes(config, f"{layer}.norm2")
+        for name in NORMS[_said(config, "norm_place", "before")]:
+            shapes |= _norm_shapes(config, f"{layer}.{name}")
+        if config.kind == "latent":
+            shapes |= oracle_latent.shapes(config, f"{layer}.attn")
+        else:
+            shapes |= _linear_shapes(config, f"{layer}.attn.qkv", n_qkv, d)
+            shapes |= _linear_shapes(config, f"{layer}.attn.out", d, config.n_heads * width)
+        for x, n in heads.items() if config.qk_norm else ():
+            size = n * width if _said(config, "qk_norm_whole", False) else width
+            shapes |= {f"{layer}.attn.{x}_norm.weight": (size,)}
         shapes |= _linear_shapes(config, f"{layer}.mlp.up", n_up, d)
         shapes |= _linear_shapes(config, f"{layer}.mlp.down", d, ff)
     shapes |= _norm_shapes(config, "norm")
@@ -80,6 +116,13 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["head.weight"] = (config.vocab_size, d)
     return shapes
 
+
+# The norms of a layer, by where they stand.
+NORMS = {
+    "before": ("norm1", "norm2"),
+    "after": ("norm1_after", "norm2_after"),
+    "both": ("norm1", "norm1_after", "norm2", "norm2_after"),
+}
 
 # --- the parts of the model, in the order in which a token meets them
 
@@ -116,9 +159,9 @@ def norm(weights: Weights, config: ModelConfig, name: str, x: np.ndarray) -> np.
 
     LayerNorm (Ba et al. 2016): (x - mean) / sqrt(variance + eps) * weight + bias, where the
     variance divides by d. RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean of squares + eps) *
-    weight.
+    weight; in Gemma's, 1 + weight.
     """
-    weight = _float64(weights, f"{name}.weight")  # (d,)
+    weight = _scale(weights, config, f"{name}.weight")  # (d,)
     if config.norm == "layernorm":
         x = x - x.mean(axis=-1, keepdims=True)  # now the mean of squares is the variance
     y = unit(x, config.norm_eps) * weight
@@ -127,106 +170,53 @@ def norm(weights: Weights, config: ModelConfig, name: str, x: np.ndarray) -> np.
     return y
 
 
-def unit(x: np.ndarray, eps: float) -> np.ndarray:
-    """Divide each row by the root of its mean square: (..., n) -> (..., n)."""
-    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+def _norm_if(weights: Weights, config: ModelConfig, name: str, x: np.ndarray) -> np.ndarray:
+    """`norm` where a layer has one of that name."""
+    there = name.rpartition(".")[2] in NORMS[_said(config, "norm_place", "before")]
+    return norm(weights, config, name, x) if there else x
+
+
+def _scale(weights: Weights, config: ModelConfig, name: str) -> np.ndarray:
+    """What a norm multiplies by."""
+    return _float64(weights, name) + (1.0 if _said(config, "norm_plus_one", False) else 0.0)
 
 
 def attention(
-    weights: Weights, config: ModelConfig, name: str, x: np.ndarray, window: int = 0
+    weights: Weights, config: ModelConfig, name: str, x: np.ndarray, rules: Rules
 ) -> np.ndarray:
     """Let every token gather from itself and the tokens before it: (T, d) -> (T, d).
 
     Head by head, softmax(q k^T / sqrt(D)) v with the future masked (Vaswani et al. 2017, section
     3.2). With fewer key-value heads, H / Hkv neighbouring query heads share one (Ainslie et al.
     2023): query head h reads key-value head h // (H / Hkv). With qk_norm, each query and key is
-    first brought to unit size and rescaled (Henry et al. 2020).
+    first brought to unit size and rescaled (Henry et al. 2020), or those of all heads together.
     """
     n_q, n_kv, width = config.n_heads, config.n_kv_heads, config.head_dim
     qkv = _linear(weights, config, f"{name}.qkv", x)  # (T, (H + 2 Hkv) D)
-    heads = qkv.reshape(len(x), n_q + 2 * n_kv, width).swapaxes(0, 1)  # (H + 2 Hkv, T, D)
-    q, k, v = heads[:n_q], heads[n_q : n_q + n_kv], heads[n_q + n_kv :]  # (H or Hkv, T, D)
-    if config.qk_norm:
-        q = unit(q, config.norm_eps) * _float64(weights, f"{name}.q_norm.weight")
-        k = unit(k, config.norm_eps) * _float64(weights, f"{name}.k_norm.weight")
-    if config.positions == "rotary":
-        turn = (config.rope_theta, config.rope_scaling)
-        q, k = rotate(q, *turn), rotate(k, *turn)
+    parts = np.split(qkv, [n_q * width, (n_q + n_kv) * width], axis=-1)
+    whole = _said(config, "qk_norm_whole", False)
+    for i, which in enumerate("qk" if config.qk_norm else ""):
+        heads = parts[i] if whole else parts[i].reshape(len(x), -1, width)
+        scale = _scale(weights, config, f"{name}.{which}_norm.weight")
+        parts[i] = (unit(heads, config.norm_eps) * scale).reshape(len(x), -1)
+    q, k, v = (part.reshape(len(x), -1, width).swapaxes(0, 1) for part in parts)  # (H, T, D)
+    if rules.turn is not None:
+        q, k = (turned(part, rules.turned, *rules.turn) for part in (q, k))
     group = n_q // n_kv
-    gathered = [attend(q[h], k[h // group], v[h // group], window) for h in range(n_q)]  # (T, D)
+    gathered = [attend(q[h], k[h // group], v[h // group], rules) for h in range(n_q)]  # (T, D)
     return _linear(weights, config, f"{name}.out", np.concatenate(gathered, axis=-1))
-
-
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int = 0) -> np.ndarray:
-    """Attend causally in one head, to the last `window` tokens if it is not 0: (T, D) -> (T, D)."""
-    scores = q @ k.T / math.sqrt(q.shape[-1])  # (T, T): row = query, column = key
-    distance = np.arange(len(q))[:, None] - np.arange(len(k))  # in tokens, to the past
-    hidden = (distance < 0) | (distance >= window if window else False)
-    return softmax(np.where(hidden, -np.inf, scores)) @ v
-
-
-def rotate(x: np.ndarray, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-    """Turn each vector by its position: (..., T, D) -> (..., T, D) (Su et al. 2021).
-
-    Coordinates i and i + D/2 form a plane (the half-split order of GPT-NeoX and Llama), and the
-    vector at position t turns in it by t theta^(-2i/D). A dot product of two turned vectors then
-    depends on their positions only through the difference. Scaling slows the turning down, and with
-    YaRN makes the vector longer.
-    """
-    length, width = x.shape[-2:]
-    speed = theta ** (-np.arange(0, width, 2) / width)  # radians per position, (D/2,)
-    if scaling is not None:
-        kept = share_kept(scaling, theta, speed)
-        speed = speed * (kept + (1.0 - kept) / scaling.factor)
-        x = x * scaling.attention_factor
-    angle = np.arange(length)[:, None] * speed  # (T, D/2)
-    cos, sin = np.cos(angle), np.sin(angle)
-    a, b = x[..., : width // 2], x[..., width // 2 :]  # (..., T, D/2)
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def share_kept(scaling: RopeScaling, theta: float, speed: np.ndarray) -> np.ndarray:
-    """How much of each plane's speed is kept, from 0 (divided by the factor) to 1: (D/2,) -> same.
-
-    A plane that turns r times in the original context L keeps, with llama3, (r - low) / (high -
-    low). With YaRN the share falls linearly with the plane's number i, from 1 at the plane that
-    turns beta_fast times to 0 at the one that turns beta_slow times, where turning r times means
-    theta^(-2i/D) L = 2 pi r (Peng et al. 2023, section 3.2).
-    """
-    length, n_planes = scaling.original_context, len(speed)
-    if scaling.kind == "linear":
-        return np.zeros(n_planes)
-    if scaling.kind == "llama3":
-        turns = speed * length / (2 * math.pi)
-        return np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
-    ends = [
-        n_planes * math.log(length / (2 * math.pi * turns), theta)
-        for turns in (scaling.beta_fast, scaling.beta_slow)
-    ]
-    if scaling.truncate:  # outwards, to whole planes
-        ends = [math.floor(ends[0]), math.ceil(ends[1])]
-    first, last = max(ends[0], 0), min(ends[1], 2 * n_planes - 1)  # as in YaRN's own code
-    if first == last:
-        last += 0.001  # a step
-    return 1.0 - np.clip((np.arange(n_planes) - first) / (last - first), 0.0, 1.0)
-
-
-def softmax(scores: np.ndarray) -> np.ndarray:
-    """Turn each row into weights e^s / sum e^s; subtracting the row's maximum keeps e^s finite."""
-    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def mlp(weights: Weights, config: ModelConfig, name: str, x: np.ndarray) -> np.ndarray:
     """Transform every token by itself: (T, d) -> (T, d).
 
-    W_down act(W_up x + b_up) + b_down; with swiglu, W_up makes a gate G and a value U of width F,
-    in this order, and the hidden layer is silu(G) * U (Shazeer 2020).
+    W_down act(W_up x + b_up) + b_down; with a gate, W_up makes a gate G and a value U of width F,
+    in this order, and the hidden layer is silu(G) * U or gelu(G) * U (Shazeer 2020).
     """
-    hidden = _linear(weights, config, f"{name}.up", x)  # (T, F), swiglu: (T, 2 F)
-    if config.activation == "swiglu":
+    hidden = _linear(weights, config, f"{name}.up", x)  # (T, F), with a gate (T, 2 F)
+    if config.activation in GATES:
         gate, value = hidden[:, : config.d_ff], hidden[:, config.d_ff :]  # (T, F) each
-        hidden = silu(gate) * value
+        hidden = GATES[config.activation](gate) * value
     else:
         hidden = ACTIVATIONS[config.activation](hidden)
     return _linear(weights, config, f"{name}.down", hidden)
@@ -263,6 +253,7 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
+GATES = {"swiglu": silu, "geglu": gelu_tanh}
 
 
 # --- weights and checks

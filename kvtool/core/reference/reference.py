@@ -125,10 +125,11 @@ def check_decoder(config: Any) -> None:
             "--model: is an encoder-decoder (expected a decoder-only model)",
             "Reference logits are of decoder-only models; use verify-cache.",
         )
-    if config.kind != "decoder":
+    if config.kind not in oracle.FAMILIES:
         raise UsageError(
             f"--model: is of the family {config.kind}, for which there is no independent code",
-            "Reference logits are of the family decoder; use verify-cache.",
+            f"Reference logits are of the families {' and '.join(oracle.FAMILIES)}; use "
+            "verify-cache.",
         )
 
 
@@ -260,17 +261,20 @@ def compare(model: Model, precise: Model, references: Sequence[Reference]) -> li
 
 
 @torch.inference_mode()
-def allowance(precise: Model, references: Sequence[Reference]) -> float:
+def allowance(
+    precise: Model, references: Sequence[Reference], stored: Model | None = None
+) -> float:
     """How far a float64 run may be from right references, over the largest logit.
 
     Only rounding may lie between it and float64 references. Those of a lower format may have been
     computed in it: then NOISE times as far as the model's own run in that format, or one unit.
+    stored: the model of which `precise` widens the weights, if it does.
     """
     name = references[0].logits.dtype.name
     if name == "float64":
         return ROUNDING_64
     dtype = getattr(torch, name)
-    lower = copy.deepcopy(precise).to(dtype)
+    lower = copy.deepcopy(stored or precise).to(dtype)
     device = next(precise.parameters()).device
     noise = torch.finfo(dtype).eps
     for reference in references:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from kvtool.core.models import Model
 from kvtool.core.reference import rounding
-from kvtool.core.servers.arms import TOP, Answer, Prompt, vector
-from kvtool.core.servers.engines import Engine
+from kvtool.core.servers.engine import Engine
+from kvtool.core.servers.texts import TOP, Answer, Prompt, vector
 from kvtool.core.verify import noise
 from kvtool.errors import FileError, ServerError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kvtool.config import ModelConfig
+from kvtool.core.checkpoint.checkpoint import WithoutWeights
 from kvtool.core.checkpoint.families import FAMILIES
 from kvtool.core.checkpoint.families.weights import HEAD
 from kvtool.core.checkpoint.safetensors_file import BUFFERS
@@ -22,6 +23,7 @@ from kvtool.core.verify.hf.configuration import make_config, read_settings
 from kvtool.core.verify.hf.folder import bounded_build
 from kvtool.core.verify.hf.library import in_one_line, quiet_transformers
 from kvtool.core.verify.precision import Promote
+from kvtool.core.verify.widened import Room, is_large, twin
 from kvtool.errors import UsageError
 from kvtool.hub import offline
 from kvtool.reading import MOST_CONFIG, read_json_object
@@ -86,7 +88,8 @@ def folder_witness(folder: Path) -> Any | None:
         return None
     path = folder / CONFIG
     data = read_json_object(path, "a configuration", MOST_CONFIG)
-    if data.get("model_type") not in FAMILIES:
+    family = FAMILIES.get(data.get("model_type", ""))
+    if family is None or family.beside:  # of a part of a model, transformers has other names
         return None
     transformers = _transformers()
     source = open_weights(folder)
@@ -94,13 +97,33 @@ def folder_witness(folder: Path) -> Any | None:
         with limited(f"{path}: what it describes"), bounded_build(source, folder):
             config = make_config(read_settings(folder))
             with torch.device("meta"):  # what this costs, its weights do not
-                _empty(transformers, config, torch.float64)
-        model = _empty(transformers, config, torch.float64)
-        _fill_as_stored(model, config.tie_word_embeddings, source.read()[0])
-    return model
+                large = is_large(_empty(transformers, config, torch.float64).float())
+        with WithoutWeights() if large else contextlib.nullcontext():
+            model = _empty(transformers, config, torch.float64)
+        put = _put if large else fill
+        _fill_as_stored(model, config.tie_word_embeddings, source.read()[0], put)
+    return twin(model, Room(), model) if large else model
 
 
-def _fill_as_stored(model: Any, tied: bool, tensors: dict[str, torch.Tensor]) -> None:
+def _put(model: Any, state: dict[str, Any]) -> None:
+    """`fill`, but the tensors themselves become the parameters: to be widened as they are read."""
+    made: dict[int, torch.nn.Parameter] = {}
+    owners = dict(model.named_modules())
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in made:
+            tensor = state.pop(name)
+            if tensor.shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
+            made[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=False)
+        where, _, leaf = name.rpartition(".")
+        owners[where]._parameters[leaf] = made[id(parameter)]
+    if state:
+        raise ValueError(f"transformers' model has no {', '.join(sorted(state))}")
+
+
+def _fill_as_stored(
+    model: Any, tied: bool, tensors: dict[str, torch.Tensor], put: Callable[[Any, Any], None]
+) -> None:
     """Move tensors of a folder's own names into its model."""
     prefix = f"{model.base_model_prefix}."
     if any(name.startswith(prefix) for name in tensors):
@@ -114,7 +137,7 @@ def _fill_as_stored(model: Any, tied: bool, tensors: dict[str, torch.Tensor]) ->
         # Equal to the embedding, or loading would have failed; or stored in place of it.
         head = state.pop(HEAD)
         state.setdefault(next(name for name, _ in model.named_parameters()), head)
-    fill(model, state)
+    put(model, state)
 
 
 def _transformers() -> Any:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from kvtool.core.servers.arms import FORKED, TAIL, Answer, Cold, Measured, Prompt
-from kvtool.core.servers.engines import Engine
+from kvtool.core.servers.engine import Engine
+from kvtool.core.servers.texts import TAIL, Answer, Measured, Prompt
 from kvtool.core.servers.verdict import IDENTICAL, LEAST, WITHIN, distance, pooled_floor, scale_of
 
 COLD, CACHED = "without a cache", "with a cache"
@@ -77,7 +77,7 @@ def compare(
     for number, ids in enumerate(prompts):
         tell(f"prompt {number + 1}")
         ours = Prompt(first, number, ids, tail)
-        others = _same_text(ours, second)
+        others = ours.at(second)
         cold = [
             (length, answers[0], others.cold.answers[length][0])
             for length, answers in ours.cold.answers.items()
@@ -87,21 +87,9 @@ def compare(
         found += _positions(CACHED, ours, others, _cached(ours, others))
 
 
-def _same_text(prompt: Prompt, engine: Engine) -> Prompt:
-    """The text of a prompt, as another server answers it."""
-    other = Prompt.__new__(Prompt)
-    other.__dict__.update(vars(prompt))
-    other.engine, other.cold = engine, Cold(prompt.ids)
-    for boundary in prompt.boundaries():
-        answer = engine.complete(prompt.ids[:boundary], prompt.end - boundary + 1)
-        for length, likeliest in other.shared(answer, boundary):
-            other.cold.answers.setdefault(length, []).append(likeliest)
-    return other
-
-
 def _cached(ours: Prompt, others: Prompt) -> list[tuple[int, Answer, Answer]]:
-    (split,) = ours.splits(1)
-    fork = [*ours.ids[:split], *ours.others(FORKED)]
+    split = ours.split(0)
+    fork = ours.parted(split)
     answers = []
     for prompt in (ours, others):
         measured = Measured(CACHED, prompt.number, prompt.cold)
@@ -128,7 +116,7 @@ def _positions(
         nats = math.sqrt(fmean(v * v for v in sorted(a.values())[-30:])) or 1.0
         scale = scales[0] or scale_of([a, a, a])
         assert scale is not None
-        apart = distance(b, a, scale)
+        apart = distance(b, scale, a)
         next_token = ours.ids[length] if length < ours.end else max(a, key=lambda i: a[i])
         floor = max(floors) if len(floors) == len(scales) else None
         found.append(

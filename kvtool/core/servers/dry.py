@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvtool.core.servers.engines import Completion, Engine, Request
+from kvtool.core.servers.engine import Completion, Engine, Request
+from kvtool.core.servers.llama_cpp import slot_request
 from kvtool.core.servers.prompts import LEAST_TOKENS
 
 UNKNOWN = -1  # stands for a token that the server would have answered
@@ -18,6 +19,7 @@ class DryEngine:
         self.engine, self.client = engine, engine.client
         self.name, self.model = engine.name, engine.model
         self.context, self.slots, self.chunk = engine.context, engine.slots, engine.chunk
+        self.to_tell_reuse, self.to_give_more = engine.to_tell_reuse, engine.to_give_more
         self.requests_made: list[tuple[str, Request]] = []  # and for which arm
         self.arm = ""
 
@@ -26,19 +28,35 @@ class DryEngine:
         return {}
 
     def requests(
-        self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
+        self,
+        ids: Sequence[int],
+        n: int = 1,
+        cached: bool = False,
+        salt: str = "",
+        slot: int | None = None,
     ) -> list[Request]:
         """As Engine.requests."""
-        return self.engine.requests(ids, n, cached, salt)
+        return self.engine.requests(ids, n, cached, salt, slot)
 
     def complete(
-        self, ids: Sequence[int], n: int = 1, cached: bool = False, salt: str = ""
+        self,
+        ids: Sequence[int],
+        n: int = 1,
+        cached: bool = False,
+        salt: str = "",
+        slot: int | None = None,
     ) -> Completion:
-        """As Engine.complete, of tokens that are not known."""
-        for request in self.requests(ids, n, cached, salt):
+        """As Engine.complete, of tokens that are not known; all is said to be reused, so that
+        nothing is left out that might be asked."""
+        for request in self.requests(ids, n, cached, salt, slot):
             self.requests_made.append((self.arm, request))
         nothing = dict.fromkeys(range(UNKNOWN, 30), 0.0)
-        return Completion((UNKNOWN,) * n, (nothing,) * n, None)
+        return Completion((UNKNOWN,) * n, (nothing,) * n, len(ids) if cached else 0)
+
+    def file_slot(self, slot: int, action: str) -> int:
+        """As Engine.file_slot."""
+        self.requests_made.append((self.arm, slot_request(slot, action)))
+        return 1
 
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize, of ids that are not known."""

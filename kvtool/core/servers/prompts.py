@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvtool.core.servers.client import Refused
-from kvtool.core.servers.engines import Engine
+from kvtool.core.servers.engine import MOST_ID, Engine
 from kvtool.errors import FileError
 from kvtool.reading import parse_json, read_text
 
 MOST = 2**24  # bytes of a file of prompts
+LINE_END = re.compile(r"\r\n?|\n")  # others, as U+2028, may stand in a prompt
 LEAST_TOKENS = 12  # of a prompt; shorter ones leave nothing to share
 DRAWN = 6  # ids that a server without a tokenizer is made to go on from
 
@@ -48,13 +50,20 @@ TEXTS = (
 )
 
 
-def read_prompts(path: Path) -> list[str | list[int]]:
-    """One prompt a line: a text, or if every line is JSON, a string or a list of ids. Raises
-    FileError."""
-    lines = read_text(path, "prompts, one a line", "--prompts", MOST).splitlines()
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+def read_prompts(path: Path, tell: Callable[[str], None]) -> list[str | list[int]]:
+    """One prompt a line: a text, or if every line is JSON, a string or a list of ids.
+
+    tell: is called if lines are left out, with why. Raises FileError.
+    """
+    lines = LINE_END.split(read_text(path, "prompts, one a line", "--prompts", MOST))
+    first = {line: number for number, line in reversed([*enumerate(lines, 1)]) if line.strip()}
+    filled = sorted((number, line) for line, number in first.items())
     if not filled:
         raise FileError(f"--prompts {path}: has no line with a prompt")
+    if repeated := sum(bool(line.strip()) for line in lines) - len(filled):
+        tell(
+            f"--prompts: left out {repeated} of {repeated + len(filled)} lines, which repeat others"
+        )
     if not all(line.lstrip()[0] in '"[' for _, line in filled):
         return [line for _, line in filled]
     return [_json_prompt(path, number, line) for number, line in filled]
@@ -67,6 +76,8 @@ def _json_prompt(path: Path, number: int, line: str) -> str | list[int]:
     except ValueError as error:
         raise FileError(f"{where} is not valid JSON ({error})") from error
     if isinstance(found, str) and found:
+        if any("\ud800" <= c <= "\udfff" for c in found):
+            raise FileError(f"{where}: has half of a surrogate pair, which is no text")
         return found
     if isinstance(found, list) and found and all(_is_id(i) for i in found):
         return found
@@ -74,7 +85,7 @@ def _json_prompt(path: Path, number: int, line: str) -> str | list[int]:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and 0 <= value < MOST_ID
 
 
 def built_in(engine: Engine, n: int) -> list[list[int]]:

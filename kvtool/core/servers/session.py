@@ -6,18 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from kvtool.core.servers.arms import (
-    FORKED,
-    LONG_TAIL,
-    Cold,
-    Measured,
-    Prompt,
-    lengthened,
-    open_prompt,
-    play,
-)  # fmt: skip
+from kvtool.core.servers.arms import LONG_TAIL, lengthened, open_prompt, play
 from kvtool.core.servers.client import RequestsSpent
-from kvtool.core.servers.engines import Engine
+from kvtool.core.servers.engine import Engine
+from kvtool.core.servers.texts import FORKED, Cold, Measured, Prompt
 from kvtool.core.servers.verdict import (
     LEAST,
     ArmVerdict,
@@ -46,6 +38,10 @@ class Visit:
         """The typical floor of all histories, relative."""
         return pooled_floor(self.colds)
 
+    def lacks(self, arm: str) -> bool:
+        """Whether the server was asked so, and has no such thing: it need not be asked again."""
+        return any(m.unsupported for m in self.measured if m.arm == arm)
+
     def verdicts(self, arms: Sequence[str]) -> list[ArmVerdict]:
         """Of all arms that were asked, in their order."""
         pooled, found = self.pooled, []
@@ -71,14 +67,15 @@ def visit(
     before = engine.identity()
     first: Prompt | None = None
     try:
-        for number, ids in enumerate(prompts):
+        for number in range(len(prompts)):
             tell(f"prompt {number + 1}")
-            prompt = open_prompt(engine, number, ids, tail)
+            prompt = open_prompt(engine, number, prompts, tail)
             found.colds.append(prompt.cold)
             first = first or prompt
             for name in short:
                 tell(f"{name}, prompt {number + 1}")
-                found.measured.append(play(prompt, name))
+                if not found.lacks(name):
+                    found.measured.append(play(prompt, name))
         _visit_long(engine, prompts, long, tell, found)
         if first is not None:
             found.grown = growth(first, found.pooled)
@@ -104,7 +101,7 @@ def _visit_long(
             why = "its context is too short, or it does not tell its sizes"
             found.measured.append(Measured(name, len(prompts), Cold([]), unsupported=why))
             continue
-        prompt = open_prompt(engine, len(prompts), ids, LONG_TAIL)
+        prompt = open_prompt(engine, len(prompts), [*prompts, ids], LONG_TAIL)
         found.colds.append(prompt.cold)
         found.measured.append(play(prompt, name))
 
@@ -129,14 +126,13 @@ def growth(prompt: Prompt, pooled: float) -> float:
 
     Where other requests are served at a time, the shapes of all change from moment to moment.
     """
-    again = prompt.engine.complete(prompt.ids[: prompt.n_prompt], prompt.end - prompt.n_prompt + 1)
     times = []
-    for length, answer in prompt.shared(again, prompt.n_prompt):
+    for length, answer in prompt.again():
         cold = prompt.cold.answers[length]
         scale = scale_of(cold)
         if scale is not None:
             floor = max(scale.floor or pooled, LEAST)
-            times.append(distance(answer, cold[0], scale) / floor)
+            times.append(distance(answer, scale, cold[0]) / floor)
     return max(1.0, float(median(times))) if times else 1.0
 
 

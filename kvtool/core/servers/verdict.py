@@ -10,7 +10,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.core.servers.arms import ARMS, Answer, Cold, Measured, Probe, likeliest, vector
+from kvtool.core.servers.arms import ARMS
+from kvtool.core.servers.texts import (
+    LEAST_VARIANTS,
+    Answer,
+    Cold,
+    Measured,
+    Probe,
+    likeliest,
+    vector,
+)
 from kvtool.core.verify import noise
 
 IDENTICAL, WITHIN, BEYOND = "identical", "within noise", "beyond noise"
@@ -21,7 +30,6 @@ WRONG = (BEYOND, BUG, HIDDEN)
 
 LEAST = float(np.finfo(np.float32).eps)  # of a floor, relative: logprobs are float32
 NOTHING = 1e-12  # as the floor of answers that are the same: their mean is rounded
-LEAST_VARIANTS = 3  # cold answers to one history, without which it has no floor
 RARE = 4.0  # times the floor, of a single answer among others that are within it
 RARE_SIZE = 0.5  # of the smaller control, which such an answer is at least
 SMALL = 0.05  # of the smaller control: a gap below it is beyond the noise from RARE times on alone
@@ -62,7 +70,7 @@ class ArmVerdict:
     prompts: int = 0
     first_beyond: int | None = None  # the shortest history whose answer is beyond the noise
     gaps: tuple[ProbeGap, ...] = ()
-    limit: float = 1.0  # of the ratio: above it is beyond the noise
+    limit: float = LIMIT  # of the ratio: above it is beyond the noise
     promoted: str = ""  # the verdict on the promoted server, if one was asked
     promoted_ratio: float | None = None
     promoted_gap: float | None = None
@@ -121,7 +129,7 @@ def judge_arm(measured: Sequence[Measured], pooled: float = 0.0, grown: float = 
     if verdict == BEYOND and asked[0].approximate:
         verdict = LOSSY
     gaps = tuple(gap for compared in found for gap in compared.gaps)
-    beyond = [gap.history for gap in gaps if gap.ratio > 1]
+    beyond = [gap.history for gap in gaps if gap.ratio > limit]
     faults = [compared.fault for compared in found if compared.fault is not None]
     return ArmVerdict(
         arm, verdict, evidence, _typical(found, "ratio"), max(r for c in found for r in c.runs()),
@@ -159,7 +167,7 @@ class _Compared:
         end = scales.get(len(measured.cold.ids))
         if end is None or not measured.cold.controls:
             return cls(gaps, [], None)
-        faults = [_distance(control, end) for control in measured.cold.controls]
+        faults = [distance(control, end) for control in measured.cold.controls]
         floor = _floor(end, pooled) * grown
         return cls(gaps, [f / floor for f in faults], min(faults) * end.nats)
 
@@ -214,13 +222,13 @@ def _judged(found: Sequence[_Compared], reused: int | None, limit: float) -> tup
 
 
 def _gap(prompt: int, probe: Probe, scale: Scale, pooled: float, grown: float) -> ProbeGap:
-    distance = _distance(probe.answer, scale)
+    away = distance(probe.answer, scale)
     floor = (scale.floor or pooled) * grown
     found = vector(probe.answer, scale.ids)
     same = any(np.array_equal(found, b[0]) for b in scale.benign)
-    ratio = 0.0 if same and not floor else distance / (_floor(scale, pooled) * grown)
+    ratio = 0.0 if same and not floor else away / (_floor(scale, pooled) * grown)
     nats = scale.nats
-    return ProbeGap(prompt, probe.run, probe.history, distance * nats, floor * nats, ratio, same)
+    return ProbeGap(prompt, probe.run, probe.history, away * nats, floor * nats, ratio, same)
 
 
 def _floor(scale: Scale, pooled: float) -> float:
@@ -228,14 +236,11 @@ def _floor(scale: Scale, pooled: float) -> float:
     return max(scale.floor or pooled, LEAST)
 
 
-def _distance(answer: Answer, scale: Scale) -> float:
-    """From the mean of the benign answers; infinite for what is not a number."""
-    return noise.spread([vector(answer, scale.ids)], scale.middle).total
-
-
-def distance(answer: Answer, other: Answer, scale: Scale) -> float:
-    """Of two answers to one history, relative."""
-    return noise.spread([vector(answer, scale.ids)], [vector(other, scale.ids)]).total
+def distance(answer: Answer, scale: Scale, other: Answer | None = None) -> float:
+    """From another answer to the same history, or from the mean of the benign ones; relative, and
+    infinite for what is not a number."""
+    middle = scale.middle if other is None else [vector(other, scale.ids)]
+    return noise.spread([vector(answer, scale.ids)], middle).total
 
 
 def with_promoted(plain: ArmVerdict, promoted: ArmVerdict) -> ArmVerdict:

@@ -6,6 +6,7 @@ rank. They share the rows of each batch. Only the leader, rank 0, evaluates, wri
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from kvtool import ending
 from kvtool.config import process_rank
 from kvtool.errors import KvtoolError
+
+GIVE_BACK = 0.1  # seconds
 
 T = TypeVar("T")
 
@@ -97,10 +101,14 @@ def joined(device: torch.device) -> Iterator[Team]:
     if share.world_size == 1:
         yield ALONE
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with ending.signals_at_default():  # who waits for the others is not in Python to obey
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Team(share)
     finally:
+        # It waits for threads of gloo's without letting them at Python, which they need to give
+        # back the last tensors: so they are given time to before.
+        time.sleep(GIVE_BACK)
         dist.destroy_process_group()
 
 

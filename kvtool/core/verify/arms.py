@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvtool.core.verify.compare import distances
+from kvtool.core.verify.compare import Gap, compare, distances
 from kvtool.core.verify.passes import uncached
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.scenario_run import ScenarioRun, Segment
@@ -64,6 +64,13 @@ class Arms:
     promoted: bool = False  # both arms ran without lower types
     segments: list[Segment] = field(default_factory=list)  # the histories that were answered
     mixed: float = 0.0  # how far uncached rows of a batch are from passes over each row alone
+    # Where attention was compared in place of logits, which both arms then have in common.
+    by_attention: Gap | None = None
+
+    @property
+    def gap(self) -> Gap:
+        """How far the arms are apart."""
+        return self.by_attention or compare(self.found, self.expected)
 
 
 @torch.inference_mode()
@@ -110,7 +117,7 @@ def _vacuous(run: ScenarioRun) -> tuple[str | None, Raised | None]:
 def _answers(subject: Subject, run: ScenarioRun, arms: Arms) -> dict[int, tuple[Tensor, Tensor]]:
     """The cached and the uncached logits (B,n,V) by step."""
     answers = {}
-    for segments in _sharing(run.segments):
+    for segments in sharing(run.segments):
         whole = _uncached(subject, segments[0], arms)
         for segment in segments:
             for answer in segment.answers:
@@ -122,7 +129,7 @@ def _answers(subject: Subject, run: ScenarioRun, arms: Arms) -> dict[int, tuple[
     return answers
 
 
-def _sharing(segments: Sequence[Segment]) -> list[list[Segment]]:
+def sharing(segments: Sequence[Segment]) -> list[list[Segment]]:
     """The segments that answered, in groups that one pass judges: histories of one row with which
     the first of the group begins."""
     groups: list[list[Segment]] = []

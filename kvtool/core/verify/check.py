@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from kvtool.core.cache import Cache, CacheSpec, Step, cache_class, make_cache
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.decoding.engine import check_context, first_input, generate
 from kvtool.core.decoding.sampling import Sampler
-from kvtool.core.kernels.default import make_kernels
+from kvtool.core.kernels.default import DEFAULT, make_kernels
 from kvtool.core.models import Model
 from kvtool.core.verify.arms import Case
+from kvtool.core.verify.by_layer import ByLayer, can_go_by_layer
 from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.judge import Judge
@@ -31,6 +33,8 @@ MAIN = "decode"  # the scenario that is fed the prompt and its continuation
 LONGEST = "long"  # the scenario that comes furthest
 LONG = 4200  # tokens that our kinds are fed at most
 CONTROL_STEPS = 24  # enough to see a planted bug
+FEW_STEPS = 3  # of a large model
+EXACT = "exact"
 
 
 @dataclass(frozen=True)
@@ -97,48 +101,64 @@ def check_model(
     skip: Container[tuple[str, str, str]] = (),
     thorough: bool = False,
 ) -> Iterator[Checked]:
-    """Judge every kind with all kernels in all scenarios, in that order.
+    """Judge every kind with all kernels in all scenarios, in that order; of a large model all kinds
+    in one scenario after the other, since they share most of the work.
 
     skip: kind, kernels and scenario of what is not judged. `tell` hears what comes next. thorough:
     feed all that can be fed in some minutes. Raises CheckFailed.
     """
-    for kind, of_kind in subjects_of(formats, caches, thorough):
-        for name in kernels:
-            left = [scenario for scenario in scenarios if (kind, name, scenario) not in skip]
-            if not left:
-                continue
-            subject = of_kind.with_kernels(make_kernels(name))
-            judge, found = Judge(subject, examine), cache_class(kind)
-            for scenario in left:
-                tell(f"{kind}, {name} kernels, {scenario}")
-                case = main if scenario == MAIN else Case(SCENARIOS[scenario], thorough=thorough)
-                main_of_all = scenario == MAIN and name == "default"
-                if found.recompute:  # it proves nothing, and its time grows with the square
-                    case, main_of_all = beginning(case), False
-                finding = judge.judge(case, thorough=main_of_all)
-                finding = with_reach(finding, subject)
-                yield Checked(kind, name, found.stores, finding, name == "exact")
+    plan = [turn for turn in product(caches, kernels, scenarios) if turn not in skip]
+    shares_scenario = goes_by_layer(formats)
+    if shares_scenario:
+        plan.sort(key=lambda turn: (scenarios.index(turn[2]), kernels.index(turn[1])))
+    subjects, passes = subjects_of(formats, caches, thorough)
+    # After the last of those that share passes these are let go.
+    sharing = {turn: turn[1:] if shares_scenario else subjects[turn[0]].seen for turn in plan}
+    left: Counter[Any] = Counter(sharing.values())
+    cases = {name: Case(SCENARIOS[name], thorough=thorough) for name in scenarios} | {MAIN: main}
+    evidence = ByLayer(formats, subjects.values()) if shares_scenario else None
+    judges: dict[tuple[str, str], Judge] = {}
+    for turn in plan:
+        kind, name, scenario = turn
+        if (kind, name) not in judges:
+            subject = subjects[kind].with_kernels(make_kernels(name))
+            subject.evidence = evidence if name == DEFAULT.name else None
+            judges[kind, name] = Judge(subject, examine)
+        tell(f"{kind}, {name} kernels, {scenario}")
+        finding = _judged(judges[kind, name], cases[scenario])
+        yield Checked(kind, name, subjects[kind].stores, finding, name == EXACT)
+        left[sharing[turn]] -= 1
+        if not left[sharing[turn]]:
+            passes.clear()
+
+
+def _judged(judge: Judge, case: Case) -> Finding:
+    subject: Any = judge.subject
+    thorough = case.scenario.name == MAIN and subject.kernels.name == DEFAULT.name
+    if not subject.stores:  # it proves nothing, and its time grows with the square
+        case, thorough = beginning(case), False
+    return with_reach(judge.judge(case, thorough=thorough), subject)
+
+
+def goes_by_layer(formats: Formats) -> bool:
+    """Whether the float64 evidence of all kinds is found together, layer by layer: of a model that
+    is so large that it is worth it."""
+    return formats.is_large and can_go_by_layer(formats.model)
 
 
 def subjects_of(
     formats: Formats, caches: Sequence[str], thorough: bool
-) -> Iterator[tuple[str, ModelSubject]]:
-    """Each kind as a subject. Kinds whose uncached pass is the same share it; what one has kept
-    when the last of them is done is let go."""
-    subjects = {
-        kind: ModelSubject(formats.model, small(kind), kind, formats=formats) for kind in caches
-    }
-    passes, left = Passes(), Counter(subject.seen for subject in subjects.values())
-    sharing = {seen for seen, n in left.items() if n > 1}
+) -> tuple[dict[str, ModelSubject], Passes]:
+    """Each kind as a subject. Kinds whose uncached pass is the same share it."""
+    passes, subjects = Passes(), dict[str, ModelSubject]()
     for kind in caches:
-        subject = subjects[kind]
-        subject.passes = passes if subject.seen in sharing else None
+        subjects[kind] = subject = ModelSubject(formats.model, small(kind), kind, formats=formats)
         if thorough and subject.stores:
             subject.reach = min(subject.context, LONG)
-        yield kind, subject
-        left[subject.seen] -= 1
-        if subject.seen in sharing and not left[subject.seen]:
-            passes.clear()
+    alike = Counter(subject.seen for subject in subjects.values())
+    for subject in subjects.values():
+        subject.passes = passes if alike[subject.seen] > 1 else None
+    return subjects, passes
 
 
 def with_reach(finding: Finding, subject: Subject) -> Finding:
@@ -155,14 +175,16 @@ def control(formats: Formats, main: Case) -> Finding:
     """Judge a cache with a planted bug: a check that calls this right is worth nothing."""
     make = partial(LostKey, seen=formats.model.config.window)
     subject = ModelSubject(formats.model, make, "planted bug", formats=formats)
+    if formats.is_large:  # to find out where a known bug is would take minutes
+        return Judge(subject).judge(beginning(main, FEW_STEPS))
     return Judge(subject, examine).judge(beginning(main))
 
 
-def beginning(case: Case) -> Case:
+def beginning(case: Case, n_steps: int = CONTROL_STEPS) -> Case:
     """The case with only the first few of the ids that it was given."""
     if case.given is None:
         return case
-    return replace(case, given=case.given[:, : case.n_prompt + CONTROL_STEPS])
+    return replace(case, given=case.given[:, : case.n_prompt + n_steps])
 
 
 class LostKey(DynamicCache):

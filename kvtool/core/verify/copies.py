@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvtool.core.verify.widened import Room, twin
 from kvtool.errors import pass_on_shortage
 
 WIDE = {torch.float64: torch.complex128}  # complex tables stay as they are in other formats
@@ -39,6 +40,31 @@ def converted(decoder: Any, dtype: torch.dtype) -> Any:
     other = held.visit(other)
     if not (held.n_changed or own):
         raise NotImplementedError("it has no to(dtype), and no modules or tensors to convert")
+    return other
+
+
+def widened(decoder: Any, room: Room) -> Any:
+    """A decoder in float64 with all that it holds, but for the weights of its modules: those stay
+    as they are, and are widened as they are read.
+
+    Raises NotImplementedError if it holds none, and what its copying raises.
+    """
+    shared: list[nn.Parameter] = []
+
+    def see(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter):
+            shared.append(tensor)
+        return tensor
+
+    _Held(see, True, None, change=False).visit(decoder)
+    other = copy.deepcopy(decoder, memo={id(weight): weight for weight in shared})
+    formats = (_format(decoder), torch.float64)
+    held = _Held(lambda tensor: _cast(tensor, torch.float64), True, formats, weights=False)
+    other = held.visit(other)
+    if not held.modules:
+        raise NotImplementedError("it holds no modules")
+    for module in held.modules:
+        twin(module, room, module)
     return other
 
 
@@ -103,7 +129,8 @@ class _Held:
     """Replaces every tensor that an object holds, each once however often it is held.
 
     everything: also what is no parameter or buffer, and, given `formats`, attributes that name the
-    first of them. change: whether anything is written.
+    first of them. change: whether anything is written. weights: whether the parameters of modules
+    are replaced.
     """
 
     def __init__(
@@ -112,8 +139,11 @@ class _Held:
         everything: bool,
         formats: tuple[torch.dtype | None, torch.dtype] | None,
         change: bool = True,
+        weights: bool = True,
     ) -> None:
         self.replace, self.everything, self.change = replace, everything, change
+        self.weights = weights
+        self.modules: list[nn.Module] = []  # the outermost ones that were met
         self.formats = formats
         self.n_changed = 0
         self._made: dict[int, Any] = {}
@@ -172,11 +202,12 @@ class _Held:
     def _module(self, module: nn.Module, depth: int) -> nn.Module:
         """Parameters and buffers of it and of those in it, then whatever else they hold."""
         every = list(module.modules())
+        self.modules.append(module)
         for part in every:
             self._alive.append(part)
             self._made[id(part)] = part
         for part in every:
-            for held in (part._parameters, part._buffers):
+            for held in (part._parameters, part._buffers)[0 if self.weights else 1 :]:
                 for name, tensor in held.items():
                     if tensor is not None:
                         self._put(held, name, self.visit(tensor))

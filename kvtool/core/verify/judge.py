@@ -116,6 +116,9 @@ class Judge:
             finding = replace(finding, verdict=verdict, evidence=arms.vacuous)
         if not _differs(finding) and not thorough:
             return finding
+        # Float64 would decide nothing, and of a large model it takes long.
+        if finding.verdict == NO_CACHE and getattr(self.subject, "evidence", None) is not None:
+            return finding
         return self._by_precision(case, finding, arms, thorough)
 
     def _by_precision(self, case: Case, finding: Finding, arms: Arms, thorough: bool) -> Finding:
@@ -124,11 +127,11 @@ class Judge:
         if isinstance(in_float64, BaseException):
             why = f"cannot run in float64 ({type(in_float64).__name__}: {first_line(in_float64)})"
             return self._by_noise(finding, Measured(self.subject, case, arms), why)
-        gap = compare(in_float64.found, in_float64.expected)
+        gap = in_float64.gap
         finding = replace(finding, float64=gap)
         first_gap_in_float64 = _first_wrong(gap)
         promoted = None
-        if thorough or first_gap_in_float64 is not None:
+        if (thorough and not in_float64.by_attention) or first_gap_in_float64 is not None:
             promoted = play(self.double, case, (True, True))
             finding = replace(finding, promoted=compare(promoted.found, promoted.expected))
         if promoted is None or first_gap_in_float64 is None:
@@ -286,11 +289,13 @@ class Judge:
             return None
         gap = max(distances(exact.found, exact.expected))
         measured = Measured(self.subject, case, arms)
-        if self.subject.dtype != torch.float64 and measured.beyond() is None:
-            if gap <= constants(self.double, exact, self.subject.dtype):
-                text = f"both arms agree to the numbers that they hold rounded (to {gap:.1e})"
-                return replace(finding, verdict=PRECISION, evidence=text)
-            if other := measured.same_model(exact):
+        if self.subject.dtype != torch.float64:
+            held = gap <= constants(self.double, exact, self.subject.dtype)
+            other = "" if held else measured.same_model(exact)
+            if (held or other) and measured.beyond() is None:  # last, as it takes longest
+                if held:
+                    text = f"both arms agree to the numbers that they hold rounded (to {gap:.1e})"
+                    return replace(finding, verdict=PRECISION, evidence=text)
                 text = f"in float64 it is another model (its uncached logits are off by {other})"
                 return self._by_noise(finding, measured, text)
         if text := on_an_edge(self.double, case, exact, ROUNDING_64):
@@ -316,6 +321,9 @@ class Judge:
     def _play_in_float64(self, case: Case) -> Arms | BaseException:
         """The float64 run; the promoted one, where a cast to float32 does not fit its weights, or
         makes -inf of a mask of float64's least number. The first error, if neither can be."""
+        shared = self._shared(case)
+        if shared is not None and _first_wrong(shared.gap) is None:
+            return shared
         errors: list[BaseException] = []
         for promote in ((False, False), (True, True)):
             try:
@@ -332,16 +340,24 @@ class Judge:
                 return in_float64
         return errors[0]
 
+    def _shared(self, case: Case, plain: bool = False) -> Arms | None:
+        """The evidence that the subject has in common with others, if any."""
+        evidence = getattr(self.subject, "evidence", None)
+        return None if evidence is None else evidence.arms(self.subject, case, plain)
+
     def _by_codes(self, case: Case, arms: Arms, in_float64: Arms) -> bool:
         """Whether the cached arm is no further off than a quantizer moves the logits, all its codes
         together.
 
         Where a value lies between two codes, rounding decides, and the other code is no bug.
         """
-        plain = self.double.unrounded()
-        if plain is None:
-            return False
-        codes = max(distances(play(plain, case).expected, in_float64.expected))
+        unrounded = self._shared(case, plain=True)
+        if unrounded is None:
+            plain = self.double.unrounded()
+            if plain is None:
+                return False
+            unrounded = play(plain, case)
+        codes = max(distances(unrounded.expected, in_float64.expected))
         return max(distances(arms.found, in_float64.expected)) <= codes
 
     def _wrong(self, case: Case, finding: Finding, step: int, in_float64: Arms) -> Finding:

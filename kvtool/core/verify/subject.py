@@ -13,13 +13,14 @@ from torch import Tensor
 from kvtool.core.cache import Cache, CacheSpec, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.cache.quantization import Quantization
+from kvtool.core.cache.quantization import Float8, Quantization
 from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.models import Model
 from kvtool.core.verify.copies import moved
 from kvtool.core.verify.schedules import BRIEF, NORMAL
+from kvtool.core.verify.widened import Room, copy_crowds, is_large, twin
 from kvtool.errors import CacheOpUnsupported
 
 # What a subject may be able to do; a scenario names those that it needs.
@@ -117,6 +118,13 @@ class SharedPasses(Protocol):
 
     def clear(self) -> None:
         """Forget all passes, and the subjects that answered them."""
+
+
+class Evidence(Protocol):
+    """What several kinds of a model share in float64: see kvtool.core.verify.by_layer."""
+
+    def arms(self, subject: Any, case: Any, plain: bool = False) -> Any:
+        """What was found of a subject in a case, Arms, or None if nothing could be."""
 
 
 class Feeding:
@@ -253,15 +261,37 @@ class ModelSession:
 
 
 class Formats:
-    """A model in other formats: each is converted once, for all that ask."""
+    """A model in other formats: each is made once, for all that ask.
 
-    def __init__(self, model: Model) -> None:
+    widens: whether float64 is no copy, but weights that are widened as they are read; None: where
+    a copy would take more than a good part of the memory that there is.
+    """
+
+    def __init__(self, model: Model, widens: bool | None = None) -> None:
         self.model = model
+        self._widens = widens
         self._made = {next(model.parameters()).dtype: model}
+        self.room: Room | None = None  # where weights are widened, if they are
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a copy in float64 is worth doing without."""
+        return is_large(self.model)
+
+    @property
+    def widens(self) -> bool:
+        """Whether float64 is no copy."""
+        if self._widens is None:
+            self._widens = copy_crowds(self.model)
+        return self._widens
 
     def to(self, dtype: torch.dtype) -> Model:
         if dtype not in self._made:
-            self._made[dtype] = copy.deepcopy(self.model).to(dtype)
+            if dtype == torch.float64 and self.widens:
+                self.room = Room()
+                self._made[dtype] = twin(self.model, self.room)
+            else:
+                self._made[dtype] = copy.deepcopy(self.model).to(dtype)
         return self._made[dtype]
 
 
@@ -277,6 +307,7 @@ class ModelSubject(Feeding):
     lossy = False
     pure = True
     passes: SharedPasses | None = None
+    evidence: Evidence | None = None  # in float64, where the model is large
 
     def __init__(
         self,
@@ -311,7 +342,7 @@ class ModelSubject(Feeding):
             abilities = (abilities - {"padding"}) | {"source"}
         if self.window:
             abilities.add("window")
-        if self.quantization is not None:
+        if self.quantization is not None and not self.quantization.in_place:
             abilities.add("quantized")
         if self.page:
             abilities.add("pages")
@@ -323,7 +354,7 @@ class ModelSubject(Feeding):
         return (Same(self.model), type(self.kernels), *self.seen)
 
     @property
-    def seen(self) -> tuple[int, int, Quantization | None]:
+    def seen(self) -> tuple[int, int, Quantization | Float8 | None]:
         """What a pass is told of the cache that it is compared with."""
         return self.window, self.sinks, self.quantization
 

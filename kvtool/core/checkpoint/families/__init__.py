@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from kvtool.config import ModelConfig, check_int
-from kvtool.core.checkpoint.families import gpt2, llama
+from kvtool.core.checkpoint.families import (
+    deepseek,
+    gemma,
+    gpt2,
+    granite,
+    llama,
+    olmo2,
+    phi3,
+    smollm3,
+)
 from kvtool.core.checkpoint.families.fields import Fields
 from kvtool.core.checkpoint.families.weights import MappedFile, NameMap
 from kvtool.core.checkpoint.weight_files import WeightFile
@@ -32,6 +41,7 @@ class Family:
     read: Callable[[Fields], ModelConfig]
     names: Callable[[ModelConfig], NameMap]
     prefix: str  # of the names, if the file has the logits head as well
+    beside: tuple[str, ...] = ()  # how names begin of what is no part of the language model
 
     def config(self, data: Mapping[str, Any], where: str) -> ModelConfig:
         """The configuration with this mathematics; `where` names the file. Raises FileError for a
@@ -46,7 +56,8 @@ class Family:
 
     def weights(self, source: WeightFile, config: ModelConfig) -> MappedFile:
         """Their tensors under our names. Raises FileError for any that is missing or misshapen."""
-        return MappedFile(source, self.names(config), self.prefix, config.tied)
+        names = self.names(config)
+        return MappedFile(source, names, self.prefix, config.tied, beside=self.beside)
 
 
 FAMILIES = {
@@ -55,6 +66,15 @@ FAMILIES = {
     "mistral": Family(llama.read_mistral, llama.names, llama.PREFIX),
     "qwen2": Family(llama.read_qwen2, llama.names, llama.PREFIX),
     "qwen3": Family(llama.read_qwen3, llama.names, llama.PREFIX),
+    "granite": Family(granite.read, llama.names, llama.PREFIX),
+    "smollm3": Family(smollm3.read, llama.names, llama.PREFIX),
+    "phi3": Family(phi3.read, phi3.names, llama.PREFIX),
+    "olmo2": Family(olmo2.read, llama.names, llama.PREFIX),
+    "gemma2": Family(gemma.read_gemma2, llama.names, llama.PREFIX),
+    "gemma3_text": Family(gemma.read_gemma3, llama.names, llama.PREFIX),
+    "gemma3": Family(gemma.read_gemma3_folder, llama.names, gemma.PREFIX, gemma.BESIDE),
+    "deepseek_v2": Family(deepseek.read_v2, deepseek.names, llama.PREFIX),
+    "deepseek_v3": Family(deepseek.read_v3, deepseek.names, llama.PREFIX),
 }
 
 

@@ -15,7 +15,8 @@ _HARMLESS = {
     "dtype finetuning_task is_decoder is_llama_config model_type name_or_path prefix "
     "task_specific_params tokenizer_class torch_dtype transformers.js_config "
     "transformers_version unsloth_fixed unsloth_version",
-    "how to run": "_attn_implementation _attn_implementation_autoset chunk_size_feed_forward "
+    "how to run": "_attn_implementation _attn_implementation_autoset cache_implementation "
+    "chunk_size_feed_forward "
     "gradient_checkpointing output_attentions output_hidden_states pretraining_tp "
     "reorder_and_upcast_attn return_dict return_dict_in_generate tf_legacy_loss torchscript "
     "output_past use_bfloat16 use_cache xla_device",
@@ -42,8 +43,6 @@ NEUTRAL: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "pruned_heads": {},
     "rope_interleaved": False,
-    "scale_attn_by_inverse_layer_idx": False,
-    "scale_attn_weights": True,
     "tie_encoder_decoder": False,
     "use_mrope": False,
 }
@@ -60,6 +59,19 @@ class Fields:
     def is_null(self, name: str) -> bool:
         """Whether the field is there, and null."""
         return name in self._null
+
+    def assume(self, **values: Any) -> None:
+        """Let fields that are not there have these values."""
+        for name, value in values.items():
+            if name not in self._null:
+                self.data.setdefault(name, value)
+
+    def require(self, **values: Any) -> None:
+        """Raise UsageError for a field that is there, and has another value than this."""
+        for name, value in values.items():
+            if self.take(name, value) != value:
+                found = short(str(self.data[name]))
+                raise UsageError(f"{name}: {found} is not supported (expected {value})")
 
     def take(self, name: str, default: Any = None) -> Any:
         """The value as it is."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvtool.config import ModelConfig
 from kvtool.core.checkpoint.families.fields import Fields, head_size
 from kvtool.core.checkpoint.families.weights import HEAD, NameMap, Stored
+from kvtool.core.models.general import GeneralConfig
 
 PREFIX = "transformer."
 ACTIVATIONS = {
@@ -18,7 +21,8 @@ ACTIVATIONS = {
 def read(f: Fields) -> ModelConfig:
     """Raises UsageError, naming the field."""
     d_model, n_heads, _ = head_size(f, "n_head", "n_embd")
-    return ModelConfig(
+    scales = _scales(f)
+    return (GeneralConfig if scales else ModelConfig)(
         vocab_size=f.size("vocab_size"),
         n_layers=f.size("n_layer"),
         d_model=d_model,
@@ -31,7 +35,17 @@ def read(f: Fields) -> ModelConfig:
         activation=f.one_of("activation_function", ACTIVATIONS, "gelu_new"),
         bias=True,
         tied=f.flag("tie_word_embeddings", True),
+        **scales,
     )
+
+
+def _scales(f: Fields) -> dict[str, Any]:
+    """What a GeneralConfig has to say of the scale of scores, if it is not the usual one."""
+    scaled = f.flag("scale_attn_weights", True)
+    by_depth = f.flag("scale_attn_by_inverse_layer_idx", False)
+    if scaled and not by_depth:
+        return {}
+    return {"attention_scale": 0.0 if scaled else 1.0, "scale_by_depth": by_depth}
 
 
 def names(config: ModelConfig) -> NameMap:

@@ -6,6 +6,7 @@ They differ in biases, in norms of queries and keys, in windows, and in what a m
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvtool.config import ModelConfig, check_int
@@ -22,31 +23,53 @@ def read_llama(f: Fields) -> ModelConfig:
     """Raises UsageError, naming the field; so do the others."""
     bias = f.flag("attention_bias", False)
     mlp_bias = f.flag("mlp_bias", False)
-    return _read(f, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
+    return read_decoder(f, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
 
 
 def read_mistral(f: Fields) -> ModelConfig:
     """A model_type of mistral: a window for all layers."""
     window = 0 if f.is_null("sliding_window") else f.size("sliding_window", 4096)
-    return _read(f, kv_heads=8, window=window)
+    return read_decoder(f, kv_heads=8, window=window)
 
 
 def read_qwen2(f: Fields) -> ModelConfig:
     """A model_type of qwen2: biases at queries, keys and values, and a window for some layers."""
-    return _read(f, kv_heads=32, qkv_bias=True, **_window_of_some_layers(f))
+    return read_decoder(f, kv_heads=32, qkv_bias=True, **_window_of_some_layers(f))
 
 
 def read_qwen3(f: Fields) -> ModelConfig:
     """A model_type of qwen3: as qwen2, with heads that are normalised."""
     bias = f.flag("attention_bias", False)
     windows = _window_of_some_layers(f)
-    return _read(f, kv_heads=32, head=128, qkv_bias=bias, out_bias=bias, qk_norm=True, **windows)
+    return read_decoder(
+        f, kv_heads=32, head=128, qkv_bias=bias, out_bias=bias, qk_norm=True, **windows
+    )
 
 
-def _read(
-    f: Fields, kv_heads: int = 0, head: int | None = None, window: int = 0, **extra: Any
+def usual_turn(f: Fields, context: int) -> dict[str, Any]:
+    """The fields of a ModelConfig that say how positions turn, where all layers turn alike."""
+    theta, scaling = rotation(f, context)
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def read_decoder(
+    f: Fields,
+    kind: type[ModelConfig] = ModelConfig,
+    kv_heads: int = 0,
+    head: int | None = None,
+    window: int = 0,
+    turn: Callable[[Fields, int], dict[str, Any]] = usual_turn,
+    activation: tuple[str, Mapping[str, str], str] = ("hidden_act", ACTIVATIONS, "silu"),
+    tied: bool = False,
+    eps: float = 1e-6,
+    **extra: Any,
 ) -> ModelConfig:
-    """`kv_heads` and `head` are the defaults of their fields; 0: as many as query heads."""
+    """The configuration, as `kind`, of a decoder with rotary positions and RMSNorm.
+
+    `kv_heads` and `head` are the defaults of their fields; 0: as many as query heads. `turn` reads
+    how positions turn in that context. activation: the field, what its values are here, and its
+    default. tied, eps: defaults. Raises UsageError, naming the field.
+    """
     d_model, n_heads, head_dim = head_size(f, "num_attention_heads", "hidden_size", head)
     absent = n_heads if f.is_null("num_key_value_heads") else kv_heads or n_heads
     n_kv_heads = f.size("num_key_value_heads", absent)
@@ -57,8 +80,10 @@ def _read(
     if head_dim % 2:
         raise UsageError(f"head_dim: {head_dim} is odd (expected an even one, to be rotated)")
     context = _context(f)
-    theta, scaling = rotation(f, context)
-    return ModelConfig(
+    turned = {"context": context, **turn(f, context)}
+    # A wider one hides nothing; but layers that have it may turn in another way.
+    hides = window < turned["context"] or turned.get("window_theta")
+    return kind(
         vocab_size=f.size("vocab_size"),
         n_layers=f.size("num_hidden_layers"),
         d_model=d_model,
@@ -66,16 +91,14 @@ def _read(
         n_kv_heads=n_kv_heads,
         head_size=0 if head_dim * n_heads == d_model else head_dim,
         d_ff=f.size("intermediate_size"),
-        context=context,
         positions="rotary",
         norm="rmsnorm",
-        norm_eps=f.number("rms_norm_eps", 1e-6),
-        activation=f.one_of("hidden_act", ACTIVATIONS, "silu"),
+        norm_eps=f.number("rms_norm_eps", eps),
+        activation=f.one_of(*activation),
         bias=False,
-        tied=f.flag("tie_word_embeddings", False),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        window=window if window < context else 0,  # a wider one hides nothing
+        tied=f.flag("tie_word_embeddings", tied),
+        window=window if hides else 0,
+        **turned,
         **extra,
     )
 
@@ -89,7 +112,7 @@ def _context(f: Fields) -> int:
     return new or old or f.size(fields[0])
 
 
-def _window_of_some_layers(f: Fields) -> dict[str, int]:
+def _window_of_some_layers(f: Fields) -> dict[str, Any]:
     """The window of Qwen's later layers, if it is used."""
     n_layers, used = f.size("num_hidden_layers"), f.flag("use_sliding_window", False)
     window = f.size("sliding_window", 4096) if not f.is_null("sliding_window") else 0
@@ -122,8 +145,22 @@ def _first_sliding(layers: Any, n_layers: int, window: int) -> int:
     return first
 
 
-def names(config: ModelConfig) -> NameMap:
-    """Where our tensors are in theirs."""
+# Norms of a block, ours and theirs, by where they stand.
+NORMS = {
+    "before": (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")),
+    "after": (
+        ("norm1_after", "post_attention_layernorm"), ("norm2_after", "post_feedforward_layernorm")
+    ),
+    "both": (
+        ("norm1", "input_layernorm"), ("norm1_after", "post_attention_layernorm"),
+        ("norm2", "pre_feedforward_layernorm"), ("norm2_after", "post_feedforward_layernorm"),
+    ),
+}  # fmt: skip
+
+
+def names(config: ModelConfig, fused: bool = False) -> NameMap:
+    """Where our tensors are in theirs; `fused`: which have one matrix of queries, keys and values,
+    and one of gate and value."""
     d, ff, width = config.d_model, config.d_ff, config.head_dim
     heads = {"q": config.n_heads, "k": config.n_kv_heads, "v": config.n_kv_heads}
     found = {
@@ -131,10 +168,15 @@ def names(config: ModelConfig) -> NameMap:
         "norm.weight": Stored.one("norm.weight", d),
         "head.weight": Stored.one(HEAD, config.vocab_size, d),
     }
+    norms = NORMS[getattr(config, "norm_place", "before")]
+    whole = getattr(config, "qk_norm_whole", False)
     for i in range(config.n_layers):
-        ours, theirs = f"layers.{i}", f"layers.{i}"
+        ours = theirs = f"layers.{i}"
         qkv = [(f"{theirs}.self_attn.{x}_proj", n * width) for x, n in heads.items()]
         up = [(f"{theirs}.mlp.{x}_proj", ff) for x in ("gate", "up")]
+        if fused:
+            qkv = [(f"{theirs}.self_attn.qkv_proj", sum(heads.values()) * width)]
+            up = [(f"{theirs}.mlp.gate_up_proj", 2 * ff)]
         stacks = (
             ("qkv", f"{ours}.attn.qkv", qkv, d),
             ("out", f"{ours}.attn.out", [(f"{theirs}.self_attn.o_proj", d)], heads["q"] * width),
@@ -145,11 +187,11 @@ def names(config: ModelConfig) -> NameMap:
             found[f"{name}.weight"] = Stored(tuple((f"{x}.weight", (n, n_in)) for x, n in rows))
             if config.has_bias(part):
                 found[f"{name}.bias"] = Stored(tuple((f"{x}.bias", (n,)) for x, n in rows))
-        for a, b in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")):
+        for a, b in norms:
             found[f"{ours}.{a}.weight"] = Stored.one(f"{theirs}.{b}.weight", d)
-        if config.qk_norm:
-            for x in ("q_norm", "k_norm"):
-                found[f"{ours}.attn.{x}.weight"] = Stored.one(
-                    f"{theirs}.self_attn.{x}.weight", width
-                )
+        for x in "qk" if config.qk_norm else "":
+            size = heads[x] * width if whole else width
+            found[f"{ours}.attn.{x}_norm.weight"] = Stored.one(
+                f"{theirs}.self_attn.{x}_norm.weight", size
+            )
     return found

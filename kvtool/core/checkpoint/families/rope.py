@@ -14,22 +14,27 @@ THETA = 10_000.0
 KINDS = {"default": "", "linear": "linear", "dynamic": "", "llama3": "llama3", "yarn": "yarn"}
 
 
-def rotation(f: Fields, context: int) -> tuple[float, RopeScaling | None]:
+def rotation(f: Fields, context: int, theta: float = THETA) -> tuple[float, RopeScaling | None]:
     """theta, and what stretches the angles, from rope_parameters (transformers 5) or from
-    rope_theta and rope_scaling. Raises UsageError.
+    rope_theta and rope_scaling; `theta` is what a missing one means. Raises UsageError."""
+    return turn(f, rope_spec(f), context, theta)
+
+
+def turn(
+    f: Fields, spec: Fields, context: int, theta: float, field: str = "rope_theta"
+) -> tuple[float, RopeScaling | None]:
+    """The same from the fields `spec` within rope_parameters or rope_scaling; `field` is where the
+    old spelling has theta. Raises UsageError.
 
     "dynamic" (NTK-aware) changes the angles only of texts longer than max_position_embeddings, and
     kvtool takes none: a cached key could not follow (transformers #25104).
     """
-    spec = _spec(f)
-    theta = f.number("rope_theta", spec.data.get("rope_theta", THETA))
+    theta = f.number(field, spec.data.get("rope_theta", theta))
     if spec.number("rope_theta", theta) != theta:
-        raise UsageError(f"rope_theta: {theta:g} contradicts {spec.data['rope_theta']}")
-    kind = spec.take("type", "default")
-    named = spec.take("rope_type", kind)
-    if "type" in spec.data and named != kind:
-        raise UsageError(f"rope_type: {quoted(named)} contradicts type {quoted(kind)}")
-    kind = Fields({"rope_type": named}).one_of("rope_type", {name: name for name in KINDS})
+        raise UsageError(f"{field}: {theta:g} contradicts {spec.data['rope_theta']}")
+    kind = Fields({"rope_type": rope_type(spec)}).one_of(
+        "rope_type", {name: name for name in KINDS}
+    )
     scaling = _scaling(spec, KINDS[kind], context)
     if kind == "dynamic":
         spec.number("factor")
@@ -37,7 +42,16 @@ def rotation(f: Fields, context: int) -> tuple[float, RopeScaling | None]:
     return theta, scaling
 
 
-def _spec(f: Fields) -> Fields:
+def rope_type(spec: Fields) -> Any:
+    """What rope_type says, or type in the old spelling. Raises UsageError where they differ."""
+    kind = spec.take("type", "default")
+    named = spec.take("rope_type", kind)
+    if "type" in spec.data and named != kind:
+        raise UsageError(f"rope_type: {quoted(named)} contradicts type {quoted(kind)}")
+    return named
+
+
+def rope_spec(f: Fields) -> Fields:
     """The fields within rope_parameters or rope_scaling."""
     new, old = f.take("rope_parameters"), f.take("rope_scaling")
     if new is not None and old is not None and new != old:

@@ -60,16 +60,21 @@ class MappedFile:
     of tensors that share memory, safetensors' save_model keeps the last by name.
 
     Raises FileError, before anything is read, for tensors that are missing, left over or misshapen,
-    in the names that the file uses. Buffers that hold no weights are passed over.
+    in the names that the file uses. Buffers that hold no weights are passed over, and names that
+    begin like one of `beside`.
     """
 
     def __init__(
         self, source: WeightFile, names: NameMap, prefix: str, tied: bool, head: str = HEAD,
-        said_by: str = CONFIG,
+        said_by: str = CONFIG, beside: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self.path: Path = source.path
         self._source = source
-        held = {name: info for name, info in source.tensors.items() if not BUFFERS.search(name)}
+        held = {
+            name: info
+            for name, info in source.tensors.items()
+            if not BUFFERS.search(name) and not name.startswith(beside)
+        }
         self._head = head
         self._prefix = prefix if any(name.startswith(prefix) for name in held) else ""
         if tied and head in held and self._theirs(names[EMBEDDING].parts[0][0]) not in held:

@@ -7,6 +7,7 @@ Everything streams: no more is held than a piece of one tensor. Imports no torch
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -158,17 +159,36 @@ def write(found: Plan, out: Path, tell: Told) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         with open(os.open(temporary, flags, 0o666), "wb") as file:
-            _write(found, file, tell)
+            _write(found, _Output(file, out), tell)
             file.flush()
             os.fsync(file.fileno())
         _name(temporary, out)
     except FileExistsError as error:
         raise FileError(f"--out {out}: is there already", "Give another name.") from error
     except OSError as error:
-        raise FileError(f"--out {out}: cannot be written ({error.strerror})") from error
+        raise _unwritable(out, error) from error
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+class _Output:
+    """The file that is written. Its errors are no errors of the file that is read meanwhile."""
+
+    def __init__(self, file: BufferedWriter, out: Path) -> None:
+        self.file, self.out, self.position = file, out, 0
+
+    def write(self, data: Any) -> None:
+        """Raises FileError."""
+        try:
+            self.position += self.file.write(data)
+        except OSError as error:
+            raise _unwritable(self.out, error) from error
+
+
+def _unwritable(out: Path, error: OSError) -> FileError:
+    hint = "Free some room." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return FileError(f"--out {out}: cannot be written ({error.strerror})", hint)
 
 
 def _name(temporary: Path, out: Path) -> None:
@@ -183,7 +203,7 @@ def _name(temporary: Path, out: Path) -> None:
         os.rename(temporary, out)  # on disks without links
 
 
-def _write(found: Plan, file: BufferedWriter, tell: Told) -> None:
+def _write(found: Plan, file: _Output, tell: Told) -> None:
     source = found.source
     with opened(source.path, "a GGUF file") as stored:
         file.write(
@@ -202,7 +222,7 @@ def _write(found: Plan, file: BufferedWriter, tell: Told) -> None:
 
 
 def _write_tensor(
-    stored: BufferedReader, before: TensorField, after: TensorField, file: BufferedWriter,
+    stored: BufferedReader, before: TensorField, after: TensorField, file: _Output,
     source: GGUFHeader, tell: Told,
 ) -> None:  # fmt: skip
     if before.format == after.format:
@@ -228,5 +248,5 @@ def _span(stored: BufferedReader, field: Field, source: GGUFHeader) -> bytes:
     return data
 
 
-def _pad(file: BufferedWriter, end: int) -> None:
-    file.write(bytes(end - file.tell()))
+def _pad(file: _Output, end: int) -> None:
+    file.write(bytes(end - file.position))

@@ -17,9 +17,17 @@ import numpy as np
 from numba import carray, typeof, types
 from numba import from_dtype as from_dtype
 
-from kvtool.core.native.compiled import codes, layers
-from kvtool.core.native.compiled.codes import read_codes
-from kvtool.core.native.compiled.layers import activate, attend, normalise, product, round_to_format
+from kvtool.core.native.compiled import attention, codes
+from kvtool.core.native.compiled.attention import attend
+from kvtool.core.native.compiled.codes import (
+    EXACT,
+    FORM,
+    FORM_FLOATS,
+    LENGTH,
+    N_FACTS,
+    store_float8,
+)
+from kvtool.core.native.compiled.layers import activate, normalise, product, round_to_format
 from kvtool.core.native.compiled.tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
 from kvtool.core.native.compiled.tools import (
     Array,
@@ -167,7 +175,8 @@ def read_source(
     spans, y = np.zeros((n, 4), np.int64), np.empty_like(q)
     for i in range(n):
         spans[i, 0], spans[i, 1] = seen[i // n_each]
-    keys, values = (k, row_bytes, columns, kind), (v, row_bytes, columns, kind)
+    none = np.zeros(N_FACTS, np.int64)
+    keys, values = (k, row_bytes, columns, kind, none), (v, row_bytes, columns, kind, none)
     attend(q, n_each, n_groups, keys, values, spans, y, threads, large)
     given = y.reshape(n, -1)
     round_to_format(given, kind)
@@ -234,12 +243,10 @@ def spans_of_step(pos: Array, n_each: int, slot: int, window: int, sinks: Array)
 @compiled()
 def store(
     qkv: Array, n_heads: int, stored: Array, layer: int, columns: int, slot: int, n_each: int,
-    q: Array, kind: Array,
+    kind: Array,
 ) -> None:  # fmt: skip
-    """Copy the queries of qkv (n,H+2*G,D) to q (n,H,D), and its keys and values to the cache.
-
-    There are n_each tokens a row. A layer's memory is as in `decode`, written from `slot` on.
-    """
+    """Keys and values of qkv (n,H+2*G,D), n_each tokens of each row, into the memory of a layer as
+    `decode` has it, from column `slot` on."""
     n, width = qkv.shape[0], qkv.shape[2]
     n_groups = (qkv.shape[1] - n_heads) // 2
     shape = n // n_each, n_groups, columns, width
@@ -247,7 +254,6 @@ def store(
     values = carray(pointer(stored[1, layer], kind), shape)
     for i in range(n):
         row, column = i // n_each, slot + i % n_each
-        copy_rows(qkv[i, :n_heads], q[i])
         for group in range(n_groups):
             for j in range(width):
                 keys[row, group, column, j] = kept(qkv[i, n_heads + group, j], kind)
@@ -257,19 +263,19 @@ def store(
 
 @shared()
 def decode(
-    models: Array, blocks: Array, tokens: Array, place: Any, scratch: Array, source: Any,
-    logits: Array, kind: Array, threads: int, large: int,
+    models: Array, blocks: Array, tokens: Array, place: Any, source: Any, logits: Array,
+    kind: Array, threads: int, large: int,
 ) -> bool:  # fmt: skip
     """One step of the decoder -> whether all tokens and positions exist; if not, stop at once.
 
-    tokens (n,): the same number for each of B rows, a row's together. `start` tokens come before
-    them, of which padding (B,) are no real tokens. place: a StepAddresses (cache/direct_access.py).
-    stored (2,layers): addresses of keys and values (B,G,columns,D); new ones go to column `slot`
-    and on. window and sinks as in `spans_of_step`. codes (6,layers) of keys and values as in
-    `read_codes`, or (6,0); they are dequantized into scratch (2,numbers). source: addresses,
-    columns and seen as in `after_attention`. logits (n,V), or (B,V) of each row's last token.
+    tokens (n,): the same number for each of B rows, a row's together. place: a StepAddresses
+    (cache/direct_access.py). stored (2,layers): addresses of keys and values (B,G,columns,D); new
+    ones go to column `slot` and on. window and sinks as in `spans_of_step`. coded (2,layers,9) of
+    keys and values as in codes.py, or (2,1,9) zeros; where these are in e4m3, new ones are stored
+    among them. source: addresses, columns and seen as in `after_attention`. logits (n,V), or (B,V)
+    of each row's last token.
     """
-    start, padding, stored, columns, slot, window, sinks, codes, packings, exact = place
+    start, padding, stored, columns, slot, window, sinks, coded = place
     source_at, source_columns, seen = source
     model, n, batch = models[0], tokens.shape[0], padding.shape[0]
     n_each, n_heads, n_groups, width = n // batch, model.n_heads, model.n_groups, model.head_dim
@@ -284,14 +290,18 @@ def decode(
     row_bytes = n_groups * columns * width * kind.itemsize
     for layer in range(blocks.shape[0]):
         before_attention(models, blocks, layer, x, pos, qkv, kind, threads, large)
-        store(qkv, n_heads, stored, layer, columns, slot, n_each, q, kind)
-        k_at = stored[0, layer], row_bytes, columns, kind
-        v_at, at = (stored[1, layer], row_bytes, columns, kind), slot
-        if codes.shape[1]:
-            at = packings[0, 0] + slot - exact
-            met = batch, n_groups, at + n_each, width
-            k_at = read_codes(codes[:3, layer].copy(), packings[0], k_at, exact, met, scratch[0])
-            v_at = read_codes(codes[3:, layer].copy(), packings[1], v_at, exact, met, scratch[1])
+        k_coded, v_coded = coded[0, layer % coded.shape[1]], coded[1, layer % coded.shape[1]]
+        at = slot + k_coded[LENGTH] - k_coded[EXACT]
+        if k_coded[FORM] == FORM_FLOATS:
+            at = slot
+            store_float8(qkv[:, n_heads : n_heads + n_groups], k_coded, slot, n_each, kind)
+            store_float8(qkv[:, n_heads + n_groups :], v_coded, slot, n_each, kind)
+        else:
+            store(qkv, n_heads, stored, layer, columns, slot, n_each, kind)
+        for i in range(n):
+            copy_rows(qkv[i, :n_heads], q[i])
+        k_at = stored[0, layer], row_bytes, columns, kind, k_coded
+        v_at = stored[1, layer], row_bytes, columns, kind, v_coded
         if layer + 1 == blocks.shape[0] and logits.shape[0] < n:  # no other tokens are asked for
             x, pos = x[n_each - 1 :: n_each].copy(), pos[n_each - 1 :: n_each].copy()
             q = q[n_each - 1 :: n_each].copy()
@@ -307,16 +317,15 @@ def decode(
 
 
 def forms(real: types.Type, kind: types.Type) -> Forms:
-    """All functions that decode, with their argument types: they compute in `real`, with weights,
-    keys and values of `kind`. A function comes after those that it calls."""
-    yield from layers.forms(real, kind)
-    yield from codes.forms(kind)
-    n, (_, x2, x3), (k1, k2, _), (n1, n2, _) = types.intp, *map(dense, (real, kind, types.intp))
+    """All that decodes in `real` with weights, keys and values of `kind`, what is called first."""
+    yield from attention.forms(real, kind)
+    yield from codes.forms(real, kind)
+    n, (_, x2, x3), (k1, _, _), (n1, n2, n3) = types.intp, *map(dense, (real, kind, types.intp))
     records = tuple(typeof(np.empty(0, record)) for record in (MODEL, BLOCK))
     source = n2, n, n2
     yield embed, (records[0], n1, n1, x2, k1)
     yield before_attention, (*records, n, x2, n1, x3, k1, n, n)
     yield after_attention, (*records, n, x3, x2, k1, *source, n, n)
     yield logits_of, (records[0], x2, x2, k1, n, n)
-    place = types.Tuple((n, n1, n2, n, n, n, n2, n2, n2, n))
-    yield decode, (*records, n1, place, k2, types.Tuple(source), x2, k1, n, n)
+    place = types.Tuple((n, n1, n2, n, n, n, n2, n3))
+    yield decode, (*records, n1, place, types.Tuple(source), x2, k1, n, n)

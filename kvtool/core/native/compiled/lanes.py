@@ -1,4 +1,9 @@
-"""Vectors of sixteen numbers, for loops that LLVM would not vectorise well by itself."""
+"""Sixteen numbers in registers, for loops whose order of adding must not be LLVM's choice, and that
+it would not vectorise well by itself: it asks before each short one whether its arrays overlap.
+
+Addresses are whole numbers; `like` is an array of the type of the numbers there, or of those to
+compute with, for its type alone.
+"""
 
 from __future__ import annotations
 
@@ -9,60 +14,112 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from kvtool.core.native.compiled.tools import CONVERTS_FLOAT16
+
 WIDTH = 16
-NBYTES = 4 * WIDTH
-VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
+NBYTES = 4 * WIDTH  # of float32
 
 
 class Lanes(types.Type):
-    """numba's type of sixteen float32 in a register.
+    """Sixteen numbers of a floating type."""
 
-    Without it LLVM would keep the sums of a short loop in memory, and check before each loop
-    whether its arrays overlap: that doubles the time of attention.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(name=f"{WIDTH} x float32")
-
-
-LANES = Lanes()
+    def __init__(self, real: types.Float) -> None:
+        super().__init__(name=f"{WIDTH} x {real}")
+        self.vector = ir.VectorType(
+            ir.FloatType() if real == types.float32 else ir.DoubleType(), WIDTH
+        )
 
 
 @register_model(Lanes)
 class LanesModel(models.PrimitiveModel):
-    """How numba stores Lanes: as an LLVM vector."""
-
-    def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, VECTOR)
+    def __init__(self, manager: Any, kind: Lanes) -> None:
+        super().__init__(manager, kind, kind.vector)
 
 
-def _pointer(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, VECTOR.as_pointer())
+LANES = {real: Lanes(real) for real in (types.float32, types.float64)}
+# Codes, told apart by the types of arrays: bytes, halves of bytes, and numbers in e4m3.
+BYTES, LOW_HALVES, HIGH_HALVES, FLOATS = types.uint8, types.uint16, types.uint32, types.uint64
+FLOAT8_UNIT = 256.0
+I8, I16, I32 = (ir.VectorType(ir.IntType(n), WIDTH) for n in (8, 16, 32))
 
 
-def _everywhere(builder: Any, x: Any) -> Any:
-    """A vector with x in each of its sixteen lanes."""
-    first, none = (
-        ir.Constant(ir.IntType(32), 0),
-        ir.Constant(ir.VectorType(x.type, WIDTH), ir.Undefined),
-    )
-    order = ir.Constant(ir.VectorType(first.type, WIDTH), [0] * WIDTH)
-    return builder.shuffle_vector(builder.insert_element(none, x, first), none, order)
+def computed(like: Any) -> types.Float:
+    """What numbers of arrays of that type are computed in: half formats are bits here."""
+    return like.dtype if isinstance(like.dtype, types.Float) else types.float32
 
 
-def _load(typing: Any, address: Any) -> Any:
+def everywhere(builder: Any, x: Any, n: int = WIDTH) -> Any:
+    """A vector of n times x."""
+    none = ir.Constant(ir.VectorType(x.type, n), ir.Undefined)
+    first = builder.insert_element(none, x, ir.Constant(ir.IntType(32), 0))
+    order = ir.Constant(ir.VectorType(ir.IntType(32), n), [0] * n)
+    return builder.shuffle_vector(first, none, order)
+
+
+def constant(kind: Any, x: int) -> Any:
+    """A vector of that type, x in every lane."""
+    return ir.Constant(kind, [x] * WIDTH)
+
+
+def _at(builder: Any, address: Any, kind: Any) -> Any:
+    size = kind.element if isinstance(kind, ir.VectorType) else kind
+    width = {ir.FloatType(): 4, ir.DoubleType(): 8}.get(size) or size.width // 8
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=width)
+
+
+def _widened(builder: Any, bits: Any, dtype: Any) -> Any:
+    """Lanes of half formats' bits (16 x i16)."""
+    floats = ir.VectorType(ir.FloatType(), WIDTH)
+    if dtype == types.int16:
+        return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), WIDTH)), floats)
+    return builder.bitcast(builder.shl(builder.zext(bits, I32), constant(I32, 16)), floats)
+
+
+def _load(typing: Any, address: Any, like: Any) -> Any:
+    lanes = LANES[computed(like)]
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_pointer(builder, args[0]), align=4)
+        if isinstance(like.dtype, types.Float):
+            return _at(builder, args[0], lanes.vector)
+        return _widened(builder, _at(builder, args[0], I16), like.dtype)
 
-    return LANES(types.intp), generate
+    return lanes(types.intp, like), generate
+
+
+def _load_spread(typing: Any, address: Any, like: Any) -> Any:
+    lanes = LANES[computed(like)]
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if isinstance(like.dtype, types.Float):
+            return everywhere(builder, _at(builder, args[0], lanes.vector.element))
+        bits = _at(builder, args[0], ir.IntType(16))
+        if like.dtype == types.int16:
+            number = builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+            return everywhere(builder, number)
+        pairs = builder.bitcast(everywhere(builder, bits, 2 * WIDTH), I32)
+        return builder.bitcast(builder.shl(pairs, constant(I32, 16)), lanes.vector)
+
+    return lanes(types.intp, like), generate
+
+
+def _load_scale(typing: Any, address: Any, form: Any, like: Any) -> Any:
+    signature, load = _load_spread(typing, address, like)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        scale = load(context, builder, signature, [args[0], args[2]])
+        unit = ir.Constant(scale.type, [FLOAT8_UNIT] * WIDTH)
+        return builder.fmul(scale, unit) if form.dtype == FLOATS else scale
+
+    return signature.return_type(types.intp, form, like), generate
 
 
 def _store(typing: Any, x: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[0], _pointer(builder, args[1]), align=4)
+        at = builder.inttoptr(args[1], x.vector.as_pointer())
+        builder.store(args[0], at, align=4)
         return context.get_dummy_value()
 
-    return types.void(LANES, types.intp), generate
+    return types.void(x, types.intp), generate
 
 
 def _multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
@@ -70,49 +127,123 @@ def _multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
         product = builder.fmul(*args[:2], flags=["contract"])
         return builder.fadd(product, args[2], flags=["contract"])
 
-    return LANES(LANES, LANES, LANES), generate
+    return a(a, a, a), generate
+
+
+def _times(typing: Any, a: Any, b: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fmul(*args)
+
+    return a(a, a), generate
+
+
+def _plus(typing: Any, a: Any, b: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fadd(*args)
+
+    return a(a, a), generate
 
 
 def _spread(typing: Any, x: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _everywhere(builder, args[0])
+        return everywhere(builder, args[0])
 
-    return LANES(types.float32), generate
+    return LANES[x](x), generate
+
+
+def _code(typing: Any, address: Any, form: Any, like: Any) -> Any:
+    lanes = LANES[computed(like)]
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = _at(builder, args[0], I8)
+        if form.dtype == FLOATS:
+            return _float8(builder, bits, lanes.vector)
+        codes = builder.zext(bits, I32)
+        if form.dtype == LOW_HALVES:
+            codes = builder.and_(codes, constant(I32, 15))
+        elif form.dtype == HIGH_HALVES:
+            codes = builder.lshr(codes, constant(I32, 4))
+        return builder.sitofp(codes, lanes.vector)
+
+    return lanes(types.intp, form, like), generate
+
+
+def _float8(builder: Any, bits: Any, vector: Any) -> Any:
+    """Numbers in e4m3, divided by FLOAT8_UNIT: the same bits are one in a format of more exponents,
+    whose bias is larger, also those too small for it. NaN is not among them."""
+    floats = ir.VectorType(ir.FloatType(), WIDTH)
+    if CONVERTS_FLOAT16:
+        wide = builder.shl(builder.sext(bits, I16), constant(I16, 7))
+        wide = builder.and_(wide, constant(I16, 0xBF80))
+        found = builder.fpext(builder.bitcast(wide, ir.VectorType(ir.HalfType(), WIDTH)), floats)
+    else:
+        wide = builder.shl(builder.sext(bits, I32), constant(I32, 20))
+        wide = builder.bitcast(builder.and_(wide, constant(I32, 0x87F00000)), floats)
+        found = builder.fmul(wide, ir.Constant(floats, [2.0**112] * WIDTH))
+    return found if vector == floats else builder.fpext(found, vector)
+
+
+def _value(typing: Any, code: Any, scale: Any, low: Any, form: Any, like: Any) -> Any:
+    # A code times a scale of a half format is exact in float32, and need not be rounded.
+    flags = () if isinstance(like.dtype, types.Float) else ["contract"]
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        product = builder.fmul(args[0], args[1], flags=flags)
+        return product if form.dtype == FLOATS else builder.fadd(product, args[2], flags=flags)
+
+    return code(code, code, code, form, like), generate
 
 
 def _total(typing: Any, x: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), VECTOR])
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), x.vector])
         name = f"llvm.vector.reduce.fadd.v{WIDTH}f32"
         add = cgutils.get_or_insert_function(builder.module, kind, name)
         return builder.call(add, [ir.Constant(ir.FloatType(), 0.0), args[0]], fastmath=["reassoc"])
 
-    return types.float32(LANES), generate
+    return types.float32(x), generate
 
 
-def _codes(typing: Any, address: Any, shift: Any, mask: Any) -> Any:
+def _halved(builder: Any, a: Any, b: Any, n: int) -> Any:
+    """The lanes of a and b (blocks of 2*n that belong together), each block's halves added: first
+    those of a, then those of b."""
+    order = ir.VectorType(ir.IntType(32), WIDTH)
+    low = [i for i in range(2 * WIDTH) if i % (2 * n) < n]
+    first, second = (
+        builder.shuffle_vector(a, b, ir.Constant(order, [i + more for i in low])) for more in (0, n)
+    )
+    return builder.fadd(first, second)
+
+
+def _put_totals(typing: Any, a: Any, b: Any, c: Any, d: Any, scale: Any, address: Any) -> Any:
+    """Lanes i and i+8 of each are added, then i and i+4, and so on: an order of their own."""
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bytes_, wide = (ir.VectorType(ir.IntType(n), WIDTH) for n in (8, 32))
-        at = builder.inttoptr(args[0], bytes_.as_pointer())
-        codes = builder.zext(builder.load(at, align=1), wide)
-        shift, mask = (_everywhere(builder, builder.trunc(x, wide.element)) for x in args[1:])
-        return builder.sitofp(builder.and_(builder.lshr(codes, shift), mask), VECTOR)
+        a_b, c_d = _halved(builder, args[0], args[1], 8), _halved(builder, args[2], args[3], 8)
+        fours = _halved(builder, a_b, c_d, 4)  # four lanes of each
+        twos = _halved(builder, fours, fours, 2)  # two lanes of each, and all once more
+        ones = _halved(builder, twos, twos, 1)
+        four = ir.VectorType(ir.IntType(32), 4)
+        totals = builder.shuffle_vector(ones, ones, ir.Constant(four, list(range(4))))
+        scores = builder.fmul(totals, everywhere(builder, args[4], 4))
+        builder.store(scores, builder.inttoptr(args[5], scores.type.as_pointer()), align=4)
+        return context.get_dummy_value()
 
-    return LANES(types.intp, types.intp, types.intp), generate
-
-
-def _times_plus(typing: Any, a: Any, b: Any, c: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fadd(builder.fmul(*args[:2]), args[2])
-
-    return LANES(LANES, LANES, LANES), generate
+    return types.void(a, a, a, a, scale, types.intp), generate
 
 
-lanes_at: Any = intrinsic(_load)  # (address of 16 float32) -> lanes
+lanes_at: Any = intrinsic(_load)  # (address, like) -> 16 numbers
+spread_at: Any = intrinsic(_load_spread)  # (address, like) -> the number there in every lane
+spread: Any = intrinsic(_spread)  # (number) -> it in every lane
 put_lanes: Any = intrinsic(_store)  # (lanes, address)
 multiply_add: Any = intrinsic(_multiply_add)  # (a, b, c) -> a * b + c, rounded once
-times_plus: Any = intrinsic(_times_plus)  # (a, b, c) -> a * b + c, rounded twice, as PyTorch does
-# (address of 16 bytes, shift, mask) -> lanes of (byte >> shift) & mask
-codes_at: Any = intrinsic(_codes)
-spread: Any = intrinsic(_spread)  # (float32) -> lanes, all equal to it
-total: Any = intrinsic(_total)  # (lanes) -> their sum
+times: Any = intrinsic(_times)  # (a, b) -> a * b
+plus: Any = intrinsic(_plus)  # (a, b) -> a + b
+total: Any = intrinsic(_total)  # (lanes of float32) -> their sum
+# (address, form, like) -> the scale there for codes of that form, in every lane
+scale_at: Any = intrinsic(_load_scale)
+code_at: Any = intrinsic(_code)  # (address, form, like) -> 16 codes as numbers
+# (code, scale, low, form, like) -> code * scale + low, each rounded, as PyTorch does; like: scales
+value_of: Any = intrinsic(_value)
+# (a, b, c, d, scale, address): the sum of each, times the scale, side by side
+put_totals: Any = intrinsic(_put_totals)

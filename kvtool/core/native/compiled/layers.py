@@ -1,4 +1,4 @@
-"""Layers and attention as loops over arrays, compiled by numba.
+"""Layers as loops over arrays, compiled by numba.
 
 Every function computes each row alone, in an order that depends on the row's width only. So a
 token gets the same bits alone or among others, cached or not, anywhere in memory and with any
@@ -13,8 +13,8 @@ import math
 
 import numba
 import numpy as np
-from numba import carray, types
 from numba import from_dtype as from_dtype
+from numba import types
 
 from kvtool.core.native.compiled.tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
 from kvtool.core.native.compiled.tools import MOST_THREADS as MOST_THREADS
@@ -22,21 +22,18 @@ from kvtool.core.native.compiled.tools import (
     Array,
     Forms,
     compiled,
-    copy_rows,
     dense,
     kept,
     number,
-    pointer,
     shared,
     use_threads,
 )
 
-# Keys or values: address, bytes to the next row, columns of a head, an empty array of their type.
-Place = tuple[int, int, int, Array]
-
 # Constants of the compiled functions.
-GELU, GELU_TANH, RELU, SWIGLU = range(4)
-ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "swiglu": SWIGLU}
+GELU, GELU_TANH, RELU, SWIGLU, GEGLU = range(5)
+ACTIVATIONS = {
+    "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "swiglu": SWIGLU, "geglu": GEGLU
+}  # fmt: skip
 
 
 @compiled()
@@ -198,19 +195,13 @@ def swiglu(x: Array, y: Array) -> None:
 
 
 @compiled()
-def add_values(w: Array, v: Array, y: Array) -> None:
-    """y (D,) += the sum of values v (n,D) weighted by w (n,)."""
-    whole = w.shape[0] // 8 * 8
-    for i in range(0, whole, 8):  # eight at once: one by one, each sum would wait for the last
-        for j in range(y.shape[0]):
-            first = w[i] * number(v[i, j]) + w[i + 1] * number(v[i + 1, j])
-            second = w[i + 2] * number(v[i + 2, j]) + w[i + 3] * number(v[i + 3, j])
-            third = w[i + 4] * number(v[i + 4, j]) + w[i + 5] * number(v[i + 5, j])
-            fourth = w[i + 6] * number(v[i + 6, j]) + w[i + 7] * number(v[i + 7, j])
-            y[j] += (first + second) + (third + fourth)
-    for i in range(whole, w.shape[0]):
-        for j in range(y.shape[0]):
-            y[j] += w[i] * number(v[i, j])
+def geglu(x: Array, y: Array) -> None:
+    """y (n,d) = gelu_tanh of the first half of x (n,2d), times the second (Shazeer 2020)."""
+    width = y.shape[1]
+    gelu_tanh(x[:, :width].copy(), y)
+    for n in range(x.shape[0]):
+        for j in range(width):
+            y[n, j] *= x[n, width + j]
 
 
 @shared()
@@ -231,6 +222,8 @@ def activate(number: int, x: Array, y: Array) -> None:
         gelu_tanh(x, y)
     elif number == SWIGLU:
         swiglu(x, y)
+    elif number == GEGLU:
+        geglu(x, y)
     else:
         for n in range(x.shape[0]):
             for j in range(x.shape[1]):
@@ -246,153 +239,11 @@ def product(x: Array, weight: Array, bias: Array, y: Array, threads: int, large:
         linear(x, weight, bias, y, 0, weight.shape[0])
 
 
-@compiled()
-def score(query: Array, keys: Array, scores: Array) -> None:
-    """scores (n,) = query (D,) times keys (n,D), scaled by 1/sqrt(D)."""
-    width = keys.shape[1]
-    scale = query.dtype.type(1 / np.sqrt(width))
-    for i in range(keys.shape[0]):
-        product = query.dtype.type(0)
-        for j in range(width):
-            product += query[j] * number(keys[i, j])
-        scores[i] = product * scale
-
-
-@shared()
-def attend_head(
-    query: Array, first_keys: Array, first_values: Array, keys: Array, values: Array, result: Array
-) -> None:
-    """result (D,) = attention of one query (D,) over m first keys and values, then n others.
-    m is a multiple of 8, so the bits do not depend on the split. Without keys, result is NaN."""
-    n_first, width = first_keys.shape
-    n_keys = n_first + keys.shape[0]
-    scores = np.empty(n_keys, query.dtype)
-    score(query, first_keys, scores[:n_first])
-    score(query, keys, scores[n_first:])
-    largest = query.dtype.type(-np.inf)
-    for i in range(n_keys):
-        largest = scores[i] if scores[i] > largest else largest
-    for i in range(n_keys):
-        scores[i] -= largest
-    exponential(scores)
-    total = query.dtype.type(0)
-    for i in range(n_keys):
-        total += scores[i]
-    result[:] = 0
-    add_values(scores[:n_first], first_values, result)
-    add_values(scores[n_first:], values, result)
-    for j in range(width):
-        result[j] /= total
-
-
-@compiled()
-def seen_of(stored: Place, row: int, group: int, first: int, last: int, width: int) -> Array:
-    """Columns `first` to `last` of the keys or values of one row and head -> (last-first,width)."""
-    address, row_bytes, columns, like = stored
-    at = address + row * row_bytes + (group * columns + first) * width * like.itemsize
-    return carray(pointer(at, like), (last - first, width))
-
-
-@compiled()
-def sinks_apart(
-    stored: Place, row: int, group: int, span: Array, width: int
-) -> tuple[Array, Array]:
-    """The keys or values that a query sees, in two parts: the sinks, filled up with others to a
-    multiple of 8, and the rest. Without sinks the first part is empty. span: as in `attend`."""
-    others = seen_of(stored, row, group, span[0], span[1], width)
-    n_sinks = span[3] - span[2]
-    if not n_sinks:
-        return others[:0], others
-    sinks = seen_of(stored, row, group, span[2], span[3], width)
-    n_moved = min(-n_sinks % 8, others.shape[0])
-    if not n_moved:
-        return sinks, others
-    first = np.empty((n_sinks + n_moved, width), others.dtype)
-    copy_rows(sinks, first[:n_sinks])
-    copy_rows(others[:n_moved], first[n_sinks:])
-    return first, others[n_moved:]
-
-
-@shared()
-def attend_part(
-    q: Array, begin: int, end: int, n_each: int, n_groups: int, k: Place, v: Place, spans: Array,
-    y: Array,
-) -> None:  # fmt: skip
-    """`attend` for heads `begin` to `end`, numbered over all queries."""
-    n_heads = q.shape[1]
-    for at in range(begin, end):
-        i, h = at // n_heads, at % n_heads
-        row, group = i // n_each, h * n_groups // n_heads
-        first_keys, keys = sinks_apart(k, row, group, spans[i], q.shape[2])
-        first_values, values = sinks_apart(v, row, group, spans[i], q.shape[2])
-        attend_head(q[i, h], first_keys, first_values, keys, values, y[i, h])
-
-
-@shared(parallel=True)
-def attend_by_threads(
-    q: Array, parts: int, n_each: int, n_groups: int, k: Place, v: Place, spans: Array, y: Array
-) -> None:
-    """`attend` by `parts` threads; each computes its own heads."""
-    use_threads(parts)
-    for part in numba.prange(parts):
-        n, at = q.shape[0] * q.shape[1], np.int64(part)
-        begin, end = n * at // parts, n * (at + 1) // parts
-        attend_part(q, begin, end, n_each, n_groups, k, v, spans, y)
-
-
-@shared()
-def attend(
-    q: Array, n_each: int, n_groups: int, k: Place, v: Place, spans: Array, y: Array,
-    threads: int, large: int,
-) -> None:  # fmt: skip
-    """y (n,H,D) = attention of queries q (n,H,D), `n_each` a row, over keys and values.
-
-    Query i sees columns spans[i,2] to spans[i,3], the sinks, then spans[i,0] to spans[i,1]. If it
-    sees none, its y is NaN. k and v: the place of (B,n_groups,columns,D). Query heads share
-    key-value heads (Ainslie 2023). Threads share the work if it reads `large` numbers or more.
-    """
-    n = q.shape[0]
-    seen = 0
-    for i in range(n):
-        seen += spans[i, 1] - spans[i, 0] + spans[i, 3] - spans[i, 2]
-    if threads > 1 and 2 * n_groups * q.shape[2] * seen >= large:
-        attend_by_threads(q, threads, n_each, n_groups, k, v, spans, y)
-    else:
-        attend_part(q, 0, n * q.shape[1], n_each, n_groups, k, v, spans, y)
-
-
-@shared()
-def attend_columns(
-    q: Array, row: int, n_groups: int, k: Place, v: Place, columns: Array, y: Array
-) -> None:
-    """y (H,D) = attention of one query q (H,D) of a row over the listed columns (n,), whose keys
-    and values are copied first, since `attend_head` needs them contiguous."""
-    n, (n_heads, width) = columns.shape[0], q.shape
-    keys, values = np.empty((n, width), k[3].dtype), np.empty((n, width), v[3].dtype)
-    for group in range(n_groups):
-        for i in range(n):
-            key = seen_of(k, row, group, columns[i], columns[i] + 1, width)
-            value = seen_of(v, row, group, columns[i], columns[i] + 1, width)
-            for j in range(width):
-                keys[i, j] = key[0, j]
-                values[i, j] = value[0, j]
-        for h in range(group * n_heads // n_groups, (group + 1) * n_heads // n_groups):
-            attend_head(q[h], keys[:0], values[:0], keys, values, y[h])
-
-
 def forms(real: types.Type, kind: types.Type) -> Forms:
-    """The functions of this file with their argument types: they compute in `real`, with weights,
-    keys and values of `kind`. A function comes after those that it calls."""
-    n, (x1, x2, x3), (w1, w2, _) = types.intp, dense(real), dense(kind)
-    (columns, spans, _), place = dense(n), types.Tuple((n, n, n, w1))
-    read = n, n, place, place, spans, x3
+    """What computes in `real` with weights, keys and values of `kind`, what is called first."""
+    n, x2, (w1, w2, _) = types.intp, dense(real)[1], dense(kind)
     yield linear, (x2, w2, w1, x2, n, n)
     yield linear_by_threads, (x2, w2, w1, x2, n)
     yield product, (x2, w2, w1, x2, n, n)
     yield normalise, (x2, types.boolean, w1, w1, types.float64, x2)
     yield activate, (n, x2, x2)
-    yield attend_head, (x1, w2, w2, w2, w2, x1)
-    yield attend_part, (x3, n, n, *read)
-    yield attend_by_threads, (x3, n, *read)
-    yield attend, (x3, *read, n, n)
-    yield attend_columns, (x2, n, n, place, place, columns, x2)

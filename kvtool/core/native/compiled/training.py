@@ -122,7 +122,7 @@ def multiply(x: Array, h: int, n: int, y: Array, group: int, m: int, z: Array) -
             a, b = x.ctypes.data + (i * n + h) * size, y.ctypes.data + (j * m + group) * size
             sums = spread(np.float32(0))
             for at in range(0, size, NBYTES):
-                sums = multiply_add(lanes_at(a + at), lanes_at(b + at), sums)
+                sums = multiply_add(lanes_at(a + at, z), lanes_at(b + at, z), sums)
             z[i, j] = total(sums)
 
 
@@ -133,11 +133,11 @@ def add_product(w: Array, x: Array, h: int, n: int, y: Array, group: int, m: int
     for i in range(w.shape[0]):
         for at in range(0, size, NBYTES):
             place = y.ctypes.data + (i * m + group) * size + at
-            sums = lanes_at(place)
+            sums = lanes_at(place, w)
             for j in range(w.shape[1]):
                 behind = (j * n + h) * size + at
                 weight = spread(w[i, j])
-                sums = multiply_add(weight, lanes_at(x.ctypes.data + behind), sums)
+                sums = multiply_add(weight, lanes_at(x.ctypes.data + behind, w), sums)
             put_lanes(sums, place)
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kvtool.core.cache import Step
-from kvtool.core.cache.quantization import Quantization
-from kvtool.core.kernels.default import DEFAULT
+from kvtool.core.cache.quantization import Float8, Quantization
+from kvtool.core.kernels.default import DEFAULT, CappedKernels
 from kvtool.core.verify.subject import ModelSubject, Start
 
 ZERO = -1  # in place of a token's number: zeros
@@ -146,7 +146,7 @@ class Hypothesis:
         return stored
 
     @property
-    def quantization(self) -> Quantization | None:
+    def quantization(self) -> Quantization | Float8 | None:
         """How old keys and values are rounded."""
         return self.subject.quantization
 
@@ -164,6 +164,7 @@ class Hypothesis:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """Keep k, v (B,Hkv,n,D), and attend by the rules: q (B,H,n,D) -> (B,H,n,D)."""
+        self.cap = step.kernels.cap if isinstance(step.kernels, CappedKernels) else 0.0
         self.store.add(layer, k, v)
         columns = [[*self.past_columns(layer, b), *self.new[b]] for b in range(q.shape[0])]
         width = max(map(len, columns))
@@ -177,8 +178,11 @@ class Hypothesis:
         seen = [[self._seen(b, i, row, filler) for i in range(self.n_new)]
                 for b, row in enumerate(rows)]  # fmt: skip
         mask = torch.tensor(seen, device=q.device)[:, None]
-        if self.quantization is not None:
-            keys, values, mask = self._quantized(self.quantization, keys, values, mask, rows)
+        by = self.quantization
+        if isinstance(by, Quantization):
+            keys, values, mask = self._quantized(by, keys, values, mask, rows)
+        elif by is not None:
+            keys, values = by.rounded(keys, values, step.k_pos)
         return self.attention(q, keys, values, mask)
 
     def _quantized(
@@ -202,4 +206,4 @@ class Hypothesis:
         ]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return DEFAULT.attention(q, k, v, mask, False)
+        return DEFAULT.attention(q, k, v, mask, False, self.cap)

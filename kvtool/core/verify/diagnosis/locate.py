@@ -15,6 +15,7 @@ from kvtool.core.kernels.default import Kernels
 from kvtool.core.kernels.masks import LazyMask, mask_tensor
 from kvtool.core.models import Model
 from kvtool.core.models.attention import CrossAttention, SelfAttention
+from kvtool.core.models.latent import LatentAttention
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.scenario_run import Stopped
 from kvtool.core.verify.subject import ModelSubject
@@ -69,7 +70,13 @@ class AttentionRecorder:
         return self  # a forked cache reports to the same place
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | LazyMask | None,
+        causal: bool,
+        cap: float = 0.0,
     ) -> Tensor:
         if self.current is not None:
             mask = mask_tensor(mask)
@@ -78,7 +85,8 @@ class AttentionRecorder:
             shape = (q.shape[0], 1, q.shape[2], k.shape[2])
             self.current.q, self.current.k, self.current.v = q.clone(), k.clone(), v.clone()
             self.current.mask = seen.expand(shape).clone()
-        return self.kernels.attention(q, k, v, mask, causal)
+        asked = (cap,) if cap else ()  # kernels need not know one
+        return self.kernels.attention(q, k, v, mask, causal, *asked)
 
 
 @contextmanager
@@ -87,8 +95,8 @@ def recording(model: Model, recorder: AttentionRecorder) -> Iterator[None]:
     handles = []
     decoder = getattr(model, "decoder", model)
     for module in decoder.modules():
-        if isinstance(module, (SelfAttention, CrossAttention)):
-            key = ("self" if isinstance(module, SelfAttention) else "cross", module.layer)
+        if isinstance(module, (SelfAttention, LatentAttention, CrossAttention)):
+            key = ("cross" if isinstance(module, CrossAttention) else "self", module.layer)
             handles.append(module.register_forward_pre_hook(_enter(recorder, key)))
             handles.append(module.register_forward_hook(_leave(recorder)))
     try:

@@ -45,18 +45,21 @@ class Loaded(NamedTuple):
     sha256: str | None = None  # of its weights, if they are from a folder
 
 
-def load_model(name: str, seed: int = 0) -> Loaded:
-    """The model in a saved folder, or a tiny random one of a type.
+def load_model(name: str, seed: int = 0, layers: int = 0) -> Loaded:
+    """The model in a saved folder, the first `layers` of it if not 0, or a tiny random one of a
+    type.
 
     Raises UsageError, FileError, and CheckFailed for weights that are NaN.
     """
     need_transformers()
     kind = kind_of(name)
     if name in known_types(kind) or not os.path.lexists(name):
+        if layers:
+            raise UsageError(f"--layers: {name} is a type, built tiny (expected a folder)")
         return Loaded(*tiny_model(name, seed, kind=kind))
     if os.path.isfile(name):
         raise UsageError(f"--model {name}: is a file (expected a folder)", "Leave --impl out.")
-    read = read_folder(Path(name), kind=CheckFailed)
+    read = read_folder(Path(name), kind=CheckFailed, layers=layers)
     use_eager_experts(read.model)
     return Loaded(read.model, "", read.sha256)
 

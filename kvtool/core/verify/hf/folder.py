@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
+from kvtool.core.checkpoint.first_layers import FirstLayers
 from kvtool.core.checkpoint.safetensors_file import DTYPES, STORED_DTYPES
 from kvtool.core.checkpoint.sizes import CPU, SMALLER, n_bytes, require_tables, stored_dtype
 from kvtool.core.checkpoint.weight_files import (
@@ -52,9 +53,13 @@ class Read(NamedTuple):
 
 
 def read_folder(
-    folder: Path, dtype: torch.dtype | None = None, kind: type[Exception] = FileError
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    kind: type[Exception] = FileError,
+    layers: int = 0,
 ) -> Read:
-    """The model in a saved folder, in `dtype` or else in the one that its configuration names.
+    """The model in a saved folder, in `dtype` or else in the one that its configuration names; of
+    `layers`, only the first ones, 0 for all.
 
     Nothing is downloaded, and no code that lies beside the weights is run. Raises FileError for
     what is missing, damaged or contradictory, CapacityError, and `kind` for weights that are NaN.
@@ -62,7 +67,9 @@ def read_folder(
     offline()
     path = folder / CONFIG
     settings = read_settings(folder)
-    source = open_weights(folder, STORED_DTYPES)
+    first = FirstLayers(layers) if layers else None
+    settings = settings if first is None else first.settings(settings)
+    source = open_weights(folder, STORED_DTYPES, first)
     _check_depths(settings, source, folder)
     with quiet_transformers(), in_one_line(folder):
         with limited(f"{path}: what it describes"), bounded_build(source, folder):

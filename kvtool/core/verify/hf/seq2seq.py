@@ -31,7 +31,8 @@ from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.subject import Source, Start
 from kvtool.core.verify.target.adapter import State
 from kvtool.core.verify.target.plans import Plan
-from kvtool.core.verify.target.subject import HISTORY, NEEDED, TargetSubject, shaped
+from kvtool.core.verify.target.subject import NEEDED, TargetSubject, shaped
+from kvtool.core.verify.target.vacuous import HISTORY
 from kvtool.errors import CacheOpUnsupported, first_line, pass_on_shortage
 
 DYNAMIC, STATIC = "dynamic", "static"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvtool.core.checkpoint.checkpoint import WithoutWeights
 from kvtool.core.verify.hf.caches import attention_limits, make_cache
 from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.core.verify.precision import Promote
@@ -28,6 +29,7 @@ from kvtool.core.verify.target.fitting import adapt
 from kvtool.core.verify.target.limits import Limits
 from kvtool.core.verify.target.plans import Plan
 from kvtool.core.verify.target.subject import NEEDED, TargetSubject
+from kvtool.core.verify.widened import Room, copy_crowds, twin
 from kvtool.errors import CacheOpUnsupported, UsageError, first_line, pass_on_shortage
 
 PARAMETERS = ("past_key_values", "cache_params")  # of a forward, that take these caches
@@ -192,36 +194,71 @@ def _require_made(model: Any, kind: str) -> None:
 
 
 def converted(model: Any, dtype: torch.dtype) -> Any:
-    """A copy of a model in another format; in float64 its tables too are computed in float64.
+    """A copy of a model in another format; in float64 its tables too are computed in float64, and
+    where a copy of its weights crowds memory, each is widened as it is read.
 
     Rotary frequencies and decays that were rounded to float32 may enter the two arms in different
     ways, and differ in what looks like a bug.
     """
     if dtype == torch.float64:
         try:
-            return _built_in_float64(model)
+            return _widened(model) if copy_crowds(model) else _built_in_float64(model)
         except Exception as error:  # a model that is not made from its configuration alone
             pass_on_shortage(error)
     return copy.deepcopy(model).to(dtype)
 
 
 def _built_in_float64(model: Any) -> Any:
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Promote(), quiet_transformers(), torch.random.fork_rng(devices=[]):
-            other = type(model)(copy.deepcopy(model.config)).to(model.device)
-    finally:
-        torch.set_default_dtype(default)
+    other = _built(model).to(model.device)
     given, tables = dict(model.named_parameters()), dict(model.named_buffers())
     with torch.no_grad():
         for name, weight in other.named_parameters():
             weight.copy_(given[name])
         for name, table in other.named_buffers():
             known = tables[name]
-            if table.shape != known.shape or not torch.equal(table.to(known.dtype), known):
+            if _is_another(table, known):
                 table.resize_(known.shape).copy_(known)
     return other.to(torch.float64).eval()
+
+
+def _widened(model: Any) -> Any:
+    """The model with tables in float64, whose weights are those of `model`, widened as they are
+    read. Raises RuntimeError if it does not run."""
+    with WithoutWeights():
+        other = _built(model)
+    owners = dict(other.named_modules())
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        where, _, leaf = name.rpartition(".")
+        owners[where]._parameters[leaf] = weight
+    for name, known in model.named_buffers(remove_duplicate=False):
+        where, _, leaf = name.rpartition(".")
+        made = owners[where]._buffers.get(leaf)
+        given = known if made is None or made.is_meta or _is_another(made, known) else made
+        wide = torch.float64 if known.is_floating_point() else known.dtype
+        owners[where]._buffers[leaf] = given.to(known.device, wide)
+    if any(weight.is_meta for weight in (*other.parameters(), *other.buffers())):
+        raise RuntimeError("a weight of it has another name")
+    found = twin(model, Room(), other.eval())
+    with quiet_transformers(), torch.inference_mode():
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        found(ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
+    return found
+
+
+def _built(model: Any) -> Any:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Promote(), quiet_transformers(), torch.random.fork_rng(devices=[]):
+            return type(model)(copy.deepcopy(model.config))
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _is_another(table: Tensor, known: Tensor) -> bool:
+    """Whether a table is not the known one, but for its format."""
+    same = table.shape == known.shape
+    return not same or not torch.equal(table.to(known.device, known.dtype), known)
 
 
 def adapted(model: Any) -> ModuleDecoder:

@@ -143,9 +143,15 @@ class SeesAll(DefaultKernels):
     """A model whose attention is not causal, so that nothing may be cached."""
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | LazyMask | None,
+        causal: bool,
+        cap: float = 0.0,
     ) -> Tensor:
-        return super().attention(q, k, v, None, False)
+        return super().attention(q, k, v, None, False, cap)
 
 
 CONTENTS = (

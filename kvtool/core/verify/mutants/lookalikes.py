@@ -82,7 +82,13 @@ class LowSoftmax(DefaultKernels):
     name = "float32 softmax"
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | LazyMask | None, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | LazyMask | None,
+        causal: bool,
+        cap: float = 0.0,
     ) -> Tensor:
         mask = mask_tensor(mask)
         n = q.shape[1] // k.shape[1]

@@ -24,6 +24,13 @@ def owned_modules(decoder: Any) -> dict[str, nn.Module]:
     return found
 
 
+def outermost(decoder: Any) -> list[nn.Module]:
+    """The modules of a decoder that are in no other of its modules, as far as names tell."""
+    modules = owned_modules(decoder)
+    inner = {id(m) for module in modules.values() for m in module.modules() if m is not module}
+    return [module for module in modules.values() if id(module) not in inner]
+
+
 def unwrapped(given: Any) -> tuple[Any, str]:
     """What torch.compile wrapped, and the wrapper in words, "" if it did not; a module that was
     compiled in place runs as it is written."""

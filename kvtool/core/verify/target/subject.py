@@ -7,20 +7,21 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from kvtool.core.verify.compare import distances
-from kvtool.core.verify.copies import converted
+from kvtool.core.verify.copies import converted, widened
 from kvtool.core.verify.fingerprint import fingerprint
 from kvtool.core.verify.scenario_run import PREFILL, STEPS
 from kvtool.core.verify.scenarios import GENERATED
 from kvtool.core.verify.schedules import NORMAL, THOROUGH, Bounds
 from kvtool.core.verify.subject import Same, SharedPasses, Start
-from kvtool.core.verify.target import cost, saving
+from kvtool.core.verify.target import cost, saving, vacuous
 from kvtool.core.verify.target.attributes import (
     contents,
     device_of,
+    outermost,
     owned_modules,
     unwrap_attributes,
     whole_number,
@@ -32,11 +33,10 @@ from kvtool.core.verify.target.limits import Limits, find_limits
 from kvtool.core.verify.target.moves import MovedCopies
 from kvtool.core.verify.target.refusals import is_refusal
 from kvtool.core.verify.target.session import TargetSession
-from kvtool.core.verify.target.work import work
+from kvtool.core.verify.widened import Room, copy_crowds
 from kvtool.errors import UsageError, first_line, pass_on_shortage
 
 NEEDED = 2 * (PREFILL + STEPS)  # tokens that the longest scenario feeds, and some more
-HISTORY = 24  # tokens over which the work of a step is compared with that of a pass
 CONTEXT_NAMES = (
     "context", "context_length", "block_size", "max_position_embeddings", "n_positions", "n_ctx",
     "max_seq_len", "max_seq_length", "max_len", "seq_len",
@@ -202,7 +202,17 @@ class TargetSubject:
     def to(self, dtype: torch.dtype) -> TargetSubject:
         """Raises what the decoder raises, NotImplementedError if it holds nothing to convert."""
         other = copy.copy(self)
-        other.decoder, other.dtype = converted(self.decoder, dtype), dtype
+        other.dtype = dtype
+        if dtype == torch.float64 and any(map(copy_crowds, outermost(self.decoder))):
+            try:
+                other.decoder = widened(self.decoder, Room())
+                ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+                with torch.inference_mode():
+                    other.call_full(ids), other.prefilled(ids)
+                return other
+            except Exception as error:  # code that holds its weights elsewhere too
+                pass_on_shortage(error)
+        other.decoder = converted(self.decoder, dtype)
         return other
 
     def moved(self, by: float, seed: int = 0, tables: bool = False) -> TargetSubject:
@@ -347,43 +357,8 @@ class TargetSubject:
     def vacuous(self) -> str | None:
         """Why nothing would be proved by equal logits."""
         if self._vacuous is None:
-            self._vacuous = (self._self_compared() or self._unused(),)
+            self._vacuous = (vacuous.self_compared(self) or vacuous.unused(self),)
         return self._vacuous[0]
-
-    def _unused(self) -> str | None:
-        """Whether a step computes as much as a pass over the history."""
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.vocab_size, (1, HISTORY), generator=generator).to(self.device)
-        state = self.prefilled(ids[:, :-1])
-        held = [leaf for leaf in contents(state) if isinstance(leaf, nn.Module)]
-        modules = [m for owner in held for m in owner.modules()]
-        modules += owned_modules(self.decoder).values()
-        step = work(lambda: self.step(ids[:, -1:], state), modules)
-        whole = work(lambda: self.call_full(ids), modules)
-        if not whole or step < whole / 2:
-            return None
-        return f"a step computes as much as a pass over all {HISTORY} tokens: the cache is not used"
-
-    def _self_compared(self) -> str | None:
-        """Whether full is made of several steps, and the cache would be compared with itself."""
-        held, right = getattr(self.decoder, "__dict__", {"step": None}), self.decoder.step
-        if "step" in held:
-            return None
-        n_steps = 0
-
-        def counted(*args: Any) -> Any:
-            nonlocal n_steps
-            n_steps += 1
-            return right(*args)
-
-        held["step"] = counted
-        try:
-            self.call_full(torch.zeros(1, 4, dtype=torch.long, device=self.device))
-        finally:
-            del held["step"]
-        if n_steps < 2:  # one step from an empty state is a pass over the whole sequence
-            return None
-        return "full is made of steps: the cache would be compared with itself"
 
 
 def is_decoder(given: Any) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvtool.core.cache.quantization import Codes, Quantization
+from kvtool.core.cache.quantization import Codes, Float8, Quantization
 from kvtool.core.verify.diagnosis.hypothesis import Hypothesis
 
 
@@ -22,7 +22,7 @@ class Rounding(Hypothesis):
     ) -> tuple[Tensor, Tensor]:
         keys, values = quantization.codes(k, v, positions)
         keys, values = self.read_codes(keys, 3), self.read_codes(values, 2)
-        return keys.dequantized(k.dtype).flatten(2, 3), values.dequantized(v.dtype).flatten(3, 4)
+        return keys.dequantized().flatten(2, 3), values.dequantized().flatten(3, 4)
 
     def read_codes(self, codes: Codes, tokens: int) -> Codes:
         """Codes as they are read; `tokens` is the dimension in which tokens follow each other."""
@@ -40,7 +40,7 @@ class ScaleOfAllLevels(Rounding):
     hint = "the scale read back divides the range by 2**bits: there is one step less"
 
     def read_codes(self, codes: Codes, tokens: int) -> Codes:
-        assert self.quantization is not None
+        assert isinstance(self.quantization, Quantization)
         n = 2**self.quantization.bits
         return codes._replace(scale=codes.scale * (n - 1) / n)
 
@@ -99,9 +99,11 @@ class NoResidual(Hypothesis):
     needs = ("quantized",)
 
     @property
-    def quantization(self) -> Quantization | None:
+    def quantization(self) -> Quantization | Float8 | None:
         found = super().quantization
-        return replace(found, residual=0) if found is not None and self.rows[0] else found
+        if isinstance(found, Quantization) and self.rows[0]:
+            return replace(found, residual=0)
+        return found
 
 
 class RoundedBeforeRead(Hypothesis):
@@ -115,7 +117,7 @@ class RoundedBeforeRead(Hypothesis):
 def by_token(quantization: Quantization, x: Tensor) -> Tensor:
     """Keys (B,Hkv,T,D) rounded as values are."""
     folded = x.unflatten(3, (-1, quantization.channels(x.shape[3])))
-    return quantization.quantized(folded, 4).dequantized(x.dtype).flatten(3, 4)
+    return quantization.quantized(folded, 4).dequantized().flatten(3, 4)
 
 
 QUANTIZED: tuple[type[Hypothesis], ...] = (

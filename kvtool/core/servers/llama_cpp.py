@@ -1,0 +1,102 @@
+"""llama.cpp's server: what it is sent, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvtool.core.servers.client import Client
+from kvtool.core.servers.engine import (
+    WANTED,
+    Completion,
+    Request,
+    completion,
+    id_of,
+    ids_in,
+    number,
+    whole,
+)
+
+SLOT_FILE = "kvtool-verify-cache.bin"  # in the server's own folder for slots
+
+
+class LlamaCpp:
+    """llama-server of llama.cpp, by its own /completion."""
+
+    name = "llama.cpp"
+    to_tell_reuse = "Ask llama-server itself, of a version whose answers have timings.cache_n."
+    to_give_more = "Ask llama-server itself: it gives as many as n_probs asks for."
+
+    def __init__(self, client: Client, props: dict[str, Any]) -> None:
+        self.client = client
+        self.model = str(props.get("model_alias") or props.get("model_path") or "")
+        settings = props.get("default_generation_settings")
+        self.context = whole(settings.get("n_ctx")) if isinstance(settings, dict) else 0
+        self.slots = whole(props.get("total_slots"))
+        self.chunk = whole(props.get("n_ubatch")) or 512  # it is not told, and by default 512
+
+    def identity(self) -> dict[str, str]:
+        """As Engine.identity."""
+        props = self.client.get("/props")
+        return {key: str(props.get(key, "")) for key in ("model_path", "model_ftype", "build_info")}
+
+    def requests(
+        self,
+        ids: Sequence[int],
+        n: int = 1,
+        cached: bool = False,
+        salt: str = "",
+        slot: int | None = None,
+    ) -> list[Request]:
+        """As Engine.requests. `cache_prompt: false` still leaves the prompt in the slot."""
+        body = {
+            "prompt": list(ids), "n_predict": n, "n_probs": WANTED, "cache_prompt": cached,
+            "temperature": 0.0, "samplers": ["temperature"], "return_tokens": True,
+            "ignore_eos": True, **({} if slot is None else {"id_slot": slot}),
+        }  # fmt: skip
+        return [("/completion", body)]
+
+    def complete(
+        self,
+        ids: Sequence[int],
+        n: int = 1,
+        cached: bool = False,
+        salt: str = "",
+        slot: int | None = None,
+    ) -> Completion:
+        """As Engine.complete."""
+        ((path, body),) = self.requests(ids, n, cached, salt, slot)
+        answer = self.client.post(path, body)
+        found, tokens = answer.get("completion_probabilities"), answer.get("tokens")
+        if isinstance(tokens, list) and tokens and isinstance(found or [], list):
+            # It leaves out tokens that end within a letter: what is behind one stands elsewhere.
+            same = [_token_id(t) == token for t, token in zip(found or [], tokens, strict=False)]
+            found = (found or [])[: [*same, False].index(False)]
+            if not found:
+                return Completion((), (), None)
+        timings = answer.get("timings")
+        reused = timings.get("cache_n") if isinstance(timings, dict) else None
+        return completion(self, len(ids), found, lambda t: t["id"], _of_llama_cpp, reused)
+
+    def tokenize(self, text: str) -> list[int]:
+        """As Engine.tokenize, with the tokens that begin a text."""
+        body = {"content": text, "add_special": True}
+        return ids_in(self, self.client.post("/tokenize", body))
+
+    def file_slot(self, slot: int, action: str) -> int:
+        """As Engine.file_slot."""
+        answer = self.client.post(*slot_request(slot, action))
+        return whole(answer.get(f"n_{action}d"))
+
+
+def slot_request(slot: int, action: str) -> Request:
+    """What llama.cpp is sent to save or restore a slot. Each writes over the file before."""
+    return f"/slots/{slot}?action={action}", {"filename": SLOT_FILE}
+
+
+def _token_id(token: Any) -> Any:
+    return token.get("id") if isinstance(token, dict) else None
+
+
+def _of_llama_cpp(token: Any) -> dict[int, float]:
+    return {id_of(t["id"]): number(t["logprob"]) for t in token["top_logprobs"]}

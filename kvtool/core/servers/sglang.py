@@ -1,0 +1,83 @@
+"""SGLang's server: what it is sent, and what it answers, as its documentation has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvtool.core.servers.client import Client
+from kvtool.core.servers.engine import (
+    WANTED,
+    Completion,
+    Request,
+    Slotless,
+    completion,
+    id_of,
+    ids_in,
+    number,
+    whole,
+)
+
+
+class SGLang(Slotless):
+    """SGLang's server, by /generate."""
+
+    name = "sglang"
+    to_tell_reuse = "Ask SGLang itself, of a version whose answers have meta_info.cached_tokens."
+    to_give_more = "Ask SGLang itself: it gives as many as top_logprobs_num asks for."
+
+    def __init__(self, client: Client, info: dict[str, Any]) -> None:
+        self.client = client
+        self.model = str(info.get("model_path", ""))
+        self.context = whole(info.get("context_length") or info.get("max_total_num_tokens"))
+        self.slots, self.chunk = 0, 0
+        self._salt = ""  # of what it keeps
+
+    def identity(self) -> dict[str, str]:
+        """As Engine.identity."""
+        info = self.client.get("/get_model_info")
+        return {key: str(info.get(key, "")) for key in ("model_path", "weight_version")}
+
+    def requests(
+        self,
+        ids: Sequence[int],
+        n: int = 1,
+        cached: bool = False,
+        salt: str = "",
+        slot: int | None = None,
+    ) -> list[Request]:
+        """As Engine.requests. Everything in the cache is dropped first, unless it is to be used."""
+        body = {
+            "input_ids": list(ids), "return_logprob": True, "top_logprobs_num": WANTED,
+            "sampling_params": {"temperature": 0.0, "max_new_tokens": n, "ignore_eos": True},
+        }  # fmt: skip
+        kept = cached and salt == self._salt
+        self._salt = salt if cached else ""
+        return [*([] if kept else [("/flush_cache", {})]), ("/generate", body)]
+
+    def complete(
+        self,
+        ids: Sequence[int],
+        n: int = 1,
+        cached: bool = False,
+        salt: str = "",
+        slot: int | None = None,
+    ) -> Completion:
+        """As Engine.complete."""
+        for path, body in self.requests(ids, n, cached, salt, slot):
+            answer = self.client.post(path, body)
+        meta = answer.get("meta_info")
+        meta = meta if isinstance(meta, dict) else {}
+        tokens, tops = meta.get("output_token_logprobs"), meta.get("output_top_logprobs")
+        found = list(zip(tokens or [], tops or [], strict=False))
+        return completion(
+            self, len(ids), found, lambda t: t[0][1], _of_sglang, meta.get("cached_tokens")
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """As Engine.tokenize."""
+        return ids_in(self, self.client.post("/tokenize", {"prompt": text}))
+
+
+def _of_sglang(token: Any) -> dict[int, float]:
+    return {id_of(t[1]): number(t[0]) for t in token[1]}

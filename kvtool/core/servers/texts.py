@@ -1,0 +1,238 @@
+"""One text that a server is asked about, and what it says of it without a cache.
+
+All compares the logprobs of the token after one and the same history. The benign variants are cold
+requests of that history which move the boundary between prefill and decode, across the sizes at
+which kernels change; how far these are from each other is the engine's own noise. Controls are cold
+requests with one prompt token replaced or missing: the size of a fault.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtool.core.servers.engine import Completion, Engine
+from kvtool.core.servers.splits import Kind, drawn, pair, single
+
+TOP = 30  # of the likeliest tokens of the reference, by which two answers are compared
+TAIL = 32  # tokens of the server's own that follow a prompt: the boundaries lie among them
+N_BOUNDARIES = 6
+LEAST_VARIANTS = 3  # cold answers to one history, without which it has no floor
+JUDGED_FROM = 0.6  # of the tail: before it there are too few boundaries
+FORKED = 6  # other tokens behind a shared prefix
+N_BESIDE = 2  # cold requests with another one at the same time
+
+Answer = Mapping[int, float]
+Vector = NDArray[np.float64]
+
+
+class Probe(NamedTuple):
+    """One answer of the cached server: what was asked, and the next token's logprobs."""
+
+    history: int  # tokens before the one that is compared
+    answer: Answer  # none: what it computed was not a number
+    reused: int | None
+    run: int = 0  # which of the requests it is from
+
+
+@dataclass
+class Cold:
+    """What a server says of one text without a cache, by the length of the history."""
+
+    ids: list[int]
+    answers: dict[int, list[Answer]] = field(default_factory=dict)
+    controls: list[Answer] = field(default_factory=list)  # of the whole history
+
+
+@dataclass
+class Measured:
+    """One arm on one prompt: the answers with a cache, and all that they are compared with."""
+
+    arm: str
+    prompt: int
+    cold: Cold
+    probes: list[Probe] = field(default_factory=list)
+    approximate: bool = False  # by design: its distance is a loss, never a bug
+    unsupported: str = ""  # why the server cannot be asked so
+
+    def add(self, answers: Iterable[tuple[int, Answer]], reused: int | None) -> None:
+        """Keep what one request answered: (history, answer)."""
+        run = len({probe.run for probe in self.probes})
+        self.probes += [Probe(length, answer, reused, run) for length, answer in answers]
+
+    @property
+    def reused(self) -> int | None:
+        """The most tokens that an answer took from the cache; None: the server does not say."""
+        known = [probe.reused for probe in self.probes if probe.reused is not None]
+        return max(known, default=None)
+
+
+def vector(answer: Answer, ids: Sequence[int]) -> Vector:
+    """The logprobs of `ids`; one that is not among the likeliest has the least that was told."""
+    least = min(answer.values(), default=np.nan)
+    return np.array([answer.get(i, least) for i in ids], dtype=np.float64)
+
+
+def likeliest(answer: Answer) -> list[int]:
+    """The ids by which an answer is compared."""
+    return sorted(answer, key=lambda i: (-answer[i], i))[:TOP]
+
+
+class Prompt:
+    """One prompt with the server's own continuation, and cold answers to its histories.
+
+    Its requests with a cache stay in one slot of the server, where that has slots: what is in it is
+    then what was asked last, whatever other slots and earlier visits have left. Arms that are about
+    other requests leave it to the server.
+    """
+
+    def __init__(self, engine: Engine, number: int, ids: Sequence[int], tail: int = TAIL) -> None:
+        self.engine, self.number, self.n_prompt = engine, number, len(ids)
+        self.random = random.Random(number)
+        self.scene = 0
+        self.more: list[int] = []  # of other prompts, for what needs a longer text
+        first = self.cold_answer(ids, tail + 1)
+        self.ids = [*ids, *first.tokens[:tail]]
+        self.cold = Cold(self.ids)
+        self._add(first, self.n_prompt)
+        for boundary in self.boundaries()[1:]:
+            self._add(self._continued(boundary), boundary)
+
+    @property
+    def end(self) -> int:
+        """The length of the whole history."""
+        return len(self.ids)
+
+    @property
+    def start(self) -> int:
+        """The shortest history that is judged."""
+        return self.n_prompt + int(JUDGED_FROM * (self.end - self.n_prompt))
+
+    @property
+    def slot(self) -> int | None:
+        """Where its requests are answered; None: the server has no slots."""
+        return self.number % self.engine.slots if self.engine.slots else None
+
+    @property
+    def other_slot(self) -> int | None:
+        """Where other requests are answered; the same one if there is no other."""
+        return None if self.slot is None else (self.slot + 1) % self.engine.slots
+
+    def boundaries(self) -> list[int]:
+        """How many tokens the cold requests prefill; the rest is decoded."""
+        return sorted({round(b) for b in np.linspace(self.n_prompt, self.end, N_BOUNDARIES)})
+
+    def cold_answer(self, ids: Sequence[int], n: int = 1) -> Completion:
+        """A request without the cache, wherever the server likes: in one slot alone its tokens
+        would lie in the same place each time, and the noise of other places be missing."""
+        return self.engine.complete(ids, n)
+
+    def _continued(self, boundary: int) -> Completion:
+        return self.cold_answer(self.ids[:boundary], self.end - boundary + 1)
+
+    def _add(self, found: Completion, boundary: int) -> None:
+        for length, answer in self.shared(found, boundary):
+            self.cold.answers.setdefault(length, []).append(answer)
+
+    def shared(self, found: Completion, boundary: int) -> Iterator[tuple[int, Answer]]:
+        """The answers to histories of this text, until the server went on otherwise."""
+        for n, answer in enumerate(found.likeliest):
+            yield boundary + n, answer
+            if self.ids[boundary + n : boundary + n + 1] != list(found.tokens[n : n + 1]):
+                return
+
+    def at(self, engine: Engine) -> Prompt:
+        """The same text, as another server answers it."""
+        other = copy.copy(self)
+        other.engine, other.cold = engine, Cold(self.ids)
+        for boundary in self.boundaries():
+            other._add(other._continued(boundary), boundary)
+        return other
+
+    def again(self) -> Iterator[tuple[int, Answer]]:
+        """The answers to the very first request, asked once more."""
+        return self.shared(self._continued(self.n_prompt), self.n_prompt)
+
+    def add_controls(self) -> None:
+        """Ask for faults of known size: a prompt token replaced, and one missing."""
+        at = self.n_prompt // 2
+        other = next((i for i in self.ids[at:] if i != self.ids[at]), self.ids[0])
+        for ids in (
+            [*self.ids[:at], other, *self.ids[at + 1 :]],
+            [*self.ids[:at], *self.ids[at + 1 :]],
+        ):
+            self.cold.controls += self.cold_answer(ids).likeliest[:1]
+
+    def add_company(self) -> None:
+        """Ask some of it again while the server answers another request as well: in a batch, and
+        with others in its memory, an engine may round otherwise, cache or not."""
+        if self.engine.slots == 1 or len(self.engine.requests(self.ids)) > 1:
+            return  # one at a time, or a cache that is dropped before, which others would hinder
+        for boundary in self.boundaries()[:: N_BOUNDARIES // N_BESIDE]:
+            with self.beside(cached=False):
+                found = self._continued(boundary)
+            self._add(found, boundary)
+
+    @contextmanager
+    def beside(self, cached: bool) -> Iterator[None]:
+        """Within, the server answers another request too."""
+        ids = self.ids[:0:-1][: self.n_prompt // 2]
+        with ThreadPoolExecutor(1) as pool:
+            if cached:
+                other = pool.submit(self.ask, ids, TAIL, anywhere=True)
+            else:
+                other = pool.submit(self.engine.complete, ids, TAIL)
+            yield
+            other.result()
+
+    def splits(self) -> Iterator[int]:
+        """Lengths of two prefixes that other requests share; each is a scene of its own."""
+        for kind in pair(self.number):
+            self.begin()
+            yield self._drawn(kind)
+
+    def split(self, turn: int) -> int:
+        """The length of one such prefix. Arms of other turns have it at other ends of blocks."""
+        return self._drawn(single(self.number, turn))
+
+    def _drawn(self, kind: Kind) -> int:
+        """More than a third of the text, not all."""
+        return drawn(kind, range(max(self.end // 3, 1), self.end), self.random)
+
+    def others(self, n: int) -> list[int]:
+        """Other ids, of this prompt's own."""
+        return [self.random.choice(self.ids) for _ in range(n)]
+
+    def parted(self, split: int, n: int = FORKED) -> list[int]:
+        """Another text, which shares just so many tokens."""
+        first = next((i for i in self.others(self.end) if i != self.ids[split]), self.ids[0])
+        return [*self.ids[:split], first, *self.others(n - 1)]
+
+    def begin(self) -> None:
+        """From here on nothing is shared with requests before, where the engine can tell apart."""
+        self.scene += 1
+
+    def ask(
+        self, ids: Sequence[int], n: int = 1, slot: int | None = None, anywhere: bool = False
+    ) -> Completion:
+        """A request with the cache; in a slot of the server's choice if `anywhere`."""
+        where = None if anywhere else self.slot if slot is None else slot
+        salt = f"{self.number}-{self.scene}"
+        return self.engine.complete(ids, n, cached=True, salt=salt, slot=where)
+
+    def probe(
+        self, into: Measured, after: int = 0, slot: int | None = None, anywhere: bool = False
+    ) -> None:
+        """Ask for the rest of the text, of which a cache may hold the first `after` tokens, and
+        keep the answers to all histories that are judged."""
+        begin = min(max(self.start, after + 1), self.end)
+        found = self.ask(self.ids[:begin], self.end - begin + 1, slot, anywhere)
+        into.add(self.shared(found, begin), found.reused)

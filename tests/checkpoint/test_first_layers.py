@@ -1,0 +1,90 @@
+"""The first layers of a model, judged alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers
+
+from cli_probe import Ran, refused
+from kvtool.core.checkpoint import checkpoint
+from kvtool.core.checkpoint.safetensors_file import SafetensorsFile
+from small_models import answer, save_decoder, save_seq2seq
+
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder in shards, of which the last is missing, and one of its first two layers alone."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sharded")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=weight.shape[-1] ** -0.5)
+    alone = tmp_path_factory.mktemp("alone")
+    model.save_pretrained(folder, max_shard_size="20KB")
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(alone)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    needed = [path for path in shards if holds_early_layers(path)]
+    assert len(needed) < len(shards)
+    for path in set(shards) - set(needed):
+        path.unlink()
+    return folder, alone
+
+
+def holds_early_layers(path: Path) -> bool:
+    names = SafetensorsFile(path).tensors
+    return any("layers.2." not in name and "layers.3." not in name for name in names)
+
+
+def test_the_first_layers_compute_what_they_do_alone_and_no_other_shard_is_needed(cut):
+    folder, alone = cut
+    ids = torch.arange(12)[None]
+    first = checkpoint.load(str(folder), CPU, torch.float32, layers=2)
+    right = checkpoint.load(str(alone), CPU, torch.float32)
+    assert first.config == right.config and first.config.n_layers == 2
+    with torch.inference_mode():
+        assert torch.equal(first.model(ids), right.model(ids))
+
+
+@pytest.mark.parametrize("impl", ["kvtool", "transformers"])
+def test_the_conclusion_says_which_layers_were_judged(
+    impl: str, cut: tuple[Path, Path], kv: Callable[..., Ran]
+) -> None:
+    args = f"--model {cut[0]} --impl {impl} --layers 2 --caches dynamic --scenarios decode"
+    ran = kv(*args.split(), "--tokens", "4", "--threads", "1", command="verify-cache")
+    assert ran.code == 0 and "judged: the first 2 layers alone" in " ".join(ran.out.split())
+    assert "later layers are not read or judged" in " ".join(ran.err.split())
+    document = answer(kv(*args.split(), "--tokens", "4", "--json", command="verify-cache"))
+    assert document["resolved"]["layers"] == 2
+
+
+def test_as_many_layers_as_there_are_or_more_are_the_whole_model(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path)
+    for layers in (0, 2, 9):
+        found = checkpoint.load(str(folder), CPU, torch.float32, layers=layers)
+        assert found.config.n_layers == 2
+
+
+def test_what_has_no_first_layers_of_its_own_is_refused(
+    tmp_path: Path, kv: Callable[..., Ran]
+) -> None:
+    folder = save_seq2seq(tmp_path, n_layers=3)
+    ran = kv("--model", str(folder), *["--layers", "1", "--tokens", "8"], command="verify-cache")
+    assert ran.code == 2 and "encoder-decoder" in ran.err
+    of_a_type = ["--model", "llama", "--impl", "transformers", "--layers", "1"]
+    assert "--layers" in refused(kv(*of_a_type, command="verify-cache"))
