@@ -59,9 +59,11 @@ def one_count(
     """All subjects with a number of threads, measured behind a prompt."""
     model = make_model(n_prompt + max(lengths) + 32)
     prompt = torch.randint(model.config.vocab_size, (1, n_prompt))
-    with tempfile.TemporaryDirectory() as folder:
-        with make_series(model, prompt, threads, Path(folder)) as series:
-            measure(series, lengths, rounds, tell)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        make_series(model, prompt, threads, Path(folder)) as series,
+    ):
+        measure(series, lengths, rounds, tell)
     return series
 
 
@@ -73,31 +75,37 @@ def tell(text: str) -> None:
 def large_section(counts: Sequence[int], rounds: int) -> str:
     """The tables of a model of 135 million weights."""
     rows = ", ".join(f"{b} row{'s' * (b > 1)} behind {n} tokens" for b, n in LARGE.items())
-    lines = [
-        f"""## A model of 135 million weights
+    tables = [
+        large_table(threads, batch, n, rounds) for threads in counts for batch, n in LARGE.items()
+    ]
+    introduced = f"""## A model of 135 million weights
 
 Random weights in the shape of SmolLM2-135M (Llama's form, 30 layers of 576), float32: {rows}, and
-{LARGE_NEW - 1} tokens decoded. Medians of {rounds} rounds in turns, and the distance between the quartiles.
+{LARGE_NEW - 1} tokens decoded. Medians of {rounds} rounds in turns, and the distance between the
+quartiles.
 """
-    ]
-    for threads in counts:
-        torch.set_num_threads(threads)
-        for batch, n_prompt in LARGE.items():
-            model = make_large(n_prompt + LARGE_NEW + 32)
-            prompt = torch.randint(model.config.vocab_size, (batch, n_prompt))
-            with tempfile.TemporaryDirectory() as folder:
-                with make_series(model, prompt, threads, Path(folder), "llama") as series:
-                    runs = in_turns(series[:-1], LARGE_NEW, rounds, tell)
-            words = f"{threads} thread{'s' * (threads > 1)}, {batch} row{'s' * (batch > 1)}"
-            cells = {
-                name: [
-                    spread([n_prompt * batch / run.prefill_s for run in found]),
-                    spread([run.decode_s / (LARGE_NEW - 1) * 1e3 for run in found], 1),
-                ]
-                for name, found in runs.items()
-            }
-            lines.append(table(words, ["prompt, tokens/s", "a step, ms"], cells))
-    return "\n".join(lines)
+    return "\n".join([introduced, *tables])
+
+
+def large_table(threads: int, batch: int, n_prompt: int, rounds: int) -> str:
+    """Tokens of the prompt a second, and the time of a step, for a number of rows."""
+    torch.set_num_threads(threads)
+    model = make_large(n_prompt + LARGE_NEW + 32)
+    prompt = torch.randint(model.config.vocab_size, (batch, n_prompt))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        make_series(model, prompt, threads, Path(folder), "llama") as series,
+    ):
+        runs = in_turns(series[:-1], LARGE_NEW, rounds, tell)
+    cells = {
+        name: [
+            spread([n_prompt * batch / run.prefill_s for run in found]),
+            spread([run.decode_s / (LARGE_NEW - 1) * 1e3 for run in found], 1),
+        ]
+        for name, found in runs.items()
+    }
+    words = f"{threads} thread{'s' * (threads > 1)}, {batch} row{'s' * (batch > 1)}"
+    return table(words, ["prompt, tokens/s", "a step, ms"], cells)
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
@@ -108,9 +116,8 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
 def introduction(rounds: int) -> str:
     """The conditions, in words."""
     env = environment()
-    peers = (
-        f"transformers {installed('transformers')}, llama.cpp of xllamacpp {installed('xllamacpp')}"
-    )
+    llama = f"llama.cpp of xllamacpp {installed('xllamacpp')}"
+    peers = f"transformers {installed('transformers')}, {llama}"
     return f"""# How fast is kvtool beside transformers and llama.cpp?
 
 Written by `make peers`: the same random weights in GPT-2's form (2 layers, width 256, 8 heads,
