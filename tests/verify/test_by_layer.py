@@ -15,7 +15,8 @@ from kvtool.core.verify import by_layer, check, widened
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.by_layer import ByLayer, can_go_by_layer
 from kvtool.core.verify.check import LostKey, check_model, main_case
-from kvtool.core.verify.judge import BUG, ROUNDING_64, Judge
+from kvtool.core.verify.compare import ROUNDING_64
+from kvtool.core.verify.judge import BUG, Judge
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import Formats, ModelSubject
 from small_models import random_model

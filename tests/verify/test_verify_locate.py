@@ -14,7 +14,7 @@ from kvtool.core.cache import Step
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.kernels.default import DefaultKernels
 from kvtool.core.verify.arms import Arms
-from kvtool.core.verify.compare import distances
+from kvtool.core.verify.compare import ROUNDING_64, distances
 from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.diagnosis.hypotheses import (
     HYPOTHESES,
@@ -27,7 +27,7 @@ from kvtool.core.verify.diagnosis.hypotheses import (
 from kvtool.core.verify.diagnosis.hypotheses.positions import OneTooFar
 from kvtool.core.verify.diagnosis.hypothesis import Hypothesis
 from kvtool.core.verify.diagnosis.locate import AttentionRecorder, Location, Record, locate, ranges
-from kvtool.core.verify.judge import ROUNDING_64, UNSUPPORTED, Case, Diagnosis, Judge, play
+from kvtool.core.verify.judge import UNSUPPORTED, Case, Diagnosis, Judge, play
 from kvtool.core.verify.mutants.mutant import moved
 from kvtool.core.verify.mutants.selftest import one_thread
 from kvtool.core.verify.mutants.windows import windowed

@@ -156,7 +156,7 @@ def _is_worst(gap: float, by_step: list[float], nan: bool) -> bool:
 def _agrees(row: Row) -> bool:
     """Whether a verdict is known, and its row is right or not, and by gaps, as it says."""
     from kvtool.core.verify import outcome as o
-    from kvtool.core.verify.judge import ROUNDING_64
+    from kvtool.core.verify.compare import ROUNDING_64
 
     exact, promoted = row.gap_float64, row.gap_promoted
     differs, placed = row.identical_steps < row.steps, row.first_wrong_step is not None

@@ -25,10 +25,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kvtool.config import OWN, ModelConfig, own_types
-from kvtool.core.checkpoint.families import FAMILIES, Family, end_ids
+from kvtool.config import ModelConfig
+from kvtool.core.checkpoint.described import (
+    SOURCE,
+    TARGET,
+    TOKENIZER,
+    described_in,
+    read_described,
+    read_tokenizers,
+)
+from kvtool.core.checkpoint.families import Family
 from kvtool.core.checkpoint.first_layers import FirstLayers
-from kvtool.core.checkpoint.gguf.tokens import read_tokenizer
 from kvtool.core.checkpoint.gguf.weights import GGUFModel
 from kvtool.core.checkpoint.safetensors_file import Digest
 from kvtool.core.checkpoint.sizes import (
@@ -46,18 +53,15 @@ from kvtool.core.checkpoint.weight_files import (
     WEIGHTS,
     WeightFile,
     open_weights,
-    refuse_lookalike,
     require_finite,
     require_tensors,
 )
 from kvtool.core.machine import dtype_name, require_memory
-from kvtool.core.models import Model, build_model, read_config
+from kvtool.core.models import Model, build_model
 from kvtool.core.text.tokenizer import NoTokenizer, Tokenizer
 from kvtool.errors import CapacityError, CheckFailed, FileError, UsageError
-from kvtool.files import CHECKPOINT_FOLDER, json_bytes, model_folder, write_durable
-from kvtool.reading import MOST_CONFIG, quoted, read_json_object
+from kvtool.files import json_bytes, model_folder, write_durable
 
-TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
 LOG = logging.getLogger("kvtool")
 
 
@@ -146,14 +150,14 @@ def load(
     weights; UsageError for weights that overflow `dtype`; CapacityError for too little memory.
     """
     folder = model_folder(name)
-    config, family = _read_config(folder)
-    tokenizer, source_tokenizer = _read_tokenizers(folder, config, family)
+    config, family = read_described(folder)
+    tokenizer, source_tokenizer = read_tokenizers(folder, config, family)
     first = None
     if layers and layers < config.n_layers:
         _require_layers(folder, config)
         first, config = FirstLayers(layers), replace(config, n_layers=layers)
     source = _open(folder, config, family, dtype, first)
-    model = _empty_model(config, source, _described_in(folder))
+    model = _empty_model(config, source, described_in(folder))
     _check_tensors(source, model)
     require_memory_for(source, config, device, dtype)
     stored, digest = _read(source, model)
@@ -180,7 +184,7 @@ def require_context(name: str, flag: str, n_tokens: int) -> None:
 
     flag: the option that asked for them, for the message. Raises FileError as `load` does.
     """
-    context = _read_config(model_folder(name))[0].context
+    context = read_described(model_folder(name))[0].context
     if n_tokens > context:
         raise CapacityError(
             f"{flag} {n_tokens:,}: is beyond the context (the model holds {context:,})",
@@ -224,10 +228,10 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     A head that shares the embedding's weights is left out. Raises FileError, and CapacityError for
     too little memory.
     """
-    described = os.path.lexists(_described_in(folder))
-    family = _read_config(folder)[1] if described else None
+    described = os.path.lexists(described_in(folder))
+    family = read_described(folder)[1] if described else None
     source = _open(folder, config, family)
-    model = _empty_model(config, source, _described_in(folder))
+    model = _empty_model(config, source, described_in(folder))
     _check_tensors(source, model)
     require_memory(str(source.path), n_bytes(source), CPU, SMALLER)
     return _read(source, model)[0]
@@ -260,84 +264,6 @@ def fits(folder: Path, dtype: torch.dtype) -> bool:
         return False
     infos = open_weights(folder).tensors.values()
     return all(torch.promote_types(info.dtype, dtype) == dtype for info in infos)
-
-
-# --- the small files
-
-
-def _described_in(folder: Path) -> Path:
-    """The file with the configuration: config.json, or the GGUF file itself."""
-    return folder if folder.is_file() else folder / CONFIG
-
-
-def _read_config(folder: Path) -> tuple[ModelConfig, Family | GGUFModel | None]:
-    """The configuration, and the family whose names the weights have; None for kvtool's own."""
-    if folder.is_file():
-        found = GGUFModel(folder)
-        return found.config, found
-    path = folder / CONFIG
-    if not os.path.lexists(path):
-        raise FileError(
-            f"--model {folder}: holds no {CONFIG}: not a checkpoint folder", CHECKPOINT_FOLDER
-        )
-    refuse_lookalike(path, "a configuration")
-    data = read_json_object(path, "a configuration", MOST_CONFIG)
-    kind = data.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    if family is not None:
-        return family.config(data, str(path)), family
-    if kind not in own_types():
-        is_own = isinstance(kind, str) and kind.startswith(OWN)
-        own = "A family of your own needs its line in MODELS (docs/extending.md)."
-        raise FileError(
-            f"{path}: model_type {quoted(kind)} is not supported "
-            f"(expected one of {', '.join((*own_types(), *FAMILIES))})",
-            own if is_own else "kvtool never runs code from a checkpoint.",
-        )
-    return read_config(data, str(path)), None
-
-
-def _read_tokenizers(
-    folder: Path, config: ModelConfig, family: Family | GGUFModel | None
-) -> tuple[Tokenizer, Tokenizer | None]:
-    if isinstance(family, GGUFModel):
-        field = "rows of token_embd.weight"
-        tokenizer = _checked(read_tokenizer(family.header), folder, field, config.vocab_size)
-        return tokenizer, None
-    if family is not None:
-        if not os.path.lexists(folder / TOKENIZER):
-            return NoTokenizer(folder / TOKENIZER), None
-        tokenizer = _read_tokenizer(folder / TOKENIZER, "vocab_size", config.vocab_size)
-        ends = end_ids(folder, read_json_object(folder / CONFIG, "a configuration", MOST_CONFIG))
-        return tokenizer.as_it_is(ends), None
-    if not config.n_encoder_layers:
-        return _read_tokenizer(folder / TOKENIZER, "vocab_size", config.vocab_size), None
-    source = _read_tokenizer(folder / SOURCE, "source_vocab_size", config.source_vocab_size)
-    return _read_tokenizer(folder / TARGET, "vocab_size", config.vocab_size), source
-
-
-def _read_tokenizer(path: Path, field: str, embedded: int) -> Tokenizer:
-    refuse_lookalike(path, "a tokenizer")
-    return _checked(Tokenizer.load(path), path, f"{field} of {CONFIG}", embedded)
-
-
-def _checked(tokenizer: Tokenizer, path: Path, field: str, embedded: int) -> Tokenizer:
-    """The tokenizer, if an embedding of `embedded` tokens has all of its ids. Raises FileError."""
-    if tokenizer.vocab_size > embedded:
-        raise FileError(
-            f"{path}: has {tokenizer.vocab_size} tokens "
-            f"(expected {embedded} or fewer, the {field})",
-            "The model has no embedding for the rest: the tokenizer is another model's.",
-        )
-    for what, token in tokenizer.named_ids.items():
-        if token >= embedded:
-            raise FileError(
-                f"{path}: {what} has the token {token} (expected one below {embedded}, the {field})"
-            )
-    if tokenizer.left_out:
-        what = " and ".join(tokenizer.left_out)
-        LOG.info(f"{path}: its {what}, for batches in training, will not be done")
-    return tokenizer
 
 
 # --- what must be there
@@ -375,7 +301,7 @@ def _open(
         source = family.open(dtype)
     else:
         source = open_weights(folder, layers=layers)
-    check_sizes(config, source, _described_in(folder))
+    check_sizes(config, source, described_in(folder))
     return source if family is None else family.weights(source, config)
 
 

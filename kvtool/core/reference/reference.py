@@ -26,8 +26,8 @@ from kvtool.core.machine import require_memory
 from kvtool.core.models import Model
 from kvtool.core.reference import oracle
 from kvtool.core.reference.reference_file import ArrayFile, ArrayInfo, open_arrays
-from kvtool.core.verify.compare import distances, spacing
-from kvtool.core.verify.judge import NOISE, ROUNDING_64
+from kvtool.core.verify.compare import ROUNDING_64, distances, spacing
+from kvtool.core.verify.judge import NOISE
 from kvtool.errors import CapacityError, FileError, UsageError
 from kvtool.files import write_durable
 from kvtool.reading import short

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ROUNDING_64 = 1e-12  # between right caches (about 1e-15) and everything else (1e-9 and more)
+
 
 class Gap(NamedTuple):
     """How two runs differ. A step is one call of the model, step 0 the first of the run."""

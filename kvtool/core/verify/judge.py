@@ -22,7 +22,8 @@ import torch
 from kvtool.core.machine import dtype_name
 from kvtool.core.verify import noise
 from kvtool.core.verify.arms import Arms, Case, play
-from kvtool.core.verify.compare import Gap, compare, distances
+from kvtool.core.verify.comparable import changed_by_later, differs_from_itself
+from kvtool.core.verify.compare import ROUNDING_64, Gap, compare, distances
 from kvtool.core.verify.finding import Diagnosis, Finding
 from kvtool.core.verify.measured import Measured
 from kvtool.core.verify.outcome import (
@@ -38,9 +39,9 @@ from kvtool.core.verify.outcome import (
     UNSUPPORTED,
     VACUOUS,
 )
-from kvtool.core.verify.precision import Promote, promoting
+from kvtool.core.verify.precision import promoting
 from kvtool.core.verify.reduced import reduced
-from kvtool.core.verify.scenario_run import ScenarioRun, TooShort
+from kvtool.core.verify.scenario_run import TooShort
 from kvtool.core.verify.scenarios import Scenario
 from kvtool.core.verify.second_look import (
     OwnPrefixes,
@@ -55,7 +56,6 @@ from kvtool.core.verify.second_look import (
 from kvtool.core.verify.subject import Subject
 from kvtool.errors import CacheOpUnsupported, CheckFailed, first_line, pass_on_shortage
 
-ROUNDING_64 = 1e-12  # between right caches (about 1e-15) and everything else (1e-9 and more)
 NOISE = 10  # how much more the cached arm loses, where it alone computes lower
 DOUBT = 0.9  # of a gap that few tokens show: what stays in place below that may be rounding
 OWN_PREFIX = "what a pass computes depends on its length; each step equals one over its own prefix"
@@ -88,7 +88,7 @@ class Judge:
     def not_causal(self) -> str:
         """How a later token changes an earlier logit in an uncached pass, or "" if it does not."""
         if self._acausal is None:
-            self._acausal = _changed_by_later(self.double)
+            self._acausal = changed_by_later(self.double)
         return self._acausal
 
     def judge(self, case: Case, thorough: bool = False) -> Finding:
@@ -231,7 +231,7 @@ class Judge:
         exact: the float64 run, and the promoted one.
         """
         in_float64, promoted = exact
-        if text := _random(self.double):
+        if text := differs_from_itself(self.double):
             return replace(finding, verdict=ERROR, evidence=text, first_wrong=step)
         if text := self.not_causal():
             return replace(finding, verdict=NOT_CAUSAL, evidence=text, first_wrong=step)
@@ -400,35 +400,3 @@ def _differs(finding: Finding) -> bool:
     """Whether any step differs in the working format."""
     gap = finding.working
     return gap is not None and gap.identical < gap.steps
-
-
-@torch.inference_mode()
-def _random(subject: Subject) -> str:
-    """How two uncached passes over the same tokens differ, since nothing can be compared then; ""
-    if they do not."""
-    run = ScenarioRun(subject)
-    start, ids = run.start(), run.next_ids(1, 10)
-    with Promote():
-        gap = max(distances([subject.full(ids, start)], [subject.full(ids, start)]))
-    if gap <= ROUNDING_64:
-        return ""
-    same = "two uncached passes over the same tokens differ"
-    return f"{same} ({gap:.1e}): is dropout on, or noise added?"
-
-
-@torch.inference_mode()
-def _changed_by_later(subject: Subject) -> str:
-    """How changing later tokens changes earlier logits of an uncached pass, "" if it does not."""
-    run = ScenarioRun(subject)
-    start = run.start()
-    ids = run.next_ids(1, 10)
-    with Promote():
-        whole = subject.full(ids, start)
-        for cut in (3, 7):
-            other = ids.clone()
-            other[:, cut:] = (ids[:, cut:] + 1) % subject.vocab_size
-            changed = subject.full(other, start)
-            gap = max(distances([changed[:, :cut]], [whole[:, :cut]]))
-            if not gap <= ROUNDING_64:
-                return f"changing token {cut} changes logits before it ({gap:.1e}), uncached"
-    return ""

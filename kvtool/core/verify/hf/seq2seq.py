@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtool.core.verify.compare import distances
+from kvtool.core.verify.compare import ROUNDING_64, distances
 from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.core.verify.hf.subject import (
     HubDecoder,
@@ -26,7 +26,6 @@ from kvtool.core.verify.hf.subject import (
     ordinary_ids,
     require_static,
 )
-from kvtool.core.verify.judge import ROUNDING_64
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.subject import Source, Start
 from kvtool.core.verify.target.adapter import State
