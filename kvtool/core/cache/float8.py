@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -46,12 +47,21 @@ class Float8Cache(BufferedCache):
         def scale() -> Tensor:
             return torch.zeros((*shape[:3], 1), dtype=s.dtype, device=s.device)
 
-        self._keys, self._values = codes(), codes()
-        self._scales = [(scale(), scale()) for _ in range(s.n_layers)]
+        self._keys = codes()
+        self._values = self._keys if s.shared else codes()
+        self._scales = [self._pair(scale) for _ in range(s.n_layers)]
+
+    def _pair(self, *made: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """The scales of keys and of values, which are one where values are shared."""
+        first = made[0]()
+        return first, first if self.spec.shared else made[-1]()
 
     def _gather_rows(self, rows: Tensor) -> None:
         super()._gather_rows(rows)
-        self._scales = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self._scales]
+        self._scales = [
+            self._pair(partial(k.index_select, 0, rows), partial(v.index_select, 0, rows))
+            for k, v in self._scales
+        ]
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
@@ -106,8 +116,9 @@ class Float8Cache(BufferedCache):
         return k, v, self._positions(0, self.length).clone()
 
     def nbytes(self) -> Bytes:
-        scales = [t for pair in self._scales for t in pair]
-        storages = [t.untyped_storage().nbytes() for t in (*self._keys, *self._values, *scales)]
+        scales = [t for pair in self._scales for t in pair[: 1 if self.spec.shared else 2]]
+        codes = [t for buffers in self._stored() for t in buffers]
+        storages = [t.untyped_storage().nbytes() for t in (*codes, *scales)]
         token = token_nbytes(self.spec) // self.spec.batch * self.batch
         allocated = sum(storages) + self._padding_nbytes()
         return Bytes(allocated, self.length * token, (self.length + 1) * token)
@@ -123,7 +134,7 @@ Float8Cache.freeze_methods()
 def token_nbytes(spec: CacheSpec) -> int:
     """Bytes of a token's codes and scales, over all layers and rows."""
     head = spec.head_dim + spec.dtype.itemsize
-    return 2 * spec.n_layers * spec.batch * spec.n_kv_heads * head
+    return (1 if spec.shared else 2) * spec.n_layers * spec.batch * spec.n_kv_heads * head
 
 
 def _read(codes: Tensor, scale: Tensor) -> Tensor:
