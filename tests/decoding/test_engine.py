@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvtool.core.cache import Cache, CacheSpec, Step, make_cache
+from kvtool.core.cache import Cache, CacheSpec, Step, cache_class, make_cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.decoding.engine import check_context, feed, first_input, generate
 from kvtool.core.decoding.sampling import Sampler
@@ -31,13 +31,15 @@ def decoder(**changes: Any) -> Model:
 
 
 def uncached(
-    model: Model, n_new: int, ids: Tensor = PROMPT, padding: Tensor | None = None
+    model: Model, n_new: int, ids: Tensor = PROMPT, padding: Tensor | None = None, kind: str = ""
 ) -> Tensor:
-    """Greedy tokens (B,n) by the plainest loop there is."""
+    """Greedy tokens (B,n) by the plainest loop there is, rounded as by a kind that rounds every
+    token as it is written."""
+    rounds = cache_class(kind).quantization if kind else None
     ids, source = first_input(model, ids)
     start = ids.shape[1]
     for _ in range(n_new):
-        step = Step.full(*ids.shape, left_padding=padding)
+        step = Step.full(*ids.shape, left_padding=padding, quantization=rounds)
         ids = torch.cat([ids, model(ids, step, source=source)[:, -1:].argmax(-1)], dim=1)
     return ids[:, start:]
 
@@ -79,7 +81,7 @@ def test_every_kind_generates_the_tokens_of_the_uncached_loop(
     kind: str, changes: dict[str, Any]
 ) -> None:
     model = decoder(**changes)
-    assert run(model, kind, 30).equal(uncached(model, 30))
+    assert run(model, kind, 30).equal(uncached(model, 30, kind=kind))
 
 
 @every_model
@@ -94,8 +96,8 @@ def test_these_models_would_tell_a_broken_cache(bug: str, changes: dict[str, Any
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_left_padded_prompts_generate_what_they_would_alone(kind: str, positions: str) -> None:
     model, padding = decoder(positions=positions), torch.tensor([1, 0])
-    expected = uncached(model, 20, padding=padding)
-    assert expected[0].equal(uncached(model, 20, PROMPT[:1, 1:])[0])
+    expected = uncached(model, 20, padding=padding, kind=kind)
+    assert expected[0].equal(uncached(model, 20, PROMPT[:1, 1:], kind=kind)[0])
     assert run(model, kind, 20, padding=padding).equal(expected)
 
 
@@ -195,7 +197,7 @@ def test_nothing_is_committed_when_the_model_raises(kind: str) -> None:
 @every_kind
 def test_feed_answers_with_all_new_tokens_or_the_last_alone(kind: str) -> None:
     model = decoder()
-    full = model(PROMPT)
+    full = model(PROMPT, Step.full(*PROMPT.shape, quantization=cache_class(kind).quantization))
     everything = feed(model, new_cache(model, kind), PROMPT)
     last = feed(model, new_cache(model, kind), PROMPT, last=True)
     assert (everything.shape, last.shape) == ((2, 3, 23), (2, 1, 23))
