@@ -23,7 +23,7 @@ from small_models import TEXT, answer
 
 small_array = bench_cases.small_array
 PROMPT = "To be, or not"
-LOSSLESS = [kind for kind in registry.CACHES if not kind.startswith("int")]
+LOSSLESS = [kind for kind in registry.CACHES if not kind.startswith(("int", "fp"))]
 INDEX, PICKLED = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 
 
