@@ -17,8 +17,10 @@ from kvtool.ui.drawing import drawing
 from kvtool.ui.inert import visible
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008).
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "os^DvPX"
+COLOURS = (
+    "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255"
+)  # fmt: skip
+MARKERS = "os^DvPX<"
 DASH = 5.0  # line widths, of each of several kinds that lie on each other
 TOUCHING = 0.015  # of an axis: lines that are nearer to each other are seen as one
 
