@@ -281,6 +281,11 @@ class ModelConfig:
         """The family's name in registry.MODELS."""
         return self.family or ("seq2seq" if self.n_encoder_layers else "decoder")
 
+    def first_layers(self, n: int) -> ModelConfig:
+        """The same with the first `n` layers of the decoder alone."""
+        least = min(self.first_window_layer, n)
+        return dataclasses.replace(self, n_layers=n, first_window_layer=least)
+
     def plain(self) -> ModelConfig:
         """The same without what the added fields say."""
         return dataclasses.replace(self, **_added())

@@ -92,7 +92,8 @@ Model = Annotated[
         metavar="PATH|NAME",
         show_default="the shipped decoder",
         help="A checkpoint folder, kvtool's or of Hugging Face (gpt2, llama, mistral, qwen2, "
-        "qwen3), a GGUF file of one of these, or the name of a shipped model or of a repository in "
+        "qwen3, gemma2, gemma3, phi3, olmo2, granite, smollm3, deepseek_v2, deepseek_v3), a GGUF "
+        "file (llama, qwen2, qwen3, gpt2), or the name of a shipped model or of a repository in "
         "Hugging Face's cache.",
         autocompletion=_complete(shipped_models),
         rich_help_panel=MODEL,

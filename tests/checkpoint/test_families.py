@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -258,9 +259,11 @@ def test_a_model_saved_without_a_head_has_names_without_a_prefix(
 def test_the_language_model_of_a_gemma3_that_reads_images_is_read(
     tmp_path: Path, made: Made
 ) -> None:
-    """Its folder, with what reads images beside it, is the same model as the text's alone."""
+    """Its folder, with what reads images beside it, is the same model as the text's alone, but that
+    transformers bounds no logits there."""
     _, folder = made("gemma3, two turns")
     fields = json.loads((folder / "config.json").read_text())
+    cap = fields.pop("final_logit_softcapping")
     whole = {"model_type": "gemma3", "text_config": fields, "vision_config": {"hidden_size": 16}}
     whole |= {"mm_tokens_per_image": 4, "image_token_index": 60, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(whole))
@@ -269,8 +272,12 @@ def test_the_language_model_of_a_gemma3_that_reads_images_is_read(
     named["vision_tower.vision_model.head.weight"] = torch.zeros(2)
     named["multi_modal_projector.mm_input_projection_weight"] = torch.zeros(2)
     safetensors.torch.save_file(named, tmp_path / "model.safetensors", {"format": "pt"})
-    assert load(tmp_path).config == load(folder).config
-    assert found(tmp_path, tokens(9)).equal(found(folder, tokens(9)))
+    assert load(tmp_path).config == dataclasses.replace(load(folder).config, logits_cap=0.0)
+    bounded = cap * (found(tmp_path, tokens(9)) / cap).tanh()
+    assert gap(bounded, found(folder, tokens(9))) < 1e-15
+    edit(tmp_path, lambda data: data["text_config"].update(final_logit_softcapping=cap))
+    assert "final_logit_softcapping: is not supported" in refusal(tmp_path)
+    edit(tmp_path, lambda data: data["text_config"].update(final_logit_softcapping=None))
     edit(tmp_path, lambda data: data.update(tie_word_embeddings=False))
     assert "tie_word_embeddings: False is not supported" in refusal(tmp_path)
 

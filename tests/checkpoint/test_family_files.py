@@ -95,6 +95,16 @@ REFUSED += [
     ("phi3", turn_to(rope_type="longrope"), "short_factor: expected a list of 4 numbers"),
     ("phi3", turn_to(partial_rotary_factor=0.4), "partial_rotary_factor: turns 3 channels"),
     ("phi3", turn_to(partial_rotary_factor=2.0), "partial_rotary_factor: 2 (expected one, of 1"),
+    (
+        "phi3",
+        turn_to(original_max_position_embeddings=7),
+        "original_max_position_embeddings: 4096 contradicts 7",
+    ),
+    (
+        "gemma3",
+        set_to(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10.0}),
+        "rope_parameters: has neither full_attention nor sliding_attention",
+    ),
     ("phi3", set_to(lm_head_bias=True), "lm_head_bias: True is not supported (expected False)"),
     ("phi3", set_to(partial_rotary_factor=0.5), "partial_rotary_factor: 0.5 (expected one"),
     ("olmo2", set_to(mlp_bias=True), "unknown field 'mlp_bias'"),

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from cli_probe import Ran, refused
+from family_cases import CASES, build, expected, gap, save, tokens
 from kvtool.core.checkpoint import checkpoint
 from kvtool.core.checkpoint.safetensors_file import SafetensorsFile
 from small_models import answer, save_decoder, save_seq2seq
@@ -88,3 +89,19 @@ def test_what_has_no_first_layers_of_its_own_is_refused(
     assert ran.code == 2 and "encoder-decoder" in ran.err
     of_a_type = ["--model", "llama", "--impl", "transformers", "--layers", "1"]
     assert "--layers" in refused(kv(*of_a_type, command="verify-cache"))
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma2", "gemma3", "smollm3", "smollm3, window", "qwen2, window in later layers"]
+)
+def test_layers_of_several_kinds_are_cut_with_what_is_said_of_each(
+    name: str, tmp_path: Path
+) -> None:
+    model, ids = build(CASES[name]), tokens()
+    save(model, tmp_path)
+    for n in range(len(model.model.layers) - 1, 0, -1):
+        model.model.layers = model.model.layers[:n]
+        model.config.num_hidden_layers = n
+        first = checkpoint.load(str(tmp_path), CPU, torch.float64, layers=n)
+        with torch.inference_mode():
+            assert gap(first.model(ids), expected(model, ids)) < 1e-12

@@ -73,6 +73,16 @@ def test_a_file_that_was_overwritten_while_it_was_used_has_no_digest(path: Path)
         _ = loaded.sha256
 
 
+def test_a_file_that_was_overwritten_after_its_digest_was_read_has_none_any_more(
+    path: Path,
+) -> None:
+    loaded = checkpoint.load(str(path.parent), torch.device("cpu"), torch.float32)
+    assert loaded.sha256
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(FileError, match="changed while it was used"):
+        loaded.digest()
+
+
 def test_a_digest_is_computed_when_it_is_asked_for_and_once(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

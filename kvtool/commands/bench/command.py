@@ -106,6 +106,7 @@ def run(settings: Settings, out: Output) -> BenchReport:
         repeats=settings.repeats,
         seed=settings.run.seed,
     )
+    loaded.digest()  # raises if the weights changed meanwhile
     warn_missing(report, settings, out)
     if baseline is not None and not outcome.how:
         rows = list(map(vars, report.measurements))

@@ -228,6 +228,7 @@ def check_model(
             bar.advance()
         planted = check.control(formats, main)
         rows.add_control(Row.of(check.planted_bug(planted, "default")))
+    loaded.digest()  # raises if the weights changed meanwhile, and with them what was judged
     computed = settings.run.dtype
     return rows.report(len(ids), computed, resolved, outcome.how, out)
 

@@ -317,7 +317,7 @@ def command(
     """Compare the logits of a decoder with a reference, position by position.
 
     The reference is a file, or what independent code computes from the same weights: a NumPy
-    implementation, or GPT-2 or Llama of transformers. The float64 run decides: right weights and
+    implementation, or transformers. The float64 run decides: right weights and
     right code leave about 1e-15. With --server it is the reference, and a running engine is judged:
     its format's rounding, and its own noise, are measured beside.
 

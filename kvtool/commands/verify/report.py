@@ -189,7 +189,8 @@ class CacheReport:
     def _found(self) -> str:
         found = self._found_of_layers()
         layers = self.resolved.get("layers")
-        return f"{found}; judged: the first {layers} layers alone" if layers else found
+        what = "the first layer" if layers == 1 else f"the first {layers} layers"
+        return f"{found}; judged: {what} alone" if layers else found
 
     def _found_of_layers(self) -> str:
         if self.bugs:

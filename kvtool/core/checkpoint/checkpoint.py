@@ -15,7 +15,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def load(
     first = None
     if layers and layers < config.n_layers:
         _require_layers(folder, config)
-        first, config = FirstLayers(layers), replace(config, n_layers=layers)
+        first, config = FirstLayers(layers), config.first_layers(layers)
     source = _open(folder, config, family, dtype, first)
     model = _empty_model(config, source, described_in(folder))
     _check_tensors(source, model)

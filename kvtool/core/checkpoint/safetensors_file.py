@@ -148,9 +148,9 @@ class _FileDigest:
             while data := os.pread(self._handle, READ_AT_ONCE, position):
                 digest.update(data)
                 position += len(data)
-            if self._state() != self._seen:
-                raise FileError(f"{self.path}: changed while it was used", "Run it again.")
             self._found = digest.hexdigest()
+        if self._state() != self._seen:
+            raise FileError(f"{self.path}: changed while it was used", "Run it again.")
         return self._found
 
     def _state(self) -> tuple[int, int]:

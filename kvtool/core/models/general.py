@@ -104,6 +104,16 @@ class GeneralConfig(ModelConfig):
             for layer in getattr(self, name):
                 check_int(name, layer, 0, self.n_layers - 1)
 
+    def first_layers(self, n: int) -> GeneralConfig:
+        """As ModelConfig.first_layers."""
+        return replace(
+            self,
+            n_layers=n,
+            first_window_layer=min(self.first_window_layer, n),
+            full_layers=tuple(layer for layer in self.full_layers if layer < n),
+            unrotated_layers=tuple(layer for layer in self.unrotated_layers if layer < n),
+        )
+
     @property
     def rotary_width(self) -> int:
         return self.rotary_dim or self.head_dim

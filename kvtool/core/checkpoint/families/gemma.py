@@ -58,6 +58,8 @@ def read_gemma3_folder(f: Fields) -> ModelConfig:
         raise UsageError(f"text_config: {quoted(found)} is not an object")
     text = Fields(found)
     text.require(model_type="gemma3_text")
+    if text.data.get("final_logit_softcapping") is not None:
+        raise UsageError("final_logit_softcapping: is not supported (transformers reads none here)")
     config = read_gemma3(text)
     text.finish()
     f.require(tie_word_embeddings=config.tied)
@@ -102,6 +104,8 @@ def _two_turns(f: Fields, context: int) -> dict[str, Any]:
     """theta and scaling of layers without a window, and of those with one."""
     spec = rope_spec(f)
     new = {FULL, SLIDING} & set(spec.data)
+    if not new and isinstance(f.data.get("rope_parameters"), dict) and spec.data:
+        raise UsageError(f"rope_parameters: has neither {FULL} nor {SLIDING}")
     full = _within(spec, FULL) if new else spec  # the old spelling scales these alone
     sliding = _within(spec, SLIDING) if new else Fields({})
     if new:

@@ -46,6 +46,9 @@ def _turn(f: Fields, context: int) -> dict[str, Any]:
     if spec.number("rope_theta", theta) != theta:
         raise UsageError(f"rope_theta: {theta:g} contradicts {spec.data['rope_theta']}")
     first = f.size("original_max_position_embeddings", min(context, 4096))
+    if spec.data.get("original_max_position_embeddings", first) != first:
+        other = quoted(spec.data["original_max_position_embeddings"])
+        raise UsageError(f"original_max_position_embeddings: {first} contradicts {other}")
     kind = rope_type(spec)
     found: dict[str, Any] = {"rope_theta": theta, "rotary_dim": 0 if part == 1.0 else width}
     if kind != "default" and kind not in LONG:
