@@ -141,7 +141,7 @@ def main() -> None:
                 said = outcome(verdicts)
                 counts.setdefault(f"{kind}, {by}", Counter())[said] += 1
                 figures = {k: [rounded(getattr(v, k)) for v in verdicts] for k in FIGURES}
-                kept.append({"fault": name, "by": by, "said": said, **figures})
+                kept.append({"planted": name, "by": by, "said": said, **figures})
                 words = f"ratio {figures['ratio']} worst {figures['worst']}"
                 print(
                     f"{name or 'healthy':28} {by:8} {said:12} {words} {seconds:.0f} s", flush=True

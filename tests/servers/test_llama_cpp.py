@@ -18,7 +18,15 @@ from gguf_files import Made
 from kvtool.core.servers.client import Client
 from kvtool.core.servers.engines import connect
 from kvtool.core.servers.session import Visit, visit
-from kvtool.core.servers.verdict import BEYOND, IDENTICAL, LOSSY, UNSUPPORTED, WITHIN, ArmVerdict
+from kvtool.core.servers.verdict import (
+    BEYOND,
+    HIDDEN,
+    IDENTICAL,
+    LOSSY,
+    UNSUPPORTED,
+    WITHIN,
+    ArmVerdict,
+)
 from llama_server import llama_server
 
 LETTERS = string.ascii_lowercase
@@ -61,7 +69,8 @@ def test_slots_that_share_one_cache_are_right_and_a_fault_among_them_is_found(
         right = asked(url, crowded, FIVE)
         with proxied(FaultProxy(url, FAULTS["a token missing"])) as address:
             wrong = asked(address, ["between"])
-    assert {v.verdict for v in right.values()} <= {WITHIN, IDENTICAL}
+    # Above 1.5 times the noise, which happens once in many runs, it cannot be told.
+    assert {v.verdict for v in right.values()} <= {WITHIN, IDENTICAL, HIDDEN}
     assert wrong["between"].verdict == BEYOND
 
 

@@ -86,6 +86,14 @@ def test_a_verdict_has_the_limit_by_which_it_was_judged() -> None:
     assert crowded.limit == CROWDED
 
 
+def test_up_to_twice_the_noise_cannot_be_told_where_others_tokens_lie_between() -> None:
+    for gap, low, high, crowded in ((0.19, 1.5, 2.0, HIDDEN), (0.3, 2.0, 9.0, BEYOND)):
+        prompts = [measured(n, gap) for n in range(N_PROMPTS)]
+        plain = judge_arm(prompts)
+        assert plain.verdict == BEYOND and plain.ratio is not None and low < plain.ratio < high
+        assert judge_arm([replace(each, arm="slot") for each in prompts]).verdict == crowded
+
+
 def test_the_distance_of_answers_is_relative_and_infinite_where_one_is_no_number() -> None:
     scale = scale_of([dict(enumerate(RIGHT))] * 3)
     assert scale is not None

@@ -55,7 +55,8 @@ def witness(
     plain = config.norm == "layernorm" and config.activation in ACTIVATIONS
     if config.kind not in ("decoder", "seq2seq"):
         raise UsageError(
-            f"{flag}: is for folders of transformers' decoders, and for GPT-2's and Llama's form",
+            f"{flag}: is for folders of transformers' decoders, and for GPT-2's and Llama's "
+            f"form, which a model of the family {config.kind} has not",
             OTHERWISE[flag],
         )
     if config != config.plain() or config.n_encoder_layers:

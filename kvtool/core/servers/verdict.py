@@ -37,7 +37,8 @@ SMALL = 0.05  # of the smaller control: a gap below it is beyond the noise from 
 LIMIT = 1.15  # times the noise, a median over prompts
 CROWDED = 1.5  # times the noise, where others' tokens lie between: llama.cpp's unified cache then
 # adds in another order than any cold request, and is right at 1.0 to 1.3
-DOUBTED = 2.0  # times the noise: below it a promoted server that is right decides
+DOUBTED = 2.0  # times the noise: below it a promoted server that is right decides, and what is
+# CROWDED cannot be told: of many right servers one was above 1.5
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ NOT_TOLD = "the server does not say what it takes from its cache, so that it may
 NOT_REUSED = "the server took nothing from its cache"
 NO_NOISE = "no cold request differed from another by a bit, so that the noise is not known"
 BLIND = "a wrong token changes none of its answers, so that they say nothing"
+IN_DOUBT = "above its noise, as a right server is now and then where others' tokens lie between"
 TOO_NOISY = "the engine's own noise is as large as a wrong token"
 
 
@@ -212,7 +214,8 @@ def _judged(found: Sequence[_Compared], reused: int | None, limit: float) -> tup
         return (BEYOND, "") if large else (HIDDEN, NO_NOISE)
     said = noise.judge(_typical(found, "ratio"), controls, limit)
     if said == noise.BEYOND:
-        return BEYOND, ""
+        doubtful = limit == CROWDED and _typical(found, "ratio") <= DOUBTED
+        return (HIDDEN, IN_DOUBT) if doubtful else (BEYOND, "")
     rare, n = sum(compared.rare() for compared in found), sum(len(c.runs()) for c in found)
     if rare:
         return BEYOND, f"in {rare} of {n} requests"
