@@ -62,9 +62,7 @@ class GeneralConfig(ModelConfig):
     rotary_dim: int = 0  # channels of a head that turn, the first ones; 0: all
     full_layers: tuple[int, ...] = ()  # see all, whatever the window
     unrotated_layers: tuple[int, ...] = ()
-    window_theta: float = (
-        0.0  # rope_theta of the layers that have the window; 0: that of the others
-    )
+    window_theta: float = 0.0  # rope_theta of layers that have the window; 0: as of the others
     window_scaling: RopeScaling | None = None  # and their rope_scaling, if they have a theta
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from kvtool.core.checkpoint.families import (
     smollm3,
 )
 from kvtool.core.checkpoint.families.fields import Fields
-from kvtool.core.checkpoint.families.weights import MappedFile, NameMap
+from kvtool.core.checkpoint.families.weights import NameMap, RenamedFile
 from kvtool.core.checkpoint.weight_files import WeightFile
 from kvtool.errors import FileError, UsageError
 from kvtool.reading import MOST_CONFIG, read_json_object
@@ -54,10 +54,10 @@ class Family:
             raise FileError(f"{where}: {error.message}", error.hint) from error
         return config
 
-    def weights(self, source: WeightFile, config: ModelConfig) -> MappedFile:
+    def weights(self, source: WeightFile, config: ModelConfig) -> RenamedFile:
         """Their tensors under our names. Raises FileError for any that is missing or misshapen."""
         names = self.names(config)
-        return MappedFile(source, names, self.prefix, config.tied, beside=self.beside)
+        return RenamedFile(source, names, self.prefix, config.tied, beside=self.beside)
 
 
 FAMILIES = {

@@ -54,7 +54,7 @@ class Stored:
 NameMap = dict[str, Stored]
 
 
-class MappedFile:
+class RenamedFile:
     """A weight file of another naming as one of ours. `prefix` stands before all its names but the
     head's, unless it was saved without a head. A tied head may be absent, or the embedding instead:
     of tensors that share memory, safetensors' save_model keeps the last by name.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
-from kvtool.core.checkpoint.families.weights import MappedFile
+from kvtool.core.checkpoint.families.weights import RenamedFile
 from kvtool.core.checkpoint.gguf.config import (
     FACTORS,
     HEAD,
@@ -33,7 +33,7 @@ SMALL = 2**16  # values of a table that a configuration is made of
 
 
 class GGUFModel:
-    """A GGUF file as a model: its configuration, and its weights as MappedFile has them.
+    """A GGUF file as a model: its configuration, and its weights as RenamedFile has them.
 
     Raises FileError for what is damaged or not supported, KvtoolError without the package gguf.
     """
@@ -61,10 +61,10 @@ class GGUFModel:
         """The tensors under their own names. Raises FileError for a format that is not known."""
         return GGUFWeights(self.header, self.config, self.family, dtype)
 
-    def weights(self, source: WeightFile, config: ModelConfig) -> MappedFile:
+    def weights(self, source: WeightFile, config: ModelConfig) -> RenamedFile:
         """The tensors under our names. Raises FileError for any that is missing or misshapen."""
         ours = names(config, self.family)
-        return MappedFile(source, ours, "", config.tied, HEAD, said_by="its header")
+        return RenamedFile(source, ours, "", config.tied, HEAD, said_by="its header")
 
 
 class GGUFWeights:
