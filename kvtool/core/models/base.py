@@ -45,3 +45,12 @@ class Model(nn.Module):
         Raises NotImplementedError for a decoder-only model.
         """
         raise NotImplementedError("a decoder-only model has no encoder")
+
+
+def uncached_step(tokens: Tensor, cache: Cache | None) -> Step:
+    """The step of a pass over tokens (B,T), for which none was given. Raises ValueError if there is
+    a cache, whose `begin` gives the step."""
+    if cache is not None:
+        raise ValueError("a cache needs the step that its begin() returned")
+    batch, n = tokens.shape
+    return Step.full(batch, n, tokens.device)

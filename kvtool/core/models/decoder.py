@@ -8,7 +8,7 @@ from kvtool.config import ModelConfig
 from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.models.attention import CrossAttention, SelfAttention
-from kvtool.core.models.base import Model
+from kvtool.core.models.base import Model, uncached_step
 from kvtool.core.models.layers import MLP, Dropout, Linear, TokenEmbedding, make_norm
 from kvtool.core.models.rope import Rotary
 
@@ -85,10 +85,7 @@ class Decoder(Model):
     ) -> Tensor:
         """As `Model.forward`: tokens (B,T) -> logits (B,T,V), or (B,1,V) with `last`."""
         if step is None:
-            if cache is not None:
-                raise ValueError("a cache needs the step that its begin() returned")
-            batch, n = tokens.shape
-            step = Step.full(batch, n, tokens.device)
+            step = uncached_step(tokens, cache)
         x = self.dropout(self.embed(tokens, step.q_pos))
         windowed = step.within(self.config.window)
         for i, block in enumerate(self.layers):

@@ -20,7 +20,7 @@ from kvtool.core.cache import Cache, Step
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.kernels.default import capped
 from kvtool.core.models.attention import SelfAttention
-from kvtool.core.models.base import Model
+from kvtool.core.models.base import Model, uncached_step
 from kvtool.core.models.layers import (
     MLP,
     Dropout,
@@ -280,10 +280,7 @@ class GeneralDecoder(Model):
         last: bool = False,
     ) -> Tensor:
         if step is None:
-            if cache is not None:
-                raise ValueError("a cache needs the step that its begin() returned")
-            batch, n = tokens.shape
-            step = Step.full(batch, n, tokens.device)
+            step = uncached_step(tokens, cache)
         c, x = self.config, self.embed(tokens, step.q_pos)
         if c.embed_scale != 1.0:
             x = x * x.new_tensor(c.embed_scale)
