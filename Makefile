@@ -15,8 +15,10 @@ demo: .venv/installed ## check the caches, then measure them and plot out/bench.
 	$(BIN)/kvtool verify-cache
 	$(BIN)/kvtool bench --plot out/bench.png
 
-# Tests start a hundred processes: with bytecode kept none of them compiles all of kvtool anew.
-test: export PYTHONDONTWRITEBYTECODE :=
+# Bytecode is made of what is imported, when it is, and kept: pip would make it of all of PyTorch,
+# and a hundred processes of a test run would each make it again.
+export PYTHONDONTWRITEBYTECODE :=
+
 test: .venv/installed-test ## run the tests, each benchmark once and untimed
 	$(PYTEST) -q --benchmark-disable
 
@@ -56,7 +58,7 @@ help: ## say what the targets do
 .venv/installed-test: EXTRA := [test]
 .venv/installed-dev: EXTRA := [dev]
 .venv/installed .venv/installed-test .venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
-	$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e '.$(EXTRA)'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt $(PIP_ARGS) -e '.$(EXTRA)'
 	touch $@
 
 # bin/pip comes last in the making of an environment, so one that was cut short is made again.

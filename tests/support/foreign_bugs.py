@@ -13,7 +13,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -353,11 +353,11 @@ def planted(bug: Bug) -> Iterator[None]:
         setattr(owner, name, right)
 
 
-def judged(bug: Bug) -> kvtool.Verification:
+def judged(bug: Bug, scenarios: Sequence[str] = SCENARIOS) -> kvtool.Verification:
     """What is found of a decoder with the bug."""
     os.environ.setdefault("KERAS_BACKEND", "torch")
     with planted(bug):
-        return kvtool.verify(bug.build(), scenarios=SCENARIOS)
+        return kvtool.verify(bug.build(), scenarios=scenarios)
 
 
 def names_of(found: kvtool.Verification) -> list[str]:
