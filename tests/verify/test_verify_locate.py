@@ -136,7 +136,8 @@ def test_a_right_cache_has_no_wrong_place(name: str, scenario: str) -> None:
     found = Judge(one).judge(case)
     if found.verdict == UNSUPPORTED:
         pytest.skip(found.evidence)
-    for step in range(len(play(one, case).found)):
+    n_steps = len(play(one, case).found)
+    for step in {0, n_steps // 2, n_steps - 1}:  # each plays all that comes before it again
         assert locate(one, case, step) is None
 
 
