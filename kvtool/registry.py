@@ -67,6 +67,7 @@ COMMANDS = {
     "verify-logits": "kvtool.commands.verify.logits:command",
     "verify-cache": "kvtool.commands.verify.cache:command",
     "bench": "kvtool.commands.bench.command:command",
+    "evaluate": "kvtool.commands.evaluate:command",
     "promote": "kvtool.commands.promote:command",
 }
 

@@ -64,6 +64,7 @@ WRITTEN: dict[str, Callable[[Any], list[Path]]] = {
     "--output": _one,
     "--plot": _one,
     "--attention-plot": _one,
+    "--hypotheses": _one,
     "--save-cache": _one,
     "--save-reference": _one,
     "--resume": _one,  # a file; of training it is a switch

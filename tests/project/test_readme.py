@@ -38,6 +38,7 @@ SHORTER = {
     "train-lm": "--steps 2 --d-model 32 --context 64 --batch-tokens 64",
     "train-seq2seq": "--steps 2 --d-model 32 --data pairs.tsv",
     "generate": "--max-tokens 3",
+    "evaluate": "--data pairs.tsv",
 }
 
 

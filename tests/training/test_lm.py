@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool.config import ModelConfig
 from kvtool.core.cache import Step
 from kvtool.core.checkpoint import checkpoint
 from kvtool.core.models import Model
@@ -56,6 +57,7 @@ class Watched(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lengths: list[int] = []
+        self.config = ModelConfig(vocab_size=256)
 
     def forward(self, tokens: Tensor) -> Tensor:
         self.lengths.append(tokens.shape[1])

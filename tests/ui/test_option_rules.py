@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli_probe import Ran, refused
+from kvtool.commands import evaluate
 from kvtool.commands.bench import settings as bench
 from kvtool.commands.generate import settings as generate
 from kvtool.commands.verify import logits
@@ -25,12 +26,14 @@ TABLES = {
     "verify-cache": [verify.OF_THE_SELF_TEST, *verify.RULES, verify.OF_A_TARGET],
     "verify-logits": [*logits.RULES],
     "bench": [*bench.RULES],
+    "evaluate": [*evaluate.RULES],
 }
 SWITCHES = (
     "--self-test", "--sweep", "--chat", "--force", "--thorough", "--lossy", "--dry-run",
 )  # fmt: skip
 VALUES = {
     "--beams": "2",
+    "--n-best": "2",
     "--length-penalty": "1",
     "--attention-layer": "1",
     "--caches": "static",

@@ -11,7 +11,12 @@ from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint
+    from kvtool.core.training.scoring import Score, TextScore
     from kvtool.core.training.train import Position
+
+
+# What the figures of text are called; those of a target spelt in characters or symbols are rates.
+TEXT_HEADINGS = {"bleu": "BLEU", "bleu_lc": "BLEU lc", "chrf": "chrF"}
 
 
 @dataclass
@@ -66,21 +71,27 @@ class TrainReport:
         return {**vars(self), "conclusion": self.conclusion}
 
 
-def show(report: TrainReport, out: Output) -> None:
-    """The final table and where to find the model."""
-    names = dict.fromkeys(name for row in report.scores for name in row if name != "signatures")
-    rows = [[_cell(row.get(name)) for name in names] for row in report.scores]
-    out.table("best checkpoint", list(names), rows)
-    for line in _signatures(report.scores):
-        out.text(line)
-    out.text(report.conclusion)
-    out.text(f"checkpoint: {report.best}", wrap=False)
-    out.text(f"loss curve: {report.best.parent / 'loss.png'}", wrap=False)
-    command = ["kvtool", "generate", "--model", str(report.best), "--prompt", report.prompt]
-    out.hint(shlex.join(command))
+def score_columns(score: Score | TextScore, error_rate: str) -> dict[str, Any]:
+    """The figures of a score by their headings, and their settings if they have any. error_rate:
+    the name of the token error rate."""
+    from kvtool.core.training.scoring import figures
+
+    names = (
+        TEXT_HEADINGS if score.signatures else {n: f"{n.upper()} %" for n in ("wer", error_rate)}
+    )
+    found = figures(score, error_rate)
+    columns: dict[str, Any] = {heading: found[name] for name, heading in names.items()}
+    if score.signatures:
+        columns["signatures"] = {names[name]: text for name, text in score.signatures.items()}
+    return columns
 
 
-def _signatures(scores: list[dict[str, Any]]) -> list[str]:
+def cell(value: Any) -> str:
+    """A value of a row, as a table shows it."""
+    return f"{value:.4g}" if isinstance(value, float) else str("" if value is None else value)
+
+
+def signatures(scores: list[dict[str, Any]]) -> list[str]:
     """How each figure was measured, in sacreBLEU's form, and of which parts."""
     parts: dict[str, dict[str, None]] = {}
     for row in scores:
@@ -89,5 +100,15 @@ def _signatures(scores: list[dict[str, Any]]) -> list[str]:
     return [f"{signature} ({', '.join(of)})" for signature, of in parts.items()]
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str("" if value is None else value)
+def show(report: TrainReport, out: Output) -> None:
+    """The final table and where to find the model."""
+    names = dict.fromkeys(name for row in report.scores for name in row if name != "signatures")
+    rows = [[cell(row.get(name)) for name in names] for row in report.scores]
+    out.table("best checkpoint", list(names), rows)
+    for line in signatures(report.scores):
+        out.text(line)
+    out.text(report.conclusion)
+    out.text(f"checkpoint: {report.best}", wrap=False)
+    out.text(f"loss curve: {report.best.parent / 'loss.png'}", wrap=False)
+    command = ["kvtool", "generate", "--model", str(report.best), "--prompt", report.prompt]
+    out.hint(shlex.join(command))

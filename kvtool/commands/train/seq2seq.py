@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvtool.commands.train import options as t
-from kvtool.commands.train.report import TrainReport, show
+from kvtool.commands.train.report import TrainReport, score_columns, show
 from kvtool.commands.train.run import best_of, device_of, output, train, with_vocab
 from kvtool.config import ModelConfig, RunConfig, TrainConfig, check_float, check_int
 from kvtool.registry import choose
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from kvtool.core.training.translation import Translation
 
 TOKENIZERS = ("auto", "char", "symbol", "word", "bpe")
-# What the figures of text are called; those of a target spelt in characters or symbols are rates.
-TEXT_COLUMNS = {"bleu": "BLEU", "bleu_lc": "BLEU lc", "chrf": "chrF"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def run(settings: Settings, out: Output) -> TrainReport:
     from kvtool.core.training.scoring import require_libraries
     from kvtool.core.training.translation import Translation
 
-    require_libraries()
+    require_libraries("train-seq2seq")
     device = device_of(settings.run, settings.train)
     splits = load_data(settings.data, settings.valid, settings.test)
     for note in splits.notes:
@@ -124,12 +122,8 @@ def score_row(
     decoding = "greedy" if beams == 1 else f"beam {beams}"
     out.note(f"decoding {len(pairs):,} {part} sources, {decoding}")
     score = task.score(model, pairs, None if beams == 1 else Beam(beams))
-    rates = {name: f"{name.upper()} %" for name in ("wer", task.error_rate)}
-    columns = TEXT_COLUMNS if task.is_text else rates
     row: dict[str, Any] = {"part": part, "data": name, "sources": score.n, "decoding": decoding}
-    row.update({column: task.figures(score)[figure] for figure, column in columns.items()})
-    if score.signatures:
-        row["signatures"] = {columns[figure]: text for figure, text in score.signatures.items()}
+    row.update(score_columns(score, task.error_rate))
     return row
 
 

@@ -64,11 +64,13 @@ def search(
     kind: str = "dynamic",
     kernels: Kernels = DEFAULT,
     tell: Callable[[int], None] = lambda nbytes: None,
+    done: Callable[[int], None] = lambda n_sources: None,
 ) -> list[list[Hypothesis]]:
     """The best targets of each source by beam search, in the order of the sources.
 
     max_tokens: of each target; 0 takes `target_limit`. kind: of the cache. tell: called after each
-    step with the bytes of the caches. Sources of similar length are decoded together; up to
+    step with the bytes of the caches. done: called after each batch with the number of its sources.
+    Sources of similar length are decoded together; up to
     rounding, the result is that of each source alone. Raises CapacityError for a source that is
     empty or too long, or if the cache does not fit into memory, and CheckFailed if logits are not
     finite.
@@ -81,6 +83,7 @@ def search(
         best = beam_search(model, start, kind, limits, beam, EOS, source, kernels, tell)
         for i, hypotheses in zip(rows, best, strict=True):
             found[i] = hypotheses
+        done(len(rows))
     return found
 
 

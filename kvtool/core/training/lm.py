@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool import ending
-from kvtool.core.cache import Step
+from kvtool.core import footprint
+from kvtool.core.cache import CacheSpec, Step, make_cache
 from kvtool.core.checkpoint import checkpoint
+from kvtool.core.decoding.engine import advance
 from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
 from kvtool.core.native import context
@@ -22,6 +24,7 @@ from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.core.training.team import WHOLE, Share
 from kvtool.errors import FileError
 
+IGNORED = -100  # as a target of PyTorch's cross-entropy
 SHARES = (8, 4, 2, 1)  # blocks are context/8, context/4, context/2 or context long
 
 
@@ -33,6 +36,17 @@ class LMScore:
     bits_per_char: float
     n_tokens: int
     n_chars: int
+    n_bytes: int = 0  # of these characters in UTF-8
+
+    @property
+    def perplexity(self) -> float:
+        """e to the nats per token, or infinity."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte of UTF-8, which compares models of different tokenizers."""
+        return self.bits_per_char * self.n_chars / self.n_bytes
 
 
 def split_text(text: str) -> tuple[str, str]:
@@ -42,26 +56,53 @@ def split_text(text: str) -> tuple[str, str]:
 
 
 @torch.inference_mode()
-def score_text(model: Model, tokenizer: Tokenizer, ids: Tensor, context: int) -> LMScore:
+def score_text(
+    model: Model,
+    tokenizer: Tokenizer,
+    ids: Tensor,
+    context: int,
+    done: Callable[[int], None] = lambda n_tokens: None,
+) -> LMScore:
     """Score the predictions of all tokens of `ids` (n,) except the first.
 
     Windows of `context` tokens overlap by half. So each token is predicted from half a context or
-    more, except for the first tokens of the text.
+    more, except for the first tokens of the text. done: called after each window with the number
+    of tokens that it predicted.
     """
     size, half = max(context, 2), max(context // 2, 1)  # a window of 1 would predict nothing
     total = 0.0
-    done = 1  # the first token is given
+    n_done = 1  # the first token is given
     start = 0
-    while done < len(ids):
+    while n_done < len(ids):
         end = min(start + size, len(ids))
-        window = ids[start:end]
-        logits = model(window[None, :-1])[0, done - start - 1 :]
-        total += float(F.cross_entropy(logits.double(), window[done - start :], reduction="sum"))
-        done = end
+        total += _nats(model, ids[start:end], n_done - start)
+        done(end - n_done)
+        n_done = end
         start = max(end - half, 0)
-    n_chars = len(tokenizer.decode(ids[1:].tolist()))
+    text = tokenizer.decode(ids[1:].tolist())
     n_tokens = len(ids) - 1
-    return LMScore(total / n_tokens, total / math.log(2) / n_chars, n_tokens, n_chars)
+    bits_per_char = total / math.log(2) / len(text)
+    n_bytes = len(text.encode(errors="replace"))
+    return LMScore(total / n_tokens, bits_per_char, n_tokens, len(text), n_bytes)
+
+
+def _nats(model: Model, window: Tensor, first: int) -> float:
+    """The loss of the tokens of a window (n,) from the `first` on, summed. A cache holds what was
+    read where the logits of all would take too much memory."""
+    n = len(window) - 1
+    size = footprint.piece(model.config.vocab_size, n)
+    if size >= n:
+        logits = model(window[None, :-1])[0, first - 1 :]
+        return float(F.cross_entropy(logits.double(), window[first:], reduction="sum"))
+    weight = next(model.parameters())
+    spec = CacheSpec.of(model.config, 1, n, weight.dtype, weight.device)
+    cache, total = make_cache("dynamic", spec), 0.0
+    wanted = window[1:].clone()
+    wanted[: first - 1] = IGNORED
+    for read, right in zip(window[:-1].split(size), wanted.split(size), strict=True):
+        logits = advance(model, cache, read[None])[0]
+        total += float(F.cross_entropy(logits.double(), right, reduction="sum"))
+    return total
 
 
 class Blocks(NamedTuple):

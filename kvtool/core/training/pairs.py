@@ -122,6 +122,17 @@ def load_data(data: str, valid: Path | None = None, test: Path | None = None) ->
     )
 
 
+def load_evaluation(data: str) -> tuple[str, tuple[Pair, ...], tuple[str, ...]]:
+    """The pairs to score a model on, their name, and notes for the user: the test words of
+    "cmudict", or all of a TSV file. Raises as `load_data`."""
+    if data == CMUDICT:
+        splits = load_cmudict()
+        return splits.test_name, splits.test, ()
+    notes: list[str] = []
+    pairs = _read_part(data_path(data), notes, "--data")
+    return data, pairs, tuple(notes)
+
+
 def load_cmudict() -> Splits:
     """The embedded dictionary: spelling -> phones without stress, split as by g2p-seq2seq.
 

@@ -6,12 +6,17 @@ This file imports no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
+from kvtool.core.training.pairs import PHONES
 from kvtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtool.core.text.tokenizer import Tokenizer
 
 Tokens = Sequence[str]
 LIBRARIES = ("rapidfuzz", "sacrebleu")  # of the extra `train`; only scores use them
@@ -28,6 +33,11 @@ class Score:
     n_wrong: int  # sequences that equal none of their references
     n_edits: int  # insertions, deletions and substitutions to the closest references
     n_reference_tokens: int  # tokens of these references
+
+    @property
+    def n_exact(self) -> int:
+        """Sequences that equal one of their references."""
+        return self.n - self.n_wrong
 
     @property
     def wer(self) -> float:
@@ -60,18 +70,55 @@ class TextScore:
     n: int  # texts
     figures: dict[str, float]  # bleu, bleu_lc and chrf, 0 to 100; higher is better
     signatures: dict[str, str]  # by the same names: the settings of sacreBLEU (Post 2018)
+    n_exact: int = 0  # texts that equal one of their references
 
 
-def require_libraries() -> None:
+def require_libraries(command: str) -> None:
     """Raise UsageError unless the libraries of both scores are installed; call it before work that
-    would be lost."""
+    would be lost. command: whose work."""
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         names, are = " and ".join(missing), "are" if missing[1:] else "is"
         raise UsageError(
-            f"train-seq2seq: {names} {are} not installed",
+            f"{command}: {names} {are} not installed",
             "Install what scores need with: pip install 'kvtool[train]'",
         )
+
+
+def scores_text(tokenizer: Tokenizer) -> bool:
+    """Whether outputs are text, which BLEU and chrF score; those of characters or symbols are
+    sequences, which error rates score."""
+    return tokenizer.kind not in ("char", "symbol")
+
+
+def error_rate_name(tokenizer: Tokenizer, targets: Iterable[str]) -> str:
+    """The name of the token error rate: cer of characters, per of phones, ser of others."""
+    if tokenizer.kind == "char":
+        return "cer"
+    symbols = {symbol.rstrip("012") for target in targets for symbol in target.split()}
+    return "per" if symbols <= PHONES else "ser"
+
+
+def score_outputs(
+    tokenizer: Tokenizer, references: Sequence[Sequence[str]], outputs: Sequence[str]
+) -> Score | TextScore:
+    """Score what a model made of each source: `references[i]` are all right targets for
+    `outputs[i]`, and `tokenizer` is that of the targets. Raises as `score_sequences`."""
+    if scores_text(tokenizer):
+        if tokenizer.kind == "word":
+            outputs = [detokenize(text) for text in outputs]
+        return score_translations(references, outputs)
+    units = tokenizer.units
+    right = [[units(text) for text in targets] for targets in references]
+    return score_sequences(right, [units(text) for text in outputs])
+
+
+def figures(score: Score | TextScore, error_rate: str) -> dict[str, float]:
+    """The figures of a score by name: error rates in percent, BLEU and chrF from 0 to 100.
+    error_rate: the name of the token error rate."""
+    if isinstance(score, TextScore):
+        return score.figures
+    return {error_rate: score.token_error_rate, "wer": score.wer}
 
 
 def score_sequences(references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]) -> Score:
@@ -120,12 +167,13 @@ def score_translations(references: Sequence[Sequence[str]], hypotheses: Sequence
         "bleu_lc": BLEU(lowercase=True, force=True),
         "chrf": CHRF(),
     }
-    figures = {
+    found = {
         name: float(metric.corpus_score(hypotheses, streams).score)
         for name, metric in metrics.items()
     }
     signatures = {name: str(metric.get_signature()) for name, metric in metrics.items()}
-    return TextScore(len(hypotheses), figures, signatures)
+    n_exact = sum(text in right for text, right in zip(hypotheses, references, strict=True))
+    return TextScore(len(hypotheses), found, signatures, n_exact)
 
 
 def detokenize(text: str) -> str:

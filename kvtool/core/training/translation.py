@@ -18,14 +18,9 @@ from kvtool.core.machine import derived_seed
 from kvtool.core.models import Model
 from kvtool.core.native import context
 from kvtool.core.text.tokenizer import BOS, EOS, Tokenizer
-from kvtool.core.training.pairs import PHONES, Pair, Splits
-from kvtool.core.training.scoring import (
-    Score,
-    TextScore,
-    detokenize,
-    score_sequences,
-    score_translations,
-)
+from kvtool.core.training import scoring
+from kvtool.core.training.pairs import Pair, Splits
+from kvtool.core.training.scoring import Score, TextScore
 from kvtool.core.training.team import WHOLE, Share
 from kvtool.errors import FileError
 
@@ -66,7 +61,7 @@ class Translation:
         self.device = device
         self.rows = self._encode(splits.train)
         self.dev = splits.valid[:: max(1, len(splits.valid) // DEV_SAMPLE)]
-        self.is_text = tokenizer.kind not in ("char", "symbol")
+        self.is_text = scoring.scores_text(tokenizer)
         self.dev_rows = [row for row in self._ids(self.dev) if max(map(len, row)) <= context]
         for pairs, name in ((splits.valid, splits.valid_name), (splits.test, splits.test_name)):
             texts = [pair.source for pair in pairs]
@@ -75,12 +70,9 @@ class Translation:
 
     @cached_property
     def error_rate(self) -> str:
-        """The name of the token error rate: cer of characters, per of phones, ser of others."""
-        if self.tokenizer.kind == "char":
-            return "cer"
+        """The name of the token error rate."""
         targets = (target for pair in self.splits.train for target in pair.targets)
-        symbols = {symbol.rstrip("012") for target in targets for symbol in target.split()}
-        return "per" if symbols <= PHONES else "ser"
+        return scoring.error_rate_name(self.tokenizer, targets)
 
     @property
     def loss_floor(self) -> float:
@@ -201,10 +193,8 @@ class Translation:
         return nats / n
 
     def figures(self, score: Score | TextScore) -> dict[str, float]:
-        """The figures of a score by name: error rates in percent, BLEU and chrF from 0 to 100."""
-        if isinstance(score, TextScore):
-            return score.figures
-        return {self.error_rate: score.token_error_rate, "wer": score.wer}
+        """As `scoring.figures`."""
+        return scoring.figures(score, self.error_rate)
 
     def score(
         self, model: Model, pairs: Sequence[Pair], beam: Beam | None = None
@@ -219,13 +209,7 @@ class Translation:
         else:
             targets = [best[0].ids for best in search(model, sources, beam)]
         texts = [self.tokenizer.decode(ids) for ids in targets]
-        if self.is_text:
-            if self.tokenizer.kind == "word":
-                texts = [detokenize(text) for text in texts]
-            return score_translations([pair.targets for pair in pairs], texts)
-        units = self.tokenizer.units
-        references = [[units(text) for text in pair.targets] for pair in pairs]
-        return score_sequences(references, [units(text) for text in texts])
+        return scoring.score_outputs(self.tokenizer, [pair.targets for pair in pairs], texts)
 
     def files(self, model: Model) -> dict[str, bytes]:
         """As Task.files."""

@@ -1,0 +1,315 @@
+"""kvtool evaluate: the scores of a saved model on pairs, or its perplexity on a text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtool.commands.generate.results import one_line
+from kvtool.commands.train.report import cell, score_columns
+from kvtool.config import LENGTH_PENALTY, GenerateConfig, RunConfig, check_int
+from kvtool.errors import FileError, UsageError
+from kvtool.files import write_durable
+from kvtool.reading import read_text
+from kvtool.ui import options as o
+from kvtool.ui.documents import check_writable
+from kvtool.ui.option_rules import Rule, needs, require
+from kvtool.ui.output import Output, present
+
+if TYPE_CHECKING:
+    from kvtool.core.checkpoint.checkpoint import Checkpoint
+    from kvtool.core.decoding.beam import Hypothesis
+
+PAIRS, TEXT = "Pairs (encoder-decoders)", "Text (decoders)"
+MOST_CONTEXT = 1024  # of a window, unless asked for more: the work grows with its square
+SEPARATOR = " ||| "
+BAR = "&#124;"  # as Moses writes a bar that is part of a text
+RULES: tuple[Rule, ...] = (
+    needs("--beams", "--length-penalty", "It ranks their results.", "needs --beams 2 or more"),
+    needs("--hypotheses", "--n-best", "They are written there."),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that evaluate was asked for."""
+
+    data: str
+    run: RunConfig
+    beams: int = 1
+    length_penalty: float | None = None  # None: LENGTH_PENALTY
+    n_best: int = 1
+    hypotheses: Path | None = None
+    context: int | None = None  # None: the model's, MOST_CONTEXT at most
+
+    def __post_init__(self) -> None:
+        require(RULES, self.of_pairs)
+        if not self.data:
+            raise UsageError("--data: is missing", "Give a text, or pairs: source TAB target.")
+        penalty = LENGTH_PENALTY if self.length_penalty is None else self.length_penalty
+        GenerateConfig(beams=self.beams, length_penalty=penalty, n_best=self.n_best)
+        if self.context is not None:
+            check_int("--context", self.context, 2)  # one token predicts nothing
+        if self.hypotheses is not None:
+            check_writable(self.hypotheses, "--hypotheses")
+
+    @property
+    def of_pairs(self) -> dict[str, bool]:
+        """The options that only pairs take, and whether they were given."""
+        return {
+            "--beams": self.beams > 1,
+            "--length-penalty": self.length_penalty is not None,
+            "--n-best": self.n_best > 1,
+            "--hypotheses": self.hypotheses is not None,
+        }
+
+
+@dataclass
+class EvaluateReport:
+    """The scores, and what was made of each source."""
+
+    scores: list[dict[str, Any]]
+    unit: str  # what was evaluated: "sources" or "tokens"
+    count: int
+    seconds: float
+    resolved: dict[str, Any] = field(default_factory=dict)
+    exit_code: int = 0
+
+    @property
+    def conclusion(self) -> str:
+        """How much was evaluated, and how fast."""
+        rate = self.count / self.seconds
+        return f"{self.count:,} {self.unit} in {self.seconds:.1f} s ({rate:,.0f} {self.unit}/s)"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The scores."""
+        return self.scores
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the document says."""
+        return {**vars(self), "conclusion": self.conclusion}
+
+
+def run(settings: Settings, out: Output) -> EvaluateReport:
+    """Decode and score pairs with an encoder-decoder; predict a text with a decoder."""
+    from kvtool.core.checkpoint import checkpoint
+    from kvtool.core.machine import prepare
+
+    device, dtype = prepare(settings.run)
+    if settings.context is not None:
+        checkpoint.require_context(settings.run.model, "--context", settings.context)
+    loaded = checkpoint.load(settings.run.model, device, dtype)
+    started = time.perf_counter()
+    if loaded.source_tokenizer is not None:
+        row = evaluate_pairs(settings, loaded, out)
+    else:
+        row = evaluate_text(settings, loaded, out)
+    unit = "sources" if "sources" in row else "tokens"
+    seconds = time.perf_counter() - started
+    resolved = {**loaded.facts, "device": str(device)}
+    return EvaluateReport([row], unit, row[unit], seconds, resolved)
+
+
+def evaluate_pairs(settings: Settings, loaded: Checkpoint, out: Output) -> dict[str, Any]:
+    """The scores of decoding all sources. Raises UsageError for an option that pairs do not take,
+    and for libraries that are missing."""
+    from kvtool.core.decoding.beam import Beam
+    from kvtool.core.decoding.sources import search
+    from kvtool.core.training.pairs import load_evaluation
+    from kvtool.core.training.scoring import error_rate_name, require_libraries, score_outputs
+
+    assert loaded.source_tokenizer is not None
+    if settings.context is not None:
+        raise UsageError("--context: is of decoders", "Leave it out: sources are read whole.")
+    require_libraries("evaluate")
+    name, pairs, notes = load_evaluation(settings.data)
+    for note in notes:
+        out.note(note)
+    penalty = settings.length_penalty
+    beam = Beam(settings.beams, LENGTH_PENALTY if penalty is None else penalty, settings.n_best)
+    sources = loaded.source_tokenizer.encode_batch([pair.source for pair in pairs])
+    with out.progress("decoding", len(pairs)) as bar:
+        found = search(loaded.model, sources, beam, done=bar.advance)
+    texts = [loaded.tokenizer.decode(best[0].ids) for best in found]
+    references = [pair.targets for pair in pairs]
+    score = score_outputs(loaded.tokenizer, references, texts)
+    rate = error_rate_name(loaded.tokenizer, (text for right in references for text in right))
+    if (path := settings.hypotheses) is not None:
+        lines = list(hypothesis_lines(settings.n_best, loaded.tokenizer.decode, found))
+        out.later(lambda report, document: write_hypotheses(path, lines, out))
+    return {
+        "data": name,
+        "sources": score.n,
+        "decoding": "greedy" if settings.beams == 1 else f"beam {settings.beams}",
+        **score_columns(score, rate),
+        "exact %": 100 * score.n_exact / score.n,
+    }
+
+
+def hypothesis_lines(
+    n_best: int, decode: Callable[[list[int]], str], found: list[list[Hypothesis]]
+) -> Iterator[str]:
+    """The text made of each source, a line each; of several the n best as Moses writes them: the
+    source's number from 0, the text, its log probability in nats, and the score that ranks it."""
+    for number, ranked in enumerate(found):
+        for one in ranked[:n_best]:
+            text = one_line(decode(one.ids))
+            if n_best == 1:
+                yield text
+                continue
+            figures = [f"logprob= {one.log_prob:.4f}", f"{one.score:.4f}"]
+            yield SEPARATOR.join([str(number), text.replace("|", BAR), *figures])
+
+
+def write_hypotheses(path: Path, lines: list[str], out: Output) -> None:
+    """Write the file of --hypotheses."""
+    write_durable(path, "".join(f"{line}\n" for line in lines).encode())
+    out.note(f"written to {path}")
+
+
+def evaluate_text(settings: Settings, loaded: Checkpoint, out: Output) -> dict[str, Any]:
+    """How well each token of a text is predicted from those before it. Raises UsageError for an
+    option that a text does not take, and FileError for a text with nothing to predict."""
+    import torch
+
+    from kvtool.core.text.tokenizer import require_room
+    from kvtool.core.training.lm import score_text
+    from kvtool.core.training.pairs import CMUDICT
+
+    for flag, given in settings.of_pairs.items():
+        if given:
+            raise UsageError(f"{flag}: is of encoder-decoders", "Leave it out: a text is read.")
+    where = f"--data {settings.data}"
+    if settings.data == CMUDICT:
+        raise UsageError(f"{where}: is pairs (the model continues texts)", "Give a UTF-8 text.")
+    text = read_text(Path(settings.data), "a text to evaluate on", "--data")
+    require_room(where, text)
+    context = settings.context or min(loaded.config.context, MOST_CONTEXT)
+    ids = torch.tensor(loaded.tokenizer.encode(text), device=next(loaded.model.parameters()).device)
+    if len(ids) < 2:
+        raise FileError(
+            f"{where}: leaves nothing to predict (tokens: {len(ids)}, expected 2 or more)"
+        )
+    with out.progress("predicting", len(ids) - 1) as bar:
+        score = score_text(loaded.model, loaded.tokenizer, ids, context, bar.advance)
+    return {
+        "data": Path(settings.data).name,
+        "context": context,
+        "tokens": score.n_tokens,
+        "nats/token": score.nats_per_token,
+        "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
+        "bits/char": score.bits_per_char,
+        "bits/byte": score.bits_per_byte,
+    }
+
+
+def require_data(model: str, data: str) -> None:
+    """Raise FileError for a model or data that is not there, before torch is loaded."""
+    from kvtool.core.training.pairs import CMUDICT, data_path
+
+    named = None if data == CMUDICT else data_path(data)
+    o.require_inputs(model, ("--data", named, "a text, or pairs"))
+
+
+def show(report: EvaluateReport, out: Output) -> None:
+    """The scores, the settings of those that have any, and how long it took."""
+    names = [name for name in report.scores[0] if name != "signatures"]
+    out.table("Scores", names, [[cell(row[name]) for name in names] for row in report.scores])
+    for name, signature in report.scores[0].get("signatures", {}).items():
+        out.text(f"{name}|{signature}")
+    out.text(report.conclusion)
+
+
+def command(
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="FILE|cmudict",
+            help="For an encoder-decoder lines of source TAB target, or the test words of the "
+            "embedded dictionary; for a decoder a UTF-8 text.",
+        ),
+    ] = "",
+    beams: Annotated[
+        int,
+        typer.Option(
+            "--beams", metavar="N", help="Search with N beams; 1 is greedy.", rich_help_panel=PAIRS
+        ),
+    ] = 1,
+    length_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--length-penalty",
+            metavar="X",
+            show_default=f"{LENGTH_PENALTY:g}",
+            help="0 favours short results, 1 does not (Wu 2016).",
+            rich_help_panel=PAIRS,
+        ),
+    ] = None,
+    hypotheses: Annotated[
+        Path | None,
+        typer.Option(
+            "--hypotheses",
+            metavar="FILE",
+            help="Write what was made of each source, a line each.",
+            rich_help_panel=PAIRS,
+        ),
+    ] = None,
+    n_best: Annotated[
+        int,
+        typer.Option(
+            "--n-best",
+            metavar="N",
+            help="Write the N best of each with their scores, as Moses does: number ||| text ||| "
+            "logprob= nats ||| score.",
+            rich_help_panel=PAIRS,
+        ),
+    ] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            metavar="N",
+            show_default=f"the model's, at most {MOST_CONTEXT:,}",
+            help="Tokens of a window. Windows overlap by half.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    model: o.Model = "",
+    device: o.Device = "auto",
+    dtype: o.Dtype = "float32",
+    threads: o.Threads = 0,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    output_file: o.OutputFile = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Score a saved model: on pairs its decoded targets, on a text its perplexity.
+
+    Targets of characters or symbols get error rates and exact matches; other text
+    gets BLEU and chrF (sacreBLEU). A repeated source has several right targets.
+
+      kvtool evaluate --model g2p-1x1 --data cmudict --beams 4
+
+      kvtool evaluate --data text.txt --json
+    """
+    out = Output(as_json, output_file, quiet, verbose)
+    settings = Settings(
+        data,
+        RunConfig(model, device, dtype, threads, seed),
+        beams,
+        length_penalty,
+        n_best,
+        hypotheses,
+        context,
+    )
+    require_data(model, data)
+    present("evaluate", settings, run, show, out)
