@@ -17,8 +17,8 @@ from kvtool.core.verify.by_layer import ByLayer, can_go_by_layer
 from kvtool.core.verify.check import LostKey, check_model, main_case
 from kvtool.core.verify.compare import ROUNDING_64
 from kvtool.core.verify.judge import BUG, Judge
+from kvtool.core.verify.model_subject import Formats, ModelSubject
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Formats, ModelSubject
 from small_models import random_model
 from verify_subjects import ROTARY
 

@@ -14,10 +14,11 @@ from kvtool.core.kernels.default import make_kernels
 from kvtool.core.verify.arms import Case, play
 from kvtool.core.verify.check import check_model, main_case, small
 from kvtool.core.verify.finding import Diagnosis
+from kvtool.core.verify.model_subject import Formats, ModelSubject
 from kvtool.core.verify.passes import Passes, uncached
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Formats, ModelSubject, Start
+from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.doctor import MOST_SECONDS, NOT_LOOKED, Examiner
 from kvtool.core.verify.target.subject import TargetSubject
 from small_models import random_model

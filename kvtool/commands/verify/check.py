@@ -27,7 +27,7 @@ from kvtool.ui.progress import Progress
 if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint
     from kvtool.core.verify.arms import Case
-    from kvtool.core.verify.subject import Formats
+    from kvtool.core.verify.model_subject import Formats
     from kvtool.core.verify.target.picture import Picture
     from kvtool.core.verify.target.subject import TargetSubject
 
@@ -195,7 +195,7 @@ def check_model(
 
     from kvtool.core.cache import settings_of
     from kvtool.core.verify import check
-    from kvtool.core.verify.subject import Formats
+    from kvtool.core.verify.model_subject import Formats
 
     tell_layers(settings.run.model, settings.layers, out)
     loaded, prompt, ids = load_model(settings, device, dtype)

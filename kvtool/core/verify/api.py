@@ -18,9 +18,9 @@ from kvtool.core.verify.check import Checked, check_model, control, main_case, p
 from kvtool.core.verify.compare import Gap
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.left_out import left_out
+from kvtool.core.verify.model_subject import Formats
 from kvtool.core.verify.outcome import UNSUPPORTED, Outcome, Summary
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Formats
 from kvtool.core.verify.target.check import OWN, check_target, decode_case, target_control
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.errors import UsageError

@@ -29,8 +29,9 @@ from kvtool.core.models.attention import SelfAttention
 from kvtool.core.models.decoder import Decoder
 from kvtool.core.verify.arms import Arms, Case, sharing
 from kvtool.core.verify.compare import Gap
+from kvtool.core.verify.model_subject import Formats, ModelSession, ModelSubject
 from kvtool.core.verify.scenario_run import Segment
-from kvtool.core.verify.subject import Formats, ModelSession, ModelSubject, Start
+from kvtool.core.verify.subject import Start
 from kvtool.errors import pass_on_shortage
 
 HELD = 2**28  # bytes of queries, keys, values and answers after which the caches are fed

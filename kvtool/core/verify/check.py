@@ -24,10 +24,11 @@ from kvtool.core.verify.by_layer import ByLayer, can_go_by_layer
 from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.judge import Judge
+from kvtool.core.verify.model_subject import Formats, ModelSubject
 from kvtool.core.verify.outcome import ROUNDING, Outcome, outcome
 from kvtool.core.verify.passes import Passes
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Formats, ModelSubject, Source, Subject
+from kvtool.core.verify.subject import Source, Subject
 
 MAIN = "decode"  # the scenario that is fed the prompt and its continuation
 LONGEST = "long"  # the scenario that comes furthest

@@ -17,8 +17,8 @@ from kvtool.core.kernels.default import DEFAULT, Kernels, make_kernels
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.by_layer import Fed, Histories
 from kvtool.core.verify.check import MAIN, beginning, subjects_of
+from kvtool.core.verify.model_subject import Formats, ModelSubject
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Formats, ModelSubject
 
 ROWS = 8, 72  # tokens of the passes that are timed: what a pass costs, and what a token does
 TIMES = 3  # steps of one token that are timed

@@ -17,9 +17,10 @@ from kvtool.core.cache.static import StaticCache
 from kvtool.core.kernels.default import DefaultKernels
 from kvtool.core.kernels.exact import EXACT
 from kvtool.core.kernels.masks import LazyMask, mask_tensor
+from kvtool.core.verify.model_subject import ModelSession
 from kvtool.core.verify.mutants.mutant import LayerwiseCache, Lookalike, moved, stepping
 from kvtool.core.verify.mutants.windows import Ring
-from kvtool.core.verify.subject import ModelSession, Start
+from kvtool.core.verify.subject import Start
 
 
 class BackToFront(DynamicCache):

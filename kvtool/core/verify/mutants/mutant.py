@@ -18,8 +18,9 @@ from kvtool.core.kernels.masks import mask_tensor
 from kvtool.core.models import Model, build_model
 from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.judge import Doctor
+from kvtool.core.verify.model_subject import Make, ModelSession, ModelSubject
 from kvtool.core.verify.schedules import BRIEF
-from kvtool.core.verify.subject import Make, ModelSession, ModelSubject, Session, Start
+from kvtool.core.verify.subject import Session, Start
 from kvtool.core.verify.target.doctor import Examiner
 from kvtool.core.verify.target.subject import TargetSubject
 
