@@ -99,13 +99,13 @@ def run(settings: Settings, out: Output) -> PromoteReport:
     with out.progress("promote, MiB", found.nbytes // mib) as bar:
         written = 0
 
-        def tell(n: int, name: str) -> None:
+        def progress(n: int, name: str) -> None:
             nonlocal written
             bar.advance((written + n) // mib - written // mib)
             bar.update(name)
             written += n
 
-        promote.write(found, settings.out, tell)
+        promote.write(found, settings.out, progress)
     return PromoteReport(
         formats=[_row(name, pairs) for name, pairs in _by_format(found.tensors).items()],
         nbytes=found.nbytes,

@@ -193,7 +193,7 @@ def test_verify_logits_finds_the_same_to_the_last_bit_when_weights_are_widened_a
 ) -> None:
     args = f"--model {made(case)[1]} --against transformers --threads 1 --json --dtype {dtype}"
     usual = answer(kv(*args.split(), command="verify-logits"))
-    monkeypatch.setattr("kvtool.core.verify.widened.LARGE", -1)
+    monkeypatch.setattr("kvtool.core.verify.widened.LARGE_BYTES", -1)
     read: list[Path] = []
     load_weights = checkpoint.load_weights
     monkeypatch.setattr(

@@ -85,7 +85,7 @@ def run(settings: Settings, out: Output) -> BenchReport:
     with until_ended() as outcome:
         measure(settings, measurement, out)
         quality = qualities(settings, model, text, lengths[-1], out)
-    if told := work.decode.told():
+    if told := work.decode.summary():
         out.detail(f"decoded {told}")
     if outcome.how and not any(cell.runs for cell in measurement.cells):
         if settings.plot is not None:

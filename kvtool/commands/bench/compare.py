@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(*SAVED)
 SCHEMA = "kvtool.bench/1"
-MOST_ROWS, MOST_SAMPLES = 100_000, 1_000_000  # of a row
-LONGEST = 1e9  # seconds
+MAX_ROWS, MAX_SAMPLES = 100_000, 1_000_000  # of a row
+MAX_SECONDS = 1e9  # seconds
 FIELDS: dict[str, Callable[[Sequence[float]], float]] = {
     "min": min,
     "median": median,
@@ -185,8 +185,8 @@ def samples_of(content: Mapping[str, Any]) -> dict[Key, list[float]]:
     Raises KeyError, TypeError or ValueError for what bench cannot have written.
     """
     rows, found = content["measurements"], {}
-    if not isinstance(rows, list) or len(rows) > MOST_ROWS:
-        raise TypeError(f"they are no list of up to {MOST_ROWS:,} rows")
+    if not isinstance(rows, list) or len(rows) > MAX_ROWS:
+        raise TypeError(f"they are no list of up to {MAX_ROWS:,} rows")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise TypeError(f"row {number} is no object")
@@ -194,10 +194,10 @@ def samples_of(content: Mapping[str, Any]) -> dict[Key, list[float]]:
         name = f"row {number}, {short(key[2], 20)!r} at {key[0]}"
         if key in found:
             raise ValueError(f"{name}, is there twice")
-        if not isinstance(samples, list) or len(samples) > MOST_SAMPLES:
-            raise TypeError(f"the samples of {name} are no list of up to {MOST_SAMPLES:,}")
+        if not isinstance(samples, list) or len(samples) > MAX_SAMPLES:
+            raise TypeError(f"the samples of {name} are no list of up to {MAX_SAMPLES:,}")
         for sample in samples:
-            if type(sample) not in (int, float) or not 0 < sample < LONGEST:
+            if type(sample) not in (int, float) or not 0 < sample < MAX_SECONDS:
                 raise ValueError(f"{name}, has a sample of {short(repr(sample), 20)} s")
         found[key] = [float(sample) for sample in samples]
     return found

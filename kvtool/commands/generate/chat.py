@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvtool.commands.generate.prompts import MOST_NAMED
+from kvtool.commands.generate.prompts import MAX_NAMED
 from kvtool.errors import UsageError
 from kvtool.reading import read_json_object
 from kvtool.ui.options import utf8_text
@@ -114,8 +114,8 @@ def judge_special_tokens(
     written = "\n".join([settings.system or "", *texts])
     found = loaded.tokenizer.special_tokens_in(written)
     if found and not settings.special_tokens:
-        more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
+        more = f" and {len(found) - MAX_NAMED:,} more" if len(found) > MAX_NAMED else ""
         out.note(
-            f"encoded as text: {', '.join(found[:MOST_NAMED])}{more}; "
+            f"encoded as text: {', '.join(found[:MAX_NAMED])}{more}; "
             "--special-tokens makes special tokens of them"
         )

@@ -80,7 +80,7 @@ def run(settings: Settings, out: Output) -> GenerateReport:
     with native.native_if_worthwhile(n_most), cache_files:
         results = continue_all(settings, generator, prompts.texts, encoded, out)
     seconds = time.perf_counter() - started
-    if told := generator.decode.told():
+    if told := generator.decode.summary():
         out.detail(f"decoded {told}")
     cache_files.note(len(encoded[0]))
     n_new = sum(result.new_tokens for result in results)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "To be, or not to be, that is the question:\n"
 SOURCE_PROMPT = "workbench"
-LONG = 60  # seconds of a check of which the time is told before
+LONG_SECONDS = 60  # seconds of a check of which the time is told before
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def tell_time(
     asked = (settings.caches, settings.kernels, cases, rows.known, settings.thorough)
     work = expected.work_of(formats, *asked)
     seconds = expected.seconds_for(formats, work)
-    if seconds >= LONG:
+    if seconds >= LONG_SECONDS:
         out.note(expected.in_words(work, seconds))
 
 

@@ -96,7 +96,7 @@ def run(settings: Settings, out: Output) -> CacheReport:
     with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         asked = (model, kinds, names, settings.tokens, bool(settings.caches))
-        check = partial(check_transformers, tell=bar.update, remark=out.note, skip=rows.known)
+        check = partial(check_transformers, progress=bar.update, remark=out.note, skip=rows.known)
         more = partial(check, prompt_length=settings.prompt_length, thorough=settings.thorough)
         for found in more(*asked):
             if found.planted:

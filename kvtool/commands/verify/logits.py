@@ -11,7 +11,7 @@ import typer
 
 from kvtool.commands.verify import served
 from kvtool.commands.verify.options import (
-    MOST_REQUESTS,
+    MAX_REQUESTS,
     REQUEST_TIMEOUT,
     DryRun,
     EngineName,
@@ -299,7 +299,7 @@ def command(
     engine: EngineName = "",
     prompts: Prompts = None,
     tokens: served.Tokens = served.TAIL,
-    requests: Requests = MOST_REQUESTS,
+    requests: Requests = MAX_REQUESTS,
     timeout: Timeout = REQUEST_TIMEOUT,
     dry_run: DryRun = False,
     plot: o.Plot = None,
@@ -337,7 +337,7 @@ def command(
         "--engine": engine,
         "--prompts": prompts,
         "--tokens": tokens != served.TAIL,
-        "--requests": requests != MOST_REQUESTS,
+        "--requests": requests != MAX_REQUESTS,
         "--timeout": timeout != REQUEST_TIMEOUT,
         "--dry-run": dry_run,
         "--plot": plot,

@@ -17,7 +17,7 @@ from kvtool.ui.output import Output
 if TYPE_CHECKING:
     from kvtool.core.verify.resume_log import ResumeLog
 
-FEW = 3  # names of what was not run
+MAX_SHOWN = 3  # names of what was not run
 
 
 class Rows:
@@ -189,7 +189,7 @@ def first_few(names: Sequence[str]) -> str:
     >>> first_few(["gpt2", "llama", "mamba", "opt", "t5"])
     'gpt2, llama, mamba and 2 more'
     """
-    shown = names if len(names) <= FEW + 1 else names[:FEW]
+    shown = names if len(names) <= MAX_SHOWN + 1 else names[:MAX_SHOWN]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from kvtool.commands.verify.options import MOST_REQUESTS, REQUEST_TIMEOUT, SERVER
+from kvtool.commands.verify.options import MAX_REQUESTS, REQUEST_TIMEOUT, SERVER
 from kvtool.commands.verify.server_dry import DryReport, dry_report, show_dry
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.errors import FileError, ServerError
@@ -56,7 +56,7 @@ class Settings:
     prompt: str | None = None
     prompts: Path | None = None
     tokens: int = TAIL
-    requests: int = MOST_REQUESTS
+    requests: int = MAX_REQUESTS
     timeout: float = REQUEST_TIMEOUT
     dry_run: bool = False
     plot: Path | None = None
@@ -206,25 +206,25 @@ def run(settings: Settings, out: Output) -> ServedReport:
     prompts = _prompts(settings, engine, loaded, out)
     with out.progress(engine.name, len(prompts) + 2) as bar:
 
-        def tell(words: str) -> None:
+        def progress(words: str) -> None:
             bar.update(words)
             bar.advance()
 
         n_vocab = loaded.config.vocab_size
-        found = served.ask(engine, prompts, settings.tokens, n_vocab, tell)
-        tell("float64")
+        found = served.ask(engine, prompts, settings.tokens, n_vocab, progress)
+        progress("float64")
         served.run_exact(loaded.model, found)
         stored, block = loaded.stored_dtype, _block(loaded.stored_dtype)
         facts, tokenizer = loaded.facts, loaded.tokenizer
         del loaded
-        tell("with its rounding")
+        progress("with its rounding")
         working = checkpoint.load(settings.run.model, device, torch.float32, check=True).model
         served.run_rounded(working, found, stored, block)
     positions = served.positions(found)
     rows = [{**vars(row), "piece": tokenizer.decode([row.token])} for row in positions]
     return _report(
         served.judge(found, positions), rows, agree,
-        rounding=served.rounding.told(stored, block),
+        rounding=served.rounding.described(stored, block),
         requests_sent=client.n_sent,
         seconds=time.perf_counter() - started,
         resolved={

@@ -52,11 +52,11 @@ def run(settings: Settings, out: Output) -> VisitReport:
     bars = out.progress(engine.name, n * (1 if second is None else 2))
     with bars as bar, until_ended() as outcome:
 
-        def tell(words: str) -> None:
+        def progress(words: str) -> None:
             bar.update(words)
             bar.advance()
 
-        asked = (prompts, short, long, tail_of(settings), tell)
+        asked = (prompts, short, long, tail_of(settings), progress)
         visit(engine, *asked, plain)
         if second is not None:
             visit(second, *asked, promoted)
@@ -98,8 +98,8 @@ def run_dry(settings: Settings, out: Output) -> DryReport:
     dry.arm = "prompts"
     prompts = prompts_for(settings, dry, out)
 
-    def tell(words: str) -> None:
+    def progress(words: str) -> None:
         dry.arm = words
 
-    visit(dry, prompts, short, long, tail_of(settings), tell, Visit())
+    visit(dry, prompts, short, long, tail_of(settings), progress, Visit())
     return dry_report(dry, settings.requests)

@@ -97,11 +97,11 @@ def run_against(settings: server.Settings, out: Output) -> AgainstReport:
     bars = out.progress(f"{first.name}, {second.name}", len(prompts))
     with bars as bar, until_ended() as outcome:
 
-        def tell(words: str) -> None:
+        def progress(words: str) -> None:
             bar.update(words)
             bar.advance()
 
-        compare(first, second, prompts, tell, found, server.tail_of(settings))
+        compare(first, second, prompts, progress, found, server.tail_of(settings))
         for engine, facts in zip((first, second), before, strict=True):
             require_same(engine, facts)
     return AgainstReport(

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from kvtool.core.servers.engine import Engine
 
 N_PROMPTS, N_THOROUGH = 5, 10
-LEAST_TAIL = 8
-MOST_TOKENS = 4096
+MIN_TAIL = 8
+MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Settings:
         check_int("--requests", self.requests, 1)
         check_float("--timeout", self.timeout, 0.0, open_low=True)
         if self.tokens is not None:
-            check_int("--tokens", self.tokens, LEAST_TAIL, MOST_TOKENS)
+            check_int("--tokens", self.tokens, MIN_TAIL, MAX_TOKENS)
         if self.prompts is not None:
             require_file(self.prompts, "prompts, one a line", "--prompts")
         if self.plot is not None and not self.plot.parent.is_dir():

@@ -25,7 +25,7 @@ from kvtool.core.verify.hf import caches
 from kvtool.core.verify.hf.folder import read_folder
 from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.errors import CheckFailed, FileError
-from kvtool.reading import MOST_CONFIG, read_json_object
+from kvtool.reading import MAX_CONFIG_BYTES, read_json_object
 
 COMPARED_PROMPT, COMPARED = 32, 16  # tokens of a prompt, and after it, that both must agree in
 # Of the largest logit. Rounding in float32 leaves about 1e-6 of it, other mathematics 1e-3 or more;
@@ -116,7 +116,7 @@ def source_of(folder: Path) -> Path | None:
     """The folder, if transformers reads it by itself. Raises FileError."""
     if folder.is_file():  # GGUF
         return None
-    kind = read_json_object(folder / CONFIG, "a configuration", MOST_CONFIG).get("model_type")
+    kind = read_json_object(folder / CONFIG, "a configuration", MAX_CONFIG_BYTES).get("model_type")
     return folder if kind in FAMILIES else None
 
 

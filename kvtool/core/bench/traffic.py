@@ -13,7 +13,7 @@ from torch import nn
 from kvtool.core.bench.timing import now
 from kvtool.core.models import Model
 
-LARGE = 2**28  # bytes; more than a processor's own caches hold
+ARRAY_BYTES = 2**28  # bytes; more than a processor's own caches hold
 TRIES = 5
 STEADY = 0.8  # of the best reading, that the median of undisturbed ones reaches
 CACHES = Path("/sys/devices/system/cpu")
@@ -68,12 +68,12 @@ def read_bandwidth(device: torch.device) -> Bandwidth:
     The array exceeds the processor's own caches: a small model, which fits into them, may be read
     faster.
     """
-    array = torch.ones(LARGE // 4, device=device)
+    array = torch.ones(ARRAY_BYTES // 4, device=device)
     rates = []
     for _ in range(TRIES):
         started = now(device)
         array.sum()
-        rates.append(LARGE / max(now(device) - started, 1e-9))
+        rates.append(ARRAY_BYTES / max(now(device) - started, 1e-9))
     return Bandwidth(tuple(rates), own_caches(device))
 
 

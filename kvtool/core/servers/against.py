@@ -13,7 +13,14 @@ from statistics import fmean, median
 
 from kvtool.core.servers.engine import Engine
 from kvtool.core.servers.texts import TAIL, Answer, Measured, Prompt
-from kvtool.core.servers.verdict import IDENTICAL, LEAST, WITHIN, distance, pooled_floor, scale_of
+from kvtool.core.servers.verdict import (
+    IDENTICAL,
+    MIN_FLOOR,
+    WITHIN,
+    distance,
+    pooled_floor,
+    scale_of,
+)
 
 COLD, CACHED = "without a cache", "with a cache"
 APART = "apart"  # further from each other than either is from itself
@@ -69,13 +76,13 @@ def compare(
     first: Engine,
     second: Engine,
     prompts: Sequence[Sequence[int]],
-    tell: Callable[[str], None],
+    progress: Callable[[str], None],
     found: list[Position],
     tail: int = TAIL,
 ) -> None:
     """Ask both servers, into `found`. Raises ServerError."""
     for number, ids in enumerate(prompts):
-        tell(f"prompt {number + 1}")
+        progress(f"prompt {number + 1}")
         ours = Prompt(first, number, ids, tail)
         others = ours.at(second)
         cold = [
@@ -109,7 +116,7 @@ def _positions(
     for length, a, b in pairs:
         scales = [scale_of(p.cold.answers.get(length, [])) for p in (ours, others)]
         floors = [
-            max(scale.floor or pool, LEAST)
+            max(scale.floor or pool, MIN_FLOOR)
             for scale, pool in zip(scales, pooled, strict=True)
             if scale is not None
         ]

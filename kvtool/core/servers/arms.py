@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 from kvtool.core.servers.client import Refused
 from kvtool.core.servers.engine import Engine, NotFinite
-from kvtool.core.servers.texts import FORKED, LEAST_VARIANTS, TAIL, Measured, Prompt
+from kvtool.core.servers.texts import FORKED, MIN_VARIANTS, TAIL, Measured, Prompt
 
 CUT_TAIL = 8
 FRESH = 4  # tokens
 FIRST_OF_LONG = 8  # tokens that stay before a cut of as many in a long text
-MOST_SET_RIGHT = 4  # times that a decoded text is led back to the right one
+MAX_CORRECTIONS = 4  # times that a decoded text is led back to the right one
 LONG_TAIL = 32
 AROUND = 64  # tokens; kernels change there, so the boundaries of a long prompt lie about a multiple
-MOST_CHUNK = 2**16  # tokens, and MOST_SLOTS, of a server that is asked for more than they hold
-MOST_SLOTS = 64
+MAX_CHUNK = 2**16  # tokens, and MAX_SLOTS, of a server that is asked for more than they hold
+MAX_SLOTS = 64
 FILLERS = 8  # tokens of requests that push a prompt out of its slot
 NO_SAVING = 501  # the HTTP code of a server that was not told where to save slots
 
@@ -43,7 +43,7 @@ def decode(prompt: Prompt, into: Measured) -> None:
     otherwise, it is set right and asked again."""
     prompt.ask(prompt.ids[: prompt.n_prompt - 1])
     begin = prompt.n_prompt
-    for _ in range(MOST_SET_RIGHT):
+    for _ in range(MAX_CORRECTIONS):
         found = prompt.ask(prompt.ids[:begin], prompt.end - begin + 1)
         answers = list(prompt.shared(found, begin))
         if judged := [f for f in answers if f[0] >= prompt.start]:
@@ -83,8 +83,8 @@ def evicted(prompt: Prompt, into: Measured) -> None:
     if not prompt.engine.slots:
         into.unsupported = "it has no slots to fill"
         return
-    if prompt.engine.slots > MOST_SLOTS:
-        into.unsupported = f"it has more than {MOST_SLOTS} slots to fill"
+    if prompt.engine.slots > MAX_SLOTS:
+        into.unsupported = f"it has more than {MAX_SLOTS} slots to fill"
         return
     prompt.ask(prompt.ids[: prompt.end - 1], anywhere=True)
     for _ in range(prompt.engine.slots + 1):
@@ -132,7 +132,7 @@ def cut(prompt: Prompt, into: Measured) -> None:
             shorter = Prompt(prompt.engine, prompt.number, rest, CUT_TAIL)
             into.cold = shorter.cold
             # No other shape comes to the first history: its noise is that of the other texts.
-            into.cold.answers[shorter.n_prompt] *= LEAST_VARIANTS
+            into.cold.answers[shorter.n_prompt] *= MIN_VARIANTS
             into.add(shorter.shared(found, shorter.n_prompt), found.reused)
             return
     into.unsupported = f"it reuses nothing behind a cut, up to {longest} tokens"
@@ -207,7 +207,7 @@ def lengthened(prompts: Sequence[Sequence[int]], engine: Engine) -> list[int]:
     length = engine.chunk + engine.chunk // 8
     length = length // AROUND * AROUND - LONG_TAIL // 2
     fits = not 0 < engine.context <= length + LONG_TAIL + FORKED
-    if not 0 < engine.chunk <= MOST_CHUNK or not fits:
+    if not 0 < engine.chunk <= MAX_CHUNK or not fits:
         return []
     joined = [i for ids in prompts for i in ids]
     return (joined * (length // len(joined) + 1))[:length]

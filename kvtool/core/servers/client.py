@@ -21,7 +21,7 @@ from kvtool.reading import parse_json
 
 KEYS = ("KVTOOL_API_KEY", "OPENAI_API_KEY")  # variables that may hold a key, the first that does
 READ_AT_ONCE = 2**16
-MOST_ANSWERED = 64 * 2**20  # bytes of an answer
+MAX_ANSWER_BYTES = 64 * 2**20  # bytes of an answer
 RETRIED = (429, 502, 503, 504)  # busy, or limited in rate
 N_TRIES = 4
 LONGEST_WAIT = 20.0  # seconds before the next try
@@ -128,8 +128,8 @@ class Client:
         while part := answer.read1(READ_AT_ONCE):
             parts.append(part)
             size += len(part)
-            if size > MOST_ANSWERED:
-                most = f"{MOST_ANSWERED // 2**20} MiB"
+            if size > MAX_ANSWER_BYTES:
+                most = f"{MAX_ANSWER_BYTES // 2**20} MiB"
                 raise ServerError(f"{self.url}: its answer is larger than {most}")
         if answer.length:
             total = size + answer.length

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvtool.core.servers.engine import Completion, Engine, Request
 from kvtool.core.servers.llama_cpp import slot_request
-from kvtool.core.servers.prompts import LEAST_TOKENS
+from kvtool.core.servers.prompts import MIN_TOKENS
 
 UNKNOWN = -1  # stands for a token that the server would have answered
 LETTERS = 4  # of a text, for which a token stands that the server would have told
@@ -61,4 +61,4 @@ class DryEngine:
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize, of ids that are not known."""
         self.requests_made.append((self.arm, ("/tokenize", {"text": text})))
-        return [UNKNOWN] * max(len(text) // LETTERS, LEAST_TOKENS)
+        return [UNKNOWN] * max(len(text) // LETTERS, MIN_TOKENS)

@@ -10,9 +10,9 @@ from kvtool.core.servers.client import Client
 from kvtool.errors import ServerError
 
 WANTED = 256  # likeliest tokens asked for at each position, where a server gives as many
-LEAST_LOGPROB = -110.0  # the logarithm of float32's least number is -103; less is a mark for 0
-LARGEST_LOGPROB = 1e-3  # 0, as far as engines round it
-MOST_ID = 2**31
+MIN_LOGPROB = -110.0  # the logarithm of float32's least number is -103; less is a mark for 0
+MAX_LOGPROB = 1e-3  # 0, as far as engines round it
+MAX_ID = 2**31
 NEEDED = 5  # likeliest tokens without which nothing can be compared
 
 
@@ -103,9 +103,9 @@ def completion(
         raise _no_logprobs(engine) from error
     if not tokens or not all(tops):
         raise _no_logprobs(engine)
-    if not all(0 <= i < MOST_ID for top in tops for i in (*top, *tokens)):
+    if not all(0 <= i < MAX_ID for top in tops for i in (*top, *tokens)):
         raise _no_logprobs(engine)
-    if any(p > LARGEST_LOGPROB for top in tops for p in top.values()):
+    if any(p > MAX_LOGPROB for top in tops for p in top.values()):
         text = f"{engine.client.url}: its logprobs are above 0, which no logarithm of a share is"
         raise ServerError(text, "Let it give natural logarithms, before any sampling.")
     if not all(math.isfinite(p) for top in tops for p in top.values()):
@@ -129,7 +129,7 @@ def number(value: Any) -> float:
         return math.nan
     if isinstance(value, bool):
         raise TypeError
-    return max(float(value), LEAST_LOGPROB)
+    return max(float(value), MIN_LOGPROB)
 
 
 def _no_logprobs(engine: Engine) -> ServerError:
@@ -151,7 +151,7 @@ def too_few(engine: Engine, n: int = 0) -> ServerError:
 def ids_in(engine: Engine, answer: dict[str, Any]) -> list[int]:
     """The ids that a tokenizer's answer names. Raises ServerError."""
     found = answer.get("tokens")
-    if not isinstance(found, list) or not all(type(i) is int and 0 <= i < MOST_ID for i in found):
+    if not isinstance(found, list) or not all(type(i) is int and 0 <= i < MAX_ID for i in found):
         raise ServerError(f"{engine.client.url}: did not answer with the ids of a text")
     return found
 

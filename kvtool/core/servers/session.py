@@ -11,7 +11,7 @@ from kvtool.core.servers.client import RequestsSpent
 from kvtool.core.servers.engine import Engine
 from kvtool.core.servers.texts import FORKED, Cold, Measured, Prompt
 from kvtool.core.servers.verdict import (
-    LEAST,
+    MIN_FLOOR,
     ArmVerdict,
     distance,
     judge_arm,
@@ -20,7 +20,7 @@ from kvtool.core.servers.verdict import (
 )  # fmt: skip
 from kvtool.errors import ServerError, UsageError
 
-Told = Callable[[str], None]  # is called before each arm, with a few words
+Progress = Callable[[str], None]  # is called before each arm, with a few words
 
 
 @dataclass
@@ -57,7 +57,7 @@ def visit(
     short: Sequence[str],
     long: Sequence[str],
     tail: int,
-    tell: Told,
+    progress: Progress,
     found: Visit,
 ) -> None:
     """Ask for everything, into `found`, until the requests are spent, or the server fails.
@@ -68,15 +68,15 @@ def visit(
     first: Prompt | None = None
     try:
         for number in range(len(prompts)):
-            tell(f"prompt {number + 1}")
+            progress(f"prompt {number + 1}")
             prompt = open_prompt(engine, number, prompts, tail)
             found.colds.append(prompt.cold)
             first = first or prompt
             for name in short:
-                tell(f"{name}, prompt {number + 1}")
+                progress(f"{name}, prompt {number + 1}")
                 if not found.lacks(name):
                     found.measured.append(play(prompt, name))
-        _visit_long(engine, prompts, long, tell, found)
+        _visit_long(engine, prompts, long, progress, found)
         if first is not None:
             found.grown = growth(first, found.pooled)
     except RequestsSpent:
@@ -92,10 +92,14 @@ def visit(
 
 
 def _visit_long(
-    engine: Engine, prompts: Sequence[Sequence[int]], long: Sequence[str], tell: Told, found: Visit
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    long: Sequence[str],
+    progress: Progress,
+    found: Visit,
 ) -> None:
     for name in long:
-        tell(name)
+        progress(name)
         ids = lengthened(prompts, engine)
         if not ids:
             why = "its context is too short, or it does not tell its sizes"
@@ -131,7 +135,7 @@ def growth(prompt: Prompt, pooled: float) -> float:
         cold = prompt.cold.answers[length]
         scale = scale_of(cold)
         if scale is not None:
-            floor = max(scale.floor or pooled, LEAST)
+            floor = max(scale.floor or pooled, MIN_FLOOR)
             times.append(distance(answer, scale, cold[0]) / floor)
     return max(1.0, float(median(times))) if times else 1.0
 

@@ -25,7 +25,7 @@ from kvtool.core.servers.splits import Kind, drawn, pair, single
 TOP = 30  # of the likeliest tokens of the reference, by which two answers are compared
 TAIL = 32  # tokens of the server's own that follow a prompt: the boundaries lie among them
 N_BOUNDARIES = 6
-LEAST_VARIANTS = 3  # cold answers to one history, without which it has no floor
+MIN_VARIANTS = 3  # cold answers to one history, without which it has no floor
 JUDGED_FROM = 0.6  # of the tail: before it there are too few boundaries
 FORKED = 6  # other tokens behind a shared prefix
 N_BESIDE = 2  # cold requests with another one at the same time

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvtool.core.servers.arms import ARMS
 from kvtool.core.servers.texts import (
-    LEAST_VARIANTS,
+    MIN_VARIANTS,
     Answer,
     Cold,
     Measured,
@@ -28,7 +28,7 @@ ROUNDING, BUG = "rounding", "bug"  # where a promoted server decides
 RIGHT = (IDENTICAL, WITHIN, ROUNDING, LOSSY)
 WRONG = (BEYOND, BUG, HIDDEN)
 
-LEAST = float(np.finfo(np.float32).eps)  # of a floor, relative: logprobs are float32
+MIN_FLOOR = float(np.finfo(np.float32).eps)  # of a floor, relative: logprobs are float32
 NOTHING = 1e-12  # as the floor of answers that are the same: their mean is rounded
 RARE = 4.0  # times the floor, of a single answer among others that are within it
 RARE_SIZE = 0.5  # of the smaller control, which such an answer is at least
@@ -94,7 +94,7 @@ class Scale(NamedTuple):
 
 def scale_of(cold: Sequence[Answer]) -> Scale | None:
     """None where too few cold answers have the same history."""
-    if len(cold) < LEAST_VARIANTS:
+    if len(cold) < MIN_VARIANTS:
         return None
     ids = likeliest(cold[0])
     benign: list[list[NDArray[np.floating]]] = [[vector(answer, ids)] for answer in cold]
@@ -236,7 +236,7 @@ def _gap(prompt: int, probe: Probe, scale: Scale, pooled: float, grown: float) -
 
 def _floor(scale: Scale, pooled: float) -> float:
     """The floor that a distance is divided by."""
-    return max(scale.floor or pooled, LEAST)
+    return max(scale.floor or pooled, MIN_FLOOR)
 
 
 def distance(answer: Answer, scale: Scale, other: Answer | None = None) -> float:

@@ -35,7 +35,7 @@ from kvtool.core.verify.subject import Start
 from kvtool.errors import pass_on_shortage
 
 HELD = 2**28  # bytes of queries, keys, values and answers after which the caches are fed
-MOST_ROWS = 1024  # tokens of a pass for several kinds; a longer one is for those that share it
+MAX_ROWS = 1024  # tokens of a pass for several kinds; a longer one is for those that share it
 FLOAT64 = torch.float64
 
 
@@ -47,7 +47,7 @@ def can_go_by_layer(model: Model) -> bool:
     )
 
 
-class Place(NamedTuple):
+class HistorySlice(NamedTuple):
     """What a step answers: n columns of a history from `first` on."""
 
     history: int
@@ -122,7 +122,7 @@ class Fed:
 
     subject: ModelSubject
     case: Case
-    places: dict[int, Place]
+    places: dict[int, HistorySlice]
     segments: list[Segment]  # that have the steps
     gaps: dict[int, float]
 
@@ -135,12 +135,12 @@ class Fed:
         except Exception as error:
             pass_on_shortage(error)
             return None
-        places: dict[int, Place] = {}
+        places: dict[int, HistorySlice] = {}
         for segments in sharing(run.segments):
             number = histories.number(segments[0], subject)
             for segment in segments:
                 for answer in segment.answers:
-                    places[answer.step] = Place(number, answer.first, answer.logits.shape[1])
+                    places[answer.step] = HistorySlice(number, answer.first, answer.logits.shape[1])
         places = {step: places[step] for step in sorted(places)}
         return cls(subject, case, places, run.segments, dict.fromkeys(places, 0.0))
 
@@ -337,10 +337,10 @@ class ByLayer:
     def _packed(
         self, case: Case, groups: Sequence[list[ModelSubject]]
     ) -> Iterator[list[ModelSubject]]:
-        """The groups that one pass serves, of MOST_ROWS or fewer unless a single one has more."""
+        """The groups that one pass serves, of MAX_ROWS or fewer unless a single one has more."""
         together: list[ModelSubject] = []
         for group in groups:
-            if together and self._planned(case, [*together, *group])[0].n_rows > MOST_ROWS:
+            if together and self._planned(case, [*together, *group])[0].n_rows > MAX_ROWS:
                 yield together
                 together = []
             together = [*together, *group]

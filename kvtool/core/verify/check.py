@@ -31,8 +31,8 @@ from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.subject import Source, Subject
 
 MAIN = "decode"  # the scenario that is fed the prompt and its continuation
-LONGEST = "long"  # the scenario that comes furthest
-LONG = 4200  # tokens that our kinds are fed at most
+LONG_SCENARIO = "long"  # the scenario that comes furthest
+MAX_REACH = 4200  # tokens that our kinds are fed at most
 CONTROL_STEPS = 24  # enough to see a planted bug
 FEW_STEPS = 3  # of a large model
 EXACT = "exact"
@@ -98,15 +98,15 @@ def check_model(
     kernels: Sequence[str],
     scenarios: Sequence[str],
     main: Case,
-    tell: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
     skip: Container[tuple[str, str, str]] = (),
     thorough: bool = False,
 ) -> Iterator[Checked]:
     """Judge every kind with all kernels in all scenarios, in that order; of a large model all kinds
     in one scenario after the other, since they share most of the work.
 
-    skip: kind, kernels and scenario of what is not judged. `tell` hears what comes next. thorough:
-    feed all that can be fed in some minutes. Raises CheckFailed.
+    skip: kind, kernels and scenario of what is not judged. progress: is called before each with a
+    few words. thorough: feed all that can be fed in some minutes. Raises CheckFailed.
     """
     plan = [turn for turn in product(caches, kernels, scenarios) if turn not in skip]
     shares_scenario = goes_by_layer(formats)
@@ -125,7 +125,7 @@ def check_model(
             subject = subjects[kind].with_kernels(make_kernels(name))
             subject.evidence = evidence if name == DEFAULT.name else None
             judges[kind, name] = Judge(subject, examine)
-        tell(f"{kind}, {name} kernels, {scenario}")
+        progress(f"{kind}, {name} kernels, {scenario}")
         finding = _judged(judges[kind, name], cases[scenario])
         yield Checked(kind, name, subjects[kind].stores, finding, name == EXACT)
         left[sharing[turn]] -= 1
@@ -155,7 +155,7 @@ def subjects_of(
     for kind in caches:
         subjects[kind] = subject = ModelSubject(formats.model, small(kind), kind, formats=formats)
         if thorough and subject.stores:
-            subject.reach = min(subject.context, LONG)
+            subject.reach = min(subject.context, MAX_REACH)
     alike = Counter(subject.seen for subject in subjects.values())
     for subject in subjects.values():
         subject.passes = passes if alike[subject.seen] > 1 else None
@@ -165,7 +165,7 @@ def subjects_of(
 def with_reach(finding: Finding, subject: Subject) -> Finding:
     """A finding of the long histories, and which tokens of the context they did not reach."""
     reach = subject.reach
-    if not finding.right or finding.scenario != LONGEST:
+    if not finding.right or finding.scenario != LONG_SCENARIO:
         return finding
     beyond = f"beyond {reach:,} tokens" if 0 < reach < subject.context else ""
     sizes = "most sizes of steps" if subject.fed_little else ""

@@ -19,7 +19,7 @@ from kvtool.core.verify.widened import Room, twin
 from kvtool.errors import pass_on_shortage
 
 WIDE = {torch.float64: torch.complex128}  # complex tables stay as they are in other formats
-ENOUGH = 8  # how deep objects hold objects
+MAX_DEPTH = 8  # how deep objects hold objects
 PLAIN = (
     type(None), bool, int, float, complex, str, bytes, type, torch.device, torch.Generator,
     FunctionType, BuiltinFunctionType, MethodType, ModuleType,
@@ -149,7 +149,7 @@ class _Held:
         self._made: dict[int, Any] = {}
         self._alive: list[Any] = []  # or another object might get the id of one that was seen
 
-    def visit(self, value: Any, depth: int = ENOUGH) -> Any:
+    def visit(self, value: Any, depth: int = MAX_DEPTH) -> Any:
         """What is to stand where `value` stood."""
         if id(value) in self._made:
             return self._made[id(value)]

@@ -239,7 +239,7 @@ class Judge:
     def _surely_wrong(self, case: Case, finding: Finding, step: int, exact: Arms) -> bool:
         """Whether one short history of a generated scenario leaves no doubt, so that the many
         others, which take long, need not be tried again."""
-        if self.subject.told:
+        if self.subject.rounds_alike:
             return False
         piece, _, short = reduced(self.float64.subject, case, step, exact, ROUNDING_64)
         if piece is case:
@@ -271,7 +271,7 @@ class Judge:
 
         doubt: the share of a gap that has to stay in place, if that is more than a bug's has.
         """
-        if self.subject.told:
+        if self.subject.rounds_alike:
             return None
         gap = max(distances(exact.found, exact.expected))
         measured = Measured(self.subject, case, arms)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 LACKING = ("needs ", ", which it has not")  # around an ability, in the evidence of a finding
-LONGEST = 60  # characters of a reason
+MAX_REASON = 60  # characters of a reason
 
 
 def left_out(skipped: Iterable[tuple[str, str]], run: Iterable[str]) -> str:
@@ -36,4 +36,4 @@ def _reason(scenario: str, evidence: str) -> str:
         return "" if ability == scenario else f"no {ability}"
     _, cannot, what = evidence.partition(" cannot ")
     text = what.partition(": ")[2] or f"cannot {what}" if cannot else evidence
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."

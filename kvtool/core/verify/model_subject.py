@@ -127,7 +127,7 @@ class ModelSubject(Feeding):
 
     converts = True
 
-    told = True
+    rounds_alike = True
     lossy = False
     pure = True
     passes: SharedPasses | None = None

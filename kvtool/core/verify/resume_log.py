@@ -19,10 +19,10 @@ from kvtool.reading import parse_json, read_bytes
 
 SCHEMA = "kvtool.results/1"
 BEGINNING = f'{{"schema": "{SCHEMA}"'.encode()
-MOST_RESULTS = 2**28  # bytes
+MAX_RESULTS_BYTES = 2**28  # bytes
 DECISIVE = ("check", "model")  # where these differ, nearly all else does
 SHA256 = "sha256"
-MOST_NAMED = 5  # differences in one line
+MAX_NAMED = 5  # differences in one line
 T = TypeVar("T")
 
 
@@ -62,7 +62,7 @@ class ResumeLog(Generic[T]):
     def _read(self) -> list[T]:
         if not self.path.exists() or (self.path.is_file() and not self.path.stat().st_size):
             return []
-        data = read_bytes(self.path, "results to go on from", "--resume", MOST_RESULTS)
+        data = read_bytes(self.path, "results to go on from", "--resume", MAX_RESULTS_BYTES)
         lines = io.BytesIO(data)
         first = lines.readline()
         if not first.endswith(b"\n"):
@@ -159,7 +159,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs in words, what matters most first; another check or model stands alone."""
     names = changed(before, now)
     names = [name for name in DECISIVE if name in names] or sorted(names, key=lambda n: n != SHA256)
-    shown = names[:MOST_NAMED]
+    shown = names[:MAX_NAMED]
     words = [word for n in shown for word in changes({n: before.get(n)}, {n: now.get(n)})]
     n_more = len(names) - len(shown)
     return ", ".join(words) + (f" and {n_more} more" if n_more else "")

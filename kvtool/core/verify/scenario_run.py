@@ -16,7 +16,7 @@ from kvtool.errors import pass_on_shortage
 PREFILL = 11  # tokens of a prompt that no power of two divides
 STEPS = 6  # one-token steps that follow
 REACH = 600  # tokens of the longest history, where nobody found out what they cost
-MOST_SPECIAL = 8  # ids to which a decoder gives a meaning
+MAX_SPECIAL = 8  # ids to which a decoder gives a meaning
 Padding = list[int] | list[list[int]] | None  # of rows: see Start
 
 
@@ -155,9 +155,9 @@ class ScenarioRun:
         special = dict.fromkeys((n_ids - 1, 0, *self.subject.special_ids))
         a, b, c = (int(i) for i in torch.randint(n_ids, (3,), generator=self._generator))
         lines = [[a], [a], [a] * 3, [b, c] * 2]
-        for i in list(special)[:MOST_SPECIAL]:
+        for i in list(special)[:MAX_SPECIAL]:
             lines += [[i], [b], [c, i, i, a]]
-        lines.append([b, *list(special)[:MOST_SPECIAL], c])
+        lines.append([b, *list(special)[:MAX_SPECIAL], c])
         return [torch.tensor([line], device=self.subject.device) for line in lines]
 
     @property

@@ -145,7 +145,9 @@ class Subject(Protocol):
     window: int  # tokens that a query sees, its own included; 0: all
     dtype: torch.dtype
     device: torch.device
-    told: bool  # whether its uncached pass rounds as its cache does, so that a loss is a bug
+    rounds_alike: (
+        bool  # whether its uncached pass rounds as its cache does, so that a loss is a bug
+    )
     lossy: bool  # whether it declares that its cache rounds on purpose
     converts: bool  # whether its float64 copy is known to be the same model
     pure: bool  # whether its uncached pass is known to answer the same each time

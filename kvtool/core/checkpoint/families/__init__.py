@@ -27,7 +27,7 @@ from kvtool.core.checkpoint.families.fields import Fields
 from kvtool.core.checkpoint.families.weights import NameMap, RenamedFile
 from kvtool.core.checkpoint.weight_files import WeightFile
 from kvtool.errors import FileError, UsageError
-from kvtool.reading import MOST_CONFIG, read_json_object
+from kvtool.reading import MAX_CONFIG_BYTES, read_json_object
 
 __all__ = ["FAMILIES", "Family", "end_ids"]
 
@@ -85,7 +85,9 @@ def end_ids(folder: Path, data: Mapping[str, Any]) -> frozenset[int]:
     """
     path, found = folder / "config.json", data.get("eos_token_id")
     if os.path.lexists(folder / GENERATION_CONFIG):
-        own = read_json_object(folder / GENERATION_CONFIG, "settings of generation", MOST_CONFIG)
+        own = read_json_object(
+            folder / GENERATION_CONFIG, "settings of generation", MAX_CONFIG_BYTES
+        )
         if own.get("eos_token_id") is not None:
             path, found = folder / GENERATION_CONFIG, own["eos_token_id"]
     ids = found if isinstance(found, list) else [] if found is None else [found]

@@ -23,10 +23,10 @@ from kvtool.reading import opened, quoted, short
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 LARGEST_HEADER = 2**28  # bytes; a vocabulary of 262,144 tokens with its merges has 2^23
-MOST_ITEMS = 2**22  # of a list; the merges of the largest vocabularies are 600,000
-MOST_TENSORS = 2**18
+MAX_ITEMS = 2**22  # of a list; the merges of the largest vocabularies are 600,000
+MAX_TENSORS = 2**18
 LONGEST_NAME = 256  # bytes, of a tensor; ggml itself has 64
-MOST_DIMENSIONS = 4
+MAX_DIMENSIONS = 4
 ALIGNMENT = 32  # bytes, unless general.alignment says another
 FILE_TYPE = "general.file_type"
 ALL_F32 = 0  # of general.file_type
@@ -100,8 +100,8 @@ class GGUFHeader:
         if self.version not in VERSIONS:
             raise FileError(f"{self.where}: is GGUF of version {self.version} (expected 2 or 3)")
         n_tensors, n_fields = reader.unpack("QQ")
-        if n_tensors > MOST_TENSORS:
-            raise FileError(f"{self.where}: claims {n_tensors} tensors (at most {MOST_TENSORS})")
+        if n_tensors > MAX_TENSORS:
+            raise FileError(f"{self.where}: claims {n_tensors} tensors (at most {MAX_TENSORS})")
         return n_tensors, n_fields
 
     def _read_fields(self, reader: _Reader, n_fields: int) -> dict[str, Field]:
@@ -134,9 +134,9 @@ class GGUFHeader:
             name = reader.name(LONGEST_NAME)
             where = f"{self.where}: {short(name)}"
             (n_dimensions,) = reader.unpack("I")
-            if not 1 <= n_dimensions <= MOST_DIMENSIONS:
+            if not 1 <= n_dimensions <= MAX_DIMENSIONS:
                 raise FileError(
-                    f"{where} has {n_dimensions} dimensions (expected 1 to {MOST_DIMENSIONS})"
+                    f"{where} has {n_dimensions} dimensions (expected 1 to {MAX_DIMENSIONS})"
                 )
             shape = reader.unpack("Q" * n_dimensions)[::-1]
             number, offset = reader.unpack("IQ")
@@ -270,8 +270,8 @@ class _Reader:
         return Field(name, kind, value, begin, self.position)
 
     def _items(self, inner: int, n: int, name: str) -> list[Any]:
-        if n > MOST_ITEMS:
-            expected = f"expected {MOST_ITEMS} or fewer"
+        if n > MAX_ITEMS:
+            expected = f"expected {MAX_ITEMS} or fewer"
             raise FileError(f"{self.where}: {short(name)} claims {n} items ({expected})")
         if inner == STRING:
             return list(self._texts(n))

@@ -36,7 +36,7 @@ from kvtool.reading import opened
 F32 = FORMATS[0]
 BLOCK = re.compile(r"blk\.(\d+)\.")
 COPIED = 2**22  # bytes at a time of what stays as it is
-Told = Callable[[int, str], None]  # bytes more that are written, and of which tensor
+Progress = Callable[[int, str], None]  # bytes more that are written, and of which tensor
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,14 @@ def gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.3g} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.3g} MiB"
 
 
-def write(found: Plan, out: Path, tell: Told) -> None:
+def write(found: Plan, out: Path, progress: Progress) -> None:
     """Write the file under a temporary name and give it its own at the end; nothing is left behind
     by an error, Ctrl-C or SIGTERM, and what is there is not replaced. Raises FileError."""
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         with open(os.open(temporary, flags, 0o666), "wb") as file:
-            _write(found, _Output(file, out), tell)
+            _write(found, _Output(file, out), progress)
             file.flush()
             os.fsync(file.fileno())
         _name(temporary, out)
@@ -203,7 +203,7 @@ def _name(temporary: Path, out: Path) -> None:
         os.rename(temporary, out)  # on disks without links
 
 
-def _write(found: Plan, file: _Output, tell: Told) -> None:
+def _write(found: Plan, file: _Output, progress: Progress) -> None:
     source = found.source
     with opened(source.path, "a GGUF file") as stored:
         file.write(
@@ -214,16 +214,16 @@ def _write(found: Plan, file: _Output, tell: Told) -> None:
         for _, t in found.tensors:
             file.write(_info(t))
         _pad(file, found.start)
-        tell(found.start, "")
+        progress(found.start, "")
         for before, after in found.tensors:
             stored.seek(before.begin)
-            _write_tensor(stored, before, after, file, source, tell)
+            _write_tensor(stored, before, after, file, source, progress)
             _pad(file, found.start + _up(after.end, source.alignment))
 
 
 def _write_tensor(
     stored: BufferedReader, before: TensorField, after: TensorField, file: _Output,
-    source: GGUFHeader, tell: Told,
+    source: GGUFHeader, progress: Progress,
 ) -> None:  # fmt: skip
     if before.format == after.format:
         left = before.end - before.begin
@@ -233,11 +233,11 @@ def _write_tensor(
                 raise FileError(f"{source.path}: became shorter while it was read", "Try again.")
             file.write(data)
             left -= len(data)
-            tell(len(data), before.name)
+            progress(len(data), before.name)
         return
     for _, piece in numbers(stored, before.format, before.n_values, str(source.path)):
         file.write(piece.astype("<f4", copy=False).data)
-        tell(piece.nbytes, before.name)
+        progress(piece.nbytes, before.name)
 
 
 def _span(stored: BufferedReader, field: Field, source: GGUFHeader) -> bytes:

@@ -29,7 +29,7 @@ from kvtool.errors import FileError
 from kvtool.reading import opened
 
 BLOCK = 2**20  # bytes of what stands between tensors
-SMALL = 2**16  # values of a table that a configuration is made of
+TABLE_VALUES = 2**16  # values of a table that a configuration is made of
 
 
 class GGUFModel:
@@ -50,8 +50,8 @@ class GGUFModel:
             return None
         where = f"{self.header.where}: {FACTORS}"
         require_known(where, field.format)
-        if field.n_values > SMALL:
-            raise FileError(f"{where} has {field.n_values} values ({SMALL} at most)")
+        if field.n_values > TABLE_VALUES:
+            raise FileError(f"{where} has {field.n_values} values ({TABLE_VALUES} at most)")
         with opened(self.header.path, "a GGUF file") as file:
             file.seek(field.begin)
             pieces = numbers(file, field.format, field.n_values, where)

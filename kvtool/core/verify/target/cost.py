@@ -23,12 +23,12 @@ from kvtool.errors import pass_on_shortage
 BUDGET = {BRIEF: 2.0, NORMAL: 8.0, THOROUGH: 240.0}  # seconds for all schedules, in all precisions
 RUNS = 2.5  # of each schedule: in the working format, in float64, and sometimes once more
 HELD = 6  # times that the logits of a history are held: of both arms, in two formats
-MOST_BYTES = 2**31  # of those logits
-MOST = {BRIEF: 600, NORMAL: 2100}  # tokens, however quick they are
+MAX_BYTES = 2**31  # of those logits
+MAX_TOKENS = {BRIEF: 600, NORMAL: 2100}  # tokens, however quick they are
 REACHES = (4200, 2100, 1100, 600, 330, 160)  # tokens: longer histories are left out first
-LEAST = (160, 64)  # tokens of what is fed in any case, with few sizes of steps
-SHORT = 24  # tokens behind which a step is timed
-PASSES = (SHORT, 96, 384, 1536)  # tokens of the passes that are timed
+MIN_REACHES = (160, 64)  # tokens of what is fed in any case, with few sizes of steps
+TIMED_BEHIND = 24  # tokens behind which a step is timed
+PASSES = (TIMED_BEHIND, 96, 384, 1536)  # tokens of the passes that are timed
 QUICK = 0.1  # seconds
 SCHEDULES = (schedules.prompts, schedules.steps, schedules.boundaries, schedules.long)
 
@@ -55,12 +55,12 @@ def affordable(subject: Timed, limits: Bounds) -> Bounds:
 
     limits: those of the subject, with its context as reach.
     """
-    most = min(limits.reach, MOST.get(limits.level, limits.reach))
+    most = min(limits.reach, MAX_TOKENS.get(limits.level, limits.reach))
     per_token = HELD * subject.vocab_size * torch.float64.itemsize
     lengths = sorted({min(n, most) for n in (most, *REACHES)}, reverse=True)
-    lengths = [n for n in lengths if n * per_token <= MOST_BYTES] or lengths[-1:]
+    lengths = [n for n in lengths if n * per_token <= MAX_BYTES] or lengths[-1:]
     choices = [replace(limits, reach=n) for n in lengths]
-    choices += [replace(limits, reach=min(n, lengths[-1]), level=BRIEF) for n in LEAST]
+    choices += [replace(limits, reach=min(n, lengths[-1]), level=BRIEF) for n in MIN_REACHES]
     try:
         seconds = _seconds_of(subject, limits)
     except (Exception, SystemExit) as error:  # whatever it raises: the scenarios will report it
@@ -75,7 +75,7 @@ def affordable(subject: Timed, limits: Bounds) -> Bounds:
 def _seconds_of(subject: Timed, limits: Bounds) -> Callable[[Bounds], float]:
     """What all schedules take: each start and each step, a pass's worth for the tokens of each
     history, and the uncached pass over the longest, which judges the others of its scenario too."""
-    start, step = _step_seconds(subject, limits.largest or SHORT)
+    start, step = _step_seconds(subject, limits.largest or TIMED_BEHIND)
     full = _pass_seconds(subject, limits.reach)
 
     def seconds(limits: Bounds) -> float:
@@ -92,10 +92,10 @@ def _seconds_of(subject: Timed, limits: Bounds) -> Callable[[Bounds], float]:
 @torch.inference_mode()
 def _step_seconds(subject: Timed, largest: int) -> tuple[float, float]:
     """What a start takes, and a step of one token; `largest`: tokens that it takes at once."""
-    ids, begun = _ids(subject, SHORT), time.thread_time()
-    state = subject.initial_state(Start(1, SHORT))
+    ids, begun = _ids(subject, TIMED_BEHIND), time.thread_time()
+    state = subject.initial_state(Start(1, TIMED_BEHIND))
     start = time.thread_time() - begun
-    first = min(SHORT - 3, largest)
+    first = min(TIMED_BEHIND - 3, largest)
     _, state = subject.step(ids[:, :first], state)
     taken = []
     for end in range(first + 1, first + 4):

@@ -34,20 +34,20 @@ from kvtool.errors import first_line, pass_on_shortage
 UNNAMED = "none of the wrong positions and pasts that can be tried from outside reproduces it"
 NOT_LOOKED = "not looked into: the bugs found before took the time for it"
 SECONDS = 8.0  # that all bugs of a check are looked into
-MOST_SECONDS = 12.0  # that they are located and explained
+MAX_SECONDS = 12.0  # that they are located and explained
 PADDING_COUNTED = "positions after the prompt count its padding: the length is taken in its place"
 SEES_RIGHT = "each token sees just those that it should"
 
 
 class Examiner:
     """The doctor of one check: what it looks into takes `SECONDS` of this thread at most, and one
-    more look; bugs that are found after `MOST_SECONDS` are not even located."""
+    more look; bugs that are found after `MAX_SECONDS` are not even located."""
 
     def __init__(self) -> None:
         self.spent = 0.0
 
     def __call__(self, subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagnosis:
-        if self.spent >= MOST_SECONDS:
+        if self.spent >= MAX_SECONDS:
             return Diagnosis(unexplained=NOT_LOOKED)
         began = time.thread_time()
         try:

@@ -32,8 +32,8 @@ from kvtool.core.verify.target.probe import (
 from kvtool.core.verify.target.subject import TargetSubject
 
 SECONDS = 2.0  # that all replays together may take
-MOST, LEAST = 96, 6  # tokens that are moved, at most; with less no map is made
-MOST_BETWEEN = 12  # in one round
+MAX_MOVED, MIN_MOVED = 96, 6  # tokens that are moved, at most; with less no map is made
+MAX_BETWEEN = 12  # in one round
 BESIDE = 5  # tokens on each side of an end
 EDGES = 12  # rounds in which tokens between others are moved: what is seen ends there
 
@@ -160,8 +160,8 @@ def segment_of(run: ScenarioRun, step: int) -> Segment:
 def sight(subject: TargetSubject, case: Case, step: int, last: int, spot: Spot) -> Sight | None:
     """What each token of the wrong step's history sees. None where that would take too long."""
     prober = Prober(subject, case, step, last, spot)
-    n_moves = min(MOST, int(SECONDS / max(prober.seconds, 1e-4)))
-    if n_moves < LEAST:
+    n_moves = min(MAX_MOVED, int(SECONDS / max(prober.seconds, 1e-4)))
+    if n_moves < MIN_MOVED:
         return None
     batch = prober.history.shape[0]
     given_up = [
@@ -170,7 +170,7 @@ def sight(subject: TargetSubject, case: Case, step: int, last: int, spot: Spot) 
         for row in range(batch)
         if not bool((prober.origin[..., 0] == number).any())
     ]
-    columns = _chosen(prober, max(LEAST, (n_moves - len(given_up)) // batch - EDGES))
+    columns = _chosen(prober, max(MIN_MOVED, (n_moves - len(given_up)) // batch - EDGES))
     looks: dict[Token, tuple[Tensor, Tensor]] = {}
 
     def look(token: Token) -> tuple[Tensor, Tensor]:
@@ -256,4 +256,4 @@ def _between(found: Sight, columns: list[int], step: int) -> list[int]:
                 range(high - BESIDE, high + BESIDE + 1) if high - low == 1 else [(low + high) // 2]
             )
             more.update(c for c in near if 0 <= c < columns[-1] and c not in columns)
-    return sorted(more)[:MOST_BETWEEN]
+    return sorted(more)[:MAX_BETWEEN]

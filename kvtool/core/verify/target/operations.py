@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-LARGEST = 2**22  # numbers in an answer that is kept
+MAX_NUMBERS = 2**22  # numbers in an answer that is kept
 OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[3]))
 
 
@@ -59,7 +59,7 @@ class Operations(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
-        if not isinstance(answer, Tensor) or answer.numel() > LARGEST:
+        if not isinstance(answer, Tensor) or answer.numel() > MAX_NUMBERS:
             return answer
         line = calling_line(getattr(func, "__name__", str(func)))
         if line is None:

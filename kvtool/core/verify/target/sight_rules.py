@@ -17,7 +17,7 @@ from kvtool.core.verify.target.influence import Query, Sight
 from kvtool.core.verify.target.views import View, views, width
 
 AFTER = " (after the first step)"
-MOST = 3  # bugs that may all be named: of more, too little was seen to tell
+MAX_BUGS = 3  # bugs that may all be named: of more, too little was seen to tell
 Rule = Callable[[View], Tensor]  # -> (Q,K) bool: what is seen under it
 
 
@@ -152,8 +152,8 @@ def named(sight: Sight, step: int) -> tuple[str, ...]:
     if found or not sight.differs:
         return tuple(found)
     rows = views(sight)
-    if told := _by_ids(sight, rows):
-        return (told,)
+    if named := _by_ids(sight, rows):
+        return (named,)
     if not sight.direct:  # through several layers a window reaches further than it is wide
         rows = [view._replace(window=0) for view in rows]
     fits = list(_windows(rows, sight.queries, step)) if sight.direct else []
@@ -167,7 +167,7 @@ def named(sight: Sight, step: int) -> tuple[str, ...]:
             fits.append((words, "" if when == AFTER and "past" in words else when))
     always = [words + when for words, when in fits if when in ("", AFTER)]
     names = always or [words + when for words, when in fits]
-    return tuple(dict.fromkeys(names)) if len(names) <= MOST else ()
+    return tuple(dict.fromkeys(names)) if len(names) <= MAX_BUGS else ()
 
 
 def _where_it_holds(

@@ -54,7 +54,7 @@ class TargetSubject:
     passes: SharedPasses | None = None
     source_vocab_size = 0
     window = 0
-    told = False  # of what the cache rounds
+    rounds_alike = False  # of what the cache rounds
     level = NORMAL  # of the schedules that are fed by default
     limits = Limits()
 
