@@ -28,7 +28,7 @@ OTHER_MODEL = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What promote was asked for."""
+    """The settings of promote."""
 
     model: Path
     out: Path
@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass
 class PromoteReport:
-    """What was written, by the format that it had before."""
+    """The written tensors, by their format before."""
 
     formats: list[dict[str, Any]]
     nbytes: int
@@ -74,7 +74,7 @@ class PromoteReport:
         return self.formats
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         return {**vars(self), "conclusion": self.conclusion}
 
 
@@ -85,7 +85,7 @@ def _size(nbytes: int) -> str:
 
 
 def run(settings: Settings, out: Output) -> PromoteReport:
-    """Say what it takes, then write the file."""
+    """Say how large the file will be, then write it."""
     from kvtool.core.checkpoint.gguf import promote
     from kvtool.core.checkpoint.gguf.header import GGUFHeader
 

@@ -15,7 +15,7 @@ MIN_GAP = 1e-9  # where a gap of exactly 0 is drawn
 
 
 class ArmSeen(NamedTuple):
-    """What is drawn of an arm, in nats."""
+    """The data of an arm's panel, in nats."""
 
     name: str
     verdict: str
@@ -25,7 +25,7 @@ class ArmSeen(NamedTuple):
 
 
 class Words(NamedTuple):
-    """What the legend calls the lower band, the upper one, and the dots."""
+    """The legend's names for the lower band, the upper one, and the dots."""
 
     floor: str = "the engine's own noise"
     fault: str = "a wrong token"

@@ -1,4 +1,5 @@
-"""bench against an earlier run: where runs are kept, what changed, and what is a regression."""
+"""Compares bench with an earlier run: where runs are saved, what changed, and what is a
+regression."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ class Limit:
         return f"{most} ({self.field})"
 
     def exceeded(self, before: Sequence[float], now: Sequence[float]) -> bool:
-        """Whether samples are slower than those before by more, in seconds."""
+        """Whether samples, in seconds, are slower than the baseline's by more than the limit."""
         old, new = FIELDS[self.field](before), FIELDS[self.field](now)
         return new - old > (old * self.most / 100 if self.percent else self.most)
 
@@ -93,7 +94,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What has changed since a run that was kept, and whether that is allowed."""
+    """The changes since a saved run, and whether they are within the limits."""
 
     baseline: str = ""  # as it was asked for; "" of a run that is compared with none
     limits: tuple[Limit, ...] = ()
@@ -104,7 +105,7 @@ class Comparison:
 
     @property
     def verdicts(self) -> list[tuple[bool | None, str]]:
-        """What is to be said of it: right, wrong, or (None) neither."""
+        """The verdicts in words: right, wrong, or (None) neither."""
         said: list[tuple[bool | None, str]] = []
         if not self.limits:  # with limits that is a regression
             said += [(None, sentence) for sentence in self.not_measured_now]
@@ -136,7 +137,7 @@ def place(name: str) -> Path:
 
 
 def save(name: str, data: bytes) -> Path:
-    """Keep a run where `place` says, durably. Raises FileError."""
+    """Save a run at `place`, durably. Raises FileError."""
     path = place(name)
     with _folder() as folder:
         folder.write(path.name, data)
@@ -144,8 +145,8 @@ def save(name: str, data: bytes) -> Path:
 
 
 def _folder(make: bool = False) -> Folder:
-    """The folder of all runs, which is reached through no link: one stands in a stranger's, maybe.
-    Raises FileError."""
+    """The folder of all runs, reached through no link, since the current folder may be a
+    stranger's. Raises FileError."""
     try:
         found = Folder.at(Path())
     except OSError as error:
@@ -212,7 +213,7 @@ def _key(row: Mapping[str, Any]) -> Key:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What makes two runs incomparable, in words."""
+    """The differences that make two runs incomparable, in words."""
     found = []
     for what, place in SAME.items():
         old, new = _at(before, place), _at(now, place)

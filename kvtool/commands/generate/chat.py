@@ -98,8 +98,8 @@ def _refuse_pairs(folder: Path) -> None:
 def judge_special_tokens(
     loaded: Checkpoint, texts: list[str], settings: Settings, out: Output
 ) -> None:
-    """Name the parts of prompts that read like special tokens but are text. Raises UsageError for
-    --special-tokens where there are none."""
+    """Warn of parts of prompts that read like special tokens but are encoded as text. Raises
+    UsageError for --special-tokens where there are none."""
     if loaded.source_tokenizer is not None:
         if settings.special_tokens:
             raise UsageError(

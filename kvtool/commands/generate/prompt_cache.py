@@ -1,4 +1,4 @@
-"""generate with a prompt's cache in a file: what can be refused before, and what is told after."""
+"""generate with a prompt's cache in a file: checks before the work, and notes after it."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class CacheFiles:
             ) from error
 
     def note(self, n_prompt: int) -> None:
-        """Say what came from a file and what went into one."""
+        """Note what was loaded from a file and what was saved to one."""
         if self.loading is not None:
             reused = self.generator.n_reused
             self.out.note(f"{reused} of {n_prompt} prompt tokens from {self.loading}")

@@ -41,7 +41,7 @@ class Prompts:
         return _lines(self.texts[0] + self.end, self.where)
 
     def is_blank(self, index: int) -> bool:
-        """Whether there is nothing to answer, which a line may be and a whole prompt may not."""
+        """Whether a prompt is blank, which only a line of several may be."""
         return self.lines and not self.texts[index].strip()
 
 
@@ -154,7 +154,7 @@ def non_empty(text: str, where: str) -> str:
 
 
 def warn_unknown(tokenizer: Tokenizer, texts: list[str], out: Output) -> None:
-    """Name what the model cannot read of the prompts."""
+    """Warn of pieces of the prompts outside the vocabulary."""
     found = list(dict.fromkeys(piece for text in texts for piece in tokenizer.unknown(text)))
     if found:
         more = f" and {len(found) - MAX_NAMED:,} more" if len(found) > MAX_NAMED else ""

@@ -165,7 +165,7 @@ def command(
 
 
 def show_scenarios(out: Output, of_a_server: bool) -> None:
-    """What --scenarios help prints."""
+    """Print the list of --scenarios help."""
     if of_a_server:
         from kvtool.core.servers.arms import ARMS
 

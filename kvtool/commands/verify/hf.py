@@ -26,7 +26,7 @@ from kvtool.ui.output import Output
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for; no caches: all that the model takes."""
+    """The settings. No caches: all that the model takes."""
 
     run: RunConfig
     caches: list[str]
@@ -126,7 +126,7 @@ def note_model(model: Any, note: str, kinds: list[str], out: Output) -> None:
 
 
 def conditions(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
-    """What the results depend on."""
+    """The conditions that the results depend on."""
     from kvtool.core.verify.fingerprint import fingerprint
 
     asked = {"model": Path(settings.run.model).name, "tokens": settings.tokens}

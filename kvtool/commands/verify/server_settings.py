@@ -1,4 +1,4 @@
-"""What verify-cache is asked of a server: settings, arms, prompts, and who is at an address."""
+"""The settings of verify-cache --server: arms, prompts, and the engine at an address."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that verify-cache was asked of a server."""
+    """All settings of verify-cache --server."""
 
     server: str
     engine: str = ""
@@ -90,7 +90,7 @@ def tail_of(settings: Settings) -> int:
 
 
 def require_same_ids(engine: Engine, second: Engine, flag: str) -> None:
-    """Raise UsageError where two servers have other ids for one text."""
+    """Raise UsageError if two servers tokenize one text to different ids."""
     from kvtool.core.servers.prompts import TEXTS
 
     try:
@@ -107,7 +107,7 @@ def require_same_ids(engine: Engine, second: Engine, flag: str) -> None:
 def resolved(
     settings: Settings, engine: Engine, second: Engine | None, prompts: list[list[int]]
 ) -> dict[str, Any]:
-    """What was found out of the servers."""
+    """The resolved facts about the servers."""
     lengths = [len(ids) for ids in prompts]
     return {
         "url": engine.client.url,

@@ -15,15 +15,15 @@ from kvtool.core.models import Model
 
 ARRAY_BYTES = 2**28  # bytes; more than a processor's own caches hold
 TRIES = 5
-STEADY = 0.8  # of the best reading, that the median of undisturbed ones reaches
+STEADY = 0.8  # the share of the best reading that the median reaches if nothing disturbs it
 CACHES = Path("/sys/devices/system/cpu")
 
 
 def weights_read(model: Model) -> int:
     """Bytes of weights that a decoding step reads once, whatever its batch.
 
-    All of the decoder but the tables in which it looks up single rows, and but the projections of
-    the source, which were computed once.
+    All of the decoder except embedding tables, of which single rows are read, and the projections
+    of the source, which are computed once.
     """
     decoder: nn.Module = getattr(model, "decoder", model)
     looked_up = {

@@ -1,4 +1,4 @@
-"""The prompts that a server is asked for: a user's own, or built-in ones of many kinds."""
+"""The prompts for a server: the user's own, or built-in ones of many kinds."""
 
 from __future__ import annotations
 
@@ -101,20 +101,21 @@ def built_in(engine: Engine, n: int) -> list[list[int]]:
 
 
 def _cut(ids: list[int], i: int) -> list[int]:
-    """The first of these, as many as the i-th prompt has; a second round begins further behind."""
+    """The first ids, as many as the i-th prompt has. A second round begins further behind."""
     start = i // len(TEXTS) * 5
     return [*ids[:1], *ids[1 + start :]][: LENGTHS[i % len(LENGTHS)]]
 
 
 def _made(engine: Engine, length: int, seed: int) -> list[int]:
-    """Low ids, which every vocabulary has, and how the server goes on from them."""
+    """A prompt without a tokenizer: low ids, which every vocabulary has, and the server's
+    continuation."""
     draws = random.Random(seed)
     ids = [draws.randrange(1, 50) for _ in range(DRAWN)]
     return [*ids, *engine.complete(ids, length - DRAWN).tokens]
 
 
 def ids_of(engine: Engine, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """The ids of prompts. Raises ServerError, and FileError for what is too short."""
+    """The ids of prompts. Raises ServerError, and FileError for a prompt that is too short."""
     found = [engine.tokenize(p) if isinstance(p, str) else p for p in prompts]
     for number, ids in enumerate(found, 1):
         if len(ids) < MIN_TOKENS:

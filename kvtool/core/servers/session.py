@@ -25,13 +25,13 @@ Progress = Callable[[str], None]  # is called before each arm, with a few words
 
 @dataclass
 class Visit:
-    """What was asked of a server so far."""
+    """The requests to a server and their answers so far."""
 
     measured: list[Measured] = field(default_factory=list)
     colds: list[Cold] = field(default_factory=list)
-    spent: bool = False  # all requests that were allowed, before all was asked
-    stopped: str = ""  # by which error, before all was asked
-    grown: float = 1.0  # times the noise in the end, over that of the beginning
+    spent: bool = False  # whether the allowed requests were used up too early
+    stopped: str = ""  # the error that ended the visit early
+    grown: float = 1.0  # the noise at the end over that at the beginning
 
     @property
     def pooled(self) -> float:
@@ -39,7 +39,7 @@ class Visit:
         return pooled_floor(self.colds)
 
     def lacks(self, arm: str) -> bool:
-        """Whether the server was asked so, and has no such thing: it need not be asked again."""
+        """Whether the server does not support an arm, so that it need not be tried again."""
         return any(m.unsupported for m in self.measured if m.arm == arm)
 
     def verdicts(self, arms: Sequence[str]) -> list[ArmVerdict]:
@@ -60,7 +60,8 @@ def visit(
     progress: Progress,
     found: Visit,
 ) -> None:
-    """Ask for everything, into `found`, until the requests are spent, or the server fails.
+    """Play all arms, and add the answers to `found`, until the requests are used up or the server
+    fails.
 
     Raises ServerError if nothing was found by then, and for a model that was exchanged.
     """
@@ -126,7 +127,8 @@ def require_same(engine: Engine, before: dict[str, str]) -> None:
 
 
 def growth(prompt: Prompt, pooled: float) -> float:
-    """How far the answer to the very first request has moved, in floors of its history; 1 or more.
+    """How far the answer to the very first request has moved, over the floor of its history; 1 or
+    more.
 
     Where other requests are served at a time, the shapes of all change from moment to moment.
     """

@@ -40,7 +40,7 @@ FLOAT64 = torch.float64
 
 
 def can_go_by_layer(model: Model) -> bool:
-    """Whether attention is all that knows of a cache in a model, as far as anyone here knows."""
+    """Whether only attention uses the cache in a model, as in kvtool's plain decoder."""
     return type(model) is Decoder and all(
         type(block.attn) is SelfAttention and block.cross is None  # type: ignore[union-attr]
         for block in model.layers
@@ -48,7 +48,7 @@ def can_go_by_layer(model: Model) -> bool:
 
 
 class HistorySlice(NamedTuple):
-    """What a step answers: n columns of a history from `first` on."""
+    """The columns that a step answers: n columns of a history from `first` on."""
 
     history: int
     first: int
@@ -81,10 +81,10 @@ class History:
 
 @dataclass(frozen=True)
 class AllRows(Step):
-    """The step that the model is given: every row of all histories, each at its own position.
+    """The model's step: the rows of all histories, each at its own position.
 
-    What they see is told by the step of each; what the model adds for a layer is kept in
-    `layer_window` and `kernels`.
+    Each history's own step has its mask; `layer_window` and `kernels` hold what the model sets for
+    a layer.
     """
 
     layer_window: int = 0
@@ -108,7 +108,7 @@ def _seen(step: Step, layer: AllRows, known: dict[int, Step]) -> Step:
 
 
 class Held(NamedTuple):
-    """What a layer was asked and answered for a history: q, k, v and y (B,.,T,D)"""
+    """A layer's attention for a history: q, k, v and y (B,.,T,D)"""
 
     q: Tensor
     k: Tensor
@@ -118,7 +118,7 @@ class Held(NamedTuple):
 
 @dataclass
 class Fed:
-    """A kind of cache in a scenario: where its steps stand, and how far its answers were off."""
+    """A kind of cache in a scenario: the place of its steps, and the gaps of its answers."""
 
     subject: ModelSubject
     case: Case
@@ -193,7 +193,7 @@ class Block:
 
 
 class Unanswered(ModelSession):
-    """A session that keeps no tokens and answers nothing: it shows what a scenario feeds."""
+    """A session without tokens and answers: it shows what a scenario feeds."""
 
     def __init__(self, subject: ModelSubject, start: Start) -> None:
         self.subject = subject
@@ -212,7 +212,7 @@ class Unanswered(ModelSession):
 
 
 class LayerSession(ModelSession):
-    """A session whose cache is fed some layers of a pass, and which compares what it answers."""
+    """A session that feeds some layers of a pass to its cache, and compares the answers."""
 
     def __init__(
         self,
@@ -251,7 +251,7 @@ class LayerSession(ModelSession):
 
 
 class Histories:
-    """What an uncached pass is to go over: histories that several kinds have are in it once."""
+    """The histories of an uncached pass; those that several kinds share are in it once."""
 
     def __init__(self, kernels: Kernels = DEFAULT) -> None:
         self.all: list[History] = []
@@ -277,8 +277,8 @@ def _bytes(x: Tensor) -> bytes:
 
 
 class AllCaches:
-    """What the model takes for a cache: it computes each layer's attention for all histories, and
-    hands what was asked and answered to the caches that are judged."""
+    """The model's cache in the pass: it computes each layer's attention for all histories, and
+    hands queries, keys, values and answers to the judged caches."""
 
     def __init__(self, histories: Histories, fed: Sequence[Fed], n_layers: int) -> None:
         self.histories, self.fed, self.n_layers = histories.all, fed, n_layers
@@ -317,8 +317,8 @@ class ByLayer:
         self._found: dict[tuple[str, bool], Arms] = {}
 
     def arms(self, subject: ModelSubject, case: Case, plain: bool = False) -> Arms | None:
-        """What was found of a subject, None if nothing could be; plain: of the same subject with a
-        cache that rounds nothing, the uncached logits alone."""
+        """The float64 evidence of a subject, or None. plain: the uncached logits alone, of the same
+        subject with a cache that rounds nothing."""
         if case is not self._case:
             self._found.clear()
             self._case = case

@@ -40,30 +40,30 @@ EXACT = "exact"
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found for a kind of cache, with some kernels, in one scenario."""
+    """The finding for a kind of cache, with some kernels, in one scenario."""
 
     cache: str
     kernels: str
     stores: bool  # a kind that stores nothing is there to be compared with
     finding: Finding
     exact: bool = False  # equality to the last bit was promised
-    not_judged: str = ""  # what of the cache something else stood in for
+    not_judged: str = ""  # the part of the cache that was not judged, replaced by exact values
     usable: bool = True  # False: the finding says why no scenario could be run
     planted: bool = False  # not a result, but the bug that tests the check
 
     @property
     def right(self) -> bool:
-        """Whether the cache kept what it promises."""
+        """Whether the cache kept its promise."""
         return self.finding.right and not (self.exact and self.finding.verdict == ROUNDING)
 
     @property
     def outcome(self) -> Outcome:
-        """What the verdict says of the cache."""
+        """The verdict's meaning for the cache."""
         return outcome(self.finding.verdict, self.right, self.stores)
 
 
 def planted_bug(finding: Finding, kernels: str) -> Checked:
-    """What was found of the planted bug, as the other checks are."""
+    """The finding for the planted bug, as a check like the others."""
     return Checked("planted bug", kernels, True, finding, planted=True)
 
 
@@ -85,8 +85,8 @@ def main_case(model: Model, prompt: Tensor, n_new: int) -> Case:
 
 
 def small(kind: str) -> Callable[[CacheSpec, Tensor | None], Cache]:
-    """How to make a cache of a registered kind that does all that it does in a short check, but for
-    settings that the kind comes with."""
+    """A maker of a registered kind, with small sizes so that a short check uses all of it. Settings
+    of the kind stay."""
     found: Any = cache_class(kind)
     settings = {**found.small, **registry.split_kind(kind)[1]}
     return partial(found, **settings) if settings else found
@@ -150,7 +150,7 @@ def goes_by_layer(formats: Formats) -> bool:
 def subjects_of(
     formats: Formats, caches: Sequence[str], thorough: bool
 ) -> tuple[dict[str, ModelSubject], Passes]:
-    """Each kind as a subject. Kinds whose uncached pass is the same share it."""
+    """Each kind as a subject. Kinds with the same uncached pass share it."""
     passes, subjects = Passes(), dict[str, ModelSubject]()
     for kind in caches:
         subjects[kind] = subject = ModelSubject(formats.model, small(kind), kind, formats=formats)
@@ -191,7 +191,7 @@ def beginning(case: Case, n_steps: int = CONTROL_STEPS) -> Case:
 class LostKey(DynamicCache):
     """A cache that loses the first token's key in its last layer: small, and wrong.
 
-    `seen`: of a model that sees only so many tokens, the first of those that the next one sees.
+    seen: in a model with a window, the first token that the next one sees.
     """
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None, seen: int = 0) -> None:

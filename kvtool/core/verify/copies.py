@@ -1,8 +1,8 @@
 """Copies of a user's decoder: in another format, or with every weight moved by a little.
 
-`nn.Module.to(dtype)` makes real numbers of complex tables, and knows of parameters and buffers
-alone. A decoder holds more: tables in plain attributes, in lists, in objects of its own, the format
-that it casts to. All of that has to follow, or the copy is another model.
+`nn.Module.to(dtype)` makes complex tables real, and converts parameters and buffers alone. A
+decoder holds more: tables in plain attributes, in lists, in objects of its own, the format that it
+casts to. All of these must be converted, or the copy is another model.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def widened(decoder: Any, room: Room) -> Any:
 def moved(decoder: Any, by: float, seed: int = 0, tables: bool = False) -> Any:
     """A copy of a decoder, each of whose weights is multiplied by 1 + by * (a normal number).
 
-    tables: move what is no parameter, and leave the parameters. The draws depend on `seed` alone.
-    Raises NotImplementedError if there is nothing to move.
+    tables: move tensors that are no parameters, and leave the parameters. The draws depend on
+    `seed` alone. Raises NotImplementedError if there is nothing to move.
     """
     for every in (False, True) if not tables else (False,):  # some hold plain tensors alone
         mover = _Mover(by, seed, tables, every)
@@ -87,7 +87,8 @@ def moved(decoder: Any, by: float, seed: int = 0, tables: bool = False) -> Any:
 
 
 class _Mover:
-    """Moves parameters, or what is none if `tables`; `every` tensor where it was asked for."""
+    """Moves parameters, or with `tables` other tensors; with `every` those in containers and
+    objects too."""
 
     def __init__(self, by: float, seed: int, tables: bool, every: bool) -> None:
         self.by, self.tables, self.every = by, tables, every
@@ -150,7 +151,7 @@ class _Held:
         self._alive: list[Any] = []  # or another object might get the id of one that was seen
 
     def visit(self, value: Any, depth: int = MAX_DEPTH) -> Any:
-        """What is to stand where `value` stood."""
+        """The replacement of `value`."""
         if id(value) in self._made:
             return self._made[id(value)]
         if isinstance(value, torch.dtype):
@@ -200,7 +201,7 @@ class _Held:
         return made
 
     def _module(self, module: nn.Module, depth: int) -> nn.Module:
-        """Parameters and buffers of it and of those in it, then whatever else they hold."""
+        """Its parameters and buffers and those of its submodules, then all else that they hold."""
         every = list(module.modules())
         self.modules.append(module)
         for part in every:

@@ -1,4 +1,4 @@
-"""A subject in float64, where a right cache is left with no more than rounding."""
+"""A subject in float64, where a right cache differs by rounding of about 1e-15 alone."""
 
 from __future__ import annotations
 
@@ -61,8 +61,7 @@ class Float64:
         return None if evidence is None else evidence.arms(self.given, case, plain)
 
     def within_codes(self, case: Case, arms: Arms, in_float64: Arms) -> bool:
-        """Whether the cached arm is no further off than a quantizer moves the logits, all its codes
-        together.
+        """Whether the cached arm is no further off than quantization moves the logits.
 
         Where a value lies between two codes, rounding decides, and the other code is no bug.
         """

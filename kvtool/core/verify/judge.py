@@ -57,7 +57,7 @@ from kvtool.core.verify.second_look import (
 from kvtool.core.verify.subject import Subject
 from kvtool.errors import CacheOpUnsupported, CheckFailed, first_line
 
-NOISE = 10  # how much more the cached arm loses, where it alone computes lower
+NOISE = 10  # times the model's own loss, from which the cached arm alone computes lower
 DOUBT = 0.9  # of a gap that few tokens show: what stays in place below that may be rounding
 OWN_PREFIX = "what a pass computes depends on its length; each step equals one over its own prefix"
 
@@ -184,8 +184,8 @@ class Judge:
         promoted: Arms,
         step: int,
     ) -> Finding:
-        """Both arms compute lower somewhere, or the cached arm alone does: it differs by more. A
-        loss is one only where the working format shows it."""
+        """Tell whether both arms compute below float64, or the cached arm alone, which then differs
+        by more. A loss counts only if the working format shows it."""
         model = max(distances(in_float64.expected, promoted.expected))
         gap = max(distances(in_float64.found, in_float64.expected))
         if gap <= NOISE * model:
@@ -237,8 +237,8 @@ class Judge:
         return innocent or self._wrong(case, finding, step, in_float64)
 
     def _surely_wrong(self, case: Case, finding: Finding, step: int, exact: Arms) -> bool:
-        """Whether one short history of a generated scenario leaves no doubt, so that the many
-        others, which take long, need not be tried again."""
+        """Whether one short history of a generated scenario proves a bug, so that the others, which
+        take long, need no second look."""
         if self.subject.rounds_alike:
             return False
         piece, _, short = reduced(self.float64.subject, case, step, exact, ROUNDING_64)
@@ -267,9 +267,9 @@ class Judge:
     def _innocent(
         self, case: Case, finding: Finding, arms: Arms, exact: Arms, doubt: float = 0.0
     ) -> Finding | None:
-        """The finding where a gap in float64 is none of a bug's; else None.
+        """The finding for a gap in float64 with an innocent cause, or None.
 
-        doubt: the share of a gap that has to stay in place, if that is more than a bug's has.
+        doubt: the share of a gap that must stay in place for a bug, if more than usual.
         """
         if self.subject.rounds_alike:
             return None

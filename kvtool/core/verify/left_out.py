@@ -9,7 +9,7 @@ MAX_REASON = 60  # characters of a reason
 
 
 def left_out(skipped: Iterable[tuple[str, str]], run: Iterable[str]) -> str:
-    """What to say of the scenarios that no subject could do; skipped: each with the evidence.
+    """One line about the scenarios that no subject could run. skipped: each with the evidence.
 
     run: scenarios that some subject did.
 
@@ -29,7 +29,7 @@ def left_out(skipped: Iterable[tuple[str, str]], run: Iterable[str]) -> str:
 
 
 def _reason(scenario: str, evidence: str) -> str:
-    """Why, in few words: none where the scenario bears the name of what is lacking."""
+    """The reason in few words; none if the scenario has the name of the missing ability."""
     before, after = LACKING
     if evidence.startswith(before) and evidence.endswith(after):
         ability = evidence[len(before) : -len(after)]

@@ -85,7 +85,7 @@ class ModelSession:
 
 
 class Formats:
-    """A model in other formats: each is made once, for all that ask.
+    """A model in other formats. Each copy is made once and shared.
 
     widens: whether float64 is no copy, but weights that are widened as they are read; None: where
     a copy would take more than a good part of the memory that there is.
@@ -122,7 +122,7 @@ class Formats:
 class ModelSubject(Feeding):
     """A model of ours with a kind of cache and kernels; `make` builds the cache.
 
-    formats: where other subjects of the same model find its copies too.
+    formats: the model's copies, shared with other subjects of it.
     """
 
     converts = True
@@ -159,7 +159,7 @@ class ModelSubject(Feeding):
         self.quantization, self.page = probe.quantization, probe.page
         self.sizes = tuple(n for n in (self.page, model.config.window) if n)
         self.level = BRIEF  # there are many kinds, and each is played by several kernels
-        # What recomputes all at each step proves nothing, and takes the square of the time.
+        # A kind that recomputes everything proves nothing, and its time grows with the square.
         self.reach = min(self.context, REACH if self.stores else UNCACHED_REACH)
         abilities = {"batch", "padding", "crop", "select", "reset", "fork", "capacity"}
         if model.config.n_encoder_layers:
@@ -174,12 +174,13 @@ class ModelSubject(Feeding):
 
     @property
     def pass_key(self) -> Hashable:
-        """What an uncached pass depends on, beside its arguments and the format."""
+        """The key of an uncached pass: all that it depends on apart from its arguments and the
+        format."""
         return (Same(self.model), type(self.kernels), *self.seen)
 
     @property
     def seen(self) -> tuple[int, int, Quantization | Float8 | None]:
-        """What a pass is told of the cache that it is compared with."""
+        """The cache's window, sinks and quantization, which the uncached pass has to share."""
         return self.window, self.sinks, self.quantization
 
     def encode(self, start: Start) -> CrossCache | None:

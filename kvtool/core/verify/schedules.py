@@ -1,4 +1,4 @@
-"""Which steps a check feeds: sizes, behind pasts, and where they end, made from what there is.
+"""The steps that a check feeds: their sizes, the pasts before them, and their ends.
 
 A bug may need one size of step alone, a past of some length, or a step that ends on a boundary of a
 block, a window or a chunk. So each size is fed behind several pasts, and each boundary is met from
@@ -19,13 +19,13 @@ FAR_TOKENS = (300, 512, 1000)  # tokens, at which the sparse long histories take
 FARTHER = (2000, 4000, 8000)
 DEEP = 130  # tokens of a past that no block of BLOCKS exceeds
 MAX_SIZES = 4  # windows and chunks of a decoder around which steps are put
-MAX_SINGLE_STEPS = 160  # tokens that are fed one by one where a decoder takes no more
+MAX_SINGLE_STEPS = 160  # tokens that are fed one by one if a decoder takes single tokens alone
 BRIEF, NORMAL, THOROUGH = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What bounds the schedules of a subject.
+    """The bounds of a subject's schedules.
 
     reach: tokens of the longest history. largest: tokens of the largest step, 0 for any. single:
     whether steps behind the first have one token. sizes: of its windows and chunks, in tokens.
@@ -139,13 +139,13 @@ def _packed(prompt: int, sizes: Sequence[int], reach: int) -> list[Schedule]:
 
 
 def _fitted(schedules: Iterable[Schedule], limits: Bounds) -> list[Schedule]:
-    """The schedules as a subject takes them, each once."""
+    """The schedules within a subject's bounds, each once."""
     found: dict[Schedule, None] = {}
     for schedule in schedules:
         for part in _singly(schedule, limits) if limits.single else [_split(schedule, limits)]:
             if part := _within(part, limits.reach):
                 found[part] = None
-    # One that another begins with adds nothing.
+    # A schedule that is the beginning of another adds nothing.
     return [s for s in found if not any(s != o and o[: len(s)] == s for o in found)]
 
 

@@ -1,4 +1,5 @@
-"""What can be checked: something that computes whole sequences, and decodes them with a cache."""
+"""The subject of a check: a decoder that computes whole sequences, and decodes them with a
+cache."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class Same:
 
 
 class Source(NamedTuple):
-    """What an encoder-decoder reads: ids (B,S), and mask (B,S) bool with True = a real token."""
+    """The source of an encoder-decoder: ids (B,S), and mask (B,S) bool with True = a real token."""
 
     ids: Tensor
     mask: Tensor
@@ -72,7 +73,8 @@ class Start:
 
 
 class Session(Protocol):
-    """One run of a decoder with its cache. Only what its subject is able to do need be there."""
+    """One run of a decoder with its cache. Methods beyond the subject's abilities may be
+    missing."""
 
     def feed(self, ids: Tensor) -> Tensor:
         """The next tokens of each row (B,n) -> their logits (B,n,V)."""
@@ -107,16 +109,16 @@ class SharedPasses(Protocol):
 
 
 class Evidence(Protocol):
-    """What several kinds of a model share in float64: see kvtool.core.verify.by_layer."""
+    """Float64 evidence that several kinds of cache share: see kvtool.core.verify.by_layer."""
 
     def arms(self, subject: Any, case: Any, plain: bool = False) -> Any:
-        """What was found of a subject in a case, Arms, or None if nothing could be."""
+        """The Arms of a subject in a case, or None if they cannot be computed."""
 
 
 class Feeding:
-    """What of a context is fed to a subject; as it stands, all that a scenario asks for."""
+    """How much of its context a subject is fed. The defaults feed all that a scenario asks for."""
 
-    reach: int = 0  # tokens of the longest history; 0: nobody found out what they cost
+    reach: int = 0  # tokens of the longest history; 0: their cost is not known
     level: int = NORMAL  # of the schedules
     fed_little: bool = False  # most sizes of steps take too long
     sizes: tuple[int, ...] = ()  # tokens of its windows, chunks and pages
@@ -134,7 +136,8 @@ class Feeding:
 
 
 class Subject(Protocol):
-    """A decoder under test; `abilities` are of ABILITIES. `Feeding` has what of it may be left."""
+    """A decoder under test. `abilities` are of ABILITIES. `Feeding` has defaults for its last
+    fields."""
 
     name: str
     stores: bool  # whether its cache stores anything: one that does not is there to compare with
@@ -155,7 +158,8 @@ class Subject(Protocol):
 
     @property
     def pass_key(self) -> Hashable:
-        """What an uncached pass depends on, beside its arguments and the format."""
+        """The key of an uncached pass: all that it depends on apart from its arguments and the
+        format."""
 
     reach: int
     level: int
@@ -172,7 +176,7 @@ class Subject(Protocol):
         """Whether steps behind the first take one token."""
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
-        """Whole sequences (B,T) in one pass that no cache takes part in -> logits (B,T,V)."""
+        """Whole sequences (B,T) in one uncached pass -> logits (B,T,V)."""
 
     def start(self, start: Start) -> Session:
         """An empty session."""

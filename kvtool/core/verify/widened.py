@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kvtool.core.footprint import converted
 from kvtool.core.machine import available_bytes
 
-KEPT_NUMBERS = 2**16  # numbers of a weight that is widened once, and kept: norms and biases
+KEPT_NUMBERS = 2**16  # numbers of a weight whose widened copy is kept: norms and biases
 LARGE_BYTES = 2**28  # bytes of a copy in float64; to make a smaller one costs nothing
 COPIES = 4  # of those that memory would hold, one may be made
 WIDE = torch.float64

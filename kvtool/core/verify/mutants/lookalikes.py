@@ -1,4 +1,4 @@
-"""What is right and looks suspicious: none of it may be reported."""
+"""Right caches that look suspicious: none of them may be reported."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class LowSoftmax(DefaultKernels):
 
 
 def padding_sees_more(step: Step, held: int) -> Step:
-    """What padding tokens answer means nothing, so it does not matter what they see."""
+    """Padding tokens see more keys, which is no bug: their logits mean nothing."""
     mask = mask_tensor(step.mask)
     if mask is None:
         return step

@@ -49,7 +49,7 @@ def newest_lost(held: Held) -> Held:
 
 
 class Remembers(Flaw):
-    """Takes a prompt for known by its first ids, and goes on from what it stored then.
+    """Recognises a prompt by its first ids alone, and goes on from the tokens stored then.
 
     more: tokens at most that it takes beside those of the prompt.
     """

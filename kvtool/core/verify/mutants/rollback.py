@@ -103,7 +103,7 @@ class NeverResets(DirectSession):
 
 
 class PositionsGoOn(DynamicCache):
-    """Counts positions in a number of its own, which nobody resets."""
+    """Counts positions in an attribute of its own, which is never reset."""
 
     seen = 0
 

@@ -18,7 +18,7 @@ SEEN, KEYS = "visible keys", "stored K"
 
 
 class KeepsSource(ModelSession):
-    """A flag says that the source is there, and nobody clears it."""
+    """A flag says that the source is there, and is never cleared."""
 
     first: CrossCache | None = None
 

@@ -25,7 +25,8 @@ PLACES = "places; nothing else is wrong"  # said where its positions alone are w
 
 
 class Fed(NamedTuple):
-    """One step: its ids (B,n), the tokens before it, which columns are no padding (B,past+n)."""
+    """One step: its ids (B,n), the number of tokens before it, and which columns are no padding
+    (B,past+n)."""
 
     ids: Tensor
     past: int
@@ -38,7 +39,7 @@ class Fed(NamedTuple):
 
 
 class Flaw:
-    """What a bug may change in a step: as it stands it changes nothing."""
+    """The hooks of a planted bug in a step; the defaults change nothing."""
 
     def places(self, right: Tensor, fed: Fed) -> Tensor:
         """The positions (B,n) of a step's tokens."""
@@ -53,7 +54,7 @@ class Flaw:
         return pair
 
     def stored(self, pair: Pair, layer: int, fed: Fed) -> Pair:
-        """Those of a step that it keeps."""
+        """The keys and values of a step that are stored."""
         return pair
 
     def begun(self, held: Held) -> Held:
@@ -61,11 +62,11 @@ class Flaw:
         return held
 
     def selected(self, before: Held, right: Held, rows: Tensor) -> Held:
-        """What goes on from `rows` (n,)."""
+        """The cache for `rows` (n,)."""
         return right
 
     def loaded(self, held: Held) -> Held:
-        """What was saved and loaded."""
+        """The cache after it was saved and loaded."""
         return held
 
 
@@ -154,7 +155,7 @@ class Decoder(nn.Module):
         return Held([(nothing, nothing)] * N_LAYERS, 0, padding)
 
     def run(self, ids: Tensor, state: Held, flaw: Flaw) -> tuple[Tensor, Held]:
-        """A step, in which a flaw has its say."""
+        """A step with the flaw."""
         (batch, n), past = ids.shape, state.layers[0][0].shape[2]
         real = torch.ones(batch, past + n, dtype=torch.bool, device=ids.device)
         if state.padding is not None:

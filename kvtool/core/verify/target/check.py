@@ -108,7 +108,7 @@ def target_control(subject: TargetSubject, main: Case) -> Finding:
 
 
 class WrongToken(TargetSession):
-    """A session that stores another token than it was fed in its first step."""
+    """A session that stores another token than the one it was fed in its first step."""
 
     def __init__(self, subject: TargetSubject, start: Start) -> None:
         super().__init__(subject, start)
@@ -118,7 +118,7 @@ class WrongToken(TargetSession):
         """The next tokens of each row (B,n) -> their logits (B,n,V)."""
         if self.right is None:
             return super().feed(ids)
-        # The first step answers rightly, so that the bug has to be found in what was stored.
+        # The first step answers rightly, so that only the stored tokens are wrong.
         found, self.right = self.right.feed(ids), None
         wrong = ids.clone()
         # Its last token: a decoder may forget those that are far, and answers here already.

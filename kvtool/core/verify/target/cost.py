@@ -1,6 +1,6 @@
-"""How long a history a decoder can be fed in the time that a check may take.
+"""The longest history that a decoder can be fed in the time of a check.
 
-Times are those of the processor, so that what is fed does not hang on what else the machine does.
+Times are CPU times, so that other work on the machine does not change the check.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvtool.errors import pass_on_shortage
 BUDGET = {BRIEF: 2.0, NORMAL: 8.0, THOROUGH: 240.0}  # seconds for all schedules, in all precisions
 RUNS = 2.5  # of each schedule: in the working format, in float64, and sometimes once more
 HELD = 6  # times that the logits of a history are held: of both arms, in two formats
-MAX_BYTES = 2**31  # of those logits
+MAX_BYTES = 2**31  # bytes of those logits
 MAX_TOKENS = {BRIEF: 600, NORMAL: 2100}  # tokens, however quick they are
 REACHES = (4200, 2100, 1100, 600, 330, 160)  # tokens: longer histories are left out first
 MIN_REACHES = (160, 64)  # tokens of what is fed in any case, with few sizes of steps
@@ -34,7 +34,7 @@ SCHEDULES = (schedules.prompts, schedules.steps, schedules.boundaries, schedules
 
 
 class Timed(Protocol):
-    """What is asked of a decoder to time it: see TargetSubject."""
+    """The calls that are timed: see TargetSubject."""
 
     vocab_size: int
     device: torch.device
@@ -50,8 +50,8 @@ class Timed(Protocol):
 
 
 def affordable(subject: Timed, limits: Bounds) -> Bounds:
-    """The limits with which all schedules take no more than BUDGET seconds: what is longest is left
-    out first, then most sizes of steps; the least is always fed.
+    """The limits with which all schedules take BUDGET seconds at most. The longest histories are
+    left out first, then most sizes of steps. The smallest choice is always fed.
 
     limits: those of the subject, with its context as reach.
     """
@@ -73,8 +73,8 @@ def affordable(subject: Timed, limits: Bounds) -> Bounds:
 
 
 def _seconds_of(subject: Timed, limits: Bounds) -> Callable[[Bounds], float]:
-    """What all schedules take: each start and each step, a pass's worth for the tokens of each
-    history, and the uncached pass over the longest, which judges the others of its scenario too."""
+    """The seconds of all schedules: each start and step, the pass time of each history's tokens,
+    and the uncached pass over the longest one, which judges all of its scenario."""
     start, step = _step_seconds(subject, limits.largest or TIMED_BEHIND)
     full = _pass_seconds(subject, limits.reach)
 
@@ -91,7 +91,7 @@ def _seconds_of(subject: Timed, limits: Bounds) -> Callable[[Bounds], float]:
 
 @torch.inference_mode()
 def _step_seconds(subject: Timed, largest: int) -> tuple[float, float]:
-    """What a start takes, and a step of one token; `largest`: tokens that it takes at once."""
+    """The seconds of a start, and of a step of one token. largest: tokens of the largest step."""
     ids, begun = _ids(subject, TIMED_BEHIND), time.thread_time()
     state = subject.initial_state(Start(1, TIMED_BEHIND))
     start = time.thread_time() - begun
@@ -106,8 +106,7 @@ def _step_seconds(subject: Timed, largest: int) -> tuple[float, float]:
 
 
 def _pass_seconds(subject: Timed, longest: int) -> Callable[[int], float]:
-    """What a pass over n tokens takes, as some that are timed suggest: longer and longer ones, as
-    long as they are quick."""
+    """A function from n tokens to the seconds of a pass, from timed passes of growing length."""
     taken: list[tuple[int, float]] = []
     for n in PASSES:
         if taken and (taken[-1][1] > QUICK or taken[-1][0] == longest):
@@ -118,7 +117,8 @@ def _pass_seconds(subject: Timed, longest: int) -> Callable[[int], float]:
 
 
 def _extrapolated(taken: list[tuple[int, float]], n: int) -> float:
-    """Seconds for n tokens: between two measured lengths on the line, beyond by their power."""
+    """The seconds for n tokens: linear between two measured lengths, and a power law beyond
+    them."""
     (n0, t0), (n1, t1) = taken[-2:] if len(taken) > 1 else (taken[0], taken[0])
     if n > n1:
         power = math.log(max(t1 / t0, 1.0)) / math.log(n1 / n0) if n1 > n0 else 2.0

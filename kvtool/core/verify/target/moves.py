@@ -19,7 +19,7 @@ class MovedCopies:
         self._kept: dict[tuple[Same, float, int, bool], Any] = {}
 
     def of(self, decoder: Any, by: float, seed: int, tables: bool) -> Any:
-        """A copy as `copies.moved` makes it; whoever is given one leaves it as it is.
+        """A copy as `copies.moved` makes it, which callers must not change.
 
         Raises NotImplementedError as that does.
         """

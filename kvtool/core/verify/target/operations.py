@@ -21,7 +21,7 @@ OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[3]))
 
 
 class Line(NamedTuple):
-    """A line of the user's code, and what it asks for."""
+    """A line of the user's code, and the operation that it calls."""
 
     file: str
     number: int
@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 
 class Done(NamedTuple):
-    """One operation: its line, the how manieth time in this call, its tensors and its answer."""
+    """One operation: its line, the count of the line's calls so far, its tensors and its result."""
 
     line: Line
     time: int
@@ -82,7 +82,7 @@ def calling_line(asked: str) -> Line | None:
 
 
 def by_place(done: list[Done]) -> dict[tuple[Line, int], Done]:
-    """What was done, by line and time."""
+    """The operations by line and count."""
     return {(d.line, d.time): d for d in done}
 
 

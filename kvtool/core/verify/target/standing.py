@@ -1,4 +1,4 @@
-"""At which positions wrong keys and queries stand.
+"""The positions of wrong keys and queries.
 
 Before the first attention a token knows its id and its position, and nothing of other tokens. So a
 pass over one id, again and again, has its keys and queries at each position; and where a wrong one
