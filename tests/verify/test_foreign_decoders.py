@@ -21,7 +21,7 @@ from foreign_shapes import (
 from kvtool.core.verify.judge import BUG, ROUNDING
 from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.fitting import adapt
-from kvtool.core.verify.target.kept import left_over
+from kvtool.core.verify.target.module_copies import left_over
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.errors import UsageError
 

@@ -63,12 +63,12 @@ def search(
     max_tokens: int = 0,
     kind: str = "dynamic",
     kernels: Kernels = DEFAULT,
-    tell: Callable[[int], None] = lambda nbytes: None,
+    on_step: Callable[[int], None] = lambda nbytes: None,
 ) -> list[list[Hypothesis]]:
     """The best targets of each source by beam search, in the order of the sources.
 
-    max_tokens: of each target; 0 takes `target_limit`. kind: of the cache. tell: called after each
-    step with the bytes of the caches. Sources of similar length are decoded together; up to
+    max_tokens: of each target; 0 takes `target_limit`. kind: of the cache. on_step: called after
+    each step with the bytes of the caches. Sources of similar length are decoded together; up to
     rounding, the result is that of each source alone. Raises CapacityError for a source that is
     empty or too long, or if the cache does not fit into memory, and CheckFailed if logits are not
     finite.
@@ -78,7 +78,7 @@ def search(
     for rows, ids, mask, limits in _batches(model, sources, max_tokens, size):
         source = model.encode(ids, mask, kernels)
         start = torch.full((len(rows), 1), BOS, device=ids.device)
-        best = beam_search(model, start, kind, limits, beam, EOS, source, kernels, tell)
+        best = beam_search(model, start, kind, limits, beam, EOS, source, kernels, on_step)
         for i, hypotheses in zip(rows, best, strict=True):
             found[i] = hypotheses
     return found

@@ -107,7 +107,7 @@ def _seen(step: Step, layer: AllRows, known: dict[int, Step]) -> Step:
     return replace(known[window], kernels=layer.kernels)
 
 
-class Held(NamedTuple):
+class LayerAttention(NamedTuple):
     """A layer's attention for a history: q, k, v and y (B,.,T,D)"""
 
     q: Tensor
@@ -180,11 +180,11 @@ class Block:
 
     positions: list[Tensor]  # (B,T) of each history, negative = padding
     steps: list[AllRows] = field(default_factory=list)  # by layer, as the model gave them
-    held: list[list[Held]] = field(default_factory=list)  # by layer and history
+    held: list[list[LayerAttention]] = field(default_factory=list)  # by layer and history
     largest: list[list[float]] = field(default_factory=list)  # of the answers
     nbytes: int = 0
 
-    def add(self, step: AllRows, held: list[Held]) -> None:
+    def add(self, step: AllRows, held: list[LayerAttention]) -> None:
         """Hold one more layer."""
         self.steps.append(step)
         self.held.append(held)
@@ -293,7 +293,7 @@ class AllCaches:
         for history in self.histories:
             asked = [history.rows(x) for x in (q, k, v)]
             y = history.seen_by(step).attend(*asked)
-            held.append(Held(asked[0], asked[1], asked[2], y))
+            held.append(LayerAttention(asked[0], asked[1], asked[2], y))
             answers.append(y.transpose(0, 1).flatten(1, 2))
         self.block.add(step, held)
         if self.block.nbytes >= HELD or layer == self.n_layers - 1:

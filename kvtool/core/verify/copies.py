@@ -36,7 +36,9 @@ def converted(decoder: Any, dtype: torch.dtype) -> Any:
     if own:
         other = other.to(dtype) or other
     everything = dtype in WIDE
-    held = _Held(lambda tensor: _cast(tensor, dtype), everything, (_format(decoder), dtype))
+    held = _TensorReplacer(
+        lambda tensor: _cast(tensor, dtype), everything, (_format(decoder), dtype)
+    )
     other = held.visit(other)
     if not (held.n_changed or own):
         raise NotImplementedError("it has no to(dtype), and no modules or tensors to convert")
@@ -56,10 +58,12 @@ def widened(decoder: Any, room: Room) -> Any:
             shared.append(tensor)
         return tensor
 
-    _Held(see, True, None, change=False).visit(decoder)
+    _TensorReplacer(see, True, None, change=False).visit(decoder)
     other = copy.deepcopy(decoder, memo={id(weight): weight for weight in shared})
     formats = (_format(decoder), torch.float64)
-    held = _Held(lambda tensor: _cast(tensor, torch.float64), True, formats, weights=False)
+    held = _TensorReplacer(
+        lambda tensor: _cast(tensor, torch.float64), True, formats, weights=False
+    )
     other = held.visit(other)
     if not held.modules:
         raise NotImplementedError("it holds no modules")
@@ -77,7 +81,7 @@ def moved(decoder: Any, by: float, seed: int = 0, tables: bool = False) -> Any:
     for every in (False, True) if not tables else (False,):  # some hold plain tensors alone
         mover = _Mover(by, seed, tables, every)
         try:
-            other = _Held(mover, True, None).visit(copy.deepcopy(decoder))
+            other = _TensorReplacer(mover, True, None).visit(copy.deepcopy(decoder))
         except (TypeError, RuntimeError) as error:  # a lock, an open file
             pass_on_shortage(error)
             raise NotImplementedError(f"it cannot be copied ({error})") from error
@@ -122,11 +126,11 @@ def _format(decoder: Any) -> torch.dtype | None:
             found.append(tensor.dtype)
         return tensor
 
-    _Held(see, True, None, change=False).visit(decoder)
+    _TensorReplacer(see, True, None, change=False).visit(decoder)
     return found[0] if found else None
 
 
-class _Held:
+class _TensorReplacer:
     """Replaces every tensor that an object holds, each once however often it is held.
 
     everything: also what is no parameter or buffer, and, given `formats`, attributes that name the

@@ -15,7 +15,7 @@ from kvtool.core.verify.target import arguments, factories
 from kvtool.core.verify.target.answers import is_empty, logits_and_cache
 from kvtool.core.verify.target.changes import Change, apply
 from kvtool.core.verify.target.eager import eager
-from kvtool.core.verify.target.kept import session_copy, shared
+from kvtool.core.verify.target.module_copies import session_copy, shared
 from kvtool.core.verify.target.plans import Plan, signature
 from kvtool.core.verify.target.refusals import OneAtATime
 

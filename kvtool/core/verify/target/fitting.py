@@ -21,7 +21,7 @@ from kvtool.core.verify.target.adapter import ModuleDecoder
 from kvtool.core.verify.target.answers import AGREES, last_gap
 from kvtool.core.verify.target.attributes import unwrapped, whole_number
 from kvtool.core.verify.target.example import cannot_call
-from kvtool.core.verify.target.kept import left_over, same, session_copy
+from kvtool.core.verify.target.module_copies import left_over, same, session_copy
 from kvtool.core.verify.target.plans import Plan, plans, signature
 from kvtool.core.verify.target.refusals import is_refusal
 from kvtool.core.verify.target.signature import CACHES
