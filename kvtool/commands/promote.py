@@ -178,7 +178,7 @@ def command(
             "--layers",
             metavar="N",
             show_default="all",
-            help="Keep the first N blocks alone, where all would be too large: another model, "
+            help="Keep the first N blocks alone if all would be too large. This is another model, "
             "whose cache works as before.",
         ),
     ] = None,

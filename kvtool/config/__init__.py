@@ -5,6 +5,7 @@ is built.
 """
 
 from kvtool.config.checks import (
+    LARGEST_SIZE,
     check_bool,
     check_float,
     check_int,
@@ -41,6 +42,7 @@ __all__ = [
     "DEVICES",
     "DTYPES",
     "GATED",
+    "LARGEST_SIZE",
     "LENGTH_PENALTY",
     "NORMS",
     "OWN",

@@ -34,7 +34,7 @@ System = Annotated[
         "--system",
         metavar="TEXT",
         show_default="the template's own",
-        help="With --chat: what the model is told first.",
+        help="With --chat: the system message.",
         callback=utf8_text,
         rich_help_panel=INSTRUCT,
     ),

@@ -34,8 +34,8 @@ LoadCache = Annotated[
     typer.Option(
         "--load-cache",
         metavar="FILE",
-        help="Take from such a file what the prompt has in common with that one. Only from people "
-        "you trust: what it holds decides what the model says, and cannot be checked.",
+        help="Reuse the beginning that the prompt shares with such a file. Take it only from "
+        "people you trust: its contents steer the answer, and cannot be checked.",
         rich_help_panel=CACHE_FILES,
     ),
 ]

@@ -264,7 +264,7 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Print the requests, and send none but the one that tells what the server is.",
+        help="Print the requests, and send only the one that identifies the server.",
         rich_help_panel=SERVER,
     ),
 ]

@@ -139,7 +139,7 @@ class ServedReport:
         return (
             f"agrees within its format's rounding at {n} positions: {measured}; mean KL "
             f"{self.kl:.1e} nats, top token the same at {n - self.flips} of {n} "
-            f"(faults would be, times what rounding is: {seen})"
+            f"(faults would be this many times rounding: {seen})"
         )
 
     def rows(self) -> list[dict[str, Any]]:

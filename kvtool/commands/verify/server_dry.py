@@ -38,7 +38,7 @@ class DryReport:
         """The last line, in words."""
         said = (
             f"{len(self.requests)} requests to {self.url}, none of which was sent; {self.n_sent} "
-            f"asked what the server is ({self.engine}); -1 stands for an id that it will answer"
+            f"identified the server ({self.engine}); -1 stands for an id that it will answer"
         )
         return f"{said}; {self.n_too_many} more than --requests allows" if self.n_too_many else said
 

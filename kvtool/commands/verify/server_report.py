@@ -55,8 +55,8 @@ class VisitReport:
         parts = [*self._against(), *self._unknown(), *self._for()] or ["nothing was checked"]
         if self.grown > GROWN:
             parts.append(
-                f"the same request came out otherwise in the end, by {self.grown:.1f} times the "
-                "noise: the server is busy with others"
+                f"asked once more at the end, the first request differed by {self.grown:.1f} times "
+                "the noise: the server is busy with others"
             )
         if self.spent:
             parts.append("all requests that --requests allows were sent")

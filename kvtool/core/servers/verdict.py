@@ -141,7 +141,7 @@ def judge_arm(measured: Sequence[Measured], pooled: float = 0.0, grown: float = 
 
 
 NOT_SHARED = "too few cold answers had the same history as the cached one"
-NOT_TOLD = "the server does not say what it takes from its cache, so that it may have taken nothing"
+NOT_TOLD = "the server does not report cached tokens, so it may have used none"
 NOT_REUSED = "the server took nothing from its cache"
 NO_NOISE = "no cold request differed from another by a bit, so that the noise is not known"
 BLIND = "a wrong token changes none of its answers, so that they say nothing"
