@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 
-MOST_SAID = 2000  # characters of a message, and of a hint: names of files may be long
+MAX_MESSAGE = 2000  # characters of a message, and of a hint: names of files may be long
 CLOSED_PIPE = 141  # as a shell reports SIGPIPE
 
 
@@ -29,7 +29,7 @@ class KvtoolError(Exception):
 
 def _bounded(text: str) -> str:
     """A text without the rest of what was quoted whole in it, megabytes of a file perhaps."""
-    return text if len(text) <= MOST_SAID else f"{text[:MOST_SAID]}..."
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
 
 
 class UsageError(KvtoolError):

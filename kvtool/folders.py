@@ -15,7 +15,7 @@ import stat
 from pathlib import Path
 
 from kvtool.errors import FileError
-from kvtool.reading import MOST_TEXT, read_whole, require_regular
+from kvtool.reading import MAX_TEXT_BYTES, read_whole, require_regular
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 HERE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # nobody waits for the other end of a FIFO
@@ -77,7 +77,7 @@ class Folder:
             verb = "made" if make else "opened"
             raise FileError(f"{path}: cannot be {verb} ({error.strerror})") from error
 
-    def read(self, name: str, what: str, most: int = MOST_TEXT) -> bytes:
+    def read(self, name: str, what: str, most: int = MAX_TEXT_BYTES) -> bytes:
         """A regular file of up to `most` bytes."""
         path = self.path / name
         self.require_own(name, what)

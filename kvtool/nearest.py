@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
-LEAST_SHARED = 3  # letters of a beginning that is no accident
+MIN_SHARED = 3  # letters of a beginning that is no accident
 
 
 def nearest_names(name: str, choices: Collection[str], n: int = 3) -> list[str]:
@@ -44,7 +44,7 @@ def _singular(text: str) -> str:
 
 def _one_begins_the_other(a: str, b: str) -> bool:
     short, long = sorted((a, b), key=len)
-    return len(short) >= LEAST_SHARED and long.startswith(short)
+    return len(short) >= MIN_SHARED and long.startswith(short)
 
 
 def _shares_a_word(text: str, wanted: str) -> bool:

@@ -23,13 +23,13 @@ from kvtool import ending
 from kvtool.errors import FileError
 
 FIXED_NAMES = ("config.json", "tokenizer.json", "source.json", "target.json", "model.safetensors")
-MOST_JSON = 3 * 2**24  # bytes; the tokenizer.json of gemma-2 has 34 million, and few are larger
-MOST_CONFIG = 2**24  # bytes of a configuration; the largest known has a tenth of it
-MOST_PARTS = 3 * 2**20  # commas, lists and objects of JSON; gemma-2 has 2.4 million
+MAX_JSON_BYTES = 3 * 2**24  # the tokenizer.json of gemma-2 has 34 million, and few are larger
+MAX_CONFIG_BYTES = 2**24  # the largest known has a tenth of it
+MAX_PARTS = 3 * 2**20  # commas, lists and objects of JSON; gemma-2 has 2.4 million
 QUICK_JSON = 2**20  # characters; beyond, the parser is native code that takes a second or more
-MOST_NESTED = 64  # lists and objects within each other; tokenizers have some ten
-MOST_TEXT = 2**30  # bytes, of a text to train on
-MOST_SHOWN = 80  # characters of a name or value from a file, in an error
+MAX_NESTED = 64  # lists and objects within each other; tokenizers have some ten
+MAX_TEXT_BYTES = 2**30  # of a text to train on
+MAX_SHOWN = 80  # characters of a name or value from a file, in an error
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def opened(path: Path, what: str, flag: str = "") -> Iterator[BufferedReader]:
         raise FileError(f"{where}: {what} cannot be read ({error.strerror})") from error
 
 
-def read_bytes(path: Path, what: str, flag: str = "", most: int = MOST_TEXT) -> bytes:
+def read_bytes(path: Path, what: str, flag: str = "", most: int = MAX_TEXT_BYTES) -> bytes:
     """Read a whole regular file of up to `most` bytes, which `flag` gave. Raises FileError."""
     with opened(path, what, flag) as file:
         return read_whole(file, _named(path, flag), what, most)
@@ -72,7 +72,7 @@ def read_whole(file: BufferedReader, where: str, what: str, most: int) -> bytes:
     return file.read(most)
 
 
-def read_text(path: Path, what: str, flag: str = "", most: int = MOST_TEXT) -> str:
+def read_text(path: Path, what: str, flag: str = "", most: int = MAX_TEXT_BYTES) -> str:
     """Read UTF-8 text without a byte order mark. Raises FileError with a bad byte's offset."""
     data = read_bytes(path, what, flag, most)
     try:
@@ -86,7 +86,7 @@ def read_text(path: Path, what: str, flag: str = "", most: int = MOST_TEXT) -> s
 
 
 def read_json_object(
-    path: Path, what: str, most: int = MOST_JSON, finite: bool = True
+    path: Path, what: str, most: int = MAX_JSON_BYTES, finite: bool = True
 ) -> dict[str, Any]:
     """Read a JSON file that holds one object. Raises FileError with the place of an error."""
     return json_object(path, read_text(path, what, most=most), finite)
@@ -113,8 +113,8 @@ def parse_json(text: str | bytes, finite: bool = True) -> Any:
     checks: Any = {"parse_constant": _refuse, "parse_float": _finite} if finite else {}
     signs: Any = "[{," if isinstance(text, str) else (b"[", b"{", b",")
     n_parts = sum(map(text.count, signs))  # also those in strings, of which there are few
-    if n_parts > MOST_PARTS:
-        expected = f"expected {MOST_PARTS:,} or fewer"
+    if n_parts > MAX_PARTS:
+        expected = f"expected {MAX_PARTS:,} or fewer"
         raise ValueError(f"it has {n_parts:,} commas and brackets, {expected}")
     try:
         with ending.signals_at_default() if len(text) > QUICK_JSON else contextlib.nullcontext():
@@ -127,7 +127,7 @@ def parse_json(text: str | bytes, finite: bool = True) -> Any:
 
 def _check_nesting(value: Any) -> None:
     within = [value]
-    for _ in range(MOST_NESTED):
+    for _ in range(MAX_NESTED):
         containers = [item for item in within if isinstance(item, (dict, list))]
         within = []
         for item in containers:
@@ -163,14 +163,14 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def short(text: str, length: int = MOST_SHOWN) -> str:
+def short(text: str, length: int = MAX_SHOWN) -> str:
     """A name or value from a file, cut where it would flood an error message."""
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def quoted(value: object) -> str:
     """A value from a file as Python writes it, cut where it would flood an error message."""
-    return short(repr(value[:MOST_SHOWN] if isinstance(value, str) else value))
+    return short(repr(value[:MAX_SHOWN] if isinstance(value, str) else value))
 
 
 def sha256(path: Path) -> str:

@@ -58,7 +58,7 @@ MODELS = {
     "latent": "kvtool.core.models.latent:LatentDecoder",
 }
 
-MOST_LISTED = 12  # names in an error; of more, the nearest are
+MAX_LISTED = 12  # names in an error; of more, the nearest are
 
 COMMANDS = {
     "train-lm": "kvtool.commands.train.lm:command",
@@ -79,7 +79,7 @@ def choose(value: str, choices: list[str] | tuple[str, ...], flag: str) -> str:
     text = short(str(value))
     near = nearest_names(text, choices, 2)
     shown = ", ".join(choices)
-    if len(choices) > MOST_LISTED:
+    if len(choices) > MAX_LISTED:
         closest = difflib.get_close_matches(text, choices, n=5, cutoff=0.0)
         shown = f"{', '.join(closest)} and {len(choices) - len(closest):,} more"
     raise UsageError(

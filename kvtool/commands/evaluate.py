@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvtool.core.decoding.beam import Hypothesis
 
 PAIRS, TEXT = "Pairs (encoder-decoders)", "Text (decoders)"
-MOST_CONTEXT = 1024  # of a window, unless asked for more: the work grows with its square
+MAX_CONTEXT = 1024  # of a window, unless asked for more: the work grows with its square
 SEPARATOR = " ||| "
 BAR = "&#124;"  # as Moses writes a bar that is part of a text
 RULES: tuple[Rule, ...] = (
@@ -46,7 +46,7 @@ class Settings:
     length_penalty: float | None = None  # None: LENGTH_PENALTY
     n_best: int = 1
     hypotheses: Path | None = None
-    context: int | None = None  # None: the model's, MOST_CONTEXT at most
+    context: int | None = None  # None: the model's, MAX_CONTEXT at most
 
     def __post_init__(self) -> None:
         require(RULES, self.of_pairs)
@@ -135,7 +135,7 @@ def evaluate_pairs(settings: Settings, loaded: Checkpoint, out: Output) -> dict[
     beam = Beam(settings.beams, LENGTH_PENALTY if penalty is None else penalty, settings.n_best)
     sources = loaded.source_tokenizer.encode_batch([pair.source for pair in pairs])
     with out.progress("decoding", len(pairs)) as bar:
-        found = search(loaded.model, sources, beam, done=bar.advance)
+        found = search(loaded.model, sources, beam, on_batch=bar.advance)
     texts = [loaded.tokenizer.decode(best[0].ids) for best in found]
     references = [pair.targets for pair in pairs]
     score = score_outputs(loaded.tokenizer, references, texts)
@@ -190,7 +190,7 @@ def evaluate_text(settings: Settings, loaded: Checkpoint, out: Output) -> dict[s
         raise UsageError(f"{where}: is pairs (the model continues texts)", "Give a UTF-8 text.")
     text = read_text(Path(settings.data), "a text to evaluate on", "--data")
     require_room(where, text)
-    context = settings.context or min(loaded.config.context, MOST_CONTEXT)
+    context = settings.context or min(loaded.config.context, MAX_CONTEXT)
     ids = torch.tensor(loaded.tokenizer.encode(text), device=next(loaded.model.parameters()).device)
     if len(ids) < 2:
         raise FileError(
@@ -276,7 +276,7 @@ def command(
         typer.Option(
             "--context",
             metavar="N",
-            show_default=f"the model's, at most {MOST_CONTEXT:,}",
+            show_default=f"the model's, at most {MAX_CONTEXT:,}",
             help="Tokens of a window. Windows overlap by half.",
             rich_help_panel=TEXT,
         ),

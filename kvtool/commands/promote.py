@@ -28,7 +28,7 @@ OTHER_MODEL = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What promote was asked for."""
+    """The settings of promote."""
 
     model: Path
     out: Path
@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass
 class PromoteReport:
-    """What was written, by the format that it had before."""
+    """The written tensors, by their format before."""
 
     formats: list[dict[str, Any]]
     nbytes: int
@@ -74,7 +74,7 @@ class PromoteReport:
         return self.formats
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         return {**vars(self), "conclusion": self.conclusion}
 
 
@@ -85,7 +85,7 @@ def _size(nbytes: int) -> str:
 
 
 def run(settings: Settings, out: Output) -> PromoteReport:
-    """Say what it takes, then write the file."""
+    """Say how large the file will be, then write it."""
     from kvtool.core.checkpoint.gguf import promote
     from kvtool.core.checkpoint.gguf.header import GGUFHeader
 
@@ -99,13 +99,13 @@ def run(settings: Settings, out: Output) -> PromoteReport:
     with out.progress("promote, MiB", found.nbytes // mib) as bar:
         written = 0
 
-        def tell(n: int, name: str) -> None:
+        def progress(n: int, name: str) -> None:
             nonlocal written
             bar.advance((written + n) // mib - written // mib)
             bar.update(name)
             written += n
 
-        promote.write(found, settings.out, tell)
+        promote.write(found, settings.out, progress)
     return PromoteReport(
         formats=[_row(name, pairs) for name, pairs in _by_format(found.tensors).items()],
         nbytes=found.nbytes,
@@ -178,7 +178,7 @@ def command(
             "--layers",
             metavar="N",
             show_default="all",
-            help="Keep the first N blocks alone, where all would be too large: another model, "
+            help="Keep the first N blocks alone if all would be too large. This is another model, "
             "whose cache works as before.",
         ),
     ] = None,

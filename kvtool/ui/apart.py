@@ -1,4 +1,4 @@
-"""What a command writes is kept apart from what it reads, and from what else it writes.
+"""Checks that no output of a command is one of its inputs, or another of its outputs.
 
 Every option that names a file or folder is in one of the two tables here.
 """

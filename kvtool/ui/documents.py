@@ -188,7 +188,7 @@ def render(path: Path, content: Mapping[str, Any], report: Report) -> bytes:
 
 
 def _facts(content: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row is of: of the settings of caches those of its own kind."""
+    """The facts about a row, with the cache settings of its own kind alone."""
     facts, resolved = dict(content["measured_on"]), content.get("resolved") or {}
     if "cache_settings" in resolved:
         facts["cache_settings"] = cache_settings(resolved, str(row.get("cache", "")))

@@ -1,4 +1,4 @@
-"""What a result was measured on: versions, processor, threads, commit. Imports nothing heavy."""
+"""The environment of a result: versions, processor, threads, commit. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def cpu_name() -> str | None:
 
 
 def peak_memory() -> int | None:
-    """Bytes of main memory that this process has held at most; None where nobody counts them."""
+    """The peak of this process's main memory in bytes; None if the system does not count it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -115,12 +115,12 @@ def _grid(n_panels: int, tall: int, wide: int) -> tuple[int, int]:
 
 
 def _upright(tokens: Sequence[str]) -> bool:
-    """Whether names across have to be turned to stand side by side."""
+    """Whether names on the horizontal axis must be rotated to fit side by side."""
     return max(map(len, tokens)) > 2
 
 
 def _label_size(cell: float) -> int:
-    """Points of the names of cells so large."""
+    """The font size, in points, for cells of this size."""
     return 8 if cell > 0.15 else 6
 
 

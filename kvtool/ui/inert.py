@@ -1,4 +1,4 @@
-"""Text of others made inert: what would steer a terminal is seen instead, as an escape.
+"""Makes untrusted text inert: characters that would steer a terminal are shown as escapes.
 
 Names of files, fields of baselines and what a model writes may hold anything. Whatever is shown of
 them goes through here: all that Output prints, errors, tracebacks, tables, pictures, documents, and

@@ -22,7 +22,7 @@ from kvtool.errors import UsageError
 Element = Callable[[str, str], Any]
 
 RANGE = re.compile(r"(\d+)-(\d+)(?:([+*])(\d+))?")
-MOST_IN_RANGE = 1000
+MAX_IN_RANGE = 1000
 NEGATIVE_NUMBER = re.compile(r"-\.?\d")
 OPEN_LIST = "kvtool.open_list"
 
@@ -137,7 +137,7 @@ def lengths(text: str, flag: str) -> list[int]:
     >>> lengths("10-40+10", "--lengths")
     [10, 20, 30, 40]
 
-    Raises UsageError, also for a range that is empty, never ends, or has over MOST_IN_RANGE values.
+    Raises UsageError, also for a range that is empty, never ends, or has over MAX_IN_RANGE values.
     """
     match = RANGE.fullmatch(text)
     if match is None:
@@ -150,9 +150,9 @@ def lengths(text: str, flag: str) -> list[int]:
         raise UsageError(f"{flag}: {text} never ends (expected *2 or more, or +1 or more)")
     found: list[int] = []
     while first <= last:
-        if len(found) == MOST_IN_RANGE:
+        if len(found) == MAX_IN_RANGE:
             raise UsageError(
-                f"{flag}: {text} is more than {MOST_IN_RANGE:,} lengths",
+                f"{flag}: {text} is more than {MAX_IN_RANGE:,} lengths",
                 f"Try {match[1]}-{match[2]}*2.",
             )
         found.append(first)

@@ -11,11 +11,11 @@ from kvtool.ui.drawing import drawing
 from kvtool.ui.plots import COLOURS, entitle, save_figure
 
 Points = Sequence[tuple[int, float]]  # (position, nats)
-LEAST = 1e-9  # where a gap of exactly 0 is drawn
+MIN_GAP = 1e-9  # where a gap of exactly 0 is drawn
 
 
 class ArmSeen(NamedTuple):
-    """What is drawn of an arm, in nats."""
+    """The data of an arm's panel, in nats."""
 
     name: str
     verdict: str
@@ -25,7 +25,7 @@ class ArmSeen(NamedTuple):
 
 
 class Words(NamedTuple):
-    """What the legend calls the lower band, the upper one, and the dots."""
+    """The legend's names for the lower band, the upper one, and the dots."""
 
     floor: str = "the engine's own noise"
     fault: str = "a wrong token"
@@ -66,7 +66,7 @@ def _limits(arms: Sequence[ArmSeen]) -> tuple[float, float]:
     values = [value for arm in arms for _, value in (*arm.gaps, *arm.floors)]
     values += [arm.fault for arm in arms if arm.fault]
     finite = [value for value in values if 0 < value < float("inf")] or [1.0]
-    return max(min(finite) / 10, LEAST), max(finite) * 5
+    return max(min(finite) / 10, MIN_GAP), max(finite) * 5
 
 
 def _nats(value: float, _: int) -> str:

@@ -20,7 +20,7 @@ class Rule:
 
     @property
     def message(self) -> str:
-        """What is wrong with each of the flags."""
+        """The error message for each of the flags."""
         return self.said or f"{self.verb} {self.other}"
 
 

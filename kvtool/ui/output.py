@@ -105,7 +105,7 @@ class Output:
             self._out.print(in_a_line(text), style=style, end=end, soft_wrap=soft)
 
     def echo(self, text: str) -> None:
-        """Repeat dimly the text that what is streamed goes on from."""
+        """Show, dimmed, the text before the streamed one."""
         if not self.json:
             soft = not self._out.is_terminal
             self._out.print(visible(text), style="dim", end="", soft_wrap=soft)
@@ -147,11 +147,11 @@ class Output:
             self._talk(f"hint: {in_a_line(text)}", "cyan")
 
     def warn(self, text: str) -> None:
-        """Say on stderr what may spoil the result; never silenced."""
+        """Warn on stderr of what may spoil the result; never silenced."""
         self._say(f"warning: {text}", "yellow")
 
     def detail(self, text: str) -> None:
-        """Say on stderr what only -v asks for."""
+        """Print a detail on stderr, with -v only."""
         if self.verbose:
             self.note(text)
 
@@ -194,7 +194,7 @@ class Output:
 
     @property
     def documented(self) -> bool:
-        """Whether somebody is to get the document."""
+        """Whether the document goes to stdout or a file."""
         return self.json or self._writes
 
     @property
@@ -269,7 +269,7 @@ def present(
 
 
 class Notes(logging.Handler):
-    """What the core says of its own accord, as notes of the Output that was made last."""
+    """Log records of the core, as notes of the latest Output."""
 
     def __init__(self, output: Output) -> None:
         super().__init__()

@@ -184,7 +184,7 @@ def bench_plot(
 
 
 def entitle(figure: Any, title: str) -> None:
-    """What the picture shows, wrapped to its width."""
+    """Set the title, wrapped to the figure's width."""
     if title:
         figure.suptitle(_wrapped(figure, title), fontsize=9)
 
@@ -268,7 +268,7 @@ def _colours(kinds: Sequence[str]) -> dict[str, int]:
 
 
 def _series(name: str) -> str:
-    """What the legend calls it."""
+    """The series' name in the legend."""
     impl, _, kind = name.rpartition(" ")
     what = "no cache" if kind == "none" else f"{kind} cache"
     return f"{impl}, {what}" if impl else what
@@ -322,7 +322,7 @@ def gap_axes(
 
 
 def gap_legend(figure: Any, handles: Mapping[str, Any]) -> None:
-    """What the lines of `gap_axes` are."""
+    """The legend for the lines of `gap_axes`."""
     figure.supylabel("gap, cached against uncached", fontsize=10)
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False

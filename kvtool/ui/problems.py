@@ -1,4 +1,4 @@
-"""How an error reads: one line on stderr, whatever raised it.
+"""Errors as one line on stderr, whatever raised them.
 
 `explain_usage` and `explain_machine` turn what Typer, torch and the system raise into KvtoolErrors;
 `error_line` is the only place that knows the form of the line.
@@ -74,7 +74,7 @@ def show_traceback() -> None:
 
 
 def explain_usage(error: Exception) -> UsageError:
-    """Say in kvtool's words what Typer refused: an option, its value, or a stray word."""
+    """Typer's usage error in kvtool's words: an option, its value, or a stray word."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "kvtool"
     hint = f"See {command} --help."
@@ -136,7 +136,8 @@ def explain_machine(error: BaseException) -> KvtoolError | None:
 
 
 def _asked_for(said: str) -> str:
-    """How much memory was refused, if an error says so. The rest concerns developers of torch."""
+    """The refused amount of memory, if an error names it. The rest of torch's message is left
+    out."""
     found = ALLOCATE.search(said)
     if found is None:
         return ""

@@ -15,7 +15,7 @@ BAR, WORDS = 12, 12  # columns of a bar in others, and what words need to say an
 
 
 class Progress:
-    """What the work talks to; this one is silent, for pipes and -q."""
+    """The interface for progress. This one is silent, for pipes and -q."""
 
     def advance(self, n: int = 1) -> None:
         """Count `n` more as done."""

@@ -16,8 +16,8 @@ CAPTIONS = 1.5  # inches of titles, labels and legends
 
 
 class Seen(NamedTuple):
-    """What is drawn: a mark for each query and key. 0: not seen, 1: seen, 2: hidden by the cache
-    alone, 3: shown by it alone. The keys below `padding` are left padding."""
+    """The data of a map: a mark for each query and key. 0: not seen, 1: seen, 2: hidden by the
+    cache alone, 3: shown by it alone. The keys below `padding` are left padding."""
 
     queries: Sequence[int]
     steps: Sequence[int]  # of each query

@@ -75,7 +75,7 @@ def test_every_code_is_read_as_the_number_that_it_stands_for() -> None:
         y, like = np.empty((1, 1, 16), np.float32), native.kind_of(torch.float32)
         k, v = ((0, 0, 0, like, place.coded[side, 0]) for side in (0, 1))
         spans = np.array([[0, 8, 0, 0]])
-        attend.attend(np.ones_like(y), 1, 1, k, v, spans, y, 1, native.LARGE)
+        attend.attend(np.ones_like(y), 1, 1, k, v, spans, y, 1, native.MIN_SHARED)
         assert y[0, 0].tolist() == value.tolist()
 
 

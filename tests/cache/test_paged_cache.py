@@ -273,7 +273,7 @@ def test_beams_share_the_prompt_and_find_what_others_find(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr("kvtool.core.decoding.beam.make_cache", make)
         tell = lambda nbytes: live.append(made[0].pool.n_live)  # noqa: E731
-        found = beam_search(model, prompt, "paged", [9], Beam(4, n_best=4), tell=tell)
+        found = beam_search(model, prompt, "paged", [9], Beam(4, n_best=4), on_step=tell)
     assert [h.ids for h in found[0]] == [h.ids for h in expected[0]]
     # One row reads the prompt, and one copy of it is held; five rows may write behind it.
     assert live[0] == 10 and 10 + 4 <= max(live[1:]) <= 10 + 5 * 3

@@ -271,12 +271,12 @@ def test_a_value_that_a_stride_repeats_without_end_is_refused(pickle: Path) -> N
 
 
 def test_steps_without_end_are_refused(pickle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickle_walk, "MOST_STEPS", 1000)
+    monkeypatch.setattr(pickle_walk, "MAX_STEPS", 1000)
     write_zip(pickle, 999 * b"]0" + b"}")
     assert "is no step of a state_dict" in refusal(pickle.parent)  # torch's reader drops nothing
     write_zip(pickle, 1001 * b"]" + b"}")
     assert "(it takes more than 1,000 steps)" in refusal(pickle.parent)
-    monkeypatch.setattr(pickled_file, "MOST_PICKLE", 100)
+    monkeypatch.setattr(pickled_file, "MAX_PICKLE_BYTES", 100)
     write_zip(pickle, 101 * b"]" + b"}")
     assert "(its pickle is too large)" in refusal(pickle.parent)
 

@@ -41,7 +41,7 @@ def bench(
     kv: Callable[..., Ran], decoder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., Ran]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(traffic, "LARGE", 2**20)
+    monkeypatch.setattr(traffic, "ARRAY_BYTES", 2**20)
 
     def call(*args: str) -> Ran:
         given = ["--model", str(decoder), "--threads", "1", "--device", "cpu", "--repeats", "3"]

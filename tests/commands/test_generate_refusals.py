@@ -143,9 +143,9 @@ def test_prompts_are_bounded_wherever_they_are_from(
     assert refused(generate("--prompt-file", str(file))) == f"{file}: has 102 {too_long}"
     stdin(b"c" * 99)
     assert refused(generate()) == f"stdin: has 99 {too_long}"
-    monkeypatch.setattr(prompts, "MOST_LINES", 1)
+    monkeypatch.setattr(prompts, "MAX_LINES", 1)
     assert refused(generate("--input", str(file))).endswith("holds 2 lines (expected 1 or fewer)")
-    monkeypatch.setattr(prompts, "MOST_INPUT", 50)
+    monkeypatch.setattr(prompts, "MAX_INPUT_BYTES", 50)
     for flag in ("--input", "--prompt-file"):
         found = refused(generate(flag, str(file)))
         assert found.startswith(f"{flag} {file}: is too large for a") and "102 bytes" in found

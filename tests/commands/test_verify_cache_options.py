@@ -181,7 +181,7 @@ def test_the_self_test_prints_what_was_planted_and_exits_by_it(
     assert ran.code == 0
     assert ran.out.splitlines()[-1].startswith(f"✓ {len(few)} of {len(few)} planted bugs caught")
     assert "0 of 2 right caches reported falsely" in ran.out
-    for name in ("judge.ROUNDING_64", "measured.LIMIT"):
+    for name in ("float64.ROUNDING_64", "measured.LIMIT"):
         monkeypatch.setattr(f"kvtool.core.verify.{name}", 1e30)
     ran = kv("--self-test", "--device", "cpu", "--json", command="verify-cache")
     found = answer(ran, code=1)

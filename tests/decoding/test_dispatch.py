@@ -18,7 +18,7 @@ from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.decoding import dispatch
-from kvtool.core.decoding.dispatch import DecodingForm, Way, decoding_form
+from kvtool.core.decoding.dispatch import DecodingForm, Route, decoding_form
 from kvtool.core.decoding.engine import advance, generate
 from kvtool.core.decoding.native_decoder import NativeDecoder
 from kvtool.core.decoding.sampling import Sampler
@@ -33,7 +33,7 @@ from small_models import random_model
 capturing = graph_cases.capturing
 N = 20
 PAIR = {"n_encoder_layers": 1, "source_vocab_size": 9}
-ROW, WIDE = torch.tensor([[5]]), torch.full((native.FEW + 1, 1), 5)
+ROW, WIDE = torch.tensor([[5]]), torch.full((native.MAX_STEP_TOKENS + 1, 1), 5)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
-def way_of(form: DecodingForm, new: Tensor = ROW, kind: str = "dynamic", **spec: Any) -> Way:
+def way_of(form: DecodingForm, new: Tensor = ROW, kind: str = "dynamic", **spec: Any) -> Route:
     """How one step is decoded."""
     cache = make_cache(kind, CacheSpec.of(form.config, len(new), N, **spec))
     for _ in range(2):  # the first of a sequence, which sees itself alone, is not captured
@@ -52,10 +52,10 @@ def way_of(form: DecodingForm, new: Tensor = ROW, kind: str = "dynamic", **spec:
     return way
 
 
-def reasons() -> Iterator[tuple[str, str, Callable[[], Way]]]:
+def reasons() -> Iterator[tuple[str, str, Callable[[], Route]]]:
     """Which way a step takes, what its reason holds, and a step."""
 
-    def changed(change: Callable[[Model], object], **config: Any) -> Way:
+    def changed(change: Callable[[Model], object], **config: Any) -> Route:
         model = random_model(0, **config)
         change(model)
         return way_of(decoding_form(model))
@@ -63,25 +63,25 @@ def reasons() -> Iterator[tuple[str, str, Callable[[], Way]]]:
     def form(**config: Any) -> DecodingForm:
         return decoding_form(random_model(0, **config))
 
-    def in_flop_counter() -> Way:
+    def in_flop_counter() -> Route:
         with FlopCounterMode(display=False):
             return way_of(made)
 
-    def unasked(n_tokens: int) -> Way:
+    def unasked(n_tokens: int) -> Route:
         with native.native_if_worthwhile(n_tokens):
             return way_of(form())
 
-    def graded() -> Way:
+    def graded() -> Route:
         with torch.inference_mode(False), torch.enable_grad():
             return way_of(decoding_form(random_model(0)))
 
     made = form()
     modules, flat = dispatch.MODULES, dispatch.FLAT
     yield dispatch.ONE_CALL.name, "", lambda: way_of(form())
-    yield dispatch.ONE_CALL.name, "", lambda: unasked(native.PAYS)
+    yield dispatch.ONE_CALL.name, "", lambda: unasked(native.MIN_DECODED)
     yield dispatch.LAYERWISE, "none cache", lambda: way_of(form(), kind="none")
     yield dispatch.LAYERWISE, "a window each", partial(way_of, form(window=4), kind="sliding")
-    yield flat, "fewer than 500 tokens", lambda: unasked(native.PAYS - 1)
+    yield flat, "fewer than 500 tokens", lambda: unasked(native.MIN_DECODED - 1)
     yield flat, "more than 8 tokens", lambda: way_of(form(), WIDE)
     yield flat, "something watches", in_flop_counter
     yield modules, "more than 8 tokens", lambda: way_of(form(), WIDE.T)
@@ -114,7 +114,7 @@ class Wider(Linear):
 
 @pytest.mark.parametrize(("name", "why", "decode"), [*reasons()], ids=lambda x: str(x)[:24])
 def test_every_way_has_its_steps_and_every_way_not_taken_a_reason(
-    name: str, why: str, decode: Callable[[], Way]
+    name: str, why: str, decode: Callable[[], Route]
 ) -> None:
     way = decode()
     assert way.name == name and why in way.why and bool(way.why) == bool(why)
@@ -122,7 +122,8 @@ def test_every_way_has_its_steps_and_every_way_not_taken_a_reason(
 
 @pytest.mark.parametrize(("kind", "rows", "watched", "way"), [
     ("dynamic", 1, False, dispatch.ONE_CALL.name), ("none", 1, False, dispatch.LAYERWISE),
-    ("dynamic", native.FEW + 1, False, dispatch.FLAT), ("dynamic", 1, True, dispatch.MODULES),
+    ("dynamic", native.MAX_STEP_TOKENS + 1, False, dispatch.FLAT),
+    ("dynamic", 1, True, dispatch.MODULES),
 ])  # fmt: skip
 def test_ids_as_an_array_ask_for_no_gradients_whichever_way_they_are_decoded(
     kind: str, rows: int, watched: bool, way: str
@@ -145,7 +146,7 @@ QUESTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("n_tokens", [0, native.PAYS])
+@pytest.mark.parametrize("n_tokens", [0, native.MIN_DECODED])
 @pytest.mark.parametrize("config", [{}, PAIR], ids=["decoder", "pair"])
 @pytest.mark.parametrize("new", [ROW, WIDE, WIDE.T], ids=["row", "rows", "tokens"])
 def test_a_step_asks_each_question_once_at_most(
@@ -235,10 +236,10 @@ def test_changed_kernels_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_ways_are_told_in_a_line() -> None:
     form = decoding_form(random_model(0))
     cache = make_cache("dynamic", CacheSpec.of(form.config, 1, 20))
-    assert form.told() == ""
+    assert form.summary() == ""
     for new in (torch.ones(1, 9, dtype=torch.long), ROW, ROW):
         assert isinstance(form.step(new, cache, None, True), np.ndarray | Tensor)
-    assert form.told() == (
+    assert form.summary() == (
         "2 steps by one compiled call; "
         "1 step by modules (PyTorch is as fast for more than 8 tokens at once)"
     )
@@ -250,4 +251,4 @@ def test_a_family_with_more_settings_says_why_its_modules_decode() -> None:
     cache = make_cache("dynamic", CacheSpec.of(config, 1, 20))
     form.step(ROW, cache, None, True)
     why = "the settings of the family general are known to modules alone"
-    assert form.told() == f"1 step by modules ({why})"
+    assert form.summary() == f"1 step by modules ({why})"

@@ -59,7 +59,7 @@ def decoded(model: Model, decode: Any, kernels: str, kind: str, batch: int) -> T
     return torch.cat([feed(decode, cache, ids[:, :end], source) for end in ends], dim=1)
 
 
-MANY = native.FEW + 1  # rows, which PyTorch serves, or with exact kernels native code
+MANY = native.MAX_STEP_TOKENS + 1  # rows, which PyTorch serves, or with exact kernels native code
 HALVES = torch.bfloat16, torch.float16  # read and rounded by functions that all shapes share
 
 

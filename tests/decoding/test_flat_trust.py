@@ -15,7 +15,7 @@ from kvtool.core.cache.cross import CrossCache
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.decoding.dispatch import decoding_form
 from kvtool.core.decoding.engine import feed, generate
-from kvtool.core.decoding.native_decoder import MOST_A_CALL
+from kvtool.core.decoding.native_decoder import MAX_CALL_TOKENS
 from kvtool.core.decoding.sampling import Sampler
 from kvtool.core.kernels.default import DEFAULT, DefaultKernels, make_kernels
 from kvtool.core.models import Model
@@ -269,9 +269,9 @@ def test_a_token_that_the_caller_writes_to_changes_none_after_it() -> None:
 
 
 def test_a_long_exact_prompt_goes_in_several_calls_to_the_same_bits() -> None:
-    model = random_model(0, context=2 * MOST_A_CALL)
-    spec = CacheSpec.of(model.config, 1, 2 * MOST_A_CALL, kernels=make_kernels("exact"))
-    ids = torch.arange(MOST_A_CALL + 9)[None] % model.config.vocab_size
+    model = random_model(0, context=2 * MAX_CALL_TOKENS)
+    spec = CacheSpec.of(model.config, 1, 2 * MAX_CALL_TOKENS, kernels=make_kernels("exact"))
+    ids = torch.arange(MAX_CALL_TOKENS + 9)[None] % model.config.vocab_size
     whole = feed(decoding_form(model), DynamicCache(spec), ids)
     assert whole.equal(feed(model, DynamicCache(spec), ids))
     last = feed(decoding_form(model), DynamicCache(spec), ids, last=True)

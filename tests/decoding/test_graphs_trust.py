@@ -204,10 +204,10 @@ def test_what_is_recorded_in_one_mode_is_played_in_another(
 def test_only_so_many_sets_of_memory_are_kept(capturing: Capturing) -> None:
     capturing(Recorder())
     case = Case()
-    caches = [case.new_cache() for _ in range(graphs.MOST + 2)]
+    caches = [case.new_cache() for _ in range(graphs.MAX_LAYOUTS + 2)]
     found = [case.steps(7, cache) for cache in caches]
     assert all(logits.equal(found[0]) for logits in found)
-    assert len(case.decode._graphs._kept) == graphs.MOST
+    assert len(case.decode._graphs._kept) == graphs.MAX_LAYOUTS
 
 
 def test_a_recording_does_not_keep_a_cache_object_alive(capturing: Capturing) -> None:

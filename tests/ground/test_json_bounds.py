@@ -28,7 +28,7 @@ def unparsed(*args: object, **kwargs: object) -> None:
 def test_json_of_too_many_parts_is_refused_unparsed(
     monkeypatch: pytest.MonkeyPatch, unit: str, encode: Callable[[str], str | bytes]
 ) -> None:
-    monkeypatch.setattr(reading, "MOST_PARTS", FEW)
+    monkeypatch.setattr(reading, "MAX_PARTS", FEW)
     monkeypatch.setattr(reading.json, "loads", unparsed)
     text = "[" + unit * FEW + "0]"
     with pytest.raises(ValueError, match="commas and brackets, expected 999 or fewer"):
@@ -55,7 +55,7 @@ def header(folder: Path, text: str) -> None:
 def test_each_large_file_of_json_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path, str], None]
 ) -> None:
-    monkeypatch.setattr(reading, "MOST_PARTS", FEW)
+    monkeypatch.setattr(reading, "MAX_PARTS", FEW)
     with pytest.raises(FileError, match="commas and brackets, expected 999 or fewer"):
         read(tmp_path, '{"a":[' + "[]," * FEW + "0]}")
 

@@ -54,7 +54,7 @@ def test_a_mask_is_obeyed_made_or_not_made_yet(
     seen = masks.visible(q_pos, k_pos, window=6)
     with_cap = capped(make_kernels(kernels), CAP)
     assert gap(with_cap.attention(q, k, v, seen, False), by_formula(q, k, v, seen)) < 1e-13
-    monkeypatch.setattr(masks, "LARGE", 1)
+    monkeypatch.setattr(masks, "MIN_PAIRS", 1)
     lazy = masks.make_mask(q_pos, k_pos, 6)
     assert isinstance(lazy, masks.LazyMask)
     assert gap(with_cap.attention(q, k, v, lazy, False), by_formula(q, k, v, seen)) < 1e-13

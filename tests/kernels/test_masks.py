@@ -32,7 +32,7 @@ WITHIN = Case("sinusoidal", 1, 2, (4, 0))  # a window too
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A prompt of a few tokens is treated as a long one."""
-    monkeypatch.setattr(masks, "LARGE", 0)
+    monkeypatch.setattr(masks, "MIN_PAIRS", 0)
     monkeypatch.setattr(query_blocks, "BLOCK", 16)
     monkeypatch.setattr(query_blocks, "EDGE", 5)
     yield
@@ -153,7 +153,7 @@ def test_a_long_prompt_is_what_it_was_with_a_whole_mask(
     ids = tokens(case.batch, 80, 1)
     expected = fed(caches(kind, model, case, make_kernels(name)), model, ids, held)
     made = []
-    monkeypatch.setattr(masks, "LARGE", 0)
+    monkeypatch.setattr(masks, "MIN_PAIRS", 0)
     monkeypatch.setattr(query_blocks, "BLOCK", 16)
     monkeypatch.setattr(query_blocks, "EDGE", 5)
     real = query_blocks._block

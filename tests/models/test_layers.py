@@ -35,7 +35,7 @@ def seeded() -> None:
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two threads, for layers of any size."""
-    monkeypatch.setattr(native, "LARGE", 1)
+    monkeypatch.setattr(native, "MIN_SHARED", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -96,7 +96,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(), (1, 1), (4, 1), (2, 2), (native.FEW + 1, 1)])
+@pytest.mark.parametrize("shape", [(), (1, 1), (4, 1), (2, 2), (native.MAX_STEP_TOKENS + 1, 1)])
 @pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
 def test_a_layer_of_few_tokens_and_of_more_is_right(
@@ -104,7 +104,9 @@ def test_a_layer_of_few_tokens_and_of_more_is_right(
 ) -> None:
     layer, x = LAYERS[name]().to(dtype), torch.randn(*shape, WIDTH, dtype=dtype)
     y = layer(x)
-    assert bool(served) == (torch.Size(shape).numel() <= native.FEW or name == "rms norm")
+    assert bool(served) == (
+        torch.Size(shape).numel() <= native.MAX_STEP_TOKENS or name == "rms norm"
+    )
     assert y.shape[:-1] == shape
     assert y.dtype is dtype
     exact = FLOATS[dtype]
@@ -119,7 +121,7 @@ def test_an_activation_of_a_few_tokens_is_right(name: str, dtype: torch.dtype) -
     most = 1.0 if name == "geglu" else min(1e18, torch.finfo(dtype).max ** 0.5)
     ranges = torch.linspace(-100, 100, 999), torch.linspace(-4, 4, 999), torch.tensor([-most, most])
     x = torch.cat(ranges).to(dtype)
-    assert native.serves(x)
+    assert native.can_compute(x)
     exact = FLOATS[dtype]
     torch.testing.assert_close(
         mlp(name).activate(x).double(), ACTIVATION[name](x.double()), rtol=exact, atol=exact
@@ -129,7 +131,7 @@ def test_an_activation_of_a_few_tokens_is_right(name: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
 def test_a_row_has_the_same_bits_alone_and_among_others(name: str) -> None:
-    layer, x = LAYERS[name](), torch.randn(native.FEW, WIDTH)
+    layer, x = LAYERS[name](), torch.randn(native.MAX_STEP_TOKENS, WIDTH)
     together = layer(x)
     for i, row in enumerate(x):
         assert layer(row).equal(together[i])
@@ -246,7 +248,7 @@ def test_without_numba_everything_is_done_by_pytorch(monkeypatch: pytest.MonkeyP
     with_numba = layer(x)
     monkeypatch.setitem(sys.modules, "kvtool.core.native.compiled.attention", None)
     monkeypatch.setattr(native, "layer_code", native.layer_code.__wrapped__)
-    assert not native.serves(x)
+    assert not native.can_compute(x)
     torch.testing.assert_close(layer(x), with_numba)
 
 
@@ -290,17 +292,17 @@ def test_numba_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(native._loaded().product, "load", fails)
     monkeypatch.setattr(native, "layer_code", native.layer_code.__wrapped__)
-    assert not native.serves(torch.randn(1, WIDTH))
+    assert not native.can_compute(torch.randn(1, WIDTH))
 
 
 @torch.no_grad()
 def test_a_command_that_decodes_little_does_not_load_it() -> None:
     x = torch.randn(1, WIDTH)
-    with native.native_if_worthwhile(native.PAYS - 1):
-        assert not native.serves(x)
-    with native.native_if_worthwhile(native.PAYS):
-        assert native.serves(x)
-    assert native.serves(x)
+    with native.native_if_worthwhile(native.MIN_DECODED - 1):
+        assert not native.can_compute(x)
+    with native.native_if_worthwhile(native.MIN_DECODED):
+        assert native.can_compute(x)
+    assert native.can_compute(x)
 
 
 def test_a_layer_that_was_compiled_is_called_as_compiled() -> None:
@@ -344,7 +346,8 @@ def test_the_exponential_is_exact_to_rounding_and_ends_in_0_and_infinity() -> No
 def test_loading_and_sharing_leave_pytorch_its_number_of_threads() -> None:
     code = (
         "import torch; torch.set_num_threads(1); from kvtool.core.native import arrays as native\n"
-        "native.layer_code(torch.float32); native.LARGE = 1; seen = [torch.get_num_threads()]\n"
+        "native.layer_code(torch.float32); native.MIN_SHARED = 1\n"
+        "seen = [torch.get_num_threads()]\n"
         "layer = native.linear(native.Weights.of(torch.ones(8, 8), None))\n"
         "for n in (2, 1, 2): torch.set_num_threads(n); layer(torch.ones(1, 8).numpy());"
         " seen.append(torch.get_num_threads())\n"

@@ -25,7 +25,7 @@ DTYPES = list(EPS)
 
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fused, "LEAST", 0)
+    monkeypatch.setattr(fused, "MIN_NUMBERS", 0)
     with context.within(training=True):
         yield
 
@@ -125,11 +125,13 @@ def test_bfloat16_rounds_as_pytorch_does_and_keeps_nan_and_infinity() -> None:
     )
     halves = (torch.arange(1000, dtype=torch.int32) * 2**16 + 2**15).view(torch.float32)  # ties
     x = torch.cat([x, halves])[None].requires_grad_()
-    y = fused.dropout(x.detach().bfloat16().requires_grad_(), None, fused.Mask(0, -(2**31), 1.0))
+    y = fused.dropout(
+        x.detach().bfloat16().requires_grad_(), None, fused.DropoutMask(0, -(2**31), 1.0)
+    )
     assert y.isnan().equal(x.isnan()) and y[~y.isnan()].equal(x.bfloat16()[~y.isnan()])
     leaf = torch.zeros(1, x.shape[1], dtype=torch.bfloat16, requires_grad=True)
     onto = torch.zeros(1, x.shape[1])
-    out = fused.dropout(leaf, onto, fused.Mask(0, -(2**31), 1.0))
+    out = fused.dropout(leaf, onto, fused.DropoutMask(0, -(2**31), 1.0))
     (found,) = torch.autograd.grad(out, leaf, x.detach())  # float32 to bfloat16
     expected = x.detach().bfloat16()
     assert found.isnan().equal(expected.isnan())
@@ -189,7 +191,7 @@ def test_pytorchs_way_is_taken_by_what(
     dtype = torch.float64 if reason == "is float64" else torch.float32
     q = torch.randn(3, 2, 9, 16, dtype=dtype, requires_grad=True)
     if reason == "is small":
-        monkeypatch.setattr(fused, "LEAST", q.numel() + 1)
+        monkeypatch.setattr(fused, "MIN_NUMBERS", q.numel() + 1)
     training = context.within(training=reason != "evaluates")
     with training, torch.set_grad_enabled(reason != "has no gradients"):
         DEFAULT.attention(q, q, q, None, False)
@@ -232,7 +234,7 @@ def test_a_run_learns_as_with_pytorchs_way_and_resumes_to_the_same_bytes(
     assert {*calls} == {"dropout", "attention"}
     stop_and_resume(tmp_path / "stopped", 6, amp=amp)
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "stopped")
-    with patch.object(fused, "LEAST", 2**30):
+    with patch.object(fused, "MIN_NUMBERS", 2**30):
         train(tmp_path / "plain", amp=amp)
     found, expected = (
         [line["loss"] for line in outcome(tmp_path / name)["log"] if "loss" in line]

@@ -100,7 +100,7 @@ def test_a_server_that_does_not_say_what_it_reuses_proves_nothing() -> None:
         visit(connect(Client(url)), PROMPTS[:1], ["prefix"], [], TAIL, lambda _: None, visited)
     (found,) = visited.verdicts(["prefix"])
     assert (found.verdict, found.reused) == (VACUOUS, None)
-    assert "does not say" in found.evidence
+    assert "does not report" in found.evidence
 
 
 def test_cached_logprobs_that_are_not_numbers_are_beyond_every_noise() -> None:

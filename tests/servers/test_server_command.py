@@ -115,7 +115,7 @@ def test_a_dry_run_prints_the_requests_and_sends_none(kv: Callable[..., Ran], pr
     assert ran.code == 0
     assert [path for path, _, _ in engine.seen] == ["/props"] * 2
     assert '# prefix, prompt 1\nPOST /completion {"prompt": [1, 2, 3, ' in ran.out
-    assert "none of which was sent; 1 asked what the server is (llama.cpp)" in ran.out
+    assert "none of which was sent; 1 identified the server (llama.cpp)" in ran.out
     assert len(told["requests"]) > 20
     assert {request["path"] for request in told["requests"]} == {"/tokenize", "/completion"}
 
@@ -237,5 +237,5 @@ def test_a_server_that_does_not_tell_its_reuse_gets_the_advice_of_its_engine(
 
     with served(FakeEngine(), mute) as url:
         ran = ask(kv, "--server", url, "--prompts", prompts)
-    assert ran.code == 1 and "does not say what it takes from its cache" in ran.out
+    assert ran.code == 1 and "does not report cached tokens" in ran.out
     assert f"hint: {said}" in ran.err

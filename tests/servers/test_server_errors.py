@@ -161,7 +161,7 @@ def test_an_answer_that_does_not_end_is_given_up(kv: Callable[..., Ran], endless
 
 
 def test_an_answer_without_bounds_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvtool.core.servers.client.MOST_ANSWERED", 2**20)
+    monkeypatch.setattr("kvtool.core.servers.client.MAX_ANSWER_BYTES", 2**20)
     with (
         raw(ANSWER + b"\r\n", endless=b" " * 2**18) as url,
         pytest.raises(ServerError, match="its answer is larger than 1 MiB"),

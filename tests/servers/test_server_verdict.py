@@ -154,7 +154,7 @@ def test_noise_that_grew_is_noise() -> None:
 
 @pytest.mark.parametrize(("given", "verdict", "evidence"), [
     ({"reused": 0}, VACUOUS, "took nothing"),
-    ({"reused": None}, VACUOUS, "does not say"),
+    ({"reused": None}, VACUOUS, "does not report"),
     ({"variants": 2}, VACUOUS, NOT_SHARED),
 ])  # fmt: skip
 def test_what_proves_nothing_is_vacuous(

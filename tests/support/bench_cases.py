@@ -21,7 +21,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_array(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the memory's speed quickly, if not well."""
-    monkeypatch.setattr(traffic, "LARGE", 2**20)
+    monkeypatch.setattr(traffic, "ARRAY_BYTES", 2**20)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -257,3 +258,26 @@ def refusal(folder: Path, kind: type[KvtoolError] = FileError) -> str:
         assert "\n" not in text
         return text
     raise AssertionError(f"{folder} was loaded")
+
+
+# One of each family, and what a cache could get wrong: windows, lengthened keys, odd head widths.
+TELLING = (
+    "gpt2", "llama, yarn", "mistral, window", "qwen2, window in later layers",
+    "qwen3, biases and window", "smollm3, window", "gemma2", "gemma3, two turns",
+    "deepseek_v2", "deepseek_v3, biases, mscale, halves",
+)  # fmt: skip
+Made = Callable[[str], tuple[Any, Path]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A case's model of transformers, and the folder that it was saved in."""
+    kept: dict[str, tuple[Any, Path]] = {}
+
+    def make(case: str) -> tuple[Any, Path]:
+        if case not in kept:
+            model = build(CASES[case])
+            kept[case] = model, save(model, tmp_path_factory.mktemp("family"))
+        return kept[case]
+
+    return make

@@ -11,8 +11,8 @@ from kvtool.core.cache import cache_class
 from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.judge import Case, Finding, Judge
+from kvtool.core.verify.model_subject import Make, ModelSession, ModelSubject
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Make, ModelSession, ModelSubject
 from kvtool.registry import CACHES
 from small_models import random_model
 

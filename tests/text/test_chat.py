@@ -160,7 +160,7 @@ def test_a_template_is_found_where_folders_have_it(
             "{folder}/tokenizer_config.json: chat_template has 2 texts called default",
         ),
         (
-            {"chat_template__jinja": "x" * (chat.MOST_TEMPLATE + 1)},
+            {"chat_template__jinja": "x" * (chat.MAX_TEMPLATE_BYTES + 1)},
             FileError,
             "{folder}/chat_template.jinja: is too large for a chat template (4,194,305 bytes",
         ),

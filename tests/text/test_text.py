@@ -128,8 +128,8 @@ def test_a_batch_is_encoded_in_parts_between_which_signals_are_heard(
 ) -> None:
     tokenizer, heard = TOKENIZERS[name], []
     monkeypatch.setattr(text, "PART", 5)
-    asking = Tokenizer._asking
-    monkeypatch.setattr(Tokenizer, "_asking", lambda *a: heard.append(a) or asking(*a))
+    asking = Tokenizer._library_call
+    monkeypatch.setattr(Tokenizer, "_library_call", lambda *a: heard.append(a) or asking(*a))
     texts = ["the cat", "", "a", "b", "the mat", "sat on"]
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(each) for each in texts]
     assert len(heard) == 3 + len(texts)

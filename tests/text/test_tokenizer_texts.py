@@ -15,8 +15,8 @@ import pytest
 import tokenizers
 
 from cli_probe import HANGS
-from kvtool.core.text.calls import Asking
-from kvtool.core.text.rules import MOST_MADE
+from kvtool.core.text.calls import LibraryCall
+from kvtool.core.text.rules import MAX_CHARACTERS
 from kvtool.core.text.tokenizer import Tokenizer
 from kvtool.errors import KvtoolError, UsageError
 from tokenizer_cases import (
@@ -78,7 +78,7 @@ def test_texts_are_encoded_together_as_far_as_the_rules_allow(tmp_path: Path) ->
 
     tokenizer._inner = Watched()
     assert len(tokenizer.encode_batch(["a" * 100] * 1000)) == 1000
-    assert len(together) > 1 and max(together) * 60 * 4 <= MOST_MADE + 100 * 60 * 4
+    assert len(together) > 1 and max(together) * 60 * 4 <= MAX_CHARACTERS + 100 * 60 * 4
 
 
 @pytest.mark.parametrize(
@@ -122,11 +122,11 @@ def test_only_errors_are_taken_for_failures_of_the_library() -> None:
     def failed(said: str) -> KvtoolError:
         return UsageError(said)
 
-    with pytest.raises(KeyboardInterrupt), Asking(failed, careful=True):
+    with pytest.raises(KeyboardInterrupt), LibraryCall(failed, careful=True):
         raise KeyboardInterrupt
-    with pytest.raises(UsageError, match=r"^one$"), Asking(failed, careful=True):
+    with pytest.raises(UsageError, match=r"^one$"), LibraryCall(failed, careful=True):
         raise ValueError("one\ntwo")
-    with Asking(failed, careful=True):
+    with LibraryCall(failed, careful=True):
         assert signal.getsignal(signal.SIGTERM) is not None
 
 

@@ -153,7 +153,7 @@ def test_a_line_may_have_so_many_characters_and_no_more(tsv, letter):
 @pytest.mark.parametrize("copies", [1, 3])  # a gzip file may be several, one behind the other
 def test_a_gzip_file_is_unpacked_up_to_a_bound(tsv, monkeypatch, copies):
     monkeypatch.setattr(pairs, "BLOCK", 100)
-    monkeypatch.setattr(pairs, "MOST_TEXT", 8 * 3000)
+    monkeypatch.setattr(pairs, "MAX_TEXT_BYTES", 8 * 3000)
     whole = tsv(gzipped(b"ab\tcdef\n" * (3000 // copies)) * copies)
     assert read_tsv(whole).n_rows == 3000
     more = tsv(gzipped(b"ab\tcdef\n" * (3003 // copies)) * copies)

@@ -176,7 +176,7 @@ def test_a_log_of_any_size_is_not_read(run: Path) -> None:
 
 @pytest.mark.parametrize("line", [b"\n", b'{"step": 1}\n'])
 def test_a_log_of_more_lines_than_a_run_writes_is_refused_unread(run: Path, line: bytes) -> None:
-    (run / "log.jsonl").write_bytes(line * (runs.MOST_LINES + 9_999))
+    (run / "log.jsonl").write_bytes(line * (runs.MAX_LINES + 9_999))
     asked = itertools.count()  # a Mock keeps each call
 
     def log_line(text: bytes) -> None:

@@ -17,8 +17,8 @@ from kvtool.core.verify.by_layer import ByLayer, can_go_by_layer
 from kvtool.core.verify.check import LostKey, check_model, main_case
 from kvtool.core.verify.compare import ROUNDING_64
 from kvtool.core.verify.judge import BUG, Judge
+from kvtool.core.verify.model_subject import Formats, ModelSubject
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Formats, ModelSubject
 from small_models import random_model
 from verify_subjects import ROTARY
 
@@ -34,7 +34,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is judged as a large one is."""
-    monkeypatch.setattr(widened, "LARGE", -1)
+    monkeypatch.setattr(widened, "LARGE_BYTES", -1)
 
 
 def found(formats: Formats, kinds: list[str], names: list[str]) -> dict[Any, Any]:
@@ -47,7 +47,7 @@ def found(formats: Formats, kinds: list[str], names: list[str]) -> dict[Any, Any
 def test_verdicts_are_those_of_runs_step_by_step(name: str, large: None) -> None:
     model = random_model(**{"context": 160, **CHANGES[name]})
     shared = found(Formats(model, widens=True), KINDS, NAMES)
-    widened.LARGE = 2**40
+    widened.LARGE_BYTES = 2**40
     alone = found(Formats(model), KINDS, NAMES)
     assert shared.keys() == alone.keys()
     for key, finding in shared.items():
@@ -68,7 +68,7 @@ def test_a_copy_and_weights_that_are_widened_give_the_same_bits(large: None) -> 
 def test_a_pass_is_shared_by_all_kinds_and_each_weight_is_widened_once_in_it(
     large: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvtool.core.verify.widened.SMALL", 30)
+    monkeypatch.setattr("kvtool.core.verify.widened.KEPT_NUMBERS", 30)
     model = random_model(**ROTARY)
     formats = Formats(model, widens=True)
     assert formats.to(torch.float64) is formats.to(torch.float64)
@@ -89,7 +89,7 @@ def test_how_many_layers_are_held_at_once_changes_nothing(
     model = random_model(**{"n_layers": 3, **ROTARY})
     usual = found(Formats(model), ["dynamic", "int4"], ["padded-rows", "crop"])
     monkeypatch.setattr(by_layer, "HELD", most)
-    monkeypatch.setattr(by_layer, "MOST_ROWS", most)
+    monkeypatch.setattr(by_layer, "MAX_ROWS", most)
     assert found(Formats(model), ["dynamic", "int4"], ["padded-rows", "crop"]) == usual
 
 

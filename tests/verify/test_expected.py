@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kvtool.core.verify import check, expected
 from kvtool.core.verify.expected import Work, cases_of, in_words, seconds_for, work_of
-from kvtool.core.verify.subject import Formats, ModelSession, ModelSubject, Start
+from kvtool.core.verify.model_subject import Formats, ModelSession, ModelSubject
+from kvtool.core.verify.subject import Start
 from small_models import random_model
 
 NAMES = ["decode", "padded", "crop", "overflow", "window"]

@@ -24,7 +24,7 @@ from kvtool.core.verify.hf.folder import read_folder
 from kvtool.core.verify.hf.library import SEQ2SEQ, kind_of, quiet_transformers
 from kvtool.core.verify.hf.tiny import tiny_model
 from kvtool.errors import CheckFailed, FileError
-from kvtool.reading import MOST_CONFIG
+from kvtool.reading import MAX_CONFIG_BYTES
 
 transformers = pytest.importorskip("transformers")
 
@@ -310,7 +310,7 @@ def test_files_that_are_none_are_refused_and_not_waited_for(folder: Path) -> Non
         (folder / name).rmdir()
         (folder / "kept").rename(folder / name)
     with open(folder / "config.json", "ab") as file:
-        file.truncate(MOST_CONFIG + 1)
+        file.truncate(MAX_CONFIG_BYTES + 1)
     assert "config.json: is too large for a configuration" in refusal(folder)
 
 

@@ -14,11 +14,12 @@ from kvtool.core.kernels.default import make_kernels
 from kvtool.core.verify.arms import Case, play
 from kvtool.core.verify.check import check_model, main_case, small
 from kvtool.core.verify.finding import Diagnosis
+from kvtool.core.verify.model_subject import Formats, ModelSubject
 from kvtool.core.verify.passes import Passes, uncached
 from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Formats, ModelSubject, Start
-from kvtool.core.verify.target.doctor import MOST_SECONDS, NOT_LOOKED, Examiner
+from kvtool.core.verify.subject import Start
+from kvtool.core.verify.target.doctor import MAX_SECONDS, NOT_LOOKED, Examiner
 from kvtool.core.verify.target.subject import TargetSubject
 from small_models import random_model
 
@@ -224,5 +225,5 @@ assert found == counter.get_total_flops() > 0, found
 
 def test_bugs_that_are_found_after_the_time_for_it_are_not_located():
     doctor = Examiner()
-    doctor.spent = MOST_SECONDS
+    doctor.spent = MAX_SECONDS
     assert doctor(None, None, 0, None) == Diagnosis(unexplained=NOT_LOOKED)  # type: ignore[arg-type]

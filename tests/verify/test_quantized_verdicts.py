@@ -13,6 +13,7 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.quantized import Int4Cache, Int8Cache, Packed
 from kvtool.core.kernels.exact import EXACT
 from kvtool.core.verify.check import small
+from kvtool.core.verify.float64 import Float64
 from kvtool.core.verify.judge import Case, Judge
 from kvtool.core.verify.mutants.mutant import SIZES
 from kvtool.core.verify.scenarios import SCENARIOS
@@ -84,7 +85,7 @@ def test_rounding_that_chooses_another_code_is_no_bug(monkeypatch: pytest.Monkey
     found = judged(partial(Flips, group=4, residual=0), **ROTARY)
     assert found.verdict == "rounding", found
     assert found.working is not None and found.working.relative > 1e-5  # far beyond float32's own
-    monkeypatch.setattr(Judge, "_by_codes", lambda *_: 0.0)
+    monkeypatch.setattr(Float64, "within_codes", lambda *_: 0.0)
     assert judged(partial(Flips, group=4, residual=0), **ROTARY).verdict == "bug"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from kvtool.core.verify import schedules
-from kvtool.core.verify.schedules import LARGE, SMALL, THOROUGH, Bounds, Schedule
+from kvtool.core.verify.schedules import LARGE_STEPS, SMALL_STEPS, THOROUGH, Bounds, Schedule
 
 ALL = (schedules.prompts, schedules.steps, schedules.boundaries, schedules.long)
 TINY, WIDE = Bounds(512), Bounds(2048)
@@ -30,7 +30,7 @@ def test_every_size_is_fed_as_a_prompt_and_behind_short_and_long_pasts(limits: B
     pasts: dict[int, set[int]] = {}
     for past, n in fed(limits):
         pasts.setdefault(n, set()).add(past)
-    for n in (*SMALL, *LARGE):
+    for n in (*SMALL_STEPS, *LARGE_STEPS):
         if n + limits.reach // 2 > limits.reach:
             continue
         assert 0 in pasts[n] and any(0 < past <= 40 for past in pasts[n]), n
@@ -99,4 +99,4 @@ def test_a_decoder_of_single_steps_gets_long_prompts_and_steps_of_one() -> None:
 
 def test_thorough_feeds_more_than_what_is_fed_by_default() -> None:
     limits = Bounds(1100, level=THOROUGH)
-    assert {(past, n) for past in (16, 64, 300, 512) for n in SMALL} <= set(fed(limits))
+    assert {(past, n) for past in (16, 64, 300, 512) for n in SMALL_STEPS} <= set(fed(limits))

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 
-from kvtool.core.verify import judge, measured
+from kvtool.core.verify import float64, judge, measured
 from kvtool.core.verify.diagnosis import hypotheses, locate
 from kvtool.core.verify.diagnosis.hypotheses import HYPOTHESES, UNKNOWN
 from kvtool.core.verify.mutants import (
@@ -112,7 +112,7 @@ OFF_BY_ONE = mutant("position one too high")
 
 
 def test_a_check_that_takes_all_for_rounding_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "ROUNDING_64", 1e9)
+    monkeypatch.setattr(float64, "ROUNDING_64", 1e9)
     monkeypatch.setattr(judge, "NOISE", 1e9)
     monkeypatch.setattr(measured, "LIMIT", 1e9)
     outcome = selftest.try_mutant(OFF_BY_ONE)
@@ -124,7 +124,7 @@ def test_a_check_that_takes_all_for_rounding_is_found_out(monkeypatch: pytest.Mo
 def test_a_check_that_takes_rounding_for_a_bug_is_found_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(judge, "ROUNDING_64", 0.0)
+    monkeypatch.setattr(float64, "ROUNDING_64", 0.0)
     lookalike = dataclasses.replace(LOOKALIKES[0], scenarios=("decode",))
     outcome = selftest.try_lookalike(lookalike)
     assert not outcome.ok
@@ -148,7 +148,7 @@ def test_a_check_that_heals_everything_is_found_out(monkeypatch: pytest.MonkeyPa
 def test_a_check_that_dates_a_bug_too_late_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = mutant("keys rotated in place")  # its gap grows from step to step
     found = judge.Judge(keys.subject()).judge(judge.Case(SCENARIOS[keys.scenario]))
-    monkeypatch.setattr(judge, "ROUNDING_64", 0.9 * max(found.by_step["promoted"]))
+    monkeypatch.setattr(float64, "ROUNDING_64", 0.9 * max(found.by_step["promoted"]))
     outcome = selftest.try_mutant(keys)
     assert outcome.caught and outcome.step_right is False
 

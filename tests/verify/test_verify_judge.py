@@ -28,13 +28,13 @@ from kvtool.core.verify.judge import (
     Case,
     Judge,
 )
+from kvtool.core.verify.model_subject import ModelSession
 from kvtool.core.verify.mutants.contents import NaNBelowFloat64, StoresLower, WrongBelowFloat64
 from kvtool.core.verify.mutants.lookalikes import LowSoftmax
 from kvtool.core.verify.mutants.mutant import moved
 from kvtool.core.verify.mutants.selftest import one_thread
 from kvtool.core.verify.mutants.slots import NaNBehind
 from kvtool.core.verify.scenarios import PREFILL, SCENARIOS, STEPS
-from kvtool.core.verify.subject import ModelSession
 from kvtool.errors import CacheOpUnsupported, CheckFailed
 from verify_subjects import MODELS, ROTARY, STORING, TELLING, judged, subject
 

@@ -28,11 +28,11 @@ from kvtool.core.verify.diagnosis.hypotheses.positions import OneTooFar
 from kvtool.core.verify.diagnosis.hypothesis import Hypothesis
 from kvtool.core.verify.diagnosis.locate import AttentionRecorder, Location, Record, locate, ranges
 from kvtool.core.verify.judge import UNSUPPORTED, Case, Diagnosis, Judge, play
+from kvtool.core.verify.model_subject import ModelSession
 from kvtool.core.verify.mutants.mutant import moved
 from kvtool.core.verify.mutants.selftest import one_thread
 from kvtool.core.verify.mutants.windows import windowed
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import ModelSession
 from verify_subjects import MODELS, ROTARY, TELLING, judged, subject
 
 

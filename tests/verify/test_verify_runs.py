@@ -12,13 +12,14 @@ from torch import Tensor
 
 from kvtool.core.cache import base
 from kvtool.core.models import Model
-from kvtool.core.verify import subject as subjects
+from kvtool.core.verify import model_subject as subjects
 from kvtool.core.verify.check import check_model, control
 from kvtool.core.verify.judge import BUG, Case, Judge, play
+from kvtool.core.verify.model_subject import Formats, ModelSession
 from kvtool.core.verify.mutants.selftest import one_thread
 from kvtool.core.verify.scenario_run import ScenarioRun
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Formats, ModelSession, Start
+from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.check import decode_case
 from small_models import random_model
 from verify_subjects import MODELS, judged, subject

@@ -27,7 +27,7 @@ DECODERS = {name: changes for name, changes in MODELS.items() if "n_encoder_laye
 
 @pytest.fixture(autouse=True)
 def _no_weight_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widened, "SMALL", 30)
+    monkeypatch.setattr(widened, "KEPT_NUMBERS", 30)
 
 
 @torch.inference_mode()
@@ -55,9 +55,9 @@ def test_no_more_is_held_in_float64_than_the_largest_weight_and_the_small_ones()
     wide = twin(model, room)
     wide(torch.arange(20)[None])
     sizes = [weight.numel() for weight in model.parameters()]
-    small = sum(n for n in sizes if n <= widened.SMALL)
+    small = sum(n for n in sizes if n <= widened.KEPT_NUMBERS)
     assert 0 < room.nbytes <= 8 * (max(sizes) + small)
-    assert room.n_widened == sum(n > widened.SMALL for n in sizes)  # each was, and once
+    assert room.n_widened == sum(n > widened.KEPT_NUMBERS for n in sizes)  # each was, and once
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert all(a is b for a, b in zip(wide.parameters(), model.parameters(), strict=True))
 

@@ -37,7 +37,7 @@ COMPARE = "Against an earlier run"
 
 
 def run(settings: Settings, out: Output) -> BenchReport:
-    """Measure within the budget, and compare with the baseline."""
+    """Measure within the time budget, and compare with the baseline."""
     import time
 
     import torch
@@ -85,7 +85,7 @@ def run(settings: Settings, out: Output) -> BenchReport:
     with until_ended() as outcome:
         measure(settings, measurement, out)
         quality = qualities(settings, model, text, lengths[-1], out)
-    if told := work.decode.told():
+    if told := work.decode.summary():
         out.detail(f"decoded {told}")
     if outcome.how and not any(cell.runs for cell in measurement.cells):
         if settings.plot is not None:
@@ -119,7 +119,8 @@ def run(settings: Settings, out: Output) -> BenchReport:
 def summary(
     settings: Settings, contenders: list[Contender], measurement: Measurement, weights: int
 ) -> tuple[list[Row], dict[str, float | None]]:
-    """The rows, and from which length on each kind pays; weights: bytes that a step reads."""
+    """The report with its rows, and the length from which each kind pays. weights: bytes that a
+    step reads."""
     from kvtool.core.bench import timing
 
     cells = measurement.cells
@@ -137,7 +138,7 @@ def summary(
 
 
 def measure(settings: Settings, measurement: Measurement, out: Output) -> None:
-    """Fill the cells, behind a bar."""
+    """Measure all cells, with a progress bar."""
     several = len(settings.impl) > 1
     with out.progress("bench", settings.repeats * len(measurement.cells)) as bar:
 
@@ -149,7 +150,7 @@ def measure(settings: Settings, measurement: Measurement, out: Output) -> None:
 
 
 def conditions(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
-    """What the document of this run will say of them, before anything is measured."""
+    """The conditions of this run for its document, before anything is measured."""
     return {
         "environment": environment(),
         "settings": jsonable(settings),
@@ -340,7 +341,7 @@ def keep(report: BenchReport, content: Mapping[str, Any], name: str, out: Output
 
 
 def draw_measured(report: BenchReport, settings: Settings, path: Path, out: Output) -> None:
-    """Draw what there is, of an ended or a failed run too."""
+    """Draw the measured cells, also of a run that a signal or an error ended."""
     if not report.measured:
         out.note(f"--plot {path}: {NOTHING_DRAWN}")
         return

@@ -1,4 +1,5 @@
-"""bench against an earlier run: where runs are kept, what changed, and what is a regression."""
+"""Compares bench with an earlier run: where runs are saved, what changed, and what is a
+regression."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(*SAVED)
 SCHEMA = "kvtool.bench/1"
-MOST_ROWS, MOST_SAMPLES = 100_000, 1_000_000  # of a row
-LONGEST = 1e9  # seconds
+MAX_ROWS, MAX_SAMPLES = 100_000, 1_000_000  # of a row
+MAX_SECONDS = 1e9  # seconds
 FIELDS: dict[str, Callable[[Sequence[float]], float]] = {
     "min": min,
     "median": median,
@@ -75,7 +76,7 @@ class Limit:
         return f"{most} ({self.field})"
 
     def exceeded(self, before: Sequence[float], now: Sequence[float]) -> bool:
-        """Whether samples are slower than those before by more, in seconds."""
+        """Whether samples, in seconds, are slower than the baseline's by more than the limit."""
         old, new = FIELDS[self.field](before), FIELDS[self.field](now)
         return new - old > (old * self.most / 100 if self.percent else self.most)
 
@@ -93,7 +94,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What has changed since a run that was kept, and whether that is allowed."""
+    """The changes since a saved run, and whether they are within the limits."""
 
     baseline: str = ""  # as it was asked for; "" of a run that is compared with none
     limits: tuple[Limit, ...] = ()
@@ -104,7 +105,7 @@ class Comparison:
 
     @property
     def verdicts(self) -> list[tuple[bool | None, str]]:
-        """What is to be said of it: right, wrong, or (None) neither."""
+        """The verdicts in words: right, wrong, or (None) neither."""
         said: list[tuple[bool | None, str]] = []
         if not self.limits:  # with limits that is a regression
             said += [(None, sentence) for sentence in self.not_measured_now]
@@ -136,7 +137,7 @@ def place(name: str) -> Path:
 
 
 def save(name: str, data: bytes) -> Path:
-    """Keep a run where `place` says, durably. Raises FileError."""
+    """Save a run at `place`, durably. Raises FileError."""
     path = place(name)
     with _folder() as folder:
         folder.write(path.name, data)
@@ -144,8 +145,8 @@ def save(name: str, data: bytes) -> Path:
 
 
 def _folder(make: bool = False) -> Folder:
-    """The folder of all runs, which is reached through no link: one stands in a stranger's, maybe.
-    Raises FileError."""
+    """The folder of all runs, reached through no link, since the current folder may be a
+    stranger's. Raises FileError."""
     try:
         found = Folder.at(Path())
     except OSError as error:
@@ -185,8 +186,8 @@ def samples_of(content: Mapping[str, Any]) -> dict[Key, list[float]]:
     Raises KeyError, TypeError or ValueError for what bench cannot have written.
     """
     rows, found = content["measurements"], {}
-    if not isinstance(rows, list) or len(rows) > MOST_ROWS:
-        raise TypeError(f"they are no list of up to {MOST_ROWS:,} rows")
+    if not isinstance(rows, list) or len(rows) > MAX_ROWS:
+        raise TypeError(f"they are no list of up to {MAX_ROWS:,} rows")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise TypeError(f"row {number} is no object")
@@ -194,10 +195,10 @@ def samples_of(content: Mapping[str, Any]) -> dict[Key, list[float]]:
         name = f"row {number}, {short(key[2], 20)!r} at {key[0]}"
         if key in found:
             raise ValueError(f"{name}, is there twice")
-        if not isinstance(samples, list) or len(samples) > MOST_SAMPLES:
-            raise TypeError(f"the samples of {name} are no list of up to {MOST_SAMPLES:,}")
+        if not isinstance(samples, list) or len(samples) > MAX_SAMPLES:
+            raise TypeError(f"the samples of {name} are no list of up to {MAX_SAMPLES:,}")
         for sample in samples:
-            if type(sample) not in (int, float) or not 0 < sample < LONGEST:
+            if type(sample) not in (int, float) or not 0 < sample < MAX_SECONDS:
                 raise ValueError(f"{name}, has a sample of {short(repr(sample), 20)} s")
         found[key] = [float(sample) for sample in samples]
     return found
@@ -212,7 +213,7 @@ def _key(row: Mapping[str, Any]) -> Key:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What makes two runs incomparable, in words."""
+    """The differences that make two runs incomparable, in words."""
     found = []
     for what, place in SAME.items():
         old, new = _at(before, place), _at(now, place)

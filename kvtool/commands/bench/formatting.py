@@ -11,12 +11,12 @@ def label(impl: str, cache: str, several: bool) -> str:
 
 
 def number(value: float | None, scale: float, form: str, unit: str = "") -> str:
-    """A figure for the table; a dash for what was not measured."""
+    """A figure for the table; a dash if it was not measured."""
     return "-" if value is None else f"{value * scale:{form}}{unit}"
 
 
 def tokens(n: int) -> str:
-    """So many, in words.
+    """A number of tokens in words.
 
     >>> tokens(1), tokens(1000)
     ('1 token', '1,000 tokens')

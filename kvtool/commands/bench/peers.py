@@ -38,7 +38,7 @@ Impls = Annotated[
 
 
 def facts(settings: Settings) -> dict[str, Any]:
-    """What is special about other implementations. Raises UsageError if one is not installed."""
+    """Facts about the other implementations. Raises UsageError if one is not installed."""
     if TRANSFORMERS not in settings.impl:
         return {}
     from kvtool.core.verify.hf.library import need_transformers
@@ -49,7 +49,7 @@ def facts(settings: Settings) -> dict[str, Any]:
 def make_contenders(
     settings: Settings, loaded: Checkpoint, work: Workload, resolved: dict[str, Any], out: Output
 ) -> list[Contender]:
-    """Who is timed: each kind, of one implementation after the other.
+    """The contenders: each kind, of one implementation after the other.
 
     transformers' model is loaded and compared with ours first, and `resolved` told what came of it.
     Raises UsageError, FileError, CapacityError, and CheckFailed if they do other work.

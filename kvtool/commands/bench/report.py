@@ -1,4 +1,4 @@
-"""What bench found: its rows, and the sentences that follow from them."""
+"""The report of bench: its rows, and the sentences that follow from them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Row:
 
 @dataclass
 class BenchReport:
-    """All rows, and what follows from them."""
+    """All rows, and the conclusions from them."""
 
     measurements: list[Row]
     pays_from: dict[str, float | None]  # `name` -> the length from which on it beats no cache
@@ -99,14 +99,14 @@ class BenchReport:
 
     @property
     def sentences(self) -> list[str]:
-        """What follows from the rows, and what is missing."""
+        """The conclusions from the rows, and what is missing."""
         if not self.measured:
             return [nothing_text(self)]
         found = [pays_text(self), best_text(self), versus_text(self), missing_text(self)]
         return [sentence for sentence in found if sentence]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Without the samples themselves, which JSON has."""
+        """The rows without the samples, which only JSON has."""
         return [
             {
                 **{k: v for k, v in vars(row).items() if k != "samples_s"},
@@ -117,7 +117,7 @@ class BenchReport:
 
     @property
     def load(self) -> dict[str, Any]:
-        """What was run: of prompt length and depth the one that counts."""
+        """The load of the run: its prompt length or its depth."""
         return {
             "batch_size": self.batch_size,
             "prompt_length": self.prompt_length if self.depth is None else None,
@@ -132,7 +132,7 @@ class BenchReport:
         return {heading: self.comparison.rows()} if self.comparison.changes else {}
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         marked = [f"{MARKS[ok][0]} {said}." for ok, said in self.comparison.verdicts]
         return {
             **{name: value for name, value in vars(self).items() if name != "comparison"},
@@ -146,13 +146,13 @@ class BenchReport:
 
     @property
     def longest(self) -> list[Row]:
-        """The longest that was measured of each kind, of which a token's time is known."""
+        """The longest measured row of each kind with a token's time."""
         found = {(row.cache, row.impl): row for row in self.measurements if row.token_s}
         return list(found.values())
 
     @property
     def impls(self) -> list[str]:
-        """The implementations that there are."""
+        """The implementations of the rows."""
         return list(dict.fromkeys(row.impl for row in self.measurements))
 
     def name(self, row: Row | Change) -> str:
@@ -161,7 +161,7 @@ class BenchReport:
 
 
 def middle(values: Iterable[float | None]) -> float | None:
-    """The median of those that are there."""
+    """The median of the known figures."""
     from statistics import median
 
     found = [value for value in values if value is not None]
@@ -169,7 +169,7 @@ def middle(values: Iterable[float | None]) -> float | None:
 
 
 def pays_text(report: BenchReport) -> str:
-    """From which length on a cache is worth having."""
+    """The length from which each cache pays, in words."""
     if not report.pays_from:
         caching = any(row.cache != "none" for row in report.measurements)
         other = "none" if caching else "a kind that caches, such as dynamic,"
@@ -255,7 +255,7 @@ def missing_text(report: BenchReport) -> str:
 
 
 def ended_text(report: BenchReport) -> str:
-    """What a signal left undone, if one ended the run."""
+    """What is missing because a signal ended the run; "" if none did."""
     if report.ended is None:
         return ""
     made = sum(len(row.samples_s) for row in report.measurements)
@@ -280,7 +280,7 @@ def missing(report: BenchReport) -> str:
 
 
 def nothing_text(report: BenchReport) -> str:
-    """What to say where there is no sample at all."""
+    """The conclusion without any sample."""
     known = [row for row in report.measurements if row.would_take_s is not None]
     least = min(known, key=lambda row: row.would_take_s or 0.0, default=None)
     said = f"Nothing was measured within --budget {report.budget:g} s"

@@ -1,4 +1,4 @@
-"""What bench was asked for, and whether that can be measured together."""
+"""The settings of bench, and whether they can be measured together."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check(impls: Sequence[str], caches: Sequence[str], kernels: str) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that bench was asked for."""
+    """All settings of bench."""
 
     run: RunConfig
     lengths: list[int]
@@ -81,7 +81,7 @@ class Settings:
 
     @property
     def start(self) -> tuple[str, int]:
-        """How many tokens are there before those that are counted, and which option says so."""
+        """The number of tokens before the timed ones, and the option that sets it."""
         return (
             ("--prompt-length", self.prompt_length)
             if self.depth is None

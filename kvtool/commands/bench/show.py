@@ -1,4 +1,4 @@
-"""How bench shows what it found: the tables, the conclusion, and the figure."""
+"""Shows the report of bench: the tables, the conclusion, and the figure."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def show(report: BenchReport, out: Output) -> None:
 
 
 def median_text(row: Row) -> str:
-    """Milliseconds; of a row that was left out, what it would take: ~2.2 s."""
+    """The median in milliseconds; for a row that was left out, its expected time: ~2.2 s."""
     if row.median_s is None and row.would_take_s is not None:
         return f"~{seconds(row.would_take_s)}"
     return number(row.median_s, 1000, ",.1f")
 
 
 def title(report: BenchReport) -> str:
-    """What was timed, above the table and the figure."""
+    """The title of the table and the figure: what was timed."""
     what = f"Time to generate, prompt of {report.prompt_length}"
     if report.depth is not None:
         what = f"Time to decode behind {report.depth} tokens"
@@ -114,7 +114,7 @@ def show_tokens(report: BenchReport, out: Output) -> None:
 
 
 def show_changes(report: BenchReport, out: Output) -> None:
-    """What has changed since the baseline, and whether that is allowed."""
+    """The changes since the baseline, and whether they are within the limits."""
     comparison = report.comparison
     if comparison.changes:
         columns = [Column("tokens", key=True), Column("cache", "left", key=True)]

@@ -1,4 +1,4 @@
-"""What bench measures: the model, whether the longest run fits, and the text for lossy kinds."""
+"""The subject of bench: the model, whether the longest run fits, and the text for lossy kinds."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def read_ids(settings: Settings, loaded: Checkpoint, device: Any) -> Any:
 def qualities(
     settings: Settings, model: Model, ids: Any, longest: int, out: Output
 ) -> dict[str, dict[str, Any]]:
-    """What each kind that loses something costs in accuracy, on --text or on the model's own."""
+    """The accuracy of each lossy kind, on --text or on the model's own text."""
     from kvtool.core.bench.quality import measure_quality, own_text
     from kvtool.core.cache import CacheSpec, make_cache
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvtool.commands.generate.prompts import MOST_NAMED
+from kvtool.commands.generate.prompts import MAX_NAMED
 from kvtool.errors import UsageError
 from kvtool.reading import read_json_object
 from kvtool.ui.options import utf8_text
@@ -34,7 +34,7 @@ System = Annotated[
         "--system",
         metavar="TEXT",
         show_default="the template's own",
-        help="With --chat: what the model is told first.",
+        help="With --chat: the system message.",
         callback=utf8_text,
         rich_help_panel=INSTRUCT,
     ),
@@ -98,8 +98,8 @@ def _refuse_pairs(folder: Path) -> None:
 def judge_special_tokens(
     loaded: Checkpoint, texts: list[str], settings: Settings, out: Output
 ) -> None:
-    """Name the parts of prompts that read like special tokens but are text. Raises UsageError for
-    --special-tokens where there are none."""
+    """Warn of parts of prompts that read like special tokens but are encoded as text. Raises
+    UsageError for --special-tokens where there are none."""
     if loaded.source_tokenizer is not None:
         if settings.special_tokens:
             raise UsageError(
@@ -114,8 +114,8 @@ def judge_special_tokens(
     written = "\n".join([settings.system or "", *texts])
     found = loaded.tokenizer.special_tokens_in(written)
     if found and not settings.special_tokens:
-        more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
+        more = f" and {len(found) - MAX_NAMED:,} more" if len(found) > MAX_NAMED else ""
         out.note(
-            f"encoded as text: {', '.join(found[:MOST_NAMED])}{more}; "
+            f"encoded as text: {', '.join(found[:MAX_NAMED])}{more}; "
             "--special-tokens makes special tokens of them"
         )

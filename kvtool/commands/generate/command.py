@@ -80,7 +80,7 @@ def run(settings: Settings, out: Output) -> GenerateReport:
     with native.native_if_worthwhile(n_most), cache_files:
         results = continue_all(settings, generator, prompts.texts, encoded, out)
     seconds = time.perf_counter() - started
-    if told := generator.decode.told():
+    if told := generator.decode.summary():
         out.detail(f"decoded {told}")
     cache_files.note(len(encoded[0]))
     n_new = sum(result.new_tokens for result in results)
@@ -108,7 +108,7 @@ def continue_all(
     encoded: list[list[int]],
     out: Output,
 ) -> list[Result]:
-    """What follows each prompt, shown as soon as it is known; nothing where `encoded` is empty."""
+    """The continuation of each prompt, shown as it is generated; nothing if `encoded` is empty."""
     # Nothing is drawn, and each source's target ends by itself: then many are decoded together.
     greedy_sources = generator.reads_sources and not settings.temperature
     prompts = list(zip(texts, encoded, strict=True))
@@ -168,7 +168,7 @@ def print_unwritten(report: GenerateReport, settings: Settings, out: Output) -> 
 
 
 def show(report: GenerateReport, out: Output) -> None:
-    """The text is out already; say how fast it came."""
+    """Say how fast the text was generated; it is shown already."""
     out.note(report.conclusion)
 
 

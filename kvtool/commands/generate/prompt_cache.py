@@ -1,4 +1,4 @@
-"""generate with a prompt's cache in a file: what can be refused before, and what is told after."""
+"""generate with a prompt's cache in a file: checks before the work, and notes after it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ LoadCache = Annotated[
     typer.Option(
         "--load-cache",
         metavar="FILE",
-        help="Take from such a file what the prompt has in common with that one. Only from people "
-        "you trust: what it holds decides what the model says, and cannot be checked.",
+        help="Reuse the beginning that the prompt shares with such a file. Take it only from "
+        "people you trust: its contents steer the answer, and cannot be checked.",
         rich_help_panel=CACHE_FILES,
     ),
 ]
@@ -104,7 +104,7 @@ class CacheFiles:
             ) from error
 
     def note(self, n_prompt: int) -> None:
-        """Say what came from a file and what went into one."""
+        """Note what was loaded from a file and what was saved to one."""
         if self.loading is not None:
             reused = self.generator.n_reused
             self.out.note(f"{reused} of {n_prompt} prompt tokens from {self.loading}")

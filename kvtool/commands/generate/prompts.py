@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from kvtool.core.text.chat import Piece
     from kvtool.core.text.tokenizer import Tokenizer
 
-MOST_INPUT = 2**26  # bytes of all prompts
-MOST_LINES = 1_000_000
+MAX_INPUT_BYTES = 2**26  # bytes of all prompts
+MAX_LINES = 1_000_000
 LONGEST_PROMPT = 2**24  # characters; the longest contexts hold a million tokens
-MOST_NAMED = 5  # unknown pieces, blank lines, special tokens
+MAX_NAMED = 5  # unknown pieces, blank lines, special tokens
 LAST_LINE_END = re.compile(r"(\r\n|\r|\n)\Z")
 LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would also split at form feeds and others
 
@@ -41,19 +41,19 @@ class Prompts:
         return _lines(self.texts[0] + self.end, self.where)
 
     def is_blank(self, index: int) -> bool:
-        """Whether there is nothing to answer, which a line may be and a whole prompt may not."""
+        """Whether a prompt is blank, which only a line of several may be."""
         return self.lines and not self.texts[index].strip()
 
 
 def read_prompts(prompt: str | None, prompt_file: Path | None, input_file: Path | None) -> Prompts:
     """Find the prompts. Raises UsageError where there are none, FileError for a bad file."""
     if input_file is not None:
-        text = read_text(input_file, "a file of prompts", "--input", most=MOST_INPUT)
+        text = read_text(input_file, "a file of prompts", "--input", most=MAX_INPUT_BYTES)
         return _lines(text, str(input_file))
     if prompt is not None:
         return Prompts([prompt], False, "--prompt")
     if prompt_file is not None:
-        text = read_text(prompt_file, "a prompt", "--prompt-file", most=MOST_INPUT)
+        text = read_text(prompt_file, "a prompt", "--prompt-file", most=MAX_INPUT_BYTES)
         require_length(text, str(prompt_file))
         return Prompts([non_empty(text, str(prompt_file))], False, str(prompt_file))
     # A line break at the end is from `echo`; one in a file was put there.
@@ -98,8 +98,8 @@ def _lines(text: str, where: str) -> Prompts:
         plural = "" if len(lines) == 1 else "s"
         found = f"{len(lines):,} blank line{plural}" if lines else "no line"
         raise UsageError(f"{where}: holds no prompt (found {found})")
-    if len(lines) > MOST_LINES:
-        raise UsageError(f"{where}: holds {len(lines):,} lines (expected {MOST_LINES:,} or fewer)")
+    if len(lines) > MAX_LINES:
+        raise UsageError(f"{where}: holds {len(lines):,} lines (expected {MAX_LINES:,} or fewer)")
     for number, line in enumerate(lines, start=1):
         require_length(line, f"{where}: line {number:,}")
     return Prompts(lines, True, where)
@@ -118,8 +118,8 @@ def note_blank(prompts: Prompts, out: Output) -> None:
     blank = [i + 1 for i in range(len(prompts.texts)) if prompts.is_blank(i)]
     if blank:
         lines = "line" if len(blank) == 1 else "lines"
-        shown = ", ".join(f"{i:,}" for i in blank[:MOST_NAMED])
-        more = f" and {len(blank) - MOST_NAMED:,} more" if len(blank) > MOST_NAMED else ""
+        shown = ", ".join(f"{i:,}" for i in blank[:MAX_NAMED])
+        more = f" and {len(blank) - MAX_NAMED:,} more" if len(blank) > MAX_NAMED else ""
         out.note(f"{prompts.where}: {lines} {shown}{more} blank, and so in the results")
 
 
@@ -136,9 +136,9 @@ def read_stdin() -> str:
             "--prompt: is missing (stdin is a terminal)",
             "Give --prompt TEXT or --prompt-file FILE, or pipe a text in.",
         )
-    data = sys.stdin.buffer.read(MOST_INPUT + 1)
-    if len(data) > MOST_INPUT:
-        raise UsageError(f"stdin: has more than {MOST_INPUT:,} bytes (expected prompts)")
+    data = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
+    if len(data) > MAX_INPUT_BYTES:
+        raise UsageError(f"stdin: has more than {MAX_INPUT_BYTES:,} bytes (expected prompts)")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -154,8 +154,8 @@ def non_empty(text: str, where: str) -> str:
 
 
 def warn_unknown(tokenizer: Tokenizer, texts: list[str], out: Output) -> None:
-    """Name what the model cannot read of the prompts."""
+    """Warn of pieces of the prompts outside the vocabulary."""
     found = list(dict.fromkeys(piece for text in texts for piece in tokenizer.unknown(text)))
     if found:
-        more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
-        out.warn(f"not in the vocabulary: {', '.join(map(repr, found[:MOST_NAMED]))}{more}")
+        more = f" and {len(found) - MAX_NAMED:,} more" if len(found) > MAX_NAMED else ""
+        out.warn(f"not in the vocabulary: {', '.join(map(repr, found[:MAX_NAMED]))}{more}")

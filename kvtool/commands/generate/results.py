@@ -1,4 +1,4 @@
-"""What generate found: a result for each prompt, and how they read as rows and lines."""
+"""The results of generate, one for each prompt, and their rows and lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result:
-    """One prompt and what was made of it."""
+    """One prompt and its continuation."""
 
     prompt: str
     text: str
@@ -27,14 +27,14 @@ class Result:
 
     @classmethod
     def of(cls, prompt: str, ids: list[int], found: Continuation, number: int) -> Result:
-        """What was generated from the `number`-th prompt, which has the tokens `ids`."""
+        """The result of the `number`-th prompt, which has the tokens `ids`."""
         return cls(
             prompt, found.text, len(ids), len(found.ids), found.ended, found.rank,
             found.log_prob, found.score, number, found.ids,
         )  # fmt: skip
 
     def row(self) -> dict[str, Any]:
-        """What a document says of it."""
+        """The result's row in a document."""
         return {name: value for name, value in vars(self).items() if name != "ids"}
 
 
@@ -53,7 +53,7 @@ class GenerateReport:
 
     @property
     def conclusion(self) -> str:
-        """How fast it came, and what the cache needed."""
+        """The speed, and the memory of the cache."""
         n_new = sum(result.new_tokens for result in self.results)
         return (
             f"{n_new} tokens in {self.seconds:.2f} s ({self.tokens_per_second:,.0f} tokens/s), "
@@ -65,12 +65,12 @@ class GenerateReport:
         return [result.row() for result in self.results]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         return {**vars(self), "results": self.rows(), "conclusion": self.conclusion}
 
 
 def blank(number: int) -> Result:
-    """The answer to a prompt that is a blank line."""
+    """The result of a blank line."""
     return Result("", "", 0, 0, False, number=number)
 
 

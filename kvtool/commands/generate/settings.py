@@ -1,4 +1,4 @@
-"""What generate was asked for, and which of its options contradict or need each other."""
+"""The settings of generate, and which of its options contradict or need each other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DRAWING = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that generate was asked for; None means that the kind of model decides."""
+    """All settings of generate; None: the kind of model decides."""
 
     run: RunConfig
     prompt: str | None
@@ -67,7 +67,7 @@ class Settings:
 
     @property
     def given(self) -> dict[str, object]:
-        """The options that rules are about."""
+        """The given options, for the rules."""
         return {
             "--system": self.system is not None,
             "--chat": self.chat,

@@ -31,7 +31,7 @@ def _family(name: str) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that train-lm was asked for."""
+    """All settings of train-lm."""
 
     data: Path
     run: RunConfig

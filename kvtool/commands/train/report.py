@@ -49,12 +49,12 @@ class TrainReport:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """What the scores are of."""
+        """The data of the scores."""
         return {"model": str(self.best), "sha256": self.sha256}
 
     @property
     def conclusion(self) -> str:
-        """How much was trained, and what was best."""
+        """How long the run trained, and its best scores."""
         rate = self.tokens / self.seconds if self.seconds else 0.0
         return (
             f"{self.steps:,} steps, {self.tokens:,} tokens in {self.seconds:,.0f} s "
@@ -67,7 +67,7 @@ class TrainReport:
         return self.scores
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         return {**vars(self), "conclusion": self.conclusion}
 
 
@@ -92,7 +92,7 @@ def cell(value: Any) -> str:
 
 
 def signatures(scores: list[dict[str, Any]]) -> list[str]:
-    """How each figure was measured, in sacreBLEU's form, and of which parts."""
+    """The signature of each figure in sacreBLEU's form, and its data."""
     parts: dict[str, dict[str, None]] = {}
     for row in scores:
         for name, signature in row.get("signatures", {}).items():

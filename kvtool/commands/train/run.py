@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def with_vocab(config: ModelConfig, target: int, source: int = 0) -> ModelConfig:
-    """`config` with the vocabularies that the tokenizers turned out to have."""
+    """`config` with the vocabulary sizes of the tokenizers."""
     return dataclasses.replace(config, vocab_size=target, source_vocab_size=source)
 
 

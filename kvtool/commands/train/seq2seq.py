@@ -26,7 +26,7 @@ TOKENIZERS = ("auto", "char", "symbol", "word", "bpe")
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that train-seq2seq was asked for."""
+    """All settings of train-seq2seq."""
 
     data: str
     valid: Path | None
@@ -116,7 +116,7 @@ def score_row(
     beams: int,
     out: Output,
 ) -> dict[str, Any]:
-    """Decode all of a held-out part, and name what the score is of."""
+    """Decode a held-out part, and say what the score is of."""
     from kvtool.core.decoding.beam import Beam
 
     decoding = "greedy" if beams == 1 else f"beam {beams}"

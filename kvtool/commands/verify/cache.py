@@ -41,7 +41,7 @@ def command(
     server: v.Server = None,
     engine: v.EngineName = "",
     prompts: v.Prompts = None,
-    requests: v.Requests = v.MOST_REQUESTS,
+    requests: v.Requests = v.MAX_REQUESTS,
     timeout: v.Timeout = v.REQUEST_TIMEOUT,
     dry_run: v.DryRun = False,
     promoted: v.Promoted = None,
@@ -106,7 +106,7 @@ def command(
         "--server": server is not None,
         "--engine": engine,
         "--prompts": prompts,
-        "--requests": requests != v.MOST_REQUESTS,
+        "--requests": requests != v.MAX_REQUESTS,
         "--timeout": timeout != v.REQUEST_TIMEOUT,
         "--dry-run": dry_run,
         "--promoted": promoted is not None,
@@ -165,7 +165,7 @@ def command(
 
 
 def show_scenarios(out: Output, of_a_server: bool) -> None:
-    """What --scenarios help prints."""
+    """Print the list of --scenarios help."""
     if of_a_server:
         from kvtool.core.servers.arms import ARMS
 

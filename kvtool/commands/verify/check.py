@@ -27,18 +27,18 @@ from kvtool.ui.progress import Progress
 if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint
     from kvtool.core.verify.arms import Case
-    from kvtool.core.verify.subject import Formats
+    from kvtool.core.verify.model_subject import Formats
     from kvtool.core.verify.target.picture import Picture
     from kvtool.core.verify.target.subject import TargetSubject
 
 DEFAULT_PROMPT = "To be, or not to be, that is the question:\n"
 SOURCE_PROMPT = "workbench"
-LONG = 60  # seconds of a check of which the time is told before
+LONG_SECONDS = 60  # seconds of a check of which the time is told before
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that verify-cache was asked for; no prompt: one that suits the model."""
+    """All settings of verify-cache. No prompt: one that suits the model."""
 
     run: RunConfig
     caches: list[str]
@@ -119,8 +119,8 @@ def load_model(
 
 
 def require_float64(model: Any, logits: int) -> None:
-    """Raise CapacityError unless a model in float64, as a copy or as its weights are widened, and
-    so many bytes of logits can be had."""
+    """Raise CapacityError unless memory holds the model in float64, as a copy or with widened
+    weights, and this many bytes of logits."""
     import torch
 
     from kvtool.core import footprint
@@ -173,7 +173,7 @@ def tell_time(
     out: Output,
     bar: Progress,
 ) -> None:
-    """Say what is fed to a large model, and how long that takes, if it takes long."""
+    """Say how much a large model is fed, and the expected time if it is long."""
     from kvtool.core.verify import check, expected
 
     if out.quiet or not check.goes_by_layer(formats):
@@ -183,7 +183,7 @@ def tell_time(
     asked = (settings.caches, settings.kernels, cases, rows.known, settings.thorough)
     work = expected.work_of(formats, *asked)
     seconds = expected.seconds_for(formats, work)
-    if seconds >= LONG:
+    if seconds >= LONG_SECONDS:
         out.note(expected.in_words(work, seconds))
 
 
@@ -195,7 +195,7 @@ def check_model(
 
     from kvtool.core.cache import settings_of
     from kvtool.core.verify import check
-    from kvtool.core.verify.subject import Formats
+    from kvtool.core.verify.model_subject import Formats
 
     tell_layers(settings.run.model, settings.layers, out)
     loaded, prompt, ids = load_model(settings, device, dtype)
@@ -314,7 +314,7 @@ def check_target(
 
 
 def what_is_seen(subject: TargetSubject, main: Case, rows: Sequence[Row]) -> Picture | None:
-    """The map of the first bug, or of a scenario that is right."""
+    """The map of what tokens see at the first bug, or in a right scenario."""
     from kvtool.core.verify.arms import Case
     from kvtool.core.verify.outcome import BUG
     from kvtool.core.verify.scenarios import SCENARIOS

@@ -26,7 +26,7 @@ from kvtool.ui.output import Output
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for; no caches: all that the model takes."""
+    """The settings. No caches: all that the model takes."""
 
     run: RunConfig
     caches: list[str]
@@ -96,7 +96,7 @@ def run(settings: Settings, out: Output) -> CacheReport:
     with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
         asked = (model, kinds, names, settings.tokens, bool(settings.caches))
-        check = partial(check_transformers, tell=bar.update, remark=out.note, skip=rows.known)
+        check = partial(check_transformers, progress=bar.update, remark=out.note, skip=rows.known)
         more = partial(check, prompt_length=settings.prompt_length, thorough=settings.thorough)
         for found in more(*asked):
             if found.planted:
@@ -126,7 +126,7 @@ def note_model(model: Any, note: str, kinds: list[str], out: Output) -> None:
 
 
 def conditions(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
-    """What the results depend on."""
+    """The conditions that the results depend on."""
     from kvtool.core.verify.fingerprint import fingerprint
 
     asked = {"model": Path(settings.run.model).name, "tokens": settings.tokens}

@@ -11,7 +11,7 @@ import typer
 
 from kvtool.commands.verify import served
 from kvtool.commands.verify.options import (
-    MOST_REQUESTS,
+    MAX_REQUESTS,
     REQUEST_TIMEOUT,
     DryRun,
     EngineName,
@@ -61,7 +61,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that verify-logits was asked for."""
+    """All settings of verify-logits."""
 
     run: RunConfig
     reference: Path | None
@@ -86,7 +86,7 @@ def check_destination(path: Path) -> None:
 
 @dataclass
 class LogitsReport:
-    """Every position, and what they say together."""
+    """All positions, and the conclusion from them."""
 
     positions: list[dict[str, Any]]
     tokens_agree: bool
@@ -144,12 +144,12 @@ class LogitsReport:
         return self.positions
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         return {**vars(self), "worst_float64": self.worst_float64, "conclusion": self.conclusion}
 
 
 def place(row: dict[str, Any]) -> str:
-    """Where a row is: its prompt and position."""
+    """The place of a row: its prompt and position."""
     return f"prompt {row['prompt']}, position {row['position']}"
 
 
@@ -202,9 +202,9 @@ def run(settings: Settings, out: Output) -> LogitsReport:
 
 
 def in_float64(loaded: Checkpoint, device: Any, dtype: Any) -> tuple[Any, Any]:
-    """A model with the numbers that are stored, and the same in float64: loaded again, since one
-    that was rounded to bfloat16 first would be another. The weights of a large one are widened as
-    they are read, of `loaded` itself if nothing was rounded."""
+    """A model with the stored numbers, and the same in float64. It is loaded again, since weights
+    that were rounded to bfloat16 are others. Weights of a large model are widened as they are read,
+    those of `loaded` itself if none was rounded."""
     import torch
 
     from kvtool.core.checkpoint import checkpoint
@@ -299,7 +299,7 @@ def command(
     engine: EngineName = "",
     prompts: Prompts = None,
     tokens: served.Tokens = served.TAIL,
-    requests: Requests = MOST_REQUESTS,
+    requests: Requests = MAX_REQUESTS,
     timeout: Timeout = REQUEST_TIMEOUT,
     dry_run: DryRun = False,
     plot: o.Plot = None,
@@ -337,7 +337,7 @@ def command(
         "--engine": engine,
         "--prompts": prompts,
         "--tokens": tokens != served.TAIL,
-        "--requests": requests != MOST_REQUESTS,
+        "--requests": requests != MAX_REQUESTS,
         "--timeout": timeout != REQUEST_TIMEOUT,
         "--dry-run": dry_run,
         "--plot": plot,

@@ -18,7 +18,7 @@ DEFAULT_TOKENS = DECODE_TOKENS
 TIME_LIMIT = 60.0  # seconds
 SWEEP = "Sweep (--impl transformers)"
 SERVER = "A running server"
-MOST_REQUESTS, REQUEST_TIMEOUT = 600, 120.0  # of a server; seconds for each
+MAX_REQUESTS, REQUEST_TIMEOUT = 600, 120.0  # of a server; seconds for each
 HF = "--impl transformers"
 OF_KINDS = "--window --sinks --group --residual --page"
 
@@ -264,7 +264,7 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Print the requests, and send none but the one that tells what the server is.",
+        help="Print the requests, and send only the one that identifies the server.",
         rich_help_panel=SERVER,
     ),
 ]

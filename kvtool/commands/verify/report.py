@@ -1,4 +1,4 @@
-"""What verify-cache found: a row for each cache, kernels and scenario, and what they say."""
+"""The report of verify-cache: a row for each cache, kernels and scenario, and the conclusion."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Row:
 
     @classmethod
     def of(cls, checked: Checked) -> Row:
-        """The row of a check that was made."""
+        """The row of a check."""
         finding = checked.finding
         working, exact, promoted = finding.working, finding.float64, finding.promoted
         found = finding.diagnosis
@@ -88,19 +88,19 @@ class Row:
 
     @property
     def outcome(self) -> Outcome:
-        """What the verdict comes to."""
+        """The outcome of the verdict."""
         from kvtool.core.verify.outcome import outcome
 
         return outcome(self.verdict, self.right, self.stores)
 
     @property
     def wrong(self) -> bool:
-        """Whether the check ran, and the answer is no, or cannot be given."""
+        """Whether the check ran, and found a fault or could not decide."""
         return self.outcome.wrong
 
     @property
     def beyond(self) -> bool:
-        """Whether the subject cannot do this, and says so."""
+        """Whether the scenario is beyond the subject, which says so."""
         from kvtool.core.verify.outcome import UNSUPPORTED
 
         return self.verdict == UNSUPPORTED
@@ -120,14 +120,14 @@ class Row:
 
     @property
     def cell(self) -> str:
-        """The verdict in a table, and what it does not extend to."""
+        """The verdict in a table, with a mark for what was not judged."""
         short = self.verdict_text(short=True)
         return f"{short}, {self.not_judged} not judged" if self.not_judged else short
 
 
 @dataclass(frozen=True)
 class NotRun:
-    """A check that was to be made."""
+    """A check that was not run."""
 
     cache: str
     kernels: str
@@ -151,7 +151,7 @@ class CacheReport:
 
     @property
     def summary(self) -> Summary[Row]:
-        """What all rows come to."""
+        """All rows in counts."""
         from kvtool.core.verify.outcome import Summary
 
         return Summary(self.checks, self.control.outcome if self.control else None)
@@ -205,7 +205,7 @@ class CacheReport:
         return "; ".join(parts + self._in_vain() + self._put_aside() + control + self._left_out())
 
     def _nothing(self) -> str:
-        """Why what was found proves nothing, if so."""
+        """The reason why the findings prove nothing; "" if they do."""
         if not self.summary.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
         if self.vacuous:
@@ -226,7 +226,7 @@ class CacheReport:
         return "; ".join(parts)
 
     def _left_of(self, cache: str) -> str:
-        """A kind of which nothing was run, or what of it was not."""
+        """A kind that was not run, or its scenarios that were not."""
         left = [check for check in self.not_run if check.cache == cache]
         if all(row.cache != cache for row in self.checks):
             return cache
@@ -257,7 +257,7 @@ class CacheReport:
         return [*filter(None, (said, not_fed))]
 
     def _put_aside(self) -> list[str]:
-        """Of what was judged, the parts that something else stood in for."""
+        """The parts of judged caches that were not judged, since exact values replaced them."""
         rows = [row for row in (*self.judged, *self.bugs) if row.not_judged]
         parts = dict.fromkeys((row.cache, row.not_judged) for row in rows)
         return [f"{cache}: its {part} were not judged" for cache, part in parts]
@@ -294,6 +294,6 @@ class CacheReport:
         return [{k: v for k, v in vars(row).items() if k != "gap_by_step"} for row in self.checks]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         fields = {key: value for key, value in vars(self).items() if key not in NOT_TOLD}
         return {**fields, "exit_code": self.exit_code, "conclusion": self.conclusion}

@@ -1,4 +1,5 @@
-"""The rows of verify-cache as they are reached: kept in a file, gone on with, and cut short."""
+"""The rows of verify-cache as they are reached: written to a file, resumed, and reported when cut
+short."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from kvtool.ui.output import Output
 if TYPE_CHECKING:
     from kvtool.core.verify.resume_log import ResumeLog
 
-FEW = 3  # names of what was not run
+MAX_SHOWN = 3  # names of what was not run
 
 
 class Rows:
@@ -58,19 +59,19 @@ class Rows:
         return {(row.cache, row.kernels, row.scenario) for row in self.found.values()}
 
     def add(self, row: Row) -> None:
-        """Take a row, unless a signal came while it was made: what it says may be wrong then."""
+        """Add a row, unless a signal came meanwhile, since it may be wrong then."""
         ending.check()
         self._take(row)
         if self.log is not None:
             self.log.append(row)
 
     def add_control(self, row: Row) -> None:
-        """Take what was found of the planted bug, which is tried anew in every run."""
+        """Add the row of the planted bug, which each run tries anew."""
         ending.check()
         self.control = row
 
     def _take_known(self, row: Row) -> bool:
-        """Take a row of the file, if the command can have written it."""
+        """Add a row of the file, if it is one that the command writes."""
         check = NotRun(row.cache, row.kernels, row.scenario)
         of_kind = [c for c in self.plan if (c.cache, c.kernels) == (row.cache, row.kernels)]
         if self.whole and row.scenario == self.whole:
@@ -92,7 +93,7 @@ class Rows:
 
     @property
     def rows(self) -> list[Row]:
-        """Those that are there, in the order of the plan."""
+        """The rows so far, in the order of the plan."""
         return [self.found[check] for check in self.plan if check in self.found]
 
     @property
@@ -108,7 +109,7 @@ class Rows:
         ended: End | None,
         out: Output,
     ) -> CacheReport:
-        """What the rows come to. Raises Ended if a signal came before the first of them."""
+        """The report of the rows. Raises Ended if a signal came before the first row."""
         if ended is not None:
             warn_ended(ended, len(self.found), len(self.plan), self.log, out)
         found = (self.rows, self.control, prompt_tokens, dtype, resolved)
@@ -118,7 +119,8 @@ class Rows:
 def warn_ended(
     ended: End, done: int, total: int, log: ResumeLog[Any] | None, out: Output, what: str = "checks"
 ) -> None:
-    """Say how far work came that a signal ended, and how it goes on. Raises Ended if not far."""
+    """Say how far the interrupted work came, and how to resume it. Raises Ended if there is no
+    row."""
     if not done:
         raise ending.Ended(ended)
     out.warn(f"{ended.value} after {done} of {total} {what}")
@@ -127,7 +129,7 @@ def warn_ended(
 
 
 def is_coherent(row: Row) -> bool:
-    """Whether what a row says can be true together, by the rules that verdicts are given by.
+    """Whether a row's fields are consistent with the rules for verdicts.
 
     The promoted gap of a bug may be NaN: its logits may overflow.
     """
@@ -184,18 +186,18 @@ def _agrees(row: Row) -> bool:
 
 
 def first_few(names: Sequence[str]) -> str:
-    """What was not run by name, as far as a line holds it.
+    """The first names of what was not run, as many as a line holds.
 
     >>> first_few(["gpt2", "llama", "mamba", "opt", "t5"])
     'gpt2, llama, mamba and 2 more'
     """
-    shown = names if len(names) <= FEW + 1 else names[:FEW]
+    shown = names if len(names) <= MAX_SHOWN + 1 else names[:MAX_SHOWN]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def facts(check: str, run: RunConfig, **more: Any) -> dict[str, Any]:
-    """What a check depends on: `more` beside the machine, the settings and the versions."""
+    """The facts that a check depends on: machine, settings, versions, and `more`."""
     known = environment()
     machine = {name: known[name] for name in ("cpu", "threads", "kvtool", "commit", "torch")}
     return {"check": check, **more, "dtype": run.dtype, "seed": run.seed, **machine}
@@ -211,7 +213,8 @@ def resume_file(path: Path | None, found: dict[str, Any]) -> ResumeLog[Row] | No
 
 
 def note_resumed(log: ResumeLog[Any], out: Output) -> None:
-    """Say what is there already; what cannot be added is told behind the verdicts."""
+    """Say which rows are there already. A row that cannot be added is reported after the
+    verdicts."""
     log.attempt = out.attempt
     if log.results:
         out.note(f"--resume {log.path}: {len(log.results)} results are there already")

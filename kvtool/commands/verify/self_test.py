@@ -35,7 +35,7 @@ class Settings:
 
 @dataclass
 class SelfTestReport:
-    """Planted bugs that have to be caught, and right caches that must not be reported."""
+    """The report: planted bugs that must be caught, and right caches that must not be reported."""
 
     planted: list[Trial]
     lookalikes: list[Trial]
@@ -82,7 +82,7 @@ class SelfTestReport:
         return [dataclasses.asdict(outcome) for outcome in (*self.planted, *self.lookalikes)]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         return {
             "planted": [dataclasses.asdict(outcome) for outcome in self.planted],
             "lookalikes": [dataclasses.asdict(outcome) for outcome in self.lookalikes],
@@ -95,13 +95,13 @@ class SelfTestReport:
 
 
 def count(outcomes: list[Trial], name: str) -> str:
-    """How many of those that a question applies to were answered rightly: 39 of 40."""
+    """How many right answers a question has among the cases that it applies to: 39 of 40."""
     answers = [answer for o in outcomes if (answer := getattr(o, name)) is not None]
     return f"{sum(answers)} of {len(answers)}"
 
 
 def run(settings: Settings, out: Output) -> SelfTestReport:
-    """Plant them all, one after the other."""
+    """Plant all bugs, one after the other."""
     import time
 
     from kvtool.core.machine import prepare

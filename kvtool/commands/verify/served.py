@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from kvtool.commands.verify.options import MOST_REQUESTS, REQUEST_TIMEOUT, SERVER
+from kvtool.commands.verify.options import MAX_REQUESTS, REQUEST_TIMEOUT, SERVER
 from kvtool.commands.verify.server_dry import DryReport, dry_report, show_dry
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.errors import FileError, ServerError
@@ -48,7 +48,7 @@ Tokens = Annotated[
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that verify-logits was asked of a server."""
+    """All settings of verify-logits --server."""
 
     run: RunConfig
     server: str
@@ -56,7 +56,7 @@ class Settings:
     prompt: str | None = None
     prompts: Path | None = None
     tokens: int = TAIL
-    requests: int = MOST_REQUESTS
+    requests: int = MAX_REQUESTS
     timeout: float = REQUEST_TIMEOUT
     dry_run: bool = False
     plot: Path | None = None
@@ -73,7 +73,7 @@ class Settings:
 
 @dataclass
 class ServedReport:
-    """Every position, and what they say together."""
+    """All positions, and the conclusion from them."""
 
     positions: list[dict[str, Any]]
     verdict: str
@@ -89,7 +89,7 @@ class ServedReport:
 
     @property
     def right(self) -> bool | None:
-        """Whether the server agrees; None: it cannot be told."""
+        """Whether the server agrees; None: undecided."""
         if self.verdict == "cannot tell":
             return None
         return self.verdict == "agrees" and self.tokens_agree is not False
@@ -139,7 +139,7 @@ class ServedReport:
         return (
             f"agrees within its format's rounding at {n} positions: {measured}; mean KL "
             f"{self.kl:.1e} nats, top token the same at {n - self.flips} of {n} "
-            f"(faults would be, times what rounding is: {seen})"
+            f"(faults would be this many times rounding: {seen})"
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -147,14 +147,14 @@ class ServedReport:
         return self.positions
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         more = {"mean_kl": self.kl, "flips": self.flips, "gap": self.pooled("gap")}
         more |= {"expected": self.pooled("expected"), "noise": self.pooled("noise")}
         return {**vars(self), **more, "conclusion": self.conclusion}
 
 
 def present_served(settings: Settings, out: Output) -> NoReturn:
-    """Compare, or say what the server would be asked. Raises typer.Exit and ServerError."""
+    """Compare, or print the requests of a dry run. Raises typer.Exit and ServerError."""
     if settings.dry_run:
         present("verify-logits.server.dry-run", settings, run_dry, show_dry, out)
     if (path := settings.plot) is not None:
@@ -163,7 +163,7 @@ def present_served(settings: Settings, out: Output) -> NoReturn:
 
 
 def run_dry(settings: Settings, out: Output) -> DryReport:
-    """All requests that would be sent; only what identifies the server is."""
+    """The report of a dry run. Only requests that identify the server are sent."""
     from kvtool.core.checkpoint import checkpoint
     from kvtool.core.machine import prepare
     from kvtool.core.servers.client import Client
@@ -187,7 +187,7 @@ def run_dry(settings: Settings, out: Output) -> DryReport:
 
 
 def run(settings: Settings, out: Output) -> ServedReport:
-    """Ask the server, then run the same text here."""
+    """Ask the server, then compute the same text here."""
     from kvtool.core.checkpoint import checkpoint
     from kvtool.core.machine import prepare
     from kvtool.core.reference import reference, served
@@ -206,25 +206,25 @@ def run(settings: Settings, out: Output) -> ServedReport:
     prompts = _prompts(settings, engine, loaded, out)
     with out.progress(engine.name, len(prompts) + 2) as bar:
 
-        def tell(words: str) -> None:
+        def progress(words: str) -> None:
             bar.update(words)
             bar.advance()
 
         n_vocab = loaded.config.vocab_size
-        found = served.ask(engine, prompts, settings.tokens, n_vocab, tell)
-        tell("float64")
+        found = served.ask(engine, prompts, settings.tokens, n_vocab, progress)
+        progress("float64")
         served.run_exact(loaded.model, found)
         stored, block = loaded.stored_dtype, _block(loaded.stored_dtype)
         facts, tokenizer = loaded.facts, loaded.tokenizer
         del loaded
-        tell("with its rounding")
+        progress("with its rounding")
         working = checkpoint.load(settings.run.model, device, torch.float32, check=True).model
         served.run_rounded(working, found, stored, block)
     positions = served.positions(found)
     rows = [{**vars(row), "piece": tokenizer.decode([row.token])} for row in positions]
     return _report(
         served.judge(found, positions), rows, agree,
-        rounding=served.rounding.told(stored, block),
+        rounding=served.rounding.described(stored, block),
         requests_sent=client.n_sent,
         seconds=time.perf_counter() - started,
         resolved={
@@ -252,7 +252,7 @@ def _block(stored: str) -> int:
 
 
 def _same_tokens(engine: Engine, loaded: Checkpoint) -> bool | None:
-    """Whether both make the same ids of a text; None where one of them cannot."""
+    """Whether both tokenize a text to the same ids; None if one of them cannot."""
     from kvtool.core.servers.prompts import TEXTS
 
     if not loaded.reads_text:

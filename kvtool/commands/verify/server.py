@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def present_visit(settings: Settings, out: Output) -> NoReturn:
-    """Ask the server, or say what it would be asked. Raises typer.Exit and ServerError."""
+    """Ask the server, or print the requests of a dry run. Raises typer.Exit and ServerError."""
     if settings.dry_run:
         present("verify-cache.server.dry-run", settings, run_dry, show_dry, out)
     if settings.against is not None:
@@ -37,7 +37,7 @@ def present_visit(settings: Settings, out: Output) -> NoReturn:
 
 
 def run(settings: Settings, out: Output) -> VisitReport:
-    """Ask the server, and the promoted one if there is one."""
+    """Ask the server, and the promoted one if it is given."""
     from kvtool.core.servers.session import Visit, visit
     from kvtool.core.servers.verdict import with_promoted
 
@@ -52,11 +52,11 @@ def run(settings: Settings, out: Output) -> VisitReport:
     bars = out.progress(engine.name, n * (1 if second is None else 2))
     with bars as bar, until_ended() as outcome:
 
-        def tell(words: str) -> None:
+        def progress(words: str) -> None:
             bar.update(words)
             bar.advance()
 
-        asked = (prompts, short, long, tail_of(settings), tell)
+        asked = (prompts, short, long, tail_of(settings), progress)
         visit(engine, *asked, plain)
         if second is not None:
             visit(second, *asked, promoted)
@@ -80,7 +80,7 @@ def run(settings: Settings, out: Output) -> VisitReport:
 
 
 def require_twin(engine: Engine, second: Engine | None) -> None:
-    """Raise UsageError if a promoted server is the same one, or reads text in another way."""
+    """Raise UsageError if the promoted server is the same one, or tokenizes a text to other ids."""
     if second is None:
         return
     if second.client.url == engine.client.url:
@@ -89,7 +89,7 @@ def require_twin(engine: Engine, second: Engine | None) -> None:
 
 
 def run_dry(settings: Settings, out: Output) -> DryReport:
-    """All requests that would be sent; only what identifies the server is."""
+    """The report of a dry run. Only requests that identify the server are sent."""
     from kvtool.core.servers.dry import DryEngine
     from kvtool.core.servers.session import Visit, visit
 
@@ -98,8 +98,8 @@ def run_dry(settings: Settings, out: Output) -> DryReport:
     dry.arm = "prompts"
     prompts = prompts_for(settings, dry, out)
 
-    def tell(words: str) -> None:
+    def progress(words: str) -> None:
         dry.arm = words
 
-    visit(dry, prompts, short, long, tail_of(settings), tell, Visit())
+    visit(dry, prompts, short, long, tail_of(settings), progress, Visit())
     return dry_report(dry, settings.requests)

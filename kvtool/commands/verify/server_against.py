@@ -31,7 +31,7 @@ class AgainstReport:
 
     @property
     def apart(self) -> list[Comparison]:
-        """The kinds in which they differ by more than their noise."""
+        """The kinds of answers that differ by more than the servers' noise."""
         from kvtool.core.servers.against import APART
 
         return [found for found in self.comparisons if found.verdict == APART]
@@ -71,11 +71,11 @@ class AgainstReport:
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a kind."""
+        """A row for each kind."""
         return [{**asdict(found), "verdict": self.word(found)} for found in self.comparisons]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         return {**vars(self), "comparisons": self.rows(), "conclusion": self.conclusion}
 
 
@@ -97,11 +97,11 @@ def run_against(settings: server.Settings, out: Output) -> AgainstReport:
     bars = out.progress(f"{first.name}, {second.name}", len(prompts))
     with bars as bar, until_ended() as outcome:
 
-        def tell(words: str) -> None:
+        def progress(words: str) -> None:
             bar.update(words)
             bar.advance()
 
-        compare(first, second, prompts, tell, found, server.tail_of(settings))
+        compare(first, second, prompts, progress, found, server.tail_of(settings))
         for engine, facts in zip((first, second), before, strict=True):
             require_same(engine, facts)
     return AgainstReport(

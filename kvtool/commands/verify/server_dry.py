@@ -16,7 +16,7 @@ Sent = tuple[str, tuple[str, dict[str, Any]]]  # for which arm, and a path with 
 
 
 def dry_report(dry: DryEngine, allowed: int) -> DryReport:
-    """What such an engine was asked; allowed: how many requests may be sent."""
+    """The report of a dry engine's requests. allowed: how many requests may be sent."""
     n_sent, asked = dry.client.n_sent, dry.requests_made
     more = max(0, len(asked) + n_sent - allowed)
     return DryReport(dry.client.url, dry.name, asked, n_sent, more)
@@ -38,19 +38,19 @@ class DryReport:
         """The last line, in words."""
         said = (
             f"{len(self.requests)} requests to {self.url}, none of which was sent; {self.n_sent} "
-            f"asked what the server is ({self.engine}); -1 stands for an id that it will answer"
+            f"identified the server ({self.engine}); -1 stands for an id that it will answer"
         )
         return f"{said}; {self.n_too_many} more than --requests allows" if self.n_too_many else said
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a request."""
+        """A row for each request."""
         return [
             {"for": arm, "path": path, "body": json.dumps(body)}
             for arm, (path, body) in self.requests
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         requests = [
             {"for": arm, "method": "POST", "path": path, "body": body}
             for arm, (path, body) in self.requests
@@ -59,7 +59,7 @@ class DryReport:
 
 
 def brief(text: str) -> str:
-    """A body with a count in place of many ids that are not known.
+    """A body with a count in place of many placeholder ids.
 
     >>> brief('{"prompt": [5, -1, -1, -1]}')
     '{"prompt": [5, -1 (3 times)]}'
@@ -68,7 +68,7 @@ def brief(text: str) -> str:
 
 
 def show_dry(report: DryReport, out: Output) -> None:
-    """A line a request, as it would be sent, below a line for each arm."""
+    """Print a line for each request, as it would be sent, below a line for its arm."""
     last = ""
     for arm, (path, body) in report.requests:
         if arm != last:

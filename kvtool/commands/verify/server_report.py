@@ -1,4 +1,4 @@
-"""What verify-cache --server found: a row for each arm, in a table and in words."""
+"""The report of verify-cache --server: a row for each arm, in a table and in words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GROWN = 2.0  # times the noise; above it the server is said to be busy
 
 @dataclass
 class VisitReport:
-    """All arms, and what they say together."""
+    """All arms, and the conclusion from them."""
 
     arms: list[ArmVerdict]
     resolved: dict[str, Any] = field(default_factory=dict)
@@ -55,8 +55,8 @@ class VisitReport:
         parts = [*self._against(), *self._unknown(), *self._for()] or ["nothing was checked"]
         if self.grown > GROWN:
             parts.append(
-                f"the same request came out otherwise in the end, by {self.grown:.1f} times the "
-                "noise: the server is busy with others"
+                f"asked once more at the end, the first request differed by {self.grown:.1f} times "
+                "the noise: the server is busy with others"
             )
         if self.spent:
             parts.append("all requests that --requests allows were sent")
@@ -131,14 +131,14 @@ class VisitReport:
         return ""
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row an arm."""
+        """A row for each arm."""
         return [
             {**{k: v for k, v in asdict(arm).items() if k != "gaps"}, "right": arm.right}
             for arm in self.arms
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         return {
             **{k: v for k, v in vars(self).items() if k != "arms"},
             "arms": [{**asdict(arm), "right": arm.right} for arm in self.arms],
@@ -148,7 +148,7 @@ class VisitReport:
 
 
 def _to_tell_reuse(facts: dict[str, Any]) -> str:
-    """What makes an engine say how much it reused."""
+    """The setting that makes an engine report reused tokens."""
     from kvtool.core.servers.engines import ENGINES
 
     kind = ENGINES.get(facts.get("engine", ""))
@@ -160,7 +160,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _size(arms: Sequence[ArmVerdict]) -> str:
-    """How large what is wrong is, on the promoted server if one decided."""
+    """The size of the fault in words, on the promoted server if that decided."""
     most = max(arms, key=lambda a: (a.promoted_ratio or 0, a.worst or 0))
     if most.promoted_ratio is not None:
         return (
@@ -178,14 +178,14 @@ def _begins(arms: Sequence[ArmVerdict]) -> str:
 
 
 def times(value: float | None) -> str:
-    """A ratio, as people read it."""
+    """A ratio in words."""
     if value is None:
         return "-"
     return f"{value:,.2f}" if value < 100 else f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
 
 
 def nats(value: float | None) -> str:
-    """A distance, as people read it."""
+    """A distance in nats, in words."""
     if value is None:
         return "-"
     return f"{value:.1e}" if value else "0"

@@ -1,4 +1,4 @@
-"""What verify-cache is asked of a server: settings, arms, prompts, and who is at an address."""
+"""The settings of verify-cache --server: arms, prompts, and the engine at an address."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from kvtool.core.servers.engine import Engine
 
 N_PROMPTS, N_THOROUGH = 5, 10
-LEAST_TAIL = 8
-MOST_TOKENS = 4096
+MIN_TAIL = 8
+MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that verify-cache was asked of a server."""
+    """All settings of verify-cache --server."""
 
     server: str
     engine: str = ""
@@ -42,7 +42,7 @@ class Settings:
         check_int("--requests", self.requests, 1)
         check_float("--timeout", self.timeout, 0.0, open_low=True)
         if self.tokens is not None:
-            check_int("--tokens", self.tokens, LEAST_TAIL, MOST_TOKENS)
+            check_int("--tokens", self.tokens, MIN_TAIL, MAX_TOKENS)
         if self.prompts is not None:
             require_file(self.prompts, "prompts, one a line", "--prompts")
         if self.plot is not None and not self.plot.parent.is_dir():
@@ -90,7 +90,7 @@ def tail_of(settings: Settings) -> int:
 
 
 def require_same_ids(engine: Engine, second: Engine, flag: str) -> None:
-    """Raise UsageError where two servers have other ids for one text."""
+    """Raise UsageError if two servers tokenize one text to different ids."""
     from kvtool.core.servers.prompts import TEXTS
 
     try:
@@ -107,7 +107,7 @@ def require_same_ids(engine: Engine, second: Engine, flag: str) -> None:
 def resolved(
     settings: Settings, engine: Engine, second: Engine | None, prompts: list[list[int]]
 ) -> dict[str, Any]:
-    """What was found out of the servers."""
+    """The resolved facts about the servers."""
     lengths = [len(ids) for ids in prompts]
     return {
         "url": engine.client.url,

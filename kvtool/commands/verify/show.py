@@ -1,4 +1,4 @@
-"""How verify-cache shows what it found: the table, every bug in words, and the plot."""
+"""Shows the report of verify-cache: the table, every bug in words, and the plot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BRIEF = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def show(report: CacheReport, out: Output) -> None:
-    """A row for each scenario, but one for all that came out alike; then every bug in words."""
+    """A row for each scenario, one for all with equal results; then every bug in words."""
     title, columns, cells = table(report)
     if cells:  # an unfinished check may have found only what its subject cannot do
         out.table(title, columns, cells)
@@ -90,7 +90,7 @@ def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> No
 
 
 def sight_title(seen: Picture) -> str:
-    """What a map shows, in words."""
+    """The title of a map of what tokens see."""
     of_row = f", row {seen.row}" if seen.n_rows > 1 else ""
     return f"What each token sees, {seen.where}: {seen.scenario}{of_row}"
 
@@ -118,7 +118,7 @@ def table(report: CacheReport) -> tuple[str, list[Column], list[list[str]]]:
 
 
 def keys(report: CacheReport) -> tuple[list[str], list[Described]]:
-    """What all checks have in common, and the columns of what tells them apart."""
+    """The keys that all checks share, and the columns of those that differ."""
     common: list[str] = []
     columns: list[Described] = []
     caches = {row.cache for row in report.checks}

@@ -30,7 +30,7 @@ TOKENS = 32  # of the scenario decode, enough to tell
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for; no types: all of them, no caches: all that a model takes."""
+    """The settings. No types: all of them. No caches: all that a model takes."""
 
     run: RunConfig
     types: list[str]
@@ -89,7 +89,7 @@ class SweepReport:
 
     @property
     def not_judged(self) -> dict[str, str]:
-        """Kinds of cache with what of them something else stood in for."""
+        """Kinds of cache with the part that was not judged."""
         from kvtool.core.verify.outcome import UNSUPPORTED
 
         verdicts = {swept.by_cache.get(QUANTIZED, UNSUPPORTED) for swept in self.types}
@@ -121,7 +121,7 @@ class SweepReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the document says."""
+        """The fields of the JSON document."""
         return {
             "transformers": self.transformers,
             "types": [dataclasses.asdict(swept) for swept in self.types],
@@ -137,7 +137,7 @@ class SweepReport:
 
 
 def counted(types: Sequence[Swept]) -> dict[str, int]:
-    """How many of some types came to each verdict that there is among them."""
+    """The counts of the verdicts of some types."""
     from kvtool.core.verify.hf.task import VERDICTS
 
     found = Counter(swept.verdict for swept in types)

@@ -1,4 +1,4 @@
-"""Another implementation of the same model, to be timed beside ours: transformers' `generate`."""
+"""transformers' `generate` of the same model, to be timed in turns with kvtool."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from kvtool.core.verify.hf import caches
 from kvtool.core.verify.hf.folder import read_folder
 from kvtool.core.verify.hf.library import quiet_transformers
 from kvtool.errors import CheckFailed, FileError
-from kvtool.reading import MOST_CONFIG, read_json_object
+from kvtool.reading import MAX_CONFIG_BYTES, read_json_object
 
-COMPARED_PROMPT, COMPARED = 32, 16  # tokens of a prompt, and after it, that both must agree in
+COMPARED_PROMPT, COMPARED = 32, 16  # tokens of the prompt; generated tokens that are compared
 # Of the largest logit. Rounding in float32 leaves about 1e-6 of it, other mathematics 1e-3 or more;
 # `verify-logits --against transformers` draws the line in float64.
 ROUNDING = 1e-4
 
 
 class Clock:
-    """A streamer of `generate`: when the prompt and each token was there, in seconds."""
+    """A streamer of `generate` that notes when the prompt and each token arrived, in seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stamps: list[float] = []
 
     def put(self, tokens: Tensor) -> None:
-        """Note the time, in seconds, at which these tokens were there."""
+        """Note the time, in seconds, at which these tokens arrived."""
         self.stamps.append(now(self.device))
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: no token is held back."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ class TransformersGenerate:
         return TimedRun.of(started, stamps, nbytes, decode_only=self.decode_only)
 
     def predicted(self, kind: str, length: int) -> int | None:
-        """None: how transformers lays out its caches is not ours to predict."""
+        """None: nothing is predicted of transformers' caches."""
         return 0 if kind == "none" else None
 
     def tokens(self, kind: str, n_new: int) -> Tensor:
@@ -113,10 +113,10 @@ def cache_nbytes(cache: Any) -> int:
 
 
 def source_of(folder: Path) -> Path | None:
-    """The folder, if transformers reads it by itself. Raises FileError."""
+    """The folder, or None if transformers cannot read it by itself. Raises FileError."""
     if folder.is_file():  # GGUF
         return None
-    kind = read_json_object(folder / CONFIG, "a configuration", MOST_CONFIG).get("model_type")
+    kind = read_json_object(folder / CONFIG, "a configuration", MAX_CONFIG_BYTES).get("model_type")
     return folder if kind in FAMILIES else None
 
 
@@ -148,7 +148,7 @@ def load_peer(source: Path | None, model: Model) -> Any:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two implementations do the same, in float32."""
+    """How far two implementations agree, in float32."""
 
     tokens: int  # compared, in all rows together
     same: int  # before a row's first difference, at the kind of cache where they are fewest
@@ -157,7 +157,7 @@ class Agreement:
 
     @property
     def right(self) -> bool:
-        """Whether nothing but rounding tells the two apart."""
+        """Whether the two differ by rounding alone."""
         return self.gap <= ROUNDING and (self.margin is None or self.margin <= ROUNDING)
 
     def __str__(self) -> str:
@@ -221,8 +221,9 @@ def _tokens(work: Workload, n_new: int) -> Tensor:
 
 
 def _first_differences(ours: Tensor, theirs: Tensor, logits: Tensor) -> tuple[int, float | None]:
-    """How many tokens (B,T) are the same before each row's first difference; and the largest
-    distance there of the two tokens' logits (B,T,V), of the largest logit. None: no difference."""
+    """How many tokens (B,T) agree before each row's first difference, and the largest distance
+    between the logits (B,T,V) of the two tokens there, relative to the largest logit. None: no
+    difference."""
     differs = (ours != theirs).int()
     same = differs.cumsum(1).eq(0).sum(1)  # (B,)
     margins = [

@@ -1,4 +1,4 @@
-"""What a lossy cache costs in accuracy: its predictions beside those of one that loses nothing."""
+"""What a lossy cache costs in accuracy: its predictions compared with those of a lossless one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from kvtool.core.models import Model
 
 @dataclass(frozen=True)
 class Quality:
-    """Predictions of every next token of a text, with a kind of cache and without a loss."""
+    """How predictions of each next token of a text differ between a kind of cache and a lossless
+    one."""
 
     kl: float  # nats a token, KL(lossless || this kind)
-    same_top1: float  # part of the tokens whose likeliest successor is the same
+    same_top1: float  # share of tokens whose likeliest successor is the same
     perplexity: float  # of the text's tokens
     lossless_perplexity: float
     n_tokens: int
@@ -31,8 +32,8 @@ class Quality:
 def measure_quality(model: Model, kind: str, ids: Tensor, block: int) -> Quality:
     """Predict each token of `ids` (n,) from those before it in its block of `block` tokens.
 
-    A block is fed in pieces whose logits fit into memory: what a token sees does not depend on
-    that, whatever the kind.
+    A block is fed in pieces whose logits fit into memory. What a token sees does not depend on the
+    pieces, for any kind of cache.
     """
     kl = same = lossy = lossless = 0.0
     n = 0
@@ -52,7 +53,7 @@ def measure_quality(model: Model, kind: str, ids: Tensor, block: int) -> Quality
 
 
 def own_text(model: Model, n_tokens: int, seed: int) -> Tensor:
-    """Tokens (n,) that the model itself would say, to measure on where there is no text."""
+    """Tokens (n,) sampled from the model, to measure on if no text is given."""
     device = next(model.parameters()).device
     start = torch.zeros(1, 1, dtype=torch.long, device=device)
     spec = _spec(model, n_tokens)

@@ -32,10 +32,10 @@ class TimedRun(NamedTuple):
     """One generation: seconds, and bytes at its end."""
 
     seconds: float  # what a sample is: all of it, or after a depth the decoding alone
-    prefill_s: float  # until the first token was chosen, allocation included
-    decode_s: float  # from then to the last token
+    prefill_s: float  # until the first token is chosen, allocation included
+    decode_s: float  # from the first token to the last
     token_s: float | None  # a token's time at the end: the median of the last tenth of them
-    nbytes: int  # that the cache owns
+    nbytes: int  # bytes that the cache owns
     read: int | None  # bytes of keys and values that the next token would read; None: not known
 
     @classmethod
@@ -57,17 +57,17 @@ class TimedRun(NamedTuple):
 
 
 class Work(Protocol):
-    """What can be timed: one implementation of one model."""
+    """One implementation of one model, to be timed."""
 
     def run(self, kind: str, length: int) -> TimedRun:
         """Generate `length` tokens a row with a kind of cache."""
 
     def predicted(self, kind: str, length: int) -> int | None:
-        """Bytes that the kind should need for that; None: nothing is predicted."""
+        """Predicted bytes of the cache; None: nothing is predicted."""
 
 
 class Contender(NamedTuple):
-    """What is timed: a kind of cache of an implementation."""
+    """One contender: a kind of cache of an implementation."""
 
     kind: str
     work: Work
@@ -76,24 +76,24 @@ class Contender(NamedTuple):
 
 @dataclass
 class Cell:
-    """One kind of cache at one length: what was measured, in seconds and bytes."""
+    """The measurements of one kind of cache at one length, in seconds and bytes."""
 
     cache: str
     length: int  # tokens generated
     runs: list[TimedRun] = field(default_factory=list)
     bytes_predicted: int | None = 0
     impl: str = "kvtool"
-    before: int = 0  # tokens that stand before those
-    took: list[float] = field(default_factory=list)  # by each run, what is not timed of it included
+    before: int = 0  # tokens of the prompt before those
+    took: list[float] = field(default_factory=list)  # by each run, its untimed part included
 
     @property
     def computed(self) -> float:
-        """How many tokens pass through the model if nothing is kept."""
+        """How many tokens pass through the model without a cache."""
         return self.length * (self.before + self.length / 2)
 
     @property
     def samples(self) -> list[float]:
-        """What each run took, in seconds."""
+        """The seconds of each run."""
         return [run.seconds for run in self.runs]
 
     @property
@@ -146,7 +146,7 @@ class Workload:
 
     @cached_property
     def decode(self) -> DecodingForm:
-        """The model in the form that decodes, for all runs but those that are captured."""
+        """The model's decoding form, for all runs without captured steps."""
         return decoding_form(self.model)
 
     def _begin(self) -> tuple[Tensor, CrossCache | None]:
@@ -156,8 +156,8 @@ class Workload:
     def _rehearse(
         self, kind: str, n_new: int
     ) -> tuple[DecodingForm, Cache, CrossCache | None] | None:
-        """The decoder that has captured the steps of such a run, its cache, empty again, and its
-        source, which equals that of later runs; None where steps are not captured."""
+        """A decoder with captured steps, its emptied cache, and its source, which equals that of
+        later runs; None if steps are not captured."""
         if graphs.capture_for(self.prompt.device) is None:
             return None
         decode = decoding_form(self.model)
@@ -172,7 +172,7 @@ class Workload:
         return decode, cache, source
 
     def predicted(self, kind: str, length: int) -> int:
-        """Bytes of keys and values that the kind should need; the last token is never stored."""
+        """Predicted bytes of keys and values. The last token is never stored."""
         n_start, n_new = self.n_start, length + self.decode_only
         spec = self._spec(n_start + n_new)
         return predicted_nbytes(kind, spec, n_start + n_new - 1, n_start)
@@ -195,7 +195,7 @@ def iqr(samples: Sequence[float]) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done all that it was given."""
+    """Seconds on a clock, after all work of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

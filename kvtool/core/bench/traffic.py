@@ -13,17 +13,17 @@ from torch import nn
 from kvtool.core.bench.timing import now
 from kvtool.core.models import Model
 
-LARGE = 2**28  # bytes; more than a processor's own caches hold
+ARRAY_BYTES = 2**28  # bytes; more than a processor's own caches hold
 TRIES = 5
-STEADY = 0.8  # of the best reading, that the median of undisturbed ones reaches
+STEADY = 0.8  # the share of the best reading that the median reaches if nothing disturbs it
 CACHES = Path("/sys/devices/system/cpu")
 
 
 def weights_read(model: Model) -> int:
     """Bytes of weights that a decoding step reads once, whatever its batch.
 
-    All of the decoder but the tables in which it looks up single rows, and but the projections of
-    the source, which were computed once.
+    All of the decoder except embedding tables, of which single rows are read, and the projections
+    of the source, which are computed once.
     """
     decoder: nn.Module = getattr(model, "decoder", model)
     looked_up = {
@@ -68,12 +68,12 @@ def read_bandwidth(device: torch.device) -> Bandwidth:
     The array exceeds the processor's own caches: a small model, which fits into them, may be read
     faster.
     """
-    array = torch.ones(LARGE // 4, device=device)
+    array = torch.ones(ARRAY_BYTES // 4, device=device)
     rates = []
     for _ in range(TRIES):
         started = now(device)
         array.sum()
-        rates.append(LARGE / max(now(device) - started, 1e-9))
+        rates.append(ARRAY_BYTES / max(now(device) - started, 1e-9))
     return Bandwidth(tuple(rates), own_caches(device))
 
 

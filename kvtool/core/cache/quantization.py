@@ -18,15 +18,15 @@ from kvtool.core.kernels.masks import CopyRule
 
 
 class Codes(NamedTuple):
-    """Quantized values: value = code * scale + low, all in float32 or wider."""
+    """Quantized values: value = code * scale + zero_point, all in float32 or wider."""
 
     codes: Tensor  # whole numbers from 0 on
     scale: Tensor
-    low: Tensor  # the zero point: the value of code 0
+    zero_point: Tensor  # the value of code 0
 
     def dequantized(self) -> Tensor:
         """The values again, in the format of the scales."""
-        return self.codes * self.scale + self.low
+        return self.codes * self.scale + self.zero_point
 
 
 @dataclass(frozen=True)

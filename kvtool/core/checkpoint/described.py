@@ -15,7 +15,7 @@ from kvtool.core.models import read_config
 from kvtool.core.text.tokenizer import NoTokenizer, Tokenizer
 from kvtool.errors import FileError
 from kvtool.files import CHECKPOINT_FOLDER
-from kvtool.reading import MOST_CONFIG, quoted, read_json_object
+from kvtool.reading import MAX_CONFIG_BYTES, quoted, read_json_object
 
 TOKENIZER, SOURCE, TARGET = "tokenizer.json", "source.json", "target.json"
 LOG = logging.getLogger("kvtool")
@@ -37,7 +37,7 @@ def read_described(folder: Path) -> tuple[ModelConfig, Family | GGUFModel | None
             f"--model {folder}: holds no {CONFIG}: not a checkpoint folder", CHECKPOINT_FOLDER
         )
     refuse_lookalike(path, "a configuration")
-    data = read_json_object(path, "a configuration", MOST_CONFIG)
+    data = read_json_object(path, "a configuration", MAX_CONFIG_BYTES)
     kind = data.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is not None:
@@ -64,7 +64,9 @@ def read_tokenizers(
         if not os.path.lexists(folder / TOKENIZER):
             return NoTokenizer(folder / TOKENIZER), None
         tokenizer = _read_tokenizer(folder / TOKENIZER, "vocab_size", config.vocab_size)
-        ends = end_ids(folder, read_json_object(folder / CONFIG, "a configuration", MOST_CONFIG))
+        ends = end_ids(
+            folder, read_json_object(folder / CONFIG, "a configuration", MAX_CONFIG_BYTES)
+        )
         return tokenizer.as_it_is(ends), None
     if not config.n_encoder_layers:
         return _read_tokenizer(folder / TOKENIZER, "vocab_size", config.vocab_size), None

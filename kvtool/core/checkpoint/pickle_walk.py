@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-MOST_STEPS = 4_000_000  # a tensor takes about 40
+MAX_STEPS = 4_000_000  # a tensor takes about 40
 WIDEST, DEEPEST = 64, 3  # of the tuples in a tensor's arguments; it has 64 dimensions at most
 
 ITEMSIZE = {
@@ -42,7 +42,7 @@ class Refused(ValueError):
     """The pickle builds more than tensors, or is not one of torch.save."""
 
 
-class Foreign(Refused):
+class UnsafePickle(Refused):
     """The pickle names something other than tensors and containers."""
 
 
@@ -76,8 +76,8 @@ def walk(stream: BytesIO) -> tuple[Any, list[Record]]:
     walker = _Walker()
     try:
         for n, (step, given) in enumerate(_steps(stream)):
-            if n > MOST_STEPS:
-                raise Refused(f"it takes more than {MOST_STEPS:,} steps")
+            if n > MAX_STEPS:
+                raise Refused(f"it takes more than {MAX_STEPS:,} steps")
             if step == "STOP":
                 return walker.stack.pop(), walker.records
             walker.take(step, given)
@@ -116,7 +116,7 @@ class _Walker:
         elif step in _TAKEN:
             _TAKEN[step](self)
         elif step == "NEWOBJ":
-            raise Foreign("it makes objects of a class")
+            raise UnsafePickle("it makes objects of a class")
         elif step != "PROTO":
             raise Refused(f"{step} is no step of a state_dict")
 
@@ -166,7 +166,7 @@ class _Walker:
         """Call a function with arguments: it must make tensors, from flat values."""
         args, function = self.stack.pop(), self.stack[-1]
         if not isinstance(function, Named) or function.name in STORAGES:
-            raise Foreign("it calls what is no function")
+            raise UnsafePickle("it calls what is no function")
         if not isinstance(args, tuple):
             raise Refused("it calls a function without arguments")
         if function.name == ORDERED_DICT:
@@ -185,7 +185,7 @@ class _Walker:
         state = self.stack.pop()
         made = self.stack[-1]
         if not isinstance(made, Made) or made.by != ORDERED_DICT:
-            raise Foreign("it sets attributes of an object")
+            raise UnsafePickle("it sets attributes of an object")
         if state != Made("dict"):
             raise Refused("attributes are no dictionary")
 
@@ -214,7 +214,7 @@ def _named(given: str) -> Named:
     found = f"{module}.{name}"
     is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
     if found not in KNOWN and not is_dtype:
-        raise Foreign(f"it names {found}")
+        raise UnsafePickle(f"it names {found}")
     return Named(found)
 
 

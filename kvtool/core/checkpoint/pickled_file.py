@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvtool import ending
-from kvtool.core.checkpoint.pickle_walk import PLAIN, Foreign, Record, Refused, walk
+from kvtool.core.checkpoint.pickle_walk import PLAIN, Record, Refused, UnsafePickle, walk
 from kvtool.core.checkpoint.safetensors_file import (
     BUFFER_DTYPES,
     BUFFERS,
@@ -34,7 +34,7 @@ from kvtool.errors import FileError, KvtoolError, pass_on_shortage
 from kvtool.reading import opened, sha256, short
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights
-MOST_PICKLE = 2**26  # bytes without values; a hundred thousand tensors take a tenth of it
+MAX_PICKLE_BYTES = 2**26  # bytes without values; a hundred thousand tensors take a tenth of it
 SHARED = 8  # how many tensors may share one value, as embeddings and heads do
 ZIP = b"PK\x03\x04"
 END, END64, LOCATOR = 22, 56, 20  # bytes of a zip archive's last records
@@ -84,7 +84,7 @@ def _check(path: Path) -> None:
         file.seek(0)
         try:
             (check_zip if zipped else _check_legacy)(file, size, path)
-        except Foreign as error:
+        except UnsafePickle as error:
             raise _code(path) from error
         except KvtoolError:
             raise
@@ -113,10 +113,10 @@ def check_zip(file: BinaryIO, size: int, path: Path, compressed: bool = True) ->
             raise Refused("two files have one name")
         _check_apart(entries, archive.start_dir)
         if any(name.endswith("/constants.pkl") for name in names):
-            raise Foreign("it is a TorchScript program")
+            raise UnsafePickle("it is a TorchScript program")
         prefix = entries[0].filename.lower().partition("/")[0]
         pickled = names[f"{prefix}/data.pkl"]
-        if pickled.file_size > MOST_PICKLE:
+        if pickled.file_size > MAX_PICKLE_BYTES:
             raise Refused("its pickle is too large")
         for record in walk(io.BytesIO(archive.read(pickled)))[1]:
             held = names.get(f"{prefix}/data/{record.key}".lower())
@@ -154,7 +154,7 @@ def _check_apart(entries: list[zipfile.ZipInfo], end: int) -> None:
 def _check_legacy(file: BinaryIO, size: int, path: Path) -> None:
     """As `check_zip`, for the format before torch 1.6: pickles, then the values."""
     require_memory(str(path), size, torch.device("cpu"))
-    head = file.read(MOST_PICKLE)
+    head = file.read(MAX_PICKLE_BYTES)
     if _begins_a_tar(head):
         raise Refused("it is a tar archive")
     stream = io.BytesIO(head)

@@ -25,7 +25,7 @@ from kvtool.errors import FileError
 from kvtool.reading import opened, parse_json, short
 
 LARGEST_HEADER = 2**25  # bytes; 100,000 tensors take 10^7, and the reference allows 10^8
-MOST_DIMENSIONS = 8  # so that a shape of a million numbers costs no time; weights have 1 or 2
+MAX_DIMENSIONS = 8  # so that a shape of a million numbers costs no time; weights have 1 or 2
 MAPPED = 2**26  # bytes; from this size on a file is mapped into memory, not read
 READ_AT_ONCE = 2**20
 Digest = Callable[[], str]  # the SHA-256 of what was read, in hexadecimal; computed when called
@@ -211,10 +211,10 @@ def _tensor_info(
             f"{where} has dtype {short(str(dtype))} (expected one of {', '.join(dtypes)})",
             "Weights are floating-point numbers." if dtypes == DTYPES else "",
         )
-    if not _whole_numbers(shape) or len(shape) > MOST_DIMENSIONS:
+    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
         raise FileError(
             f"{where} has shape {short(str(shape))} "
-            f"(expected up to {MOST_DIMENSIONS} whole numbers, none negative)"
+            f"(expected up to {MAX_DIMENSIONS} whole numbers, none negative)"
         )
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FileError(

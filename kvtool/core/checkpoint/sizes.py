@@ -16,7 +16,7 @@ from kvtool.core.machine import require_memory
 from kvtool.core.models import model_class
 from kvtool.errors import FileError
 
-MOST_TABLES = 2**28  # bytes; making tables takes three times as much
+MAX_TABLE_BYTES = 2**28  # bytes; making tables takes three times as much
 LARGEST_TENSOR = 2**48  # values; PyTorch counts bytes in 63 bits, and no file has this many
 CPU = torch.device("cpu")
 SMALLER = "Free memory, or use a smaller model."
@@ -55,7 +55,7 @@ def require_tables(
 
     For comparison: tables for a million positions take 1 GiB in a model of 15 GiB.
     """
-    most = max(MOST_TABLES, 4 * n_bytes(source))
+    most = max(MAX_TABLE_BYTES, 4 * n_bytes(source))
     if nbytes > most:
         raise FileError(
             f"{where}: {what} takes {nbytes / 2**30:.3g} GiB of tables "

@@ -70,12 +70,12 @@ def beam_search(
     eos: int | Collection[int] | None = None,
     source: CrossCache | None = None,
     kernels: Kernels = DEFAULT,
-    tell: Callable[[int], None] = lambda nbytes: None,
+    on_step: Callable[[int], None] = lambda nbytes: None,
 ) -> list[list[Hypothesis]]:
     """The best continuations of each prompt (S,P), at most `limits[s]` tokens long, best first.
 
     kind: of the cache. eos: the tokens that end a continuation. source: the encoded sources (S,...)
-    of an encoder-decoder. tell: called after each step with the bytes of the caches.
+    of an encoder-decoder. on_step: called after each step with the bytes of the caches.
 
     Every live row may end at every step. The `beam.n_best` best ended continuations are kept. The
     `beam.size` likeliest that did not end stay live; ended ones take none of these places. A row
@@ -106,7 +106,7 @@ def beam_search(
     read, reading = source, search.prompts
     while search.rows:
         logits = feed(decode, cache, search.ids, read, last=True)[:, -1]
-        tell(cache.nbytes().allocated + (read.nbytes() if read else 0))
+        on_step(cache.nbytes().allocated + (read.nbytes() if read else 0))
         require_finite(logits, search.n_generated)
         n_before, rows = len(search.rows), search.advance(logits)
         if rows and rows != list(range(n_before)):

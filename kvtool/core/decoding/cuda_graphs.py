@@ -27,7 +27,7 @@ Replay = Callable[[], Tensor]  # -> the result, in memory that the next replay o
 # Captures what a function does to fixed memory. The function may be run more than once.
 Capture = Callable[[Callable[[], Tensor]], Replay]
 
-MOST = 8  # sets of memory, such as caches used in turns, whose graphs are kept
+MAX_LAYOUTS = 8  # sets of memory, such as caches used in turns, whose graphs are kept
 
 
 class CudaCapture:
@@ -105,7 +105,7 @@ class Graphs:
         """
         if self._failed:
             return "CUDA graphs have failed"
-        if native.watched() or torch.is_autocast_enabled(self.device.type):
+        if native.is_intercepted() or torch.is_autocast_enabled(self.device.type):
             return "something watches what PyTorch does"
         if tokens.device != self.device:
             return f"the tokens are on {tokens.device}"
@@ -144,7 +144,7 @@ class Graphs:
         if addresses != self._addresses or not all(map(is_, memory, self._memory)):
             # By now a tensor of another shape or dtype may have the same address.
             layout = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in memory)
-            if layout not in self._kept and len(self._kept) == MOST:
+            if layout not in self._kept and len(self._kept) == MAX_LAYOUTS:
                 del self._kept[next(iter(self._kept))]
             self._captured = self._kept.setdefault(layout, {})
             self._memory, self._addresses = memory, addresses

@@ -54,14 +54,14 @@ KERNELS: dict[type, Any] = {
 IDS = (torch.int64, torch.int32)
 
 
-class Way(NamedTuple):
+class Route(NamedTuple):
     """How a step was decoded, and why no faster way was taken."""
 
     name: str
     why: str = ""
 
 
-ONE_CALL, GRAPH = Way("one compiled call"), Way("the replay of a CUDA graph")
+ONE_CALL, GRAPH = Route("one compiled call"), Route("the replay of a CUDA graph")
 LAYERWISE, FLAT, MODULES = "native code layer by layer", "the flat form in PyTorch", "modules"
 CHANGED_KERNELS = "the kernels have been changed, or are not kvtool's"
 OTHER_KERNELS = "the cache asks for other kernels than its spec has"
@@ -81,7 +81,7 @@ class DecodingForm:
 
     def __init__(self, model: Model) -> None:
         self.model, self.config = model, model.config
-        self.taken: Counter[Way] = Counter()  # the number of steps decoded in each way
+        self.taken: Counter[Route] = Counter()  # the number of steps decoded in each way
         self._foreign = _why_foreign(model)
         self._graphs: graphs.Graphs | None = None
         self._flat: FlatDecoder | None = None
@@ -117,7 +117,7 @@ class DecodingForm:
             if not isinstance(found, str):
                 return found
             why = found
-        self.taken[Way(MODULES, why)] += 1
+        self.taken[Route(MODULES, why)] += 1
         with _mode_for(new):
             return by_modules(self.model, torch.as_tensor(new), cache, source, last)
 
@@ -127,7 +127,7 @@ class DecodingForm:
         usual = self._graphs is not None and _are_usual(cache.spec.kernels)
         return usual and not _why_not_captured(cache)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """One line: how many steps were decoded in each way, and why in no faster one."""
         return "; ".join(
             f"{n} step{'s' * (n != 1)} by {way.name}" + (f" ({way.why})" if way.why else "")
@@ -139,8 +139,11 @@ class DecodingForm:
         if self._graphs is not None:
             return "the weights are on a GPU"
         # Exact kernels leave any number of tokens to native code.
-        if new.shape[0] * new.shape[1] > native.FEW and type(kernels) is not ExactKernels:
-            return f"PyTorch is as fast for more than {native.FEW} tokens at once"
+        if (
+            new.shape[0] * new.shape[1] > native.MAX_STEP_TOKENS
+            and type(kernels) is not ExactKernels
+        ):
+            return f"PyTorch is as fast for more than {native.MAX_STEP_TOKENS} tokens at once"
         if why := native.why_away():
             return why
         if self._native is None:
@@ -170,7 +173,7 @@ class DecodingForm:
             return OTHER_KERNELS
         logits = self._flat(new, step, cache, source)
         cache.commit(1)
-        self.taken[Way(FLAT, why)] += 1
+        self.taken[Route(FLAT, why)] += 1
         return logits
 
     def _native_step(
@@ -205,7 +208,7 @@ class DecodingForm:
                 return OTHER_KERNELS
             found = form.layerwise_step(new, step, cache, read)
             cache.commit(1)
-        self.taken[Way(LAYERWISE, why)] += 1
+        self.taken[Route(LAYERWISE, why)] += 1
         return found
 
     def _native_form(self, spec: CacheSpec) -> NativeDecoder | str:

@@ -21,7 +21,7 @@ from kvtool.core.native import arrays as native
 from kvtool.core.native import compiling
 from kvtool.core.native.arrays import Array
 
-MOST_A_CALL = 256  # tokens; Ctrl-C takes effect only after a call
+MAX_CALL_TOKENS = 256  # tokens; Ctrl-C takes effect only after a call
 NO_SOURCE = SourceAddresses(np.empty((2, 0), np.int64), 0, np.empty((0, 2), np.int64))
 
 
@@ -108,9 +108,9 @@ class NativeDecoder:
         half formats. Raises IndexError for a token or position that does not exist.
         """
         batch, n = tokens.shape
-        if batch * n <= MOST_A_CALL:
+        if batch * n <= MAX_CALL_TOKENS:
             return self._part(tokens, 0, place, source, last)
-        width = max(MOST_A_CALL // batch, 1)
+        width = max(MAX_CALL_TOKENS // batch, 1)
         parts = [
             self._part(tokens[:, first : first + width], first, place, source, last)
             for first in range(0, n, width)
@@ -169,7 +169,7 @@ class NativeDecoder:
         n_seen: the tokens whose keys and values the step reads, in all rows.
         """
         n_seen = max(n_seen, len(source.seen) * source.columns)
-        return native.threads_for(max(self.largest, n_seen * self.token_size)), native.LARGE
+        return native.threads_for(max(self.largest, n_seen * self.token_size)), native.MIN_SHARED
 
     def _given(self, y: Tensor, shape: tuple[int, ...]) -> Array:
         """The result of a cache's attention (B,H,1,D) as an array (B,H,D). Raises ValueError for

@@ -63,27 +63,26 @@ def search(
     max_tokens: int = 0,
     kind: str = "dynamic",
     kernels: Kernels = DEFAULT,
-    tell: Callable[[int], None] = lambda nbytes: None,
-    done: Callable[[int], None] = lambda n_sources: None,
+    on_step: Callable[[int], None] = lambda nbytes: None,
+    on_batch: Callable[[int], None] = lambda n_sources: None,
 ) -> list[list[Hypothesis]]:
     """The best targets of each source by beam search, in the order of the sources.
 
-    max_tokens: of each target; 0 takes `target_limit`. kind: of the cache. tell: called after each
-    step with the bytes of the caches. done: called after each batch with the number of its sources.
-    Sources of similar length are decoded together; up to
-    rounding, the result is that of each source alone. Raises CapacityError for a source that is
-    empty or too long, or if the cache does not fit into memory, and CheckFailed if logits are not
-    finite.
+    max_tokens: of each target; 0 takes `target_limit`. kind: of the cache. on_step: called after
+    each step with the bytes of the caches. on_batch: called after each batch with the number of its
+    sources. Sources of similar length are decoded together; up to rounding, the result is that of
+    each source alone. Raises CapacityError for a source that is empty or too long, or if the cache
+    does not fit into memory, and CheckFailed if logits are not finite.
     """
     found: list[list[Hypothesis]] = [[] for _ in sources]
     size = max(1, DECODING_BATCH // beam.size)
     for rows, ids, mask, limits in _batches(model, sources, max_tokens, size):
         source = model.encode(ids, mask, kernels)
         start = torch.full((len(rows), 1), BOS, device=ids.device)
-        best = beam_search(model, start, kind, limits, beam, EOS, source, kernels, tell)
+        best = beam_search(model, start, kind, limits, beam, EOS, source, kernels, on_step)
         for i, hypotheses in zip(rows, best, strict=True):
             found[i] = hypotheses
-        done(len(rows))
+        on_batch(len(rows))
     return found
 
 

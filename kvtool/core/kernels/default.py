@@ -111,7 +111,7 @@ class DefaultKernels:
         9. one query in float32: a half format on a CPU where native code cannot be used
         10. SDPA: all other calls
         """
-        few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.FEW
+        few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.MAX_STEP_TOKENS
         if k.dtype is not q.dtype and (cap or not (few and native.can_attend(q, k, v, None))):
             # Codes stand for numbers of float32, also where the model is of a half format.
             return self.attention(q.to(k.dtype), k, v, mask, causal, cap).to(q.dtype)
@@ -124,9 +124,9 @@ class DefaultKernels:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
         if few and native.can_attend(q, k, v, mask):
             return native.attention(q, k, v, mask, causal)
-        if fused.attends(q, k, v):
+        if fused.can_fuse_attention(q, k, v):
             return fused.attention(q, k, v, mask, causal)
-        if q.is_cuda and not (torch.is_grad_enabled() or native.watched()):
+        if q.is_cuda and not (torch.is_grad_enabled() or native.is_intercepted()):
             if _is_serial(q, k, mask):
                 return attention_of_one(q, k, v, mask)
             with CUDNN.off():

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kvtool.core.kernels.query_blocks import Flags, QueryBlock, query_blocks
 
-LARGE = 2**21  # pairs of a query and a key; smaller masks are made at once
-LEAST = 16  # queries; with fewer, a step is not a prefill
+MIN_PAIRS = 2**21  # pairs of a query and a key; smaller masks are made at once
+MIN_PREFILL = 16  # queries; with fewer, a step is not a prefill
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, window: int = 0, sinks: int = 0) -> Tensor:
@@ -38,7 +38,7 @@ def make_mask(
     """The mask of `visible`, and of `copies` if given: (B,1,T,S) bool, or a LazyMask if large."""
     n, n_keys = q_pos.shape[1], k_pos.shape[1]
     mask = LazyMask(q_pos, k_pos, window, sinks, copies=copies)
-    return mask if n >= LEAST and n * n_keys > LARGE else mask.mask()
+    return mask if n >= MIN_PREFILL and n * n_keys > MIN_PAIRS else mask.mask()
 
 
 def mask_tensor(mask: Tensor | LazyMask | None) -> Tensor | None:

@@ -54,7 +54,7 @@ class Linear(Plain, nn.Linear):
         """(...,in) -> (...,out)"""
         weight, bias = self.weight, self.bias
         # If sizes do not fit, PyTorch raises a clear error.
-        if native.serves(x, weight, bias) and x.shape[-1] == self.in_features:
+        if native.can_compute(x, weight, bias) and x.shape[-1] == self.in_features:
             return native.on_tensor(self.on_arrays(), x)
         return F.linear(x, weight, bias)
 
@@ -75,7 +75,11 @@ class LayerNorm(Plain, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(...,d) -> (...,d)"""
         weight, bias = self.weight, self.bias
-        if native.serves(x, weight, bias) and weight is not None and x.shape[-1:] == weight.shape:
+        if (
+            native.can_compute(x, weight, bias)
+            and weight is not None
+            and x.shape[-1:] == weight.shape
+        ):
             return native.on_tensor(self.on_arrays(), x)
         return torch.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
@@ -152,7 +156,7 @@ class MLP(Plain):
 
     def activate(self, x: Tensor) -> Tensor:
         """Apply the activation: (...,d_ff), or with swiglu (...,2*d_ff) -> (...,d_ff)."""
-        if native.serves(x):
+        if native.can_compute(x):
             return native.on_tensor(native.activation(self.activation), x)
         return ACTIVATION[self.activation](x)
 
@@ -174,10 +178,10 @@ class Dropout(Plain):
             return x if onto is None else onto + x
         before = context.current().first_row * math.prod(x.shape[1:])
         start = int(torch.randint(2**32, ())) + before
-        mask = fused.Mask(start % 2**32, dropped - 2**31, 2**32 / (2**32 - dropped))
-        if fused.serves(x, x if onto is None else onto):
+        mask = fused.DropoutMask(start % 2**32, dropped - 2**31, 2**32 / (2**32 - dropped))
+        if fused.can_fuse(x, x if onto is None else onto):
             return fused.dropout(x, onto, mask)
-        x = x * (mask.kept(x).to(x.dtype) * mask.scale)
+        x = x * (mask.keep_mask(x).to(x.dtype) * mask.scale)
         return x if onto is None else onto + x
 
 

@@ -27,9 +27,9 @@ from kvtool.core.native import compiling, context
 Array = NDArray[Any]
 ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row alone
 
-FEW = 8  # rows; PyTorch is faster for many more
-LARGE = 2**17  # numbers read by a layer or attention; for fewer, threads gain little
-PAYS = 500  # tokens to decode; loading takes 0.3 s, and each token saves 0.5 ms or more
+MAX_STEP_TOKENS = 8  # rows; PyTorch is faster for many more
+MIN_SHARED = 2**17  # numbers read by a layer or attention; for fewer, threads gain little
+MIN_DECODED = 500  # tokens to decode; loading takes 0.3 s, and each token saves 0.5 ms or more
 
 COMPUTED = torch.float32, torch.float64
 # NumPy or numba lacks these formats. So arrays hold their bits as integers, one type for each.
@@ -40,13 +40,13 @@ NO_CODES = np.zeros(9, np.int64)  # as compiled/codes.py has it
 
 def native_if_worthwhile(n_tokens: int) -> AbstractContextManager[None]:
     """Turn native code off if loading it takes longer than `n_tokens` decoded tokens gain."""
-    why = f"for fewer than {PAYS} tokens native code takes longer to load than it gains"
-    return context.within(no_native="" if n_tokens >= PAYS else why)
+    why = f"for fewer than {MIN_DECODED} tokens native code takes longer to load than it gains"
+    return context.within(no_native="" if n_tokens >= MIN_DECODED else why)
 
 
-def serves(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether x (...,in) holds at most FEW tokens and native code can read all the tensors."""
-    return x.numel() <= FEW * x.shape[-1] and not why_unreadable(x, *parameters)
+def can_compute(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether x (...,in) holds MAX_STEP_TOKENS at most and native code can read all the tensors."""
+    return x.numel() <= MAX_STEP_TOKENS * x.shape[-1] and not why_unreadable(x, *parameters)
 
 
 def can_read(first: Tensor, *others: Tensor | None) -> bool:
@@ -84,16 +84,16 @@ def numpy_can_read(
             or type(x) not in (Tensor, nn.Parameter)
         ):
             return False
-    return not watched()
+    return not is_intercepted()
 
 
 def why_away() -> str:
     """Why no step may use native code now, whatever its tensors are; empty if it may."""
     why = context.current().no_native
-    return "something watches what PyTorch does" if not why and watched() else why
+    return "something watches what PyTorch does" if not why and is_intercepted() else why
 
 
-def watched() -> bool:
+def is_intercepted() -> bool:
     """Whether something tracks or changes PyTorch's operations and would miss those done elsewhere:
     a compiler, a tracer, autocast, a dispatch mode, a function transform, forward derivatives."""
     return bool(
@@ -188,7 +188,7 @@ def _or_empty(bias: Tensor | None, weight: Tensor) -> Array:
 
 
 def linear(weights: Weights) -> ArrayLayer:
-    """`F.linear` on arrays; threads share weights of LARGE numbers or more.
+    """`F.linear` on arrays; threads share weights of MIN_SHARED numbers or more.
 
     The layer raises ValueError for an input of another width or one that is not contiguous.
     """
@@ -197,7 +197,7 @@ def linear(weights: Weights) -> ArrayLayer:
     def layer(x: Array) -> Array:
         _require_input(x, n_in)
         y = np.empty((len(x), n_out), x.dtype)
-        kernel(x, *weights, y, threads_for(weights.weight.size), LARGE)
+        kernel(x, *weights, y, threads_for(weights.weight.size), MIN_SHARED)
         return y
 
     return layer
@@ -237,9 +237,9 @@ def activation(name: str) -> ArrayLayer:
 
 
 def threads_for(n_read: int) -> int:
-    """How many threads share work that reads `n_read` numbers: 1 below LARGE, else as many as
+    """How many threads share work that reads `n_read` numbers: 1 below MIN_SHARED, else as many as
     PyTorch uses and compiled code allows."""
-    n = torch.get_num_threads() if n_read >= LARGE else 1
+    n = torch.get_num_threads() if n_read >= MIN_SHARED else 1
     return n if n == 1 else min(n, _loaded().MOST_THREADS)
 
 
@@ -319,7 +319,7 @@ def _attend(q: Array, read: tuple[Stored, Stored], spans: Array, y: Array) -> No
     threads = threads_for(2 * n_groups * width * n_seen)
     _loaded().attend(
         q.reshape(flat), n_queries, n_groups, k.place, v.place, with_sinks, y.reshape(flat),
-        threads, LARGE,
+        threads, MIN_SHARED,
     )  # fmt: skip
 
 

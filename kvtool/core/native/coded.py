@@ -17,7 +17,7 @@ class Coded(NamedTuple):
 
     codes: int  # the addresses of codes, scales and zero points
     scales: int
-    lows: int
+    zero_points: int
     length: int  # of how many tokens there are codes, and is there room for
     room: int
     form: int  # one of the following
@@ -61,4 +61,4 @@ def move_columns(exact: Exact, first: int, n: int) -> None:
 @cache
 def _code() -> ModuleType:
     """What a step in one call has loaded before it."""
-    return importlib.import_module("kvtool.core.native.compiled.codes")
+    return importlib.import_module("kvtool.core.native.compiled.quantize")

@@ -19,18 +19,18 @@ from torch.autograd.function import once_differentiable
 from kvtool.core.native import arrays as native
 from kvtool.core.native import compiling, context
 
-LEAST = 2**14  # numbers; for fewer the 0.3 s of loading do not pay
-LONGEST = 24  # keys; for more, batched products of many heads are faster
-LANES = 16  # numbers of a head that are multiplied at once
+MIN_NUMBERS = 2**14  # numbers; for fewer the 0.3 s of loading do not pay
+MAX_KEYS = 24  # keys; for more, batched products of many heads are faster
+CHANNELS_MULTIPLE = 16  # numbers of a head that are multiplied at once
 DTYPES = torch.float32, torch.bfloat16
 
 
-def serves(x: Tensor, *others: Tensor) -> bool:
+def can_fuse(x: Tensor, *others: Tensor) -> bool:
     """Whether fused code can be used for these tensors; the size of x decides if it pays."""
     return (
         context.current().training
         and torch.is_grad_enabled()
-        and x.numel() >= LEAST
+        and x.numel() >= MIN_NUMBERS
         and all(t.is_cpu and t.dtype in DTYPES for t in (x, *others))
         and _code() is not None
     )
@@ -48,7 +48,7 @@ def _code() -> ModuleType | None:
 
 def _compiled() -> ModuleType:
     code = _code()
-    assert code is not None, "ask serves() first"
+    assert code is not None, "ask can_fuse() first"
     return code
 
 
@@ -61,15 +61,15 @@ def _rows(x: Tensor) -> native.Array:
     return native.array(x).reshape(-1, x.shape[-1])
 
 
-class Mask(NamedTuple):
+class DropoutMask(NamedTuple):
     """Which elements a dropout keeps; a hash of each element's index decides."""
 
     start: int  # index of the first element
     least: int  # an element is kept if its hash, an int32, is this or more
     scale: float  # factor of kept elements
 
-    def kept(self, x: Tensor) -> Tensor:
-        """Which elements of x are kept, bool in the shape of x; as compiled.training.keeps."""
+    def keep_mask(self, x: Tensor) -> Tensor:
+        """Which elements of x are kept, bool in the shape of x; as compiled.training.is_kept."""
         h = torch.arange(x.numel(), dtype=torch.int32, device=x.device).add_(_int32(self.start))
         h.bitwise_xor_(h >> 16 & 0xFFFF).mul_(0x7FEB352D)
         h.bitwise_xor_(h >> 15 & 0x1FFFF).mul_(_int32(0x846CA68B))
@@ -83,7 +83,7 @@ def _int32(x: int) -> int:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, onto: Tensor | None, mask: Mask) -> Tensor:
+    def forward(ctx: Any, x: Tensor, onto: Tensor | None, mask: DropoutMask) -> Tensor:
         y = torch.empty_like(x if onto is None else onto, memory_format=torch.contiguous_format)
         ctx.mask, ctx.dtype, ctx.adds = mask, x.dtype, onto is not None
         _drop(x, onto, mask, y)
@@ -97,15 +97,15 @@ class _Dropout(torch.autograd.Function):
         return dx, dy if ctx.adds else None, None
 
 
-def _drop(x: Tensor, onto: Tensor | None, mask: Mask, y: Tensor) -> None:
+def _drop(x: Tensor, onto: Tensor | None, mask: DropoutMask, y: Tensor) -> None:
     added = x.new_empty(0, 1, dtype=torch.float32) if onto is None else onto
     _compiled().dropout(_rows(x), _rows(added), *mask, _rows(y), _threads())
 
 
-def dropout(x: Tensor, onto: Tensor | None, mask: Mask) -> Tensor:
+def dropout(x: Tensor, onto: Tensor | None, mask: DropoutMask) -> Tensor:
     """x (...,d) after dropout, plus `onto` (...,d) if that is given -> (...,d).
 
-    Ask `serves` first. It has first derivatives only.
+    Ask `can_fuse` first. It has first derivatives only.
     """
     found: Tensor = _Dropout.apply(x, onto, mask)
     return found
@@ -119,8 +119,8 @@ class View(NamedTuple):
     stride: tuple[int, ...]
     behind: int  # offset in numbers from the base's first
 
-    def place(self, bases: Sequence[Tensor]) -> tuple[int, int, int, int]:
-        """The part's memory, as compiled.training.Place."""
+    def strided(self, bases: Sequence[Tensor]) -> tuple[int, int, int, int]:
+        """The part's memory, as compiled.training.Strided."""
         base, (of_row, _, of_token, _) = bases[self.of], self.stride
         size = base.itemsize
         return base.data_ptr() + self.behind * size, of_row * size, of_token * size, self.shape[2]
@@ -137,9 +137,9 @@ class _Attention(torch.autograd.Function):
         y = torch.empty(batch, n, n_heads, width, dtype=bases[0].dtype)
         ctx.views = views
         ctx.save_for_backward(weights, *bases)
-        places = (view.place(bases) for view in views)
+        strided = (view.strided(bases) for view in views)
         result = _rows(y).reshape(y.shape)
-        _compiled().attend(*places, n_groups, seen.numpy(), weights.numpy(), result, _threads())
+        _compiled().attend(*strided, n_groups, seen.numpy(), weights.numpy(), result, _threads())
         return y.transpose(1, 2)
 
     @staticmethod
@@ -149,12 +149,12 @@ class _Attention(torch.autograd.Function):
         dy = _dense(dy)
         grads = [torch.empty_like(base) for base in bases]
         _compiled().attend_backward(
-            View(0, dy.shape, dy.stride(), 0).place((dy,)),
-            *(view.place(bases) for view in ctx.views),
+            View(0, dy.shape, dy.stride(), 0).strided((dy,)),
+            *(view.strided(bases) for view in ctx.views),
             ctx.views[1].shape[1],
             weights.numpy(),
             _rows(dy[0, 0, :1])[0],
-            *(view.place(grads) for view in ctx.views),
+            *(view.strided(grads) for view in ctx.views),
             _threads(),
         )
         return None, None, *grads
@@ -165,14 +165,15 @@ def _dense(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def can_fuse_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention` can be used for q (B,H,T,D) and k, v (B,Hkv,S,D)."""
-    fits = k.shape[2] <= LONGEST and k.shape == v.shape and not k.shape[3] % LANES
-    return fits and q.dtype is k.dtype is v.dtype and serves(q, k, v)
+    fits = k.shape[2] <= MAX_KEYS and k.shape == v.shape and not k.shape[3] % CHANNELS_MULTIPLE
+    return fits and q.dtype is k.dtype is v.dtype and can_fuse(q, k, v)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """`Kernels.attention`, computed in float32; first derivatives only. Ask `attends` first."""
+    """`Kernels.attention`, computed in float32. Ask `can_fuse_attention` first. It has first
+    derivatives only."""
     n, n_keys = q.shape[2], k.shape[2]
     if mask is None or causal:
         seen = torch.ones(1, n, n_keys, dtype=torch.bool)

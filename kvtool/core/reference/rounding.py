@@ -108,7 +108,7 @@ def expected(model: Model, stored: str, block: int) -> Iterator[None]:
         yield
 
 
-def told(stored: str, block: int) -> str:
+def described(stored: str, block: int) -> str:
     """What `expected` rounds, in words."""
     if block > 1:
         return "activations of 8 bits, a float16 cache"

@@ -25,7 +25,7 @@ from kvtool.errors import FileError, ServerError
 
 LIMIT = 2.0  # times what is expected: a right server of llama.cpp is at 1.2 to 1.4
 FAR = 2.0  # times LIMIT, of a single prompt or position
-LEAST = 1e-6  # nats of what is expected: logprobs are float32
+MIN_NATS = 1e-6  # nats of what is expected: logprobs are float32
 SUMMED = 1e-5  # how far probabilities of 256 tokens in float32 may sum up wrongly
 AGREES, DIFFERS, HIDDEN = "agrees", "differs", "cannot tell"
 FAULTS = ("a token replaced", "a token missing", "weights of 4 bits")
@@ -73,7 +73,7 @@ class Verdict:
 
 def ask(
     engine: Engine, prompts: Sequence[Sequence[int]], tail: int, n_vocab: int,
-    tell: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> list[ServedPrompt]:  # fmt: skip
     """What the server says of each prompt and of `tail` tokens after it, without its cache.
 
@@ -81,7 +81,7 @@ def ask(
     """
     found = []
     for number, ids in enumerate(prompts):
-        tell(f"prompt {number + 1}")
+        progress(f"prompt {number + 1}")
         prompt = Prompt(engine, number, ids, tail)
         answers = prompt.cold.answers
         if not answers:  # llama.cpp leaves out tokens that end within a letter
@@ -160,7 +160,7 @@ def judge(prompts: Sequence[ServedPrompt], found: Sequence[ServedPosition]) -> V
     for prompt in prompts:
         own = [p for p in found if p.prompt == prompt.number]
         scale = max(
-            _pooled([p.expected for p in own]), _pooled([p.noise or 0.0 for p in own]), LEAST
+            _pooled([p.expected for p in own]), _pooled([p.noise or 0.0 for p in own]), MIN_NATS
         )
         scales[prompt.number] = scale
         ratios.append(_pooled([p.gap for p in own]) / scale)

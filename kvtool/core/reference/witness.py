@@ -26,7 +26,7 @@ from kvtool.core.verify.precision import Promote
 from kvtool.core.verify.widened import Room, is_large, twin
 from kvtool.errors import UsageError
 from kvtool.hub import offline
-from kvtool.reading import MOST_CONFIG, read_json_object
+from kvtool.reading import MAX_CONFIG_BYTES, read_json_object
 
 Arrays = dict[str, np.ndarray]
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
@@ -89,7 +89,7 @@ def folder_witness(folder: Path) -> Any | None:
     if folder.is_file():
         return None
     path = folder / CONFIG
-    data = read_json_object(path, "a configuration", MOST_CONFIG)
+    data = read_json_object(path, "a configuration", MAX_CONFIG_BYTES)
     family = FAMILIES.get(data.get("model_type", ""))
     if family is None or family.beside:  # of a part of a model, transformers has other names
         return None

@@ -1,1 +1,1 @@
-"""Serving engines, judged from outside: token ids in, logprobs out."""
+"""The KV caches of serving engines, judged from outside: token ids in, logprobs out."""

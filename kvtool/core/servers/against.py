@@ -1,7 +1,7 @@
 """How far are two servers' answers to the same ids from each other, and from their own noise?
 
-Both are asked for every history of one text, without a cache and with one. The text is the first
-server's. KL divergence is over the tokens that both name; all others count as one.
+Both answer every history of one text, without a cache and with one. The first server writes the
+text. KL divergence is over the tokens that both list; all others count as one.
 """
 
 from __future__ import annotations
@@ -13,11 +13,18 @@ from statistics import fmean, median
 
 from kvtool.core.servers.engine import Engine
 from kvtool.core.servers.texts import TAIL, Answer, Measured, Prompt
-from kvtool.core.servers.verdict import IDENTICAL, LEAST, WITHIN, distance, pooled_floor, scale_of
+from kvtool.core.servers.verdict import (
+    IDENTICAL,
+    MIN_FLOOR,
+    WITHIN,
+    distance,
+    pooled_floor,
+    scale_of,
+)
 
 COLD, CACHED = "without a cache", "with a cache"
 APART = "apart"  # further from each other than either is from itself
-MANY_FLIPS = 0.5  # of all positions: no cache does that
+MANY_FLIPS = 0.5  # share of all positions; no fault of a cache changes as many
 TINY = 1e-30
 
 
@@ -29,7 +36,7 @@ class Position:
     prompt: int
     history: int
     gap: float  # nats, root mean square over the first server's likeliest
-    loss: float  # nats by which the second finds the text's next token less likely
+    loss: float  # nats by which the text's next token is less likely for the second server
     kl: float  # nats
     flip: bool  # whether their likeliest tokens differ
     noise: float | None = None  # nats, the larger of both servers' own
@@ -54,7 +61,7 @@ class Comparison:
 
     @property
     def other_model(self) -> bool:
-        """Whether the answers differ by more than a cache or a build could make them."""
+        """Whether the answers differ by more than a cache or a build can explain."""
         return self.flips > MANY_FLIPS * self.positions
 
 
@@ -69,13 +76,13 @@ def compare(
     first: Engine,
     second: Engine,
     prompts: Sequence[Sequence[int]],
-    tell: Callable[[str], None],
+    progress: Callable[[str], None],
     found: list[Position],
     tail: int = TAIL,
 ) -> None:
-    """Ask both servers, into `found`. Raises ServerError."""
+    """Ask both servers, and add their answers to `found`. Raises ServerError."""
     for number, ids in enumerate(prompts):
-        tell(f"prompt {number + 1}")
+        progress(f"prompt {number + 1}")
         ours = Prompt(first, number, ids, tail)
         others = ours.at(second)
         cold = [
@@ -109,7 +116,7 @@ def _positions(
     for length, a, b in pairs:
         scales = [scale_of(p.cold.answers.get(length, [])) for p in (ours, others)]
         floors = [
-            max(scale.floor or pool, LEAST)
+            max(scale.floor or pool, MIN_FLOOR)
             for scale, pool in zip(scales, pooled, strict=True)
             if scale is not None
         ]
@@ -131,7 +138,7 @@ def _positions(
 
 
 def summaries(positions: Sequence[Position]) -> list[Comparison]:
-    """What each kind comes to."""
+    """The comparison of each kind."""
     kinds = dict.fromkeys(position.kind for position in positions)
     return [_summary(kind, [p for p in positions if p.kind == kind]) for kind in kinds]
 

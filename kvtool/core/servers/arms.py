@@ -1,4 +1,4 @@
-"""What a server is asked, so that its cache shows: each arm with and without what was kept."""
+"""The arms: sequences of requests whose answers depend on the server's cache."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import NamedTuple
 
 from kvtool.core.servers.client import Refused
 from kvtool.core.servers.engine import Engine, NotFinite
-from kvtool.core.servers.texts import FORKED, LEAST_VARIANTS, TAIL, Measured, Prompt
+from kvtool.core.servers.texts import FORKED, MIN_VARIANTS, TAIL, Measured, Prompt
 
 CUT_TAIL = 8
 FRESH = 4  # tokens
-FIRST_OF_LONG = 8  # tokens that stay before a cut of as many in a long text
-MOST_SET_RIGHT = 4  # times that a decoded text is led back to the right one
+FIRST_OF_LONG = 8  # tokens before the cut in a long text, and tokens that are cut
+MAX_CORRECTIONS = 4  # times that a diverging continuation is corrected
 LONG_TAIL = 32
 AROUND = 64  # tokens; kernels change there, so the boundaries of a long prompt lie about a multiple
-MOST_CHUNK = 2**16  # tokens, and MOST_SLOTS, of a server that is asked for more than they hold
-MOST_SLOTS = 64
-FILLERS = 8  # tokens of requests that push a prompt out of its slot
-NO_SAVING = 501  # the HTTP code of a server that was not told where to save slots
+MAX_CHUNK = 2**16  # tokens, and MAX_SLOTS: larger servers would need too many requests
+MAX_SLOTS = 64
+FILLERS = 8  # tokens of the requests that evict a prompt from its slot
+NO_SAVING = 501  # the HTTP code of a server without --slot-save-path
 
 
 def warm_prefix(prompt: Prompt, into: Measured) -> None:
-    """A prefix that another request has left, then the rest."""
+    """A prefix that another request left in the cache, then the rest."""
     for split in prompt.splits():
         prompt.ask(prompt.parted(split))
         prompt.probe(into, split)
 
 
 def long_prefix(prompt: Prompt, into: Measured) -> None:
-    """Prefixes that end before, at and behind the end of what is computed at a time."""
+    """Prefixes that end before, at and behind the end of a prefill chunk."""
     chunk = prompt.engine.chunk
     for split in (prompt.random.randrange(chunk // 2, chunk), chunk, chunk + chunk // 16):
         prompt.begin()
@@ -39,11 +39,11 @@ def long_prefix(prompt: Prompt, into: Measured) -> None:
 
 
 def decode(prompt: Prompt, into: Measured) -> None:
-    """Tokens decoded one by one, against a prefill of the same tokens. Where the server goes on
-    otherwise, it is set right and asked again."""
+    """Tokens decoded one by one, compared with a prefill of the same tokens. If the server
+    continues differently, its text is corrected and it is asked again."""
     prompt.ask(prompt.ids[: prompt.n_prompt - 1])
     begin = prompt.n_prompt
-    for _ in range(MOST_SET_RIGHT):
+    for _ in range(MAX_CORRECTIONS):
         found = prompt.ask(prompt.ids[:begin], prompt.end - begin + 1)
         answers = list(prompt.shared(found, begin))
         if judged := [f for f in answers if f[0] >= prompt.start]:
@@ -54,7 +54,7 @@ def decode(prompt: Prompt, into: Measured) -> None:
 
 
 def fork(prompt: Prompt, into: Measured) -> None:
-    """One prefix, another continuation that is decoded, then the first again."""
+    """A fork: one prefix, another decoded continuation, then the first continuation again."""
     split = prompt.split(0)
     prompt.ask(prompt.ids)
     prompt.ask(prompt.parted(split), FORKED)
@@ -79,12 +79,13 @@ def second_slot(prompt: Prompt, into: Measured) -> None:
 
 
 def evicted(prompt: Prompt, into: Measured) -> None:
-    """As many other requests as there are slots, and one more: the prompt must be restored."""
+    """One request more than there are slots: the prompt is evicted, and must be computed or
+    restored."""
     if not prompt.engine.slots:
         into.unsupported = "it has no slots to fill"
         return
-    if prompt.engine.slots > MOST_SLOTS:
-        into.unsupported = f"it has more than {MOST_SLOTS} slots to fill"
+    if prompt.engine.slots > MAX_SLOTS:
+        into.unsupported = f"it has more than {MAX_SLOTS} slots to fill"
         return
     prompt.ask(prompt.ids[: prompt.end - 1], anywhere=True)
     for _ in range(prompt.engine.slots + 1):
@@ -106,7 +107,7 @@ def restored(prompt: Prompt, into: Measured) -> None:
         why = f"it failed to save and restore a slot: {error.message}"
         into.unsupported = "--slot-save-path is not set" if error.code == NO_SAVING else why
         return
-    if not n_restored:  # what is reused then is from elsewhere
+    if not n_restored:  # reused tokens come from elsewhere then
         into.unsupported = "it restored no tokens of a slot"
         return
     prompt.probe(into, prompt.start - 1, slot=prompt.other_slot)
@@ -119,8 +120,8 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def cut(prompt: Prompt, into: Measured) -> None:
-    """A text cut in the middle, the rest of which lay further behind before. A server that shifts
-    what it has kept answers by design with another history's keys."""
+    """A text without its middle, so that the rest moves to lower positions. A server that shifts
+    cached keys answers by design with keys of another history."""
     into.approximate = True
     longest = 0
     for text, first, last in _to_cut(prompt):
@@ -131,8 +132,8 @@ def cut(prompt: Prompt, into: Measured) -> None:
         if found.reused is not None and found.reused > common(rest, text):
             shorter = Prompt(prompt.engine, prompt.number, rest, CUT_TAIL)
             into.cold = shorter.cold
-            # No other shape comes to the first history: its noise is that of the other texts.
-            into.cold.answers[shorter.n_prompt] *= LEAST_VARIANTS
+            # The first history has one shape alone, so its noise is that of the other texts.
+            into.cold.answers[shorter.n_prompt] *= MIN_VARIANTS
             into.add(shorter.shared(found, shorter.n_prompt), found.reused)
             return
     into.unsupported = f"it reuses nothing behind a cut, up to {longest} tokens"
@@ -151,7 +152,7 @@ def _to_cut(prompt: Prompt) -> Iterator[tuple[list[int], int, int]]:
 
 
 class Arm(NamedTuple):
-    """What is done to a cache, and whether it needs a long prompt."""
+    """One arm: what is done to a cache, and whether it needs a long prompt."""
 
     about: str
     play: Callable[[Prompt, Measured], None]
@@ -176,8 +177,7 @@ SHORT = [name for name, arm in ARMS.items() if not arm.long]
 
 
 def play(prompt: Prompt, name: str) -> Measured:
-    """One arm on one prompt; what is not a number with the cache is an answer too. Raises
-    ServerError."""
+    """Play one arm on one prompt. NaN from the cache counts as an answer. Raises ServerError."""
     measured = Measured(name, prompt.number, prompt.cold)
     prompt.begin()
     try:
@@ -190,7 +190,7 @@ def play(prompt: Prompt, name: str) -> Measured:
 def open_prompt(
     engine: Engine, number: int, prompts: Sequence[Sequence[int]], tail: int = TAIL
 ) -> Prompt:
-    """Ask for all that cached answers to one of these prompts are compared with.
+    """Ask for the cold answers that cached answers to a prompt are compared with.
 
     Raises ServerError.
     """
@@ -202,12 +202,12 @@ def open_prompt(
 
 
 def lengthened(prompts: Sequence[Sequence[int]], engine: Engine) -> list[int]:
-    """A prompt longer than what the engine computes at a time, of shorter ones; [] if its context
-    holds none, or its sizes are not told."""
+    """A prompt longer than a prefill chunk, joined from shorter ones; [] if it exceeds the context,
+    or the engine does not report its sizes."""
     length = engine.chunk + engine.chunk // 8
     length = length // AROUND * AROUND - LONG_TAIL // 2
     fits = not 0 < engine.context <= length + LONG_TAIL + FORKED
-    if not 0 < engine.chunk <= MOST_CHUNK or not fits:
+    if not 0 < engine.chunk <= MAX_CHUNK or not fits:
         return []
     joined = [i for ids in prompts for i in ids]
     return (joined * (length // len(joined) + 1))[:length]

@@ -19,16 +19,16 @@ from urllib.parse import urlsplit
 from kvtool.errors import ServerError, UsageError
 from kvtool.reading import parse_json
 
-KEYS = ("KVTOOL_API_KEY", "OPENAI_API_KEY")  # variables that may hold a key, the first that does
+KEYS = ("KVTOOL_API_KEY", "OPENAI_API_KEY")  # environment variables; the first that is set counts
 READ_AT_ONCE = 2**16
-MOST_ANSWERED = 64 * 2**20  # bytes of an answer
+MAX_ANSWER_BYTES = 64 * 2**20  # bytes of an answer
 RETRIED = (429, 502, 503, 504)  # busy, or limited in rate
 N_TRIES = 4
 LONGEST_WAIT = 20.0  # seconds before the next try
 
 
 class Refused(ServerError):
-    """A server's answer to a request is an error of HTTP: `code`."""
+    """The server answered with an HTTP error, `code`."""
 
     def __init__(self, code: int, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
@@ -36,7 +36,7 @@ class Refused(ServerError):
 
 
 class RequestsSpent(ServerError):
-    """As many requests were sent as are allowed."""
+    """The allowed number of requests is used up."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -123,13 +123,13 @@ class Client:
             return self._read(answer)
 
     def _read(self, answer: http.client.HTTPResponse) -> bytes:
-        """A whole answer, that is not larger than any answer need be."""
+        """The whole answer. Raises ServerError if it is larger than an answer may be."""
         parts, size = [], 0
         while part := answer.read1(READ_AT_ONCE):
             parts.append(part)
             size += len(part)
-            if size > MOST_ANSWERED:
-                most = f"{MOST_ANSWERED // 2**20} MiB"
+            if size > MAX_ANSWER_BYTES:
+                most = f"{MAX_ANSWER_BYTES // 2**20} MiB"
                 raise ServerError(f"{self.url}: its answer is larger than {most}")
         if answer.length:
             total = size + answer.length

@@ -1,4 +1,4 @@
-"""What would be sent to a server, without sending it."""
+"""The requests that a server would get, without sending them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from kvtool.core.servers.engine import Completion, Engine, Request
 from kvtool.core.servers.llama_cpp import slot_request
-from kvtool.core.servers.prompts import LEAST_TOKENS
+from kvtool.core.servers.prompts import MIN_TOKENS
 
 UNKNOWN = -1  # stands for a token that the server would have answered
-LETTERS = 4  # of a text, for which a token stands that the server would have told
+LETTERS = 4  # letters for each token of a text, since no server counts them
 
 
 class DryEngine:
-    """An engine that keeps what it is asked, and answers with tokens that nobody knows."""
+    """An engine that records its requests, and answers with placeholder tokens."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.client = engine, engine.client
@@ -46,8 +46,8 @@ class DryEngine:
         salt: str = "",
         slot: int | None = None,
     ) -> Completion:
-        """As Engine.complete, of tokens that are not known; all is said to be reused, so that
-        nothing is left out that might be asked."""
+        """As Engine.complete, with placeholder tokens. All tokens count as reused, so that no
+        request is left out."""
         for request in self.requests(ids, n, cached, salt, slot):
             self.requests_made.append((self.arm, request))
         nothing = dict.fromkeys(range(UNKNOWN, 30), 0.0)
@@ -59,6 +59,6 @@ class DryEngine:
         return 1
 
     def tokenize(self, text: str) -> list[int]:
-        """As Engine.tokenize, of ids that are not known."""
+        """As Engine.tokenize, with placeholder ids."""
         self.requests_made.append((self.arm, ("/tokenize", {"text": text})))
-        return [UNKNOWN] * max(len(text) // LETTERS, LEAST_TOKENS)
+        return [UNKNOWN] * max(len(text) // LETTERS, MIN_TOKENS)

@@ -1,4 +1,4 @@
-"""What a serving engine is asked for, and how its answers are read: logprobs of token ids."""
+"""The interface to a serving engine: requests for logprobs of token ids, and their answers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from kvtool.core.servers.client import Client
 from kvtool.errors import ServerError
 
 WANTED = 256  # likeliest tokens asked for at each position, where a server gives as many
-LEAST_LOGPROB = -110.0  # the logarithm of float32's least number is -103; less is a mark for 0
-LARGEST_LOGPROB = 1e-3  # 0, as far as engines round it
-MOST_ID = 2**31
+MIN_LOGPROB = -110.0  # the logarithm of float32's least number is -103; less is a mark for 0
+MAX_LOGPROB = 1e-3  # 0, as far as engines round it
+MAX_ID = 2**31
 NEEDED = 5  # likeliest tokens without which nothing can be compared
 
 
 class Completion(NamedTuple):
-    """What a server continued: its greedy tokens, and the logprobs of the likeliest at each."""
+    """A server's continuation: its greedy tokens, and the logprobs of the likeliest tokens at
+    each."""
 
     tokens: tuple[int, ...]
     likeliest: tuple[Mapping[int, float], ...]  # by token id, in nats; one a token
@@ -28,7 +29,7 @@ Request = tuple[str, dict[str, Any]]  # a path, and the body of a POST
 
 
 class NotFinite(ServerError):
-    """A server's logprobs are not numbers: what it computed was NaN or infinite."""
+    """A server's logprobs are NaN or infinite."""
 
 
 class Engine(Protocol):
@@ -37,14 +38,14 @@ class Engine(Protocol):
     name: str
     client: Client
     model: str  # what the server calls its model
-    context: int  # tokens that it holds; 0: it does not say
-    slots: int  # requests that it holds at a time, each in a place of its own; 0: it does not say
-    chunk: int  # tokens of a prompt that it computes at a time; 0: it does not say
-    to_tell_reuse: str  # what makes it say how much it took from its cache
-    to_give_more: str  # what makes it give more logprobs
+    context: int  # its context length in tokens; 0: it does not say
+    slots: int  # slots, each with the cache of one request; 0: it does not say
+    chunk: int  # tokens of a prefill chunk; 0: it does not say
+    to_tell_reuse: str  # the setting that makes it report cached tokens
+    to_give_more: str  # the setting that makes it give more logprobs
 
     def identity(self) -> dict[str, str]:
-        """What tells this model from another, asked for anew. Raises ServerError."""
+        """The identity of the served model, requested anew. Raises ServerError."""
 
     def requests(
         self,
@@ -54,7 +55,7 @@ class Engine(Protocol):
         salt: str = "",
         slot: int | None = None,
     ) -> list[Request]:
-        """What `complete` sends."""
+        """The requests that `complete` sends."""
 
     def complete(
         self,
@@ -71,7 +72,7 @@ class Engine(Protocol):
         """
 
     def file_slot(self, slot: int, action: str) -> int:
-        """Save a slot to a file on the server, or restore it; how many tokens. Raises
+        """Save a slot to a file on the server, or restore it -> its number of tokens. Raises
         ServerError."""
 
     def tokenize(self, text: str) -> list[int]:
@@ -84,7 +85,7 @@ class Slotless:
     client: Client
 
     def file_slot(self, slot: int, action: str) -> int:
-        """As Engine.file_slot: it cannot."""
+        """As Engine.file_slot, which it lacks."""
         raise ServerError(f"{self.client.url}: has no slots")
 
 
@@ -103,9 +104,9 @@ def completion(
         raise _no_logprobs(engine) from error
     if not tokens or not all(tops):
         raise _no_logprobs(engine)
-    if not all(0 <= i < MOST_ID for top in tops for i in (*top, *tokens)):
+    if not all(0 <= i < MAX_ID for top in tops for i in (*top, *tokens)):
         raise _no_logprobs(engine)
-    if any(p > LARGEST_LOGPROB for top in tops for p in top.values()):
+    if any(p > MAX_LOGPROB for top in tops for p in top.values()):
         text = f"{engine.client.url}: its logprobs are above 0, which no logarithm of a share is"
         raise ServerError(text, "Let it give natural logarithms, before any sampling.")
     if not all(math.isfinite(p) for top in tops for p in top.values()):
@@ -117,19 +118,19 @@ def completion(
 
 
 def id_of(value: Any) -> int:
-    """A token id, which some write as a text."""
+    """A token id, which some servers write as a string."""
     if isinstance(value, int | str) and not isinstance(value, bool):
         return int(value)
     raise TypeError
 
 
 def number(value: Any) -> float:
-    """A logprob, not below what float32 can tell from 0; NaN for what JSON has as null."""
+    """A logprob, raised to MIN_LOGPROB; NaN for null."""
     if value is None:
         return math.nan
     if isinstance(value, bool):
         raise TypeError
-    return max(float(value), LEAST_LOGPROB)
+    return max(float(value), MIN_LOGPROB)
 
 
 def _no_logprobs(engine: Engine) -> ServerError:
@@ -151,11 +152,11 @@ def too_few(engine: Engine, n: int = 0) -> ServerError:
 def ids_in(engine: Engine, answer: dict[str, Any]) -> list[int]:
     """The ids that a tokenizer's answer names. Raises ServerError."""
     found = answer.get("tokens")
-    if not isinstance(found, list) or not all(type(i) is int and 0 <= i < MOST_ID for i in found):
+    if not isinstance(found, list) or not all(type(i) is int and 0 <= i < MAX_ID for i in found):
         raise ServerError(f"{engine.client.url}: did not answer with the ids of a text")
     return found
 
 
 def whole(value: Any) -> int:
-    """A size that a server tells; 0 for what is none."""
+    """A size that a server reports; 0 if it is none."""
     return value if type(value) is int and value > 0 else 0

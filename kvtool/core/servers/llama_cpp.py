@@ -1,4 +1,4 @@
-"""llama.cpp's server: what it is sent, and what it answers."""
+"""llama.cpp's server: its requests and answers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class LlamaCpp:
 
 
 def slot_request(slot: int, action: str) -> Request:
-    """What llama.cpp is sent to save or restore a slot. Each writes over the file before."""
+    """The request to save or restore a slot. Each save replaces the file."""
     return f"/slots/{slot}?action={action}", {"filename": SLOT_FILE}
 
 

@@ -1,4 +1,4 @@
-"""The prompts that a server is asked for: a user's own, or built-in ones of many kinds."""
+"""The prompts for a server: the user's own, or built-in ones of many kinds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from kvtool.core.servers.client import Refused
-from kvtool.core.servers.engine import MOST_ID, Engine
+from kvtool.core.servers.engine import MAX_ID, Engine
 from kvtool.errors import FileError
 from kvtool.reading import parse_json, read_text
 
-MOST = 2**24  # bytes of a file of prompts
+MAX_FILE_BYTES = 2**24  # bytes of a file of prompts
 LINE_END = re.compile(r"\r\n?|\n")  # others, as U+2028, may stand in a prompt
-LEAST_TOKENS = 12  # of a prompt; shorter ones leave nothing to share
+MIN_TOKENS = 12  # of a prompt; shorter ones leave nothing to share
 DRAWN = 6  # ids that a server without a tokenizer is made to go on from
 
 # Cut to these many tokens. With the tail behind them they stand on both sides of 64 tokens, where
@@ -50,18 +50,18 @@ TEXTS = (
 )
 
 
-def read_prompts(path: Path, tell: Callable[[str], None]) -> list[str | list[int]]:
+def read_prompts(path: Path, warn: Callable[[str], None]) -> list[str | list[int]]:
     """One prompt a line: a text, or if every line is JSON, a string or a list of ids.
 
-    tell: is called if lines are left out, with why. Raises FileError.
+    warn: is called if lines are left out, with why. Raises FileError.
     """
-    lines = LINE_END.split(read_text(path, "prompts, one a line", "--prompts", MOST))
+    lines = LINE_END.split(read_text(path, "prompts, one a line", "--prompts", MAX_FILE_BYTES))
     first = {line: number for number, line in reversed([*enumerate(lines, 1)]) if line.strip()}
     filled = sorted((number, line) for line, number in first.items())
     if not filled:
         raise FileError(f"--prompts {path}: has no line with a prompt")
     if repeated := sum(bool(line.strip()) for line in lines) - len(filled):
-        tell(
+        warn(
             f"--prompts: left out {repeated} of {repeated + len(filled)} lines, which repeat others"
         )
     if not all(line.lstrip()[0] in '"[' for _, line in filled):
@@ -85,7 +85,7 @@ def _json_prompt(path: Path, number: int, line: str) -> str | list[int]:
 
 
 def _is_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value < MOST_ID
+    return type(value) is int and 0 <= value < MAX_ID
 
 
 def built_in(engine: Engine, n: int) -> list[list[int]]:
@@ -101,23 +101,24 @@ def built_in(engine: Engine, n: int) -> list[list[int]]:
 
 
 def _cut(ids: list[int], i: int) -> list[int]:
-    """The first of these, as many as the i-th prompt has; a second round begins further behind."""
+    """The first ids, as many as the i-th prompt has. A second round begins further behind."""
     start = i // len(TEXTS) * 5
     return [*ids[:1], *ids[1 + start :]][: LENGTHS[i % len(LENGTHS)]]
 
 
 def _made(engine: Engine, length: int, seed: int) -> list[int]:
-    """Low ids, which every vocabulary has, and how the server goes on from them."""
+    """A prompt without a tokenizer: low ids, which every vocabulary has, and the server's
+    continuation."""
     draws = random.Random(seed)
     ids = [draws.randrange(1, 50) for _ in range(DRAWN)]
     return [*ids, *engine.complete(ids, length - DRAWN).tokens]
 
 
 def ids_of(engine: Engine, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """The ids of prompts. Raises ServerError, and FileError for what is too short."""
+    """The ids of prompts. Raises ServerError, and FileError for a prompt that is too short."""
     found = [engine.tokenize(p) if isinstance(p, str) else p for p in prompts]
     for number, ids in enumerate(found, 1):
-        if len(ids) < LEAST_TOKENS:
-            found_n = f"{len(ids)} tokens (expected {LEAST_TOKENS} or more)"
+        if len(ids) < MIN_TOKENS:
+            found_n = f"{len(ids)} tokens (expected {MIN_TOKENS} or more)"
             raise FileError(f"--prompts: prompt {number} has {found_n}")
     return found

@@ -11,7 +11,7 @@ from kvtool.core.servers.client import RequestsSpent
 from kvtool.core.servers.engine import Engine
 from kvtool.core.servers.texts import FORKED, Cold, Measured, Prompt
 from kvtool.core.servers.verdict import (
-    LEAST,
+    MIN_FLOOR,
     ArmVerdict,
     distance,
     judge_arm,
@@ -20,18 +20,18 @@ from kvtool.core.servers.verdict import (
 )  # fmt: skip
 from kvtool.errors import ServerError, UsageError
 
-Told = Callable[[str], None]  # is called before each arm, with a few words
+Progress = Callable[[str], None]  # is called before each arm, with a few words
 
 
 @dataclass
 class Visit:
-    """What was asked of a server so far."""
+    """The requests to a server and their answers so far."""
 
     measured: list[Measured] = field(default_factory=list)
     colds: list[Cold] = field(default_factory=list)
-    spent: bool = False  # all requests that were allowed, before all was asked
-    stopped: str = ""  # by which error, before all was asked
-    grown: float = 1.0  # times the noise in the end, over that of the beginning
+    spent: bool = False  # whether the allowed requests were used up too early
+    stopped: str = ""  # the error that ended the visit early
+    grown: float = 1.0  # the noise at the end over that at the beginning
 
     @property
     def pooled(self) -> float:
@@ -39,7 +39,7 @@ class Visit:
         return pooled_floor(self.colds)
 
     def lacks(self, arm: str) -> bool:
-        """Whether the server was asked so, and has no such thing: it need not be asked again."""
+        """Whether the server does not support an arm, so that it need not be tried again."""
         return any(m.unsupported for m in self.measured if m.arm == arm)
 
     def verdicts(self, arms: Sequence[str]) -> list[ArmVerdict]:
@@ -57,10 +57,11 @@ def visit(
     short: Sequence[str],
     long: Sequence[str],
     tail: int,
-    tell: Told,
+    progress: Progress,
     found: Visit,
 ) -> None:
-    """Ask for everything, into `found`, until the requests are spent, or the server fails.
+    """Play all arms, and add the answers to `found`, until the requests are used up or the server
+    fails.
 
     Raises ServerError if nothing was found by then, and for a model that was exchanged.
     """
@@ -68,15 +69,15 @@ def visit(
     first: Prompt | None = None
     try:
         for number in range(len(prompts)):
-            tell(f"prompt {number + 1}")
+            progress(f"prompt {number + 1}")
             prompt = open_prompt(engine, number, prompts, tail)
             found.colds.append(prompt.cold)
             first = first or prompt
             for name in short:
-                tell(f"{name}, prompt {number + 1}")
+                progress(f"{name}, prompt {number + 1}")
                 if not found.lacks(name):
                     found.measured.append(play(prompt, name))
-        _visit_long(engine, prompts, long, tell, found)
+        _visit_long(engine, prompts, long, progress, found)
         if first is not None:
             found.grown = growth(first, found.pooled)
     except RequestsSpent:
@@ -92,10 +93,14 @@ def visit(
 
 
 def _visit_long(
-    engine: Engine, prompts: Sequence[Sequence[int]], long: Sequence[str], tell: Told, found: Visit
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    long: Sequence[str],
+    progress: Progress,
+    found: Visit,
 ) -> None:
     for name in long:
-        tell(name)
+        progress(name)
         ids = lengthened(prompts, engine)
         if not ids:
             why = "its context is too short, or it does not tell its sizes"
@@ -122,7 +127,8 @@ def require_same(engine: Engine, before: dict[str, str]) -> None:
 
 
 def growth(prompt: Prompt, pooled: float) -> float:
-    """How far the answer to the very first request has moved, in floors of its history; 1 or more.
+    """How far the answer to the very first request has moved, over the floor of its history; 1 or
+    more.
 
     Where other requests are served at a time, the shapes of all change from moment to moment.
     """
@@ -131,7 +137,7 @@ def growth(prompt: Prompt, pooled: float) -> float:
         cold = prompt.cold.answers[length]
         scale = scale_of(cold)
         if scale is not None:
-            floor = max(scale.floor or pooled, LEAST)
+            floor = max(scale.floor or pooled, MIN_FLOOR)
             times.append(distance(answer, scale, cold[0]) / floor)
     return max(1.0, float(median(times))) if times else 1.0
 

@@ -1,4 +1,4 @@
-"""SGLang's server: what it is sent, and what it answers, as its documentation has it."""
+"""SGLang's server: its requests and answers, as documented."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-LARGEST, LEAST = 64, 16  # tokens of a block
+MAX_BLOCK, MIN_BLOCK = 64, 16  # tokens of a block
 
 
 class Kind(NamedTuple):
@@ -49,9 +49,9 @@ def drawn(kind: Kind, possible: Sequence[int], draws: random.Random) -> int:
     33
     """
     block = kind.block
-    while block >= LEAST:
+    while block >= MIN_BLOCK:
         if at := [i for i in possible if (i - kind.beside) % block == 0]:
-            own = [i for i in at if block == LARGEST or (i - kind.beside) % (2 * block)]
+            own = [i for i in at if block == MAX_BLOCK or (i - kind.beside) % (2 * block)]
             return draws.choice(own or at)
         block //= 2
     return draws.choice(possible)

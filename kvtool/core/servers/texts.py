@@ -1,9 +1,9 @@
-"""One text that a server is asked about, and what it says of it without a cache.
+"""One text, and the server's answers to its histories without a cache.
 
-All compares the logprobs of the token after one and the same history. The benign variants are cold
-requests of that history which move the boundary between prefill and decode, across the sizes at
-which kernels change; how far these are from each other is the engine's own noise. Controls are cold
-requests with one prompt token replaced or missing: the size of a fault.
+Answers are compared by the logprobs of the next token after the same history. The benign variants
+are cold requests of that history which move the boundary between prefill and decode, across the
+sizes at which kernels change; how far these are from each other is the engine's own noise. Controls
+are cold requests with one prompt token replaced or missing: the size of a fault.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvtool.core.servers.splits import Kind, drawn, pair, single
 TOP = 30  # of the likeliest tokens of the reference, by which two answers are compared
 TAIL = 32  # tokens of the server's own that follow a prompt: the boundaries lie among them
 N_BOUNDARIES = 6
-LEAST_VARIANTS = 3  # cold answers to one history, without which it has no floor
+MIN_VARIANTS = 3  # cold answers to one history, without which it has no floor
 JUDGED_FROM = 0.6  # of the tail: before it there are too few boundaries
 FORKED = 6  # other tokens behind a shared prefix
 N_BESIDE = 2  # cold requests with another one at the same time
@@ -35,17 +35,17 @@ Vector = NDArray[np.float64]
 
 
 class Probe(NamedTuple):
-    """One answer of the cached server: what was asked, and the next token's logprobs."""
+    """One answer with the cache: the next token's logprobs after a history."""
 
     history: int  # tokens before the one that is compared
-    answer: Answer  # none: what it computed was not a number
+    answer: Answer  # none: it was NaN
     reused: int | None
     run: int = 0  # which of the requests it is from
 
 
 @dataclass
 class Cold:
-    """What a server says of one text without a cache, by the length of the history."""
+    """A server's answers to one text without a cache, by the length of the history."""
 
     ids: list[int]
     answers: dict[int, list[Answer]] = field(default_factory=dict)
@@ -54,14 +54,15 @@ class Cold:
 
 @dataclass
 class Measured:
-    """One arm on one prompt: the answers with a cache, and all that they are compared with."""
+    """One arm on one prompt: the answers with a cache, and the cold ones that they are compared
+    with."""
 
     arm: str
     prompt: int
     cold: Cold
     probes: list[Probe] = field(default_factory=list)
     approximate: bool = False  # by design: its distance is a loss, never a bug
-    unsupported: str = ""  # why the server cannot be asked so
+    unsupported: str = ""  # why the server cannot play the arm
 
     def add(self, answers: Iterable[tuple[int, Answer]], reused: int | None) -> None:
         """Keep what one request answered: (history, answer)."""
@@ -76,7 +77,8 @@ class Measured:
 
 
 def vector(answer: Answer, ids: Sequence[int]) -> Vector:
-    """The logprobs of `ids`; one that is not among the likeliest has the least that was told."""
+    """The logprobs of `ids`. An id that is not among the likeliest gets the lowest logprob in the
+    answer."""
     least = min(answer.values(), default=np.nan)
     return np.array([answer.get(i, least) for i in ids], dtype=np.float64)
 
@@ -89,9 +91,9 @@ def likeliest(answer: Answer) -> list[int]:
 class Prompt:
     """One prompt with the server's own continuation, and cold answers to its histories.
 
-    Its requests with a cache stay in one slot of the server, where that has slots: what is in it is
-    then what was asked last, whatever other slots and earlier visits have left. Arms that are about
-    other requests leave it to the server.
+    Its requests with a cache go to one slot, if the server has slots. So the slot's content is that
+    of the last request, and other slots and earlier visits do not matter. Arms about other requests
+    let the server choose.
     """
 
     def __init__(self, engine: Engine, number: int, ids: Sequence[int], tail: int = TAIL) -> None:
@@ -118,12 +120,12 @@ class Prompt:
 
     @property
     def slot(self) -> int | None:
-        """Where its requests are answered; None: the server has no slots."""
+        """The slot of its requests; None: the server has no slots."""
         return self.number % self.engine.slots if self.engine.slots else None
 
     @property
     def other_slot(self) -> int | None:
-        """Where other requests are answered; the same one if there is no other."""
+        """The slot of other requests; the same one if there is no other."""
         return None if self.slot is None else (self.slot + 1) % self.engine.slots
 
     def boundaries(self) -> list[int]:
@@ -131,8 +133,9 @@ class Prompt:
         return sorted({round(b) for b in np.linspace(self.n_prompt, self.end, N_BOUNDARIES)})
 
     def cold_answer(self, ids: Sequence[int], n: int = 1) -> Completion:
-        """A request without the cache, wherever the server likes: in one slot alone its tokens
-        would lie in the same place each time, and the noise of other places be missing."""
+        """A request without the cache, in a slot of the server's choice. In one slot alone its
+        tokens would have the same place each time, and the noise of other places would be
+        missing."""
         return self.engine.complete(ids, n)
 
     def _continued(self, boundary: int) -> Completion:
@@ -143,14 +146,15 @@ class Prompt:
             self.cold.answers.setdefault(length, []).append(answer)
 
     def shared(self, found: Completion, boundary: int) -> Iterator[tuple[int, Answer]]:
-        """The answers to histories of this text, until the server went on otherwise."""
+        """The answers to histories of this text, up to the token where the server continued
+        differently."""
         for n, answer in enumerate(found.likeliest):
             yield boundary + n, answer
             if self.ids[boundary + n : boundary + n + 1] != list(found.tokens[n : n + 1]):
                 return
 
     def at(self, engine: Engine) -> Prompt:
-        """The same text, as another server answers it."""
+        """The same text for another server."""
         other = copy.copy(self)
         other.engine, other.cold = engine, Cold(self.ids)
         for boundary in self.boundaries():
@@ -172,8 +176,8 @@ class Prompt:
             self.cold.controls += self.cold_answer(ids).likeliest[:1]
 
     def add_company(self) -> None:
-        """Ask some of it again while the server answers another request as well: in a batch, and
-        with others in its memory, an engine may round otherwise, cache or not."""
+        """Repeat some requests while the server answers another one. In a batch, and with other
+        tokens in memory, an engine may round differently, with a cache or without."""
         if self.engine.slots == 1 or len(self.engine.requests(self.ids)) > 1:
             return  # one at a time, or a cache that is dropped before, which others would hinder
         for boundary in self.boundaries()[:: N_BOUNDARIES // N_BESIDE]:
@@ -183,7 +187,7 @@ class Prompt:
 
     @contextmanager
     def beside(self, cached: bool) -> Iterator[None]:
-        """Within, the server answers another request too."""
+        """A context in which the server answers another request too."""
         ids = self.ids[:0:-1][: self.n_prompt // 2]
         with ThreadPoolExecutor(1) as pool:
             if cached:
@@ -194,7 +198,7 @@ class Prompt:
             other.result()
 
     def splits(self) -> Iterator[int]:
-        """Lengths of two prefixes that other requests share; each is a scene of its own."""
+        """The lengths of two prefixes that other requests share, one for each request."""
         for kind in pair(self.number):
             self.begin()
             yield self._drawn(kind)
@@ -204,7 +208,7 @@ class Prompt:
         return self._drawn(single(self.number, turn))
 
     def _drawn(self, kind: Kind) -> int:
-        """More than a third of the text, not all."""
+        """A drawn length of a shared prefix: at least a third of the text, and not all of it."""
         return drawn(kind, range(max(self.end // 3, 1), self.end), self.random)
 
     def others(self, n: int) -> list[int]:
@@ -212,12 +216,12 @@ class Prompt:
         return [self.random.choice(self.ids) for _ in range(n)]
 
     def parted(self, split: int, n: int = FORKED) -> list[int]:
-        """Another text, which shares just so many tokens."""
+        """Another text that shares exactly that many tokens."""
         first = next((i for i in self.others(self.end) if i != self.ids[split]), self.ids[0])
         return [*self.ids[:split], first, *self.others(n - 1)]
 
     def begin(self) -> None:
-        """From here on nothing is shared with requests before, where the engine can tell apart."""
+        """Share nothing with earlier requests from here on, if the engine has salts."""
         self.scene += 1
 
     def ask(
@@ -231,8 +235,8 @@ class Prompt:
     def probe(
         self, into: Measured, after: int = 0, slot: int | None = None, anywhere: bool = False
     ) -> None:
-        """Ask for the rest of the text, of which a cache may hold the first `after` tokens, and
-        keep the answers to all histories that are judged."""
+        """Ask for the rest of the text, whose first `after` tokens may be cached, and record the
+        answers to all judged histories."""
         begin = min(max(self.start, after + 1), self.end)
         found = self.ask(self.ids[:begin], self.end - begin + 1, slot, anywhere)
         into.add(self.shared(found, begin), found.reused)

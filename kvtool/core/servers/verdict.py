@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvtool.core.servers.arms import ARMS
 from kvtool.core.servers.texts import (
-    LEAST_VARIANTS,
+    MIN_VARIANTS,
     Answer,
     Cold,
     Measured,
@@ -28,10 +28,10 @@ ROUNDING, BUG = "rounding", "bug"  # where a promoted server decides
 RIGHT = (IDENTICAL, WITHIN, ROUNDING, LOSSY)
 WRONG = (BEYOND, BUG, HIDDEN)
 
-LEAST = float(np.finfo(np.float32).eps)  # of a floor, relative: logprobs are float32
-NOTHING = 1e-12  # as the floor of answers that are the same: their mean is rounded
-RARE = 4.0  # times the floor, of a single answer among others that are within it
-RARE_SIZE = 0.5  # of the smaller control, which such an answer is at least
+MIN_FLOOR = float(np.finfo(np.float32).eps)  # of a floor, relative: logprobs are float32
+NOTHING = 1e-12  # the floor of equal answers, whose mean is rounded
+RARE = 4.0  # times the floor, for a single answer while the others are within it
+RARE_SIZE = 0.5  # of the smaller control: such an answer has at least this size
 SMALL = 0.05  # of the smaller control: a gap below it is beyond the noise from RARE times on alone
 # Of 30 healthy trials of a prototype one was above the noise, at 1.04; its faults began at 1.24.
 LIMIT = 1.15  # times the noise, a median over prompts
@@ -43,8 +43,8 @@ DOUBTED = 2.0  # times the noise: below it a promoted server that is right decid
 
 @dataclass(frozen=True)
 class ProbeGap:
-    """One cached answer beside the engine's noise at the same history. Distances are the root mean
-    square over the likeliest tokens, in nats."""
+    """One cached answer compared with the engine's noise at the same history. Distances are the
+    root mean square over the likeliest tokens, in nats."""
 
     prompt: int
     run: int
@@ -57,7 +57,7 @@ class ProbeGap:
 
 @dataclass(frozen=True)
 class ArmVerdict:
-    """What an arm says of the cache, over all prompts. None: nothing was compared."""
+    """The verdict of an arm over all prompts. None: nothing was compared."""
 
     arm: str
     verdict: str
@@ -83,7 +83,7 @@ class ArmVerdict:
 
 
 class Scale(NamedTuple):
-    """What cached answers to one history are measured by."""
+    """The scale for cached answers to one history."""
 
     ids: list[int]
     benign: list[list[NDArray[np.floating]]]
@@ -93,8 +93,8 @@ class Scale(NamedTuple):
 
 
 def scale_of(cold: Sequence[Answer]) -> Scale | None:
-    """None where too few cold answers have the same history."""
-    if len(cold) < LEAST_VARIANTS:
+    """The scale of a history; None if it has too few cold answers."""
+    if len(cold) < MIN_VARIANTS:
         return None
     ids = likeliest(cold[0])
     benign: list[list[NDArray[np.floating]]] = [[vector(answer, ids)] for answer in cold]
@@ -105,8 +105,8 @@ def scale_of(cold: Sequence[Answer]) -> Scale | None:
 
 
 def pooled_floor(colds: Iterable[Cold]) -> float:
-    """The median of all floors that are not 0. Where all shapes of one history chanced upon the
-    same kernels its floor is 0, and says nothing; 0 if all are."""
+    """The median of all floors that are not 0. A history's floor is 0, and says nothing, if all its
+    shapes use the same kernels. 0 if all floors are."""
     scales = [scale_of(answers) for cold in colds for answers in cold.answers.values()]
     return float(median([s.floor for s in scales if s is not None and s.floor > 0] or [0.0]))
 
@@ -141,7 +141,7 @@ def judge_arm(measured: Sequence[Measured], pooled: float = 0.0, grown: float = 
 
 
 NOT_SHARED = "too few cold answers had the same history as the cached one"
-NOT_TOLD = "the server does not say what it takes from its cache, so that it may have taken nothing"
+NOT_TOLD = "the server does not report cached tokens, so it may have used none"
 NOT_REUSED = "the server took nothing from its cache"
 NO_NOISE = "no cold request differed from another by a bit, so that the noise is not known"
 BLIND = "a wrong token changes none of its answers, so that they say nothing"
@@ -151,7 +151,7 @@ TOO_NOISY = "the engine's own noise is as large as a wrong token"
 
 @dataclass(frozen=True)
 class _Compared:
-    """One prompt's cached answers, and its controls over the floor."""
+    """One prompt's cached answers and controls, over the floor."""
 
     gaps: list[ProbeGap]
     controls: list[float]
@@ -179,7 +179,7 @@ class _Compared:
         return [median(getattr(g, name) for g in self.gaps if g.run == run) for run in runs]
 
     def rare(self) -> int:
-        """How many requests are far beyond the noise, and as large as a fault."""
+        """How many requests are far beyond the noise and as far off as a fault."""
         if self.fault is None:
             return 0
         sizes = zip(self.runs(), self.runs("gap"), strict=True)
@@ -191,7 +191,7 @@ def _typical(found: Sequence[_Compared], name: str) -> float:
 
 
 def _limit(arm: str, found: Sequence[_Compared]) -> float:
-    """How many times the floor is still within the noise."""
+    """The ratio to the floor up to which a distance is noise."""
     faults = [compared.fault for compared in found if compared.fault is not None]
     if faults and _typical(found, "gap") < SMALL * median(faults):
         return RARE
@@ -199,7 +199,7 @@ def _limit(arm: str, found: Sequence[_Compared]) -> float:
 
 
 def _judged(found: Sequence[_Compared], reused: int | None, limit: float) -> tuple[str, str]:
-    """The verdict of an arm, and why it is none of the plain ones."""
+    """The verdict of an arm, and the reason if it is neither right nor wrong."""
     if reused == 0:
         return VACUOUS, NOT_REUSED
     gaps = [gap for compared in found for gap in compared.gaps]
@@ -236,19 +236,19 @@ def _gap(prompt: int, probe: Probe, scale: Scale, pooled: float, grown: float) -
 
 def _floor(scale: Scale, pooled: float) -> float:
     """The floor that a distance is divided by."""
-    return max(scale.floor or pooled, LEAST)
+    return max(scale.floor or pooled, MIN_FLOOR)
 
 
 def distance(answer: Answer, scale: Scale, other: Answer | None = None) -> float:
-    """From another answer to the same history, or from the mean of the benign ones; relative, and
-    infinite for what is not a number."""
+    """The relative distance from another answer to the same history, or from the mean of the benign
+    ones; infinite for NaN."""
     middle = scale.middle if other is None else [vector(other, scale.ids)]
     return noise.spread([vector(answer, scale.ids)], middle).total
 
 
 def with_promoted(plain: ArmVerdict, promoted: ArmVerdict) -> ArmVerdict:
-    """The verdict of an arm once the same numbers in F32 were asked too: what only rounds is within
-    the far smaller noise there, and a bug stays."""
+    """The verdict of an arm with the promoted server's answers. In F32 the noise is far smaller:
+    rounding is within it, and a bug is not."""
     ratio, gap = promoted.ratio, promoted.gap
     found = replace(plain, promoted=promoted.verdict, promoted_ratio=ratio, promoted_gap=gap)
     if plain.verdict in (VACUOUS, LOSSY, UNSUPPORTED):

@@ -1,4 +1,4 @@
-"""vLLM's server: what it is sent, and what it answers."""
+"""vLLM's server: its requests and answers."""
 
 from __future__ import annotations
 

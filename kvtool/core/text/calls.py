@@ -15,7 +15,7 @@ from kvtool import ending
 from kvtool.errors import KvtoolError, first_line, pass_on_shortage
 
 
-class Asking:
+class LibraryCall:
     """A context manager around a call of the library, which turns its errors into kvtool's.
 
     failed: makes the error from one line of text. careful: print nothing on stderr meanwhile, not

@@ -29,7 +29,7 @@ SECONDS = 2  # of CPU time, for up to a thousand conversations
 WAIT_SECONDS = 120  # of real time, since a busy machine may delay the process
 NBYTES = 1 << 29
 CHARACTERS = 1 << 20  # of one rendered text, beyond the messages themselves
-MOST_TEMPLATE = 1 << 22  # bytes; the longest real templates have a hundredth of it
+MAX_TEMPLATE_BYTES = 1 << 22  # bytes; the longest real templates have a hundredth of it
 DEFAULT = "default"
 REASONS = {
     "time": "takes more than {seconds} s of processor time",
@@ -66,7 +66,7 @@ def read_template(folder: Path) -> ChatTemplate:
     variables = _named_tokens(folder, config)
     if os.path.lexists(folder / TEMPLATE):
         path = folder / TEMPLATE
-        found = read_text(path, "a chat template", most=MOST_TEMPLATE)
+        found = read_text(path, "a chat template", most=MAX_TEMPLATE_BYTES)
         return ChatTemplate(found, variables, path)
     legacy = _object(folder / LEGACY, "a chat template")
     for path, data in ((folder / CONFIG, config), (folder / LEGACY, legacy)):

@@ -21,25 +21,25 @@ import tokenizers
 from kvtool.errors import FileError, first_line
 from kvtool.reading import parse_json, short
 
-MOST_GROWTH = 256  # characters made from one; the rules of ALBERT and T5 may make 72
-MOST_MADE = 2**22  # characters made from a text; the library takes up to 300 bytes for each
+MAX_GROWTH = 256  # characters made from one; the rules of ALBERT and T5 may make 72
+MAX_CHARACTERS = 2**22  # characters made from a text; the library takes up to 300 bytes for each
 USUAL_GROWTH = 4  # of rules that may run on any text: those for bytes or for blanks
-MOST_DECODED = 16  # growth in decoding; 2 is usual
-MOST_AROUND = 1024  # tokens that a template puts around a text
+MAX_DECODED = 16  # growth in decoding; 2 is usual
+MAX_TEMPLATE_TOKENS = 1024  # tokens that a template puts around a text
 LONGEST_TOKEN = 4096  # characters; decoding writes it each time it is generated
 LONGEST_AFFIX = 64  # characters of a mark for the beginning, continuation or end of a word
 LONGEST_WORD = 1000  # characters in WordPiece, which takes quadratic time; 100 is usual
 # The number of special tokens, each of which is searched for in a text, and their characters.
-MOST_SPECIAL, MOST_SPECIAL_TEXT = 16_384, 1_048_576
-MOST_ADDED = 2**21  # characters of added tokens, normalized; the library takes 80 bytes for each
-MOST_TRIE = 2**21  # nodes of the trie of Unigram, which takes 360 bytes for each
+MAX_SPECIAL, MAX_SPECIAL_TEXT = 16_384, 1_048_576
+MAX_ADDED = 2**21  # characters of added tokens, normalized; the library takes 80 bytes for each
+MAX_TRIE = 2**21  # nodes of the trie of Unigram, which takes 360 bytes for each
 
 Rule = dict[str, Any]
 NO_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 
 
 @dataclass
-class Around:
+class Framing:
     """The special tokens that a tokenizer's own rules put around a text."""
 
     ids: set[int] = field(default_factory=set)
@@ -71,21 +71,21 @@ def check_vocabulary(data: Any, inner: tokenizers.Tokenizer, where: str) -> None
         raise FileError(
             f"{where}: has a token of {longest:,} characters (expected {LONGEST_TOKEN:,} or fewer)"
         )
-    if _n_beginnings(pieces) > MOST_TRIE:
-        found = f"they have more than {MOST_TRIE:,} beginnings"
+    if _n_beginnings(pieces) > MAX_TRIE:
+        found = f"they have more than {MAX_TRIE:,} beginnings"
         raise FileError(f"{where}: its tokens are too many or too long for Unigram ({found})")
     made = sum(added) * growth(rules(inner.normalizer), where)
-    _most(where, "characters of its added tokens", made, MOST_ADDED)
+    _most(where, "characters of its added tokens", made, MAX_ADDED)
 
 
 def _n_beginnings(names: Iterable[bytes]) -> int:
-    """How many nodes the trie of tokens has; it stops counting above MOST_TRIE."""
+    """How many nodes the trie of tokens has; it stops counting above MAX_TRIE."""
     total, before = 0, b""
     for name in sorted(names):
         pairs = enumerate(zip(before, name, strict=False))
         total += len(name) - next((i for i, (a, b) in pairs if a != b), len(before))
         before = name
-        if total > MOST_TRIE:
+        if total > MAX_TRIE:
             break
     return total
 
@@ -97,30 +97,30 @@ def check_rules(inner: tokenizers.Tokenizer, where: str) -> int:
     limits.
     """
     there = growth([*rules(inner.normalizer), *rules(inner.pre_tokenizer)], where)
-    _most(where, "characters of one", there, MOST_GROWTH)
+    _most(where, "characters of one", there, MAX_GROWTH)
     back = growth(rules(inner.decoder), where)
-    _most(where, "characters of one that is decoded", back, MOST_DECODED)
-    framed = around(inner)
+    _most(where, "characters of one that is decoded", back, MAX_DECODED)
+    framed = framing(inner)
     if framed.n_texts != 1:
         times = f"{framed.n_texts:,} times (expected once)"
         raise FileError(f"{where}: its template has the text {times}")
-    _most(where, "tokens around a text", framed.n_tokens, MOST_AROUND)
+    _most(where, "tokens around a text", framed.n_tokens, MAX_TEMPLATE_TOKENS)
     return there
 
 
 def made_of(text: str, inner: tokenizers.Tokenizer, made_of_one: int) -> int:
-    """How many characters the rules make from a text; it stops counting above MOST_MADE.
+    """How many characters the rules make from a text; it stops counting above MAX_CHARACTERS.
 
     made_of_one: the largest number that they can make from one character. They seldom make so many.
     So they are run, on parts of the text that cannot become too large.
     """
     behind = growth(rules(inner.pre_tokenizer), "")
-    made, n = 0, MOST_MADE // made_of_one
+    made, n = 0, MAX_CHARACTERS // made_of_one
     for start in range(0, len(text), n):
         part = text[start : start + n]
         normalized = part if inner.normalizer is None else inner.normalizer.normalize_str(part)
         made += len(normalized) * behind
-        if made > MOST_MADE:
+        if made > MAX_CHARACTERS:
             break
     return made
 
@@ -136,9 +136,9 @@ def check_model(inner: tokenizers.Tokenizer, vocab: Mapping[str, int], where: st
     later, and for an id with two tokens."""
     model: Any = inner.model
     specials = [t.content for t in inner.get_added_tokens_decoder().values() if t.special]
-    if len(specials) > MOST_SPECIAL or sum(map(len, specials)) > MOST_SPECIAL_TEXT:
+    if len(specials) > MAX_SPECIAL or sum(map(len, specials)) > MAX_SPECIAL_TEXT:
         found = f"{len(specials):,} special tokens of {sum(map(len, specials)):,} characters"
-        expected = f"expected {MOST_SPECIAL:,} of {MOST_SPECIAL_TEXT:,} in all, or fewer"
+        expected = f"expected {MAX_SPECIAL:,} of {MAX_SPECIAL_TEXT:,} in all, or fewer"
         raise FileError(f"{where}: has {found} ({expected})")
     if len(set(vocab.values())) < len(vocab):  # the meaning of an id would be random
         seen: dict[int, str] = {}
@@ -221,9 +221,9 @@ def is_sure(rule: Rule) -> bool:
     return plain or replaces or strips
 
 
-def around(inner: tokenizers.Tokenizer) -> Around:
+def framing(inner: tokenizers.Tokenizer) -> Framing:
     """The special tokens that the rules would put around a text."""
-    found = Around()
+    found = Framing()
     for rule in rules(inner.post_processor):
         if rule["type"] in ("BertProcessing", "RobertaProcessing"):
             found.n_tokens += 2

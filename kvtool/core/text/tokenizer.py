@@ -14,14 +14,14 @@ import tokenizers
 from tokenizers import decoders, models
 
 from kvtool import ending
-from kvtool.core.text.calls import Asking
+from kvtool.core.text.calls import LibraryCall
 from kvtool.core.text.rules import (
-    MOST_MADE,
+    MAX_CHARACTERS,
     USUAL_GROWTH,
-    around,
     check_model,
     check_rules,
     check_vocabulary,
+    framing,
     is_sure,
     made_of,
     rules,
@@ -30,7 +30,7 @@ from kvtool.core.text.rules import (
 from kvtool.core.text.vocabulary import SPLITTERS, learn_bpe, learn_pieces
 from kvtool.errors import FileError, KvtoolError, UsageError
 from kvtool.files import write_durable
-from kvtool.reading import MOST_JSON, parse_json, read_text
+from kvtool.reading import MAX_JSON_BYTES, parse_json, read_text
 from kvtool.registry import choose
 
 KINDS = ("char", "symbol", "word", "bpe")
@@ -99,7 +99,7 @@ class Tokenizer:
         Rules for batches in training, such as truncation, are `left_out`. Raises FileError for a
         file that is missing, damaged or beyond the limits.
         """
-        return cls.from_json(read_text(path, "a tokenizer", most=MOST_JSON), path)
+        return cls.from_json(read_text(path, "a tokenizer", most=MAX_JSON_BYTES), path)
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Tokenizer:
@@ -112,12 +112,12 @@ class Tokenizer:
             data = parse_json(text)  # strict: every parser reads the same from it
         except ValueError as error:
             raise failed(str(error)) from error
-        with Asking(failed, careful=True):
+        with LibraryCall(failed, careful=True):
             inner = tokenizers.Tokenizer.from_str(without_vocabulary(data))
         made_of_one = check_rules(inner, str(path))
         check_vocabulary(data, inner, str(path))
         del data  # it is large, and so is what the library makes from it
-        with Asking(failed, careful=True):
+        with LibraryCall(failed, careful=True):
             inner = tokenizers.Tokenizer.from_str(text)
             vocab = inner.get_vocab()
         if not vocab:
@@ -133,7 +133,7 @@ class Tokenizer:
         inner, self.path = self._inner, path
         padding, model = inner.padding, inner.model
         pad = set() if padding is None else {padding["pad_id"]}
-        named = {"its template": around(inner).ids, "its padding": pad}
+        named = {"its template": framing(inner).ids, "its padding": pad}
         self.named_ids = {name: max(ids) for name, ids in named.items() if ids}
         self._sure_back = all(is_sure(rule) for rule in rules(inner.decoder))
         found = {"truncation": inner.truncation, "padding": padding}
@@ -204,7 +204,7 @@ class Tokenizer:
 
     def _ids(self, text: str, spelled: bool = False, frames: bool = False) -> list[int]:
         self._check(text)
-        with self._asking("encode"):
+        with self._library_call("encode"):
             self._inner.encode_special_tokens = not spelled
             try:
                 return self._inner.encode(text, add_special_tokens=frames).ids
@@ -214,17 +214,17 @@ class Tokenizer:
     def _check(self, text: str) -> None:
         """Raise UsageError if the rules of the file would make too many characters from a text."""
         one = self._made_of_one
-        if one <= USUAL_GROWTH or len(text) * one <= MOST_MADE:
+        if one <= USUAL_GROWTH or len(text) * one <= MAX_CHARACTERS:
             return
-        with self._asking("encode"):
+        with self._library_call("encode"):
             made = made_of(text, self._inner, one)
-        if made > MOST_MADE:
+        if made > MAX_CHARACTERS:
             raise UsageError(
-                f"{self.path}: its rules make more than {MOST_MADE:,} characters of the text",
+                f"{self.path}: its rules make more than {MAX_CHARACTERS:,} characters of the text",
                 f"It has {len(text):,}: shorten it.",
             )
 
-    def _asking(self, what: str) -> Asking:
+    def _library_call(self, what: str) -> LibraryCall:
         """A context for a call of the library, which may take long or panic on untrusted rules."""
         where = "" if self.path is None else f"{self.path}: "
 
@@ -232,7 +232,7 @@ class Tokenizer:
             return UsageError(f"{where}the text cannot be {what}d ({said})")
 
         sure = self.path is None or (what == "decode" and self._sure_back)
-        return Asking(failed, careful=not sure)
+        return LibraryCall(failed, careful=not sure)
 
     @property
     def special_tokens(self) -> list[str]:
@@ -249,7 +249,7 @@ class Tokenizer:
         if not self.has_specials:
             return []
         self._check(text)
-        with self._asking("encode"):
+        with self._library_call("encode"):
             encoding = self._inner.encode(text, add_special_tokens=False)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         return list(dict.fromkeys(text[start:end] for i, (start, end) in spans if i <= UNK))
@@ -257,11 +257,11 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts, encoded together; as `encode`."""
         ids: list[list[int]] = []
-        part = min(PART, MOST_MADE // self._made_of_one)
+        part = min(PART, MAX_CHARACTERS // self._made_of_one)
         for some in _parts(texts, part):
             for text in some:
                 self._check(text)
-            with self._asking("encode"):
+            with self._library_call("encode"):
                 found = self._inner.encode_batch(some, add_special_tokens=self._frames)
             ids += [self._as_text(encoding.ids) for encoding in found]
         return ids
@@ -274,7 +274,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are left out, and broken UTF-8 becomes U+FFFD."""
         plain = self._plain(ids)
-        with self._asking("decode"):
+        with self._library_call("decode"):
             return self._inner.decode(plain, skip_special_tokens=False)
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
@@ -338,7 +338,7 @@ class TextStream:
         if not self._tokenizer._plain([token]):
             return ""
         self._ids.append(token)
-        with self._tokenizer._asking("decode"):
+        with self._tokenizer._library_call("decode"):
             text = self._inner.step(self._tokenizer._inner, token) or ""
         self._shown += len(text)
         return text

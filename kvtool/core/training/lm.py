@@ -61,13 +61,13 @@ def score_text(
     tokenizer: Tokenizer,
     ids: Tensor,
     context: int,
-    done: Callable[[int], None] = lambda n_tokens: None,
+    on_window: Callable[[int], None] = lambda n_tokens: None,
 ) -> LMScore:
     """Score the predictions of all tokens of `ids` (n,) except the first.
 
     Windows of `context` tokens overlap by half. So each token is predicted from half a context or
-    more, except for the first tokens of the text. done: called after each window with the number
-    of tokens that it predicted.
+    more, except for the first tokens of the text. on_window: called after each window with the
+    number of tokens that it predicted.
     """
     size, half = max(context, 2), max(context // 2, 1)  # a window of 1 would predict nothing
     total = 0.0
@@ -76,7 +76,7 @@ def score_text(
     while n_done < len(ids):
         end = min(start + size, len(ids))
         total += _nats(model, ids[start:end], n_done - start)
-        done(end - n_done)
+        on_window(end - n_done)
         n_done = end
         start = max(end - half, 0)
     text = tokenizer.decode(ids[1:].tolist())

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kvtool.errors import FileError, UsageError
 from kvtool.files import PACKAGE
-from kvtool.reading import MOST_TEXT, nearest, read_bytes
+from kvtool.reading import MAX_TEXT_BYTES, nearest, read_bytes
 
 CMUDICT = "cmudict"
 CMUDICT_FILE = PACKAGE / "data" / "cmudict.txt.xz"
@@ -323,9 +323,9 @@ def _decompress(path: Path, raw: bytes) -> bytes:
             while block := file.read(BLOCK):
                 found.append(block)
                 nbytes += len(block)
-                if nbytes > MOST_TEXT:
+                if nbytes > MAX_TEXT_BYTES:
                     raise FileError(
-                        f"{path}: unpacks to more than {MOST_TEXT:,} bytes",
+                        f"{path}: unpacks to more than {MAX_TEXT_BYTES:,} bytes",
                         "Train on a part of it.",
                     )
                 _count_memory(path, 2 * nbytes)  # these blocks, and their concatenation

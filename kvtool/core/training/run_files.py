@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from kvtool import ending
-from kvtool.core.checkpoint.pickle_walk import Foreign
+from kvtool.core.checkpoint.pickle_walk import UnsafePickle
 from kvtool.core.checkpoint.pickled_file import check_zip
 from kvtool.errors import pass_on_shortage
 from kvtool.reading import parse_json
 
-MOST_STEPS = 2**53  # up to here a float64 can count
-LARGEST = 2.0**128  # above every float32; all figures are float32
-MOST_TOKENS = 2**31  # per step
-MOST_SECONDS = 2**31  # per run: 68 years
+MAX_STEPS = 2**53  # up to here a float64 can count
+FIGURE_LIMIT = 2.0**128  # above every float32; all figures are float32
+MAX_TOKENS = 2**31  # per step
+MAX_SECONDS = 2**31  # per run: 68 years
 EXACT = 2**24  # up to here a float32 can count, as AdamW does its steps
 SHA256 = re.compile("[0-9a-f]{64}")
 PARTS = ("valid", "averaged")  # the parts of an evaluation
@@ -45,7 +45,7 @@ def log_line(text: str) -> dict[str, Any] | None:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < MOST_STEPS
+    return type(value) is int and 0 <= value < MAX_STEPS
 
 
 def _is_index(value: Any, items: Sequence[Any]) -> bool:
@@ -53,7 +53,7 @@ def _is_index(value: Any, items: Sequence[Any]) -> bool:
 
 
 def _is_figures(part: Mapping[str, Any]) -> bool:
-    return all(type(x) in (int, float) and abs(x) < LARGEST for x in part.values())
+    return all(type(x) in (int, float) and abs(x) < FIGURE_LIMIT for x in part.values())
 
 
 class Strange(ValueError):
@@ -74,7 +74,7 @@ def unpickled(data: bytes) -> Any:
     except Exception as error:  # damaged data raises almost anything
         pass_on_shortage(error)
         # PyTorch's message is left out: it suggests weights_only=False, which runs the file's code.
-        if isinstance(error, (Foreign, pickle.UnpicklingError)):
+        if isinstance(error, (UnsafePickle, pickle.UnpicklingError)):
             raise Strange("holds code objects, which kvtool never runs") from error
         raise Strange(f"is no state of a run ({type(error).__name__})") from error
 
@@ -128,9 +128,9 @@ def _check_position(found: Mapping[str, Any], step: int) -> None:
         and all(_is_count(found[name]) for name in counts)
         and (score is None or _is_figures({"best_score": score}))
         and _is_figures({"seconds": seconds})
-        and 0 <= seconds <= MOST_SECONDS
+        and 0 <= seconds <= MAX_SECONDS
         and found["epoch"] + found["batch"] <= found["step"]
-        and found["tokens"] <= found["step"] * MOST_TOKENS
+        and found["tokens"] <= found["step"] * MAX_TOKENS
         and max(found["best_step"], found["stale"]) <= found["step"]
         and isinstance(found["best_sha256"], str)
         and (SHA256.fullmatch(found["best_sha256"]) is None) == (score is None)

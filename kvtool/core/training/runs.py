@@ -45,14 +45,14 @@ from kvtool.files import (
 )
 from kvtool.folders import Folder
 from kvtool.outside import elsewhere
-from kvtool.reading import MOST_JSON, json_object
+from kvtool.reading import MAX_JSON_BYTES, json_object
 
 KEPT = 2
 DAMAGED = ".damaged"
 SHOWN = 8  # settings that an error names at most
-MOST_LOG = 2**26  # bytes
-MOST_LINES = 250_000  # of the log; enough for two million steps, and read in seconds
-MOST_LINE = 2**16  # bytes; a run writes about a hundred
+MAX_LOG_BYTES = 2**26  # bytes
+MAX_LINES = 250_000  # of the log; enough for two million steps, and read in seconds
+MAX_LINE_BYTES = 2**16  # bytes; a run writes about a hundred
 CHECKED_EVERY = 2**15  # lines; after so many, reading looks for a signal
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # the file of a write that was killed
 # The values of settings that older runs did not record.
@@ -198,7 +198,7 @@ class RunFolder:
             )
 
     def _settings(self) -> dict[str, Any]:
-        data = self._folder.read(RUN, "the settings of a run", MOST_JSON)
+        data = self._folder.read(RUN, "the settings of a run", MAX_JSON_BYTES)
         return json_object(self.path / RUN, data)
 
     def write(self, path: Path, data: bytes) -> None:
@@ -338,16 +338,18 @@ class RunFolder:
         """Yield each valid line with its fields."""
         if LOG not in self._folder.names():
             return
-        data = self._folder.read(LOG, "the log of a run", MOST_LOG)
+        data = self._folder.read(LOG, "the log of a run", MAX_LOG_BYTES)
         for number, line in enumerate(io.BytesIO(data), start=1):
-            if number > MOST_LINES:
+            if number > MAX_LINES:
                 raise FileError(
                     f"{self.path / LOG}: is too long for the log of a run "
-                    f"(more than {MOST_LINES:,} lines)"
+                    f"(more than {MAX_LINES:,} lines)"
                 )
             if number % CHECKED_EVERY == 0:
                 ending.check()
-            if len(line) <= MOST_LINE and (fields := log_line(line.decode("utf-8", "replace"))):
+            if len(line) <= MAX_LINE_BYTES and (
+                fields := log_line(line.decode("utf-8", "replace"))
+            ):
                 yield line.rstrip(b"\r\n") + b"\n", fields
 
 

@@ -18,9 +18,9 @@ from kvtool.core.verify.check import Checked, check_model, control, main_case, p
 from kvtool.core.verify.compare import Gap
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.left_out import left_out
+from kvtool.core.verify.model_subject import Formats
 from kvtool.core.verify.outcome import UNSUPPORTED, Outcome, Summary
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Formats
 from kvtool.core.verify.target.check import OWN, check_target, decode_case, target_control
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.errors import UsageError
@@ -28,8 +28,8 @@ from kvtool.errors import UsageError
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found: true if something was checked, all of it is right, and the planted bug
-    was found. str() is the evidence."""
+    """The result of `verify`: true if something was checked, all of it is right, and the planted
+    bug was found. str() gives the evidence."""
 
     name: str
     dtype: str
@@ -39,22 +39,22 @@ class Verification:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What was found in each scenario, for one kind of cache after the other."""
+        """The findings of all scenarios, one kind of cache after the other."""
         return tuple(checked.finding for checked in self.checked)
 
     @property
     def summary(self) -> Summary[Checked]:
-        """What all of it comes to."""
+        """All findings in counts."""
         return Summary(self.checked, planted_bug(self.control, OWN).outcome)
 
     @property
     def judged(self) -> tuple[Checked, ...]:
-        """All but what is beyond a subject's abilities, and kinds of cache that store nothing."""
+        """The findings without unsupported scenarios and kinds of cache that store nothing."""
         return tuple(c for c in self.checked if c.outcome != Outcome.SKIPPED)
 
     @property
     def wrong(self) -> tuple[Checked, ...]:
-        """What was judged and is not right."""
+        """The judged findings that are not right."""
         return tuple(self.summary.wrong)
 
     @property
@@ -107,7 +107,8 @@ class Verification:
 
     @property
     def failure(self) -> str:
-        """The conclusion, and the evidence of what is not right; of all, if nothing is wrong."""
+        """The conclusion, and the evidence of each wrong finding; of all findings if none is
+        wrong."""
         return "\n".join([self.conclusion, *self._lines(self.wrong or self.checked)])
 
     def _lines(self, shown: Sequence[Checked]) -> list[str]:

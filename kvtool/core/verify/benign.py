@@ -1,4 +1,4 @@
-"""Uncached passes over what a run was fed: changed so that they only round differently, or given a
+"""Uncached passes over the tokens of a run: changed so that they only round differently, or with a
 fault of known size. kvtool.core.verify.noise says what they mean."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def arrays(logits: list[Tensor]) -> Steps:
 
 
 def played(arms: Arms, whole: Pass) -> list[Tensor]:
-    """What the steps of a run should answer, by another kind of pass over each history."""
+    """The expected logits of a run's steps, by another kind of pass over each history."""
     answers: dict[int, Tensor] = {}
     with torch.inference_mode():
         for segment in arms.segments:
@@ -42,7 +42,7 @@ def played(arms: Arms, whole: Pass) -> list[Tensor]:
 
 
 class NotTaken(Exception):
-    """A decoder does not take a pass that the run itself did not need."""
+    """The decoder refuses a pass that the run itself did not need."""
 
 
 def _played(arms: Arms, whole: Pass) -> list[Tensor]:
@@ -86,7 +86,7 @@ def moved(subject: Subject, by: float, seed: int = 0, tables: bool = False) -> S
 
 
 def controls(subject: Subject, arms: Arms) -> Iterator[list[Tensor]]:
-    """The runs of uncached passes in which one token is another, or is missing."""
+    """The runs of uncached passes with one token replaced or missing."""
 
     def replaced(ids: Tensor, start: Start) -> Tensor:
         other, place = ids.clone(), _place(ids, start)
@@ -114,8 +114,8 @@ def _place(ids: Tensor, start: Start) -> int:
 
 
 def _only_behind(right: Tensor, wrong: Tensor, place: int) -> Tensor:
-    """The wrong logits, but for those of the token itself and of what is before it: a cache that
-    lost it would not have changed them."""
+    """The right logits up to the token, and the faulty ones after it, as a cache that lost it would
+    answer."""
     return torch.cat([right[:, : place + 1], wrong[:, place + 1 :]], dim=1)
 
 
@@ -126,7 +126,7 @@ def _with_tail(subject: Subject, ids: Tensor, start: Start, n: int) -> Tensor:
 
 
 def _in_pieces(subject: Subject, ids: Tensor, start: Start) -> Tensor:
-    """Each part of a history from a pass that ends with it."""
+    """Each piece of a history, from a pass that ends with it."""
     padded = 0 if start.padding is None else int(start.padding.max())
     n = ids.shape[1]
     ends = sorted({min(n, padded + 1 + (n - padded) * i // PIECES) for i in range(1, PIECES)} | {n})
@@ -138,7 +138,7 @@ def _in_pieces(subject: Subject, ids: Tensor, start: Start) -> Tensor:
 
 
 def _in_other_rows(subject: Subject, ids: Tensor, start: Start) -> Tensor:
-    """Each row of a batch alone; one row beside copies of itself."""
+    """Each row of a batch alone, or a single row in a batch with copies of itself."""
     if start.batch == 1:
         rows = torch.zeros(3, dtype=torch.long, device=ids.device)
         return uncached(subject, ids[rows], start.select(rows))[:1]
@@ -147,7 +147,7 @@ def _in_other_rows(subject: Subject, ids: Tensor, start: Start) -> Tensor:
 
 
 def by_own_prefix(subject: Subject, segment: Segment, first: int, end: int) -> Tensor:
-    """The logits of the tokens from column `first` on, of a pass that ends with column `end`."""
+    """The logits of the tokens from column `first` on, from a pass that ends at column `end`."""
     with torch.inference_mode():
         logits = uncached(subject, segment.history[:, :end], segment.start)[:, first:]
     return segment.zero_padding(logits, first)

@@ -29,25 +29,26 @@ from kvtool.core.models.attention import SelfAttention
 from kvtool.core.models.decoder import Decoder
 from kvtool.core.verify.arms import Arms, Case, sharing
 from kvtool.core.verify.compare import Gap
+from kvtool.core.verify.model_subject import Formats, ModelSession, ModelSubject
 from kvtool.core.verify.scenario_run import Segment
-from kvtool.core.verify.subject import Formats, ModelSession, ModelSubject, Start
+from kvtool.core.verify.subject import Start
 from kvtool.errors import pass_on_shortage
 
 HELD = 2**28  # bytes of queries, keys, values and answers after which the caches are fed
-MOST_ROWS = 1024  # tokens of a pass for several kinds; a longer one is for those that share it
+MAX_ROWS = 1024  # tokens of a pass for several kinds; a longer one is for those that share it
 FLOAT64 = torch.float64
 
 
 def can_go_by_layer(model: Model) -> bool:
-    """Whether attention is all that knows of a cache in a model, as far as anyone here knows."""
+    """Whether only attention uses the cache in a model, as in kvtool's plain decoder."""
     return type(model) is Decoder and all(
         type(block.attn) is SelfAttention and block.cross is None  # type: ignore[union-attr]
         for block in model.layers
     )
 
 
-class Place(NamedTuple):
-    """What a step answers: n columns of a history from `first` on."""
+class HistorySlice(NamedTuple):
+    """The columns that a step answers: n columns of a history from `first` on."""
 
     history: int
     first: int
@@ -80,10 +81,10 @@ class History:
 
 @dataclass(frozen=True)
 class AllRows(Step):
-    """The step that the model is given: every row of all histories, each at its own position.
+    """The model's step: the rows of all histories, each at its own position.
 
-    What they see is told by the step of each; what the model adds for a layer is kept in
-    `layer_window` and `kernels`.
+    Each history's own step has its mask; `layer_window` and `kernels` hold what the model sets for
+    a layer.
     """
 
     layer_window: int = 0
@@ -106,8 +107,8 @@ def _seen(step: Step, layer: AllRows, known: dict[int, Step]) -> Step:
     return replace(known[window], kernels=layer.kernels)
 
 
-class Held(NamedTuple):
-    """What a layer was asked and answered for a history: q, k, v and y (B,.,T,D)"""
+class LayerAttention(NamedTuple):
+    """A layer's attention for a history: q, k, v and y (B,.,T,D)"""
 
     q: Tensor
     k: Tensor
@@ -117,11 +118,11 @@ class Held(NamedTuple):
 
 @dataclass
 class Fed:
-    """A kind of cache in a scenario: where its steps stand, and how far its answers were off."""
+    """A kind of cache in a scenario: the place of its steps, and the gaps of its answers."""
 
     subject: ModelSubject
     case: Case
-    places: dict[int, Place]
+    places: dict[int, HistorySlice]
     segments: list[Segment]  # that have the steps
     gaps: dict[int, float]
 
@@ -134,12 +135,12 @@ class Fed:
         except Exception as error:
             pass_on_shortage(error)
             return None
-        places: dict[int, Place] = {}
+        places: dict[int, HistorySlice] = {}
         for segments in sharing(run.segments):
             number = histories.number(segments[0], subject)
             for segment in segments:
                 for answer in segment.answers:
-                    places[answer.step] = Place(number, answer.first, answer.logits.shape[1])
+                    places[answer.step] = HistorySlice(number, answer.first, answer.logits.shape[1])
         places = {step: places[step] for step in sorted(places)}
         return cls(subject, case, places, run.segments, dict.fromkeys(places, 0.0))
 
@@ -179,11 +180,11 @@ class Block:
 
     positions: list[Tensor]  # (B,T) of each history, negative = padding
     steps: list[AllRows] = field(default_factory=list)  # by layer, as the model gave them
-    held: list[list[Held]] = field(default_factory=list)  # by layer and history
+    held: list[list[LayerAttention]] = field(default_factory=list)  # by layer and history
     largest: list[list[float]] = field(default_factory=list)  # of the answers
     nbytes: int = 0
 
-    def add(self, step: AllRows, held: list[Held]) -> None:
+    def add(self, step: AllRows, held: list[LayerAttention]) -> None:
         """Hold one more layer."""
         self.steps.append(step)
         self.held.append(held)
@@ -192,7 +193,7 @@ class Block:
 
 
 class Unanswered(ModelSession):
-    """A session that keeps no tokens and answers nothing: it shows what a scenario feeds."""
+    """A session without tokens and answers: it shows what a scenario feeds."""
 
     def __init__(self, subject: ModelSubject, start: Start) -> None:
         self.subject = subject
@@ -211,7 +212,7 @@ class Unanswered(ModelSession):
 
 
 class LayerSession(ModelSession):
-    """A session whose cache is fed some layers of a pass, and which compares what it answers."""
+    """A session that feeds some layers of a pass to its cache, and compares the answers."""
 
     def __init__(
         self,
@@ -250,7 +251,7 @@ class LayerSession(ModelSession):
 
 
 class Histories:
-    """What an uncached pass is to go over: histories that several kinds have are in it once."""
+    """The histories of an uncached pass; those that several kinds share are in it once."""
 
     def __init__(self, kernels: Kernels = DEFAULT) -> None:
         self.all: list[History] = []
@@ -276,8 +277,8 @@ def _bytes(x: Tensor) -> bytes:
 
 
 class AllCaches:
-    """What the model takes for a cache: it computes each layer's attention for all histories, and
-    hands what was asked and answered to the caches that are judged."""
+    """The model's cache in the pass: it computes each layer's attention for all histories, and
+    hands queries, keys, values and answers to the judged caches."""
 
     def __init__(self, histories: Histories, fed: Sequence[Fed], n_layers: int) -> None:
         self.histories, self.fed, self.n_layers = histories.all, fed, n_layers
@@ -292,7 +293,7 @@ class AllCaches:
         for history in self.histories:
             asked = [history.rows(x) for x in (q, k, v)]
             y = history.seen_by(step).attend(*asked)
-            held.append(Held(asked[0], asked[1], asked[2], y))
+            held.append(LayerAttention(asked[0], asked[1], asked[2], y))
             answers.append(y.transpose(0, 1).flatten(1, 2))
         self.block.add(step, held)
         if self.block.nbytes >= HELD or layer == self.n_layers - 1:
@@ -316,8 +317,8 @@ class ByLayer:
         self._found: dict[tuple[str, bool], Arms] = {}
 
     def arms(self, subject: ModelSubject, case: Case, plain: bool = False) -> Arms | None:
-        """What was found of a subject, None if nothing could be; plain: of the same subject with a
-        cache that rounds nothing, the uncached logits alone."""
+        """The float64 evidence of a subject, or None. plain: the uncached logits alone, of the same
+        subject with a cache that rounds nothing."""
         if case is not self._case:
             self._found.clear()
             self._case = case
@@ -336,10 +337,10 @@ class ByLayer:
     def _packed(
         self, case: Case, groups: Sequence[list[ModelSubject]]
     ) -> Iterator[list[ModelSubject]]:
-        """The groups that one pass serves, of MOST_ROWS or fewer unless a single one has more."""
+        """The groups that one pass serves, of MAX_ROWS or fewer unless a single one has more."""
         together: list[ModelSubject] = []
         for group in groups:
-            if together and self._planned(case, [*together, *group])[0].n_rows > MOST_ROWS:
+            if together and self._planned(case, [*together, *group])[0].n_rows > MAX_ROWS:
                 yield together
                 together = []
             together = [*together, *group]

@@ -24,14 +24,15 @@ from kvtool.core.verify.by_layer import ByLayer, can_go_by_layer
 from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.judge import Judge
+from kvtool.core.verify.model_subject import Formats, ModelSubject
 from kvtool.core.verify.outcome import ROUNDING, Outcome, outcome
 from kvtool.core.verify.passes import Passes
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Formats, ModelSubject, Source, Subject
+from kvtool.core.verify.subject import Source, Subject
 
 MAIN = "decode"  # the scenario that is fed the prompt and its continuation
-LONGEST = "long"  # the scenario that comes furthest
-LONG = 4200  # tokens that our kinds are fed at most
+LONG_SCENARIO = "long"  # the scenario that comes furthest
+MAX_REACH = 4200  # tokens that our kinds are fed at most
 CONTROL_STEPS = 24  # enough to see a planted bug
 FEW_STEPS = 3  # of a large model
 EXACT = "exact"
@@ -39,30 +40,30 @@ EXACT = "exact"
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found for a kind of cache, with some kernels, in one scenario."""
+    """The finding for a kind of cache, with some kernels, in one scenario."""
 
     cache: str
     kernels: str
     stores: bool  # a kind that stores nothing is there to be compared with
     finding: Finding
     exact: bool = False  # equality to the last bit was promised
-    not_judged: str = ""  # what of the cache something else stood in for
+    not_judged: str = ""  # the part of the cache that was not judged, replaced by exact values
     usable: bool = True  # False: the finding says why no scenario could be run
     planted: bool = False  # not a result, but the bug that tests the check
 
     @property
     def right(self) -> bool:
-        """Whether the cache kept what it promises."""
+        """Whether the cache kept its promise."""
         return self.finding.right and not (self.exact and self.finding.verdict == ROUNDING)
 
     @property
     def outcome(self) -> Outcome:
-        """What the verdict says of the cache."""
+        """The verdict's meaning for the cache."""
         return outcome(self.finding.verdict, self.right, self.stores)
 
 
 def planted_bug(finding: Finding, kernels: str) -> Checked:
-    """What was found of the planted bug, as the other checks are."""
+    """The finding for the planted bug, as a check like the others."""
     return Checked("planted bug", kernels, True, finding, planted=True)
 
 
@@ -84,8 +85,8 @@ def main_case(model: Model, prompt: Tensor, n_new: int) -> Case:
 
 
 def small(kind: str) -> Callable[[CacheSpec, Tensor | None], Cache]:
-    """How to make a cache of a registered kind that does all that it does in a short check, but for
-    settings that the kind comes with."""
+    """A maker of a registered kind, with small sizes so that a short check uses all of it. Settings
+    of the kind stay."""
     found: Any = cache_class(kind)
     settings = {**found.small, **registry.split_kind(kind)[1]}
     return partial(found, **settings) if settings else found
@@ -97,15 +98,15 @@ def check_model(
     kernels: Sequence[str],
     scenarios: Sequence[str],
     main: Case,
-    tell: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
     skip: Container[tuple[str, str, str]] = (),
     thorough: bool = False,
 ) -> Iterator[Checked]:
     """Judge every kind with all kernels in all scenarios, in that order; of a large model all kinds
     in one scenario after the other, since they share most of the work.
 
-    skip: kind, kernels and scenario of what is not judged. `tell` hears what comes next. thorough:
-    feed all that can be fed in some minutes. Raises CheckFailed.
+    skip: kind, kernels and scenario of what is not judged. progress: is called before each with a
+    few words. thorough: feed all that can be fed in some minutes. Raises CheckFailed.
     """
     plan = [turn for turn in product(caches, kernels, scenarios) if turn not in skip]
     shares_scenario = goes_by_layer(formats)
@@ -124,7 +125,7 @@ def check_model(
             subject = subjects[kind].with_kernels(make_kernels(name))
             subject.evidence = evidence if name == DEFAULT.name else None
             judges[kind, name] = Judge(subject, examine)
-        tell(f"{kind}, {name} kernels, {scenario}")
+        progress(f"{kind}, {name} kernels, {scenario}")
         finding = _judged(judges[kind, name], cases[scenario])
         yield Checked(kind, name, subjects[kind].stores, finding, name == EXACT)
         left[sharing[turn]] -= 1
@@ -149,12 +150,12 @@ def goes_by_layer(formats: Formats) -> bool:
 def subjects_of(
     formats: Formats, caches: Sequence[str], thorough: bool
 ) -> tuple[dict[str, ModelSubject], Passes]:
-    """Each kind as a subject. Kinds whose uncached pass is the same share it."""
+    """Each kind as a subject. Kinds with the same uncached pass share it."""
     passes, subjects = Passes(), dict[str, ModelSubject]()
     for kind in caches:
         subjects[kind] = subject = ModelSubject(formats.model, small(kind), kind, formats=formats)
         if thorough and subject.stores:
-            subject.reach = min(subject.context, LONG)
+            subject.reach = min(subject.context, MAX_REACH)
     alike = Counter(subject.seen for subject in subjects.values())
     for subject in subjects.values():
         subject.passes = passes if alike[subject.seen] > 1 else None
@@ -164,7 +165,7 @@ def subjects_of(
 def with_reach(finding: Finding, subject: Subject) -> Finding:
     """A finding of the long histories, and which tokens of the context they did not reach."""
     reach = subject.reach
-    if not finding.right or finding.scenario != LONGEST:
+    if not finding.right or finding.scenario != LONG_SCENARIO:
         return finding
     beyond = f"beyond {reach:,} tokens" if 0 < reach < subject.context else ""
     sizes = "most sizes of steps" if subject.fed_little else ""
@@ -190,7 +191,7 @@ def beginning(case: Case, n_steps: int = CONTROL_STEPS) -> Case:
 class LostKey(DynamicCache):
     """A cache that loses the first token's key in its last layer: small, and wrong.
 
-    `seen`: of a model that sees only so many tokens, the first of those that the next one sees.
+    seen: in a model with a window, the first token that the next one sees.
     """
 
     def __init__(self, spec: CacheSpec, left_padding: Tensor | None = None, seen: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Whether uncached passes of a model can be compared at all: they are alike, and causal."""
+"""Whether uncached passes of a model can be compared: they must be reproducible and causal."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from kvtool.core.verify.subject import Subject
 
 @torch.inference_mode()
 def differs_from_itself(subject: Subject) -> str:
-    """How two uncached passes over the same tokens differ, since nothing can be compared then; ""
-    if they do not."""
+    """How two uncached passes over the same tokens differ; "" if they do not. If they do, nothing
+    can be compared."""
     run = ScenarioRun(subject)
     start, ids = run.start(), run.next_ids(1, 10)
     with Promote():

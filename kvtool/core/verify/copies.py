@@ -1,8 +1,8 @@
 """Copies of a user's decoder: in another format, or with every weight moved by a little.
 
-`nn.Module.to(dtype)` makes real numbers of complex tables, and knows of parameters and buffers
-alone. A decoder holds more: tables in plain attributes, in lists, in objects of its own, the format
-that it casts to. All of that has to follow, or the copy is another model.
+`nn.Module.to(dtype)` makes complex tables real, and converts parameters and buffers alone. A
+decoder holds more: tables in plain attributes, in lists, in objects of its own, the format that it
+casts to. All of these must be converted, or the copy is another model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvtool.core.verify.widened import Room, twin
 from kvtool.errors import pass_on_shortage
 
 WIDE = {torch.float64: torch.complex128}  # complex tables stay as they are in other formats
-ENOUGH = 8  # how deep objects hold objects
+MAX_DEPTH = 8  # how deep objects hold objects
 PLAIN = (
     type(None), bool, int, float, complex, str, bytes, type, torch.device, torch.Generator,
     FunctionType, BuiltinFunctionType, MethodType, ModuleType,
@@ -36,7 +36,9 @@ def converted(decoder: Any, dtype: torch.dtype) -> Any:
     if own:
         other = other.to(dtype) or other
     everything = dtype in WIDE
-    held = _Held(lambda tensor: _cast(tensor, dtype), everything, (_format(decoder), dtype))
+    held = _TensorReplacer(
+        lambda tensor: _cast(tensor, dtype), everything, (_format(decoder), dtype)
+    )
     other = held.visit(other)
     if not (held.n_changed or own):
         raise NotImplementedError("it has no to(dtype), and no modules or tensors to convert")
@@ -56,10 +58,12 @@ def widened(decoder: Any, room: Room) -> Any:
             shared.append(tensor)
         return tensor
 
-    _Held(see, True, None, change=False).visit(decoder)
+    _TensorReplacer(see, True, None, change=False).visit(decoder)
     other = copy.deepcopy(decoder, memo={id(weight): weight for weight in shared})
     formats = (_format(decoder), torch.float64)
-    held = _Held(lambda tensor: _cast(tensor, torch.float64), True, formats, weights=False)
+    held = _TensorReplacer(
+        lambda tensor: _cast(tensor, torch.float64), True, formats, weights=False
+    )
     other = held.visit(other)
     if not held.modules:
         raise NotImplementedError("it holds no modules")
@@ -71,13 +75,13 @@ def widened(decoder: Any, room: Room) -> Any:
 def moved(decoder: Any, by: float, seed: int = 0, tables: bool = False) -> Any:
     """A copy of a decoder, each of whose weights is multiplied by 1 + by * (a normal number).
 
-    tables: move what is no parameter, and leave the parameters. The draws depend on `seed` alone.
-    Raises NotImplementedError if there is nothing to move.
+    tables: move tensors that are no parameters, and leave the parameters. The draws depend on
+    `seed` alone. Raises NotImplementedError if there is nothing to move.
     """
     for every in (False, True) if not tables else (False,):  # some hold plain tensors alone
         mover = _Mover(by, seed, tables, every)
         try:
-            other = _Held(mover, True, None).visit(copy.deepcopy(decoder))
+            other = _TensorReplacer(mover, True, None).visit(copy.deepcopy(decoder))
         except (TypeError, RuntimeError) as error:  # a lock, an open file
             pass_on_shortage(error)
             raise NotImplementedError(f"it cannot be copied ({error})") from error
@@ -87,7 +91,8 @@ def moved(decoder: Any, by: float, seed: int = 0, tables: bool = False) -> Any:
 
 
 class _Mover:
-    """Moves parameters, or what is none if `tables`; `every` tensor where it was asked for."""
+    """Moves parameters, or with `tables` other tensors; with `every` those in containers and
+    objects too."""
 
     def __init__(self, by: float, seed: int, tables: bool, every: bool) -> None:
         self.by, self.tables, self.every = by, tables, every
@@ -121,11 +126,11 @@ def _format(decoder: Any) -> torch.dtype | None:
             found.append(tensor.dtype)
         return tensor
 
-    _Held(see, True, None, change=False).visit(decoder)
+    _TensorReplacer(see, True, None, change=False).visit(decoder)
     return found[0] if found else None
 
 
-class _Held:
+class _TensorReplacer:
     """Replaces every tensor that an object holds, each once however often it is held.
 
     everything: also what is no parameter or buffer, and, given `formats`, attributes that name the
@@ -149,8 +154,8 @@ class _Held:
         self._made: dict[int, Any] = {}
         self._alive: list[Any] = []  # or another object might get the id of one that was seen
 
-    def visit(self, value: Any, depth: int = ENOUGH) -> Any:
-        """What is to stand where `value` stood."""
+    def visit(self, value: Any, depth: int = MAX_DEPTH) -> Any:
+        """The replacement of `value`."""
         if id(value) in self._made:
             return self._made[id(value)]
         if isinstance(value, torch.dtype):
@@ -200,7 +205,7 @@ class _Held:
         return made
 
     def _module(self, module: nn.Module, depth: int) -> nn.Module:
-        """Parameters and buffers of it and of those in it, then whatever else they hold."""
+        """Its parameters and buffers and those of its submodules, then all else that they hold."""
         every = list(module.modules())
         self.modules.append(module)
         for part in every:

@@ -1,5 +1,5 @@
-"""How long judging a large model of ours will take: what is fed is counted, and a little of it is
-timed."""
+"""The expected seconds of a check of a large model of kvtool: steps and tokens are counted, and a
+few are timed."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from kvtool.core.kernels.default import DEFAULT, Kernels, make_kernels
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.by_layer import Fed, Histories
 from kvtool.core.verify.check import MAIN, beginning, subjects_of
+from kvtool.core.verify.model_subject import Formats, ModelSubject
 from kvtool.core.verify.scenarios import SCENARIOS
-from kvtool.core.verify.subject import Formats, ModelSubject
 
-ROWS = 8, 72  # tokens of the passes that are timed: what a pass costs, and what a token does
+ROWS = 8, 72  # tokens of the timed passes, for the cost of a pass and of a token
 TIMES = 3  # steps of one token that are timed
 
 
 @dataclass
 class Work:
-    """What a check feeds with one kind of kernels, and in float64."""
+    """The steps, tokens and passes of a check with one kind of kernels, and in float64."""
 
     steps: int = 0  # of one token
     tokens: int = 0  # in other steps, and in uncached passes
@@ -47,7 +47,7 @@ def work_of(
     skip: Container[tuple[str, str, str]] = (),
     thorough: bool = False,
 ) -> dict[str, Work]:
-    """What `check_model` feeds, by the name of the kernels."""
+    """The work of `check_model`, by the name of the kernels."""
     subjects, _ = subjects_of(formats, caches, thorough)
     found = {name: Work() for name in kernels}
     for name, case in product(kernels, cases):
@@ -62,7 +62,7 @@ def work_of(
 
 
 def _cached(subject: ModelSubject, case: Case, histories: Histories) -> Work:
-    """What is fed to a kind; its uncached passes are added to the histories."""
+    """The work of a kind. Its uncached passes are added to the histories."""
     case = case if subject.stores else beginning(case)
     fed = None if case.scenario.lacking(subject) else Fed.of(subject, case, histories)
     if fed is None:
@@ -77,7 +77,7 @@ def _cached(subject: ModelSubject, case: Case, histories: Histories) -> Work:
 
 @torch.inference_mode()
 def seconds_for(formats: Formats, work: dict[str, Work]) -> float:
-    """How long that takes on this machine, if the rest goes as what is timed now."""
+    """The seconds of this work on this machine, extrapolated from a few timed steps."""
     total = 0.0
     for name, some in work.items():
         kernels = make_kernels(name)

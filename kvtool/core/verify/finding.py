@@ -1,4 +1,4 @@
-"""What a comparison means for one scenario, and where and what a bug is."""
+"""The result of one scenario: the verdict, and where and what a bug is."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Diagnosis(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found for one scenario, with the evidence. None was not computed: not needed."""
+    """The finding for one scenario, with the evidence. None: not needed, and not computed."""
 
     scenario: str
     verdict: str
@@ -38,10 +38,10 @@ class Finding:
     float64: Gap | None = None
     promoted: Gap | None = None
     first_wrong: int | None = None  # the first step that differs by more than rounding
-    lossy: bool = False  # precision that the cache alone loses, and nobody asked for
+    lossy: bool = False  # an undeclared loss of precision in the cache alone
     loss: float | None = None  # of a cache that rounds: root mean square, over the logits'
     noise: float | None = None  # how many times the working format's noise the cached arm is off
-    not_fed: str = ""  # what of the context no step was fed at, though right: "beyond 512 tokens"
+    not_fed: str = ""  # the part of the context that was not reached: "beyond 512 tokens"
     diagnosis: Diagnosis = field(default_factory=Diagnosis)
 
     @property

@@ -1,4 +1,4 @@
-"""The SHA-256 of weights, by which a run that goes on knows its model again."""
+"""The SHA-256 of weights, by which a resumed run recognises its model."""
 
 from __future__ import annotations
 

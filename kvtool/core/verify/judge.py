@@ -22,9 +22,10 @@ import torch
 from kvtool.core.machine import dtype_name
 from kvtool.core.verify import noise
 from kvtool.core.verify.arms import Arms, Case, play
-from kvtool.core.verify.comparable import changed_by_later, differs_from_itself
-from kvtool.core.verify.compare import ROUNDING_64, Gap, compare, distances
+from kvtool.core.verify.comparable import differs_from_itself
+from kvtool.core.verify.compare import ROUNDING_64, compare, distances
 from kvtool.core.verify.finding import Diagnosis, Finding
+from kvtool.core.verify.float64 import Float64, first_wrong
 from kvtool.core.verify.measured import Measured
 from kvtool.core.verify.outcome import (
     BUG,
@@ -54,9 +55,9 @@ from kvtool.core.verify.second_look import (
     on_an_edge,
 )
 from kvtool.core.verify.subject import Subject
-from kvtool.errors import CacheOpUnsupported, CheckFailed, first_line, pass_on_shortage
+from kvtool.errors import CacheOpUnsupported, CheckFailed, first_line
 
-NOISE = 10  # how much more the cached arm loses, where it alone computes lower
+NOISE = 10  # times the model's own loss, from which the cached arm alone computes lower
 DOUBT = 0.9  # of a gap that few tokens show: what stays in place below that may be rounding
 OWN_PREFIX = "what a pass computes depends on its length; each step equals one over its own prefix"
 
@@ -74,22 +75,7 @@ class Judge:
     def __init__(self, subject: Subject, doctor: Doctor | None = None) -> None:
         self.subject = subject
         self.doctor = doctor
-        self._double: Subject | None = None
-        self._acausal: str | None = None
-
-    @property
-    def double(self) -> Subject:
-        """The subject in float64. Raises what the subject raises if it cannot be converted."""
-        if self._double is None:
-            same = self.subject.dtype == torch.float64
-            self._double = self.subject if same else self.subject.to(torch.float64)
-        return self._double
-
-    def not_causal(self) -> str:
-        """How a later token changes an earlier logit in an uncached pass, or "" if it does not."""
-        if self._acausal is None:
-            self._acausal = changed_by_later(self.double)
-        return self._acausal
+        self.float64 = Float64(subject)
 
     def judge(self, case: Case, thorough: bool = False) -> Finding:
         """Play one scenario and say what the comparison means.
@@ -123,20 +109,20 @@ class Judge:
 
     def _by_precision(self, case: Case, finding: Finding, arms: Arms, thorough: bool) -> Finding:
         """Decide by the float64 run, and by the promoted one where that is not enough."""
-        in_float64 = self._play_in_float64(case)
+        in_float64 = self.float64.play(case)
         if isinstance(in_float64, BaseException):
             why = f"cannot run in float64 ({type(in_float64).__name__}: {first_line(in_float64)})"
             return self._by_noise(finding, Measured(self.subject, case, arms), why)
         gap = in_float64.gap
         finding = replace(finding, float64=gap)
-        first_gap_in_float64 = _first_wrong(gap)
+        first_gap_in_float64 = first_wrong(gap)
         promoted = None
         if (thorough and not in_float64.by_attention) or first_gap_in_float64 is not None:
-            promoted = play(self.double, case, (True, True))
+            promoted = play(self.float64.subject, case, (True, True))
             finding = replace(finding, promoted=compare(promoted.found, promoted.expected))
         if promoted is None or first_gap_in_float64 is None:
             return self._clean(case, finding, arms, in_float64)
-        wrong = finding.promoted and _first_wrong(finding.promoted)
+        wrong = finding.promoted and first_wrong(finding.promoted)
         if wrong is None:
             return self._precision(case, finding, arms, in_float64, promoted, first_gap_in_float64)
         return self._disputed(case, finding, arms, (in_float64, promoted), wrong)
@@ -156,7 +142,7 @@ class Judge:
             text = f"in float64 it is another model (its uncached logits are off by {other})"
             return self._by_noise(finding, measured, text)
         beyond = measured.beyond(in_float64)
-        if beyond is not None and not self._by_codes(case, arms, in_float64):
+        if beyond is not None and not self.float64.within_codes(case, arms, in_float64):
             name = dtype_name(self.subject.dtype)
             text = (
                 f"right in float64, wrong in {name} alone "
@@ -198,8 +184,8 @@ class Judge:
         promoted: Arms,
         step: int,
     ) -> Finding:
-        """Both arms compute lower somewhere, or the cached arm alone does: it differs by more. A
-        loss is one only where the working format shows it."""
+        """Tell whether both arms compute below float64, or the cached arm alone, which then differs
+        by more. A loss counts only if the working format shows it."""
         model = max(distances(in_float64.expected, promoted.expected))
         gap = max(distances(in_float64.found, in_float64.expected))
         if gap <= NOISE * model:
@@ -231,16 +217,16 @@ class Judge:
         exact: the float64 run, and the promoted one.
         """
         in_float64, promoted = exact
-        if text := differs_from_itself(self.double):
+        if text := differs_from_itself(self.float64.subject):
             return replace(finding, verdict=ERROR, evidence=text, first_wrong=step)
-        if text := self.not_causal():
+        if text := self.float64.not_causal():
             return replace(finding, verdict=NOT_CAUSAL, evidence=text, first_wrong=step)
         if in_float64.mixed > ROUNDING_64:
             text = f"rows of a batch are not what each is alone, uncached ({in_float64.mixed:.1e})"
             return replace(finding, verdict=BUG, evidence=text, first_wrong=step)
-        own = by_own_prefixes(self.double, promoted, ROUNDING_64)
+        own = by_own_prefixes(self.float64.subject, promoted, ROUNDING_64)
         if own is not None:
-            wrong = _first_wrong(gap := compare(own.arms.found, own.arms.expected))
+            wrong = first_wrong(gap := compare(own.arms.found, own.arms.expected))
             if wrong is None:
                 return self._by_length(
                     case, replace(finding, float64=gap, promoted=None), arms, own
@@ -251,11 +237,11 @@ class Judge:
         return innocent or self._wrong(case, finding, step, in_float64)
 
     def _surely_wrong(self, case: Case, finding: Finding, step: int, exact: Arms) -> bool:
-        """Whether one short history of a generated scenario leaves no doubt, so that the many
-        others, which take long, need not be tried again."""
-        if self.subject.told:
+        """Whether one short history of a generated scenario proves a bug, so that the others, which
+        take long, need no second look."""
+        if self.subject.rounds_alike:
             return False
-        piece, _, short = reduced(self.double, case, step, exact, ROUNDING_64)
+        piece, _, short = reduced(self.float64.subject, case, step, exact, ROUNDING_64)
         if piece is case:
             return False
         arms = play(self.subject, piece)
@@ -281,16 +267,16 @@ class Judge:
     def _innocent(
         self, case: Case, finding: Finding, arms: Arms, exact: Arms, doubt: float = 0.0
     ) -> Finding | None:
-        """The finding where a gap in float64 is none of a bug's; else None.
+        """The finding for a gap in float64 with an innocent cause, or None.
 
-        doubt: the share of a gap that has to stay in place, if that is more than a bug's has.
+        doubt: the share of a gap that must stay in place for a bug, if more than usual.
         """
-        if self.subject.told:
+        if self.subject.rounds_alike:
             return None
         gap = max(distances(exact.found, exact.expected))
         measured = Measured(self.subject, case, arms)
         if self.subject.dtype != torch.float64:
-            held = gap <= constants(self.double, exact, self.subject.dtype)
+            held = gap <= constants(self.float64.subject, exact, self.subject.dtype)
             other = "" if held else measured.same_model(exact)
             if (held or other) and measured.beyond() is None:  # last, as it takes longest
                 if held:
@@ -298,17 +284,17 @@ class Judge:
                     return replace(finding, verdict=PRECISION, evidence=text)
                 text = f"in float64 it is another model (its uncached logits are off by {other})"
                 return self._by_noise(finding, measured, text)
-        if text := on_an_edge(self.double, case, exact, ROUNDING_64):
+        if text := on_an_edge(self.float64.subject, case, exact, ROUNDING_64):
             return replace(finding, verdict=ROUNDING, evidence=text)
-        lost = loss_of(self.double, case, exact)
+        lost = loss_of(self.float64.subject, case, exact)
         if lost is None:
             return None
         if lost.lasting > doubt and not is_rounding(lost, self.subject.lossy):
             return None
-        if not loses_plainly(self.double, exact, ROUNDING_64):
+        if not loses_plainly(self.float64.subject, exact, ROUNDING_64):
             return None
         text = f"the cache rounds what it stores: {lost}"
-        wrong = None if self.subject.lossy else _first_wrong(compare(exact.found, exact.expected))
+        wrong = None if self.subject.lossy else first_wrong(compare(exact.found, exact.expected))
         return replace(
             finding,
             verdict=LOSSY,
@@ -318,66 +304,15 @@ class Judge:
             first_wrong=wrong,
         )
 
-    def _play_in_float64(self, case: Case) -> Arms | BaseException:
-        """The float64 run; the promoted one, where a cast to float32 does not fit its weights, or
-        makes -inf of a mask of float64's least number. The first error, if neither can be."""
-        shared = self._shared(case)
-        if shared is not None and _first_wrong(shared.gap) is None:
-            return shared
-        errors: list[BaseException] = []
-        for promote in ((False, False), (True, True)):
-            try:
-                in_float64 = play(self.double, case, promote)
-            except Exception as error:  # of the user's code: it refuses, or asserts a format
-                pass_on_shortage(error)
-                errors.append(error)
-                continue
-            if in_float64.raised is not None:
-                errors.append(in_float64.raised.error)
-            elif not _finite(in_float64):
-                errors.append(ArithmeticError("its logits are not finite there"))
-            else:
-                return in_float64
-        return errors[0]
-
-    def _shared(self, case: Case, plain: bool = False) -> Arms | None:
-        """The evidence that the subject has in common with others, if any."""
-        evidence = getattr(self.subject, "evidence", None)
-        return None if evidence is None else evidence.arms(self.subject, case, plain)
-
-    def _by_codes(self, case: Case, arms: Arms, in_float64: Arms) -> bool:
-        """Whether the cached arm is no further off than a quantizer moves the logits, all its codes
-        together.
-
-        Where a value lies between two codes, rounding decides, and the other code is no bug.
-        """
-        unrounded = self._shared(case, plain=True)
-        if unrounded is None:
-            plain = self.double.unrounded()
-            if plain is None:
-                return False
-            unrounded = play(plain, case)
-        codes = max(distances(unrounded.expected, in_float64.expected))
-        return max(distances(arms.found, in_float64.expected)) <= codes
-
     def _wrong(self, case: Case, finding: Finding, step: int, in_float64: Arms) -> Finding:
         gap = max(distances(in_float64.found, in_float64.expected))
         text = f"the gap stays in float64 ({gap:.1e})"
         found = Diagnosis()
         if self.doctor is not None:
-            shorter = reduced(self.double, case, step, in_float64, ROUNDING_64)
+            shorter = reduced(self.float64.subject, case, step, in_float64, ROUNDING_64)
             with promoting(in_float64.promoted):
-                found = self.doctor(self.double, *shorter)
+                found = self.doctor(self.float64.subject, *shorter)
         return replace(finding, verdict=BUG, evidence=text, first_wrong=step, diagnosis=found)
-
-
-def _first_wrong(gap: Gap) -> int | None:
-    """The first step that differs in float64 by more than rounding."""
-    return next((i for i, step in enumerate(gap.by_step) if not step <= ROUNDING_64), None)
-
-
-def _finite(arms: Arms) -> bool:
-    return all(bool(logits.isfinite().all()) for logits in arms.expected)
 
 
 def _check_finite(arms: Arms) -> None:

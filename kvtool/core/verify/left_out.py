@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 LACKING = ("needs ", ", which it has not")  # around an ability, in the evidence of a finding
-LONGEST = 60  # characters of a reason
+MAX_REASON = 60  # characters of a reason
 
 
 def left_out(skipped: Iterable[tuple[str, str]], run: Iterable[str]) -> str:
-    """What to say of the scenarios that no subject could do; skipped: each with the evidence.
+    """One line about the scenarios that no subject could run. skipped: each with the evidence.
 
     run: scenarios that some subject did.
 
@@ -29,11 +29,11 @@ def left_out(skipped: Iterable[tuple[str, str]], run: Iterable[str]) -> str:
 
 
 def _reason(scenario: str, evidence: str) -> str:
-    """Why, in few words: none where the scenario bears the name of what is lacking."""
+    """The reason in few words; none if the scenario has the name of the missing ability."""
     before, after = LACKING
     if evidence.startswith(before) and evidence.endswith(after):
         ability = evidence[len(before) : -len(after)]
         return "" if ability == scenario else f"no {ability}"
     _, cannot, what = evidence.partition(" cannot ")
     text = what.partition(": ")[2] or f"cannot {what}" if cannot else evidence
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."

@@ -14,17 +14,17 @@ from kvtool.core.verify.benign import arrays, benign, controls, moved
 from kvtool.core.verify.noise import Spread
 from kvtool.core.verify.subject import Subject
 
-# How many times the noise a single right run may be. Measured: 1.4 was the most of right decoders
+# How many times the noise a single right run may be off. Measured: at most 1.4 for right decoders
 # in float32, bfloat16 and float16, and 8.8 the least of caches wrong in one format alone.
 LIMIT = 2.0
-COARSE = 10.0  # the same where no weights can be moved, so that fewer benign runs are had
+COARSE = 10.0  # the same if no weights can be moved, which leaves fewer benign runs
 SAME = 10.0  # how many times the noise the float64 run may be from the working one
 UNSEEN = 1e-3  # of a fault: what may be rounding where no rounding is seen
 RETRIES = (31, 32, 33)  # seeds of the moves that a bug has to outlast
 
 
 class Beyond(NamedTuple):
-    """By how much a cached run is beyond the noise, and the first step of which that is true."""
+    """How far a cached run is beyond the noise, and the first step that is."""
 
     times: float
     step: int
@@ -32,7 +32,7 @@ class Beyond(NamedTuple):
 
 
 class Measured:
-    """What is known of the noise of one run in its working format; computed when asked for.
+    """The noise of one run in its working format, computed on demand.
 
     by_length: whether passes of other lengths may be taken for benign.
     """
@@ -60,26 +60,26 @@ class Measured:
 
     @cached_property
     def limit(self) -> float:
-        """How many times the floor is noise."""
+        """The ratio to the floor up to which a gap is noise."""
         return COARSE if moved(self.subject, self.eps, RETRIES[0]) is None else LIMIT
 
     @cached_property
     def floor(self) -> Spread:
-        """How far those are from each other."""
+        """The spread of the variants."""
         if len(self.variants) < 2:
             return Spread(0.0, 0.0)
         return noise.floor(self.variants)
 
     @cached_property
     def faults(self) -> list[Spread]:
-        """How far uncached runs with a token replaced, and one missing, are."""
+        """The spreads of uncached runs with a token replaced, and with one missing."""
         runs = controls(self.subject, self.arms)
         return [noise.spread(arrays(run), self.expected) for run in runs]
 
     @cached_property
     def unmeasurable(self) -> bool:
-        """Whether no benign run rounds otherwise, and the gap is small beside one wrong token: a
-        floor of 0 is a floor too small."""
+        """Whether the floor is 0 because no benign run rounds differently, while the gap is small
+        compared with that of one wrong token."""
         if self.floor.total > 0:
             return False
         fault = min((fault.total for fault in self.faults), default=0.0)
@@ -87,7 +87,8 @@ class Measured:
         return fault == 0 or gap <= UNSEEN * fault  # a fault that does not show proves nothing
 
     def same_model(self, in_float64: Arms) -> str:
-        """How far the uncached float64 run is, if that is more than rounding; else ""."""
+        """The distance to the uncached float64 run in words, if it is more than rounding; else
+        ""."""
         if self.subject.converts:
             return ""
         gap = noise.spread(self.expected, arrays(in_float64.expected))
@@ -96,7 +97,7 @@ class Measured:
         return f"{gap.total:.1e}"
 
     def beyond(self, in_float64: Arms | None = None) -> Beyond | None:
-        """How the cached run is beyond the noise, if it is.
+        """How far the cached run is beyond the noise; None if it is within.
 
         in_float64: of the same model, and right: then the uncached run's distance from it is noise.
         """
@@ -123,7 +124,7 @@ class Measured:
         return noise.judge(0.0, faults, self.limit)
 
     def _within(self, times: float) -> bool:
-        """Whether so many times the floor is noise; weights are moved only if LIMIT is passed."""
+        """Whether this ratio to the floor is noise. Weights are moved only if it exceeds LIMIT."""
         return times <= LIMIT or times <= self.limit
 
     def _staying(self, wrong: list[bool]) -> list[bool]:

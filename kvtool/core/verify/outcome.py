@@ -1,4 +1,5 @@
-"""What findings come to: right, wrong, or nothing proved; and whether the check can be trusted."""
+"""The outcome of findings: right, wrong, or nothing proved; and whether the check can be
+trusted."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ NO_CACHE = "no cache"  # vacuous, of a kind that stores nothing: it is there to 
 
 
 class Outcome(Enum):
-    """What a verdict says of a cache."""
+    """The meaning of a verdict for a cache."""
 
     RIGHT = "right"
     WRONG = "wrong"
@@ -30,7 +31,7 @@ class Outcome(Enum):
 
 
 def outcome(verdict: str, right: bool, stores: bool) -> Outcome:
-    """What a verdict says of a cache that `stores` something or does not."""
+    """The outcome of a verdict on a cache; stores: whether it stores anything."""
     if verdict in (UNSUPPORTED, NO_CACHE) or (right and not stores):
         return Outcome.SKIPPED
     if verdict == UNDECIDED:
@@ -53,7 +54,7 @@ class HasOutcome(Protocol):
 
     @property
     def outcome(self) -> Outcome:
-        """What came of it."""
+        """The outcome of the check."""
 
 
 C = TypeVar("C", bound=HasOutcome)
@@ -61,29 +62,29 @@ C = TypeVar("C", bound=HasOutcome)
 
 @dataclass(frozen=True)
 class Summary(Generic[C]):
-    """All checks, and what came of the bug that was planted to test them; None: there was none."""
+    """All checks, and the outcome of the planted bug that tests them; None: there was none."""
 
     checks: Sequence[C]
     control: Outcome | None
 
     @property
     def right(self) -> list[C]:
-        """What keeps its promise."""
+        """The right checks."""
         return [check for check in self.checks if check.outcome == Outcome.RIGHT]
 
     @property
     def wrong(self) -> list[C]:
-        """What breaks its promise, or may."""
+        """The wrong checks, and the undecided ones."""
         return [check for check in self.checks if check.outcome.wrong]
 
     @property
     def proved_nothing(self) -> list[C]:
-        """What was played, and proved nothing."""
+        """The checks that were played and proved nothing."""
         return [check for check in self.checks if check.outcome == Outcome.NOTHING]
 
     @property
     def unjudged_kinds(self) -> list[str]:
-        """Kinds that store something, and of which nothing is known."""
+        """Kinds of cache that store something, but were not judged in any scenario."""
         kinds = dict.fromkeys(check.cache for check in self.checks if check.stores)
         known = {check.cache for check in (*self.right, *self.wrong)}
         return [kind for kind in kinds if kind not in known]

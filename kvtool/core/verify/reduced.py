@@ -33,7 +33,7 @@ def reduced(
 
 
 def _shorter(schedules: list[Schedule], step: int, limits: Bounds) -> Iterator[Schedule]:
-    """What may do for the history that has the step, the shortest first."""
+    """Possible replacements of the history with the step, the shortest first."""
     for schedule in schedules:
         if step < len(schedule):
             past, n = sum(schedule[:step]), schedule[step]

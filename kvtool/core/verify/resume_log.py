@@ -1,5 +1,5 @@
-"""The log of results that --resume names: each is added as it is reached, so that work that was
-ended can go on."""
+"""The log of results for --resume. Each result is added when it is reached, so that interrupted
+work can go on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from kvtool.reading import parse_json, read_bytes
 
 SCHEMA = "kvtool.results/1"
 BEGINNING = f'{{"schema": "{SCHEMA}"'.encode()
-MOST_RESULTS = 2**28  # bytes
+MAX_RESULTS_BYTES = 2**28  # bytes
 DECISIVE = ("check", "model")  # where these differ, nearly all else does
 SHA256 = "sha256"
-MOST_NAMED = 5  # differences in one line
+MAX_NAMED = 5  # differences in one line
 T = TypeVar("T")
 
 
@@ -62,7 +62,7 @@ class ResumeLog(Generic[T]):
     def _read(self) -> list[T]:
         if not self.path.exists() or (self.path.is_file() and not self.path.stat().st_size):
             return []
-        data = read_bytes(self.path, "results to go on from", "--resume", MOST_RESULTS)
+        data = read_bytes(self.path, "results to go on from", "--resume", MAX_RESULTS_BYTES)
         lines = io.BytesIO(data)
         first = lines.readline()
         if not first.endswith(b"\n"):
@@ -136,14 +136,14 @@ def _always(write: Callable[[], None]) -> bool:
 
 
 def _check_types(result: Any) -> None:
-    """Raise TypeError unless each field of a dataclass is what it is declared to be."""
+    """Raise TypeError unless each field of a dataclass has its declared type."""
     for name, kind in get_type_hints(type(result)).items():
         if not _fits(getattr(result, name), kind):
             raise TypeError(f"{name} is not {kind}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether what JSON says can be of a type, of those that results have."""
+    """Whether a value from JSON fits a type of a result's field."""
     parts = get_args(kind)
     outer = get_origin(kind)
     if outer is dict:
@@ -156,10 +156,10 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs in words, what matters most first; another check or model stands alone."""
+    """The differences in words, the most important first. Another check or model is named alone."""
     names = changed(before, now)
     names = [name for name in DECISIVE if name in names] or sorted(names, key=lambda n: n != SHA256)
-    shown = names[:MOST_NAMED]
+    shown = names[:MAX_NAMED]
     words = [word for n in shown for word in changes({n: before.get(n)}, {n: now.get(n)})]
     n_more = len(names) - len(shown)
     return ", ".join(words) + (f" and {n_more} more" if n_more else "")

@@ -1,4 +1,4 @@
-"""A scenario as it is played: the sessions that it opens, what it feeds them, and the answers."""
+"""One run of a scenario: its sessions, the tokens that they are fed, and the answers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kvtool.errors import pass_on_shortage
 
 PREFILL = 11  # tokens of a prompt that no power of two divides
 STEPS = 6  # one-token steps that follow
-REACH = 600  # tokens of the longest history, where nobody found out what they cost
-MOST_SPECIAL = 8  # ids to which a decoder gives a meaning
+REACH = 600  # tokens of the longest history, if their cost is not known
+MAX_SPECIAL = 8  # ids to which a decoder gives a meaning
 Padding = list[int] | list[list[int]] | None  # of rows: see Start
 
 
 @dataclass
 class Answer:
-    """What one step answered: logits (B,n,V) of the tokens from column `first` of a history on."""
+    """The answer of one step: logits (B,n,V) of the tokens from column `first` of a history on."""
 
     step: int
     first: int
@@ -39,8 +39,8 @@ class Segment:
     alone: bool = False  # each row is judged by a pass over it alone
 
     def zero_padding(self, logits: Tensor, first: int) -> Tensor:
-        """Logits (B,n,V) of the tokens from column `first` on, where those of padding, which mean
-        nothing, are 0; and so are those of ids that the decoder bans with -inf."""
+        """Logits (B,n,V) of the tokens from column `first` on, with 0 for padding, which means
+        nothing, and for ids that the decoder bans with -inf."""
         logits = logits.masked_fill(logits == -math.inf, 0.0)
         if self.start.padding is None:
             return logits
@@ -62,10 +62,10 @@ class TooShort(Exception):
 
 
 class ScenarioRun:
-    """One run of a scenario on a subject: what it feeds, and what is answered.
+    """One run of a scenario on a subject: its ids and answers.
 
-    Ids come from `given` (1,N) where that is not used up, then from a generator: so every run of a
-    scenario feeds the same ones.
+    Ids come from `given` (1,N) until it is used up, then from a seeded generator. So every run of a
+    scenario feeds the same ids.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class ScenarioRun:
 
     @property
     def limits(self) -> Bounds:
-        """What bounds the schedules of the subject."""
+        """The bounds of the subject's schedules."""
         subject = self.subject
         level = THOROUGH if self.thorough and not subject.fed_little else subject.level
         return Bounds(
@@ -155,9 +155,9 @@ class ScenarioRun:
         special = dict.fromkeys((n_ids - 1, 0, *self.subject.special_ids))
         a, b, c = (int(i) for i in torch.randint(n_ids, (3,), generator=self._generator))
         lines = [[a], [a], [a] * 3, [b, c] * 2]
-        for i in list(special)[:MOST_SPECIAL]:
+        for i in list(special)[:MAX_SPECIAL]:
             lines += [[i], [b], [c, i, i, a]]
-        lines.append([b, *list(special)[:MOST_SPECIAL], c])
+        lines.append([b, *list(special)[:MAX_SPECIAL], c])
         return [torch.tensor([line], device=self.subject.device) for line in lines]
 
     @property

@@ -1,5 +1,5 @@
-"""What is done to a cache before its answers are compared: one small script for each thing that
-goes wrong in practice."""
+"""The scenarios: small scripts that use a cache before its answers are compared, one for each thing
+that goes wrong in practice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which steps a check feeds: sizes, behind pasts, and where they end, made from what there is.
+"""The steps that a check feeds: their sizes, the pasts before them, and their ends.
 
 A bug may need one size of step alone, a past of some length, or a step that ends on a boundary of a
 block, a window or a chunk. So each size is fed behind several pasts, and each boundary is met from
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 
 Schedule = tuple[int, ...]
 
-SMALL = tuple(range(1, 10))  # tokens of a step, up to those of a long draft
-LARGE = (15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
+SMALL_STEPS = tuple(range(1, 10))  # tokens of a step, up to those of a long draft
+LARGE_STEPS = (15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 BLOCKS = (16, 32, 64, 96, 128)  # tokens, of which tiles, pages and buffers are often made
-FAR = (300, 512, 1000)  # tokens, at which the sparse long histories take some steps
+FAR_TOKENS = (300, 512, 1000)  # tokens, at which the sparse long histories take some steps
 FARTHER = (2000, 4000, 8000)
 DEEP = 130  # tokens of a past that no block of BLOCKS exceeds
-MOST_SIZES = 4  # windows and chunks of a decoder around which steps are put
-MOST_SINGLE = 160  # tokens that are fed one by one where a decoder takes no more
+MAX_SIZES = 4  # windows and chunks of a decoder around which steps are put
+MAX_SINGLE_STEPS = 160  # tokens that are fed one by one if a decoder takes single tokens alone
 BRIEF, NORMAL, THOROUGH = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What bounds the schedules of a subject.
+    """The bounds of a subject's schedules.
 
     reach: tokens of the longest history. largest: tokens of the largest step, 0 for any. single:
     whether steps behind the first have one token. sizes: of its windows and chunks, in tokens.
@@ -40,7 +40,7 @@ class Bounds:
 
 def prompts(limits: Bounds) -> list[Schedule]:
     """First steps of every size, each with a step of one token and one of two behind it."""
-    sizes = (1, 3, 16, 64, 129) if limits.level == BRIEF else (*SMALL, *LARGE)
+    sizes = (1, 3, 16, 64, 129) if limits.level == BRIEF else (*SMALL_STEPS, *LARGE_STEPS)
     return _fitted(((n, 1, 2) for n in sizes), limits)
 
 
@@ -48,18 +48,21 @@ def steps(limits: Bounds) -> list[Schedule]:
     """Steps of every size, each behind a short past and behind longer ones."""
     deep = min(DEEP, limits.reach // 2)
     if limits.level == BRIEF:
-        found = [*_packed(1, SMALL, limits.reach), *_packed(deep, (3, 2, 1, 33), limits.reach)]
+        found = [
+            *_packed(1, SMALL_STEPS, limits.reach),
+            *_packed(deep, (3, 2, 1, 33), limits.reach),
+        ]
         return _fitted(found, limits)
-    shuffled = (3, 2, 5, 4, 7, 6, 9, 8, 1, *reversed(LARGE))
+    shuffled = (3, 2, 5, 4, 7, 6, 9, 8, 1, *reversed(LARGE_STEPS))
     found = [
-        *_packed(1, (1, *SMALL), limits.reach),
-        *((3, n, 1) for n in LARGE),
-        *_packed(min(40, deep), (*reversed(SMALL), 15, 31, 63), limits.reach),
+        *_packed(1, (1, *SMALL_STEPS), limits.reach),
+        *((3, n, 1) for n in LARGE_STEPS),
+        *_packed(min(40, deep), (*reversed(SMALL_STEPS), 15, 31, 63), limits.reach),
         *_packed(deep, shuffled, limits.reach),
     ]
     if limits.level == THOROUGH:
-        pasts = [past for past in (2, 16, 64, 96, *FAR, *FARTHER) if past < limits.reach]
-        found += [(past, n, 1, n) for past in pasts for n in (*SMALL, *LARGE)]
+        pasts = [past for past in (2, 16, 64, 96, *FAR_TOKENS, *FARTHER) if past < limits.reach]
+        found += [(past, n, 1, n) for past in pasts for n in (*SMALL_STEPS, *LARGE_STEPS)]
     return _fitted(found, limits)
 
 
@@ -81,7 +84,7 @@ def boundaries(limits: Bounds) -> list[Schedule]:
 def around(limits: Bounds) -> tuple[int, ...]:
     """The sizes around which steps are put: the smallest of those that are well below reach."""
     fits = sorted({n for n in limits.sizes if 2 <= n <= limits.reach - 4})
-    return tuple(fits[:MOST_SIZES])
+    return tuple(fits[:MAX_SIZES])
 
 
 def _around(n: int, level: int) -> list[Schedule]:
@@ -100,7 +103,7 @@ def _around(n: int, level: int) -> list[Schedule]:
 def long(limits: Bounds) -> list[Schedule]:
     """A few long histories: large steps, then some of one and of several tokens at each length."""
     farther = FARTHER if limits.level == THOROUGH else ()
-    marks = [n for n in (*FAR, *farther) if n + 16 <= limits.reach - 8]
+    marks = [n for n in (*FAR_TOKENS, *farther) if n + 16 <= limits.reach - 8]
     ends: list[int] = []
     for n in marks:
         several = () if limits.level == BRIEF else (n + 10, n + 12)
@@ -113,7 +116,7 @@ def long(limits: Bounds) -> list[Schedule]:
     found += [(n + 1, 1, 3) for n in (256, *marks) if n + 5 <= last]
     found.append((last - 1, 1))
     if marks:
-        found += _packed(marks[0], SMALL, last)
+        found += _packed(marks[0], SMALL_STEPS, last)
     return _fitted(found, limits)
 
 
@@ -136,13 +139,13 @@ def _packed(prompt: int, sizes: Sequence[int], reach: int) -> list[Schedule]:
 
 
 def _fitted(schedules: Iterable[Schedule], limits: Bounds) -> list[Schedule]:
-    """The schedules as a subject takes them, each once."""
+    """The schedules within a subject's bounds, each once."""
     found: dict[Schedule, None] = {}
     for schedule in schedules:
         for part in _singly(schedule, limits) if limits.single else [_split(schedule, limits)]:
             if part := _within(part, limits.reach):
                 found[part] = None
-    # One that another begins with adds nothing.
+    # A schedule that is the beginning of another adds nothing.
     return [s for s in found if not any(s != o and o[: len(s)] == s for o in found)]
 
 
@@ -177,7 +180,7 @@ def _singly(schedule: Schedule, limits: Bounds) -> Iterator[Schedule]:
         else:
             current.append(n)
         if limits.largest and current[0] > limits.largest:
-            more = min(sum(current), MOST_SINGLE) - limits.largest
+            more = min(sum(current), MAX_SINGLE_STEPS) - limits.largest
             yield (limits.largest, *[1] * max(more, 0))
             return
     yield (*current, *[1] * (len(current) == 1))

@@ -1,4 +1,4 @@
-"""What is tried again before a cache is called wrong: would an innocent cause explain the gap?
+"""The second look before a cache is called wrong: does an innocent cause explain the gap?
 
 All of it is in float64, where rounding is out of the question.
 """
@@ -21,26 +21,26 @@ from kvtool.core.verify.scenario_run import ScenarioRun, Segment
 from kvtool.core.verify.subject import Subject
 from kvtool.errors import pass_on_shortage
 
-MOVES = (0.1, 0.03)  # of themselves, that weights are moved by: about a code of 4 bits, and of 6
-SMOOTH = 0.3  # how far the logits may move with them: beyond that even a bug is another
+MOVES = (0.1, 0.03)  # relative moves of the weights: about a code of 4 bits, and of 6
+SMOOTH = 0.3  # how far the logits may move with them; beyond, a bug's gap would change too
 GROWN = 3.0  # times that rounding's gap may grow or shrink when weights are moved
 LASTING = 0.5  # the share of a gap that stays in place above which it is a bug
 LASTING_DECLARED = (
     0.8  # of a small gap of a cache that declares to round: codes cut off, not rounded
 )
-SMALL = 0.1  # of what one wrong token does
+SMALL = 0.1  # share of the gap of one wrong token
 EDGE = 1e-9  # a move that no bug notices, and a value between two codes does
 MOOT = 4.0  # times what a pass's length changes of earlier tokens
 CONSTANTS = 4.0  # times what numbers held in float32 explain
 
 
 class OwnPrefixes(NamedTuple):
-    """A run whose disputed steps were compared with passes over just their own prefixes."""
+    """A run whose disputed steps were compared with passes over their own prefixes."""
 
     arms: Arms
     # The first step whose past no pass computes: earlier tokens were cached when a pass was shorter
     moot: int | None = None
-    by: float = 0.0  # how far what a pass computes for earlier tokens changes with its length
+    by: float = 0.0  # how far a pass's logits of earlier tokens change with its length
 
 
 def by_own_prefixes(subject: Subject, arms: Arms, limit: float) -> OwnPrefixes | None:
@@ -115,7 +115,7 @@ def on_an_edge(subject: Subject, case: Case, arms: Arms, limit: float) -> str:
 
 
 class Loss(NamedTuple):
-    """What a cache loses by rounding what it stores."""
+    """The loss of a cache that rounds stored keys and values."""
 
     size: float  # root mean square, over that of the logits
     nats: float  # mean divergence of the cached from the uncached distribution
@@ -134,7 +134,7 @@ class Loss(NamedTuple):
 
 
 def loss_of(subject: Subject, case: Case, arms: Arms) -> Loss | None:
-    """What is lost, if weights can be moved to find out whether it is rounding."""
+    """The loss of a cache, or None if no weights can be moved to tell rounding from a bug."""
     lasting = _lasting(subject, case, arms)
     if lasting is None:
         return None
@@ -149,7 +149,7 @@ def played_control(subject: Subject, arms: Arms) -> list[Tensor]:
 
 
 def measured_loss(arms: Arms, fault: float = 0.0, lasting: float = 0.0) -> Loss:
-    """How much of the uncached arm the cached one has lost."""
+    """The loss of the cached arm against the uncached one."""
     found = [step.double().flatten(0, -2) for step in arms.found]
     expected = [step.double().flatten(0, -2) for step in arms.expected]
     a, b = torch.cat(found), torch.cat(expected)
@@ -205,8 +205,8 @@ def _decoded_alone(segment: Segment, row: int) -> tuple[Tensor, list[int]]:
 def _lasting(subject: Subject, case: Case, arms: Arms) -> float | None:
     """The share of a gap that stays where it is when all weights are moved by about a code.
 
-    What rounding took off is another for each value, and changes with it; what a bug adds moves
-    with the logits. None if there is nothing to move.
+    The error of rounding changes with each value; the error of a bug moves with the logits. None if
+    there is nothing to move.
     """
     before, shares = _gap(arms), []
     again = play(subject, case, (arms.promoted, arms.promoted))

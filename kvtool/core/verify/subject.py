@@ -1,35 +1,22 @@
-"""What can be checked: something that computes whole sequences, and decodes them with a cache."""
+"""The subject of a check: a decoder that computes whole sequences, and decodes them with a
+cache."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from kvtool.core.cache import Cache, CacheSpec, Step
-from kvtool.core.cache.cross import CrossCache
-from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.cache.quantization import Float8, Quantization
-from kvtool.core.decoding.dispatch import decoding_form
-from kvtool.core.decoding.engine import feed
-from kvtool.core.kernels.default import DEFAULT, Kernels
-from kvtool.core.models import Model
-from kvtool.core.verify.copies import moved
-from kvtool.core.verify.schedules import BRIEF, NORMAL
-from kvtool.core.verify.widened import Room, copy_crowds, is_large, twin
-from kvtool.errors import CacheOpUnsupported
+from kvtool.core.verify.schedules import NORMAL
 
 # What a subject may be able to do; a scenario names those that it needs.
 ABILITIES = (
     "batch", "padding", "right-padding", "crop", "select", "reset", "fork", "capacity", "source",
     "window", "quantized", "pages", "save",
 )  # fmt: skip
-REACH = 200  # tokens of the longest history that each of our kinds is fed by default
-LITTLE = 24
 
 
 class Same:
@@ -46,7 +33,7 @@ class Same:
 
 
 class Source(NamedTuple):
-    """What an encoder-decoder reads: ids (B,S), and mask (B,S) bool with True = a real token."""
+    """The source of an encoder-decoder: ids (B,S), and mask (B,S) bool with True = a real token."""
 
     ids: Tensor
     mask: Tensor
@@ -86,7 +73,8 @@ class Start:
 
 
 class Session(Protocol):
-    """One run of a decoder with its cache. Only what its subject is able to do need be there."""
+    """One run of a decoder with its cache. Methods beyond the subject's abilities may be
+    missing."""
 
     def feed(self, ids: Tensor) -> Tensor:
         """The next tokens of each row (B,n) -> their logits (B,n,V)."""
@@ -121,16 +109,16 @@ class SharedPasses(Protocol):
 
 
 class Evidence(Protocol):
-    """What several kinds of a model share in float64: see kvtool.core.verify.by_layer."""
+    """Float64 evidence that several kinds of cache share: see kvtool.core.verify.by_layer."""
 
     def arms(self, subject: Any, case: Any, plain: bool = False) -> Any:
-        """What was found of a subject in a case, Arms, or None if nothing could be."""
+        """The Arms of a subject in a case, or None if they cannot be computed."""
 
 
 class Feeding:
-    """What of a context is fed to a subject; as it stands, all that a scenario asks for."""
+    """How much of its context a subject is fed. The defaults feed all that a scenario asks for."""
 
-    reach: int = 0  # tokens of the longest history; 0: nobody found out what they cost
+    reach: int = 0  # tokens of the longest history; 0: their cost is not known
     level: int = NORMAL  # of the schedules
     fed_little: bool = False  # most sizes of steps take too long
     sizes: tuple[int, ...] = ()  # tokens of its windows, chunks and pages
@@ -148,7 +136,8 @@ class Feeding:
 
 
 class Subject(Protocol):
-    """A decoder under test; `abilities` are of ABILITIES. `Feeding` has what of it may be left."""
+    """A decoder under test. `abilities` are of ABILITIES. `Feeding` has defaults for its last
+    fields."""
 
     name: str
     stores: bool  # whether its cache stores anything: one that does not is there to compare with
@@ -159,7 +148,9 @@ class Subject(Protocol):
     window: int  # tokens that a query sees, its own included; 0: all
     dtype: torch.dtype
     device: torch.device
-    told: bool  # whether its uncached pass rounds as its cache does, so that a loss is a bug
+    rounds_alike: (
+        bool  # whether its uncached pass rounds as its cache does, so that a loss is a bug
+    )
     lossy: bool  # whether it declares that its cache rounds on purpose
     converts: bool  # whether its float64 copy is known to be the same model
     pure: bool  # whether its uncached pass is known to answer the same each time
@@ -167,7 +158,8 @@ class Subject(Protocol):
 
     @property
     def pass_key(self) -> Hashable:
-        """What an uncached pass depends on, beside its arguments and the format."""
+        """The key of an uncached pass: all that it depends on apart from its arguments and the
+        format."""
 
     reach: int
     level: int
@@ -184,7 +176,7 @@ class Subject(Protocol):
         """Whether steps behind the first take one token."""
 
     def full(self, ids: Tensor, start: Start) -> Tensor:
-        """Whole sequences (B,T) in one pass that no cache takes part in -> logits (B,T,V)."""
+        """Whole sequences (B,T) in one uncached pass -> logits (B,T,V)."""
 
     def start(self, start: Start) -> Session:
         """An empty session."""
@@ -200,204 +192,3 @@ class Subject(Protocol):
 
     def unrounded(self) -> Subject | None:
         """The same decoder with a cache that rounds nothing, if this one's does."""
-
-
-Make = Callable[[CacheSpec, "Tensor | None"], Cache]
-
-
-class ModelSession:
-    """A model of ours with one of our caches."""
-
-    def __init__(self, subject: ModelSubject, start: Start) -> None:
-        self.subject = subject
-        model = subject.model
-        spec = CacheSpec.of(
-            model.config,
-            start.batch,
-            start.capacity,
-            subject.dtype,
-            subject.device,
-            subject.kernels,
-        )
-        self.cache = subject.make(spec, start.padding)
-        self.decode = decoding_form(model)
-        self.source = self.encode(start)
-        self.ids = torch.empty(start.batch, 0, dtype=torch.long, device=subject.device)
-
-    def encode(self, start: Start) -> CrossCache | None:
-        """The encoded source that the session reads, if any."""
-        return self.subject.encode(start)
-
-    def feed(self, ids: Tensor) -> Tensor:
-        self.ids = torch.cat([self.ids, ids], dim=1)
-        logits = feed(self.decode, self.cache, self.ids, self.source)
-        return logits[:, -ids.shape[1] :]
-
-    def crop(self, length: int) -> None:
-        self.cache.crop(length)
-        self.ids = self.ids[:, :length]
-
-    def select(self, rows: Tensor) -> None:
-        self.cache.select(rows)
-        self.ids = self.ids[rows]
-        if self.source is not None:
-            self.source = self.source.select(rows)
-
-    def reset(self, start: Start) -> None:
-        self.cache.reset(start.padding)
-        self.source = self.encode(start)
-        self.ids = self.ids.new_empty(start.batch, 0)
-
-    def fork(self) -> ModelSession:
-        other = copy.copy(self)
-        other.cache = self.cache.fork()
-        return other
-
-    def reload(self) -> None:
-        raise CacheOpUnsupported(self.subject.name, "be saved and loaded", "it has no way to")
-
-    def vacuous(self) -> str | None:
-        return self.cache.vacuous()
-
-
-class Formats:
-    """A model in other formats: each is made once, for all that ask.
-
-    widens: whether float64 is no copy, but weights that are widened as they are read; None: where
-    a copy would take more than a good part of the memory that there is.
-    """
-
-    def __init__(self, model: Model, widens: bool | None = None) -> None:
-        self.model = model
-        self._widens = widens
-        self._made = {next(model.parameters()).dtype: model}
-        self.room: Room | None = None  # where weights are widened, if they are
-
-    @property
-    def is_large(self) -> bool:
-        """Whether a copy in float64 is worth doing without."""
-        return is_large(self.model)
-
-    @property
-    def widens(self) -> bool:
-        """Whether float64 is no copy."""
-        if self._widens is None:
-            self._widens = copy_crowds(self.model)
-        return self._widens
-
-    def to(self, dtype: torch.dtype) -> Model:
-        if dtype not in self._made:
-            if dtype == torch.float64 and self.widens:
-                self.room = Room()
-                self._made[dtype] = twin(self.model, self.room)
-            else:
-                self._made[dtype] = copy.deepcopy(self.model).to(dtype)
-        return self._made[dtype]
-
-
-class ModelSubject(Feeding):
-    """A model of ours with a kind of cache and kernels; `make` builds the cache.
-
-    formats: where other subjects of the same model find its copies too.
-    """
-
-    converts = True
-
-    told = True
-    lossy = False
-    pure = True
-    passes: SharedPasses | None = None
-    evidence: Evidence | None = None  # in float64, where the model is large
-
-    def __init__(
-        self,
-        model: Model,
-        make: Make,
-        name: str,
-        kernels: Kernels = DEFAULT,
-        session: Callable[[ModelSubject, Start], Session] = ModelSession,
-        formats: Formats | None = None,
-    ) -> None:
-        self.model = model
-        self.formats = formats or Formats(model)
-        self.make = make
-        self.name = name
-        self.kernels = kernels
-        self.session = session
-        weight = next(model.parameters())
-        self.dtype, self.device = weight.dtype, weight.device
-        self.vocab_size = model.config.vocab_size
-        self.source_vocab_size = model.config.source_vocab_size
-        self.context = model.config.context
-        probe = make(CacheSpec.of(model.config, 1, 1, self.dtype, self.device), None)
-        self.stores = probe.stores
-        self.window, self.sinks = probe.window, probe.sinks
-        self.quantization, self.page = probe.quantization, probe.page
-        self.sizes = tuple(n for n in (self.page, model.config.window) if n)
-        self.level = BRIEF  # there are many kinds, and each is played by several kernels
-        # What recomputes all at each step proves nothing, and takes the square of the time.
-        self.reach = min(self.context, REACH if self.stores else LITTLE)
-        abilities = {"batch", "padding", "crop", "select", "reset", "fork", "capacity"}
-        if model.config.n_encoder_layers:
-            abilities = (abilities - {"padding"}) | {"source"}
-        if self.window:
-            abilities.add("window")
-        if self.quantization is not None and not self.quantization.in_place:
-            abilities.add("quantized")
-        if self.page:
-            abilities.add("pages")
-        self.abilities = frozenset(abilities)
-
-    @property
-    def pass_key(self) -> Hashable:
-        """What an uncached pass depends on, beside its arguments and the format."""
-        return (Same(self.model), type(self.kernels), *self.seen)
-
-    @property
-    def seen(self) -> tuple[int, int, Quantization | Float8 | None]:
-        """What a pass is told of the cache that it is compared with."""
-        return self.window, self.sinks, self.quantization
-
-    def encode(self, start: Start) -> CrossCache | None:
-        """The encoded source of a session, for a model that reads one."""
-        if start.source is None:
-            return None
-        return self.model.encode(start.source.ids, start.source.mask, self.kernels)
-
-    def full(self, ids: Tensor, start: Start) -> Tensor:
-        batch, n = ids.shape
-        step = Step.full(batch, n, ids.device, start.padding, self.kernels, *self.seen)
-        return self.model(ids, step, source=self.encode(start))
-
-    def start(self, start: Start) -> Session:
-        return self.session(self, start)
-
-    def with_kernels(self, kernels: Kernels) -> ModelSubject:
-        """The same subject, computed by other kernels."""
-        return self._varied(kernels=kernels)
-
-    def with_session(self, session: Callable[[ModelSubject, Start], Session]) -> ModelSubject:
-        """The same subject, decoding in another way."""
-        return self._varied(session=session)
-
-    def moved(self, by: float, seed: int = 0, tables: bool = False) -> ModelSubject:
-        if tables:
-            raise NotImplementedError("its tables are computed, and none is held")
-        model = moved(self.model, by, seed)
-        return ModelSubject(model, self.make, self.name, self.kernels, self.session)
-
-    def unrounded(self) -> ModelSubject | None:
-        if self.quantization is None:
-            return None
-        plain = ModelSubject(self.model, DynamicCache, self.name, self.kernels)
-        plain.context, plain.reach, plain.sizes = self.context, self.reach, self.sizes
-        return plain
-
-    def to(self, dtype: torch.dtype) -> ModelSubject:
-        return self._varied(model=self.formats.to(dtype), dtype=dtype)
-
-    def _varied(self, **changes: Any) -> ModelSubject:
-        """A copy with other attributes: it is fed what this one is."""
-        other = copy.copy(self)
-        vars(other).update(changes)
-        return other

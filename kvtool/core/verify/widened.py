@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from kvtool.core.footprint import converted
 from kvtool.core.machine import available_bytes
 
-SMALL = 2**16  # numbers of a weight that is widened once, and kept: norms and biases
-LARGE = 2**28  # bytes of a copy in float64; to make a smaller one costs nothing
+KEPT_NUMBERS = 2**16  # numbers of a weight whose widened copy is kept: norms and biases
+LARGE_BYTES = 2**28  # bytes of a copy in float64; to make a smaller one costs nothing
 COPIES = 4  # of those that memory would hold, one may be made
 WIDE = torch.float64
 
 
 def is_large(model: nn.Module) -> bool:
     """Whether a copy in float64 is worth doing without."""
-    return converted(model, WIDE) > LARGE
+    return converted(model, WIDE) > LARGE_BYTES
 
 
 def copy_crowds(model: nn.Module) -> bool:
@@ -55,7 +55,7 @@ class Room:
 
     def widened(self, weight: Tensor) -> Tensor:
         """The weight in float64, for its reader alone, who does not write to it."""
-        if weight.numel() <= SMALL:
+        if weight.numel() <= KEPT_NUMBERS:
             found = self._small.get(id(weight))
             if found is None:
                 found = self._small[id(weight)] = weight.detach().to(WIDE)

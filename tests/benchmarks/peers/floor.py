@@ -36,10 +36,10 @@ class Floor:
 
     def run(self, kind: str, length: int) -> TimedRun:
         seen, sums = self.n_prompt + length // 2, np.empty(len(self.stored), np.float32)
-        threads = native.threads_for(native.LARGE)
+        threads = native.threads_for(native.MIN_SHARED)
         started = time.perf_counter()
         for _ in range(length):
-            products(self.layers, self.x, self.y, threads, native.LARGE)
+            products(self.layers, self.x, self.y, threads, native.MIN_SHARED)
             (read_by_threads if threads > 1 else read)(self.stored, seen, sums)
         seconds = time.perf_counter() - started
         return TimedRun(seconds, 0.0, seconds, None, 0, None)

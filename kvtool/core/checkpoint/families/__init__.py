@@ -27,7 +27,7 @@ from kvtool.core.checkpoint.families.fields import Fields
 from kvtool.core.checkpoint.families.weights import NameMap, RenamedFile
 from kvtool.core.checkpoint.weight_files import WeightFile
 from kvtool.errors import FileError, UsageError
-from kvtool.reading import MOST_CONFIG, read_json_object
+from kvtool.reading import MAX_CONFIG_BYTES, read_json_object
 
 __all__ = ["FAMILIES", "Family", "end_ids"]
 
@@ -40,12 +40,12 @@ class Family:
 
     read: Callable[[Fields], ModelConfig]
     names: Callable[[ModelConfig], NameMap]
-    prefix: str  # of the names, if the file has the logits head as well
-    beside: tuple[str, ...] = ()  # how names begin of what is no part of the language model
+    prefix: str  # of the names, if the logits head is in the file too
+    beside: tuple[str, ...] = ()  # name prefixes of tensors outside the language model
 
     def config(self, data: Mapping[str, Any], where: str) -> ModelConfig:
-        """The configuration with this mathematics; `where` names the file. Raises FileError for a
-        field that is missing, unsound, or unknown and so might change it."""
+        """The model's configuration; `where` names the file in errors. Raises FileError for a field
+        that is missing or invalid, or unknown, since it might change the model."""
         fields = Fields(data)
         try:
             config = self.read(fields)
@@ -55,7 +55,8 @@ class Family:
         return config
 
     def weights(self, source: WeightFile, config: ModelConfig) -> RenamedFile:
-        """Their tensors under our names. Raises FileError for any that is missing or misshapen."""
+        """Their tensors under kvtool's names. Raises FileError for a tensor that is missing or has
+        another shape."""
         names = self.names(config)
         return RenamedFile(source, names, self.prefix, config.tied, beside=self.beside)
 
@@ -85,7 +86,9 @@ def end_ids(folder: Path, data: Mapping[str, Any]) -> frozenset[int]:
     """
     path, found = folder / "config.json", data.get("eos_token_id")
     if os.path.lexists(folder / GENERATION_CONFIG):
-        own = read_json_object(folder / GENERATION_CONFIG, "settings of generation", MOST_CONFIG)
+        own = read_json_object(
+            folder / GENERATION_CONFIG, "settings of generation", MAX_CONFIG_BYTES
+        )
         if own.get("eos_token_id") is not None:
             path, found = folder / GENERATION_CONFIG, own["eos_token_id"]
     ids = found if isinstance(found, list) else [] if found is None else [found]

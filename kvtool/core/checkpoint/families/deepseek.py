@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 (2024): latent attention. Of their layers, those without experts."""
+"""DeepSeek-V2 and V3 (2024): latent attention. Only their layers without experts."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from kvtool.core.checkpoint.families.weights import HEAD, NameMap, Stored
 from kvtool.core.models.latent import LatentConfig
 from kvtool.errors import UsageError
 
-# What says how experts are chosen, where there are any.
+# Fields of the router, which chooses the experts.
 OF_EXPERTS = (
     "aux_loss_alpha", "ep_size", "moe_intermediate_size", "moe_layer_freq", "n_group",
     "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok",
     "num_local_experts", "output_router_logits", "routed_scaling_factor", "scoring_func",
     "seq_aux", "topk_group", "topk_method", "num_experts",
 )  # fmt: skip
-# Layers behind the last, which guess further tokens and which nobody asks for here.
+# Layers after the last one, which predict further tokens (multi-token prediction). Not used here.
 OF_GUESSES = ("num_mtp_layers", "num_nextn_predict_layers")
 
 
 def read_v2(f: Fields) -> ModelConfig:
-    """Raises UsageError, naming the field; so does the other."""
+    """The configuration of a deepseek_v2. Raises UsageError, naming the field."""
     return _read(f, first_dense=0, interleaved=True, mlp_bias=f.flag("mlp_bias", False))
 
 
@@ -84,7 +84,7 @@ def _read(f: Fields, first_dense: int, interleaved: bool, mlp_bias: bool) -> Mod
 
 
 def _longer(spec: Fields) -> float:
-    """What a longer context multiplies queries and keys by, beside their rotation (mscale)."""
+    """The factor of queries and keys for a longer context, apart from their rotation (mscale)."""
     kind: Any = spec.take("rope_type", spec.take("type", "default"))
     every = spec.take("mscale_all_dim", 0)
     if kind == "default" or not every:
@@ -94,7 +94,7 @@ def _longer(spec: Fields) -> float:
 
 
 def names(config: ModelConfig) -> NameMap:
-    """Where our tensors are in theirs."""
+    """Maps each tensor of kvtool to those of the folder."""
     assert isinstance(config, LatentConfig)
     c, d = config, config.d_model
     found = {

@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face folder, field by field: what nobody asks for is refused."""
+"""config.json of a Hugging Face folder, field by field. A field that no family reads is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvtool.config import check_bool, check_float, check_int
 from kvtool.errors import UsageError
 from kvtool.reading import quoted, short
 
-# Fields that change no logit of a decoder in evaluation, whatever their value, by what they are.
+# Fields that change no logit of a decoder in evaluation, whatever their value, grouped by topic.
 _HARMLESS = {
     "names and bookkeeping": "_commit_hash _model_name_or_path _name_or_path architectures "
     "dtype finetuning_task is_decoder is_llama_config model_type name_or_path prefix "
@@ -36,7 +36,7 @@ _HARMLESS = {
 }
 HARMLESS = frozenset(" ".join(_HARMLESS.values()).split())
 
-# Fields that would change the mathematics, with the one value that does not.
+# Fields that may change the logits, each with the one value that does not.
 NEUTRAL: dict[str, Any] = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
@@ -49,7 +49,8 @@ NEUTRAL: dict[str, Any] = {
 
 
 class Fields:
-    """The fields of one configuration. Raises UsageError, naming the field; null is not given."""
+    """The fields of one configuration. null counts as absent. Raises UsageError, naming the
+    field."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.data = {name: value for name, value in data.items() if value is not None}
@@ -61,13 +62,13 @@ class Fields:
         return name in self._null
 
     def assume(self, **values: Any) -> None:
-        """Let fields that are not there have these values."""
+        """Set the values of fields that are absent."""
         for name, value in values.items():
             if name not in self._null:
                 self.data.setdefault(name, value)
 
     def require(self, **values: Any) -> None:
-        """Raise UsageError for a field that is there, and has another value than this."""
+        """Raise UsageError for a field that is present with another value."""
         for name, value in values.items():
             if self.take(name, value) != value:
                 found = short(str(self.data[name]))
@@ -101,7 +102,7 @@ class Fields:
         return bool(value)
 
     def one_of(self, name: str, choices: Mapping[str, str], default: str | None = None) -> str:
-        """What the value stands for among `choices`."""
+        """The entry of `choices` that the value names."""
         value = self.take(name, default)
         if not isinstance(value, str) or value not in choices:
             raise UsageError(

@@ -24,7 +24,7 @@ GLOBAL, LOCAL = 1_000_000.0, 10_000.0  # theta of layers without a window and wi
 
 
 def read_gemma2(f: Fields) -> ModelConfig:
-    """Raises UsageError, naming the field."""
+    """The configuration of a gemma2. Raises UsageError, naming the field."""
     f.assume(
         vocab_size=256_000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
         num_attention_heads=8, max_position_embeddings=8192, final_logit_softcapping=30.0,

@@ -19,7 +19,7 @@ ACTIVATIONS = {
 
 
 def read(f: Fields) -> ModelConfig:
-    """Raises UsageError, naming the field."""
+    """The configuration of a gpt2. Raises UsageError, naming the field."""
     d_model, n_heads, _ = head_size(f, "n_head", "n_embd")
     scales = _scales(f)
     return (GeneralConfig if scales else ModelConfig)(
@@ -40,7 +40,7 @@ def read(f: Fields) -> ModelConfig:
 
 
 def _scales(f: Fields) -> dict[str, Any]:
-    """What a GeneralConfig has to say of the scale of scores, if it is not the usual one."""
+    """The fields of a GeneralConfig for the scale of scores; none for the usual scale."""
     scaled = f.flag("scale_attn_weights", True)
     by_depth = f.flag("scale_attn_by_inverse_layer_idx", False)
     if scaled and not by_depth:
@@ -49,7 +49,7 @@ def _scales(f: Fields) -> dict[str, Any]:
 
 
 def names(config: ModelConfig) -> NameMap:
-    """Where our tensors are in theirs."""
+    """Maps each tensor of kvtool to those of the folder."""
     d, ff = config.d_model, config.d_ff
     found = {
         "embed.tokens.weight": Stored.one("wte.weight", config.vocab_size, d),

@@ -9,7 +9,7 @@ from kvtool.core.models.general import GeneralConfig
 
 
 def read(f: Fields) -> ModelConfig:
-    """Raises UsageError, naming the field."""
+    """The configuration of a granite. Raises UsageError, naming the field."""
     bias = f.flag("attention_bias", False)
     return read_decoder(
         f,

@@ -1,4 +1,4 @@
-"""Fields that say something of each layer: which have a window."""
+"""Fields with an entry for each layer: which layers have a window."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ FULL, SLIDING = KINDS = ("full_attention", "sliding_attention")
 
 
 def layer_kinds(f: Fields, n_layers: int, default: Sequence[str]) -> list[str]:
-    """What layer_types says of each layer, FULL or SLIDING, or `default`. Raises UsageError."""
+    """The entry of layer_types for each layer, FULL or SLIDING; `default` if it is absent. Raises
+    UsageError."""
     found: Any = f.take("layer_types", list(default))
     known = isinstance(found, list) and all(kind in KINDS for kind in found)
     if not known or len(found) != n_layers:

@@ -1,4 +1,4 @@
-"""Llama (Touvron 2023) and its kin: rotary positions, RMSNorm, SwiGLU, grouped queries.
+"""Llama (Touvron 2023) and related models: rotary positions, RMSNorm, SwiGLU, grouped queries.
 
 They differ in biases, in norms of queries and keys, in windows, and in what a missing field means
 (as in transformers).
@@ -20,7 +20,7 @@ ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu"}
 
 
 def read_llama(f: Fields) -> ModelConfig:
-    """Raises UsageError, naming the field; so do the others."""
+    """The configuration of a llama. Raises UsageError, naming the field; so do the others."""
     bias = f.flag("attention_bias", False)
     mlp_bias = f.flag("mlp_bias", False)
     return read_decoder(f, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
@@ -47,7 +47,7 @@ def read_qwen3(f: Fields) -> ModelConfig:
 
 
 def usual_turn(f: Fields, context: int) -> dict[str, Any]:
-    """The fields of a ModelConfig that say how positions turn, where all layers turn alike."""
+    """The rotary fields of a ModelConfig, for models whose layers all rotate alike."""
     theta, scaling = rotation(f, context)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
@@ -81,7 +81,7 @@ def read_decoder(
         raise UsageError(f"head_dim: {head_dim} is odd (expected an even one, to be rotated)")
     context = _context(f)
     turned = {"context": context, **turn(f, context)}
-    # A wider one hides nothing; but layers that have it may turn in another way.
+    # A window as wide as the context hides nothing, but its layers may rotate in another way.
     hides = window < turned["context"] or turned.get("window_theta")
     return kind(
         vocab_size=f.size("vocab_size"),
@@ -145,7 +145,7 @@ def _first_sliding(layers: Any, n_layers: int, window: int) -> int:
     return first
 
 
-# Norms of a block, ours and theirs, by where they stand.
+# Norms of a block, kvtool's and the folder's names, by their place in the block.
 NORMS = {
     "before": (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")),
     "after": (
@@ -159,8 +159,8 @@ NORMS = {
 
 
 def names(config: ModelConfig, fused: bool = False) -> NameMap:
-    """Where our tensors are in theirs; `fused`: which have one matrix of queries, keys and values,
-    and one of gate and value."""
+    """Maps each tensor of kvtool to those of the folder. fused: queries, keys and values share one
+    matrix, and so do gate and up projection."""
     d, ff, width = config.d_model, config.d_ff, config.head_dim
     heads = {"q": config.n_heads, "k": config.n_kv_heads, "v": config.n_kv_heads}
     found = {

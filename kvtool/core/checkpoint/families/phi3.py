@@ -18,7 +18,7 @@ LONG = ("longrope", "su", "yarn")  # names of one thing: transformers reads all 
 
 
 def read(f: Fields) -> ModelConfig:
-    """Raises UsageError, naming the field."""
+    """The configuration of a phi3. Raises UsageError, naming the field."""
     f.take("auto_map")  # names code for versions of transformers that had no Phi-3
     f.require(
         attention_bias=False, mlp_bias=False, lm_head_bias=False, interpolate_factor=1,
@@ -29,10 +29,11 @@ def read(f: Fields) -> ModelConfig:
 
 
 def _turn(f: Fields, context: int) -> dict[str, Any]:
-    """How positions turn, and the context in which they do.
+    """The rotary fields, and the context that they hold for.
 
-    LongRoPE turns every position of a text by other factors once it is longer than the first
-    context: a cached key could not follow. So the context is the first one, with the short ones.
+    LongRoPE rotates every position of a text by other factors once the text is longer than the
+    original context, and cached keys would be wrong then. So the context is the original one, with
+    the short factors.
     """
     spec = rope_spec(f)
     part = f.number("partial_rotary_factor", spec.data.get("partial_rotary_factor", 1.0))
@@ -82,5 +83,5 @@ def _factors(spec: Fields, name: str, n: int) -> tuple[float, ...]:
 
 
 def names(config: ModelConfig) -> NameMap:
-    """Where our tensors are in theirs."""
+    """Maps each tensor of kvtool to those of the folder."""
     return llama.names(config, fused=True)

@@ -1,4 +1,4 @@
-"""The fields that say how fast rotary positions turn, in the old spelling and in the new."""
+"""The fields of rotary positions, in the old spelling and in the new one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ KINDS = {"default": "", "linear": "linear", "dynamic": "", "llama3": "llama3", "
 
 
 def rotation(f: Fields, context: int, theta: float = THETA) -> tuple[float, RopeScaling | None]:
-    """theta, and what stretches the angles, from rope_parameters (transformers 5) or from
-    rope_theta and rope_scaling; `theta` is what a missing one means. Raises UsageError."""
+    """theta and the scaling of the angles, from rope_parameters (transformers 5) or from rope_theta
+    and rope_scaling; `theta` is the default. Raises UsageError."""
     return turn(f, rope_spec(f), context, theta)
 
 
@@ -26,8 +26,8 @@ def turn(
     """The same from the fields `spec` within rope_parameters or rope_scaling; `field` is where the
     old spelling has theta. Raises UsageError.
 
-    "dynamic" (NTK-aware) changes the angles only of texts longer than max_position_embeddings, and
-    kvtool takes none: a cached key could not follow (transformers #25104).
+    "dynamic" (NTK-aware) changes the angles only of texts longer than max_position_embeddings.
+    kvtool refuses such texts, since cached keys would keep the old angles (transformers #25104).
     """
     theta = f.number(field, spec.data.get("rope_theta", theta))
     if spec.number("rope_theta", theta) != theta:
@@ -43,7 +43,7 @@ def turn(
 
 
 def rope_type(spec: Fields) -> Any:
-    """What rope_type says, or type in the old spelling. Raises UsageError where they differ."""
+    """The value of rope_type, or of type in the old spelling. Raises UsageError if they differ."""
     kind = spec.take("type", "default")
     named = spec.take("rope_type", kind)
     if "type" in spec.data and named != kind:
@@ -84,7 +84,7 @@ def _scaling(spec: Fields, kind: str, context: int) -> RopeScaling | None:
 
 
 def _attention_factor(spec: Fields, factor: float) -> float:
-    """What yarn multiplies queries and keys by (Peng 2023, eq. 22; mscale is of DeepSeek-V2)."""
+    """YaRN's factor of queries and keys (Peng 2023, eq. 22; mscale is from DeepSeek-V2)."""
     top, bottom = spec.take("mscale", 0), spec.take("mscale_all_dim", 0)
     scale = math.log(factor) if factor > 1 else 0.0
     default = 1.0 + 0.1 * scale

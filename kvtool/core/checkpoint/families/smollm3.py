@@ -1,4 +1,5 @@
-"""SmolLM3 (Hugging Face 2025): Llama in which some layers turn nothing (NoPE, Yang 2025)."""
+"""SmolLM3 (Hugging Face 2025): Llama with some layers without rotary positions (NoPE, Yang
+2025)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ THETA = 2_000_000.0
 
 
 def read(f: Fields) -> ModelConfig:
-    """Raises UsageError, naming the field."""
+    """The configuration of a smollm3. Raises UsageError, naming the field."""
     n_layers, used = f.size("num_hidden_layers"), f.flag("use_sliding_window", False)
     f.take("max_window_layers")  # of older files; transformers does not read it
     window = f.size("sliding_window") if f.take("sliding_window") is not None else 0
@@ -47,8 +48,8 @@ def _turn(f: Fields, context: int) -> dict[str, Any]:
 
 
 def _turned(f: Fields, n_layers: int) -> list[int]:
-    """Of each layer whether it turns queries and keys, as 1 or 0: what no_rope_layers says, in
-    spite of its name."""
+    """For each layer 1 if it rotates queries and keys, else 0: no_rope_layers has it this way
+    round, in spite of its name."""
     interval = f.size("no_rope_layer_interval", 4)
     usual = [int((i + 1) % interval != 0) for i in range(n_layers)]
     found = f.take("no_rope_layers", usual)

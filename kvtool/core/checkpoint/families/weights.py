@@ -1,4 +1,4 @@
-"""Tensors of one naming, presented in another: the same values, other names and pieces."""
+"""Tensors under other names: the same values, some of them in other pieces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one of our tensors is: `parts` of theirs, (name, shape) each, stacked along dim 0.
+    """Where a tensor of kvtool is stored: in `parts`, each a (name, shape), stacked along dim 0.
 
     transposed: each is stored as (inputs, outputs), as GPT-2's Conv1D is.
     """
@@ -29,22 +29,22 @@ class Stored:
 
     @classmethod
     def one(cls, name: str, *shape: int) -> Stored:
-        """Of one tensor that is stored as ours is."""
+        """The place of a tensor that is stored in kvtool's own shape."""
         return cls(((name, shape),))
 
     @classmethod
     def conv1d(cls, name: str, n_out: int, n_in: int) -> Stored:
-        """Of the weight (n_out,n_in) of a GPT-2 Conv1D."""
+        """The place of the weight (n_out,n_in) of a GPT-2 Conv1D."""
         return cls(((name, (n_in, n_out)),), transposed=True)
 
     @property
     def made(self) -> bool:
-        """Whether ours has other bytes than theirs, so that it takes memory of its own."""
+        """Whether the tensor differs from the stored bytes, and so takes memory of its own."""
         return self.transposed or len(self.parts) > 1
 
     @property
     def shape(self) -> Shape:
-        """The shape of our tensor."""
+        """The shape of kvtool's tensor."""
         first = self.parts[0][1]
         if self.transposed:
             return first[::-1]
@@ -55,9 +55,9 @@ NameMap = dict[str, Stored]
 
 
 class RenamedFile:
-    """A weight file of another naming as one of ours. `prefix` stands before all its names but the
-    head's, unless it was saved without a head. A tied head may be absent, or the embedding instead:
-    of tensors that share memory, safetensors' save_model keeps the last by name.
+    """A weight file under kvtool's names. `prefix` stands before all its names but the head's,
+    unless it was saved without a head. A tied head may be absent, or the embedding instead: of
+    tensors that share memory, safetensors' save_model keeps the last by name.
 
     Raises FileError, before anything is read, for tensors that are missing, left over or misshapen,
     in the names that the file uses. Buffers that hold no weights are passed over, and names that
@@ -105,7 +105,7 @@ class RenamedFile:
         return TensorInfo(dtype, stored.shape, 0, 0)
 
     def read(self) -> tuple[dict[str, Tensor], Digest]:
-        """As WeightFile.read, under our names."""
+        """As WeightFile.read, under kvtool's names."""
         tensors, digest = self._source.read()
         found = {}
         for ours, stored in self._names.items():

@@ -1,1 +1,1 @@
-"""GGUF, the file of llama.cpp and its kin: read as a model, and promoted to F32."""
+"""GGUF, the file format of llama.cpp: read as a model, and promoted to F32."""

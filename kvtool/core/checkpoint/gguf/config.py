@@ -1,7 +1,7 @@
-"""What the fields of a GGUF file say of the model: a ModelConfig, and where its tensors are.
+"""The fields of a GGUF file as a ModelConfig, and where its tensors are.
 
-The families are those of `families`, under the names of llama.cpp. Its keys begin with the name of
-the architecture; what nobody asks for there is refused, as it might change the model.
+The families are those of `families`, under the names of llama.cpp. Keys begin with the
+architecture's name. A key that no architecture reads is refused, since it might change the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvtool.reading import quoted
 
 HEAD = "output.weight"
 EMBEDDING = "token_embd.weight"
-FACTORS = "rope_freqs.weight"  # what llama3's scaling divides each rate by
+FACTORS = "rope_freqs.weight"  # the divisor of each rate, of llama3's scaling
 # Keys that change no logit, and those with the one value that does not.
 HARMLESS = frozenset(("tensor_data_layout", "vocab_size", "rope.scaling.finetuned"))
 NEUTRAL: dict[str, Any] = {
@@ -40,12 +40,12 @@ class GGUFFamily:
     """How to read one architecture."""
 
     read: Callable[[GGUFFields], ModelConfig]
-    kin: str  # in `families`, whose tensors it has under other names
-    permuted: bool = False  # rows of queries and keys are in pairs that turn together
+    kin: str  # its family in `families`; the tensors have other names
+    permuted: bool = False  # rows of queries and keys stand in pairs that rotate together
 
 
 class GGUFFields(Fields):
-    """The fields of one architecture, without its name in front, and the tensors beside them."""
+    """The fields of one architecture, without its name in front, and the tensors' shapes."""
 
     def __init__(self, header: GGUFHeader) -> None:
         start = f"{header.architecture}."
@@ -58,17 +58,18 @@ class GGUFFields(Fields):
         self.header = header
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor. Raises UsageError if it is not there."""
+        """The shape of a tensor. Raises UsageError if it is absent."""
         if name not in self.header.tensors:
             raise UsageError(f"{name} is missing")
         return self.header.tensors[name].shape
 
     def has(self, name: str) -> bool:
-        """Whether a tensor is there."""
+        """Whether the file has the tensor."""
         return name in self.header.tensors
 
     def same_for_all(self, name: str, default: int | None = None) -> int:
-        """A size that may be a list, one for each block, if all are one."""
+        """A size, or the one value of a list with an entry for each block. Raises UsageError if
+        they differ."""
         found = self.data.get(name)
         if isinstance(found, list):
             if len(set(found)) != 1:
@@ -78,7 +79,7 @@ class GGUFFields(Fields):
 
 
 def family_of(header: GGUFHeader) -> GGUFFamily:
-    """Raises FileError for an architecture that kvtool does not have."""
+    """The architecture of a file. Raises FileError for one that kvtool does not have."""
     found = GGUF_FAMILIES.get(header.architecture)
     if found is None:
         raise FileError(
@@ -90,10 +91,10 @@ def family_of(header: GGUFHeader) -> GGUFFamily:
 
 
 def read_config(header: GGUFHeader, factors: list[float] | None) -> ModelConfig:
-    """The configuration with the file's mathematics. Raises FileError for a field that is missing,
-    unsound, or unknown and so might change it.
+    """The model's configuration. Raises FileError for a field that is missing or invalid, or
+    unknown, since it might change the model.
 
-    factors: what rope_freqs.weight holds, if it is there.
+    factors: the values of rope_freqs.weight, if it is in the file.
     """
     family = family_of(header)
     fields = GGUFFields(header)
@@ -108,7 +109,7 @@ def read_config(header: GGUFHeader, factors: list[float] | None) -> ModelConfig:
 
 
 def _sizes(f: GGUFFields) -> dict[str, Any]:
-    """What every architecture says."""
+    """The sizes that every architecture has."""
     shape = f.shape(EMBEDDING)
     if len(shape) != 2 or shape[1] != f.size("embedding_length"):
         expected = f"expected [V, {f.size('embedding_length')}]"
@@ -152,7 +153,7 @@ def _read_qwen3(f: GGUFFields) -> ModelConfig:
 
 
 def _read_rotary(f: GGUFFields, qkv_bias: bool = False, qk_norm: bool = False) -> ModelConfig:
-    """Llama and its kin; biases are where the first block has them."""
+    """Llama and related models. Biases are where the first block has them."""
     found = _sizes(f)
     d_model, n_heads = found["d_model"], found["n_heads"]
     n_kv_heads = f.same_for_all("attention.head_count_kv", n_heads)
@@ -189,7 +190,7 @@ def _read_rotary(f: GGUFFields, qkv_bias: bool = False, qk_norm: bool = False) -
 
 
 def _rotation(f: GGUFFields, context: int) -> tuple[float, RopeScaling | None]:
-    """theta, and what stretches the angles."""
+    """theta, and the scaling of the angles."""
     theta = f.number("rope.freq_base", THETA)
     old = f.number("rope.scale_linear", 1.0)
     kind = f.take("rope.scaling.type", "linear" if old != 1 else "none")
@@ -217,7 +218,7 @@ def _rotation(f: GGUFFields, context: int) -> tuple[float, RopeScaling | None]:
     return theta, None
 
 
-# Of the models that were released with such factors: Llama 3.1 and later.
+# The scalings of released models with such factors: Llama 3.1 and later.
 LLAMA3 = [(factor, 8192, 1.0, 4.0) for factor in (8.0, 32.0, 16.0, 4.0, 2.0)]
 CLOSE = 1e-5  # relative; the factors are float32
 
@@ -225,7 +226,7 @@ CLOSE = 1e-5  # relative; the factors are float32
 def _with_factors(config: ModelConfig, factors: list[float] | None) -> ModelConfig:
     """A configuration whose rates are divided by `factors`, if they are those of llama3.
 
-    The file holds each factor, rounded to float32, and not what they are made of.
+    The file holds each factor, rounded to float32, and not the settings behind them.
     """
     if factors is None or all(factor == 1 for factor in factors):
         return config
@@ -244,7 +245,7 @@ def _with_factors(config: ModelConfig, factors: list[float] | None) -> ModelConf
 
 
 def _llama3_factors(config: ModelConfig, s: RopeScaling) -> list[float]:
-    """By what each rate is divided, as `models.rope_scaling` has it."""
+    """The divisor of each rate, as `models.rope_scaling` computes it."""
     found = []
     for i in range(0, config.head_dim, 2):
         turns = s.original_context * config.rope_theta ** (-i / config.head_dim) / (2 * math.pi)
@@ -259,7 +260,7 @@ def _close(a: list[float], b: list[float]) -> bool:
 
 # --- where our tensors are
 
-# What a part of a name is with llama.cpp; blocks are numbered alike.
+# llama.cpp's word for each part of a name. Blocks are numbered alike.
 RENAMED = {
     "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -275,7 +276,7 @@ THEIRS = re.compile(r"(?:(?:layers|h)\.(\d+)\.)?(.+)\.(weight|bias)")
 
 
 def _renamed(name: str) -> str:
-    """A name of Hugging Face's as llama.cpp has it.
+    """llama.cpp's name for a tensor of Hugging Face.
 
     >>> _renamed("layers.3.self_attn.q_proj.weight")
     'blk.3.attn_q.weight'
@@ -287,7 +288,7 @@ def _renamed(name: str) -> str:
 
 
 def names(config: ModelConfig, family: GGUFFamily) -> NameMap:
-    """Where our tensors are in the file. No matrix is stored transposed."""
+    """Maps each tensor of kvtool to the file's. No matrix is stored transposed."""
     return {
         ours: Stored(tuple(
             (_renamed(name), shape[::-1] if stored.transposed else shape)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-PIECE = 2**20  # values that are made at once; on the way to them gguf holds ten times as much
+PIECE = 2**20  # values dequantised at once; gguf needs ten times their memory
 EXTRA = 'GGUF needs the package gguf: pip install "kvtool[gguf]"'
 
 
@@ -30,7 +30,7 @@ class Format(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether its values are whole numbers, which are no weights."""
+        """Whether its values are integers, which no weights are."""
         return self.name in ("I8", "I16", "I32", "I64")
 
 
@@ -56,7 +56,7 @@ FORMATS = _formats()
 
 
 def need_gguf() -> Any:
-    """The module of the package `gguf` that dequantises. Raises KvtoolError if it is not there."""
+    """The module of the package `gguf` that dequantises. Raises KvtoolError if it is missing."""
     try:
         return importlib.import_module("gguf.quants")
     except ModuleNotFoundError as error:
@@ -66,8 +66,8 @@ def need_gguf() -> Any:
 
 
 def require_known(where: str, format_: Format) -> None:
-    """Raise FileError, which begins with `where`, for a format that `gguf` cannot turn into
-    numbers, and KvtoolError if it is not there."""
+    """Raise FileError, which begins with `where`, for a format that `gguf` cannot dequantise, and
+    KvtoolError if the package is missing."""
     quants = need_gguf()
     known = {int(kind) for kind in quants._type_traits}
     if format_.name not in ("F32", "F16") and format_.number not in known:
@@ -82,7 +82,7 @@ def numbers(
 ) -> Iterator[tuple[bytes, NDArray[np.float32]]]:
     """The next `n_values` of an open file in float32, in pieces, each with its bytes in the file.
 
-    Raises FileError, which begins with `where`, if the file ends before.
+    Raises FileError, which begins with `where`, if the file ends too early.
     """
     import numpy as np
 
@@ -93,7 +93,7 @@ def numbers(
         data = file.read(n // format_.block * format_.nbytes)
         if len(data) != n // format_.block * format_.nbytes:
             raise FileError(f"{where}: became shorter while it was read", "Try again.")
-        # One row, for gguf takes sixteen at a time, and blocks know nothing of rows.
+        # As one row: gguf takes sixteen rows at a time, and blocks do not end with rows.
         blocks = np.frombuffer(data, dtype=np.uint8)[None]
-        with np.errstate(all="ignore"):  # of infinite scales; whoever asks looks for NaN
+        with np.errstate(all="ignore"):  # infinite scales give NaN, which the caller looks for
             yield data, quants.dequantize(blocks, format_.number)[0]

@@ -1,8 +1,9 @@
 """The header of a GGUF file, checked to the last tensor before any is read. Imports no torch.
 
 The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, the numbers
-of tensors and of fields; the fields; what each tensor is; then the tensors, aligned. The package
-`gguf` has a reader too, but it makes an array of every token, and its errors name no tensor.
+of tensors and of fields; the fields; name, shape and format of each tensor; then the tensors,
+aligned. The package `gguf` has a reader too, but it makes an array of every token, and its errors
+name no tensor.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from kvtool.reading import opened, quoted, short
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 LARGEST_HEADER = 2**28  # bytes; a vocabulary of 262,144 tokens with its merges has 2^23
-MOST_ITEMS = 2**22  # of a list; the merges of the largest vocabularies are 600,000
-MOST_TENSORS = 2**18
+MAX_ITEMS = 2**22  # items of a list; the merges of the largest vocabularies are 600,000
+MAX_TENSORS = 2**18
 LONGEST_NAME = 256  # bytes, of a tensor; ggml itself has 64
-MOST_DIMENSIONS = 4
-ALIGNMENT = 32  # bytes, unless general.alignment says another
+MAX_DIMENSIONS = 4
+ALIGNMENT = 32  # bytes, unless general.alignment is given
 FILE_TYPE = "general.file_type"
 ALL_F32 = 0  # of general.file_type
 AGAIN = "Download or copy it again."
@@ -39,7 +40,7 @@ UINT32, STRING, LIST = 4, 8, 9  # the others that are named
 
 @dataclass(frozen=True)
 class Field:
-    """One field of the metadata, and where it stands in the file, name and all."""
+    """One field of the metadata, and where it begins and ends in the file, its name included."""
 
     name: str
     type: int
@@ -51,11 +52,11 @@ class Field:
 
 @dataclass(frozen=True)
 class TensorField:
-    """What the header says of one tensor. `begin` and `end` count bytes from the file's start."""
+    """One tensor's entry in the header. `begin` and `end` count bytes from the file's start."""
 
     name: str
     format: Format
-    shape: tuple[int, ...]  # as NumPy has it: the last is what lies next to each other
+    shape: tuple[int, ...]  # as in NumPy: the last dimension is contiguous
     begin: int
     end: int
 
@@ -68,8 +69,9 @@ class TensorField:
 class GGUFHeader:
     """The checked header of the regular file `path`.
 
-    Raises FileError: not a GGUF file, of another byte order, one part of several, cut short, or
-    with a header that contradicts itself or the file's size. What it claims allocates nothing.
+    Raises FileError for a file that is not GGUF, has another byte order, is one part of several or
+    cut short, and for a header that contradicts itself or the file's size. No memory is allocated
+    for sizes that it only claims.
     """
 
     def __init__(self, path: Path, flag: str = "") -> None:
@@ -100,8 +102,8 @@ class GGUFHeader:
         if self.version not in VERSIONS:
             raise FileError(f"{self.where}: is GGUF of version {self.version} (expected 2 or 3)")
         n_tensors, n_fields = reader.unpack("QQ")
-        if n_tensors > MOST_TENSORS:
-            raise FileError(f"{self.where}: claims {n_tensors} tensors (at most {MOST_TENSORS})")
+        if n_tensors > MAX_TENSORS:
+            raise FileError(f"{self.where}: claims {n_tensors} tensors (at most {MAX_TENSORS})")
         return n_tensors, n_fields
 
     def _read_fields(self, reader: _Reader, n_fields: int) -> dict[str, Field]:
@@ -134,9 +136,9 @@ class GGUFHeader:
             name = reader.name(LONGEST_NAME)
             where = f"{self.where}: {short(name)}"
             (n_dimensions,) = reader.unpack("I")
-            if not 1 <= n_dimensions <= MOST_DIMENSIONS:
+            if not 1 <= n_dimensions <= MAX_DIMENSIONS:
                 raise FileError(
-                    f"{where} has {n_dimensions} dimensions (expected 1 to {MOST_DIMENSIONS})"
+                    f"{where} has {n_dimensions} dimensions (expected 1 to {MAX_DIMENSIONS})"
                 )
             shape = reader.unpack("Q" * n_dimensions)[::-1]
             number, offset = reader.unpack("IQ")
@@ -194,18 +196,18 @@ class GGUFHeader:
 
     @cached_property
     def architecture(self) -> str:
-        """What general.architecture says. Raises FileError if it says nothing."""
+        """The value of general.architecture. Raises FileError if it is missing."""
         found = self.get("general.architecture")
         if not isinstance(found, str) or not found:
             raise FileError(f"{self.where}: general.architecture is missing")
         return found
 
     def in_order(self) -> list[TensorField]:
-        """The tensors as their bytes follow each other."""
+        """The tensors in the order of their bytes in the file."""
         return sorted(self.tensors.values(), key=lambda t: t.begin)
 
     def formats(self) -> dict[str, list[TensorField]]:
-        """The tensors by the name of their format, that of most bytes first."""
+        """The tensors by the name of their format, the format with the most bytes first."""
         found: dict[str, list[TensorField]] = {}
         for t in self.tensors.values():
             found.setdefault(t.format.name, []).append(t)
@@ -213,7 +215,7 @@ class GGUFHeader:
 
 
 class _Reader:
-    """Reads a header forwards; what it claims must fit into what is left of the file."""
+    """Reads a header forwards. Sizes that it claims must fit into the rest of the file."""
 
     def __init__(self, file: BufferedReader, size: int, where: str) -> None:
         self.file, self.where = file, where
@@ -270,8 +272,8 @@ class _Reader:
         return Field(name, kind, value, begin, self.position)
 
     def _items(self, inner: int, n: int, name: str) -> list[Any]:
-        if n > MOST_ITEMS:
-            expected = f"expected {MOST_ITEMS} or fewer"
+        if n > MAX_ITEMS:
+            expected = f"expected {MAX_ITEMS} or fewer"
             raise FileError(f"{self.where}: {short(name)} claims {n} items ({expected})")
         if inner == STRING:
             return list(self._texts(n))

@@ -1,7 +1,7 @@
-"""A GGUF file with the same numbers in F32: what a second server is started on.
+"""A GGUF file with the same numbers in F32, for a second server.
 
-Where a quantised model hides a fault in its rounding, the same numbers in four bytes each show it.
-Everything streams: no more is held than a piece of one tensor. Imports no torch.
+A quantised model's rounding may hide a fault of the cache; the same numbers in F32 show it. Tensors
+are streamed: only a piece of one is in memory. Imports no torch.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from kvtool.reading import opened
 
 F32 = FORMATS[0]
 BLOCK = re.compile(r"blk\.(\d+)\.")
-COPIED = 2**22  # bytes at a time of what stays as it is
-Told = Callable[[int, str], None]  # bytes more that are written, and of which tensor
+COPIED = 2**22  # bytes at a time of tensors that are copied
+Progress = Callable[[int, str], None]  # is called with the bytes just written, and their tensor
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be written, known from the header alone."""
+    """The file that will be written, planned from the header alone."""
 
     source: GGUFHeader
     fields: list[bytes | Field]  # as they are, or made here
-    tensors: list[tuple[TensorField, TensorField]]  # as they are stored, as they will be; in order
+    tensors: list[tuple[TensorField, TensorField]]  # (as stored, as written), in order
     start: int  # of the first tensor in the new file
     nbytes: int  # of the whole new file
     n_blocks: int
@@ -53,15 +53,15 @@ class Plan:
 
     @property
     def is_smaller(self) -> bool:
-        """Whether blocks were left out: another model then."""
+        """Whether blocks are left out, which makes another model."""
         return self.n_blocks < self.n_blocks_before
 
 
 def plan(source: GGUFHeader, layers: int | None = None) -> Plan:
-    """How the F32 file will look; of the first `layers` blocks, if that is given.
+    """The plan of the F32 file, with the first `layers` blocks alone if that is given.
 
-    Raises FileError for a format that cannot be dequantised, UsageError for blocks that are not
-    there, KvtoolError without the package gguf.
+    Raises FileError for a format that cannot be dequantised, UsageError for more blocks than the
+    file has, and KvtoolError without the package gguf.
     """
     key = f"{source.architecture}.block_count"
     there = source.get(key)
@@ -90,13 +90,14 @@ def plan(source: GGUFHeader, layers: int | None = None) -> Plan:
 
 
 def _block(tensor: TensorField) -> int:
-    """The number of the block that a tensor is in; -1: in none, so that all have it."""
+    """The number of the block that a tensor is in; -1 for tensors outside the blocks."""
     found = BLOCK.match(tensor.name)
     return int(found[1]) if found else -1
 
 
 def _field(field: Field, key: str, there: Any, kept: Any) -> bytes | Field:
-    """A field as it will be: how many blocks, a list that has an entry for each, the format."""
+    """A field of the new file: the number of blocks, lists with an entry for each, and the format
+    change."""
     if field.name == FILE_TYPE:
         return _made(FILE_TYPE, UINT32, struct.pack("<I", ALL_F32))
     if kept == there:
@@ -129,7 +130,7 @@ def _up(position: int, alignment: int) -> int:
 
 
 def require_room(found: Plan, out: Path) -> int:
-    """Bytes that are free where `out` will be. Raises FileError if `out` is there already or has no
+    """The free bytes on the disk of `out`. Raises FileError if `out` is there already or has no
     folder, CapacityError if the file does not fit."""
     if os.path.lexists(out):
         raise FileError(f"--out {out}: is there already", "Give another name, or remove it first.")
@@ -148,18 +149,18 @@ def require_room(found: Plan, out: Path) -> int:
 
 
 def gib(nbytes: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in GiB, in words."""
     return f"{nbytes / 2**30:.3g} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.3g} MiB"
 
 
-def write(found: Plan, out: Path, tell: Told) -> None:
-    """Write the file under a temporary name and give it its own at the end; nothing is left behind
-    by an error, Ctrl-C or SIGTERM, and what is there is not replaced. Raises FileError."""
+def write(found: Plan, out: Path, progress: Progress) -> None:
+    """Write the file under a temporary name, and rename it at the end. An error, Ctrl-C or SIGTERM
+    leaves nothing behind, and no file is replaced. Raises FileError."""
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         with open(os.open(temporary, flags, 0o666), "wb") as file:
-            _write(found, _Output(file, out), tell)
+            _write(found, _Output(file, out), progress)
             file.flush()
             os.fsync(file.fileno())
         _name(temporary, out)
@@ -173,7 +174,7 @@ def write(found: Plan, out: Path, tell: Told) -> None:
 
 
 class _Output:
-    """The file that is written. Its errors are no errors of the file that is read meanwhile."""
+    """The output file. Its errors name it, not the file that is read meanwhile."""
 
     def __init__(self, file: BufferedWriter, out: Path) -> None:
         self.file, self.out, self.position = file, out, 0
@@ -192,7 +193,7 @@ def _unwritable(out: Path, error: OSError) -> FileError:
 
 
 def _name(temporary: Path, out: Path) -> None:
-    """Give a file its name, and replace nothing. Raises OSError."""
+    """Rename a file, and replace none. Raises OSError."""
     try:
         os.link(temporary, out)
     except FileExistsError:
@@ -203,7 +204,7 @@ def _name(temporary: Path, out: Path) -> None:
         os.rename(temporary, out)  # on disks without links
 
 
-def _write(found: Plan, file: _Output, tell: Told) -> None:
+def _write(found: Plan, file: _Output, progress: Progress) -> None:
     source = found.source
     with opened(source.path, "a GGUF file") as stored:
         file.write(
@@ -214,16 +215,16 @@ def _write(found: Plan, file: _Output, tell: Told) -> None:
         for _, t in found.tensors:
             file.write(_info(t))
         _pad(file, found.start)
-        tell(found.start, "")
+        progress(found.start, "")
         for before, after in found.tensors:
             stored.seek(before.begin)
-            _write_tensor(stored, before, after, file, source, tell)
+            _write_tensor(stored, before, after, file, source, progress)
             _pad(file, found.start + _up(after.end, source.alignment))
 
 
 def _write_tensor(
     stored: BufferedReader, before: TensorField, after: TensorField, file: _Output,
-    source: GGUFHeader, tell: Told,
+    source: GGUFHeader, progress: Progress,
 ) -> None:  # fmt: skip
     if before.format == after.format:
         left = before.end - before.begin
@@ -233,11 +234,11 @@ def _write_tensor(
                 raise FileError(f"{source.path}: became shorter while it was read", "Try again.")
             file.write(data)
             left -= len(data)
-            tell(len(data), before.name)
+            progress(len(data), before.name)
         return
     for _, piece in numbers(stored, before.format, before.n_values, str(source.path)):
         file.write(piece.astype("<f4", copy=False).data)
-        tell(piece.nbytes, before.name)
+        progress(piece.nbytes, before.name)
 
 
 def _span(stored: BufferedReader, field: Field, source: GGUFHeader) -> bytes:

@@ -1,8 +1,7 @@
-"""The tokenizer of a GGUF file as a tokenizer.json, so that it is read, and bounded, as others are.
+"""The tokenizer of a GGUF file as a tokenizer.json, which is checked as any other.
 
-Its vocabulary and merges are in the file; how a text is split before is only named there, after a
-model that does it so. What each name stands for is what llama.cpp does (its llama-vocab.cpp), which
-is what the file's users get.
+Vocabulary and merges are in the file. The rule that splits a text before is only named there, after
+a model that uses it. The rules here are those of llama.cpp (its llama-vocab.cpp).
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from kvtool.reading import quoted
 
 KEY = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # token_type
-BLANK = "\u2581"  # in place of a blank, in vocabularies of sentencepiece
+BLANK = "\u2581"  # for a blank, in vocabularies of sentencepiece
 NAMED = ("bos", "eos", "unknown", "padding", "separator", "cls", "mask")
 ENDS = ("eos", "eot", "eom")
-# Texts of tokens that end an answer whatever the fields say, as llama.cpp has it.
+# Texts of tokens that always end an answer, as in llama.cpp.
 END_TEXTS = frozenset(
     ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>")
 )
@@ -67,7 +66,8 @@ WHOLE_WORDS = (
 
 
 def read_tokenizer(header: GGUFHeader) -> Tokenizer:
-    """The tokenizer of a file; of a kind that kvtool lacks, one that says so when text comes.
+    """The tokenizer of a file. For a kind that kvtool lacks, one that raises an error at the first
+    text.
 
     Raises FileError for a damaged one.
     """
@@ -127,7 +127,7 @@ def _byte_level(header: GGUFHeader, pre: str) -> dict[str, Any]:
 
 
 def _sentencepiece(header: GGUFHeader) -> dict[str, Any]:
-    """BPE of sentencepiece, whose merges are the pairs that make a token, the best score first."""
+    """BPE of sentencepiece: a merge for each pair that makes a token, the best score first."""
     tokens, types = _tokens(header)
     scores = header.get(f"{KEY}scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
@@ -161,7 +161,7 @@ def _sentencepiece(header: GGUFHeader) -> dict[str, Any]:
 
 
 def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
-    """Each pair of tokens that makes a third, the third's score from high to low."""
+    """Each pair of tokens that makes a third, sorted by the third's score from high to low."""
     usable = {t: i for i, t in enumerate(tokens) if types[i] in (NORMAL, USER, UNUSED)}
     found = []
     for token, i in usable.items():
@@ -173,7 +173,7 @@ def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[li
 
 
 def _file(header: GGUFHeader, model: dict[str, Any], bos: bool, **rules: Any) -> dict[str, Any]:
-    """A tokenizer.json of these parts, with what is added to the vocabulary."""
+    """A tokenizer.json of these parts and the added tokens."""
     tokens, types = _tokens(header)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     ends = _end_ids(header)
@@ -219,7 +219,7 @@ def _around(header: GGUFHeader, tokens: list[str], bos: bool) -> dict[str, Any] 
 
 
 def _special(header: GGUFHeader, name: str, tokens: list[str]) -> int | None:
-    """The id of a token with a part to play. Raises FileError for one that is not there."""
+    """The id of a special token. Raises FileError if the vocabulary lacks it."""
     found = header.get(f"{KEY}{name}_token_id")
     if found is None:
         return None

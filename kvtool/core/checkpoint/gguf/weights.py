@@ -28,21 +28,21 @@ from kvtool.core.checkpoint.weight_files import WeightFile
 from kvtool.errors import FileError
 from kvtool.reading import opened
 
-BLOCK = 2**20  # bytes of what stands between tensors
-SMALL = 2**16  # values of a table that a configuration is made of
+BLOCK = 2**20  # bytes read at once between tensors
+TABLE_VALUES = 2**16  # the most values of a table that belongs to a configuration
 
 
 class GGUFModel:
-    """A GGUF file as a model: its configuration, and its weights as RenamedFile has them.
+    """A GGUF file as a model: its configuration, and its weights as a RenamedFile.
 
-    Raises FileError for what is damaged or not supported, KvtoolError without the package gguf.
+    Raises FileError for a damaged or unsupported file, and KvtoolError without the package gguf.
     """
 
     def __init__(self, path: Path) -> None:
         self.header = GGUFHeader(path)
         self.family: GGUFFamily = family_of(self.header)
         self.config: ModelConfig = read_config(self.header, self._factors())
-        self.stored = next(iter(self.header.formats()))  # the format that most bytes have
+        self.stored = next(iter(self.header.formats()))  # the format of the most bytes
 
     def _factors(self) -> list[float] | None:
         field = self.header.tensors.get(FACTORS)
@@ -50,8 +50,8 @@ class GGUFModel:
             return None
         where = f"{self.header.where}: {FACTORS}"
         require_known(where, field.format)
-        if field.n_values > SMALL:
-            raise FileError(f"{where} has {field.n_values} values ({SMALL} at most)")
+        if field.n_values > TABLE_VALUES:
+            raise FileError(f"{where} has {field.n_values} values ({TABLE_VALUES} at most)")
         with opened(self.header.path, "a GGUF file") as file:
             file.seek(field.begin)
             pieces = numbers(file, field.format, field.n_values, where)
@@ -62,7 +62,8 @@ class GGUFModel:
         return GGUFWeights(self.header, self.config, self.family, dtype)
 
     def weights(self, source: WeightFile, config: ModelConfig) -> RenamedFile:
-        """The tensors under our names. Raises FileError for any that is missing or misshapen."""
+        """The tensors under kvtool's names. Raises FileError for a tensor that is missing or has
+        another shape."""
         ours = names(config, self.family)
         return RenamedFile(source, ours, "", config.tied, HEAD, said_by="its header")
 
@@ -99,7 +100,7 @@ class GGUFWeights:
         return weights, digest.hexdigest
 
     def _skip(self, file: BufferedReader, end: int, digest: Any) -> None:
-        """Count in what stands before `end`: the header, or what aligns tensors."""
+        """Add the bytes before `end` to the digest: the header, or padding between tensors."""
         while (left := end - file.tell()) > 0:
             data = file.read(min(left, BLOCK))
             if not data:
@@ -118,9 +119,10 @@ class GGUFWeights:
         return values.view(field.shape)
 
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
-        """Rows of llama's queries and keys, which are in pairs, in halves as Hugging Face has them.
+        """The rows of llama's queries and keys in the order of Hugging Face.
 
-        llama.cpp turns neighbours against each other, and kvtool the halves of a head.
+        llama.cpp rotates neighbouring channels against each other, and kvtool the two halves of a
+        head.
         """
         heads = {"attn_q": self.config.n_heads, "attn_k": self.config.n_kv_heads}
         n = heads.get(name.split(".")[-2]) if name.startswith("blk.") else None

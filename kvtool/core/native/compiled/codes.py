@@ -1,8 +1,8 @@
-"""Keys and values that are codes, compiled by numba: read in registers, and made.
+"""Keys and values that are codes, read in registers by code that numba compiles.
 
-A code stands for code * scale + low, computed in float32 (or float64) and rounded after the product
-and after the sum, as PyTorch does; scales and zero points are of the format of the model. Numbers
-in e4m3 have no zero point.
+A code stands for code * scale + zero_point, computed in float32 (or float64) and rounded after the
+product and after the sum, as PyTorch does. Scales and zero points are of the model's format.
+Numbers in e4m3 have no zero point. quantize.py makes codes.
 
 `coded` says where codes are (LENGTH of them 0: there are none), as whole numbers: the addresses of
 codes, scales and zero points (B,G,...); of how many tokens there are codes, and is there room for;
@@ -12,10 +12,8 @@ or channels of a token, share a scale; and the column of exact ones in which the
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-from numba import carray, types
+from numba import carray
 
 from kvtool.core.native.compiled.lanes import (
     WIDTH,
@@ -33,17 +31,13 @@ from kvtool.core.native.compiled.lanes import (
 )
 from kvtool.core.native.compiled.tools import (
     Array,
-    Forms,
     compiled,
-    dense,
-    kept,
     number,
     pointer,
-    shared,
     vector,
 )
 
-CODES, SCALES, LOWS, LENGTH, ROOM, FORM, TOKENS, CHANNELS, EXACT = range(9)
+CODES, SCALES, ZERO_POINTS, LENGTH, ROOM, FORM, TOKENS, CHANNELS, EXACT = range(9)
 N_FACTS = 9
 FORM_BYTES, FORM_HALF_BYTES, FORM_FLOATS = 1, 2, 3
 
@@ -108,14 +102,14 @@ def decode_tokens(coded: Array, head: int, first: int, like: Array, y: Array) ->
         mask = 15 if coded[FORM] == FORM_HALF_BYTES else 255
         behind = scale_of(coded, head, token, width, like.itemsize)
         scales = vector(coded[SCALES] + behind, width // coded[CHANNELS], like)
-        lows = vector(coded[LOWS] + behind, width // coded[CHANNELS], like)
+        zeros = vector(coded[ZERO_POINTS] + behind, width // coded[CHANNELS], like)
         for j in range(width):
             scale = number(scales[j // coded[CHANNELS]])
             if coded[FORM] == FORM_FLOATS:
                 y[i, j] = y.dtype.type(float8(codes[j])) * scale
             else:
                 code = y.dtype.type((codes[j] >> shift) & mask)
-                y[i, j] = code * scale + number(lows[j // coded[CHANNELS]])
+                y[i, j] = code * scale + number(zeros[j // coded[CHANNELS]])
 
 
 @compiled(fast=False)
@@ -171,13 +165,13 @@ def score_by_channel(
     width, tokens, shared_by = query.shape[0], coded[TOKENS], is_half(odd)
     none, at = spread(query.dtype.type(0)), np.int64(query.ctypes.data)
     start, size = row_of(coded, head, 0, width), query.itemsize
-    wide_scales, wide_lows = np.empty(width, query.dtype), np.empty(width, query.dtype)
+    wide_scales, wide_zeros = np.empty(width, query.dtype), np.empty(width, query.dtype)
     first = begin
     while first < end:
         last = min(end, (first // tokens + 1) * tokens)
         behind = scale_of(coded, head, first, width, like.itemsize)
         scales = widened(coded[SCALES] + behind, width, like, wide_scales)
-        lows = widened(coded[LOWS] + behind, width, like, wide_lows)
+        zeros = widened(coded[ZERO_POINTS] + behind, width, like, wide_zeros)
         for t in range(first, last, 4):
             # Of those that are not there, others are read; their scores are written over.
             two = t + 2 if t + 2 < last else t
@@ -188,11 +182,11 @@ def score_by_channel(
             w, x, y, z = none, none, none, none
             for j in range(0, width, WIDTH):
                 q = lanes_at(at + j * size, query)
-                s, low = lanes_at(scales + j * size, query), lanes_at(lows + j * size, query)
-                w = multiply_add(q, value_of(code_at(a + j, even, query), s, low, even, like), w)
-                x = multiply_add(q, value_of(code_at(b + j, odd, query), s, low, odd, like), x)
-                y = multiply_add(q, value_of(code_at(c + j, even, query), s, low, even, like), y)
-                z = multiply_add(q, value_of(code_at(d + j, odd, query), s, low, odd, like), z)
+                s, zero = lanes_at(scales + j * size, query), lanes_at(zeros + j * size, query)
+                w = multiply_add(q, value_of(code_at(a + j, even, query), s, zero, even, like), w)
+                x = multiply_add(q, value_of(code_at(b + j, odd, query), s, zero, odd, like), x)
+                y = multiply_add(q, value_of(code_at(c + j, even, query), s, zero, even, like), y)
+                z = multiply_add(q, value_of(code_at(d + j, odd, query), s, zero, odd, like), z)
             put_totals(w, x, y, z, scale, to + (t - begin) * size)
         first = last
 
@@ -270,15 +264,15 @@ def add_by_token(
     """`add_codes`, `even` and `odd` the forms of the first and the next token, and so on."""
     width, channels, each = y.shape[0], coded[CHANNELS], y.shape[0] // coded[CHANNELS]
     goal, start, half = np.int64(y.ctypes.data), row_of(coded, head, 0, width), is_half(odd)
-    wide_scales, wide_lows = np.empty(BLOCK * each, y.dtype), np.empty(BLOCK * each, y.dtype)
-    scales = lows = np.int64(0)
+    wide_scales, wide_zeros = np.empty(BLOCK * each, y.dtype), np.empty(BLOCK * each, y.dtype)
+    scales = zeros = np.int64(0)
     size, of_token = y.itemsize, each * y.itemsize
     for i in range(0, n, 8):
         t = begin + i
         if i % BLOCK == 0:
             behind, held = scale_of(coded, head, t, width, like.itemsize), min(BLOCK, n - i) * each
             scales = widened(coded[SCALES] + behind, held, like, wide_scales)
-            lows = widened(coded[LOWS] + behind, held, like, wide_lows)
+            zeros = widened(coded[ZERO_POINTS] + behind, held, like, wide_zeros)
         w0, w1, w2, w3 = spread(w[i]), spread(w[i + 1]), spread(w[i + 2]), spread(w[i + 3])
         w4, w5, w6, w7 = spread(w[i + 4]), spread(w[i + 5]), spread(w[i + 6]), spread(w[i + 7])
         v0, v1 = start + (t >> half) * width, start + (t + 1 >> half) * width
@@ -287,7 +281,7 @@ def add_by_token(
         v6, v7 = start + (t + 6 >> half) * width, start + (t + 7 >> half) * width
         for c in range(0, width, channels):
             s = scales + i % BLOCK * of_token + c // channels * size
-            z = lows + i % BLOCK * of_token + c // channels * size
+            z = zeros + i % BLOCK * of_token + c // channels * size
             s0, z0 = scale_at(s, even, y), spread_at(z, y)
             s1, z1 = scale_at(s + of_token, even, y), spread_at(z + of_token, y)
             s2, z2 = scale_at(s + 2 * of_token, even, y), spread_at(z + 2 * of_token, y)
@@ -307,156 +301,3 @@ def add_by_token(
                 b = multiply_add(w7, value_of(code_at(v7 + j, odd, y), s7, z7, odd, like), b)
                 there = goal + j * y.itemsize
                 put_lanes(plus(lanes_at(there, y), plus(a, b)), there)
-
-
-@compiled(fast=False)
-def float8_of(x: float, bits: Array) -> int:
-    """The code in e4m3 next to a float32 of at most 448, of two the even one; uses bits (1,)."""
-    size = abs(x)
-    sign = 128 if math.copysign(1.0, x) < 0 else 0
-    if size < 0.015625:  # below the normal numbers
-        return sign | np.int64(np.rint(size * np.float32(512)))
-    bits[0] = size
-    whole = np.int64(bits.view(np.int32)[0])
-    return sign | (((whole + ((1 << 19) - 1) + ((whole >> 20) & 1)) >> 20) - (120 << 3))
-
-
-@compiled(fast=False)
-def store_float8(x: Array, coded: Array, slot: int, n_each: int, kind: Array) -> None:
-    """Tokens x (n,G,D), n_each of a row, as codes from column `slot` on, each with the power of two
-    that core/cache/float8.py gives it."""
-    n, n_groups, width = x.shape
-    bits, least = np.empty(1, np.float32), max(tiny(kind), 512 * tiny(kind) * epsilon(kind))
-    for i in range(n):
-        row, token = i // n_each, slot + i % n_each
-        for group in range(n_groups):
-            head = row * n_groups + group
-            codes = carray(pointer(row_of(coded, head, token, width), BYTES), (width,))
-            largest, finite = x.dtype.type(0), True
-            for j in range(width):
-                size = abs(x[i, group, j])
-                finite = finite and size < np.inf
-                largest = size if size > largest else largest
-            digits, exponent = math.frexp(largest)
-            scale = max(math.ldexp(1.0, exponent - (8 if digits > 0.875 else 9)), least)
-            factor = x.dtype.type(scale if finite else np.nan)
-            at = coded[SCALES] + (head * coded[ROOM] + token) * kind.itemsize
-            vector(at, 1, kind)[0] = kept(factor, kind)
-            for j in range(width):
-                codes[j] = float8_of(np.float32(x[i, group, j] / factor), bits) if finite else 0
-
-
-@shared(fast=False)
-def round_groups(
-    stored: Array, columns: int, column: int, padding: Array, first: int, n: int, n_groups: int,
-    width: int, coded: Array, kind: Array, real: Array,
-) -> None:  # fmt: skip
-    """Make codes of n tokens, whole groups from token number `first` on, of all rows and layers:
-    stored (2,layers) as `decode` has it, from `column` on. As Packed.write in
-    core/cache/quantized.py, of padding (B,) too."""
-    for layer in range(stored.shape[1]):
-        for side in range(2):
-            facts = coded[side, layer]
-            for head in range(padding.shape[0] * n_groups):
-                start = stored[side, layer] + (head * columns + column) * width * kind.itemsize
-                for t in range(0, n, facts[TOKENS]):
-                    at = start + t * width * kind.itemsize
-                    x = carray(pointer(at, kind), (facts[TOKENS], width))
-                    padded = padding[head // n_groups] - first - t
-                    round_group(x, facts, head, first + t, padded, kind, real)
-
-
-@compiled(fast=False)
-def round_group(
-    stored: Array, facts: Array, head: int, token: int, padded: int, kind: Array, real: Array
-) -> None:
-    """Make codes of stored (n,D), tokens that share scales; the first `padded` of them have no
-    part in these if there are others."""
-    n, width = stored.shape
-    channels, levels = facts[CHANNELS], 15 if facts[FORM] == FORM_HALF_BYTES else 255
-    x = np.empty((n, width), real.dtype)
-    for i in range(n):
-        for j in range(width):
-            x[i, j] = number(stored[i, j])
-    low, high = np.empty(width, real.dtype), np.empty(width, real.dtype)
-    odd, counted = np.zeros(width, real.dtype), padded if 0 < padded < n else 0
-    for j in range(width):
-        low[j] = high[j] = x[counted, j]
-    for i in range(counted, n):
-        for j in range(width):
-            low[j] = x[i, j] if x[i, j] < low[j] else low[j]
-            high[j] = x[i, j] if x[i, j] > high[j] else high[j]
-            odd[j] += x[i, j] * 0  # NaN for what is not finite
-    behind = scale_of(facts, head, token, width, kind.itemsize)
-    scales = vector(facts[SCALES] + behind, width // channels, kind)
-    lows = vector(facts[LOWS] + behind, width // channels, kind)
-    for c in range(width // channels):
-        at = c * channels
-        for j in range(at + 1, at + channels):
-            low[at] = low[j] if low[j] < low[at] else low[at]
-            high[at] = high[j] if high[j] > high[at] else high[at]
-            odd[at] += odd[j]
-        steps = real.dtype.type(levels)
-        extent = high[at] - low[at] + odd[at]
-        scale = number(kept(extent / steps, kind))
-        if scale * steps < extent:
-            scale = number(kept(scale * real.dtype.type(1 + epsilon(kind)), kind))
-        scale = real.dtype.type(tiny(kind)) if scale < tiny(kind) else scale
-        scales[c], lows[c] = kept(scale, kind), kept(low[at] + odd[at], kind)
-        for j in range(at, at + channels):
-            low[j], high[j] = low[at], scale
-    for i in range(n):
-        codes = carray(pointer(row_of(facts, head, token + i, width), BYTES), (width,))
-        shift = 4 * ((token + i) & 1) if facts[FORM] == FORM_HALF_BYTES else 0
-        for j in range(width):
-            code = np.rint((x[i, j] - low[j]) / high[j])
-            code = real.dtype.type(0) if not code > 0 else code
-            code = real.dtype.type(levels) if code > levels else code
-            whole = np.uint8(np.int32(code))
-            codes[j] = (codes[j] | whole << shift) if shift else whole
-
-
-@compiled(fast=False)
-def epsilon(kind: Array) -> float:
-    """The distance from 1 to the next larger number."""
-    if kind.itemsize == 8:
-        return 2.0**-52
-    if kind.itemsize == 4:
-        return 2.0**-23
-    return 2.0**-7 if is_bfloat16(kind) else 2.0**-10
-
-
-@compiled(fast=False)
-def tiny(kind: Array) -> float:
-    """The least normal number."""
-    if kind.itemsize == 8:
-        return 2.0**-1022
-    return 2.0**-126 if kind.itemsize == 4 or is_bfloat16(kind) else 2.0**-14
-
-
-@compiled(fast=False)
-def is_bfloat16(kind: Array) -> bool:
-    """Whether a half format reaches far."""
-    return number(kept(np.float32(1e38), kind)) < np.inf
-
-
-@shared()
-def move_columns(
-    stored: Array, columns: int, first: int, n: int, heads: int, width: int, kind: Array
-) -> None:
-    """Move n columns from `first` on to the front, of all layers and heads: stored (2,layers)."""
-    for layer in range(stored.shape[1]):
-        for side in range(2):
-            for head in range(heads):
-                at = stored[side, layer] + head * columns * width * kind.itemsize
-                rows = carray(pointer(at, kind), (columns, width))
-                for i in range(n):
-                    for j in range(width):
-                        rows[i, j] = rows[first + i, j]
-
-
-def forms(real: types.Type, kind: types.Type) -> Forms:
-    """What makes codes of numbers of `kind`, which are computed with in `real`."""
-    n, (k1, _, _), (n1, n2, n3) = types.intp, dense(kind), dense(types.intp)
-    yield round_groups, (n2, n, n, n1, n, n, n, n, n3, k1, dense(real)[0])
-    yield move_columns, (n2, n, n, n, n, n, k1)

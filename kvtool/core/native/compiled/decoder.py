@@ -17,7 +17,7 @@ import numpy as np
 from numba import carray, typeof, types
 from numba import from_dtype as from_dtype
 
-from kvtool.core.native.compiled import attention, codes
+from kvtool.core.native.compiled import attention, quantize
 from kvtool.core.native.compiled.attention import attend
 from kvtool.core.native.compiled.codes import (
     EXACT,
@@ -25,9 +25,9 @@ from kvtool.core.native.compiled.codes import (
     FORM_FLOATS,
     LENGTH,
     N_FACTS,
-    store_float8,
 )
 from kvtool.core.native.compiled.layers import activate, normalise, product, round_to_format
+from kvtool.core.native.compiled.quantize import store_float8
 from kvtool.core.native.compiled.tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
 from kvtool.core.native.compiled.tools import (
     Array,
@@ -319,7 +319,7 @@ def decode(
 def forms(real: types.Type, kind: types.Type) -> Forms:
     """All that decodes in `real` with weights, keys and values of `kind`, what is called first."""
     yield from attention.forms(real, kind)
-    yield from codes.forms(real, kind)
+    yield from quantize.forms(real, kind)
     n, (_, x2, x3), (k1, _, _), (n1, n2, n3) = types.intp, *map(dense, (real, kind, types.intp))
     records = tuple(typeof(np.empty(0, record)) for record in (MODEL, BLOCK))
     source = n2, n, n2

@@ -183,7 +183,7 @@ def _float8(builder: Any, bits: Any, vector: Any) -> Any:
     return found if vector == floats else builder.fpext(found, vector)
 
 
-def _value(typing: Any, code: Any, scale: Any, low: Any, form: Any, like: Any) -> Any:
+def _value(typing: Any, code: Any, scale: Any, zero_point: Any, form: Any, like: Any) -> Any:
     # A code times a scale of a half format is exact in float32, and need not be rounded.
     flags = () if isinstance(like.dtype, types.Float) else ["contract"]
 
@@ -243,7 +243,8 @@ total: Any = intrinsic(_total)  # (lanes of float32) -> their sum
 # (address, form, like) -> the scale there for codes of that form, in every lane
 scale_at: Any = intrinsic(_load_scale)
 code_at: Any = intrinsic(_code)  # (address, form, like) -> 16 codes as numbers
-# (code, scale, low, form, like) -> code * scale + low, each rounded, as PyTorch does; like: scales
+# (code, scale, zero_point, form, like) -> code * scale + zero_point, rounded after each, as PyTorch
+# does; like: scales
 value_of: Any = intrinsic(_value)
 # (a, b, c, d, scale, address): the sum of each, times the scale, side by side
 put_totals: Any = intrinsic(_put_totals)

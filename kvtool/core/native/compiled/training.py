@@ -33,7 +33,7 @@ from kvtool.core.native.compiled.tools import (
 )
 
 # Address, bytes to the next row, bytes to the next token, tokens of a row.
-Place = tuple[int, int, int, int]
+Strided = tuple[int, int, int, int]
 
 
 @compiled()
@@ -51,7 +51,7 @@ def write(x: Array, y: Array) -> None:
 
 
 @compiled()
-def keeps(index: int, least: int) -> bool:
+def is_kept(index: int, least: int) -> bool:
     """Whether dropout keeps the element `index`: if its hash, an int32, is `least` or more.
 
     The hash is lowbias32 (Wellons 2018) without its last step, which changes no upper bits.
@@ -72,7 +72,7 @@ def dropout_part(
         read(x[n], row)
         index = np.uint32(start + n * row.shape[0])
         for j in range(row.shape[0]):
-            stays = keeps(index + np.uint32(j), least)
+            stays = is_kept(index + np.uint32(j), least)
             row[j] = row[j] * factor if stays else np.float32(0)
         if onto.size:
             for j in range(row.shape[0]):
@@ -86,7 +86,7 @@ def dropout(
 ) -> None:
     """y (n,d) = x (n,d) times `scale`, with dropped elements 0, plus onto (n,d) or nothing (0,1).
 
-    start: index of the first element, for `keeps`.
+    start: index of the first element, for `is_kept`.
     """
     use_threads(threads)
     for part in numba.prange(threads):
@@ -96,7 +96,7 @@ def dropout(
 
 
 @compiled()
-def read_row(stored: Place, row: int, like: Array, x: Array) -> None:
+def read_row(stored: Strided, row: int, like: Array, x: Array) -> None:
     """x (T*H,D) float32 = the tokens of a row, stored in the type of `like`."""
     address, of_row, of_token, n_tokens = stored
     tokens = x.reshape(n_tokens, x.size // n_tokens)
@@ -105,7 +105,7 @@ def read_row(stored: Place, row: int, like: Array, x: Array) -> None:
 
 
 @compiled()
-def write_row(x: Array, stored: Place, row: int, like: Array) -> None:
+def write_row(x: Array, stored: Strided, row: int, like: Array) -> None:
     """The tokens of a row = x (T*H,D) float32, stored in the type of `like`."""
     address, of_row, of_token, n_tokens = stored
     tokens = x.reshape(n_tokens, x.size // n_tokens)
@@ -176,7 +176,7 @@ def softmax_backward(weights: Array, grads: Array, scale: float) -> None:
 
 @shared()
 def attend_part(
-    q: Place, k: Place, v: Place, n_groups: int, seen: Array, weights: Array, y: Array,
+    q: Strided, k: Strided, v: Strided, n_groups: int, seen: Array, weights: Array, y: Array,
     first: int, last: int,
 ) -> None:  # fmt: skip
     """`attend` for rows `first` to `last`."""
@@ -202,8 +202,9 @@ def attend_part(
 
 @shared(parallel=True)
 def attend(
-    q: Place, k: Place, v: Place, n_groups: int, seen: Array, weights: Array, y: Array, threads: int
-) -> None:
+    q: Strided, k: Strided, v: Strided, n_groups: int, seen: Array, weights: Array, y: Array,
+    threads: int,
+) -> None:  # fmt: skip
     """Attention over the keys that are True in `seen` (1 or B,T,S).
 
     Writes weights (B,H,T,S) float32, and y (B,T,H,D) in the type of q, k and v.
@@ -217,8 +218,8 @@ def attend(
 
 @shared()
 def attend_backward_part(
-    dy: Place, q: Place, k: Place, v: Place, n_groups: int, weights: Array, like: Array,
-    dq: Place, dk: Place, dv: Place, first: int, last: int,
+    dy: Strided, q: Strided, k: Strided, v: Strided, n_groups: int, weights: Array, like: Array,
+    dq: Strided, dk: Strided, dv: Strided, first: int, last: int,
 ) -> None:  # fmt: skip
     """`attend_backward` for rows `first` to `last`."""
     _, n_heads, n_queries, n_keys = weights.shape
@@ -250,8 +251,8 @@ def attend_backward_part(
 
 @shared(parallel=True)
 def attend_backward(
-    dy: Place, q: Place, k: Place, v: Place, n_groups: int, weights: Array, like: Array,
-    dq: Place, dk: Place, dv: Place, threads: int,
+    dy: Strided, q: Strided, k: Strided, v: Strided, n_groups: int, weights: Array, like: Array,
+    dq: Strided, dk: Strided, dv: Strided, threads: int,
 ) -> None:  # fmt: skip
     """Write the gradients dq, dk and dv of `attend` from dy and its weights.
 

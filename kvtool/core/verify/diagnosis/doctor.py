@@ -6,7 +6,7 @@ from kvtool.core.verify.arms import Arms, Case
 from kvtool.core.verify.diagnosis.hypotheses import STEPS_AFTER, UNKNOWN, explain
 from kvtool.core.verify.diagnosis.locate import locate
 from kvtool.core.verify.finding import Diagnosis
-from kvtool.core.verify.subject import ModelSubject
+from kvtool.core.verify.model_subject import ModelSubject
 
 
 def examine(subject: ModelSubject, case: Case, step: int, arms: Arms) -> Diagnosis:

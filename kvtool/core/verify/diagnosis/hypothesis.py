@@ -18,7 +18,8 @@ from torch import Tensor
 from kvtool.core.cache import Step
 from kvtool.core.cache.quantization import Float8, Quantization
 from kvtool.core.kernels.default import DEFAULT, CappedKernels
-from kvtool.core.verify.subject import ModelSubject, Start
+from kvtool.core.verify.model_subject import ModelSubject
+from kvtool.core.verify.subject import Start
 
 ZERO = -1  # in place of a token's number: zeros
 

@@ -17,8 +17,8 @@ from kvtool.core.models import Model
 from kvtool.core.models.attention import CrossAttention, SelfAttention
 from kvtool.core.models.latent import LatentAttention
 from kvtool.core.verify.arms import Case
+from kvtool.core.verify.model_subject import ModelSubject
 from kvtool.core.verify.scenario_run import Stopped
-from kvtool.core.verify.subject import ModelSubject
 
 TOLERANCE = 1e-10  # of the largest value of the uncached pass; both are float64
 

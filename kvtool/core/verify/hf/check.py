@@ -78,7 +78,7 @@ def check_transformers(
     tokens: int,
     asked: bool = False,
     diagnose: bool = True,
-    tell: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
     remark: Callable[[str], None] = lambda text: None,
     skip: Container[tuple[str, str, str]] = (),
     prompt_length: int = 0,
@@ -87,8 +87,8 @@ def check_transformers(
     """Judge a model with kinds of transformers' caches in all scenarios, then a planted bug.
 
     A kind that cannot be used is one finding, and counts only if it was `asked` for. skip: kind,
-    kernels and scenario of what is not judged. `diagnose` locates bugs, which takes longer. `tell`
-    hears what comes next, `remark` what goes with the verdicts. Raises CheckFailed.
+    kernels and scenario of what is not judged. `diagnose` locates bugs, which takes longer.
+    `progress` hears what comes next, `remark` what goes with the verdicts. Raises CheckFailed.
     """
     planted, passes, doctor = None, Passes(), Examiner()
     formats: dict[tuple[Same, torch.dtype], nn.Module] = {}
@@ -113,7 +113,7 @@ def check_transformers(
             subject.find_reach_for(left, thorough)
         judge = Judge(subject, doctor if diagnose else None)
         for scenario in left:
-            tell(f"{kind}, {scenario}")
+            progress(f"{kind}, {scenario}")
             yield _judged(judge, subject, scenario, main, first, thorough)
         if first:
             with quiet_transformers():

@@ -15,7 +15,7 @@ from kvtool.core.checkpoint.safetensors_file import DTYPES
 from kvtool.core.checkpoint.weight_files import refuse_lookalike
 from kvtool.core.verify.hf.library import SEQ2SEQ, kind_of
 from kvtool.errors import FileError
-from kvtool.reading import MOST_CONFIG, quoted, read_json_object
+from kvtool.reading import MAX_CONFIG_BYTES, quoted, read_json_object
 
 ADAPTER = "adapter_config.json"
 # Fields of a configuration that have something else loaded, or the model changed as it is built.
@@ -30,7 +30,7 @@ REFUSED = {
 IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 PLAIN_NAME = re.compile(r"\w+", re.ASCII)  # an "org/name" has code fetched from the hub
 FORMATS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-MOST_LABELS = 100_000  # of which a configuration makes two tables of names
+MAX_LABELS = 100_000  # of which a configuration makes two tables of names
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     refuse_lookalike(path, "a configuration")
     # Not finite: time steps of state-space models really end at Infinity.
-    settings = read_json_object(path, "a configuration", MOST_CONFIG, finite=False)
+    settings = read_json_object(path, "a configuration", MAX_CONFIG_BYTES, finite=False)
     if (folder / ADAPTER).exists():
         raise FileError(
             f"{folder / ADAPTER}: is of an adapter (expected a whole model)",
@@ -101,8 +101,8 @@ def _check_implementations(name: str, given: Sequence[Any], path: Path) -> None:
 
 
 def _check_labels(name: str, value: Any, path: Path) -> None:
-    if isinstance(value, (int, float)) and value > MOST_LABELS:
-        raise FileError(f"{path}: {name} is {value} (expected {MOST_LABELS:,} or fewer)")
+    if isinstance(value, (int, float)) and value > MAX_LABELS:
+        raise FileError(f"{path}: {name} is {value} (expected {MAX_LABELS:,} or fewer)")
 
 
 def _check_formats(name: str, given: Sequence[Any], path: Path) -> None:

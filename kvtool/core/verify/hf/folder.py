@@ -42,7 +42,7 @@ from kvtool.reading import short
 DEPTHS = (*LAYERS, "encoder_layers")  # fields that say how often something is built
 # Of what a model is built without its weights: tied tensors are built more than once, and a
 # thousand of them, or a few million numbers, cost nothing.
-TIED, SLACK, MOST_FREE = 8, 1000, 2**24
+TIED, SLACK, FREE_NUMBERS = 8, 1000, 2**24
 
 
 class Read(NamedTuple):
@@ -148,7 +148,9 @@ def _without_values(made: Any) -> Any:
 def bounded_build(source: WeightFile, folder: Path) -> Iterator[None]:
     """Raise FileError as soon as more is built than the file can fill."""
     most = TIED * len(source.tensors) + SLACK
-    most_numbers = TIED * sum(math.prod(info.shape) for info in source.tensors.values()) + MOST_FREE
+    most_numbers = (
+        TIED * sum(math.prod(info.shape) for info in source.tensors.values()) + FREE_NUMBERS
+    )
     seen: set[tuple[int, str]] = set()
     numbers = tables = 0
 

@@ -16,7 +16,7 @@ ORDINARY = 128  # ids that are words: special ones lie beyond them
 VOCABULARY = 192
 WINDOW = 8  # of attention, in tokens
 HEADS = 4
-MOST_LAYERS = 6
+MAX_LAYERS = 6
 AMPLE = 2**16  # tokens
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
@@ -226,7 +226,7 @@ def kept_layers(fields: dict[str, Any], n_layers: int) -> list[int]:
     for i in range(n_layers):
         kind = [i in v if is_layer_numbers(name, v) else v[i] for name, v in lists.items()]
         first_of_kind.setdefault(repr(kind), i)
-    kept = list(first_of_kind.values())[:MOST_LAYERS]
+    kept = list(first_of_kind.values())[:MAX_LAYERS]
     if n_sharing := fields.get("num_kv_shared_layers"):
         kept = _with_sharing(kept, fields["layer_types"], n_layers - n_sharing)
     return kept if len(kept) > 1 else [0, 1]

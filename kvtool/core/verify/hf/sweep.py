@@ -32,7 +32,7 @@ def sweep(
     tasks: Sequence[Task],
     seconds: float,
     log: ResumeLog[Swept] | None = None,
-    tell: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Swept]:
     """Judge one type after the other, each for at most `seconds`.
 
@@ -41,7 +41,7 @@ def sweep(
     """
     logged = {} if log is None else {(swept.type, swept.kind): swept for swept in log.results}
     for task in tasks:
-        tell(task.type)
+        progress(task.type)
         found = logged.get((task.type, task.kind))
         if found is None:
             found = judge_type(task, seconds)

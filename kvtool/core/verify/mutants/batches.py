@@ -12,8 +12,8 @@ from kvtool.core.verify.mutants.user_decoder import (
     Decoder,
     Fed,
     Flaw,
-    Held,
     Pair,
+    UserCache,
     flawed,
 )
 from kvtool.core.verify.target.doctor import PADDING_COUNTED
@@ -37,19 +37,19 @@ def of_the_row_before(pair: Pair, layer: int, fed: Fed) -> Pair:
     return keys, values.roll(1, dims=0) if layer else values
 
 
-def of_first_rows(before: Held, right: Held, rows: Tensor) -> Held:
+def of_first_rows(before: UserCache, right: UserCache, rows: Tensor) -> UserCache:
     """Where rows leave, the first ones stay in place of those that should."""
     if len(rows) == len(before.layers[0][0]):
         return right
     return replace(right, layers=[(k[: len(rows)], v[: len(rows)]) for k, v in before.layers])
 
 
-def padding_kept(before: Held, right: Held, rows: Tensor) -> Held:
+def padding_kept(before: UserCache, right: UserCache, rows: Tensor) -> UserCache:
     """Padding stays with the place of a row, and does not go with its tokens."""
     return replace(right, padding=None if before.padding is None else before.padding[: len(rows)])
 
 
-def values_kept(before: Held, right: Held, rows: Tensor) -> Held:
+def values_kept(before: UserCache, right: UserCache, rows: Tensor) -> UserCache:
     """Where rows leave, the values are those of the first."""
     if len(rows) == len(before.layers[0][0]):
         return right

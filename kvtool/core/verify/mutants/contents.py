@@ -1,4 +1,4 @@
-"""Planted bugs that nobody has listed: contents, formats, failures, checks that show nothing."""
+"""Planted bugs of no listed class: contents, formats, failures, checks that show nothing."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class TilesHeads(DynamicCache):
 
 
 class StoresLower(DynamicCache):
-    """Stores bfloat16 whatever the model computes in: a loss that nobody asked for."""
+    """Stores bfloat16 whatever the model computes in: an undeclared loss."""
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         keys, values = super().write(layer, k, v, step)

@@ -1,4 +1,4 @@
-"""What is right and looks suspicious: none of it may be reported."""
+"""Right caches that look suspicious: none of them may be reported."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from kvtool.core.cache.static import StaticCache
 from kvtool.core.kernels.default import DefaultKernels
 from kvtool.core.kernels.exact import EXACT
 from kvtool.core.kernels.masks import LazyMask, mask_tensor
+from kvtool.core.verify.model_subject import ModelSession
 from kvtool.core.verify.mutants.mutant import LayerwiseCache, Lookalike, moved, stepping
 from kvtool.core.verify.mutants.windows import Ring
-from kvtool.core.verify.subject import ModelSession, Start
+from kvtool.core.verify.subject import Start
 
 
 class BackToFront(DynamicCache):
@@ -102,7 +103,7 @@ class LowSoftmax(DefaultKernels):
 
 
 def padding_sees_more(step: Step, held: int) -> Step:
-    """What padding tokens answer means nothing, so it does not matter what they see."""
+    """Padding tokens see more keys, which is no bug: their logits mean nothing."""
     mask = mask_tensor(step.mask)
     if mask is None:
         return step

@@ -1,4 +1,4 @@
-"""What a planted bug is: where it is planted, where it must show, and what must be said of it."""
+"""Planted bugs: where each is planted, where it must show, and the expected report."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from kvtool.core.kernels.masks import mask_tensor
 from kvtool.core.models import Model, build_model
 from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.judge import Doctor
+from kvtool.core.verify.model_subject import Make, ModelSession, ModelSubject
 from kvtool.core.verify.schedules import BRIEF
-from kvtool.core.verify.subject import Make, ModelSession, ModelSubject, Session, Start
+from kvtool.core.verify.subject import Session, Start
 from kvtool.core.verify.target.doctor import Examiner
 from kvtool.core.verify.target.subject import TargetSubject
 
@@ -100,7 +101,7 @@ class Planted:
 
     @property
     def doctor(self) -> Doctor:
-        """Who finds out where the bug is and what it does."""
+        """The doctor that diagnoses the bug."""
         return examine if self.decoder is None else Examiner()
 
 
@@ -119,7 +120,7 @@ class Mutant(Planted):
 
     @property
     def due_doctor(self) -> Doctor | None:
-        """Who finds out what has to be said of the bug; None: nothing has."""
+        """The doctor for the expected diagnosis; None: no diagnosis is expected."""
         return self.doctor if self.part or self.hint is not None else None
 
 
@@ -150,7 +151,7 @@ Change = Callable[[Step, int], Step]
 
 
 def stepping(change: Change, base: type[BufferedCache] = DynamicCache) -> type[BufferedCache]:
-    """A cache whose steps are changed; `change` is told how many tokens are held."""
+    """A cache whose steps are changed; `change` gets the step and the number of held tokens."""
 
     class Changed(base):  # type: ignore[misc, valid-type]
         def _make_step(self, start: int, n_new: int) -> Step:

@@ -1,4 +1,4 @@
-"""Planted bugs of paged caches: whose pages are whose, and where in them a token is."""
+"""Planted bugs of paged caches: the owners of pages, and the places of tokens in them."""
 
 from __future__ import annotations
 

@@ -24,11 +24,11 @@ class NoZeroPoint(Packed):
     """Reads codes without adding their zero point."""
 
     def read(self, n: int) -> Tensor:
-        low, self.low = self.low, torch.zeros_like(self.low)
+        zero_point, self.zero_point = self.zero_point, torch.zeros_like(self.zero_point)
         try:
             return super().read(n)
         finally:
-            self.low = low
+            self.zero_point = zero_point
 
 
 class ScaleOfAllLevels(Packed):
@@ -47,12 +47,12 @@ class ScaleBefore(Packed):
     """An index that counts groups from 1."""
 
     def read(self, n: int) -> Tensor:
-        kept = self.scale, self.low
-        self.scale, self.low = (torch.cat([t[:, :, :1], t[:, :, :-1]], dim=2) for t in kept)
+        kept = self.scale, self.zero_point
+        self.scale, self.zero_point = (torch.cat([t[:, :, :1], t[:, :, :-1]], dim=2) for t in kept)
         try:
             return super().read(n)
         finally:
-            self.scale, self.low = kept
+            self.scale, self.zero_point = kept
 
 
 class TokensSwapped(Packed):

@@ -17,8 +17,8 @@ from kvtool.core.verify.mutants.user_decoder import (
     Decoder,
     Fed,
     Flaw,
-    Held,
     Pair,
+    UserCache,
     flawed,
 )
 from kvtool.core.verify.target.sight_rules import AFTER, ANOTHER_REQUEST
@@ -26,17 +26,17 @@ from kvtool.core.verify.target.sight_rules import AFTER, ANOTHER_REQUEST
 # Saved and loaded
 
 
-def place_lost(held: Held) -> Held:
+def place_lost(held: UserCache) -> UserCache:
     """The position is not among what is saved."""
     return replace(held, n=0)
 
 
-def values_of_first_layer(held: Held) -> Held:
+def values_of_first_layer(held: UserCache) -> UserCache:
     """Every layer is loaded with the values of the first."""
     return replace(held, layers=[(k, held.layers[0][1]) for k, _ in held.layers])
 
 
-def newest_lost(held: Held) -> Held:
+def newest_lost(held: UserCache) -> UserCache:
     """The newest token is not among what is saved."""
 
     def lost(t: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def newest_lost(held: Held) -> Held:
 
 
 class Remembers(Flaw):
-    """Takes a prompt for known by its first ids, and goes on from what it stored then.
+    """Recognises a prompt by its first ids alone, and goes on from the tokens stored then.
 
     more: tokens at most that it takes beside those of the prompt.
     """

@@ -12,13 +12,13 @@ from torch import Tensor
 from kvtool.core.verify.mutants.batches import holes
 from kvtool.core.verify.mutants.mutant import Lookalike
 from kvtool.core.verify.mutants.requests import END, Remembers, with_meaning
-from kvtool.core.verify.mutants.user_decoder import Decoder, Fed, Flaw, Held, Pair, flawed
+from kvtool.core.verify.mutants.user_decoder import Decoder, Fed, Flaw, Pair, UserCache, flawed
 
 
 class RowByRow(Decoder):
     """Reads the rows of a step one after the other."""
 
-    def run(self, ids: Tensor, state: Held, flaw: Flaw) -> tuple[Tensor, Held]:
+    def run(self, ids: Tensor, state: UserCache, flaw: Flaw) -> tuple[Tensor, UserCache]:
         done = [
             super(RowByRow, self).run(ids[row], super(RowByRow, self).select(state, row), flaw)
             for row in torch.arange(len(ids), device=ids.device).split(1)
@@ -34,12 +34,12 @@ class RowByRow(Decoder):
 class ReversesRows(Decoder):
     """Stores the rows of a batch from the last to the first."""
 
-    def run(self, ids: Tensor, state: Held, flaw: Flaw) -> tuple[Tensor, Held]:
+    def run(self, ids: Tensor, state: UserCache, flaw: Flaw) -> tuple[Tensor, UserCache]:
         turned = replace(state, padding=None if state.padding is None else state.padding.flip(0))
         logits, held = super().run(ids.flip(0), turned, flaw)
         return logits.flip(0), replace(held, padding=state.padding)
 
-    def select(self, state: Held, rows: Tensor) -> Held:
+    def select(self, state: UserCache, rows: Tensor) -> UserCache:
         batch = len(state.layers[0][0])
         turned = super().select(state, batch - 1 - rows.flip(0))
         return replace(turned, padding=None if state.padding is None else state.padding[rows])
@@ -50,7 +50,7 @@ class InPieces(Decoder):
 
     size = 16
 
-    def run(self, ids: Tensor, state: Held, flaw: Flaw) -> tuple[Tensor, Held]:
+    def run(self, ids: Tensor, state: UserCache, flaw: Flaw) -> tuple[Tensor, UserCache]:
         answers = []
         for piece in ids.split(self.size, dim=1):
             logits, state = super().run(piece, state, flaw)
@@ -67,26 +67,26 @@ class TokenByToken(InPieces):
 class SavesBytes(Decoder):
     """What is saved is a file."""
 
-    def get_state(self, state: Held) -> Any:
+    def get_state(self, state: UserCache) -> Any:
         file = io.BytesIO()
         torch.save((state.layers, state.n, state.padding), file)
         return file.getvalue()
 
-    def set_state(self, state: Held, saved: Any) -> Held:
-        return Held(*torch.load(io.BytesIO(saved), weights_only=True))
+    def set_state(self, state: UserCache, saved: Any) -> UserCache:
+        return UserCache(*torch.load(io.BytesIO(saved), weights_only=True))
 
 
 class OneIdForTwo(Decoder):
     """Takes an id with a meaning for another one, cached or not."""
 
-    def run(self, ids: Tensor, state: Held, flaw: Flaw) -> tuple[Tensor, Held]:
+    def run(self, ids: Tensor, state: UserCache, flaw: Flaw) -> tuple[Tensor, UserCache]:
         return super().run(ids.masked_fill(ids == END, 0), state, flaw)
 
 
 class LastPlaceForAll(Decoder):
     """All tokens beyond the 300th stand at one place, cached or not."""
 
-    def run(self, ids: Tensor, state: Held, flaw: Flaw) -> tuple[Tensor, Held]:
+    def run(self, ids: Tensor, state: UserCache, flaw: Flaw) -> tuple[Tensor, UserCache]:
         return super().run(ids, state, flawed(places=lambda right, fed: right.clamp(max=299)))
 
 

@@ -12,8 +12,9 @@ from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
 from kvtool.core.kernels.masks import mask_tensor
 from kvtool.core.verify.diagnosis.hypotheses import rollback
+from kvtool.core.verify.model_subject import ModelSession
 from kvtool.core.verify.mutants.mutant import DirectSession, LayerwiseCache, Mutant
-from kvtool.core.verify.subject import ModelSession, Start
+from kvtool.core.verify.subject import Start
 
 EMBEDDED, ROTATED, SEEN = "attention input", "queries", "visible keys"
 
@@ -102,7 +103,7 @@ class NeverResets(DirectSession):
 
 
 class PositionsGoOn(DynamicCache):
-    """Counts positions in a number of its own, which nobody resets."""
+    """Counts positions in an attribute of its own, which is never reset."""
 
     seen = 0
 

@@ -1,4 +1,4 @@
-"""The check, checked: every planted bug must be reported as what it is, and nothing right."""
+"""The self-test: every planted bug must be reported as what it is, and no right cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvtool.core.verify.scenarios import SCENARIOS
 
 @dataclass(frozen=True)
 class Trial:
-    """What the check said of one planted bug, or of one look-alike. None: does not apply."""
+    """The check's result for one planted bug, or one look-alike. None: does not apply."""
 
     name: str
     bug_class: int  # of BUG_CLASSES; 0: none of them

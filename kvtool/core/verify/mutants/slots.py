@@ -68,7 +68,7 @@ class SlotBefore(StaticCache):
 
 
 class LastSlotShared(StaticCache):
-    """Its last slot is never used: who counts from 1 loses a token there."""
+    """Its last slot is never used, as if slots were counted from 1."""
 
     def _make_step(self, start: int, n_new: int) -> Step:
         step = super()._make_step(start, n_new)

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.verify.diagnosis.hypotheses import contents
+from kvtool.core.verify.model_subject import ModelSession
 from kvtool.core.verify.mutants.mutant import Mutant
-from kvtool.core.verify.subject import ModelSession, Start
+from kvtool.core.verify.subject import Start
 
 SEEN, KEYS = "visible keys", "stored K"
 
 
 class KeepsSource(ModelSession):
-    """A flag says that the source is there, and nobody clears it."""
+    """A flag says that the source is there, and is never cleared."""
 
     first: CrossCache | None = None
 

@@ -25,7 +25,8 @@ PLACES = "places; nothing else is wrong"  # said where its positions alone are w
 
 
 class Fed(NamedTuple):
-    """One step: its ids (B,n), the tokens before it, which columns are no padding (B,past+n)."""
+    """One step: its ids (B,n), the number of tokens before it, and which columns are no padding
+    (B,past+n)."""
 
     ids: Tensor
     past: int
@@ -38,7 +39,7 @@ class Fed(NamedTuple):
 
 
 class Flaw:
-    """What a bug may change in a step: as it stands it changes nothing."""
+    """The hooks of a planted bug in a step; the defaults change nothing."""
 
     def places(self, right: Tensor, fed: Fed) -> Tensor:
         """The positions (B,n) of a step's tokens."""
@@ -53,24 +54,24 @@ class Flaw:
         return pair
 
     def stored(self, pair: Pair, layer: int, fed: Fed) -> Pair:
-        """Those of a step that it keeps."""
+        """The keys and values of a step that are stored."""
         return pair
 
-    def begun(self, held: Held) -> Held:
+    def begun(self, held: UserCache) -> UserCache:
         """A session that begins."""
         return held
 
-    def selected(self, before: Held, right: Held, rows: Tensor) -> Held:
-        """What goes on from `rows` (n,)."""
+    def selected(self, before: UserCache, right: UserCache, rows: Tensor) -> UserCache:
+        """The cache for `rows` (n,)."""
         return right
 
-    def loaded(self, held: Held) -> Held:
-        """What was saved and loaded."""
+    def loaded(self, held: UserCache) -> UserCache:
+        """The cache after it was saved and loaded."""
         return held
 
 
 @dataclass
-class Held:
+class UserCache:
     """The cache of a session: keys and values by layer, and the padding of each row."""
 
     layers: list[Pair]
@@ -121,40 +122,40 @@ class Decoder(nn.Module):
         """Whole sequences (B,T) -> logits (B,T,V)."""
         return self.run(ids, self.empty(len(ids), padding), Flaw())[0]
 
-    def start(self, batch: int, capacity: int, padding: Tensor | None = None) -> Held:
+    def start(self, batch: int, capacity: int, padding: Tensor | None = None) -> UserCache:
         """An empty cache."""
         return self.flaw.begun(self.empty(batch, padding))
 
-    def step(self, ids: Tensor, state: Held) -> tuple[Tensor, Held]:
+    def step(self, ids: Tensor, state: UserCache) -> tuple[Tensor, UserCache]:
         """The next tokens (B,n) -> their logits (B,n,V), and the next state."""
         return self.run(ids, state, self.flaw)
 
-    def crop(self, state: Held, length: int) -> Held:
+    def crop(self, state: UserCache, length: int) -> UserCache:
         """Forget all but the first tokens."""
         layers = [(k[:, :, :length], v[:, :, :length]) for k, v in state.layers]
         return replace(state, layers=layers, n=length)
 
-    def select(self, state: Held, rows: Tensor) -> Held:
+    def select(self, state: UserCache, rows: Tensor) -> UserCache:
         """Go on from the histories of `rows` (n,)."""
         padding = None if state.padding is None else state.padding[rows]
         layers = [(k[rows], v[rows]) for k, v in state.layers]
-        return self.flaw.selected(state, Held(layers, state.n, padding), rows)
+        return self.flaw.selected(state, UserCache(layers, state.n, padding), rows)
 
-    def get_state(self, state: Held) -> Held:
+    def get_state(self, state: UserCache) -> UserCache:
         """What is saved."""
         return state
 
-    def set_state(self, state: Held, saved: Held) -> Held:
+    def set_state(self, state: UserCache, saved: UserCache) -> UserCache:
         """The new state that is loaded from it."""
         return self.flaw.loaded(saved)
 
-    def empty(self, batch: int, padding: Tensor | None) -> Held:
+    def empty(self, batch: int, padding: Tensor | None) -> UserCache:
         """A cache that holds nothing."""
         nothing = self.table.weight.new_empty(batch, HEADS, 0, WIDTH // HEADS)
-        return Held([(nothing, nothing)] * N_LAYERS, 0, padding)
+        return UserCache([(nothing, nothing)] * N_LAYERS, 0, padding)
 
-    def run(self, ids: Tensor, state: Held, flaw: Flaw) -> tuple[Tensor, Held]:
-        """A step, in which a flaw has its say."""
+    def run(self, ids: Tensor, state: UserCache, flaw: Flaw) -> tuple[Tensor, UserCache]:
+        """A step with the flaw."""
         (batch, n), past = ids.shape, state.layers[0][0].shape[2]
         real = torch.ones(batch, past + n, dtype=torch.bool, device=ids.device)
         if state.padding is not None:

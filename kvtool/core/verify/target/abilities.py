@@ -1,5 +1,5 @@
-"""What an adapted module can do besides decoding: which of its methods crops, selects and resets,
-and what that method is to be given. Each is tried against a pass over what should be left."""
+"""The abilities of an adapted module besides decoding: the methods that crop, select and reset, and
+their arguments. Each is tried, and compared with a pass over the tokens that should be left."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def changes_of(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> dic
 
 
 def _again(change: Change, decoder: ModuleDecoder) -> list[Change]:
-    """Caches that are in the module may have to be set up again behind a reset."""
+    """The changes of caches in the module, which a reset may have to set up again."""
     if change.op != "reset" or change.holder != "own" or not decoder.plan.initial:
         return [change]
     set_up = replace(change, again=True)
@@ -45,8 +45,8 @@ def _again(change: Change, decoder: ModuleDecoder) -> list[Change]:
 def _chosen(
     decoder: ModuleDecoder, candidates: list[Change], ids: Tensor, sizes: Sequence[int]
 ) -> Change | None:
-    """The first that is right; else the likeliest that runs; else the likeliest, and whoever asks
-    for it hears what it raises. By position alone nothing was promised: it has to be right."""
+    """The first change that is right; else the likeliest that runs; else the likeliest, which
+    raises when it is used. A change by position alone must be right."""
     running = None
     for change in candidates:
         gap = _gap(decoder, change, ids, sizes)
@@ -59,7 +59,7 @@ def _chosen(
 
 
 def _gap(decoder: ModuleDecoder, change: Change, ids: Tensor, sizes: Sequence[int]) -> float:
-    """How far the logits behind a change are from those of a pass; inf if it raises."""
+    """The gap of the logits after a change from those of a pass; inf if it raises."""
     other = replace(decoder, changes={change.op: change})
     try:
         if change.op == "select":
@@ -89,7 +89,7 @@ def _selected(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> floa
 
 
 def _fed(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> State:
-    """The state behind HELD tokens, in steps like those that it takes."""
+    """The state after HELD tokens, in steps that the module takes."""
     state, end = decoder.start(ids.shape[0], 4 * ids.shape[1]), 0
     for n in (*sizes, *[1] * HELD):
         n = min(n, HELD - end)

@@ -1,4 +1,4 @@
-"""An nn.Module as a decoder of the protocol of a target, called as a plan says."""
+"""An nn.Module as a decoder of the target protocol, called as its plan says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvtool.core.verify.target import arguments, factories
 from kvtool.core.verify.target.answers import is_empty, logits_and_cache
 from kvtool.core.verify.target.changes import Change, apply
 from kvtool.core.verify.target.eager import eager
-from kvtool.core.verify.target.kept import session_copy, shared
+from kvtool.core.verify.target.module_copies import session_copy, shared
 from kvtool.core.verify.target.plans import Plan, signature
 from kvtool.core.verify.target.refusals import OneAtATime
 
@@ -24,7 +24,7 @@ OPS = ("crop", "select", "reset")
 
 @dataclass
 class State:
-    """The module's cache, and what its caller has to keep in mind."""
+    """The module's cache, and the facts that its caller has to track."""
 
     cache: Any
     past: int  # tokens that it holds
@@ -32,7 +32,7 @@ class State:
     room: int  # tokens
     padding: Tensor | None = None
     module: nn.Module | None = None  # the copy that this session runs on, if it has its own
-    ids: Tensor | None = None  # (B,T) all that were fed, for a module that is given all of them
+    ids: Tensor | None = None  # (B,T) all ids so far, for a module that takes all of them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         if self.module is not None:
@@ -44,19 +44,19 @@ class State:
 
 @dataclass
 class ModuleDecoder:
-    """An nn.Module, called as planned: a decoder of the protocol of a target."""
+    """An nn.Module as a decoder of the target protocol, called by its plan."""
 
     module: nn.Module
     plan: Plan
     changes: dict[str, Change] = field(default_factory=dict)
     takes_padding: bool = False
-    recomputes: bool = False  # it answered for all ids that it was given again
+    recomputes: bool = False  # it recomputed the logits of all ids so far
     notes: tuple[str, ...] = ()
     breaks_down: bool = False  # in every step behind a prompt
 
     @property
     def unable(self) -> tuple[str, ...]:
-        """What it cannot do of what has a method here."""
+        """The operations that it cannot do although they have a method here."""
         return tuple(op for op in OPS if op not in self.changes)
 
     @property
@@ -65,11 +65,11 @@ class ModuleDecoder:
         return "; ".join([f"called as {self.plan}", *self.notes])
 
     def running(self, state: State) -> nn.Module:
-        """The module that a session runs."""
+        """The module that a session runs: its own copy, or the module itself."""
         return self.module if state.module is None else state.module
 
     def full(self, ids: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Whole sequences (B,T) -> what the module answers, mostly (B,T,V); no cache takes part."""
+        """Whole sequences (B,T) in one uncached pass -> the module's logits, mostly (B,T,V)."""
         plan, (batch, n) = self.plan, ids.shape
         if plan.needs_cache:
             return self.step(ids, self.start(batch, n, padding))[0]

@@ -1,4 +1,4 @@
-"""Where in a module's answer the logits are, and where the cache."""
+"""Finds the logits and the cache in a module's answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvtool.core.verify.target.signature import ANSWERED, CACHES
 
-AGREES = 1e-3  # the gap in float32 or float64 below which no other way of calling is tried
+AGREES = 1e-3  # the gap in float32 or float64 up to which a way of calling is right
 
 
 def logits_and_cache(answer: Any, cache: str, part: int = 0) -> tuple[Tensor, Any, str]:
@@ -61,7 +61,7 @@ def is_empty(cache: Any) -> bool:
 
 
 def last_gap(found: Tensor, expected: Tensor) -> float:
-    """How far the logits of the last token are from what is expected, over max |expected|."""
+    """The gap of the last token's logits from the expected ones, over max |expected|."""
     width = expected.shape[-1]
     found, expected = (
         logits.flatten()[-width:].nan_to_num(nan=math.nan, neginf=0.0)  # ids that are banned

@@ -1,4 +1,4 @@
-"""What a decoder is told of a step besides its ids: where it stands, and what it may see."""
+"""The arguments of a step besides its ids: positions and masks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MASK_FORMS = {
 def mask(
     form: str, batch: int, past: int, n: int, room: int, like: Tensor, padding: Tensor | None = None
 ) -> Tensor:
-    """What the n tokens of a step behind `past` may see; like: a weight, for format and device."""
+    """The mask of a step of n tokens behind `past`. like: a weight, for format and device."""
     total = past + n
     kind, _, shape = form.partition(", of ")
     columns = torch.arange(room if shape == "room" else total, device=like.device)

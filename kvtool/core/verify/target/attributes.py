@@ -1,4 +1,4 @@
-"""What the attributes of a user's decoder, or of its state, hold."""
+"""The contents of a user's decoder, or of its state, found in attributes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def owned_modules(decoder: Any) -> dict[str, nn.Module]:
 
 
 def outermost(decoder: Any) -> list[nn.Module]:
-    """The modules of a decoder that are in no other of its modules, as far as names tell."""
+    """The modules of a decoder that are in no other of its modules, by their names."""
     modules = owned_modules(decoder)
     inner = {id(m) for module in modules.values() for m in module.modules() if m is not module}
     return [module for module in modules.values() if id(module) not in inner]
 
 
 def unwrapped(given: Any) -> tuple[Any, str]:
-    """What torch.compile wrapped, and the wrapper in words, "" if it did not; a module that was
-    compiled in place runs as it is written."""
+    """The module inside torch.compile's wrapper, and the wrapper in words, "" if there is none. A
+    module that was compiled in place runs uncompiled."""
     if isinstance(given, nn.Module) and isinstance(getattr(given, "_orig_mod", None), nn.Module):
         return unwrapped(given._orig_mod)[0], "torch.compile"
     compiled = False
@@ -49,7 +49,7 @@ def unwrapped(given: Any) -> tuple[Any, str]:
 
 
 def unwrap_attributes(decoder: Any) -> tuple[str, ...]:
-    """Take the modules in an object's attributes out of torch.compile; what to say of it."""
+    """Take the modules in an object's attributes out of torch.compile -> a note about it."""
     notes = []
     for name, value in list(getattr(decoder, "__dict__", {}).items()):
         if isinstance(value, nn.Module):

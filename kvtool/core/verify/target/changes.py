@@ -1,7 +1,7 @@
-"""How a cache is cropped, selected from and reset: methods that are found by their names.
+"""The ways to crop, select and reset a cache: methods that are found by their names.
 
-What such a method takes is not known: `trim(3)` may leave three tokens or take three. Whoever asks
-tries it out.
+Their arguments are not known: `trim(3)` may leave three tokens or remove three. So the caller tries
+them.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class Change:
     """One way to change a cache."""
 
     op: str
-    method: str  # none: the next step is told another position
+    method: str  # none: the next step gets another position
     holder: str  # "cache", "parts" of it, the "module" that is given it, or the module's "own"
-    reading: str = ""  # of what crop is given
+    reading: str = ""  # the meaning of crop's argument
     swapped: bool = False  # the cache comes second
     again: bool = False  # the caches in the module have to be set up again behind it
 
     @property
     def noted(self) -> bool:
-        """Whether it is not as its name says, so that a report has to tell."""
+        """Whether it differs from what its name says, so that a report mentions it."""
         return self.reading in (COUNT, NEGATIVE)
 
     def __str__(self) -> str:
@@ -63,8 +63,8 @@ class Change:
 
 
 def changes(module: nn.Module, cache: Any, op: str, positions: bool) -> Iterator[Change]:
-    """What may do `op` to a cache, the likeliest first; positions: whether steps are told where
-    they stand, so that a cache in the module need not be changed."""
+    """The candidates for `op` on a cache, the likeliest first. positions: whether steps take
+    positions, so that a cache in the module need not be changed."""
     for holder, owner in _owners(module, cache):
         for name in METHODS[op]:
             method = getattr(owner, name, None)
@@ -98,7 +98,8 @@ def _parts(cache: Any) -> list[Any]:
 
 
 def _readings(name: str, method: Any, holder: str) -> tuple[str, ...]:
-    """What a crop may be given, the likeliest first, by its parameter's name and its own."""
+    """The possible meanings of crop's argument, the likeliest first, by the parameter's name and
+    the method's."""
     parameter = _names(method)[1 if holder == "module" else 0]
     counts = parameter not in OF_LENGTHS and (
         parameter in OF_COUNTS or (not name.endswith("_to") and name.startswith(COUNTS))
@@ -107,8 +108,8 @@ def _readings(name: str, method: Any, holder: str) -> tuple[str, ...]:
 
 
 def apply(change: Change, module: nn.Module, cache: Any, past: int, argument: Any = None) -> Any:
-    """Change the cache of `past` tokens: crop it to a length, select rows (n,), or reset it. What
-    is the cache from then on.
+    """Change the cache of `past` tokens: crop it to a length, select rows (n,), or reset it -> the
+    changed cache.
 
     Raises NotImplementedError with what the method raises: found by its name, it promised nothing.
     """

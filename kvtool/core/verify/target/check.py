@@ -78,7 +78,7 @@ def check_target(
     subject: TargetSubject,
     scenarios: Sequence[str],
     main: Case,
-    tell: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
     thorough: bool = False,
 ) -> Iterator[Checked]:
     """Judge the user's decoder in all scenarios, in that order. Raises CheckFailed.
@@ -86,13 +86,13 @@ def check_target(
     thorough: feed all that can be fed in some minutes, not in some seconds.
     """
     if GENERATED.intersection(scenarios):
-        tell("how long a history can be")
+        progress("how long a history can be")
     subject.find_reach_for(scenarios, thorough)
     subject.passes = Passes()
     doctor, diagnosed = Examiner(), False
     judge = Judge(subject, doctor)
     for scenario in scenarios:
-        tell(scenario)
+        progress(scenario)
         # The many steps of a generated scenario are diagnosed where nothing shorter was wrong.
         judge.doctor = None if diagnosed and scenario in GENERATED else doctor
         case = main if scenario == MAIN else Case(SCENARIOS[scenario], thorough=thorough)
@@ -108,7 +108,7 @@ def target_control(subject: TargetSubject, main: Case) -> Finding:
 
 
 class WrongToken(TargetSession):
-    """A session that stores another token than it was fed in its first step."""
+    """A session that stores another token than the one it was fed in its first step."""
 
     def __init__(self, subject: TargetSubject, start: Start) -> None:
         super().__init__(subject, start)
@@ -118,7 +118,7 @@ class WrongToken(TargetSession):
         """The next tokens of each row (B,n) -> their logits (B,n,V)."""
         if self.right is None:
             return super().feed(ids)
-        # The first step answers rightly, so that the bug has to be found in what was stored.
+        # The first step answers rightly, so that only the stored tokens are wrong.
         found, self.right = self.right.feed(ids), None
         wrong = ids.clone()
         # Its last token: a decoder may forget those that are far, and answers here already.

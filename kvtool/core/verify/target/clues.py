@@ -1,4 +1,4 @@
-"""What the attributes of a decoder tell of what should be fed to it: sizes, and special ids."""
+"""Sizes and special ids in a decoder's attributes, which the check should feed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PADS = re.compile(r"pad", re.IGNORECASE)  # no text has this id
 
 
 def sizes(decoder: Any, context: int) -> tuple[int, ...]:
-    """Tokens of its windows, chunks and blocks, as far as they are well below its context: in
-    nanoGPT and its likes `block_size` is the context."""
+    """The tokens of its windows, chunks and blocks, if well below its context: in nanoGPT
+    `block_size` is the context."""
     found = {n for name, n in _numbers(decoder) if SIZES.search(name) and 2 <= n <= context // 2}
     return tuple(sorted(found))
 
 
 def special_ids(decoder: Any, vocab_size: int) -> tuple[int, ...]:
-    """The ids to which an attribute gives a meaning, padding aside: no text has it."""
+    """The ids to which an attribute gives a meaning, except padding, which no text contains."""
     found = {
         n
         for name, n in _numbers(decoder)

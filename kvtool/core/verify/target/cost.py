@@ -1,6 +1,6 @@
-"""How long a history a decoder can be fed in the time that a check may take.
+"""The longest history that a decoder can be fed in the time of a check.
 
-Times are those of the processor, so that what is fed does not hang on what else the machine does.
+Times are CPU times, so that other work on the machine does not change the check.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from kvtool.errors import pass_on_shortage
 BUDGET = {BRIEF: 2.0, NORMAL: 8.0, THOROUGH: 240.0}  # seconds for all schedules, in all precisions
 RUNS = 2.5  # of each schedule: in the working format, in float64, and sometimes once more
 HELD = 6  # times that the logits of a history are held: of both arms, in two formats
-MOST_BYTES = 2**31  # of those logits
-MOST = {BRIEF: 600, NORMAL: 2100}  # tokens, however quick they are
+MAX_BYTES = 2**31  # bytes of those logits
+MAX_TOKENS = {BRIEF: 600, NORMAL: 2100}  # tokens, however quick they are
 REACHES = (4200, 2100, 1100, 600, 330, 160)  # tokens: longer histories are left out first
-LEAST = (160, 64)  # tokens of what is fed in any case, with few sizes of steps
-SHORT = 24  # tokens behind which a step is timed
-PASSES = (SHORT, 96, 384, 1536)  # tokens of the passes that are timed
+MIN_REACHES = (160, 64)  # tokens of what is fed in any case, with few sizes of steps
+TIMED_BEHIND = 24  # tokens behind which a step is timed
+PASSES = (TIMED_BEHIND, 96, 384, 1536)  # tokens of the passes that are timed
 QUICK = 0.1  # seconds
 SCHEDULES = (schedules.prompts, schedules.steps, schedules.boundaries, schedules.long)
 
 
 class Timed(Protocol):
-    """What is asked of a decoder to time it: see TargetSubject."""
+    """The calls that are timed: see TargetSubject."""
 
     vocab_size: int
     device: torch.device
@@ -50,17 +50,17 @@ class Timed(Protocol):
 
 
 def affordable(subject: Timed, limits: Bounds) -> Bounds:
-    """The limits with which all schedules take no more than BUDGET seconds: what is longest is left
-    out first, then most sizes of steps; the least is always fed.
+    """The limits with which all schedules take BUDGET seconds at most. The longest histories are
+    left out first, then most sizes of steps. The smallest choice is always fed.
 
     limits: those of the subject, with its context as reach.
     """
-    most = min(limits.reach, MOST.get(limits.level, limits.reach))
+    most = min(limits.reach, MAX_TOKENS.get(limits.level, limits.reach))
     per_token = HELD * subject.vocab_size * torch.float64.itemsize
     lengths = sorted({min(n, most) for n in (most, *REACHES)}, reverse=True)
-    lengths = [n for n in lengths if n * per_token <= MOST_BYTES] or lengths[-1:]
+    lengths = [n for n in lengths if n * per_token <= MAX_BYTES] or lengths[-1:]
     choices = [replace(limits, reach=n) for n in lengths]
-    choices += [replace(limits, reach=min(n, lengths[-1]), level=BRIEF) for n in LEAST]
+    choices += [replace(limits, reach=min(n, lengths[-1]), level=BRIEF) for n in MIN_REACHES]
     try:
         seconds = _seconds_of(subject, limits)
     except (Exception, SystemExit) as error:  # whatever it raises: the scenarios will report it
@@ -73,9 +73,9 @@ def affordable(subject: Timed, limits: Bounds) -> Bounds:
 
 
 def _seconds_of(subject: Timed, limits: Bounds) -> Callable[[Bounds], float]:
-    """What all schedules take: each start and each step, a pass's worth for the tokens of each
-    history, and the uncached pass over the longest, which judges the others of its scenario too."""
-    start, step = _step_seconds(subject, limits.largest or SHORT)
+    """The seconds of all schedules: each start and step, the pass time of each history's tokens,
+    and the uncached pass over the longest one, which judges all of its scenario."""
+    start, step = _step_seconds(subject, limits.largest or TIMED_BEHIND)
     full = _pass_seconds(subject, limits.reach)
 
     def seconds(limits: Bounds) -> float:
@@ -91,11 +91,11 @@ def _seconds_of(subject: Timed, limits: Bounds) -> Callable[[Bounds], float]:
 
 @torch.inference_mode()
 def _step_seconds(subject: Timed, largest: int) -> tuple[float, float]:
-    """What a start takes, and a step of one token; `largest`: tokens that it takes at once."""
-    ids, begun = _ids(subject, SHORT), time.thread_time()
-    state = subject.initial_state(Start(1, SHORT))
+    """The seconds of a start, and of a step of one token. largest: tokens of the largest step."""
+    ids, begun = _ids(subject, TIMED_BEHIND), time.thread_time()
+    state = subject.initial_state(Start(1, TIMED_BEHIND))
     start = time.thread_time() - begun
-    first = min(SHORT - 3, largest)
+    first = min(TIMED_BEHIND - 3, largest)
     _, state = subject.step(ids[:, :first], state)
     taken = []
     for end in range(first + 1, first + 4):
@@ -106,8 +106,7 @@ def _step_seconds(subject: Timed, largest: int) -> tuple[float, float]:
 
 
 def _pass_seconds(subject: Timed, longest: int) -> Callable[[int], float]:
-    """What a pass over n tokens takes, as some that are timed suggest: longer and longer ones, as
-    long as they are quick."""
+    """A function from n tokens to the seconds of a pass, from timed passes of growing length."""
     taken: list[tuple[int, float]] = []
     for n in PASSES:
         if taken and (taken[-1][1] > QUICK or taken[-1][0] == longest):
@@ -118,7 +117,8 @@ def _pass_seconds(subject: Timed, longest: int) -> Callable[[int], float]:
 
 
 def _extrapolated(taken: list[tuple[int, float]], n: int) -> float:
-    """Seconds for n tokens: between two measured lengths on the line, beyond by their power."""
+    """The seconds for n tokens: linear between two measured lengths, and a power law beyond
+    them."""
     (n0, t0), (n1, t1) = taken[-2:] if len(taken) > 1 else (taken[0], taken[0])
     if n > n1:
         power = math.log(max(t1 / t0, 1.0)) / math.log(n1 / n0) if n1 > n0 else 2.0

@@ -1,4 +1,4 @@
-"""Where a bug in a user's decoder is, and what reproduces it."""
+"""Locates a bug in a user's decoder, and finds the known bug that reproduces it."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from kvtool.errors import first_line, pass_on_shortage
 # Masks of a decoder of unknown make cannot be changed from outside.
 UNNAMED = "none of the wrong positions and pasts that can be tried from outside reproduces it"
 NOT_LOOKED = "not looked into: the bugs found before took the time for it"
-SECONDS = 8.0  # that all bugs of a check are looked into
-MOST_SECONDS = 12.0  # that they are located and explained
+SECONDS = 8.0  # seconds for the diagnosis of all bugs of a check
+MAX_SECONDS = 12.0  # seconds for locating and explaining them
 PADDING_COUNTED = "positions after the prompt count its padding: the length is taken in its place"
 SEES_RIGHT = "each token sees just those that it should"
 
 
 class Examiner:
-    """The doctor of one check: what it looks into takes `SECONDS` of this thread at most, and one
-    more look; bugs that are found after `MOST_SECONDS` are not even located."""
+    """The doctor of one check. After SECONDS of this thread it looks no further, and after
+    MAX_SECONDS it no longer locates bugs."""
 
     def __init__(self) -> None:
         self.spent = 0.0
 
     def __call__(self, subject: TargetSubject, case: Case, step: int, arms: Arms) -> Diagnosis:
-        if self.spent >= MOST_SECONDS:
+        if self.spent >= MAX_SECONDS:
             return Diagnosis(unexplained=NOT_LOOKED)
         began = time.thread_time()
         try:
             return examine(subject, case, step, arms, thorough=self.spent < SECONDS)
-        except Exception as error:  # a verdict stands, also where a decoder is too strange to watch
+        except Exception as error:  # the verdict stands, even if the decoder cannot be traced
             pass_on_shortage(error)
             why = f"could not be looked into ({type(error).__name__}: {first_line(error)})"
             return Diagnosis(unexplained=why)
@@ -63,8 +63,8 @@ class Examiner:
 def examine(
     subject: TargetSubject, case: Case, step: int, arms: Arms, thorough: bool = True
 ) -> Diagnosis:
-    """Locate the first wrong thing at `step`, and try out what would give these wrong logits;
-    if `thorough`, look at what tokens see and read too."""
+    """Locate the first wrong value at `step`, and try known bugs that would give these logits.
+    thorough: also find what tokens see and read."""
     located = locate(subject, case, step)
     if located is None:
         return Diagnosis()
@@ -85,8 +85,8 @@ def examine(
 def look(
     subject: TargetSubject, case: Case, step: int, found: Sequence[Tensor], first: Difference | None
 ) -> tuple[tuple[str, ...], str]:
-    """The bugs that are given away by what each token sees, how tokens are numbered, or what
-    attention reads; and what is said if there are none."""
+    """The bugs that show in what each token sees, in positions, or in what attention reads; and the
+    words if there are none."""
     seen, bugs = see(subject, case, step, len(found) - 1, first)
     numbers, positions = numbered(subject, case, step, found)
     hidden = seen is not None and seen.differs  # then numbers may be those of a mask
@@ -119,7 +119,8 @@ def look(
 def see(
     subject: TargetSubject, case: Case, step: int, last: int, first: Difference | None
 ) -> tuple[Sight | None, tuple[str, ...]]:
-    """What each token sees, as near to the first wrong value as can be, and what it gives away."""
+    """What each token sees, as near to the first wrong value as possible, and the bugs that show in
+    it."""
     found = None
     for spot in spots(subject, first):
         try:
@@ -138,10 +139,10 @@ def see(
 def locate(
     subject: TargetSubject, case: Case, step: int
 ) -> tuple[Difference | None, tuple[Lookup, ...], bool] | None:
-    """The first value of a step that is wrong, the lookups that the step made, and whether what
-    its modules were given and answered could be compared, if it has any.
+    """The first wrong value of a step, the step's lookups, and whether inputs and outputs of its
+    modules could be compared, if it has any.
 
-    None if the step cannot be reached again.
+    None if the step cannot be replayed.
     """
     cached, full = Tracer(), Tracer()
     run = case.run(subject.with_session(partial(TracedSession, tracer=cached)), last=step)
@@ -160,7 +161,7 @@ def locate(
 
 
 def find_lookups(trace: Trace, batch: int, n: int) -> tuple[Lookup, ...]:
-    """The modules that were given a whole number for each token of a step: ids, positions."""
+    """The modules whose input is an integer for each token of a step: ids, positions."""
     found = {
         (site.module, site.name): None
         for site, value in trace.items()
@@ -195,8 +196,8 @@ def explain(
 def numbered(
     subject: TargetSubject, case: Case, step: int, found: Sequence[Tensor]
 ) -> tuple[str, bool]:
-    """The numbers of tokens that reproduce the wrong logits `found`, in words, with the line that
-    makes them; and whether they are positions."""
+    """The token numbers that reproduce the wrong logits `found`, in words, with the line of code
+    that computes them; and whether they are positions."""
 
     def reproduces(make: Callable[..., TargetHypothesis]) -> bool:
         answers = _decode(subject.with_session(make), case, len(found))
@@ -224,7 +225,7 @@ def _decode(subject: TargetSubject, case: Case, n_steps: int) -> list[Tensor]:
 
 
 def in_words(lookups: tuple[Lookup, ...], log: list[FedStep]) -> str:
-    """What is wrong with the positions that were asked for, when nothing else is wrong."""
+    """The error in the positions that were looked up, if nothing else is wrong."""
     right = [fed.right for fed in log]
     for i, (module, _) in enumerate(lookups):
         asked = [fed.asked[..., i] for fed in log]

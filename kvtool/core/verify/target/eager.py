@@ -1,4 +1,4 @@
-"""Decoders run as they are written: what torch.compile would make of them is another check."""
+"""Decoders run uncompiled: checking their torch.compile'd form would be another check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def eager() -> AbstractContextManager[object]:
-    """Within, nothing is compiled. Where nobody has loaded the compiler, it is not loaded."""
+    """A context in which nothing is compiled. It does not load the compiler."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
@@ -19,7 +19,7 @@ def eager() -> AbstractContextManager[object]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within, libraries do not warn: whatever is only tried out may be called in a wrong way."""
+    """A context in which libraries do not warn, since calls that are only tried may be wrong."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,5 +1,5 @@
-"""What to say where no way of calling a module runs: what its signature needs, and the few lines
-that would help."""
+"""The error for a module that cannot be called: what its signature needs, and an adapter of a few
+lines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cannot_call(module: nn.Module, name: str, errors: Mapping[str, BaseException
 
 
 def _telling(errors: Mapping[str, BaseException]) -> tuple[str, BaseException]:
-    """The first plan whose error the module's author wrote, else the first."""
+    """The first plan whose error comes from the module's own code, else the first plan."""
     meant = [(plan, error) for plan, error in errors.items() if is_refusal(error)]
     own = [pair for pair in meant if "without a cache" not in str(pair[1])]
     return (own or list(errors.items()))[0]

@@ -1,4 +1,4 @@
-"""What may build an empty cache: a method of the module, or a class that its file knows."""
+"""Finds what builds an empty cache: a method of the module, or a class in its file."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ MEANT = {  # other names for what a module or its configuration has
 
 
 def factories(module: nn.Module) -> Iterator[str]:
-    """What may be an empty cache, the likeliest first: what a method of that name makes, None, an
-    instance of a `Class()`, one for each layer as `[Class()] * n`, and empty containers."""
+    """Candidates for an empty cache, the likeliest first: the result of a method with such a name,
+    None, an instance `Class()`, one for each layer as `[Class()] * n`, and empty containers."""
     yield from (name for name in FACTORIES if callable(getattr(module, name, None)))
     yield from ("None", "[]", "{}")
     if layers(module):
@@ -74,7 +74,7 @@ def build(initial: str, module: nn.Module, batch: int, room: int) -> Any:
 
 
 def call(factory: Any, module: nn.Module, batch: int, room: int) -> Any:
-    """Call a factory with what the names of its parameters ask for.
+    """Call a factory with arguments by the names of its parameters.
 
     Raises TypeError for a required one of which nothing is known, and what the factory raises.
     """
@@ -91,7 +91,7 @@ def call(factory: Any, module: nn.Module, batch: int, room: int) -> Any:
 
 
 def _value(name: str, module: nn.Module, batch: int, room: int) -> Any:
-    """What a factory's parameter of that name is given; None if nothing is known of it."""
+    """The argument for a factory's parameter of that name; None if the name is not known."""
     weight = next(module.parameters(), None)
     if name in BATCH:
         return batch

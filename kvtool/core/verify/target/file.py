@@ -22,7 +22,7 @@ from kvtool.reading import sha256
 
 
 def target_subject(spec: str, vocab_size: int = 0, context: int = 0) -> TargetSubject:
-    """Load FILE.py:NAME, and make ready to check what it is or builds.
+    """Load FILE.py:NAME, the decoder or its builder, as a subject.
 
     vocab_size, context: 0 looks for them. What the file prints goes to stderr, what the decoder
     prints while it is tried out nowhere. Raises UsageError and FileError, each with one line that
@@ -35,8 +35,7 @@ def target_subject(spec: str, vocab_size: int = 0, context: int = 0) -> TargetSu
 
 
 def identity(spec: str) -> dict[str, str]:
-    """What a report says of FILE.py:NAME, which was loaded: its name, and the SHA-256 of the
-    file."""
+    """The identity of a loaded FILE.py:NAME in a report: its name, and the SHA-256 of the file."""
     return {"model": spec, "sha256": sha256(Path(spec.rpartition(":")[0]))}
 
 

@@ -1,4 +1,4 @@
-"""How an nn.Module is called: the names in its signature say what is possible, and it is tried out.
+"""Finds the way to call an nn.Module: its signature suggests plans, and each is tried.
 
 Each possibility decodes a few ids; of those that run, the one that agrees best with the uncached
 pass is taken: a wrong call would look like a bug. All of it happens on copies of the module.
@@ -21,7 +21,7 @@ from kvtool.core.verify.target.adapter import ModuleDecoder
 from kvtool.core.verify.target.answers import AGREES, last_gap
 from kvtool.core.verify.target.attributes import unwrapped, whole_number
 from kvtool.core.verify.target.example import cannot_call
-from kvtool.core.verify.target.kept import left_over, same, session_copy
+from kvtool.core.verify.target.module_copies import left_over, same, session_copy
 from kvtool.core.verify.target.plans import Plan, plans, signature
 from kvtool.core.verify.target.refusals import is_refusal
 from kvtool.core.verify.target.signature import CACHES
@@ -40,7 +40,7 @@ NAMED = 3  # attributes that a note names
 
 @dataclass
 class Fit:
-    """A way of calling that runs: how much of SIZES, and how far from the uncached pass."""
+    """A way of calling that runs: how many of SIZES, and the gap from the uncached pass."""
 
     decoder: ModuleDecoder
     level: int
@@ -55,7 +55,7 @@ class Fit:
 
 @dataclass
 class Tries:
-    """What was tried, and what came of it."""
+    """The plans that were tried, and their results."""
 
     fits: list[Fit] = field(default_factory=list)
     errors: dict[str, BaseException] = field(default_factory=dict)
@@ -67,12 +67,12 @@ class Tries:
 
     @property
     def agree(self) -> bool:
-        """Whether one of them is right."""
+        """Whether one of the ways agrees with the uncached pass."""
         return any(fit.agrees for fit in self.fits)
 
     def best(self) -> Fit | None:
-        """The first of those that are about as close as the closest, among those that are right
-        longest: where a cache is wrong, no way to call it agrees."""
+        """The first of the closest ways, among those that agree for the most tokens. If the cache
+        is wrong, no way agrees fully."""
         of = self.runs or self.fits
         longest = max((fit.held for fit in of), default=0)
         of = [fit for fit in of if fit.held == longest]
@@ -163,8 +163,8 @@ def _fit(module: nn.Module, plan: Plan, ids: Tensor) -> Fit:
 
 
 def _computes_the_new(fit: Fit, ids: Tensor) -> bool:
-    """Whether a module that is given all ids again answers for the new ones alone, and without a
-    cache for all: one that computes everything again would hide what is wrong with its steps."""
+    """Whether a module that takes all ids so far answers for the new ones alone, and without a
+    cache for all. One that recomputes everything would hide bugs of its steps."""
     whole = fit.decoder.full(ids)
     return not fit.decoder.recomputes and whole.dim() == 3 and whole.shape[1] == ids.shape[1]
 
@@ -200,10 +200,10 @@ def _stores(decoder: ModuleDecoder, ids: Tensor) -> bool:
 
 
 def _measured(decoder: ModuleDecoder, ids: Tensor) -> Fit:
-    """How far a module is from its uncached pass, in the first of SIZES that it takes.
+    """The gap of a module from its uncached pass, in the first of SIZES that it takes.
 
-    One that takes a prompt rightly and then breaks down is taken too: that is its verdict. Raises
-    what the module raised at the first of them.
+    A module that takes a prompt rightly and fails afterwards counts too: the check reports that.
+    Raises what the module raised at the first of them.
     """
     if not _stores(decoder, ids[:, :4]):
         raise TypeError("it answered without a cache")
@@ -229,7 +229,7 @@ def _measured(decoder: ModuleDecoder, ids: Tensor) -> Fit:
 
 
 def cached_gap(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> float:
-    """How far cached logits are from the uncached ones, over max |uncached|."""
+    """The gap of cached logits from uncached ones, over max |uncached|."""
     return max(_gaps(decoder, ids, sizes))
 
 
@@ -258,7 +258,7 @@ def _looks_ahead(decoder: ModuleDecoder, ids: Tensor) -> bool:
 
 
 def _with_abilities(fit: Fit, ids: Tensor) -> ModuleDecoder:
-    """With what else it can do, and whether it needs the positions that it is given."""
+    """The decoder with its other abilities; notes whether it needs positions."""
     decoder, plan = fit.decoder, fit.decoder.plan
     names = signature(decoder.module, plan)
     decoder.breaks_down = fit.level == PROMPT_ONLY
@@ -302,7 +302,7 @@ def _takes_padding(decoder: ModuleDecoder, device: torch.device) -> bool:
 
 
 def _without_positions(decoder: ModuleDecoder, ids: Tensor, sizes: Sequence[int]) -> str:
-    """How wrong the module is where its caller leaves out positions, although it may; else ""."""
+    """The error of the module without optional positions, in words; else ""."""
     name = decoder.plan.position
     bare = ModuleDecoder(_copy(decoder.module), replace(decoder.plan, position=""))
     try:

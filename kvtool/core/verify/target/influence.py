@@ -1,4 +1,4 @@
-"""What each token can see, found from outside: move one token, and look at what moves with it.
+"""What each token sees, measured from outside: change one token, and compare what changes with it.
 
 A token that a query does not see moves nothing there. So an uncached pass and a replay through
 the cache, both with the same token moved, say which keys the cache hides and which it shows,
@@ -31,9 +31,9 @@ from kvtool.core.verify.target.probe import (
 )
 from kvtool.core.verify.target.subject import TargetSubject
 
-SECONDS = 2.0  # that all replays together may take
-MOST, LEAST = 96, 6  # tokens that are moved, at most; with less no map is made
-MOST_BETWEEN = 12  # in one round
+SECONDS = 2.0  # seconds for all replays together
+MAX_MOVED, MIN_MOVED = 96, 6  # tokens that are moved, at most; with less no map is made
+MAX_BETWEEN = 12  # in one round
 BESIDE = 5  # tokens on each side of an end
 EDGES = 12  # rounds in which tokens between others are moved: what is seen ends there
 
@@ -65,8 +65,8 @@ class Sight:
     across: set[tuple[int, int]] = field(default_factory=set)
     stale: dict[str, set[int]] = field(default_factory=dict)
     ids: Tensor | None = None  # (B,T) of the whole history
-    earlier: bool = False  # another session, of which no token is in it, was fed before
-    direct: bool = False  # seen by attention itself, and not by way of other tokens
+    earlier: bool = False  # another session, without its tokens was fed before
+    direct: bool = False  # seen by one attention, not through other tokens
 
     @property
     def differs(self) -> bool:
@@ -111,7 +111,7 @@ class Prober:
         return probe.value(seen, logits)
 
     def look(self, token: Token) -> tuple[Tensor, Tensor]:
-        """Which queries a token moves, cached and uncached: (B,Q) bool each."""
+        """The queries that a token changes, cached and uncached: (B,Q) bool each."""
         probe, _ = self._replay(token)
         whole = _changed(self._pass(token), self.whole)
         cached, uncached = [], []
@@ -124,7 +124,7 @@ class Prober:
 
     @property
     def queries(self) -> tuple[Query, ...]:
-        """The tokens whose answers are looked at, in order."""
+        """The tokens whose logits are compared, in order."""
         found = []
         for a in self.answers:
             end = a.first + a.logits.shape[1]
@@ -133,7 +133,7 @@ class Prober:
 
 
 def _changed(moved: Tensor, base: Tensor) -> Tensor:
-    """Which tokens (B,n) of (B,n,...) are others."""
+    """Which tokens (B,n) of (B,n,...) differ."""
     if moved.shape != base.shape:
         raise ValueError("a replay answered in another shape")
     gap = (moved - base).abs().where(moved != base, 0.0).flatten(2).amax(-1)
@@ -160,8 +160,8 @@ def segment_of(run: ScenarioRun, step: int) -> Segment:
 def sight(subject: TargetSubject, case: Case, step: int, last: int, spot: Spot) -> Sight | None:
     """What each token of the wrong step's history sees. None where that would take too long."""
     prober = Prober(subject, case, step, last, spot)
-    n_moves = min(MOST, int(SECONDS / max(prober.seconds, 1e-4)))
-    if n_moves < LEAST:
+    n_moves = min(MAX_MOVED, int(SECONDS / max(prober.seconds, 1e-4)))
+    if n_moves < MIN_MOVED:
         return None
     batch = prober.history.shape[0]
     given_up = [
@@ -170,7 +170,7 @@ def sight(subject: TargetSubject, case: Case, step: int, last: int, spot: Spot) 
         for row in range(batch)
         if not bool((prober.origin[..., 0] == number).any())
     ]
-    columns = _chosen(prober, max(LEAST, (n_moves - len(given_up)) // batch - EDGES))
+    columns = _chosen(prober, max(MIN_MOVED, (n_moves - len(given_up)) // batch - EDGES))
     looks: dict[Token, tuple[Tensor, Tensor]] = {}
 
     def look(token: Token) -> tuple[Tensor, Tensor]:
@@ -243,7 +243,7 @@ def _chosen(prober: Prober, n: int) -> list[int]:
 
 
 def _between(found: Sight, columns: list[int], step: int) -> list[int]:
-    """Columns in the middle between neighbours of which the wrong step's last token sees one."""
+    """Columns halfway between neighbours, one seen by the wrong step's last token and one not."""
     query = max(i for i, q in enumerate(found.queries) if q.step == step)
     more: set[int] = set()
     for seen in (found.cached[:, query], found.uncached[:, query]):
@@ -256,4 +256,4 @@ def _between(found: Sight, columns: list[int], step: int) -> list[int]:
                 range(high - BESIDE, high + BESIDE + 1) if high - low == 1 else [(low + high) // 2]
             )
             more.update(c for c in near if 0 <= c < columns[-1] and c not in columns)
-    return sorted(more)[:MOST_BETWEEN]
+    return sorted(more)[:MAX_BETWEEN]

@@ -1,4 +1,4 @@
-"""How many tokens a decoder takes at once: found by asking for more, until it refuses.
+"""The largest step that a decoder takes, found with growing steps until it refuses.
 
 A limit is a refusal (see `refusals`) of every size above it. A crash of larger sizes, or a refusal
 of some between others that are taken, is no limit: a scenario that feeds such a step reports an
@@ -18,12 +18,12 @@ from kvtool.core.verify.subject import Start
 from kvtool.core.verify.target.refusals import in_words, is_refusal
 from kvtool.errors import pass_on_shortage
 
-REACH = 160  # tokens that are asked for at most
+REACH = 160  # tokens of the largest step that is tried
 PAST = 4  # tokens before a step
 
 
 class Asked(Protocol):
-    """The subject that is asked: see `TargetSubject`."""
+    """The calls that are tried: see `TargetSubject`."""
 
     context: int
     vocab_size: int
@@ -40,7 +40,7 @@ class Asked(Protocol):
 
 
 class Limits(NamedTuple):
-    """What a decoder takes at most, 0 for any number, and what it said of more."""
+    """The limits of a decoder, 0 for none, and its message for more."""
 
     largest_step: int = 0  # tokens of a step, of a prompt too
     largest_prompt: int = 0  # tokens of the first step
@@ -59,7 +59,7 @@ class Limits(NamedTuple):
         return ""
 
     def refuses(self, n: int, past: int) -> bool:
-        """Whether a step of n tokens behind `past` is more than it takes."""
+        """Whether a step of n tokens behind `past` exceeds the limits."""
         if past and self.single_steps_only and n > 1:
             return True
         most = self.largest_step if past else self.largest_prompt
@@ -68,7 +68,7 @@ class Limits(NamedTuple):
 
 @torch.inference_mode()
 def find_limits(subject: Asked) -> Limits:
-    """What a decoder takes at most."""
+    """The limits of a decoder."""
     reach = min(subject.context, REACH)
     largest_pass, _ = _most(lambda n: _passes(subject, n), reach, refusals=False)
     reach = largest_pass or reach
@@ -88,7 +88,7 @@ def find_limits(subject: Asked) -> Limits:
 
 
 def is_limit(subject: Asked, past: int, n: int) -> bool:
-    """Whether steps of n tokens behind `past` are refused, and of more, and of fewer are not."""
+    """Whether steps of n tokens or more behind `past` are refused, and shorter ones are not."""
     if n < 2 or not all(_refused(subject, past, m) for m in (n, n + 1)):
         return False
     return _steps(subject, past, n // 2) is None if past else _steps(subject, n // 2) is None
@@ -97,7 +97,8 @@ def is_limit(subject: Asked, past: int, n: int) -> bool:
 def _most(
     raised: Callable[[int], BaseException | None], reach: int, refusals: bool = True
 ) -> tuple[int, str]:
-    """The largest number below `reach` that is taken, and what is said of the next; 0 if all are.
+    """The largest number below `reach` that is taken, and the message for the next one; 0 if all
+    are.
 
     refusals: whether other errors are no limit.
     """
@@ -128,7 +129,7 @@ def _passes(subject: Asked, n: int) -> BaseException | None:
 
 
 def _steps(subject: Asked, *sizes: int) -> BaseException | None:
-    """What steps of these sizes raise, the first of the state None."""
+    """The error of steps of these sizes, the first from the state None."""
     total = sum(sizes)
     ids = torch.arange(total, device=subject.device)[None] % subject.vocab_size
     try:
@@ -143,6 +144,6 @@ def _steps(subject: Asked, *sizes: int) -> BaseException | None:
 
 
 def _refused(subject: Asked, past: int, n: int) -> str:
-    """How a step is refused; "" if it is taken, or crashes."""
+    """The message with which a step is refused; "" if it is taken, or crashes."""
     error = _steps(subject, past, n) if past else _steps(subject, n)
     return in_words(error) if error is not None and is_refusal(error) else ""

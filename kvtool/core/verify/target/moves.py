@@ -8,18 +8,18 @@ from kvtool.core.verify.copies import moved
 from kvtool.core.verify.subject import Same
 from kvtool.core.verify.target.attributes import owned_modules
 
-MOST = 64 * 2**20  # bytes of weights that are kept
+MAX_BYTES = 64 * 2**20  # bytes of weights that are kept
 
 
 class MovedCopies:
     """Copies with moved weights, each kept as long as all are small together."""
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, most: int = MAX_BYTES) -> None:
         self.left = most  # bytes that may still be kept
         self._kept: dict[tuple[Same, float, int, bool], Any] = {}
 
     def of(self, decoder: Any, by: float, seed: int, tables: bool) -> Any:
-        """A copy as `copies.moved` makes it; whoever is given one leaves it as it is.
+        """A copy as `copies.moved` makes it, which callers must not change.
 
         Raises NotImplementedError as that does.
         """

@@ -1,4 +1,5 @@
-"""What attention is given: the keys and values that a step reads, beside those of the pass.
+"""The operands of attention: the keys and values that a step reads, compared with those of the
+pass.
 
 Where a decoder multiplies queries with keys, and weights with values, both are at hand, whatever
 stored them. The first that is wrong is compared with what it might have been taken for.
@@ -39,7 +40,7 @@ class Product(NamedTuple):
     right: tuple[Tensor, ...]
     axes: tuple[int, ...]  # of the tokens
     answers: tuple[Tensor, Tensor]  # of the step, and of the pass as it is
-    place: tuple[Line, int]  # the line, and the how manieth time
+    place: tuple[Line, int]  # the line, and which of its calls
 
 
 class GivenSession(TargetSession):
@@ -58,8 +59,8 @@ class GivenSession(TargetSession):
 
 @torch.inference_mode()
 def misread(subject: TargetSubject, case: Case, step: int) -> tuple[str, bool]:
-    """The first operand of attention that is wrong at a step, in words, and whether it was found
-    out what is read in its place. "" if none is wrong, or none is at hand."""
+    """The first wrong operand of attention at a step, in words, and whether its replacement was
+    identified. "" if none is wrong, or none is visible."""
     for later in range(LATER):  # as many tokens as a head has channels cannot be told apart
         found = _misread_at(subject, case, step + later)
         if found is not None and (found[1] or not later):  # or it may only follow from the bug
@@ -68,7 +69,7 @@ def misread(subject: TargetSubject, case: Case, step: int) -> tuple[str, bool]:
 
 
 def _misread_at(subject: TargetSubject, case: Case, step: int) -> tuple[str, bool] | None:
-    """None if the step has no products that are known as those of attention."""
+    """As `misread`, of one step; None if the step has no known products of attention."""
     seen: list[Operations] = []
     run = case.run(subject.with_session(lambda s, start: GivenSession(s, start, seen)), last=step)
     try:
@@ -107,7 +108,7 @@ def _misread_at(subject: TargetSubject, case: Case, step: int) -> tuple[str, boo
 
 
 def _extra_slots(step: list[Done], whole: list[Done], total: int) -> int:
-    """How many keys a step gives weight to beyond the number of tokens."""
+    """How many more keys than tokens get weight in a step."""
     parts = [[d for d in done if d.line.asked in PRODUCTS] for done in (step, whole)]
     for one, other in zip(*parts, strict=False):
         if attended(other, total)[:1] != ("weights",) or one.given[0].dim() != other.given[0].dim():
@@ -127,7 +128,7 @@ def _answers_wrong(product: Product, sizes: Sizes) -> bool:
 
 
 def _queries_in_words(product: Product, sizes: Sizes, stands: Standing) -> tuple[str, bool]:
-    """Where the queries of a step stand, if their places alone are wrong."""
+    """The positions of a step's queries, if these alone are wrong."""
     first, n, _ = sizes
     found = product.found[0].movedim(product.axes[0], 0)
     keys = _wrong_tokens(product.found[1], product.right[1], product.axes[1], 0)
@@ -155,7 +156,7 @@ def _products(step: list[Done], whole: list[Done], sizes: Sizes) -> Iterator[Pro
 
 
 def _product(one: Done, other: Done, sizes: Sizes) -> Product | None:
-    """A step's product beside the pass's; None if it is none of attention, or has another shape."""
+    """A step's product with the pass's; None if it is none of attention, or has another shape."""
     first, n, total = sizes
     names = attended(other, total)
     if not names or len(one.given) < len(names):
@@ -210,7 +211,7 @@ def _in_words(
 
 
 def _others(products: list[Product], layer: int, name: str) -> dict[str, Tensor]:
-    """What else might be read: of other layers, and keys for values, tokens first."""
+    """Candidates for what was read instead: other layers, and keys for values, tokens first."""
     found = {}
     own = sum(name in product.names for product in products[:layer])
     counts = {"keys": -1, "values": -1}  # layers so far
@@ -227,8 +228,8 @@ def _others(products: list[Product], layer: int, name: str) -> dict[str, Tensor]
 
 
 def _instead(found: Tensor, right: Tensor, wrong: list[int], others: dict[str, Tensor]) -> str:
-    """What is read in place of what was stored of the `wrong` tokens, (T,...) both; "" if that
-    cannot be told."""
+    """What is read in place of the stored `wrong` tokens, (T,...) both; "" if it cannot be
+    identified."""
     ours, theirs = found[wrong], right[wrong]
     near = NEAR * scale(right)
     if bool((ours == 0).all()):
@@ -263,7 +264,7 @@ def _instead(found: Tensor, right: Tensor, wrong: list[int], others: dict[str, T
 
 
 def _taken(ours: Tensor, theirs: Tensor, dim: int, what: str, near: float) -> str:
-    """Which row or head each is taken from, "" if it cannot be told."""
+    """The row or head that each is taken from, "" if it cannot be identified."""
     parts = []
     for i in range(ours.shape[dim]):
         one = ours.select(dim, i)

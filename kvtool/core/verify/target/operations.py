@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-LARGEST = 2**22  # numbers in an answer that is kept
+MAX_NUMBERS = 2**22  # numbers in an answer that is kept
 OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[3]))
 
 
 class Line(NamedTuple):
-    """A line of the user's code, and what it asks for."""
+    """A line of the user's code, and the operation that it calls."""
 
     file: str
     number: int
@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 
 class Done(NamedTuple):
-    """One operation: its line, the how manieth time in this call, its tensors and its answer."""
+    """One operation: its line, the count of the line's calls so far, its tensors and its result."""
 
     line: Line
     time: int
@@ -59,7 +59,7 @@ class Operations(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
-        if not isinstance(answer, Tensor) or answer.numel() > LARGEST:
+        if not isinstance(answer, Tensor) or answer.numel() > MAX_NUMBERS:
             return answer
         line = calling_line(getattr(func, "__name__", str(func)))
         if line is None:
@@ -82,7 +82,7 @@ def calling_line(asked: str) -> Line | None:
 
 
 def by_place(done: list[Done]) -> dict[tuple[Line, int], Done]:
-    """What was done, by line and time."""
+    """The operations by line and count."""
     return {(d.line, d.time): d for d in done}
 
 

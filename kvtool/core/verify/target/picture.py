@@ -1,4 +1,4 @@
-"""What each token of a scenario can see, through the cache and without it, to be drawn."""
+"""The map of what each token of a scenario sees, through the cache and without it, for a plot."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def picture(subject: TargetSubject, case: Case | None, step: int | None) -> Pict
 
 
 def _double(subject: TargetSubject) -> TargetSubject:
-    """In float64 if that can be had: less is lost in rounding."""
+    """The subject in float64 if it converts, where rounding hides less."""
     try:
         return subject.to(torch.float64)
     except Exception as error:
@@ -71,7 +71,7 @@ def _spots(subject: TargetSubject, case: Case, step: int | None) -> list[Spot]:
 
 
 def _drawn(found: Sight, scenario: str) -> Picture:
-    """The row that has most wrong in it, its last SHOWN tokens."""
+    """The row with the most wrong marks, its last SHOWN tokens."""
     row = int((found.cached != found.uncached).flatten(1).sum(1).argmax())
     keys = found.columns[-SHOWN:]
     queries = [i for i, q in enumerate(found.queries) if q.column >= found.padding[row]][-SHOWN:]

@@ -1,4 +1,4 @@
-"""The ways in which an nn.Module may take and give a cache, as its signature suggests."""
+"""Plans: the ways in which an nn.Module may take and return a cache, by its signature."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Plan:
     mask_form: str = ""
     filler: tuple[str, ...] = ()  # required parameters that are given None
     needs_cache: bool = False  # the uncached pass is one step on a new cache
-    part: int = 0  # which of the parts of an answer that may be a cache; IN_PLACE: none
+    part: int = 0  # the number of the cache among the possible parts of an answer; IN_PLACE: none
     whole: bool = False  # each step is given all ids so far, and computes the new ones
     copies: bool = False  # each session runs on a copy of the module, which keeps something
     read: str = ""  # how the answer is read

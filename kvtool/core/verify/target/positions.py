@@ -1,4 +1,4 @@
-"""Whether wrong positions are the bug: numbers that a line of the decoder makes without its tokens.
+"""Finds wrong positions: numbers that a line of the decoder computes without token ids.
 
 Positions, the angles and tables that are made of them, and biases do not depend on ids. Where a
 step makes others than the pass does for the same tokens, the pass is given those of the steps: if
@@ -39,7 +39,7 @@ AHEAD = 24  # tokens behind the history for which positions are known too
 
 
 class Suspect(NamedTuple):
-    """A line that numbers the tokens of a step in another way than those of the pass."""
+    """A line that numbers a step's tokens differently from the pass's."""
 
     line: Line
     axis: int  # of the tokens in its answers
@@ -62,7 +62,7 @@ class WatchedSession(TargetSession):
 
 
 class LinesGiven(TargetHypothesis):
-    """Computes the whole history again, the answers of lines those that they gave in the steps."""
+    """Computes the whole history again, with the results that lines gave in the steps."""
 
     def __init__(
         self, subject: TargetSubject, start: Start, given: Sequence[Suspect], log: list[FedStep]
@@ -178,8 +178,8 @@ def wrong_numbers(
     step: int,
     reproduces: Callable[[Callable[..., TargetHypothesis]], bool],
 ) -> tuple[str, bool]:
-    """What is wrong with the numbers that a line gives the tokens, if nothing else is wrong, in
-    words; and whether they are the positions of tokens."""
+    """The error in the numbers that a line gives the tokens, in words, if nothing else is wrong;
+    and whether they are positions."""
     tried = suspects(subject, case, step)
     for given in [*((one,) for one in tried), *_alike(tried)]:
         log: list[FedStep] = []
@@ -295,7 +295,7 @@ def wrong_positions(asked: list[list[int]], right: list[list[int]]) -> str:
 
 
 def _held(asked: list[list[int]], right: list[list[int]]) -> str:
-    """How positions are counted in what a window holds, in words; "" if they are not."""
+    """How positions are counted within a window, in words; "" if they are not."""
     first = next(i for i, (a, r) in enumerate(zip(asked, right, strict=True)) if a != r)
     start, place = asked[first][0], right[first][0]
     starts = [(a[0], r[0]) for a, r in zip(asked, right, strict=True)]

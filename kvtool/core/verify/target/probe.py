@@ -1,4 +1,4 @@
-"""One replay of a scenario in which a token is moved: where, and what is seen of it."""
+"""One replay of a scenario with a moved token: where it is moved, and where its effect is seen."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from kvtool.core.verify.target.trace import Site, parameter_names
 
 
 class Token(NamedTuple):
-    """One token that a session was fed: the how manieth of its run, and the row."""
+    """One fed token: its number in the run, and its row."""
 
     number: int
     row: int
 
 
 class Spot(NamedTuple):
-    """Where influence begins and where it is looked at. None: at the ids, and at the logits."""
+    """Where tokens are moved and where the effect is read. None: at the ids, and at the logits."""
 
     site: Site | None = None
     axis: int = 1  # of the tokens, in the site's value
@@ -34,7 +34,7 @@ class Spot(NamedTuple):
 
 @dataclass
 class FedStep:
-    """A step as it ran: its tokens, those it goes on from, and what was seen at the spot."""
+    """A step as it ran: its tokens, the tokens before it, and the value at the spot."""
 
     past: int
     origin: Tensor  # (B,T,2) the number and the row of each token of the history
@@ -43,7 +43,7 @@ class FedStep:
 
 @dataclass
 class Probe:
-    """One replay: what is moved in it, and what the steps were."""
+    """One replay: the moved tokens, and the steps."""
 
     spot: Spot
     move: Token | None = None
@@ -115,7 +115,7 @@ def _moving(cells: list[tuple[int, int]], n: int) -> Any:
 
 
 class ProbedSession:
-    """The user's session, which knows where each of its tokens came from."""
+    """The user's session, with the origin of each token."""
 
     def __init__(self, subject: TargetSubject, start: Start, probe: Probe) -> None:
         self.inner, self.probe, self.subject = TargetSession(subject, start), probe, subject
@@ -177,7 +177,7 @@ def cells_of(origin: Tensor, token: Token | None) -> list[tuple[int, int]]:
 
 
 def with_others(ids: Tensor, cells: list[tuple[int, int]], vocab_size: int) -> Tensor:
-    """The ids with others at the cells."""
+    """The ids, replaced at the cells."""
     moved = ids.clone()
     for row, column in cells:
         moved[row, column] = (moved[row, column] + 1 + vocab_size // 3) % vocab_size

@@ -1,7 +1,7 @@
-"""Whether an error is a refusal: the decoder's author wrote down what it does not do.
+"""Tells refusals from crashes: a refusal is an error that the decoder's author wrote.
 
-A refusal is raised by a `raise` or an `assert` of the decoder's own code. What torch raises, that
-shapes do not fit for example, is a crash: nobody meant it.
+A refusal is raised by a `raise` or an `assert` in the decoder's own code. An error of torch, for
+example of shapes that do not fit, is a crash.
 """
 
 from __future__ import annotations
@@ -41,5 +41,5 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def in_words(error: BaseException) -> str:
-    """What a refusal says."""
+    """The message of a refusal."""
     return f"{type(error).__name__}: {first_line(error)}".rstrip(": ")

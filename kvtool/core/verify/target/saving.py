@@ -27,7 +27,7 @@ def can_save(decoder: Any, state: Any) -> bool:
 
 
 def reloaded(decoder: Any, state: Any, new: Callable[[], Any]) -> Any:
-    """A new state that is loaded with what the old one saves. Raises what their code raises."""
+    """A new state, loaded with what the old one saved. Raises what their code raises."""
     if _of_decoder(decoder):
         saved = copy.deepcopy(decoder.get_state(state))
         fresh = new()
@@ -47,7 +47,7 @@ def _of_decoder(decoder: Any) -> bool:
 
 
 def _cache(state: Any) -> Any:
-    """The cache in what an adapted module keeps; of another decoder the state itself."""
+    """The cache of an adapted module's state; for another decoder the state itself."""
     return state.cache if isinstance(state, State) else state
 
 

@@ -1,4 +1,4 @@
-"""One run of a user's decoder: what it is fed, and what is done to its state."""
+"""One run of a user's decoder and its state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a wrong map of what tokens see is called: each rule says which keys a bug of its kind shows.
+"""Names for wrong maps of what tokens see: each rule says which keys its bug shows.
 
 A rule is named only if it gives the map that was found, cell by cell: at each step either just
 that, or just what is right; so a bug in steps of one size alone is named with that size.
@@ -17,7 +17,7 @@ from kvtool.core.verify.target.influence import Query, Sight
 from kvtool.core.verify.target.views import View, views, width
 
 AFTER = " (after the first step)"
-MOST = 3  # bugs that may all be named: of more, too little was seen to tell
+MAX_BUGS = 3  # bugs that may all be named: of more, too little was seen to tell
 Rule = Callable[[View], Tensor]  # -> (Q,K) bool: what is seen under it
 
 
@@ -42,7 +42,7 @@ def no_causal(v: View) -> Tensor:
 
 
 def no_causal_window(v: View) -> Tensor:
-    """All of a step see what its last token sees."""
+    """All tokens of a step see what its last token sees."""
     oldest = (v.end - v.window).clamp(min=0) if v.window else 0
     return (v.key < v.end) & (v.key >= oldest) & (v.key >= v.padding) & (v.window > 0)
 
@@ -147,13 +147,13 @@ IN_STEPS = " (in steps of "
 
 
 def named(sight: Sight, step: int) -> tuple[str, ...]:
-    """The bugs that give the map that was found, all of them; none if nearly all do."""
+    """All bugs that give the measured map; none if nearly all do."""
     found = list(_elsewhere(sight))
     if found or not sight.differs:
         return tuple(found)
     rows = views(sight)
-    if told := _by_ids(sight, rows):
-        return (told,)
+    if named := _by_ids(sight, rows):
+        return (named,)
     if not sight.direct:  # through several layers a window reaches further than it is wide
         rows = [view._replace(window=0) for view in rows]
     fits = list(_windows(rows, sight.queries, step)) if sight.direct else []
@@ -167,13 +167,14 @@ def named(sight: Sight, step: int) -> tuple[str, ...]:
             fits.append((words, "" if when == AFTER and "past" in words else when))
     always = [words + when for words, when in fits if when in ("", AFTER)]
     names = always or [words + when for words, when in fits]
-    return tuple(dict.fromkeys(names)) if len(names) <= MOST else ()
+    return tuple(dict.fromkeys(names)) if len(names) <= MAX_BUGS else ()
 
 
 def _where_it_holds(
     predicted: list[tuple[View, Tensor]], queries: tuple[Query, ...], step: int
 ) -> str | None:
-    """In which steps a rule gives just what is seen, in words; None if it does not explain all."""
+    """The steps in which a rule gives exactly the map, in words; None if it does not explain
+    all."""
     holds: list[Step] = []
     free: list[Step] = []
     for one in dict.fromkeys((q.step, q.past, q.end - q.past) for q in queries):
@@ -287,7 +288,7 @@ def _chunks(rows: list[View], queries: tuple[Query, ...], step: int) -> Iterator
 
 
 def _by_ids(sight: Sight, rows: list[View]) -> str:
-    """Which ids the keys have that are not seen, if there is no more to it; "" else."""
+    """The ids of the hidden keys, if the ids alone explain the map; else ""."""
     if sight.ids is None or len(rows) != 1 or any(bool((v.seen & ~v.right).any()) for v in rows):
         return ""
     (view,), ids = rows, sight.ids[0]
@@ -309,7 +310,7 @@ def _by_ids(sight: Sight, rows: list[View]) -> str:
 
 
 def _elsewhere(sight: Sight) -> Iterator[str]:
-    """What is read of tokens that are not in a row's history."""
+    """The visible tokens that are not in a row's history."""
     if sight.across:
         rows = sorted({row for row, _ in sight.across})
         others = sorted({other for _, other in sight.across})
@@ -321,7 +322,8 @@ def _elsewhere(sight: Sight) -> Iterator[str]:
 
 
 def described(sight: Sight, step: int) -> str:
-    """What the first token whose sight is wrong at the wrong step sees, in words; "" if none is."""
+    """What the first token with a wrong view at the wrong step sees, in words; "" if none is
+    wrong."""
     rows = views(sight)
     for row, v in enumerate(rows):
         for i, query in enumerate(sight.queries):

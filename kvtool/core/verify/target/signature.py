@@ -1,4 +1,4 @@
-"""What a method's parameters are for, as far as their names tell."""
+"""The meaning of a method's parameters, by their names."""
 
 from __future__ import annotations
 
@@ -93,6 +93,6 @@ class Signature:
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """Required parameters of which nothing is known."""
+        """Required parameters whose names are not known."""
         known = {self.ids, *FLAGS, *CACHES, *POSITIONS, *MASKS}
         return tuple(name for name in self.parameters if name not in known and self.required(name))

@@ -1,4 +1,4 @@
-"""Where --target says that a decoder is: FILE.py:NAME. Imports no torch, and runs nothing."""
+"""Parses --target FILE.py:NAME. Imports no torch, and runs nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where to look at what tokens see: so that one token reaches another by one layer of attention."""
+"""Spots to measure what tokens see: between two spots is one layer of attention."""
 
 from __future__ import annotations
 

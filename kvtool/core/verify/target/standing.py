@@ -1,4 +1,4 @@
-"""At which positions wrong keys and queries stand.
+"""The positions of wrong keys and queries.
 
 Before the first attention a token knows its id and its position, and nothing of other tokens. So a
 pass over one id, again and again, has its keys and queries at each position; and where a wrong one
@@ -17,7 +17,7 @@ from kvtool.errors import pass_on_shortage
 PRODUCTS = ("matmul", "bmm", "einsum", "scaled_dot_product_attention")
 NEAR = 1e-9  # of the largest value: both are float64, and were computed in other orders
 ROTATED = 1e-6  # of the largest value: angles may be float32 numbers, and turned by twice
-LEAST = 4  # vectors that are compared by their lengths
+MIN_VECTORS = 4  # vectors that are compared by their lengths
 TRIED = 6  # tokens that are looked for
 AGAIN = 2  # times as far as a token stands it may be looked for
 
@@ -98,7 +98,7 @@ def turned(found: Tensor, right: Tensor) -> bool:
 
     Pairs are neighbours, or halves of a head. Of few tokens that may be by chance.
     """
-    if found.shape[-1] % 2 or found[..., 0].numel() < LEAST:
+    if found.shape[-1] % 2 or found[..., 0].numel() < MIN_VECTORS:
         return False
     for dim, pair in ((-1, (-1, 2)), (-2, (2, -1))):
         sizes = [t.unflatten(-1, pair).norm(dim=dim) for t in (found, right)]

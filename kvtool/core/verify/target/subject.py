@@ -1,4 +1,4 @@
-"""A user's own decoder as a subject; kvtool.core.verify.target says what it has to have."""
+"""A user's own decoder as a subject. kvtool.core.verify.target documents the protocol."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TargetSubject:
     passes: SharedPasses | None = None
     source_vocab_size = 0
     window = 0
-    told = False  # of what the cache rounds
+    rounds_alike = False  # of what the cache rounds
     level = NORMAL  # of the schedules that are fed by default
     limits = Limits()
 
@@ -83,7 +83,7 @@ class TargetSubject:
         self._check_context(self.context)
         self.lossy = self._declares_loss(given)
         self.fed_little = False  # most sizes of steps take too long
-        self.reach = 0  # tokens of the longest history that is fed; 0: nobody asked what it costs
+        self.reach = 0  # tokens of the longest history that is fed; 0: its cost is not known yet
         self.moves = MovedCopies()
         self._vacuous: tuple[str | None] | None = None
 
@@ -117,7 +117,7 @@ class TargetSubject:
         return self.limits.largest_pass
 
     def step_limits(self) -> Limits:
-        """How many tokens it takes at once."""
+        """The most tokens of its steps, prompts and passes."""
         return find_limits(self)
 
     # Calls
@@ -167,7 +167,7 @@ class TargetSubject:
         return saving.reloaded(self.decoder, state, lambda: self.initial_state(start))
 
     def reset_arguments(self, start: Start) -> tuple[Any, ...]:
-        """What the decoder's reset is told besides the state."""
+        """The arguments of the decoder's reset besides the state."""
         return ()
 
     def start(self, start: Start) -> Any:
@@ -175,7 +175,8 @@ class TargetSubject:
 
     @property
     def pass_key(self) -> Hashable:
-        """What an uncached pass depends on, beside its arguments and the format."""
+        """The key of an uncached pass: all that it depends on apart from its arguments and the
+        format."""
         return Same(self.decoder)
 
     # Variants
@@ -227,7 +228,7 @@ class TargetSubject:
     # What it is able to do
 
     def find_reach_for(self, scenarios: Sequence[str], thorough: bool = False) -> None:
-        """Find it out, if any of the scenarios depends on it."""
+        """Find the reach, if a scenario depends on it."""
         if GENERATED.intersection(scenarios):
             self.find_reach(thorough)
 
@@ -245,7 +246,7 @@ class TargetSubject:
         return special_ids(given, self.vocab_size)
 
     def _probe(self, vocab_size: int) -> tuple[int, torch.dtype]:
-        """Call everything once: the number of ids, and the format of the logits."""
+        """Call everything once, to find the number of ids, and the format of the logits."""
         ids = torch.arange(4, device=self.device)[None] % (vocab_size or 4)
         try:
             logits = self.call_full(ids)
@@ -289,7 +290,7 @@ class TargetSubject:
         return state
 
     def _longest(self) -> int:
-        """The longest sequence that a pass takes, as far as anyone needs to know."""
+        """The longest sequence that a pass takes, up to the length that scenarios need."""
         low, high = 4, 16 * NEEDED
         while low < high:
             middle = (low + high + 1) // 2
@@ -355,7 +356,7 @@ class TargetSubject:
         return gap <= AGREES
 
     def vacuous(self) -> str | None:
-        """Why nothing would be proved by equal logits."""
+        """The reason why equal logits would prove nothing; None if they would."""
         if self._vacuous is None:
             self._vacuous = (vacuous.self_compared(self) or vacuous.unused(self),)
         return self._vacuous[0]

@@ -23,7 +23,7 @@ HEADS = ("n_heads", "num_heads", "n_head", "num_attention_heads", "heads", "nhea
 
 
 class Site(NamedTuple):
-    """Where a value was seen: what a call of a module was given, or answered."""
+    """The place of a value: an input or output of one call of a module."""
 
     module: str
     call: int  # of the module, counted from 0
@@ -55,13 +55,14 @@ class Tracer:
         self.trace, self.calls = {}, {}
 
     def given(self, lookup: Lookup) -> Tensor:
-        """What a module was given in its first call. Raises KeyError if it was not called."""
+        """The inputs of a module's first call. Raises KeyError if it was not called."""
         module, name = lookup
         return self.trace[Site(module, 0, "in", name)]
 
     @contextmanager
     def on(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Within, these modules are traced: `owned_modules` of a pass, `running` ones of a step."""
+        """A context in which these modules are traced: `owned_modules` of a pass, `running` ones of
+        a step."""
         handles = []
         for name, module in modules.items():
             enter, leave = self._enter(name), self._leave(name)
@@ -100,7 +101,7 @@ class Tracer:
 
 
 def parameter_names(module: nn.Module, n_args: int) -> list[str]:
-    """What a module's positional arguments are called, numbers where it does not say."""
+    """The names of a module's positional arguments, or numbers if they have none."""
     code = module.forward.__func__.__code__ if hasattr(module.forward, "__func__") else None
     names = [] if code is None else list(code.co_varnames[1 : code.co_argcount])
     return names[:n_args] + [str(i) for i in range(len(names), n_args)]
@@ -159,7 +160,7 @@ class Difference:
 def first_difference(
     cached: Trace, full: Trace, first: int, n: int, decoder: Any
 ) -> Difference | None:
-    """The first value of the cached run that is not that of the same tokens, uncached."""
+    """The first value of the cached run that differs from that of the same tokens, uncached."""
     before, right = None, list[Site]()
     for site, found in cached.items():
         expected = None if site not in full else aligned(full[site], found.shape, first, n)

@@ -1,4 +1,4 @@
-"""Decoders of a user's whose equal logits would prove nothing of their cache."""
+"""Users' decoders for which equal logits would prove nothing about the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HISTORY = 24  # tokens over which the work of a step is compared with that of a 
 
 
 def unused(subject: Any) -> str | None:
-    """Said of a cache without use: a step computes as much as a pass over the history."""
+    """The message for an unused cache: a step computes as much as a pass over the history."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(subject.vocab_size, (1, HISTORY), generator=generator).to(subject.device)
     state = subject.prefilled(ids[:, :-1])
@@ -29,7 +29,7 @@ def unused(subject: Any) -> str | None:
 
 
 def self_compared(subject: Any) -> str | None:
-    """Said of a `full` that is made of several steps: the cache would be compared with itself."""
+    """The message for a `full` made of several steps: the cache would be compared with itself."""
     held, right = getattr(subject.decoder, "__dict__", {"step": None}), subject.decoder.step
     if "step" in held:
         return None

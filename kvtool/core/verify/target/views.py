@@ -1,4 +1,4 @@
-"""A map of what tokens see, row by row, in a form that rules can compute with."""
+"""A map of what tokens see, row by row, as tensors for the rules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class View(NamedTuple):
         return self.key <= self.at
 
     def within(self, window: int) -> Tensor:
-        """The keys of a window so wide, padding aside."""
+        """The keys within a window of this width, without padding."""
         near = self.key > self.at - window if window else torch.ones_like(self.right)
         return self.causal & near & (self.key >= self.padding)
 

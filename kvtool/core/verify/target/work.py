@@ -1,4 +1,4 @@
-"""How much a call of a decoder computes."""
+"""Measures how much a call of a decoder computes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from kvtool.errors import pass_on_shortage
 
 
 def work(call: Callable[[], object], modules: Iterable[nn.Module]) -> int:
-    """How many floating-point operations the matrix products of a call take; where they cannot be
-    counted, as within flex_attention, how many numbers the smallest of its modules answer."""
+    """The floating-point operations of a call's matrix products. If they cannot be counted, as
+    within flex_attention, the numbers that its smallest modules answer."""
     try:
         with Products() as products:
             call()
         return products.work
-    except Exception as error:  # what watches operations is not taken by what compiles them
+    except Exception as error:  # the compiler refuses dispatch modes
         pass_on_shortage(error)
     return _answered(call, modules)
 
 
 class Products(TorchDispatchMode):
-    """Counts what matrix products take, as torch's FlopCounterMode does; but that loads the
-    compiler, which takes longer than what is counted."""
+    """Counts the operations of matrix products, as torch's FlopCounterMode does without loading the
+    compiler, which takes longer than the counted work."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,8 +17,8 @@ from kvtool.core.verify.diagnosis.hypotheses.quantized import QUANTIZED
 from kvtool.core.verify.diagnosis.hypotheses.rollback import ROLLBACK
 from kvtool.core.verify.diagnosis.hypotheses.windows import WINDOWS
 from kvtool.core.verify.diagnosis.hypothesis import Hypothesis
+from kvtool.core.verify.model_subject import ModelSubject
 from kvtool.core.verify.scenario_run import Answer, Segment, Stopped
-from kvtool.core.verify.subject import ModelSubject
 from kvtool.errors import pass_on_shortage
 
 STEPS_AFTER = 6  # steps after the first wrong one that a hypothesis has to reproduce too

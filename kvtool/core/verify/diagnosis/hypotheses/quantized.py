@@ -33,7 +33,7 @@ class ZeroPointLost(Rounding):
     hint = "the zero point is not added: codes times their scale are read"
 
     def read_codes(self, codes: Codes, tokens: int) -> Codes:
-        return codes._replace(low=torch.zeros_like(codes.low))
+        return codes._replace(zero_point=torch.zeros_like(codes.zero_point))
 
 
 class ScaleOfAllLevels(Rounding):
@@ -51,8 +51,8 @@ class ScaleBefore(Rounding):
     def read_codes(self, codes: Codes, tokens: int) -> Codes:
         n = codes.scale.shape[2]
         index = (torch.arange(n, device=codes.scale.device) - 1).clamp(min=0)
-        scale, low = codes.scale[:, :, index], codes.low[:, :, index]
-        return codes._replace(scale=scale, low=low)
+        scale, zero_point = codes.scale[:, :, index], codes.zero_point[:, :, index]
+        return codes._replace(scale=scale, zero_point=zero_point)
 
 
 class TokensSwapped(Rounding):

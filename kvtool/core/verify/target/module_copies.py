@@ -15,7 +15,7 @@ OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}  # what every module has
 
 
 def shared(module: nn.Module) -> dict[int, Any]:
-    """What deepcopy takes for copied already: the weights, which no session changes."""
+    """A memo for deepcopy with the weights, which sessions share since none changes them."""
     return {id(parameter): parameter for parameter in module.parameters()}
 
 
@@ -25,7 +25,7 @@ def session_copy(module: nn.Module) -> nn.Module:
 
 
 def left_over(before: nn.Module, after: nn.Module) -> list[str]:
-    """The attributes, by dotted names, in which a module that ran differs from what it was."""
+    """The attributes, by dotted names, that running has changed in a module."""
     old = dict(before.named_modules())
     return [name for name, found in _held(after) if not same(*_pair(old, name, found))]
 
@@ -43,7 +43,7 @@ def _pair(old: dict[str, nn.Module], name: str, found: Any) -> tuple[Any, Any]:
 
 
 def same(a: Any, b: Any, depth: int = DEPTH) -> bool:
-    """Whether two values are equal, as far as anyone can see."""
+    """Whether two values are equal, as far as they can be compared."""
     if a is b or not depth:
         return True
     if type(a) is not type(b):
