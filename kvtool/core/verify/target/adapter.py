@@ -53,6 +53,7 @@ class ModuleDecoder:
     recomputes: bool = False  # it recomputed the logits of all ids so far
     notes: tuple[str, ...] = ()
     breaks_down: bool = False  # in every step behind a prompt
+    answered: bool = False  # the module has answered a step, in whatever form
 
     @property
     def unable(self) -> tuple[str, ...]:
@@ -115,6 +116,7 @@ class ModuleDecoder:
             past, width = state.past, ids.shape[1]
             given[plan.mask] = self._mask(ids.shape[0], past, width, state.room, state.padding)
         answer = self._call(self.running(state), ids, given)
+        self.answered = True
         logits, cache, how = logits_and_cache(answer, plan.cache, plan.part)
         if plan.in_module:
             cache, how = None, "logits, the cache changed in place"

@@ -115,15 +115,60 @@ def adapt(module: Any, name: str, device: torch.device) -> ModuleDecoder:
     return decoder
 
 
+class _Trials:
+    """What plans for one module have in common: a copy to try them on, and calls that it refuses.
+
+    A wrong cache agrees with no plan, so that hundreds are tried.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._copy: nn.Module | None = None
+        self._refused: set[Plan] = set()
+
+    def copy(self) -> nn.Module:
+        """A copy that nothing has changed, or the module itself if it cannot be copied."""
+        if self._copy is None:
+            self._copy = _copy(self.module)
+        return self._copy
+
+    def changed(self) -> list[str]:
+        """The attributes that running has changed in the copy; then the next one is new."""
+        if self._copy is None or self._copy is self.module:
+            return []
+        found = left_over(self.module, self._copy)
+        if found:
+            self._copy = None
+        return found
+
+    def refuse(self, decoder: ModuleDecoder) -> None:
+        """Remember the plan of a decoder that raised, if not even its first step was answered."""
+        if not decoder.answered:
+            self._refused.add(_first_step(decoder.plan))
+
+    def refuses(self, plan: Plan) -> bool:
+        """Whether a plan begins with a step that was refused: only later steps, or how answers are
+        read, are others."""
+        return _first_step(plan) in self._refused
+
+
+def _first_step(plan: Plan) -> Plan:
+    """The plan without what decides nothing of its first step's call."""
+    return replace(plan, needs_cache=False, part=0, whole=False, copies=False)
+
+
 def _try(module: nn.Module, ids: Tensor, tries: Tries, masked: bool) -> None:
     """Try plans until one agrees."""
+    trials = _Trials(module)
     for plan in plans(module, masked):
         if tries.agree:
             return
         if tries.runs and (plan.needs_cache or plan.method != "forward"):
             continue
+        if trials.refuses(plan):
+            continue
         try:
-            fit = _fit(module, plan, ids)
+            fit = _fit(trials, plan, ids)
             longest = max((other.held for other in tries.fits), default=0)
             tells = fit.agrees or fit.held > longest
             if not plan.whole or (tells and _computes_the_new(fit, ids)):
@@ -132,19 +177,24 @@ def _try(module: nn.Module, ids: Tensor, tries: Tries, masked: bool) -> None:
             tries.errors.setdefault(str(plan), error)
 
 
-def _fit(module: nn.Module, plan: Plan, ids: Tensor) -> Fit:
+def _fit(trials: _Trials, plan: Plan, ids: Tensor) -> Fit:
     """How a plan fits, on a copy of the module for each session if the module keeps something.
 
     Raises what the module raises.
     """
+    module = trials.module
     if plan.own_module:
-        inside = _measured(ModuleDecoder(module, plan), ids)
+        inside, error = _tried(decoder := ModuleDecoder(module, plan), ids)
+        if inside is None:
+            assert error is not None
+            trials.refuse(decoder)
+            raise error
         if not plan.initial and not inside.agrees and signature(module, plan).of(CACHES):
             raise TypeError("without a cache from outside its logits are others")
         return inside
-    used = _copy(module)
-    fit, error = _tried(ModuleDecoder(used, plan), ids)
-    kept = left_over(module, used) if used is not module else []
+    used = trials.copy()
+    fit, error = _tried(decoder := ModuleDecoder(used, plan), ids)
+    kept = trials.changed()
     again = None if fit is None or not kept else _tried(ModuleDecoder(used, plan), ids)[0]
     if kept and not (fit and fit.agrees and again and again.agrees):
         own, _ = _tried(ModuleDecoder(module, replace(plan, copies=True)), ids)
@@ -157,6 +207,7 @@ def _fit(module: nn.Module, plan: Plan, ids: Tensor) -> Fit:
             return own
     if fit is None:
         assert error is not None
+        trials.refuse(decoder)
         raise error
     fit.decoder.module = module
     return fit
