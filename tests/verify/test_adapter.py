@@ -163,3 +163,20 @@ def test_shifted_positions_of_a_rotary_model_are_found_in_its_rotary_module() ->
     finding = judged(model)
     assert (finding.verdict, finding.first_wrong) == (BUG, 1)
     assert "model.rotary_emb" in finding.diagnosis.place
+
+
+def test_a_first_step_that_was_refused_is_not_asked_for_again() -> None:
+    refused: list[tuple[str, ...]] = []
+
+    class Picky(Pairs):
+        """It takes tuples alone, and forgets the past: no way of calling it agrees."""
+
+        def forward(self, ids: Tensor, cache: Any = None) -> Any:  # type: ignore[override]
+            if cache is not None and not isinstance(cache, (tuple, list)) or cache == []:
+                refused.append((repr(cache), str(ids.shape)))
+                raise AttributeError("no tuple")
+            logits, new = super().forward(ids, None)
+            return logits, tuple(new)
+
+    assert judged(Picky()).verdict == BUG
+    assert len(refused) > 2 and len(set(refused)) == len(refused)
