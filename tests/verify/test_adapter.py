@@ -172,7 +172,7 @@ def test_a_first_step_that_was_refused_is_not_asked_for_again() -> None:
         """It takes tuples alone, and forgets the past: no way of calling it agrees."""
 
         def forward(self, ids: Tensor, cache: Any = None) -> Any:  # type: ignore[override]
-            if cache is not None and not isinstance(cache, (tuple, list)) or cache == []:
+            if (cache is not None and not isinstance(cache, (tuple, list))) or cache == []:
                 refused.append((repr(cache), str(ids.shape)))
                 raise AttributeError("no tuple")
             logits, new = super().forward(ids, None)
