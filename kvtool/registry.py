@@ -68,6 +68,7 @@ COMMANDS = {
     "verify-cache": "kvtool.commands.verify.cache:command",
     "bench": "kvtool.commands.bench.command:command",
     "promote": "kvtool.commands.promote:command",
+    "plan": "kvtool.commands.plan.command:command",
 }
 
 
