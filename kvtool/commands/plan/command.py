@@ -10,7 +10,7 @@ import typer
 from kvtool.commands.plan.report import PlanReport, Row
 from kvtool.commands.plan.show import show
 from kvtool.commands.plan.sizes import read_size
-from kvtool.config import DTYPES, check_int
+from kvtool.config import DTYPES, OWN, check_int
 from kvtool.errors import UsageError
 from kvtool.registry import IMPLEMENTATIONS, choose, with_own_window
 from kvtool.ui import options as o
@@ -83,7 +83,7 @@ def run(settings: Settings, out: Output) -> PlanReport:
         expanded_token_bytes=len(shapes.layers) * shapes.expanded * size or None,
         memory=settings.memory,
         bandwidth=settings.bandwidth,
-        caches=[_row(cache, load, weights, settings) for cache in _caches(settings, shapes, size)],
+        caches=[_row(cache, load, weights, settings) for cache in _caches(settings, found, size)],
         resolved={"model": found.name, "dtype": found.dtype},
     )
 
@@ -99,13 +99,16 @@ def _layers(shapes: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _caches(settings: Settings, shapes: Any, size: int) -> list[Any]:
+def _caches(settings: Settings, described: Any, size: int) -> list[Any]:
     from kvtool.core.plan.sums import KVTOOL, Cache, kinds_of
 
+    shapes = described.shapes
     kinds = settings.caches or kinds_of(shapes)
     window = max(shapes.windows, default=0)
     found = []
     for impl in settings.impl:
+        if impl != KVTOOL and described.model_type.startswith(OWN) and KVTOOL in settings.impl:
+            continue  # transformers has no such model
         for kind in kinds:
             if impl == KVTOOL:
                 found.append(Cache(impl, with_own_window(kind, window), shapes, size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kvtool.commands.bench.formatting import listed, tokens
+from kvtool.commands.bench.formatting import tokens
 from kvtool.commands.plan.sizes import shown
 
 KVTOOL = "kvtool"
@@ -62,9 +62,8 @@ class PlanReport:
     @property
     def load(self) -> str:
         """What is asked for, in words."""
-        rows = f"{self.rows_planned:,} row{'s' if self.rows_planned != 1 else ''}"
         source = f" and a source of {self.source_tokens:,}" if self.source_tokens else ""
-        return f"{rows} of {tokens(self.tokens)}{source}"
+        return f"{counted(self.rows_planned)} of {tokens(self.tokens)}{source}"
 
     @property
     def conclusion(self) -> str:
@@ -93,10 +92,10 @@ class PlanReport:
                 f"weights; the smallest, {named(least)}, {limits(least, self)}"
             )
         best = self._first(fitting)
-        refused = [named(row) for row in self.caches if not row.fits]
-        without = f" ({listed(refused)} would not)" if refused else ""
+        fit = "fits" if self.rows_planned == 1 else "fit"
+        why = "" if best.exact else ", and with no kind that loses less"
         return (
-            f"take {named(best)}: {self.load} fit into {memory}{without}; the first limit: it "
+            f"take {named(best)}: {self.load} {fit} into {memory}{why}; the first limit: it "
             f"{limits(best, self)}{self._beyond()}"
         )
 
@@ -131,10 +130,15 @@ def named(row: Row) -> str:
     return row.cache if row.impl == KVTOOL else f"{row.impl}' {row.cache}"
 
 
+def counted(rows: int) -> str:
+    """So many rows, in words."""
+    return f"{rows:,} row{'s' if rows != 1 else ''}"
+
+
 def limits(row: Row, report: PlanReport) -> str:
     """How far a kind goes."""
     assert row.most_rows is not None and row.most_tokens is not None
-    rows = f"{row.most_rows:,} rows of {tokens(report.tokens)}"
+    rows = f"{counted(row.most_rows)} of {tokens(report.tokens)}"
     longest = f"{tokens(row.most_tokens)} in each of {report.rows_planned:,}"
     if report.rows_planned == 1:
         longest = f"one of {tokens(row.most_tokens)}"
