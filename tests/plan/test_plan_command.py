@@ -180,6 +180,13 @@ def test_other_spellings_of_a_size_are_refused(text: str) -> None:
         read_size("--memory", "3GB/s")
 
 
+def test_the_configuration_that_is_read_is_not_written_over(
+    plan: Callable[..., Ran], config: Callable[..., str]
+) -> None:
+    path = config()
+    assert "is a file of --model too" in refused(plan("--model", path, "--output", path))
+
+
 def test_our_own_models_are_planned_without_transformers_rows(
     plan: Callable[..., Ran], tmp_path: Path
 ) -> None:

@@ -77,8 +77,13 @@ def weights_text(report: PlanReport) -> str:
     """How large the weights are, and who says so."""
     if report.weights_bytes is None:
         return f"weights: not counted, as {report.weights_unknown}"
-    by = {"headers": "by the file's header", "configuration": "counted from the configuration"}
-    said = by.get(report.weights_said_by, "as given")
+    said = {
+        "headers": "by the file's header",
+        "configuration": "counted from the configuration",
+        "configuration of the language model": "of the language model, counted; its other parts "
+        "are not",
+        "option": "as given",
+    }[report.weights_said_by]
     return f"weights: {report.weights_bytes:,} bytes, {shown(report.weights_bytes)}, {said}"
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from kvtool.config import check_int
 from kvtool.core.checkpoint.gguf.header import GGUFHeader
+from kvtool.core.plan.described import EXPERT, Described, Weights
 from kvtool.core.plan.layers import MOST_LAYERS, Layer, Shapes
-from kvtool.core.plan.source import EXPERT, Described, Weights
 from kvtool.errors import FileError, UsageError
 from kvtool.reading import quoted
 

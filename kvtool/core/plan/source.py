@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,10 @@ from kvtool.core.checkpoint.weight_names import (
     weight_map,
 )
 from kvtool.core.plan.architectures import Architecture, architectures
+from kvtool.core.plan.described import CONFIGURATION, EXPERT, PART, Described, Weights
 from kvtool.core.plan.fields import Fields
-from kvtool.core.plan.layers import UNPLANNED, Shapes, read_shapes
+from kvtool.core.plan.gguf import describe_gguf
+from kvtool.core.plan.layers import UNPLANNED, read_shapes
 from kvtool.core.plan.own import read_own
 from kvtool.core.plan.weights import Counted, count_weights
 from kvtool.errors import FileError, UsageError
@@ -33,7 +35,6 @@ from kvtool.reading import MOST_CONFIG, quoted, read_json_object
 
 ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 USUAL = "bfloat16"  # of models whose files say nothing else
-EXPERT = re.compile(r"(^|\.)experts(\.|$)|_exps\.")
 LOOKED_UP = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)\.weight$")
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 
@@ -53,27 +54,6 @@ STORED = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of all weights, and of those that a step reads at least; how they are known."""
-
-    nbytes: int
-    read: int
-    said_by: str  # "configuration", "headers" or "option"
-
-
-@dataclass(frozen=True)
-class Described:
-    """A model as far as its configuration says."""
-
-    name: str
-    model_type: str
-    dtype: str  # of keys and values
-    shapes: Shapes
-    weights: Weights | None
-    unknown: str = ""  # why weights is None
-
-
 def describe(model: str, dtype: str | None) -> Described:
     """What `model` is: a folder, a config.json, a GGUF file, or a type with its defaults.
 
@@ -91,8 +71,6 @@ def describe(model: str, dtype: str | None) -> Described:
         return _from_config(path, dtype, None)
     folder = model_folder(model)
     if folder.is_file():
-        from kvtool.core.plan.gguf import describe_gguf
-
         return describe_gguf(folder, dtype)
     _refuse_diffusion(folder)
     if not os.path.lexists(folder / CONFIG):
@@ -135,7 +113,7 @@ def _from_config(path: Path, dtype: str | None, folder: Path | None) -> Describe
 def _from(
     name: str, data: Mapping[str, Any], where: str, dtype: str | None, folder: Path | None
 ) -> Described:
-    kind = data.get("model_type")
+    kind, whole = data.get("model_type"), ""
     if isinstance(kind, str) and kind.startswith(OWN):
         shapes, counted = read_own(data, where)
     else:
@@ -146,6 +124,8 @@ def _from(
     said = data.get("dtype") or data.get("torch_dtype")
     found = dtype or (stored and stored.dtype) or (said if said in ITEMSIZES else None) or USUAL
     weights, unknown = _weights(data, counted, stored, dtype, found)
+    if weights is not None and whole and stored is None:
+        weights = replace(weights, said_by=PART)
     return Described(name, str(kind), found, shapes, weights, unknown)
 
 
@@ -234,7 +214,7 @@ def _weights(
         kind = data.get("model_type")
         return None, f"how many {kind} has is not known from its configuration"
     size = ITEMSIZES[found]
-    return Weights(size * counted.total, size * counted.read, "configuration"), ""
+    return Weights(size * counted.total, size * counted.read, CONFIGURATION), ""
 
 
 def _by_headers(
