@@ -79,11 +79,14 @@ def test_the_last_line_recommends_and_names_the_first_limit(
     path = config()
     assert plan("--model", path, "--tokens", "100", "--memory", "1MB").out.splitlines()[-1] == (
         "✓ take dynamic: 1 row of 100 tokens fits into 977 KiB; the first limit: it holds "
-        "18 rows of 100 tokens, or one of 1,813 tokens, at most"
+        "18 rows of 100 tokens or 1,813 tokens in one at most"
     )
     small = plan("--model", path, "--tokens", "2500", "--memory", "1MB")
     assert small.code == 0 and "take fp8: " in small.out
     assert "with no kind that loses less" in small.out
+    assert "or the model's 4,096 tokens in one at most" in plan(
+        "--model", path, "--memory", "1GB"
+    ).out.replace("\n", " ")
     none = plan("--model", path, "--tokens", "4096", "--batch-size", "9", "--memory", "1MB")
     assert none.code == 1
     assert "no cache of 9 rows of 4,096 tokens fits into 977 KiB" in none.out

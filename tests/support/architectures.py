@@ -45,8 +45,9 @@ def entry(config: Any) -> dict[str, Any]:
     """The names of its fields, what they are where a file does not say, and its layers."""
     fields = {field.name: field.default for field in dataclasses.fields(config)}
     names = {known: own for known, own in config.attribute_map.items() if known in FIELDS}
-    said = {names.get(known, known): known for known in FIELDS}
-    defaults = {said[own]: value for own, value in fields.items() if own in said and plain(value)}
+    own = {known: names.get(known, known) for known in FIELDS}  # two may be one
+    found = {known: fields.get(name, fields.get(known)) for known, name in own.items()}
+    defaults = {known: value for known, value in found.items() if plain(value)}
     kinds = getattr(config, "layer_types", None) or ()
     letters = "".join(LETTERS.get(kind, "?") for kind in kinds)
     layers = {"layers": letters} if len(set(letters)) > 1 else {}

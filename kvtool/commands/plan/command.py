@@ -267,7 +267,7 @@ def command(
 
       kvtool plan --model llama --tokens 8192 --batch-size 16
 
-      kvtool plan --model ./gemma-3-27b/config.json --memory 80GB --bandwidth 3.35TB/s
+      kvtool plan --model config.json --memory 80GB --bandwidth 3.35TB/s
 
       kvtool plan --model model.gguf --caches dynamic int4 --json
     """

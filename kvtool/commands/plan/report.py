@@ -7,6 +7,7 @@ from typing import Any
 
 from kvtool.commands.bench.formatting import tokens
 from kvtool.commands.plan.sizes import shown
+from kvtool.config import LARGEST_SIZE
 
 KVTOOL = "kvtool"
 ORDER = ("fp8", "int8", "int4", "sliding", "none")  # of what loses more and more
@@ -139,7 +140,8 @@ def limits(row: Row, report: PlanReport) -> str:
     """How far a kind goes."""
     assert row.most_rows is not None and row.most_tokens is not None
     rows = f"{counted(row.most_rows)} of {tokens(report.tokens)}"
-    longest = f"{tokens(row.most_tokens)} in each of {report.rows_planned:,}"
-    if report.rows_planned == 1:
-        longest = f"one of {tokens(row.most_tokens)}"
-    return f"holds {rows}, or {longest}, at most"
+    longest = tokens(row.most_tokens)
+    if row.most_tokens >= (report.context or LARGEST_SIZE):
+        longest = f"the model's {tokens(report.context)}" if report.context else "any tokens"
+    where = "one" if report.rows_planned == 1 else f"each of {report.rows_planned:,}"
+    return f"holds {rows} or {longest} in {where} at most"

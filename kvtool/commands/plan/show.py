@@ -41,8 +41,20 @@ def _cells(row: Row, report: PlanReport, several: bool) -> list[str]:
     if report.memory is not None:
         cells += [_most(row.most_rows), _most(row.most_tokens)]
     if row.floor_s is not None:
-        cells += [f"{1000 * row.floor_s:,.3g}", f"{report.rows_planned / row.floor_s:,.0f}"]
+        cells += [milliseconds(row.floor_s), f"{report.rows_planned / row.floor_s:,.0f}"]
     return cells
+
+
+def milliseconds(seconds: float) -> str:
+    """With three digits.
+
+    >>> milliseconds(0.0641), milliseconds(0.041), milliseconds(1.3425), milliseconds(0.0000021)
+    ('64.1', '41.0', '1,342', '0.0021')
+    """
+    ms = 1000 * seconds
+    if ms < 0.1:
+        return f"{ms:.2g}"
+    return f"{ms:,.{0 if ms >= 100 else 1 if ms >= 10 else 2}f}"
 
 
 def _most(n: int | None) -> str:

@@ -18,7 +18,8 @@ TABLE = Path(__file__).parents[2] / "data" / "architectures.json"
 FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "n_inner", "ffn_dim", "vocab_size", "max_position_embeddings",
-    "tie_word_embeddings", "sliding_window", "use_sliding_window", "max_window_layers",
+    "tie_word_embeddings", "local_attention", "sliding_window", "use_sliding_window",
+    "max_window_layers",
     "sliding_window_pattern", "attention_chunk_size", "num_kv_shared_layers", "no_rope_layers",
     "no_rope_layer_interval", "global_attn_every_n_layers", "kv_lora_rank", "q_lora_rank",
     "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "multi_query",

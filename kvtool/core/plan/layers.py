@@ -185,6 +185,12 @@ def _without_rope(f: Fields, n_layers: int) -> list[str]:
     return [SLIDING if used and not turns else FULL for turns in _turning(f, n_layers)]
 
 
+def _first_of(f: Fields, n_layers: int) -> list[str]:
+    """The first of so many sees all."""
+    every = f.size("global_attn_every_n_layers", 3)
+    return [SLIDING if i % every else FULL for i in range(n_layers)]
+
+
 def _in_chunks(f: Fields, n_layers: int) -> list[str]:
     return [CHUNKED if turns else FULL for turns in _turning(f, n_layers)]
 
@@ -199,6 +205,7 @@ KINDS: dict[str, Callable[[Fields, int], list[str]]] = {
     **dict.fromkeys(("mistral", "ministral3", "mixtral", "phi3", "phimoe", "qwen3_moe", "ministral",
                      "starcoder2", "phi4_multimodal"), _all_alike),
     "smollm3": _without_rope,
+    "modernbert-decoder": _first_of,
     "llama4_text": _in_chunks,
 }  # fmt: skip
 
@@ -210,10 +217,15 @@ def _read_latent(f: Fields) -> Shapes:
     """Latent attention: a small vector that all heads share, and the channels that turn."""
     n_layers, n_heads = layer_count(f), f.size("num_attention_heads")
     rank, turning = f.size("kv_lora_rank"), f.size("qk_rope_head_dim")
-    per_head = f.size("qk_nope_head_dim") + turning + f.size("v_head_dim")
+    per_head = f.size("qk_nope_head_dim") + turning + value_width(f)
     layer = Layer(1, rank + turning, 0)
     context = f.maybe("max_position_embeddings") or None
     return Shapes((layer,) * n_layers, n_layers, context=context, expanded=n_heads * per_head)
+
+
+def value_width(f: Fields) -> int:
+    """Of a head's values, where keys are latents."""
+    return f.size("v_head_dim", f.size("hidden_size") // f.size("num_attention_heads"))
 
 
 def _read_twice(f: Fields) -> Shapes:
@@ -267,6 +279,12 @@ def _read_gemma4(f: Fields) -> Shapes:
     return _read(_renamed(f, layer_types=kinds, per_layer_config=others))
 
 
+def _read_modernbert(f: Fields) -> Shapes:
+    """Its window, if nothing says it, is half of an encoder's."""
+    window = f.maybe("sliding_window") or f.size("local_attention") // 2
+    return _read(_renamed(f, sliding_window=window))
+
+
 def _read_bart(f: Fields) -> Shapes:
     """An encoder and a decoder, each with its own layers; the decoder reads the source's keys."""
     n_layers, n_heads = layer_count(f, "decoder_layers"), f.size("decoder_attention_heads")
@@ -317,6 +335,7 @@ READERS: dict[str, Callable[[Fields], Shapes]] = {
     "dbrx": _read_dbrx,
     "jetmoe": _read_jetmoe,
     "gemma4_text": _read_gemma4,
+    "modernbert-decoder": _read_modernbert,
 }
 
 PAIRS = ("encoder-decoder", "t5gemma", "t5gemma2")  # of which the decoder is a part

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kvtool.core.plan.fields import Fields
-from kvtool.core.plan.layers import LATENT, Shapes
+from kvtool.core.plan.layers import LATENT, Shapes, value_width
 from kvtool.errors import UsageError
 
 Flag = bool | str  # a string names the field that says it
@@ -67,7 +67,7 @@ def count_weights(f: Fields, shapes: Shapes) -> Counted | None:
     Raises UsageError for fields that are missing or unsound.
     """
     build = BUILDS.get(f.architecture.name)
-    if build is None or shapes.cross or (build.experts and _is_irregular(f)):
+    if build is None or shapes.cross or (build.experts and not _are_known(f, build.experts)):
         return None
     d, vocabulary = f.size("hidden_size"), f.size("vocab_size")
     attention = _latent(f, d) if f.architecture.name in LATENT else 0
@@ -105,9 +105,8 @@ def _latent(f: Fields, d: int) -> int:
         f.size("kv_lora_rank"),
         f.maybe("q_lora_rank"),
     )
-    turning, still, value = (
-        f.size(name) for name in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    )
+    turning, still = f.size("qk_rope_head_dim"), f.size("qk_nope_head_dim")
+    value = value_width(f)
     query = n_heads * (still + turning)
     queries = q_rank * (d + 1 + query) if q_rank else d * query
     down = d * (rank + turning) + rank  # and its norm
@@ -144,10 +143,16 @@ def _is_dense(f: Fields, experts: Experts, layer: int) -> bool:
     return layer < (f.maybe(experts.dense) if isinstance(experts.dense, str) else experts.dense)
 
 
-def _is_irregular(f: Fields) -> bool:
-    """Whether fields say that experts are where the table does not expect them."""
+def _are_known(f: Fields, experts: Experts) -> bool:
+    """Whether fields say how many experts there are, and put them where the table does."""
     steps = (f.get(name) for name in ("decoder_sparse_step", "moe_layer_freq"))
-    return bool(f.get("mlp_only_layers")) or any(step not in (None, 1) for step in steps)
+    if f.get("mlp_only_layers") or any(step not in (None, 1) for step in steps):
+        return False
+    return all(f.get(name) is not None for name in (experts.n, experts.used, experts.width))
+
+
+def _width(f: Fields) -> int:
+    return f.size("head_dim", f.size("hidden_size") // f.size("num_attention_heads"))
 
 
 def _sinks(f: Fields) -> int:
@@ -170,8 +175,7 @@ def _bitnet_norms(f: Fields) -> int:
 
 
 def _glm_norms(f: Fields) -> int:
-    width = f.size("head_dim", f.size("hidden_size") // f.size("num_attention_heads"))
-    return 2 * width * f.flag("use_qk_norm")
+    return 2 * _width(f) * f.flag("use_qk_norm")
 
 
 LLAMA = Build("attention_bias", "attention_bias", "mlp_bias")
@@ -208,7 +212,7 @@ BUILDS: dict[str, Build] = {
     "phi": Build(True, True, True, gated=False, norms=1, norm=2, head_bias=True),
     "jais2": Build("attention_bias", "attention_bias", "mlp_bias", gated=False, norm=2),
     "bitnet": Build("attention_bias", "attention_bias", extra=_bitnet_norms),
-    "diffllama": Build("attention_bias", "attention_bias", extra=lambda f: 4 * f.size("head_dim")),
+    "diffllama": Build("attention_bias", "attention_bias", extra=lambda f: 4 * _width(f)),
     "granite_swa": Build("attention_bias", "attention_bias", "mlp_bias", extra=_sinks),
     "hyperclovax": Build("attention_bias", "attention_bias", "mlp_bias", norms=4),
     "gpt2": GPT2, "gpt-sw3": GPT2, "gpt_bigcode": GPT2,
