@@ -51,11 +51,6 @@ class Shapes:
     expanded: int = 0
 
     @property
-    def is_even(self) -> bool:
-        """Whether all layers keep the same."""
-        return len({(x.n_heads, x.key_dim, x.value_dim) for x in self.layers}) == 1
-
-    @property
     def windows(self) -> set[int]:
         """The windows of layers that have one."""
         return {layer.window for layer in self.layers if layer.window}

@@ -188,7 +188,7 @@ _CORRECTED = Experts(
 )
 QKV = Build("attention_bias", "attention_bias")
 BUILDS: dict[str, Build] = {
-    "llama": LLAMA, "granite": LLAMA, "smollm3": LLAMA, "emu3": LLAMA, "iquestcoder": LLAMA,
+    "llama": LLAMA, "granite": LLAMA, "smollm3": LLAMA, "iquestcoder": LLAMA,
     "gemma": QKV, "cwm": Build("attention_bias", "attention_bias", "mlp_bias"),
     "mistral": Build(), "ministral": Build(), "ministral3": Build(),
     "ernie4_5": Build("use_bias", "use_bias", "use_bias"),
