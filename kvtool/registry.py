@@ -69,6 +69,7 @@ COMMANDS = {
     "bench": "kvtool.commands.bench.command:command",
     "evaluate": "kvtool.commands.evaluate:command",
     "promote": "kvtool.commands.promote:command",
+    "plan": "kvtool.commands.plan.command:command",
 }
 
 

@@ -32,7 +32,9 @@ def _one(value: Any) -> list[Path]:
 def _of_model(value: Any) -> list[Path]:
     """The files in a model's folder that are read, and the shards that an index names."""
     found: list[Path] = []
-    with contextlib.suppress(FileError, OSError, RuntimeError):  # loading it says what is wrong
+    with contextlib.suppress(FileError, OSError, RuntimeError, ValueError):  # loading it says why
+        if Path(str(value)).is_file():  # a GGUF file, or a config.json alone
+            return _one(value)
         folder = model_folder(str(value))
         if folder.is_file():
             return [folder]

@@ -13,8 +13,9 @@ from cache_contract import KINDS
 from helpers import PADDED, PLAIN, Subject, addresses, agree, compilations, owned, write
 from kvtool.core.cache import Bytes, CacheSpec, cache_class, make_cache
 from kvtool.core.cache.base import EMPTY
-from kvtool.core.cache.dynamic import GRAIN, DynamicCache
+from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.static import StaticCache
+from kvtool.core.cache_bytes import GRAIN
 from kvtool.errors import CacheOpUnsupported, CapacityError, UsageError
 
 SPEC = CacheSpec(2, 3, 2, 4, 200, torch.float64)

@@ -25,7 +25,8 @@ from helpers import (
 )
 from kvtool.core.cache import EMPTY, Cache, CacheSpec, Step, make_cache
 from kvtool.core.cache.none import NoCache
-from kvtool.core.cache.sliding import SlidingCache, columns_for
+from kvtool.core.cache.sliding import SlidingCache
+from kvtool.core.cache_bytes import sliding_columns
 from kvtool.errors import CacheOpUnsupported, CapacityError, UsageError
 
 SPEC = CacheSpec(2, 3, 2, 4, 200, torch.float64)
@@ -281,7 +282,7 @@ def test_there_are_no_more_columns_than_the_capacity() -> None:
     for capacity in (1, 5, 7, 8, 100):
         cache = SlidingCache(dataclasses.replace(SPEC, capacity=capacity), window=5, sinks=2)
         columns = cache.nbytes().allocated // SPEC.token_nbytes
-        assert columns == min(capacity, 7) == columns_for(capacity, 5, 2, 0)
+        assert columns == min(capacity, 7) == sliding_columns(capacity, 5, 2, 0)
 
 
 @pytest.mark.parametrize("n", [6, 7, 8, 9])

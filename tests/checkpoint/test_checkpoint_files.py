@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from checkpoint_cases import TINY, load, put_together, refusal, same, saved, take_apart
 from kvtool import reading
-from kvtool.core.checkpoint import checkpoint, safetensors_file
+from kvtool.core.checkpoint import checkpoint, safetensors_header
 from kvtool.core.checkpoint.safetensors_file import SafetensorsFile
 from kvtool.core.models import Model
 from kvtool.errors import FileError, KvtoolError
@@ -124,7 +124,7 @@ def test_a_header_longer_than_its_file_is_refused(weights: Path, length: int) ->
 def test_a_header_beyond_the_formats_limit_is_refused_unread(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safetensors_file, "LARGEST_HEADER", 100)
+    monkeypatch.setattr(safetensors_header, "LARGEST_HEADER", 100)
     assert "bytes (expected 100 or fewer)" in refusal(weights.parent)
 
 

@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import graph_cases
 from kvtool import registry
 from kvtool.core.cache import Cache, CacheSpec, cache_class, make_cache
-from kvtool.core.cache.dynamic import GRAIN, DynamicCache
+from kvtool.core.cache.dynamic import DynamicCache
 from kvtool.core.cache.paged import PagedCache
 from kvtool.core.cache.sliding import SlidingCache
 from kvtool.core.cache.static import StaticCache
+from kvtool.core.cache_bytes import GRAIN
 from kvtool.core.decoding.dispatch import ONE_CALL, decoding_form
 from kvtool.core.decoding.engine import feed, first_input, generate
 from kvtool.core.decoding.native_decoder import NativeDecoder

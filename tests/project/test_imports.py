@@ -31,7 +31,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SPINE = (
     "native", "kernels", "cache", "models", "text", "checkpoint", "decoding", "training", "verify",
     "servers",
-    "reference", "bench",
+    "reference", "bench", "plan",
 )  # fmt: skip
 DOORS = {"kvtool", "kvtool.__main__", "kvtool.app", "kvtool.testing"}  # what users come in by
 

@@ -138,6 +138,13 @@ def test_a_listed_verdict_is_what_is_printed(
     assert same(listing, found), difference(listing, found)
 
 
+@of("plan")
+def test_a_listed_plan_is_what_is_printed(listing: Listing, printed: Callable[..., str]) -> None:
+    listing = as_listed(listing)
+    found = printed(listing, [])
+    assert same(listing, found), difference(listing, found)
+
+
 @of("bench")
 def test_a_listed_measurement_is_laid_out_and_concluded_as_it_is_printed(
     listing: Listing, printed: Callable[..., str], at_listed_speed: Callable[[str], None]
@@ -149,7 +156,7 @@ def test_a_listed_measurement_is_laid_out_and_concluded_as_it_is_printed(
 
 
 def test_all_listings_are_compared() -> None:
-    assert {listing.command.split()[0] for listing in ALL} == {"verify-cache", "bench"}
+    assert {listing.command.split()[0] for listing in ALL} == {"verify-cache", "bench", "plan"}
 
 
 def test_what_a_page_quotes_of_a_listing_of_another_stands_there() -> None:

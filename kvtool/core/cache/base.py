@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import ModelConfig
+from kvtool.core import cache_bytes
 from kvtool.core.cache.quantization import Float8, Quantization
 from kvtool.core.kernels.default import DEFAULT, Kernels
 from kvtool.core.kernels.masks import LazyMask, make_mask
@@ -69,10 +70,15 @@ class CacheSpec:
         return replace(self, shared=False)
 
     @property
+    def kept(self) -> cache_bytes.Kept:
+        """What a layer keeps of a token in a row."""
+        value_dim = 0 if self.shared else self.head_dim
+        return cache_bytes.Kept(self.n_kv_heads, self.head_dim, value_dim, self.dtype.itemsize)
+
+    @property
     def token_nbytes(self) -> int:
         """Bytes of keys and values of one token, over all layers and rows, stored in `dtype`."""
-        width = self.n_kv_heads * self.head_dim * self.dtype.itemsize
-        return (1 if self.shared else 2) * self.n_layers * self.batch * width
+        return self.n_layers * self.batch * self.kept.token
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,3 @@ class BufferedCache(DirectAccess, Cache):
         allocated = sum(t.untyped_storage().nbytes() for t in chain(*self._stored()))
         allocated += self._padding_nbytes()
         return Bytes(allocated, self.length * token, self._reach(self.length + 1) * token)
-
-
-def round_up(n: int, block: int) -> int:
-    """`n` rounded up to a multiple of `block`."""
-    return -(-n // block) * block

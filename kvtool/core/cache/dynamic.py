@@ -6,10 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kvtool.core import cache_bytes
 from kvtool.core.cache.base import CacheSpec
-from kvtool.core.cache.buffered import BufferedCache, round_up
-
-GRAIN = 64  # columns; growth is rounded up to a multiple of it
+from kvtool.core.cache.buffered import BufferedCache
 
 
 class DynamicCache(BufferedCache):
@@ -21,17 +20,12 @@ class DynamicCache(BufferedCache):
     kind: ClassVar[str] = "dynamic"
 
     def _first_columns(self) -> int:
-        return min(GRAIN, self.spec.capacity)
-
-    @classmethod
-    def _grown(cls, columns: int, length: int, capacity: int) -> int:
-        """The new number of columns when `length` are needed and there are `columns`."""
-        return min(round_up(max(length, columns + columns // 2), GRAIN), capacity)
+        return min(cache_bytes.GRAIN, self.spec.capacity)
 
     def _reserve(self, length: int) -> None:
         if length <= self._columns:
             return
-        columns = self._grown(self._columns, length, self.spec.capacity)
+        columns = cache_bytes.grown_columns(self._columns, length, self.spec.capacity)
         for buffers in self._stored():
             for layer, old in enumerate(buffers):  # one by one: only one buffer is held twice
                 new = old.new_zeros((*old.shape[:2], columns, old.shape[3]))
@@ -46,12 +40,8 @@ class DynamicCache(BufferedCache):
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
         """As Cache.predict_nbytes."""
-        columns = min(GRAIN, spec.capacity)
-        if prompt > columns:
-            columns = cls._grown(columns, prompt, spec.capacity)
-        while columns < min(length, spec.capacity):
-            columns = cls._grown(columns, columns + 1, spec.capacity)
-        return columns * spec.token_nbytes
+        held = cache_bytes.dynamic(spec.kept, spec.batch, spec.capacity, length, prompt)
+        return spec.n_layers * held.allocated
 
 
 DynamicCache.freeze_methods("_device_step", "_reach")

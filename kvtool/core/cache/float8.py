@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvtool.core import cache_bytes
 from kvtool.core.cache.base import Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.direct_access import StepAddresses, is_readable, no_sinks
@@ -119,22 +120,19 @@ class Float8Cache(BufferedCache):
         scales = [t for pair in self._scales for t in pair[: 1 if self.spec.shared else 2]]
         codes = [t for buffers in self._stored() for t in buffers]
         storages = [t.untyped_storage().nbytes() for t in (*codes, *scales)]
-        token = token_nbytes(self.spec) // self.spec.batch * self.batch
+        token = self.spec.n_layers * self.batch * cache_bytes.float8_token(self.spec.kept)
         allocated = sum(storages) + self._padding_nbytes()
         return Bytes(allocated, self.length * token, (self.length + 1) * token)
 
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
-        return spec.capacity * token_nbytes(spec)
+        return (
+            spec.n_layers
+            * cache_bytes.float8(spec.kept, spec.batch, spec.capacity, length).allocated
+        )
 
 
 Float8Cache.freeze_methods()
-
-
-def token_nbytes(spec: CacheSpec) -> int:
-    """Bytes of a token's codes and scales, over all layers and rows."""
-    head = spec.head_dim + spec.dtype.itemsize
-    return (1 if spec.shared else 2) * spec.n_layers * spec.batch * spec.n_kv_heads * head
 
 
 def _read(codes: Tensor, scale: Tensor) -> Tensor:

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from kvtool.config import check_int
+from kvtool.core import cache_bytes
 from kvtool.core.cache.base import EMPTY, Bytes, Cache, CacheSpec, Step
 from kvtool.core.cache.direct_access import DirectAccess, GraphStep, StepAddresses, no_sinks
 from kvtool.core.cache.pool import Pool
 from kvtool.core.kernels.masks import make_mask
 from kvtool.errors import CapacityError
-
-PAGE = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class PagedCache(DirectAccess, Cache):
         self,
         spec: CacheSpec,
         left_padding: Tensor | None = None,
-        page: int = PAGE,
+        page: int = cache_bytes.PAGE,
         rows: int = 1,
         pages: int = 0,
     ) -> None:
@@ -100,7 +99,7 @@ class PagedCache(DirectAccess, Cache):
             del row[n:]
 
     def _n_pages(self, length: int) -> int:
-        return -(-length // self.page)
+        return cache_bytes.n_pages(length, self.page)
 
     def make_room(self, n_new: int) -> int:
         """As Cache.make_room; takes pages. Raises CapacityError also if the pool is empty."""
@@ -323,13 +322,15 @@ class PagedCache(DirectAccess, Cache):
         spec: CacheSpec,
         length: int,
         prompt: int = 1,
-        page: int = PAGE,
+        page: int = cache_bytes.PAGE,
         rows: int = 1,
         pages: int = 0,
     ) -> int:
         """As Cache.predict_nbytes: the whole pool, whatever `length` is."""
-        n_pages = pages or pages_for(spec, page, rows)
-        return n_pages * page * (spec.token_nbytes // spec.batch)
+        pages = pages or pages_for(spec, page, rows)
+        sizes = spec.batch, spec.capacity, length
+        held = cache_bytes.paged(spec.kept, *sizes, page=page, pages=pages)
+        return spec.n_layers * held.allocated
 
 
 PagedCache.freeze_methods("_device_step", "_slots", "_gather", "_pages")
@@ -345,4 +346,4 @@ def _first_contiguous(table: list[list[int]]) -> int | None:
 
 def pages_for(spec: CacheSpec, page: int, rows: int = 1) -> int:
     """How many pages the rows of the spec, and at least `rows` rows, need if they share nothing."""
-    return max(spec.batch, rows) * -(-spec.capacity // page)
+    return max(spec.batch, rows) * cache_bytes.n_pages(spec.capacity, page)

@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from kvtool.core import cache_bytes
 from kvtool.core.kernels.masks import CopyRule
 
 
@@ -50,7 +51,7 @@ class Quantization:
 
     def n_quantized(self, n: int) -> int:
         """How many of n tokens are quantized: whole groups, without the newest `residual`."""
-        return max(n - self.residual, 0) // self.group * self.group
+        return cache_bytes.n_quantized(n, self.group, self.residual)
 
     def copy_mask(
         self, tokens: Sequence[int], quantized: Sequence[int], exact: Sequence[int]
@@ -73,7 +74,7 @@ class Quantization:
 
     def channels(self, head_dim: int) -> int:
         """How many channels of a value share a scale, for heads of `head_dim` channels."""
-        return head_dim if head_dim % self.group else self.group
+        return cache_bytes.channels(head_dim, self.group)
 
     def both_copies(self, k: Tensor, v: Tensor, q_pos: Tensor) -> tuple[Tensor, Tensor]:
         """All that the tokens of a whole pass read, k, v (B,Hkv,T,D) -> (B,Hkv,Q+T,D): those that

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import check_int
+from kvtool.core import cache_bytes
 from kvtool.core.cache.base import Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.direct_access import StepAddresses
@@ -20,8 +21,6 @@ from kvtool.core.native import coded as native
 from kvtool.core.native.arrays import Array
 from kvtool.core.native.coded import EXACT, LENGTH
 from kvtool.errors import CacheOpUnsupported, UsageError
-
-GROUP, RESIDUAL = 32, 32  # KIVI has groups of 32 too, and a residual of 128 for longer texts
 
 
 class QuantizedCache(BufferedCache):
@@ -56,8 +55,8 @@ class QuantizedCache(BufferedCache):
         self,
         spec: CacheSpec,
         left_padding: Tensor | None = None,
-        group: int = GROUP,
-        residual: int = RESIDUAL,
+        group: int = cache_bytes.GROUP,
+        residual: int = cache_bytes.RESIDUAL,
         slack: int = 0,
     ) -> None:
         """An empty cache. Raises UsageError for a group that does not fill whole bytes, and for a
@@ -72,7 +71,8 @@ class QuantizedCache(BufferedCache):
         super().__init__(spec.apart(), left_padding)  # keys and values are rounded in two ways
 
     def _first_columns(self) -> int:
-        return exact_columns(self.spec.capacity, self.quantization, self.slack)
+        q = self.quantization
+        return cache_bytes.exact_columns(self.spec.capacity, q.group, q.residual, self.slack)
 
     def _allocate(self, batch: int, columns: int) -> None:
         super()._allocate(batch, columns)
@@ -250,7 +250,7 @@ class QuantizedCache(BufferedCache):
         """As Cache.nbytes; scales and zero points count."""
         q, token = self.quantization, self.spec.token_nbytes // self.spec.batch  # of one row
         n = q.n_quantized(self.length)
-        codes = packed_nbytes(self.spec, n, q) // self.spec.batch
+        codes = self.spec.n_layers * cache_bytes.packed(self.spec.kept, n, q.bits, q.group)
         packed = [t for pair in self._packed for part in pair for t in part.tensors]
         buffers = [*self._keys, *self._values, *packed, *(whole for _, whole in self._set_aside)]
         allocated = sum(t.untyped_storage().nbytes() for t in buffers) + self._padding_nbytes()
@@ -263,14 +263,14 @@ class QuantizedCache(BufferedCache):
         spec: CacheSpec,
         length: int,
         prompt: int = 1,
-        group: int = GROUP,
-        residual: int = RESIDUAL,
+        group: int = cache_bytes.GROUP,
+        residual: int = cache_bytes.RESIDUAL,
         slack: int = 0,
     ) -> int:
         """As Cache.predict_nbytes: all is allocated at once, whatever `length` is."""
-        q, spec = Quantization(cls.bits, group, residual), spec.apart()
-        exact = exact_columns(spec.capacity, q, slack) * spec.token_nbytes
-        return exact + packed_nbytes(spec, q.n_quantized(spec.capacity), q)
+        sizes, settings = (spec.batch, spec.capacity, length), (group, residual, slack)
+        held = cache_bytes.quantized(cls.bits, spec.kept, *sizes, *settings)
+        return spec.n_layers * held.allocated
 
 
 class Int8Cache(QuantizedCache):
@@ -291,17 +291,3 @@ class Int4Cache(QuantizedCache):
 
 
 Int4Cache.freeze_methods()
-
-
-def exact_columns(capacity: int, q: Quantization, slack: int) -> int:
-    """How many exact tokens are stored at most: those that wait to be quantized, and `slack`."""
-    return min(q.residual + slack + q.group, capacity)
-
-
-def packed_nbytes(spec: CacheSpec, n: int, q: Quantization) -> int:
-    """Bytes of n quantized tokens, a multiple of the group, over all layers and rows."""
-    codes = 2 * n * spec.head_dim * q.bits // 8
-    key_scales = n // q.group * spec.head_dim
-    value_scales = n * (spec.head_dim // q.channels(spec.head_dim))
-    scales = 2 * (key_scales + value_scales) * spec.dtype.itemsize  # and zero points
-    return (codes + scales) * spec.n_kv_heads * spec.n_layers * spec.batch

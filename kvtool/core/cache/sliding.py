@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import check_int
+from kvtool.core import cache_bytes
 from kvtool.core.cache.base import EMPTY, Bytes, CacheSpec, Step
 from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.direct_access import StepAddresses
@@ -48,8 +49,8 @@ class SlidingCache(BufferedCache):
         self,
         spec: CacheSpec,
         left_padding: Tensor | None = None,
-        window: int = 256,
-        sinks: int = 4,
+        window: int = cache_bytes.WINDOW,
+        sinks: int = cache_bytes.SINKS,
         slack: int = 0,
     ) -> None:
         """An empty cache. Raises UsageError for a window below 1, or negative sinks or slack."""
@@ -58,7 +59,7 @@ class SlidingCache(BufferedCache):
         check_int("slack", slack, 0)
         self.window, self.sinks, self.slack = window, sinks, slack
         self._kept = window - 1 + slack  # tokens that remain when others are evicted
-        columns = columns_for(spec.capacity, window, sinks, slack)
+        columns = cache_bytes.sliding_columns(spec.capacity, window, sinks, slack)
         self._n_sinks = sinks if columns < spec.capacity else 0  # else nothing is ever evicted
         self._room = columns - self._n_sinks
         super().__init__(spec, left_padding)
@@ -248,18 +249,14 @@ class SlidingCache(BufferedCache):
         spec: CacheSpec,
         length: int,
         prompt: int = 1,
-        window: int = 256,
-        sinks: int = 4,
+        window: int = cache_bytes.WINDOW,
+        sinks: int = cache_bytes.SINKS,
         slack: int = 0,
     ) -> int:
         """As Cache.predict_nbytes: all is allocated at once, whatever `length` is."""
-        return columns_for(spec.capacity, window, sinks, slack) * spec.token_nbytes
+        settings = {"window": window, "sinks": sinks, "slack": slack}
+        held = cache_bytes.sliding(spec.kept, spec.batch, spec.capacity, length, **settings)
+        return spec.n_layers * held.allocated
 
 
 SlidingCache.freeze_methods("_held_positions")
-
-
-def columns_for(capacity: int, window: int, sinks: int, slack: int) -> int:
-    """How many columns a sliding cache has: those it keeps, one to write, and `spare` more."""
-    spare = -(-window // 8) - 1
-    return min(sinks + window + slack + spare, capacity)

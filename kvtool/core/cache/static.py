@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kvtool.core import cache_bytes
 from kvtool.core.cache.base import CacheSpec, Step
-from kvtool.core.cache.buffered import BufferedCache, round_up
+from kvtool.core.cache.buffered import BufferedCache
 from kvtool.core.cache.direct_access import GraphStep
 from kvtool.errors import CacheOpUnsupported
 
@@ -30,7 +31,7 @@ class StaticCache(BufferedCache):
         super().__init__(spec, left_padding)
 
     def _reach(self, length: int) -> int:
-        return min(round_up(length, self.block), self.spec.capacity)
+        return min(cache_bytes.round_up(length, self.block), self.spec.capacity)
 
     def select(self, rows: Tensor) -> None:
         """As Cache.select, in place. Raises CacheOpUnsupported for more rows than in the spec."""
@@ -65,7 +66,10 @@ class StaticCache(BufferedCache):
     @classmethod
     def predict_nbytes(cls, spec: CacheSpec, length: int, prompt: int = 1) -> int:
         """As Cache.predict_nbytes: the whole capacity, whatever `length` is."""
-        return spec.capacity * spec.token_nbytes
+        return (
+            spec.n_layers
+            * cache_bytes.static(spec.kept, spec.batch, spec.capacity, length).allocated
+        )
 
 
 StaticCache.freeze_methods("_device_step", "_reach")

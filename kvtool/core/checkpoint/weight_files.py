@@ -19,23 +19,17 @@ from torch import Tensor
 from kvtool.core.checkpoint.first_layers import FirstLayers
 from kvtool.core.checkpoint.pickled_file import PickledFile
 from kvtool.core.checkpoint.safetensors_file import DTYPES, Digest, SafetensorsFile, TensorInfo
+from kvtool.core.checkpoint.weight_names import CONFIG as CONFIG
+from kvtool.core.checkpoint.weight_names import INDEX, check_shard, weight_map
+from kvtool.core.checkpoint.weight_names import WEIGHTS as WEIGHTS
+from kvtool.core.checkpoint.weight_names import refuse_lookalike as refuse_lookalike
 from kvtool.core.machine import dtype_name
 from kvtool.errors import FileError, UsageError
-from kvtool.reading import opened, quoted, read_json_object, short
+from kvtool.reading import short
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLES = ("model.pt", "pytorch_model.bin")
 NAMES_SHOWN = 10
-LONGEST_NAME = 256  # characters; no file system has longer names
-
-# What a download may leave in place of the file. No valid file of kvtool begins like these.
-LOOKALIKES = {
-    b"version https://git-lfs": ("a Git LFS pointer", "Run git lfs pull to fetch the file itself."),
-    b"<!doctype": ("an HTML page", "Download the file itself, not the page that shows it."),
-    b"<html": ("an HTML page", "Download the file itself, not the page that shows it."),
-}
 
 
 class WeightFile(Protocol):
@@ -101,15 +95,6 @@ def _open_weights(
     if os.path.lexists(folder / PICKLED_INDEX):
         return ShardedFile(folder / PICKLED_INDEX, pickled, needs)
     raise FileError(f"{folder / WEIGHTS}: not found (expected weights)", "Copy them there.")
-
-
-def refuse_lookalike(path: Path, what: str) -> None:
-    """Raise FileError unless `path` is a file, and no Git LFS pointer or web page in its place."""
-    with opened(path, what) as file:
-        head = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for start, (found, hint) in LOOKALIKES.items():
-        if head.startswith(start):
-            raise FileError(f"{path}: is {found} (expected {what})", hint)
 
 
 def require_tensors(
@@ -214,7 +199,7 @@ class ShardedFile:
     ) -> None:
         self.path = path
         refuse_lookalike(path, "an index of weights")
-        places = _weight_map(path)
+        places = weight_map(path)
         listed: dict[str, set[str]] = {}
         for tensor, name in places.items():
             listed.setdefault(name, set()).add(tensor)
@@ -223,7 +208,7 @@ class ShardedFile:
         for name in sorted(name for name, held in listed.items() if any(map(needs, held))):
             shard = open_shard(path.parent / name)
             # Check before opening the next: at most one shard with unlisted tensors is in memory.
-            _check_shard(path, name, places, listed[name], set(shard.tensors))
+            check_shard(path, name, places, listed[name], set(shard.tensors))
             self._shards.append(shard)
             self.tensors |= shard.tensors
         self.resident = sum(shard.resident for shard in self._shards)
@@ -237,34 +222,3 @@ class ShardedFile:
             found |= tensors
             digests.append(digest)
         return found, lambda: hashlib.sha256("".join(d() for d in digests).encode()).hexdigest()
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """The table of the index: tensor -> shard. Raises FileError for a damaged index."""
-    places = read_json_object(path, "an index of weights").get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise FileError(f"{path}: weight_map is not an object of file names")
-    for tensor, name in places.items():
-        # isprintable: a NUL or half a surrogate pair is in no file's name, and breaks open().
-        plain = name.isprintable() and len(name) < LONGEST_NAME and name not in ("", ".", "..")
-        if not plain or "/" in name or "\\" in name:
-            raise FileError(
-                f"{path}: places {short(tensor)} in {quoted(name)} (expected a file name)",
-                "Shards lie beside their index; kvtool opens nothing elsewhere.",
-            )
-    return places
-
-
-def _check_shard(
-    index: Path, shard: str, places: Mapping[str, str], listed: set[str], held: set[str]
-) -> None:
-    if listed - held:
-        tensor = min(listed - held)
-        raise FileError(f"{index}: places {short(tensor)} in {shard}, which does not hold it")
-    if held - listed:
-        tensor = min(held - listed)
-        if tensor in places:
-            raise FileError(
-                f"{index}: places {short(tensor)} in {places[tensor]}, but {shard} holds one too"
-            )
-        raise FileError(f"{index}: does not list {short(tensor)}, which {shard} holds")

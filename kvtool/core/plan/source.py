@@ -1,0 +1,247 @@
+"""What --model names, described from its configuration or header alone: no weight is read."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvtool.config import OWN
+from kvtool.core.checkpoint.safetensors_header import BUFFERS, SafetensorsHeader, TensorInfo
+from kvtool.core.checkpoint.weight_names import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    check_shard,
+    refuse_lookalike,
+    weight_map,
+)
+from kvtool.core.plan.architectures import Architecture, architectures
+from kvtool.core.plan.described import CONFIGURATION, EXPERT, PART, Described, Weights
+from kvtool.core.plan.fields import Fields
+from kvtool.core.plan.gguf import describe_gguf
+from kvtool.core.plan.layers import UNPLANNED, read_shapes
+from kvtool.core.plan.own import read_own
+from kvtool.core.plan.weights import Counted, count_weights
+from kvtool.errors import FileError, UsageError
+from kvtool.files import is_gguf, model_folder, shipped_models
+from kvtool.reading import MAX_CONFIG_BYTES, quoted, read_json_object
+
+ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+USUAL = "bfloat16"  # of models whose files say nothing else
+LOOKED_UP = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)\.weight$")
+HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+
+
+class Format(NamedTuple):
+    """A number format of a file."""
+
+    name: str
+    itemsize: int
+
+
+STORED = {
+    "F64": Format("float64", 8), "F32": Format("float32", 4), "BF16": Format("bfloat16", 2),
+    "F16": Format("float16", 2), "F8_E4M3": Format("float8", 1), "F8_E5M2": Format("float8", 1),
+    "I64": Format("int64", 8), "I32": Format("int32", 4), "I16": Format("int16", 2),
+    "I8": Format("int8", 1), "U8": Format("uint8", 1), "BOOL": Format("bool", 1),
+}  # fmt: skip
+
+
+def describe(model: str, dtype: str | None) -> Described:
+    """What `model` is: a folder, a config.json, a GGUF file, or a type with its defaults.
+
+    dtype: of weights and keys; None: as they are stored. Raises FileError or UsageError, in one
+    line, for what is not there, not understood, or cannot be planned.
+    """
+    path = Path(model) if model else None
+    is_file = path is not None and path.is_file()
+    if path is not None and not path.exists() and model not in shipped_models():
+        if model in architectures() or model in UNPLANNED:
+            return _from(model, {"model_type": model}, model, dtype, None)
+        if "/" not in model:
+            raise _unknown_type(model)
+    if is_file and path is not None and not is_gguf(path):
+        return _from_config(path, dtype, None)
+    folder = model_folder(model)
+    if folder.is_file():
+        return describe_gguf(folder, dtype)
+    _refuse_diffusion(folder)
+    if not os.path.lexists(folder / CONFIG):
+        raise FileError(
+            f"--model {folder}: holds no {CONFIG}", "Give a folder of a model, or its config.json."
+        )
+    return _from_config(folder / CONFIG, dtype, folder)
+
+
+def _unknown_type(model: str) -> UsageError:
+    known = sorted({*architectures(), *UNPLANNED, *shipped_models()})
+    near = difflib.get_close_matches(model, known, n=1)
+    hint = f"Did you mean {near[0]}?" if near else "Give a folder, or a type such as llama."
+    return UsageError(f"--model {model}: is neither a folder, a file nor a known model type", hint)
+
+
+def _refuse_diffusion(folder: Path) -> None:
+    if os.path.lexists(folder / "model_index.json"):
+        raise FileError(
+            f"--model {folder}: is a pipeline of diffusers (it holds model_index.json)",
+            "Diffusion models keep no keys and values from token to token.",
+        )
+
+
+def _from_config(path: Path, dtype: str | None, folder: Path | None) -> Described:
+    refuse_lookalike(path, "a configuration")
+    data = read_json_object(path, "a configuration", MAX_CONFIG_BYTES)
+    name = str(folder or path)
+    if "_class_name" in data and "model_type" not in data:
+        raise FileError(
+            f"{path}: is the configuration of a diffusion model ({quoted(data['_class_name'])})",
+            "Diffusion models keep no keys and values from token to token.",
+        )
+    try:
+        return _from(name, data, str(path), dtype, folder)
+    except UsageError as error:
+        raise FileError(f"{path}: {error.message}", error.hint) from error
+
+
+def _from(
+    name: str, data: Mapping[str, Any], where: str, dtype: str | None, folder: Path | None
+) -> Described:
+    kind, whole = data.get("model_type"), ""
+    if isinstance(kind, str) and kind.startswith(OWN):
+        shapes, counted = read_own(data, where)
+    else:
+        fields, whole = _fields(data, kind)
+        shapes = read_shapes(fields, whole)
+        counted = None if whole and folder else count_weights(fields, shapes)
+    stored = _stored(folder)
+    said = data.get("dtype") or data.get("torch_dtype")
+    found = dtype or (stored and stored.dtype) or (said if said in ITEMSIZES else None) or USUAL
+    weights, unknown = _weights(data, counted, stored, dtype, found)
+    if weights is not None and whole and stored is None:
+        weights = replace(weights, said_by=PART)
+    return Described(name, str(kind), found, shapes, weights, unknown)
+
+
+def _fields(data: Mapping[str, Any], kind: Any) -> tuple[Fields, str]:
+    """The fields of the language model, and the type of which it is a part, or ""."""
+    if not isinstance(kind, str):
+        found = "is missing" if kind is None else f"{quoted(kind)} is not a name"
+        raise UsageError(f"model_type {found}", "config.json of Hugging Face says it.")
+    if reason := UNPLANNED.get(kind):
+        raise UsageError(f"model_type {quoted(kind)} cannot be planned: {reason}")
+    known = architectures().get(kind)
+    if known is None:
+        near = difflib.get_close_matches(kind, architectures(), n=1)
+        raise UsageError(
+            f"model_type {quoted(kind)} is not known, so nothing is planned",
+            f"Did you mean {near[0]}?" if near else "",
+        )
+    if not known.part:
+        return Fields(_without_type(data), known), ""
+    part = data.get(known.part, {} if data.keys() == {"model_type"} else None)
+    if part is None:
+        part = data
+    if not isinstance(part, Mapping):
+        raise UsageError(f"{known.part}: {quoted(part)} is not an object")
+    of = part.get("model_type") if part is not data else None
+    inner: Architecture | None = architectures().get(of if isinstance(of, str) else known.of)
+    if inner is None or inner.part:
+        raise UsageError(f"{known.part}: model_type {quoted(of)} is not known")
+    return Fields(_without_type(part), inner), kind
+
+
+def _without_type(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != "model_type"}
+
+
+# --- weights
+
+
+class Stored(NamedTuple):
+    """What headers say of the tensors."""
+
+    tensors: Mapping[str, TensorInfo[Format]]
+    dtype: str  # of most of them
+
+
+def _stored(folder: Path | None) -> Stored | None:
+    """The tensors of a folder's safetensors; None if it has none."""
+    if folder is None:
+        return None
+    tensors: dict[str, TensorInfo[Format]] = {}
+    if os.path.lexists(folder / WEIGHTS):
+        refuse_lookalike(folder / WEIGHTS, "weights")
+        tensors = SafetensorsHeader(folder / WEIGHTS, STORED, STORED).tensors
+    elif os.path.lexists(folder / INDEX):
+        refuse_lookalike(folder / INDEX, "an index of weights")
+        places = weight_map(folder / INDEX)
+        for shard in sorted(set(places.values())):
+            refuse_lookalike(folder / shard, "weights")
+            found = SafetensorsHeader(folder / shard, STORED, STORED).tensors
+            listed = {tensor for tensor, place in places.items() if place == shard}
+            check_shard(folder / INDEX, shard, places, listed, set(found))
+            tensors |= found
+    tensors = {name: info for name, info in tensors.items() if not BUFFERS.search(name)}
+    if not tensors:
+        return None
+    most: Counter[str] = Counter()
+    for info in tensors.values():
+        if info.dtype.name in ITEMSIZES:
+            most[info.dtype.name] += math.prod(info.shape)
+    return Stored(tensors, most.most_common(1)[0][0] if most else USUAL)
+
+
+def _weights(
+    data: Mapping[str, Any],
+    counted: Counted | None,
+    stored: Stored | None,
+    dtype: str | None,
+    found: str,
+) -> tuple[Weights | None, str]:
+    """Bytes of the weights, or why they are not known."""
+    if stored is not None:
+        return _by_headers(data, stored, counted, dtype), ""
+    if data.get("quantization_config"):
+        return None, "they are quantised, and only a file says how"
+    if counted is None:
+        kind = data.get("model_type")
+        return None, f"how many {kind} has is not known from its configuration"
+    size = ITEMSIZES[found]
+    return Weights(size * counted.total, size * counted.read, CONFIGURATION), ""
+
+
+def _by_headers(
+    data: Mapping[str, Any], stored: Stored, counted: Counted | None, dtype: str | None
+) -> Weights:
+    def nbytes(info: TensorInfo[Format]) -> int:
+        floats = dtype is not None and info.dtype.name in ITEMSIZES
+        size = ITEMSIZES[dtype] if floats and dtype is not None else info.dtype.itemsize
+        return math.prod(info.shape) * size
+
+    total = sum(map(nbytes, stored.tensors.values()))
+    numbers = sum(math.prod(info.shape) for info in stored.tensors.values())
+    if counted is not None and counted.total == numbers:
+        return Weights(total, total * counted.read // numbers, "headers")
+    has_head = any(HEADS.search(name) for name in stored.tensors)
+    share = _share_of_experts(data)
+    read = 0
+    for name, info in stored.tensors.items():
+        if has_head and LOOKED_UP.search(name):
+            continue
+        read += int(nbytes(info) * share) if EXPERT.search(name) else nbytes(info)
+    return Weights(total, read, "headers")
+
+
+def _share_of_experts(data: Mapping[str, Any]) -> float:
+    """Which part of all experts a token takes."""
+    used = data.get("num_experts_per_tok")
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    n = next((data[name] for name in names if isinstance(data.get(name), int)), 0)
+    return used / n if isinstance(used, int) and 0 < used <= n else 1.0
