@@ -10,13 +10,13 @@ from kvtool.commands.verify import self_test as self_tests
 from kvtool.commands.verify import server as server_visits
 from kvtool.commands.verify import sweep as sweeps
 from kvtool.commands.verify.check import Settings, run
-from kvtool.commands.verify.hf import require_model
+from kvtool.commands.verify.hf import check_team, require_model
 from kvtool.commands.verify.show import draw, show
 from kvtool.config import RunConfig
 from kvtool.registry import IMPLEMENTATIONS, choose
 from kvtool.ui import options as o
 from kvtool.ui.option_rules import require
-from kvtool.ui.output import Output, present
+from kvtool.ui.output import Output, output_of_rank, present
 from kvtool.ui.tables import Column
 
 
@@ -81,7 +81,7 @@ def command(
 
       kvtool verify-cache --server http://127.0.0.1:8080
     """
-    out = Output(as_json, output_file, quiet, verbose)
+    out = output_of_rank(as_json, output_file, quiet, verbose)
     if scenarios == ["help"] and not self_test:
         show_scenarios(out, server is not None)
         raise typer.Exit
@@ -128,6 +128,7 @@ def command(
     else:
         choose(impl, IMPLEMENTATIONS, "--impl")
         require(v.RULES, given)
+    check_team(hf and not sweep and not self_test, model)
     hf_kinds = caches if given["--caches"] else []
     if self_test:
         its = self_tests.Settings(machine, resume)

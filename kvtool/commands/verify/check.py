@@ -118,9 +118,12 @@ def load_model(
     return loaded, prompt, ids
 
 
-def require_float64(model: Any, logits: int) -> None:
+def require_float64(model: Any, logits: int, device: Any = None, parts: int = 1) -> None:
     """Raise CapacityError unless a model in float64, as a copy or as its weights are widened, and
-    so many bytes of logits can be had."""
+    so many bytes of logits can be had.
+
+    device, parts: see `copy_crowds`.
+    """
     import torch
 
     from kvtool.core import footprint
@@ -129,11 +132,11 @@ def require_float64(model: Any, logits: int) -> None:
 
     what = "the weights in float64, and the logits of all runs"
     needed = footprint.converted(model, torch.float64)
-    if copy_crowds(model):
+    device = device or next(model.parameters()).device
+    if copy_crowds(model, device, parts):
         what = "a weight in float64, and the logits of all runs"
         needed = footprint.widened(model)
-    device = next(model.parameters()).device
-    require_memory(what, needed + logits, device, footprint.FEWER)
+    require_memory(what, needed // parts + logits, device, footprint.FEWER)
 
 
 def tell_float64(model: Any, widens: bool, out: Output) -> None:

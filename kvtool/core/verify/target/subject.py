@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -239,6 +240,10 @@ class TargetSubject:
         found = cost.affordable(self, Bounds(longest, *of_steps, level))
         self.reach, self.level = found.reach, found.level
         self.fed_little = found.level < level
+
+    def seconds(self) -> float:
+        """The time that this thread has computed so far."""
+        return time.thread_time()
 
     def find_special_ids(self, given: Any) -> tuple[int, ...]:
         """The ids to which the decoder gives a meaning."""
