@@ -12,7 +12,7 @@ from kvtool.commands.verify import sweep as sweeps
 from kvtool.commands.verify.check import Settings, run
 from kvtool.commands.verify.hf import check_team, require_model
 from kvtool.commands.verify.show import draw, show
-from kvtool.config import RunConfig
+from kvtool.config import RunConfig, check_int
 from kvtool.registry import IMPLEMENTATIONS, choose
 from kvtool.ui import options as o
 from kvtool.ui.option_rules import require
@@ -33,7 +33,7 @@ def command(
     tokens: v.Tokens = v.DEFAULT_TOKENS,
     prompt_length: v.PromptLength = 0,
     thorough: v.Thorough = False,
-    layers: v.Layers = 0,
+    layers: v.Layers = None,
     prompt: o.Prompt = None,
     target: v.Target = None,
     lossy: v.Lossy = False,
@@ -98,7 +98,7 @@ def command(
         "--tokens": tokens != v.DEFAULT_TOKENS,
         "--prompt-length": prompt_length,
         "--thorough": thorough,
-        "--layers": layers,
+        "--layers": layers is not None,
         "--prompt": prompt is not None,
         "--target": target is not None,
         "--target or --against": target is not None or against is not None,
@@ -128,6 +128,8 @@ def command(
     else:
         choose(impl, IMPLEMENTATIONS, "--impl")
         require(v.RULES, given)
+    if layers is not None:
+        check_int("--layers", layers, 1)
     check_team(hf and not sweep and not self_test, model)
     hf_kinds = caches if given["--caches"] else []
     if self_test:
@@ -145,7 +147,7 @@ def command(
         present("verify-cache.sweep", all_types, sweeps.run, sweeps.show, out)
     elif hf:
         one_model = hf_models.Settings(
-            machine, hf_kinds, scenarios, tokens, resume, prompt_length, thorough, layers
+            machine, hf_kinds, scenarios, tokens, resume, prompt_length, thorough, layers or 0
         )
         present("verify-cache", one_model, hf_models.run, show, out)
     else:
@@ -158,7 +160,7 @@ def command(
         chosen = o.kinds_with_settings(caches, **of_kinds)
         asked = Settings(
             machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume, lossy,
-            prompt_length, thorough, layers,
+            prompt_length, thorough, layers or 0,
         )  # fmt: skip
         if plot is not None:
             out.later(lambda report, _: draw(report, asked, plot, out))

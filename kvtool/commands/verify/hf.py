@@ -7,7 +7,7 @@ import json
 import re
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvtool.commands.verify.check import require_float64, tell_float64, tell_layers
+from kvtool.commands.verify.check import cut_layers, require_float64, tell_fewer, tell_float64
 from kvtool.commands.verify.report import CacheReport, Row
 from kvtool.commands.verify.resume import Rows, facts, resume_file
 from kvtool.config import RunConfig, check_int, process_rank
@@ -85,7 +85,8 @@ def judge(
     from kvtool.core.verify.hf.check import check_transformers
     from kvtool.core.verify.hf.shared import shared_out
 
-    started = time.perf_counter()
+    started, name = time.perf_counter(), settings.run.model
+    settings = replace(settings, layers=cut_layers(name, settings.layers, out))
     loaded = team.each(lambda: load(settings, device, dtype, team, out))
     model = loaded.model if team.alone else shared_out(loaded.model, device, dtype, team)
     resolved = resolved_of(settings, loaded, device, team)
@@ -136,17 +137,19 @@ def load(settings: Settings, device: Any, dtype: Any, team: Team, out: Output) -
     from kvtool.core.checkpoint.checkpoint import tell_format
     from kvtool.core.verify.hf.check import load_model
     from kvtool.core.verify.hf.shared import parts_on
+    from kvtool.core.verify.hf.subject import context
     from kvtool.core.verify.widened import copy_crowds
 
     name = settings.run.model
-    tell_layers(name, settings.layers, out)
     loaded = load_model(name, settings.run.seed, settings.layers)
     model = loaded.model
     if loaded.sha256 is not None:
         tell_format(name, stored_format(loaded), dtype)
     model = model.to(device, dtype) if team.alone else model
     n_vocab = model.config.get_text_config(decoder=True).vocab_size
-    n_prompt = settings.prompt_length or scenario_prompt()
+    n_prompt, holds = settings.prompt_length or scenario_prompt(), context(model.config)
+    if n_prompt < holds < n_prompt + settings.tokens:
+        tell_fewer(settings.tokens, holds - n_prompt, holds, out)
     parts = parts_on(device, team)
     logits = footprint.arms(n_vocab, n_prompt, settings.tokens, dtype.itemsize)
     require_float64(model, logits * team.share.world_size // parts, device, parts)

@@ -172,7 +172,7 @@ Thorough = Annotated[
     ),
 ]
 Layers = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--layers",
         metavar="N",
