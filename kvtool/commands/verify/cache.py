@@ -53,6 +53,7 @@ def command(
     resume: v.Resume = None,
     model: o.Model = "",
     device: o.Device = "auto",
+    device_map: v.DeviceMap = "",
     dtype: o.Dtype = "float32",
     threads: o.Threads = 0,
     seed: v.Seed = 0,
@@ -99,6 +100,7 @@ def command(
         "--prompt-length": prompt_length,
         "--thorough": thorough,
         "--layers": layers is not None,
+        "--device-map": device_map,
         "--prompt": prompt is not None,
         "--target": target is not None,
         "--target or --against": target is not None or against is not None,
@@ -130,7 +132,7 @@ def command(
         require(v.RULES, given)
     if layers is not None:
         check_int("--layers", layers, 1)
-    check_team(hf and not sweep and not self_test, model)
+    check_team(hf and not sweep and not self_test, model, device_map)
     hf_kinds = caches if given["--caches"] else []
     if self_test:
         its = self_tests.Settings(machine, resume)
@@ -147,7 +149,15 @@ def command(
         present("verify-cache.sweep", all_types, sweeps.run, sweeps.show, out)
     elif hf:
         one_model = hf_models.Settings(
-            machine, hf_kinds, scenarios, tokens, resume, prompt_length, thorough, layers or 0
+            machine,
+            hf_kinds,
+            scenarios,
+            tokens,
+            resume,
+            prompt_length,
+            thorough,
+            layers or 0,
+            device_map,
         )
         present("verify-cache", one_model, hf_models.run, show, out)
     else:

@@ -44,6 +44,7 @@ class Settings:
     prompt_length: int = 0  # tokens; 0: as many as a scenario has
     thorough: bool = False
     layers: int = 0  # the first ones alone; 0: all
+    device_map: str = ""  # as transformers has it; "": one device
     impl: str = "transformers"
 
     def __post_init__(self) -> None:
@@ -55,6 +56,8 @@ class Settings:
         if not self.run.model:
             hint = "Give a folder or a type: --model qwen3; --sweep takes all types."
             raise UsageError("--impl transformers: needs --model", hint)
+        if self.device_map and not Path(self.run.model).is_dir():
+            raise UsageError(f"--device-map: {self.run.model} is a type (expected a folder)")
         if self.resume is not None:
             check_writable(self.resume, "--resume")
 
@@ -136,16 +139,18 @@ def load(settings: Settings, device: Any, dtype: Any, team: Team, out: Output) -
     from kvtool.core import footprint
     from kvtool.core.checkpoint.checkpoint import tell_format
     from kvtool.core.verify.hf.check import load_model
+    from kvtool.core.verify.hf.folder import Placed
     from kvtool.core.verify.hf.shared import parts_on
     from kvtool.core.verify.hf.subject import context
     from kvtool.core.verify.widened import copy_crowds
 
     name = settings.run.model
-    loaded = load_model(name, settings.run.seed, settings.layers)
+    placed = Placed(settings.device_map, dtype) if settings.device_map else None
+    loaded = load_model(name, settings.run.seed, settings.layers, placed)
     model = loaded.model
     if loaded.sha256 is not None:
         tell_format(name, stored_format(loaded), dtype)
-    model = model.to(device, dtype) if team.alone else model
+    model = model.to(device, dtype) if team.alone and placed is None else model
     n_vocab = model.config.get_text_config(decoder=True).vocab_size
     n_prompt, holds = settings.prompt_length or scenario_prompt(), context(model.config)
     if n_prompt < holds < n_prompt + settings.tokens:
@@ -186,6 +191,7 @@ def resolved_of(settings: Settings, loaded: Loaded, device: Any, team: Team) -> 
         "scenarios": chosen_scenarios(settings.scenarios),
         "caches": settings.caches or list(TRANSFORMERS_CACHES),
         **({"layers": settings.layers} if settings.layers else {}),
+        **({"device_map": settings.device_map} if settings.device_map else {}),
         **({} if team.alone else {"processes": team.share.world_size}),
     }
 
@@ -224,11 +230,14 @@ def conditions(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict
     return facts("transformers", settings.run, **{**resolved, **asked})
 
 
-def check_team(shares: bool, model: str) -> None:
+def check_team(shares: bool, model: str, device_map: str = "") -> None:
     """Raise UsageError for processes of torchrun that would each judge the same.
 
     shares: whether the weights of a model are shared, if it is a folder.
     """
+    if process_rank()[1] > 1 and device_map:
+        text = "--device-map: contradicts torchrun, each of whose processes has one device"
+        raise UsageError(text, "Leave it out.")
     if process_rank()[1] > 1 and not (shares and Path(model).is_dir()):
         raise UsageError(
             "torchrun: its processes share the weights of a folder of transformers alone",

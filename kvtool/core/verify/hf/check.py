@@ -15,7 +15,7 @@ from kvtool.core.training.team import ALONE, Team
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.check import MAIN, Checked, planted_bug, with_reach
 from kvtool.core.verify.finding import Finding
-from kvtool.core.verify.hf.folder import read_folder
+from kvtool.core.verify.hf.folder import Placed, read_folder
 from kvtool.core.verify.hf.library import (
     kind_of,
     known_types,
@@ -47,9 +47,9 @@ class Loaded(NamedTuple):
     sha256: str | None = None  # of its weights, if they are from a folder
 
 
-def load_model(name: str, seed: int = 0, layers: int = 0) -> Loaded:
+def load_model(name: str, seed: int = 0, layers: int = 0, placed: Placed | None = None) -> Loaded:
     """The model in a saved folder, the first `layers` of it if not 0, or a tiny random one of a
-    type.
+    type. placed: see `read_folder`.
 
     Raises UsageError, FileError, and CheckFailed for weights that are NaN.
     """
@@ -61,7 +61,7 @@ def load_model(name: str, seed: int = 0, layers: int = 0) -> Loaded:
         return Loaded(*tiny_model(name, seed, kind=kind))
     if os.path.isfile(name):
         raise UsageError(f"--model {name}: is a file (expected a folder)", "Leave --impl out.")
-    read = read_folder(Path(name), kind=CheckFailed, layers=layers)
+    read = read_folder(Path(name), kind=CheckFailed, layers=layers, placed=placed)
     use_eager_experts(read.model)
     return Loaded(read.model, "", read.sha256)
 

@@ -213,7 +213,7 @@ def converted(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _copied_in_float64(model: Any) -> Any:
-    other = built_in_float64(model).to(model.device)
+    other = _spread_as(built_in_float64(model), model)
     weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     with torch.no_grad():
         for name, weight in other.named_parameters():
@@ -237,11 +237,21 @@ def _widened(model: Any) -> Any:
     tables(other, model, torch.float64)
     if any(weight.is_meta for weight in (*other.parameters(), *other.buffers())):
         raise RuntimeError("a weight of it has another name")
-    found = twin(model, Room(), other.eval())
+    found = twin(model, Room(), _spread_as(other, model).eval())
     with quiet_transformers(), torch.inference_mode():
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         found(ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
     return found
+
+
+def _spread_as(other: Any, model: Any) -> Any:
+    """A model on the devices of another, which --device-map may have spread over several."""
+    places = getattr(model, "hf_device_map", {})
+    if len(set(places.values())) < 2:
+        return other.to(model.device)
+    from accelerate import dispatch_model
+
+    return dispatch_model(other, device_map=places)
 
 
 def tables(other: Any, model: Any, dtype: torch.dtype) -> None:
