@@ -100,7 +100,7 @@ def load_model(
     from kvtool.core.checkpoint import checkpoint
     from kvtool.core.decoding.engine import check_context
     from kvtool.core.decoding.sources import check_sources
-    from kvtool.core.verify.target.subject import LEAST
+    from kvtool.core.verify.scenario_run import PREFILL
 
     if settings.tokens != DEFAULT_TOKENS:
         checkpoint.require_context(settings.run.model, "--tokens", settings.tokens)
@@ -115,8 +115,9 @@ def load_model(
     if loaded.source_tokenizer is not None:
         check_sources([ids], loaded.config.context)
     context, tokens = loaded.config.context, settings.tokens
-    if context < LEAST:
-        text = f"--model {loaded.path.name}: holds {context} tokens (expected {LEAST} or more)"
+    if context <= PREFILL:
+        least = PREFILL + 1
+        text = f"--model {loaded.path.name}: holds {context} tokens (expected {least} or more)"
         raise UsageError(text, "A check feeds about that many.")
     if settings.prompt is None and not n and loaded.source_tokenizer is None:
         ids = ids[: context // 2]

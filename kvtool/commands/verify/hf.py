@@ -96,8 +96,8 @@ def judge(
     opened: list[Rows] = []
 
     def open_rows() -> set[tuple[str, str, str]]:
-        note_model(loaded, resolved, out)
         log = resume_file(settings.resume, conditions(settings, loaded.model, resolved))
+        note_model(loaded, resolved, out)
         opened.append(rows_of(resolved, log, out))
         return opened[0].known
 
