@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import itertools
 import os
 import sys
@@ -277,11 +278,36 @@ def _drop(stream: TextIO) -> None:
     os.close(nowhere)
 
 
+class ClosedStdout(io.TextIOBase):
+    """In place of a stdout that was closed before: what is to be printed is an error, and no
+    silence. `held` keeps its number."""
+
+    encoding = "utf-8"
+
+    def __init__(self, held: TextIO) -> None:
+        self.held = held
+
+    def writable(self) -> bool:
+        """True: what is written is refused in words."""
+        return True
+
+    def fileno(self) -> int:
+        """That of the file that goes nowhere."""
+        return self.held.fileno()
+
+    def write(self, text: str) -> int:
+        """Raises FileError."""
+        text = "stdout: is closed, and what was found is not told"
+        raise FileError(text, "Leave out >&-, or send it to a file.")
+
+
 def _prepare_streams() -> None:
     """Make stdout and stderr usable when they are closed, or cannot encode what is printed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            # A file that is opened later would get its number, and what others print with it.
+            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, ClosedStdout(nowhere) if name == "stdout" else nowhere)
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -80,9 +80,21 @@ def short_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in said for text in OUT_OF_MEMORY)
 
 
+LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket closed")
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether another process, with which this one shares its work, ended: in the words of gloo and
+    of NCCL."""
+    said = str(error).lower()
+    words = "gloo" in said or "nccl" in said
+    return isinstance(error, RuntimeError) and words and any(text in said for text in LOST)
+
+
 def pass_on_shortage(error: BaseException) -> None:
-    """Raise the error again if memory ran out: that says nothing about the code that raised it."""
-    if short_of_memory(error):
+    """Raise the error again if memory ran out, or another process that is needed ended: that says
+    nothing about the code that raised it."""
+    if short_of_memory(error) or lost_a_process(error):
         raise error
 
 

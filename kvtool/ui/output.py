@@ -21,6 +21,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from kvtool.config import is_main_rank
 from kvtool.errors import KvtoolError, UsageError, first_line
 from kvtool.files import write_durable
 from kvtool.ui.documents import SUFFIXES, Report, check_destination, document, render, to_json
@@ -237,6 +238,13 @@ class Output:
             known = error if isinstance(error, KvtoolError) else explain_machine(error)
             self.warn(known.message if known else f"{type(error).__name__}: {first_line(error)}")
         self.failed.clear()
+
+
+def output_of_rank(as_json: bool, output_file: Path | None, quiet: bool, verbose: bool) -> Output:
+    """Where words go; those of a process that follows another go nowhere."""
+    if not is_main_rank():
+        return Output(quiet=True)
+    return Output(as_json, output_file, quiet, verbose)
 
 
 def present(

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import typer
 
-from kvtool.errors import KvtoolError, UsageError, first_line, short_of_memory
+from kvtool.errors import KvtoolError, UsageError, first_line, lost_a_process, short_of_memory
 from kvtool.nearest import did_you_mean, nearest_names
 from kvtool.ui.inert import in_a_line, visible
 
@@ -124,6 +124,9 @@ def explain_machine(error: BaseException) -> KvtoolError | None:
             f"memory: there is not enough for this{_asked_for(str(error).strip())}",
             "Use shorter lengths, a smaller batch, or a smaller model or number format.",
         )
+    if lost_a_process(error):
+        text = "torchrun: another process that shares the work has ended"
+        return KvtoolError(text, "What it said, if anything, stands above.")
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         what = f"{error.filename or 'output'}: {NO_SPACE[error.errno]}"
         return KvtoolError(what, "Free some and run it again.")

@@ -323,7 +323,7 @@ def test_one_file_is_preferred_to_shards_and_shards_to_a_pickle(
     write_index(tmp_path, {"a": "nowhere"})
     assert load(tmp_path)
     (tmp_path / WEIGHTS).unlink()
-    assert "nowhere: not found (expected weights)" in refusal(tmp_path)
+    assert "nowhere: not found (a shard that " in refusal(tmp_path)
     (tmp_path / INDEX).unlink()
     assert "model.pt: lacks 8 of 8 tensors" in refusal(tmp_path)
 
@@ -345,12 +345,17 @@ def test_an_index_opens_nothing_outside_its_folder(
     assert not opened
 
 
-def test_an_absent_shard_is_named_with_its_neighbours(weights: Path, model: Model) -> None:
-    shard(weights.parent, model, by_layer)
+def test_an_absent_shard_is_named_and_no_other_is_offered_for_it(
+    weights: Path, model: Model
+) -> None:
+    index = shard(weights.parent, model, by_layer)
+    n = len(set(index.values()))
     (weights.parent / "part-2.safetensors").unlink()
     message = refusal(weights.parent)
-    assert "part-2.safetensors: not found (expected weights). Did you mean" in message
-    assert "part-1.safetensors?" in message
+    assert f"part-2.safetensors: not found (a shard that {INDEX} lists). Download" in message
+    (weights.parent / "part-1.safetensors").unlink()
+    message = refusal(weights.parent)
+    assert f"part-1.safetensors: not found (2 of {n} shards are missing that {INDEX}" in message
 
 
 def test_an_index_agrees_with_its_shards(weights: Path, model: Model) -> None:

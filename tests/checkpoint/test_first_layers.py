@@ -74,9 +74,9 @@ def test_the_conclusion_says_which_layers_were_judged(
     assert document["resolved"]["layers"] == 2
 
 
-def test_as_many_layers_as_there_are_or_more_are_the_whole_model(tmp_path: Path) -> None:
+def test_as_many_layers_as_there_are_are_the_whole_model(tmp_path: Path) -> None:
     folder = save_decoder(tmp_path)
-    for layers in (0, 2, 9):
+    for layers in (0, 2):
         found = checkpoint.load(str(folder), CPU, torch.float32, layers=layers)
         assert found.config.n_layers == 2
 
@@ -105,3 +105,32 @@ def test_layers_of_several_kinds_are_cut_with_what_is_said_of_each(
         first = checkpoint.load(str(tmp_path), CPU, torch.float64, layers=n)
         with torch.inference_mode():
             assert gap(first.model(ids), expected(model, ids)) < 1e-12
+
+
+@pytest.mark.parametrize("impl", ["kvtool", "transformers"])
+def test_as_many_layers_as_there_are_is_the_whole_model_and_more_are_refused(
+    impl: str, cut: tuple[Path, Path], kv: Callable[..., Ran]
+) -> None:
+    args = f"--model {cut[1]} --impl {impl} --caches dynamic --scenarios crop --threads 1".split()
+    ran = kv(*args, "--layers", "2", command="verify-cache")
+    assert ran.code == 0 and "judged:" not in ran.out and "--layers" not in ran.err
+    for n, message in (("0", "0 is too small (expected 1 or more)"), ("3", "the model has 2")):
+        ran = kv(*args, "--layers", n, command="verify-cache")
+        assert (
+            ran.code == 2 and ran.err.startswith("kvtool: error: --layers") and message in ran.err
+        )
+
+
+@pytest.mark.parametrize(("impl", "least"), [("kvtool", 12), ("transformers", 24)])
+def test_what_is_fed_by_default_fits_a_short_context(
+    impl: str, least: int, kv: Callable[..., Ran], tmp_path: Path
+) -> None:
+    config = transformers.LlamaConfig(**{**SIZES, "max_position_embeddings": 32})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    args = f"--model {tmp_path} --impl {impl} --caches dynamic --scenarios decode crop".split()
+    ran = kv(*args, "--threads", "1", command="verify-cache")
+    assert ran.code == 0 and "--tokens 128: 2" in ran.err and "the model holds 32" in ran.err
+    config.max_position_embeddings = least - 1
+    config.save_pretrained(tmp_path)
+    ran = kv(*args, command="verify-cache")
+    assert ran.code == 2 and f"holds {least - 1} tokens (expected {least} or more)" in ran.err

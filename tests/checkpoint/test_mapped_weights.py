@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import safetensors.torch
 import torch
 
 from checkpoint_cases import load, put_together, same, saved, take_apart
+from cli_probe import HANGS
 from kvtool.core import machine
 from kvtool.core.checkpoint import checkpoint, safetensors_file
 from kvtool.core.checkpoint.pickled_file import PickledFile
@@ -77,10 +81,35 @@ def test_a_file_that_was_overwritten_after_its_digest_was_read_has_none_any_more
     path: Path,
 ) -> None:
     loaded = checkpoint.load(str(path.parent), torch.device("cpu"), torch.float32)
-    assert loaded.sha256
-    os.utime(path, ns=(1, 1))
+    digest = loaded.sha256
+    os.utime(path, ns=(1, 1))  # whose bytes are the same
+    assert loaded.digest() == digest
+    with path.open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(bytes(4))
+    os.utime(path, ns=(2, 2))
     with pytest.raises(FileError, match="changed while it was used"):
         loaded.digest()
+
+
+CUT = """
+import pathlib, torch
+from kvtool.core.checkpoint import safetensors_file
+safetensors_file.MAPPED = 0
+path = pathlib.Path({path!r})
+tensors, _ = safetensors_file.SafetensorsFile(path).read()
+path.open("r+b").truncate(0)
+print(max(float(tensor.sum()) for tensor in tensors.values()))
+"""
+
+
+def test_a_file_that_is_cut_short_while_it_is_used_does_not_kill_without_words(
+    path: Path, warm_python: Callable[..., str]
+) -> None:
+    command = [warm_python(), "-c", CUT.format(path=str(path))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == -signal.SIGBUS
+    assert "Bus error" in done.stderr and "<string>" in done.stderr
 
 
 def test_a_digest_is_computed_when_it_is_asked_for_and_once(

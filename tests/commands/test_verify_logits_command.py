@@ -314,3 +314,13 @@ def test_a_broken_reference_is_exit_2(
         path = Path(kept)
         path.write_bytes(path.read_bytes()[:-8])
     assert refused(verify("--reference", str(path))).startswith(str(path))
+
+
+@pytest.mark.parametrize("context", [8, 56])  # that hold none of them, and some
+def test_texts_that_nobody_asked_for_fit_a_short_context(
+    context: int, kv: Callable[..., Ran], tmp_path: Path
+) -> None:
+    folder = save_decoder(tmp_path, context=context)
+    ran = kv("--model", str(folder), "--against", "numpy", command="verify-logits")
+    assert ran.code == 0
+    assert f"texts left out: the model holds {context} tokens" in ran.err

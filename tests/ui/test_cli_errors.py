@@ -210,6 +210,14 @@ def test_a_closed_pipe_ends_the_process_quietly() -> None:
     process.stderr.close()
 
 
+def test_a_stdout_that_was_closed_before_is_an_error_and_no_silence(
+    kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python leaves it for `kvtool --version >&-`
+    app._prepare_streams()
+    assert app.run(["--version"]) == 2 and app.run(["verify-cache", "--scenarios", "help"]) == 2
+
+
 @pytest.mark.parametrize(
     ("number", "code", "word"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],

@@ -10,13 +10,13 @@ import typer
 
 from kvtool.commands.train import options as t
 from kvtool.commands.train.report import TrainReport, show
-from kvtool.commands.train.run import best_of, device_of, output, train, with_vocab
+from kvtool.commands.train.run import best_of, device_of, train, with_vocab
 from kvtool.config import ModelConfig, RunConfig, TrainConfig, check_int
 from kvtool.errors import UsageError
 from kvtool.reading import read_text
 from kvtool.registry import MODELS, choose
 from kvtool.ui import options as o
-from kvtool.ui.output import Output, present
+from kvtool.ui.output import Output, output_of_rank, present
 
 if TYPE_CHECKING:
     from kvtool.core.text.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ def command(
 
       kvtool train-lm --data input.txt --steps 1000
     """
-    out = output(as_json, output_file, quiet, verbose)
+    out = output_of_rank(as_json, output_file, quiet, verbose)
     if data is None:
         raise UsageError("--data: is missing", "Give a text file, e.g. --data input.txt.")
     check_int("--vocab-size", vocab_size, 1)

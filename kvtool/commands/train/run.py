@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -33,20 +31,12 @@ def with_vocab(config: ModelConfig, target: int, source: int = 0) -> ModelConfig
     return dataclasses.replace(config, vocab_size=target, source_vocab_size=source)
 
 
-def output(as_json: bool, output_file: Path | None, quiet: bool, verbose: bool) -> Output:
-    """Where words go; those of a process that follows another go nowhere."""
-    if not is_main_rank():
-        return Output(quiet=True)
-    return Output(as_json, output_file, quiet, verbose)
-
-
 def device_of(run: RunConfig, config: TrainConfig) -> torch.device:
     """Where to train. Raises before any work, or data is read, what would end the run later: for a
     number format that training does not use, for --out, and where TensorBoard is not installed."""
-    import torch
-
     from kvtool.core.machine import prepare
     from kvtool.core.training.runs import RunFolder, event_writer
+    from kvtool.core.training.team import device_of_rank
     from kvtool.errors import UsageError
 
     if run.dtype != "float32":
@@ -57,11 +47,7 @@ def device_of(run: RunConfig, config: TrainConfig) -> torch.device:
         event_writer()
     if is_main_rank():
         RunFolder.probe(config.out, config.resume)
-    device = prepare(run)[0]
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
+    return device_of_rank(prepare(run)[0])
 
 
 def trained_in(device: torch.device, amp: bool | None) -> str:

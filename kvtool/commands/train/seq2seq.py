@@ -10,11 +10,11 @@ import typer
 
 from kvtool.commands.train import options as t
 from kvtool.commands.train.report import TrainReport, score_columns, show
-from kvtool.commands.train.run import best_of, device_of, output, train, with_vocab
+from kvtool.commands.train.run import best_of, device_of, train, with_vocab
 from kvtool.config import ModelConfig, RunConfig, TrainConfig, check_float, check_int
 from kvtool.registry import choose
 from kvtool.ui import options as o
-from kvtool.ui.output import Output, present
+from kvtool.ui.output import Output, output_of_rank, present
 
 if TYPE_CHECKING:
     from kvtool.core.text.tokenizer import Tokenizer
@@ -222,7 +222,7 @@ def command(
 
       kvtool train-seq2seq --data pairs.tsv --epochs 20
     """
-    out = output(as_json, output_file, quiet, verbose)
+    out = output_of_rank(as_json, output_file, quiet, verbose)
     check_int("--decoder-layers", decoder_layers, 1)
     check_int("--vocab-size", vocab_size, 1)
     settings = Settings(

@@ -10,13 +10,13 @@ from kvtool.commands.verify import self_test as self_tests
 from kvtool.commands.verify import server as server_visits
 from kvtool.commands.verify import sweep as sweeps
 from kvtool.commands.verify.check import Settings, run
-from kvtool.commands.verify.hf import require_model
+from kvtool.commands.verify.hf import check_team, require_model
 from kvtool.commands.verify.show import draw, show
-from kvtool.config import RunConfig
+from kvtool.config import RunConfig, check_int
 from kvtool.registry import IMPLEMENTATIONS, choose
 from kvtool.ui import options as o
 from kvtool.ui.option_rules import require
-from kvtool.ui.output import Output, present
+from kvtool.ui.output import Output, output_of_rank, present
 from kvtool.ui.tables import Column
 
 
@@ -33,7 +33,7 @@ def command(
     tokens: v.Tokens = v.DEFAULT_TOKENS,
     prompt_length: v.PromptLength = 0,
     thorough: v.Thorough = False,
-    layers: v.Layers = 0,
+    layers: v.Layers = None,
     prompt: o.Prompt = None,
     target: v.Target = None,
     lossy: v.Lossy = False,
@@ -53,6 +53,7 @@ def command(
     resume: v.Resume = None,
     model: o.Model = "",
     device: o.Device = "auto",
+    device_map: v.DeviceMap = "",
     dtype: o.Dtype = "float32",
     threads: o.Threads = 0,
     seed: v.Seed = 0,
@@ -81,7 +82,7 @@ def command(
 
       kvtool verify-cache --server http://127.0.0.1:8080
     """
-    out = Output(as_json, output_file, quiet, verbose)
+    out = output_of_rank(as_json, output_file, quiet, verbose)
     if scenarios == ["help"] and not self_test:
         show_scenarios(out, server is not None)
         raise typer.Exit
@@ -98,7 +99,8 @@ def command(
         "--tokens": tokens != v.DEFAULT_TOKENS,
         "--prompt-length": prompt_length,
         "--thorough": thorough,
-        "--layers": layers,
+        "--layers": layers is not None,
+        "--device-map": device_map,
         "--prompt": prompt is not None,
         "--target": target is not None,
         "--target or --against": target is not None or against is not None,
@@ -128,6 +130,9 @@ def command(
     else:
         choose(impl, IMPLEMENTATIONS, "--impl")
         require(v.RULES, given)
+    if layers is not None:
+        check_int("--layers", layers, 1)
+    check_team(hf and not sweep and not self_test, model, device_map)
     hf_kinds = caches if given["--caches"] else []
     if self_test:
         its = self_tests.Settings(machine, resume)
@@ -144,7 +149,15 @@ def command(
         present("verify-cache.sweep", all_types, sweeps.run, sweeps.show, out)
     elif hf:
         one_model = hf_models.Settings(
-            machine, hf_kinds, scenarios, tokens, resume, prompt_length, thorough, layers
+            machine,
+            hf_kinds,
+            scenarios,
+            tokens,
+            resume,
+            prompt_length,
+            thorough,
+            layers or 0,
+            device_map,
         )
         present("verify-cache", one_model, hf_models.run, show, out)
     else:
@@ -157,7 +170,7 @@ def command(
         chosen = o.kinds_with_settings(caches, **of_kinds)
         asked = Settings(
             machine, chosen, kernels, scenarios, tokens, prompt, target, plot, resume, lossy,
-            prompt_length, thorough, layers,
+            prompt_length, thorough, layers or 0,
         )  # fmt: skip
         if plot is not None:
             out.later(lambda report, _: draw(report, asked, plot, out))

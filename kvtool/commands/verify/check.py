@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtool.commands.verify.options import OF_A_TARGET
+from kvtool.commands.verify.options import DEFAULT_TOKENS, OF_A_TARGET
 from kvtool.commands.verify.report import CacheReport, Row
 from kvtool.commands.verify.resume import Rows, facts, resume_file
 from kvtool.config import RunConfig, check_int
@@ -92,15 +92,18 @@ def run(settings: Settings, out: Output) -> CacheReport:
 
 
 def load_model(
-    settings: Settings, device: Any, dtype: Any
-) -> tuple[Checkpoint, str | None, list[int]]:
-    """The checkpoint, the prompt, and its ids. Raises FileError and UsageError."""
+    settings: Settings, device: Any, dtype: Any, out: Output
+) -> tuple[Checkpoint, str | None, list[int], int]:
+    """The checkpoint, the prompt, its ids, and how many tokens follow: what nobody asked for is as
+    long as the context allows. Raises FileError and UsageError."""
     from kvtool.core import footprint
     from kvtool.core.checkpoint import checkpoint
     from kvtool.core.decoding.engine import check_context
     from kvtool.core.decoding.sources import check_sources
+    from kvtool.core.verify.scenario_run import PREFILL
 
-    checkpoint.require_context(settings.run.model, "--tokens", settings.tokens)
+    if settings.tokens != DEFAULT_TOKENS:
+        checkpoint.require_context(settings.run.model, "--tokens", settings.tokens)
     loaded = checkpoint.load(settings.run.model, device, dtype, True, settings.layers)
     default = SOURCE_PROMPT if loaded.source_tokenizer else DEFAULT_PROMPT
     prompt = default if settings.prompt is None and loaded.reads_text else settings.prompt
@@ -111,16 +114,34 @@ def load_model(
         ids = (ids * (n // len(ids) + 1))[:n]
     if loaded.source_tokenizer is not None:
         check_sources([ids], loaded.config.context)
+    context, tokens = loaded.config.context, settings.tokens
+    if context <= PREFILL:
+        least = PREFILL + 1
+        text = f"--model {loaded.path.name}: holds {context} tokens (expected {least} or more)"
+        raise UsageError(text, "A check feeds about that many.")
+    if settings.prompt is None and not n and loaded.source_tokenizer is None:
+        ids = ids[: context // 2]
     n_prompt = len(ids) if loaded.source_tokenizer is None else 1
-    check_context(n_prompt, settings.tokens, loaded.config.context)
-    needed = footprint.verdicts(loaded.config, len(ids), settings.tokens, dtype.itemsize)
+    if tokens == DEFAULT_TOKENS and n_prompt + 2 <= context < n_prompt + tokens:
+        tokens = tell_fewer(tokens, context - n_prompt, context, out)
+    check_context(n_prompt, tokens, context)
+    needed = footprint.verdicts(loaded.config, len(ids), tokens, dtype.itemsize)
     require_float64(loaded.model, needed)
-    return loaded, prompt, ids
+    return loaded, prompt, ids, tokens
 
 
-def require_float64(model: Any, logits: int) -> None:
-    """Raise CapacityError unless memory holds the model in float64, as a copy or with widened
-    weights, and this many bytes of logits."""
+def tell_fewer(asked: int, tokens: int, context: int, out: Output, what: str = "model") -> int:
+    """Say that fewer tokens are fed than are by default -> how many."""
+    out.note(f"--tokens {asked}: {tokens}, since the {what} holds {context}")
+    return tokens
+
+
+def require_float64(model: Any, logits: int, device: Any = None, parts: int = 1) -> None:
+    """Raise CapacityError unless a model in float64, as a copy or as its weights are widened, and
+    so many bytes of logits can be had.
+
+    device, parts: see `copy_crowds`.
+    """
     import torch
 
     from kvtool.core import footprint
@@ -129,11 +150,11 @@ def require_float64(model: Any, logits: int) -> None:
 
     what = "the weights in float64, and the logits of all runs"
     needed = footprint.converted(model, torch.float64)
-    if copy_crowds(model):
+    device = device or next(model.parameters()).device
+    if copy_crowds(model, device, parts):
         what = "a weight in float64, and the logits of all runs"
         needed = footprint.widened(model)
-    device = next(model.parameters()).device
-    require_memory(what, needed + logits, device, footprint.FEWER)
+    require_memory(what, needed // parts + logits, device, footprint.FEWER)
 
 
 def tell_float64(model: Any, widens: bool, out: Output) -> None:
@@ -150,18 +171,25 @@ def tell_float64(model: Any, widens: bool, out: Output) -> None:
     out.note(f"float64: {widened if widens else f'a copy of the weights, of {size}'}")
 
 
-def tell_layers(name: str, layers: int, out: Output) -> None:
-    """Say, before it is read, how much of a folder the first layers are. Raises FileError."""
+def cut_layers(name: str, layers: int, out: Output) -> int:
+    """How many layers alone are judged, 0 where all are; says, before it is read, how much of a
+    folder they are. Raises FileError, and UsageError for more than there are."""
     from kvtool.core.checkpoint.first_layers import FirstLayers
     from kvtool.core.checkpoint.safetensors_file import STORED_DTYPES
-    from kvtool.core.checkpoint.weight_files import open_weights
+    from kvtool.core.checkpoint.weight_files import CONFIG, open_weights
+    from kvtool.reading import MAX_CONFIG_BYTES, read_json_object
 
     folder = Path(name)
     if not layers or not folder.is_dir():
-        return
-    tensors = open_weights(folder, STORED_DTYPES, FirstLayers(layers)).tensors.values()
+        return layers
+    first = FirstLayers(layers)
+    described = read_json_object(folder / CONFIG, "a configuration", MAX_CONFIG_BYTES, finite=False)
+    if not first.cuts(described):
+        return 0
+    tensors = open_weights(folder, STORED_DTYPES, first).tensors.values()
     size = sum(info.end - info.begin for info in tensors) / 2**30
     out.note(f"--layers {layers}: {size:.3g} GiB of weights; later layers are not read or judged")
+    return layers
 
 
 def tell_time(
@@ -197,8 +225,8 @@ def check_model(
     from kvtool.core.verify import check
     from kvtool.core.verify.model_subject import Formats
 
-    tell_layers(settings.run.model, settings.layers, out)
-    loaded, prompt, ids = load_model(settings, device, dtype)
+    settings = replace(settings, layers=cut_layers(settings.run.model, settings.layers, out))
+    loaded, prompt, ids, tokens = load_model(settings, device, dtype, out)
     resolved = {
         **loaded.facts,
         "device": str(device),
@@ -207,7 +235,7 @@ def check_model(
         "cache_settings": {kind: settings_of(kind, small=True) for kind in settings.caches},
     }
     conditions = {**resolved, "model": loaded.path.name, "config": vars(loaded.config), "ids": ids}
-    kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": settings.tokens}
+    kinds = {"caches": settings.caches, "kernels": settings.kernels, "tokens": tokens}
     kinds["thorough"] = settings.thorough
     formats = Formats(loaded.model)
     tell_float64(loaded.model, formats.widens, out)
@@ -218,7 +246,7 @@ def check_model(
     total = len(rows.plan) + 1
     with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
-        main = check.main_case(loaded.model, torch.tensor([ids], device=device), settings.tokens)
+        main = check.main_case(loaded.model, torch.tensor([ids], device=device), tokens)
         asked = (settings.caches, settings.kernels, names)
         tell_time(formats, settings, names, main, rows, out, bar)
         for found in check.check_model(
@@ -275,7 +303,7 @@ def check_target(
     main = target_check.decode_case(*sizes, None, n, subject.device, n_prompt)
     if main.given is not None and main.given.shape[1] < main.n_prompt + settings.tokens:
         n = main.given.shape[1] - main.n_prompt
-        out.note(f"--tokens {settings.tokens}: {n}, since the decoder holds {subject.context}")
+        tell_fewer(settings.tokens, n, subject.context, out, "decoder")
     fed = settings.tokens if main.given is None else main.given.shape[1] - main.n_prompt
     needed = footprint.arms(subject.vocab_size, main.n_prompt, fed, subject.dtype.itemsize)
     require_memory("the logits of all runs", needed, subject.device, footprint.FEWER)

@@ -6,22 +6,30 @@ import importlib.util
 import json
 import re
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvtool.commands.verify.check import require_float64, tell_float64, tell_layers
+import typer
+
+from kvtool.commands.verify.check import cut_layers, require_float64, tell_fewer, tell_float64
 from kvtool.commands.verify.report import CacheReport, Row
 from kvtool.commands.verify.resume import Rows, facts, resume_file
-from kvtool.config import RunConfig, check_int
-from kvtool.ending import until_ended
+from kvtool.config import RunConfig, check_int, process_rank
+from kvtool.ending import signals_at_default, until_ended
 from kvtool.errors import FileError, UsageError
 from kvtool.registry import TRANSFORMERS_CACHES, choose
 from kvtool.ui import options as o
 from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output
+
+if TYPE_CHECKING:
+    from kvtool.core.training.team import Team
+    from kvtool.core.verify.hf.check import Loaded
+    from kvtool.core.verify.resume_log import ResumeLog
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Settings:
     prompt_length: int = 0  # tokens; 0: as many as a scenario has
     thorough: bool = False
     layers: int = 0  # the first ones alone; 0: all
+    device_map: str = ""  # as transformers has it; "": one device
     impl: str = "transformers"
 
     def __post_init__(self) -> None:
@@ -47,58 +56,60 @@ class Settings:
         if not self.run.model:
             hint = "Give a folder or a type: --model qwen3; --sweep takes all types."
             raise UsageError("--impl transformers: needs --model", hint)
+        if self.device_map and not Path(self.run.model).is_dir():
+            raise UsageError(f"--device-map: {self.run.model} is a type (expected a folder)")
         if self.resume is not None:
             check_writable(self.resume, "--resume")
 
 
 def run(settings: Settings, out: Output) -> CacheReport:
-    """Judge the model with each kind of cache in every scenario, then a planted bug."""
-    from kvtool.core import footprint
-    from kvtool.core.checkpoint.checkpoint import tell_format
-    from kvtool.core.machine import dtype_name, prepare
-    from kvtool.core.verify.hf.check import ALL, check_transformers, load_model
-    from kvtool.core.verify.hf.library import need_transformers
-    from kvtool.core.verify.scenarios import PREFILL
-    from kvtool.core.verify.target.check import OWN
-    from kvtool.core.verify.widened import copy_crowds
+    """Judge the model with each kind of cache in every scenario, then a planted bug.
 
-    names = chosen_scenarios(settings.scenarios)
-    started = time.perf_counter()
+    Of the processes that torchrun started, only the leader returns.
+    """
+    from kvtool.core.machine import prepare
+    from kvtool.core.training.team import device_of_rank, joined
+
+    chosen_scenarios(settings.scenarios)
     device, dtype = prepare(settings.run)
-    tell_layers(settings.run.model, settings.layers, out)
-    model, note, sha256 = load_model(settings.run.model, settings.run.seed, settings.layers)
-    stored = getattr(model.config, "dtype", None) or dtype
-    if sha256 is not None:
-        tell_format(settings.run.model, stored, dtype)
-    model = model.to(device, dtype)
-    n_vocab = model.config.get_text_config(decoder=True).vocab_size
-    n_prompt = settings.prompt_length or PREFILL
-    require_float64(model, footprint.arms(n_vocab, n_prompt, settings.tokens, dtype.itemsize))
-    tell_float64(model, copy_crowds(model), out)
-    kinds = settings.caches or list(TRANSFORMERS_CACHES)
-    resolved = {
-        "model": settings.run.model,
-        "sha256": sha256,
-        "stored_dtype": dtype_name(stored),
-        "transformers": need_transformers(),
-        "architecture": type(model).__name__,
-        "built": note,
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "device": str(device),
-        "scenarios": names,
-        "caches": kinds,
-        **({"layers": settings.layers} if settings.layers else {}),
-    }
-    log = resume_file(settings.resume, conditions(settings, model, resolved))
-    note_model(model, note, kinds, out)
-    rows = Rows(product(kinds, [OWN], names), log, out, ALL)
-    total = len(rows.plan) + 1
-    with rows, out.progress("verify-cache", total) as bar, until_ended() as outcome:
+    device = device_of_rank(device)
+    # Who follows has nothing to keep, and may be waiting for a process that has ended.
+    with joined(device) as team, nullcontext() if team.leads else signals_at_default():
+        report, code = judge(settings, device, dtype, team, out)
+    if report is None:
+        raise typer.Exit(code)
+    return report
+
+
+def judge(
+    settings: Settings, device: Any, dtype: Any, team: Team, out: Output
+) -> tuple[CacheReport | None, int]:
+    """What the leader of a team found, None in another process, and its exit code in every one."""
+    from kvtool.core.verify.hf.check import check_transformers
+    from kvtool.core.verify.hf.shared import shared_out
+
+    started, name = time.perf_counter(), settings.run.model
+    settings = replace(settings, layers=cut_layers(name, settings.layers, out))
+    loaded = team.each(lambda: load(settings, device, dtype, team, out))
+    model = loaded.model if team.alone else shared_out(loaded.model, device, dtype, team)
+    resolved = resolved_of(settings, loaded, device, team)
+    opened: list[Rows] = []
+
+    def open_rows() -> set[tuple[str, str, str]]:
+        log = resume_file(settings.resume, conditions(settings, loaded.model, resolved))
+        note_model(loaded, resolved, out)
+        opened.append(rows_of(resolved, log, out))
+        return opened[0].known
+
+    known = team.lead(open_rows)
+    rows = opened[0] if opened else rows_of(resolved, None, out)
+    with rows, out.progress("verify-cache", len(rows.plan) + 1) as bar, until_ended() as outcome:
         bar.advance(len(rows.found))
-        asked = (model, kinds, names, settings.tokens, bool(settings.caches))
-        check = partial(check_transformers, progress=bar.update, remark=out.note, skip=rows.known)
+        asked = (model, resolved["caches"], resolved["scenarios"], settings.tokens)
+        check = partial(check_transformers, progress=bar.update, remark=out.note, skip=known)
         more = partial(check, prompt_length=settings.prompt_length, thorough=settings.thorough)
-        for found in more(*asked):
+        shared = {"diagnose": team.alone, "whole": loaded.model, "team": team}
+        for found in more(*asked, bool(settings.caches), **shared):
             if found.planted:
                 rows.add_control(Row.of(found))
             else:
@@ -106,23 +117,105 @@ def run(settings: Settings, out: Output) -> CacheReport:
             bar.advance()
             if not found.usable and (settings.caches or out.verbose):
                 out.note(f"{found.cache}: {found.finding.evidence}")
-    if outcome.how is None and not any(row.scenario in names for row in rows.rows):
-        raise UsageError(f"--model {settings.run.model}: {rows.rows[0].evidence}")
-    report = rows.report(n_prompt, settings.run.dtype, resolved, outcome.how, out)
-    report.seconds = time.perf_counter() - started
-    return report
+    reports: list[CacheReport] = []
+
+    def finish() -> int:
+        n_prompt = settings.prompt_length or scenario_prompt()
+        scenarios = resolved["scenarios"]
+        if outcome.how is None and not any(row.scenario in scenarios for row in rows.rows):
+            raise UsageError(f"--model {settings.run.model}: {rows.rows[0].evidence}")
+        reports.append(rows.report(n_prompt, settings.run.dtype, resolved, outcome.how, out))
+        reports[0].seconds = time.perf_counter() - started
+        return reports[0].exit_code
+
+    # Of a team that a signal ended nobody else is there to hear it.
+    code = team.lead(finish) if outcome.how is None else finish()
+    return (reports[0] if reports else None), code
 
 
-def note_model(model: Any, note: str, kinds: list[str], out: Output) -> None:
+def load(settings: Settings, device: Any, dtype: Any, team: Team, out: Output) -> Loaded:
+    """The model, on its device unless a team is to share it. Raises what load_model raises, and
+    CapacityError for one that is too large in float64."""
+    from kvtool.core import footprint
+    from kvtool.core.checkpoint.checkpoint import tell_format
+    from kvtool.core.verify.hf.check import load_model
+    from kvtool.core.verify.hf.folder import Placed
+    from kvtool.core.verify.hf.shared import parts_on
+    from kvtool.core.verify.hf.subject import context
+    from kvtool.core.verify.widened import copy_crowds
+
+    name = settings.run.model
+    placed = Placed(settings.device_map, dtype) if settings.device_map else None
+    loaded = load_model(name, settings.run.seed, settings.layers, placed)
+    model = loaded.model
+    if loaded.sha256 is not None:
+        tell_format(name, stored_format(loaded), dtype)
+    model = model.to(device, dtype) if team.alone and placed is None else model
+    n_vocab = model.config.get_text_config(decoder=True).vocab_size
+    n_prompt, holds = settings.prompt_length or scenario_prompt(), context(model.config)
+    if n_prompt < holds < n_prompt + settings.tokens:
+        tell_fewer(settings.tokens, holds - n_prompt, holds, out)
+    parts = parts_on(device, team)
+    logits = footprint.arms(n_vocab, n_prompt, settings.tokens, dtype.itemsize)
+    require_float64(model, logits * team.share.world_size // parts, device, parts)
+    tell_float64(model, copy_crowds(model, device, parts), out)
+    return loaded._replace(model=model)
+
+
+def stored_format(loaded: Loaded) -> Any:
+    """The format that a model's configuration names, or else its own."""
+    return getattr(loaded.model.config, "dtype", None) or loaded.model.dtype
+
+
+def scenario_prompt() -> int:
+    """How many tokens the prompt of a scenario has."""
+    from kvtool.core.verify.scenarios import PREFILL
+
+    return PREFILL
+
+
+def resolved_of(settings: Settings, loaded: Loaded, device: Any, team: Team) -> dict[str, Any]:
+    """The settings that were left open, and what the model turned out to be."""
+    from kvtool.core.machine import dtype_name
+    from kvtool.core.verify.hf.library import need_transformers
+
+    return {
+        "model": settings.run.model,
+        "sha256": loaded.sha256,
+        "stored_dtype": dtype_name(stored_format(loaded)),
+        "transformers": need_transformers(),
+        "architecture": type(loaded.model).__name__,
+        "built": loaded.note,
+        "parameters": sum(weight.numel() for weight in loaded.model.parameters()),
+        "device": str(device),
+        "scenarios": chosen_scenarios(settings.scenarios),
+        "caches": settings.caches or list(TRANSFORMERS_CACHES),
+        **({"layers": settings.layers} if settings.layers else {}),
+        **({"device_map": settings.device_map} if settings.device_map else {}),
+        **({} if team.alone else {"processes": team.share.world_size}),
+    }
+
+
+def rows_of(resolved: dict[str, Any], log: ResumeLog[Row] | None, out: Output) -> Rows:
+    """Room for a row of every kind and scenario."""
+    from kvtool.core.verify.hf.check import ALL
+    from kvtool.core.verify.target.check import OWN
+
+    return Rows(product(resolved["caches"], [OWN], resolved["scenarios"]), log, out, ALL)
+
+
+def note_model(loaded: Loaded, resolved: dict[str, Any], out: Output) -> None:
     """Say what is special about the model, and about its caches."""
     from kvtool.core.verify.hf.caches import quantized_backend
     from kvtool.core.verify.hf.subject import QUANTIZED
 
-    if note:
-        out.note(note)
-    if QUANTIZED in kinds and not model.config.is_encoder_decoder:
+    if loaded.note:
+        out.note(loaded.note)
+    if QUANTIZED in resolved["caches"] and not loaded.model.config.is_encoder_decoder:
         backend = quantized_backend()
         out.note(f"quantized: judged with exact values in place of its codes, backend {backend}")
+    if n := resolved.get("processes"):
+        out.note(f"{n} processes share the weights: a bug would be found, but not located")
 
 
 def conditions(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +228,21 @@ def conditions(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict
         asked |= {"weights": fingerprint({"": model}, {}), "config": config}
     asked |= {"prompt_length": settings.prompt_length, "thorough": settings.thorough}
     return facts("transformers", settings.run, **{**resolved, **asked})
+
+
+def check_team(shares: bool, model: str, device_map: str = "") -> None:
+    """Raise UsageError for processes of torchrun that would each judge the same.
+
+    shares: whether the weights of a model are shared, if it is a folder.
+    """
+    if process_rank()[1] > 1 and device_map:
+        text = "--device-map: contradicts torchrun, each of whose processes has one device"
+        raise UsageError(text, "Leave it out.")
+    if process_rank()[1] > 1 and not (shares and Path(model).is_dir()):
+        raise UsageError(
+            "torchrun: its processes share the weights of a folder of transformers alone",
+            "Add --impl transformers --model FOLDER, or leave torchrun out.",
+        )
 
 
 def require_model(name: str) -> None:

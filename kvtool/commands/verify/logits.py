@@ -176,6 +176,9 @@ def run(settings: Settings, out: Output) -> LogitsReport:
         if settings.prompt is None and loaded.reads_text:
             texts = PROMPTS
         prompts = [(text, checkpoint.prompt_ids(loaded, text)) for text in texts]
+        if settings.prompt is None:
+            prompts = those_that_fit(prompts, loaded.config.context, out)
+            prompts = prompts or [(None, checkpoint.prompt_ids(loaded, None))]
         lengths, against = [len(ids) for _, ids in prompts], settings.against
         sizes = sum(lengths), max(lengths), dtype.itemsize
         logits_take = footprint.reference(loaded.config, *sizes)
@@ -199,6 +202,16 @@ def run(settings: Settings, out: Output) -> LogitsReport:
     tolerance = reference.allowance(precise, references, stored)
     resolved = {**loaded.facts, "device": str(device)}
     return LogitsReport(positions, agree, tolerance, name, settings.run.dtype, resolved)
+
+
+def those_that_fit(
+    prompts: list[tuple[str | None, list[int]]], context: int, out: Output
+) -> list[tuple[str | None, list[int]]]:
+    """The prompts that nobody asked for, but for those that a model does not hold."""
+    found = [(text, ids) for text, ids in prompts if len(ids) <= context]
+    if left := len(prompts) - len(found):
+        out.note(f"{left} of {len(prompts)} texts left out: the model holds {context} tokens")
+    return found
 
 
 def in_float64(loaded: Checkpoint, device: Any, dtype: Any) -> tuple[Any, Any]:

@@ -25,7 +25,7 @@ OF_KINDS = "--window --sinks --group --residual --page"
 OF_THE_SELF_TEST = contradicts(
     "--self-test",
     "--caches --kernels --scenarios --tokens --prompt-length --thorough --layers --prompt "
-    f"--target --lossy --plot --model --dtype --impl --sweep --server {OF_KINDS}",
+    f"--device-map --target --lossy --plot --model --dtype --impl --sweep --server {OF_KINDS}",
     "It has models, caches and tokens of its own.",
 )
 OF_A_SERVER = "--engine --prompts --requests --timeout --dry-run --promoted --against"
@@ -39,8 +39,8 @@ RULES = (
     needs("--server", OF_A_SERVER, "Add --server URL."),
     contradicts(
         "--server",
-        f"--impl --target --sweep --model --layers --dtype --caches --kernels --prompt "
-        f"--prompt-length --resume {OF_KINDS}",
+        f"--impl --target --sweep --model --layers --device-map --dtype --caches --kernels "
+        f"--prompt --prompt-length --resume {OF_KINDS}",
         "A server has its own model and cache, and takes its prompts from --prompts.",
     ),
     needs("--sweep", "--types --time-limit", f"Add {HF} --sweep."),
@@ -52,10 +52,10 @@ RULES = (
     contradicts(HF, "--target --prompt --plot", "Random ids are fed to models of transformers."),
     contradicts(
         f"{HF} --sweep",
-        "--model --layers --dtype --prompt-length --thorough",
+        "--model --layers --device-map --dtype --prompt-length --thorough",
         "It judges every type in float32, in a short time.",
     ),
-    needs(HF, "--sweep", f"Add {HF}."),
+    needs(HF, "--sweep --device-map", f"Add {HF}."),
     needs("--target or --against", "--lossy", "kvtool's own caches declare what they round."),
 )
 OF_A_TARGET = contradicts(
@@ -172,12 +172,22 @@ Thorough = Annotated[
     ),
 ]
 Layers = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--layers",
         metavar="N",
         show_default="all",
         help="Judge the first N layers alone, of a model that is too large as a whole.",
+    ),
+]
+DeviceMap = Annotated[
+    str,
+    typer.Option(
+        "--device-map",
+        metavar="auto|DEVICE",
+        show_default="--device alone",
+        help="Spread a folder of transformers over all devices (needs accelerate).",
+        rich_help_panel=o.MACHINE,
     ),
 ]
 Seed = Annotated[

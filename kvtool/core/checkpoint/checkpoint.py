@@ -152,6 +152,10 @@ def load(
     folder = model_folder(name)
     config, family = read_described(folder)
     tokenizer, source_tokenizer = read_tokenizers(folder, config, family)
+    if layers > config.n_layers:
+        raise UsageError(
+            f"--layers {layers}: the model has {config.n_layers}", "Leave it out to judge all."
+        )
     first = None
     if layers and layers < config.n_layers:
         _require_layers(folder, config)

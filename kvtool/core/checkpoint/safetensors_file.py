@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import hashlib
 import mmap
 import os
+import sys
 from collections.abc import Callable, Mapping
 from io import BufferedReader
 from pathlib import Path
@@ -81,6 +84,10 @@ class SafetensorsFile:
 
     def _mapped(self, file: BufferedReader) -> tuple[dict[str, Tensor], Digest]:
         digest = _FileDigest(file, self.path)
+        if not faulthandler.is_enabled():
+            # Whoever cuts the file short has this process killed as it reads on: not without words.
+            with contextlib.suppress(OSError, ValueError):  # a stderr without a descriptor
+                faulthandler.enable(sys.__stderr__ or sys.stderr)
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if len(pages) < self._size:
             raise _shorter(self.path)
@@ -101,7 +108,8 @@ class SafetensorsFile:
 class _FileDigest:
     """The digest of an open file, which may be replaced meanwhile by another of its name.
 
-    Raises FileError if its own bytes changed since.
+    Raises FileError if its own bytes changed since; a file whose times alone did is read again, if
+    it is known what it held before.
     """
 
     def __init__(self, file: BufferedReader, path: Path) -> None:
@@ -111,15 +119,21 @@ class _FileDigest:
         self._found = ""
 
     def __call__(self) -> str:
-        if not self._found:
-            digest, position = hashlib.sha256(), 0
-            while data := os.pread(self._handle, READ_AT_ONCE, position):
-                digest.update(data)
-                position += len(data)
-            self._found = digest.hexdigest()
-        if self._state() != self._seen:
-            raise FileError(f"{self.path}: changed while it was used", "Run it again.")
+        known = self._found
+        self._found = known or self._read()
+        state = self._state()
+        if state != self._seen:
+            if not known or self._read() != known or self._state() != state:
+                raise FileError(f"{self.path}: changed while it was used", "Run it again.")
+            self._seen = state
         return self._found
+
+    def _read(self) -> str:
+        digest, position = hashlib.sha256(), 0
+        while data := os.pread(self._handle, READ_AT_ONCE, position):
+            digest.update(data)
+            position += len(data)
+        return digest.hexdigest()
 
     def _state(self) -> tuple[int, int]:
         found = os.fstat(self._handle)

@@ -205,7 +205,9 @@ class ShardedFile:
             listed.setdefault(name, set()).add(tensor)
         self._shards: list[WeightFile] = []
         self.tensors: dict[str, TensorInfo] = {}
-        for name in sorted(name for name, held in listed.items() if any(map(needs, held))):
+        wanted = sorted(name for name, held in listed.items() if any(map(needs, held)))
+        _require_shards(path, wanted)
+        for name in wanted:
             shard = open_shard(path.parent / name)
             # Check before opening the next: at most one shard with unlisted tensors is in memory.
             check_shard(path, name, places, listed[name], set(shard.tensors))
@@ -222,3 +224,14 @@ class ShardedFile:
             found |= tensors
             digests.append(digest)
         return found, lambda: hashlib.sha256("".join(d() for d in digests).encode()).hexdigest()
+
+
+def _require_shards(index: Path, names: list[str]) -> None:
+    """Raise FileError if a shard is not there, even as a broken link."""
+    missing = [name for name in names if not os.path.lexists(index.parent / name)]
+    if missing:
+        many = f"{len(missing)} of {len(names)} shards are missing" if missing[1:] else "a shard"
+        raise FileError(
+            f"{index.parent / missing[0]}: not found ({many} that {index.name} lists)",
+            "Download or copy the rest of the model.",
+        )

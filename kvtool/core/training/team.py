@@ -1,11 +1,13 @@
-"""Training in one process, or data-parallel in several with torch.distributed.
+"""Work in one process, or shared by several with torch.distributed.
 
 `torchrun --nproc-per-node 2 -m kvtool train-seq2seq ...` starts the processes and gives each its
-rank. They share the rows of each batch. Only the leader, rank 0, evaluates, writes and prints.
+rank. In training they share the rows of each batch, in verify-cache the weights of a model. Only
+the leader, rank 0, evaluates, writes and prints.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +16,11 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from kvtool import ending
 from kvtool.config import process_rank
-from kvtool.errors import KvtoolError
+from kvtool.errors import CheckFailed, KvtoolError, first_line
 
 GIVE_BACK = 0.1  # seconds
 
@@ -42,7 +44,7 @@ WHOLE = Share()
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that train together; with one process every method is trivial."""
+    """The processes that work together; with one process every method is trivial."""
 
     share: Share = WHOLE
 
@@ -87,6 +89,40 @@ class Team:
             raise outcome[0]
         return cast(T, outcome[0])
 
+    def each(self, work: Callable[[], T]) -> T:
+        """Run `work`, in which nobody waits for another, and return its result.
+
+        All processes must call it. What is raised in one of them is raised in every one, so that
+        the leader can tell it, and nobody waits for a process that has ended.
+        """
+        if self.alone:
+            return work()
+        found: T | None = None
+        failed: tuple[bool, str, str] | None = None
+        try:
+            found = work()
+        except KvtoolError as error:
+            failed = (isinstance(error, CheckFailed), error.message, error.hint)
+        except Exception as error:
+            who = f"process {self.share.rank} of {self.share.world_size}"
+            failed = (False, f"{who}: {type(error).__name__}: {first_line(error)}", "")
+        every: list[tuple[bool, str, str] | None] = [None] * self.share.world_size
+        dist.all_gather_object(every, failed)
+        for each in every:
+            if each is not None:
+                is_answer, message, hint = each
+                raise (CheckFailed if is_answer else KvtoolError)(message, hint)
+        return cast(T, found)
+
+    def same(self, numbers: Tensor) -> Tensor:
+        """The leader's numbers, in every process: what is decided by them is decided alike, and
+        all take the same steps. All processes must call it."""
+        if self.alone:
+            return numbers
+        found = numbers.detach().clone(memory_format=torch.contiguous_format)
+        dist.broadcast(found, src=0)
+        return found
+
 
 ALONE = Team()
 
@@ -110,6 +146,14 @@ def joined(device: torch.device) -> Iterator[Team]:
         # back the last tensors: so they are given time to before.
         time.sleep(GIVE_BACK)
         dist.destroy_process_group()
+
+
+def device_of_rank(device: torch.device) -> torch.device:
+    """The GPU of this process, where torchrun started it; else the device."""
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
 
 
 def _device() -> torch.device:

@@ -8,7 +8,7 @@ lower format is a subset of float64, so the numbers are those of a copy, and so 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cache
 from typing import Any
 
@@ -30,12 +30,15 @@ def is_large(model: nn.Module) -> bool:
     return converted(model, WIDE) > LARGE_BYTES
 
 
-def copy_crowds(model: nn.Module) -> bool:
-    """Whether a copy in float64 would take more than a good part of the memory that there is."""
+def copy_crowds(model: nn.Module, device: torch.device | None = None, parts: int = 1) -> bool:
+    """Whether a copy in float64 would take more than a good part of the memory that there is.
+
+    device, parts: where it would stand, if not beside the model; of how many parts one is there.
+    """
     if not is_large(model):
         return False
-    available = available_bytes(next(model.parameters()).device)
-    return available is not None and COPIES * converted(model, WIDE) > available
+    available = available_bytes(device or next(model.parameters()).device)
+    return available is not None and COPIES * converted(model, WIDE) // parts > available
 
 
 class Room:
@@ -48,24 +51,28 @@ class Room:
     def __init__(self) -> None:
         self.n_widened = 0  # weights, each time that one was
         self.nbytes = 0  # the most that were held in float64 at once, small ones included
-        self._small: dict[int, Tensor] = {}
+        self._small: dict[Hashable, Tensor] = {}
         self._buffer: Tensor | None = None
         self._unused = 0  # references to the buffer's memory while nobody else holds it
-        self._inside: Tensor | None = None  # the weight whose numbers are in it
+        self._inside: Hashable = None  # the key of the weight whose numbers are in it
 
     def widened(self, weight: Tensor) -> Tensor:
         """The weight in float64, for its reader alone, who does not write to it."""
+        if hasattr(weight, "to_local"):  # a DTensor: each of several processes holds a part
+            self.n_widened += 1
+            return weight.to(WIDE)  # a DTensor cannot be detached in inference mode
+        key = _key(weight)
         if weight.numel() <= KEPT_NUMBERS:
-            found = self._small.get(id(weight))
+            found = self._small.get(key)
             if found is None:
-                found = self._small[id(weight)] = weight.detach().to(WIDE)
+                found = self._small[key] = weight.detach().to(WIDE)
                 self._count(0)
             return found
-        return self._large(weight.detach(), weight)
+        return self._large(weight.detach(), key)
 
-    def _large(self, numbers: Tensor, weight: Tensor) -> Tensor:
+    def _large(self, numbers: Tensor, key: Hashable) -> Tensor:
         buffer = self._buffer
-        if buffer is not None and self._inside is weight:
+        if buffer is not None and self._inside == key:
             return self._part(buffer, numbers)
         self.n_widened += 1
         if buffer is not None and not self._is_free(buffer):
@@ -78,7 +85,7 @@ class Room:
         self._inside = None  # until it is whole
         part = self._part(buffer, numbers)
         part.copy_(numbers)
-        self._inside = weight
+        self._inside = key
         return part
 
     def _new_buffer(self, numbers: Tensor) -> Tensor:
@@ -98,6 +105,12 @@ class Room:
         held = 0 if self._buffer is None else self._buffer.numel()
         held += sum(tensor.numel() for tensor in self._small.values()) + more
         self.nbytes = max(self.nbytes, held * WIDE.itemsize)
+
+
+def _key(weight: Tensor) -> Hashable:
+    """What a weight is known by. A process that holds a part of one makes a new tensor of that part
+    whenever it is read, of the same memory, which the model keeps."""
+    return weight.data_ptr(), weight.dtype, tuple(weight.shape), weight.stride()
 
 
 def _holders(tensor: Tensor) -> int:
@@ -141,7 +154,8 @@ def _reading_wide(kind: Any) -> Any:
 
     def read(self: Any, name: str) -> Any:
         found = kind.__getattr__(self, name)
-        if isinstance(found, nn.Parameter) and _is_low(found):
+        # A part of a weight stands there as a plain tensor while the module runs.
+        if isinstance(found, Tensor) and name in self._parameters and _is_low(found):
             return self.__dict__["_room"].widened(found)
         return found
 

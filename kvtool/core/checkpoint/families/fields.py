@@ -47,10 +47,13 @@ NEUTRAL: dict[str, Any] = {
     "use_mrope": False,
 }
 
+# Flags and numbers for which transformers itself takes null.
+NULLABLE = frozenset({"partial_rotary_factor", "rope_theta", "use_bidirectional_attention"})
+
 
 class Fields:
-    """The fields of one configuration. null counts as absent. Raises UsageError, naming the
-    field."""
+    """The fields of one configuration. Raises UsageError, naming the field. Null is not given, but
+    for what transformers takes no null for: flags, numbers that are not whole, and names."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.data = {name: value for name, value in data.items() if value is not None}
@@ -70,6 +73,8 @@ class Fields:
     def require(self, **values: Any) -> None:
         """Raise UsageError for a field that is present with another value."""
         for name, value in values.items():
+            if isinstance(value, bool):
+                self._refuse_null(name, "true or false")
             if self.take(name, value) != value:
                 found = short(str(self.data[name]))
                 raise UsageError(f"{name}: {found} is not supported (expected {value})")
@@ -89,6 +94,7 @@ class Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         """A number above 0."""
+        self._refuse_null(name, "a number")
         value = self.take(name, default)
         if value is None:
             raise UsageError(f"{name} is missing")
@@ -97,18 +103,24 @@ class Fields:
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
+        self._refuse_null(name, "true or false")
         value = self.take(name, default)
         check_bool(name, value)
         return bool(value)
 
     def one_of(self, name: str, choices: Mapping[str, str], default: str | None = None) -> str:
-        """The entry of `choices` that the value names."""
+        """What the value stands for among `choices`."""
+        self._refuse_null(name, f"one of {', '.join(choices)}")
         value = self.take(name, default)
         if not isinstance(value, str) or value not in choices:
             raise UsageError(
                 f"{name}: {quoted(value)} is not supported (expected one of {', '.join(choices)})"
             )
         return choices[value]
+
+    def _refuse_null(self, name: str, expected: str) -> None:
+        if name in self._null - NULLABLE:
+            raise UsageError(f"{name}: is null (expected {expected})", "Leave it out.")
 
     def finish(self, harmless: Set[str] = HARMLESS, neutral: Mapping[str, Any] = NEUTRAL) -> None:
         """Raise UsageError for a field that was not taken and might change the mathematics."""

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from kvtool.core.training.team import ALONE, Team
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.check import MAIN, Checked, planted_bug, with_reach
 from kvtool.core.verify.finding import Finding
-from kvtool.core.verify.hf.folder import read_folder
+from kvtool.core.verify.hf.folder import Placed, read_folder
 from kvtool.core.verify.hf.library import (
     kind_of,
     known_types,
@@ -23,6 +24,7 @@ from kvtool.core.verify.hf.library import (
     use_eager_experts,
 )
 from kvtool.core.verify.hf.seq2seq import EncoderDecoderSubject
+from kvtool.core.verify.hf.shared import SharedSubject
 from kvtool.core.verify.hf.subject import TransformersSubject
 from kvtool.core.verify.hf.tiny import tiny_model
 from kvtool.core.verify.judge import Judge
@@ -45,9 +47,9 @@ class Loaded(NamedTuple):
     sha256: str | None = None  # of its weights, if they are from a folder
 
 
-def load_model(name: str, seed: int = 0, layers: int = 0) -> Loaded:
+def load_model(name: str, seed: int = 0, layers: int = 0, placed: Placed | None = None) -> Loaded:
     """The model in a saved folder, the first `layers` of it if not 0, or a tiny random one of a
-    type.
+    type. placed: see `read_folder`.
 
     Raises UsageError, FileError, and CheckFailed for weights that are NaN.
     """
@@ -59,13 +61,18 @@ def load_model(name: str, seed: int = 0, layers: int = 0) -> Loaded:
         return Loaded(*tiny_model(name, seed, kind=kind))
     if os.path.isfile(name):
         raise UsageError(f"--model {name}: is a file (expected a folder)", "Leave --impl out.")
-    read = read_folder(Path(name), kind=CheckFailed, layers=layers)
+    read = read_folder(Path(name), kind=CheckFailed, layers=layers, placed=placed)
     use_eager_experts(read.model)
     return Loaded(read.model, "", read.sha256)
 
 
-def subject_of(model: Any, kind: str) -> TransformersSubject:
-    """A model of either kind as a subject. Raises what TransformersSubject raises."""
+def subject_of(model: Any, kind: str, whole: Any = None, team: Team = ALONE) -> TransformersSubject:
+    """A model of either kind as a subject. Raises what TransformersSubject raises.
+
+    whole: the folder's model, where the processes of a team share `model`.
+    """
+    if not team.alone:
+        return SharedSubject(model, kind, whole, team)
     if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
         return TransformersSubject(model, kind)
     return EncoderDecoderSubject(model, kind)
@@ -83,12 +90,15 @@ def check_transformers(
     skip: Container[tuple[str, str, str]] = (),
     prompt_length: int = 0,
     thorough: bool = False,
+    whole: Any = None,
+    team: Team = ALONE,
 ) -> Iterator[Checked]:
     """Judge a model with kinds of transformers' caches in all scenarios, then a planted bug.
 
     A kind that cannot be used is one finding, and counts only if it was `asked` for. skip: kind,
     kernels and scenario of what is not judged. `diagnose` locates bugs, which takes longer.
-    `progress` hears what comes next, `remark` what goes with the verdicts. Raises CheckFailed.
+    `progress` hears what comes next, `remark` what goes with the verdicts. whole: see `subject_of`.
+    Raises CheckFailed.
     """
     planted, passes, doctor = None, Passes(), Examiner()
     formats: dict[tuple[Same, torch.dtype], nn.Module] = {}
@@ -98,7 +108,7 @@ def check_transformers(
         if (kind, OWN, ALL) in skip or not (left or planted is None):
             continue
         try:
-            subject = subject_of(model, kind)
+            subject = subject_of(model, kind, whole, team)
         except (CacheOpUnsupported, UsageError) as error:
             why = Finding(ALL, UNSUPPORTED, error.message)
             yield Checked(kind, OWN, asked, why, usable=False)

@@ -9,6 +9,7 @@ missing at random and judge that.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -35,13 +36,14 @@ from kvtool.core.machine import dtype_name, require_memory
 from kvtool.core.verify.hf.configuration import all_fields, class_of, make_config, read_settings
 from kvtool.core.verify.hf.library import in_one_line, quiet_transformers
 from kvtool.core.verify.hf.shrink import LAYERS
-from kvtool.errors import FileError
+from kvtool.errors import CapacityError, FileError, UsageError
 from kvtool.hub import offline
-from kvtool.reading import short
+from kvtool.reading import quoted, short
 
 DEPTHS = (*LAYERS, "encoder_layers")  # fields that say how often something is built
 # Of what a model is built without its weights: tied tensors are built more than once, and a
 # thousand of them, or a few million numbers, cost nothing.
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # of transformers' device_map
 TIED, SLACK, FREE_NUMBERS = 8, 1000, 2**24
 
 
@@ -52,19 +54,29 @@ class Read(NamedTuple):
     sha256: str  # of the weights
 
 
+class Placed(NamedTuple):
+    """On which devices a model is put, as transformers' device_map says, and in which format."""
+
+    device_map: str  # a strategy, or a device
+    dtype: torch.dtype
+
+
 def read_folder(
     folder: Path,
     dtype: torch.dtype | None = None,
     kind: type[Exception] = FileError,
     layers: int = 0,
+    placed: Placed | None = None,
 ) -> Read:
     """The model in a saved folder, in `dtype` or else in the one that its configuration names; of
-    `layers`, only the first ones, 0 for all.
+    `layers`, only the first ones, 0 for all. placed: spread over devices, in its own format.
 
     Nothing is downloaded, and no code that lies beside the weights is run. Raises FileError for
     what is missing, damaged or contradictory, CapacityError, and `kind` for weights that are NaN.
     """
     offline()
+    if placed is not None:
+        _require_accelerate(placed.device_map)
     path = folder / CONFIG
     settings = read_settings(folder)
     first = FirstLayers(layers) if layers else None
@@ -85,7 +97,11 @@ def read_folder(
         tensors, digest = source.read()
         floats = [(name, t, t) for name, t in tensors.items() if t.is_floating_point()]
         require_finite(source.path, floats, kind)
-        model, _ = _load(made, config, tensors, chosen)
+        if placed is None:
+            model, _ = _load(made, config, tensors, chosen)
+        else:
+            model, _ = _load(made, config, tensors, placed.dtype, device_map=placed.device_map)
+            require_all(model)
         _check_tied(model, skeleton, source)
     model.config.name_or_path = str(folder)
     return Read(model.eval().requires_grad_(False), digest())
@@ -107,7 +123,34 @@ def _named_dtype(config: Any) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def _load(made: Any, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+def _require_accelerate(device_map: str) -> None:
+    """Raise UsageError for a map that is neither a strategy nor a device, or without accelerate."""
+    if device_map not in STRATEGIES:
+        try:
+            torch.device(device_map)
+        except RuntimeError as error:
+            text = f"--device-map: {quoted(device_map)} is none"
+            names = ", ".join(STRATEGIES)
+            raise UsageError(f"{text} (expected {names}, or a device)") from error
+    if importlib.util.find_spec("accelerate") is None:
+        text = "--device-map: transformers needs accelerate for it"
+        raise UsageError(text, "Install it with: pip install accelerate")
+
+
+def require_all(model: Any) -> None:
+    """Raise CapacityError for weights that were left on the CPU or on the disk, to be brought back
+    for each use: they are not there in float64."""
+    lost = [name for name, weight in model.named_parameters() if weight.is_meta]
+    if lost:
+        raise CapacityError(
+            f"--device-map: {lost[0]} and {len(lost) - 1} other weights do not fit the devices",
+            "Give more devices, a lower --dtype, or --layers N.",
+        )
+
+
+def _load(
+    made: Any, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, **more: Any
+) -> Any:
     """The model, and what of its tensors was not there or left over."""
     return made.from_pretrained(
         None,
@@ -116,6 +159,7 @@ def _load(made: Any, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dt
         dtype=dtype,
         ignore_mismatched_sizes=True,  # they are told, as the others are
         output_loading_info=True,
+        **more,
     )
 
 

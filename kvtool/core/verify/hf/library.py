@@ -77,7 +77,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_one_line(where: Path) -> Iterator[None]:
+def in_one_line(where: Path | str) -> Iterator[None]:
     """Within, what transformers raises becomes a FileError in one line, without its warnings."""
     try:
         with warnings.catch_warnings():

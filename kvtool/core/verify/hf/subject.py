@@ -105,10 +105,14 @@ class TransformersSubject(TargetSubject):
         self.formats: dict[tuple[Same, torch.dtype], nn.Module] = {}  # each is converted once
         word_ids = ordinary_ids(model.config)
         with quiet_transformers(), torch.inference_mode():
-            decoder = hub_decoder(model, kind, word_ids.to(model.device))
+            decoder = self.made(hub_decoder(model, kind, word_ids.to(model.device)))
             super().__init__(decoder, kind, len(word_ids), context(model.config))
         if kind != "own":
             self.find_limits(model.config, kind)
+
+    def made(self, decoder: HubDecoder) -> HubDecoder:
+        """The decoder that is judged."""
+        return decoder
 
     def find_limits(self, config: Any, kind: str) -> None:
         """Find out whether its layers see all, and whether its room ends."""
@@ -202,20 +206,20 @@ def converted(model: Any, dtype: torch.dtype) -> Any:
     """
     if dtype == torch.float64:
         try:
-            return _widened(model) if copy_crowds(model) else _built_in_float64(model)
+            return _widened(model) if copy_crowds(model) else _copied_in_float64(model)
         except Exception as error:  # a model that is not made from its configuration alone
             pass_on_shortage(error)
     return copy.deepcopy(model).to(dtype)
 
 
-def _built_in_float64(model: Any) -> Any:
-    other = _built(model).to(model.device)
-    given, tables = dict(model.named_parameters()), dict(model.named_buffers())
+def _copied_in_float64(model: Any) -> Any:
+    other = _spread_as(built_in_float64(model), model)
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     with torch.no_grad():
         for name, weight in other.named_parameters():
-            weight.copy_(given[name])
+            weight.copy_(weights[name])
         for name, table in other.named_buffers():
-            known = tables[name]
+            known = buffers[name]
             if _is_another(table, known):
                 table.resize_(known.shape).copy_(known)
     return other.to(torch.float64).eval()
@@ -225,27 +229,46 @@ def _widened(model: Any) -> Any:
     """The model with tables in float64, whose weights are those of `model`, widened as they are
     read. Raises RuntimeError if it does not run."""
     with WithoutWeights():
-        other = _built(model)
+        other = built_in_float64(model)
     owners = dict(other.named_modules())
     for name, weight in model.named_parameters(remove_duplicate=False):
         where, _, leaf = name.rpartition(".")
         owners[where]._parameters[leaf] = weight
-    for name, known in model.named_buffers(remove_duplicate=False):
-        where, _, leaf = name.rpartition(".")
-        made = owners[where]._buffers.get(leaf)
-        given = known if made is None or made.is_meta or _is_another(made, known) else made
-        wide = torch.float64 if known.is_floating_point() else known.dtype
-        owners[where]._buffers[leaf] = given.to(known.device, wide)
+    tables(other, model, torch.float64)
     if any(weight.is_meta for weight in (*other.parameters(), *other.buffers())):
         raise RuntimeError("a weight of it has another name")
-    found = twin(model, Room(), other.eval())
+    found = twin(model, Room(), _spread_as(other, model).eval())
     with quiet_transformers(), torch.inference_mode():
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         found(ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
     return found
 
 
-def _built(model: Any) -> Any:
+def _spread_as(other: Any, model: Any) -> Any:
+    """A model on the devices of another, which --device-map may have spread over several."""
+    places = getattr(model, "hf_device_map", {})
+    if len(set(places.values())) < 2:
+        return other.to(model.device)
+    from accelerate import dispatch_model
+
+    return dispatch_model(other, device_map=places)
+
+
+def tables(other: Any, model: Any, dtype: torch.dtype) -> None:
+    """Give a model that was built without weights its tables in `dtype`: those that it computed
+    itself, unless they are others than `model` has."""
+    owners = dict(other.named_modules())
+    for name, known in model.named_buffers(remove_duplicate=False):
+        where, _, leaf = name.rpartition(".")
+        made = owners[where]._buffers.get(leaf)
+        own = made is not None and not made.is_meta and not _is_another(made, known)
+        given = made if own and dtype == torch.float64 else known
+        wide = dtype == torch.float64 and known.is_floating_point()
+        owners[where]._buffers[leaf] = given.to(known.device, dtype if wide else known.dtype)
+
+
+def built_in_float64(model: Any) -> Any:
+    """A new model of the same configuration, built in float64."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -6,7 +6,6 @@ Times are CPU times, so that other work on the machine does not change the check
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -38,6 +37,9 @@ class Timed(Protocol):
 
     vocab_size: int
     device: torch.device
+
+    def seconds(self) -> float:
+        """The time that its calls have taken so far."""
 
     def initial_state(self, start: Start) -> Any:
         """The state before the first token."""
@@ -91,17 +93,17 @@ def _seconds_of(subject: Timed, limits: Bounds) -> Callable[[Bounds], float]:
 
 @torch.inference_mode()
 def _step_seconds(subject: Timed, largest: int) -> tuple[float, float]:
-    """The seconds of a start, and of a step of one token. largest: tokens of the largest step."""
-    ids, begun = _ids(subject, TIMED_BEHIND), time.thread_time()
+    """What a start takes, and a step of one token; `largest`: tokens that it takes at once."""
+    ids, begun = _ids(subject, TIMED_BEHIND), subject.seconds()
     state = subject.initial_state(Start(1, TIMED_BEHIND))
-    start = time.thread_time() - begun
+    start = subject.seconds() - begun
     first = min(TIMED_BEHIND - 3, largest)
     _, state = subject.step(ids[:, :first], state)
     taken = []
     for end in range(first + 1, first + 4):
-        begun = time.thread_time()
+        begun = subject.seconds()
         _, state = subject.step(ids[:, end - 1 : end], state)
-        taken.append(time.thread_time() - begun)
+        taken.append(subject.seconds() - begun)
     return start, min(taken)
 
 
@@ -132,9 +134,9 @@ def _extrapolated(taken: list[tuple[int, float]], n: int) -> float:
 @torch.inference_mode()
 def _timed_passes(subject: Timed, ids: Tensor) -> Iterator[float]:
     for _ in range(2):
-        begun = time.thread_time()
+        begun = subject.seconds()
         subject.full(ids, Start(1, ids.shape[1]))
-        yield time.thread_time() - begun
+        yield subject.seconds() - begun
 
 
 def _ids(subject: Timed, n: int) -> Tensor:

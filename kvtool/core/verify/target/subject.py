@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ from kvtool.core.verify.widened import Room, copy_crowds
 from kvtool.errors import UsageError, first_line, pass_on_shortage
 
 NEEDED = 2 * (PREFILL + STEPS)  # tokens that the longest scenario feeds, and some more
+LEAST = 24  # tokens without which a check would be of little
 CONTEXT_NAMES = (
     "context", "context_length", "block_size", "max_position_embeddings", "n_positions", "n_ctx",
     "max_seq_len", "max_seq_length", "max_len", "seq_len",
@@ -70,6 +72,7 @@ class TargetSubject:
                 raise UsageError(text, "Load them, or build the decoder on the CPU.")
             known = context or whole_number(given, CONTEXT_NAMES)
             self._check_context(known or NEEDED)
+            self.room = min(known or NEEDED, NEEDED)  # tokens, while it is tried out
             self.notes = unwrap_attributes(given) if is_decoder(given) else ()
             self.decoder: Any = given if is_decoder(given) else adapt(given, name, self.device)
             n_ids = vocab_size or whole_number(given, ("vocab_size",))
@@ -89,9 +92,9 @@ class TargetSubject:
 
     def _check_context(self, n: int) -> None:
         """Raises UsageError for a decoder that holds too few tokens."""
-        if n < NEEDED:
+        if n < LEAST:
             raise UsageError(
-                f"{self.name}: holds {n} tokens (expected {NEEDED} or more)",
+                f"{self.name}: holds {n} tokens (expected {LEAST} or more)",
                 "A check feeds about that many: build it with a longer context.",
             )
 
@@ -241,6 +244,10 @@ class TargetSubject:
         self.reach, self.level = found.reach, found.level
         self.fed_little = found.level < level
 
+    def seconds(self) -> float:
+        """The time that this thread has computed so far."""
+        return time.thread_time()
+
     def find_special_ids(self, given: Any) -> tuple[int, ...]:
         """The ids to which the decoder gives a meaning."""
         return special_ids(given, self.vocab_size)
@@ -272,7 +279,7 @@ class TargetSubject:
 
     def prefilled(self, ids: Tensor) -> Any:
         """The state behind ids (B,T), which are fed in steps as long as the decoder takes them."""
-        start, limits = Start(ids.shape[0], max(NEEDED, ids.shape[1])), self.limits
+        start, limits = Start(ids.shape[0], max(self.room, ids.shape[1])), self.limits
         first = limits.largest_prompt or ids.shape[1]
         later = 1 if limits.single_steps_only else limits.largest_step or ids.shape[1]
         try:
@@ -348,7 +355,7 @@ class TargetSubject:
         padding = torch.tensor([[4, 4], [2, 4]], device=self.device)
         alone = torch.cat([ids[1:, :2], ids[1:, 4:]], dim=1)
         try:
-            padded = self.call_full(ids, Start(2, NEEDED, padding))[1:, -1:]
+            padded = self.call_full(ids, Start(2, self.room, padding))[1:, -1:]
             gap = distances([padded], [self.call_full(alone)[:, -1:]])[0]
         except (Exception, SystemExit) as error:  # whatever it raises: it takes no such padding
             pass_on_shortage(error)
