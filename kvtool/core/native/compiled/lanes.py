@@ -75,15 +75,18 @@ def _widened(builder: Any, bits: Any, dtype: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(bits, I32), constant(I32, 16)), floats)
 
 
+def load(builder: Any, address: Any, like: Any) -> Any:
+    """The instructions that read sixteen numbers of the type of `like`, as they are computed with."""
+    if isinstance(like.dtype, types.Float):
+        return _at(builder, address, LANES[like.dtype].vector)
+    return _widened(builder, _at(builder, address, I16), like.dtype)
+
+
 def _load(typing: Any, address: Any, like: Any) -> Any:
-    lanes = LANES[computed(like)]
-
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if isinstance(like.dtype, types.Float):
-            return _at(builder, args[0], lanes.vector)
-        return _widened(builder, _at(builder, args[0], I16), like.dtype)
+        return load(builder, args[0], like)
 
-    return lanes(types.intp, like), generate
+    return LANES[computed(like)](types.intp, like), generate
 
 
 def _load_spread(typing: Any, address: Any, like: Any) -> Any:
@@ -122,10 +125,15 @@ def _store(typing: Any, x: Any, address: Any) -> Any:
     return types.void(x, types.intp), generate
 
 
+def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """The instructions for a * b + c, rounded once."""
+    product = builder.fmul(a, b, flags=["contract"])
+    return builder.fadd(product, c, flags=["contract"])
+
+
 def _multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        product = builder.fmul(*args[:2], flags=["contract"])
-        return builder.fadd(product, args[2], flags=["contract"])
+        return fused(builder, *args)
 
     return a(a, a, a), generate
 
@@ -215,17 +223,21 @@ def _halved(builder: Any, a: Any, b: Any, n: int) -> Any:
     return builder.fadd(first, second)
 
 
+def totals_of(builder: Any, sums: Any) -> Any:
+    """The instructions that add up the lanes of each of four vectors -> a vector of four."""
+    a_b, c_d = _halved(builder, *sums[:2], 8), _halved(builder, *sums[2:], 8)
+    fours = _halved(builder, a_b, c_d, 4)  # four lanes of each
+    twos = _halved(builder, fours, fours, 2)  # two lanes of each, and all once more
+    ones = _halved(builder, twos, twos, 1)
+    four = ir.VectorType(ir.IntType(32), 4)
+    return builder.shuffle_vector(ones, ones, ir.Constant(four, list(range(4))))
+
+
 def _put_totals(typing: Any, a: Any, b: Any, c: Any, d: Any, scale: Any, address: Any) -> Any:
     """Lanes i and i+8 of each are added, then i and i+4, and so on: an order of their own."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        a_b, c_d = _halved(builder, args[0], args[1], 8), _halved(builder, args[2], args[3], 8)
-        fours = _halved(builder, a_b, c_d, 4)  # four lanes of each
-        twos = _halved(builder, fours, fours, 2)  # two lanes of each, and all once more
-        ones = _halved(builder, twos, twos, 1)
-        four = ir.VectorType(ir.IntType(32), 4)
-        totals = builder.shuffle_vector(ones, ones, ir.Constant(four, list(range(4))))
-        scores = builder.fmul(totals, everywhere(builder, args[4], 4))
+        scores = builder.fmul(totals_of(builder, args[:4]), everywhere(builder, args[4], 4))
         builder.store(scores, builder.inttoptr(args[5], scores.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
