@@ -18,8 +18,8 @@ from numba import types
 
 from kvtool.core.native.compiled.lanes import WIDTH
 from kvtool.core.native.compiled.tiles import (
-    AT_ONCE,
     MOST_ROWS,
+    at_once,
     dots_of_one,
     dots_of_three,
     dots_of_two,
@@ -54,8 +54,10 @@ def round_to_format(x: Array, kind: Array) -> None:
 
 
 @compiled(fast=False)
-def linear_tiles(x: Array, weight: Array, first: int, n: int, step: int, y: int, y_step: int) -> None:
-    """At address y the products of rows x (n,in) and AT_ONCE rows of weights from `first` on, `step`
+def linear_tiles(
+    x: Array, weight: Array, first: int, n: int, step: int, y: int, y_step: int
+) -> None:
+    """At address y the products of rows x (n,in) and `at_once` rows of weights from `first` on, `step`
     bytes apart, but for the numbers beyond whole lanes."""
     whole, size = x.shape[1] // WIDTH * WIDTH, x.shape[1] * x.itemsize
     w = np.int64(weight.ctypes.data) + first * x.shape[1] * weight.itemsize
@@ -76,17 +78,18 @@ def linear_tiles(x: Array, weight: Array, first: int, n: int, step: int, y: int,
 def linear(x: Array, weight: Array, bias: Array, y: Array, first: int, last: int) -> None:
     """Columns `first` to `last` of y (n,out) = x (n,in) times weight.T (in,out) + bias (out,)."""
     n, width = x.shape
+    together = at_once(x)
     step, y_step = width * weight.itemsize, y.shape[1] * y.itemsize
-    if last - first >= AT_ONCE:
-        for i in range(first, last, AT_ONCE):
-            at = min(i, last - AT_ONCE)  # the last ones once more, where they are fewer
+    if last - first >= together:
+        for i in range(first, last, together):
+            at = min(i, last - together)  # the last ones once more, where they are fewer
             to = np.int64(y.ctypes.data) + at * y.itemsize
             linear_tiles(x, weight, at, n, step, to, y_step)
     else:
-        alike = np.empty((n, AT_ONCE), y.dtype)
+        alike = np.empty((n, together), y.dtype)
         for i in range(first, last):
             to = np.int64(alike.ctypes.data)
-            linear_tiles(x, weight, i, n, 0, to, AT_ONCE * y.itemsize)
+            linear_tiles(x, weight, i, n, 0, to, together * y.itemsize)
             for row in range(n):
                 y[row, i] = alike[row, 0]
     whole = width // WIDTH * WIDTH

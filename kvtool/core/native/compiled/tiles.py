@@ -10,18 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kvtool.core.native.compiled.lanes import LANES, WIDTH, fused, load, totals_of
-from kvtool.core.native.compiled.tools import FEATURES
+from kvtool.core.native.compiled.tools import FEATURES, Array, compiled
 
-# Sums that there are registers for: thirty-two of 64 bytes, or no more than sixteen of 32.
+# As many sums as there are registers for: thirty-two of 64 bytes, or no more than sixteen of 32.
 WIDE = "+avx512f" in FEATURES
-AT_ONCE = 8 if WIDE else 4  # weights' rows
 MOST_ROWS = 3 if WIDE else 1
+
+
+@compiled()
+def at_once(real: Array) -> int:
+    """How many rows of weights a tile has for sums of the type of `real`."""
+    return 8 if WIDE and real.itemsize == 4 else 4
 
 
 def _dots(n_rows: int) -> Callable[..., Any]:
@@ -30,14 +36,16 @@ def _dots(n_rows: int) -> Callable[..., Any]:
         real: Any, y_step: Any,
     ) -> Any:  # fmt: skip
         vector, size = LANES[real.dtype].vector, real.dtype.bitwidth // 8
+        n_weights = at_once.py_func(np.empty(0, f"f{size}"))
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             at, step, x_at, x_by, width, _, to, _, y_by = args
-            weights, rows = _apart(builder, at, step, AT_ONCE), _apart(builder, x_at, x_by, n_rows)
+            weights, rows = (
+                _apart(builder, at, step, n_weights),
+                _apart(builder, x_at, x_by, n_rows),
+            )
             none = ir.Constant(vector, [0.0] * WIDTH)
-            sums = [
-                [cgutils.alloca_once_value(builder, none) for _ in weights] for _ in rows
-            ]
+            sums = [[cgutils.alloca_once_value(builder, none) for _ in weights] for _ in rows]
             zero, by = ir.Constant(width.type, 0), ir.Constant(width.type, WIDTH)
             with cgutils.for_range_slice(builder, zero, width, by, inc=True) as (j, _):
                 columns = [load(builder, _behind(builder, row, j, size), real) for row in rows]
@@ -48,7 +56,7 @@ def _dots(n_rows: int) -> Callable[..., Any]:
                         total = fused(builder, weight, column, builder.load(kept[i]))
                         builder.store(total, kept[i])
             for y, kept in zip(_apart(builder, to, y_by, n_rows), sums, strict=True):
-                for i in range(0, AT_ONCE, 4):
+                for i in range(0, n_weights, 4):
                     found = totals_of(builder, [builder.load(x) for x in kept[i : i + 4]])
                     there = builder.add(y, ir.Constant(y.type, i * size))
                     pointer = builder.inttoptr(there, found.type.as_pointer())
@@ -70,9 +78,9 @@ def _behind(builder: Any, at: Any, index: Any, size: int) -> Any:
     return builder.add(at, builder.mul(index, ir.Constant(at.type, size)))
 
 
-# (w, w_step, x, x_step, n, like, y, real, y_step): AT_ONCE rows of weights of the type of `like` at
+# (w, w_step, x, x_step, n, like, y, real, y_step): `at_once` rows of weights of the type of `like` at
 # address w, and one, two or three rows of `real` at x, n numbers each, whole lanes -> at y as many
-# rows of AT_ONCE products
+# rows of products
 dots_of_one: Any = intrinsic(_dots(1))
 dots_of_two: Any = intrinsic(_dots(2))
 dots_of_three: Any = intrinsic(_dots(3))
