@@ -140,8 +140,9 @@ class DecodingForm:
             return "the weights are on a GPU"
         # Exact kernels leave any number of tokens to native code.
         dtype = self.decoder.head.weight.dtype
-        if type(kernels) is not ExactKernels and not native.is_few(*new.shape, dtype):
-            most = native.FEW if new.shape[1] > 1 else native.most_rows(dtype)
+        batch, n = new.shape
+        if type(kernels) is not ExactKernels and not native.is_few(batch, n, dtype):
+            most = native.FEW if n > 1 else native.most_rows(dtype)
             return f"PyTorch is as fast for more than {most} tokens at once"
         if why := native.why_away():
             return why

@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray, types
 from numba import from_dtype as from_dtype
 
-from kvtool.core.native.compiled import layers
+from kvtool.core.native.compiled import layers, prompts
 from kvtool.core.native.compiled.codes import (
     EXACT,
     LENGTH,
@@ -35,6 +35,8 @@ from kvtool.core.native.compiled.layers import activate as activate
 from kvtool.core.native.compiled.layers import exponential as exponential
 from kvtool.core.native.compiled.layers import normalise as normalise
 from kvtool.core.native.compiled.layers import product as product
+from kvtool.core.native.compiled.prompts import attend_prompt as attend_prompt
+from kvtool.core.native.compiled.prompts import pack as pack
 from kvtool.core.native.compiled.tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
 from kvtool.core.native.compiled.tools import (
     Array,
@@ -323,5 +325,7 @@ def forms(real: types.Type, kind: types.Type) -> Forms:
     yield from layers.forms(real, kind)
     yield weigh, (dense(real)[0],)
     yield from attention_forms(real, kind)
+    if real == types.float32:
+        yield from prompts.forms()
     if kind != real:
         yield from attention_forms(real, real)  # codes read as numbers are not of a half format

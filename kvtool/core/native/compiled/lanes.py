@@ -76,7 +76,7 @@ def _widened(builder: Any, bits: Any, dtype: Any) -> Any:
 
 
 def load(builder: Any, address: Any, like: Any) -> Any:
-    """The instructions that read sixteen numbers of the type of `like`, as they are computed with."""
+    """The instructions that read sixteen numbers of the type of `like`, to compute with."""
     if isinstance(like.dtype, types.Float):
         return _at(builder, address, LANES[like.dtype].vector)
     return _widened(builder, _at(builder, address, I16), like.dtype)
@@ -212,6 +212,25 @@ def _total(typing: Any, x: Any) -> Any:
     return types.float32(x), generate
 
 
+def _larger(typing: Any, a: Any, b: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return a(a, a), generate
+
+
+def _highest(typing: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        found, order = args[0], ir.VectorType(ir.IntType(32), WIDTH)
+        for n in (8, 4, 2, 1):
+            turned = ir.Constant(order, [(i + n) % WIDTH for i in range(WIDTH)])
+            other = builder.shuffle_vector(found, found, turned)
+            found = builder.select(builder.fcmp_ordered(">", found, other), found, other)
+        return builder.extract_element(found, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(x), generate
+
+
 def _halved(builder: Any, a: Any, b: Any, n: int) -> Any:
     """The lanes of a and b (blocks of 2*n that belong together), each block's halves added: first
     those of a, then those of b."""
@@ -223,9 +242,9 @@ def _halved(builder: Any, a: Any, b: Any, n: int) -> Any:
     return builder.fadd(first, second)
 
 
-def totals_of(builder: Any, sums: Any) -> Any:
+def totals_of(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """The instructions that add up the lanes of each of four vectors -> a vector of four."""
-    a_b, c_d = _halved(builder, *sums[:2], 8), _halved(builder, *sums[2:], 8)
+    a_b, c_d = _halved(builder, a, b, 8), _halved(builder, c, d, 8)
     fours = _halved(builder, a_b, c_d, 4)  # four lanes of each
     twos = _halved(builder, fours, fours, 2)  # two lanes of each, and all once more
     ones = _halved(builder, twos, twos, 1)
@@ -237,7 +256,7 @@ def _put_totals(typing: Any, a: Any, b: Any, c: Any, d: Any, scale: Any, address
     """Lanes i and i+8 of each are added, then i and i+4, and so on: an order of their own."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        scores = builder.fmul(totals_of(builder, args[:4]), everywhere(builder, args[4], 4))
+        scores = builder.fmul(totals_of(builder, *args[:4]), everywhere(builder, args[4], 4))
         builder.store(scores, builder.inttoptr(args[5], scores.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
@@ -251,6 +270,8 @@ put_lanes: Any = intrinsic(_store)  # (lanes, address)
 multiply_add: Any = intrinsic(_multiply_add)  # (a, b, c) -> a * b + c, rounded once
 times: Any = intrinsic(_times)  # (a, b) -> a * b
 plus: Any = intrinsic(_plus)  # (a, b) -> a + b
+larger: Any = intrinsic(_larger)  # (a, b) -> the larger number of each lane
+highest: Any = intrinsic(_highest)  # (lanes of float32) -> the largest of them
 total: Any = intrinsic(_total)  # (lanes of float32) -> their sum
 # (address, form, like) -> the scale there for codes of that form, in every lane
 scale_at: Any = intrinsic(_load_scale)

@@ -57,8 +57,8 @@ def round_to_format(x: Array, kind: Array) -> None:
 def linear_tiles(
     x: Array, weight: Array, first: int, n: int, step: int, y: int, y_step: int
 ) -> None:
-    """At address y the products of rows x (n,in) and `at_once` rows of weights from `first` on, `step`
-    bytes apart, but for the numbers beyond whole lanes."""
+    """At address y the products of rows x (n,in) and `at_once` rows of weights from `first` on,
+    `step` bytes apart, but for the numbers beyond whole lanes."""
     whole, size = x.shape[1] // WIDTH * WIDTH, x.shape[1] * x.itemsize
     w = np.int64(weight.ctypes.data) + first * x.shape[1] * weight.itemsize
     at, i = np.int64(x.ctypes.data), 0
