@@ -10,10 +10,11 @@ from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.decoding.engine import feed
 from kvtool.core.kernels.default import DEFAULT, reference_attention
 from kvtool.core.native import arrays as native
+from kvtool.core.native import prompts
 from small_models import random_model
 
 needs_tiles = pytest.mark.skipif(
-    not native._fills_registers(), reason="tiles are for processors with AVX-512"
+    not native.fills_registers(), reason="tiles are for processors with AVX-512"
 )
 GAPS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
@@ -22,13 +23,13 @@ GAPS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 def served(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of queries that compiled code has served."""
     calls: list[torch.Size] = []
-    original = native.prompt_attention
+    original = prompts.attention
 
     def watched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         calls.append(q.shape)
         return original(q, k, v)
 
-    monkeypatch.setattr(native, "prompt_attention", watched)
+    monkeypatch.setattr(prompts, "attention", watched)
     return calls
 
 
@@ -45,7 +46,7 @@ def drawn(
 @pytest.mark.parametrize("dtype", GAPS)
 @pytest.mark.parametrize(
     ("n", "shared_by", "width"),
-    [(native.PROMPT, 1, 64), (201, 3, 64), (200, 8, 128), (130, 97, 64)],
+    [(prompts.LEAST, 1, 64), (201, 3, 64), (200, 8, 128), (130, 97, 64)],
 )
 @torch.no_grad()
 def test_a_prompt_follows_the_formula_however_heads_share_keys(
@@ -62,26 +63,26 @@ def test_a_prompt_follows_the_formula_however_heads_share_keys(
 @torch.no_grad()
 def test_a_token_has_the_same_bits_whatever_comes_after_it_or_shares_the_work() -> None:
     q, k, v = drawn(300, shared_by=3, batch=2)
-    whole = native.prompt_attention(q, k, v)
+    whole = prompts.attention(q, k, v)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert native.prompt_attention(q, k, v).equal(whole)
+        assert prompts.attention(q, k, v).equal(whole)
     finally:
         torch.set_num_threads(before)
     first = [x[1:, :, :200] for x in (q, k, v)]
-    assert native.prompt_attention(*first).equal(whole[1:, :, :200])
+    assert prompts.attention(*first).equal(whole[1:, :, :200])
 
 
 @pytest.mark.parametrize("why", ["short", "narrow", "wide format", "gradients", "processor"])
 def test_what_compiled_code_cannot_do_faster_is_left_to_pytorch(
     why: str, served: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    q, k, v = drawn(native.PROMPT - (why == "short"), width=32 if why == "narrow" else 64)
+    q, k, v = drawn(prompts.LEAST - (why == "short"), width=32 if why == "narrow" else 64)
     if why == "wide format":
         q, k, v = q.double(), k.double(), v.double()
     if why == "processor":
-        monkeypatch.setattr(native, "_fills_registers", lambda: False)
+        monkeypatch.setattr(native, "fills_registers", lambda: False)
         assert native.most_rows(torch.float32) == native.FEW
     q.requires_grad_(why == "gradients")
     y = DEFAULT.attention(q, k, v, None, True)
@@ -95,7 +96,7 @@ def test_what_compiled_code_cannot_do_faster_is_left_to_pytorch(
 def test_a_prompt_makes_no_mask_and_the_logits_of_its_last_token_alone(
     served: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    n = native.PROMPT + 3
+    n = prompts.LEAST + 3
     model = random_model(0, d_model=128, n_heads=2, context=n)
     rows: list[int] = []
     model.get_submodule("head").register_forward_hook(lambda _, x, y: rows.append(y.shape[1]))

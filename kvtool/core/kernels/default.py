@@ -21,7 +21,7 @@ from kvtool.core.kernels.cudnn import CUDNN
 from kvtool.core.kernels.masks import LazyMask
 from kvtool.core.kernels.query_blocks import QueryBlock
 from kvtool.core.native import arrays as native
-from kvtool.core.native import fused
+from kvtool.core.native import fused, prompts
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -125,8 +125,8 @@ class DefaultKernels:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
         if few and native.can_attend(q, k, v, mask):
             return native.attention(q, k, v, mask, causal)
-        if causal and native.can_attend_prompt(q, k, v):
-            return native.prompt_attention(q, k, v)
+        if causal and prompts.serves(q, k, v):
+            return prompts.attention(q, k, v)
         if fused.attends(q, k, v):
             return fused.attention(q, k, v, mask, causal)
         if q.is_cuda and not (torch.is_grad_enabled() or native.watched()):

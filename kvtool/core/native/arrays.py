@@ -30,10 +30,8 @@ ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row alone
 FEW = 8  # tokens; PyTorch's attention is faster for more of one row
 # One token of each of so many rows takes less time in native code than by PyTorch: measured by
 # `pytest tests/benchmarks/test_bench_native.py -k many_rows` with AVX-512, where tiles fill the
-# registers. In other formats PyTorch has instructions that native code has not, or is as fast.
+# registers. For bfloat16 PyTorch has instructions that native code has not.
 MOST_ROWS = {torch.float32: 256, torch.float16: 256}
-PROMPT = 128  # tokens; for fewer PyTorch's attention takes as long
-WHOLE = 64  # numbers of a head that compiled/prompts.py multiplies at once, and keys
 LARGE = 2**17  # numbers read by a layer or attention; for fewer, threads gain little
 PAYS = 500  # tokens to decode; loading takes 0.3 s, and each token saves 0.5 ms or more
 
@@ -64,11 +62,12 @@ def is_few(rows: int, n_each: int, dtype: torch.dtype) -> bool:
 
 def most_rows(dtype: torch.dtype) -> int:
     """How many rows of one token native code serves in that format, on this processor."""
-    return MOST_ROWS.get(dtype, FEW) if _fills_registers() else FEW
+    return MOST_ROWS.get(dtype, FEW) if fills_registers() else FEW
 
 
 @cache
-def _fills_registers() -> bool:
+def fills_registers() -> bool:
+    """Whether the processor has the registers that compiled/tiles.py is made for."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
@@ -280,33 +279,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
         _attend(queries, read, spans, y)
     else:
         _attend_seen(queries, read, mask[:, 0].expand(batch, n_queries, n_keys).numpy(), y)
-    return torch.from_numpy(y).transpose(1, 2).to(q.dtype)
-
-
-def can_attend_prompt(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `prompt_attention` takes less time than PyTorch; shapes as `Kernels.attention`."""
-    return (
-        q.shape[2] == k.shape[2] >= PROMPT
-        and k.shape == v.shape
-        and q.shape[3] == k.shape[3]
-        and not q.shape[3] % WHOLE
-        and not q.shape[1] % k.shape[1]
-        and q.dtype is not torch.float64
-        and _fills_registers()
-        and can_read(q, k, v)
-    )
-
-
-def prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`Kernels.attention` of a whole prompt, causal, in float32. Ask `can_attend_prompt` first."""
-    batch, _, n, width = q.shape
-    heads = batch * k.shape[1]
-    queries = computed(q.transpose(1, 2))  # (B,T,H,D)
-    y, blocks = np.empty_like(queries), -(-n // WHOLE)
-    keys = np.empty((heads, blocks, width, WHOLE), np.float32)
-    values = np.empty((heads, blocks, WHOLE, width), np.float32)
-    _loaded().pack(*(computed(x).reshape(heads, n, width) for x in (k, v)), keys, values)
-    _loaded().attend_prompt(queries, keys, values, y, threads_for(LARGE))
     return torch.from_numpy(y).transpose(1, 2).to(q.dtype)
 
 

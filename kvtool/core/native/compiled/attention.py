@@ -35,8 +35,6 @@ from kvtool.core.native.compiled.layers import activate as activate
 from kvtool.core.native.compiled.layers import exponential as exponential
 from kvtool.core.native.compiled.layers import normalise as normalise
 from kvtool.core.native.compiled.layers import product as product
-from kvtool.core.native.compiled.prompts import attend_prompt as attend_prompt
-from kvtool.core.native.compiled.prompts import pack as pack
 from kvtool.core.native.compiled.tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
 from kvtool.core.native.compiled.tools import (
     Array,
