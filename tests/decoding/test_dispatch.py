@@ -33,7 +33,9 @@ from small_models import random_model
 capturing = graph_cases.capturing
 N = 20
 PAIR = {"n_encoder_layers": 1, "source_vocab_size": 9}
-ROW, WIDE = torch.tensor([[5]]), torch.full((native.MAX_STEP_TOKENS + 1, 1), 5)
+MANY = native.most_rows(torch.float32) + 1  # rows, which PyTorch serves
+ROW, WIDE = torch.tensor([[5]]), torch.full((MANY, 1), 5)
+LONG = torch.full((1, native.MAX_STEP_TOKENS + 1), 5)
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +84,9 @@ def reasons() -> Iterator[tuple[str, str, Callable[[], Route]]]:
     yield dispatch.LAYERWISE, "none cache", lambda: way_of(form(), kind="none")
     yield dispatch.LAYERWISE, "a window each", partial(way_of, form(window=4), kind="sliding")
     yield flat, "fewer than 500 tokens", lambda: unasked(native.MIN_DECODED - 1)
-    yield flat, "more than 8 tokens", lambda: way_of(form(), WIDE)
+    yield flat, f"more than {MANY - 1} tokens", lambda: way_of(form(), WIDE)
     yield flat, "something watches", in_flop_counter
-    yield modules, "more than 8 tokens", lambda: way_of(form(), WIDE.T)
+    yield modules, "more than 8 tokens", lambda: way_of(form(), LONG)
     yield modules, "gradients", graded
     yield modules, "training", lambda: changed(nn.Module.train)
     yield (
@@ -122,8 +124,7 @@ def test_every_way_has_its_steps_and_every_way_not_taken_a_reason(
 
 @pytest.mark.parametrize(("kind", "rows", "watched", "way"), [
     ("dynamic", 1, False, dispatch.ONE_CALL.name), ("none", 1, False, dispatch.LAYERWISE),
-    ("dynamic", native.MAX_STEP_TOKENS + 1, False, dispatch.FLAT),
-    ("dynamic", 1, True, dispatch.MODULES),
+    ("dynamic", MANY, False, dispatch.FLAT), ("dynamic", 1, True, dispatch.MODULES),
 ])  # fmt: skip
 def test_ids_as_an_array_ask_for_no_gradients_whichever_way_they_are_decoded(
     kind: str, rows: int, watched: bool, way: str
@@ -148,7 +149,7 @@ QUESTIONS = [
 
 @pytest.mark.parametrize("n_tokens", [0, native.MIN_DECODED])
 @pytest.mark.parametrize("config", [{}, PAIR], ids=["decoder", "pair"])
-@pytest.mark.parametrize("new", [ROW, WIDE, WIDE.T], ids=["row", "rows", "tokens"])
+@pytest.mark.parametrize("new", [ROW, WIDE, LONG], ids=["row", "rows", "tokens"])
 def test_a_step_asks_each_question_once_at_most(
     monkeypatch: pytest.MonkeyPatch, new: Tensor, config: dict[str, Any], n_tokens: int
 ) -> None:
@@ -218,7 +219,7 @@ def test_graphs_that_are_not_captured_say_why(capturing: Capturing) -> None:
             way_of(form, kind="static"),
             way_of(form, kind="dynamic"),
             way_of(form, kind="static", kernels=make_kernels("exact")),
-            way_of(form, WIDE.T, kind="static"),
+            way_of(form, LONG, kind="static"),
         ]
     assert [way.name for way in found] == [
         dispatch.GRAPH.name, dispatch.FLAT, dispatch.FLAT, dispatch.MODULES,

@@ -139,11 +139,11 @@ class DecodingForm:
         if self._graphs is not None:
             return "the weights are on a GPU"
         # Exact kernels leave any number of tokens to native code.
-        if (
-            new.shape[0] * new.shape[1] > native.MAX_STEP_TOKENS
-            and type(kernels) is not ExactKernels
-        ):
-            return f"PyTorch is as fast for more than {native.MAX_STEP_TOKENS} tokens at once"
+        dtype = self.decoder.head.weight.dtype
+        batch, n = new.shape
+        if type(kernels) is not ExactKernels and not native.is_few(batch, n, dtype):
+            most = native.MAX_STEP_TOKENS if n > 1 else native.most_rows(dtype)
+            return f"PyTorch is as fast for more than {most} tokens at once"
         if why := native.why_away():
             return why
         if self._native is None:

@@ -21,7 +21,7 @@ from kvtool.core.kernels.cudnn import CUDNN
 from kvtool.core.kernels.masks import LazyMask
 from kvtool.core.kernels.query_blocks import QueryBlock
 from kvtool.core.native import arrays as native
-from kvtool.core.native import fused
+from kvtool.core.native import fused, prompts
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -103,13 +103,14 @@ class DefaultKernels:
         1. capped: scores that are bounded, by products
         2. blocks: a LazyMask, some queries at a time
         3. native: few queries on a CPU, without gradients, in compiled code
-        4. fused: training on a CPU, forward and backward in compiled code
-        5. one query by products: on a GPU, with a mask or many float32 keys
-        6. SDPA without cuDNN: other calls on a GPU, without gradients
-        7. products: training in bfloat16 on a CPU with few keys
-        8. float32: the same with more keys, by these routes again
-        9. one query in float32: a half format on a CPU where native code cannot be used
-        10. SDPA: all other calls
+        4. prompt: whole prompts, causal, likewise
+        5. fused: training on a CPU, forward and backward in compiled code
+        6. one query by products: on a GPU, with a mask or many float32 keys
+        7. SDPA without cuDNN: other calls on a GPU, without gradients
+        8. products: training in bfloat16 on a CPU with few keys
+        9. float32: the same with more keys, by these routes again
+        10. one query in float32: a half format on a CPU where native code cannot be used
+        11. SDPA: all other calls
         """
         few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.MAX_STEP_TOKENS
         if k.dtype is not q.dtype and (cap or not (few and native.can_attend(q, k, v, None))):
@@ -124,6 +125,8 @@ class DefaultKernels:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
         if few and native.can_attend(q, k, v, mask):
             return native.attention(q, k, v, mask, causal)
+        if causal and prompts.can_attend(q, k, v):
+            return prompts.attention(q, k, v)
         if fused.can_fuse_attention(q, k, v):
             return fused.attention(q, k, v, mask, causal)
         if q.is_cuda and not (torch.is_grad_enabled() or native.is_intercepted()):

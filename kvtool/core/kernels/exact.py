@@ -44,7 +44,7 @@ class ExactKernels:
             for layer in layers:
                 x = layer(x)
             return x
-        few = native.MAX_STEP_TOKENS if _by_token(layers) and native.can_read(x) else 1
+        few = native.most_rows(x.dtype) if _by_token(layers) and native.can_read(x) else 1
         found = []
         for tokens in x.reshape(batch * n, 1, width).split(few):
             tokens = tokens.clone()

@@ -27,7 +27,11 @@ from kvtool.core.native import compiling, context
 Array = NDArray[Any]
 ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row alone
 
-MAX_STEP_TOKENS = 8  # rows; PyTorch is faster for many more
+MAX_STEP_TOKENS = 8  # tokens; PyTorch's attention is faster for more of one row
+# One token of each of so many rows takes less time in native code than by PyTorch: measured by
+# `pytest tests/benchmarks/test_bench_native.py -k many_rows` with AVX-512, where tiles fill the
+# registers. For bfloat16 PyTorch has instructions that native code has not.
+MAX_ROWS = {torch.float32: 256, torch.float16: 256}
 MIN_SHARED = 2**17  # numbers read by a layer or attention; for fewer, threads gain little
 MIN_DECODED = 500  # tokens to decode; loading takes 0.3 s, and each token saves 0.5 ms or more
 
@@ -45,8 +49,26 @@ def native_if_worthwhile(n_tokens: int) -> AbstractContextManager[None]:
 
 
 def can_compute(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether x (...,in) holds MAX_STEP_TOKENS at most and native code can read all the tensors."""
-    return x.numel() <= MAX_STEP_TOKENS * x.shape[-1] and not why_unreadable(x, *parameters)
+    """Whether native code takes less time for x (B,T,in), and can read all the tensors."""
+    rows = x.shape[0] if x.dim() == 3 and x.shape[1] == 1 else 0
+    few = x.numel() <= MAX_STEP_TOKENS * x.shape[-1] or 0 < rows <= most_rows(x.dtype)
+    return few and not why_unreadable(x, *parameters)
+
+
+def is_few(rows: int, n_each: int, dtype: torch.dtype) -> bool:
+    """Whether native code takes less time than PyTorch for `n_each` tokens of each row."""
+    return rows * n_each <= MAX_STEP_TOKENS or (n_each == 1 and rows <= most_rows(dtype))
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """How many rows of one token native code serves in that format, on this processor."""
+    return MAX_ROWS.get(dtype, MAX_STEP_TOKENS) if fills_registers() else MAX_STEP_TOKENS
+
+
+@cache
+def fills_registers() -> bool:
+    """Whether the processor has the registers that compiled/tiles.py is made for."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def can_read(first: Tensor, *others: Tensor | None) -> bool:

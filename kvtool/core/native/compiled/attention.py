@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray, types
 from numba import from_dtype as from_dtype
 
-from kvtool.core.native.compiled import layers
+from kvtool.core.native.compiled import layers, prompts
 from kvtool.core.native.compiled.codes import (
     EXACT,
     LENGTH,
@@ -323,5 +323,7 @@ def forms(real: types.Type, kind: types.Type) -> Forms:
     yield from layers.forms(real, kind)
     yield weigh, (dense(real)[0],)
     yield from attention_forms(real, kind)
+    if real == types.float32:
+        yield from prompts.forms()
     if kind != real:
         yield from attention_forms(real, real)  # codes read as numbers are not of a half format

@@ -75,15 +75,18 @@ def _widened(builder: Any, bits: Any, dtype: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(bits, I32), constant(I32, 16)), floats)
 
 
+def load(builder: Any, address: Any, like: Any) -> Any:
+    """The instructions that read sixteen numbers of the type of `like`, to compute with."""
+    if isinstance(like.dtype, types.Float):
+        return _at(builder, address, LANES[like.dtype].vector)
+    return _widened(builder, _at(builder, address, I16), like.dtype)
+
+
 def _load(typing: Any, address: Any, like: Any) -> Any:
-    lanes = LANES[computed(like)]
-
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if isinstance(like.dtype, types.Float):
-            return _at(builder, args[0], lanes.vector)
-        return _widened(builder, _at(builder, args[0], I16), like.dtype)
+        return load(builder, args[0], like)
 
-    return lanes(types.intp, like), generate
+    return LANES[computed(like)](types.intp, like), generate
 
 
 def _load_spread(typing: Any, address: Any, like: Any) -> Any:
@@ -122,10 +125,15 @@ def _store(typing: Any, x: Any, address: Any) -> Any:
     return types.void(x, types.intp), generate
 
 
+def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """The instructions for a * b + c, rounded once."""
+    product = builder.fmul(a, b, flags=["contract"])
+    return builder.fadd(product, c, flags=["contract"])
+
+
 def _multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        product = builder.fmul(*args[:2], flags=["contract"])
-        return builder.fadd(product, args[2], flags=["contract"])
+        return fused(builder, *args)
 
     return a(a, a, a), generate
 
@@ -204,6 +212,25 @@ def _total(typing: Any, x: Any) -> Any:
     return types.float32(x), generate
 
 
+def _larger(typing: Any, a: Any, b: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return a(a, a), generate
+
+
+def _highest(typing: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        found, order = args[0], ir.VectorType(ir.IntType(32), WIDTH)
+        for n in (8, 4, 2, 1):
+            turned = ir.Constant(order, [(i + n) % WIDTH for i in range(WIDTH)])
+            other = builder.shuffle_vector(found, found, turned)
+            found = builder.select(builder.fcmp_ordered(">", found, other), found, other)
+        return builder.extract_element(found, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(x), generate
+
+
 def _halved(builder: Any, a: Any, b: Any, n: int) -> Any:
     """The lanes of a and b (blocks of 2*n that belong together), each block's halves added: first
     those of a, then those of b."""
@@ -215,17 +242,21 @@ def _halved(builder: Any, a: Any, b: Any, n: int) -> Any:
     return builder.fadd(first, second)
 
 
+def totals_of(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """The instructions that add up the lanes of each of four vectors -> a vector of four."""
+    a_b, c_d = _halved(builder, a, b, 8), _halved(builder, c, d, 8)
+    fours = _halved(builder, a_b, c_d, 4)  # four lanes of each
+    twos = _halved(builder, fours, fours, 2)  # two lanes of each, and all once more
+    ones = _halved(builder, twos, twos, 1)
+    four = ir.VectorType(ir.IntType(32), 4)
+    return builder.shuffle_vector(ones, ones, ir.Constant(four, list(range(4))))
+
+
 def _put_totals(typing: Any, a: Any, b: Any, c: Any, d: Any, scale: Any, address: Any) -> Any:
     """Lanes i and i+8 of each are added, then i and i+4, and so on: an order of their own."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        a_b, c_d = _halved(builder, args[0], args[1], 8), _halved(builder, args[2], args[3], 8)
-        fours = _halved(builder, a_b, c_d, 4)  # four lanes of each
-        twos = _halved(builder, fours, fours, 2)  # two lanes of each, and all once more
-        ones = _halved(builder, twos, twos, 1)
-        four = ir.VectorType(ir.IntType(32), 4)
-        totals = builder.shuffle_vector(ones, ones, ir.Constant(four, list(range(4))))
-        scores = builder.fmul(totals, everywhere(builder, args[4], 4))
+        scores = builder.fmul(totals_of(builder, *args[:4]), everywhere(builder, args[4], 4))
         builder.store(scores, builder.inttoptr(args[5], scores.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
@@ -239,6 +270,8 @@ put_lanes: Any = intrinsic(_store)  # (lanes, address)
 multiply_add: Any = intrinsic(_multiply_add)  # (a, b, c) -> a * b + c, rounded once
 times: Any = intrinsic(_times)  # (a, b) -> a * b
 plus: Any = intrinsic(_plus)  # (a, b) -> a + b
+larger: Any = intrinsic(_larger)  # (a, b) -> the larger number of each lane
+highest: Any = intrinsic(_highest)  # (lanes of float32) -> the largest of them
 total: Any = intrinsic(_total)  # (lanes of float32) -> their sum
 # (address, form, like) -> the scale there for codes of that form, in every lane
 scale_at: Any = intrinsic(_load_scale)

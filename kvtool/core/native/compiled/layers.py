@@ -16,6 +16,14 @@ import numpy as np
 from numba import from_dtype as from_dtype
 from numba import types
 
+from kvtool.core.native.compiled.lanes import WIDTH
+from kvtool.core.native.compiled.tiles import (
+    MAX_ROWS,
+    at_once,
+    dots_of_one,
+    dots_of_three,
+    dots_of_two,
+)
 from kvtool.core.native.compiled.tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
 from kvtool.core.native.compiled.tools import MOST_THREADS as MOST_THREADS
 from kvtool.core.native.compiled.tools import (
@@ -45,18 +53,54 @@ def round_to_format(x: Array, kind: Array) -> None:
                 x[n, j] = number(kept(x[n, j], kind))
 
 
-@shared()
+@compiled(fast=False)
+def linear_tiles(
+    x: Array, weight: Array, first: int, n: int, step: int, y: int, y_step: int
+) -> None:
+    """At address y the products of rows x (n,in) and `at_once` rows of weights from `first` on,
+    `step` bytes apart, but for the numbers beyond whole lanes."""
+    whole, size = x.shape[1] // WIDTH * WIDTH, x.shape[1] * x.itemsize
+    w = np.int64(weight.ctypes.data) + first * x.shape[1] * weight.itemsize
+    at, i = np.int64(x.ctypes.data), 0
+    while i < n:
+        if MAX_ROWS >= 3 and n - i >= 3:
+            dots_of_three(w, step, at + i * size, size, whole, weight, y + i * y_step, x, y_step)
+            i += 3
+        elif MAX_ROWS >= 2 and n - i >= 2:
+            dots_of_two(w, step, at + i * size, size, whole, weight, y + i * y_step, x, y_step)
+            i += 2
+        else:
+            dots_of_one(w, step, at + i * size, size, whole, weight, y + i * y_step, x, y_step)
+            i += 1
+
+
+@shared(fast=False)
 def linear(x: Array, weight: Array, bias: Array, y: Array, first: int, last: int) -> None:
     """Columns `first` to `last` of y (n,out) = x (n,in) times weight.T (in,out) + bias (out,)."""
-    for i in range(first, last):
-        row = weight[i]
-        for n in range(x.shape[0]):  # the inner loop, so that weights are read from memory once
-            total = x.dtype.type(0)
-            for j in range(row.shape[0]):
-                total += number(row[j]) * x[n, j]
+    n, width = x.shape
+    together = at_once(x)
+    step, y_step = width * weight.itemsize, y.shape[1] * y.itemsize
+    if last - first >= together:
+        for i in range(first, last, together):
+            at = min(i, last - together)  # the last ones once more, where they are fewer
+            to = np.int64(y.ctypes.data) + at * y.itemsize
+            linear_tiles(x, weight, at, n, step, to, y_step)
+    else:
+        alike = np.empty((n, together), y.dtype)
+        for i in range(first, last):
+            to = np.int64(alike.ctypes.data)
+            linear_tiles(x, weight, i, n, 0, to, together * y.itemsize)
+            for row in range(n):
+                y[row, i] = alike[row, 0]
+    whole = width // WIDTH * WIDTH
+    if whole == width and not bias.size:
+        return
+    for row in range(n):
+        for i in range(first, last):
+            for j in range(whole, width):
+                y[row, i] += number(weight[i, j]) * x[row, j]
             if bias.size:
-                total += number(bias[i])
-            y[n, i] = total
+                y[row, i] += number(bias[i])
 
 
 @shared(parallel=True)
