@@ -22,8 +22,10 @@ from typing import Any, Protocol
 from kvtool.errors import FileError, UsageError
 from kvtool.ui.environment import cache_settings, caption, environment, measured_on, peak_memory
 from kvtool.ui.inert import visible
+from kvtool.ui.junit import to_junit
 
 SUFFIXES = (".json", ".csv", ".md")
+OF_CHECKS = (*SUFFIXES, ".xml")  # of reports that have cases
 # What begins a formula (OWASP, CSV Injection), also in full width, where a cell may begin: a
 # spreadsheet that expects other separators than commas sees one behind ; and in each line.
 FORMULA = re.compile(r"(^|[;\t\n])(?=[ \"]*[=+\-@\t\uff1d\uff0b\uff0d\uff20])")
@@ -37,7 +39,7 @@ class Report(Protocol):
 
     If it has them, `resolved` is what `measured_on` describes, `load` what was done there, for CSV
     and Markdown, `more_rows()` further tables of Markdown by their headings, and `conclusion` in
-    the document is what Markdown ends with.
+    the document is what Markdown ends with. `cases()` has a Case for each check, for OF_CHECKS.
     """
 
     @property
@@ -173,6 +175,8 @@ def render(path: Path, content: Mapping[str, Any], report: Report) -> bytes:
     rows, load = report.rows(), getattr(report, "load", {})
     if suffix == ".json":
         text = to_json(content)
+    elif suffix == ".xml":
+        text = to_junit(content, report)
     elif suffix == ".csv":
         # What is said once in other formats stands in every row, so that files can be joined.
         text = to_csv([{**row, **_others({**load, **_facts(content, row)}, row)} for row in rows])

@@ -19,9 +19,10 @@ from kvtool.commands.bench.show import draw, show
 from kvtool.commands.bench.subject import check_fits, load_model, qualities, read_ids
 from kvtool.config import RunConfig
 from kvtool.ending import Ended, until_ended
+from kvtool.errors import UsageError
 from kvtool.registry import with_own_window
 from kvtool.ui import options as o
-from kvtool.ui.documents import jsonable, to_json
+from kvtool.ui.documents import OF_CHECKS, jsonable, to_json
 from kvtool.ui.environment import caption, environment, measured_on
 from kvtool.ui.output import Output, present
 
@@ -297,7 +298,11 @@ def command(
 
       kvtool bench --impl kvtool transformers --caches dynamic
     """
-    out = Output(as_json, output_file, quiet, verbose)
+    if not fail_if and output_file is not None and output_file.suffix.lower() == ".xml":
+        raise UsageError(
+            f"--output {output_file}: needs --fail-if", "A case is a row that a limit decides."
+        )
+    out = Output(as_json, output_file, quiet, verbose, OF_CHECKS)
     settings = Settings(
         run=RunConfig(model, device, dtype, threads, seed),
         lengths=lengths,

@@ -15,6 +15,7 @@ from kvtool.commands.verify.show import draw, show
 from kvtool.config import RunConfig
 from kvtool.registry import IMPLEMENTATIONS, choose
 from kvtool.ui import options as o
+from kvtool.ui.documents import OF_CHECKS
 from kvtool.ui.option_rules import require
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
@@ -81,7 +82,7 @@ def command(
 
       kvtool verify-cache --server http://127.0.0.1:8080
     """
-    out = Output(as_json, output_file, quiet, verbose)
+    out = Output(as_json, output_file, quiet, verbose, OF_CHECKS)
     if scenarios == ["help"] and not self_test:
         show_scenarios(out, server is not None)
         raise typer.Exit

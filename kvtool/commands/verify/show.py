@@ -28,17 +28,11 @@ def show(report: CacheReport, out: Output) -> None:
         out.table(title, columns, cells)
     looked_into, alike = apart(report.bugs)
     for first, *others in by_cause(looked_into):
-        out.text(
-            f"{first.cache}, {first.kernels} kernels, {first.scenario}: {first.verdict_text()}"
-        )
-        for label, text in (
-            ("", first.evidence),
-            ("where: ", first.place),
-            ("what: ", first.hint),
-            ("the same in: ", ", ".join(row.scenario for row in others)),
-        ):
-            if text:
-                out.text(f"  {label}{text}")
+        out.text(f"{first.name}: {first.verdict_text()}")
+        for label, text in first.explained:
+            out.text(f"  {label}{text}")
+        if others:
+            out.text(f"  the same in: {', '.join(row.scenario for row in others)}")
     if alike:
         out.text(f"wrong too, and not looked into: {', '.join(row.scenario for row in alike)}")
     if report.exit_code and not report.bugs and report.ended is None:
