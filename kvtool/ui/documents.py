@@ -181,14 +181,19 @@ def render(path: Path, content: Mapping[str, Any], report: Report) -> bytes:
         # What is said once in other formats stands in every row, so that files can be joined.
         text = to_csv([{**row, **_others({**load, **_facts(content, row)}, row)} for row in rows])
     else:
-        schema = str(content["schema"])
-        title = schema.removesuffix("/1").replace(".", " ", 1)
-        facts = caption(content["measured_on"], n_digits=64)
-        said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in load.items() if v is not None)
-        about = "; ".join(part for part in (facts, said) if part)
-        more = report.more_rows() if hasattr(report, "more_rows") else {}
-        text = to_markdown(title, rows, about, str(content.get("conclusion", "")), more)
+        text = markdown(content, report)
     return text.encode()
+
+
+def markdown(content: Mapping[str, Any], report: Report) -> str:
+    """The report as Markdown."""
+    load = getattr(report, "load", {})
+    title = str(content["schema"]).removesuffix("/1").replace(".", " ", 1)
+    facts = caption(content["measured_on"], n_digits=64)
+    said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in load.items() if v is not None)
+    about = "; ".join(part for part in (facts, said) if part)
+    more = report.more_rows() if hasattr(report, "more_rows") else {}
+    return to_markdown(title, report.rows(), about, str(content.get("conclusion", "")), more)
 
 
 def _facts(content: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

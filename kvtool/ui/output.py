@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +24,17 @@ from rich.text import Text
 
 from kvtool.errors import KvtoolError, UsageError, first_line
 from kvtool.files import write_durable
-from kvtool.ui.documents import SUFFIXES, Report, check_destination, document, render, to_json
+from kvtool.ui.documents import (
+    SUFFIXES,
+    Report,
+    check_destination,
+    document,
+    markdown,
+    render,
+    to_json,
+)
 from kvtool.ui.environment import caption, measured_on, peak_memory
+from kvtool.ui.github import add_summary, annotations, error_annotation
 from kvtool.ui.inert import in_a_line, visible
 from kvtool.ui.problems import explain_machine
 from kvtool.ui.progress import Progress, open_progress
@@ -47,14 +57,18 @@ class Output:
         quiet: bool = False,
         verbose: bool = False,
         suffixes: Sequence[str] = SUFFIXES,
+        github: bool = False,
     ) -> None:
         """Raises UsageError or FileError if `output_file` cannot be written, or has none of the
         `suffixes`: before any work."""
+        if github and json:
+            raise UsageError("--github: contradicts --json", "Both are for stdout. Give one.")
         if quiet and verbose:
             raise UsageError("--quiet: contradicts --verbose", "Give one of them.")
         if output_file is not None:
             check_destination(output_file, suffixes)
         self.json = json
+        self.github = github
         self.output_file = output_file
         self.quiet = quiet
         self.verbose = verbose
@@ -194,8 +208,8 @@ class Output:
 
     @property
     def documented(self) -> bool:
-        """Whether the document goes to stdout or a file."""
-        return self.json or self._writes
+        """Whether the document goes to stdout or a file, or is to be annotated."""
+        return self.json or self._writes or self.github
 
     @property
     def _writes(self) -> bool:
@@ -208,6 +222,8 @@ class Output:
                 self.note(f"written to {self.output_file}")
 
         self.attempt(whole)
+        if self.github:
+            self.attempt(lambda: add_summary(markdown(content, report)))
         for write in self._later:
             self.attempt(partial(write, report, content))
 
@@ -231,6 +247,24 @@ class Output:
         if lost is not None:
             raise lost
 
+    @contextlib.contextmanager
+    def without_commands(self) -> Iterator[None]:
+        """With --github, have GitHub take nothing in the block for a command of a workflow: names
+        and texts there may be anybody's."""
+        token = f"kvtool-{secrets.token_hex(16)}" if self.github else ""
+        if token:
+            self.text(f"::stop-commands::{token}", wrap=False)
+        try:
+            yield
+        finally:
+            if token:
+                self.text(f"::{token}::", wrap=False)
+
+    def annotate(self, lines: Sequence[str]) -> None:
+        """With --github, print annotations."""
+        for line in lines if self.github else ():
+            self.text(line, wrap=False)
+
     def warn_of_failed(self) -> None:
         """Say what could not be written, where something else is the error."""
         for error in self.failed:
@@ -253,8 +287,10 @@ def present(
     """
     try:
         report = run(settings, out)
-    except BaseException:
+    except BaseException as error:
         out.warn_of_failed()
+        if isinstance(error, KvtoolError):
+            out.annotate([error_annotation(command, error)])
         raise
     content = document(command, settings, report) if out.documented else {}
     with out.telling(report, content):
@@ -262,7 +298,10 @@ def present(
             sys.stdout.write(to_json(content))
         else:
             out.caption = caption(measured_on(settings, getattr(report, "resolved", {})))
-            show(report, out)
+            with out.without_commands():
+                show(report, out)
+            if out.github:
+                out.annotate(annotations(content, report))
     if peak := peak_memory():
         out.detail(f"peak memory: {peak / 2**20:,.0f} MiB")
     raise typer.Exit(report.exit_code)

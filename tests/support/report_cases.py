@@ -38,7 +38,7 @@ def row(cache: str = "static", verdict: str = "identical", **more: Any) -> Row:
         more.get("scenario", "decode"), verdict, more.get("evidence", ""),
         working=gap, float64=gap, first_wrong=wrong, diagnosis=found if wrong else Diagnosis(),
     )  # fmt: skip
-    return Row.of(Checked(cache, "default", True, finding))
+    return Row.of(Checked(cache, "default", cache != "none", finding))
 
 
 PLANTED = row("planted bug", "bug")

@@ -277,7 +277,8 @@ def command(
     threads: o.Threads = 0,
     seed: o.Seed = 0,
     as_json: o.Json = False,
-    output_file: o.OutputFile = None,
+    output_file: o.OutputOfChecks = None,
+    github: o.GitHub = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
@@ -302,7 +303,7 @@ def command(
         raise UsageError(
             f"--output {output_file}: needs --fail-if", "A case is a row that a limit decides."
         )
-    out = Output(as_json, output_file, quiet, verbose, OF_CHECKS)
+    out = Output(as_json, output_file, quiet, verbose, OF_CHECKS, github)
     settings = Settings(
         run=RunConfig(model, device, dtype, threads, seed),
         lengths=lengths,

@@ -58,7 +58,8 @@ def command(
     threads: o.Threads = 0,
     seed: v.Seed = 0,
     as_json: o.Json = False,
-    output_file: o.OutputFile = None,
+    output_file: o.OutputOfChecks = None,
+    github: o.GitHub = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
@@ -82,7 +83,7 @@ def command(
 
       kvtool verify-cache --server http://127.0.0.1:8080
     """
-    out = Output(as_json, output_file, quiet, verbose, OF_CHECKS)
+    out = Output(as_json, output_file, quiet, verbose, OF_CHECKS, github)
     if scenarios == ["help"] and not self_test:
         show_scenarios(out, server is not None)
         raise typer.Exit
