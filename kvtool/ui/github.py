@@ -30,7 +30,7 @@ def annotation(kind: str, title: str, message: str, file: str = "") -> str:
     return f"::{kind} {known}::{_data(message)}"
 
 
-def annotations(content: Mapping[str, Any], report: Any) -> list[str]:
+def annotated(content: Mapping[str, Any], report: Any) -> list[str]:
     """An error for each case that failed, the last of them for all that are not shown, and a
     notice of the verdict."""
     name = _name(content)

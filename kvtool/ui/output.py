@@ -34,7 +34,7 @@ from kvtool.ui.documents import (
     to_json,
 )
 from kvtool.ui.environment import caption, measured_on, peak_memory
-from kvtool.ui.github import add_summary, annotations, error_annotation
+from kvtool.ui.github import add_summary, annotated, error_annotation
 from kvtool.ui.inert import in_a_line, visible
 from kvtool.ui.problems import explain_machine
 from kvtool.ui.progress import Progress, open_progress
@@ -301,7 +301,7 @@ def present(
             with out.without_commands():
                 show(report, out)
             if out.github:
-                out.annotate(annotations(content, report))
+                out.annotate(annotated(content, report))
     if peak := peak_memory():
         out.detail(f"peak memory: {peak / 2**20:,.0f} MiB")
     raise typer.Exit(report.exit_code)

@@ -33,7 +33,13 @@ SPINE = (
     "servers",
     "reference", "bench",
 )  # fmt: skip
-DOORS = {"kvtool", "kvtool.__main__", "kvtool.app", "kvtool.testing"}  # what users come in by
+DOORS = {
+    "kvtool",
+    "kvtool.__main__",
+    "kvtool.app",
+    "kvtool.pytest_plugin",
+    "kvtool.testing",
+}  # what users come in by
 
 
 def module_name(path: Path) -> str:

@@ -24,7 +24,7 @@ LINE = re.compile(r"::(error|notice) (?:file=([^:,\n]*),)?title=([^:,\n]*)::([^\
 
 def lines_of(name: str, **settings: Any) -> list[tuple[str, ...]]:
     command, report = REPORTS[name]
-    found = github.annotations(content_of(command, report, **settings), report)
+    found = github.annotated(content_of(command, report, **settings), report)
     return [matched.groups("") for line in found if (matched := LINE.fullmatch(line))]
 
 
@@ -48,7 +48,7 @@ def test_an_error_stands_at_the_file_of_the_decoder_with_its_evidence() -> None:
 def test_more_errors_than_are_shown_are_named_in_the_last() -> None:
     many = [dataclasses.replace(BUG, scenario=f"s{i}") for i in range(github.SHOWN + 3)]
     report = CacheReport(many, PLANTED, 3, "float32")
-    *errors, _ = github.annotations(content_of("verify-cache", report), report)
+    *errors, _ = github.annotated(content_of("verify-cache", report), report)
     assert len(errors) == github.SHOWN
     assert "4 more" in errors[-1] and errors[-1].endswith("kernels, s12")
 
