@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -62,3 +63,14 @@ def subject_of(content: Mapping[str, Any]) -> str:
     target = settings.get("target") and str(settings["target"]).replace("\\", "/").split("/")[-1]
     known = (target, settings.get("server"), facts.get("model"), resolved.get("model"))
     return str(next(filter(None, known), "") or "all")
+
+
+def flat(content: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The leaves below these names, with their whole path; lists are JSON."""
+    for name in names:
+        value = content.get(name)
+        if isinstance(value, Mapping):
+            below = {f"{name}.{key}": item for key, item in value.items()}
+            yield from flat(below, list(below))
+        elif value is not None:
+            yield name, value if isinstance(value, str) else json.dumps(value)

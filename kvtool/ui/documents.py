@@ -25,7 +25,8 @@ from kvtool.ui.inert import visible
 from kvtool.ui.junit import to_junit
 
 SUFFIXES = (".json", ".csv", ".md")
-OF_CHECKS = (*SUFFIXES, ".xml")  # of reports that have cases
+PAGE = ".html"
+OF_CHECKS = (*SUFFIXES, ".xml", PAGE)  # of reports that have cases
 # What begins a formula (OWASP, CSV Injection), also in full width, where a cell may begin: a
 # spreadsheet that expects other separators than commas sees one behind ; and in each line.
 FORMULA = re.compile(r"(^|[;\t\n])(?=[ \"]*[=+\-@\t\uff1d\uff0b\uff0d\uff20])")

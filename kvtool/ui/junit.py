@@ -6,13 +6,12 @@ with its properties and a case for each check.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
-from kvtool.ui.cases import Case, Status, cases_of, subject_of
+from kvtool.ui.cases import Case, Status, cases_of, flat, subject_of
 from kvtool.ui.inert import in_a_line, visible
 
 PROLOG = '<?xml version="1.0" encoding="UTF-8"?>\n'
@@ -43,7 +42,7 @@ def to_junit(content: Mapping[str, Any], report: Any) -> str:
         },
     )
     properties = ElementTree.SubElement(suite, "properties")
-    for name, value in _flat(content, ("settings", "resolved", "environment")):
+    for name, value in flat(content, ("settings", "resolved", "environment")):
         ElementTree.SubElement(properties, "property", {"name": _line(name), "value": _line(value)})
     for case in cases:
         _add(suite, case, _line(f"{command}.{subject}"))
@@ -63,17 +62,6 @@ def _add(suite: ElementTree.Element, case: Case, class_name: str) -> None:
     elif case.failed:
         said = {"type": _line(case.verdict), "message": _line(case.message)}
         ElementTree.SubElement(found, "failure", said).text = _text(case.detail or case.message)
-
-
-def _flat(content: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The leaves below these names, with their whole path; lists are JSON."""
-    for name in names:
-        value = content.get(name)
-        if isinstance(value, Mapping):
-            below = {f"{name}.{key}": item for key, item in value.items()}
-            yield from _flat(below, list(below))
-        elif value is not None:
-            yield name, value if isinstance(value, str) else json.dumps(value)
 
 
 def _time(seconds: float) -> str:

@@ -161,7 +161,7 @@ OutputOfChecks = Annotated[
     typer.Option(
         "--output",
         metavar="FILE",
-        help="Also write the result here: .json, .csv, .md or .xml (JUnit).",
+        help="Also write the result here: .json, .csv, .md, .html, or .xml for JUnit.",
         rich_help_panel=REPORT,
     ),
 ]

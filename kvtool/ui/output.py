@@ -25,6 +25,7 @@ from rich.text import Text
 from kvtool.errors import KvtoolError, UsageError, first_line
 from kvtool.files import write_durable
 from kvtool.ui.documents import (
+    PAGE,
     SUFFIXES,
     Report,
     check_destination,
@@ -36,6 +37,7 @@ from kvtool.ui.documents import (
 from kvtool.ui.environment import caption, measured_on, peak_memory
 from kvtool.ui.github import add_summary, annotated, error_annotation
 from kvtool.ui.inert import in_a_line, visible
+from kvtool.ui.page import Draw, picture, to_page, told_by
 from kvtool.ui.problems import explain_machine
 from kvtool.ui.progress import Progress, open_progress
 from kvtool.ui.tables import Column, build_table
@@ -74,6 +76,7 @@ class Output:
         self.verbose = verbose
         self.caption = ""  # what the next table is of
         self.failed: list[Exception] = []  # what could not be written
+        self.page: Callable[[Mapping[str, Any], Any], str] | None = None  # of .html
         self._later: list[Write] = []
         self._unheard: OSError | None = None  # stdout took no more of a stream
         self._out = Console(highlight=False, markup=False, emoji=False)
@@ -218,7 +221,9 @@ class Output:
     def _write_all(self, report: Report, content: Mapping[str, Any]) -> None:
         def whole() -> None:
             if self.output_file is not None:
-                write_durable(self.output_file, render(self.output_file, content, report))
+                page = self.page(content, report) if self.page else ""
+                data = page.encode() or render(self.output_file, content, report)
+                write_durable(self.output_file, data)
                 self.note(f"written to {self.output_file}")
 
         self.attempt(whole)
@@ -279,12 +284,16 @@ def present(
     run: Callable[[Settings, Output], Result],
     show: Callable[[Result, Output], None],
     out: Output,
+    draw: Draw | None = None,
 ) -> NoReturn:
     """Run a command's work, print its report, then write it, and leave with its exit code.
 
-    `settings` is a dataclass or a mapping; all of it goes into the document. Raises typer.Exit, or
-    the error of the first file that could not be written.
+    `settings` is a dataclass or a mapping; all of it goes into the document. draw: draws the plot
+    of a page, if there is something to draw. Raises typer.Exit, or the error of the first file that
+    could not be written.
     """
+    if out.output_file is not None and out.output_file.suffix.lower() == PAGE:
+        out.page = partial(_page, show, draw, out)
     try:
         report = run(settings, out)
     except BaseException as error:
@@ -305,6 +314,20 @@ def present(
     if peak := peak_memory():
         out.detail(f"peak memory: {peak / 2**20:,.0f} MiB")
     raise typer.Exit(report.exit_code)
+
+
+def _page(
+    show: Callable[[Any, Any], None],
+    draw: Draw | None,
+    out: Output,
+    content: Mapping[str, Any],
+    report: Any,
+) -> str:
+    """The page of a report; without its plot if that cannot be drawn, which is told at the end."""
+    drawn: list[str] = []
+    if draw is not None:
+        out.attempt(lambda: drawn.append(picture(draw, report)))
+    return to_page(content, told_by(show, report), "".join(drawn))
 
 
 class Notes(logging.Handler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -334,7 +335,7 @@ def command(
         out.later(lambda report, content: keep(report, content, save, out))
     if plot is not None:
         out.later(lambda report, _: draw_measured(report, settings, plot, out))
-    present("bench", settings, run, show, out)
+    present("bench", settings, run, show, out, partial(latency_plot, settings=settings))
 
 
 def keep(report: BenchReport, content: Mapping[str, Any], name: str, out: Output) -> None:
@@ -351,5 +352,11 @@ def draw_measured(report: BenchReport, settings: Settings, path: Path, out: Outp
     if not report.measured:
         out.note(f"--plot {path}: {NOTHING_DRAWN}")
         return
-    draw(report, path, caption(measured_on(settings, report.resolved)))
+    latency_plot(report, path, settings)
     out.note(f"plot: {path}")
+
+
+def latency_plot(report: BenchReport, path: Path, settings: Settings) -> None:
+    """Draw the measured cells, if there are any."""
+    if report.measured:
+        draw(report, path, caption(measured_on(settings, report.resolved)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import typer
 
 from kvtool.commands.verify import hf as hf_models
@@ -11,7 +13,7 @@ from kvtool.commands.verify import server as server_visits
 from kvtool.commands.verify import sweep as sweeps
 from kvtool.commands.verify.check import Settings, run
 from kvtool.commands.verify.hf import require_model
-from kvtool.commands.verify.show import draw, show
+from kvtool.commands.verify.show import draw, gaps_plot, show
 from kvtool.config import RunConfig
 from kvtool.registry import IMPLEMENTATIONS, choose
 from kvtool.ui import options as o
@@ -148,7 +150,8 @@ def command(
         one_model = hf_models.Settings(
             machine, hf_kinds, scenarios, tokens, resume, prompt_length, thorough, layers
         )
-        present("verify-cache", one_model, hf_models.run, show, out)
+        drawn = partial(gaps_plot, settings=one_model)
+        present("verify-cache", one_model, hf_models.run, show, out, drawn)
     else:
         if target is None:
             require_model(model)
@@ -163,7 +166,7 @@ def command(
         )  # fmt: skip
         if plot is not None:
             out.later(lambda report, _: draw(report, asked, plot, out))
-        present("verify-cache", asked, run, show, out)
+        present("verify-cache", asked, run, show, out, partial(gaps_plot, settings=asked))
 
 
 def show_scenarios(out: Output, of_a_server: bool) -> None:

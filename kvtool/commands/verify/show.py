@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvtool.commands.verify.report import CacheReport, Row
 from kvtool.ui.environment import caption, measured_on
@@ -67,6 +67,31 @@ def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> No
     from kvtool.ui.plots import gap_plot
     from kvtool.ui.sight_map import Seen, sight_plot
 
+    title, panels = gaps_title(report, settings), panels_of(report)
+    if report.seen is None:
+        gap_plot(path, panels, title)
+    else:
+        about = title.partition("\n")[2]
+        sight_plot(path, Seen(*report.seen[1:7]), panels, f"{sight_title(report.seen)}\n{about}")
+    out.note(f"plot: {path}")
+
+
+def gaps_plot(report: CacheReport, path: Path, settings: Any) -> None:
+    """The plot of the gap by step, if there is one to draw."""
+    from kvtool.ui.plots import gap_plot
+
+    if panels := panels_of(report):
+        gap_plot(path, panels, gaps_title(report, settings))
+
+
+def gaps_title(report: CacheReport, settings: Any) -> str:
+    """The title of the plot of the gap, and what it is of."""
+    about = caption(measured_on(settings, report.resolved))
+    return f"Cached against uncached logits, by step\n{about}"
+
+
+def panels_of(report: CacheReport) -> dict[str, dict[str, list[float]]]:
+    """The gap of each step of the scenario decode, by cache and by precision."""
     panels: dict[str, dict[str, list[float]]] = {}
     rows = [*report.checks, *([report.control] if report.control else [])]
     for row in rows:
@@ -75,12 +100,7 @@ def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> No
             for name, gaps in row.gap_by_step.items():
                 working = f"{report.dtype}, {row.kernels} kernels"
                 lines[working if name == "working" else name] = gaps
-    about = caption(measured_on(settings, report.resolved))
-    if report.seen is None:
-        gap_plot(path, panels, f"Cached against uncached logits, by step\n{about}")
-    else:
-        sight_plot(path, Seen(*report.seen[1:7]), panels, f"{sight_title(report.seen)}\n{about}")
-    out.note(f"plot: {path}")
+    return panels
 
 
 def sight_title(seen: Picture) -> str:
