@@ -38,12 +38,13 @@ h2 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; }
 .open { border-color: var(--open); } .open b { color: var(--open); }
 .told { margin: .3rem 0; overflow-wrap: anywhere; } .more { margin-left: 1.2rem; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; } td.prose { white-space: normal; min-width: 14rem; }
 tbody tr:last-child td { border-bottom: 0; }
-th { background: var(--head); font-weight: 600; }
+th { background: var(--head); font-weight: 600; white-space: nowrap; }
+td.key { position: sticky; left: 0; background: var(--paper); }
 .number { text-align: right; } .middle { text-align: center; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0;
   cursor: pointer; text-align: inherit; }
@@ -89,7 +90,8 @@ class Told:
 
     def __init__(self) -> None:
         self.verdicts: list[str] = []
-        self.parts: list[str] = []
+        self.texts: list[str] = []  # stand above the tables, which may be long
+        self.tables: list[str] = []
         self.caption = ""  # what the tables are of
         self.json = self.quiet = False
         self.verbose = True
@@ -99,14 +101,14 @@ class Told:
     ) -> None:
         """Keep a table, which sorts."""
         if title:
-            self.parts.append(f"<h2>{line(title)}</h2>")
-        self.parts.append(table(columns, rows))
+            self.tables.append(f"<h2>{line(title)}</h2>")
+        self.tables.append(table(columns, rows))
 
     def text(self, text: str = "", style: str = "", end: str = "\n", wrap: bool = True) -> None:
         """Keep a paragraph; one that begins with blanks belongs to that above."""
         if text:
             kind = "told more" if text.startswith(" ") else "told"
-            self.parts.append(f'<p class="{kind}">{line(text.strip())}</p>')
+            self.texts.append(f'<p class="{kind}">{line(text.strip())}</p>')
 
     def verdict(self, ok: bool | None, text: str) -> None:
         """Keep a verdict, which goes to the top."""
@@ -115,7 +117,7 @@ class Told:
 
     def note(self, text: str) -> None:
         """Keep a remark."""
-        self.parts.append(f'<p class="note">{line(text)}</p>')
+        self.texts.append(f'<p class="note">{line(text)}</p>')
 
     hint = detail = warn = note
 
@@ -135,8 +137,10 @@ def table(
     """A table; what is wider than the screen scrolls below its own border."""
     named = [Column(each, "left") if isinstance(each, str) else each for each in columns]
     sides = [SIDES[column.justify] for column in named]
+    if keys := [i for i, column in enumerate(named) if column.key]:
+        sides[keys[-1]] += " key"
     heads = (
-        f'<th scope="col" class="{side}">'
+        f'<th scope="col" class="{side.strip()}">'
         + (f'<button type="button">{line(column.name)}</button>' if sorts else line(column.name))
         + "</th>"
         for column, side in zip(named, sides, strict=True)
@@ -149,7 +153,7 @@ def table(
 
 
 def _cell(text: str, side: str) -> str:
-    kind = f"{side} prose".strip() if len(text) > LONG else side
+    kind = f"{side} prose".strip() if len(text) > LONG else side.strip()
     return f'<td class="{kind}">{line(text)}</td>' if kind else f"<td>{line(text)}</td>"
 
 
@@ -194,7 +198,7 @@ def to_page(content: Mapping[str, Any], told: Told, svg: str = "") -> str:
 <h1>{line(title)}</h1>
 <p class="about">{line(about)}</p>
 {"".join(told.verdicts)}
-{chr(10).join(told.parts)}
+{chr(10).join([*told.texts, *told.tables])}
 {plot}
 <details><summary>Settings and versions</summary>
 <div class="facts">{settings}</div></details>
