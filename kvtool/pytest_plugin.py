@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 
 if TYPE_CHECKING:
-    from kvtool.core.verify.api import Verification
+    from kvtool.results import Verification
 
 RIGHT, WRONG = "kvtool_right", "kvtool_wrong"  # properties of a test; reports of JUnit have them
 

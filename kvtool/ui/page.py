@@ -38,7 +38,8 @@ h2 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; }
 .open { border-color: var(--open); } .open b { color: var(--open); }
 .told { margin: .3rem 0; overflow-wrap: anywhere; } .more { margin-left: 1.2rem; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: separate; border-spacing: 0; width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; width: 100%;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; } td.prose { white-space: normal; min-width: 14rem; }
@@ -88,7 +89,8 @@ Draw = Callable[[Any, Path], object]
 class Told:
     """Stands in for Output where a report is shown: keeps what it is told, as HTML."""
 
-    def __init__(self) -> None:
+    def __init__(self, sorts: bool = True) -> None:
+        self.sorts = sorts  # where the page has the script for it
         self.verdicts: list[str] = []
         self.texts: list[str] = []  # stand above the tables, which may be long
         self.tables: list[str] = []
@@ -99,10 +101,10 @@ class Told:
     def table(
         self, title: str, columns: Sequence[Column | str], rows: Sequence[Sequence[str]]
     ) -> None:
-        """Keep a table, which sorts."""
+        """Keep a table."""
         if title:
             self.tables.append(f"<h2>{line(title)}</h2>")
-        self.tables.append(table(columns, rows))
+        self.tables.append(table(columns, rows, self.sorts))
 
     def text(self, text: str = "", style: str = "", end: str = "\n", wrap: bool = True) -> None:
         """Keep a paragraph; one that begins with blanks belongs to that above."""

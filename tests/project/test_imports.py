@@ -38,6 +38,7 @@ DOORS = {
     "kvtool.__main__",
     "kvtool.app",
     "kvtool.pytest_plugin",
+    "kvtool.results",
     "kvtool.testing",
 }  # what users come in by
 

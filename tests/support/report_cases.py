@@ -29,16 +29,22 @@ from kvtool.ui.documents import document
 HOSTILE = "\x1b[2J</td></failure>]]><script>alert(1)</script>\"'&\n::error::x%0A\u202e\ufffe"
 
 
-def row(cache: str = "static", verdict: str = "identical", **more: Any) -> Row:
+def checked(cache: str = "static", verdict: str = "identical", **more: Any) -> Checked:
     """A check of a kind of cache in `decode`, or in another scenario."""
     wrong = 3 if verdict == "bug" else None
     gap = Gap(8, 8 if wrong is None else 3, wrong, 0.1 if wrong else 0.0, 9e5 if wrong else 0.0)
+    gap = gap._replace(by_step=(0.0, gap.relative))
     found = Diagnosis(1, "attention", (0,), "layer 1, head 0", ("keys one slot too far",))
     finding = Finding(
         more.get("scenario", "decode"), verdict, more.get("evidence", ""),
         working=gap, float64=gap, first_wrong=wrong, diagnosis=found if wrong else Diagnosis(),
     )  # fmt: skip
-    return Row.of(Checked(cache, "default", cache != "none", finding))
+    return Checked(cache, "default", cache != "none", finding)
+
+
+def row(cache: str = "static", verdict: str = "identical", **more: Any) -> Row:
+    """The row of such a check."""
+    return Row.of(checked(cache, verdict, **more))
 
 
 PLANTED = row("planted bug", "bug")

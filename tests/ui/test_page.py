@@ -146,7 +146,6 @@ def test_a_plot_stands_in_the_page_and_loads_nothing() -> None:
     wrong = REPORTS["bug"][1]
     assert picture(lambda found, path: gaps_plot(found, path, {}), wrong).startswith("<svg")
     other = CacheReport([row(scenario="crop")], PLANTED, 3, "float32")
-    other = dataclasses.replace(other, control=None)
     assert picture(lambda found, path: gaps_plot(found, path, {}), other) == ""
 
 

@@ -80,8 +80,8 @@ def gaps_plot(report: CacheReport, path: Path, settings: Any) -> None:
     """The plot of the gap by step, if there is one to draw."""
     from kvtool.ui.plots import gap_plot
 
-    if panels := panels_of(report):
-        gap_plot(path, panels, gaps_title(report, settings))
+    if any(map(has_gaps, report.checks)):
+        gap_plot(path, panels_of(report), gaps_title(report, settings))
 
 
 def gaps_title(report: CacheReport, settings: Any) -> str:
@@ -90,12 +90,17 @@ def gaps_title(report: CacheReport, settings: Any) -> str:
     return f"Cached against uncached logits, by step\n{about}"
 
 
+def has_gaps(row: Row) -> bool:
+    """Whether the gap is known step by step, of a kind that stores something."""
+    return row.scenario == "decode" and row.stores and bool(row.gap_by_step)
+
+
 def panels_of(report: CacheReport) -> dict[str, dict[str, list[float]]]:
     """The gap of each step of the scenario decode, by cache and by precision."""
     panels: dict[str, dict[str, list[float]]] = {}
     rows = [*report.checks, *([report.control] if report.control else [])]
     for row in rows:
-        if row.scenario == "decode" and row.stores and row.gap_by_step:
+        if has_gaps(row):
             lines = panels.setdefault(row.cache, {})
             for name, gaps in row.gap_by_step.items():
                 working = f"{report.dtype}, {row.kernels} kernels"
