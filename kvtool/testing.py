@@ -25,7 +25,8 @@ def assert_cache_matches(model: Any, ids: Any = None, **options: Any) -> None:
         report = verify(model, ids=ids, **options)
     except CheckFailed as error:
         raise AssertionError(str(error)) from error
-    assert_right(report)
+    if not report.ok:
+        raise AssertionError(report.failure)
 
 
 def assert_right(verification: Verification) -> None:
