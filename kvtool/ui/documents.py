@@ -22,7 +22,6 @@ from typing import Any, Protocol
 from kvtool.errors import FileError, UsageError
 from kvtool.ui.environment import cache_settings, caption, environment, measured_on, peak_memory
 from kvtool.ui.inert import visible
-from kvtool.ui.junit import to_junit
 
 SUFFIXES = (".json", ".csv", ".md")
 PAGE = ".html"
@@ -177,6 +176,8 @@ def render(path: Path, content: Mapping[str, Any], report: Report) -> bytes:
     if suffix == ".json":
         text = to_json(content)
     elif suffix == ".xml":
+        from kvtool.ui.junit import to_junit  # not for help, which is to be instant
+
         text = to_junit(content, report)
     elif suffix == ".csv":
         # What is said once in other formats stands in every row, so that files can be joined.

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
@@ -37,10 +37,12 @@ from kvtool.ui.documents import (
 from kvtool.ui.environment import caption, measured_on, peak_memory
 from kvtool.ui.github import add_summary, annotated, error_annotation
 from kvtool.ui.inert import in_a_line, visible
-from kvtool.ui.page import Draw, picture, to_page, told_by
 from kvtool.ui.problems import explain_machine
 from kvtool.ui.progress import Progress, open_progress
 from kvtool.ui.tables import Column, build_table
+
+if TYPE_CHECKING:
+    from kvtool.ui.page import Draw
 
 Settings = TypeVar("Settings")
 Result = TypeVar("Result", bound=Report)
@@ -256,7 +258,7 @@ class Output:
     def without_commands(self) -> Iterator[None]:
         """With --github, have GitHub take nothing in the block for a command of a workflow: names
         and texts there may be anybody's."""
-        token = f"kvtool-{secrets.token_hex(16)}" if self.github else ""
+        token = f"kvtool-{os.urandom(16).hex()}" if self.github else ""
         if token:
             self.text(f"::stop-commands::{token}", wrap=False)
         try:
@@ -324,6 +326,8 @@ def _page(
     report: Any,
 ) -> str:
     """The page of a report; without its plot if that cannot be drawn, which is told at the end."""
+    from kvtool.ui.page import picture, to_page, told_by  # not for help, which is to be instant
+
     drawn: list[str] = []
     if draw is not None:
         out.attempt(lambda: drawn.append(picture(draw, report)))
