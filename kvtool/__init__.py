@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvtool import testing as testing
-    from kvtool.core.decoding.generation import generate as generate
-    from kvtool.core.verify.api import verify as verify
+    from kvtool.results import generate as generate
+    from kvtool.results import verify as verify
 
 __version__ = "0.1.0"
 
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # What is imported when it is used: torch takes a second.
-FUNCTIONS = {"verify": "kvtool.core.verify.api", "generate": "kvtool.core.decoding.generation"}
+FUNCTIONS = dict.fromkeys(("verify", "generate"), "kvtool.results")
 MODULES = ("testing",)
 __all__ = ["__version__", *FUNCTIONS, *MODULES]
 

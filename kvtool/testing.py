@@ -1,10 +1,13 @@
-"""For the tests of a decoder: an assertion that shows the evidence."""
+"""For the tests of a decoder: assertions that show the evidence."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from kvtool.core.verify.api import Verification
 
 
 def assert_cache_matches(model: Any, ids: Any = None, **options: Any) -> None:
@@ -24,3 +27,14 @@ def assert_cache_matches(model: Any, ids: Any = None, **options: Any) -> None:
         raise AssertionError(str(error)) from error
     if not report.ok:
         raise AssertionError(report.failure)
+
+
+def assert_right(verification: Verification) -> None:
+    """Raise AssertionError, the verdict first and then the evidence, unless it is right.
+
+    >>> def test_my_cache(kvtool_verify):
+    ...     assert_right(kvtool_verify(my_decoder.build()))
+    """
+    __tracebackhide__ = True
+    if not verification.ok:
+        raise AssertionError(f"{verification.verdict}\n{verification.failure}")

@@ -24,6 +24,8 @@ from kvtool.ui.environment import cache_settings, caption, environment, measured
 from kvtool.ui.inert import visible
 
 SUFFIXES = (".json", ".csv", ".md")
+PAGE = ".html"
+OF_CHECKS = (*SUFFIXES, ".xml", PAGE)  # of reports that have cases
 # What begins a formula (OWASP, CSV Injection), also in full width, where a cell may begin: a
 # spreadsheet that expects other separators than commas sees one behind ; and in each line.
 FORMULA = re.compile(r"(^|[;\t\n])(?=[ \"]*[=+\-@\t\uff1d\uff0b\uff0d\uff20])")
@@ -37,7 +39,7 @@ class Report(Protocol):
 
     If it has them, `resolved` is what `measured_on` describes, `load` what was done there, for CSV
     and Markdown, `more_rows()` further tables of Markdown by their headings, and `conclusion` in
-    the document is what Markdown ends with.
+    the document is what Markdown ends with. `cases()` has a Case for each check, for OF_CHECKS.
     """
 
     @property
@@ -173,18 +175,27 @@ def render(path: Path, content: Mapping[str, Any], report: Report) -> bytes:
     rows, load = report.rows(), getattr(report, "load", {})
     if suffix == ".json":
         text = to_json(content)
+    elif suffix == ".xml":
+        from kvtool.ui.junit import to_junit  # not for help, which is to be instant
+
+        text = to_junit(content, report)
     elif suffix == ".csv":
         # What is said once in other formats stands in every row, so that files can be joined.
         text = to_csv([{**row, **_others({**load, **_facts(content, row)}, row)} for row in rows])
     else:
-        schema = str(content["schema"])
-        title = schema.removesuffix("/1").replace(".", " ", 1)
-        facts = caption(content["measured_on"], n_digits=64)
-        said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in load.items() if v is not None)
-        about = "; ".join(part for part in (facts, said) if part)
-        more = report.more_rows() if hasattr(report, "more_rows") else {}
-        text = to_markdown(title, rows, about, str(content.get("conclusion", "")), more)
+        text = markdown(content, report)
     return text.encode()
+
+
+def markdown(content: Mapping[str, Any], report: Report) -> str:
+    """The report as Markdown."""
+    load = getattr(report, "load", {})
+    title = str(content["schema"]).removesuffix("/1").replace(".", " ", 1)
+    facts = caption(content["measured_on"], n_digits=64)
+    said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in load.items() if v is not None)
+    about = "; ".join(part for part in (facts, said) if part)
+    more = report.more_rows() if hasattr(report, "more_rows") else {}
+    return to_markdown(title, report.rows(), about, str(content.get("conclusion", "")), more)
 
 
 def _facts(content: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

@@ -139,12 +139,29 @@ Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON document instead.", rich_help_panel=REPORT),
 ]
+GitHub = Annotated[
+    bool,
+    typer.Option(
+        "--github",
+        help="In GitHub Actions: annotate what is wrong, and add the report to the step's summary.",
+        rich_help_panel=REPORT,
+    ),
+]
 OutputFile = Annotated[
     Path | None,
     typer.Option(
         "--output",
         metavar="FILE",
         help="Also write the result here: .json, .csv or .md.",
+        rich_help_panel=REPORT,
+    ),
+]
+OutputOfChecks = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        metavar="FILE",
+        help="Also write the result here: .json, .csv, .md, .html, or .xml for JUnit.",
         rich_help_panel=REPORT,
     ),
 ]

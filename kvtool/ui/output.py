@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
@@ -24,12 +25,25 @@ from rich.text import Text
 from kvtool.config import is_main_rank
 from kvtool.errors import KvtoolError, UsageError, first_line
 from kvtool.files import write_durable
-from kvtool.ui.documents import SUFFIXES, Report, check_destination, document, render, to_json
+from kvtool.ui.documents import (
+    PAGE,
+    SUFFIXES,
+    Report,
+    check_destination,
+    document,
+    markdown,
+    render,
+    to_json,
+)
 from kvtool.ui.environment import caption, measured_on, peak_memory
+from kvtool.ui.github import add_summary, annotated, error_annotation
 from kvtool.ui.inert import in_a_line, visible
 from kvtool.ui.problems import explain_machine
 from kvtool.ui.progress import Progress, open_progress
 from kvtool.ui.tables import Column, build_table
+
+if TYPE_CHECKING:
+    from kvtool.ui.page import Draw
 
 Settings = TypeVar("Settings")
 Result = TypeVar("Result", bound=Report)
@@ -48,19 +62,24 @@ class Output:
         quiet: bool = False,
         verbose: bool = False,
         suffixes: Sequence[str] = SUFFIXES,
+        github: bool = False,
     ) -> None:
         """Raises UsageError or FileError if `output_file` cannot be written, or has none of the
         `suffixes`: before any work."""
+        if github and json:
+            raise UsageError("--github: contradicts --json", "Both are for stdout. Give one.")
         if quiet and verbose:
             raise UsageError("--quiet: contradicts --verbose", "Give one of them.")
         if output_file is not None:
             check_destination(output_file, suffixes)
         self.json = json
+        self.github = github
         self.output_file = output_file
         self.quiet = quiet
         self.verbose = verbose
         self.caption = ""  # what the next table is of
         self.failed: list[Exception] = []  # what could not be written
+        self.page: Callable[[Mapping[str, Any], Any], str] | None = None  # of .html
         self._later: list[Write] = []
         self._unheard: OSError | None = None  # stdout took no more of a stream
         self._out = Console(highlight=False, markup=False, emoji=False)
@@ -195,8 +214,8 @@ class Output:
 
     @property
     def documented(self) -> bool:
-        """Whether the document goes to stdout or a file."""
-        return self.json or self._writes
+        """Whether the document goes to stdout or a file, or is to be annotated."""
+        return self.json or self._writes or self.github
 
     @property
     def _writes(self) -> bool:
@@ -205,10 +224,14 @@ class Output:
     def _write_all(self, report: Report, content: Mapping[str, Any]) -> None:
         def whole() -> None:
             if self.output_file is not None:
-                write_durable(self.output_file, render(self.output_file, content, report))
+                page = self.page(content, report) if self.page else ""
+                data = page.encode() or render(self.output_file, content, report)
+                write_durable(self.output_file, data)
                 self.note(f"written to {self.output_file}")
 
         self.attempt(whole)
+        if self.github:
+            self.attempt(lambda: add_summary(markdown(content, report)))
         for write in self._later:
             self.attempt(partial(write, report, content))
 
@@ -232,6 +255,24 @@ class Output:
         if lost is not None:
             raise lost
 
+    @contextlib.contextmanager
+    def without_commands(self) -> Iterator[None]:
+        """With --github, have GitHub take nothing in the block for a command of a workflow: names
+        and texts there may be anybody's."""
+        token = f"kvtool-{os.urandom(16).hex()}" if self.github else ""
+        if token:
+            self.text(f"::stop-commands::{token}", wrap=False)
+        try:
+            yield
+        finally:
+            if token:
+                self.text(f"::{token}::", wrap=False)
+
+    def annotate(self, lines: Sequence[str]) -> None:
+        """With --github, print annotations."""
+        for line in lines if self.github else ():
+            self.text(line, wrap=False)
+
     def warn_of_failed(self) -> None:
         """Say what could not be written, where something else is the error."""
         for error in self.failed:
@@ -240,11 +281,18 @@ class Output:
         self.failed.clear()
 
 
-def output_of_rank(as_json: bool, output_file: Path | None, quiet: bool, verbose: bool) -> Output:
+def output_of_rank(
+    as_json: bool,
+    output_file: Path | None,
+    quiet: bool,
+    verbose: bool,
+    suffixes: Sequence[str] = SUFFIXES,
+    github: bool = False,
+) -> Output:
     """Where words go; those of a process that follows another go nowhere."""
     if not is_main_rank():
         return Output(quiet=True)
-    return Output(as_json, output_file, quiet, verbose)
+    return Output(as_json, output_file, quiet, verbose, suffixes, github)
 
 
 def present(
@@ -253,16 +301,22 @@ def present(
     run: Callable[[Settings, Output], Result],
     show: Callable[[Result, Output], None],
     out: Output,
+    draw: Draw | None = None,
 ) -> NoReturn:
     """Run a command's work, print its report, then write it, and leave with its exit code.
 
-    `settings` is a dataclass or a mapping; all of it goes into the document. Raises typer.Exit, or
-    the error of the first file that could not be written.
+    `settings` is a dataclass or a mapping; all of it goes into the document. draw: draws the plot
+    of a page, if there is something to draw. Raises typer.Exit, or the error of the first file that
+    could not be written.
     """
+    if out.output_file is not None and out.output_file.suffix.lower() == PAGE:
+        out.page = partial(_page, show, draw, out)
     try:
         report = run(settings, out)
-    except BaseException:
+    except BaseException as error:
         out.warn_of_failed()
+        if isinstance(error, KvtoolError):
+            out.annotate([error_annotation(command, error)])
         raise
     content = document(command, settings, report) if out.documented else {}
     with out.telling(report, content):
@@ -270,10 +324,29 @@ def present(
             sys.stdout.write(to_json(content))
         else:
             out.caption = caption(measured_on(settings, getattr(report, "resolved", {})))
-            show(report, out)
+            with out.without_commands():
+                show(report, out)
+            if out.github:
+                out.annotate(annotated(content, report))
     if peak := peak_memory():
         out.detail(f"peak memory: {peak / 2**20:,.0f} MiB")
     raise typer.Exit(report.exit_code)
+
+
+def _page(
+    show: Callable[[Any, Any], None],
+    draw: Draw | None,
+    out: Output,
+    content: Mapping[str, Any],
+    report: Any,
+) -> str:
+    """The page of a report; without its plot if that cannot be drawn, which is told at the end."""
+    from kvtool.ui.page import picture, to_page, told_by  # not for help, which is to be instant
+
+    drawn: list[str] = []
+    if draw is not None:
+        out.attempt(lambda: drawn.append(picture(draw, report)))
+    return to_page(content, told_by(show, report), "".join(drawn))
 
 
 class Notes(logging.Handler):

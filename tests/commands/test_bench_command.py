@@ -95,7 +95,8 @@ def test_lengths_out_of_order_are_sorted_each_once_with_a_note(bench: Callable[.
         ("--kernels fast", "--kernels: 'fast' is not known (expected one of default, exact)"),
         ("--plot a.jpg", "--plot a.jpg: .jpg is not a plot format"),
         ("--plot none/a.png", "--plot none/a.png: the folder none does not exist"),
-        ("--output a.xml", "--output a.xml: unknown format"),
+        ("--output a.pdf", "--output a.pdf: unknown format"),
+        ("--output a.xml", "--output a.xml: needs --fail-if"),
         ("--device cuda", "--device cuda: there is no CUDA device here"),
     ],
 )

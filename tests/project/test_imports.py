@@ -33,7 +33,14 @@ SPINE = (
     "servers",
     "reference", "bench", "plan",
 )  # fmt: skip
-DOORS = {"kvtool", "kvtool.__main__", "kvtool.app", "kvtool.testing"}  # what users come in by
+DOORS = {
+    "kvtool",
+    "kvtool.__main__",
+    "kvtool.app",
+    "kvtool.pytest_plugin",
+    "kvtool.results",
+    "kvtool.testing",
+}  # what users come in by
 
 
 def module_name(path: Path) -> str:

@@ -106,17 +106,25 @@ def test_the_tests_that_pages_show_run(
         code
         for page in PAGES
         for code in re.findall(r"^```python\n(.+?)^```$", text_of(page), FLAGS)
-        if "assert_cache_matches" in code
+        if "def test_the_cache_changes_nothing" in code
     ]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for code in blocks:
         space: dict[str, Any] = {}
         # my_decoder has a slip, which the test is there to find. One scenario shows it; the listing
         # of the command plays them all.
-        monkeypatch.setattr(api, "SCENARIOS", {"decode": scenarios.SCENARIOS["decode"]})
+        few = {name: scenarios.SCENARIOS[name] for name in ("decode", "crop")}  # which it cannot
+        monkeypatch.setattr(api, "SCENARIOS", few)
         exec(compile(code, "page", "exec", dont_inherit=True), space)
-        with pytest.raises(AssertionError, match="positions after the first step"):
-            space["test_the_cache_changes_nothing"]()
+        given = {"kvtool_verify": kvtool.verify} if "kvtool_verify" in code else {}
+        with pytest.raises(AssertionError, match="positions after the first step") as caught:
+            space["test_the_cache_changes_nothing"](**given)
+        if given:  # the page shows what pytest then says
+            verdict, *lines = str(caught.value).splitlines()
+            quoted = text_of(ROOT / "docs" / "ci.md")
+            assert f"\nkvtool: {verdict}\n" in quoted
+            told = [found.strip() for found in lines if re.match(" +(where|what): ", found)]
+            assert len(told) == 2 and all(f"\n  {found}\n" in quoted for found in told)
 
 
 # Links

@@ -80,9 +80,12 @@ PRINTS: dict[str, Callable[[Output], Any]] = {
     "warn": lambda out: out.warn(EVIL),
     "detail": lambda out: out.detail(EVIL),
     "progress": lambda out: show_bar(out, EVIL),
+    "annotate": lambda out: (setattr(out, "github", True), out.annotate([EVIL])),
     "warn_of_failed": lambda out: (out.failed.append(OSError(EVIL)), out.warn_of_failed()),
 }
-PRINTS_NOTHING = {"interactive", "documented", "later", "attempt", "telling"}
+PRINTS_NOTHING = {  # that it is given
+    "interactive", "documented", "later", "attempt", "telling", "without_commands",
+}  # fmt: skip
 
 
 def show_bar(out: Output, words: str) -> None:

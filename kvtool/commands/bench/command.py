@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,9 +20,10 @@ from kvtool.commands.bench.show import draw, show
 from kvtool.commands.bench.subject import check_fits, load_model, qualities, read_ids
 from kvtool.config import RunConfig
 from kvtool.ending import Ended, until_ended
+from kvtool.errors import UsageError
 from kvtool.registry import with_own_window
 from kvtool.ui import options as o
-from kvtool.ui.documents import jsonable, to_json
+from kvtool.ui.documents import OF_CHECKS, jsonable, to_json
 from kvtool.ui.environment import caption, environment, measured_on
 from kvtool.ui.output import Output, present
 
@@ -276,7 +278,8 @@ def command(
     threads: o.Threads = 0,
     seed: o.Seed = 0,
     as_json: o.Json = False,
-    output_file: o.OutputFile = None,
+    output_file: o.OutputOfChecks = None,
+    github: o.GitHub = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
@@ -297,7 +300,11 @@ def command(
 
       kvtool bench --impl kvtool transformers --caches dynamic
     """
-    out = Output(as_json, output_file, quiet, verbose)
+    if not fail_if and output_file is not None and output_file.suffix.lower() == ".xml":
+        raise UsageError(
+            f"--output {output_file}: needs --fail-if", "A case is a row that a limit decides."
+        )
+    out = Output(as_json, output_file, quiet, verbose, OF_CHECKS, github)
     settings = Settings(
         run=RunConfig(model, device, dtype, threads, seed),
         lengths=lengths,
@@ -328,7 +335,7 @@ def command(
         out.later(lambda report, content: keep(report, content, save, out))
     if plot is not None:
         out.later(lambda report, _: draw_measured(report, settings, plot, out))
-    present("bench", settings, run, show, out)
+    present("bench", settings, run, show, out, partial(latency_plot, settings=settings))
 
 
 def keep(report: BenchReport, content: Mapping[str, Any], name: str, out: Output) -> None:
@@ -345,5 +352,11 @@ def draw_measured(report: BenchReport, settings: Settings, path: Path, out: Outp
     if not report.measured:
         out.note(f"--plot {path}: {NOTHING_DRAWN}")
         return
-    draw(report, path, caption(measured_on(settings, report.resolved)))
+    latency_plot(report, path, settings)
     out.note(f"plot: {path}")
+
+
+def latency_plot(report: BenchReport, path: Path, settings: Settings) -> None:
+    """Draw the measured cells, if there are any."""
+    if report.measured:
+        draw(report, path, caption(measured_on(settings, report.resolved)))

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvtool.commands.bench.cases import limit_cases
 from kvtool.commands.bench.compare import Change, Comparison
 from kvtool.commands.bench.formatting import label, listed, number, seconds, tokens, verb
 from kvtool.ending import End
+from kvtool.ui.cases import Case
 from kvtool.ui.output import MARKS
 
 if TYPE_CHECKING:
@@ -125,6 +127,10 @@ class BenchReport:
             "kernels": self.kernels,
             "seed": self.seed,
         }
+
+    def cases(self) -> list[Case]:
+        """A case for each row that a limit decides."""
+        return limit_cases(self.comparison)
 
     def more_rows(self) -> dict[str, list[dict[str, Any]]]:
         """The table of changes, under its heading, if this run was compared."""

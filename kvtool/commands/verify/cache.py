@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import typer
 
 from kvtool.commands.verify import hf as hf_models
@@ -11,10 +13,11 @@ from kvtool.commands.verify import server as server_visits
 from kvtool.commands.verify import sweep as sweeps
 from kvtool.commands.verify.check import Settings, run
 from kvtool.commands.verify.hf import check_team, require_model
-from kvtool.commands.verify.show import draw, show
+from kvtool.commands.verify.show import draw, gaps_plot, show
 from kvtool.config import RunConfig, check_int
 from kvtool.registry import IMPLEMENTATIONS, choose
 from kvtool.ui import options as o
+from kvtool.ui.documents import OF_CHECKS
 from kvtool.ui.option_rules import require
 from kvtool.ui.output import Output, output_of_rank, present
 from kvtool.ui.tables import Column
@@ -58,7 +61,8 @@ def command(
     threads: o.Threads = 0,
     seed: v.Seed = 0,
     as_json: o.Json = False,
-    output_file: o.OutputFile = None,
+    output_file: o.OutputOfChecks = None,
+    github: o.GitHub = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
@@ -82,7 +86,7 @@ def command(
 
       kvtool verify-cache --server http://127.0.0.1:8080
     """
-    out = output_of_rank(as_json, output_file, quiet, verbose)
+    out = output_of_rank(as_json, output_file, quiet, verbose, OF_CHECKS, github)
     if scenarios == ["help"] and not self_test:
         show_scenarios(out, server is not None)
         raise typer.Exit
@@ -159,7 +163,8 @@ def command(
             layers or 0,
             device_map,
         )
-        present("verify-cache", one_model, hf_models.run, show, out)
+        drawn = partial(gaps_plot, settings=one_model)
+        present("verify-cache", one_model, hf_models.run, show, out, drawn)
     else:
         if target is None:
             require_model(model)
@@ -174,7 +179,7 @@ def command(
         )  # fmt: skip
         if plot is not None:
             out.later(lambda report, _: draw(report, asked, plot, out))
-        present("verify-cache", asked, run, show, out)
+        present("verify-cache", asked, run, show, out, partial(gaps_plot, settings=asked))
 
 
 def show_scenarios(out: Output, of_a_server: bool) -> None:

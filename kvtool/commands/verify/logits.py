@@ -24,7 +24,8 @@ from kvtool.config import RunConfig
 from kvtool.errors import FileError, UsageError
 from kvtool.registry import choose
 from kvtool.ui import options as o
-from kvtool.ui.documents import check_writable
+from kvtool.ui.cases import Case, status_of
+from kvtool.ui.documents import OF_CHECKS, check_writable
 from kvtool.ui.option_rules import contradicts, needs, require
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
@@ -142,6 +143,21 @@ class LogitsReport:
     def rows(self) -> list[dict[str, Any]]:
         """The positions."""
         return self.positions
+
+    def cases(self) -> list[Case]:
+        """A case for each position, and one for the tokens of the reference's text."""
+        agree = self.tokens_agree
+        said = "" if agree else self.conclusion
+        found = [Case("the tokens of the reference's text", status_of(agree, not agree), "", said)]
+        for row in self.positions:
+            gap, finite = row["gap_float64"], math.isfinite(row["max_difference"])
+            exact = gap <= self.tolerance_float64
+            said = f"the gap in float64 is {gap:.1e}, and {self.tolerance_float64:.1e} is allowed"
+            said = said if finite or not exact else f"the logits are not finite in {self.dtype}"
+            right = exact and finite
+            verdict = "rounding" if right else "mismatch"
+            found.append(Case(place(row), status_of(right, not right), verdict, said))
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the JSON document."""
@@ -322,7 +338,8 @@ def command(
     threads: o.Threads = 0,
     seed: RecordedSeed = 0,
     as_json: o.Json = False,
-    output_file: o.OutputFile = None,
+    output_file: o.OutputOfChecks = None,
+    github: o.GitHub = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
@@ -339,7 +356,7 @@ def command(
       kvtool verify-logits --against numpy --prompt "Hear me."
       kvtool verify-logits --server localhost:80 --model m.gguf
     """
-    out = Output(as_json, output_file, quiet, verbose)
+    out = Output(as_json, output_file, quiet, verbose, OF_CHECKS, github)
     run_config = RunConfig(model, device, dtype, threads, seed)
     given = {
         "--against": against is not None,

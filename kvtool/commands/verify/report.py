@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvtool.ending import End
+from kvtool.ui.cases import Case, Status, not_run
 
 if TYPE_CHECKING:
     from kvtool.core.verify.check import Checked
@@ -119,10 +120,52 @@ class Row:
         return f"{self.verdict}, step {step}"
 
     @property
+    def name(self) -> str:
+        """What was checked, in words."""
+        return check_name(self.cache, self.kernels, self.scenario)
+
+    @property
+    def explained(self) -> list[tuple[str, str]]:
+        """Why it is wrong, where, and what it does, each behind its label."""
+        found = (("", self.evidence), ("where: ", self.place), ("what: ", self.hint))
+        return [(label, text) for label, text in found if text]
+
+    @property
+    def gaps(self) -> str:
+        """Its gaps in words, as far as they were computed."""
+        names = ("gap", "gap_float64", "gap_promoted")
+        known = [(name, getattr(self, name)) for name in names]
+        return ", ".join(
+            f"{name.replace('_', ' ')} {gap:.1e}" for name, gap in known if gap is not None
+        )
+
+    def case(self, in_vain: bool) -> Case:
+        """The check as a case. in_vain: nothing at all was proved of its kind of cache."""
+        from kvtool.core.verify.outcome import NO_CACHE, Outcome
+
+        if self.outcome == Outcome.RIGHT:
+            return Case(self.name, Status.PASSED, self.verdict)
+        if self.wrong:
+            found = "; ".join([self.verdict_text(), *(f"{a}{b}" for a, b in self.explained)])
+            lines = [self.verdict_text(), *(f"{a}{b}" for a, b in self.explained), self.gaps]
+            detail = "\n".join(filter(None, lines))
+            return Case(self.name, Status.FAILED, self.verdict, found, detail)
+        failed = self.outcome == Outcome.NOTHING and in_vain
+        status = Status.FAILED if failed else Status.SKIPPED
+        why = "stores nothing, and is there to be compared with"
+        said = why if self.verdict == NO_CACHE else self.evidence
+        return Case(self.name, status, self.verdict, f"{self.verdict}: {said or why}")
+
+    @property
     def cell(self) -> str:
         """The verdict in a table, with a mark for what was not judged."""
         short = self.verdict_text(short=True)
         return f"{short}, {self.not_judged} not judged" if self.not_judged else short
+
+
+def check_name(cache: str, kernels: str, scenario: str) -> str:
+    """What a check is called, in words."""
+    return f"{cache}, {kernels} kernels, {scenario}"
 
 
 @dataclass(frozen=True)
@@ -292,6 +335,21 @@ class CacheReport:
     def rows(self) -> list[dict[str, Any]]:
         """Without the planted bug: it is no result, and the conclusion says that it was found."""
         return [{k: v for k, v in vars(row).items() if k != "gap_by_step"} for row in self.checks]
+
+    def cases(self) -> list[Case]:
+        """A case for each check, for the planted bug, and for what was not run."""
+        vain = self.vacuous
+        found = [row.case(row.cache in vain) for row in self.checks]
+        if self.control is not None:
+            wrong = self.control.wrong
+            said = "" if wrong else "it was not reported, so the check proves nothing"
+            status = Status.PASSED if wrong else Status.FAILED
+            found.append(Case("the planted bug is found", status, self.control.verdict, said))
+        if self.ended is None:
+            return found
+        left = [check_name(one.cache, one.kernels, one.scenario) for one in self.not_run]
+        planted = ["the planted bug is found"] * (self.control is None)
+        return found + not_run([*left, *planted], self.ended.value)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the JSON document."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvtool import ending
 from kvtool.commands.verify.resume import facts, first_few, note_resumed, warn_ended
 from kvtool.ending import End, until_ended
+from kvtool.ui.cases import Case, not_run, status_of
 from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
@@ -80,6 +81,15 @@ class SelfTestReport:
     def rows(self) -> list[dict[str, Any]]:
         """The planted bugs, then the right caches."""
         return [dataclasses.asdict(outcome) for outcome in (*self.planted, *self.lookalikes)]
+
+    def cases(self) -> list[Case]:
+        """A case for each planted bug and each right cache, also for those that were not tried."""
+        found = []
+        for tried in (*self.planted, *self.lookalikes):
+            said = f"expected {tried.expected}, found {tried.found}: {tried.detail}"
+            status = status_of(tried.ok, not tried.ok)
+            found.append(Case(tried.name, status, tried.found, said))
+        return found if self.ended is None else found + not_run(self.not_run, self.ended.value)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the JSON document."""

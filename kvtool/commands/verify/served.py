@@ -14,6 +14,7 @@ from kvtool.commands.verify.server_dry import DryReport, dry_report, show_dry
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.errors import FileError, ServerError
 from kvtool.reading import require_file
+from kvtool.ui.cases import Case, status_of
 from kvtool.ui.output import Output, present
 from kvtool.ui.tables import Column
 
@@ -145,6 +146,20 @@ class ServedReport:
     def rows(self) -> list[dict[str, Any]]:
         """The positions."""
         return self.positions
+
+    def cases(self) -> list[Case]:
+        """A case for each position. All are judged together: of a server that differs the first
+        beyond rounding fails, and the others neither pass nor fail."""
+        first = self.first or {}
+        at = (first.get("prompt"), first.get("position"))
+        found = []
+        for row in self.positions:
+            wrong = self.right is False and (row["prompt"], row["position"]) == at
+            said = self.conclusion if wrong else "all positions are judged together"
+            status = status_of(bool(self.right), wrong)
+            name = f"prompt {row['prompt']}, position {row['position']}"
+            found.append(Case(name, status, self.verdict, said))
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the JSON document."""

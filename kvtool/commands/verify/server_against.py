@@ -10,6 +10,7 @@ from kvtool.commands.verify import server_settings as server
 from kvtool.commands.verify.server_report import nats, times
 from kvtool.ending import End, until_ended
 from kvtool.errors import UsageError
+from kvtool.ui.cases import Case, status_of
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
 
@@ -73,6 +74,15 @@ class AgainstReport:
     def rows(self) -> list[dict[str, Any]]:
         """A row for each kind."""
         return [{**asdict(found), "verdict": self.word(found)} for found in self.comparisons]
+
+    def cases(self) -> list[Case]:
+        """A case for answers without a cache, and one for those with."""
+        found = []
+        for one in self.comparisons:
+            wrong = one.other_model or (one in self.apart and not self.lossy)
+            said = self._said(one)
+            found.append(Case(one.kind, status_of(not wrong, wrong), self.word(one), said))
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the JSON document."""

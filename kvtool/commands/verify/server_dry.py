@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvtool.ui.cases import Case, not_run
 from kvtool.ui.output import Output
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ class DryReport:
             f"identified the server ({self.engine}); -1 stands for an id that it will answer"
         )
         return f"{said}; {self.n_too_many} more than --requests allows" if self.n_too_many else said
+
+    def cases(self) -> list[Case]:
+        """A skipped case for each request."""
+        names = [f"{i}: {arm}, {path}" for i, (arm, (path, _)) in enumerate(self.requests, 1)]
+        return not_run(names, "a dry run sends nothing")
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each request."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.ending import End
+from kvtool.ui.cases import Case, not_run, status_of
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
 
@@ -136,6 +137,21 @@ class VisitReport:
             {**{k: v for k, v in asdict(arm).items() if k != "gaps"}, "right": arm.right}
             for arm in self.arms
         ]
+
+    def cases(self) -> list[Case]:
+        """A case for each arm, also for those that were not asked."""
+        from kvtool.core.servers.verdict import WRONG
+
+        found = []
+        for arm in self.arms:
+            size = "" if arm.ratio is None else f"{times(arm.ratio)} times the noise, "
+            size += "" if arm.gap is None else f"{nats(arm.gap)} nats"
+            said = "; ".join(filter(None, [arm.verdict, arm.evidence, size + _begins([arm])]))
+            status = status_of(arm.right, arm.verdict in WRONG)
+            found.append(Case(arm.arm, status, arm.verdict, said))
+        why = self.stopped or (self.ended.value if self.ended else "--requests were sent")
+        left = [name.removesuffix(" (--thorough)") for name in self.not_asked]
+        return found + not_run(self.not_run, why) + not_run(left, "add --thorough")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the JSON document."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvtool.commands.verify.report import CacheReport, Row
 from kvtool.ui.environment import caption, measured_on
@@ -28,17 +28,11 @@ def show(report: CacheReport, out: Output) -> None:
         out.table(title, columns, cells)
     looked_into, alike = apart(report.bugs)
     for first, *others in by_cause(looked_into):
-        out.text(
-            f"{first.cache}, {first.kernels} kernels, {first.scenario}: {first.verdict_text()}"
-        )
-        for label, text in (
-            ("", first.evidence),
-            ("where: ", first.place),
-            ("what: ", first.hint),
-            ("the same in: ", ", ".join(row.scenario for row in others)),
-        ):
-            if text:
-                out.text(f"  {label}{text}")
+        out.text(f"{first.name}: {first.verdict_text()}")
+        for label, text in first.explained:
+            out.text(f"  {label}{text}")
+        if others:
+            out.text(f"  the same in: {', '.join(row.scenario for row in others)}")
     if alike:
         out.text(f"wrong too, and not looked into: {', '.join(row.scenario for row in alike)}")
     if report.exit_code and not report.bugs and report.ended is None:
@@ -73,20 +67,45 @@ def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> No
     from kvtool.ui.plots import gap_plot
     from kvtool.ui.sight_map import Seen, sight_plot
 
+    title, panels = gaps_title(report, settings), panels_of(report)
+    if report.seen is None:
+        gap_plot(path, panels, title)
+    else:
+        about = title.partition("\n")[2]
+        sight_plot(path, Seen(*report.seen[1:7]), panels, f"{sight_title(report.seen)}\n{about}")
+    out.note(f"plot: {path}")
+
+
+def gaps_plot(report: CacheReport, path: Path, settings: Any) -> None:
+    """The plot of the gap by step, if there is one to draw."""
+    from kvtool.ui.plots import gap_plot
+
+    if any(map(has_gaps, report.checks)):
+        gap_plot(path, panels_of(report), gaps_title(report, settings))
+
+
+def gaps_title(report: CacheReport, settings: Any) -> str:
+    """The title of the plot of the gap, and what it is of."""
+    about = caption(measured_on(settings, report.resolved))
+    return f"Cached against uncached logits, by step\n{about}"
+
+
+def has_gaps(row: Row) -> bool:
+    """Whether the gap is known step by step, of a kind that stores something."""
+    return row.scenario == "decode" and row.stores and bool(row.gap_by_step)
+
+
+def panels_of(report: CacheReport) -> dict[str, dict[str, list[float]]]:
+    """The gap of each step of the scenario decode, by cache and by precision."""
     panels: dict[str, dict[str, list[float]]] = {}
     rows = [*report.checks, *([report.control] if report.control else [])]
     for row in rows:
-        if row.scenario == "decode" and row.stores and row.gap_by_step:
+        if has_gaps(row):
             lines = panels.setdefault(row.cache, {})
             for name, gaps in row.gap_by_step.items():
                 working = f"{report.dtype}, {row.kernels} kernels"
                 lines[working if name == "working" else name] = gaps
-    about = caption(measured_on(settings, report.resolved))
-    if report.seen is None:
-        gap_plot(path, panels, f"Cached against uncached logits, by step\n{about}")
-    else:
-        sight_plot(path, Seen(*report.seen[1:7]), panels, f"{sight_title(report.seen)}\n{about}")
-    out.note(f"plot: {path}")
+    return panels
 
 
 def sight_title(seen: Picture) -> str:

@@ -17,6 +17,7 @@ from kvtool.commands.verify.resume import facts, first_few, note_resumed, warn_e
 from kvtool.config import RunConfig, check_float, check_int
 from kvtool.ending import End, until_ended
 from kvtool.registry import TRANSFORMERS_CACHES, TRANSFORMERS_MODELS, choose
+from kvtool.ui.cases import Case, not_run, status_of
 from kvtool.ui.documents import check_writable
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
@@ -119,6 +120,20 @@ class SweepReport:
             }
             for s in self.types
         ]
+
+    def cases(self) -> list[Case]:
+        """A case for each type, also for those that were not run."""
+        found = [
+            Case(
+                f"{TRANSFORMERS_MODELS[s.kind]}: {s.type}",
+                status_of(s.right, s.wrong),
+                s.verdict,
+                f"{s.verdict}: {s.reason}" if s.reason else s.verdict,
+                seconds=s.seconds,
+            )
+            for s in self.types
+        ]
+        return found if self.ended is None else found + not_run(self.not_run, self.ended.value)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the JSON document."""

@@ -19,7 +19,14 @@ from kvtool.core.verify.compare import Gap
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.left_out import left_out
 from kvtool.core.verify.model_subject import Formats
-from kvtool.core.verify.outcome import UNSUPPORTED, Outcome, Summary
+from kvtool.core.verify.outcome import (
+    IDENTICAL,
+    LOSSY,
+    PRECISION,
+    UNSUPPORTED,
+    Outcome,
+    Summary,
+)
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.target.check import OWN, check_target, decode_case, target_control
 from kvtool.core.verify.target.subject import TargetSubject
@@ -83,14 +90,42 @@ class Verification:
         rest = left_out(skipped, [name for name, f in found if f.verdict != UNSUPPORTED])
         return "; ".join(filter(None, [self._verdict(), rest]))
 
+    @property
+    def verdict(self) -> str:
+        """The verdict in a few words, what is wrong first: "BUG in decode from step 1 on"."""
+        if self.wrong:
+            where, step = self._first_wrong()
+            return f"{self.wrong[0].finding.verdict.upper()} in {where}{step}"
+        if not self.ok:
+            return self._verdict()
+        found = {checked.finding.verdict for checked in self.summary.right}
+        if found == {IDENTICAL}:
+            return "identical, bit for bit"
+        if LOSSY in found:
+            return "lossy as declared"
+        return "rounding, or the model's own precision" if PRECISION in found else "rounding only"
+
+    @property
+    def explained(self) -> list[str]:
+        """Why the first wrong finding is wrong, where, and what it does, in lines."""
+        if not self.wrong:
+            return []
+        first = self.wrong[0].finding
+        found = (("", first.evidence), ("where: ", first.diagnosis.place))
+        return [f"{a}{b}" for a, b in (*found, ("what: ", first.diagnosis.hint)) if b]
+
+    def _first_wrong(self) -> tuple[str, str]:
+        """Where the first wrong finding is, and from which step on."""
+        cache, first = self.wrong[0].cache, self.wrong[0].finding
+        where = first.scenario if cache == self.name else f"{cache}, {first.scenario}"
+        return where, "" if first.first_wrong is None else f" from step {first.first_wrong} on"
+
     def _verdict(self) -> str:
         n_judged, n_right = len(self.judged), len(self.summary.right)
         if self.wrong:
-            cache, first = self.wrong[0].cache, self.wrong[0].finding
-            where = first.scenario if cache == self.name else f"{cache}, {first.scenario}"
-            step = "" if first.first_wrong is None else f" from step {first.first_wrong} on"
+            where, step = self._first_wrong()
             wrong = f"{len(self.wrong)} of {n_judged} checks not right"
-            return f"{where}: {first.verdict}{step} ({wrong})"
+            return f"{where}: {self.wrong[0].finding.verdict}{step} ({wrong})"
         if not n_right:
             return "nothing was checked"
         if kinds := self.summary.unjudged_kinds:
@@ -101,6 +136,9 @@ class Verification:
         parts = dict.fromkeys(c.finding.not_fed for c in self.checked if c.finding.not_fed)
         left = f"; not fed: {', '.join(parts)}" if parts else ""
         return f"right: {n_right} of {n_judged} scenarios{more}; the planted bug was found{left}"
+
+    def __repr__(self) -> str:
+        return f"<Verification: {self.verdict}; {self.name}, {self.dtype}>"
 
     def __str__(self) -> str:
         return "\n".join([*self._lines(self.checked), self.conclusion])
