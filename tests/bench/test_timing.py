@@ -398,6 +398,7 @@ def test_each_sample_has_the_threads_of_its_setup_and_one_number_is_left_alone(
 ) -> None:
     has = [7]
     monkeypatch.setattr(torch, "set_num_threads", lambda n: has.append(n))
+    monkeypatch.setattr(timing, "SETTLE", 0.0)
     seen: list[int] = []
 
     class Seeing(Fake):

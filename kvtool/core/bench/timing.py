@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from time import process_time
+from time import process_time, sleep
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,6 +28,7 @@ from kvtool.ending import check
 
 SHORT = 10  # tokens of the runs before those that count
 TINY = 2  # of those to warm up
+SETTLE = 0.02  # seconds, in which threads of the sample before stop waiting for work
 
 
 class TimedRun(NamedTuple):
@@ -317,6 +318,7 @@ class Measurement:
         if self._switches:
             # Each time: native code hands its own number to OpenMP, which PyTorch then uses.
             torch.set_num_threads(cell.setup.threads)
+            sleep(SETTLE)
         started, busy = time.perf_counter(), process_time()
         cell.runs.append(self._works[cell.key].run(cell.cache, cell.length))
         cell.took.append(time.perf_counter() - started)
