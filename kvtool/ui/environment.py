@@ -57,7 +57,7 @@ def measured_on(settings: Any, resolved: Mapping[str, Any]) -> dict[str, Any]:
         "sha256": resolved.get("sha256"),
         "dtype": resolved.get("dtype", run.dtype),
         "stored_dtype": resolved.get("stored_dtype"),
-        "threads": torch and torch.get_num_threads(),
+        "threads": resolved.get("threads") or (torch and torch.get_num_threads()),
         "processor": torch.cuda.get_device_name() if torch and on_gpu else cpu_name(),
         "cache_settings": cache_settings(resolved),
     }
@@ -93,9 +93,14 @@ def caption(facts: Mapping[str, Any], n_digits: int = 8) -> str:
 
     >>> caption({"model": "a", "sha256": "0123456789ab", "dtype": "float32", "threads": 2})
     'a (01234567), float32, 2 threads'
+
+    Several number formats, or numbers of threads, are lists.
     """
     model, sha256 = facts.get("model", ""), facts.get("sha256", "")
-    dtype, stored, threads = (facts.get(name) for name in ("dtype", "stored_dtype", "threads"))
+    dtype, stored, threads = (
+        " and ".join(map(str, found)) if isinstance(found, (list, tuple)) else found
+        for found in map(facts.get, ("dtype", "stored_dtype", "threads"))
+    )
     parts = [
         f"{model} ({sha256[:n_digits]})" if model and sha256 else model,
         f"{dtype} (stored in {stored})" if stored and stored != dtype else dtype,

@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvtool.ui.drawing import drawing
 from kvtool.ui.plots import save_figure
@@ -15,7 +15,15 @@ CELL, LARGEST_CELL = 0.18, 0.4  # inches; the first has room for a label
 USUAL, WIDEST = 7.0, 16.0  # inches, of all panels together; cells grow or shrink for them
 GAP = 0.2  # inches between panels
 LABEL = 14  # characters of a token that are shown
-GREY = "#888888"
+GREY, PALE = "#888888", "#d9d9d9"
+
+
+class Mark(NamedTuple):
+    """Cells (T,S) of all panels that mean something beside their weight, and what."""
+
+    label: str
+    cells: Sequence[Sequence[bool]]
+    hatched: bool  # or else dotted
 
 
 @drawing()
@@ -25,18 +33,23 @@ def attention_plot(
     source: Sequence[str],
     target: Sequence[str],
     title: Sequence[str],
+    named: tuple[str, str] = ("source tokens", "target tokens"),
+    marks: Sequence[Mark] = (),
 ) -> None:
     """Attention weights (H,T,S) as heat maps: a panel a head, target down, source across.
 
     All panels share one scale, from 0 to the largest weight, rounded up to a tenth. `title` has
-    lines, which are wrapped.
+    lines, which are wrapped; `named` says what is across and down; marks with a cell have a legend.
     """
     from matplotlib.ticker import MaxNLocator
 
     top = math.ceil(10 * max(max(map(max, rows)) for rows in weights) - 1e-9) / 10
     fonts = _fonts("".join([*title, *source, *target]))
     with drawing(**{"font.family": fonts}):
-        figure, grid, bar_axes, cell = _panels(len(weights), source, target, title)
+        marks = [mark for mark in marks if any(map(any, mark.cells))]
+        figure, grid, bar_axes, cell = _panels(
+            len(weights), source, target, title, named, 0.3 * bool(marks)
+        )
         for i, (axes, rows) in enumerate(zip(grid.flat, weights, strict=False)):
             image = axes.imshow(rows, cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
             axes.set_title(f"head {i + 1}", fontsize=9)
@@ -46,6 +59,8 @@ def attention_plot(
             style: dict[str, Any] = {"colors": "#e3e8ee", "linewidth": 0.5}
             axes.vlines([i - 0.5 for i in range(1, len(source))], *axes.get_ylim(), **style)
             axes.hlines([i - 0.5 for i in range(1, len(target))], *axes.get_xlim(), **style)
+            for mark in marks:
+                _draw_mark(axes, mark, cell)
             axes.xaxis.tick_top()
             axes.tick_params(length=0, labelleft=i % grid.shape[1] == 0)
         for axes in grid.flat[len(weights) :]:
@@ -56,11 +71,47 @@ def attention_plot(
         bar.locator = MaxNLocator(max(1, min(5, int(inches / 0.3))))
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_edgecolor(GREY)
+        if marks:
+            _explain(figure, marks)
         save_figure(figure, path)
 
 
+def _draw_mark(axes: Any, mark: Mark, cell: float) -> None:
+    """Fill the cells of a mark with hatched grey, or put a dot into each."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    places = [(t, s) for t, row in enumerate(mark.cells) for s, marked in enumerate(row) if marked]
+    if mark.hatched:
+        squares = [Rectangle((s - 0.5, t - 0.5), 1, 1) for t, s in places]
+        style: dict[str, Any] = {"facecolor": PALE, "edgecolor": GREY, "linewidth": 0}
+        axes.add_collection(PatchCollection(squares, hatch="////", **style))
+    else:
+        across, down = [s for _, s in places], [t for t, _ in places]
+        axes.scatter(across, down, s=(9 * cell) ** 2, color="#D55E00", linewidths=0)
+
+
+def _explain(figure: Any, marks: Sequence[Mark]) -> None:
+    """The legend of the marks, at the bottom."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [
+        Patch(facecolor=PALE, edgecolor=GREY, hatch="////", label=mark.label)
+        if mark.hatched
+        else Line2D([], [], marker=".", color="#D55E00", linestyle="", label=mark.label)
+        for mark in marks
+    ]
+    figure.legend(handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=8.5)
+
+
 def _panels(
-    n_panels: int, source: Sequence[str], target: Sequence[str], title: Sequence[str]
+    n_panels: int,
+    source: Sequence[str],
+    target: Sequence[str],
+    title: Sequence[str],
+    named: tuple[str, str],
+    spare_below: float,
 ) -> tuple[Any, Any, Any, float]:
     """A figure with a grid of axes whose cells are squares, the axes of a colour bar, and the side
     of a cell in inches. No layout engine: it would leave gaps around panels of a fixed shape."""
@@ -73,7 +124,7 @@ def _panels(
     above = 0.35 + (_label_inches(source, cell) if _upright(source) else 0.15)  # of each panel
     grid_width = n_columns * (wide + GAP) - GAP
     grid_height = n_rows * (above + tall) - above
-    left, right, below = 0.5 + _label_inches(target, cell), 1.0, 0.4
+    left, right, below = 0.5 + _label_inches(target, cell), 1.0, 0.4 + spare_below
     spare = max(0.0, 5.0 - left - grid_width - right) / 2  # room for the title
     left, right = left + spare, right + spare
     width = left + grid_width + right
@@ -95,9 +146,9 @@ def _panels(
     )
     at = ((left + grid_width + GAP) / width, below / height, 0.15 / width, grid_height / height)
     style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9}
-    figure.text((left + grid_width / 2) / width, 0.2 / height, "source tokens", **style)
+    figure.text((left + grid_width / 2) / width, (below - 0.2) / height, named[0], **style)
     middle = (below + grid_height / 2) / height
-    figure.text((spare + 0.2) / width, middle, "target tokens", **style, rotation=90)
+    figure.text((spare + 0.2) / width, middle, named[1], **style, rotation=90)
     figure.suptitle("\n".join(lines), y=1 - 0.1 / height, va="top", fontsize=11)
     return figure, grid, figure.add_axes(at), cell
 

@@ -21,6 +21,8 @@ COLOURS = (
     "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255"
 )  # fmt: skip
 MARKERS = "os^DvPX<"
+DASHES = ("--", ":", "-.", (0, (1, 4)), (0, (8, 2)), (0, (6, 2, 1, 2, 1, 2)), (0, (3, 3)))
+MAX_INSIDE = 8  # names of lines within a panel; more stand beside it
 DASH = 5.0  # line widths, of each of several kinds that lie on each other
 TOUCHING = 0.015  # of an axis: lines that are nearer to each other are seen as one
 
@@ -136,9 +138,10 @@ def bench_plot(
     samples' spread, and the bytes that the cache occupies.
 
     `times` has (length, samples in seconds) for each kind, `memory` (length, bytes) for those that
-    store something; `marks` a length for some kinds, drawn as a line. Kinds of several
-    implementations are named after both, "kvtool static": a colour is a kind, a dashed line with
-    hollow marks the second one's. Kinds that lie on each other share a line of all their colours.
+    store something; `marks` a length for some kinds, drawn as a line. Where there is more of a kind
+    than one, a name begins with what tells them apart, "bfloat16 static": a colour is a kind, and
+    from the second on lines are broken, with hollow marks. Kinds that lie on each other share a
+    line of all their colours.
     """
     from matplotlib.figure import Figure
 
@@ -154,7 +157,8 @@ def bench_plot(
         kind: [(n, median(samples)) for n, samples in points] for kind, points in times.items()
     }
     _draw_kinds(left, medians, looks)
-    for kind, points in times.items():
+    clear = len(times) <= MAX_INSIDE  # of more, the bands would hide the lines
+    for kind, points in times.items() if clear else ():
         left.fill_between(
             [n for n, _ in points],
             [min(samples) for _, samples in points],
@@ -167,7 +171,7 @@ def bench_plot(
         colour = COLOURS[looks[kind].colour % len(COLOURS)]
         left.axvline(length, color=colour, linestyle=":", linewidth=1.2)
     log_axes(left, ticks, seconds_text)
-    left.set_ylabel("median time (band: all samples)")
+    left.set_ylabel("median time (band: all samples)" if clear else "median time")
     for axes in right:
         _draw_kinds(axes, memory, looks)
         log_axes(axes, ticks, bytes_text, base=2)
@@ -176,7 +180,14 @@ def bench_plot(
     for axes in (left, *right):
         shown = [line for line in axes.lines if line.get_label() in names]
         shown.sort(key=lambda line: names.index(line.get_label()))
-        axes.legend(handles=shown, frameon=False, loc="best", handlelength=4)
+        if len(names) <= MAX_INSIDE:
+            axes.legend(handles=shown, frameon=False, loc="best", handlelength=4)
+    if len(names) > MAX_INSIDE:
+        shown = [line for line in left.lines if line.get_label() in names]
+        shown.sort(key=lambda line: names.index(line.get_label()))
+        place: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "handlelength": 5}
+        figure.set_figwidth(figure.get_figwidth() + 0.9 + 0.07 * max(map(len, names)))
+        figure.legend(handles=shown, fontsize=8.5, **place)
     if caption:
         figure.supxlabel(_wrapped(figure, caption), fontsize=8.5)
     entitle(figure, title)
@@ -211,8 +222,9 @@ def _draw_kinds(
                 style["dash_capstyle"] = "butt"
                 style["markersize"] = 5 + 4 * (len(group) - 1 - i)
                 style["markerfacecolor"] = "none"
-            elif look.dashed:
-                style |= {"markerfacecolor": "white", "linestyle": "--"}
+            elif look.group:
+                dashes = DASHES[(look.group - 1) % len(DASHES)]
+                style |= {"markerfacecolor": "white", "linestyle": dashes}
             _line(axes, look.colour, _series(kind), series[kind], **style)
 
 
@@ -243,16 +255,16 @@ def together(series: Mapping[str, Sequence[tuple[int, float]]]) -> list[list[str
 
 class _Look(NamedTuple):
     colour: int
-    dashed: bool
+    group: int  # 0: a full line with full marks
 
 
 def _looks(names: Sequence[str]) -> dict[str, _Look]:
-    """How each series is drawn: a colour for its kind, the same in every figure, and dashed from
-    the second implementation on."""
+    """How each series is drawn: a colour for its kind, the same in every figure, and broken lines
+    from the second of a kind on."""
     parts = {name: name.rpartition(" ") for name in names}
     colours = _colours(list(dict.fromkeys(kind for *_, kind in parts.values())))
-    first = next(iter(parts.values()))[0] if parts else ""
-    return {n: _Look(colours[kind], impl != first) for n, (impl, _, kind) in parts.items()}
+    groups = list(dict.fromkeys(group for group, *_ in parts.values()))
+    return {n: _Look(colours[kind], groups.index(g)) for n, (g, _, kind) in parts.items()}
 
 
 def _colours(kinds: Sequence[str]) -> dict[str, int]:
@@ -269,9 +281,9 @@ def _colours(kinds: Sequence[str]) -> dict[str, int]:
 
 def _series(name: str) -> str:
     """The series' name in the legend."""
-    impl, _, kind = name.rpartition(" ")
+    group, _, kind = name.rpartition(" ")
     what = "no cache" if kind == "none" else f"{kind} cache"
-    return f"{impl}, {what}" if impl else what
+    return f"{group}, {what}" if group else what
 
 
 def _line(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvtool.config.setups import AS_IT_IS, Setup
 from kvtool.core.bench import timing
 from kvtool.core.bench.timing import (
     Cell,
@@ -268,7 +269,7 @@ def test_with_a_cache_each_further_token_takes_as_long_as_the_last_ones() -> Non
 def test_what_is_not_timed_of_a_run_counts_in_what_it_takes() -> None:
     """A GPU's steps are recorded by a run before it."""
     made = measurement_of(Cell("static", 300))
-    made._short["static", "kvtool"].took = [2.0]  # twice what was timed
+    made._short["static", "kvtool", AS_IT_IS].took = [2.0]  # twice what was timed
     assert made.expected(made.cells[0]) == pytest.approx(2 * (1.0 + 290 * 0.75 / 9))
 
 
@@ -387,3 +388,50 @@ def test_prompt_and_allocation_are_part_of_a_sample(monkeypatch: pytest.MonkeyPa
     at_depth = Workload(model, torch.ones(1, 5, dtype=torch.long), decode_only=True)
     assert at_depth.run("static", 4).seconds == 4  # behind the first, which reading gave
     assert at_depth.run("none", 2).seconds == 6 + 7
+
+
+# Setups
+
+
+def test_each_sample_has_the_threads_of_its_setup_and_one_number_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    has = [7]
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: has.append(n))
+    monkeypatch.setattr(timing, "SETTLE", 0.0)
+    seen: list[int] = []
+
+    class Seeing(Fake):
+        def run(self, kind: str, length: int) -> TimedRun:
+            seen.append(has[-1])
+            has.append(5)  # as native code does
+            return taking(1.0)
+
+    work = Seeing(lambda *_: 0.0)
+    setups = [Setup("float32", 1, n) for n in (1, 2)]
+    two = Measurement([Contender("static", work, setup=each) for each in setups], [3])
+    two.run(2, 1e9)
+    assert seen == [1, 1, 1, 2, 2, 2] + [1, 2] * 2
+    assert [cell.setup.threads for cell in two.cells] == [1, 2]
+    seen.clear()
+    del has[1:]
+    Measurement([Contender("static", work, setup=setups[0])], [3]).run(1, 1e9)
+    assert seen[0] == 7 and set(has) == {7, 5}
+
+
+def test_processors_that_were_busy_are_counted_by_their_time() -> None:
+    cell = Cell("none", 3, took=[2.0, 1.0, 4.0], busy=[4.0, 1.0, 4.0])
+    assert cell.cores_used == 1.0
+    assert Cell("none", 3).cores_used is None
+
+
+def test_an_uncached_run_counts_for_its_own_setup_alone() -> None:
+    one, two = Setup(threads=1), Setup(threads=2)
+    found = [
+        Cell(kind, 10, [taking(seconds)], setup=setup)
+        for setup, none, static in ((one, 8.0, 2.0), (two, 4.0, 8.0))
+        for kind, seconds in (("none", none), ("static", static))
+    ]
+    assert [speedup for _, speedup in speedups(found)] == [1.0, 4.0, 1.0, 0.5]
+    assert crossover(found, "static", setup=one) == 10.0
+    assert crossover(found, "static", setup=two) is None

@@ -14,7 +14,9 @@ from bench_cases import cells
 from cli_probe import Ran, refused
 from kvtool import files
 from kvtool.commands.bench.formatting import number
-from kvtool.commands.bench.report import BenchReport, Row, memory_text
+from kvtool.commands.bench.memory import memory_text
+from kvtool.commands.bench.report import BenchReport
+from kvtool.commands.bench.row import Row
 from kvtool.commands.bench.show import draw
 from kvtool.core.bench import timing, traffic
 from kvtool.core.bench.traffic import Bandwidth
@@ -291,7 +293,7 @@ def test_the_plot_marks_the_lengths_from_which_on_kinds_pay_and_says_the_rest(
         timing.Cell(kind, n, [timing.TimedRun(s, 0.0, s, None, 9, None)])
         for (kind, n), s in runs.items()
     ]
-    rows = [Row.of(cell, speedup, 1, 0) for cell, speedup in timing.speedups(made)]
+    rows = [Row.of(cell, speedup, 0) for cell, speedup in timing.speedups(made)]
     pays = {"static": 31.6, "paged": 10.0}
     report = BenchReport(rows, pays, 1, 8, None, "default", Bandwidth((1e9,)), {}, 1.0, {})
     draw(report, Path("a.png"), "a model")
@@ -308,7 +310,7 @@ def reading(
 ) -> str:
     """What is said of memory where a token of static reads so much in such a time."""
     run = timing.TimedRun(1.0, 0.5, 0.5, token_s, 9, token_bytes)
-    row = Row.of(timing.Cell("static", 10, [run]), None, 1, 0)
+    row = Row.of(timing.Cell("static", 10, [run]), None, 0)
     return memory_text(
         BenchReport([row], {}, 1, 8, None, "default", Bandwidth(rates, own_caches), {}, 1.0)
     )

@@ -227,9 +227,9 @@ def test_what_is_missing_from_a_baseline_differs() -> None:
 def test_rows_that_one_run_did_not_measure_are_left_out() -> None:
     before = {"measurements": [{"length": 1, "cache": "none", "samples_s": []}]}
     now = [{"length": 1, "cache": "none", "samples_s": [1.0]}]
-    found = compare(before, now, ())
+    found = compare(before, {"measurements": now}, ())
     assert (found.changes, found.not_in_baseline) == ([], ["none at 1 token: not in the baseline"])
-    found = compare({"measurements": now}, before["measurements"], ())
+    found = compare({"measurements": now}, before, ())
     assert found.changes == found.regressions == []
     assert found.not_measured_now == ["none at 1 token: in the baseline, not measured now"]
 

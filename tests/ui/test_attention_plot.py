@@ -33,7 +33,6 @@ from small_models import (
     answer,
     change_weights,
     random_model,
-    save_decoder,
     save_seq2seq,
 )
 
@@ -344,15 +343,6 @@ def test_several_sources_are_refused_before_any_is_read(
     message = refused(generate("--input", str(path), "--attention-plot", str(tmp_path / "a.png")))
     assert message == "--attention-plot: draws one source (found 2). Give one with --prompt."
     assert not (tmp_path / "a.png").exists()
-
-
-def test_a_decoder_only_model_is_refused(generate: Callable[..., Ran], tmp_path: Path) -> None:
-    decoder = save_decoder(tmp_path / "decoder")
-    given = ("--prompt", "To be", "--attention-plot", str(tmp_path / "a.png"))
-    message = refused(generate(*given, model=decoder))
-    assert message.startswith(
-        f"--attention-plot: {decoder} is a decoder-only model, which reads no source"
-    )
 
 
 @pytest.mark.parametrize(

@@ -13,26 +13,31 @@ import typer
 from kvtool.commands.bench import compare as bench_compare
 from kvtool.commands.bench import peers as bench_peers
 from kvtool.commands.bench.compare import Limit
-from kvtool.commands.bench.formatting import label
-from kvtool.commands.bench.report import BenchReport, Row, ended_text, missing
-from kvtool.commands.bench.settings import KVTOOL, Settings
+from kvtool.commands.bench.foreign import ForeignSubject, is_foreign
+from kvtool.commands.bench.options import BatchSizes, Dtypes, Impls, ThreadCounts
+from kvtool.commands.bench.report import BenchReport, ended_text, missing
+from kvtool.commands.bench.row import Row
+from kvtool.commands.bench.settings import KVTOOL, TRANSFORMERS, Settings
 from kvtool.commands.bench.show import draw, show
-from kvtool.commands.bench.subject import check_fits, load_model, qualities, read_ids
+from kvtool.commands.bench.subject import OwnSubject
 from kvtool.config import RunConfig
+from kvtool.config.setups import axes_of, name_of, words_of
 from kvtool.ending import Ended, until_ended
 from kvtool.errors import UsageError
-from kvtool.registry import with_own_window
 from kvtool.ui import options as o
 from kvtool.ui.documents import OF_CHECKS, jsonable, to_json
 from kvtool.ui.environment import caption, environment, measured_on
 from kvtool.ui.output import Output, present
 
 if TYPE_CHECKING:
+    import torch
+
     from kvtool.core.bench.timing import Cell, Contender, Measurement
+    from kvtool.core.bench.traffic import Bandwidth
 
 LENGTHS = [10, 50, 100, 500, 1000]
 CACHES = ["none", "dynamic", "static"]
-IMPL = [KVTOOL]
+IMPL, DTYPES, BATCH_SIZES, THREADS = [KVTOOL], ["float32"], [1], [0]
 PROMPT_LENGTH = 32
 NOTHING_DRAWN = "nothing was measured, so nothing is drawn"
 COMPARE = "Against an earlier run"
@@ -45,61 +50,56 @@ def run(settings: Settings, out: Output) -> BenchReport:
     import torch
 
     from kvtool.core.bench import timing
-    from kvtool.core.bench.traffic import read_bandwidth, weights_read
-    from kvtool.core.cache import settings_of
-    from kvtool.core.kernels.default import make_kernels
     from kvtool.core.machine import prepare
-    from kvtool.core.native import arrays as native
 
     baseline = bench_compare.load(settings.compare) if settings.compare is not None else None
     lengths = sorted(set(settings.lengths))
     if lengths != settings.lengths:
         out.note(f"lengths sorted, each once: {' '.join(map(str, lengths))}")
-    device, dtype = prepare(settings.run)
-    loaded, model = load_model(settings, device, dtype, out)
-    caches = [with_own_window(kind, model.config.window) for kind in settings.caches]
-    settings = replace(settings, caches=list(dict.fromkeys(caches)))
-    check_fits(settings, lengths, model.config, device, dtype)
+    settings = settings.resolved(torch.get_num_threads())
+    formats: dict[str, torch.dtype] = {}
+    for name in reversed(settings.dtypes):  # the first one last: its seed counts
+        device, formats[name] = prepare(replace(settings.run, dtype=name))
+    formats = {name: formats[name] for name in settings.dtypes}
+    kind: Any = ForeignSubject if is_foreign(settings) else OwnSubject
+    subject = kind(settings, lengths, device, formats, out)
+    settings = subject.settings
     resolved = {
-        **loaded.facts,
+        **subject.facts,
         "device": str(device),
         "lengths": lengths,
-        "cache_settings": {kind: settings_of(kind) for kind in settings.caches},
+        **several(settings),
         **bench_peers.facts(settings),
     }
-    if model is not loaded.model:
-        resolved["changed"] = f"with {settings.n_kv_heads} key-value heads and random weights"
+    now = conditions(settings, resolved)
     if baseline is not None:
-        now = conditions(settings, resolved)
         strict = bool(settings.fail_if) and not settings.force
         bench_compare.check_comparable(baseline, now, settings.compare, strict, out)
-    text = read_ids(settings, loaded, device)
-    vocab = model.config.source_vocab_size or model.config.vocab_size
-    prompt = torch.randint(vocab, (settings.batch_size, settings.start[1])).to(device)
-    decode_only = settings.depth is not None
-    work = timing.Workload(model, prompt, make_kernels(settings.kernels), decode_only)
-    native.prepare(next(model.parameters()))  # or compiling would be timed
-    contenders = bench_peers.make_contenders(settings, loaded, work, resolved, out)
+    contenders = subject.contenders(resolved)
+    settings = subject.settings
     started = time.perf_counter()
-    bandwidth = read_bandwidth(device)
-    measurement = timing.Measurement(contenders, lengths, work.n_start)
+    rates = read_bandwidths(settings, device)
+    measurement = timing.Measurement(contenders, lengths, subject.n_start)
     quality: dict[str, dict[str, Any]] = {}
     with until_ended() as outcome:
-        measure(settings, measurement, out)
-        quality = qualities(settings, model, text, lengths[-1], out)
-    if told := work.decode.summary():
-        out.detail(f"decoded {told}")
+        try:
+            measure(settings, measurement, out)
+        finally:
+            if len(settings.thread_counts) > 1:
+                torch.set_num_threads(settings.thread_counts[0])
+        quality = subject.qualities()
+    subject.tell_decoded()
     if outcome.how and not any(cell.runs for cell in measurement.cells):
         if settings.plot is not None:
             out.note(f"--plot {settings.plot}: {NOTHING_DRAWN}")
         raise Ended(outcome.how)
     report = BenchReport(
-        *summary(settings, contenders, measurement, weights_read(model)),
+        *summary(contenders, measurement, subject.weights_read()),
         settings.batch_size,
         settings.prompt_length,
         settings.depth,
         settings.kernels,
-        bandwidth,
+        next(iter(rates.values())),
         quality,
         time.perf_counter() - started,
         resolved,
@@ -107,45 +107,70 @@ def run(settings: Settings, out: Output) -> BenchReport:
         budget=settings.budget,
         repeats=settings.repeats,
         seed=settings.run.seed,
+        bandwidths=rates if len(rates) > 1 else {},
     )
-    loaded.digest()  # raises if the weights changed meanwhile
+    subject.check()
     warn_missing(report, settings, out)
     if baseline is not None and not outcome.how:
-        rows = list(map(vars, report.measurements))
+        measured = {**now, "measurements": list(map(vars, report.measurements))}
         report.comparison = bench_compare.compare(
-            baseline, rows, settings.fail_if, str(settings.compare)
+            baseline, measured, settings.fail_if, str(settings.compare)
         )
     return report
 
 
+def several(settings: Settings) -> dict[str, Any]:
+    """The number formats and threads for captions, where there are several."""
+    return {
+        name: list(values)
+        for name, values in (("dtype", settings.dtypes), ("threads", settings.thread_counts))
+        if len(values) > 1
+    }
+
+
+def read_bandwidths(settings: Settings, device: torch.device) -> dict[int, Bandwidth]:
+    """How fast memory is read with each number of threads."""
+    import torch
+
+    from kvtool.core.bench.traffic import read_bandwidth
+
+    found = {}
+    for threads in reversed(settings.thread_counts):  # the first one last: it stays
+        if len(settings.thread_counts) > 1:
+            torch.set_num_threads(threads)
+        found[threads] = read_bandwidth(device)
+    return dict(reversed(found.items()))
+
+
 def summary(
-    settings: Settings, contenders: list[Contender], measurement: Measurement, weights: int
+    contenders: list[Contender], measurement: Measurement, weights: dict[str, int]
 ) -> tuple[list[Row], dict[str, float | None]]:
     """The report with its rows, and the length from which each kind pays. weights: bytes that a
-    step reads."""
+    step reads, by number format."""
     from kvtool.core.bench import timing
 
     cells = measurement.cells
     rows = [
-        Row.of(cell, speedup, settings.batch_size, weights, measurement.expected(cell))
+        Row.of(cell, speedup, weights[cell.setup.dtype], measurement.expected(cell))
         for cell, speedup in timing.speedups(cells)
     ]
-    several = len(settings.impl) > 1
+    axes = axes_of(cells)
+    uncached = any(kind == "none" for kind, *_ in contenders)
     pays_from = {
-        label(impl, kind, several): timing.crossover(cells, kind, impl)
-        for kind, _, impl in contenders
-        if kind != "none" and "none" in settings.caches
+        " ".join([*words_of(impl, setup, axes), kind]): timing.crossover(cells, kind, impl, setup)
+        for kind, _, impl, setup in contenders
+        if kind != "none" and uncached
     }
     return rows, pays_from
 
 
 def measure(settings: Settings, measurement: Measurement, out: Output) -> None:
     """Measure all cells, with a progress bar."""
-    several = len(settings.impl) > 1
+    axes = axes_of(measurement.cells)
     with out.progress("bench", settings.repeats * len(measurement.cells)) as bar:
 
         def advance(cell: Cell) -> None:
-            bar.update(f"{label(cell.impl, cell.cache, several)} {cell.length}")
+            bar.update(f"{name_of(cell, axes)} {cell.length}")
             bar.advance()
 
         measurement.run(settings.repeats, settings.budget, advance)
@@ -185,7 +210,7 @@ def warn_missing(report: BenchReport, settings: Settings, out: Output) -> None:
 def command(
     lengths: o.Lengths = LENGTHS,
     caches: o.Caches = CACHES,
-    impl: bench_peers.Impls = IMPL,
+    impl: Impls = IMPL,
     prompt_length: Annotated[
         int, typer.Option("--prompt-length", metavar="N", help="Tokens of the prompt.")
     ] = PROMPT_LENGTH,
@@ -197,9 +222,7 @@ def command(
             help="Time decoding alone, after N tokens that are read first.",
         ),
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", metavar="N", help="Sequences side by side.")
-    ] = 1,
+    batch_size: BatchSizes = BATCH_SIZES,
     repeats: Annotated[
         int, typer.Option("--repeats", metavar="N", help="Samples of each row, at most.")
     ] = 7,
@@ -274,8 +297,8 @@ def command(
     ] = False,
     model: o.Model = "",
     device: o.Device = "auto",
-    dtype: o.Dtype = "float32",
-    threads: o.Threads = 0,
+    dtype: Dtypes = DTYPES,
+    threads: ThreadCounts = THREADS,
     seed: o.Seed = 0,
     as_json: o.Json = False,
     output_file: o.OutputOfChecks = None,
@@ -306,13 +329,13 @@ def command(
         )
     out = Output(as_json, output_file, quiet, verbose, OF_CHECKS, github)
     settings = Settings(
-        run=RunConfig(model, device, dtype, threads, seed),
+        run=RunConfig(model, device, dtype[0], threads[0], seed),
         lengths=lengths,
         caches=o.kinds_with_settings(
             caches, window=window, sinks=sinks, group=group, residual=residual, page=page
         ),
         prompt_length=prompt_length,
-        batch_size=batch_size,
+        batch_size=batch_size[0],
         repeats=repeats,
         budget=budget,
         plot=plot,
@@ -325,9 +348,14 @@ def command(
         fail_if=tuple(map(Limit.parse, fail_if)),
         force=force,
         impl=tuple(impl),
+        dtypes=tuple(dtype),
+        batch_sizes=tuple(batch_size),
+        thread_counts=tuple(threads),
     )
 
-    o.require_inputs(model, ("--text", text, "a text to measure on"))
+    # transformers alone takes the name of a type too, which only it can tell.
+    known = "" if impl == [TRANSFORMERS] else model
+    o.require_inputs(known, ("--text", text, "a text to measure on"))
     if compare is not None:
         bench_compare.load(compare)  # read again, but refused before torch is loaded
 

@@ -12,6 +12,7 @@ from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from kvtool.commands.bench.formatting import tokens
+from kvtool.config.setups import Setup, words_of
 from kvtool.errors import FileError, UsageError
 from kvtool.files import NAME, SAVED, saved_run
 from kvtool.folders import Folder
@@ -30,6 +31,10 @@ FIELDS: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": mean,
     "max": max,
 }
+# Figures of a row, of all its tokens: the waits for the first one and between two of them.
+FIGURES = tuple(
+    f"{wait}{part}" for wait in ("first_token", "between_tokens") for part in ("", "_p90", "_p99")
+)
 LIMIT = re.compile(r"(\w+):(\d+(?:\.\d+)?)(%?)")
 # What must be equal for times to be comparable, by its place in the document.
 SAME = {
@@ -46,9 +51,38 @@ SAME = {
     "transformers": ("resolved", "transformers"),  # its version
 }
 OF_SOME = {"transformers"}  # what only some runs have: one without it has no rows to compare
+# Of these, a run may have several values, which its settings list; then its rows tell them apart.
+LISTED = {"number format": "dtypes", "batch": "batch_sizes", "threads": "thread_counts"}
+AXES = {"dtype": "number format", "batch_size": "batch", "threads": "threads"}  # of a row
 
 
-Key = tuple[int, str, str]  # length, implementation, kind of cache
+@dataclass(frozen=True)
+class Measured:
+    """A row as it was measured. Rows of older runs have no setup of their own: None in it."""
+
+    length: int
+    impl: str
+    cache: str
+    axes: tuple[str | int | None, ...]  # dtype, batch, threads
+    samples: list[float]  # seconds
+    figures: dict[str, float | None]
+
+    def value(self, field: str) -> float | None:
+        """A field that a limit may be on, in seconds; None if it was not measured."""
+        if field in FIGURES:
+            return self.figures[field]
+        return FIELDS[field](self.samples) if self.samples else None
+
+    def key(self, axes: Sequence[int]) -> tuple[object, ...]:
+        """What tells it from the other rows, where those differ on these axes."""
+        return self.length, self.impl, self.cache, *(self.axes[i] for i in axes)
+
+    def name(self, axes: Sequence[int]) -> str:
+        """Its kind and length, behind what tells it from others."""
+        setup = Setup(*self.axes)  # type: ignore[arg-type]
+        words = words_of(self.impl, setup, [Setup._fields[i] for i in axes])
+        whose = [] if self.impl == "kvtool" else [self.impl]
+        return " ".join([*whose, *words, self.cache])
 
 
 @dataclass(frozen=True)
@@ -63,11 +97,12 @@ class Limit:
     def parse(cls, text: str) -> Limit:
         """Read pytest-benchmark's grammar, FIELD:NUMBER or FIELD:NUMBER%. Raises UsageError."""
         match = LIMIT.fullmatch(text)
-        if match is None or match[1] not in FIELDS:
+        if match is None or match[1] not in (*FIELDS, *FIGURES):
             raise UsageError(
                 f"--fail-if: {text!r} is not a limit (expected a field, a colon and seconds or a "
                 "percentage)",
-                f"Write median:10%, or min:0.5 for seconds; fields: {', '.join(FIELDS)}.",
+                f"Write median:10%, or min:0.5 for seconds; fields: "
+                f"{', '.join((*FIELDS, *FIGURES))}.",
             )
         return cls(match[1], float(match[2]), bool(match[3]))
 
@@ -75,10 +110,19 @@ class Limit:
         most = f"{self.most:g} %" if self.percent else f"{self.most:g} s"
         return f"{most} ({self.field})"
 
-    def exceeded(self, before: Sequence[float], now: Sequence[float]) -> bool:
-        """Whether samples, in seconds, are slower than the baseline's by more than the limit."""
-        old, new = FIELDS[self.field](before), FIELDS[self.field](now)
-        return new - old > (old * self.most / 100 if self.percent else self.most)
+    def exceeded(self, name: str, before: Measured, now: Measured) -> str:
+        """A sentence if a row is slower than the baseline's by more than the limit, or if that
+        cannot be told; else ""."""
+        old, new = before.value(self.field), now.value(self.field)
+        if old is None or new is None:
+            where = "in the baseline" if old is None else "here"
+            return f"{name}: {self.field} was not measured {where}"
+        if new - old <= (old * self.most / 100 if self.percent else self.most):
+            return ""
+        return (
+            f"{name}: {self.field} {old * 1000:,.1f} -> {new * 1000:,.1f} ms "
+            f"({new / old - 1:+.0%}), beyond the limit of {self}"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +134,7 @@ class Change:
     cache: str
     before_s: float  # medians
     now_s: float
+    setup: str = ""  # in words, where rows differ in it
 
 
 @dataclass(frozen=True)
@@ -119,7 +164,11 @@ class Comparison:
     def rows(self) -> list[dict[str, Any]]:
         """The changes as flat rows."""
         return [
-            {**vars(change), "change": f"{change.now_s / change.before_s - 1:+.1%}"}
+            {
+                **{name: value for name, value in vars(change).items() if name != "setup"},
+                **({"setup": change.setup} if change.setup else {}),
+                "change": f"{change.now_s / change.before_s - 1:+.1%}",
+            }
             for change in self.changes
         ]
 
@@ -170,7 +219,7 @@ def load(text: str) -> dict[str, Any]:
         found = f"schema {short(repr(content.get('schema')))}, expected {SCHEMA}"
         raise FileError(f"{path}: is not a run of bench ({found})")
     try:
-        samples_of(content)
+        rows_of(content)
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"{path}: its measurements are damaged ({_said(error)})") from error
     return content
@@ -180,46 +229,76 @@ def _said(error: Exception) -> str:
     return f"{error} is missing" if isinstance(error, KeyError) else short(str(error))
 
 
-def samples_of(content: Mapping[str, Any]) -> dict[Key, list[float]]:
-    """Seconds of each length, implementation and kind; a row may have none.
+def rows_of(content: Mapping[str, Any]) -> list[Measured]:
+    """The rows of a document, each once; a row may have no samples.
 
     Raises KeyError, TypeError or ValueError for what bench cannot have written.
     """
-    rows, found = content["measurements"], {}
+    rows, found = content["measurements"], dict[object, Measured]()
     if not isinstance(rows, list) or len(rows) > MAX_ROWS:
         raise TypeError(f"they are no list of up to {MAX_ROWS:,} rows")
+    common = tuple(_at(content, SAME[what]) for what in AXES.values())
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise TypeError(f"row {number} is no object")
-        key, samples = _key(row), row["samples_s"]
-        name = f"row {number}, {short(key[2], 20)!r} at {key[0]}"
+        measured = _measured(row, number, common)
+        key = measured.key(range(len(AXES)))
         if key in found:
-            raise ValueError(f"{name}, is there twice")
-        if not isinstance(samples, list) or len(samples) > MAX_SAMPLES:
-            raise TypeError(f"the samples of {name} are no list of up to {MAX_SAMPLES:,}")
-        for sample in samples:
-            if type(sample) not in (int, float) or not 0 < sample < MAX_SECONDS:
-                raise ValueError(f"{name}, has a sample of {short(repr(sample), 20)} s")
-        found[key] = [float(sample) for sample in samples]
-    return found
+            raise ValueError(f"{_name(measured, number)}, is there twice")
+        found[key] = measured
+    return list(found.values())
 
 
-def _key(row: Mapping[str, Any]) -> Key:
+def _name(row: Measured, number: int) -> str:
+    return f"row {number}, {short(row.cache, 20)!r} at {row.length}"
+
+
+def _measured(row: Mapping[str, Any], number: int, common: Sequence[Any]) -> Measured:
     # Runs that were kept before there was a choice are kvtool's.
     key = row["length"], row.get("impl", "kvtool"), row["cache"]
     if [type(part) for part in key] != [int, str, str] or key[0] < 1:
         raise TypeError(f"{short(repr(key))} is no length, implementation and kind")
-    return key
+    axes = tuple(row.get(name, value) for name, value in zip(AXES, common, strict=True))
+    if any(
+        type(a) not in (kind, type(None)) for a, kind in zip(axes, (str, int, int), strict=True)
+    ):
+        raise TypeError(f"{short(repr(axes))} is no number format, batch and threads")
+    found = Measured(*key, axes, [], {})
+    name, samples = _name(found, number), row["samples_s"]
+    if not isinstance(samples, list) or len(samples) > MAX_SAMPLES:
+        raise TypeError(f"the samples of {name} are no list of up to {MAX_SAMPLES:,}")
+    for sample in samples:
+        found.samples.append(_seconds(sample, f"{name}, has a sample"))
+    for figure in FIGURES:
+        value = row.get(f"{figure}_s")
+        known = None if value is None else _seconds(value, f"{name}, has a {figure}", zero=True)
+        found.figures[figure] = known
+    return found
+
+
+def _seconds(value: Any, what: str, zero: bool = False) -> float:
+    in_range = type(value) in (int, float) and 0 <= value < MAX_SECONDS
+    if not in_range or not (value or zero):
+        raise ValueError(f"{what} of {short(repr(value), 20)} s")
+    return float(value)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences that make two runs incomparable, in words."""
     found = []
     for what, place in SAME.items():
+        if _lists(before, what) or _lists(now, what):
+            continue
         old, new = _at(before, place), _at(now, place)
         if old != new and not (what in OF_SOME and None in (old, new)):
             found.append(f"{what} was {short(str(old))} and is {new}")
     return found
+
+
+def _lists(content: Mapping[str, Any], what: str) -> bool:
+    """Whether a run has several values of a condition."""
+    found = _at(content, ("settings", LISTED[what])) if what in LISTED else None
+    return isinstance(found, list) and len(found) > 1
 
 
 def _at(content: Any, place: Sequence[str]) -> Any:
@@ -230,33 +309,38 @@ def _at(content: Any, place: Sequence[str]) -> Any:
 
 def compare(
     before: Mapping[str, Any],
-    now: Sequence[Mapping[str, Any]],
+    now: Mapping[str, Any],
     limits: Sequence[Limit],
     baseline: str = "the baseline",
 ) -> Comparison:
     """Changes of the rows that both have, a sentence for each that exceeds a limit, and one for
-    each that only one of them has; `now` has a row for all that was asked for."""
-    old = samples_of(before)
+    each that only one of them has; `now` has a row for all that was asked for.
+
+    Number format, batch and threads are conditions of a whole run, unless one of the two has
+    several: then only rows are compared that are alike in them.
+    """
+    then, asked = rows_of(before), rows_of(now)
+    axes = [
+        i
+        for i in range(len(AXES))
+        if any(len({r.axes[i] for r in rows}) > 1 for rows in (then, asked))
+    ]
+    known = {row.key(axes): row for row in then}
     found = Comparison(baseline, tuple(limits))
-    for row in now:
-        length, impl, cache = key = _key(row)
-        then, samples = old.get(key), row["samples_s"]
-        whose = "" if impl == "kvtool" else f"{impl} "
-        name = f"{whose}{cache} at {tokens(length)}"
-        if then and not samples:
+    for row in asked:
+        old = known.get(row.key(axes))
+        name = f"{row.name(axes)} at {tokens(row.length)}"
+        if old and old.samples and not row.samples:
             found.not_measured_now.append(f"{name}: in the baseline, not measured now")
-        elif samples and not then:
+        elif row.samples and not (old and old.samples):
             found.not_in_baseline.append(f"{name}: not in the baseline")
-        if not then or not samples:
+        if not old or not old.samples or not row.samples:
             continue
-        found.changes.append(Change(length, impl, cache, median(then), median(samples)))
-        for limit in limits:
-            if limit.exceeded(then, samples):
-                was, is_now = (FIELDS[limit.field](values) for values in (then, samples))
-                found.regressions.append(
-                    f"{name}: {limit.field} {was * 1000:,.1f} -> {is_now * 1000:,.1f} ms "
-                    f"({is_now / was - 1:+.0%}), beyond the limit of {limit}"
-                )
+        words = words_of("", Setup(*row.axes), [Setup._fields[i] for i in axes])  # type: ignore[arg-type]
+        medians = median(old.samples), median(row.samples)
+        found.changes.append(Change(row.length, row.impl, row.cache, *medians, " ".join(words)))
+        exceeded = (limit.exceeded(name, old, row) for limit in limits)
+        found.regressions.extend(filter(None, exceeded))
     if limits:
         found.regressions.extend(found.not_measured_now)
         if not found.changes:

@@ -5,11 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def label(impl: str, cache: str, several: bool) -> str:
-    """A kind of cache, behind its implementation if there are several."""
-    return f"{impl} {cache}" if several else cache
-
-
 def number(value: float | None, scale: float, form: str, unit: str = "") -> str:
     """A figure for the table; a dash if it was not measured."""
     return "-" if value is None else f"{value * scale:{form}}{unit}"
@@ -42,3 +37,18 @@ def seconds(value: float) -> str:
 def verb(names: Sequence[str], forms: str) -> str:
     """The form of a verb that fits one name, or several: "pays|pay"."""
     return forms.split("|")[len(names) > 1]
+
+
+def brief(names: list[str], every: dict[str, list[str]]) -> list[str]:
+    """Names, in which a kind stands for all of its names if there are more than two.
+
+    >>> every = {"static": ["1 static", "2 static", "3 static"], "paged": ["1 paged", "2 paged"]}
+    >>> brief(["1 static", "2 static", "3 static", "2 paged"], every)
+    ['every static', '2 paged']
+    """
+    found = list(names)
+    for kind, own in every.items():
+        if len(own) > 2 and set(own) <= set(found):
+            found[found.index(own[0])] = f"every {kind}"
+            found = [name for name in found if name not in own]
+    return found

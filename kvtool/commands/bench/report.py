@@ -3,68 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvtool.commands.bench.advice import recommendation
 from kvtool.commands.bench.cases import limit_cases
-from kvtool.commands.bench.compare import Change, Comparison
-from kvtool.commands.bench.formatting import label, listed, number, seconds, tokens, verb
+from kvtool.commands.bench.compare import Comparison
+from kvtool.commands.bench.formatting import brief, listed, number, seconds, tokens, verb
+from kvtool.commands.bench.row import Row
+from kvtool.config.setups import axes_of, name_of, words_of
 from kvtool.ending import End
 from kvtool.ui.cases import Case
 from kvtool.ui.output import MARKS
 
 if TYPE_CHECKING:
-    from kvtool.core.bench.timing import Cell
     from kvtool.core.bench.traffic import Bandwidth
-
-
-@dataclass
-class Row:
-    """One kind of cache at one length; None was not measured."""
-
-    length: int
-    impl: str
-    cache: str
-    median_s: float | None
-    iqr_s: float | None
-    tokens_per_s: float | None
-    speedup: float | None
-    bytes_predicted: int | None
-    bytes_measured: int | None
-    prefill_s: float | None
-    token_s: float | None  # one more token, at this length
-    token_bytes: int | None  # weights, keys and values that it reads
-    samples_s: list[float]
-    would_take_s: float | None = None  # a run, where there is no sample; estimated
-
-    @classmethod
-    def of(
-        cls,
-        cell: Cell,
-        speedup: float | None,
-        batch: int,
-        weights: int,
-        expected: float | None = None,
-    ) -> Row:
-        """A cell of measurements as the report gives it."""
-        read = cell.runs[-1].read if cell.runs else None
-        return cls(
-            length=cell.length,
-            impl=cell.impl,
-            cache=cell.cache,
-            median_s=cell.median,
-            iqr_s=cell.iqr,
-            tokens_per_s=batch * cell.length / cell.median if cell.median else None,
-            speedup=speedup,
-            bytes_predicted=cell.bytes_predicted,
-            bytes_measured=cell.bytes_measured if cell.runs else None,
-            prefill_s=middle(run.prefill_s for run in cell.runs),
-            token_s=middle(run.token_s for run in cell.runs),
-            token_bytes=weights + read if read else None,
-            samples_s=cell.samples,
-            would_take_s=None if cell.runs else expected,
-        )
 
 
 @dataclass
@@ -77,7 +30,7 @@ class BenchReport:
     prompt_length: int
     depth: int | None
     kernels: str
-    bandwidth: Bandwidth  # as measured in this run
+    bandwidth: Bandwidth  # as measured in this run, with the first number of threads
     quality: dict[str, dict[str, Any]]  # of each lossy kind
     seconds: float
     resolved: dict[str, Any] = field(default_factory=dict)  # the settings that were left open
@@ -86,6 +39,7 @@ class BenchReport:
     budget: float = 0.0  # seconds
     repeats: int = 1
     seed: int = 0
+    bandwidths: dict[int, Bandwidth] = field(default_factory=dict)  # by threads, if several
 
     @property
     def measured(self) -> bool:
@@ -105,7 +59,16 @@ class BenchReport:
         if not self.measured:
             return [nothing_text(self)]
         found = [pays_text(self), best_text(self), versus_text(self), missing_text(self)]
-        return [sentence for sentence in found if sentence]
+        return [sentence for sentence in (*found, self.recommendation) if sentence]
+
+    @property
+    def recommendation(self) -> str:
+        """Which kind suits this load, and why; "" where there is no choice, or samples are missing
+        because of a signal."""
+        if self.ended:
+            return ""
+        lossy = self.resolved.get("lossy", [])
+        return recommendation(self.measurements, self.quality, lossy)
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows without the samples, which only JSON has."""
@@ -120,8 +83,9 @@ class BenchReport:
     @property
     def load(self) -> dict[str, Any]:
         """The load of the run: its prompt length or its depth."""
+        batches = dict.fromkeys(str(row.batch_size) for row in self.measurements)
         return {
-            "batch_size": self.batch_size,
+            "batch_size": ", ".join(batches) if len(batches) > 1 else self.batch_size,
             "prompt_length": self.prompt_length if self.depth is None else None,
             "depth": self.depth,
             "kernels": self.kernels,
@@ -141,19 +105,21 @@ class BenchReport:
         """The fields of the JSON document."""
         marked = [f"{MARKS[ok][0]} {said}." for ok, said in self.comparison.verdicts]
         return {
-            **{name: value for name, value in vars(self).items() if name != "comparison"},
+            **{k: v for k, v in vars(self).items() if k not in ("comparison", "bandwidths")},
             **vars(self.comparison),
             "bandwidth": self.bandwidth.best,
             "bandwidth_samples": self.bandwidth.rates,
             "bandwidth_disturbed": self.bandwidth.disturbed,
             "own_caches": self.bandwidth.own_caches,
+            "bandwidth_by_threads": {n: found.best for n, found in self.bandwidths.items()},
+            "recommendation": self.recommendation,
             "conclusion": " ".join([*self.sentences, *marked]),
         }
 
     @property
     def longest(self) -> list[Row]:
         """The longest measured row of each kind with a token's time."""
-        found = {(row.cache, row.impl): row for row in self.measurements if row.token_s}
+        found = {(r.cache, r.impl, r.setup): r for r in self.measurements if r.token_s}
         return list(found.values())
 
     @property
@@ -161,17 +127,18 @@ class BenchReport:
         """The implementations of the rows."""
         return list(dict.fromkeys(row.impl for row in self.measurements))
 
-    def name(self, row: Row | Change) -> str:
-        """Its kind of cache, and of which implementation if there are several."""
-        return label(row.impl, row.cache, len(self.impls) > 1)
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes on which the rows differ, beside length and kind."""
+        return axes_of(self.measurements)
 
+    def name(self, row: Row) -> str:
+        """Its kind of cache, behind what tells it from others of that kind."""
+        return name_of(row, self.axes)
 
-def middle(values: Iterable[float | None]) -> float | None:
-    """The median of the known figures."""
-    from statistics import median
-
-    found = [value for value in values if value is not None]
-    return median(found) if found else None
+    def read_rate(self, row: Row) -> Bandwidth:
+        """How fast memory was read with the row's number of threads."""
+        return self.bandwidths.get(row.threads, self.bandwidth)
 
 
 def pays_text(report: BenchReport) -> str:
@@ -181,8 +148,11 @@ def pays_text(report: BenchReport) -> str:
         other = "none" if caching else "a kind that caches, such as dynamic,"
         return f"Add {other} to --caches to see what a cache buys."
     groups: dict[tuple[str, str], list[str]] = {}
+    by_name: dict[str, list[Row]] = {}
+    for row in report.measurements:
+        by_name.setdefault(report.name(row), []).append(row)
     for kind, length in report.pays_from.items():
-        rows = [row for row in report.measurements if report.name(row) == kind]
+        rows = by_name[kind]
         compared = [row.length for row in rows if row.speedup]
         if not compared:
             said = "was|were", "not measured beside no cache"
@@ -193,9 +163,13 @@ def pays_text(report: BenchReport) -> str:
         else:
             said = "pays|pay", f"from about {tokens(first_above(length))} on"
         groups.setdefault(said, []).append(kind)
-    sentences = [
-        f"{listed(kinds)} {verb(kinds, forms)} {rest}" for (forms, rest), kinds in groups.items()
-    ]
+    every: dict[str, list[str]] = {}  # the names of each kind
+    for name in report.pays_from:
+        every.setdefault(by_name[name][0].cache, []).append(name)
+    sentences = []
+    for (forms, rest), names in groups.items():
+        kinds = brief(names, every) if report.axes else names
+        sentences.append(f"{listed(kinds)} {verb(kinds, forms)} {rest}")
     return "; ".join(sentences) + "."
 
 
@@ -218,7 +192,7 @@ def best_text(report: BenchReport) -> str:
     if not lengths:
         return ""
     rows = by_length[max(lengths)]
-    fastest = min(rows, key=lambda row: row.median_s or 0)
+    fastest = max(rows, key=lambda row: row.tokens_per_s or 0)
     least = min(row.bytes_measured or 0 for row in rows)
     smallest = listed([report.name(row) for row in rows if row.bytes_measured == least])
     return (
@@ -233,21 +207,30 @@ def versus_text(report: BenchReport) -> str:
     at which both were measured; "" of a single one."""
     if len(report.impls) < 2:
         return ""
-    medians = {(r.length, r.cache, r.impl): r.median_s for r in report.measurements if r.median_s}
     one, other = report.impls
-    both = [(n, kind) for n, kind, impl in medians if impl == one and (n, kind, other) in medians]
+    axes = [axis for axis in report.axes if axis != "impl"]
+    medians: dict[tuple[int, str, str], dict[str, float]] = {}
+    for r in report.measurements:
+        if r.median_s:
+            words = " ".join(words_of("", r.setup, axes))
+            medians.setdefault((r.length, r.cache, words), {})[r.impl] = r.median_s
+    both = [key for key, found in medians.items() if len(found) == 2]
     if not both:
         return f"{one} and {other} were not measured beside each other."
-    longest = max(both)[0]
+    longest = max(length for length, *_ in both)
     factors: dict[tuple[str, str], list[str]] = {}
-    for kind in (kind for n, kind in both if n == longest):
-        ratio = medians[longest, kind, other] / medians[longest, kind, one]
+    for length, kind, words in both:
+        if length != longest:
+            continue
+        found = medians[length, kind, words]
+        ratio = found[other] / found[one]
         order = (one, other) if ratio >= 1 else (other, one)
         how = "without a cache" if kind == "none" else f"with {kind}"
+        how += f" ({words})" if words else ""
         factors.setdefault(order, []).append(f"{max(ratio, 1 / ratio):.2f} {how}")
     said = [
-        f"{faster} is faster than {slower} by a factor of {listed(found)}"
-        for (faster, slower), found in factors.items()
+        f"{faster} is faster than {slower} by a factor of {listed(parts)}"
+        for (faster, slower), parts in factors.items()
     ]
     return f"At {tokens(longest)} {'; '.join(said)}."
 
@@ -294,36 +277,3 @@ def nothing_text(report: BenchReport) -> str:
         return f"{said}."
     takes = seconds(least.would_take_s or 0.0)
     return f"{said}: {report.name(least)} at {tokens(least.length)} would take about {takes}."
-
-
-def memory_text(report: BenchReport) -> str:
-    """How fast memory was read, and why tokens may have been read faster."""
-    found, gb = report.bandwidth, 1e-9
-    slow, fast = (f"{rate * gb:,.1f}" for rate in (min(found.rates), found.best))
-    said = f"Memory was read at {fast} GB/s in this run."
-    if found.disturbed:
-        said += f" The reading was disturbed ({slow} to {fast} GB/s), and may be too low."
-    faster = [
-        row
-        for row in report.longest
-        if row.token_s and row.token_bytes and row.token_bytes / row.token_s > found.best
-    ]
-    stay = found.own_caches or 0
-    # What cannot have stayed there came from memory, and no faster than memory is.
-    inside = [r for r in faster if (r.token_bytes or 0) - stay <= found.best * (r.token_s or 0)]
-    outside = [report.name(row) for row in faster if row not in inside]
-    if inside:
-        names = [report.name(row) for row in inside]
-        said += (
-            f" What {listed(names)} {verb(names, 'reads|read')} faster than that has stayed in the "
-            f"processor's own caches ({stay / 2**20:,.0f} MiB), all of it or a part."
-        )
-    if outside:
-        why = "they hold too little for that, so the speed of memory was measured too low"
-        if found.own_caches is None:
-            why = "nobody says what they hold"
-        said += (
-            f" Tokens of {listed(outside)} read faster than that, which the processor's own caches "
-            f"do not explain: {why}."
-        )
-    return said

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from kvtool.commands.bench.compare import Limit, place
 from kvtool.config import RunConfig, check_float, check_int
+from kvtool.config.setups import Setup
 from kvtool.errors import FileError, UsageError
 from kvtool.registry import IMPLEMENTATIONS
 from kvtool.ui.option_rules import needs, require
@@ -56,8 +58,18 @@ class Settings:
     fail_if: tuple[Limit, ...] = ()
     force: bool = False
     impl: tuple[str, ...] = (KVTOOL,)
+    # What is measured side by side; the settings above and in `run` are the first of each.
+    dtypes: tuple[str, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    thread_counts: tuple[int, ...] = ()  # 0 is PyTorch's choice, until it is known
 
     def __post_init__(self) -> None:
+        for name, first in (
+            ("dtypes", self.run.dtype),
+            ("batch_sizes", self.batch_size),
+            ("thread_counts", self.run.threads),
+        ):
+            object.__setattr__(self, name, getattr(self, name) or (first,))
         check_int("--prompt-length", self.prompt_length, 1)
         check_int("--batch-size", self.batch_size, 1)
         check_int("--repeats", self.repeats, 1)
@@ -78,6 +90,16 @@ class Settings:
         check(self.impl, self.caches, self.kernels)
         if self.save is not None:
             place(self.save)
+
+    @property
+    def setups(self) -> list[Setup]:
+        """What contenders differ in beside kind and implementation, in the order of the lists."""
+        return [Setup(*each) for each in product(self.dtypes, self.batch_sizes, self.thread_counts)]
+
+    def resolved(self, usual: int) -> Settings:
+        """The same with PyTorch's `usual` number of threads for 0, each number once."""
+        counts = tuple(dict.fromkeys(n or usual for n in self.thread_counts))
+        return replace(self, thread_counts=counts)
 
     @property
     def start(self) -> tuple[str, int]:

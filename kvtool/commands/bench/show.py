@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvtool.commands.bench.formatting import number, seconds
-from kvtool.commands.bench.report import BenchReport, Row, memory_text, missing_text, pays_text
+from kvtool.commands.bench.compare import Change
+from kvtool.commands.bench.formatting import listed, number, seconds
+from kvtool.commands.bench.memory import memory_text
+from kvtool.commands.bench.report import BenchReport, missing_text, pays_text
+from kvtool.commands.bench.row import Row
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
 
 
 def show(report: BenchReport, out: Output) -> None:
     """The tables, and in words which cache pays, is fastest and smallest."""
-    several = len(report.impls) > 1
     columns = [
         Column("tokens", key=True),
-        Column("cache", "left", key=True),
-        *[Column("impl", "left", key=True)] * several,
+        *key_columns(report),
         Column("median ms"),
         Column("IQR ms"),
         Column("samples", spare=1),
@@ -28,8 +29,7 @@ def show(report: BenchReport, out: Output) -> None:
     rows = [
         [
             str(row.length),
-            row.cache,
-            *[row.impl] * several,
+            *key_cells(report, row),
             median_text(row),
             number(row.iqr_s, 1000, ",.1f"),
             str(len(row.samples_s)),
@@ -47,6 +47,21 @@ def show(report: BenchReport, out: Output) -> None:
     show_changes(report, out)
 
 
+HEADINGS = {"impl": "impl", "dtype": "dtype", "batch_size": "batch", "threads": "threads"}
+
+
+def key_columns(report: BenchReport) -> list[Column]:
+    """The columns that tell rows of a length apart: the kind, and what else differs."""
+    numbers = ("batch_size", "threads")
+    more = [Column(HEADINGS[a], "right" if a in numbers else "left", key=True) for a in report.axes]
+    return [Column("cache", "left", key=True), *more]
+
+
+def key_cells(report: BenchReport, row: Row) -> list[str]:
+    """The cells of those columns."""
+    return [row.cache, *(str(getattr(row, axis)) for axis in report.axes)]
+
+
 def median_text(row: Row) -> str:
     """The median in milliseconds; for a row that was left out, its expected time: ~2.2 s."""
     if row.median_s is None and row.would_take_s is not None:
@@ -62,7 +77,8 @@ def title(report: BenchReport) -> str:
     kernels = "" if report.kernels == "default" else f", {report.kernels} kernels"
     if kernels and len(report.impls) > 1:
         kernels += " of kvtool"
-    return f"{what}, batch of {report.batch_size}{kernels}"
+    batches = dict.fromkeys(str(row.batch_size) for row in report.measurements)
+    return f"{what}, batch of {listed(list(batches))}{kernels}"
 
 
 def show_tokens(report: BenchReport, out: Output) -> None:
@@ -70,10 +86,8 @@ def show_tokens(report: BenchReport, out: Output) -> None:
     lossy kind predicts."""
     if not report.longest:
         return
-    several = len(report.impls) > 1
     columns = [
-        Column("cache", "left", key=True),
-        *[Column("impl", "left", key=True)] * several,
+        *key_columns(report),
         Column("tokens"),
         Column("prefill ms"),
         Column("one more ms"),
@@ -81,29 +95,28 @@ def show_tokens(report: BenchReport, out: Output) -> None:
         Column("GB/s"),
         Column("% of memory's"),
     ]
-    if report.quality:
+    beside = bool(report.quality) and not report.axes  # else each would be said many times
+    if beside:
         columns += [Column("KL nats"), Column("perplexity")]
     rows = []
     for row in report.longest:
         rate = row.token_bytes / row.token_s if row.token_bytes and row.token_s else None
         cells = [
-            row.cache,
-            *[row.impl] * several,
+            *key_cells(report, row),
             str(row.length),
             number(row.prefill_s, 1000, ",.1f"),
             number(row.token_s, 1000, ",.3f"),
             number(row.token_bytes, 1 / 1024, ",.0f"),
             number(rate, 1e-9, ",.1f"),
-            number(rate, 100 / report.bandwidth.best, ".0f"),
+            number(rate, 100 / report.read_rate(row).best, ".0f"),
         ]
-        if report.quality:
-            found = report.quality.get(row.cache, {})
-            cells += [
-                number(found.get("kl"), 1, ".2g"),
-                number(found.get("perplexity"), 1, ".2f"),
-            ]
-        rows.append(cells)
+        rows.append(cells + quality_cells(report, row.cache) * beside)
     out.table("One more token at the longest length", columns, rows)
+    show_waits(report, out)
+    if report.quality and not beside:
+        columns = [Column("cache", "left", key=True), Column("KL nats"), Column("perplexity")]
+        lossy = [[kind, *quality_cells(report, kind)] for kind in report.quality]
+        out.table("What is lost", columns, lossy)
     out.text(memory_text(report))
     if report.quality:
         full = next(iter(report.quality.values()))
@@ -111,6 +124,31 @@ def show_tokens(report: BenchReport, out: Output) -> None:
             f"Quality on {full['n_tokens']:,} tokens of {full['text']}: without a loss the "
             f"perplexity is {full['lossless_perplexity']:.2f}."
         )
+
+
+def quality_cells(report: BenchReport, kind: str) -> list[str]:
+    """How well a lossy kind predicts; dashes for others."""
+    found = report.quality.get(kind, {})
+    return [number(found.get("kl"), 1, ".2g"), number(found.get("perplexity"), 1, ".2f")]
+
+
+def show_waits(report: BenchReport, out: Output) -> None:
+    """How long a user waits for the first token and between two, at the longest length of each."""
+    rows = [row for row in report.longest if row.between_tokens_s is not None]
+    if not rows:
+        return
+    columns = key_columns(report)
+    names = ("median", "p90", "p99")
+    columns += [Column(f"first {name} ms") for name in names]
+    columns += [Column(f"next {name} ms") for name in names]
+    cells = []
+    for row in rows:
+        first = row.first_token_s, row.first_token_p90_s, row.first_token_p99_s
+        between = row.between_tokens_s, row.between_tokens_p90_s, row.between_tokens_p99_s
+        firsts = [number(wait, 1000, ",.1f") for wait in first]
+        cells.append([*key_cells(report, row), *firsts])
+        cells[-1] += [number(wait, 1000, ",.2f") for wait in between]
+    out.table("Time to the first token, and from each to the next", columns, cells)
 
 
 def show_changes(report: BenchReport, out: Output) -> None:
@@ -122,7 +160,7 @@ def show_changes(report: BenchReport, out: Output) -> None:
         rows = [
             [
                 str(change.length),
-                report.name(change),
+                change_name(report, change),
                 number(change.before_s, 1000, ",.1f"),
                 number(change.now_s, 1000, ",.1f"),
                 row["change"],
@@ -132,6 +170,12 @@ def show_changes(report: BenchReport, out: Output) -> None:
         out.table(f"Medians against {comparison.baseline}", columns, rows)
     for ok, sentence in comparison.verdicts:
         out.verdict(ok, sentence)
+
+
+def change_name(report: BenchReport, change: Change) -> str:
+    """Its kind of cache, behind what tells it from others."""
+    whose = [change.impl] * (len(report.impls) > 1)
+    return " ".join([*whose, *change.setup.split(), change.cache])
 
 
 def draw(report: BenchReport, path: Path, about: str = "") -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 SAMPLING = "Choosing tokens"
 SEARCH = "Beam search"
-ATTENTION = "Attention of encoder-decoders"
+ATTENTION = "Attention"
 
 
 def run(settings: Settings, out: Output) -> GenerateReport:
@@ -265,8 +265,9 @@ def command(
         typer.Option(
             "--attention-plot",
             metavar="FILE",
-            help="Draw what each token of the (best) target read from the source, a map a head: "
-            ".png, .svg or .pdf. For one source.",
+            help="Draw what each new token of the (best) result read, a map a head: from the "
+            "source, or a decoder from all tokens before it, with those that its cache has lost: "
+            ".png, .svg or .pdf. For one prompt.",
             callback=o.plot_file,
             rich_help_panel=ATTENTION,
         ),

@@ -61,6 +61,7 @@ class TransformersGenerate:
     model: Any
     prompt: Tensor
     decode_only: bool = False
+    parameter: str = "past_key_values"  # of the model's forward, that takes a cache
     seen: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,19 +98,27 @@ class TransformersGenerate:
         given: dict[str, Any] = {"use_cache": False}
         if kind != "none":
             capacity = self.prompt.shape[1] + n_new
-            given = {"past_key_values": caches.make_cache(kind, self.model.config, capacity)}
+            given = {self.parameter: caches.make_cache(kind, self.model.config, capacity)}
         with torch.inference_mode():
             ids = self.model.generate(
                 self.prompt, attention_mask=self.seen, max_new_tokens=n_new, streamer=clock, **given
             )
-        return ids, given.get("past_key_values")
+        return ids, given.get(self.parameter)
 
 
 def cache_nbytes(cache: Any) -> int:
     """Bytes of the storages behind all tensors of a cache of transformers, each counted once."""
-    tensors = (t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor))
+    tensors = [t for layer in cache.layers for value in vars(layer).values() for t in _held(value)]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _held(value: Any) -> list[Tensor]:
+    """The tensors in a field of a layer: states of some types are lists or tables."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value
+    return [t for part in parts for t in _held(part)] if isinstance(value, (dict, list)) else []
 
 
 def source_of(folder: Path) -> Path | None:

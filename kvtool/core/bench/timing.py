@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from time import process_time, sleep
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from kvtool.config.setups import AS_IT_IS, Setup
 from kvtool.core.cache import Cache, CacheSpec, make_cache, predicted_nbytes
 from kvtool.core.cache.cross import CrossCache
 from kvtool.core.decoding import cuda_graphs as graphs
@@ -26,6 +28,7 @@ from kvtool.ending import check
 
 SHORT = 10  # tokens of the runs before those that count
 TINY = 2  # of those to warm up
+SETTLE = 0.02  # seconds, in which threads of the sample before stop waiting for work
 
 
 class TimedRun(NamedTuple):
@@ -37,6 +40,7 @@ class TimedRun(NamedTuple):
     token_s: float | None  # a token's time at the end: the median of the last tenth of them
     nbytes: int  # bytes that the cache owns
     read: int | None  # bytes of keys and values that the next token would read; None: not known
+    between: tuple[float, ...] = ()  # seconds between each token and the one before it
 
     @classmethod
     def of(
@@ -49,11 +53,11 @@ class TimedRun(NamedTuple):
     ) -> TimedRun:
         """A run that began at `started` and had its tokens at `stamps`, in seconds."""
         prefill, decode = stamps[0] - started, stamps[-1] - stamps[0]
-        last = [b - a for a, b in pairwise(stamps[-max(2, len(stamps) // 10) :])]
+        between = tuple(b - a for a, b in pairwise(stamps))
+        last = between[-max(1, len(stamps) // 10 - 1) :]
         token = statistics.median(last) if last else None
-        return cls(
-            decode if decode_only else prefill + decode, prefill, decode, token, nbytes, read
-        )
+        seconds = decode if decode_only else prefill + decode
+        return cls(seconds, prefill, decode, token, nbytes, read, between)
 
 
 class Work(Protocol):
@@ -67,11 +71,15 @@ class Work(Protocol):
 
 
 class Contender(NamedTuple):
-    """One contender: a kind of cache of an implementation."""
+    """One contender: a kind of cache of an implementation, and how it computes."""
 
     kind: str
     work: Work
     impl: str = "kvtool"
+    setup: Setup = AS_IT_IS
+
+
+Key = tuple[str, str, Setup]  # kind, implementation, setup
 
 
 @dataclass
@@ -85,6 +93,19 @@ class Cell:
     impl: str = "kvtool"
     before: int = 0  # tokens of the prompt before those
     took: list[float] = field(default_factory=list)  # by each run, its untimed part included
+    setup: Setup = AS_IT_IS
+    busy: list[float] = field(default_factory=list)  # seconds of all processors, in `took`
+
+    @property
+    def key(self) -> Key:
+        """The contender that it is of."""
+        return self.cache, self.impl, self.setup
+
+    @property
+    def cores_used(self) -> float | None:
+        """How many processors were busy at a time, in the median of the runs."""
+        shares = [busy / took for busy, took in zip(self.busy, self.took, strict=True) if took > 0]
+        return statistics.median(shares) if shares else None
 
     @property
     def computed(self) -> float:
@@ -209,18 +230,23 @@ class Measurement:
         self, contenders: Sequence[Contender], lengths: Sequence[int], before: int = 0
     ) -> None:
         of_contender = {
-            (kind, impl): [
-                Cell(kind, n, [], work.predicted(kind, n), impl, before) for n in lengths
+            (kind, impl, setup): [
+                Cell(kind, n, [], work.predicted(kind, n), impl, before, setup=setup)
+                for n in lengths
             ]
-            for kind, work, impl in contenders
+            for kind, work, impl, setup in contenders
         }
         # By length, and by contender in the order in which they were given.
         self.cells = [cells[i] for i in range(len(lengths)) for cells in of_contender.values()]
-        self._works = {(kind, impl): work for kind, work, impl in contenders}
+        self._works = {(kind, impl, setup): work for kind, work, impl, setup in contenders}
+        # One number of threads is what the process has, and stays untouched.
+        self._switches = len({contender.setup.threads for contender in contenders}) > 1
         self._tiny, self._short = (
             {
-                key: Cell(cells[0].cache, min(lengths[-1], n), impl=cells[0].impl, before=before)
-                for key, cells in of_contender.items()
+                (kind, impl, setup): Cell(
+                    kind, min(lengths[-1], n), impl=impl, before=before, setup=setup
+                )
+                for kind, impl, setup in of_contender
             }
             for n in (TINY, SHORT)
         )
@@ -242,7 +268,7 @@ class Measurement:
             for _ in range(2):
                 check()
                 self._time(tiny)
-            del tiny.runs[0], tiny.took[0]
+            del tiny.runs[0], tiny.took[0], tiny.busy[0]
             if tiny.took[0] * len(self._tiny) > budget:
                 self._short[key] = tiny
             else:
@@ -266,11 +292,9 @@ class Measurement:
         """
         if cell.runs:
             return max(cell.took)
-        contender = [
-            c for c in self.cells if (c.impl, c.cache) == (cell.impl, cell.cache) and c.runs
-        ]
+        contender = [c for c in self.cells if c.key == cell.key and c.runs]
         shorter = [c for c in contender if c.length <= cell.length]
-        near = shorter[-1] if shorter else self._short[cell.cache, cell.impl]
+        near = shorter[-1] if shorter else self._short[cell.key]
         if not near.runs:
             return None
         run, took = min(zip(near.runs, near.took, strict=True), key=lambda pair: pair[1])
@@ -291,27 +315,50 @@ class Measurement:
         return own[0] + sum(cost[0] for cost in waiting if cost < own)
 
     def _time(self, cell: Cell) -> None:
-        started = time.perf_counter()
-        cell.runs.append(self._works[cell.cache, cell.impl].run(cell.cache, cell.length))
+        if self._switches:
+            # Each time: native code hands its own number to OpenMP, which PyTorch then uses.
+            torch.set_num_threads(cell.setup.threads)
+            sleep(SETTLE)
+        started, busy = time.perf_counter(), process_time()
+        cell.runs.append(self._works[cell.key].run(cell.cache, cell.length))
         cell.took.append(time.perf_counter() - started)
+        cell.busy.append(process_time() - busy)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that a share of the values, from 0 to 1, is not above, between two of them in
+    proportion.
+
+    >>> quantile([1.0, 2.0, 4.0], 0.75)
+    3.0
+    """
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def speedups(cells: Sequence[Cell]) -> Iterator[tuple[Cell, float | None]]:
-    """Each cell with the time of no cache, at that length and of its implementation, over its
-    own."""
-    base = {(cell.impl, cell.length): cell.median for cell in cells if cell.cache == "none"}
+    """Each cell with the time of no cache, at that length, of its implementation and setup, over
+    its own."""
+    base = {
+        (cell.impl, cell.setup, cell.length): cell.median for cell in cells if cell.cache == "none"
+    }
     for cell in cells:
-        reference = base.get((cell.impl, cell.length))
+        reference = base.get((cell.impl, cell.setup, cell.length))
         yield cell, reference / cell.median if reference and cell.median else None
 
 
-def crossover(cells: Sequence[Cell], kind: str, impl: str = "kvtool") -> float | None:
+def crossover(
+    cells: Sequence[Cell], kind: str, impl: str = "kvtool", setup: Setup = AS_IT_IS
+) -> float | None:
     """The length from which on a kind is faster than no cache, at all longer measured lengths.
 
     Interpolated between the last length at which it is not and the next, as if times were powers of
     the length; the shortest measured length if it is faster everywhere; None if not at the longest.
     """
-    of_contender = [(c, s) for c, s in speedups(cells) if (c.impl, c.cache) == (impl, kind)]
+    of_contender = [(c, s) for c, s in speedups(cells) if c.key == (kind, impl, setup)]
     found = [(c.length, s) for c, s in of_contender if s is not None]
     if not found or found[-1][1] <= 1:
         return None

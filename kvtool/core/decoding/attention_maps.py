@@ -1,14 +1,15 @@
-"""Cross-attention weights: how much each target token read from each source token."""
+"""Attention weights of a run: how much each new token read from a source or from a context."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
-from kvtool.core.cache import Step
+from kvtool.core.cache import Cache, Step
 from kvtool.core.kernels.default import DEFAULT, Kernels, Layer, reference_weights
 from kvtool.core.kernels.masks import LazyMask, mask_tensor
 from kvtool.core.models import Model
@@ -67,6 +68,84 @@ def cross_attention_weights(
     model(read, Step.full(1, len(target), device, kernels=recorder), source=encoded)
     (weights,) = recorder.found
     return weights[0].cpu()
+
+
+class SelfRecorder(WeightRecorder):
+    """Kernels that record the weights of one layer's attention for the last `n` queries, (B,H,n,S)
+    float64, and what these see, (B or 1,1,n,S) bool."""
+
+    def __init__(self, kernels: Kernels, layer: int, n: int) -> None:
+        super().__init__(kernels, torch.empty(0))
+        self.layer, self.n = layer, n
+        self.calls = 0  # attentions so far: a layer has one
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | LazyMask | None,
+        causal: bool,
+        cap: float = 0.0,
+    ) -> Tensor:
+        """As `Kernels.attention`."""
+        if self.calls == self.layer:
+            seen = mask_tensor(mask)
+            if seen is None:
+                seen = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+                seen = seen.tril() if causal else seen
+            seen = seen[:, :, -self.n :]
+            keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            scores = q[:, :, -self.n :].double() @ keys.mT / q.shape[-1] ** 0.5
+            scores = cap * torch.tanh(scores / cap) if cap else scores
+            self.found += [scores.masked_fill(~seen, float("-inf")).softmax(-1), seen]
+        self.calls += 1
+        return super().attention(q, k, v, mask, causal, cap)
+
+
+class SelfAttentionMap(NamedTuple):
+    """What each new token read from the tokens before it, and in which form they were there."""
+
+    weights: Tensor  # (H,T,S) float64
+    gone: Tensor  # (T,S) bool: tokens that its step did not see any more
+    coded: Tensor  # (T,S) bool: tokens that its step read quantized
+
+
+@torch.inference_mode()
+def self_attention_weights(
+    model: Model,
+    prompt: Sequence[int],
+    new: Sequence[int],
+    layer: int,
+    cache: Cache,
+    kernels: Kernels = DEFAULT,
+) -> SelfAttentionMap:
+    """The self-attention weights of one layer of a decoder for a continuation.
+
+    prompt (P,) and new (T,) are ids. Row t belongs to the step that chose new[t], and columns are
+    the tokens that the last step read: the prompt and all new ones but the last, S = P + T - 1. At
+    each token the pass loses and rounds what `cache`, one of the run's kind, has lost and rounded
+    there: so its queries and keys are those of decoding, bit for bit with exact kernels, otherwise
+    up to rounding.
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*prompt, *new[:-1]]], device=device)
+    n_keys, n = ids.shape[1], len(new)
+    recorder = SelfRecorder(kernels, layer, n)
+    quantization = cache.quantization
+    lost = cache.window, cache.sinks, quantization
+    model(ids, Step.full(1, n_keys, device, None, recorder, *lost))
+    weights, seen = recorder.found[0][0].cpu(), recorder.found[1][0, 0].cpu()
+    # A quantized copy of a token stands before all exact ones.
+    n_coded = weights.shape[-1] - n_keys
+    coded = torch.zeros(n, n_keys, dtype=torch.bool)
+    coded[:, :n_coded] = seen[:, :n_coded]
+    folded, seen = weights[..., n_coded:].clone(), seen[:, n_coded:] | coded
+    folded[..., :n_coded] += weights[..., :n_coded]
+    if quantization is not None and quantization.in_place:
+        coded = seen
+    past = torch.arange(n_keys) <= torch.arange(n_keys - n, n_keys)[:, None]
+    return SelfAttentionMap(folded, past & ~seen, coded)
 
 
 def labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
