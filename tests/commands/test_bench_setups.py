@@ -13,11 +13,13 @@ import torch
 import bench_cases
 from cli_probe import Ran, refused
 from kvtool.commands.bench.advice import recommendation
-from kvtool.commands.bench.compare import FOLDER
+from kvtool.commands.bench.cases import limit_cases
+from kvtool.commands.bench.compare import FOLDER, Change, Comparison, Limit
 from kvtool.commands.bench.row import Row
 from kvtool.config.setups import Setup
 from kvtool.core.bench import timing
 from kvtool.ui import plots
+from kvtool.ui.cases import Status
 from small_models import answer
 
 decoder, small_array, bench, slow = (
@@ -281,3 +283,16 @@ def test_several_setups_are_told_in_short() -> None:
     rows += [row("static", [2.0] * 3, 9, two), row("paged", STEADY, 9, two)]
     said = advised(*rows)
     assert said.startswith("For this load: static in 1-thread; paged in 2-thread (the fastest, or")
+
+
+def test_a_row_that_a_limit_fails_is_one_case_whatever_sets_it_apart() -> None:
+    changes = [
+        Change(10, "kvtool", "dynamic", 1.0, 1.0, "float32"),
+        Change(10, "kvtool", "dynamic", 1.0, 2.0, "bfloat16"),
+    ]
+    slower = "bfloat16 dynamic at 10 tokens: median 100 % slower"
+    cases = limit_cases(Comparison("old", (Limit("median", 10, True),), changes, [slower]))
+    assert [(case.name, case.status) for case in cases] == [
+        ("float32 dynamic at 10 tokens", Status.PASSED),
+        ("bfloat16 dynamic at 10 tokens", Status.FAILED),
+    ]

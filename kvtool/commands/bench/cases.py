@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kvtool.commands.bench.compare import Comparison
-from kvtool.commands.bench.formatting import tokens
 from kvtool.ui.cases import Case, Status
 
 
@@ -18,10 +17,8 @@ def limit_cases(comparison: Comparison) -> list[Case]:
             failed.setdefault(name, []).append(said)
     found = []
     for change in comparison.changes:
-        whose = "" if change.impl == "kvtool" else f"{change.impl} "
-        name = f"{whose}{change.cache} at {tokens(change.length)}"
-        if name not in failed:
-            found.append(Case(name, Status.PASSED, seconds=change.now_s))
+        if change.name not in failed:
+            found.append(Case(change.name, Status.PASSED, seconds=change.now_s))
     for name, limits in failed.items():
         lines = "\n".join(limits)
         found.append(Case(name, Status.FAILED, "regression", "; ".join(limits), lines))

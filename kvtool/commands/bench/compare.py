@@ -136,6 +136,13 @@ class Change:
     now_s: float
     setup: str = ""  # in words, where rows differ in it
 
+    @property
+    def name(self) -> str:
+        """As a `Row` is called, and its length."""
+        whose = "" if self.impl == "kvtool" else self.impl
+        words = " ".join(filter(None, (whose, self.setup, self.cache)))
+        return f"{words} at {tokens(self.length)}"
+
 
 @dataclass(frozen=True)
 class Comparison:
