@@ -210,21 +210,25 @@ def _draw_kinds(
     axes: Any, series: Mapping[str, Sequence[tuple[int, float]]], looks: Mapping[str, _Look]
 ) -> None:
     """A line for each kind. Those that lie on each other take turns along it, each with its dashes
-    in the gaps of the others, and with marks in each other."""
+    in the gaps of the others, and with marks in each other. Where dashes tell setups apart, the
+    line below is wider and paler instead."""
+    by_setup = any(look.group for look in looks.values())
     for group in together(series):
         for i, kind in enumerate(group):
-            look = looks[kind]
+            look, above = looks[kind], len(group) - 1 - i
             style: dict[str, Any] = {}
+            if look.group:
+                dashes = DASHES[(look.group - 1) % len(DASHES)]
+                style |= {"markerfacecolor": "white", "linestyle": dashes}
             if len(group) > 1:
+                style |= {"markersize": 5 + 4 * above, "markerfacecolor": "none"}
+            if len(group) > 1 and by_setup:
+                style |= {"linewidth": 1.5 + 3 * above, "alpha": 0.4 if above else 1.0}
+            elif len(group) > 1:
                 gap = DASH * (len(group) - 1)
                 # A dash begins `-offset` points behind the start of the line.
                 style["linestyle"] = ((len(group) - i) % len(group) * DASH, (DASH, gap))
                 style["dash_capstyle"] = "butt"
-                style["markersize"] = 5 + 4 * (len(group) - 1 - i)
-                style["markerfacecolor"] = "none"
-            elif look.group:
-                dashes = DASHES[(look.group - 1) % len(DASHES)]
-                style |= {"markerfacecolor": "white", "linestyle": dashes}
             _line(axes, look.colour, _series(kind), series[kind], **style)
 
 

@@ -65,6 +65,19 @@ def test_latency_is_drawn_as_medians_in_a_band_of_all_samples(figures: list[Any]
     }
 
 
+def test_setups_have_dashes_of_their_own_where_kinds_lie_on_each_other(figures: list[Any]) -> None:
+    names = [
+        f"{dtype} {kind}" for kind in ("dynamic", "static") for dtype in ("float32", "bfloat16")
+    ]
+    times = {name: [(10, [1.0]), (100, [2.0])] for name in names}
+    plots.bench_plot(Path("unused.png"), times, {}, {})
+    (axes,) = figures[0].axes
+    looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in axes.lines}
+    assert len(looks) == len(set(looks.values())) == 4
+    widths = [line.get_linewidth() for line in axes.lines]
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 4
+
+
 def test_memory_is_drawn_beside_it_for_the_kinds_that_store_something(figures: list[Any]) -> None:
     plots.bench_plot(Path("a.png"), SERIES, MEMORY, {})
     (line,) = figures[0].axes[1].lines
