@@ -19,7 +19,9 @@ def nearest_names(name: str, choices: Collection[str], n: int = 3) -> list[str]:
     """
     wanted = _plain(name)
     plain = {choice: _plain(choice) for choice in choices}
-    same = [choice for choice, text in plain.items() if _singular(text) == _singular(wanted)]
+    # A dash at the end says that the name goes on: --device- is --device-map too.
+    whole = not name.endswith("-")
+    same = [c for c, text in plain.items() if whole and _singular(text) == _singular(wanted)]
     begun = [choice for choice, text in plain.items() if _one_begins_the_other(text, wanted)]
     words = [choice for choice, text in plain.items() if _shares_a_word(text, wanted)]
     for found in (same, begun, words):

@@ -91,7 +91,7 @@ def test_a_shard_that_nobody_asked_for_is_refused_before_the_next_is_opened(
     folder = shards(tmp_path, 3)
     (folder / "s1").unlink()
     (folder / "s1").symlink_to("s0")
-    (folder / "s2").unlink()
+    (folder / "s2").write_bytes(b"no shard")
     with pytest.raises(FileError, match="places t1 in s1, which does not hold it"):
         open_weights(folder)
 

@@ -143,7 +143,8 @@ def test_one_stands_elsewhere_for_a_while_and_comes_back_also_after_an_error(
 
 
 def test_where_one_stands_there_is_nothing_to_import_or_to_obey() -> None:
-    assert {path.suffix for path in STAND.iterdir()} == {".txt", ".md", ".xz"}
+    assert {path.suffix for path in STAND.iterdir()} == {".txt", ".md", ".xz", ".json"}
+    assert [path.name for path in STAND.glob("*.json")] == ["architectures.json"]
 
 
 def test_a_folder_that_is_gone_is_come_back_to(
