@@ -229,7 +229,7 @@ def test_a_server_that_does_not_tell_its_reuse_gets_the_advice_of_its_engine(
 ) -> None:
     def mute(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         found = api(engine, path, body)
-        inner = found or {}
+        inner = found if isinstance(found, dict) else {}
         for name in where:
             inner = inner.get(name, {})
         inner.pop(key, None)

@@ -285,3 +285,15 @@ def test_a_server_that_claims_countless_slots_is_not_filled(
                  command="verify-cache")  # fmt: skip
     assert ran.code == 0
     assert ran.out.count("POST /completion") < 100
+
+
+def test_sglang_that_is_serving_others_keeps_its_cache_and_is_given_up(
+    kv: Callable[..., Ran],
+) -> None:
+    def busy(engine: FakeEngine, path: str, body: dict[str, Any]) -> Any:
+        return {"HTTP": 400} if path == "/flush_cache" else sglang(engine, path, body)
+
+    with served(FakeEngine(), busy) as url:
+        said = asked(kv, url)
+    why = "did not drop its cache, since it is serving other requests"
+    assert said == f"{url}: {why}. Ask while nobody else uses the server."

@@ -73,13 +73,17 @@ class Client:
 
     def get(self, path: str) -> dict[str, Any]:
         """The answer to GET. Raises ServerError."""
-        return self._ask(path, None)
+        return self._parsed(path, self._ask(path, None))
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer to POST. Raises ServerError."""
+        return self._parsed(path, self.order(path, body))
+
+    def order(self, path: str, body: dict[str, Any]) -> bytes:
+        """POST what is answered by a status, and words of no form. Raises ServerError."""
         return self._ask(path, json.dumps(body).encode())
 
-    def _ask(self, path: str, body: bytes | None) -> dict[str, Any]:
+    def _ask(self, path: str, body: bytes | None) -> bytes:
         for attempt in range(1, N_TRIES + 1):
             if self.n_sent >= self.most:
                 raise RequestsSpent(
@@ -101,12 +105,14 @@ class Client:
                 raise self._unreachable(error) from error
         raise AssertionError("the last try answers or raises")
 
-    def _answer(self, path: str, body: bytes | None) -> dict[str, Any]:
+    def _answer(self, path: str, body: bytes | None) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url + path, body, headers)
-        data = _within(self.timeout, lambda: self._exchanged(request))
+        return _within(self.timeout, lambda: self._exchanged(request))
+
+    def _parsed(self, path: str, data: bytes) -> dict[str, Any]:
         if data.lstrip()[:1] == b"<":
             text = f"{self.url}{path}: answers with HTML, a page for browsers"
             raise ServerError(text, "Give the address of the engine's own API.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvtool.core.servers.client import Client
+from kvtool.core.servers.client import Client, Refused
 from kvtool.core.servers.engine import (
     WANTED,
     Completion,
@@ -17,6 +17,9 @@ from kvtool.core.servers.engine import (
     number,
     whole,
 )
+from kvtool.errors import ServerError
+
+FLUSH: Request = ("/flush_cache", {})
 
 
 class SGLang(Slotless):
@@ -53,7 +56,7 @@ class SGLang(Slotless):
         }  # fmt: skip
         kept = cached and salt == self._salt
         self._salt = salt if cached else ""
-        return [*([] if kept else [("/flush_cache", {})]), ("/generate", body)]
+        return [*([] if kept else [FLUSH]), ("/generate", body)]
 
     def complete(
         self,
@@ -64,8 +67,10 @@ class SGLang(Slotless):
         slot: int | None = None,
     ) -> Completion:
         """As Engine.complete."""
-        for path, body in self.requests(ids, n, cached, salt, slot):
-            answer = self.client.post(path, body)
+        *before, (path, body) = self.requests(ids, n, cached, salt, slot)
+        for _ in before:
+            self._flush()
+        answer = self.client.post(path, body)
         meta = answer.get("meta_info")
         meta = meta if isinstance(meta, dict) else {}
         tokens, tops = meta.get("output_token_logprobs"), meta.get("output_top_logprobs")
@@ -73,6 +78,18 @@ class SGLang(Slotless):
         return completion(
             self, len(ids), found, lambda t: t[0][1], _of_sglang, meta.get("cached_tokens")
         )
+
+    def _flush(self) -> None:
+        """Drop everything in the cache. The answer is plain text."""
+        try:
+            self.client.order(*FLUSH)
+        except Refused as error:
+            if error.code != 400:
+                raise
+            raise ServerError(
+                f"{self.client.url}: did not drop its cache, since it is serving other requests",
+                "Ask while nobody else uses the server.",
+            ) from error
 
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize."""
