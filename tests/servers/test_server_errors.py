@@ -15,6 +15,7 @@ from cli_probe import Ran, refused
 from fake_engine import FakeEngine, Vllm, llama_cpp, served, sglang
 from kvtool.core.servers.client import N_TRIES, Client
 from kvtool.core.servers.engines import connect
+from kvtool.core.servers.texts import Prompt
 from kvtool.errors import ServerError
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -297,3 +298,33 @@ def test_sglang_that_is_serving_others_keeps_its_cache_and_is_given_up(
         said = asked(kv, url)
     why = "did not drop its cache, since it is serving other requests"
     assert said == f"{url}: {why}. Ask while nobody else uses the server."
+
+
+class Saltless(Vllm):
+    """vLLM behind a gateway that drops what it does not know."""
+
+    def __call__(self, engine: FakeEngine, path: str, body: dict[str, Any]) -> Any:
+        return super().__call__(engine, path, {**body, "cache_salt": ""})
+
+
+def drops_cache_prompt(engine: FakeEngine, path: str, body: dict[str, Any]) -> Any:
+    return llama_cpp(engine, path, {**body, "cache_prompt": True})
+
+
+@pytest.mark.parametrize(("answer", "told"), [
+    (drops_cache_prompt, "cache_prompt"), (Saltless(), "cache_salt"),
+])  # fmt: skip
+def test_a_request_without_the_cache_that_used_it_is_no_reference(
+    kv: Callable[..., Ran], answer: Answer, told: str
+) -> None:
+    with served(FakeEngine(), answer) as url:
+        said = asked(kv, url)
+    assert " tokens from its cache when asked not to. " in said
+    assert said.endswith(f"Is a gateway in between that drops {told}?")
+
+
+def test_a_first_token_that_is_always_kept_is_no_reuse() -> None:
+    one = changed(lambda f: f["timings"].update(cache_n=max(1, f["timings"]["cache_n"])))
+    with served(FakeEngine(), one) as url:
+        prompt = Prompt(connect(Client(url)), 0, [*range(1, 16)], 8)
+    assert len(prompt.cold.answers) == 9

@@ -25,6 +25,7 @@ class LlamaCpp:
 
     name = "llama.cpp"
     to_tell_reuse = "Ask llama-server itself, of a version whose answers have timings.cache_n."
+    cold_by = "cache_prompt"
     to_give_more = "Ask llama-server itself: it gives as many as n_probs asks for."
 
     def __init__(self, client: Client, props: dict[str, Any]) -> None:

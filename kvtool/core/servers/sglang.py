@@ -27,6 +27,7 @@ class SGLang(Slotless):
 
     name = "sglang"
     to_tell_reuse = "Ask SGLang itself, of a version whose answers have meta_info.cached_tokens."
+    cold_by = "/flush_cache"
     to_give_more = "Ask SGLang itself: it gives as many as top_logprobs_num asks for."
 
     def __init__(self, client: Client, info: dict[str, Any]) -> None:
