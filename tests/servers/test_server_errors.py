@@ -328,3 +328,33 @@ def test_a_first_token_that_is_always_kept_is_no_reuse() -> None:
     with served(FakeEngine(), one) as url:
         prompt = Prompt(connect(Client(url)), 0, [*range(1, 16)], 8)
     assert len(prompt.cold.answers) == 9
+
+
+@pytest.mark.parametrize("change", [
+    lambda f: f.pop("completion_probabilities"),
+    lambda f: f.update(completion_probabilities=None),
+    lambda f: f.update(completion_probabilities=[]),
+    lambda f: f["completion_probabilities"][0].update(id="x"),
+])  # fmt: skip
+def test_an_answer_whose_logprobs_are_lost_on_the_way_is_no_answer(change: Any) -> None:
+    with (
+        served(FakeEngine(), changed(change)) as url,
+        pytest.raises(ServerError, match="its answer has no logprobs of token ids"),
+    ):
+        connect(Client(url)).complete([*range(1, 16)], 2)
+
+
+@pytest.mark.parametrize(("content", "tokens", "listed", "kept"), [
+    ("\ufffd", [5], None, 0), ("\ufffd", [5, 6], None, 0), ("\ufffd\ufffd", [5, 6, 7], [6, 7], 0),
+    ("x\ufffd", [5, 6], [5], 1), ("x", ["5", "6"], ["5", "6"], 2),
+])  # fmt: skip
+def test_llama_cpp_has_no_logprobs_of_what_ends_within_a_letter(
+    content: str, tokens: list[Any], listed: list[Any] | None, kept: int
+) -> None:
+    def cut(found: dict[str, Any]) -> None:
+        top = first_top(found)
+        probs = [{"id": i, "top_logprobs": top} for i in listed or []]
+        found.update(content=content, tokens=tokens, completion_probabilities=probs or None)
+
+    with served(FakeEngine(), changed(cut)) as url:
+        assert len(connect(Client(url)).complete([*range(1, 16)], 2).tokens) == kept

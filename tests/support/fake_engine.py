@@ -108,7 +108,10 @@ def llama_cpp(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, 
         {"id": token, "top_logprobs": [{"id": i, "logprob": p} for i, p in pairs]}
         for token, pairs in found
     ]
-    return {"completion_probabilities": tops, "timings": {"cache_n": reused}}
+    return {
+        "content": "x", "tokens": [token for token, _ in found], "completion_probabilities": tops,
+        "timings": {"cache_n": reused},
+    }  # fmt: skip
 
 
 class Vllm:

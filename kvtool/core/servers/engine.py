@@ -91,10 +91,6 @@ class Slotless:
         raise ServerError(f"{self.client.url}: has no slots")
 
 
-def _token_id(token: Any) -> Any:
-    return token.get("id") if isinstance(token, dict) else None
-
-
 def completion(
     engine: Engine, n_prompt: int, found: Any, token: Any, likeliest: Any, reused: Any
 ) -> Completion:
