@@ -72,10 +72,57 @@ def test_a_server_that_is_not_there(kv: Callable[..., Ran]) -> None:
     assert said == f"http://127.0.0.1:{port}: {why}. Is the server running?"
 
 
-@pytest.mark.parametrize("url", ["ftp://here", "http://", "http://:80", "http://me:pw@host"])
+@pytest.mark.parametrize("url", [
+    "ftp://here", "http://", "http://:80", "http://me:pw@host", "http://[::1", "http://a b",
+    "höst:1", "http://me:pw@host:99999",
+])  # fmt: skip
 def test_what_is_no_address(kv: Callable[..., Ran], url: str) -> None:
     said = asked(kv, url)
     assert "address" in said and "pw" not in said.replace("password", "")
+
+
+@pytest.mark.parametrize("port", ["", "0", "65536", "x", "-1", "8_0"])
+def test_what_is_no_port(kv: Callable[..., Ran], port: str) -> None:
+    url = f"http://127.0.0.1:{port}"
+    how = "its port is none (expected 1 to 65535). Give http://HOST:PORT."
+    assert asked(kv, url) == f"{url!r}: {how}"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/completion", "/v1/chat/completions/"])
+def test_the_address_of_a_request_is_led_back_to_the_server(
+    kv: Callable[..., Ran], path: str
+) -> None:
+    said = asked(kv, f"http://host:1/api{path}")
+    assert said.endswith("is the address of a request, not of a server. Give http://host:1/api.")
+
+
+def test_a_timeout_longer_than_a_day_is_refused(kv: Callable[..., Ran]) -> None:
+    said = asked(kv, "http://127.0.0.1:9", "--timeout", "1e10")
+    assert said.startswith("--timeout: 10000000000.0 is out of range (expected above 0 and 86400")
+
+
+@pytest.mark.parametrize("answer_", [
+    b"HTTP/1.1 400 Bad\r\nContent-Length: 24\r\n\r\n" + b'{"error": "key s3cret x"}'[:24],
+    b"HTTP/1.1 302 Found\r\nLocation: http://a/?k=s3cret\r\nContent-Length: 0\r\n\r\n",
+    b"s3cret is no status line\r\n\r\n",
+])  # fmt: skip
+def test_a_key_that_a_server_repeats_is_masked(
+    monkeypatch: pytest.MonkeyPatch, answer_: bytes
+) -> None:
+    monkeypatch.setenv("KVTOOL_API_KEY", "s3cret")
+    with raw(answer_) as url, pytest.raises(ServerError) as raised:
+        Client(url).get("/")
+    assert "s3cret" not in str(raised.value)
+
+
+def test_a_key_in_the_name_of_a_model_is_masked(
+    kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVTOOL_API_KEY", "s3cret")
+    named = changed(lambda f: f.update(model_alias="s3cret", model_path="s3cret"), "/props")
+    with served(FakeEngine(), named) as url:
+        engine = connect(Client(url))
+        assert engine.model == engine.identity()["model_path"] == "***"
 
 
 def test_a_key_that_is_needed_or_wrong_is_asked_for_and_never_shown(
@@ -114,12 +161,14 @@ def test_a_limit_of_requests_is_waited_for_within_bounds() -> None:
     assert waited == [0.5, 1.0, 0.5, 1.0, 2.0]
 
 
-@pytest.mark.parametrize(("after", "seconds"), [("3", 3.0), ("86400", 20.0), ("soon", 0.5)])
+@pytest.mark.parametrize(
+    ("after", "seconds"), [("3", 3.0), ("12", 9.0), ("86400", 9.0), ("soon", 0.5)]
+)
 def test_the_server_says_how_long_to_wait(after: str, seconds: float) -> None:
     head = f"HTTP/1.1 429 Too Many\r\nRetry-After: {after}\r\n".encode()
     waited: list[float] = []
     with raw(http(b"{}", head), http(b'{"a": 1}')) as url:
-        assert Client(url, sleep=waited.append).get("/") == {"a": 1}
+        assert Client(url, 9.0, sleep=waited.append).get("/") == {"a": 1}
     assert waited == [seconds]
 
 
@@ -261,8 +310,9 @@ def test_a_second_server_is_another_one_with_the_same_tokens(
     other = changed(lambda f: f.update(tokens=[1, 2, 3]), "/tokenize")
     with served(FakeEngine()) as url, served(FakeEngine(), other) as second:
         given = ("--server", url, "--tokens", "8")
-        same = refused(kv(*given, flag, url, command="verify-cache"))
-        assert same == f"{flag}: is the same address as --server. Start a second server."
+        for name in (url, url.replace("127.0.0.1", "localhost"), url.replace("127.0.0.1", "0")):
+            same = refused(kv(*given, flag, name, command="verify-cache"))
+            assert same == f"{flag}: is the same address as --server. Start a second server."
         said = refused(kv(*given, flag, second, command="verify-cache"))
     assert said == f"{flag} {second}: makes other ids of a text than {url}. Serve the same model."
 

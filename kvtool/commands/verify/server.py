@@ -13,12 +13,12 @@ from kvtool.commands.verify.server_settings import (
     engine_at,
     names_of,
     prompts_for,
+    require_other,
     require_same_ids,
     resolved,
     tail_of,
 )  # fmt: skip
 from kvtool.ending import until_ended
-from kvtool.errors import UsageError
 from kvtool.ui.output import Output, present
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ def require_twin(engine: Engine, second: Engine | None) -> None:
     """Raise UsageError if the promoted server is the same one, or tokenizes a text to other ids."""
     if second is None:
         return
-    if second.client.url == engine.client.url:
-        raise UsageError("--promoted: is the same address as --server", "Start a second server.")
+    require_other(engine, second, "--promoted")
     require_same_ids(engine, second, "--promoted")
 
 

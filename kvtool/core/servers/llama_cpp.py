@@ -31,7 +31,7 @@ class LlamaCpp:
 
     def __init__(self, client: Client, props: dict[str, Any]) -> None:
         self.client = client
-        self.model = str(props.get("model_alias") or props.get("model_path") or "")
+        self.model = client.masked(str(props.get("model_alias") or props.get("model_path") or ""))
         settings = props.get("default_generation_settings")
         self.context = whole(settings.get("n_ctx")) if isinstance(settings, dict) else 0
         self.slots = whole(props.get("total_slots"))
@@ -40,7 +40,10 @@ class LlamaCpp:
     def identity(self) -> dict[str, str]:
         """As Engine.identity."""
         props = self.client.get("/props")
-        return {key: str(props.get(key, "")) for key in ("model_path", "model_ftype", "build_info")}
+        return {
+            key: self.client.masked(str(props.get(key, "")))
+            for key in ("model_path", "model_ftype", "build_info")
+        }
 
     def requests(
         self,

@@ -32,7 +32,7 @@ class SGLang(Slotless):
 
     def __init__(self, client: Client, info: dict[str, Any]) -> None:
         self.client = client
-        self.model = str(info.get("model_path", ""))
+        self.model = client.masked(str(info.get("model_path", "")))
         self.context = whole(info.get("context_length") or info.get("max_total_num_tokens"))
         self.slots, self.chunk = 0, 0
         self._salt = ""  # of what it keeps
@@ -40,7 +40,10 @@ class SGLang(Slotless):
     def identity(self) -> dict[str, str]:
         """As Engine.identity."""
         info = self.client.get("/get_model_info")
-        return {key: str(info.get(key, "")) for key in ("model_path", "weight_version")}
+        return {
+            key: self.client.masked(str(info.get(key, "")))
+            for key in ("model_path", "weight_version")
+        }
 
     def requests(
         self,

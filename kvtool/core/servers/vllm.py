@@ -44,7 +44,10 @@ class VLLM(Slotless):
     def identity(self) -> dict[str, str]:
         """As Engine.identity."""
         first = _first(self.client.get("/v1/models"))
-        return {key: str(first.get(key, "")) for key in ("id", "root", "max_model_len")}
+        return {
+            key: self.client.masked(str(first.get(key, "")))
+            for key in ("id", "root", "max_model_len")
+        }
 
     def requests(
         self,
