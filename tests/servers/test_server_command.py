@@ -148,18 +148,25 @@ def test_a_dry_run_prints_the_requests_and_sends_none(kv: Callable[..., Ran], pr
     assert ran.code == 0
     assert [path for path, _, _ in engine.seen] == ["/props"] * 2
     assert '# prefix, prompt 1\nPOST /completion {"prompt": [1, 2, 3, ' in ran.out
-    assert "none of which was sent; 1 identified the server (llama.cpp)" in ran.out
+    said = "none of which was sent, and 3 that identify the server (llama.cpp), of which 1 sent now"
+    assert said in " ".join(ran.out.split())
     assert len(told["requests"]) > 20
     assert {request["path"] for request in told["requests"]} == {"/tokenize", "/completion"}
 
 
+@pytest.mark.parametrize("flag", ["", "--promoted", "--against"])
 def test_a_dry_run_names_as_many_requests_as_are_sent(
-    kv: Callable[..., Ran], right: str, prompts: str
+    kv: Callable[..., Ran], right: str, prompts: str, flag: str
 ) -> None:
-    given = ("--server", right, "--prompts", prompts, "--json")
-    planned = len(answer(ask(kv, *given, "--dry-run"))["requests"])
-    sent = answer(ask(kv, *given))["requests_sent"]
-    assert sent == planned + 3  # what the server is: first, before and after
+    with served(FakeEngine()) as second:
+        more = (flag, second) if flag else ()
+        arms = () if flag == "--against" else FEW[2:]
+        given = ("--server", right, *more, "--prompts", prompts, "--json", *FEW[:2], *arms)
+        told = answer(kv(*given, "--dry-run", command="verify-cache"))
+        ran = kv(*given, command="verify-cache")
+    planned = [len(one["requests"]) + one["n_identifying"] for one in (told, *told["second"])]
+    assert len(planned) == 1 + bool(flag)
+    assert json.loads(ran.out)["requests_sent"] == sum(planned)
 
 
 def test_requests_that_are_spent_end_the_visit_and_not_the_account(

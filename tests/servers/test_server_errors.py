@@ -102,7 +102,7 @@ def test_a_timeout_longer_than_a_day_is_refused(kv: Callable[..., Ran]) -> None:
 
 
 @pytest.mark.parametrize("answer_", [
-    b"HTTP/1.1 400 Bad\r\nContent-Length: 24\r\n\r\n" + b'{"error": "key s3cret x"}'[:24],
+    b"HTTP/1.1 400 Bad\r\nContent-Length: 25\r\n\r\n" + b'{"error": "key s3cret x"}',
     b"HTTP/1.1 302 Found\r\nLocation: http://a/?k=s3cret\r\nContent-Length: 0\r\n\r\n",
     b"s3cret is no status line\r\n\r\n",
 ])  # fmt: skip

@@ -88,17 +88,30 @@ def require_twin(engine: Engine, second: Engine | None) -> None:
 
 
 def run_dry(settings: Settings, out: Output) -> DryReport:
-    """The report of a dry run. Only requests that identify the server are sent."""
+    """The report of a dry run. Only requests that identify a server are sent."""
+    from kvtool.core.servers.against import compare
     from kvtool.core.servers.dry import DryEngine
     from kvtool.core.servers.session import Visit, visit
 
     short, long = names_of(settings)
-    dry = DryEngine(engine_at(settings, settings.server))
-    dry.arm = "prompts"
-    prompts = prompts_for(settings, dry, out)
+    urls = [settings.server, settings.promoted or settings.against]
+    first, *others = (DryEngine(engine_at(settings, url)) for url in urls if url is not None)
 
     def progress(words: str) -> None:
-        dry.arm = words
+        for dry in (first, *others):
+            dry.arm = words
 
-    visit(dry, prompts, short, long, tail_of(settings), progress, Visit())
-    return dry_report(dry, settings.requests)
+    progress("prompts")
+    flag = "--against" if settings.promoted is None else "--promoted"
+    for dry in others:
+        require_other(first, dry, flag)
+        require_same_ids(first, dry, flag)
+    prompts, tail = prompts_for(settings, first, out), tail_of(settings)
+    if settings.against is not None:
+        compare(first, others[0], prompts, progress, [], tail)
+        for dry in (first, *others):  # before and after
+            dry.n_identity += 2
+    else:
+        for dry in (first, *others):
+            visit(dry, prompts, short, long, tail, progress, Visit())
+    return dry_report(first, settings.requests, others)
