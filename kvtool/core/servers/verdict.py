@@ -260,7 +260,8 @@ def with_promoted(plain: ArmVerdict, promoted: ArmVerdict) -> ArmVerdict:
     )  # fmt: skip
     if plain.verdict in (VACUOUS, LOSSY, UNSUPPORTED):
         return found
-    if plain.verdict != IDENTICAL and (promoted.floor or 0) > AS_NOISY * (plain.floor or 0):
+    noisy = bool(plain.floor and promoted.floor and promoted.floor > AS_NOISY * plain.floor)
+    if noisy and plain.verdict != IDENTICAL:
         return replace(found, verdict=HIDDEN, evidence=NOT_F32)
     if promoted.verdict == BEYOND:
         evidence = promoted.evidence
