@@ -299,7 +299,7 @@ IN_F32 = {"promoted_ratio": 0.8, "promoted_gap": 1e-6, "promoted_worst": 9.0}
     (replace(RARE, verdict=BUG, **IN_F32, promoted_worst_gap=1e-3),
      "a bug in prefix (in 2 of 10 requests): 9.00 times the noise in F32, 1.0e-03 nats"),
     (replace(RARE, evidence="", ratio=math.inf, worst=math.inf, gap=math.inf),
-     "noise in prefix: its logprobs with the cache are not a number (prefix)"),
+     "noise in prefix: its logprobs with the cache are not a number"),
 ])  # fmt: skip
 def test_what_is_accused_has_the_size_of_the_requests_that_are(arm: ArmVerdict, said: str) -> None:
     assert said in VisitReport([arm]).conclusion

@@ -72,30 +72,6 @@ def test_a_server_that_is_not_there(kv: Callable[..., Ran]) -> None:
     assert said == f"http://127.0.0.1:{port}: {why}. Is the server running?"
 
 
-@pytest.mark.parametrize("url", [
-    "ftp://here", "http://", "http://:80", "http://me:pw@host", "http://[::1", "http://a b",
-    "höst:1", "http://me:pw@host:99999",
-])  # fmt: skip
-def test_what_is_no_address(kv: Callable[..., Ran], url: str) -> None:
-    said = asked(kv, url)
-    assert "address" in said and "pw" not in said.replace("password", "")
-
-
-@pytest.mark.parametrize("port", ["", "0", "65536", "x", "-1", "8_0"])
-def test_what_is_no_port(kv: Callable[..., Ran], port: str) -> None:
-    url = f"http://127.0.0.1:{port}"
-    how = "its port is none (expected 1 to 65535). Give http://HOST:PORT."
-    assert asked(kv, url) == f"{url!r}: {how}"
-
-
-@pytest.mark.parametrize("path", ["/v1/completions", "/completion", "/v1/chat/completions/"])
-def test_the_address_of_a_request_is_led_back_to_the_server(
-    kv: Callable[..., Ran], path: str
-) -> None:
-    said = asked(kv, f"http://host:1/api{path}")
-    assert said.endswith("is the address of a request, not of a server. Give http://host:1/api.")
-
-
 def test_a_timeout_longer_than_a_day_is_refused(kv: Callable[..., Ran]) -> None:
     said = asked(kv, "http://127.0.0.1:9", "--timeout", "1e10")
     assert said.startswith("--timeout: 10000000000.0 is out of range (expected above 0 and 86400")

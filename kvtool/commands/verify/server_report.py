@@ -170,8 +170,9 @@ def _size(arms: Sequence[ArmVerdict]) -> str:
         if sizes[0] is not None and sizes[0] <= most.limit:  # in few requests alone
             sizes = (most.promoted_worst, most.promoted_worst_gap)
         return _finite(
-            most, sizes[0], f"{times(sizes[0])} times the noise in F32, {nats(sizes[1])} nats"
-        )
+            most, len(arms) > 1, sizes[0],
+            f"{times(sizes[0])} times the noise in F32, {nats(sizes[1])} nats",
+        )  # fmt: skip
     most = max(arms, key=lambda a: a.worst or 0)
     rare = most.ratio is not None and most.ratio <= most.limit
     ratio, gap = (most.worst, most.worst_gap) if rare else (most.ratio, most.gap)
@@ -180,16 +181,17 @@ def _size(arms: Sequence[ArmVerdict]) -> str:
         said += f" ({times(gap / most.fault)} of a wrong token)"
     if not rare:
         said += f", up to {times(most.worst)} times in a request"
-    said = _finite(most, most.worst, said)
+    said = _finite(most, len(arms) > 1, most.worst, said)
     in_f32 = most.promoted_ratio
     return said if in_f32 is None else f"{said}; {times(in_f32)} times the noise in F32"
 
 
-def _finite(arm: ArmVerdict, size: float | None, said: str) -> str:
+def _finite(arm: ArmVerdict, several: bool, size: float | None, said: str) -> str:
     """What is said of a size, unless it is that of NaN."""
     if size is None or math.isfinite(size):
         return said
-    return f"its logprobs with the cache are not a number ({arm.arm})"
+    where = f" ({arm.arm})" if several else ""
+    return f"its logprobs with the cache are not a number{where}"
 
 
 def _begins(arms: Sequence[ArmVerdict]) -> str:
