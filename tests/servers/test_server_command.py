@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import pytest
 
 from cli_probe import HANGS, Ran, refused
 from fake_engine import FAULTS, FakeEngine, Vllm, llama_cpp, served, sglang
+from kvtool.commands.verify.server_report import VisitReport, times
+from kvtool.core.servers.verdict import BEYOND, BUG, ArmVerdict
 from small_models import answer
 
 FEW = ("--tokens", "8", "--scenarios", "prefix", "fork")
@@ -80,18 +85,46 @@ def test_the_document_has_every_gap_and_no_key(
     assert "s3cret" not in ran.out + ran.err
 
 
+def rounded(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+    """llama.cpp with noise: each shape of a request rounds in its own way."""
+    found = llama_cpp(engine, path, body)
+    for n, token in enumerate((found or {}).get("completion_probabilities", [])):
+        draws = random.Random(len(body["prompt"]) * 1000 + n)
+        for other in token["top_logprobs"]:
+            other["logprob"] += draws.gauss(0, 1e-3)
+    return found
+
+
 @pytest.mark.parametrize(("plain", "promoted", "verdict", "code"), [
     ("right", "right", "rounding", 0), ("right", "wrong", "bug", 1), ("wrong", "wrong", "bug", 1),
+    ("wrong", "right", "beyond the engine's own noise", 1),
 ])  # fmt: skip
 def test_a_promoted_server_tells_a_bug_from_rounding(
     kv: Callable[..., Ran], prompts: str, plain: str, promoted: str, verdict: str, code: int
 ) -> None:
     faults = {"right": None, "wrong": FAULTS["half of the prefix lost"]}
-    with served(FakeEngine(faults[plain])) as url, served(FakeEngine(faults[promoted])) as second:
+    with (
+        served(FakeEngine(faults[plain]), rounded) as url,
+        served(FakeEngine(faults[promoted])) as second,
+    ):
         urls = ("--server", url, "--promoted", second)
         found = answer(ask(kv, *urls, "--prompts", prompts, "--json"), code)
-    assert {arm["verdict"] for arm in found["arms"]} - {"identical"} == {verdict}
+    assert len({arm["verdict"] for arm in found["arms"]} - {"identical"}) == 1
     assert verdict in found["conclusion"]
+    if (plain, promoted) == ("wrong", "right"):  # what it accuses has the plain server's figures
+        worst = max(found["arms"], key=lambda arm: arm["worst"])
+        assert f"up to {times(worst['worst'])} times in a request" in found["conclusion"]
+        assert " times the noise in F32" in found["conclusion"]
+
+
+def test_a_promoted_server_with_as_much_noise_decides_nothing(
+    kv: Callable[..., Ran], right: str, prompts: str
+) -> None:
+    with served(FakeEngine()) as second:
+        ran = ask(kv, "--server", right, "--promoted", second, "--prompts", prompts)
+    assert ran.code == 1
+    assert "cannot tell, the promoted server is as noisy: is it F32?" in ran.out
+    assert "--prompts: 2 prompts; a verdict of fewer than 5 is less sure" in ran.err
 
 
 def test_two_servers_are_compared_with_and_without_their_caches(
@@ -115,18 +148,25 @@ def test_a_dry_run_prints_the_requests_and_sends_none(kv: Callable[..., Ran], pr
     assert ran.code == 0
     assert [path for path, _, _ in engine.seen] == ["/props"] * 2
     assert '# prefix, prompt 1\nPOST /completion {"prompt": [1, 2, 3, ' in ran.out
-    assert "none of which was sent; 1 identified the server (llama.cpp)" in ran.out
+    said = "none of which was sent, and 3 that identify the server (llama.cpp), of which 1 sent now"
+    assert said in " ".join(ran.out.split())
     assert len(told["requests"]) > 20
     assert {request["path"] for request in told["requests"]} == {"/tokenize", "/completion"}
 
 
+@pytest.mark.parametrize("flag", ["", "--promoted", "--against"])
 def test_a_dry_run_names_as_many_requests_as_are_sent(
-    kv: Callable[..., Ran], right: str, prompts: str
+    kv: Callable[..., Ran], right: str, prompts: str, flag: str
 ) -> None:
-    given = ("--server", right, "--prompts", prompts, "--json")
-    planned = len(answer(ask(kv, *given, "--dry-run"))["requests"])
-    sent = answer(ask(kv, *given))["requests_sent"]
-    assert sent == planned + 3  # what the server is: first, before and after
+    with served(FakeEngine()) as second:
+        more = (flag, second) if flag else ()
+        arms = () if flag == "--against" else FEW[2:]
+        given = ("--server", right, *more, "--prompts", prompts, "--json", *FEW[:2], *arms)
+        told = answer(kv(*given, "--dry-run", command="verify-cache"))
+        ran = kv(*given, command="verify-cache")
+    planned = [len(one["requests"]) + one["n_identifying"] for one in (told, *told["second"])]
+    assert len(planned) == 1 + bool(flag)
+    assert json.loads(ran.out)["requests_sent"] == sum(planned)
 
 
 def test_requests_that_are_spent_end_the_visit_and_not_the_account(
@@ -229,7 +269,7 @@ def test_a_server_that_does_not_tell_its_reuse_gets_the_advice_of_its_engine(
 ) -> None:
     def mute(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         found = api(engine, path, body)
-        inner = found or {}
+        inner = found if isinstance(found, dict) else {}
         for name in where:
             inner = inner.get(name, {})
         inner.pop(key, None)
@@ -239,3 +279,27 @@ def test_a_server_that_does_not_tell_its_reuse_gets_the_advice_of_its_engine(
         ran = ask(kv, "--server", url, "--prompts", prompts)
     assert ran.code == 1 and "does not report cached tokens" in ran.out
     assert f"hint: {said}" in ran.err
+
+
+RARE = ArmVerdict(
+    "prefix",
+    BEYOND,
+    "in 2 of 10 requests",
+    ratio=0.89,
+    worst=7.3,
+    worst_gap=0.2,
+    gap=0.1,
+    fault=0.4,
+)
+IN_F32 = {"promoted_ratio": 0.8, "promoted_gap": 1e-6, "promoted_worst": 9.0}
+
+
+@pytest.mark.parametrize(("arm", "said"), [
+    (RARE, "noise in prefix (in 2 of 10 requests): up to 7.30 times it, 2.0e-01 nats (0.50 of a"),
+    (replace(RARE, verdict=BUG, **IN_F32, promoted_worst_gap=1e-3),
+     "a bug in prefix (in 2 of 10 requests): 9.00 times the noise in F32, 1.0e-03 nats"),
+    (replace(RARE, evidence="", ratio=math.inf, worst=math.inf, gap=math.inf),
+     "noise in prefix: its logprobs with the cache are not a number"),
+])  # fmt: skip
+def test_what_is_accused_has_the_size_of_the_requests_that_are(arm: ArmVerdict, said: str) -> None:
+    assert said in VisitReport([arm]).conclusion

@@ -15,6 +15,7 @@ from cli_probe import Ran, refused
 from fake_engine import FakeEngine, Vllm, llama_cpp, served, sglang
 from kvtool.core.servers.client import N_TRIES, Client
 from kvtool.core.servers.engines import connect
+from kvtool.core.servers.texts import Prompt
 from kvtool.errors import ServerError
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -71,10 +72,33 @@ def test_a_server_that_is_not_there(kv: Callable[..., Ran]) -> None:
     assert said == f"http://127.0.0.1:{port}: {why}. Is the server running?"
 
 
-@pytest.mark.parametrize("url", ["ftp://here", "http://", "http://:80", "http://me:pw@host"])
-def test_what_is_no_address(kv: Callable[..., Ran], url: str) -> None:
-    said = asked(kv, url)
-    assert "address" in said and "pw" not in said.replace("password", "")
+def test_a_timeout_longer_than_a_day_is_refused(kv: Callable[..., Ran]) -> None:
+    said = asked(kv, "http://127.0.0.1:9", "--timeout", "1e10")
+    assert said.startswith("--timeout: 10000000000.0 is out of range (expected above 0 and 86400")
+
+
+@pytest.mark.parametrize("answer_", [
+    b"HTTP/1.1 400 Bad\r\nContent-Length: 25\r\n\r\n" + b'{"error": "key s3cret x"}',
+    b"HTTP/1.1 302 Found\r\nLocation: http://a/?k=s3cret\r\nContent-Length: 0\r\n\r\n",
+    b"s3cret is no status line\r\n\r\n",
+])  # fmt: skip
+def test_a_key_that_a_server_repeats_is_masked(
+    monkeypatch: pytest.MonkeyPatch, answer_: bytes
+) -> None:
+    monkeypatch.setenv("KVTOOL_API_KEY", "s3cret")
+    with raw(answer_) as url, pytest.raises(ServerError) as raised:
+        Client(url).get("/")
+    assert "s3cret" not in str(raised.value)
+
+
+def test_a_key_in_the_name_of_a_model_is_masked(
+    kv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVTOOL_API_KEY", "s3cret")
+    named = changed(lambda f: f.update(model_alias="s3cret", model_path="s3cret"), "/props")
+    with served(FakeEngine(), named) as url:
+        engine = connect(Client(url))
+        assert engine.model == engine.identity()["model_path"] == "***"
 
 
 def test_a_key_that_is_needed_or_wrong_is_asked_for_and_never_shown(
@@ -113,12 +137,14 @@ def test_a_limit_of_requests_is_waited_for_within_bounds() -> None:
     assert waited == [0.5, 1.0, 0.5, 1.0, 2.0]
 
 
-@pytest.mark.parametrize(("after", "seconds"), [("3", 3.0), ("86400", 20.0), ("soon", 0.5)])
+@pytest.mark.parametrize(
+    ("after", "seconds"), [("3", 3.0), ("12", 9.0), ("86400", 9.0), ("soon", 0.5)]
+)
 def test_the_server_says_how_long_to_wait(after: str, seconds: float) -> None:
     head = f"HTTP/1.1 429 Too Many\r\nRetry-After: {after}\r\n".encode()
     waited: list[float] = []
     with raw(http(b"{}", head), http(b'{"a": 1}')) as url:
-        assert Client(url, sleep=waited.append).get("/") == {"a": 1}
+        assert Client(url, 9.0, sleep=waited.append).get("/") == {"a": 1}
     assert waited == [seconds]
 
 
@@ -260,8 +286,9 @@ def test_a_second_server_is_another_one_with_the_same_tokens(
     other = changed(lambda f: f.update(tokens=[1, 2, 3]), "/tokenize")
     with served(FakeEngine()) as url, served(FakeEngine(), other) as second:
         given = ("--server", url, "--tokens", "8")
-        same = refused(kv(*given, flag, url, command="verify-cache"))
-        assert same == f"{flag}: is the same address as --server. Start a second server."
+        for name in (url, url.replace("127.0.0.1", "localhost"), url.replace("127.0.0.1", "0")):
+            same = refused(kv(*given, flag, name, command="verify-cache"))
+            assert same == f"{flag}: is the same address as --server. Start a second server."
         said = refused(kv(*given, flag, second, command="verify-cache"))
     assert said == f"{flag} {second}: makes other ids of a text than {url}. Serve the same model."
 
@@ -285,3 +312,75 @@ def test_a_server_that_claims_countless_slots_is_not_filled(
                  command="verify-cache")  # fmt: skip
     assert ran.code == 0
     assert ran.out.count("POST /completion") < 100
+
+
+def test_sglang_that_is_serving_others_keeps_its_cache_and_is_given_up(
+    kv: Callable[..., Ran],
+) -> None:
+    def busy(engine: FakeEngine, path: str, body: dict[str, Any]) -> Any:
+        return {"HTTP": 400} if path == "/flush_cache" else sglang(engine, path, body)
+
+    with served(FakeEngine(), busy) as url:
+        said = asked(kv, url)
+    why = "did not drop its cache, since it is serving other requests"
+    assert said == f"{url}: {why}. Ask while nobody else uses the server."
+
+
+class Saltless(Vllm):
+    """vLLM behind a gateway that drops what it does not know."""
+
+    def __call__(self, engine: FakeEngine, path: str, body: dict[str, Any]) -> Any:
+        return super().__call__(engine, path, {**body, "cache_salt": ""})
+
+
+def drops_cache_prompt(engine: FakeEngine, path: str, body: dict[str, Any]) -> Any:
+    return llama_cpp(engine, path, {**body, "cache_prompt": True})
+
+
+@pytest.mark.parametrize(("answer", "told"), [
+    (drops_cache_prompt, "cache_prompt"), (Saltless(), "cache_salt"),
+])  # fmt: skip
+def test_a_request_without_the_cache_that_used_it_is_no_reference(
+    kv: Callable[..., Ran], answer: Answer, told: str
+) -> None:
+    with served(FakeEngine(), answer) as url:
+        said = asked(kv, url)
+    assert " tokens from its cache when asked not to. " in said
+    assert said.endswith(f"Is a gateway in between that drops {told}?")
+
+
+def test_a_first_token_that_is_always_kept_is_no_reuse() -> None:
+    one = changed(lambda f: f["timings"].update(cache_n=max(1, f["timings"]["cache_n"])))
+    with served(FakeEngine(), one) as url:
+        prompt = Prompt(connect(Client(url)), 0, [*range(1, 16)], 8)
+    assert len(prompt.cold.answers) == 9
+
+
+@pytest.mark.parametrize("change", [
+    lambda f: f.pop("completion_probabilities"),
+    lambda f: f.update(completion_probabilities=None),
+    lambda f: f.update(completion_probabilities=[]),
+    lambda f: f["completion_probabilities"][0].update(id="x"),
+])  # fmt: skip
+def test_an_answer_whose_logprobs_are_lost_on_the_way_is_no_answer(change: Any) -> None:
+    with (
+        served(FakeEngine(), changed(change)) as url,
+        pytest.raises(ServerError, match="its answer has no logprobs of token ids"),
+    ):
+        connect(Client(url)).complete([*range(1, 16)], 2)
+
+
+@pytest.mark.parametrize(("content", "tokens", "listed", "kept"), [
+    ("\ufffd", [5], None, 0), ("\ufffd", [5, 6], None, 0), ("\ufffd\ufffd", [5, 6, 7], [6, 7], 0),
+    ("x\ufffd", [5, 6], [5], 1), ("x", ["5", "6"], ["5", "6"], 2),
+])  # fmt: skip
+def test_llama_cpp_has_no_logprobs_of_what_ends_within_a_letter(
+    content: str, tokens: list[Any], listed: list[Any] | None, kept: int
+) -> None:
+    def cut(found: dict[str, Any]) -> None:
+        top = first_top(found)
+        probs = [{"id": i, "top_logprobs": top} for i in listed or []]
+        found.update(content=content, tokens=tokens, completion_probabilities=probs or None)
+
+    with served(FakeEngine(), changed(cut)) as url:
+        assert len(connect(Client(url)).complete([*range(1, 16)], 2).tokens) == kept

@@ -266,3 +266,13 @@ def test_a_promoted_server_decides(plain: str, worst: float, promoted: str, verd
     )
     assert (found.verdict, found.promoted, found.promoted_ratio) == (verdict, promoted, 7.0)
     assert (found.evidence == KERNELS) == (plain == BEYOND and verdict == BEYOND)
+
+
+@pytest.mark.parametrize(("floor", "promoted", "verdict"), [
+    (0.1, 0.04, ROUNDING), (0.1, 0.06, HIDDEN), (0.0, 0.06, ROUNDING),
+])  # fmt: skip
+def test_a_promoted_server_has_less_than_half_of_the_noise(
+    floor: float, promoted: float, verdict: str
+) -> None:
+    found = with_promoted(replace(PLAIN, floor=floor), replace(PLAIN, floor=promoted))
+    assert found.verdict == verdict

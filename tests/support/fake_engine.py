@@ -108,7 +108,10 @@ def llama_cpp(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, 
         {"id": token, "top_logprobs": [{"id": i, "logprob": p} for i, p in pairs]}
         for token, pairs in found
     ]
-    return {"completion_probabilities": tops, "timings": {"cache_n": reused}}
+    return {
+        "content": "x", "tokens": [token for token, _ in found], "completion_probabilities": tops,
+        "timings": {"cache_n": reused},
+    }  # fmt: skip
 
 
 class Vllm:
@@ -142,13 +145,13 @@ class Vllm:
         return {"choices": [{"logprobs": logprobs}], "usage": usage}
 
 
-def sglang(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+def sglang(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | str | None:
     """The answer of SGLang, as its documentation has it."""
     if path == "/get_model_info":
         return {"model_path": "fake"}
     if path == "/flush_cache":
         engine.kept, engine.flushed = [], engine.flushed + 1
-        return {}
+        return "Cache flushed.\nPlease check backend logs for more details."
     if path == "/tokenize":
         return {"tokens": [ord(c) % V for c in body["prompt"]]}
     if path != "/generate":
@@ -167,14 +170,14 @@ def sglang(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any
 def served(engine: FakeEngine, answer: Any = llama_cpp) -> Iterator[str]:
     """The address of a server that answers as told, on this machine, within."""
 
-    def reply(path: str, body: Any, headers: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
+    def reply(path: str, body: Any, headers: Mapping[str, str]) -> tuple[int, Any]:
         body = body or {}
         engine.seen.append((path, body, headers.get("Authorization", "")))
         status = engine.status.pop(0) if engine.status else 200
         found = answer(engine, path, body) if status == 200 else {"error": "busy"}
         if found is None:
             return 404, {}
-        return found.pop("HTTP", status), found
+        return found.pop("HTTP", status) if isinstance(found, dict) else status, found
 
     with json_server(reply) as address:
         yield address

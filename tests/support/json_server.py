@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# The path, the body (None: GET) and the headers of a request -> a status, and what is answered.
-Reply = Callable[[str, "dict[str, Any] | None", Mapping[str, str]], tuple[int, dict[str, Any]]]
+# The path, the body (None: GET) and the headers of a request -> a status, and what is answered: as
+# JSON, or a text as it is.
+Reply = Callable[
+    [str, "dict[str, Any] | None", Mapping[str, str]], tuple[int, "dict[str, Any] | str"]
+]
 
 
 @contextmanager
@@ -31,7 +34,7 @@ def json_server(reply: Reply) -> Iterator[str]:
         def _answer(self, body: dict[str, Any] | None) -> None:
             with lock:
                 status, found = reply(self.path, body, self.headers)
-                data = json.dumps(found).encode()
+                data = (found if isinstance(found, str) else json.dumps(found)).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

@@ -13,12 +13,12 @@ from kvtool.commands.verify.server_settings import (
     engine_at,
     names_of,
     prompts_for,
+    require_other,
     require_same_ids,
     resolved,
     tail_of,
 )  # fmt: skip
 from kvtool.ending import until_ended
-from kvtool.errors import UsageError
 from kvtool.ui.output import Output, present
 
 if TYPE_CHECKING:
@@ -83,23 +83,35 @@ def require_twin(engine: Engine, second: Engine | None) -> None:
     """Raise UsageError if the promoted server is the same one, or tokenizes a text to other ids."""
     if second is None:
         return
-    if second.client.url == engine.client.url:
-        raise UsageError("--promoted: is the same address as --server", "Start a second server.")
+    require_other(engine, second, "--promoted")
     require_same_ids(engine, second, "--promoted")
 
 
 def run_dry(settings: Settings, out: Output) -> DryReport:
-    """The report of a dry run. Only requests that identify the server are sent."""
+    """The report of a dry run. Only requests that identify a server are sent."""
+    from kvtool.core.servers.against import compare
     from kvtool.core.servers.dry import DryEngine
     from kvtool.core.servers.session import Visit, visit
 
     short, long = names_of(settings)
-    dry = DryEngine(engine_at(settings, settings.server))
-    dry.arm = "prompts"
-    prompts = prompts_for(settings, dry, out)
+    urls = [settings.server, settings.promoted or settings.against]
+    first, *others = (DryEngine(engine_at(settings, url)) for url in urls if url is not None)
 
     def progress(words: str) -> None:
-        dry.arm = words
+        for dry in (first, *others):
+            dry.arm = words
 
-    visit(dry, prompts, short, long, tail_of(settings), progress, Visit())
-    return dry_report(dry, settings.requests)
+    progress("prompts")
+    flag = "--against" if settings.promoted is None else "--promoted"
+    for dry in others:
+        require_other(first, dry, flag)
+        require_same_ids(first, dry, flag)
+    prompts, tail = prompts_for(settings, first, out), tail_of(settings)
+    if settings.against is not None:
+        compare(first, others[0], prompts, progress, [], tail)
+        for dry in (first, *others):  # before and after
+            dry.n_identity += 2
+    else:
+        for dry in (first, *others):
+            visit(dry, prompts, short, long, tail, progress, Visit())
+    return dry_report(first, settings.requests, others)

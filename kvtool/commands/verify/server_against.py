@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from kvtool.commands.verify import server_settings as server
 from kvtool.commands.verify.server_report import nats, times
 from kvtool.ending import End, until_ended
-from kvtool.errors import UsageError
 from kvtool.ui.cases import Case, status_of
 from kvtool.ui.output import Output
 from kvtool.ui.tables import Column
@@ -98,8 +97,7 @@ def run_against(settings: server.Settings, out: Output) -> AgainstReport:
     started = time.perf_counter()
     first = server.engine_at(settings, settings.server)
     second = server.engine_at(settings, settings.against)
-    if first.client.url == second.client.url:
-        raise UsageError("--against: is the same address as --server", "Start a second server.")
+    server.require_other(first, second, "--against")
     server.require_same_ids(first, second, "--against")
     before = [engine.identity() for engine in (first, second)]
     prompts = server.prompts_for(settings, first, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
 Sent = tuple[str, tuple[str, dict[str, Any]]]  # for which arm, and a path with its body
 
 
-def dry_report(dry: DryEngine, allowed: int) -> DryReport:
-    """The report of a dry engine's requests. allowed: how many requests may be sent."""
+def dry_report(dry: DryEngine, allowed: int, others: Sequence[DryEngine] = ()) -> DryReport:
+    """The report of a dry engine's requests. allowed: how many requests may be sent to a server.
+    others: the second server, if there is one."""
     n_sent, asked = dry.client.n_sent, dry.requests_made
-    more = max(0, len(asked) + n_sent - allowed)
-    return DryReport(dry.client.url, dry.name, asked, n_sent, more)
+    n_identifying = n_sent + dry.n_identity
+    more = max(0, len(asked) + n_identifying - allowed)
+    second = [dry_report(other, allowed) for other in others]
+    return DryReport(dry.client.url, dry.name, asked, n_sent, more, n_identifying, second)
 
 
 @dataclass
@@ -32,14 +36,23 @@ class DryReport:
     requests: list[Sent]
     n_sent: int  # to find out what the server is
     n_too_many: int  # above --requests
+    n_identifying: int  # `n_sent`, and those before and after all others
+    second: list[DryReport]  # of --promoted or --against
     exit_code: int = 0
 
     @property
     def conclusion(self) -> str:
         """The last line, in words."""
+        said = [found.counted for found in (self, *self.second)]
+        return "; ".join([*said, "-1 stands for an id that a server will answer"])
+
+    @property
+    def counted(self) -> str:
+        """How many requests one server would get."""
         said = (
-            f"{len(self.requests)} requests to {self.url}, none of which was sent; {self.n_sent} "
-            f"identified the server ({self.engine}); -1 stands for an id that it will answer"
+            f"{len(self.requests)} requests to {self.url}, none of which was sent, and "
+            f"{self.n_identifying} that identify the server ({self.engine}), of which "
+            f"{self.n_sent} sent now"
         )
         return f"{said}; {self.n_too_many} more than --requests allows" if self.n_too_many else said
 
@@ -51,8 +64,9 @@ class DryReport:
     def rows(self) -> list[dict[str, Any]]:
         """A row for each request."""
         return [
-            {"for": arm, "path": path, "body": json.dumps(body)}
-            for arm, (path, body) in self.requests
+            {"to": found.url, "for": arm, "path": path, "body": json.dumps(body)}
+            for found in (self, *self.second)
+            for arm, (path, body) in found.requests
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +75,10 @@ class DryReport:
             {"for": arm, "method": "POST", "path": path, "body": body}
             for arm, (path, body) in self.requests
         ]
-        return {**vars(self), "requests": requests, "conclusion": self.conclusion}
+        second = [found.to_dict() for found in self.second]
+        return {
+            **vars(self), "requests": requests, "second": second, "conclusion": self.conclusion,
+        }  # fmt: skip
 
 
 def brief(text: str) -> str:
@@ -75,10 +92,13 @@ def brief(text: str) -> str:
 
 def show_dry(report: DryReport, out: Output) -> None:
     """Print a line for each request, as it would be sent, below a line for its arm."""
-    last = ""
-    for arm, (path, body) in report.requests:
-        if arm != last:
-            out.text(f"# {arm}")
-            last = arm
-        out.text(f"POST {path} {brief(json.dumps(body))}", wrap=False)
+    for found in (report, *report.second):
+        if report.second:
+            out.text(f"# to {found.url}")
+        last = ""
+        for arm, (path, body) in found.requests:
+            if arm != last:
+                out.text(f"# {arm}")
+                last = arm
+            out.text(f"POST {path} {brief(json.dumps(body))}", wrap=False)
     out.verdict(None, report.conclusion)

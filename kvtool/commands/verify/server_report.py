@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -177,15 +178,36 @@ def _names(names: Sequence[str]) -> str:
 
 def _size(arms: Sequence[ArmVerdict]) -> str:
     """The size of the fault in words, on the promoted server if that decided."""
-    most = max(arms, key=lambda a: (a.promoted_ratio or 0, a.worst or 0))
-    if most.promoted_ratio is not None:
-        return (
-            f"{times(most.promoted_ratio)} times the noise in F32, {nats(most.promoted_gap)} nats"
-        )
-    said = f"{times(most.ratio)} times it, {nats(most.gap)} nats"
-    if most.fault and most.gap is not None:
-        said += f" ({times(most.gap / most.fault)} of a wrong token)"
-    return f"{said}, up to {times(most.worst)} times in a request"
+    from kvtool.core.servers.verdict import BUG
+
+    if arms[0].verdict == BUG:
+        most = max(arms, key=lambda a: (a.promoted_ratio or 0, a.promoted_worst or 0))
+        sizes = (most.promoted_ratio, most.promoted_gap)
+        if sizes[0] is not None and sizes[0] <= most.limit:  # in few requests alone
+            sizes = (most.promoted_worst, most.promoted_worst_gap)
+        return _finite(
+            most, len(arms) > 1, sizes[0],
+            f"{times(sizes[0])} times the noise in F32, {nats(sizes[1])} nats",
+        )  # fmt: skip
+    most = max(arms, key=lambda a: a.worst or 0)
+    rare = most.ratio is not None and most.ratio <= most.limit
+    ratio, gap = (most.worst, most.worst_gap) if rare else (most.ratio, most.gap)
+    said = f"{'up to ' * rare}{times(ratio)} times it, {nats(gap)} nats"
+    if most.fault and gap is not None:
+        said += f" ({times(gap / most.fault)} of a wrong token)"
+    if not rare:
+        said += f", up to {times(most.worst)} times in a request"
+    said = _finite(most, len(arms) > 1, most.worst, said)
+    in_f32 = most.promoted_ratio
+    return said if in_f32 is None else f"{said}; {times(in_f32)} times the noise in F32"
+
+
+def _finite(arm: ArmVerdict, several: bool, size: float | None, said: str) -> str:
+    """What is said of a size, unless it is that of NaN."""
+    if size is None or math.isfinite(size):
+        return said
+    where = f" ({arm.arm})" if several else ""
+    return f"its logprobs with the cache are not a number{where}"
 
 
 def _begins(arms: Sequence[ArmVerdict]) -> str:
@@ -197,6 +219,8 @@ def times(value: float | None) -> str:
     """A ratio in words."""
     if value is None:
         return "-"
+    if not math.isfinite(value):
+        return "NaN"
     return f"{value:,.2f}" if value < 100 else f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
 
 
@@ -204,6 +228,8 @@ def nats(value: float | None) -> str:
     """A distance in nats, in words."""
     if value is None:
         return "-"
+    if not math.isfinite(value):
+        return "NaN"
     return f"{value:.1e}" if value else "0"
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 N_PROMPTS, N_THOROUGH = 5, 10
 MIN_TAIL = 8
 MAX_TOKENS = 4096
+MAX_TIMEOUT = 86400.0  # seconds, a day
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_int("--requests", self.requests, 1)
-        check_float("--timeout", self.timeout, 0.0, open_low=True)
+        check_float("--timeout", self.timeout, 0.0, MAX_TIMEOUT, open_low=True)
         if self.tokens is not None:
             check_int("--tokens", self.tokens, MIN_TAIL, MAX_TOKENS)
         if self.prompts is not None:
@@ -79,6 +80,9 @@ def prompts_for(settings: Settings, engine: Engine, out: Output) -> list[list[in
     else:
         ids = ids_of(engine, read_prompts(settings.prompts, out.note))
     require_room(engine, ids, tail_of(settings))
+    if settings.prompts is not None and len(ids) < N_PROMPTS:
+        few = f"{len(ids)} prompt{'s' * (len(ids) != 1)}"
+        out.note(f"--prompts: {few}; a verdict of fewer than {N_PROMPTS} is less sure")
     return ids
 
 
@@ -87,6 +91,14 @@ def tail_of(settings: Settings) -> int:
     from kvtool.core.servers.texts import TAIL
 
     return TAIL if settings.tokens is None else settings.tokens
+
+
+def require_other(engine: Engine, second: Engine, flag: str) -> None:
+    """Raise UsageError if two addresses are of one server."""
+    from kvtool.core.servers.address import same_server
+
+    if same_server(engine.client.url, second.client.url):
+        raise UsageError(f"{flag}: is the same address as --server", "Start a second server.")
 
 
 def require_same_ids(engine: Engine, second: Engine, flag: str) -> None:
@@ -112,11 +124,15 @@ def resolved(
     return {
         "url": engine.client.url,
         "engine": engine.name,
-        "model": Path(engine.model).name or engine.model,
+        "model": engine.client.masked(Path(engine.model).name or engine.model),
         "context": engine.context,
         "tail": tail_of(settings),
         "prompt_tokens": lengths,
         "prompts": prompts,
         **({} if second is None else {"promoted_url": second.client.url}),
-        **({} if second is None else {"promoted_model": Path(second.model).name}),
+        **(
+            {}
+            if second is None
+            else {"promoted_model": second.client.masked(Path(second.model).name)}
+        ),
     }

@@ -14,8 +14,8 @@ import urllib.request
 from collections.abc import Callable
 from email.message import Message
 from typing import Any
-from urllib.parse import urlsplit
 
+from kvtool.core.servers.address import base_address
 from kvtool.errors import ServerError, UsageError
 from kvtool.reading import parse_json
 
@@ -60,12 +60,7 @@ class Client:
         most: int = 10_000,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"{url!r} is no address of a server", "Give http://HOST:PORT.")
-        if parts.username or parts.password:
-            raise UsageError("a server's address must hold no password", f"Set {KEYS[0]} instead.")
-        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+        self.url = base_address(url, f"Set {KEYS[0]} instead.")
         self.timeout, self.most, self.n_sent = timeout, most, 0
         self._sleep = sleep
         self._key = _key()
@@ -73,13 +68,21 @@ class Client:
 
     def get(self, path: str) -> dict[str, Any]:
         """The answer to GET. Raises ServerError."""
-        return self._ask(path, None)
+        return self._parsed(path, self._ask(path, None))
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer to POST. Raises ServerError."""
+        return self._parsed(path, self.order(path, body))
+
+    def order(self, path: str, body: dict[str, Any]) -> bytes:
+        """POST what is answered by a status, and words of no form. Raises ServerError."""
         return self._ask(path, json.dumps(body).encode())
 
-    def _ask(self, path: str, body: bytes | None) -> dict[str, Any]:
+    def masked(self, text: str) -> str:
+        """What a server said, without the key."""
+        return text.replace(self._key, "***") if self._key else text
+
+    def _ask(self, path: str, body: bytes | None) -> bytes:
         for attempt in range(1, N_TRIES + 1):
             if self.n_sent >= self.most:
                 raise RequestsSpent(
@@ -92,7 +95,7 @@ class Client:
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED or attempt == N_TRIES:
                     raise self._refused(path, error) from error
-                self._sleep(_wait(error.headers, attempt))
+                self._sleep(min(_wait(error.headers, attempt), self.timeout))
             except (
                 OSError,
                 ValueError,
@@ -101,19 +104,22 @@ class Client:
                 raise self._unreachable(error) from error
         raise AssertionError("the last try answers or raises")
 
-    def _answer(self, path: str, body: bytes | None) -> dict[str, Any]:
+    def _answer(self, path: str, body: bytes | None) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url + path, body, headers)
-        data = _within(self.timeout, lambda: self._exchanged(request))
+        return _within(self.timeout, lambda: self._exchanged(request))
+
+    def _parsed(self, path: str, data: bytes) -> dict[str, Any]:
         if data.lstrip()[:1] == b"<":
             text = f"{self.url}{path}: answers with HTML, a page for browsers"
             raise ServerError(text, "Give the address of the engine's own API.")
         try:
             found = parse_json(data, finite=False)
         except ValueError as error:
-            raise ServerError(f"{self.url}{path}: its answer is not valid JSON ({error})") from None
+            why = self.masked(str(error))
+            raise ServerError(f"{self.url}{path}: its answer is not valid JSON ({why})") from None
         if not isinstance(found, dict):
             raise ServerError(f"{self.url}{path}: its answer is no JSON object")
         return found
@@ -137,7 +143,7 @@ class Client:
         return b"".join(parts)
 
     def _refused(self, path: str, error: urllib.error.HTTPError) -> ServerError:
-        said, where = _message(error, self.timeout), f"{self.url}{path}"
+        said, where = _message(error, self.timeout, self.masked), f"{self.url}{path}"
         if error.code in (401, 403):
             wrong = "does not accept the key" if self._key else "needs a key"
             return ServerError(f"{where}: {wrong} (HTTP {error.code})", f"Set {KEYS[0]}.")
@@ -147,7 +153,7 @@ class Client:
             text = f"{where}: is busy, or limits requests (HTTP {error.code}, {N_TRIES} tries)"
             return ServerError(text, "Try again later.")
         if 300 <= error.code < 400:
-            to = error.headers.get("Location", "another address")
+            to = self.masked(error.headers.get("Location", "another address"))
             text = f"{where}: redirects to {to[:200]} (HTTP {error.code}), which is not followed"
             return ServerError(text, "Give that address, if you trust it.")
         return Refused(error.code, f"{where}: refused the request (HTTP {error.code}{said})")
@@ -158,6 +164,7 @@ class Client:
             text = f"{self.url}: gave no answer within {self.timeout:g} s"
             return ServerError(text, "Wait longer with --timeout.")
         said = getattr(why, "strerror", None) or str(why) or type(why).__name__
+        said = self.masked(said)
         return ServerError(f"{self.url}: cannot be reached ({said})", "Is the server running?")
 
 
@@ -203,7 +210,7 @@ def _within(seconds: float, call: Callable[[], bytes]) -> bytes:
     return found
 
 
-def _message(error: urllib.error.HTTPError, seconds: float) -> str:
+def _message(error: urllib.error.HTTPError, seconds: float, masked: Callable[[str], str]) -> str:
     """What the server says of its refusal, after a colon; "" if nothing."""
     try:
         found = parse_json(_within(seconds, lambda: error.read(65536)))
@@ -211,4 +218,4 @@ def _message(error: urllib.error.HTTPError, seconds: float) -> str:
         return ""
     while isinstance(found, dict):
         found = next((found[k] for k in ("error", "message", "detail") if k in found), None)
-    return f": {found[:300]}" if isinstance(found, str) and found else ""
+    return f": {masked(found)[:300]}" if isinstance(found, str) and found else ""

@@ -19,12 +19,15 @@ class DryEngine:
         self.engine, self.client = engine, engine.client
         self.name, self.model = engine.name, engine.model
         self.context, self.slots, self.chunk = engine.context, engine.slots, engine.chunk
+        self.cold_by = engine.cold_by
         self.to_tell_reuse, self.to_give_more = engine.to_tell_reuse, engine.to_give_more
         self.requests_made: list[tuple[str, Request]] = []  # and for which arm
+        self.n_identity = 0  # requests for what the server is
         self.arm = ""
 
     def identity(self) -> dict[str, str]:
         """As Engine.identity: nothing."""
+        self.n_identity += 1
         return {}
 
     def requests(

@@ -13,6 +13,7 @@ WANTED = 256  # likeliest tokens asked for at each position, where a server give
 MIN_LOGPROB = -110.0  # the logarithm of float32's least number is -103; less is a mark for 0
 MAX_LOGPROB = 1e-3  # 0, as far as engines round it
 MAX_ID = 2**31
+FIRST = 1  # token with which every text may begin, so that to keep it is no reuse of a prompt
 NEEDED = 5  # likeliest tokens without which nothing can be compared
 
 
@@ -43,6 +44,7 @@ class Engine(Protocol):
     chunk: int  # tokens of a prefill chunk; 0: it does not say
     to_tell_reuse: str  # the setting that makes it report cached tokens
     to_give_more: str  # the setting that makes it give more logprobs
+    cold_by: str  # what it is told to compute a prompt anew
 
     def identity(self) -> dict[str, str]:
         """The identity of the served model, requested anew. Raises ServerError."""
@@ -89,10 +91,6 @@ class Slotless:
         raise ServerError(f"{self.client.url}: has no slots")
 
 
-def _token_id(token: Any) -> Any:
-    return token.get("id") if isinstance(token, dict) else None
-
-
 def completion(
     engine: Engine, n_prompt: int, found: Any, token: Any, likeliest: Any, reused: Any
 ) -> Completion:
@@ -115,6 +113,15 @@ def completion(
         raise too_few(engine, min(map(len, tops)))
     told = type(reused) is int and 0 <= reused <= n_prompt
     return Completion(tokens, tops, reused if told else None)
+
+
+def require_cold(engine: Engine, found: Completion) -> None:
+    """Raise ServerError for an answer that was to use no cache, and used one."""
+    if (found.reused or 0) > FIRST:
+        raise ServerError(
+            f"{engine.client.url}: took {found.reused:,} tokens from its cache when asked not to",
+            f"Is a gateway in between that drops {engine.cold_by}?",
+        )
 
 
 def id_of(value: Any) -> int:

@@ -17,6 +17,7 @@ from kvtool.core.servers.engine import (
     whole,
 )
 
+LETTER = 4  # bytes of the longest letter in UTF-8
 SLOT_FILE = "kvtool-verify-cache.bin"  # in the server's own folder for slots
 
 
@@ -25,11 +26,12 @@ class LlamaCpp:
 
     name = "llama.cpp"
     to_tell_reuse = "Ask llama-server itself, of a version whose answers have timings.cache_n."
+    cold_by = "cache_prompt"
     to_give_more = "Ask llama-server itself: it gives as many as n_probs asks for."
 
     def __init__(self, client: Client, props: dict[str, Any]) -> None:
         self.client = client
-        self.model = str(props.get("model_alias") or props.get("model_path") or "")
+        self.model = client.masked(str(props.get("model_alias") or props.get("model_path") or ""))
         settings = props.get("default_generation_settings")
         self.context = whole(settings.get("n_ctx")) if isinstance(settings, dict) else 0
         self.slots = whole(props.get("total_slots"))
@@ -38,7 +40,10 @@ class LlamaCpp:
     def identity(self) -> dict[str, str]:
         """As Engine.identity."""
         props = self.client.get("/props")
-        return {key: str(props.get(key, "")) for key in ("model_path", "model_ftype", "build_info")}
+        return {
+            key: self.client.masked(str(props.get(key, "")))
+            for key in ("model_path", "model_ftype", "build_info")
+        }
 
     def requests(
         self,
@@ -68,12 +73,17 @@ class LlamaCpp:
         ((path, body),) = self.requests(ids, n, cached, salt, slot)
         answer = self.client.post(path, body)
         found, tokens = answer.get("completion_probabilities"), answer.get("tokens")
-        if isinstance(tokens, list) and tokens and isinstance(found or [], list):
-            # It leaves out tokens that end within a letter: what is behind one stands elsewhere.
-            same = [_token_id(t) == token for t, token in zip(found or [], tokens, strict=False)]
-            found = (found or [])[: [*same, False].index(False)]
-            if not found:
+        if isinstance(tokens, list) and tokens:
+            if not found and _within_a_letter(answer.get("content"), tokens):
                 return Completion((), (), None)
+            if isinstance(found, list) and found:
+                # It leaves out tokens that end within a letter: what is behind one stands
+                # elsewhere.
+                names, first = [str(token) for token in tokens], _token_id(found[0])
+                same = [_token_id(t) == i for t, i in zip(found, names, strict=False)]
+                found = found[: [*same, False].index(False)]
+                if not found and first in names:
+                    return Completion((), (), None)
         timings = answer.get("timings")
         reused = timings.get("cache_n") if isinstance(timings, dict) else None
         return completion(self, len(ids), found, lambda t: t["id"], _of_llama_cpp, reused)
@@ -94,8 +104,13 @@ def slot_request(slot: int, action: str) -> Request:
     return f"/slots/{slot}?action={action}", {"filename": SLOT_FILE}
 
 
-def _token_id(token: Any) -> Any:
-    return token.get("id") if isinstance(token, dict) else None
+def _token_id(token: Any) -> str:
+    return str(token.get("id")) if isinstance(token, dict) else ""
+
+
+def _within_a_letter(content: Any, tokens: Sequence[Any]) -> bool:
+    """Whether an answer ends within its first letter, so that it has no logprobs yet."""
+    return isinstance(content, str) and not content.strip("\ufffd") and len(tokens) < LETTER
 
 
 def _of_llama_cpp(token: Any) -> dict[int, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvtool.core.servers.client import Client
+from kvtool.core.servers.client import Client, Refused
 from kvtool.core.servers.engine import (
     WANTED,
     Completion,
@@ -17,6 +17,9 @@ from kvtool.core.servers.engine import (
     number,
     whole,
 )
+from kvtool.errors import ServerError
+
+FLUSH: Request = ("/flush_cache", {})
 
 
 class SGLang(Slotless):
@@ -24,11 +27,12 @@ class SGLang(Slotless):
 
     name = "sglang"
     to_tell_reuse = "Ask SGLang itself, of a version whose answers have meta_info.cached_tokens."
+    cold_by = "/flush_cache"
     to_give_more = "Ask SGLang itself: it gives as many as top_logprobs_num asks for."
 
     def __init__(self, client: Client, info: dict[str, Any]) -> None:
         self.client = client
-        self.model = str(info.get("model_path", ""))
+        self.model = client.masked(str(info.get("model_path", "")))
         self.context = whole(info.get("context_length") or info.get("max_total_num_tokens"))
         self.slots, self.chunk = 0, 0
         self._salt = ""  # of what it keeps
@@ -36,7 +40,10 @@ class SGLang(Slotless):
     def identity(self) -> dict[str, str]:
         """As Engine.identity."""
         info = self.client.get("/get_model_info")
-        return {key: str(info.get(key, "")) for key in ("model_path", "weight_version")}
+        return {
+            key: self.client.masked(str(info.get(key, "")))
+            for key in ("model_path", "weight_version")
+        }
 
     def requests(
         self,
@@ -53,7 +60,7 @@ class SGLang(Slotless):
         }  # fmt: skip
         kept = cached and salt == self._salt
         self._salt = salt if cached else ""
-        return [*([] if kept else [("/flush_cache", {})]), ("/generate", body)]
+        return [*([] if kept else [FLUSH]), ("/generate", body)]
 
     def complete(
         self,
@@ -64,8 +71,10 @@ class SGLang(Slotless):
         slot: int | None = None,
     ) -> Completion:
         """As Engine.complete."""
-        for path, body in self.requests(ids, n, cached, salt, slot):
-            answer = self.client.post(path, body)
+        *before, (path, body) = self.requests(ids, n, cached, salt, slot)
+        for _ in before:
+            self._flush()
+        answer = self.client.post(path, body)
         meta = answer.get("meta_info")
         meta = meta if isinstance(meta, dict) else {}
         tokens, tops = meta.get("output_token_logprobs"), meta.get("output_top_logprobs")
@@ -73,6 +82,18 @@ class SGLang(Slotless):
         return completion(
             self, len(ids), found, lambda t: t[0][1], _of_sglang, meta.get("cached_tokens")
         )
+
+    def _flush(self) -> None:
+        """Drop everything in the cache. The answer is plain text."""
+        try:
+            self.client.order(*FLUSH)
+        except Refused as error:
+            if error.code != 400:
+                raise
+            raise ServerError(
+                f"{self.client.url}: did not drop its cache, since it is serving other requests",
+                "Ask while nobody else uses the server.",
+            ) from error
 
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.core.servers.engine import Completion, Engine
+from kvtool.core.servers.engine import Completion, Engine, require_cold
 from kvtool.core.servers.splits import Kind, drawn, pair, single
 
 TOP = 30  # of the likeliest tokens of the reference, by which two answers are compared
@@ -135,8 +135,10 @@ class Prompt:
     def cold_answer(self, ids: Sequence[int], n: int = 1) -> Completion:
         """A request without the cache, in a slot of the server's choice. In one slot alone its
         tokens would have the same place each time, and the noise of other places would be
-        missing."""
-        return self.engine.complete(ids, n)
+        missing. Raises ServerError if it took tokens from a cache."""
+        found = self.engine.complete(ids, n)
+        require_cold(self.engine, found)
+        return found
 
     def _continued(self, boundary: int) -> Completion:
         return self.cold_answer(self.ids[:boundary], self.end - boundary + 1)
@@ -193,7 +195,7 @@ class Prompt:
             if cached:
                 other = pool.submit(self.ask, ids, TAIL, anywhere=True)
             else:
-                other = pool.submit(self.engine.complete, ids, TAIL)
+                other = pool.submit(self.cold_answer, ids, TAIL)
             yield
             other.result()
 

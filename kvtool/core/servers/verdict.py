@@ -37,6 +37,7 @@ SMALL = 0.05  # of the smaller control: a gap below it is beyond the noise from 
 LIMIT = 1.15  # times the noise, a median over prompts
 CROWDED = 1.5  # times the noise, where others' tokens lie between: llama.cpp's unified cache then
 # adds in another order than any cold request, and is right at 1.0 to 1.3
+AS_NOISY = 0.5  # of the plain server's noise: a server in F32 has far less
 DOUBTED = 2.0  # times the noise: below it a promoted server that is right decides, and what is
 # CROWDED cannot be told: of many right servers one was above 1.5
 
@@ -64,6 +65,7 @@ class ArmVerdict:
     evidence: str = ""
     ratio: float | None = None  # median over prompts, of the median over requests
     worst: float | None = None  # of a single request
+    worst_gap: float | None = None  # nats, of that request
     gap: float | None = None  # nats, as all that follow
     floor: float | None = None
     fault: float | None = None  # of the smaller control
@@ -75,6 +77,8 @@ class ArmVerdict:
     promoted: str = ""  # the verdict on the promoted server, if one was asked
     promoted_ratio: float | None = None
     promoted_gap: float | None = None
+    promoted_worst: float | None = None
+    promoted_worst_gap: float | None = None
 
     @property
     def right(self) -> bool:
@@ -132,9 +136,10 @@ def judge_arm(measured: Sequence[Measured], pooled: float = 0.0, grown: float = 
     gaps = tuple(gap for compared in found for gap in compared.gaps)
     beyond = [gap.history for gap in gaps if gap.ratio > limit]
     faults = [compared.fault for compared in found if compared.fault is not None]
+    runs = [run for c in found for run in zip(c.runs(), c.runs("gap"), strict=True)]
     return ArmVerdict(
-        arm, verdict, evidence, _typical(found, "ratio"), max(r for c in found for r in c.runs()),
-        _typical(found, "gap"), _typical(found, "floor"), median(faults) if faults else None,
+        arm, verdict, evidence, _typical(found, "ratio"), *max(runs), _typical(found, "gap"),
+        _typical(found, "floor"), median(faults) if faults else None,
         reused, len(found), min(beyond) if verdict in (BEYOND, LOSSY) and beyond else None, gaps,
         limit=limit,
     )  # fmt: skip
@@ -249,10 +254,15 @@ def distance(answer: Answer, scale: Scale, other: Answer | None = None) -> float
 def with_promoted(plain: ArmVerdict, promoted: ArmVerdict) -> ArmVerdict:
     """The verdict of an arm with the promoted server's answers. In F32 the noise is far smaller:
     rounding is within it, and a bug is not."""
-    ratio, gap = promoted.ratio, promoted.gap
-    found = replace(plain, promoted=promoted.verdict, promoted_ratio=ratio, promoted_gap=gap)
+    found = replace(
+        plain, promoted=promoted.verdict, promoted_ratio=promoted.ratio, promoted_gap=promoted.gap,
+        promoted_worst=promoted.worst, promoted_worst_gap=promoted.worst_gap,
+    )  # fmt: skip
     if plain.verdict in (VACUOUS, LOSSY, UNSUPPORTED):
         return found
+    noisy = bool(plain.floor and promoted.floor and promoted.floor > AS_NOISY * plain.floor)
+    if noisy and plain.verdict != IDENTICAL:
+        return replace(found, verdict=HIDDEN, evidence=NOT_F32)
     if promoted.verdict == BEYOND:
         evidence = promoted.evidence
         return replace(found, verdict=BUG, evidence=evidence, first_beyond=promoted.first_beyond)
@@ -263,4 +273,5 @@ def with_promoted(plain: ArmVerdict, promoted: ArmVerdict) -> ArmVerdict:
     return replace(found, verdict=ROUNDING, evidence="")
 
 
+NOT_F32 = "the promoted server is as noisy: is it F32?"
 KERNELS = "in F32 it is within: the cache's logic is right there, so look at kernels of low formats"

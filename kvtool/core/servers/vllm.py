@@ -29,6 +29,7 @@ class VLLM(Slotless):
     to_tell_reuse = (
         "Start vLLM with --enable-prompt-tokens-details, so that it says what it reuses."
     )
+    cold_by = "cache_salt"
     to_give_more = "Let the server give more: --max-logprobs -1 of vLLM."
 
     def __init__(self, client: Client, models: dict[str, Any]) -> None:
@@ -43,7 +44,10 @@ class VLLM(Slotless):
     def identity(self) -> dict[str, str]:
         """As Engine.identity."""
         first = _first(self.client.get("/v1/models"))
-        return {key: str(first.get(key, "")) for key in ("id", "root", "max_model_len")}
+        return {
+            key: self.client.masked(str(first.get(key, "")))
+            for key in ("id", "root", "max_model_len")
+        }
 
     def requests(
         self,
