@@ -17,6 +17,7 @@ from kvtool.core.checkpoint import checkpoint
 from kvtool.core.decoding.beam import Hypothesis
 from kvtool.core.models import Model
 from kvtool.core.training.lm import score_text
+from kvtool.ui.documents import SUFFIXES
 from small_models import answer, explains_every_option
 
 Command = Callable[..., Ran]
@@ -56,6 +57,13 @@ def test_pairs_get_error_rates_against_the_closest_of_all_right_targets(
     assert (row["sources"], row["decoding"]) == (3, "greedy")
     assert row["WER %"] == pytest.approx(100 / 3) and row["exact %"] == pytest.approx(200 / 3)
     assert row["PER %"] == pytest.approx(100 * 4 / 11)
+
+
+def test_the_scores_are_written_in_every_format_of_the_help(command: Command, tsv: Path) -> None:
+    for suffix in SUFFIXES:
+        out = tsv.with_name(f"r{suffix}")
+        ran = command("--model", G2P, "--data", tsv, "--output", out)
+        assert ran.code == 0 and "exact %" in out.read_text(), ran.err
 
 
 def test_hypotheses_are_a_line_for_each_source_in_the_order_of_the_data(

@@ -14,6 +14,7 @@ import pytest
 from cli_probe import Ran, refused
 from kvtool.commands.plan.sizes import read_size
 from kvtool.errors import UsageError
+from kvtool.ui.documents import SUFFIXES
 from small_models import answer, save_decoder
 
 LLAMA = {
@@ -123,6 +124,17 @@ def test_a_configuration_that_is_wrong_is_refused_in_one_line(
 ) -> None:
     ran = plan("--model", config(**changes))
     assert said in refused(ran)
+
+
+def test_the_report_is_written_in_every_format_of_the_help(
+    plan: Callable[..., Ran], config: Callable[..., str], tmp_path: Path
+) -> None:
+    for suffix in SUFFIXES:
+        out = tmp_path / f"r{suffix}"
+        ran = plan("--model", config(), "--tokens", "99", "--output", str(out))
+        assert ran.code == 0 and f"written to {out}" in ran.err, ran.err
+    assert "dtype bfloat16, rows 1, tokens 99" in (tmp_path / "r.md").read_text()
+    assert "static,kvtool" in (tmp_path / "r.csv").read_text()
 
 
 def test_files_that_describe_no_language_model_are_refused(

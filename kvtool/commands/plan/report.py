@@ -61,7 +61,14 @@ class PlanReport:
         return int(self.memory is not None and not any(row.fits for row in self.caches))
 
     @property
-    def load(self) -> str:
+    def load(self) -> dict[str, Any]:
+        """What is asked for, for CSV and Markdown."""
+        source = self.source_tokens or None
+        of = {"model": self.model, "dtype": self.dtype}
+        return {**of, "rows": self.rows_planned, "tokens": self.tokens, "source_tokens": source}
+
+    @property
+    def asked(self) -> str:
         """What is asked for, in words."""
         source = f" and a source of {self.source_tokens:,}" if self.source_tokens else ""
         return f"{counted(self.rows_planned)} of {tokens(self.tokens)}{source}"
@@ -74,7 +81,7 @@ class PlanReport:
     def _of_sizes(self) -> str:
         first = self._first(self.caches)
         weights = f"{shown(self.weights_bytes)} of weights and " if self.weights_bytes else ""
-        said = f"{self.load}: {weights}{shown(first.bytes)} of keys and values ({named(first)})"
+        said = f"{self.asked}: {weights}{shown(first.bytes)} of keys and values ({named(first)})"
         least = min(self.caches, key=lambda row: row.bytes)
         if least.bytes < first.bytes:
             said += f"; {named(least)} is the smallest, {shown(least.bytes)}"
@@ -89,14 +96,14 @@ class PlanReport:
         if not fitting:
             least = min(self.caches, key=lambda row: row.bytes)
             return (
-                f"no cache of {self.load} fits into {memory} beside {shown(self.weights_bytes)} of "
+                f"no cache of {self.asked} fits into {memory} beside {shown(self.weights_bytes)} of "
                 f"weights; the smallest, {named(least)}, {limits(least, self)}"
             )
         best = self._first(fitting)
         fit = "fits" if self.rows_planned == 1 else "fit"
         why = "" if best.exact else ", and with no kind that loses less"
         return (
-            f"take {named(best)}: {self.load} {fit} into {memory}{why}; the first limit: it "
+            f"take {named(best)}: {self.asked} {fit} into {memory}{why}; the first limit: it "
             f"{limits(best, self)}{self._beyond()}"
         )
 

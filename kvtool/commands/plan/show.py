@@ -29,7 +29,7 @@ def show(report: PlanReport, out: Output) -> None:
         *[Column("ms at least"), Column("tokens/s")] * (report.bandwidth is not None),
     ]
     rows = [_cells(row, report, several) for row in report.caches]
-    out.table(f"Keys and values of {report.load}", columns, rows)
+    out.table(f"Keys and values of {report.asked}", columns, rows)
     for sentence in page_texts(report):
         out.text(sentence)
     out.verdict(None if report.exit_code else True, report.conclusion)
