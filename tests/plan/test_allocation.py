@@ -22,6 +22,7 @@ from kvtool.core.plan.architectures import architectures
 from kvtool.core.plan.source import describe
 from kvtool.core.plan.sums import Cache, Load
 from plan_cases import N_PROMPT, SOURCE, as_file, measured, storage, stored_numbers
+from plan_defaults import differences
 from small_models import random_model, save_decoder
 
 TOKENS = 2 * N_PROMPT
@@ -158,8 +159,15 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
 
 
 def test_every_known_type_has_what_it_takes_to_be_planned() -> None:
-    for name in architectures().keys() - {"glm4_moe"}:  # its default heads do not divide its width
+    for name in architectures():
         assert describe(name, None).shapes.layers, name
+
+
+@pytest.mark.parametrize(
+    "model_type", ["laguna", "mellum", "hrm_text", "qwen2_moe", "glm4_moe", "got_ocr2", "phi3"]
+)
+def test_a_dynamic_cache_has_the_layers_and_windows_of_the_plan(model_type: str) -> None:
+    assert list(differences(model_type)) == []
 
 
 def test_a_type_with_its_default_sizes_is_what_its_configuration_says(tmp_path: Path) -> None:

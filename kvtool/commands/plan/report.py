@@ -96,8 +96,9 @@ class PlanReport:
         if not fitting:
             least = min(self.caches, key=lambda row: row.bytes)
             return (
-                f"no cache of {self.asked} fits into {memory} beside {shown(self.weights_bytes)} of "
-                f"weights; the smallest, {named(least)}, {limits(least, self)}"
+                f"no cache of {self.asked} fits into {memory} beside "
+                f"{shown(self.weights_bytes)} of weights; the smallest, "
+                f"{named(least)}, {limits(least, self)}"
             )
         best = self._first(fitting)
         fit = "fits" if self.rows_planned == 1 else "fit"

@@ -38,6 +38,8 @@ USUAL = "bfloat16"  # of models whose files say nothing else
 LOOKED_UP = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)\.weight$")
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 
+FLAT = ("fuyu",)  # whose files may have the language model's fields without a part
+
 
 class Format(NamedTuple):
     """A number format of a file."""
@@ -145,16 +147,27 @@ def _fields(data: Mapping[str, Any], kind: Any) -> tuple[Fields, str]:
         )
     if not known.part:
         return Fields(_without_type(data), known), ""
-    part = data.get(known.part, {} if data.keys() == {"model_type"} else None)
+    part = data.get(known.part)
     if part is None:
-        part = data
+        part = _flat(data, known)
     if not isinstance(part, Mapping):
         raise UsageError(f"{known.part}: {quoted(part)} is not an object")
     of = part.get("model_type") if part is not data else None
     inner: Architecture | None = architectures().get(of if isinstance(of, str) else known.of)
     if inner is None or inner.part:
         raise UsageError(f"{known.part}: model_type {quoted(of)} is not known")
+    if part is data or not part:
+        inner = replace(inner, defaults={**inner.defaults, **known.defaults})
     return Fields(_without_type(part), inner), kind
+
+
+def _flat(data: Mapping[str, Any], known: Architecture) -> Mapping[str, Any]:
+    """Of a configuration without the part: none, as transformers takes the part's defaults then."""
+    if known.name in FLAT:
+        return data
+    if size := next((name for name in ("num_hidden_layers", "hidden_size") if name in data), ""):
+        raise UsageError(f"{known.part} is missing (found {size} beside it)")
+    return {}
 
 
 def _without_type(data: Mapping[str, Any]) -> dict[str, Any]:
