@@ -114,6 +114,13 @@ def test_the_last_line_recommends_and_names_the_first_limit(
         ({"model_type": "deepseek_v32"}, "its layers keep an indexer's keys"),
         ({"layer_types": ["full_attention"]}, "layer_types: expected a list of 4"),
         ({"layer_types": ["linear_attention"] * 4}, "'linear_attention' layers keep other things"),
+        ({"layer_types": [None] * 4}, "layer_types: None layers keep other things"),
+        ({"torch_dtype": ["float32"]}, "torch_dtype: ['float32'] is not a format of keys"),
+        ({"dtype": "int8"}, "dtype: 'int8' is not a format of keys and values (expected float64"),
+        ({"intermediate_size": None}, "intermediate_size is missing"),
+        ({"per_layer_config": [1]}, "per_layer_config: [1] is not an object"),
+        ({"model_type": "qwen3_moe", "use_sliding_window": "no"}, "'no' is not true or false"),
+        ({"model_type": "gemma3"}, "text_config is missing (found num_hidden_layers beside it)"),
         ({"layer_types": ["sliding_attention"] * 4}, "but sliding_window is not set"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok: 9 of 8"),
         ({"model_type": "gemma3", "text_config": []}, "text_config: [] is not an object"),
@@ -135,6 +142,19 @@ def test_the_report_is_written_in_every_format_of_the_help(
         assert ran.code == 0 and f"written to {out}" in ran.err, ran.err
     assert "dtype bfloat16, rows 1, tokens 99" in (tmp_path / "r.md").read_text()
     assert "static,kvtool" in (tmp_path / "r.csv").read_text()
+
+
+def test_the_number_format_is_that_of_the_file_or_said_to_be_assumed(
+    plan: Callable[..., Ran], config: Callable[..., str]
+) -> None:
+    part = {"model_type": "gemma3_text", "dtype": "float32"}
+    for changes, said in (
+        ({}, "bfloat16 assumed"),
+        ({"dtype": "torch.float16"}, "float16"),
+        ({"text_config": part, "model_type": "gemma3"}, "float32"),
+    ):
+        first = plan("--model", config(**changes)).out.partition("\nweights")[0]
+        assert first.replace("\n", " ").endswith(f"; {said}")
 
 
 def test_files_that_describe_no_language_model_are_refused(
@@ -186,13 +206,18 @@ def test_sizes_are_read_exactly(text: str, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "-1GB", "24g", "24GIBI", "0", "1e3GB", "nan", "9" * 30]
+    "text", ["", "GiB", "-1GB", "24g", "24GIBI", "0", "1e3GB", "nan", "9" * 30, "24Gb"]
 )
 def test_other_spellings_of_a_size_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"^--memory: "):
         read_size("--memory", text)
     with pytest.raises(UsageError, match="is not a size"):
         read_size("--memory", "3GB/s")
+    with pytest.raises(UsageError, match="counts bits") as bits:
+        read_size("--bandwidth", "2400Gb/s", per_second=True)
+    assert bits.value.hint == "Did you mean 2400GB/s? 8 bits are a byte."
+    with pytest.raises(UsageError, match="expected 1 B to 8,388,607 TiB"):
+        read_size("--memory", "9999999999TB")
 
 
 def test_the_configuration_that_is_read_is_not_written_over(

@@ -71,6 +71,7 @@ def run(settings: Settings, out: Output) -> PlanReport:
         model=found.name,
         model_type=found.model_type,
         dtype=found.dtype,
+        dtype_assumed=found.dtype_assumed,
         rows_planned=load.rows,
         tokens=n,
         source_tokens=source,

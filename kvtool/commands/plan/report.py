@@ -40,6 +40,7 @@ class PlanReport:
     model: str
     model_type: str
     dtype: str
+    dtype_assumed: bool
     rows_planned: int
     tokens: int
     source_tokens: int

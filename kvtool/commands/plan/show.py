@@ -14,7 +14,8 @@ from kvtool.ui.tables import Column
 
 def show(report: PlanReport, out: Output) -> None:
     """The layers in words, a row for each cache, and the conclusion."""
-    out.text(f"{report.model}: {layers_text(report.layers)}; {report.dtype}")
+    assumed = " assumed" if report.dtype_assumed else ""
+    out.text(f"{report.model}: {layers_text(report.layers)}; {report.dtype}{assumed}")
     out.text(weights_text(report))
     if report.expanded_token_bytes:
         out.text(latent_text(report))

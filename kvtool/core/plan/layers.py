@@ -91,7 +91,7 @@ def _read(f: Fields) -> Shapes:
 
 def _overrides(others: Any, i: int) -> Fields:
     """What a layer has otherwise than the rest."""
-    found = others.get(str(i), {}) if isinstance(others, dict) else {}
+    found = others.get(str(i), {}) if isinstance(others, dict) else others
     if not isinstance(found, dict):
         raise UsageError(f"per_layer_config: {short(str(found))} is not an object")
     return Fields(found, Architecture("per_layer_config"))
@@ -105,11 +105,10 @@ def layer_kinds(f: Fields, n_layers: int) -> list[str]:
     given = f.by_layer("layer_types", n_layers)
     rule = KINDS.get(f.architecture.name)
     if given is not None and rule is not _all_alike:
-        unknown = next((kind for kind in given if kind not in (FULL, SLIDING, CHUNKED)), None)
-        if unknown is not None:
+        if unknown := [kind for kind in given if kind not in (FULL, SLIDING, CHUNKED)]:
             raise UsageError(
-                f"layer_types: {quoted(unknown)} layers keep other things than keys and values of "
-                "each token"
+                f"layer_types: {quoted(unknown[0])} layers keep other things than keys and values "
+                "of each token"
             )
         return given
     if rule is not None:
@@ -135,7 +134,8 @@ def _windows(f: Fields, kinds: list[str]) -> list[int]:
 def _all_alike(f: Fields, n_layers: int) -> list[str]:
     """All have the window, if there is one, and nothing that the type reads says otherwise."""
     reads = "use_sliding_window" in f.architecture.defaults
-    windowed = f.maybe("sliding_window") and (not reads or f.flag("use_sliding_window"))
+    used = f.flag("use_sliding_window", not reads) or not reads
+    windowed = f.maybe("sliding_window") and used
     return [
         SLIDING if windowed else CHUNKED if f.maybe("attention_chunk_size") else FULL
     ] * n_layers

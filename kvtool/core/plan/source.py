@@ -116,19 +116,38 @@ def _from(
     name: str, data: Mapping[str, Any], where: str, dtype: str | None, folder: Path | None
 ) -> Described:
     kind, whole = data.get("model_type"), ""
+    part: Mapping[str, Any] = {}
     if isinstance(kind, str) and kind.startswith(OWN):
         shapes, counted = read_own(data, where)
     else:
         fields, whole = _fields(data, kind)
+        part = fields.data
         shapes = read_shapes(fields, whole)
         counted = None if whole and folder else count_weights(fields, shapes)
     stored = _stored(folder)
-    said = data.get("dtype") or data.get("torch_dtype")
-    found = dtype or (stored and stored.dtype) or (said if said in ITEMSIZES else None) or USUAL
+    said = dtype or (stored and stored.dtype) or _said_dtype(data) or _said_dtype(part)
+    found = said or USUAL
     weights, unknown = _weights(data, counted, stored, dtype, found)
     if weights is not None and whole and stored is None:
         weights = replace(weights, said_by=PART)
-    return Described(name, str(kind), found, shapes, weights, unknown)
+    return Described(name, str(kind), found, shapes, weights, unknown, not said)
+
+
+def _said_dtype(data: Mapping[str, Any]) -> str:
+    """The number format that a configuration names; "" if it names none."""
+    for field in ("dtype", "torch_dtype"):
+        value = data.get(field)
+        if value is None or value == "auto":
+            continue
+        name = value.removeprefix("torch.") if isinstance(value, str) else None
+        if name not in ITEMSIZES:
+            raise UsageError(
+                f"{field}: {quoted(value)} is not a format of keys and values "
+                f"(expected {', '.join(ITEMSIZES)})",
+                "Say it: --dtype bfloat16.",
+            )
+        return name
+    return ""
 
 
 def _fields(data: Mapping[str, Any], kind: Any) -> tuple[Fields, str]:
@@ -181,7 +200,7 @@ class Stored(NamedTuple):
     """What headers say of the tensors."""
 
     tensors: Mapping[str, TensorInfo[Format]]
-    dtype: str  # of most of them
+    dtype: str  # of most of them; "": none is of a format of keys
 
 
 def _stored(folder: Path | None) -> Stored | None:
@@ -208,7 +227,7 @@ def _stored(folder: Path | None) -> Stored | None:
     for info in tensors.values():
         if info.dtype.name in ITEMSIZES:
             most[info.dtype.name] += math.prod(info.shape)
-    return Stored(tensors, most.most_common(1)[0][0] if most else USUAL)
+    return Stored(tensors, most.most_common(1)[0][0] if most else "")
 
 
 def _weights(
