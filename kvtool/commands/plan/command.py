@@ -125,11 +125,11 @@ def _caches(settings: Settings, described: Any, size: int) -> list[Any]:
 
 
 def _row(cache: Any, load: Any, weights: Any, settings: Settings) -> Row:
-    held = cache.held(load)
+    held, peak = cache.held(load), cache.peak(load)
     fits = most_rows = most_tokens = floor = None
     if settings.memory is not None:
         room = settings.memory - weights.nbytes
-        fits = held.allocated <= room
+        fits = peak <= room
         most_rows, most_tokens = cache.most_rows(load, room), cache.most_tokens(load, room)
     if settings.bandwidth is not None:
         floor = (weights.read + held.live) / settings.bandwidth
@@ -138,6 +138,7 @@ def _row(cache: Any, load: Any, weights: Any, settings: Settings) -> Row:
         impl=cache.impl,
         exact=cache.exact,
         bytes=held.allocated,
+        peak_bytes=peak,
         bytes_read=held.live,
         bytes_per_token=cache.token_nbytes(load),
         source_bytes=cache.source_nbytes(load),

@@ -21,6 +21,7 @@ class Row:
     impl: str
     exact: bool  # it loses nothing of what the model sees
     bytes: int
+    peak_bytes: int  # right after a prompt of all tokens; this must fit
     bytes_read: int  # of keys and values, by a step of all rows at least
     bytes_per_token: int  # of a row, beyond all windows
     source_bytes: int
@@ -118,7 +119,7 @@ class PlanReport:
         """What loses nothing, if there is one, and of these the smallest; else what loses least."""
         whole = [row for row in rows if row.exact]
         if whole:
-            return min(whole, key=lambda row: row.bytes)
+            return min(whole, key=lambda row: (row.peak_bytes, row.bytes))
         return min(rows, key=lambda row: ORDER.index(kind_of(row)))
 
     def rows(self) -> list[dict[str, Any]]:
