@@ -157,6 +157,19 @@ def test_the_number_format_is_that_of_the_file_or_said_to_be_assumed(
         assert first.replace("\n", " ").endswith(f"; {said}")
 
 
+def test_the_language_model_of_an_unknown_type_is_planned_if_its_own_type_is_known(
+    plan: Callable[..., Ran], config: Callable[..., str]
+) -> None:
+    words = ("--tokens", "100", "--json")
+    whole = answer(plan("--model", config(model_type="llava", text_config=LLAMA), *words))
+    alone = answer(plan("--model", config(), *words))
+    assert whole["caches"] == alone["caches"] and whole["model_type"] == "llava"
+    assert whole["weights_said_by"] == "configuration of the language model"
+    for of, said in (("bert", "'blip' is not known"), ("mamba", "cannot be planned")):
+        path = config(model_type="blip", text_config={"model_type": of})
+        assert said in refused(plan("--model", path))
+
+
 def test_files_that_describe_no_language_model_are_refused(
     plan: Callable[..., Ran], tmp_path: Path
 ) -> None:
@@ -185,6 +198,11 @@ def test_options_that_cannot_be_meant_are_refused(
     ):
         assert said in refused(plan("--model", path, *words)), words
     assert "Did you mean llama?" in refused(plan("--model", "lama"))
+    for name in ("llava", "mistral3", "qwen2_vl", "idefics3"):
+        said = refused(plan("--model", name))
+        assert "whose text_config says" in said and "Did you mean" not in said
+    said = refused(plan("--model", "nofolder"))
+    assert "not found (it is neither a folder" in said and "Did you mean" not in said
     asked = refused(plan("--model", "stablelm", "--memory", "80GB"))
     assert "--memory: needs the size of the weights" in asked and "--weights SIZE" in asked
     assert plan("--model", "stablelm", "--memory", "80GB", "--weights", "6GB").code == 0

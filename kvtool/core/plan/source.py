@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,44 @@ USUAL = "bfloat16"  # of models whose files say nothing else
 LOOKED_UP = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)\.weight$")
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 
+TEXT = "text_config"
+# Of transformers, with a language model that only a file says; none is a misspelt other one.
+SEVERAL_PARTS = (
+    "aria",
+    "aya_vision",
+    "blip-2",
+    "cohere2_vision",
+    "deepseek_vl",
+    "glm4v",
+    "glm4v_moe",
+    "granite_speech",
+    "idefics2",
+    "idefics3",
+    "instructblip",
+    "internvl",
+    "janus",
+    "kimi_k25",
+    "lfm2_vl",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "mistral3",
+    "ovis2",
+    "paligemma",
+    "pixtral",
+    "qwen2_5_omni",
+    "qwen2_5_vl",
+    "qwen2_audio",
+    "qwen2_vl",
+    "qwen3_omni_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+    "video_llava",
+    "vipllava",
+    "voxtral",
+)
 FLAT = ("fuyu",)  # whose files may have the language model's fields without a part
 
 
@@ -84,9 +122,18 @@ def describe(model: str, dtype: str | None) -> Described:
 
 def _unknown_type(model: str) -> UsageError:
     known = sorted({*architectures(), *UNPLANNED, *shipped_models()})
-    near = difflib.get_close_matches(model, known, n=1)
-    hint = f"Did you mean {near[0]}?" if near else "Give a folder, or a type such as llama."
-    return UsageError(f"--model {model}: is neither a folder, a file nor a known model type", hint)
+    return UsageError(
+        f"--model {model}: not found (it is neither a folder, a file nor a known model type)",
+        _near(model, known) or "Give a folder, or a type such as llama.",
+    )
+
+
+def _near(kind: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not known: where it is a real type, not another one."""
+    if kind in SEVERAL_PARTS:
+        return "Give a folder or config.json whose text_config says the type of its language model."
+    near = difflib.get_close_matches(kind, list(known), n=1, cutoff=0.75)
+    return f"Did you mean {near[0]}?" if near else ""
 
 
 def _refuse_diffusion(folder: Path) -> None:
@@ -157,12 +204,11 @@ def _fields(data: Mapping[str, Any], kind: Any) -> tuple[Fields, str]:
         raise UsageError(f"model_type {found}", "config.json of Hugging Face says it.")
     if reason := UNPLANNED.get(kind):
         raise UsageError(f"model_type {quoted(kind)} cannot be planned: {reason}")
-    known = architectures().get(kind)
+    known = architectures().get(kind) or _with_text_config(kind, data)
     if known is None:
-        near = difflib.get_close_matches(kind, architectures(), n=1)
         raise UsageError(
             f"model_type {quoted(kind)} is not known, so nothing is planned",
-            f"Did you mean {near[0]}?" if near else "",
+            _near(kind, architectures()),
         )
     if not known.part:
         return Fields(_without_type(data), known), ""
@@ -178,6 +224,18 @@ def _fields(data: Mapping[str, Any], kind: Any) -> tuple[Fields, str]:
     if part is data or not part:
         inner = replace(inner, defaults={**inner.defaults, **known.defaults})
     return Fields(_without_type(part), inner), kind
+
+
+def _with_text_config(kind: str, data: Mapping[str, Any]) -> Architecture | None:
+    """Of a type that is not known: its language model, if its configuration says a known one."""
+    part = data.get(TEXT)
+    of = part.get("model_type") if isinstance(part, Mapping) else None
+    if not isinstance(of, str) or "bert" in of:  # an encoder
+        return None
+    if reason := UNPLANNED.get(of):
+        raise UsageError(f"{TEXT}: model_type {quoted(of)} cannot be planned: {reason}")
+    inner = architectures().get(of)
+    return Architecture(kind, TEXT, of) if inner is not None and not inner.part else None
 
 
 def _flat(data: Mapping[str, Any], known: Architecture) -> Mapping[str, Any]:
