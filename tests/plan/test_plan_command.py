@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -13,7 +14,10 @@ import pytest
 
 from cli_probe import Ran, refused
 from kvtool.commands.plan.sizes import read_size
-from kvtool.errors import UsageError
+from kvtool.core.plan.architectures import FIELDS, architectures
+from kvtool.core.plan.layers import MAX_LAYERS
+from kvtool.core.plan.source import describe
+from kvtool.errors import KvtoolError, UsageError
 from kvtool.ui.documents import SUFFIXES
 from small_models import answer, save_decoder
 
@@ -170,6 +174,23 @@ def test_the_language_model_of_an_unknown_type_is_planned_if_its_own_type_is_kno
         assert said in refused(plan("--model", path))
 
 
+@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen2_moe", "hrm_text", "prophetnet"])
+def test_a_field_of_another_type_or_size_is_planned_or_refused_in_one_line(
+    tmp_path: Path, model_type: str
+) -> None:
+    path = tmp_path / "config.json"
+    known = architectures()[model_type]
+    fields = {*FIELDS, *known.names.values(), "layer_types", "dtype", "per_layer_config"}
+    for field, value in itertools.product(
+        sorted(fields), (None, "x", [], {}, -1, 1.5, True, 10**30, [None], {"a": 1})
+    ):
+        path.write_text(json.dumps({"model_type": model_type, field: value}))
+        try:
+            assert len(describe(str(path), None).shapes.layers) <= MAX_LAYERS
+        except KvtoolError as error:
+            assert "\n" not in error.message
+
+
 def test_files_that_describe_no_language_model_are_refused(
     plan: Callable[..., Ran], tmp_path: Path
 ) -> None:
@@ -192,6 +213,7 @@ def test_options_that_cannot_be_meant_are_refused(
         (("--batch-size", "-2"), "--batch-size: -2 is too small"),
         (("--memory", "24g"), "'g' is not a unit"),
         (("--caches", "paged", "--impl", "transformers"), "paged is no kind of transformers"),
+        (("--caches", "nonsense", "--impl", "transformers"), "transformers: dynamic and static."),
         (("--source-tokens", "9"), "--source-tokens: is for encoder-decoders"),
         (("--dtype", "int8"), "--dtype: 'int8' is not known"),
         (("--window", "9", "--caches", "static"), "--window: no setting of static"),

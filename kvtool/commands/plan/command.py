@@ -159,6 +159,15 @@ def implementation(text: str, flag: str) -> str:
     return choose(text, IMPLEMENTATIONS, flag)
 
 
+def cache_kinds(text: str, flag: str) -> list[str]:
+    """One kind, or "all". Raises UsageError with the kinds of both implementations."""
+    try:
+        return o.cache_kinds(text, flag)
+    except UsageError as error:
+        of_theirs = f"Kinds of transformers: {' and '.join(TRANSFORMERS_KINDS)}."
+        raise UsageError(error.message, f"{error.hint} {of_theirs}".strip()) from error
+
+
 def command(
     model: Annotated[
         str,
@@ -236,7 +245,7 @@ def command(
             rich_help_panel=o.MODEL,
         ),
     ] = None,
-    caches: o.Caches = [],  # noqa: B006
+    caches: Annotated[list[str], o.caches_option(cache_kinds)] = [],  # noqa: B006
     impl: Annotated[
         list[str],
         list_option(
