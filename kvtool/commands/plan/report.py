@@ -84,9 +84,9 @@ class PlanReport:
         first = self._first(self.caches)
         weights = f"{shown(self.weights_bytes)} of weights and " if self.weights_bytes else ""
         said = f"{self.asked}: {weights}{shown(first.bytes)} of keys and values ({named(first)})"
-        least = min(self.caches, key=lambda row: row.bytes)
-        if least.bytes < first.bytes:
-            said += f"; {named(least)} is the smallest, {shown(least.bytes)}"
+        least = min(self.caches, key=lambda row: row.peak_bytes)
+        if least.peak_bytes < first.peak_bytes:
+            said += f"; {named(least)} is the smallest, {shown(least.peak_bytes)}"
         return said + self._beyond()
 
     def _of_memory(self) -> str:
@@ -96,7 +96,7 @@ class PlanReport:
             return f"nothing fits: the weights alone, {shown(self.weights_bytes)}, exceed {memory}"
         fitting = [row for row in self.caches if row.fits]
         if not fitting:
-            least = min(self.caches, key=lambda row: row.bytes)
+            least = min(self.caches, key=lambda row: row.peak_bytes)
             return (
                 f"no cache of {self.asked} fits into {memory} beside "
                 f"{shown(self.weights_bytes)} of weights; the smallest, "
