@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvtool.commands.generate.prompts import warn_unknown
 from kvtool.commands.generate.results import one_line
 from kvtool.commands.train.report import cell, score_columns
 from kvtool.config import LENGTH_PENALTY, GenerateConfig, RunConfig, check_int
@@ -133,6 +134,7 @@ def evaluate_pairs(settings: Settings, loaded: Checkpoint, out: Output) -> dict[
         out.note(note)
     penalty = settings.length_penalty
     beam = Beam(settings.beams, LENGTH_PENALTY if penalty is None else penalty, settings.n_best)
+    warn_unknown(loaded.source_tokenizer, [pair.source for pair in pairs], out)
     sources = loaded.source_tokenizer.encode_batch([pair.source for pair in pairs])
     with out.progress("decoding", len(pairs)) as bar:
         found = search(loaded.model, sources, beam, on_batch=bar.advance)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -231,6 +232,8 @@ def check_writable(path: Path, flag: str) -> None:
         raise FileError(f"{flag} {path}: is a folder (expected a file)")
     if path.exists() and not path.is_file():  # a file would take the place of a device
         raise FileError(f"{flag} {path}: is not a regular file (expected one, or none yet)")
+    if _is_stdout(path):  # what is written there would replace what was said
+        raise FileError(f"{flag} {path}: is where stdout goes", "Give another file.")
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise FileError(f"{flag} {path}: the folder {folder} does not exist", "Create it first.")
@@ -240,3 +243,11 @@ def check_writable(path: Path, flag: str) -> None:
         ).close()  # asking for permission says yes on a read-only disk
     except OSError as error:
         raise FileError(f"{flag} {path}: cannot be written ({error.strerror})") from error
+
+
+def _is_stdout(path: Path) -> bool:
+    """Whether a file is the one that stdout is written to."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError, AttributeError):  # it is not there yet, or stdout is no file
+        return False

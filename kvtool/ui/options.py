@@ -41,6 +41,19 @@ def cache_kinds(text: str, flag: str) -> list[str]:
     return list(CACHES) if text == "all" else [require_cache_kind(text, flag)]
 
 
+def caches_option(element: Callable[[str, str], list[str]]) -> typer.models.OptionInfo:
+    """--caches, each of whose values `element` reads."""
+    return list_option(
+        "--caches",
+        element=element,
+        example="none static",
+        help=f"Cache kinds: {', '.join(CACHES)}; or all; {WITH_SETTINGS}.",
+        metavar="KIND...",
+        unique=True,
+        complete=lambda: list(CACHES),
+    )
+
+
 def _cache(value: str) -> str:
     return require_cache_kind(value, "--cache")
 
@@ -245,18 +258,7 @@ Kernels = Annotated[
         autocompletion=_complete(lambda: list(KERNELS)),
     ),
 ]
-Caches = Annotated[
-    list[str],
-    list_option(
-        "--caches",
-        element=cache_kinds,
-        example="none static",
-        help=f"Cache kinds: {', '.join(CACHES)}; or all; {WITH_SETTINGS}.",
-        metavar="KIND...",
-        unique=True,
-        complete=lambda: list(CACHES),
-    ),
-]
+Caches = Annotated[list[str], caches_option(cache_kinds)]
 KernelsList = Annotated[
     list[str],
     list_option(

@@ -17,6 +17,8 @@ from kvtool.core.checkpoint import checkpoint
 from kvtool.core.decoding.beam import Hypothesis
 from kvtool.core.models import Model
 from kvtool.core.training.lm import score_text
+from kvtool.errors import FileError
+from kvtool.ui.documents import SUFFIXES, check_writable
 from small_models import answer, explains_every_option
 
 Command = Callable[..., Ran]
@@ -56,6 +58,30 @@ def test_pairs_get_error_rates_against_the_closest_of_all_right_targets(
     assert (row["sources"], row["decoding"]) == (3, "greedy")
     assert row["WER %"] == pytest.approx(100 / 3) and row["exact %"] == pytest.approx(200 / 3)
     assert row["PER %"] == pytest.approx(100 * 4 / 11)
+
+
+def test_the_scores_are_written_in_every_format_of_the_help(command: Command, tsv: Path) -> None:
+    for suffix in SUFFIXES:
+        out = tsv.with_name(f"r{suffix}")
+        ran = command("--model", G2P, "--data", tsv, "--output", out)
+        assert ran.code == 0 and "exact %" in out.read_text(), ran.err
+
+
+def test_characters_that_the_model_does_not_know_are_warned_of(command: Command, tsv: Path) -> None:
+    tsv.write_text("q\u0416\tK Y UW\n", encoding="utf-8")
+    ran = command("--model", G2P, "--data", tsv)
+    assert ran.code == 0 and "not in the vocabulary: '\u0416'" in ran.err
+
+
+def test_no_file_takes_the_place_of_what_stdout_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.txt"
+    with path.open("w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        with pytest.raises(FileError, match="is where stdout goes"):
+            check_writable(path, "--hypotheses")
+    check_writable(tmp_path / "other.txt", "--hypotheses")
 
 
 def test_hypotheses_are_a_line_for_each_source_in_the_order_of_the_data(

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from cli_probe import Ran, refused
+from kvtool.commands.verify.hf import check_team
 from kvtool.core.cache import cache_class
+from kvtool.errors import FileError, UsageError
 from kvtool.registry import CACHE_SETTINGS
 from small_models import answer
 
@@ -186,3 +188,17 @@ def test_the_self_test_prints_what_was_planted_and_exits_by_it(
     ran = kv("--self-test", "--device", "cpu", "--json", command="verify-cache")
     found = answer(ran, code=1)
     assert [o["caught"] for o in found["planted"]] == [False] * len(few)
+
+
+def test_a_folder_that_is_not_there_is_not_found_under_torchrun_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for model in (str(tmp_path / "none"), "nofolder"):
+        for shares in (True, False):
+            with pytest.raises(FileError, match=f"--model {model}: not found"):
+                check_team(shares, model)
+    with pytest.raises(UsageError, match="a folder of transformers alone"):
+        check_team(False, str(tmp_path))
+    check_team(True, str(tmp_path))

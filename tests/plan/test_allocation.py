@@ -21,7 +21,8 @@ from kvtool.core.checkpoint.described import read_described
 from kvtool.core.plan.architectures import architectures
 from kvtool.core.plan.source import describe
 from kvtool.core.plan.sums import Cache, Load
-from plan_cases import N_PROMPT, SOURCE, as_file, measured, storage, stored_numbers
+from plan_cases import N_PROMPT, SOURCE, as_file, layer_tensors, measured, storage, stored_numbers
+from plan_defaults import differences
 from small_models import random_model, save_decoder
 
 TOKENS = 2 * N_PROMPT
@@ -65,6 +66,22 @@ def test_transformers_caches_take_what_was_planned(tmp_path: Path, model_type: s
     if found.weights is not None:
         assert found.weights.nbytes == 4 * stored_numbers(model)
     assert (found.weights is None) == (model_type in ("falcon", "bart", "t5", "gemma3n_text"))
+
+
+@torch.no_grad()
+def test_right_after_a_prompt_windows_still_hold_all_of_it(tmp_path: Path) -> None:
+    from transformers import DynamicCache
+
+    model, _ = tiny("gemma2")
+    shapes = describe(str(as_file(model.config, tmp_path)), "float32").shapes
+    n = 3 * max(shapes.windows)
+    cache = DynamicCache(config=model.config)
+    model(torch.ones(2, n, dtype=torch.long), past_key_values=cache)
+    planned = Cache("transformers", "dynamic", shapes, 4)
+    load = Load(2, n)
+    assert planned.peak(load) == storage(layer_tensors(cache)) > planned.held(load).allocated
+    assert planned.most_rows(load, planned.peak(load)) == 2
+    assert planned.most_tokens(load, planned.peak(load)) == n
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "deepseek_v3"])
@@ -158,8 +175,15 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
 
 
 def test_every_known_type_has_what_it_takes_to_be_planned() -> None:
-    for name in architectures().keys() - {"glm4_moe"}:  # its default heads do not divide its width
+    for name in architectures():
         assert describe(name, None).shapes.layers, name
+
+
+@pytest.mark.parametrize(
+    "model_type", ["laguna", "mellum", "hrm_text", "qwen2_moe", "glm4_moe", "got_ocr2", "phi3"]
+)
+def test_a_dynamic_cache_has_the_layers_and_windows_of_the_plan(model_type: str) -> None:
+    assert list(differences(model_type)) == []
 
 
 def test_a_type_with_its_default_sizes_is_what_its_configuration_says(tmp_path: Path) -> None:

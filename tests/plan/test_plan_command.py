@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -13,7 +14,11 @@ import pytest
 
 from cli_probe import Ran, refused
 from kvtool.commands.plan.sizes import read_size
-from kvtool.errors import UsageError
+from kvtool.core.plan.architectures import FIELDS, architectures
+from kvtool.core.plan.layers import MAX_LAYERS
+from kvtool.core.plan.source import describe
+from kvtool.errors import KvtoolError, UsageError
+from kvtool.ui.documents import SUFFIXES
 from small_models import answer, save_decoder
 
 LLAMA = {
@@ -113,6 +118,13 @@ def test_the_last_line_recommends_and_names_the_first_limit(
         ({"model_type": "deepseek_v32"}, "its layers keep an indexer's keys"),
         ({"layer_types": ["full_attention"]}, "layer_types: expected a list of 4"),
         ({"layer_types": ["linear_attention"] * 4}, "'linear_attention' layers keep other things"),
+        ({"layer_types": [None] * 4}, "layer_types: None layers keep other things"),
+        ({"torch_dtype": ["float32"]}, "torch_dtype: ['float32'] is not a format of keys"),
+        ({"dtype": "int8"}, "dtype: 'int8' is not a format of keys and values (expected float64"),
+        ({"intermediate_size": None}, "intermediate_size is missing"),
+        ({"per_layer_config": [1]}, "per_layer_config: [1] is not an object"),
+        ({"model_type": "qwen3_moe", "use_sliding_window": "no"}, "'no' is not true or false"),
+        ({"model_type": "gemma3"}, "text_config is missing (found num_hidden_layers beside it)"),
         ({"layer_types": ["sliding_attention"] * 4}, "but sliding_window is not set"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok: 9 of 8"),
         ({"model_type": "gemma3", "text_config": []}, "text_config: [] is not an object"),
@@ -123,6 +135,60 @@ def test_a_configuration_that_is_wrong_is_refused_in_one_line(
 ) -> None:
     ran = plan("--model", config(**changes))
     assert said in refused(ran)
+
+
+def test_the_report_is_written_in_every_format_of_the_help(
+    plan: Callable[..., Ran], config: Callable[..., str], tmp_path: Path
+) -> None:
+    for suffix in SUFFIXES:
+        out = tmp_path / f"r{suffix}"
+        ran = plan("--model", config(), "--tokens", "99", "--output", str(out))
+        assert ran.code == 0 and f"written to {out}" in ran.err, ran.err
+    assert "dtype bfloat16, rows 1, tokens 99" in (tmp_path / "r.md").read_text()
+    assert "static,kvtool" in (tmp_path / "r.csv").read_text()
+
+
+def test_the_number_format_is_that_of_the_file_or_said_to_be_assumed(
+    plan: Callable[..., Ran], config: Callable[..., str]
+) -> None:
+    part = {"model_type": "gemma3_text", "dtype": "float32"}
+    for changes, said in (
+        ({}, "bfloat16 assumed"),
+        ({"dtype": "torch.float16"}, "float16"),
+        ({"text_config": part, "model_type": "gemma3"}, "float32"),
+    ):
+        first = plan("--model", config(**changes)).out.partition("\nweights")[0]
+        assert first.replace("\n", " ").endswith(f"; {said}")
+
+
+def test_the_language_model_of_an_unknown_type_is_planned_if_its_own_type_is_known(
+    plan: Callable[..., Ran], config: Callable[..., str]
+) -> None:
+    words = ("--tokens", "100", "--json")
+    whole = answer(plan("--model", config(model_type="llava", text_config=LLAMA), *words))
+    alone = answer(plan("--model", config(), *words))
+    assert whole["caches"] == alone["caches"] and whole["model_type"] == "llava"
+    assert whole["weights_said_by"] == "configuration of the language model"
+    for of, said in (("bert", "'blip' is not known"), ("mamba", "cannot be planned")):
+        path = config(model_type="blip", text_config={"model_type": of})
+        assert said in refused(plan("--model", path))
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen2_moe", "hrm_text", "prophetnet"])
+def test_a_field_of_another_type_or_size_is_planned_or_refused_in_one_line(
+    tmp_path: Path, model_type: str
+) -> None:
+    path = tmp_path / "config.json"
+    known = architectures()[model_type]
+    fields = {*FIELDS, *known.names.values(), "layer_types", "dtype", "per_layer_config"}
+    for field, value in itertools.product(
+        sorted(fields), (None, "x", [], {}, -1, 1.5, True, 10**30, [None], {"a": 1})
+    ):
+        path.write_text(json.dumps({"model_type": model_type, field: value}))
+        try:
+            assert len(describe(str(path), None).shapes.layers) <= MAX_LAYERS
+        except KvtoolError as error:
+            assert "\n" not in error.message
 
 
 def test_files_that_describe_no_language_model_are_refused(
@@ -147,12 +213,18 @@ def test_options_that_cannot_be_meant_are_refused(
         (("--batch-size", "-2"), "--batch-size: -2 is too small"),
         (("--memory", "24g"), "'g' is not a unit"),
         (("--caches", "paged", "--impl", "transformers"), "paged is no kind of transformers"),
+        (("--caches", "nonsense", "--impl", "transformers"), "transformers: dynamic and static."),
         (("--source-tokens", "9"), "--source-tokens: is for encoder-decoders"),
         (("--dtype", "int8"), "--dtype: 'int8' is not known"),
         (("--window", "9", "--caches", "static"), "--window: no setting of static"),
     ):
         assert said in refused(plan("--model", path, *words)), words
     assert "Did you mean llama?" in refused(plan("--model", "lama"))
+    for name in ("llava", "mistral3", "qwen2_vl", "idefics3"):
+        said = refused(plan("--model", name))
+        assert "whose text_config says" in said and "Did you mean" not in said
+    said = refused(plan("--model", "nofolder"))
+    assert "not found (it is neither a folder" in said and "Did you mean" not in said
     asked = refused(plan("--model", "stablelm", "--memory", "80GB"))
     assert "--memory: needs the size of the weights" in asked and "--weights SIZE" in asked
     assert plan("--model", "stablelm", "--memory", "80GB", "--weights", "6GB").code == 0
@@ -174,13 +246,18 @@ def test_sizes_are_read_exactly(text: str, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "-1GB", "24g", "24GIBI", "0", "1e3GB", "nan", "9" * 30]
+    "text", ["", "GiB", "-1GB", "24g", "24GIBI", "0", "1e3GB", "nan", "9" * 30, "24Gb"]
 )
 def test_other_spellings_of_a_size_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"^--memory: "):
         read_size("--memory", text)
     with pytest.raises(UsageError, match="is not a size"):
         read_size("--memory", "3GB/s")
+    with pytest.raises(UsageError, match="counts bits") as bits:
+        read_size("--bandwidth", "2400Gb/s", per_second=True)
+    assert bits.value.hint == "Did you mean 2400GB/s? 8 bits are a byte."
+    with pytest.raises(UsageError, match="expected 1 B to 8,388,607 TiB"):
+        read_size("--memory", "9999999999TB")
 
 
 def test_the_configuration_that_is_read_is_not_written_over(

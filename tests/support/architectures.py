@@ -36,7 +36,7 @@ def architectures() -> dict[str, Any]:
         part = next((key for key, value in vars(config).items() if value is text), "")
         if not part:  # made of several
             continue
-        found[name] = {"part": part, "type": text.model_type}
+        found[name] = {"part": part, "type": text.model_type, **otherwise(text)}
         found.setdefault(text.model_type, entry(text))
     return dict(sorted(found.items()))
 
@@ -52,6 +52,18 @@ def entry(config: Any) -> dict[str, Any]:
     letters = "".join(LETTERS.get(kind, "?") for kind in kinds)
     layers = {"layers": letters} if len(set(letters)) > 1 else {}
     return {"names": names, "defaults": defaults, **layers}
+
+
+def otherwise(text: Any) -> dict[str, Any]:
+    """What a part has otherwise than its type alone has."""
+    usual, own = vars(type(text)()), entry(text)
+    names = {known: own["names"].get(known, known) for known in own["defaults"]}
+    changed = {
+        known: vars(text)[name]
+        for known, name in names.items()
+        if plain(vars(text).get(name)) and vars(text)[name] != usual.get(name)
+    }
+    return {"defaults": changed} if changed else {}
 
 
 def plain(value: Any) -> bool:

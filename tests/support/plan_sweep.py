@@ -1,5 +1,8 @@
 """Every type that transformers knows: is the plan what its caches take? For docs/plan.md.
 
+Tiny models run; of causal types the default configurations are compared as well, and changes of
+them (plan_defaults.py).
+
 PYTHONPATH=tests/support python tests/support/plan_sweep.py
 """
 
@@ -19,6 +22,7 @@ from kvtool.core.verify.hf.library import CAUSAL, SEQ2SEQ, known_types
 from kvtool.core.verify.hf.tiny import tiny_model
 from kvtool.errors import KvtoolError
 from plan_cases import N_PROMPT, SOURCE, as_file, measured, stored_numbers
+from plan_defaults import differences
 
 EQUAL, UNEQUAL = "equal", "UNEQUAL"
 KINDS = (("dynamic", 2 * N_PROMPT), ("static", 2 * N_PROMPT + 9))
@@ -63,6 +67,9 @@ def main() -> None:
     """Print a line for each type, and what all came to."""
     for kind in (CAUSAL, SEQ2SEQ):
         found = {name: outcome(name, kind) for name in known_types(kind)}
+        if kind == CAUSAL:
+            for name in found:
+                found[name] += "".join(f", default {UNEQUAL}: {x}" for x in differences(name))
         for name, said in found.items():
             print(kind, name, said, sep="\t", flush=True)
         wrong = [name for name, said in found.items() if UNEQUAL in said]

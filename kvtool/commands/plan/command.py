@@ -71,6 +71,7 @@ def run(settings: Settings, out: Output) -> PlanReport:
         model=found.name,
         model_type=found.model_type,
         dtype=found.dtype,
+        dtype_assumed=found.dtype_assumed,
         rows_planned=load.rows,
         tokens=n,
         source_tokens=source,
@@ -124,11 +125,11 @@ def _caches(settings: Settings, described: Any, size: int) -> list[Any]:
 
 
 def _row(cache: Any, load: Any, weights: Any, settings: Settings) -> Row:
-    held = cache.held(load)
+    held, peak = cache.held(load), cache.peak(load)
     fits = most_rows = most_tokens = floor = None
     if settings.memory is not None:
         room = settings.memory - weights.nbytes
-        fits = held.allocated <= room
+        fits = peak <= room
         most_rows, most_tokens = cache.most_rows(load, room), cache.most_tokens(load, room)
     if settings.bandwidth is not None:
         floor = (weights.read + held.live) / settings.bandwidth
@@ -137,6 +138,7 @@ def _row(cache: Any, load: Any, weights: Any, settings: Settings) -> Row:
         impl=cache.impl,
         exact=cache.exact,
         bytes=held.allocated,
+        peak_bytes=peak,
         bytes_read=held.live,
         bytes_per_token=cache.token_nbytes(load),
         source_bytes=cache.source_nbytes(load),
@@ -155,6 +157,15 @@ def _size(flag: str, text: str | None, per_second: bool = False) -> int | None:
 def implementation(text: str, flag: str) -> str:
     """One implementation. Raises UsageError with the nearest name."""
     return choose(text, IMPLEMENTATIONS, flag)
+
+
+def cache_kinds(text: str, flag: str) -> list[str]:
+    """One kind, or "all". Raises UsageError with the kinds of both implementations."""
+    try:
+        return o.cache_kinds(text, flag)
+    except UsageError as error:
+        of_theirs = f"Kinds of transformers: {' and '.join(TRANSFORMERS_KINDS)}."
+        raise UsageError(error.message, f"{error.hint} {of_theirs}".strip()) from error
 
 
 def command(
@@ -234,7 +245,7 @@ def command(
             rich_help_panel=o.MODEL,
         ),
     ] = None,
-    caches: o.Caches = [],  # noqa: B006
+    caches: Annotated[list[str], o.caches_option(cache_kinds)] = [],  # noqa: B006
     impl: Annotated[
         list[str],
         list_option(

@@ -21,6 +21,7 @@ class Row:
     impl: str
     exact: bool  # it loses nothing of what the model sees
     bytes: int
+    peak_bytes: int  # right after a prompt of all tokens; this must fit
     bytes_read: int  # of keys and values, by a step of all rows at least
     bytes_per_token: int  # of a row, beyond all windows
     source_bytes: int
@@ -40,6 +41,7 @@ class PlanReport:
     model: str
     model_type: str
     dtype: str
+    dtype_assumed: bool
     rows_planned: int
     tokens: int
     source_tokens: int
@@ -61,7 +63,14 @@ class PlanReport:
         return int(self.memory is not None and not any(row.fits for row in self.caches))
 
     @property
-    def load(self) -> str:
+    def load(self) -> dict[str, Any]:
+        """What is asked for, for CSV and Markdown."""
+        source = self.source_tokens or None
+        of = {"model": self.model, "dtype": self.dtype}
+        return {**of, "rows": self.rows_planned, "tokens": self.tokens, "source_tokens": source}
+
+    @property
+    def asked(self) -> str:
         """What is asked for, in words."""
         source = f" and a source of {self.source_tokens:,}" if self.source_tokens else ""
         return f"{counted(self.rows_planned)} of {tokens(self.tokens)}{source}"
@@ -74,10 +83,10 @@ class PlanReport:
     def _of_sizes(self) -> str:
         first = self._first(self.caches)
         weights = f"{shown(self.weights_bytes)} of weights and " if self.weights_bytes else ""
-        said = f"{self.load}: {weights}{shown(first.bytes)} of keys and values ({named(first)})"
-        least = min(self.caches, key=lambda row: row.bytes)
-        if least.bytes < first.bytes:
-            said += f"; {named(least)} is the smallest, {shown(least.bytes)}"
+        said = f"{self.asked}: {weights}{shown(first.bytes)} of keys and values ({named(first)})"
+        least = min(self.caches, key=lambda row: row.peak_bytes)
+        if least.peak_bytes < first.peak_bytes:
+            said += f"; {named(least)} is the smallest, {shown(least.peak_bytes)}"
         return said + self._beyond()
 
     def _of_memory(self) -> str:
@@ -87,16 +96,17 @@ class PlanReport:
             return f"nothing fits: the weights alone, {shown(self.weights_bytes)}, exceed {memory}"
         fitting = [row for row in self.caches if row.fits]
         if not fitting:
-            least = min(self.caches, key=lambda row: row.bytes)
+            least = min(self.caches, key=lambda row: row.peak_bytes)
             return (
-                f"no cache of {self.load} fits into {memory} beside {shown(self.weights_bytes)} of "
-                f"weights; the smallest, {named(least)}, {limits(least, self)}"
+                f"no cache of {self.asked} fits into {memory} beside "
+                f"{shown(self.weights_bytes)} of weights; the smallest, "
+                f"{named(least)}, {limits(least, self)}"
             )
         best = self._first(fitting)
         fit = "fits" if self.rows_planned == 1 else "fit"
         why = "" if best.exact else ", and with no kind that loses less"
         return (
-            f"take {named(best)}: {self.load} {fit} into {memory}{why}; the first limit: it "
+            f"take {named(best)}: {self.asked} {fit} into {memory}{why}; the first limit: it "
             f"{limits(best, self)}{self._beyond()}"
         )
 
@@ -109,7 +119,7 @@ class PlanReport:
         """What loses nothing, if there is one, and of these the smallest; else what loses least."""
         whole = [row for row in rows if row.exact]
         if whole:
-            return min(whole, key=lambda row: row.bytes)
+            return min(whole, key=lambda row: (row.peak_bytes, row.bytes))
         return min(rows, key=lambda row: ORDER.index(kind_of(row)))
 
     def rows(self) -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvtool.commands.bench.formatting import listed
-from kvtool.commands.plan.report import PlanReport, Row
+from kvtool.commands.bench.formatting import listed, tokens
+from kvtool.commands.plan.report import PlanReport, Row, named
 from kvtool.commands.plan.sizes import shown
 from kvtool.config import LARGEST_SIZE
 from kvtool.ui.output import Output
@@ -14,7 +14,8 @@ from kvtool.ui.tables import Column
 
 def show(report: PlanReport, out: Output) -> None:
     """The layers in words, a row for each cache, and the conclusion."""
-    out.text(f"{report.model}: {layers_text(report.layers)}; {report.dtype}")
+    assumed = " assumed" if report.dtype_assumed else ""
+    out.text(f"{report.model}: {layers_text(report.layers)}; {report.dtype}{assumed}")
     out.text(weights_text(report))
     if report.expanded_token_bytes:
         out.text(latent_text(report))
@@ -29,8 +30,8 @@ def show(report: PlanReport, out: Output) -> None:
         *[Column("ms at least"), Column("tokens/s")] * (report.bandwidth is not None),
     ]
     rows = [_cells(row, report, several) for row in report.caches]
-    out.table(f"Keys and values of {report.load}", columns, rows)
-    for sentence in page_texts(report):
+    out.table(f"Keys and values of {report.asked}", columns, rows)
+    for sentence in (*page_texts(report), *peak_texts(report)):
         out.text(sentence)
     out.verdict(None if report.exit_code else True, report.conclusion)
 
@@ -113,4 +114,14 @@ def page_texts(report: PlanReport) -> list[str]:
         f"{shown(row.waste_bytes)} of the last pages empty"
         for row in report.caches
         if row.pages is not None and row.table_bytes is not None and row.waste_bytes is not None
+    ]
+
+
+def peak_texts(report: PlanReport) -> list[str]:
+    """What a long prompt takes for a moment."""
+    return [
+        f"{named(row)}: right after a prompt of {tokens(report.tokens)} it holds "
+        f"{shown(row.peak_bytes)}, until the next step cuts its windows: that must fit"
+        for row in report.caches
+        if row.peak_bytes > row.bytes
     ]

@@ -30,6 +30,11 @@ def read_size(flag: str, text: str, per_second: bool = False) -> int:
         hint = "" if text.strip()[:1] != "-" else " above 0"
         raise UsageError(f"{flag}: {quoted(text)} is not a size{hint} (expected one as {example})")
     number, unit = found[1], found[2] or "B"
+    if unit[-1] == "b" and unit[0].isupper():
+        raise UsageError(
+            f"{flag}: {quoted(unit)} counts bits (expected bytes, as {example})",
+            f"Did you mean {number}{unit[:-1]}B{found[3] or ''}? 8 bits are a byte.",
+        )
     known = next((name for name in UNITS if name.lower() == unit.lower()), None)
     if known is None:
         near = f"{unit[0].upper()}iB"
@@ -39,7 +44,8 @@ def read_size(flag: str, text: str, per_second: bool = False) -> int:
         )
     nbytes = Fraction(number) * UNITS[known]
     if not 1 <= nbytes <= LARGEST:
-        raise UsageError(f"{flag}: {text} is out of range (expected 1 B to 8 EiB, as {example})")
+        most = f"{LARGEST // UNITS['TiB']:,} TiB"
+        raise UsageError(f"{flag}: {text} is out of range (expected 1 B to {most}, as {example})")
     return int(nbytes)
 
 

@@ -231,13 +231,16 @@ def conditions(settings: Settings, model: Any, resolved: dict[str, Any]) -> dict
 
 
 def check_team(shares: bool, model: str, device_map: str = "") -> None:
-    """Raise UsageError for processes of torchrun that would each judge the same.
+    """Raise UsageError for processes of torchrun that would each judge the same, FileError for a
+    folder that is not there.
 
     shares: whether the weights of a model are shared, if it is a folder.
     """
     if process_rank()[1] > 1 and device_map:
         text = "--device-map: contradicts torchrun, each of whose processes has one device"
         raise UsageError(text, "Leave it out.")
+    if process_rank()[1] > 1 and not Path(model).exists() and not begins_as_a_type(model):
+        o.require_inputs(model)
     if process_rank()[1] > 1 and not (shares and Path(model).is_dir()):
         raise UsageError(
             "torchrun: its processes share the weights of a folder of transformers alone",

@@ -32,6 +32,7 @@ FIELDS = (
     "shared_intermediate_size", "moe_num_shared_experts", "num_decoder_attention_heads",
     "decoder_layers", "decoder_attention_heads", "d_kv", "num_decoder_layers", "num_layers",
     "max_source_positions", "max_target_positions", "is_encoder_decoder",
+    "num_layers_per_stack", "H_cycles", "L_cycles",
 )  # fmt: skip
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -43,6 +44,7 @@ class Architecture:
     """One type: `names` of its fields where they are not those of FIELDS, and their `defaults`.
 
     part: which field of the configuration is the language model, of the type `of`; "": all of it.
+    defaults of a type with a part: those that the part has otherwise, where a file has no part.
     layer_types: those of the default configuration, where they differ.
     """
 

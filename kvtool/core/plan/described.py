@@ -31,3 +31,4 @@ class Described:
     shapes: Shapes
     weights: Weights | None
     unknown: str = ""  # why weights is None
+    dtype_assumed: bool = False  # as nothing says it

@@ -91,7 +91,7 @@ def _read(f: Fields) -> Shapes:
 
 def _overrides(others: Any, i: int) -> Fields:
     """What a layer has otherwise than the rest."""
-    found = others.get(str(i), {}) if isinstance(others, dict) else {}
+    found = others.get(str(i), {}) if isinstance(others, dict) else others
     if not isinstance(found, dict):
         raise UsageError(f"per_layer_config: {short(str(found))} is not an object")
     return Fields(found, Architecture("per_layer_config"))
@@ -105,11 +105,10 @@ def layer_kinds(f: Fields, n_layers: int) -> list[str]:
     given = f.by_layer("layer_types", n_layers)
     rule = KINDS.get(f.architecture.name)
     if given is not None and rule is not _all_alike:
-        unknown = next((kind for kind in given if kind not in (FULL, SLIDING, CHUNKED)), None)
-        if unknown is not None:
+        if unknown := [kind for kind in given if kind not in (FULL, SLIDING, CHUNKED)]:
             raise UsageError(
-                f"layer_types: {quoted(unknown)} layers keep other things than keys and values of "
-                "each token"
+                f"layer_types: {quoted(unknown[0])} layers keep other things than keys and values "
+                "of each token"
             )
         return given
     if rule is not None:
@@ -133,9 +132,10 @@ def _windows(f: Fields, kinds: list[str]) -> list[int]:
 
 
 def _all_alike(f: Fields, n_layers: int) -> list[str]:
-    """All have the window, if there is one."""
-    used = f.get("use_sliding_window")
-    windowed = f.maybe("sliding_window") and used is not False
+    """All have the window, if there is one, and nothing that the type reads says otherwise."""
+    reads = "use_sliding_window" in f.architecture.defaults
+    used = f.flag("use_sliding_window", not reads) or not reads
+    windowed = f.maybe("sliding_window") and used
     return [
         SLIDING if windowed else CHUNKED if f.maybe("attention_chunk_size") else FULL
     ] * n_layers
@@ -144,6 +144,13 @@ def _all_alike(f: Fields, n_layers: int) -> list[str]:
 def _all_full(f: Fields, n_layers: int) -> list[str]:
     """None has a window but where layer_types says so."""
     return [FULL] * n_layers
+
+
+def _early(f: Fields, n_layers: int) -> list[str]:
+    """Every other one of the first max_window_layers, if use_sliding_window says so."""
+    first = f.size("max_window_layers", n_layers, low=0)
+    used = f.flag("use_sliding_window") and f.maybe("sliding_window")
+    return [SLIDING if used and i < first and i % 2 == 0 else FULL for i in range(n_layers)]
 
 
 def _every(n: int, field: str = "sliding_window_pattern") -> Callable[[Fields, int], list[str]]:
@@ -199,6 +206,8 @@ KINDS: dict[str, Callable[[Fields, int], list[str]]] = {
     **dict.fromkeys(("qwen2", "qwen3", "dots1"), _late),
     **dict.fromkeys(("mistral", "ministral3", "mixtral", "phi3", "phimoe", "qwen3_moe", "ministral",
                      "starcoder2", "phi4_multimodal"), _all_alike),
+    **dict.fromkeys(("laguna", "mellum"), _all_full),
+    "qwen2_moe": _early,
     "smollm3": _without_rope,
     "modernbert-decoder": _first_of,
     "llama4_text": _in_chunks,
@@ -213,9 +222,10 @@ def _read_latent(f: Fields) -> Shapes:
     n_layers, n_heads = layer_count(f), f.size("num_attention_heads")
     rank, turning = f.size("kv_lora_rank"), f.size("qk_rope_head_dim")
     per_head = f.size("qk_nope_head_dim") + turning + value_width(f)
-    layer = Layer(1, rank + turning, 0)
+    windows = _windows(f, layer_kinds(f, n_layers))
+    layers = tuple(Layer(1, rank + turning, 0, window) for window in windows)
     context = f.maybe("max_position_embeddings") or None
-    return Shapes((layer,) * n_layers, n_layers, context=context, expanded=n_heads * per_head)
+    return Shapes(layers, n_layers, context=context, expanded=n_heads * per_head)
 
 
 def value_width(f: Fields) -> int:
@@ -257,6 +267,21 @@ def _read_jetmoe(f: Fields) -> Shapes:
     n_kv_heads, width = f.size("num_key_value_heads"), f.size("head_dim")
     layers = (Layer(n_kv_heads, width, width),) * layer_count(f)
     return Shapes(layers, len(layers), context=f.maybe("max_position_embeddings") or None)
+
+
+def _read_in_cycles(f: Fields) -> Shapes:
+    """HRM: both stacks run again and again, and each run keeps keys of its own. A file that says
+    num_layers_per_stack has multiplied num_hidden_layers already."""
+    n_layers = layer_count(f)
+    if f.get("num_layers_per_stack") is None:
+        n_layers *= f.size("H_cycles") * (f.size("L_cycles") + 1)
+    return _read(_renamed(f, num_hidden_layers=n_layers))
+
+
+def _read_glm4_moe(f: Fields) -> Shapes:
+    """Its heads need not divide its width."""
+    width = f.maybe("head_dim") or f.size("hidden_size") // f.size("num_attention_heads")
+    return _read(_renamed(f, head_dim=width))
 
 
 def _read_gemma4(f: Fields) -> Shapes:
@@ -328,6 +353,8 @@ READERS: dict[str, Callable[[Fields], Shapes]] = {
     "falcon": _read_falcon,
     "gpt_bigcode": _read_bigcode,
     "dbrx": _read_dbrx,
+    "glm4_moe": _read_glm4_moe,
+    "hrm_text": _read_in_cycles,
     "jetmoe": _read_jetmoe,
     "gemma4_text": _read_gemma4,
     "modernbert-decoder": _read_modernbert,
@@ -356,6 +383,7 @@ UNPLANNED: dict[str, str] = {
     ), NOT_COMPARED),
     "mimo_v2_flash": "its layers with a window have more heads than its configuration says",
     "deepseek_v4": "its layers keep compressed blocks of several tokens",
+    "cohere_compass_text": "transformers 5.23 cannot run it",
     "mllama": "what its cross-attention keeps depends on the images",
     "blt": "it is several models, each with a cache",
 }  # fmt: skip

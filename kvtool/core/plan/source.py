@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,46 @@ ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 USUAL = "bfloat16"  # of models whose files say nothing else
 LOOKED_UP = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)\.weight$")
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+
+TEXT = "text_config"
+# Of transformers, with a language model that only a file says; none is a misspelt other one.
+SEVERAL_PARTS = (
+    "aria",
+    "aya_vision",
+    "blip-2",
+    "cohere2_vision",
+    "deepseek_vl",
+    "glm4v",
+    "glm4v_moe",
+    "granite_speech",
+    "idefics2",
+    "idefics3",
+    "instructblip",
+    "internvl",
+    "janus",
+    "kimi_k25",
+    "lfm2_vl",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "mistral3",
+    "ovis2",
+    "paligemma",
+    "pixtral",
+    "qwen2_5_omni",
+    "qwen2_5_vl",
+    "qwen2_audio",
+    "qwen2_vl",
+    "qwen3_omni_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+    "video_llava",
+    "vipllava",
+    "voxtral",
+)
+FLAT = ("fuyu",)  # whose files may have the language model's fields without a part
 
 
 class Format(NamedTuple):
@@ -82,9 +122,18 @@ def describe(model: str, dtype: str | None) -> Described:
 
 def _unknown_type(model: str) -> UsageError:
     known = sorted({*architectures(), *UNPLANNED, *shipped_models()})
-    near = difflib.get_close_matches(model, known, n=1)
-    hint = f"Did you mean {near[0]}?" if near else "Give a folder, or a type such as llama."
-    return UsageError(f"--model {model}: is neither a folder, a file nor a known model type", hint)
+    return UsageError(
+        f"--model {model}: not found (it is neither a folder, a file nor a known model type)",
+        _near(model, known) or "Give a folder, or a type such as llama.",
+    )
+
+
+def _near(kind: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not known: where it is a real type, not another one."""
+    if kind in SEVERAL_PARTS:
+        return "Give a folder or config.json whose text_config says the type of its language model."
+    near = difflib.get_close_matches(kind, list(known), n=1, cutoff=0.75)
+    return f"Did you mean {near[0]}?" if near else ""
 
 
 def _refuse_diffusion(folder: Path) -> None:
@@ -114,19 +163,38 @@ def _from(
     name: str, data: Mapping[str, Any], where: str, dtype: str | None, folder: Path | None
 ) -> Described:
     kind, whole = data.get("model_type"), ""
+    part: Mapping[str, Any] = {}
     if isinstance(kind, str) and kind.startswith(OWN):
         shapes, counted = read_own(data, where)
     else:
         fields, whole = _fields(data, kind)
+        part = fields.data
         shapes = read_shapes(fields, whole)
         counted = None if whole and folder else count_weights(fields, shapes)
     stored = _stored(folder)
-    said = data.get("dtype") or data.get("torch_dtype")
-    found = dtype or (stored and stored.dtype) or (said if said in ITEMSIZES else None) or USUAL
+    said = dtype or (stored and stored.dtype) or _said_dtype(data) or _said_dtype(part)
+    found = said or USUAL
     weights, unknown = _weights(data, counted, stored, dtype, found)
     if weights is not None and whole and stored is None:
         weights = replace(weights, said_by=PART)
-    return Described(name, str(kind), found, shapes, weights, unknown)
+    return Described(name, str(kind), found, shapes, weights, unknown, not said)
+
+
+def _said_dtype(data: Mapping[str, Any]) -> str:
+    """The number format that a configuration names; "" if it names none."""
+    for field in ("dtype", "torch_dtype"):
+        value = data.get(field)
+        if value is None or value == "auto":
+            continue
+        name = value.removeprefix("torch.") if isinstance(value, str) else None
+        if name not in ITEMSIZES:
+            raise UsageError(
+                f"{field}: {quoted(value)} is not a format of keys and values "
+                f"(expected {', '.join(ITEMSIZES)})",
+                "Say it: --dtype bfloat16.",
+            )
+        return name
+    return ""
 
 
 def _fields(data: Mapping[str, Any], kind: Any) -> tuple[Fields, str]:
@@ -136,25 +204,47 @@ def _fields(data: Mapping[str, Any], kind: Any) -> tuple[Fields, str]:
         raise UsageError(f"model_type {found}", "config.json of Hugging Face says it.")
     if reason := UNPLANNED.get(kind):
         raise UsageError(f"model_type {quoted(kind)} cannot be planned: {reason}")
-    known = architectures().get(kind)
+    known = architectures().get(kind) or _with_text_config(kind, data)
     if known is None:
-        near = difflib.get_close_matches(kind, architectures(), n=1)
         raise UsageError(
             f"model_type {quoted(kind)} is not known, so nothing is planned",
-            f"Did you mean {near[0]}?" if near else "",
+            _near(kind, architectures()),
         )
     if not known.part:
         return Fields(_without_type(data), known), ""
-    part = data.get(known.part, {} if data.keys() == {"model_type"} else None)
+    part = data.get(known.part)
     if part is None:
-        part = data
+        part = _flat(data, known)
     if not isinstance(part, Mapping):
         raise UsageError(f"{known.part}: {quoted(part)} is not an object")
     of = part.get("model_type") if part is not data else None
     inner: Architecture | None = architectures().get(of if isinstance(of, str) else known.of)
     if inner is None or inner.part:
         raise UsageError(f"{known.part}: model_type {quoted(of)} is not known")
+    if part is data or not part:
+        inner = replace(inner, defaults={**inner.defaults, **known.defaults})
     return Fields(_without_type(part), inner), kind
+
+
+def _with_text_config(kind: str, data: Mapping[str, Any]) -> Architecture | None:
+    """Of a type that is not known: its language model, if its configuration says a known one."""
+    part = data.get(TEXT)
+    of = part.get("model_type") if isinstance(part, Mapping) else None
+    if not isinstance(of, str) or "bert" in of:  # an encoder
+        return None
+    if reason := UNPLANNED.get(of):
+        raise UsageError(f"{TEXT}: model_type {quoted(of)} cannot be planned: {reason}")
+    inner = architectures().get(of)
+    return Architecture(kind, TEXT, of) if inner is not None and not inner.part else None
+
+
+def _flat(data: Mapping[str, Any], known: Architecture) -> Mapping[str, Any]:
+    """Of a configuration without the part: none, as transformers takes the part's defaults then."""
+    if known.name in FLAT:
+        return data
+    if size := next((name for name in ("num_hidden_layers", "hidden_size") if name in data), ""):
+        raise UsageError(f"{known.part} is missing (found {size} beside it)")
+    return {}
 
 
 def _without_type(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +258,7 @@ class Stored(NamedTuple):
     """What headers say of the tensors."""
 
     tensors: Mapping[str, TensorInfo[Format]]
-    dtype: str  # of most of them
+    dtype: str  # of most of them; "": none is of a format of keys
 
 
 def _stored(folder: Path | None) -> Stored | None:
@@ -195,7 +285,7 @@ def _stored(folder: Path | None) -> Stored | None:
     for info in tensors.values():
         if info.dtype.name in ITEMSIZES:
             most[info.dtype.name] += math.prod(info.shape)
-    return Stored(tensors, most.most_common(1)[0][0] if most else USUAL)
+    return Stored(tensors, most.most_common(1)[0][0] if most else "")
 
 
 def _weights(

@@ -61,6 +61,17 @@ class Cache:
         source = self.source_nbytes(load)
         return Held(allocated + source, live + source)
 
+    def peak(self, load: Load) -> int:
+        """Bytes right after a prompt of all tokens, before the next step.
+
+        Of a layer with a window, transformers' dynamic cache keeps a slice of the whole prompt's
+        keys and values until then, and so the memory of all of it.
+        """
+        if (self.impl, self.name) != (TRANSFORMERS, "dynamic"):
+            return self.held(load).allocated
+        full = replace(self.shapes, layers=tuple(replace(x, window=0) for x in self.shapes.layers))
+        return replace(self, shapes=full).held(load).allocated
+
     def source_nbytes(self, load: Load) -> int:
         """Bytes of the source's keys and values, which every kind keeps as they are."""
         if self.name == "none":
@@ -99,7 +110,7 @@ class Cache:
 
     def most_rows(self, load: Load, room: int) -> int:
         """How many rows of so many tokens fit into `room` bytes at most."""
-        one = self.held(replace(load, rows=1)).allocated
+        one = self.peak(replace(load, rows=1))
         return min(max(room, 0) // one, LARGEST_SIZE) if one else LARGEST_SIZE
 
     def most_tokens(self, load: Load, room: int) -> int:
@@ -107,7 +118,7 @@ class Cache:
         low, high = 0, LARGEST_SIZE
         while low < high:
             middle = (low + high + 1) // 2
-            if self.held(replace(load, tokens=middle)).allocated <= room:
+            if self.peak(replace(load, tokens=middle)) <= room:
                 low = middle
             else:
                 high = middle - 1

@@ -54,7 +54,7 @@ class Build:
     final: bool = True
     qk_norm: str = ""  # "head", or "whole" over all heads at once
     head_bias: bool = False
-    ff: str = "intermediate_size"  # a field; where it is null or not there, 4 * the width
+    ff: str = "intermediate_size"  # a field; where its type has no default, 4 * the width
     positions: int = -1  # learned ones: rows beyond max_position_embeddings; -1: none
     embedding_norm: bool = False
     experts: Experts | None = None
@@ -118,7 +118,7 @@ def _mlp(f: Fields, build: Build, d: int, layer: int) -> tuple[int, int]:
     """One layer's feed-forward network: all of it, and what a token reads."""
     experts = build.experts
     if experts is None or _is_dense(f, experts, layer):
-        width = f.size(build.ff, 4 * d)
+        width = f.size(build.ff, None if build.ff in f.architecture.defaults else 4 * d)
         found = (3 if build.gated else 2) * d * width
         found += _is(f, build.mlp_bias) * ((2 if build.gated else 1) * width + d)
         return found, found
