@@ -65,8 +65,8 @@ def test_a_layer_of_few_tokens_is_multiplied(
 
 @pytest.mark.benchmark(min_rounds=5, max_time=0.2)
 @pytest.mark.parametrize("make", [by_pytorch, by_native_code], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("rows", [8, 16, 64, 256])
-@pytest.mark.parametrize("shape", [(576, 3072), (1536, 576), (2048, 5632)], ids=str)
+@pytest.mark.parametrize("rows", [16, 256])
+@pytest.mark.parametrize("shape", [(576, 3072)], ids=str)
 @pytest.mark.parametrize("dtype", native.READ, ids=str)
 @torch.no_grad()
 def test_a_layer_of_many_rows_is_multiplied(
