@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 GRAIN = 64  # columns; a dynamic cache grows to a multiple of it
@@ -122,9 +123,10 @@ def quantized(
     rows: int,
     capacity: int,
     length: int,
-    group: int,
-    residual: int,
-    slack: int,
+    prompt: int = 1,
+    group: int = GROUP,
+    residual: int = RESIDUAL,
+    slack: int = 0,
 ) -> Held:
     """Old tokens in codes of `bits` bits, and the newest exactly."""
     kept = kept.apart()
@@ -136,32 +138,7 @@ def quantized(
     )
 
 
-def int8(
-    kept: Kept,
-    rows: int,
-    capacity: int,
-    length: int,
-    prompt: int = 1,
-    group: int = GROUP,
-    residual: int = RESIDUAL,
-    slack: int = 0,
-) -> Held:
-    """Codes of 8 bits."""
-    return quantized(8, kept, rows, capacity, length, group, residual, slack)
-
-
-def int4(
-    kept: Kept,
-    rows: int,
-    capacity: int,
-    length: int,
-    prompt: int = 1,
-    group: int = GROUP,
-    residual: int = RESIDUAL,
-    slack: int = 0,
-) -> Held:
-    """Codes of 4 bits, two to a byte."""
-    return quantized(4, kept, rows, capacity, length, group, residual, slack)
+int8, int4 = partial(quantized, 8), partial(quantized, 4)
 
 
 def float8_token(kept: Kept) -> int:

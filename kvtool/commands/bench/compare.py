@@ -77,12 +77,16 @@ class Measured:
         """What tells it from the other rows, where those differ on these axes."""
         return self.length, self.impl, self.cache, *(self.axes[i] for i in axes)
 
-    def name(self, axes: Sequence[int]) -> str:
-        """Its kind and length, behind what tells it from others."""
+    def setup(self, axes: Sequence[int]) -> str:
+        """What tells it from the other rows in words, where those differ on these axes."""
         setup = Setup(*self.axes)  # type: ignore[arg-type]
-        words = words_of(self.impl, setup, [Setup._fields[i] for i in axes])
-        whose = [] if self.impl == "kvtool" else [self.impl]
-        return " ".join([*whose, *words, self.cache])
+        return " ".join(words_of("", setup, [Setup._fields[i] for i in axes]))
+
+
+def row_name(impl: str, setup: str, cache: str, length: int) -> str:
+    """How sentences call a row: its kind and length, behind what tells it from others."""
+    whose = "" if impl == "kvtool" else impl
+    return f"{' '.join(filter(None, (whose, setup, cache)))} at {tokens(length)}"
 
 
 @dataclass(frozen=True)
@@ -138,10 +142,8 @@ class Change:
 
     @property
     def name(self) -> str:
-        """As a `Row` is called, and its length."""
-        whose = "" if self.impl == "kvtool" else self.impl
-        words = " ".join(filter(None, (whose, self.setup, self.cache)))
-        return f"{words} at {tokens(self.length)}"
+        """As `row_name`."""
+        return row_name(self.impl, self.setup, self.cache, self.length)
 
 
 @dataclass(frozen=True)
@@ -336,16 +338,16 @@ def compare(
     found = Comparison(baseline, tuple(limits))
     for row in asked:
         old = known.get(row.key(axes))
-        name = f"{row.name(axes)} at {tokens(row.length)}"
+        setup = row.setup(axes)
+        name = row_name(row.impl, setup, row.cache, row.length)
         if old and old.samples and not row.samples:
             found.not_measured_now.append(f"{name}: in the baseline, not measured now")
         elif row.samples and not (old and old.samples):
             found.not_in_baseline.append(f"{name}: not in the baseline")
         if not old or not old.samples or not row.samples:
             continue
-        words = words_of("", Setup(*row.axes), [Setup._fields[i] for i in axes])  # type: ignore[arg-type]
         medians = median(old.samples), median(row.samples)
-        found.changes.append(Change(row.length, row.impl, row.cache, *medians, " ".join(words)))
+        found.changes.append(Change(row.length, row.impl, row.cache, *medians, setup))
         exceeded = (limit.exceeded(name, old, row) for limit in limits)
         found.regressions.extend(filter(None, exceeded))
     if limits:

@@ -268,7 +268,7 @@ class QuantizedCache(BufferedCache):
         slack: int = 0,
     ) -> int:
         """As Cache.predict_nbytes: all is allocated at once, whatever `length` is."""
-        sizes, settings = (spec.batch, spec.capacity, length), (group, residual, slack)
+        sizes, settings = (spec.batch, spec.capacity, length, prompt), (group, residual, slack)
         held = cache_bytes.quantized(cls.bits, spec.kept, *sizes, *settings)
         return spec.n_layers * held.allocated
 
