@@ -95,10 +95,7 @@ class SelfRecorder(WeightRecorder):
                 seen = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
                 seen = seen.tril() if causal else seen
             seen = seen[:, :, -self.n :]
-            keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-            scores = q[:, :, -self.n :].double() @ keys.mT / q.shape[-1] ** 0.5
-            scores = cap * torch.tanh(scores / cap) if cap else scores
-            self.found += [scores.masked_fill(~seen, float("-inf")).softmax(-1), seen]
+            self.found += [reference_weights(q[:, :, -self.n :], k, seen, False, cap), seen]
         self.calls += 1
         return super().attention(q, k, v, mask, causal, cap)
 

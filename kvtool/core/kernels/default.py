@@ -40,10 +40,14 @@ def reference_attention(
     return reference_weights(q, k, mask, causal) @ v
 
 
-def reference_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """The weights of `reference_attention`: (B,H,T,S) float64; shapes as `Kernels.attention`."""
+def reference_weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, cap: float = 0.0
+) -> Tensor:
+    """The weights of `reference_attention`: (B,H,T,S) float64; shapes and cap as
+    `Kernels.attention`."""
     k = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q.double() @ k.mT / q.shape[-1] ** 0.5  # (B,H,T,S)
+    scores = cap * torch.tanh(scores / cap) if cap else scores
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
