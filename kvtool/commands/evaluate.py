@@ -244,16 +244,7 @@ def command(
             "--beams", metavar="N", help="Search with N beams; 1 is greedy.", rich_help_panel=PAIRS
         ),
     ] = 1,
-    length_penalty: Annotated[
-        float | None,
-        typer.Option(
-            "--length-penalty",
-            metavar="X",
-            show_default=f"{LENGTH_PENALTY:g}",
-            help="0 favours short results, 1 does not (Wu 2016).",
-            rich_help_panel=PAIRS,
-        ),
-    ] = None,
+    length_penalty: Annotated[float | None, o.length_penalty(PAIRS)] = None,
     hypotheses: Annotated[
         Path | None,
         typer.Option(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvtool.config import DEVICES, DTYPES, check_setting, require_cache_kind
+from kvtool.config import DEVICES, DTYPES, LENGTH_PENALTY, check_setting, require_cache_kind
 from kvtool.errors import UsageError
 from kvtool.files import model_folder, shipped_models
 from kvtool.reading import require_file
@@ -271,6 +271,19 @@ KernelsList = Annotated[
         complete=lambda: list(KERNELS),
     ),
 ]
+
+
+def length_penalty(panel: str) -> Any:
+    """Declare --length-penalty of beam search, in a panel of the help."""
+    return typer.Option(
+        "--length-penalty",
+        metavar="X",
+        show_default=f"{LENGTH_PENALTY:g}",
+        help="0 favours short results, 1 does not (Wu 2016).",
+        rich_help_panel=panel,
+    )
+
+
 Lengths = Annotated[
     list[int],
     list_option(

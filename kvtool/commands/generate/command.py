@@ -240,16 +240,7 @@ def command(
             rich_help_panel=SEARCH,
         ),
     ] = 1,
-    length_penalty: Annotated[
-        float | None,
-        typer.Option(
-            "--length-penalty",
-            metavar="X",
-            show_default=f"{LENGTH_PENALTY:g}",
-            help="0 favours short results, 1 does not (Wu 2016).",
-            rich_help_panel=SEARCH,
-        ),
-    ] = None,
+    length_penalty: Annotated[float | None, o.length_penalty(SEARCH)] = None,
     n_best: Annotated[
         int,
         typer.Option(
