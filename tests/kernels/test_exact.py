@@ -22,7 +22,8 @@ from kvtool.core.kernels.default import DEFAULT, DefaultKernels, Kernels, refere
 from kvtool.core.kernels.exact import EXACT, ExactKernels, aligned
 from kvtool.core.kernels.masks import visible
 from kvtool.core.models import Model
-from kvtool.core.models.layers import MLP
+from kvtool.core.models.layers import MLP, Linear
+from kvtool.core.native.compiled.tiles import CACHED
 from small_models import random_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -249,6 +250,23 @@ def test_a_row_is_the_same_whatever_else_is_in_the_batch(dtype: torch.dtype) -> 
         rows = slice(row, row + 1)
         alone = cached(model, ids[rows], EXACT, padding=PADDING[rows])
         assert alone.equal(expected[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_product_is_the_same_from_a_small_or_a_large_matrix_and_beside_other_rows(
+    dtype: torch.dtype,
+) -> None:
+    layer = Linear(250, 1100, bias=False, dtype=dtype)
+    part = Linear(250, 30, bias=False, dtype=dtype)
+    x = torch.randn(7, 250, generator=torch.Generator().manual_seed(5)).to(dtype)
+    with torch.no_grad():
+        layer.weight.normal_(generator=torch.Generator().manual_seed(6))
+        part.weight.copy_(layer.weight[:30])
+        assert part.weight.numel() <= CACHED < layer.weight.numel()
+        expected = EXACT.per_token(x[None], layer)[0]
+        for n_rows in (1, 2, 3, 5):
+            assert EXACT.per_token(x[None, :n_rows], layer)[0].equal(expected[:n_rows])
+            assert EXACT.per_token(x[None, :n_rows], part)[0].equal(expected[:n_rows, :30])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

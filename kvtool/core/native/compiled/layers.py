@@ -18,8 +18,10 @@ from numba import types
 
 from kvtool.core.native.compiled.lanes import WIDTH
 from kvtool.core.native.compiled.tiles import (
+    CACHED,
     MAX_ROWS,
     at_once,
+    dots_in_turn,
     dots_of_one,
     dots_of_three,
     dots_of_two,
@@ -69,8 +71,11 @@ def linear_tiles(
         elif MAX_ROWS >= 2 and n - i >= 2:
             dots_of_two(w, step, at + i * size, size, whole, weight, y + i * y_step, x, y_step)
             i += 2
-        else:
+        elif weight.size <= CACHED:
             dots_of_one(w, step, at + i * size, size, whole, weight, y + i * y_step, x, y_step)
+            i += 1
+        else:
+            dots_in_turn(w, step, at + i * size, size, whole, weight, y + i * y_step, x, y_step)
             i += 1
 
 
