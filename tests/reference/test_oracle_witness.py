@@ -63,6 +63,16 @@ def test_gpt2_of_transformers_agrees(
     assert witness_gap(config) < 1e-12
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu"])
+def test_gpt_neox_of_transformers_agrees(activation: str, tied: bool, bias: bool) -> None:
+    """1e-12: as for Llama."""
+    pytest.importorskip("transformers")
+    rotary = replace(TINY, positions="rotary", rope_theta=700.0)
+    assert witness_gap(replace(rotary, activation=activation, tied=tied, bias=bias)) < 1e-12
+
+
 LLAMA = replace(
     TINY,
     positions="rotary",
@@ -96,7 +106,7 @@ def test_llama_of_transformers_computes_some_of_it_in_float32(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"positions": "rotary"},
+        {"positions": "rotary", "activation": "swiglu"},
         {"norm": "rmsnorm"},
         {"activation": "swiglu"},
         {"n_kv_heads": 2},
@@ -106,5 +116,5 @@ def test_llama_of_transformers_computes_some_of_it_in_float32(
 def test_a_mixture_that_transformers_has_not_is_refused(changes: dict[str, Any]) -> None:
     pytest.importorskip("transformers")
     config = replace(TINY, **changes)
-    with pytest.raises(UsageError, match="neither GPT-2's nor Llama's"):
+    with pytest.raises(UsageError, match="neither GPT-2's nor GPT-NeoX's nor Llama's"):
         witness(random_weights(config, 8), config)

@@ -209,8 +209,7 @@ def tell_time(
     bar.update("how long it takes")
     cases = expected.cases_of(names, main, settings.thorough)
     asked = (settings.caches, settings.kernels, cases, rows.known, settings.thorough)
-    work = expected.work_of(formats, *asked)
-    seconds = expected.seconds_for(formats, work)
+    work, seconds = expected.planned(formats, *asked)
     if seconds >= LONG_SECONDS:
         out.note(expected.in_words(work, seconds))
 

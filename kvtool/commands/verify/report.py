@@ -51,6 +51,7 @@ class Row:
     loss: float | None = None  # of a cache that rounds: root mean square, over the logits'
     times_noise: float | None = None  # how far off, over the noise of the working format
     not_fed: str = ""  # what of the context was left out, since it would take too long
+    layers: int = 0  # the first ones of a large model that were judged alone; 0: all
 
     @classmethod
     def of(cls, checked: Checked) -> Row:
@@ -85,6 +86,7 @@ class Row:
             loss=finding.loss,
             times_noise=finding.noise,
             not_fed=finding.not_fed,
+            layers=checked.layers,
         )
 
     @property
@@ -291,13 +293,15 @@ class CacheReport:
     def _left_out(self) -> list[str]:
         """The scenarios that are beyond all subjects, and why; what of the context was left out,
         since it would take too long."""
-        from kvtool.core.verify.left_out import left_out
+        from kvtool.core.verify.left_out import layers_left_out, left_out
 
         skipped = [(row.scenario, row.evidence) for row in self.checks if row.beyond]
         said = left_out(skipped, [row.scenario for row in self.checks if not row.beyond])
         parts = dict.fromkeys(row.not_fed for row in self.judged if row.not_fed)
-        not_fed = f"not fed: {', '.join(parts)} (--thorough for more)" if parts else ""
-        return [*filter(None, (said, not_fed))]
+        layers = layers_left_out((row.scenario, row.layers) for row in self.judged)
+        not_fed = f"not fed: {', '.join(parts)}" if parts else ""
+        less = [f"{part} (--thorough for more)" for part in (layers, not_fed) if part]
+        return [*filter(None, [said]), *less]
 
     def _put_aside(self) -> list[str]:
         """The parts of judged caches that were not judged, since exact values replaced them."""

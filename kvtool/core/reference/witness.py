@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from kvtool.core.checkpoint.families.weights import HEAD
 from kvtool.core.checkpoint.safetensors_file import BUFFERS
 from kvtool.core.checkpoint.weight_files import CONFIG, open_weights
 from kvtool.core.limited import limited
-from kvtool.core.reference import oracle
+from kvtool.core.reference.forms import form_of
 from kvtool.core.verify.hf.configuration import make_config, read_settings
 from kvtool.core.verify.hf.folder import bounded_build
 from kvtool.core.verify.hf.library import in_one_line, quiet_transformers
@@ -28,8 +27,6 @@ from kvtool.errors import UsageError
 from kvtool.hub import offline
 from kvtool.reading import MAX_CONFIG_BYTES, read_json_object
 
-Arrays = dict[str, np.ndarray]
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 # What asks for a model of transformers, and what to do where there is none.
 AGAINST, IMPL = "--against transformers", "--impl transformers"
 OTHERWISE = {
@@ -46,29 +43,26 @@ def witness(
 ) -> Any:
     """A model of transformers in `dtype` that holds `weights`, kvtool's own by name.
 
-    Added positions, layer norm and a plain MLP make a GPT-2, rotary positions, RMSNorm and SwiGLU a
-    Llama. Raises UsageError, naming `flag`, for other mixtures and if transformers is not
-    installed.
+    Its form is one of `forms`. Raises UsageError, naming `flag`, for other mixtures and if
+    transformers is not installed.
     """
     transformers = _transformers()
-    llama = (config.positions, config.norm, config.activation) == ("rotary", "rmsnorm", "swiglu")
-    plain = config.norm == "layernorm" and config.activation in ACTIVATIONS
     if config.kind not in ("decoder", "seq2seq"):
         raise UsageError(
-            f"{flag}: is for folders of transformers' decoders, and for GPT-2's and Llama's "
-            f"form, which a model of the family {config.kind} has not",
+            f"{flag}: is for folders of transformers' decoders, and for GPT-2's, GPT-NeoX's and "
+            f"Llama's form, which a model of the family {config.kind} has not",
             OTHERWISE[flag],
         )
-    if config != config.plain() or config.n_encoder_layers:
-        raise _no_model(flag)
-    if llama:
-        described, state = _llama_config(transformers, config), _llama_state
-    elif plain and config.positions != "rotary" and config.n_kv_heads == config.n_heads:
-        described, state = _gpt2_config(transformers, config), _gpt2_state
-    else:
-        raise _no_model(flag)
+    form = form_of(config)
+    if form is None:
+        raise UsageError(
+            f"{flag}: this mixture of positions, norm, activation and heads is neither GPT-2's nor "
+            "GPT-NeoX's nor Llama's",
+            OTHERWISE[flag],
+        )
+    described = form.described(transformers, config)
     model = _empty(transformers, described, dtype)
-    fill(model, state(weights, config))
+    fill(model, form.state(weights, config))
     return model
 
 
@@ -154,14 +148,6 @@ def _transformers() -> Any:
     return transformers
 
 
-def _no_model(flag: str) -> UsageError:
-    return UsageError(
-        f"{flag}: this mixture of positions, norm, activation and heads is neither GPT-2's nor "
-        "Llama's",
-        OTHERWISE[flag],
-    )
-
-
 def witness_logits(model: Any, ids: list[int], folder: Path | None = None) -> np.ndarray:
     """Logits (T,V) of one uncached pass in which nothing is computed below float64.
 
@@ -180,95 +166,3 @@ def fill(model: Any, state: dict[str, Any]) -> None:
             parameter.copy_(torch.as_tensor(state.pop(name)))
     if state:
         raise ValueError(f"transformers' model has no {', '.join(sorted(state))}")
-
-
-def _gpt2_config(transformers: Any, config: ModelConfig) -> Any:
-    return transformers.GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.context,
-        n_embd=config.d_model,
-        n_layer=config.n_layers,
-        n_head=config.n_heads,
-        n_inner=config.d_ff,
-        activation_function=ACTIVATIONS[config.activation],
-        layer_norm_epsilon=config.norm_eps,
-        tie_word_embeddings=_tied(config),
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-
-
-def _tied(config: ModelConfig) -> bool:
-    """GPT-2 does not scale its embeddings: with sinusoids they are stored scaled, the head not."""
-    return config.tied and config.positions == "learned"
-
-
-def _gpt2_state(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Arrays:
-    """Rename to GPT-2's names. Its Conv1D holds (in, out), the transpose of a Linear layer."""
-    embedding = weights["embed.tokens.weight"]
-    state = {"transformer.wte.weight": embedding}
-    if config.positions == "sinusoidal":
-        state["transformer.wte.weight"] = embedding * math.sqrt(config.d_model)
-        state["transformer.wpe.weight"] = oracle.sinusoids(config.context, config.d_model)
-    else:
-        state["transformer.wpe.weight"] = weights["embed.positions.weight"]
-    if not _tied(config):
-        state["lm_head.weight"] = embedding if config.tied else weights["head.weight"]
-    names = {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj"}
-    names |= {"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
-    modules = {"norm": "transformer.ln_f"}
-    for i in range(config.n_layers):
-        modules |= {f"layers.{i}.{a}": f"transformer.h.{i}.{b}" for a, b in names.items()}
-    for ours, theirs in modules.items():
-        weight = weights[f"{ours}.weight"]
-        n_out = weight.shape[0]
-        state[f"{theirs}.weight"] = weight.T.copy() if weight.ndim == 2 else weight
-        bias = weights[f"{ours}.bias"] if config.bias else np.zeros(n_out)
-        state[f"{theirs}.bias"] = bias
-    return state
-
-
-def _llama_config(transformers: Any, config: ModelConfig) -> Any:
-    return transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.context,
-        hidden_size=config.d_model,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        intermediate_size=config.d_ff,
-        hidden_act="silu",
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        attention_bias=config.bias,
-        mlp_bias=config.bias,
-        tie_word_embeddings=config.tied,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-
-
-def _llama_state(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Arrays:
-    """Rename to Llama's names, with q, k, v and gate, up in matrices of their own."""
-    state = {
-        "model.embed_tokens.weight": weights["embed.tokens.weight"],
-        "model.norm.weight": weights["norm.weight"],
-    }
-    if not config.tied:
-        state["lm_head.weight"] = weights["head.weight"]
-    n_q = config.n_heads * config.head_dim
-    n_kv = config.n_kv_heads * config.head_dim
-    for i in range(config.n_layers):
-        ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        state[f"{theirs}.input_layernorm.weight"] = weights[f"{ours}.norm1.weight"]
-        state[f"{theirs}.post_attention_layernorm.weight"] = weights[f"{ours}.norm2.weight"]
-        for part in ("weight", "bias") if config.bias else ("weight",):
-            q, k, v = np.split(weights[f"{ours}.attn.qkv.{part}"], [n_q, n_q + n_kv])
-            gate, up = np.split(weights[f"{ours}.mlp.up.{part}"], 2)
-            for letter, rows in (("q", q), ("k", k), ("v", v)):
-                state[f"{theirs}.self_attn.{letter}_proj.{part}"] = rows
-            state[f"{theirs}.self_attn.o_proj.{part}"] = weights[f"{ours}.attn.out.{part}"]
-            state[f"{theirs}.mlp.gate_proj.{part}"] = gate
-            state[f"{theirs}.mlp.up_proj.{part}"] = up
-            state[f"{theirs}.mlp.down_proj.{part}"] = weights[f"{ours}.mlp.down.{part}"]
-    return state

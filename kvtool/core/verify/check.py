@@ -21,6 +21,7 @@ from kvtool.core.kernels.default import DEFAULT, make_kernels
 from kvtool.core.models import Model
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.by_layer import ByLayer, can_go_by_layer
+from kvtool.core.verify.depth import cut, layers_for
 from kvtool.core.verify.diagnosis.doctor import examine
 from kvtool.core.verify.finding import Finding
 from kvtool.core.verify.judge import Judge
@@ -49,6 +50,7 @@ class Checked:
     exact: bool = False  # equality to the last bit was promised
     not_judged: str = ""  # the part of the cache that was not judged, replaced by exact values
     usable: bool = True  # False: the finding says why no scenario could be run
+    layers: int = 0  # the first ones of a large model that were judged alone; 0: all
     planted: bool = False  # not a result, but the bug that tests the check
 
     @property
@@ -106,31 +108,71 @@ def check_model(
     in one scenario after the other, since they share most of the work.
 
     skip: kind, kernels and scenario of what is not judged. progress: is called before each with a
-    few words. thorough: feed all that can be fed in some minutes. Raises CheckFailed.
+    few words. thorough: feed all that can be fed in some minutes, through all layers of a large
+    model. Raises CheckFailed.
     """
     plan = [turn for turn in product(caches, kernels, scenarios) if turn not in skip]
-    shares_scenario = goes_by_layer(formats)
-    if shares_scenario:
+    is_large = goes_by_layer(formats)
+    if is_large:
         plan.sort(key=lambda turn: (scenarios.index(turn[2]), kernels.index(turn[1])))
-    subjects, passes = subjects_of(formats, caches, thorough)
+    parts = parts_of(formats, scenarios, caches, thorough)
     # After the last of those that share passes these are let go.
-    sharing = {turn: turn[1:] if shares_scenario else subjects[turn[0]].seen for turn in plan}
+    sharing = {
+        turn: turn[1:] if is_large else parts[turn[2]].subjects[turn[0]].seen for turn in plan
+    }
     left: Counter[Any] = Counter(sharing.values())
     cases = {name: Case(SCENARIOS[name], thorough=thorough) for name in scenarios} | {MAIN: main}
-    evidence = ByLayer(formats, subjects.values()) if shares_scenario else None
-    judges: dict[tuple[str, str], Judge] = {}
     for turn in plan:
         kind, name, scenario = turn
-        if (kind, name) not in judges:
-            subject = subjects[kind].with_kernels(make_kernels(name))
-            subject.evidence = evidence if name == DEFAULT.name else None
-            judges[kind, name] = Judge(subject, examine)
+        part = parts[scenario]
         progress(f"{kind}, {name} kernels, {scenario}")
-        finding = _judged(judges[kind, name], cases[scenario])
-        yield Checked(kind, name, subjects[kind].stores, finding, name == EXACT)
+        finding = _judged(part.judge(kind, name), cases[scenario])
+        stores = part.subjects[kind].stores
+        yield Checked(kind, name, stores, finding, name == EXACT, layers=part.layers)
         left[sharing[turn]] -= 1
         if not left[sharing[turn]]:
-            passes.clear()
+            part.passes.clear()
+
+
+class Part:
+    """A model, or its first layers, and what its judges share.
+
+    layers: how many layers it has, if they are not all; else 0.
+    """
+
+    def __init__(
+        self, formats: Formats, caches: Sequence[str], thorough: bool, layers: int = 0
+    ) -> None:
+        self.formats = formats
+        self.layers = layers
+        self.subjects, self.passes = subjects_of(formats, caches, thorough)
+        shares = goes_by_layer(formats)
+        self._evidence = ByLayer(formats, self.subjects.values()) if shares else None
+        self._judges: dict[tuple[str, str], Judge] = {}
+
+    def judge(self, kind: str, kernels: str) -> Judge:
+        """The judge of a kind of cache with these kernels."""
+        if (kind, kernels) not in self._judges:
+            subject = self.subjects[kind].with_kernels(make_kernels(kernels))
+            subject.evidence = self._evidence if kernels == DEFAULT.name else None
+            self._judges[kind, kernels] = Judge(subject, examine)
+        return self._judges[kind, kernels]
+
+
+def parts_of(
+    formats: Formats, scenarios: Sequence[str], caches: Sequence[str], thorough: bool
+) -> dict[str, Part]:
+    """What each scenario is played on: the model, or of a large one the first layers."""
+    whole = formats.model.config.n_layers
+    made: dict[int, Part] = {}
+    found = {}
+    for scenario in scenarios:
+        cuts = goes_by_layer(formats) and not thorough
+        n = layers_for(formats, scenario) if cuts else whole
+        if n not in made:
+            made[n] = Part(cut(formats, n), caches, thorough, n if n < whole else 0)
+        found[scenario] = made[n]
+    return found
 
 
 def _judged(judge: Judge, case: Case) -> Finding:

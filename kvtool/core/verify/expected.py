@@ -16,7 +16,7 @@ from kvtool.core.decoding.engine import advance
 from kvtool.core.kernels.default import DEFAULT, Kernels, make_kernels
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.by_layer import Fed, Histories
-from kvtool.core.verify.check import MAIN, beginning, subjects_of
+from kvtool.core.verify.check import MAIN, beginning, parts_of, subjects_of
 from kvtool.core.verify.model_subject import Formats, ModelSubject
 from kvtool.core.verify.scenarios import SCENARIOS
 
@@ -47,7 +47,7 @@ def work_of(
     skip: Container[tuple[str, str, str]] = (),
     thorough: bool = False,
 ) -> dict[str, Work]:
-    """The work of `check_model`, by the name of the kernels."""
+    """The work of a model in these cases, by the name of the kernels."""
     subjects, _ = subjects_of(formats, caches, thorough)
     found = {name: Work() for name in kernels}
     for name, case in product(kernels, cases):
@@ -59,6 +59,26 @@ def work_of(
         if name == DEFAULT.name and histories.n_rows:
             found[name] += Work(passes=1, tokens_in_float64=histories.n_rows)
     return found
+
+
+def planned(
+    formats: Formats,
+    caches: Sequence[str],
+    kernels: Sequence[str],
+    cases: Sequence[Case],
+    skip: Container[tuple[str, str, str]] = (),
+    thorough: bool = False,
+) -> tuple[dict[str, Work], float]:
+    """The work of `check_model` by the name of the kernels, and its seconds on this machine,
+    extrapolated from a few timed steps."""
+    total, seconds = {name: Work() for name in kernels}, 0.0
+    parts = parts_of(formats, [case.scenario.name for case in cases], caches, thorough)
+    for part in dict.fromkeys(parts.values()):
+        own = [case for case in cases if parts[case.scenario.name] is part]
+        work = work_of(part.formats, caches, kernels, own, skip, thorough)
+        seconds += seconds_for(part.formats, work)
+        total = {name: total[name] + work[name] for name in kernels}
+    return total, seconds
 
 
 def _cached(subject: ModelSubject, case: Case, histories: Histories) -> Work:

@@ -26,7 +26,7 @@ from kvtool.core.verify.comparable import differs_from_itself
 from kvtool.core.verify.compare import ROUNDING_64, compare, distances
 from kvtool.core.verify.finding import Diagnosis, Finding
 from kvtool.core.verify.float64 import Float64, first_wrong
-from kvtool.core.verify.measured import Measured
+from kvtool.core.verify.measured import Beyond, Measured
 from kvtool.core.verify.outcome import (
     BUG,
     ERROR,
@@ -141,8 +141,8 @@ class Judge:
         if other := measured.same_model(in_float64):
             text = f"in float64 it is another model (its uncached logits are off by {other})"
             return self._by_noise(finding, measured, text)
-        beyond = measured.beyond(in_float64)
-        if beyond is not None and not self.float64.within_codes(case, arms, in_float64):
+        beyond = self._beyond(case, arms, in_float64, measured)
+        if beyond is not None:
             name = dtype_name(self.subject.dtype)
             text = (
                 f"right in float64, wrong in {name} alone "
@@ -154,6 +154,18 @@ class Judge:
         if finding.verdict == IDENTICAL and _differs(finding):
             return replace(finding, verdict=ROUNDING, evidence=why)
         return finding
+
+    def _beyond(
+        self, case: Case, arms: Arms, in_float64: Arms, measured: Measured
+    ) -> Beyond | None:
+        """How far the cached run is beyond the noise, where codes do not explain it."""
+        asks_codes_first = self.float64.shared(case, plain=True) is not None  # it costs nothing
+        if asks_codes_first and self.float64.within_codes(case, arms, in_float64):
+            return None
+        beyond = measured.beyond(in_float64)
+        if beyond is None or asks_codes_first:
+            return beyond
+        return None if self.float64.within_codes(case, arms, in_float64) else beyond
 
     def _by_noise(self, finding: Finding, measured: Measured, why: str) -> Finding:
         """Decide without a float64 run, by how far uncached passes are from each other."""

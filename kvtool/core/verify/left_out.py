@@ -28,6 +28,23 @@ def left_out(skipped: Iterable[tuple[str, str]], run: Iterable[str]) -> str:
     return f"not run: {', '.join(said)}" if said else ""
 
 
+def layers_left_out(judged: Iterable[tuple[str, int]]) -> str:
+    """In words, the layers of a large model that scenarios did not go through.
+
+    judged: scenarios, each with how many first layers alone it went through; 0: all.
+
+    >>> layers_left_out([("crop", 2), ("fork", 2), ("decode", 0)])
+    'not judged: layers beyond the first 2 in 2 scenarios'
+    """
+    cut = {scenario: n for scenario, n in judged if n}
+    parts = []
+    for n in dict.fromkeys(cut.values()):
+        names = [scenario for scenario, layers in cut.items() if layers == n]
+        where = names[0] if len(names) == 1 else f"{len(names)} scenarios"
+        parts.append(f"beyond the first {n} in {where}")
+    return f"not judged: layers {', '.join(parts)}" if parts else ""
+
+
 def _reason(scenario: str, evidence: str) -> str:
     """The reason in few words; none if the scenario has the name of the missing ability."""
     before, after = LACKING

@@ -1,0 +1,119 @@
+"""Of a large model few scenarios go through all layers: here of tiny ones that are taken for
+large."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvtool.core.cache import Step
+from kvtool.core.cache.dynamic import DynamicCache
+from kvtool.core.verify import check, widened
+from kvtool.core.verify.check import check_model, main_case
+from kvtool.core.verify.depth import DEEP_SCENARIOS, first_layers, layers_for
+from kvtool.core.verify.expected import cases_of, planned, work_of
+from kvtool.core.verify.left_out import layers_left_out
+from kvtool.core.verify.model_subject import Formats
+from kvtool.core.verify.outcome import BUG
+from kvtool.core.verify.scenarios import SCENARIOS
+from small_models import random_model
+from verify_subjects import ROTARY
+
+FOUR: dict[str, Any] = {**ROTARY, "n_layers": 4}
+NAMES = ["decode", "crop", "padded", "reset"]
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widened, "LARGE_BYTES", -1)
+
+
+def main_of(model: Any) -> Any:
+    return main_case(model, torch.tensor([[1, 5, 2]]), 6)
+
+
+@torch.inference_mode()
+def test_the_first_layers_of_a_model_are_a_model_of_the_same_weights() -> None:
+    model, ids = random_model(**FOUR), torch.tensor([[1, 5, 2, 7]])
+    before = model(ids)
+    part = first_layers(model, 2)
+    alone = type(model)(model.config.first_layers(2))
+    alone.load_state_dict(part.state_dict())
+    assert torch.equal(part(ids), alone.eval()(ids))
+    assert {p.data_ptr() for p in part.parameters()} < {p.data_ptr() for p in model.parameters()}
+    assert torch.equal(model(ids), before) and len(model.layers) == model.config.n_layers == 4
+
+
+@pytest.mark.parametrize("thorough", [False, True])
+def test_all_layers_are_for_few_scenarios_or_for_a_thorough_check(
+    thorough: bool, large: None
+) -> None:
+    model = random_model(**FOUR)
+    given = (Formats(model), ["dynamic"], ["default", "exact"], NAMES, main_of(model))
+    found = {(c.finding.scenario, c.layers) for c in check_model(*given, thorough=thorough)}
+    assert found == {(n, 0 if thorough or n in DEEP_SCENARIOS else 2) for n in NAMES}
+
+
+def test_a_small_model_is_judged_whole() -> None:
+    model = random_model(**FOUR)
+    given = (Formats(model), ["dynamic"], ["exact"], NAMES, main_of(model))
+    assert not any(checked.layers for checked in check_model(*given))
+
+
+@pytest.mark.parametrize("window, first, expected", [(0, 0, 2), (6, 0, 2), (6, 1, 2), (6, 2, 3)])
+def test_the_layers_hold_one_of_each_kind(window: int, first: int, expected: int) -> None:
+    model = random_model(**FOUR, window=window, first_window_layer=first)
+    assert layers_for(Formats(model), "crop") == expected
+    assert {layers_for(Formats(model), name) for name in DEEP_SCENARIOS} == {4}
+
+
+def test_the_deep_scenarios_can_be_played() -> None:
+    assert set(DEEP_SCENARIOS) <= SCENARIOS.keys()
+
+
+class LostInLayer3(DynamicCache):
+    """A cache that is wrong in a layer that the first ones are not."""
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        keys, values = super().write(layer, k, v, step)
+        return (keys.roll(1, dims=2) if layer == 3 else keys), values
+
+
+def test_a_bug_in_a_deep_layer_alone_is_found_by_the_scenarios_that_go_there(
+    large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(**FOUR)
+    monkeypatch.setattr(check, "small", lambda kind: LostInLayer3)
+    given = (Formats(model), ["dynamic"], ["default"], NAMES, main_of(model))
+    found = {c.finding.scenario for c in check_model(*given) if c.finding.verdict == BUG}
+    assert found == {"decode", "padded"}
+
+
+def test_the_time_of_few_layers_is_measured_on_them(
+    large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(**FOUR)
+    formats, main = Formats(model), main_of(model)
+    asked = (["dynamic"], ["default"])
+    timed = []
+
+    def seconds(part: Formats, work: Any) -> float:
+        timed.append((part.model.config.n_layers, work))
+        return 1.0
+
+    monkeypatch.setattr("kvtool.core.verify.expected.seconds_for", seconds)
+    total, found = planned(formats, *asked, cases_of(NAMES, main, False))
+    deep = work_of(formats, *asked, cases_of(["decode", "padded"], main, False))
+    rest = work_of(formats, *asked, cases_of(["crop", "reset"], main, False))
+    assert timed == [(4, deep), (2, rest)] and found == 2.0
+    assert total["default"] == deep["default"] + rest["default"]
+
+
+def test_what_was_left_out_is_said() -> None:
+    assert layers_left_out([("decode", 0), ("crop", 3)]) == (
+        "not judged: layers beyond the first 3 in crop"
+    )
+    assert layers_left_out([("decode", 0)]) == ""
