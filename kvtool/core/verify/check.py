@@ -178,9 +178,16 @@ def parts_of(
 def _judged(judge: Judge, case: Case) -> Finding:
     subject: Any = judge.subject
     thorough = case.scenario.name == MAIN and subject.kernels.name == DEFAULT.name
-    if not subject.stores:  # it proves nothing, and its time grows with the square
-        case, thorough = beginning(case), False
-    return with_reach(judge.judge(case, thorough=thorough), subject)
+    thorough = thorough and subject.stores
+    return with_reach(judge.judge(fed_of(subject, case), thorough=thorough), subject)
+
+
+def fed_of(subject: ModelSubject, case: Case) -> Case:
+    """What a kind is fed of a case: one that stores nothing proves nothing, and its time grows with
+    the square."""
+    if subject.stores:
+        return case
+    return beginning(case, FEW_STEPS if subject.formats.is_large else CONTROL_STEPS)
 
 
 def goes_by_layer(formats: Formats) -> bool:

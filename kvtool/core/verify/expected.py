@@ -16,7 +16,7 @@ from kvtool.core.decoding.engine import advance
 from kvtool.core.kernels.default import DEFAULT, Kernels, make_kernels
 from kvtool.core.verify.arms import Case
 from kvtool.core.verify.by_layer import Fed, Histories
-from kvtool.core.verify.check import MAIN, beginning, parts_of, subjects_of
+from kvtool.core.verify.check import MAIN, fed_of, parts_of, subjects_of
 from kvtool.core.verify.model_subject import Formats, ModelSubject
 from kvtool.core.verify.scenarios import SCENARIOS
 
@@ -83,7 +83,7 @@ def planned(
 
 def _cached(subject: ModelSubject, case: Case, histories: Histories) -> Work:
     """The work of a kind. Its uncached passes are added to the histories."""
-    case = case if subject.stores else beginning(case)
+    case = fed_of(subject, case)
     fed = None if case.scenario.lacking(subject) else Fed.of(subject, case, histories)
     if fed is None:
         return Work()
