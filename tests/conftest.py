@@ -43,6 +43,24 @@ def set_threads() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+# Native code is compiled once after an installation, in a minute and a half, by one process while
+# others wait. Of two processes that have half of all tests each, the first begins with what has it
+# compiled, and the second with these, which hardly use it.
+SELDOM_NATIVE = ("ground", "plan", "servers", "text", "training", "ui")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def folder(item: pytest.Item) -> str:
+        return item.nodeid.partition("/")[2].partition("/")[0]
+
+    others = [item for item in items if folder(item) not in SELDOM_NATIVE]
+    seldom = [item for item in items if folder(item) in SELDOM_NATIVE]
+    others.sort(key=lambda item: folder(item) != "native")
+    half = min(len(items) // 2, len(others))
+    items[:] = [*others[:half], *seldom, *others[half:]]
+
+
 def pytest_collection_finish() -> None:
     """Files of tests may import numba, which sets the number as well. What they have imported
     stays to the end: Python's collector need not walk through it again and again, nor as often as

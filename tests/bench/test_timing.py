@@ -1,4 +1,4 @@
-"""Honest latencies: who is measured when, what the budget allows, and what the samples say."""
+"""Honest latencies: who is measured when, what the budget allows, and what a sample holds."""
 
 from __future__ import annotations
 
@@ -17,39 +17,12 @@ from kvtool.core.bench.timing import (
     Measurement,
     TimedRun,
     Workload,
-    crossover,
-    speedups,
 )
 from kvtool.core.cache import make_cache
 from kvtool.ending import until_ended
 from kvtool.registry import CACHES
+from made_up_samples import Fake, taking
 from small_models import random_model
-
-
-def taking(seconds: float, nbytes: int = 0) -> TimedRun:
-    """A run of that many seconds, a quarter of them before the first token."""
-    return TimedRun(seconds, seconds / 4, seconds * 3 / 4, None, nbytes, 0)
-
-
-class Fake:
-    """A clock, and a workload that takes `cost(kind, length)` seconds of it."""
-
-    def __init__(self, cost: Callable[[str, int], float]) -> None:
-        self.now = 100.0
-        self.cost = cost
-        self.runs: list[tuple[str, int]] = []
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def run(self, kind: str, length: int) -> TimedRun:
-        seconds = self.cost(kind, length)
-        self.now += seconds
-        self.runs.append((kind, length))
-        return taking(seconds, nbytes=1000 + length)
-
-    def predicted(self, kind: str, length: int) -> int:
-        return 1000 + length
 
 
 def measure(
@@ -78,16 +51,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake]:
         return one
 
     return make
-
-
-def cells(**medians: list[float | None]) -> list[Cell]:
-    """Cells of kinds at lengths 10, 20, 40, 80 ... with one sample each, or none."""
-    return [
-        Cell(kind, 10 * 2**i, [] if seconds is None else [taking(seconds)])
-        for i in range(max(map(len, medians.values())))
-        for kind, row in medians.items()
-        for seconds in row[i : i + 1]
-    ]
 
 
 # Who is measured when
@@ -278,68 +241,6 @@ def test_before_its_first_run_nothing_is_known_of_a_kind(fake: Callable[..., Fak
     assert measurement.expected(measurement.cells[0]) is None
 
 
-# What the samples say
-
-
-def test_median_and_quartiles_are_those_of_the_samples() -> None:
-    cell = Cell(
-        "none",
-        10,
-        [
-            taking(s)
-            for s in (
-                1.0,
-                9.0,
-                2.0,
-                3.0,
-                4.0,
-            )
-        ],
-    )
-    assert (cell.median, cell.iqr) == (3.0, 2.0)
-    assert (
-        Cell(
-            "none",
-            10,
-            [
-                taking(s)
-                for s in (
-                    1.0,
-                    2.0,
-                )
-            ],
-        ).iqr
-        is None
-    )
-    assert Cell("none", 10).median is None
-
-
-def test_a_speed_up_is_the_time_without_a_cache_over_the_time_with_it() -> None:
-    found = cells(none=[2.0, 8.0, None], static=[4.0, 2.0, 1.0])
-    assert [speedup for _, speedup in speedups(found)] == [1.0, 0.5, 1.0, 4.0, None, None]
-    assert [speedup for _, speedup in speedups(cells(static=[1.0, 2.0]))] == [None, None]
-
-
-@pytest.mark.parametrize(
-    ("none", "static", "length"),
-    [
-        ([1.0, 4.0], [2.0, 2.0], 10 * 2 ** (1 / 2)),  # 1 is midway between speed-ups 0.5 and 2
-        ([1.0, 16.0], [2.0, 4.0], 10 * 2 ** (1 / 3)),  # and a third of the way from 0.5 to 4
-        ([1.0, 4.0], [1.0, 2.0], 10.0),
-        ([2.0, 2.0, 8.0], [1.0, 4.0, 4.0], 20 * 2 ** (1 / 2)),  # slower again in between
-        ([2.0, 4.0], [1.0, 1.0], 10.0),
-        ([1.0, 1.0], [2.0, 1.0], None),  # as fast is not faster
-        ([4.0, 1.0], [2.0, 2.0], None),
-        ([1.0, 4.0, None], [2.0, 2.0, 2.0], 10 * 2 ** (1 / 2)),
-        ([None, None], [2.0, 2.0], None),
-    ],
-)
-def test_a_cache_pays_from_where_it_is_faster_at_every_longer_length(
-    none: list[float | None], static: list[float | None], length: float | None
-) -> None:
-    assert crossover(cells(none=none, static=static), "static") == pytest.approx(length)
-
-
 # The real workload
 
 
@@ -417,21 +318,3 @@ def test_each_sample_has_the_threads_of_its_setup_and_one_number_is_left_alone(
     del has[1:]
     Measurement([Contender("static", work, setup=setups[0])], [3]).run(1, 1e9)
     assert seen[0] == 7 and set(has) == {7, 5}
-
-
-def test_processors_that_were_busy_are_counted_by_their_time() -> None:
-    cell = Cell("none", 3, took=[2.0, 1.0, 4.0], busy=[4.0, 1.0, 4.0])
-    assert cell.cores_used == 1.0
-    assert Cell("none", 3).cores_used is None
-
-
-def test_an_uncached_run_counts_for_its_own_setup_alone() -> None:
-    one, two = Setup(threads=1), Setup(threads=2)
-    found = [
-        Cell(kind, 10, [taking(seconds)], setup=setup)
-        for setup, none, static in ((one, 8.0, 2.0), (two, 4.0, 8.0))
-        for kind, seconds in (("none", none), ("static", static))
-    ]
-    assert [speedup for _, speedup in speedups(found)] == [1.0, 4.0, 1.0, 0.5]
-    assert crossover(found, "static", setup=one) == 10.0
-    assert crossover(found, "static", setup=two) is None

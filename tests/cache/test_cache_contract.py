@@ -13,6 +13,7 @@ import pytest
 
 from cache_checks import (
     check_a_cache_without_columns_says_so,
+    check_a_long_random_history,
     check_columns_hold_what_their_positions_say,
 )
 from cache_contract import CHECKS, KINDS, MAKES
@@ -28,16 +29,19 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def held_against() -> list[Any]:
-    """Each check and kind with every case. The same kinds with other settings meet padding each
-    time, and every other time one of the two cases without, in turns: a setting changes where
-    columns lie, which rows and heads only repeat."""
+    """Each check and kind with padding, and with one of the two cases without in turns, so that
+    each kind and each check meets both; the random history, in which all operations come, with all.
+    The same kinds with other settings meet these every other time: a setting changes where columns
+    lie, which rows and heads only repeat."""
     found = []
-    turns = [*(case for case in CASES if not case.padding), None, None]
+    whole = [case for case in CASES if not case.padding]
     for i, check in enumerate(CHECKS):
         for j, (name, make) in enumerate(MAKES.items()):
+            turns = whole if name in KINDS else [*whole, None, None]
             in_turn = turns[(i + j) % len(turns)]
+            every = name in KINDS and check is check_a_long_random_history
             for case in CASES:
-                if name in KINDS or case.padding or case is in_turn:
+                if every or case.padding or case is in_turn:
                     said = f"{check.__name__.removeprefix('check_')}-{name}-{case}"
                     found.append(pytest.param(check, make, case, id=said))
     return found

@@ -99,9 +99,12 @@ def test_verify_logits_agrees_with_the_shipped_reference(capsys: pytest.CaptureF
     assert "rounding only" in capsys.readouterr().out
 
 
-def test_verify_cache_finds_no_bug_in_the_shipped_model(capsys: pytest.CaptureFixture) -> None:
-    """The listing of the README has all other scenarios."""
-    assert app.run(["verify-cache", "--tokens", "24", "--scenarios", "decode"]) == 0
+@pytest.mark.parametrize("part", ["--scenarios decode", "--caches dynamic"])
+def test_verify_cache_finds_no_bug_in_the_shipped_model(
+    capsys: pytest.CaptureFixture, part: str
+) -> None:
+    """Every kind, and every scenario."""
+    assert app.run(["verify-cache", "--tokens", "24", *part.split()]) == 0
     assert "the planted bug was found" in capsys.readouterr().out
 
 

@@ -63,13 +63,6 @@ def test_exact_kernels_are_identical_in_every_scenario(check: Callable[..., Ran]
     assert {row["max_ulp"] for row in found["checks"]} == {0.0}
 
 
-def test_there_is_a_row_for_every_cache_kernels_and_scenario(check: Callable[..., Ran]) -> None:
-    found = answer(check("--json", "--tokens", "4"))
-    assert [(row["cache"], row["kernels"], row["scenario"]) for row in found["checks"]] == [
-        (kind, kernels, name) for kind in CACHES for kernels in KERNELS for name in SCENARIOS
-    ]
-
-
 def test_rows_that_came_out_alike_are_one_line_unless_v_is_given(check: Callable[..., Ran]) -> None:
     options = ("--caches", "static", "--kernels", "default")
     short, long = check(*options), check(*options, "-v")

@@ -35,6 +35,32 @@ decoder, modes, verify, at_call = (
 )
 
 
+@pytest.fixture(scope="module")
+def runs() -> dict[str, tuple[str, bytes]]:
+    """What a finished run says and keeps, by mode: most tests go on from one."""
+    return {}
+
+
+@pytest.fixture
+def finished(
+    verify: Callable[..., Ran],
+    modes: dict[str, list[str]],
+    runs: dict[str, tuple[str, bytes]],
+    tmp_path: Path,
+) -> Callable[[str], tuple[str, Path]]:
+    """What a finished run of a mode says, and a file with what it has kept."""
+
+    def call(mode: str) -> tuple[str, Path]:
+        path = tmp_path / f"{mode}.jsonl"
+        if mode not in runs:
+            said = verify(*modes[mode], "--resume", str(path)).out
+            runs[mode] = said, path.read_bytes()
+        path.write_bytes(runs[mode][1])
+        return runs[mode][0], path
+
+    return call
+
+
 @pytest.mark.parametrize("mode", ["kvtool", "transformers", "target", "self-test"])
 def test_a_run_that_was_ended_again_and_again_comes_to_the_same_report(
     verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path, mode: str
@@ -71,13 +97,16 @@ def test_a_run_that_was_ended_again_and_again_comes_to_the_same_report(
 
 
 def test_of_a_finished_run_only_the_planted_bug_is_tried_again(
-    verify: Callable[..., Ran], modes: dict[str, list[str]], at_call: Hook, tmp_path: Path
+    verify: Callable[..., Ran],
+    modes: dict[str, list[str]],
+    at_call: Hook,
+    finished: Callable[[str], tuple[str, Path]],
 ) -> None:
     for mode, expected in (("kvtool", 1), ("transformers", 1), ("target", 1), ("self-test", 0)):
-        given = [*modes[mode], "--resume", str(tmp_path / f"{mode}.jsonl")]
-        first = verify(*given)
+        first, path = finished(mode)
         calls = at_call(judging.Judge, "judge", 0, send())
-        assert verify(*given).out.partition(" (")[0] == first.out.partition(" (")[0]
+        again = verify(*modes[mode], "--resume", str(path))
+        assert again.out.partition(" (")[0] == first.partition(" (")[0]
         assert calls() == expected, mode
 
 
@@ -85,13 +114,12 @@ def test_of_a_finished_run_only_the_planted_bug_is_tried_again(
 def test_results_of_other_settings_are_refused_with_the_difference(
     verify: Callable[..., Ran],
     modes: dict[str, list[str]],
-    tmp_path: Path,
+    finished: Callable[[str], tuple[str, Path]],
     monkeypatch: pytest.MonkeyPatch,
     mode: str,
 ) -> None:
-    path = tmp_path / "kept.jsonl"
+    _, path = finished(mode)
     given = [*modes[mode], "--resume", str(path)]
-    verify(*given)
     before = path.read_bytes()
     other = {
         "tokens was 4 and is now 5": ["--tokens", "5"],
@@ -111,15 +139,16 @@ def test_results_of_other_settings_are_refused_with_the_difference(
 
 
 def test_results_of_another_model_are_refused(
-    verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path
+    verify: Callable[..., Ran],
+    modes: dict[str, list[str]],
+    finished: Callable[[str], tuple[str, Path]],
+    tmp_path: Path,
 ) -> None:
-    path = tmp_path / "kept.jsonl"
+    _, path = finished("kvtool")
     given = [*modes["kvtool"], "--resume", str(path)]
-    verify(*given)
     other = str(save_decoder(tmp_path / Path(modes["kvtool"][1]).name, seed=1))  # same name
     assert "sha256 was " in refused(verify(*given, "--model", other))
-    path.unlink()
-    verify(*modes["target"], "--resume", str(path))
+    _, path = finished("target")
     file = Path(modes["target"][1].partition(":")[0])
     file.write_text(TARGET.replace("zeros(3)", "zeros(3) + 1"))
     message = refused(verify(*modes["target"], "--resume", str(path)))
@@ -228,11 +257,13 @@ CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], list[dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("kind", CONTRADICTIONS)
 def test_a_result_that_contradicts_itself_or_the_command_is_refused(
-    verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path, kind: str
+    verify: Callable[..., Ran],
+    modes: dict[str, list[str]],
+    finished: Callable[[str], tuple[str, Path]],
+    kind: str,
 ) -> None:
-    path = tmp_path / "kept.jsonl"
+    _, path = finished("target")
     given = [*modes["target"], "--resume", str(path)]
-    verify(*given)
     header, first, *_ = path.read_text().splitlines()
     rows = CONTRADICTIONS[kind](json.loads(first))
     path.write_text("".join(f"{line}\n" for line in (header, *map(json.dumps, rows))))
@@ -240,16 +271,17 @@ def test_a_result_that_contradicts_itself_or_the_command_is_refused(
     message = refused(verify(*given))
     assert message.startswith(f"--resume {path}: line {len(rows) + 1} is no result of this command")
     assert path.read_bytes() == before
-    path.unlink()  # and nobody holds it any more
+    finished("target")  # and nobody holds it any more
     assert verify(*given).code == 0
 
 
 def test_a_planted_bug_that_there_is_not_or_that_is_there_twice_is_refused(
-    verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path
+    verify: Callable[..., Ran],
+    modes: dict[str, list[str]],
+    finished: Callable[[str], tuple[str, Path]],
 ) -> None:
-    path = tmp_path / "kept.jsonl"
+    _, path = finished("self-test")
     given = [*modes["self-test"], "--resume", str(path)]
-    verify(*given)
     header, first, *_ = path.read_text().splitlines()
     for other in (first, json.dumps({**json.loads(first), "name": "none of them"})):
         path.write_text(f"{header}\n{first}\n{other}\n")
@@ -315,12 +347,15 @@ sys.stdin.read()
     [("kvtool", True), ("transformers", False), ("target", True), ("self-test", False)],
 )
 def test_a_file_that_another_process_goes_on_from_is_refused_until_that_ends(
-    verify: Callable[..., Ran], modes: dict[str, list[str]], tmp_path: Path, mode: str, begun: bool
+    verify: Callable[..., Ran],
+    modes: dict[str, list[str]],
+    finished: Callable[[str], tuple[str, Path]],
+    tmp_path: Path,
+    mode: str,
+    begun: bool,
 ) -> None:
-    path = tmp_path / "kept.jsonl"
+    path = finished(mode)[1] if begun else tmp_path / "kept.jsonl"
     given = [*modes[mode], "--resume", str(path)]
-    if begun:
-        verify(*given)
     before = path.read_bytes() if begun else b""
     held = [sys.executable, "-c", HOLDER, str(path)]
     with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

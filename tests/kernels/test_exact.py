@@ -106,12 +106,11 @@ def uncached(model: Model, ids: Tensor, kernels: Kernels, padding: Tensor | None
 # Cached and uncached
 
 
-@pytest.mark.parametrize("padding", [None, PADDING], ids=["alone", "padded"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_split_gives_the_bits_of_one_uncached_pass(
-    dtype: torch.dtype, shape: str, padding: Tensor | None
-) -> None:
+def test_every_split_gives_the_bits_of_one_uncached_pass(dtype: torch.dtype, shape: str) -> None:
+    """With padding or one row without, in turns: each format and each shape meets both."""
+    padding = PADDING if (DTYPES.index(dtype) + (*SHAPES,).index(shape)) % 2 else None
     model = random_model(0, dtype, **SHAPES[shape])
     ids = random_ids(model.config.vocab_size, 1 if padding is None else len(padding), N)
     expected = uncached(model, ids, EXACT, padding)
@@ -131,7 +130,7 @@ def test_computing_everything_again_gives_the_same_bits(padding: Tensor | None) 
 
 @pytest.mark.parametrize(
     ("dtype", "kind"),
-    [(torch.float32, "dynamic"), (torch.float32, "static"), (torch.bfloat16, "static")],
+    [(torch.float32, "dynamic"), (torch.bfloat16, "static")],
     ids=str,
 )
 def test_a_thousand_steps_of_the_default_size_are_identical(dtype: torch.dtype, kind: str) -> None:

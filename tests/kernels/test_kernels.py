@@ -25,6 +25,7 @@ from kvtool.core.kernels.default import (
 )
 from kvtool.core.kernels.masks import visible
 from kvtool.core.native import arrays as native
+from kvtool.core.native import few_queries
 from kvtool.errors import UsageError
 
 E = EMPTY  # short, for the tables
@@ -316,7 +317,7 @@ def test_keys_in_half_formats_are_attended_without_copies_of_them(
     mask = None if seen is None else seen.expand(2, 1, n_queries, 700)
     widened = DEFAULT.attention(q.float(), k.float(), v.float(), mask, False)
     monkeypatch.setattr(DEFAULT, "_one_query", None)  # which copies
-    monkeypatch.setattr(native, "threads_for", lambda n: native._loaded().MOST_THREADS)
+    monkeypatch.setattr(native, "threads_for", lambda n: native.loaded().MOST_THREADS)
     found = DEFAULT.attention(q, k, v, mask, False)
     assert found.dtype is dtype and found.equal(widened.to(dtype))
 
@@ -325,7 +326,7 @@ def test_spans_tell_columns_with_one_interruption_at_most() -> None:
     random_numbers = np.random.default_rng(0)
     for _ in range(200):
         seen = random_numbers.random((2, 3, 6)) < 0.5
-        found = native.two_spans_of(seen)
+        found = few_queries.two_spans_of(seen)
         shown = ["".join("x" if s else " " for s in row).split() for row in seen.reshape(6, 6)]
         assert (found is None) == any(len(parts) > 2 for parts in shown)
         if found is not None:

@@ -84,14 +84,14 @@ def by_pytorch(layer: nn.Module, x: Tensor) -> Tensor:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The functions of native code that have been called."""
     called: list[str] = []
-    kernels = native._loaded()
+    kernels = native.loaded()
 
     class Watched:
         def __getattr__(self, name: str) -> Any:
             called.append(name)
             return getattr(kernels, name)
 
-    monkeypatch.setattr(native, "_loaded", Watched)
+    monkeypatch.setattr(native, "loaded", Watched)
     return called
 
 
@@ -290,7 +290,7 @@ def test_numba_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> No
     def fails(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(native._loaded().product, "load", fails)
+    monkeypatch.setattr(native.loaded().product, "load", fails)
     monkeypatch.setattr(native, "layer_code", native.layer_code.__wrapped__)
     assert not native.can_compute(torch.randn(1, WIDTH))
 
@@ -335,11 +335,11 @@ def test_hooks_on_a_layer_are_called() -> None:
 def test_the_exponential_is_exact_to_rounding_and_ends_in_0_and_infinity() -> None:
     x = torch.cat([torch.linspace(-87, 88, 100_001), torch.linspace(-1, 1, 10_001)])
     y = x.numpy().copy()
-    native._loaded().exponential(y)
+    native.loaded().exponential(y)
     # An argument of 88 is rounded to 4e-6.
     torch.testing.assert_close(torch.from_numpy(y).double(), x.double().exp(), rtol=8e-6, atol=0)
     ends = torch.tensor([-torch.inf, -1e30, -90.0, 90.0, 1e30, torch.inf, torch.nan]).numpy()
-    native._loaded().exponential(ends)
+    native.loaded().exponential(ends)
     assert str(ends.tolist()) == "[0.0, 0.0, 0.0, inf, inf, inf, nan]"
 
 

@@ -134,8 +134,11 @@ def test_code_that_calls_code_from_disk_is_found_there(tmp_path: Path) -> None:
         assert (ran.returncode, ran.stdout.split()) == (0, [hits]), ran.stderr
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "batch"),
+    [(torch.float32, 1), (torch.float32, 3), (torch.bfloat16, 3), (torch.float64, 1)],
+    ids=str,
+)
 def test_no_kind_of_cache_needs_code_that_was_not_prepared(dtype: torch.dtype, batch: int) -> None:
     """What is compiled while it is timed would be published as latency."""
     native.prepare(torch.empty(0, dtype=dtype))

@@ -11,6 +11,9 @@ marks a listing, and what of it is compared.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -26,9 +29,13 @@ from bench_cases import small_array  # noqa: F401
 from kvtool import app
 from kvtool.core.bench import timing, traffic
 from kvtool.core.bench.peers import TransformersGenerate
+from kvtool.core.checkpoint import checkpoint
 from kvtool.core.verify.mutants import selftest
+from kvtool.core.verify.scenarios import SCENARIOS
+from kvtool.registry import CACHES, KERNELS
 from listings import Listing, difference, same
 from self_tested import caught, passed
+from small_models import random_model
 
 ALL = listings.listings()
 CPU = torch.device("cpu")
@@ -126,17 +133,40 @@ def of(command: str) -> Any:
     return pytest.mark.parametrize("listing", chosen, ids=str)
 
 
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judge a small model in place of the one that is loaded."""
+    load = checkpoint.load
+
+    def loaded(*args: Any) -> Any:
+        found = load(*args)
+        sizes = {"vocab_size": found.config.vocab_size, "context": found.config.context}
+        return dataclasses.replace(found, model=random_model(**sizes))
+
+    monkeypatch.setattr(checkpoint, "load", loaded)
+
+
 @of("verify-cache")
 def test_a_listed_verdict_is_what_is_printed(
-    listing: Listing, printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    listing: Listing,
+    printed: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    listing, more = as_listed(listing), ["--tokens", "26"]  # fewer steps, as many rows
+    listing, more = as_listed(listing), ["--tokens", "12"]  # fewer steps, as many rows
+    document = tmp_path / "rows.json"
+    if listing.command == "verify-cache":
+        narrow(monkeypatch)  # every kind in every scenario; test_shipped_weights.py has real ones
+        more = ["--tokens", "26", "--output", str(document)]  # less is too few for its row "none"
     if "--self-test" in listing.command:
         monkeypatch.setattr(selftest, "try_mutant", caught)  # as test_selftest.py finds them
         monkeypatch.setattr(selftest, "try_lookalike", passed)
         more = []
     found = printed(listing, more)
     assert same(listing, found), difference(listing, found)
+    if listing.command == "verify-cache":  # of rows that came out alike one line is printed
+        rows = json.loads(document.read_text(encoding="utf-8"))["checks"]
+        every = itertools.product(CACHES, KERNELS, SCENARIOS)
+        assert [(row["cache"], row["kernels"], row["scenario"]) for row in rows] == [*every]
 
 
 @of("plan")

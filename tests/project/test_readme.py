@@ -34,7 +34,7 @@ JOURNEY = README.partition("## One token's journey")[2].partition("\n## ")[0]
 # The same commands, made short: the last value of an option counts.
 SHORTER = {
     "bench": "--lengths 2 3 --repeats 1",
-    "verify-cache": "--tokens 4",
+    "verify-cache": "--tokens 4 --caches static",
     "train-lm": "--steps 2 --d-model 32 --context 64 --batch-tokens 64",
     "train-seq2seq": "--steps 2 --d-model 32 --data pairs.tsv",
     "generate": "--max-tokens 3",
@@ -111,10 +111,11 @@ def test_the_tests_that_pages_show_run(
     assert len(blocks) == 3
     for code in blocks:
         space: dict[str, Any] = {}
-        # my_decoder has a slip, which the test is there to find. One scenario shows it; the listing
-        # of the command plays them all.
+        # my_decoder has a slip, which the test is there to find. One scenario shows it, and a few
+        # tokens; the listing of the command plays them all.
         few = {name: scenarios.SCENARIOS[name] for name in ("decode", "crop")}  # which it cannot
         monkeypatch.setattr(api, "SCENARIOS", few)
+        monkeypatch.setitem(api.verify.__kwdefaults__, "tokens", 12)
         exec(compile(code, "page", "exec", dont_inherit=True), space)
         given = {"kvtool_verify": kvtool.verify} if "kvtool_verify" in code else {}
         with pytest.raises(AssertionError, match="positions after the first step") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
@@ -38,7 +39,8 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def modes(decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """What is given to each way of checking that reaches several verdicts."""
     monkeypatch.setattr(selftest, "MUTANTS", selftest.MUTANTS[:5])
-    monkeypatch.setattr(selftest, "LOOKALIKES", selftest.LOOKALIKES[:1])
+    right = dataclasses.replace(selftest.LOOKALIKES[0], scenarios=tuple(FEW))
+    monkeypatch.setattr(selftest, "LOOKALIKES", (right,))
     file = tmp_path / "decoder_of_a_user.py"
     file.write_text(TARGET)
     few = ["--tokens", "4", "--scenarios", *FEW]

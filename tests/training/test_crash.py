@@ -51,17 +51,19 @@ N_WRITES = 1 + STEPS // EVAL_EVERY * N_SAVED  # run.json comes first
 TRIALS = [
     *(Trial("step", step) for step in range(1, STEPS + 1, 2)),
     *(Trial("evaluation", n) for n in range(1, STEPS // EVAL_EVERY + 1)),
-    *(Trial("write", n) for n in range(1, N_WRITES + 1)),
-    *(Trial("rename", n) for n in range(1, N_WRITES + 1, 4)),
-    *(Trial("full disk", n) for n in range(1, N_WRITES + 1, 4)),
+    # Each of two evaluations; of the third, which is as the second, the first, one and the last.
+    *(Trial("write", n) for n in range(1, 2 * N_SAVED + 2)),
+    *(Trial("write", n) for n in (2 * N_SAVED + 2, 2 * N_SAVED + 5, N_WRITES)),
+    *(Trial("rename", n) for n in range(1, N_WRITES + 1, 5)),
+    *(Trial("full disk", n) for n in range(1, N_WRITES + 1, 5)),
     *(Trial("call", part) for part in (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)),
     Trial("write", N_SAVED + 2, again=True),  # the first one behind a state
 ]
-UNSAFE = [Trial("plain write", n) for n in range(1, N_WRITES + 1, 3)]
+UNSAFE = [Trial("plain write", n) for n in range(1, N_WRITES + 1, 4)]
 FORGETFUL = [
     Trial("step", step, trainer=trainer)
     for trainer in ("Forgetful", "Unseeded")
-    for step in range(EVAL_EVERY + 1, STEPS + 1, 2)
+    for step in (EVAL_EVERY + 1, STEPS - 1)
 ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvtool.core.cache.base import CacheSpec
 from kvtool.core.cache.direct_access import buffer_addresses
 from kvtool.core.kernels.default import Kernels
-from kvtool.core.native import arrays as native
+from kvtool.core.native import few_queries
 from kvtool.core.native.arrays import Array
 
 
@@ -57,7 +57,7 @@ class CrossCache:
         shape = batch, spec.n_kv_heads, mask.shape[1], spec.head_dim
         keys, values = zip(*pairs, strict=True)
         addresses = buffer_addresses(keys, values, shape, spec.dtype)
-        seen = native.spans_of(mask.numpy())
+        seen = few_queries.spans_of(mask.numpy())
         if addresses is None or seen is None:
             return None
         return SourceAddresses(addresses, mask.shape[1], seen)

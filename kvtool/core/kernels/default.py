@@ -21,7 +21,7 @@ from kvtool.core.kernels.cudnn import CUDNN
 from kvtool.core.kernels.masks import LazyMask
 from kvtool.core.kernels.query_blocks import QueryBlock
 from kvtool.core.native import arrays as native
-from kvtool.core.native import fused, prompts
+from kvtool.core.native import few_queries, fused, prompts
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -117,7 +117,7 @@ class DefaultKernels:
         11. SDPA: all other calls
         """
         few = q.shape[2] == 1 or q.shape[0] * q.shape[2] <= native.MAX_STEP_TOKENS
-        if k.dtype is not q.dtype and (cap or not (few and native.can_attend(q, k, v, None))):
+        if k.dtype is not q.dtype and (cap or not (few and few_queries.can_attend(q, k, v, None))):
             # Codes stand for numbers of float32, also where the model is of a half format.
             return self.attention(q.to(k.dtype), k, v, mask, causal, cap).to(q.dtype)
         if cap:
@@ -127,8 +127,8 @@ class DefaultKernels:
         # is_causal aligns the mask at the top left: right only when T == S (pytorch #144858).
         if causal and q.shape[2] != k.shape[2]:
             raise ValueError(f"causal needs as many queries as keys ({q.shape[2]}, {k.shape[2]})")
-        if few and native.can_attend(q, k, v, mask):
-            return native.attention(q, k, v, mask, causal)
+        if few and few_queries.can_attend(q, k, v, mask):
+            return few_queries.attention(q, k, v, mask, causal)
         if causal and prompts.can_attend(q, k, v):
             return prompts.attention(q, k, v)
         if fused.can_fuse_attention(q, k, v):

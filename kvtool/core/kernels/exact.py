@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from kvtool.core.kernels.default import Layer, attention_by_blocks
 from kvtool.core.kernels.masks import LazyMask
 from kvtool.core.native import arrays as native
+from kvtool.core.native import few_queries
 
 # Bytes. Fresh memory begins at multiples of it; elsewhere vector code may add in another order.
 ALIGNMENT = 64
@@ -69,8 +70,8 @@ class ExactKernels:
         n_kv_heads, n_keys = k.shape[1:3]
         if causal and n_queries != n_keys:
             raise ValueError(f"causal needs as many queries as keys ({n_queries}, {n_keys})")
-        if not cap and native.can_attend(q, k, v, mask):  # compiled code bounds no scores
-            return native.attention(q, k, v, mask, causal)
+        if not cap and few_queries.can_attend(q, k, v, mask):  # compiled code bounds no scores
+            return few_queries.attention(q, k, v, mask, causal)
         queries = q.to(torch.promote_types(q.dtype, torch.float32)) * head_dim**-0.5
         found = []
         for row in range(batch):
