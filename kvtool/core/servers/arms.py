@@ -12,6 +12,9 @@ from kvtool.core.servers.texts import FORKED, MIN_VARIANTS, TAIL, Measured, Prom
 
 CUT_TAIL = 8
 FRESH = 4  # tokens
+DECODED = 4  # of the server's own tokens that a next turn must reuse at least
+DEEP_CHUNK = 176
+DEEP_SPLITS = (128, 191, 160)
 FIRST_OF_LONG = 8  # tokens before the cut in a long text, and tokens that are cut
 MAX_CORRECTIONS = 4  # times that a diverging continuation is corrected
 LONG_TAIL = 32
@@ -38,6 +41,14 @@ def long_prefix(prompt: Prompt, into: Measured) -> None:
         prompt.probe(into, split)
 
 
+def deep_prefix(prompt: Prompt, into: Measured) -> None:
+    """Prefixes of 128 tokens and more."""
+    for split in DEEP_SPLITS:
+        prompt.begin()
+        prompt.ask(prompt.parted(split))
+        prompt.probe(into, split)
+
+
 def decode(prompt: Prompt, into: Measured) -> None:
     """Tokens decoded one by one, compared with a prefill of the same tokens. If the server
     continues differently, its text is corrected and it is asked again."""
@@ -50,6 +61,26 @@ def decode(prompt: Prompt, into: Measured) -> None:
             into.add(judged, found.reused)
         begin = max(begin + len(answers), begin + 1, prompt.start)
         if begin > prompt.end:
+            return
+
+
+def turns(prompt: Prompt, into: Measured) -> None:
+    """The next turn of a chat: the server decodes an answer, which is then part of the prompt, with
+    more behind it. What was decoded must be reused too."""
+    for length in prompt.replies():
+        prompt.begin()
+        _reply(prompt, length)
+        prompt.probe(into, length)
+
+
+def _reply(prompt: Prompt, length: int) -> None:
+    """Let the server decode the text up to this length. The last token of an answer is in no cache
+    yet. If the server continues differently, its text is corrected and it is asked again."""
+    begin = prompt.n_prompt
+    for _ in range(MAX_CORRECTIONS):
+        found = prompt.ask(prompt.ids[:begin], length - begin + 1)
+        begin += common(found.tokens, prompt.ids[begin : length + 1]) + 1
+        if begin > length:
             return
 
 
@@ -152,17 +183,19 @@ def _to_cut(prompt: Prompt) -> Iterator[tuple[list[int], int, int]]:
 
 
 class Arm(NamedTuple):
-    """One arm: what is done to a cache, and whether it needs a long prompt."""
+    """One arm: what is done to a cache, and on which prompts."""
 
     about: str
     play: Callable[[Prompt, Measured], None]
-    long: bool = False
+    long: bool = False  # on one prompt of its own, lengthened
+    thorough: bool = False  # not asked by default
     crowded: bool = False  # whether others' tokens lie between: no cold request varies that
 
 
 ARMS: dict[str, Arm] = {
     "prefix": Arm("a prefix that another request left, then the rest", warm_prefix),
     "decode": Arm("tokens decoded one by one, against a prefill of them", decode),
+    "turns": Arm("the server's own answer, then the next turn of a chat", turns),
     "fork": Arm("one prefix, two continuations, the first again", fork),
     "between": Arm("another request in between", between, crowded=True),
     "slot": Arm("another request at the same time", second_slot, crowded=True),
@@ -171,14 +204,19 @@ ARMS: dict[str, Arm] = {
     ),
     "restored": Arm("a slot saved to a file, and read from there", restored, crowded=True),
     "cut": Arm("a prompt cut in the middle (reuse with shifted positions)", cut),
-    "long": Arm("a prompt longer than what is computed at a time", long_prefix, long=True),
+    "deep": Arm("a prefix of 128 tokens and more", deep_prefix, long=True),
+    "long": Arm(
+        "a prompt longer than what is computed at a time", long_prefix, long=True, thorough=True
+    ),
 }
 SHORT = [name for name, arm in ARMS.items() if not arm.long]
+DEFAULT = [name for name, arm in ARMS.items() if not arm.thorough]
 
 
 def play(prompt: Prompt, name: str) -> Measured:
     """Play one arm on one prompt. NaN from the cache counts as an answer. Raises ServerError."""
-    measured = Measured(name, prompt.number, prompt.cold)
+    measured = Measured(name, prompt.number, prompt.cold, least=prompt.least)
+    prompt.tally = measured.tally
     prompt.begin()
     try:
         ARMS[name].play(prompt, measured)
@@ -201,13 +239,13 @@ def open_prompt(
     return prompt
 
 
-def lengthened(prompts: Sequence[Sequence[int]], engine: Engine) -> list[int]:
-    """A prompt longer than a prefill chunk, joined from shorter ones; [] if it exceeds the context,
-    or the engine does not report its sizes."""
-    length = engine.chunk + engine.chunk // 8
-    length = length // AROUND * AROUND - LONG_TAIL // 2
+def lengthened(name: str, prompts: Sequence[Sequence[int]], engine: Engine) -> list[int]:
+    """The prompt of a long arm, joined from shorter ones; [] if it exceeds the context, or the
+    engine does not report its sizes."""
+    chunk = DEEP_CHUNK if name == "deep" else engine.chunk
+    length = (chunk + chunk // 8) // AROUND * AROUND - LONG_TAIL // 2
     fits = not 0 < engine.context <= length + LONG_TAIL + FORKED
-    if not 0 < engine.chunk <= MAX_CHUNK or not fits:
+    if not 0 < chunk <= MAX_CHUNK or not fits:
         return []
     joined = [i for ids in prompts for i in ids]
     return (joined * (length // len(joined) + 1))[:length]

@@ -38,6 +38,12 @@ class Visit:
         """The typical floor of all histories, relative."""
         return pooled_floor(self.colds)
 
+    @property
+    def cut(self) -> tuple[int, int]:
+        """How many requests without a cache were cut short, and of how many."""
+        tallies = [cold.tally for cold in self.colds]
+        return sum(t.cut for t in tallies), sum(t.requests for t in tallies)
+
     def lacks(self, arm: str) -> bool:
         """Whether the server does not support an arm, so that it need not be tried again."""
         return any(m.unsupported for m in self.measured if m.arm == arm)
@@ -101,7 +107,7 @@ def _visit_long(
 ) -> None:
     for name in long:
         progress(name)
-        ids = lengthened(prompts, engine)
+        ids = lengthened(name, prompts, engine)
         if not ids:
             why = "its context is too short, or it does not tell its sizes"
             found.measured.append(Measured(name, len(prompts), Cold([]), unsupported=why))

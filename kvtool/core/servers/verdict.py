@@ -17,6 +17,7 @@ from kvtool.core.servers.texts import (
     Cold,
     Measured,
     Probe,
+    Tally,
     likeliest,
     vector,
 )
@@ -24,9 +25,12 @@ from kvtool.core.verify import noise
 
 IDENTICAL, WITHIN, BEYOND = "identical", "within noise", "beyond noise"
 HIDDEN, VACUOUS, LOSSY, UNSUPPORTED = "cannot tell", "vacuous", "lossy", "unsupported"
+NOT_REACHED = "not reached"  # too little was reused
+CONTRARY = "contradicts itself"  # with the cache it chose tokens that its logprobs do not
 ROUNDING, BUG = "rounding", "bug"  # where a promoted server decides
 RIGHT = (IDENTICAL, WITHIN, ROUNDING, LOSSY)
-WRONG = (BEYOND, BUG, HIDDEN)
+WRONG = (BEYOND, BUG, HIDDEN, CONTRARY)
+NOTHING_SAID = (VACUOUS, NOT_REACHED)  # neither for a cache nor against it
 
 MIN_FLOOR = float(np.finfo(np.float32).eps)  # of a floor, relative: logprobs are float32
 NOTHING = 1e-12  # the floor of equal answers, whose mean is rounded
@@ -70,6 +74,8 @@ class ArmVerdict:
     floor: float | None = None
     fault: float | None = None  # of the smaller control
     reused: int | None = None  # the most tokens that were taken from the cache
+    requests: int = 0  # whose answers were compared
+    reached: int | None = None  # of them, that reused as much as the arm is about
     prompts: int = 0
     first_beyond: int | None = None  # the shortest history whose answer is beyond the noise
     gaps: tuple[ProbeGap, ...] = ()
@@ -125,14 +131,21 @@ def judge_arm(measured: Sequence[Measured], pooled: float = 0.0, grown: float = 
         return ArmVerdict(arm, UNSUPPORTED, measured[0].unsupported)
     told = [m.reused for m in asked if m.reused is not None]
     reused = max(told) if told else None
+    odd = _odd(asked)
     found = [_Compared.of(m, pooled, grown) for m in asked]
     found = [compared for compared in found if compared.gaps]
     if not found:
-        return ArmVerdict(arm, VACUOUS, NOT_SHARED, reused=reused)
+        verdict, evidence = odd or (VACUOUS, NOT_SHARED)
+        return ArmVerdict(arm, verdict, evidence, reused=reused)
     limit = _limit(arm, found)
     verdict, evidence = _judged(found, reused, limit)
     if verdict == BEYOND and asked[0].approximate:
         verdict = LOSSY
+    if odd and verdict != BEYOND:
+        verdict, evidence = odd
+    reach = _reach(asked)
+    if verdict in RIGHT:
+        verdict, evidence = _reached(reach, asked) or (verdict, evidence)
     gaps = tuple(gap for compared in found for gap in compared.gaps)
     beyond = [gap.history for gap in gaps if gap.ratio > limit]
     faults = [compared.fault for compared in found if compared.fault is not None]
@@ -140,9 +153,42 @@ def judge_arm(measured: Sequence[Measured], pooled: float = 0.0, grown: float = 
     return ArmVerdict(
         arm, verdict, evidence, _typical(found, "ratio"), *max(runs), _typical(found, "gap"),
         _typical(found, "floor"), median(faults) if faults else None,
-        reused, len(found), min(beyond) if verdict in (BEYOND, LOSSY) and beyond else None, gaps,
-        limit=limit,
+        reused, len(runs), sum(reach) if told else None, len(found),
+        min(beyond) if verdict in (BEYOND, LOSSY) and beyond else None, gaps, limit=limit,
     )  # fmt: skip
+
+
+def _odd(asked: Sequence[Measured]) -> tuple[str, str] | None:
+    """The verdict on answers that are odd in themselves, if they are with the cache."""
+    warm, cold = _sum([m.tally for m in asked]), _sum([m.cold.tally for m in asked])
+    for tally in (cold, warm):
+        if tally.contrary:
+            said = f"{tally.contrary:,} of {tally.tokens:,} tokens are not their own likeliest"
+            return (HIDDEN, f"{said}{SAMPLED}") if tally is cold else (CONTRARY, said)
+    if warm.cut and not cold.cut:
+        said = f"{warm.cut:,} of {warm.requests:,} answers were cut short"
+        return HIDDEN, f"{said}, by {warm.lacking:,} tokens, and none without the cache"
+    return None
+
+
+def _sum(tallies: Sequence[Tally]) -> Tally:
+    fields = [[*vars(tally).values()] for tally in tallies]
+    return Tally(*map(sum, zip(*fields, strict=True)))
+
+
+def _reach(asked: Sequence[Measured]) -> list[bool]:
+    """Whether each request reused as much as its arm is about, of those that say what they did."""
+    runs = {(m.prompt, p.run): (p.reused, m.least) for m in asked for p in m.probes}
+    return [reused >= least for reused, least in runs.values() if reused is not None]
+
+
+def _reached(reach: Sequence[bool], asked: Sequence[Measured]) -> tuple[str, str] | None:
+    """The verdict on an arm that reused next to nothing, as a right answer is then no evidence."""
+    if not reach or 2 * sum(reach) >= len(reach):
+        return None
+    least, n = max(m.least for m in asked), sum(reach)
+    some = f"{n} of {len(reach)} requests" if n else "no request"
+    return NOT_REACHED, f"{some} reused the {least} tokens that it takes"
 
 
 NOT_SHARED = "too few cold answers had the same history as the cached one"
@@ -151,6 +197,7 @@ NOT_REUSED = "the server took nothing from its cache"
 NO_NOISE = "no cold request differed from another by a bit, so that the noise is not known"
 BLIND = "a wrong token changes none of its answers, so that they say nothing"
 IN_DOUBT = "above its noise, as a right server is now and then where others' tokens lie between"
+SAMPLED = ", without the cache too: does it sample, or penalise?"
 TOO_NOISY = "the engine's own noise is as large as a wrong token"
 
 
@@ -258,7 +305,7 @@ def with_promoted(plain: ArmVerdict, promoted: ArmVerdict) -> ArmVerdict:
         plain, promoted=promoted.verdict, promoted_ratio=promoted.ratio, promoted_gap=promoted.gap,
         promoted_worst=promoted.worst, promoted_worst_gap=promoted.worst_gap,
     )  # fmt: skip
-    if plain.verdict in (VACUOUS, LOSSY, UNSUPPORTED):
+    if plain.verdict in (*NOTHING_SAID, LOSSY, UNSUPPORTED, CONTRARY):
         return found
     noisy = bool(plain.floor and promoted.floor and promoted.floor > AS_NOISY * plain.floor)
     if noisy and plain.verdict != IDENTICAL:
