@@ -193,9 +193,9 @@ def _size(arms: Sequence[ArmVerdict]) -> str:
             most, len(arms) > 1, sizes[0],
             f"{times(sizes[0])} times the noise in F32, {nats(sizes[1])} nats",
         )  # fmt: skip
-    most = max(arms, key=lambda a: a.worst or 0)
+    most = max(arms, key=lambda a: max(a.worst or 0, a.tail or 0))
     rare = most.ratio is not None and most.ratio <= most.limit
-    ratio, gap = (most.worst, most.worst_gap) if rare else (most.ratio, most.gap)
+    ratio, gap = (most.tail, most.tail_gap) if rare else (most.ratio, most.gap)
     said = f"{'up to ' * rare}{times(ratio)} times it, {nats(gap)} nats"
     if most.fault and gap is not None:
         said += f" ({times(gap / most.fault)} of a wrong token)"

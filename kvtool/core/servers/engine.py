@@ -27,11 +27,13 @@ class Completion(NamedTuple):
     reused: int | None  # prompt tokens that it took from its cache; None: it does not say
     lacking: int = 0  # tokens fewer than it was asked for
 
-    @property
-    def contrary(self) -> int:
-        """How many of its tokens are not the likeliest by their own logprobs."""
-        pairs = zip(self.tokens, self.likeliest, strict=True)
-        return sum(top.get(i, -math.inf) < max(top.values()) - TIE for i, top in pairs)
+    def passed_over(self) -> list[set[int]]:
+        """The likelier ids of each token that is not the likeliest by its own logprobs."""
+        found = []
+        for token, top in zip(self.tokens, self.likeliest, strict=True):
+            least = top.get(token, -math.inf) + TIE
+            found.append({i for i, p in top.items() if p > least})
+        return [ids for ids in found if ids]
 
 
 Request = tuple[str, dict[str, Any]]  # a path, and the body of a POST
@@ -102,8 +104,10 @@ class Slotless:
 def completion(
     engine: Engine, n_prompt: int, n: int, found: Any, token: Any, likeliest: Any, reused: Any
 ) -> Completion:
-    """The Completion of a server's list of tokens, of which n were asked for. Raises ServerError for
-    what lacks logprobs."""
+    """The Completion of a server's list of tokens, of which n were asked for.
+
+    Raises ServerError for what lacks logprobs.
+    """
     try:
         tokens = tuple(id_of(token(item)) for item in found)
         tops = tuple(likeliest(item) for item in found)

@@ -49,17 +49,24 @@ class Tally:
 
     requests: int = 0
     tokens: int = 0
-    contrary: int = 0  # tokens that are not the likeliest by their own logprobs
     lacking: int = 0  # tokens that were asked for, and did not come
     cut: int = 0  # requests whose answer lacks some
+    chosen: set[int] = field(default_factory=set)
+    passed_over: list[set[int]] = field(default_factory=list)  # see Completion.passed_over
 
     def count(self, found: Completion) -> None:
         """Add one answer."""
         self.requests += 1
         self.tokens += len(found.tokens)
-        self.contrary += found.contrary
         self.lacking += found.lacking
         self.cut += found.lacking > 0
+        self.chosen.update(found.tokens)
+        self.passed_over += found.passed_over()
+
+    def contrary(self, chosen: set[int]) -> int:
+        """How many tokens contradict their own logprobs. What the server never chooses may be the
+        end of a text, which it is asked to ignore."""
+        return sum(not ids.isdisjoint(chosen) for ids in self.passed_over)
 
 
 @dataclass
