@@ -67,6 +67,7 @@ def decode(prompt: Prompt, into: Measured) -> None:
 def turns(prompt: Prompt, into: Measured) -> None:
     """The next turn of a chat: the server decodes an answer, which is then part of the prompt, with
     more behind it. What was decoded must be reused too."""
+    into.least = prompt.n_prompt + DECODED
     for length in prompt.replies():
         prompt.begin()
         _reply(prompt, length)

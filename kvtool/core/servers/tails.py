@@ -61,7 +61,7 @@ PLACES: dict[str, Where] = {
 
 
 def hidden(found: Sequence[Compared], crowded: bool) -> Seen | None:
-    """The surest fault that medians hide, if there is any.
+    """The fault that medians hide, if there is any: what is sure before what is not.
 
     crowded: whether others' tokens lie between, so that single requests differ by more.
     """
@@ -70,11 +70,11 @@ def hidden(found: Sequence[Compared], crowded: bool) -> Seen | None:
         return None
     fault = median(faults)
     views = [
-        *_places(found, fault), _nine_tenths(found, fault), _request(found, fault, crowded),
+        _request(found, fault, crowded), *_places(found, fault), _nine_tenths(found, fault),
         _position(found, fault),
     ]  # fmt: skip
     seen = [view for view in views if view is not None]
-    return max(seen, key=lambda view: (view.sure, view.ratio), default=None)
+    return next((view for view in seen if view.sure), seen[0] if seen else None)
 
 
 def _seen(
