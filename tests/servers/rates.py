@@ -7,7 +7,8 @@ faulty one asks through a proxy that plants one of the faults in turn, and takes
 requests, which no fault touches, from the healthy one: that saves half of its time. Counted are
 false alarms, misses, and what could not be told. A line a trial, then the sums; --json FILE keeps
 every ratio. --keep FOLDER keeps all answers, and --again FOLDER judges kept ones anew, after the
-rule changed; --faults seldom plants faults that show in few answers alone.
+rule changed; --faults seldom plants faults that show in few answers alone. --model FOLDER counts
+how often verify-logits is wrong instead.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
-from fault_proxy import FAULTS, SELDOM, UNSEEN, FaultProxy, proxied
+from fault_proxy import FAULTS, SELDOM, UNSEEN, FaultProxy, WrongEverywhere, proxied
 from kvtool.core.servers.client import Client
 from kvtool.core.servers.engines import connect
 from kvtool.core.servers.prompts import LENGTHS, TEXTS
@@ -155,6 +156,37 @@ def kept_trials(folder: Path) -> Iterator[tuple[str, list[Visit]]]:
             yield pickle.load(file)
 
 
+WRONG_MODELS = ["a token replaced", "a token missing", "half of the prefix lost"]
+WRONG_MODELS += ["two tokens swapped", "a stale block", "temperature"]
+
+
+def logits_trials(given: Any) -> None:
+    """Trials of verify-logits: print and count each."""
+    import torch
+
+    from kvtool.core.checkpoint import checkpoint
+    from kvtool.core.reference import served
+
+    precise = checkpoint.load(given.model, torch.device("cpu"), torch.float64).model
+    loaded = checkpoint.load(given.model, torch.device("cpu"), torch.float32)
+    counts: Counter[str] = Counter()
+    for n in range(given.first, given.trials):
+        prompts = fresh_prompts(given.url, given.seed + 1000 * n, given.prompts)
+        for name in ("", WRONG_MODELS[n % len(WRONG_MODELS)]):
+            warm = WARMER if name == "temperature" else 1.0
+            with proxied(WrongEverywhere(given.url, FAULTS.get(name), warm)) as address:
+                engine = connect(Client(address, PATIENCE))
+                size = loaded.config.vocab_size
+                asked = served.ask(engine, prompts, given.tail, size, lambda _: None)
+            served.run_exact(precise, asked)
+            served.run_rounded(loaded.model, asked, loaded.stored_dtype, 1)
+            found = served.judge(asked, served.positions(asked))
+            counts[f"{'faulty' if name else 'healthy'}: {found.verdict}"] += 1
+            words = f"ratio {found.ratio:.3g} worst {found.worst:.3g}"
+            print(f"{name or 'healthy':40} {found.verdict:12} {words}", flush=True)
+    print(dict(counts))
+
+
 def main() -> None:
     """Run the trials."""
     parser = argparse.ArgumentParser()
@@ -172,7 +204,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--again", type=Path)
+    parser.add_argument("--model", default="", help="of verify-logits: what the server serves")
     given = parser.parse_args()
+    if given.model:
+        logits_trials(given)
+    else:
+        cache_trials(given)
+
+
+def cache_trials(given: Any) -> None:
+    """Trials of verify-cache: print and count each."""
     plain = [*FAULTS, "temperature"]
     names = {"plain": plain, "seldom": [*SELDOM], "all": [*SELDOM, *plain]}[given.faults]
     counts: dict[str, Counter[str]] = {}

@@ -280,6 +280,21 @@ class FaultProxy:
         return found
 
 
+FIXED = 40  # tokens of a prompt; a fault lies in the middle of them, whatever the request
+
+
+class WrongEverywhere(FaultProxy):
+    """A server that is wrong without its cache too, as with wrong weights or positions."""
+
+    def answer(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        """As FaultProxy.answer."""
+        if path not in APIS or body is None:
+            return self._ask(path, body)
+        found = self._ask(path, {**body, "prompt": self.seldom.fault(body["prompt"], [], FIXED)})
+        APIS[path].mend(found, 0, self.temperature)
+        return found
+
+
 def _nothing(ids: Tokens, kept: Tokens, n: int) -> Tokens:
     return ids
 
