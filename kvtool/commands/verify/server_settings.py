@@ -52,11 +52,11 @@ class Settings:
 
 def names_of(settings: Settings) -> tuple[list[str], list[str]]:
     """The arms on short prompts, and those on long ones. Raises UsageError for an unknown name."""
-    from kvtool.core.servers.arms import ARMS, DEFAULT
+    from kvtool.core.servers.arms import ARMS, SHORT
 
     for name in settings.scenarios or []:
         choose(name, list(ARMS), "--scenarios")
-    asked = settings.scenarios or (list(ARMS) if settings.thorough else DEFAULT)
+    asked = settings.scenarios or (list(ARMS) if settings.thorough else SHORT)
     return [n for n in ARMS if n in asked and not ARMS[n].long], [
         n for n in ARMS if n in asked and ARMS[n].long
     ]

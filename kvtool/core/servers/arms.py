@@ -13,8 +13,6 @@ from kvtool.core.servers.texts import FORKED, MIN_VARIANTS, TAIL, Measured, Prom
 CUT_TAIL = 8
 FRESH = 4  # tokens
 DECODED = 4  # of the server's own tokens that a next turn must reuse at least
-DEEP_CHUNK = 176
-DEEP_SPLITS = (128, 191, 160)
 FIRST_OF_LONG = 8  # tokens before the cut in a long text, and tokens that are cut
 MAX_CORRECTIONS = 4  # times that a diverging continuation is corrected
 LONG_TAIL = 32
@@ -36,14 +34,6 @@ def long_prefix(prompt: Prompt, into: Measured) -> None:
     """Prefixes that end before, at and behind the end of a prefill chunk."""
     chunk = prompt.engine.chunk
     for split in (prompt.random.randrange(chunk // 2, chunk), chunk, chunk + chunk // 16):
-        prompt.begin()
-        prompt.ask(prompt.parted(split))
-        prompt.probe(into, split)
-
-
-def deep_prefix(prompt: Prompt, into: Measured) -> None:
-    """Prefixes of 128 tokens and more."""
-    for split in DEEP_SPLITS:
         prompt.begin()
         prompt.ask(prompt.parted(split))
         prompt.probe(into, split)
@@ -184,12 +174,11 @@ def _to_cut(prompt: Prompt) -> Iterator[tuple[list[int], int, int]]:
 
 
 class Arm(NamedTuple):
-    """One arm: what is done to a cache, and on which prompts."""
+    """One arm: what is done to a cache, and whether it needs a long prompt."""
 
     about: str
     play: Callable[[Prompt, Measured], None]
-    long: bool = False  # on one prompt of its own, lengthened
-    thorough: bool = False  # not asked by default
+    long: bool = False
     crowded: bool = False  # whether others' tokens lie between: no cold request varies that
 
 
@@ -205,13 +194,9 @@ ARMS: dict[str, Arm] = {
     ),
     "restored": Arm("a slot saved to a file, and read from there", restored, crowded=True),
     "cut": Arm("a prompt cut in the middle (reuse with shifted positions)", cut),
-    "deep": Arm("a prefix of 128 tokens and more", deep_prefix, long=True),
-    "long": Arm(
-        "a prompt longer than what is computed at a time", long_prefix, long=True, thorough=True
-    ),
+    "long": Arm("a prompt longer than what is computed at a time", long_prefix, long=True),
 }
 SHORT = [name for name, arm in ARMS.items() if not arm.long]
-DEFAULT = [name for name, arm in ARMS.items() if not arm.thorough]
 
 
 def play(prompt: Prompt, name: str) -> Measured:
@@ -240,13 +225,13 @@ def open_prompt(
     return prompt
 
 
-def lengthened(name: str, prompts: Sequence[Sequence[int]], engine: Engine) -> list[int]:
-    """The prompt of a long arm, joined from shorter ones; [] if it exceeds the context, or the
-    engine does not report its sizes."""
-    chunk = DEEP_CHUNK if name == "deep" else engine.chunk
-    length = (chunk + chunk // 8) // AROUND * AROUND - LONG_TAIL // 2
+def lengthened(prompts: Sequence[Sequence[int]], engine: Engine) -> list[int]:
+    """A prompt longer than a prefill chunk, joined from shorter ones; [] if it exceeds the context,
+    or the engine does not report its sizes."""
+    length = engine.chunk + engine.chunk // 8
+    length = length // AROUND * AROUND - LONG_TAIL // 2
     fits = not 0 < engine.context <= length + LONG_TAIL + FORKED
-    if not 0 < chunk <= MAX_CHUNK or not fits:
+    if not 0 < engine.chunk <= MAX_CHUNK or not fits:
         return []
     joined = [i for ids in prompts for i in ids]
     return (joined * (length // len(joined) + 1))[:length]

@@ -101,7 +101,7 @@ def _visit_long(
 ) -> None:
     for name in long:
         progress(name)
-        ids = lengthened(name, prompts, engine)
+        ids = lengthened(prompts, engine)
         if not ids:
             why = "its context is too short, or it does not tell its sizes"
             found.measured.append(Measured(name, len(prompts), Cold([]), unsupported=why))
