@@ -70,7 +70,7 @@ def hidden(found: Sequence[Compared], crowded: bool) -> Seen | None:
         return None
     fault = median(faults)
     views = [
-        _request(found, fault, crowded), *_places(found, fault), _nine_tenths(found, fault),
+        _request(found, fault, crowded), _places(found, fault), _nine_tenths(found, fault),
         _position(found, fault),
     ]  # fmt: skip
     seen = [view for view in views if view is not None]
@@ -86,7 +86,8 @@ def _seen(
     return Seen(ratio > limits.fault, said, ratio, gap, first) if ratio > limits.doubt else None
 
 
-def _places(found: Sequence[Compared], fault: float) -> list[Seen | None]:
+def _places(found: Sequence[Compared], fault: float) -> Seen | None:
+    """The kind of positions that is furthest off."""
     seen = []
     for said, where in PLACES.items():
         of_prompts = [at for c in found if (at := [g for g, i in _indexed(c) if where(g, i)])]
@@ -98,7 +99,7 @@ def _places(found: Sequence[Compared], fault: float) -> list[Seen | None]:
         )
         first = min(g.history for at in of_prompts for g in at if g.ratio >= ratio)
         seen.append(_seen(PLACE, said, ratio, gap, fault, first))
-    return seen
+    return max((each for each in seen if each), key=lambda each: each.ratio, default=None)
 
 
 def _indexed(compared: Compared) -> list[tuple[ProbeGap, int]]:
