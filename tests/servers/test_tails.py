@@ -68,9 +68,15 @@ def test_where_others_tokens_lie_between_one_request_is_further_off() -> None:
     def one(ratio: float) -> Seen | None:
         return seen(lambda p, r, h: ratio * (p == 3 and r == 1), crowded=True)
 
-    assert one(1.9) is None
     found = one(3.0)
-    assert found is not None and not found.sure
+    assert one(2.4) is None and found is not None and not found.sure
+    assert seen(lambda p, r, h: 2.4 * (h % 16 == 0), crowded=True) is None
+
+
+def test_a_gap_far_below_a_wrong_token_is_no_fault_at_few_times_the_noise() -> None:
+    assert seen(lambda p, r, h: 3.0 * (h % 16 == 0), floor=0.03) is None
+    found = seen(lambda p, r, h: 4.5 * (h % 16 == 0), floor=0.03)
+    assert found is not None and found.sure
 
 
 def test_what_a_wrong_token_dwarfs_is_noise_for_longer() -> None:

@@ -195,7 +195,8 @@ def _size(arms: Sequence[ArmVerdict]) -> str:
         )  # fmt: skip
     most = max(arms, key=lambda a: max(a.worst or 0, a.tail or 0))
     rare = most.ratio is not None and most.ratio <= most.limit
-    ratio, gap = (most.tail, most.tail_gap) if rare else (most.ratio, most.gap)
+    seldom = (most.worst, most.worst_gap) if most.tail is None else (most.tail, most.tail_gap)
+    ratio, gap = seldom if rare else (most.ratio, most.gap)
     said = f"{'up to ' * rare}{times(ratio)} times it, {nats(gap)} nats"
     if most.fault and gap is not None:
         said += f" ({times(gap / most.fault)} of a wrong token)"

@@ -19,11 +19,9 @@ from kvtool.core.servers.gaps import Compared, ProbeGap
 BLOCK = 16  # tokens: engines' blocks are multiples
 MIN_PROMPTS = 3  # that have a position of a kind, without which it has no median
 MIN_ANSWERS = 5  # of a request that is judged by itself
-LARGE, TINY = (
-    0.5,
-    0.05,
-)  # of a wrong token: a gap that is one; and one that is none below TINY_LIMIT
-TINY_LIMIT = 4.0
+LARGE = 0.5  # of a wrong token: a smaller gap is noise up to FAR times it
+FAR = 4.0
+TINY = 0.05  # of a wrong token: the same of an arm's median
 
 
 class Limits(NamedTuple):
@@ -33,11 +31,19 @@ class Limits(NamedTuple):
     fault: float
 
 
-PLACE = Limits(1.4, 1.7)
-NINE_TENTHS = Limits(1.7, 2.0)
-REQUEST = Limits(1.6, 2.0)
-CROWDED_REQUEST = Limits(2.0, 4.0)
-POSITION = Limits(3.2, 4.0)
+class Views(NamedTuple):
+    """The limits of each view."""
+
+    place: Limits
+    nine_tenths: Limits
+    request: Limits
+    position: Limits
+
+
+VIEWS = Views(Limits(1.4, 1.7), Limits(1.7, 2.0), Limits(1.6, 2.0), Limits(3.2, FAR))
+# Where others' tokens lie between, right servers have longer tails.
+CROWDED = Limits(2.5, FAR)
+CROWDED_VIEWS = Views(CROWDED, CROWDED, CROWDED, Limits(FAR, 2 * FAR))
 
 
 class Seen(NamedTuple):
@@ -63,15 +69,16 @@ PLACES: dict[str, Where] = {
 def hidden(found: Sequence[Compared], crowded: bool) -> Seen | None:
     """The fault that medians hide, if there is any: what is sure before what is not.
 
-    crowded: whether others' tokens lie between, so that single requests differ by more.
+    crowded: whether others' tokens lie between, so that few answers may differ by more.
     """
     faults = [compared.fault for compared in found if compared.fault is not None]
     if not faults:
         return None
     fault = median(faults)
+    limits = CROWDED_VIEWS if crowded else VIEWS
     views = [
-        _request(found, fault, crowded), _places(found, fault), _nine_tenths(found, fault),
-        _position(found, fault),
+        _request(found, fault, limits.request), _places(found, fault, limits.place),
+        _nine_tenths(found, fault, limits.nine_tenths), _position(found, fault, limits.position),
     ]  # fmt: skip
     seen = [view for view in views if view is not None]
     return next((view for view in seen if view.sure), seen[0] if seen else None)
@@ -80,13 +87,13 @@ def hidden(found: Sequence[Compared], crowded: bool) -> Seen | None:
 def _seen(
     limits: Limits, said: str, ratio: float, gap: float, fault: float, first: int
 ) -> Seen | None:
-    """What is beyond the limits; a gap that a wrong token dwarfs is noise for longer."""
-    if not gap >= TINY * fault and ratio <= TINY_LIMIT:
+    """What is beyond the limits of a view."""
+    if ratio <= limits.doubt or (not gap > LARGE * fault and ratio <= FAR):
         return None
-    return Seen(ratio > limits.fault, said, ratio, gap, first) if ratio > limits.doubt else None
+    return Seen(ratio > limits.fault, said, ratio, gap, first)
 
 
-def _places(found: Sequence[Compared], fault: float) -> Seen | None:
+def _places(found: Sequence[Compared], fault: float, limits: Limits) -> Seen | None:
     """The kind of positions that is furthest off."""
     seen = []
     for said, where in PLACES.items():
@@ -98,7 +105,7 @@ def _places(found: Sequence[Compared], fault: float) -> Seen | None:
             for name in ("ratio", "gap")
         )
         first = min(g.history for at in of_prompts for g in at if g.ratio >= ratio)
-        seen.append(_seen(PLACE, said, ratio, gap, fault, first))
+        seen.append(_seen(limits, said, ratio, gap, fault, first))
     return max((each for each in seen if each), key=lambda each: each.ratio, default=None)
 
 
@@ -112,17 +119,16 @@ def _indexed(compared: Compared) -> list[tuple[ProbeGap, int]]:
     return found
 
 
-def _nine_tenths(found: Sequence[Compared], fault: float) -> Seen | None:
+def _nine_tenths(found: Sequence[Compared], fault: float, limits: Limits) -> Seen | None:
     gaps = [gap for compared in found for gap in compared.gaps]
     ratio = float(np.quantile([gap.ratio for gap in gaps], 0.9, method="lower"))
     beyond = [gap for gap in gaps if gap.ratio >= ratio]
     said = f"at {len(beyond)} of {len(gaps)} positions"
     size = min(gap.gap for gap in beyond)
-    return _seen(NINE_TENTHS, said, ratio, size, fault, min(gap.history for gap in beyond))
+    return _seen(limits, said, ratio, size, fault, min(gap.history for gap in beyond))
 
 
-def _request(found: Sequence[Compared], fault: float, crowded: bool) -> Seen | None:
-    limits = CROWDED_REQUEST if crowded else REQUEST
+def _request(found: Sequence[Compared], fault: float, limits: Limits) -> Seen | None:
     runs = [
         [gap for gap in compared.gaps if gap.run == run]
         for compared in found
@@ -131,7 +137,7 @@ def _request(found: Sequence[Compared], fault: float, crowded: bool) -> Seen | N
     beyond = []
     for run in runs:
         ratio, gap = (median(getattr(g, name) for g in run) for name in ("ratio", "gap"))
-        doubt = limits.doubt if len(run) >= MIN_ANSWERS else POSITION.fault
+        doubt = limits.doubt if len(run) >= MIN_ANSWERS else max(limits.doubt, FAR)
         if ratio > doubt and gap > LARGE * fault:
             beyond.append((ratio, gap, min(g.history for g in run)))
     if not beyond:
@@ -141,7 +147,7 @@ def _request(found: Sequence[Compared], fault: float, crowded: bool) -> Seen | N
     return _seen(limits, said, ratio, gap, fault, min(first for *_, first in beyond))
 
 
-def _position(found: Sequence[Compared], fault: float) -> Seen | None:
+def _position(found: Sequence[Compared], fault: float, limits: Limits) -> Seen | None:
     """One position, over the floor of its history or of its prompt, whichever is more: of many
     floors some are too small by chance."""
     n, beyond = 0, []
@@ -150,10 +156,10 @@ def _position(found: Sequence[Compared], fault: float) -> Seen | None:
         for gap in compared.gaps:
             n += 1
             least = min(1.0, gap.floor / typical) if typical else 1.0
-            if (ratio := gap.ratio * least) > POSITION.doubt and gap.gap > LARGE * fault:
+            if (ratio := gap.ratio * least) > limits.doubt and gap.gap > LARGE * fault:
                 beyond.append((ratio, gap.gap, gap.history))
     if not beyond:
         return None
     ratio, nats, _ = max(beyond)
     said = f"at {len(beyond)} of {n} positions"
-    return _seen(POSITION, said, ratio, nats, fault, min(first for *_, first in beyond))
+    return _seen(limits, said, ratio, nats, fault, min(first for *_, first in beyond))

@@ -8,7 +8,7 @@ from statistics import median
 
 from kvtool.core.servers.arms import ARMS
 from kvtool.core.servers.gaps import NOTHING, Compared, ProbeGap, typical
-from kvtool.core.servers.tails import LARGE, TINY, TINY_LIMIT, Seen, hidden
+from kvtool.core.servers.tails import FAR, LARGE, TINY, Seen, hidden
 from kvtool.core.servers.texts import Measured
 from kvtool.core.verify import noise
 
@@ -156,7 +156,7 @@ def _limit(arm: str, found: Sequence[Compared]) -> float:
     """The ratio to the floor up to which a distance is noise."""
     faults = [compared.fault for compared in found if compared.fault is not None]
     if faults and typical(found, "gap") < TINY * median(faults):
-        return TINY_LIMIT
+        return FAR
     return CROWDED if _crowded(arm) else LIMIT
 
 
