@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvtool.core.servers.gaps import distance, pooled_floor, scale_of
 from kvtool.core.servers.texts import Answer, Cold, Measured
 from kvtool.core.servers.verdict import (
     BEYOND,
@@ -26,10 +27,7 @@ from kvtool.core.servers.verdict import (
     VACUOUS,
     WITHIN,
     ArmVerdict,
-    distance,
     judge_arm,
-    pooled_floor,
-    scale_of,
     with_promoted,
 )
 

@@ -40,6 +40,7 @@ class FakeEngine:
         self.fault, self.top, self.kept = fault, top, [[0]]
         self.slots: list[list[int]] = [[] for _ in range(slots)]
         self.memory, self.files = memory, {}
+        self.barred: set[int] = set()  # tokens that are never chosen, as the end of a text
         self.status: list[int] = []
         self.seen: list[tuple[str, dict[str, Any], str]] = []
         self.flushed = 0
@@ -59,8 +60,8 @@ class FakeEngine:
             logits = advance(self.model, cache, torch.tensor([new]), last=True)[0, -1]
             top = logits.float().log_softmax(-1).topk(min(self.top, V))
             pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-            found.append((pairs[0][0], pairs))
-            new = [pairs[0][0]]
+            new = [next(token for token, _ in pairs if token not in self.barred)]
+            found.append((new[0], pairs))
         self.kept = [*self.kept, [*ids, *(token for token, _ in found)]][-self.memory :]
         return found, shared
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from json_server import json_server
 
 LEAST = 8  # tokens of a prefix that are reused
 Tokens = list[int]
+Items = list[tuple[int, Any]]
 Fault = Callable[[Tokens, Tokens, int], Tokens]  # the prompt, what was kept, how much they share
 
 
@@ -85,6 +87,32 @@ UNSEEN: dict[str, Fault] = {  # that the rule was not tuned on
 FAULTS: dict[str, Fault] = {**TUNED, **UNSEEN}
 
 
+class Seldom(NamedTuple):
+    """A fault that shows in few answers: where its prefix has decoded tokens, in a share of the
+    requests, at histories whose length is a multiple, or at the first token of an answer."""
+
+    fault: Fault = missing
+    decoded: bool = False
+    share: float = 1.0
+    every: int = 0
+    first: bool = False
+
+
+def unwritten(ids: Tokens, kept: Tokens, n: int) -> Tokens:
+    """The last token of the prefix, missing."""
+    return [*ids[: n - 1], *ids[n:]]
+
+
+SELDOM: dict[str, Seldom] = {  # none of them did the rule know
+    "decoded tokens: one missing": Seldom(unwritten, decoded=True),
+    "a quarter of the requests": Seldom(share=0.25),
+    "a quarter of the requests, a stale block": Seldom(stale_block, share=0.25),
+    "every 16th position": Seldom(every=16),
+    "every 16th position, two tokens swapped": Seldom(swapped, every=16),
+    "the first answer": Seldom(first=True),
+}
+
+
 class _LlamaCpp:
     """/completion of llama.cpp."""
 
@@ -99,6 +127,19 @@ class _LlamaCpp:
     def tokens(self, found: dict[str, Any]) -> Tokens:
         """The ids that an answer continues with."""
         return list(found.get("tokens", []))
+
+    def asking(self, n: int) -> dict[str, Any]:
+        """What of a request asks for so many tokens."""
+        return {"n_predict": n}
+
+    def items(self, found: dict[str, Any]) -> Items:
+        """Each token of an answer, and its logprobs; none where some have none."""
+        pairs = list(zip(found["tokens"], found["completion_probabilities"], strict=False))
+        return pairs if all(i == found["id"] for i, found in pairs) else []
+
+    def put(self, found: dict[str, Any], items: Items) -> None:
+        """Let an answer have these tokens."""
+        found["tokens"], found["completion_probabilities"] = map(list, zip(*items, strict=True))
 
     def mend(self, found: dict[str, Any], reused: int, temperature: float) -> None:
         """Let an answer say that so many tokens were taken from the cache, and warm it."""
@@ -124,6 +165,21 @@ class _VLLM:
         named = found["choices"][0]["logprobs"]["tokens"]
         return [int(name.removeprefix("token_id:")) for name in named]
 
+    def asking(self, n: int) -> dict[str, Any]:
+        """As _LlamaCpp.asking."""
+        return {"max_tokens": n}
+
+    def items(self, found: dict[str, Any]) -> Items:
+        """As _LlamaCpp.items."""
+        told = found["choices"][0]["logprobs"]["top_logprobs"]
+        return list(zip(self.tokens(found), told, strict=True))
+
+    def put(self, found: dict[str, Any], items: Items) -> None:
+        """As _LlamaCpp.put."""
+        told = found["choices"][0]["logprobs"]
+        told["tokens"] = [f"token_id:{i}" for i, _ in items]
+        told["top_logprobs"] = [top for _, top in items]
+
     def mend(self, found: dict[str, Any], reused: int, temperature: float) -> None:
         """As _LlamaCpp.mend."""
         found["usage"]["prompt_tokens_details"] = {"cached_tokens": reused}
@@ -132,36 +188,86 @@ class _VLLM:
                 token[name] /= temperature
 
 
-APIS: dict[str, _LlamaCpp | _VLLM] = {"/completion": _LlamaCpp(), "/v1/completions": _VLLM()}
+Api = _LlamaCpp | _VLLM
+APIS: dict[str, Api] = {"/completion": _LlamaCpp(), "/v1/completions": _VLLM()}
 
 
 class FaultProxy:
     """`fault`: what is planted, None nothing. `temperature`: by which cached logprobs alone are
     divided."""
 
-    def __init__(self, url: str, fault: Fault | None = None, temperature: float = 1.0) -> None:
-        self.url, self.fault, self.temperature = url, fault, temperature
-        self.kept: list[tuple[str, Tokens]] = []  # each with the salt that it was asked with
+    def __init__(
+        self, url: str, fault: Fault | Seldom | None = None, temperature: float = 1.0
+    ) -> None:
+        self.url, self.temperature = url, temperature
+        self.seldom = fault if isinstance(fault, Seldom) else Seldom(fault or _nothing)
+        self.kept: list[tuple[str, Tokens, int]] = []  # salt, tokens, how many were its prompt
         self.planted = 0  # answers that the fault has changed
+        self.draws = random.Random(0)
 
     def answer(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """What the server says, or what it would say with the fault."""
         if path not in APIS or body is None:
             return self._ask(path, body)
-        api = APIS[path]
-        ids, shared, kept, salt = body["prompt"], 0, [], body.get("cache_salt", "")
-        if api.cached(body):
-            same = [k for s, k in self.kept if s == salt]
-            n, kept = max(((_common(k, ids[:-1]), k) for k in same), default=(0, []))
-            shared = n if n >= LEAST else 0
-        if not shared or (self.fault is None and self.temperature == 1.0):
-            found = self._ask(path, body)
-        else:
-            faulty = ids if self.fault is None else self.fault(ids, kept, shared)
-            self.planted += faulty != ids or self.temperature != 1.0
-            found = self._ask(path, {**body, "prompt": faulty, **api.cold(self.planted)})
-            api.mend(found, shared, self.temperature)
-        self.kept = [*self.kept[-1:], (salt, [*ids, *api.tokens(found)])]
+        api, ids = APIS[path], body["prompt"]
+        found = self._spoiled(api, path, body) or self._ask(path, body)
+        self.kept = [
+            *self.kept[-1:],
+            (body.get("cache_salt", ""), [*ids, *api.tokens(found)], len(ids)),
+        ]
+        return found
+
+    def _spoiled(self, api: Api, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        """The answer with the fault; None where it does not show."""
+        ids, salt, seldom = body["prompt"], body.get("cache_salt", ""), self.seldom
+        if not api.cached(body):
+            return None
+        same = [(k, n) for s, k, n in self.kept if s == salt]
+        common = [(_common(k, ids[:-1]), k, n) for k, n in same]
+        shared, kept, n_prompt = max(common, default=(0, [], 0))
+        if shared < LEAST or (seldom.decoded and shared <= n_prompt):
+            return None
+        if seldom.share < 1 and self.draws.random() >= seldom.share:
+            return None
+
+        def faulty(ids: Tokens) -> Tokens:
+            return seldom.fault(ids, kept, shared)
+
+        if seldom.every or seldom.first:
+            return self._at_some(api, path, body, faulty)
+        changed = faulty(ids) != ids or self.temperature != 1.0
+        if not changed:
+            return None
+        self.planted += 1
+        found = self._ask(path, {**body, "prompt": faulty(ids), **api.cold(self.planted)})
+        api.mend(found, shared, self.temperature)
+        return found
+
+    def _at_some(
+        self, api: Api, path: str, body: dict[str, Any], faulty: Callable[[Tokens], Tokens]
+    ) -> dict[str, Any]:
+        """The server's own answer, but for the tokens after some histories."""
+        ids, seldom = body["prompt"], self.seldom
+        found = self._ask(path, body)
+        items = api.items(found)
+        n = len(items)
+
+        def asked(ids: Tokens, n: int) -> Items:
+            cold = api.cold(self.planted)
+            return api.items(self._ask(path, {**body, **cold, **api.asking(n), "prompt": ids}))
+
+        for i in range(n):
+            if i if seldom.first else (len(ids) + i) % seldom.every:
+                continue
+            self.planted += 1
+            history = [*ids, *(token for token, _ in items[:i])]
+            if not (wrong := asked(faulty(history), 1)):
+                continue
+            same, left = wrong[0][0] == items[i][0], n - i - 1
+            rest = items[i + 1 :] if same or not left else asked([*history, wrong[0][0]], left)
+            items = [*items[:i], *wrong, *rest]
+        if items:
+            api.put(found, items)
         return found
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
@@ -172,6 +278,25 @@ class FaultProxy:
         with urllib.request.urlopen(request, timeout=600) as answer:
             found: dict[str, Any] = json.loads(answer.read())
         return found
+
+
+FIXED = 40  # tokens of a prompt; a fault lies in the middle of them, whatever the request
+
+
+class WrongEverywhere(FaultProxy):
+    """A server that is wrong without its cache too, as with wrong weights or positions."""
+
+    def answer(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        """As FaultProxy.answer."""
+        if path not in APIS or body is None:
+            return self._ask(path, body)
+        found = self._ask(path, {**body, "prompt": self.seldom.fault(body["prompt"], [], FIXED)})
+        APIS[path].mend(found, 0, self.temperature)
+        return found
+
+
+def _nothing(ids: Tokens, kept: Tokens, n: int) -> Tokens:
+    return ids
 
 
 def _common(a: Tokens, b: Tokens) -> int:

@@ -71,6 +71,7 @@ def run(settings: Settings, out: Output) -> VisitReport:
         requests_sent=engine.client.n_sent + (second.client.n_sent if second else 0),
         seconds=time.perf_counter() - started,
         grown=plain.grown,
+        cut=plain.cut,
         spent=plain.spent or promoted.spent,
         stopped=plain.stopped or promoted.stopped,
         not_run=left,

@@ -28,6 +28,7 @@ class VisitReport:
     requests_sent: int = 0
     seconds: float = 0.0
     grown: float = 1.0  # times the noise at the end, over that of the beginning
+    cut: tuple[int, int] = (0, 0)  # requests without a cache that were cut short, and all
     spent: bool = False  # --requests, before everything was asked
     stopped: str = ""  # by which error, before everything was asked
     not_run: list[str] = field(default_factory=list)
@@ -60,6 +61,9 @@ class VisitReport:
                 f"asked once more at the end, the first request differed by {self.grown:.1f} times "
                 "the noise: the server is busy with others"
             )
+        if self.cut[0]:
+            n, of = self.cut
+            parts.append(f"{n:,} of {of:,} answers without a cache are shorter than was asked for")
         if self.spent:
             parts.append("all requests that --requests allows were sent")
         if self.stopped:
@@ -76,9 +80,9 @@ class VisitReport:
         return self.of(UNSUPPORTED)
 
     def _against(self) -> list[str]:
-        from kvtool.core.servers.verdict import BEYOND, BUG
+        from kvtool.core.servers.verdict import BEYOND, BUG, CONTRARY
 
-        said = []
+        said = [f"{a.arm}: contradicts itself, {a.evidence}" for a in self.of(CONTRARY)]
         for verdict, words in ((BUG, "a bug"), (BEYOND, "beyond the engine's own noise")):
             if arms := self.of(verdict):
                 names = _names([f"{a.arm} ({a.evidence})" if a.evidence else a.arm for a in arms])
@@ -86,12 +90,12 @@ class VisitReport:
         return said
 
     def _unknown(self) -> list[str]:
-        from kvtool.core.servers.verdict import HIDDEN, VACUOUS
+        from kvtool.core.servers.verdict import HIDDEN, NOT_REACHED, VACUOUS
 
+        said = {HIDDEN: "cannot tell", VACUOUS: "proved nothing", NOT_REACHED: "not reached"}
         groups: dict[tuple[str, str], list[str]] = {}
-        for arm in self.of(HIDDEN, VACUOUS):
-            words = "cannot tell" if arm.verdict == HIDDEN else "proved nothing"
-            groups.setdefault((words, arm.evidence), []).append(arm.arm)
+        for arm in self.of(*said):
+            groups.setdefault((said[arm.verdict], arm.evidence), []).append(arm.arm)
         return [f"{_names(arms)}: {words}, {why}" for (words, why), arms in groups.items()]
 
     def _for(self) -> list[str]:
@@ -189,9 +193,10 @@ def _size(arms: Sequence[ArmVerdict]) -> str:
             most, len(arms) > 1, sizes[0],
             f"{times(sizes[0])} times the noise in F32, {nats(sizes[1])} nats",
         )  # fmt: skip
-    most = max(arms, key=lambda a: a.worst or 0)
+    most = max(arms, key=lambda a: max(a.worst or 0, a.tail or 0))
     rare = most.ratio is not None and most.ratio <= most.limit
-    ratio, gap = (most.worst, most.worst_gap) if rare else (most.ratio, most.gap)
+    seldom = (most.worst, most.worst_gap) if most.tail is None else (most.tail, most.tail_gap)
+    ratio, gap = seldom if rare else (most.ratio, most.gap)
     said = f"{'up to ' * rare}{times(ratio)} times it, {nats(gap)} nats"
     if most.fault and gap is not None:
         said += f" ({times(gap / most.fault)} of a wrong token)"

@@ -12,15 +12,9 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from kvtool.core.servers.engine import Engine
+from kvtool.core.servers.gaps import distance, pooled_floor, scale_of
 from kvtool.core.servers.texts import TAIL, Answer, Measured, Prompt
-from kvtool.core.servers.verdict import (
-    IDENTICAL,
-    MIN_FLOOR,
-    WITHIN,
-    distance,
-    pooled_floor,
-    scale_of,
-)
+from kvtool.core.servers.verdict import IDENTICAL, WITHIN
 
 COLD, CACHED = "without a cache", "with a cache"
 APART = "apart"  # further from each other than either is from itself
@@ -116,7 +110,7 @@ def _positions(
     for length, a, b in pairs:
         scales = [scale_of(p.cold.answers.get(length, [])) for p in (ours, others)]
         floors = [
-            max(scale.floor or pool, MIN_FLOOR)
+            scale.floor_or(pool)
             for scale, pool in zip(scales, pooled, strict=True)
             if scale is not None
         ]

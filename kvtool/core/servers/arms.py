@@ -12,6 +12,7 @@ from kvtool.core.servers.texts import FORKED, MIN_VARIANTS, TAIL, Measured, Prom
 
 CUT_TAIL = 8
 FRESH = 4  # tokens
+DECODED = 4  # of the server's own tokens that a next turn must reuse at least
 FIRST_OF_LONG = 8  # tokens before the cut in a long text, and tokens that are cut
 MAX_CORRECTIONS = 4  # times that a diverging continuation is corrected
 LONG_TAIL = 32
@@ -50,6 +51,27 @@ def decode(prompt: Prompt, into: Measured) -> None:
             into.add(judged, found.reused)
         begin = max(begin + len(answers), begin + 1, prompt.start)
         if begin > prompt.end:
+            return
+
+
+def turns(prompt: Prompt, into: Measured) -> None:
+    """The next turn of a chat: the server decodes an answer, which is then part of the prompt, with
+    more behind it. What was decoded must be reused too."""
+    into.least = prompt.n_prompt + DECODED
+    for length in prompt.replies():
+        prompt.begin()
+        _reply(prompt, length)
+        prompt.probe(into, length)
+
+
+def _reply(prompt: Prompt, length: int) -> None:
+    """Let the server decode the text up to this length. The last token of an answer is in no cache
+    yet. If the server continues differently, its text is corrected and it is asked again."""
+    begin = prompt.n_prompt
+    for _ in range(MAX_CORRECTIONS):
+        found = prompt.ask(prompt.ids[:begin], length - begin + 1)
+        begin += common(found.tokens, prompt.ids[begin : length + 1]) + 1
+        if begin > length:
             return
 
 
@@ -163,6 +185,7 @@ class Arm(NamedTuple):
 ARMS: dict[str, Arm] = {
     "prefix": Arm("a prefix that another request left, then the rest", warm_prefix),
     "decode": Arm("tokens decoded one by one, against a prefill of them", decode),
+    "turns": Arm("the server's own answer, then the next turn of a chat", turns),
     "fork": Arm("one prefix, two continuations, the first again", fork),
     "between": Arm("another request in between", between, crowded=True),
     "slot": Arm("another request at the same time", second_slot, crowded=True),
@@ -178,7 +201,8 @@ SHORT = [name for name, arm in ARMS.items() if not arm.long]
 
 def play(prompt: Prompt, name: str) -> Measured:
     """Play one arm on one prompt. NaN from the cache counts as an answer. Raises ServerError."""
-    measured = Measured(name, prompt.number, prompt.cold)
+    measured = Measured(name, prompt.number, prompt.cold, least=prompt.least)
+    prompt.tally = measured.tally
     prompt.begin()
     try:
         ARMS[name].play(prompt, measured)

@@ -14,6 +14,7 @@ MIN_LOGPROB = -110.0  # the logarithm of float32's least number is -103; less is
 MAX_LOGPROB = 1e-3  # 0, as far as engines round it
 MAX_ID = 2**31
 FIRST = 1  # token with which every text may begin, so that to keep it is no reuse of a prompt
+TIE = 1e-4  # nats: tokens as near to each other are equally likely, as far as engines round it
 NEEDED = 5  # likeliest tokens without which nothing can be compared
 
 
@@ -24,6 +25,15 @@ class Completion(NamedTuple):
     tokens: tuple[int, ...]
     likeliest: tuple[Mapping[int, float], ...]  # by token id, in nats; one a token
     reused: int | None  # prompt tokens that it took from its cache; None: it does not say
+    lacking: int = 0  # tokens fewer than it was asked for
+
+    def passed_over(self) -> list[set[int]]:
+        """The likelier ids of each token that is not the likeliest by its own logprobs."""
+        found = []
+        for token, top in zip(self.tokens, self.likeliest, strict=True):
+            least = top.get(token, -math.inf) + TIE
+            found.append({i for i, p in top.items() if p > least})
+        return [ids for ids in found if ids]
 
 
 Request = tuple[str, dict[str, Any]]  # a path, and the body of a POST
@@ -92,9 +102,12 @@ class Slotless:
 
 
 def completion(
-    engine: Engine, n_prompt: int, found: Any, token: Any, likeliest: Any, reused: Any
+    engine: Engine, n_prompt: int, n: int, found: Any, token: Any, likeliest: Any, reused: Any
 ) -> Completion:
-    """The Completion of a server's list of tokens. Raises ServerError for what lacks logprobs."""
+    """The Completion of a server's list of tokens, of which n were asked for.
+
+    Raises ServerError for what lacks logprobs.
+    """
     try:
         tokens = tuple(id_of(token(item)) for item in found)
         tops = tuple(likeliest(item) for item in found)
@@ -112,7 +125,7 @@ def completion(
     if min(map(len, tops)) < NEEDED:
         raise too_few(engine, min(map(len, tops)))
     told = type(reused) is int and 0 <= reused <= n_prompt
-    return Completion(tokens, tops, reused if told else None)
+    return Completion(tokens, tops, reused if told else None, max(n - len(tokens), 0))
 
 
 def require_cold(engine: Engine, found: Completion) -> None:

@@ -86,7 +86,10 @@ class LlamaCpp:
                     return Completion((), (), None)
         timings = answer.get("timings")
         reused = timings.get("cache_n") if isinstance(timings, dict) else None
-        return completion(self, len(ids), found, lambda t: t["id"], _of_llama_cpp, reused)
+        told = completion(self, len(ids), n, found, lambda t: t["id"], _of_llama_cpp, reused)
+        if isinstance(tokens, list) and len(tokens) >= n:  # it decoded what has no logprobs
+            return told._replace(lacking=0)
+        return told
 
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize, with the tokens that begin a text."""

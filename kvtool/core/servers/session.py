@@ -9,15 +9,9 @@ from statistics import median
 from kvtool.core.servers.arms import LONG_TAIL, lengthened, open_prompt, play
 from kvtool.core.servers.client import RequestsSpent
 from kvtool.core.servers.engine import Engine
+from kvtool.core.servers.gaps import distance, pooled_floor, scale_of
 from kvtool.core.servers.texts import FORKED, Cold, Measured, Prompt
-from kvtool.core.servers.verdict import (
-    MIN_FLOOR,
-    ArmVerdict,
-    distance,
-    judge_arm,
-    pooled_floor,
-    scale_of,
-)  # fmt: skip
+from kvtool.core.servers.verdict import ArmVerdict, judge_arm
 from kvtool.errors import ServerError, UsageError
 
 Progress = Callable[[str], None]  # is called before each arm, with a few words
@@ -37,6 +31,12 @@ class Visit:
     def pooled(self) -> float:
         """The typical floor of all histories, relative."""
         return pooled_floor(self.colds)
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """How many requests without a cache were cut short, and of how many."""
+        tallies = [cold.tally for cold in self.colds]
+        return sum(t.cut for t in tallies), sum(t.requests for t in tallies)
 
     def lacks(self, arm: str) -> bool:
         """Whether the server does not support an arm, so that it need not be tried again."""
@@ -137,8 +137,7 @@ def growth(prompt: Prompt, pooled: float) -> float:
         cold = prompt.cold.answers[length]
         scale = scale_of(cold)
         if scale is not None:
-            floor = max(scale.floor or pooled, MIN_FLOOR)
-            times.append(distance(answer, scale, cold[0]) / floor)
+            times.append(distance(answer, scale, cold[0]) / scale.floor_or(pooled))
     return max(1.0, float(median(times))) if times else 1.0
 
 

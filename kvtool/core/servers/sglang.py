@@ -80,7 +80,7 @@ class SGLang(Slotless):
         tokens, tops = meta.get("output_token_logprobs"), meta.get("output_top_logprobs")
         found = list(zip(tokens or [], tops or [], strict=False))
         return completion(
-            self, len(ids), found, lambda t: t[0][1], _of_sglang, meta.get("cached_tokens")
+            self, len(ids), n, found, lambda t: t[0][1], _of_sglang, meta.get("cached_tokens")
         )
 
     def _flush(self) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtool.core.servers.engine import Completion, Engine, require_cold
-from kvtool.core.servers.splits import Kind, drawn, pair, single
+from kvtool.core.servers.splits import MIN_BLOCK, Kind, drawn, pair, single
 
 TOP = 30  # of the likeliest tokens of the reference, by which two answers are compared
 TAIL = 32  # tokens of the server's own that follow a prompt: the boundaries lie among them
@@ -44,12 +44,39 @@ class Probe(NamedTuple):
 
 
 @dataclass
+class Tally:
+    """What is odd about a server's answers, whatever they are compared with."""
+
+    requests: int = 0
+    tokens: int = 0
+    lacking: int = 0  # tokens that were asked for, and did not come
+    cut: int = 0  # requests whose answer lacks some
+    chosen: set[int] = field(default_factory=set)
+    passed_over: list[set[int]] = field(default_factory=list)  # see Completion.passed_over
+
+    def count(self, found: Completion) -> None:
+        """Add one answer."""
+        self.requests += 1
+        self.tokens += len(found.tokens)
+        self.lacking += found.lacking
+        self.cut += found.lacking > 0
+        self.chosen.update(found.tokens)
+        self.passed_over += found.passed_over()
+
+    def contrary(self, chosen: set[int]) -> int:
+        """How many tokens contradict their own logprobs. What the server never chooses may be the
+        end of a text, which it is asked to ignore."""
+        return sum(not ids.isdisjoint(chosen) for ids in self.passed_over)
+
+
+@dataclass
 class Cold:
     """A server's answers to one text without a cache, by the length of the history."""
 
     ids: list[int]
     answers: dict[int, list[Answer]] = field(default_factory=dict)
     controls: list[Answer] = field(default_factory=list)  # of the whole history
+    tally: Tally = field(default_factory=Tally)
 
 
 @dataclass
@@ -63,6 +90,8 @@ class Measured:
     probes: list[Probe] = field(default_factory=list)
     approximate: bool = False  # by design: its distance is a loss, never a bug
     unsupported: str = ""  # why the server cannot play the arm
+    least: int = 1  # tokens of the cache without which a request does not reach what is judged
+    tally: Tally = field(default_factory=Tally)
 
     def add(self, answers: Iterable[tuple[int, Answer]], reused: int | None) -> None:
         """Keep what one request answered: (history, answer)."""
@@ -101,9 +130,9 @@ class Prompt:
         self.random = random.Random(number)
         self.scene = 0
         self.more: list[int] = []  # of other prompts, for what needs a longer text
+        self.cold, self.tally = Cold([]), Tally()
         first = self.cold_answer(ids, tail + 1)
-        self.ids = [*ids, *first.tokens[:tail]]
-        self.cold = Cold(self.ids)
+        self.ids = self.cold.ids = [*ids, *first.tokens[:tail]]
         self._add(first, self.n_prompt)
         for boundary in self.boundaries()[1:]:
             self._add(self._continued(boundary), boundary)
@@ -112,6 +141,11 @@ class Prompt:
     def end(self) -> int:
         """The length of the whole history."""
         return len(self.ids)
+
+    @property
+    def n_tail(self) -> int:
+        """How many tokens the server continued it by."""
+        return self.end - self.n_prompt
 
     @property
     def start(self) -> int:
@@ -138,6 +172,7 @@ class Prompt:
         missing. Raises ServerError if it took tokens from a cache."""
         found = self.engine.complete(ids, n)
         require_cold(self.engine, found)
+        self.cold.tally.count(found)
         return found
 
     def _continued(self, boundary: int) -> Completion:
@@ -158,7 +193,7 @@ class Prompt:
     def at(self, engine: Engine) -> Prompt:
         """The same text for another server."""
         other = copy.copy(self)
-        other.engine, other.cold = engine, Cold(self.ids)
+        other.engine, other.cold, other.tally = engine, Cold(self.ids), Tally()
         for boundary in self.boundaries():
             other._add(other._continued(boundary), boundary)
         return other
@@ -199,11 +234,23 @@ class Prompt:
             yield
             other.result()
 
+    @property
+    def least(self) -> int:
+        """The tokens without which a cache is not reached: a block, or a third of a short text."""
+        return min(MIN_BLOCK, max(self.end // 3, 1))
+
     def splits(self) -> Iterator[int]:
         """The lengths of two prefixes that other requests share, one for each request."""
         for kind in pair(self.number):
             self.begin()
             yield self._drawn(kind)
+
+    def replies(self) -> Iterator[int]:
+        """The lengths of two prefixes that end within the server's own continuation, behind half of
+        it, so that what is decoded fills a block."""
+        first, last = self.n_prompt + self.n_tail // 2, self.end - max(self.n_tail // 8, 2)
+        for kind in pair(self.number):
+            yield drawn(kind, range(first, max(last, first + 1)), self.random)
 
     def split(self, turn: int) -> int:
         """The length of one such prefix. Arms of other turns have it at other ends of blocks."""
@@ -232,7 +279,9 @@ class Prompt:
         """A request with the cache; in a slot of the server's choice if `anywhere`."""
         where = None if anywhere else self.slot if slot is None else slot
         salt = f"{self.number}-{self.scene}"
-        return self.engine.complete(ids, n, cached=True, salt=salt, slot=where)
+        found = self.engine.complete(ids, n, cached=True, salt=salt, slot=where)
+        self.tally.count(found)
+        return found
 
     def probe(
         self, into: Measured, after: int = 0, slot: int | None = None, anywhere: bool = False

@@ -84,7 +84,7 @@ class VLLM(Slotless):
         usage = answer.get("usage") or {}
         details = usage.get("prompt_tokens_details")
         reused = details.get("cached_tokens") if isinstance(details, dict) else None
-        return completion(self, len(ids), found, lambda t: _named(t[0]), _of_vllm, reused)
+        return completion(self, len(ids), n, found, lambda t: _named(t[0]), _of_vllm, reused)
 
     def _with_logprobs(self, body: dict[str, Any]) -> dict[str, Any]:
         """The answer with as many logprobs as the server allows, found at the first request."""

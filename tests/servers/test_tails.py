@@ -1,0 +1,92 @@
+"""What medians hide is seen, and the tails of a right server are not taken for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from kvtool.core.servers.gaps import Compared, ProbeGap
+from kvtool.core.servers.tails import Seen, hidden
+
+FLOOR, FAULT, N_PROMPTS, N_ANSWERS = 0.1, 0.3, 5, 13
+Times = Callable[[int, int, int], float]  # prompt, run, history -> times the noise
+
+
+def seen(times: Times, floor: float = FLOOR, crowded: bool = False) -> Seen | None:
+    """What is seen of five prompts with two requests each, whose gaps are so large."""
+    draws, found = np.random.default_rng(0), []
+    for prompt in range(N_PROMPTS):
+        gaps = []
+        for run in range(2):
+            for history in range(70, 70 + N_ANSWERS):
+                ratio = times(prompt, run, history) or float(draws.uniform(0.1, 1.3))
+                gaps.append(ProbeGap(prompt, run, history, ratio * floor, floor, ratio, False))
+        found.append(Compared(gaps, [FAULT / floor], FAULT))
+    return hidden(found, crowded)
+
+
+def test_a_right_server_has_nothing_hidden() -> None:
+    assert seen(lambda *_: 0.0) is None
+
+
+@pytest.mark.parametrize(("times", "said"), [
+    (lambda p, r, h: 2.1 * (h % 16 == 0), "at every 16th token"),
+    (lambda p, r, h: 2.1 * (h % 16 == 15), "one before every 16th token"),
+    (lambda p, r, h: 2.1 * (h % 16 == 1), "one behind every 16th token"),
+    (lambda p, r, h: 2.1 * (h == 70), "at the first token of each answer"),
+    (lambda p, r, h: 2.1 * (h == 71), "at the second token of each answer"),
+    (lambda p, r, h: 2.1 * (h in (73, 75, 77)), "at "),
+    (lambda p, r, h: 2.1 * (p == 3 and r == 1), "in 1 of 10 requests"),
+    (lambda p, r, h: 4.1 * (p == 3 and r == 1 and h == 75), "at 1 of 130 positions"),
+])  # fmt: skip
+def test_a_fault_in_few_answers_is_seen(times: Times, said: str) -> None:
+    found = seen(times)
+    assert found is not None and found.sure and found.said.startswith(said)
+    assert 70 <= found.first < 70 + N_ANSWERS
+
+
+@pytest.mark.parametrize("times", [
+    lambda p, r, h: 1.5 * (h % 16 == 0), lambda p, r, h: 1.8 * (h in (73, 75, 77)),
+    lambda p, r, h: 1.8 * (p == 3 and r == 1), lambda p, r, h: 3.5 * (p == 3 and h == 75),
+])  # fmt: skip
+def test_what_right_servers_seldom_do_cannot_be_told(times: Times) -> None:
+    found = seen(times)
+    assert found is not None and not found.sure
+
+
+@pytest.mark.parametrize("times", [
+    lambda p, r, h: 1.3 * (h % 16 == 0), lambda p, r, h: 1.5 * (p == 3 and r == 1),
+    lambda p, r, h: 3.0 * (p == 3 and r == 1 and h == 75),
+])  # fmt: skip
+def test_the_tail_of_a_right_server_is_noise(times: Times) -> None:
+    assert seen(times) is None
+
+
+def test_where_others_tokens_lie_between_one_request_is_further_off() -> None:
+    def one(ratio: float) -> Seen | None:
+        return seen(lambda p, r, h: ratio * (p == 3 and r == 1), crowded=True)
+
+    found = one(3.0)
+    assert one(2.4) is None and found is not None and not found.sure
+    assert seen(lambda p, r, h: 2.4 * (h % 16 == 0), crowded=True) is None
+
+
+def test_a_gap_far_below_a_wrong_token_is_no_fault_at_few_times_the_noise() -> None:
+    assert seen(lambda p, r, h: 3.0 * (h % 16 == 0), floor=0.03) is None
+    found = seen(lambda p, r, h: 4.5 * (h % 16 == 0), floor=0.03)
+    assert found is not None and found.sure
+
+
+def test_what_a_wrong_token_dwarfs_is_noise_for_longer() -> None:
+    assert seen(lambda p, r, h: 3.0 * (h % 16 == 0), floor=1e-6) is None
+    assert seen(lambda p, r, h: 3.0 * (p == 3 and r == 1), floor=1e-6) is None
+    found = seen(lambda p, r, h: 3e5 * (h % 16 == 0), floor=1e-6)
+    assert found is not None and found.sure
+
+
+def test_one_floor_that_is_too_small_by_chance_makes_no_fault() -> None:
+    gaps = [ProbeGap(0, 0, 70 + i, 0.09, FLOOR, 0.9, False) for i in range(N_ANSWERS)]
+    gaps[4] = ProbeGap(0, 0, 74, 0.25, 0.05, 5.0, False)
+    assert hidden([Compared(gaps, [3.0], FAULT)], False) is None
