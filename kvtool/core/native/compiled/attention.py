@@ -23,7 +23,9 @@ from kvtool.core.native.compiled.codes import (
 )
 from kvtool.core.native.compiled.lanes import (
     WIDTH,
+    highest,
     lanes_at,
+    larger,
     multiply_add,
     plus,
     put_lanes,
@@ -127,9 +129,7 @@ def add_numbers(w: Array, at: int, size: int, n: int, like: Array, y: Array) -> 
 @shared()
 def weigh(scores: Array) -> float:
     """scores (n,) become e to their powers, the largest 1 -> their sum."""
-    largest = scores.dtype.type(-np.inf)
-    for i in range(scores.shape[0]):
-        largest = scores[i] if scores[i] > largest else largest
+    largest = largest_of(scores)
     for i in range(scores.shape[0]):
         scores[i] -= largest
     exponential(scores)
@@ -137,6 +137,23 @@ def weigh(scores: Array) -> float:
     for i in range(scores.shape[0]):
         total += scores[i]
     return total
+
+
+@compiled(fast=False)
+def largest_of(scores: Array) -> float:
+    """The largest of scores (n,), in lanes: LLVM goes one by one, since one may be no number."""
+    n, size, at = scores.shape[0], scores.itemsize, np.int64(scores.ctypes.data)
+    whole = n // (4 * WIDTH) * 4 * WIDTH
+    a = b = c = d = spread(scores.dtype.type(-np.inf))
+    for i in range(0, whole, 4 * WIDTH):
+        a = larger(lanes_at(at + i * size, scores), a)
+        b = larger(lanes_at(at + (i + WIDTH) * size, scores), b)
+        c = larger(lanes_at(at + (i + 2 * WIDTH) * size, scores), c)
+        d = larger(lanes_at(at + (i + 3 * WIDTH) * size, scores), d)
+    largest = highest(larger(larger(a, b), larger(c, d)))
+    for i in range(whole, n):
+        largest = scores[i] if scores[i] > largest else largest
+    return largest
 
 
 @shared()

@@ -25,6 +25,7 @@ class Lanes(types.Type):
 
     def __init__(self, real: types.Float) -> None:
         super().__init__(name=f"{WIDTH} x {real}")
+        self.real = real
         self.vector = ir.VectorType(
             ir.FloatType() if real == types.float32 else ir.DoubleType(), WIDTH
         )
@@ -199,7 +200,7 @@ def _highest(typing: Any, x: Any) -> Any:
             found = builder.select(builder.fcmp_ordered(">", found, other), found, other)
         return builder.extract_element(found, ir.Constant(ir.IntType(32), 0))
 
-    return types.float32(x), generate
+    return x.real(x), generate
 
 
 def _shuffled(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
@@ -263,7 +264,7 @@ multiply_add: Any = intrinsic(_multiply_add)  # (a, b, c) -> a * b + c, rounded 
 times: Any = intrinsic(_times)  # (a, b) -> a * b
 plus: Any = intrinsic(_plus)  # (a, b) -> a + b
 larger: Any = intrinsic(_larger)  # (a, b) -> the larger number of each lane
-highest: Any = intrinsic(_highest)  # (lanes of float32) -> the largest of them
+highest: Any = intrinsic(_highest)  # (lanes) -> the largest of them
 total: Any = intrinsic(_total)  # (lanes of float32) -> their sum
 # (a, b, c, d, scale, address): the sum of each, times the scale, side by side
 put_totals: Any = intrinsic(_put_totals)
