@@ -85,6 +85,13 @@ def reasons() -> Iterator[tuple[str, str, Callable[[], Route]]]:
     yield dispatch.LAYERWISE, "a window each", partial(way_of, form(window=4), kind="sliding")
     yield flat, "fewer than 500 tokens", lambda: unasked(native.MIN_DECODED - 1)
     yield flat, f"more than {MANY - 1} tokens", lambda: way_of(form(), WIDE)
+    wide = native.fills_registers()  # else for codes as for numbers
+    rows = torch.full((native.most_rows(torch.bfloat16) + 1, 1), 5)
+    half = decoding_form(random_model(0).to(torch.bfloat16))
+    way = partial(way_of, half, rows, dtype=torch.bfloat16)
+    yield flat, f"more than {len(rows) - 1} tokens", way
+    for kind in ("int8", "int4", "fp8"):
+        yield dispatch.ONE_CALL.name if wide else flat, "", partial(way, kind)
     yield flat, "something watches", in_flop_counter
     yield modules, "more than 8 tokens", lambda: way_of(form(), LONG)
     yield modules, "gradients", graded

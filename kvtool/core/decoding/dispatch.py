@@ -37,6 +37,7 @@ from kvtool.core.models.layers import (
 from kvtool.core.models.rope import Rotary
 from kvtool.core.models.seq2seq import Seq2Seq
 from kvtool.core.native import arrays as native
+from kvtool.core.native import context
 from kvtool.core.native.arrays import Array
 
 # The modules that faster ways may replace, with their forward. A subclass or a patched forward may
@@ -109,7 +110,7 @@ class DecodingForm:
         why = self._foreign or _why_modules(new, cache, source, self.config.n_encoder_layers > 0)
         if not why:
             found: Tensor | Array | str
-            if slow := self._why_pytorch(new, cache.spec.kernels):
+            if slow := self._why_pytorch(new, cache):
                 with _mode_for(new):
                     found = self._pytorch_step(slow, torch.as_tensor(new), cache, source)
             else:
@@ -134,16 +135,19 @@ class DecodingForm:
             for way, n in self.taken.most_common()
         )
 
-    def _why_pytorch(self, new: Tensor | Array, kernels: Kernels) -> str:
+    def _why_pytorch(self, new: Tensor | Array, cache: Cache) -> str:
         """Why native code computes no layer of a step; empty if it computes them."""
         if self._graphs is not None:
             return "the weights are on a GPU"
         # Exact kernels leave any number of tokens to native code.
         dtype = self.decoder.head.weight.dtype
         batch, n = new.shape
-        if type(kernels) is not ExactKernels and not native.is_few(batch, n, dtype):
-            most = native.MAX_STEP_TOKENS if n > 1 else native.most_rows(dtype)
-            return f"PyTorch is as fast for more than {most} tokens at once"
+        if type(cache.spec.kernels) is not ExactKernels and batch * n > native.MAX_STEP_TOKENS:
+            with _context_of(cache):
+                few, most = native.is_few(batch, n, dtype), native.most_rows(dtype)
+            if not few:
+                most = native.MAX_STEP_TOKENS if n > 1 else most
+                return f"PyTorch is as fast for more than {most} tokens at once"
         if why := native.why_away():
             return why
         if self._native is None:
@@ -232,9 +236,15 @@ def by_modules(
     Raises CapacityError; nothing is committed if the model raises.
     """
     step: Step = cache.begin(new.shape[1])
-    logits: Tensor = model(new, step, cache, source, last)
+    with _context_of(cache):
+        logits: Tensor = model(new, step, cache, source, last)
     cache.commit(new.shape[1])
     return logits
+
+
+def _context_of(cache: Cache) -> AbstractContextManager[object]:
+    """What layers have to know of a cache, for all ways to leave as many rows to native code."""
+    return nullcontext() if cache.exact else context.within(coded=True)
 
 
 def _mode_for(new: Tensor | Array) -> AbstractContextManager[object]:

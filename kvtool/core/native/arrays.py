@@ -30,8 +30,10 @@ ArrayLayer = Callable[[Array], Array]  # (n,in) -> (n,out), each row alone
 MAX_STEP_TOKENS = 8  # tokens; PyTorch's attention is faster for more of one row
 # One token of each of so many rows takes less time in native code than by PyTorch: measured by
 # `pytest tests/benchmarks/test_bench_native.py -k many_rows` with AVX-512, where tiles fill the
-# registers. For bfloat16 PyTorch has instructions that native code has not.
-MAX_ROWS = {torch.float32: 256, torch.float16: 256}
+# registers. For bfloat16 PyTorch has instructions that native code has not, but where a cache holds
+# codes it writes them out as numbers first.
+MAX_ROWS = {torch.float32: 256, torch.float16: 256, torch.bfloat16: 32}
+MAX_CODED_ROWS = {torch.float32: 256, torch.float16: 256, torch.bfloat16: 128}
 MIN_SHARED = 2**17  # numbers read by a layer or attention; for fewer, threads gain little
 MIN_DECODED = 500  # tokens to decode; loading takes 0.3 s, and each token saves 0.5 ms or more
 
@@ -61,8 +63,10 @@ def is_few(rows: int, n_each: int, dtype: torch.dtype) -> bool:
 
 
 def most_rows(dtype: torch.dtype) -> int:
-    """How many rows of one token native code serves in that format, on this processor."""
-    return MAX_ROWS.get(dtype, MAX_STEP_TOKENS) if fills_registers() else MAX_STEP_TOKENS
+    """How many rows of one token native code serves in that format, on this processor, with a
+    cache like that of the context."""
+    most = MAX_CODED_ROWS if context.current().coded else MAX_ROWS
+    return most.get(dtype, MAX_STEP_TOKENS) if fills_registers() else MAX_STEP_TOKENS
 
 
 @cache

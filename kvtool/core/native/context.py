@@ -18,6 +18,7 @@ class Context:
 
     no_native: str = ""  # why native code is off; empty: it is used where possible
     training: bool = False  # a training step, with first derivatives and no second ones
+    coded: bool = False  # a step with a cache of codes
     first_row: int = 0  # of this rank's part of the batch, which all ranks share
 
 

@@ -12,6 +12,7 @@ from numba import carray, types
 from numba import from_dtype as from_dtype
 
 from kvtool.core.native.compiled import layers, prompts
+from kvtool.core.native.compiled.code_tiles import queries_at_once
 from kvtool.core.native.compiled.codes import (
     EXACT,
     LENGTH,
@@ -22,7 +23,9 @@ from kvtool.core.native.compiled.codes import (
 )
 from kvtool.core.native.compiled.lanes import (
     WIDTH,
+    highest,
     lanes_at,
+    larger,
     multiply_add,
     plus,
     put_lanes,
@@ -126,9 +129,7 @@ def add_numbers(w: Array, at: int, size: int, n: int, like: Array, y: Array) -> 
 @shared()
 def weigh(scores: Array) -> float:
     """scores (n,) become e to their powers, the largest 1 -> their sum."""
-    largest = scores.dtype.type(-np.inf)
-    for i in range(scores.shape[0]):
-        largest = scores[i] if scores[i] > largest else largest
+    largest = largest_of(scores)
     for i in range(scores.shape[0]):
         scores[i] -= largest
     exponential(scores)
@@ -136,6 +137,23 @@ def weigh(scores: Array) -> float:
     for i in range(scores.shape[0]):
         total += scores[i]
     return total
+
+
+@compiled(fast=False)
+def largest_of(scores: Array) -> float:
+    """The largest of scores (n,), in lanes: LLVM goes one by one, since one may be no number."""
+    n, size, at = scores.shape[0], scores.itemsize, np.int64(scores.ctypes.data)
+    whole = n // (4 * WIDTH) * 4 * WIDTH
+    a = b = c = d = spread(scores.dtype.type(-np.inf))
+    for i in range(0, whole, 4 * WIDTH):
+        a = larger(lanes_at(at + i * size, scores), a)
+        b = larger(lanes_at(at + (i + WIDTH) * size, scores), b)
+        c = larger(lanes_at(at + (i + 2 * WIDTH) * size, scores), c)
+        d = larger(lanes_at(at + (i + 3 * WIDTH) * size, scores), d)
+    largest = highest(larger(larger(a, b), larger(c, d)))
+    for i in range(whole, n):
+        largest = scores[i] if scores[i] > largest else largest
+    return largest
 
 
 @shared()
@@ -153,7 +171,14 @@ def attend_head(
     total = weigh(scores[:n_keys])
     add_values(scores[:n_first], first_values, y)
     add_values(scores[n_first:n_keys], values, y)
-    for j in range(query.shape[0]):
+    divide(y, total, result)
+
+
+@compiled(fast=False)
+def divide(y: Array, total: float, result: Array) -> None:
+    """result (n,) = the first of y, over the total: not times its reciprocal, as LLVM would choose
+    here and not there."""
+    for j in range(result.shape[0]):
         result[j] = y[j] / total
 
 
@@ -169,32 +194,37 @@ def padded(query: Array) -> tuple[Array, Array]:
 
 @shared()
 def attend_codes(
-    query: Array, k: Place, v: Place, row: int, group: int, n_groups: int, first: int, last: int,
-    result: Array,
+    queries: Array, k: Place, v: Place, row: int, group: int, n_groups: int, first: int, last: int,
+    results: Array,
 ) -> None:  # fmt: skip
-    """As `attend_head`, over the tokens from `first` to `last` of a row and a head, of which the
-    first are codes; these are never written out, but for those beyond whole eights."""
-    head, width = row * n_groups + group, query.shape[0]
+    """As `attend_head` for queries (m,D) of a group of heads, over the tokens from `first` to
+    `last` of a row, of which the first are codes; these are never written out, but for those beyond
+    whole eights."""
+    head, (m, width) = row * n_groups + group, queries.shape
     n_codes = min(k[4][LENGTH], last)
     n, n_keys = n_codes - first, last - first
     keys = seen_of(k, row, group, n_codes, last, width)
     values = seen_of(v, row, group, n_codes, last, width)
-    wide, y = padded(query)
-    scores = np.empty(n_keys + 3, query.dtype)
+    wide = np.zeros((m, -(-width // WIDTH) * WIDTH), queries.dtype)
+    copy_rows(queries, wide)
+    y, scores = np.zeros_like(wide), np.empty((m, n_keys + 3), queries.dtype)
     score_codes(wide, k[4], head, width, first, n_codes, k[3], scores)
-    score(wide, keys, scores[n:])
-    total = weigh(scores[:n_keys])
-    whole = n // 8 * 8
+    totals, whole = np.empty(m, queries.dtype), n // 8 * 8
+    for i in range(m):
+        score(wide[i], keys, scores[i, n:])
+        totals[i] = weigh(scores[i, :n_keys])
     add_codes(scores, v[4], head, width, first, whole, v[3], y)
-    rest, taken = n - whole, 0
+    rest = n - whole
+    taken = min(8 - rest, values.shape[0]) if rest else 0
+    mixed = np.empty((8, width), queries.dtype)
     if rest:
-        mixed, taken = np.empty((8, width), query.dtype), min(8 - rest, values.shape[0])
         decode_tokens(v[4], head, first + whole, v[3], mixed[:rest])
         copy_numbers(values[:taken], mixed[rest:])
-        add_values(scores[whole : n + taken], mixed[: rest + taken], y)
-    add_values(scores[n + taken : n_keys], values[taken:], y)
-    for j in range(width):
-        result[j] = y[j] / total
+    for i in range(m):
+        if rest:
+            add_values(scores[i, whole : n + taken], mixed[: rest + taken], y[i])
+        add_values(scores[i, n + taken : n_keys], values[taken:], y[i])
+        divide(y[i], totals[i], results[i])
 
 
 @compiled()
@@ -233,14 +263,18 @@ def attend_part(
     y: Array,
 ) -> None:  # fmt: skip
     """`attend` for the heads from number `begin` to `end`, counted over all queries."""
-    n_heads = q.shape[1]
-    for at in range(begin, end):
+    n_heads, together, at = q.shape[1], queries_at_once(q), begin
+    while at < end:
         i, h = at // n_heads, at % n_heads
         row, group = i // n_each, h * n_groups // n_heads
         if spans[i, 0] < k[4][LENGTH]:
+            others = -(-(group + 1) * n_heads // n_groups) - h  # with those of the same group
+            m = min(others, together, end - at)
             first, last = spans[i, 0], spans[i, 1]
-            attend_codes(q[i, h], k, v, row, group, n_groups, first, last, y[i, h])
+            attend_codes(q[i, h : h + m], k, v, row, group, n_groups, first, last, y[i, h : h + m])
+            at += m
             continue
+        at += 1
         first_keys, keys = sinks_apart(k, row, group, spans[i], q.shape[2])
         first_values, values = sinks_apart(v, row, group, spans[i], q.shape[2])
         attend_head(q[i, h], first_keys, first_values, keys, values, y[i, h])
@@ -311,7 +345,7 @@ def attention_forms(real: types.Type, kind: types.Type) -> Forms:
     columns, spans, _ = dense(n)
     read = n, n, place, place, spans, x3
     yield attend_head, (x1, w2, w2, w2, w2, x1)
-    yield attend_codes, (x1, place, place, n, n, n, n, n, x1)
+    yield attend_codes, (x2, place, place, n, n, n, n, n, x2)
     yield attend_part, (x3, n, n, *read)
     yield attend_by_threads, (x3, n, *read)
     yield attend, (x3, *read, n, n)

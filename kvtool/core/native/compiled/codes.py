@@ -15,19 +15,17 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
+from kvtool.core.native.compiled.code_tiles import add_tokens, score_tokens
 from kvtool.core.native.compiled.lanes import (
+    FLOAT8_UNIT,
     WIDTH,
-    code_at,
     lanes_at,
     multiply_add,
     plus,
     put_lanes,
     put_totals,
-    scale_at,
     spread,
-    spread_at,
     times,
-    value_of,
 )
 from kvtool.core.native.compiled.tools import (
     Array,
@@ -114,140 +112,121 @@ def decode_tokens(coded: Array, head: int, first: int, like: Array, y: Array) ->
 
 @compiled(fast=False)
 def score_codes(
-    query: Array, coded: Array, head: int, width: int, begin: int, end: int, like: Array,
+    queries: Array, coded: Array, head: int, width: int, begin: int, end: int, like: Array,
     scores: Array,
 ) -> None:  # fmt: skip
-    """scores (n+3,) of a query (W,), zeros behind its numbers, and the keys of tokens `begin` to
-    `end`, which are codes: by channel, or in e4m3; the last three are used."""
-    scale, to = query.dtype.type(1 / np.sqrt(width)), np.int64(scores.ctypes.data)
-    if query.shape[0] != width:  # keys do not fill lanes
-        few = np.zeros((4, query.shape[0]), query.dtype)
-        at, size = np.int64(few.ctypes.data), query.size * query.itemsize
+    """scores (m,n+3) of queries (m,W), zeros behind their numbers, and the keys of tokens `begin`
+    to `end`, which are codes: by channel, or in e4m3; the last three are used."""
+    if queries.shape[1] != width:  # keys do not fill lanes
+        few = np.zeros((4, queries.shape[1]), queries.dtype)
         for t in range(begin, end, 4):
             decode_tokens(coded, head, t, like, few[: min(4, end - t), :width])
-            dot_four(query, at, at + size, at + 2 * size, at + 3 * size, query, scale, to)
-            to += 4 * query.itemsize
+            score_few(queries, few, width, scores, t - begin)
     elif coded[FORM] == FORM_FLOATS:
-        score_floats(query, coded, head, begin, end, like, scale, to)
+        score_runs(queries, coded, head, begin, end, 0, like, scores, FLOATS, FLOATS)
     elif coded[FORM] == FORM_BYTES:
-        score_by_channel(query, coded, head, begin, end, like, scale, to, BYTES, BYTES)
+        score_runs(queries, coded, head, begin, end, 0, like, scores, BYTES, BYTES)
     else:
+        first = begin
         if begin % 2 and begin < end:  # its byte is shared with a token that is not seen
-            few = np.zeros((1, width), query.dtype)
-            decode_tokens(coded, head, begin, like, few)
-            at = np.int64(few.ctypes.data)
-            dot_four(query, at, at, at, at, query, scale, to)
-            begin, to = begin + 1, to + query.itemsize
-        score_by_channel(query, coded, head, begin, end, like, scale, to, LOW_HALVES, HIGH_HALVES)
+            few = np.zeros((4, width), queries.dtype)
+            decode_tokens(coded, head, begin, like, few[:1])
+            score_few(queries, few, width, scores, 0)
+            first = begin + 1
+        score_runs(
+            queries, coded, head, first, end, first - begin, like, scores, LOW_HALVES, HIGH_HALVES
+        )
 
 
 @compiled(fast=False)
-def widened(address: int, n: int, like: Array, y: Array) -> int:
-    """The address of n numbers as they are computed with, for which there is room in y."""
-    if like.itemsize == y.itemsize:
+def score_few(queries: Array, keys: Array, width: int, scores: Array, column: int) -> None:
+    """Of queries (m,W) and keys (4,W), of `width` numbers, the scores (m,n) from `column` on."""
+    scale = queries.dtype.type(1 / np.sqrt(width))
+    at, size = np.int64(keys.ctypes.data), keys.shape[1] * keys.itemsize
+    for i in range(queries.shape[0]):
+        to = np.int64(scores.ctypes.data) + (i * scores.shape[1] + column) * scores.itemsize
+        dot_four(queries[i], at, at + size, at + 2 * size, at + 3 * size, keys, scale, to)
+
+
+@compiled(fast=False)
+def widened(address: int, n: int, like: Array, y: Array, unit: float) -> int:
+    """The address of n numbers as they are computed with, times `unit`; there is room in y."""
+    if like.itemsize == y.itemsize and unit == 1:
         return address
-    at, whole = np.int64(y.ctypes.data), n // WIDTH * WIDTH
+    at, whole, factor = np.int64(y.ctypes.data), n // WIDTH * WIDTH, spread(y.dtype.type(unit))
     for i in range(0, whole, WIDTH):
-        put_lanes(lanes_at(address + i * like.itemsize, like), at + i * y.itemsize)
+        put_lanes(times(lanes_at(address + i * like.itemsize, like), factor), at + i * y.itemsize)
     rest = vector(address, n, like)
     for i in range(whole, n):
-        y[i] = number(rest[i])
+        y[i] = number(rest[i]) * y.dtype.type(unit)
     return at
 
 
 @compiled(fast=False)
-def score_by_channel(
-    query: Array, coded: Array, head: int, begin: int, end: int, like: Array, scale: float,
-    to: int, even: Array, odd: Array,
+def score_runs(
+    queries: Array, coded: Array, head: int, begin: int, end: int, column: int, like: Array,
+    scores: Array, even: Array, odd: Array,
 ) -> None:  # fmt: skip
-    """`score_codes` where the tokens of a group share the scales of each channel: `even` and `odd`
-    are the forms of the first and the next token, and so on."""
-    width, tokens, shared_by = query.shape[0], coded[TOKENS], is_half(odd)
-    none, at = spread(query.dtype.type(0)), np.int64(query.ctypes.data)
-    start, size = row_of(coded, head, 0, width), query.itemsize
-    wide_scales, wide_zeros = np.empty(width, query.dtype), np.empty(width, query.dtype)
-    first = begin
+    """`score_codes` from `column` on, where keys fill lanes: `even` and `odd` are the forms of the
+    first token and the next, and so on. Scales are widened together, those of the channels of a
+    group of tokens or, in e4m3, those of BLOCK tokens."""
+    (m, width), size = queries.shape, queries.itemsize
+    of_token, shared_by = coded[FORM] == FORM_FLOATS, is_half(odd)
+    together = BLOCK if of_token else coded[TOKENS]
+    wide_scales = np.empty(max(BLOCK, width), queries.dtype)
+    wide_zeros = np.empty(width, queries.dtype)
+    q, q_step, to_step = np.int64(queries.ctypes.data), width * size, scores.shape[1] * size
+    start, scale = row_of(coded, head, 0, width), queries.dtype.type(1 / np.sqrt(width))
+    first, zeros = begin, np.int64(0)
     while first < end:
-        last = min(end, (first // tokens + 1) * tokens)
+        last = min(end, (first // together + 1) * together)
         behind = scale_of(coded, head, first, width, like.itemsize)
-        scales = widened(coded[SCALES] + behind, width, like, wide_scales)
-        zeros = widened(coded[ZERO_POINTS] + behind, width, like, wide_zeros)
-        for t in range(first, last, 4):
-            # Of those that are not there, others are read; their scores are written over.
-            two = t + 2 if t + 2 < last else t
-            a = start + (t >> shared_by) * width
-            b = start + ((t + 1 if t + 1 < last else t) >> shared_by) * width
-            c = start + (two >> shared_by) * width
-            d = start + ((t + 3 if t + 3 < last else two) >> shared_by) * width
-            w, x, y, z = none, none, none, none
-            for j in range(0, width, WIDTH):
-                q = lanes_at(at + j * size, query)
-                s, zero = lanes_at(scales + j * size, query), lanes_at(zeros + j * size, query)
-                w = multiply_add(q, value_of(code_at(a + j, even, query), s, zero, even, like), w)
-                x = multiply_add(q, value_of(code_at(b + j, odd, query), s, zero, odd, like), x)
-                y = multiply_add(q, value_of(code_at(c + j, even, query), s, zero, even, like), y)
-                z = multiply_add(q, value_of(code_at(d + j, odd, query), s, zero, odd, like), z)
-            put_totals(w, x, y, z, scale, to + (t - begin) * size)
+        n_scales, unit = (last - first, FLOAT8_UNIT) if of_token else (width, 1.0)
+        scales = widened(coded[SCALES] + behind, n_scales, like, wide_scales, unit)
+        if not of_token:
+            zeros = widened(coded[ZERO_POINTS] + behind, width, like, wide_zeros, 1.0)
+        to = np.int64(scores.ctypes.data) + (column + first - begin) * size
+        score_tokens(
+            m, q, q_step, width, start + (first >> shared_by) * width, width, last - first, scales,
+            zeros, scale, to, to_step, even, odd, like, queries,
+        )  # fmt: skip
         first = last
-
-
-@compiled(fast=False)
-def score_floats(
-    query: Array, coded: Array, head: int, begin: int, end: int, like: Array, scale: float, to: int
-) -> None:
-    """`score_codes` in e4m3, where each token has one scale."""
-    width, size = query.shape[0], like.itemsize
-    none, at = spread(query.dtype.type(0)), np.int64(query.ctypes.data)
-    for t in range(begin, end, 4):
-        t1, t2, t3 = min(t + 1, end - 1), min(t + 2, end - 1), min(t + 3, end - 1)
-        first = coded[SCALES] + head * coded[ROOM] * size
-        s0 = scale_at(first + t * size, FLOATS, like)
-        s1 = scale_at(first + t1 * size, FLOATS, like)
-        s2 = scale_at(first + t2 * size, FLOATS, like)
-        s3 = scale_at(first + t3 * size, FLOATS, like)
-        codes = coded[CODES] + head * coded[ROOM] * width
-        a, b, c, d = codes + t * width, codes + t1 * width, codes + t2 * width, codes + t3 * width
-        w, x, y, z = none, none, none, none
-        for j in range(0, width, WIDTH):
-            q = lanes_at(at + j * query.itemsize, query)
-            w = multiply_add(q, times(code_at(a + j, FLOATS, query), s0), w)
-            x = multiply_add(q, times(code_at(b + j, FLOATS, query), s1), x)
-            y = multiply_add(q, times(code_at(c + j, FLOATS, query), s2), y)
-            z = multiply_add(q, times(code_at(d + j, FLOATS, query), s3), z)
-        put_totals(w, x, y, z, scale, to + (t - begin) * query.itemsize)
 
 
 @compiled(fast=False)
 def add_codes(
     w: Array, coded: Array, head: int, width: int, begin: int, n: int, like: Array, y: Array
 ) -> None:
-    """y (W,) += the sum of the values of n tokens from `begin` on, whole eights, each times its
-    weight w (n,): values are codes with scales of their own."""
-    if y.shape[0] != width or coded[CHANNELS] % WIDTH:
-        few = np.zeros((8, y.shape[0]), y.dtype)
+    """y (m,W) += the sums of the values of n tokens from `begin` on, whole eights, each times its
+    weights w (m,..): values are codes with scales of their own."""
+    if y.shape[1] != width or coded[CHANNELS] % WIDTH:
+        few = np.zeros((8, y.shape[1]), y.dtype)
         for i in range(0, n, 8):
             decode_tokens(coded, head, begin + i, like, few[:, :width])
-            at, size = np.int64(few.ctypes.data), few.shape[1] * y.itemsize
-            for j in range(0, y.shape[0], WIDTH):
-                v = at + j * y.itemsize
-                a = times(spread(w[i]), lanes_at(v, y))
-                a = multiply_add(spread(w[i + 1]), lanes_at(v + size, y), a)
-                a = multiply_add(spread(w[i + 2]), lanes_at(v + 2 * size, y), a)
-                a = multiply_add(spread(w[i + 3]), lanes_at(v + 3 * size, y), a)
-                b = times(spread(w[i + 4]), lanes_at(v + 4 * size, y))
-                b = multiply_add(spread(w[i + 5]), lanes_at(v + 5 * size, y), b)
-                b = multiply_add(spread(w[i + 6]), lanes_at(v + 6 * size, y), b)
-                b = multiply_add(spread(w[i + 7]), lanes_at(v + 7 * size, y), b)
-                there = np.int64(y.ctypes.data) + j * y.itemsize
-                put_lanes(plus(lanes_at(there, y), plus(a, b)), there)
+            for row in range(y.shape[0]):
+                add_eight(w[row, i : i + 8], few, y[row])
     elif coded[FORM] == FORM_FLOATS:
-        add_by_token(w, coded, head, begin, n, like, y, FLOATS, FLOATS)
+        add_runs(w, coded, head, begin, n, like, y, FLOATS, FLOATS)
     elif coded[FORM] == FORM_BYTES:
-        add_by_token(w, coded, head, begin, n, like, y, BYTES, BYTES)
+        add_runs(w, coded, head, begin, n, like, y, BYTES, BYTES)
     elif begin % 2:
-        add_by_token(w, coded, head, begin, n, like, y, HIGH_HALVES, LOW_HALVES)
+        add_runs(w, coded, head, begin, n, like, y, HIGH_HALVES, LOW_HALVES)
     else:
-        add_by_token(w, coded, head, begin, n, like, y, LOW_HALVES, HIGH_HALVES)
+        add_runs(w, coded, head, begin, n, like, y, LOW_HALVES, HIGH_HALVES)
+
+
+@compiled(fast=False)
+def add_eight(w: Array, values: Array, y: Array) -> None:
+    """y (W,) += the sum of eight values (8,W), whole lanes, each times its weight w (8,)."""
+    at, size = np.int64(values.ctypes.data), values.shape[1] * values.itemsize
+    for j in range(0, y.shape[0], WIDTH):
+        v = at + j * y.itemsize
+        a, b = times(spread(w[0]), lanes_at(v, y)), times(spread(w[4]), lanes_at(v + 4 * size, y))
+        for i in range(1, 4):
+            a = multiply_add(spread(w[i]), lanes_at(v + i * size, y), a)
+            b = multiply_add(spread(w[4 + i]), lanes_at(v + (4 + i) * size, y), b)
+        there = np.int64(y.ctypes.data) + j * y.itemsize
+        put_lanes(plus(lanes_at(there, y), plus(a, b)), there)
 
 
 @compiled(fast=False)
@@ -257,47 +236,26 @@ def is_half(form: Array) -> int:
 
 
 @compiled(fast=False)
-def add_by_token(
+def add_runs(
     w: Array, coded: Array, head: int, begin: int, n: int, like: Array, y: Array, even: Array,
     odd: Array,
 ) -> None:  # fmt: skip
-    """`add_codes`, `even` and `odd` the forms of the first and the next token, and so on."""
-    width, channels, each = y.shape[0], coded[CHANNELS], y.shape[0] // coded[CHANNELS]
-    goal, start, half = np.int64(y.ctypes.data), row_of(coded, head, 0, width), is_half(odd)
+    """`add_codes` where values fill lanes; `even` and `odd` as in `score_runs`."""
+    (m, width), size, channels = y.shape, y.itemsize, coded[CHANNELS]
+    each, shared_by = width // channels, is_half(odd)
+    of_token, unit = coded[FORM] == FORM_FLOATS, 1.0
+    if of_token:
+        unit = FLOAT8_UNIT
     wide_scales, wide_zeros = np.empty(BLOCK * each, y.dtype), np.empty(BLOCK * each, y.dtype)
-    scales = zeros = np.int64(0)
-    size, of_token = y.itemsize, each * y.itemsize
-    for i in range(0, n, 8):
-        t = begin + i
-        if i % BLOCK == 0:
-            behind, held = scale_of(coded, head, t, width, like.itemsize), min(BLOCK, n - i) * each
-            scales = widened(coded[SCALES] + behind, held, like, wide_scales)
-            zeros = widened(coded[ZERO_POINTS] + behind, held, like, wide_zeros)
-        w0, w1, w2, w3 = spread(w[i]), spread(w[i + 1]), spread(w[i + 2]), spread(w[i + 3])
-        w4, w5, w6, w7 = spread(w[i + 4]), spread(w[i + 5]), spread(w[i + 6]), spread(w[i + 7])
-        v0, v1 = start + (t >> half) * width, start + (t + 1 >> half) * width
-        v2, v3 = start + (t + 2 >> half) * width, start + (t + 3 >> half) * width
-        v4, v5 = start + (t + 4 >> half) * width, start + (t + 5 >> half) * width
-        v6, v7 = start + (t + 6 >> half) * width, start + (t + 7 >> half) * width
-        for c in range(0, width, channels):
-            s = scales + i % BLOCK * of_token + c // channels * size
-            z = zeros + i % BLOCK * of_token + c // channels * size
-            s0, z0 = scale_at(s, even, y), spread_at(z, y)
-            s1, z1 = scale_at(s + of_token, even, y), spread_at(z + of_token, y)
-            s2, z2 = scale_at(s + 2 * of_token, even, y), spread_at(z + 2 * of_token, y)
-            s3, z3 = scale_at(s + 3 * of_token, even, y), spread_at(z + 3 * of_token, y)
-            s4, z4 = scale_at(s + 4 * of_token, even, y), spread_at(z + 4 * of_token, y)
-            s5, z5 = scale_at(s + 5 * of_token, even, y), spread_at(z + 5 * of_token, y)
-            s6, z6 = scale_at(s + 6 * of_token, even, y), spread_at(z + 6 * of_token, y)
-            s7, z7 = scale_at(s + 7 * of_token, even, y), spread_at(z + 7 * of_token, y)
-            for j in range(c, c + channels, WIDTH):
-                a = times(w0, value_of(code_at(v0 + j, even, y), s0, z0, even, like))
-                a = multiply_add(w1, value_of(code_at(v1 + j, odd, y), s1, z1, odd, like), a)
-                a = multiply_add(w2, value_of(code_at(v2 + j, even, y), s2, z2, even, like), a)
-                a = multiply_add(w3, value_of(code_at(v3 + j, odd, y), s3, z3, odd, like), a)
-                b = times(w4, value_of(code_at(v4 + j, even, y), s4, z4, even, like))
-                b = multiply_add(w5, value_of(code_at(v5 + j, odd, y), s5, z5, odd, like), b)
-                b = multiply_add(w6, value_of(code_at(v6 + j, even, y), s6, z6, even, like), b)
-                b = multiply_add(w7, value_of(code_at(v7 + j, odd, y), s7, z7, odd, like), b)
-                there = goal + j * y.itemsize
-                put_lanes(plus(lanes_at(there, y), plus(a, b)), there)
+    start, zeros = row_of(coded, head, 0, width), np.int64(0)
+    for i in range(0, n, BLOCK):
+        t, held = begin + i, min(BLOCK, n - i)
+        behind = scale_of(coded, head, t, width, like.itemsize)
+        scales = widened(coded[SCALES] + behind, held * each, like, wide_scales, unit)
+        if not of_token:
+            zeros = widened(coded[ZERO_POINTS] + behind, held * each, like, wide_zeros, 1.0)
+        add_tokens(
+            m, np.int64(w.ctypes.data) + i * size, w.shape[1] * size, width,
+            start + (t >> shared_by) * width, width, held, scales, zeros, each * size, channels,
+            np.int64(y.ctypes.data), width * size, even, odd, like, y,
+        )  # fmt: skip

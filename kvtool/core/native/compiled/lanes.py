@@ -25,6 +25,7 @@ class Lanes(types.Type):
 
     def __init__(self, real: types.Float) -> None:
         super().__init__(name=f"{WIDTH} x {real}")
+        self.real = real
         self.vector = ir.VectorType(
             ir.FloatType() if real == types.float32 else ir.DoubleType(), WIDTH
         )
@@ -89,33 +90,6 @@ def _load(typing: Any, address: Any, like: Any) -> Any:
     return LANES[computed(like)](types.intp, like), generate
 
 
-def _load_spread(typing: Any, address: Any, like: Any) -> Any:
-    lanes = LANES[computed(like)]
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if isinstance(like.dtype, types.Float):
-            return everywhere(builder, _at(builder, args[0], lanes.vector.element))
-        bits = _at(builder, args[0], ir.IntType(16))
-        if like.dtype == types.int16:
-            number = builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
-            return everywhere(builder, number)
-        pairs = builder.bitcast(everywhere(builder, bits, 2 * WIDTH), I32)
-        return builder.bitcast(builder.shl(pairs, constant(I32, 16)), lanes.vector)
-
-    return lanes(types.intp, like), generate
-
-
-def _load_scale(typing: Any, address: Any, form: Any, like: Any) -> Any:
-    signature, load = _load_spread(typing, address, like)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        scale = load(context, builder, signature, [args[0], args[2]])
-        unit = ir.Constant(scale.type, [FLOAT8_UNIT] * WIDTH)
-        return builder.fmul(scale, unit) if form.dtype == FLOATS else scale
-
-    return signature.return_type(types.intp, form, like), generate
-
-
 def _store(typing: Any, x: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at = builder.inttoptr(args[1], x.vector.as_pointer())
@@ -159,21 +133,30 @@ def _spread(typing: Any, x: Any) -> Any:
     return LANES[x](x), generate
 
 
-def _code(typing: Any, address: Any, form: Any, like: Any) -> Any:
-    lanes = LANES[computed(like)]
+def number_of_code(builder: Any, address: Any, form: Any, vector: Any) -> Any:
+    """The instructions that read sixteen codes as numbers."""
+    bits = _at(builder, address, I8)
+    if form == FLOATS:
+        return _float8(builder, bits, vector)
+    codes = builder.zext(bits, I32)
+    if form == LOW_HALVES:
+        codes = builder.and_(codes, constant(I32, 15))
+    elif form == HIGH_HALVES:
+        codes = builder.lshr(codes, constant(I32, 4))
+    return builder.sitofp(codes, vector)
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = _at(builder, args[0], I8)
-        if form.dtype == FLOATS:
-            return _float8(builder, bits, lanes.vector)
-        codes = builder.zext(bits, I32)
-        if form.dtype == LOW_HALVES:
-            codes = builder.and_(codes, constant(I32, 15))
-        elif form.dtype == HIGH_HALVES:
-            codes = builder.lshr(codes, constant(I32, 4))
-        return builder.sitofp(codes, lanes.vector)
 
-    return lanes(types.intp, form, like), generate
+def scaled(builder: Any, code: Any, scale: Any, zero_point: Any, like: Any) -> Any:
+    """The instructions for code * scale + zero_point, rounded after each, as PyTorch does. A code
+    times a scale of a half format is exact in float32, and need not be rounded."""
+    flags = () if isinstance(like.dtype, types.Float) else ["contract"]
+    product = builder.fmul(code, scale, flags=flags)
+    return builder.fadd(product, zero_point, flags=flags)
+
+
+def spread_from(builder: Any, address: Any, vector: Any) -> Any:
+    """The instructions that read a number into every lane."""
+    return everywhere(builder, _at(builder, address, vector.element))
 
 
 def _float8(builder: Any, bits: Any, vector: Any) -> Any:
@@ -189,17 +172,6 @@ def _float8(builder: Any, bits: Any, vector: Any) -> Any:
         wide = builder.bitcast(builder.and_(wide, constant(I32, 0x87F00000)), floats)
         found = builder.fmul(wide, ir.Constant(floats, [2.0**112] * WIDTH))
     return found if vector == floats else builder.fpext(found, vector)
-
-
-def _value(typing: Any, code: Any, scale: Any, zero_point: Any, form: Any, like: Any) -> Any:
-    # A code times a scale of a half format is exact in float32, and need not be rounded.
-    flags = () if isinstance(like.dtype, types.Float) else ["contract"]
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        product = builder.fmul(args[0], args[1], flags=flags)
-        return product if form.dtype == FLOATS else builder.fadd(product, args[2], flags=flags)
-
-    return code(code, code, code, form, like), generate
 
 
 def _total(typing: Any, x: Any) -> Any:
@@ -228,28 +200,50 @@ def _highest(typing: Any, x: Any) -> Any:
             found = builder.select(builder.fcmp_ordered(">", found, other), found, other)
         return builder.extract_element(found, ir.Constant(ir.IntType(32), 0))
 
-    return types.float32(x), generate
+    return x.real(x), generate
 
 
-def _halved(builder: Any, a: Any, b: Any, n: int) -> Any:
-    """The lanes of a and b (blocks of 2*n that belong together), each block's halves added: first
-    those of a, then those of b."""
-    order = ir.VectorType(ir.IntType(32), WIDTH)
-    low = [i for i in range(2 * WIDTH) if i % (2 * n) < n]
-    first, second = (
-        builder.shuffle_vector(a, b, ir.Constant(order, [i + more for i in low])) for more in (0, n)
-    )
-    return builder.fadd(first, second)
+def _shuffled(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
+    kind = ir.VectorType(ir.IntType(32), len(order))
+    return builder.shuffle_vector(a, b, ir.Constant(kind, order))
+
+
+def _halved(builder: Any, a: Any, b: Any, first: list[int], behind: int) -> Any:
+    """Lanes `first` of a and b, side by side, and those `behind` them, added."""
+    others = [i + behind for i in first]
+    return builder.fadd(*(_shuffled(builder, a, b, order) for order in (first, others)))
 
 
 def totals_of(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """The instructions that add up the lanes of each of four vectors -> a vector of four."""
-    a_b, c_d = _halved(builder, a, b, 8), _halved(builder, c, d, 8)
-    fours = _halved(builder, a_b, c_d, 4)  # four lanes of each
-    twos = _halved(builder, fours, fours, 2)  # two lanes of each, and all once more
-    ones = _halved(builder, twos, twos, 1)
-    four = ir.VectorType(ir.IntType(32), 4)
-    return builder.shuffle_vector(ones, ones, ir.Constant(four, list(range(4))))
+    """The instructions that add up the lanes of each of four vectors -> a vector of four.
+
+    Each pair of lanes that is added becomes one: vectors of half the length, which take half as
+    long."""
+    a, b, c, d = (_halved(builder, x, x, list(range(8)), 8) for x in (a, b, c, d))
+    fours = [0, 1, 2, 3, 8, 9, 10, 11]
+    a_c, b_d = _halved(builder, a, c, fours, 4), _halved(builder, b, d, fours, 4)
+    twos = _halved(builder, a_c, b_d, [0, 1, 8, 9, 4, 5, 12, 13], 2)
+    a_b, c_d = (_shuffled(builder, twos, twos, list(range(at, at + 4))) for at in (0, 4))
+    return _halved(builder, a_b, c_d, [0, 2, 4, 6], 1)
+
+
+def _both(builder: Any, a: Any, b: Any, n: int) -> Any:
+    """Of a and b (blocks of 2*n lanes that belong together) each block's halves added: those of a
+    are then the first, and those of b the second half of a block."""
+    first = [i + (WIDTH if i & n else 0) for i in range(WIDTH)]  # of b every second
+    behind = [i - n + WIDTH if i & n else i + n for i in range(WIDTH)]
+    return builder.fadd(*(_shuffled(builder, a, b, order) for order in (first, behind)))
+
+
+def sixteen_totals(builder: Any, vectors: list[Any]) -> Any:
+    """The instructions that add up the lanes of each of sixteen vectors, as `totals_of` -> a vector
+    of sixteen."""
+    # Where a step puts a vector is another bit of its lane, from the highest on.
+    order = [int(f"{i:04b}"[::-1], 2) for i in range(WIDTH)]
+    found = [vectors[i] for i in order]
+    for n in (8, 4, 2, 1):
+        found = [_both(builder, a, b, n) for a, b in zip(found[::2], found[1::2], strict=True)]
+    return found[0]
 
 
 def _put_totals(typing: Any, a: Any, b: Any, c: Any, d: Any, scale: Any, address: Any) -> Any:
@@ -264,20 +258,13 @@ def _put_totals(typing: Any, a: Any, b: Any, c: Any, d: Any, scale: Any, address
 
 
 lanes_at: Any = intrinsic(_load)  # (address, like) -> 16 numbers
-spread_at: Any = intrinsic(_load_spread)  # (address, like) -> the number there in every lane
 spread: Any = intrinsic(_spread)  # (number) -> it in every lane
 put_lanes: Any = intrinsic(_store)  # (lanes, address)
 multiply_add: Any = intrinsic(_multiply_add)  # (a, b, c) -> a * b + c, rounded once
 times: Any = intrinsic(_times)  # (a, b) -> a * b
 plus: Any = intrinsic(_plus)  # (a, b) -> a + b
 larger: Any = intrinsic(_larger)  # (a, b) -> the larger number of each lane
-highest: Any = intrinsic(_highest)  # (lanes of float32) -> the largest of them
+highest: Any = intrinsic(_highest)  # (lanes) -> the largest of them
 total: Any = intrinsic(_total)  # (lanes of float32) -> their sum
-# (address, form, like) -> the scale there for codes of that form, in every lane
-scale_at: Any = intrinsic(_load_scale)
-code_at: Any = intrinsic(_code)  # (address, form, like) -> 16 codes as numbers
-# (code, scale, zero_point, form, like) -> code * scale + zero_point, rounded after each, as PyTorch
-# does; like: scales
-value_of: Any = intrinsic(_value)
 # (a, b, c, d, scale, address): the sum of each, times the scale, side by side
 put_totals: Any = intrinsic(_put_totals)
