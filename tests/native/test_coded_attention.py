@@ -11,6 +11,7 @@ import torch
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.cache.direct_access import DirectAccess
 from kvtool.core.native import arrays as native
+from kvtool.core.native import few_queries
 from small_models import random_model
 
 N, WIDTH, ROWS, STORED = 75, 32, 2, 2  # tokens, numbers of a head, rows, stored heads
@@ -36,7 +37,7 @@ def test_query_heads_that_share_codes_get_the_bits_that_numbers_give_each(
     cache.commit(N)
     keys, values, _ = cache.snapshot(0)
     wide = torch.promote_types(dtype, torch.float32)
-    numbers = [native.Stored.of(x.to(wide)) for x in (keys, values)]
+    numbers = [few_queries.Stored.of(x.to(wide)) for x in (keys, values)]
     q = torch.randn(ROWS, n_heads, WIDTH, dtype=wide).numpy()
     _, _, stored, columns, _, _, _, facts = cache.step_addresses(1)  # type: ignore[misc]
     like = native.kind_of(dtype)
