@@ -82,12 +82,12 @@ def test_the_reference_is_what_the_numpy_oracle_computes(
         assert gap(oracle.logits(weights, shipped.config, right.ids), right.logits) < 1e-13
 
 
-def test_gpt2_of_transformers_reproduces_the_reference(
+def test_gpt_neox_of_transformers_reproduces_the_reference(
     shipped: checkpoint.Checkpoint,
     weights: dict[str, np.ndarray],
     references: list[reference.Reference],
 ) -> None:
-    """The same weights in a model that others wrote: scaled embeddings as wte, sinusoids as wpe."""
+    """The same weights in a model that others wrote."""
     pytest.importorskip("transformers")
     model = witness(weights, shipped.config)
     for right in references:

@@ -118,7 +118,7 @@ def command(
     n_kv_heads: t.KvHeads = 0,
     d_model: t.DModel = 256,
     context: t.Context = 1152,
-    positions: t.Positions = "sinusoidal",
+    positions: t.Positions = "rotary",
     norm: t.Norm = "layernorm",
     activation: t.Activation = "gelu",
     tied: t.Tied = True,
