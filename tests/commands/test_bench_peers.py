@@ -132,7 +132,7 @@ def test_what_transformers_cannot_do_is_exit_2(
 def test_models_that_transformers_has_not_are_exit_2_with_a_way_out(
     bench: Callable[..., Ran], tmp_path: Path
 ) -> None:
-    mixed = save_decoder(tmp_path / "mixed", positions="rotary")
+    mixed = save_decoder(tmp_path / "mixed", positions="rotary", activation="swiglu")
     for model in (mixed, save_seq2seq(tmp_path / "seq2seq")):
         message = refused(bench(*BOTH, model=model))
         assert message.startswith("--impl transformers: this mixture of positions, norm")
