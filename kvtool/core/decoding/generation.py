@@ -87,7 +87,7 @@ def generate(
 
     >>> found = kvtool.generate("shakespeare-2l", "ROMEO:", 12, temperature=0.0)
     >>> len(found.ids), found.text
-    (12, "\\nI have awhile I not, I'll")
+    (12, "\\nI'll tell thee, I'll tell thee, and")
     """
     how = GenerateConfig(max_tokens=max_tokens, cache=cache, **choices)
     if isinstance(model, (str, Path)):
