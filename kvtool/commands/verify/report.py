@@ -293,15 +293,12 @@ class CacheReport:
     def _left_out(self) -> list[str]:
         """The scenarios that are beyond all subjects, and why; what of the context was left out,
         since it would take too long."""
-        from kvtool.core.verify.left_out import layers_left_out, left_out
+        from kvtool.core.verify.left_out import cut_short, left_out
 
         skipped = [(row.scenario, row.evidence) for row in self.checks if row.beyond]
         said = left_out(skipped, [row.scenario for row in self.checks if not row.beyond])
-        parts = dict.fromkeys(row.not_fed for row in self.judged if row.not_fed)
-        layers = layers_left_out((row.scenario, row.layers) for row in self.judged)
-        not_fed = f"not fed: {', '.join(parts)}" if parts else ""
-        less = [f"{part} (--thorough for more)" for part in (layers, not_fed) if part]
-        return [*filter(None, [said]), *less]
+        less = cut_short((row.scenario, row.layers, row.not_fed) for row in self.judged)
+        return [*filter(None, [said]), *(f"{part} (--thorough for more)" for part in less)]
 
     def _put_aside(self) -> list[str]:
         """The parts of judged caches that were not judged, since exact values replaced them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +43,28 @@ def form_of(config: ModelConfig) -> Form | None:
     return Form(_neox_config, _neox_state) if rotary else Form(_gpt2_config, _gpt2_state)
 
 
+def _modules(
+    weights: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    names: Mapping[str, str],
+    prefix: str,
+    layers: str,
+    norm: str,
+) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+    """Our name, theirs, weight and bias (zeros if there is none) of each module that has both.
+
+    names: of a layer, ours to theirs. prefix: of their names. layers, norm: what they call the list
+    of layers, and the last norm.
+    """
+    modules = {"norm": f"{prefix}{norm}"}
+    for i in range(config.n_layers):
+        modules |= {f"layers.{i}.{a}": f"{prefix}{layers}.{i}.{b}" for a, b in names.items()}
+    for ours, theirs in modules.items():
+        weight = weights[f"{ours}.weight"]
+        bias = weights[f"{ours}.bias"] if config.bias else np.zeros(weight.shape[0])
+        yield ours, theirs, weight, bias
+
+
 def _gpt2_config(transformers: Any, config: ModelConfig) -> Any:
     return transformers.GPT2Config(
         vocab_size=config.vocab_size,
@@ -77,14 +99,8 @@ def _gpt2_state(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Array
         state["lm_head.weight"] = embedding if config.tied else weights["head.weight"]
     names = {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj"}
     names |= {"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
-    modules = {"norm": "transformer.ln_f"}
-    for i in range(config.n_layers):
-        modules |= {f"layers.{i}.{a}": f"transformer.h.{i}.{b}" for a, b in names.items()}
-    for ours, theirs in modules.items():
-        weight = weights[f"{ours}.weight"]
-        n_out = weight.shape[0]
+    for _, theirs, weight, bias in _modules(weights, config, names, "transformer.", "h", "ln_f"):
         state[f"{theirs}.weight"] = weight.T.copy() if weight.ndim == 2 else weight
-        bias = weights[f"{ours}.bias"] if config.bias else np.zeros(n_out)
         state[f"{theirs}.bias"] = bias
     return state
 
@@ -119,13 +135,9 @@ def _neox_state(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Array
     names = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
     names |= {"attn.qkv": "attention.query_key_value", "attn.out": "attention.dense"}
     names |= {"mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h"}
-    modules = {"norm": "gpt_neox.final_layer_norm"}
-    for i in range(config.n_layers):
-        modules |= {f"layers.{i}.{a}": f"gpt_neox.layers.{i}.{b}" for a, b in names.items()}
-    for ours, theirs in modules.items():
-        weight = weights[f"{ours}.weight"]
-        bias = weights[f"{ours}.bias"] if config.bias else np.zeros(weight.shape[0])
-        for part, rows in (("weight", weight), ("bias", bias)):
+    found = _modules(weights, config, names, "gpt_neox.", "layers", "final_layer_norm")
+    for ours, theirs, *both in found:
+        for part, rows in zip(("weight", "bias"), both, strict=True):
             if ours.endswith("qkv"):
                 of_head = rows.reshape(3, config.n_heads, config.head_dim, *rows.shape[1:])
                 rows = of_head.swapaxes(0, 1).reshape(rows.shape)

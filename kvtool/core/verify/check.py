@@ -163,11 +163,10 @@ def parts_of(
     formats: Formats, scenarios: Sequence[str], caches: Sequence[str], thorough: bool
 ) -> dict[str, Part]:
     """What each scenario is played on: the model, or of a large one the first layers."""
-    whole = formats.model.config.n_layers
+    whole, cuts = formats.model.config.n_layers, goes_by_layer(formats) and not thorough
     made: dict[int, Part] = {}
     found = {}
     for scenario in scenarios:
-        cuts = goes_by_layer(formats) and not thorough
         n = layers_for(formats, scenario) if cuts else whole
         if n not in made:
             made[n] = Part(cut(formats, n), caches, thorough, n if n < whole else 0)

@@ -28,6 +28,18 @@ def left_out(skipped: Iterable[tuple[str, str]], run: Iterable[str]) -> str:
     return f"not run: {', '.join(said)}" if said else ""
 
 
+def cut_short(judged: Iterable[tuple[str, int, str]]) -> list[str]:
+    """What was left out since it would take too long: of layers, and of the context.
+
+    judged: scenarios, each with its layers as in `layers_left_out`, and what it was not fed.
+    """
+    found = list(judged)
+    parts = dict.fromkeys(not_fed for _, _, not_fed in found if not_fed)
+    not_fed = f"not fed: {', '.join(parts)}" if parts else ""
+    layers = layers_left_out((scenario, n) for scenario, n, _ in found)
+    return [part for part in (layers, not_fed) if part]
+
+
 def layers_left_out(judged: Iterable[tuple[str, int]]) -> str:
     """In words, the layers of a large model that scenarios did not go through.
 
