@@ -16,7 +16,9 @@ from kvtool.core.verify.arms import Case
 from kvtool.core.verify.by_layer import ByLayer, can_go_by_layer
 from kvtool.core.verify.check import LostKey, check_model, main_case
 from kvtool.core.verify.compare import ROUNDING_64
+from kvtool.core.verify.float64 import Float64
 from kvtool.core.verify.judge import BUG, Judge
+from kvtool.core.verify.measured import Measured
 from kvtool.core.verify.model_subject import Formats, ModelSubject
 from kvtool.core.verify.scenarios import SCENARIOS
 from small_models import random_model
@@ -197,3 +199,20 @@ def test_what_is_skipped_is_not_judged_and_the_rest_is_as_it_would_be(large: Non
     skip = list(everything)[:5]
     rest = {(c.cache, c.kernels, c.finding.scenario): c for c in check_model(*asked, skip=skip)}
     assert rest == {turn: c for turn, c in everything.items() if turn not in skip}
+
+
+@pytest.mark.parametrize("explained", [True, False])
+def test_noise_is_not_measured_of_a_gap_that_codes_explain_at_no_cost(
+    explained: bool, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To measure it takes many runs of a large model."""
+    model = random_model(**ROTARY)
+    formats = Formats(model, widens=True)
+    subject = ModelSubject(model, check.small("fp8"), "fp8", formats=formats)
+    subject.evidence = ByLayer(formats, [subject])
+    asked = list[object]()
+    monkeypatch.setattr(Measured, "beyond", lambda self, exact=None: asked.append(exact))
+    monkeypatch.setattr(Float64, "within_codes", lambda *given: explained)
+    case = main_case(model, torch.tensor([[1, 5, 2]]), 6)
+    assert Judge(subject).judge(case, thorough=True).right
+    assert bool(asked) is not explained
