@@ -33,11 +33,13 @@ from kvtool.core.checkpoint import checkpoint
 from kvtool.core.verify.mutants import selftest
 from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.registry import CACHES, KERNELS
+from kvtool.ui import environment
 from listings import Listing, difference, same
 from self_tested import caught, passed
 from small_models import random_model
 
 ALL = listings.listings()
+PROCESSOR = re.compile(r"^.*\b\d+ threads?, ([^;\n]+)", re.MULTILINE)
 CPU = torch.device("cpu")
 
 
@@ -60,10 +62,12 @@ def as_listed(listing: Listing) -> Listing:
 def printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[[Listing, list[str]], str]:
-    """What a command prints within this process, at the listing's width."""
+    """What a command prints within this process, at the listing's width and of its processor."""
 
     def call(listing: Listing, more: list[str]) -> str:
         monkeypatch.setenv("COLUMNS", str(listing.columns))
+        if name := PROCESSOR.search(listing.text):
+            monkeypatch.setattr(environment, "cpu_name", lambda: name[1])
         (tmp_path / "here" / "docs").parent.mkdir()
         (tmp_path / "here" / "docs").symlink_to(listings.ROOT / "docs")
         monkeypatch.chdir(tmp_path / "here")
