@@ -13,7 +13,7 @@ from kvtool.core.models import Model
 from kvtool.core.models.layers import Linear
 from kvtool.core.native import arrays as native
 from kvtool.core.native.compiled.decoder import LINEAR, apply_linear
-from kvtool.core.native.compiled.tools import Array, compiled
+from kvtool.core.native.compiled.tools import Array, compiled, shared
 
 
 class Floor:
@@ -45,7 +45,7 @@ class Floor:
         return TimedRun(seconds, 0.0, seconds, None, 0, None)
 
 
-@compiled()
+@shared(entry=True)
 def products(layers: Array, x: Array, y: Array, threads: int, large: int) -> None:
     for i in range(layers.shape[0]):
         layer = layers[i]
@@ -61,13 +61,13 @@ def add_up(x: Array) -> float:
     return total
 
 
-@compiled()
+@shared(entry=True)
 def read(stored: Array, seen: int, sums: Array) -> None:
     for i in range(stored.shape[0]):
         sums[i] = add_up(stored[i, :seen].reshape(-1))
 
 
-@compiled(parallel=True)
+@shared(entry=True, parallel=True)
 def read_by_threads(stored: Array, seen: int, sums: Array) -> None:
     for i in numba.prange(stored.shape[0]):
         sums[i] = add_up(stored[i, :seen].reshape(-1))

@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray, types
 from numba import from_dtype as from_dtype
 
-from kvtool.core.native.compiled import layers, prompts
+from kvtool.core.native.compiled import codes, layers, prompts
 from kvtool.core.native.compiled.code_tiles import queries_at_once
 from kvtool.core.native.compiled.codes import (
     EXACT,
@@ -292,7 +292,7 @@ def attend_by_threads(
         attend_part(q, begin, end, n_each, n_groups, k, v, spans, y)
 
 
-@shared()
+@shared(entry=True)
 def attend(
     q: Array, n_each: int, n_groups: int, k: Place, v: Place, spans: Array, y: Array,
     threads: int, large: int,
@@ -314,7 +314,7 @@ def attend(
         attend_part(q, 0, n * q.shape[1], n_each, n_groups, k, v, spans, y)
 
 
-@shared()
+@shared(entry=True)
 def attend_columns(
     q: Array, row: int, n_groups: int, k: Place, v: Place, columns: Array, y: Array
 ) -> None:
@@ -345,6 +345,7 @@ def attention_forms(real: types.Type, kind: types.Type) -> Forms:
     columns, spans, _ = dense(n)
     read = n, n, place, place, spans, x3
     yield attend_head, (x1, w2, w2, w2, w2, x1)
+    yield from codes.forms(real, kind)
     yield attend_codes, (x2, place, place, n, n, n, n, n, x2)
     yield attend_part, (x3, n, n, *read)
     yield attend_by_threads, (x3, n, *read)

@@ -13,7 +13,7 @@ or channels of a token, share a scale; and the column of exact ones in which the
 from __future__ import annotations
 
 import numpy as np
-from numba import carray
+from numba import carray, from_dtype, types
 
 from kvtool.core.native.compiled.code_tiles import add_tokens, score_tokens
 from kvtool.core.native.compiled.lanes import (
@@ -29,9 +29,12 @@ from kvtool.core.native.compiled.lanes import (
 )
 from kvtool.core.native.compiled.tools import (
     Array,
+    Forms,
     compiled,
+    dense,
     number,
     pointer,
+    shared,
     vector,
 )
 
@@ -162,7 +165,7 @@ def widened(address: int, n: int, like: Array, y: Array, unit: float) -> int:
     return at
 
 
-@compiled(fast=False)
+@shared(fast=False)
 def score_runs(
     queries: Array, coded: Array, head: int, begin: int, end: int, column: int, like: Array,
     scores: Array, even: Array, odd: Array,
@@ -235,7 +238,7 @@ def is_half(form: Array) -> int:
     return 1 if 1 < form.itemsize < 8 else 0
 
 
-@compiled(fast=False)
+@shared(fast=False)
 def add_runs(
     w: Array, coded: Array, head: int, begin: int, n: int, like: Array, y: Array, even: Array,
     odd: Array,
@@ -259,3 +262,19 @@ def add_runs(
             start + (t >> shared_by) * width, width, held, scales, zeros, each * size, channels,
             np.int64(y.ctypes.data), width * size, even, odd, like, y,
         )  # fmt: skip
+
+
+def forms(real: types.Type, kind: types.Type) -> Forms:
+    """What reads codes whose scales are of `kind`, with queries in `real`."""
+    n, x2, coded, like = types.intp, dense(real)[1], dense(types.intp)[0], dense(kind)[0]
+    whole = [(as_constant(codes), as_constant(codes)) for codes in (BYTES, FLOATS)]
+    low, high = as_constant(LOW_HALVES), as_constant(HIGH_HALVES)
+    for codes in (*whole, (low, high)):
+        yield score_runs, (x2, coded, n, n, n, n, like, x2, *codes)
+    for codes in (*whole, (low, high), (high, low)):
+        yield add_runs, (x2, coded, n, n, n, like, x2, *codes)
+
+
+def as_constant(x: Array) -> types.Type:
+    """numba's type of a global array."""
+    return types.Array(from_dtype(x.dtype), 1, "C", readonly=True)

@@ -84,7 +84,7 @@ def rounded(x: float, kind: Array) -> float:
     return number(kept(x, kind))
 
 
-@shared(fast=False)  # rounds after each operation, as PyTorch does
+@shared(entry=True, fast=False)  # rounds after each operation, as PyTorch does
 def embed(models: Array, tokens: Array, pos: Array, x: Array, kind: Array) -> bool:
     """x (n,d) = embeddings of tokens (n,) at positions pos (n,) -> whether all of them exist.
 
@@ -128,7 +128,7 @@ def rotate(heads: Array, n_turned: int, angles: Array, kind: Array) -> None:
             heads[h, half + j] = rounded(rounded(b * cos, kind) + rounded(a * sin, kind), kind)
 
 
-@shared()
+@shared(entry=True)
 def before_attention(
     models: Array, blocks: Array, layer: int, x: Array, pos: Array, qkv: Array, kind: Array,
     threads: int, large: int,
@@ -183,7 +183,7 @@ def read_source(
     add_linear(block.cross_out, given, x, kind, threads, large)
 
 
-@shared()
+@shared(entry=True)
 def after_attention(
     models: Array, blocks: Array, layer: int, y: Array, x: Array, kind: Array,
     source: Array, columns: int, seen: Array, threads: int, large: int,
@@ -208,7 +208,7 @@ def after_attention(
     add_linear(block.down, active, x, kind, threads, large)
 
 
-@shared()
+@shared(entry=True)
 def logits_of(
     models: Array, x: Array, logits: Array, kind: Array, threads: int, large: int
 ) -> None:
@@ -261,7 +261,7 @@ def store(
                 values[row, group, column, j] = kept(value, kind)
 
 
-@shared()
+@shared(entry=True)
 def decode(
     models: Array, blocks: Array, tokens: Array, place: Any, source: Any, logits: Array,
     kind: Array, threads: int, large: int,

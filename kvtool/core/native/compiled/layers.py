@@ -253,7 +253,7 @@ def geglu(x: Array, y: Array) -> None:
             y[n, j] *= x[n, width + j]
 
 
-@shared()
+@shared(entry=True)
 def normalise(x: Array, centred: bool, scale: Array, shift: Array, eps: float, y: Array) -> None:
     """`layer_norm` if `centred`, else `rms_norm`."""
     if centred:
@@ -262,7 +262,7 @@ def normalise(x: Array, centred: bool, scale: Array, shift: Array, eps: float, y
         rms_norm(x, scale, eps, y)
 
 
-@shared()
+@shared(entry=True)
 def activate(number: int, x: Array, y: Array) -> None:
     """y (n,d) = the activation with that number in ACTIVATIONS; x (n,d), or (n,2d) for swiglu."""
     if number == GELU:
@@ -279,7 +279,7 @@ def activate(number: int, x: Array, y: Array) -> None:
                 y[n, j] = 0 if x[n, j] < 0 else x[n, j]
 
 
-@shared()
+@shared(entry=True)
 def product(x: Array, weight: Array, bias: Array, y: Array, threads: int, large: int) -> None:
     """`linear`, by several threads if there are `large` weights or more."""
     if threads > 1 and weight.size >= large:

@@ -29,7 +29,7 @@ ROWS = 16 * N_ROWS  # queries of a block, of all heads that share keys
 KEYS = N_COLUMNS  # of a block
 
 
-@shared()
+@shared(entry=True)
 def pack(k: Array, v: Array, keys: Array, values: Array) -> None:
     """keys (n,blocks,D,KEYS) = k (n,S,D) transposed by blocks, values (n,blocks,KEYS,D) = v; zeros
     behind the last."""
@@ -140,7 +140,7 @@ def attend_blocks(q: Array, keys: Array, values: Array, y: Array, part: int, par
                     y[row, first + t, heads + h, j] = found[t * n_shared + h, j]
 
 
-@shared(parallel=True)
+@shared(entry=True, parallel=True)
 def attend_prompt(q: Array, keys: Array, values: Array, y: Array, threads: int) -> None:
     """y (B,T,H,D) = causal attention of queries q (B,T,H,D) over packed keys and values of as many
     tokens; the D numbers of a head are whole blocks of N_COLUMNS."""

@@ -73,7 +73,7 @@ def store_float8(x: Array, coded: Array, slot: int, n_each: int, kind: Array) ->
                 codes[j] = float8_of(np.float32(x[i, group, j] / factor), bits) if finite else 0
 
 
-@shared(fast=False)
+@shared(entry=True, fast=False)
 def round_groups(
     stored: Array, columns: int, column: int, padding: Array, first: int, n: int, n_groups: int,
     width: int, coded: Array, kind: Array, real: Array,
@@ -167,7 +167,7 @@ def is_bfloat16(kind: Array) -> bool:
     return number(kept(np.float32(1e38), kind)) < np.inf
 
 
-@shared()
+@shared(entry=True)
 def move_columns(
     stored: Array, columns: int, first: int, n: int, heads: int, width: int, kind: Array
 ) -> None:

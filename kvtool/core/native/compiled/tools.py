@@ -23,7 +23,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global
-from numba.extending import intrinsic, lower_builtin
+from numba.extending import intrinsic, lower_builtin, typeof_impl
 from numpy.typing import NDArray
 
 from kvtool.outside import made_private
@@ -89,26 +89,45 @@ def _chosen() -> tuple[str, str]:
 FOLDER, NOT_KEPT = _chosen()  # NOT_KEPT: why there is no folder
 
 
-def compiled(parallel: bool = False, fast: bool = True) -> Callable[[Function], Function]:
-    """numba.njit, with the code kept on disk for the next process if there is a folder for it.
+class Inlined:
+    """A function that compiled code copies into itself. Called from Python it is not compiled."""
 
-    parallel: whether `numba.prange` uses threads. fast: whether LLVM may reorder sums, and round a
-    product and a sum once (fused multiply-add).
+    def __init__(self, function: Callable[..., Any], fast: bool) -> None:
+        self.function = function
+        self.dispatcher = numba.njit(**_options(entry=False, fast=fast))(function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+@typeof_impl.register(Inlined)  # type: ignore[untyped-decorator]
+def _typeof_inlined(inlined: Inlined, context: Any) -> Any:
+    return types.Dispatcher(inlined.dispatcher)
+
+
+def compiled(fast: bool = True) -> Callable[[Callable[..., Any]], Inlined]:
+    """Make an `Inlined` function.
+
+    fast: whether LLVM may reorder sums, and round a product and a sum once (fused multiply-add).
     """
-
-    def decorate(function: Function) -> Function:
-        function.__qualname__ += VERSION
-        options: dict[str, Any] = {"nogil": True, "parallel": parallel}
-        options["fastmath"] = FAST if fast else False
-        options["error_model"] = "numpy"  # division by zero gives infinity, as in an array
-        plain = numba.njit(**options)(function)
-        return _kept(function, options) or plain if FOLDER else plain
-
-    return decorate
+    return lambda function: Inlined(function, fast)
 
 
-def _kept(function: Function, options: dict[str, Any]) -> Any:
-    """As `compiled`, with the code kept in FOLDER; None if numba cannot keep it there."""
+def _options(entry: bool, fast: bool, parallel: bool = False) -> dict[str, Any]:
+    """Those of numba.njit: a way to call it from Python for an `entry` alone, and from C for none:
+    each takes time to compile."""
+    return {
+        "nogil": True,
+        "parallel": parallel,
+        "fastmath": FAST if fast else False,
+        "error_model": "numpy",  # division by zero gives infinity, as in an array
+        "no_cpython_wrapper": not entry,
+        "no_cfunc_wrapper": True,
+    }
+
+
+def _on_disk(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """numba.njit, with the code kept in FOLDER for the next process; None if it cannot be."""
     settings: Any = numba.core.config
     before, settings.CACHE_DIR = settings.CACHE_DIR, FOLDER
     try:
@@ -123,17 +142,22 @@ def _kept(function: Function, options: dict[str, Any]) -> Any:
 class Shared:
     """A compiled function that other compiled code calls at its address.
 
-    Compiled code can call it only with argument types it was `load`ed for; Python can call it with
-    any. Code on disk refers to the functions that it calls by name: `load` these first, or linking
-    ends the process.
+    Compiled code can call it only with argument types it was `load`ed for; Python, if it is an
+    `entry`, with any. Code on disk refers to the functions that it calls by name: `load` these
+    first, or linking ends the process.
     """
 
-    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
-        self.name = f"kvtool.{function.__module__}.{function.__qualname__}.{VERSION}"
-        self.function: Any = compiled(**options)(function)
+    def __init__(self, function: Callable[..., Any], entry: bool, parallel: bool, fast: bool):
+        function.__qualname__ += VERSION
+        self.name, self.entry = f"kvtool.{function.__module__}.{function.__qualname__}", entry
+        options = _options(entry, fast, parallel)
+        kept: Any = _on_disk(function, options) if FOLDER else None
+        self.function: Any = kept or numba.njit(**options)(function)
         self.forms: dict[tuple[Any, ...], tuple[Any, str]] = {}  # types -> numba's result, symbol
 
     def __call__(self, *args: Any) -> Any:
+        if not self.entry:  # numba would end the process
+            raise TypeError(f"{self.name} is for compiled code; Python has no way to call it")
         return self.function(*args)
 
     @property
@@ -157,11 +181,17 @@ class Shared:
         return sum(self.function.stats.cache_misses.values()) > missed
 
 
-def shared(parallel: bool = False, fast: bool = True) -> Callable[[Callable[..., Any]], Shared]:
-    """`compiled`, as a `Shared` function; options as in `compiled`."""
+def shared(
+    entry: bool = False, parallel: bool = False, fast: bool = True
+) -> Callable[[Callable[..., Any]], Shared]:
+    """Make a `Shared` function.
+
+    entry: whether Python calls it, which takes more time to compile. parallel: whether
+    `numba.prange` uses threads. fast: as in `compiled`.
+    """
 
     def decorate(function: Callable[..., Any]) -> Shared:
-        made = Shared(function, parallel=parallel, fast=fast)
+        made = Shared(function, entry, parallel, fast)
 
         class Call(AbstractTemplate):  # type: ignore[misc]
             key = made

@@ -80,7 +80,7 @@ def dropout_part(
         write(row, y[n])
 
 
-@shared(parallel=True)
+@shared(entry=True, parallel=True)
 def dropout(
     x: Array, onto: Array, start: int, least: int, scale: float, y: Array, threads: int
 ) -> None:
@@ -200,7 +200,7 @@ def attend_part(
         write(result.reshape(result.size), y[row].reshape(result.size))
 
 
-@shared(parallel=True)
+@shared(entry=True, parallel=True)
 def attend(
     q: Strided, k: Strided, v: Strided, n_groups: int, seen: Array, weights: Array, y: Array,
     threads: int,
@@ -249,7 +249,7 @@ def attend_backward_part(
         write_row(of_values, dv, row, like)
 
 
-@shared(parallel=True)
+@shared(entry=True, parallel=True)
 def attend_backward(
     dy: Strided, q: Strided, k: Strided, v: Strided, n_groups: int, weights: Array, like: Array,
     dq: Strided, dk: Strided, dv: Strided, threads: int,
