@@ -86,9 +86,12 @@ def trial(given: Any, prompts: list[list[int]], name: str, memories: list[Memory
     for url, memory in zip(filter(None, (given.url, given.promoted)), memories, strict=False):
         warm = WARMER if name == "temperature" else 1.0
         if name:
-            with proxied(FaultProxy(url, {**FAULTS, **SELDOM}.get(name), warm)) as address:
+            proxy = FaultProxy(url, {**FAULTS, **SELDOM}.get(name), warm)
+            with proxied(proxy) as address:
                 client = Remembering(address, memory, known=True)
                 asked.append(ask(client, prompts, given.arms, given.tail))
+            if not proxy.planted:
+                raise SystemExit(f"{name}: no answer had it, so this is no trial of it")
         else:
             client = Remembering(url, memory, known=False)
             asked.append(ask(client, prompts, [*given.arms, *given.also], given.tail))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fake_engine import FAULTS, FakeEngine, V, Vllm, llama_cpp, served
+from fault_proxy import SELDOM, FaultProxy, _LlamaCpp
 from kvtool.commands.verify.server_report import VisitReport
 from kvtool.core.servers.arms import common
 from kvtool.core.servers.client import Client
@@ -196,3 +197,17 @@ def test_blocks_of_16_reach_the_next_turn_of_vllm() -> None:
 
     found = asked(FakeEngine(), "turns", answer=Blocks())["turns"]
     assert found.verdict in RIGHT and (found.reached or 0) * 2 >= found.requests
+
+
+def test_a_fault_of_a_quarter_of_the_requests_is_planted_in_every_fourth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Drawn by chance it can miss every request: a trial that proves nothing, counted as a miss."""
+    proxy, prompt = FaultProxy("", SELDOM["a quarter of the requests"]), [*range(12)]
+    monkeypatch.setattr(proxy, "_ask", lambda path, body: {"tokens": [], "tokens_cached": 0})
+    monkeypatch.setattr(_LlamaCpp, "mend", lambda *_: None)
+    planted = []
+    for _ in range(9):
+        proxy.answer("/completion", {"prompt": prompt, "cache_prompt": True})
+        planted.append(proxy.planted)
+    assert planted == [0, 0, 1, 1, 1, 1, 2, 2, 2]  # the first finds nothing kept

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -203,7 +202,7 @@ class FaultProxy:
         self.seldom = fault if isinstance(fault, Seldom) else Seldom(fault or _nothing)
         self.kept: list[tuple[str, Tokens, int]] = []  # salt, tokens, how many were its prompt
         self.planted = 0  # answers that the fault has changed
-        self.draws = random.Random(0)
+        self.due = 0.5  # of a share of the requests: at 1 it is the next one's turn
 
     def answer(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """What the server says, or what it would say with the fault."""
@@ -227,8 +226,10 @@ class FaultProxy:
         shared, kept, n_prompt = max(common, default=(0, [], 0))
         if shared < LEAST or (seldom.decoded and shared <= n_prompt):
             return None
-        if seldom.share < 1 and self.draws.random() >= seldom.share:
+        self.due += seldom.share
+        if self.due < 1:
             return None
+        self.due -= 1
 
         def faulty(ids: Tokens) -> Tokens:
             return seldom.fault(ids, kept, shared)
