@@ -64,7 +64,7 @@ def copy_numbers(x: Array, y: Array) -> None:
             y[i, j] = number(x[i, j])
 
 
-@compiled(fast=False)
+@shared(fast=False)
 def score(query: Array, keys: Array, scores: Array) -> None:
     """scores (n+3,) of a query (W,), zeros behind its D numbers, and keys (n,D); the last three are
     used."""
@@ -86,7 +86,7 @@ def score(query: Array, keys: Array, scores: Array) -> None:
         dot_four(query, a, b, c, d, query, scale, to + i * query.itemsize)
 
 
-@compiled(fast=False)
+@shared(fast=False)
 def add_values(w: Array, v: Array, y: Array) -> None:
     """y (W,) += the sum of the values v (n,D), each times its weight w (n,): eights first."""
     n, width = v.shape
@@ -218,7 +218,7 @@ def attend_codes(
     taken = min(8 - rest, values.shape[0]) if rest else 0
     mixed = np.empty((8, width), queries.dtype)
     if rest:
-        decode_tokens(v[4], head, first + whole, v[3], mixed[:rest])
+        decode_tokens(v[4], head, first + whole, rest, width, v[3], mixed)
         copy_numbers(values[:taken], mixed[rest:])
     for i in range(m):
         if rest:
@@ -344,6 +344,9 @@ def attention_forms(real: types.Type, kind: types.Type) -> Forms:
     n, (x1, x2, x3), w2, place = types.intp, dense(real), dense(kind)[1], place_of(kind)
     columns, spans, _ = dense(n)
     read = n, n, place, place, spans, x3
+    yield score, (x1, w2, x1)
+    for stored in dict.fromkeys((kind, real)):
+        yield add_values, (x1, dense(stored)[1], x1)
     yield attend_head, (x1, w2, w2, w2, w2, x1)
     yield from codes.forms(real, kind)
     yield attend_codes, (x2, place, place, n, n, n, n, n, x2)

@@ -91,11 +91,12 @@ def float8(code: int) -> float:
     return -size if code & 128 else size
 
 
-@compiled(fast=False)
-def decode_tokens(coded: Array, head: int, first: int, like: Array, y: Array) -> None:
-    """y (n,D) = the tokens from `first` on, as numbers to compute with; `like` is of the type of
-    the scales."""
-    n, width = y.shape
+@shared(fast=False)
+def decode_tokens(
+    coded: Array, head: int, first: int, n: int, width: int, like: Array, y: Array
+) -> None:
+    """The first rows of y (..,W) = n tokens from `first` on, as numbers to compute with, `width`
+    each; `like` is of the type of the scales."""
     for i in range(n):
         token = first + i
         codes = carray(pointer(row_of(coded, head, token, width), BYTES), (width,))
@@ -123,7 +124,7 @@ def score_codes(
     if queries.shape[1] != width:  # keys do not fill lanes
         few = np.zeros((4, queries.shape[1]), queries.dtype)
         for t in range(begin, end, 4):
-            decode_tokens(coded, head, t, like, few[: min(4, end - t), :width])
+            decode_tokens(coded, head, t, min(4, end - t), width, like, few)
             score_few(queries, few, width, scores, t - begin)
     elif coded[FORM] == FORM_FLOATS:
         score_runs(queries, coded, head, begin, end, 0, like, scores, FLOATS, FLOATS)
@@ -133,7 +134,7 @@ def score_codes(
         first = begin
         if begin % 2 and begin < end:  # its byte is shared with a token that is not seen
             few = np.zeros((4, width), queries.dtype)
-            decode_tokens(coded, head, begin, like, few[:1])
+            decode_tokens(coded, head, begin, 1, width, like, few)
             score_few(queries, few, width, scores, 0)
             first = begin + 1
         score_runs(
@@ -205,7 +206,7 @@ def add_codes(
     if y.shape[1] != width or coded[CHANNELS] % WIDTH:
         few = np.zeros((8, y.shape[1]), y.dtype)
         for i in range(0, n, 8):
-            decode_tokens(coded, head, begin + i, like, few[:, :width])
+            decode_tokens(coded, head, begin + i, 8, width, like, few)
             for row in range(y.shape[0]):
                 add_eight(w[row, i : i + 8], few, y[row])
     elif coded[FORM] == FORM_FLOATS:
@@ -269,6 +270,7 @@ def forms(real: types.Type, kind: types.Type) -> Forms:
     n, x2, coded, like = types.intp, dense(real)[1], dense(types.intp)[0], dense(kind)[0]
     whole = [(as_constant(codes), as_constant(codes)) for codes in (BYTES, FLOATS)]
     low, high = as_constant(LOW_HALVES), as_constant(HIGH_HALVES)
+    yield decode_tokens, (coded, n, n, n, n, like, x2)
     for codes in (*whole, (low, high)):
         yield score_runs, (x2, coded, n, n, n, n, like, x2, *codes)
     for codes in (*whole, (low, high), (high, low)):

@@ -294,8 +294,8 @@ def decode(
         at = slot + k_coded[LENGTH] - k_coded[EXACT]
         if k_coded[FORM] == FORM_FLOATS:
             at = slot
-            store_float8(qkv[:, n_heads : n_heads + n_groups], k_coded, slot, n_each, kind)
-            store_float8(qkv[:, n_heads + n_groups :], v_coded, slot, n_each, kind)
+            store_float8(qkv, n_heads, n_groups, k_coded, slot, n_each, kind)
+            store_float8(qkv, n_heads + n_groups, n_groups, v_coded, slot, n_each, kind)
         else:
             store(qkv, n_heads, stored, layer, columns, slot, n_each, kind)
         for i in range(n):

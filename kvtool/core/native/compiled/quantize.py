@@ -48,11 +48,13 @@ def float8_of(x: float, bits: Array) -> int:
     return sign | (((whole + ((1 << 19) - 1) + ((whole >> 20) & 1)) >> 20) - (120 << 3))
 
 
-@compiled(fast=False)
-def store_float8(x: Array, coded: Array, slot: int, n_each: int, kind: Array) -> None:
-    """Tokens x (n,G,D), n_each of a row, as codes from column `slot` on, each with the power of two
-    that core/cache/float8.py gives it."""
-    n, n_groups, width = x.shape
+@shared(fast=False)
+def store_float8(
+    x: Array, first: int, n_groups: int, coded: Array, slot: int, n_each: int, kind: Array
+) -> None:
+    """Of tokens x (n,..,D), n_each of a row, G heads from number `first` on, as codes from column
+    `slot` on, each with the power of two that core/cache/float8.py gives it."""
+    n, _, width = x.shape
     bits, least = np.empty(1, np.float32), max(tiny(kind), 512 * tiny(kind) * epsilon(kind))
     for i in range(n):
         row, token = i // n_each, slot + i % n_each
@@ -61,7 +63,7 @@ def store_float8(x: Array, coded: Array, slot: int, n_each: int, kind: Array) ->
             codes = carray(pointer(row_of(coded, head, token, width), BYTES), (width,))
             largest, finite = x.dtype.type(0), True
             for j in range(width):
-                size = abs(x[i, group, j])
+                size = abs(x[i, first + group, j])
                 finite = finite and size < np.inf
                 largest = size if size > largest else largest
             digits, exponent = math.frexp(largest)
@@ -70,7 +72,8 @@ def store_float8(x: Array, coded: Array, slot: int, n_each: int, kind: Array) ->
             at = coded[SCALES] + (head * coded[ROOM] + token) * kind.itemsize
             vector(at, 1, kind)[0] = kept(factor, kind)
             for j in range(width):
-                codes[j] = float8_of(np.float32(x[i, group, j] / factor), bits) if finite else 0
+                part = np.float32(x[i, first + group, j] / factor)
+                codes[j] = float8_of(part, bits) if finite else 0
 
 
 @shared(entry=True, fast=False)
@@ -185,5 +188,6 @@ def move_columns(
 def forms(real: types.Type, kind: types.Type) -> Forms:
     """What makes codes of numbers of `kind`, which are computed with in `real`."""
     n, (k1, _, _), (n1, n2, n3) = types.intp, dense(kind), dense(types.intp)
+    yield store_float8, (dense(real)[2], n, n, n1, n, n, k1)
     yield round_groups, (n2, n, n, n1, n, n, n, n, n3, k1, dense(real)[0])
     yield move_columns, (n2, n, n, n, n, n, k1)
