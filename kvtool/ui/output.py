@@ -50,6 +50,7 @@ Result = TypeVar("Result", bound=Report)
 Write = Callable[[Any, Mapping[str, Any]], None]  # what a report, and its document, leave in a file
 
 MARKS = {True: ("✓", "OK", "green"), False: ("✗", "FAILED", "red"), None: ("!", "!", "yellow")}
+NOTHING_DRAWN = "nothing was measured, so nothing is drawn"
 
 
 class Output:
@@ -201,6 +202,16 @@ class Output:
     def later(self, write: Write) -> None:
         """Have `write(report, document)` called once the result is told and --output is written."""
         self._later.append(write)
+
+    def draw_later(self, path: Path, draw: Draw) -> None:
+        """Have the plot of the report drawn then, and named; `draw` returns False if it has nothing
+        to draw."""
+
+        def write(report: Any, _: object) -> None:
+            drawn = draw(report, path) is not False
+            self.note(f"plot: {path}" if drawn else f"--plot {path}: {NOTHING_DRAWN}")
+
+        self.later(write)
 
     def attempt(self, write: Callable[[], object]) -> bool:
         """Whether `write()` worked. If not, the result is still found and shown, and the command

@@ -175,8 +175,12 @@ def test_the_gaps_are_drawn_beside_what_rounding_explains(
     monkeypatch.setattr(
         "kvtool.ui.noise_plot.save_figure", lambda figure, path: seen.append(figure)
     )
+    page = tmp_path / "a.html"
     found = answer(ask(engine, "--plot", str(tmp_path / "a.png")))
     (figure,) = seen
+    monkeypatch.undo()
+    ask(engine, "--output", str(page))
+    assert page.read_text().count("<svg") == 1
     assert [axes.get_title() for axes in figure.axes] == ["prompt 1: agrees", "prompt 2: agrees"]
     dots = [axes.lines[0].get_xydata() for axes in figure.axes]
     assert sum(map(len, dots)) == len(found["positions"])

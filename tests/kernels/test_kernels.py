@@ -317,7 +317,7 @@ def test_keys_in_half_formats_are_attended_without_copies_of_them(
     mask = None if seen is None else seen.expand(2, 1, n_queries, 700)
     widened = DEFAULT.attention(q.float(), k.float(), v.float(), mask, False)
     monkeypatch.setattr(DEFAULT, "_one_query", None)  # which copies
-    monkeypatch.setattr(native, "threads_for", lambda n: native.loaded().MOST_THREADS)
+    monkeypatch.setattr(native, "threads_for", lambda n: native.loaded().MAX_THREADS)
     found = DEFAULT.attention(q, k, v, mask, False)
     assert found.dtype is dtype and found.equal(widened.to(dtype))
 

@@ -61,10 +61,12 @@ def test_a_right_server_is_within_its_own_noise(
 
 
 def test_a_wrong_server_is_beyond_it_and_the_next_step_is_said(
-    kv: Callable[..., Ran], wrong: str, prompts: str
+    kv: Callable[..., Ran], wrong: str, prompts: str, tmp_path: Path
 ) -> None:
-    ran = ask(kv, "--server", wrong, "--prompts", prompts)
+    page = tmp_path / "a.html"
+    ran = ask(kv, "--server", wrong, "--prompts", prompts, "--output", str(page))
     assert ran.code == 1
+    assert page.read_text().count("<svg") == 1
     assert "✗ beyond the engine's own noise in prefix, fork: " in ran.out
     assert " of a wrong token), up to " in ran.out
     assert "from token " in ran.out

@@ -27,7 +27,7 @@ from kvtool.errors import UsageError
 from kvtool.ui import options as o
 from kvtool.ui.documents import OF_CHECKS, jsonable, to_json
 from kvtool.ui.environment import caption, environment, measured_on
-from kvtool.ui.output import Output, present
+from kvtool.ui.output import NOTHING_DRAWN, Output, present
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,6 @@ LENGTHS = [10, 50, 100, 500, 1000]
 CACHES = ["none", "dynamic", "static"]
 IMPL, DTYPES, BATCH_SIZES, THREADS = [KVTOOL], ["float32"], [1], [0]
 PROMPT_LENGTH = 32
-NOTHING_DRAWN = "nothing was measured, so nothing is drawn"
 COMPARE = "Against an earlier run"
 
 
@@ -362,7 +361,7 @@ def command(
     if save is not None:
         out.later(lambda report, content: keep(report, content, save, out))
     if plot is not None:
-        out.later(lambda report, _: draw_measured(report, settings, plot, out))
+        out.draw_later(plot, partial(latency_plot, settings=settings))
     present("bench", settings, run, show, out, partial(latency_plot, settings=settings))
 
 
@@ -375,16 +374,9 @@ def keep(report: BenchReport, content: Mapping[str, Any], name: str, out: Output
     out.note(f"saved: {path}")
 
 
-def draw_measured(report: BenchReport, settings: Settings, path: Path, out: Output) -> None:
-    """Draw the measured cells, also of a run that a signal or an error ended."""
-    if not report.measured:
-        out.note(f"--plot {path}: {NOTHING_DRAWN}")
-        return
-    latency_plot(report, path, settings)
-    out.note(f"plot: {path}")
-
-
-def latency_plot(report: BenchReport, path: Path, settings: Settings) -> None:
-    """Draw the measured cells, if there are any."""
+def latency_plot(report: BenchReport, path: Path, settings: Settings) -> bool:
+    """Draw the measured cells, also of a run that a signal or an error ended -> whether there are
+    any."""
     if report.measured:
         draw(report, path, caption(measured_on(settings, report.resolved)))
+    return bool(report.measured)

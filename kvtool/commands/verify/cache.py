@@ -178,7 +178,7 @@ def command(
             prompt_length, thorough, layers or 0,
         )  # fmt: skip
         if plot is not None:
-            out.later(lambda report, _: draw(report, asked, plot, out))
+            out.draw_later(plot, partial(draw, settings=asked))
         present("verify-cache", asked, run, show, out, partial(gaps_plot, settings=asked))
 
 

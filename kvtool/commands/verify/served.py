@@ -173,8 +173,8 @@ def present_served(settings: Settings, out: Output) -> NoReturn:
     if settings.dry_run:
         present("verify-logits.server.dry-run", settings, run_dry, show_dry, out)
     if (path := settings.plot) is not None:
-        out.later(lambda report, _: draw(report, path, out))
-    present("verify-logits.server", settings, run, show, out)
+        out.draw_later(path, draw)
+    present("verify-logits.server", settings, run, show, out, draw)
 
 
 def run_dry(settings: Settings, out: Output) -> DryReport:
@@ -335,8 +335,9 @@ def show(report: ServedReport, out: Output) -> None:
     out.verdict(report.right, report.conclusion)
 
 
-def draw(report: ServedReport, path: Path, out: Output) -> None:
-    """The plot of the gap by position, a panel a prompt, beside what rounding explains."""
+def draw(report: ServedReport, path: Path) -> bool:
+    """The plot of the gap by position, a panel a prompt, beside what rounding explains -> whether
+    there is something to draw."""
     from kvtool.ui.noise_plot import ArmSeen, Words, noise_plot
 
     faults = [times for name, times in report.controls.items() if name.startswith("a token")]
@@ -348,5 +349,7 @@ def draw(report: ServedReport, path: Path, out: Output) -> None:
         expected = [(row["position"], max(row["expected"], row["noise"] or 0.0)) for row in rows]
         panels.append(ArmSeen(f"prompt {number + 1}", report.verdict, gaps, expected, fault))
     title = f"{report.resolved['served']}, {report.resolved['engine']} against float64"
-    noise_plot(path, panels, title, Words("rounding", "a wrong token", "server against float64"))
-    out.note(f"plot: {path}")
+    words = Words("rounding", "a wrong token", "server against float64")
+    if panels:
+        noise_plot(path, panels, title, words)
+    return bool(panels)

@@ -32,8 +32,8 @@ def present_visit(settings: Settings, out: Output) -> NoReturn:
     if settings.against is not None:
         present("verify-cache.against", settings, run_against, show_against, out)
     if (path := settings.plot) is not None:
-        out.later(lambda report, _: draw(report, path, out))
-    present("verify-cache.server", settings, run, show, out)
+        out.draw_later(path, draw)
+    present("verify-cache.server", settings, run, show, out, draw)
 
 
 def run(settings: Settings, out: Output) -> VisitReport:

@@ -282,8 +282,9 @@ def _about(report: VisitReport) -> str:
     )
 
 
-def draw(report: VisitReport, path: Path, out: Output) -> None:
-    """The plot of the gap by position, beside the noise and the size of a fault."""
+def draw(report: VisitReport, path: Path) -> bool:
+    """The plot of the gap by position, beside the noise and the size of a fault -> whether there is
+    something to draw."""
     from kvtool.ui.noise_plot import ArmSeen, noise_plot
 
     panels = [
@@ -299,5 +300,6 @@ def draw(report: VisitReport, path: Path, out: Output) -> None:
     ]
     facts = report.resolved
     title = f"Cached against cold logprobs, {facts['engine']}, {_about(report)}"
-    noise_plot(path, panels, title)
-    out.note(f"plot: {path}")
+    if panels:
+        noise_plot(path, panels, title)
+    return bool(panels)

@@ -61,7 +61,7 @@ def by_cause(rows: list[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> None:
+def draw(report: CacheReport, path: Path, settings: Settings) -> None:
     """The plot of the gap by step in three precisions; of the user's decoder, what each token sees
     too."""
     from kvtool.ui.plots import gap_plot
@@ -73,7 +73,6 @@ def draw(report: CacheReport, settings: Settings, path: Path, out: Output) -> No
     else:
         about = title.partition("\n")[2]
         sight_plot(path, Seen(*report.seen[1:7]), panels, f"{sight_title(report.seen)}\n{about}")
-    out.note(f"plot: {path}")
 
 
 def gaps_plot(report: CacheReport, path: Path, settings: Any) -> None:

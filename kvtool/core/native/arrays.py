@@ -253,7 +253,7 @@ def threads_for(n_read: int) -> int:
     """How many threads share work that reads `n_read` numbers: 1 below MIN_SHARED, else as many as
     PyTorch uses and compiled code allows."""
     n = torch.get_num_threads() if n_read >= MIN_SHARED else 1
-    return n if n == 1 else min(n, loaded().MOST_THREADS)
+    return n if n == 1 else min(n, loaded().MAX_THREADS)
 
 
 def number_of(activation: str) -> int:

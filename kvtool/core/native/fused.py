@@ -53,7 +53,7 @@ def _compiled() -> ModuleType:
 
 
 def _threads() -> int:
-    return min(torch.get_num_threads(), int(_compiled().MOST_THREADS))
+    return min(torch.get_num_threads(), int(_compiled().MAX_THREADS))
 
 
 def _rows(x: Tensor) -> native.Array:

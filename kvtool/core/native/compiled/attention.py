@@ -33,7 +33,7 @@ from kvtool.core.native.compiled.lanes import (
     times,
 )
 from kvtool.core.native.compiled.layers import ACTIVATIONS as ACTIVATIONS
-from kvtool.core.native.compiled.layers import MOST_THREADS as MOST_THREADS
+from kvtool.core.native.compiled.layers import MAX_THREADS as MAX_THREADS
 from kvtool.core.native.compiled.layers import activate as activate
 from kvtool.core.native.compiled.layers import exponential as exponential
 from kvtool.core.native.compiled.layers import normalise as normalise
@@ -53,7 +53,7 @@ from kvtool.core.native.compiled.tools import (
 
 # Of keys or values: an address, a row's bytes, a head's columns, an array of their type, and the
 # codes that come before them, as in codes.py.
-Place = tuple[int, int, int, Array, Array]
+Stored = tuple[int, int, int, Array, Array]
 
 
 @compiled(fast=False)
@@ -194,8 +194,8 @@ def padded(query: Array) -> tuple[Array, Array]:
 
 @shared()
 def attend_codes(
-    queries: Array, k: Place, v: Place, row: int, group: int, n_groups: int, first: int, last: int,
-    results: Array,
+    queries: Array, k: Stored, v: Stored, row: int, group: int, n_groups: int, first: int,
+    last: int, results: Array,
 ) -> None:  # fmt: skip
     """As `attend_head` for queries (m,D) of a group of heads, over the tokens from `first` to
     `last` of a row, of which the first are codes; these are never written out, but for those beyond
@@ -228,7 +228,7 @@ def attend_codes(
 
 
 @compiled()
-def seen_of(stored: Place, row: int, group: int, first: int, last: int, width: int) -> Array:
+def seen_of(stored: Stored, row: int, group: int, first: int, last: int, width: int) -> Array:
     """Tokens `first` to `last`, none of them codes, of a row's and a head's keys or values
     (columns,width)."""
     address, row_bytes, columns, like, coded = stored
@@ -238,8 +238,8 @@ def seen_of(stored: Place, row: int, group: int, first: int, last: int, width: i
 
 
 @compiled()
-def sinks_apart(
-    stored: Place, row: int, group: int, span: Array, width: int
+def sinks_and_rest(
+    stored: Stored, row: int, group: int, span: Array, width: int
 ) -> tuple[Array, Array]:
     """What a query sees by its span as in `attend`: sinks, with as many of the others as make whole
     eights, and the rest; without sinks all are the rest."""
@@ -259,7 +259,7 @@ def sinks_apart(
 
 @shared()
 def attend_part(
-    q: Array, begin: int, end: int, n_each: int, n_groups: int, k: Place, v: Place, spans: Array,
+    q: Array, begin: int, end: int, n_each: int, n_groups: int, k: Stored, v: Stored, spans: Array,
     y: Array,
 ) -> None:  # fmt: skip
     """`attend` for the heads from number `begin` to `end`, counted over all queries."""
@@ -275,14 +275,14 @@ def attend_part(
             at += m
             continue
         at += 1
-        first_keys, keys = sinks_apart(k, row, group, spans[i], q.shape[2])
-        first_values, values = sinks_apart(v, row, group, spans[i], q.shape[2])
+        first_keys, keys = sinks_and_rest(k, row, group, spans[i], q.shape[2])
+        first_values, values = sinks_and_rest(v, row, group, spans[i], q.shape[2])
         attend_head(q[i, h], first_keys, first_values, keys, values, y[i, h])
 
 
 @shared(parallel=True)
 def attend_by_threads(
-    q: Array, parts: int, n_each: int, n_groups: int, k: Place, v: Place, spans: Array, y: Array
+    q: Array, parts: int, n_each: int, n_groups: int, k: Stored, v: Stored, spans: Array, y: Array
 ) -> None:
     """`attend`, each of `parts` threads with its own heads."""
     use_threads(parts)
@@ -294,7 +294,7 @@ def attend_by_threads(
 
 @shared(entry=True)
 def attend(
-    q: Array, n_each: int, n_groups: int, k: Place, v: Place, spans: Array, y: Array,
+    q: Array, n_each: int, n_groups: int, k: Stored, v: Stored, spans: Array, y: Array,
     threads: int, large: int,
 ) -> None:  # fmt: skip
     """Queries of each head, q (n,H,D), `n_each` of a row, over keys and values -> y (n,H,D).
@@ -316,7 +316,7 @@ def attend(
 
 @shared(entry=True)
 def attend_columns(
-    q: Array, row: int, n_groups: int, k: Place, v: Place, columns: Array, y: Array
+    q: Array, row: int, n_groups: int, k: Stored, v: Stored, columns: Array, y: Array
 ) -> None:
     """`attend` for one query of a row, q (H,D), over the columns (n,) that are listed: copied, so
     that they are side by side."""
@@ -333,15 +333,15 @@ def attend_columns(
             attend_head(q[h], keys[:0], values[:0], keys, values, y[h])
 
 
-def place_of(kind: types.Type) -> types.Type:
-    """numba's type of a Place of numbers of `kind`."""
+def stored_type(kind: types.Type) -> types.Type:
+    """numba's type of `Stored` numbers of `kind`."""
     n = types.intp
     return types.Tuple((n, n, n, dense(kind)[0], dense(n)[0]))
 
 
 def attention_forms(real: types.Type, kind: types.Type) -> Forms:
     """What attends with queries in `real` to keys and values of `kind`."""
-    n, (x1, x2, x3), w2, place = types.intp, dense(real), dense(kind)[1], place_of(kind)
+    n, (x1, x2, x3), w2, place = types.intp, dense(real), dense(kind)[1], stored_type(kind)
     columns, spans, _ = dense(n)
     read = n, n, place, place, spans, x3
     yield score, (x1, w2, x1)

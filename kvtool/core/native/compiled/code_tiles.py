@@ -34,7 +34,7 @@ from kvtool.core.native.compiled.tools import FEATURES, Array, compiled
 # by the number of queries, so many tokens; else one query and four tokens.
 WIDE = "+avx512f" in FEATURES
 TOKENS = {1: 16, 2: 8, 3: 4, 4: 4} if WIDE else {}
-MOST_QUERIES = max(TOKENS, default=1)
+MAX_QUERIES = max(TOKENS, default=1)
 FEW = 4  # tokens, of one query: for what is left
 EIGHT = 8  # values that are added up before they are added to others
 
@@ -42,7 +42,7 @@ EIGHT = 8  # values that are added up before they are added to others
 @compiled()
 def queries_at_once(real: Array) -> int:
     """How many queries of that type share a number."""
-    return MOST_QUERIES if real.itemsize == 4 else 1
+    return MAX_QUERIES if real.itemsize == 4 else 1
 
 
 class Operands(NamedTuple):

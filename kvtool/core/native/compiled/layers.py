@@ -27,7 +27,7 @@ from kvtool.core.native.compiled.tiles import (
     dots_of_two,
 )
 from kvtool.core.native.compiled.tools import CONVERTS_FLOAT16 as CONVERTS_FLOAT16
-from kvtool.core.native.compiled.tools import MOST_THREADS as MOST_THREADS
+from kvtool.core.native.compiled.tools import MAX_THREADS as MAX_THREADS
 from kvtool.core.native.compiled.tools import (
     Array,
     Forms,

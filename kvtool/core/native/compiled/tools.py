@@ -42,14 +42,14 @@ numba.core.config.reload_config()  # type: ignore[attr-defined]
 numba.get_num_threads()
 # Without OpenMP numba uses a pool of its own, which ends the process if two Python threads use it.
 ALONE = numba.threading_layer() == "workqueue"
-MOST_THREADS = 1 if ALONE else int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+MAX_THREADS = 1 if ALONE else int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 # Without F16C on x86, LLVM calls conversion functions that do not exist here.
 CODEGEN = cpu_target.target_context.codegen()
 TRIPLE, _, FEATURES = CODEGEN.magic_tuple()
 CONVERTS_FLOAT16 = not TRIPLE.startswith(("x86", "i")) or "+f16c" in FEATURES
 
-# Sets how many threads share the next parallel loops, at most MOST_THREADS. numba's own function
+# Sets how many threads share the next parallel loops, at most MAX_THREADS. numba's own function
 # for this takes as long as a small layer.
 use_threads: Any = types.ExternalFunction("set_num_threads", types.void(types.intc))
 

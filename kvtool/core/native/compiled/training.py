@@ -20,7 +20,7 @@ from kvtool.core.native.compiled.lanes import (
     total,
 )
 from kvtool.core.native.compiled.layers import exponential
-from kvtool.core.native.compiled.tools import MOST_THREADS as MOST_THREADS
+from kvtool.core.native.compiled.tools import MAX_THREADS as MAX_THREADS
 from kvtool.core.native.compiled.tools import (
     Array,
     Forms,
