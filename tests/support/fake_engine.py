@@ -11,6 +11,7 @@ import torch
 from json_server import json_server
 from kvtool.core.cache import CacheSpec, make_cache
 from kvtool.core.decoding.engine import advance
+from kvtool.core.native import arrays as native
 from small_models import random_model
 
 V, CONTEXT = 61, 160
@@ -180,5 +181,7 @@ def served(engine: FakeEngine, answer: Any = llama_cpp) -> Iterator[str]:
             return 404, {}
         return found.pop("HTTP", status) if isinstance(found, dict) else status, found
 
+    # On a busy machine it takes longer to compile this than a client waits for an answer.
+    native.layer_code(torch.float32)
     with json_server(reply) as address:
         yield address
