@@ -15,7 +15,7 @@ pytest_plugins = ["pytester"]
 # Stands in for torch and for kvtool.verify, so that the runs below take no time.
 CONFTEST = """
 import kvtool
-from kvtool.errors import CheckFailed
+from kvtool.errors import CheckFailed, UsageError
 
 class Found:
     def __init__(self, verdict, *explained):
@@ -29,6 +29,10 @@ class Found:
 def verify(model, **options):
     if model == "nan":
         raise CheckFailed("logits: NaN at step 3")
+    if model == "refused":
+        raise UsageError("function: a function is no decoder")
+    if model == "raises":
+        raise ValueError("of its own")
     return Found(*model.split("/"))
 
 kvtool.verify = verify
@@ -89,6 +93,38 @@ def test_right_decoders_are_one_line_and_other_runs_have_none(tested: pytest.Pyt
     tested.makepyfile(test_other="def test_other():\n    pass\n")
     run = tested.runpytest_inprocess("-p", "kvtool.pytest_plugin", "test_other.py")
     assert "kvtool" not in "".join(run.outlines[3:]) and run.ret == 0
+
+
+def test_a_decoder_without_a_verdict_is_not_passed_over(tested: pytest.Pytester) -> None:
+    tested.makepyfile(
+        test_other="""
+        import pytest
+        @pytest.mark.parametrize("model", ["rounding only", "refused", "raises"])
+        def test_other(kvtool_verify, model):
+            kvtool_verify(model)
+        """
+    )
+    run = tested.runpytest_inprocess("-p", "kvtool.pytest_plugin", "-rN", "test_other.py")
+    first, *more = summary_of(run)
+    assert first.endswith("(2 of 3 decoders wrong)")
+    assert [line.partition("]: ")[2] for line in more if "::" in line] == [
+        "ERROR: function: a function is no decoder", "ERROR: ValueError: of its own"
+    ]  # fmt: skip
+
+
+def test_properties_of_others_do_no_harm(tested: pytest.Pytester) -> None:
+    tested.makepyfile(
+        test_other="""
+        import pytest
+        @pytest.mark.parametrize("said", [3, "", "\\n"])
+        def test_other(record_property, request, said):
+            record_property("kvtool_wrong", said)
+            request.node.user_properties.append(("kvtool_right", said, said))
+            request.node.user_properties.append(3)
+        """
+    )
+    run = tested.runpytest_inprocess("-p", "kvtool.pytest_plugin", "test_other.py")
+    assert run.ret == 0 and not any("= kvtool =" in line for line in run.outlines)
 
 
 def test_what_other_processes_found_is_in_the_summary(tested: pytest.Pytester) -> None:
