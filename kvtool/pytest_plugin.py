@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 RIGHT, WRONG = "kvtool_right", "kvtool_wrong"  # properties of a test; reports of JUnit have them
 
+UNJUDGED = "ERROR: "  # begins what is told of a decoder without a verdict
+
 
 class Verify(Protocol):
     """Judges a decoder, as kvtool.verify does."""
@@ -40,7 +42,7 @@ def kvtool_verify(request: pytest.FixtureRequest) -> Verify:
             found = kvtool.verify(model, **options)
         except Exception as error:  # a decoder without a verdict is not one among right ones
             kind = "" if isinstance(error, KvtoolError) else f"{type(error).__name__}: "
-            told.append((WRONG, f"ERROR: {kind}{error}"))
+            told.append((WRONG, f"{UNJUDGED}{kind}{error}"))
             raise
         told.append((RIGHT if found.ok else WRONG, "\n".join([found.verdict, *found.explained])))
         return found
@@ -89,8 +91,9 @@ def _is_ours(found: Any) -> bool:
 def _total(told: list[str], wrong: list[tuple[str, str]]) -> str:
     """The verdict on all decoders in a line."""
     if wrong:
-        first = wrong[0][1].splitlines()[0]
-        return first + (f" ({len(wrong)} of {len(told)} decoders wrong)" if len(told) > 1 else "")
+        judged = [said for _, said in wrong if not said.startswith(UNJUDGED)]
+        first = (judged or [wrong[0][1]])[0].splitlines()[0]
+        return first + (f" ({len(wrong)} of {len(told)} not right)" if len(told) > 1 else "")
     counts = {said: told.count(said) for said in told}
     return ", ".join(
         f"{said} in {n} decoder{'s' * (n > 1)}" if len(told) > 1 else said

@@ -79,7 +79,7 @@ def test_the_summary_begins_with_the_verdict_and_names_each_wrong_decoder(
     run = tested.runpytest_inprocess("-p", "kvtool.pytest_plugin", "-rN")
     assert run.parseoutcomes() == {"passed": 2, "failed": 3}
     first, *more = summary_of(run)
-    assert first == "kvtool: BUG in decode (3 of 6 decoders wrong)"
+    assert first == "kvtool: BUG in decode (3 of 6 not right)"
     assert more[1:3] == ["  where: layer 1", "  what: one too far"]
     named = [line.partition("::")[2] for line in more if "::" in line]
     assert named[1:] == ["test_evidence: BUG in crop", "test_nan: ERROR: logits: NaN at step 3"]
@@ -106,10 +106,23 @@ def test_a_decoder_without_a_verdict_is_not_passed_over(tested: pytest.Pytester)
     )
     run = tested.runpytest_inprocess("-p", "kvtool.pytest_plugin", "-rN", "test_other.py")
     first, *more = summary_of(run)
-    assert first.endswith("(2 of 3 decoders wrong)")
+    assert first == "kvtool: ERROR: function: a function is no decoder (2 of 3 not right)"
     assert [line.partition("]: ")[2] for line in more if "::" in line] == [
         "ERROR: function: a function is no decoder", "ERROR: ValueError: of its own"
     ]  # fmt: skip
+
+
+def test_a_bug_comes_before_what_could_not_be_judged(tested: pytest.Pytester) -> None:
+    tested.makepyfile(
+        test_other="""
+        import pytest
+        @pytest.mark.parametrize("model", ["refused", "BUG in crop"])
+        def test_other(kvtool_verify, model):
+            assert kvtool_verify(model)
+        """
+    )
+    run = tested.runpytest_inprocess("-p", "kvtool.pytest_plugin", "-rN", "test_other.py")
+    assert summary_of(run)[0] == "kvtool: BUG in crop (2 of 2 not right)"
 
 
 def test_properties_of_others_do_no_harm(tested: pytest.Pytester) -> None:
@@ -129,7 +142,7 @@ def test_properties_of_others_do_no_harm(tested: pytest.Pytester) -> None:
 
 def test_what_other_processes_found_is_in_the_summary(tested: pytest.Pytester) -> None:
     run = tested.runpytest_inprocess("-p", "xdist", "-p", "kvtool.pytest_plugin", "-n1")
-    assert summary_of(run)[0].endswith("(3 of 6 decoders wrong)")
+    assert summary_of(run)[0].endswith("(3 of 6 not right)")
 
 
 def test_the_plugin_imports_nothing_that_takes_time() -> None:
