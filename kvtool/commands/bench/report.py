@@ -253,8 +253,10 @@ def missing_text(report: BenchReport) -> str:
     """What was left out, and why; "" if nothing was."""
     if report.ended:
         return f"{ended_text(report).capitalize()}."
-    left_out = missing(report)
-    return f"Left out by --budget {report.budget:g} s: {left_out}." if left_out else ""
+    said = [f"Not measured: {why}." for why in report.resolved.get("not_measured", ())]
+    if left_out := missing(report):
+        said.append(f"Left out by --budget {report.budget:g} s: {left_out}.")
+    return " ".join(said)
 
 
 def ended_text(report: BenchReport) -> str:
