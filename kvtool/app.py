@@ -21,7 +21,7 @@ from kvtool import __version__, ending
 from kvtool.config import is_main_rank
 from kvtool.errors import CLOSED_PIPE, FileError, KvtoolError, UsageError
 from kvtool.registry import COMMANDS, choose, load
-from kvtool.ui.apart import check_apart, named
+from kvtool.ui.apart import FILES, check_apart, named
 from kvtool.ui.completion import require_shell
 from kvtool.ui.help import HelpPage
 from kvtool.ui.inert import guard_libraries
@@ -59,7 +59,8 @@ class Command(HelpPage, ListCommand):
         and an empty path would be the current folder. Lists have words of their own for it."""
         params: list[Any] = list(self.get_params(ctx))
         for param in params:
-            if param.param_type_name == "argument" or param.multiple or param.is_flag:
+            listed = getattr(param, "multiple", False) and param.opts[0] != FILES
+            if param.param_type_name == "argument" or listed or param.is_flag:
                 continue
             for flag in param.opts:
                 if f"{flag}=" in args or (flag, "") in itertools.pairwise(args):

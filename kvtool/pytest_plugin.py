@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 RIGHT, WRONG = "kvtool_right", "kvtool_wrong"  # properties of a test; reports of JUnit have them
 
+UNJUDGED = "ERROR: "  # begins what is told of a decoder without a verdict
+
 
 class Verify(Protocol):
     """Judges a decoder, as kvtool.verify does."""
@@ -33,13 +35,14 @@ def kvtool_verify(request: pytest.FixtureRequest) -> Verify:
 
     def verify(model: Any, **options: Any) -> Verification:
         import kvtool
-        from kvtool.errors import CheckFailed
+        from kvtool.errors import KvtoolError
 
         told = request.node.user_properties  # which come here from other processes too
         try:
             found = kvtool.verify(model, **options)
-        except CheckFailed as error:
-            told.append((WRONG, f"ERROR: {error}"))
+        except Exception as error:  # a decoder without a verdict is not one among right ones
+            kind = "" if isinstance(error, KvtoolError) else f"{type(error).__name__}: "
+            told.append((WRONG, f"{UNJUDGED}{kind}{error}"))
             raise
         told.append((RIGHT if found.ok else WRONG, "\n".join([found.verdict, *found.explained])))
         return found
@@ -70,19 +73,27 @@ def _told(stats: dict[str, list[Any]]) -> Iterator[tuple[str, str, str]]:
     and the longest has all."""
     tests: dict[str, list[Any]] = {}
     for report in (report for reports in stats.values() for report in reports):
-        properties = getattr(report, "user_properties", [])
-        found = [(name, said) for name, said in properties if name in (RIGHT, WRONG)]
+        found = [tuple(each) for each in getattr(report, "user_properties", ()) if _is_ours(each)]
         if len(found) > len(tests.get(report.nodeid, ())):
             tests[report.nodeid] = found
     for test, found in tests.items():
         yield from ((test, name, said) for name, said in found)
 
 
+def _is_ours(found: Any) -> bool:
+    """Whether a property of a test is a verdict; other plugins and tests add what they like."""
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        return False
+    name, said = found
+    return name in (RIGHT, WRONG) and isinstance(said, str) and bool(said.strip())
+
+
 def _total(told: list[str], wrong: list[tuple[str, str]]) -> str:
     """The verdict on all decoders in a line."""
     if wrong:
-        first = wrong[0][1].splitlines()[0]
-        return first + (f" ({len(wrong)} of {len(told)} decoders wrong)" if len(told) > 1 else "")
+        judged = [said for _, said in wrong if not said.startswith(UNJUDGED)]
+        first = (judged or [wrong[0][1]])[0].splitlines()[0]
+        return first + (f" ({len(wrong)} of {len(told)} not right)" if len(told) > 1 else "")
     counts = {said: told.count(said) for said in told}
     return ", ".join(
         f"{said} in {n} decoder{'s' * (n > 1)}" if len(told) > 1 else said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property, wraps
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,6 +18,7 @@ from kvtool.core.verify.target.check import OWN
 from kvtool.errors import UsageError
 from kvtool.ui.documents import jsonable
 from kvtool.ui.inert import in_a_line
+from kvtool.ui.options import require_plot_format
 from kvtool.ui.page import Told, line, picture, table
 from kvtool.ui.plots import gap_plot
 
@@ -54,7 +56,10 @@ class Verification(api.Verification):
 
     def plot(self, path: str | Path | None = None) -> Plot:
         """Draw the gap of each step of the scenario decode in each precision; a path gets a file of
-        it too, .png, .svg or .pdf. Raises UsageError if decode was not compared, and FileError."""
+        it too, .png, .svg or .pdf. Raises UsageError if decode was not compared and for another
+        format, and FileError."""
+        if path is not None:
+            require_plot_format(Path(path), "plot")
         panels = panels_of(self.report)
         if not any(map(has_gaps, self.report.checks)):
             raise UsageError("plot: there is no gap to draw", "Verify the scenario decode.")
@@ -95,6 +100,10 @@ class Generated(generation.Generated):
             ]
             for found in self.results
         ]  # fmt: skip
+        prompts = list(accumulate(int(found.rank == 1) for found in self.results))
+        if prompts and prompts[-1] > 1:  # else a rank would not tell whose it is
+            names = ["prompt", *names]
+            rows = [[str(n), *row] for n, row in zip(prompts, rows, strict=True)]
         return table(names, rows, sorts=False)
 
 

@@ -86,7 +86,8 @@ class EvaluateReport:
     def conclusion(self) -> str:
         """How much was evaluated, and how fast."""
         rate = self.count / self.seconds
-        return f"{self.count:,} {self.unit} in {self.seconds:.1f} s ({rate:,.0f} {self.unit}/s)"
+        what = self.unit if self.count != 1 else self.unit.removesuffix("s")
+        return f"{self.count:,} {what} in {self.seconds:.1f} s ({rate:,.0f} {self.unit}/s)"
 
     def rows(self) -> list[dict[str, Any]]:
         """The scores."""

@@ -22,11 +22,12 @@ OF_A_MODEL = (
     "tokenizer*", "source.json", "target.json", "vocab.*", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template.*", "spiece.model", "reference.safetensors",
 )  # fmt: skip
+FILES = "--output"  # may name several, a flag before each: a shell makes many names of r.*
 RUN = "--out"  # a folder, of which training writes some entries
 
 
 def _one(value: Any) -> list[Path]:
-    return [Path(value)]
+    return [Path(value)] if isinstance(value, (str, Path)) else list(map(Path, value))
 
 
 def _of_model(value: Any) -> list[Path]:
@@ -83,20 +84,22 @@ def check_apart(given: Mapping[str, Any]) -> None:
     given: what options name, those of the tables among them; the same file may be named by other
     paths and links. Raises UsageError.
     """
-    named = {flag: value for flag, value in given.items() if isinstance(value, (str, Path))}
+    named = {f: v for f, v in given.items() if isinstance(v, (str, Path)) or (v and f == FILES)}
     written = {flag: WRITTEN[flag](named[flag]) for flag in WRITTEN if flag in named}
     if not written and RUN not in named:
         return
     read = {flag: READ[flag](named[flag]) for flag in READ if flag in named}
     for flag, paths in written.items():
-        for other, others in {**read, **written}.items():
-            if other == flag or {flag, other} in IN_PLACE:
-                continue
-            if any(_same(path, one) for path in paths for one in others):
-                raise _lost(flag, paths[0], other, "a" if other == "--model" else "the")
+        for i, path in enumerate(paths):
+            for other, others in {**read, **written}.items():
+                if {flag, other} in IN_PLACE:
+                    continue
+                if any(_same(path, one) for one in (others if other != flag else paths[:i])):
+                    raise _lost(flag, path, other, "a" if other == "--model" else "the")
     for flag, paths in {**read, **written}.items():
-        if RUN in named and any(is_of_run(path, Path(named[RUN])) for path in paths):
-            raise _lost(flag, paths[0], RUN, "a")
+        for path in paths:
+            if RUN in named and is_of_run(path, Path(named[RUN])):
+                raise _lost(flag, path, RUN, "a")
 
 
 def _lost(flag: str, path: Path, other: str, article: str) -> UsageError:

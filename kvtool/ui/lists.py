@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 from kvtool.config import check_int
 from kvtool.errors import UsageError
+from kvtool.ui.apart import FILES, WRITTEN
 
 # (text, flag) -> a value, or a list of values; raises UsageError naming the flag
 Element = Callable[[str, str], Any]
@@ -169,12 +170,14 @@ class ListCommand(TyperCommand):
         arity: dict[str, int] = {}
         params: list[Any] = list(self.get_params(ctx))
         for param in params:
-            if getattr(param, "multiple", False):
+            if getattr(param, "multiple", False) and param.opts[0] != FILES:
                 flags.update(param.opts)
             elif param.param_type_name == "option":
                 takes_value = not (param.is_flag or param.count)
                 arity.update(dict.fromkeys(param.opts, param.nargs if takes_value else 0))
         repeated, open_flag = repeat_flags(list(args), flags, arity)
+        single = {p.opts[0] for p in params if not getattr(p, "multiple", False)}
+        refuse_repeated(repeated, single & set(WRITTEN), arity)
         ctx.meta[OPEN_LIST] = open_flag
         return super().parse_args(ctx, repeated)
 
@@ -220,6 +223,22 @@ def repeat_flags(
             rewritten += [flag, value]
         open_flag = flag
     return rewritten, open_flag
+
+
+def refuse_repeated(args: list[str], flags: Iterable[str], arity: dict[str, int]) -> None:
+    """Raise UsageError for one of `flags` that is given twice: it names a file, and the first one
+    would not be written."""
+    seen: set[str] = set()
+    rest = iter(args)
+    for token in rest:
+        if token == "--":
+            return
+        flag = token.partition("=")[0]
+        if flag in seen:
+            raise UsageError(f"{flag}: is given twice", "Give one: only the last would be written.")
+        seen.update({flag} & set(flags))
+        for _ in range(arity.get(token, 0)):
+            next(rest, None)
 
 
 def _is_value(token: str) -> bool:

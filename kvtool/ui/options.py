@@ -92,10 +92,16 @@ def require_inputs(model: str, *files: tuple[str, Path | None, str]) -> None:
 
 def plot_file(param: typer.CallbackParam, value: Path | None) -> Path | None:
     """The path of a plot, if its suffix is one that can be drawn. Raises UsageError."""
-    if value is not None and value.suffix.lower() not in PLOT_SUFFIXES:
-        where, found = f"{param.opts[0]} {value}", value.suffix or "no suffix"
-        raise UsageError(f"{where}: {found} is not a plot format", "Use .png, .svg or .pdf.")
+    if value is not None:
+        require_plot_format(value, param.opts[0])
     return value
+
+
+def require_plot_format(path: Path, flag: str) -> None:
+    """Raise UsageError for a suffix that cannot be drawn."""
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        found = path.suffix or "no suffix"
+        raise UsageError(f"{flag} {path}: {found} is not a plot format", "Use .png, .svg or .pdf.")
 
 
 Model = Annotated[
@@ -170,11 +176,12 @@ OutputFile = Annotated[
     ),
 ]
 OutputOfChecks = Annotated[
-    Path | None,
+    list[Path],
     typer.Option(
         "--output",
         metavar="FILE",
-        help="Also write the result here: .json, .csv, .md, .html, or .xml for JUnit.",
+        help="Also write the result here: .json, .csv, .md, .html, or .xml for JUnit. May be given "
+        "several times.",
         rich_help_panel=REPORT,
     ),
 ]

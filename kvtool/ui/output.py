@@ -59,23 +59,24 @@ class Output:
     def __init__(
         self,
         json: bool = False,
-        output_file: Path | None = None,
+        output_files: Path | Sequence[Path] | None = None,
         quiet: bool = False,
         verbose: bool = False,
         suffixes: Sequence[str] = SUFFIXES,
         github: bool = False,
     ) -> None:
-        """Raises UsageError or FileError if `output_file` cannot be written, or has none of the
-        `suffixes`: before any work."""
+        """Raises UsageError or FileError if one of `output_files` cannot be written, or has none of
+        the `suffixes`: before any work."""
         if github and json:
             raise UsageError("--github: contradicts --json", "Both are for stdout. Give one.")
         if quiet and verbose:
             raise UsageError("--quiet: contradicts --verbose", "Give one of them.")
-        if output_file is not None:
-            check_destination(output_file, suffixes)
+        paths = [output_files] if isinstance(output_files, Path) else output_files or []
+        for path in paths:
+            check_destination(path, suffixes)
         self.json = json
         self.github = github
-        self.output_file = output_file
+        self.output_files = tuple(dict.fromkeys(paths))
         self.quiet = quiet
         self.verbose = verbose
         self.caption = ""  # what the next table is of
@@ -230,17 +231,19 @@ class Output:
 
     @property
     def _writes(self) -> bool:
-        return self.output_file is not None or bool(self._later)
+        return bool(self.output_files or self._later)
 
     def _write_all(self, report: Report, content: Mapping[str, Any]) -> None:
-        def whole() -> None:
-            if self.output_file is not None:
-                page = self.page(content, report) if self.page else ""
-                data = page.encode() or render(self.output_file, content, report)
-                write_durable(self.output_file, data)
-                self.note(f"written to {self.output_file}")
+        def whole(path: Path) -> None:
+            if path.suffix.lower() == PAGE and self.page:
+                data = self.page(content, report).encode()
+            else:
+                data = render(path, content, report)
+            write_durable(path, data)
+            self.note(f"written to {path}")
 
-        self.attempt(whole)
+        for path in self.output_files:
+            self.attempt(partial(whole, path))
         if self.github:
             self.attempt(lambda: add_summary(markdown(content, report)))
         for write in self._later:
@@ -294,7 +297,7 @@ class Output:
 
 def output_of_rank(
     as_json: bool,
-    output_file: Path | None,
+    output_files: Path | Sequence[Path] | None,
     quiet: bool,
     verbose: bool,
     suffixes: Sequence[str] = SUFFIXES,
@@ -303,7 +306,7 @@ def output_of_rank(
     """Where words go; those of a process that follows another go nowhere."""
     if not is_main_rank():
         return Output(quiet=True)
-    return Output(as_json, output_file, quiet, verbose, suffixes, github)
+    return Output(as_json, output_files, quiet, verbose, suffixes, github)
 
 
 def present(
@@ -320,7 +323,7 @@ def present(
     of a page, if there is something to draw. Raises typer.Exit, or the error of the first file that
     could not be written.
     """
-    if out.output_file is not None and out.output_file.suffix.lower() == PAGE:
+    if any(path.suffix.lower() == PAGE for path in out.output_files):
         out.page = partial(_page, show, draw, out)
     try:
         report = run(settings, out)

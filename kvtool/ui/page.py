@@ -67,8 +67,8 @@ for (const button of document.querySelectorAll("th button")) button.onclick = ()
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
   const key = row => {
     const text = row.cells[head.cellIndex].textContent.trim();
-    const number = text.replace(/[,~]/g, "").match(/^[+-]?[0-9]+([.][0-9]+)?(e[+-]?[0-9]+)?/i);
-    return text === "-" ? [2, 0] : number ? [0, Number(number[0])] : [1, text];
+    const number = text.replace(/,/g, "").match(/^[+-]?[0-9]+([.][0-9]+)?(e[+-]?[0-9]+)?/i);
+    return /^(-$|~)/.test(text) ? [2, 0] : number ? [0, Number(number[0])] : [1, text];
   };
   const order = ([a, x], [b, y]) => a - b || (a === 1 ? x.localeCompare(y) : x - y) * (up ? 1 : -1);
   const rows = [...body.rows].map(row => [key(row), row]);

@@ -23,6 +23,8 @@ COLOURS = (
 MARKERS = "os^DvPX<"
 DASHES = ("--", ":", "-.", (0, (1, 4)), (0, (8, 2)), (0, (6, 2, 1, 2, 1, 2)), (0, (3, 3)))
 MAX_INSIDE = 8  # names of lines within a panel; more stand beside it
+NAME_HEIGHT = 0.19  # inches of a name in a list of more
+MOST_WIDER = 3  # times that a line below others is widened; more would hide their neighbours
 DASH = 5.0  # line widths, of each of several kinds that lie on each other
 TOUCHING = 0.015  # of an axis: lines that are nearer to each other are seen as one
 
@@ -187,6 +189,7 @@ def bench_plot(
         shown.sort(key=lambda line: names.index(line.get_label()))
         place: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "handlelength": 5}
         figure.set_figwidth(figure.get_figwidth() + 0.9 + 0.07 * max(map(len, names)))
+        figure.set_figheight(max(figure.get_figheight(), 1 + NAME_HEIGHT * len(names)))
         figure.legend(handles=shown, fontsize=8.5, **place)
     if caption:
         figure.supxlabel(_wrapped(figure, caption), fontsize=8.5)
@@ -216,14 +219,15 @@ def _draw_kinds(
     for group in together(series):
         for i, kind in enumerate(group):
             look, above = looks[kind], len(group) - 1 - i
+            wider = above * min(1.0, MOST_WIDER / max(1, len(group) - 1))
             style: dict[str, Any] = {}
             if look.group:
                 dashes = DASHES[(look.group - 1) % len(DASHES)]
                 style |= {"markerfacecolor": "white", "linestyle": dashes}
             if len(group) > 1:
-                style |= {"markersize": 5 + 4 * above, "markerfacecolor": "none"}
+                style |= {"markersize": 5 + 4 * wider, "markerfacecolor": "none"}
             if len(group) > 1 and by_setup:
-                style |= {"linewidth": 1.5 + 3 * above, "alpha": 0.4 if above else 1.0}
+                style |= {"linewidth": 1.5 + 3 * wider, "alpha": 0.4 if above else 1.0}
             elif len(group) > 1:
                 gap = DASH * (len(group) - 1)
                 # A dash begins `-offset` points behind the start of the line.

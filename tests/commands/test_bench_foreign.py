@@ -44,6 +44,7 @@ def test_a_kind_that_a_type_cannot_do_is_named_in_one_line(bench: Callable[..., 
     assert rows[1]["bytes_measured"] > 0  # states count too
     (line,) = [line for line in ran.err.splitlines() if line.startswith("not measured")]
     assert line.startswith("not measured: static cache cannot be used: transformers declares none")
+    assert f"N{line[1:]}." in answer(ran)["conclusion"]  # which --quiet leaves
     message = refused(bench(*ALONE, "--caches", "static", model=Path("mamba")))
     assert message.startswith("--model mamba: static cache cannot be used: transformers declares")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from cli_probe import Ran, refused
 from kvtool.commands.bench.advice import recommendation
 from kvtool.commands.bench.cases import limit_cases
 from kvtool.commands.bench.compare import FOLDER, Change, Comparison, Limit
+from kvtool.commands.bench.report import BenchReport, best_text, versus_text
 from kvtool.commands.bench.row import Row
-from kvtool.config.setups import Setup
+from kvtool.config.setups import Setup, axes_of, name_of
 from kvtool.core.bench import timing
+from kvtool.core.bench.traffic import Bandwidth
 from kvtool.ui import plots
 from kvtool.ui.cases import Status
 from small_models import answer
@@ -282,7 +285,67 @@ def test_several_setups_are_told_in_short() -> None:
     rows = [row("static", STEADY, 9, one), row("paged", [2.0] * 3, 9, one)]
     rows += [row("static", [2.0] * 3, 9, two), row("paged", STEADY, 9, two)]
     said = advised(*rows)
-    assert said.startswith("For this load: static in 1-thread; paged in 2-thread (the fastest, or")
+    first = "For this load, at 9 tokens: static in 1-thread; paged in 2-thread (the fastest, or"
+    assert said.startswith(first) and said.endswith("of the fastest or within the noise).")
+
+
+def each_setup(*kinds: str, samples: int = 3) -> list[Row]:
+    """For each kind a setup of its own in which it is the fastest of three."""
+    return [
+        row(kind, [1.0 if kind == fastest else 2.0] * samples, 9, Setup("float32", batch))
+        for batch, fastest in enumerate(kinds, start=1)
+        for kind in ("static", "paged", "dynamic")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        (["static", "static", "paged"], "static in most setups; paged in batch-3 ("),
+        (["static"] * 2 + ["paged"] * 2, "static in batch-1 and batch-2; paged in batch-3 and"),
+        (["static"] * 3 + ["paged", "paged", "dynamic"], "static in batch-1, batch-2 and batch-3;"),
+        (["static"] * 3, "static in all setups ("),
+    ],
+)
+def test_most_setups_are_more_than_half(kinds: list[str], words: str) -> None:
+    assert f"For this load, at 9 tokens: {words}" in advised(*each_setup(*kinds))
+
+
+def test_what_is_said_of_a_setup_is_not_said_of_those_without_a_choice() -> None:
+    alone = row("static", [1.0] * 3, 9, Setup("float32", 8))
+    said = advised(*each_setup("static"), alone)
+    assert said.startswith("For this load, at 9 tokens: static in batch-1 (")
+    said = advised(*each_setup("static", "static"), alone)
+    assert "static in most setups (" in said and "all setups" not in said
+
+
+def test_a_noise_that_was_not_measured_is_said_of_several_setups_too() -> None:
+    said = advised(*each_setup("static", "paged", samples=2))
+    assert said.endswith("within the noise, which fewer than 3 samples do not tell).")
+
+
+def report_of(*rows: Row) -> BenchReport:
+    bandwidth = Bandwidth((1e10,))
+    pays = {name_of(each, axes_of(rows)): 9.0 for each in rows if each.cache != "none"}
+    return BenchReport(list(rows), pays, 1, 4, None, "default", bandwidth, {}, 1.0)
+
+
+def test_the_fastest_cache_is_not_called_the_fastest_where_none_is() -> None:
+    caches = [row("static", [2.0] * 3, 9), row("paged", [3.0] * 3, 9)]
+    said = best_text(report_of(row("none", STEADY, 0), *caches))
+    assert "static is fastest of the caches here" in said
+    assert "static is fastest here" in best_text(report_of(row("none", [4.0] * 3, 0), *caches))
+
+
+def test_of_many_setups_the_factors_are_a_range() -> None:
+    rows = []
+    for batch, other in enumerate([2.0, 3.0, 4.0, 0.5], start=1):
+        rows += [row("static", [1.0], 9, Setup("float32", batch))]
+        rows += [replace(row("static", [other], 9, Setup("float32", batch)), impl="theirs")]
+    assert versus_text(report_of(*rows)) == (
+        "At 9 tokens kvtool is faster than theirs by a factor of 2.00 to 4.00 with static (3 "
+        "setups); theirs is faster than kvtool by a factor of 2.00 with static (batch-4)."
+    )
 
 
 def test_a_row_that_a_limit_fails_is_one_case_whatever_sets_it_apart() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cli_probe import Ran, refused
-from kvtool.commands.evaluate import hypothesis_lines
+from kvtool.commands.evaluate import EvaluateReport, hypothesis_lines
 from kvtool.core import footprint
 from kvtool.core.checkpoint import checkpoint
 from kvtool.core.decoding.beam import Hypothesis
@@ -180,3 +180,8 @@ def test_what_means_nothing_is_refused_in_one_line(
 def test_the_help_explains_every_option(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     assert explains_every_option(command("--help"), "evaluate")
+
+
+def test_one_source_is_not_several() -> None:
+    said = [EvaluateReport([], "sources", n, 2.0).conclusion for n in (1, 2)]
+    assert said == ["1 source in 2.0 s (0 sources/s)", "2 sources in 2.0 s (1 sources/s)"]

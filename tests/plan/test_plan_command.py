@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cli_probe import Ran, refused
 from kvtool.commands.plan.sizes import read_size
@@ -19,7 +21,7 @@ from kvtool.core.plan.layers import MAX_LAYERS
 from kvtool.core.plan.source import describe
 from kvtool.errors import KvtoolError, UsageError
 from kvtool.ui.documents import SUFFIXES
-from small_models import answer, save_decoder
+from small_models import answer, explains_every_option, save_decoder
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "vocab_size": 1000,
@@ -96,6 +98,48 @@ def test_the_last_line_recommends_and_names_the_first_limit(
     assert none.code == 1
     assert "no cache of 9 rows of 4,096 tokens fits into 977 KiB" in none.out
     assert "but the model is made for 4,096 tokens" in plan("--model", path, "--tokens", "5000").out
+
+
+def test_the_last_line_says_nothing_of_kinds_that_were_not_asked_for(
+    plan: Callable[..., Ran], config: Callable[..., str]
+) -> None:
+    words = ("--model", config(), "--memory", "1GB", "--tokens", "9")
+    assert "loses less" not in plan(*words, "--caches", "int4").out
+    none = plan(*words, "--caches", "none").out
+    assert "loses less" not in none and "it holds any rows of 9 tokens" in none
+    words = ("--model", config(), "--tokens", "5000", "--batch-size", "999", "--memory", "1MB")
+    assert "but the model is made for 4,096 tokens" in plan(*words).out
+
+
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        MIXTRAL,
+        {**MIXTRAL, "quantization_config": {"quant_method": "awq"}},
+        {**MIXTRAL, "model_type": "some_vlm", "text_config": {**LLAMA, **MIXTRAL}},
+    ],
+)
+def test_of_weights_as_given_a_token_reads_the_same_share(
+    plan: Callable[..., Ran], config: Callable[..., str], changes: dict[str, Any]
+) -> None:
+    counted = answer(plan("--model", config(**MIXTRAL), "--json"))
+    whole, read = counted["weights_bytes"], counted["weights_read_bytes"]
+    given = answer(plan("--model", config(**changes), "--weights", str(whole // 4), "--json"))
+    assert read < whole / 2 and given["weights_bytes"] == whole // 4
+    assert given["weights_read_bytes"] == pytest.approx(read / 4, abs=2)
+
+
+def test_of_a_folder_s_experts_those_of_one_token_are_read_wherever_their_number_stands(
+    plan: Callable[..., Ran], tmp_path: Path
+) -> None:
+    text = {**LLAMA, **MIXTRAL}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vlm", "text_config": text}))
+    save_file({"model.experts.w": torch.zeros(8, 100)}, tmp_path / "model.safetensors")
+    found = answer(plan("--model", str(tmp_path), "--json"))
+    assert (found["weights_bytes"], found["weights_read_bytes"]) == (3200, 800)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +256,7 @@ def test_options_that_cannot_be_meant_are_refused(
         (("--tokens", "9999999999"), "--tokens: 9999999999 is too large"),
         (("--batch-size", "-2"), "--batch-size: -2 is too small"),
         (("--memory", "24g"), "'g' is not a unit"),
+        (("--bandwidth", "300GBps"), "Did you mean 300GB/s?"),
         (("--caches", "paged", "--impl", "transformers"), "paged is no kind of transformers"),
         (("--caches", "nonsense", "--impl", "transformers"), "transformers: dynamic and static."),
         (("--source-tokens", "9"), "--source-tokens: is for encoder-decoders"),
@@ -288,3 +333,10 @@ def test_a_plan_loads_neither_torch_nor_transformers(config: Callable[..., str])
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0 and ran.stderr.splitlines()[-1] == "[]", ran.stderr
+
+
+def test_the_help_page_explains_every_option_and_breaks_no_example(
+    plan: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert explains_every_option(plan("--help"), "plan")

@@ -16,13 +16,18 @@ import typer
 from cli_probe import Ran, refused
 from family_cases import CASES, build, save
 from kvtool import app
+from kvtool.commands.verify.show import show
 from kvtool.core.checkpoint import checkpoint
 from kvtool.core.text.chat import read_template
 from kvtool.core.text.tokenizer import Tokenizer
+from kvtool.errors import FileError, UsageError
 from kvtool.files import shipped_models, weights_folder
 from kvtool.registry import COMMANDS
 from kvtool.registry import load as load_entry
-from kvtool.ui import apart
+from kvtool.ui import apart, lists
+from kvtool.ui.documents import OF_CHECKS as ALL
+from kvtool.ui.output import Output, present
+from report_cases import REPORTS
 
 Command = Callable[..., Ran]
 DECODER = weights_folder() / "shakespeare-2l"
@@ -176,3 +181,50 @@ def test_nor_one_of_a_folder_that_transformers_wrote(
 
     opened = opened_in(folder, work)
     assert len(opened) > 4 and opened <= set(apart.READ["--model"](folder))
+
+
+def several(report: Any, *paths: Path) -> None:
+    """Present a report with several files."""
+    with pytest.raises(typer.Exit):
+        present("verify-cache", {}, lambda *_: report, show, Output(False, paths, True, False, ALL))
+
+
+def test_a_check_writes_several_files_each_in_its_format(tmp_path: Path) -> None:
+    names = {"r.xml": b"<?xml", "r.html": b"<!DOCTYPE html>", "r.json": b"{", "r.md": b"# kvtool"}
+    several(REPORTS["bug"][1], *(tmp_path / name for name in names))
+    for name, start in names.items():
+        assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_a_file_that_cannot_be_written_costs_no_other(tmp_path: Path) -> None:
+    first, second = tmp_path / "r.json", tmp_path / "gone" / "r.md"
+    second.parent.mkdir()
+    out = Output(False, [second, first], True, False, ALL)
+    second.parent.rmdir()
+    with pytest.raises(FileError, match="gone"):
+        present("verify-cache", {}, lambda *_: REPORTS["bug"][1], show, out)
+    assert first.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--output", "r.xml", "--output", "./r.xml"], "is the file of --output too"),
+        (["--output", "r.json", "--output", "r.gif"], "--output r.gif: unknown format"),
+        (["--output", "r.json", "--output", ""], "--output: is empty"),
+        (["--output=a.json", "--plot", "a.png", "--plot=b.png"], "--plot: is given twice"),
+    ],
+)
+def test_files_that_would_not_all_be_written_are_refused(
+    kv: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, more: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = verify(kv, *more)
+    assert words in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_that_looks_like_a_flag_is_no_second_one() -> None:
+    lists.refuse_repeated(["--prompt", "--plot", "--plot", "a"], ["--plot"], {"--prompt": 1})
+    with pytest.raises(UsageError, match="--plot: is given twice"):
+        lists.refuse_repeated(["--plot", "a", "--plot=b"], ["--plot"], {"--plot": 1})

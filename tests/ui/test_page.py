@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cli_probe import Ran
+from cli_probe import HANGS, Ran
 from kvtool.commands.bench.show import draw as draw_bench
 from kvtool.commands.bench.show import show as show_bench
 from kvtool.commands.verify import logits, self_test, served, server_against, server_report, sweep
@@ -22,7 +25,7 @@ from kvtool.commands.verify.show import gaps_plot
 from kvtool.commands.verify.show import show as show_checks
 from kvtool.errors import FileError
 from kvtool.ui import plots
-from kvtool.ui.page import picture, to_page, told_by
+from kvtool.ui.page import SCRIPT, picture, to_page, told_by
 from report_cases import HOSTILE, PLANTED, REPORTS, content_of, row
 from small_models import save_decoder
 
@@ -169,3 +172,27 @@ def test_a_command_writes_its_page_with_its_plot(
     assert (ran.code, "cannot be drawn" in ran.err) == (2, True)
     again = Page(path.read_text(encoding="utf-8"))
     assert "svg" not in [tag for tag, _ in again.tags] and again.rows[:3] == page.rows[:3]
+
+
+DOM = """
+const texts = %s;
+const body = {order: [], append(row) { this.order.push(row.cells[0].textContent); }};
+body.rows = texts.map(text => ({cells: [{textContent: text}]}));
+const head = {cellIndex: 0, sort: null, closest: () => ({tBodies: [body]}),
+  getAttribute() { return this.sort; }, setAttribute(_, to) { this.sort = to; },
+  removeAttribute() { }};
+head.parentNode = {cells: [head]};
+const button = {parentNode: head};
+globalThis.document = {querySelectorAll: () => [button]};
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_a_column_sorts_by_its_numbers_and_what_was_not_measured_comes_last() -> None:
+    texts = ["-", "1,000.5", "~1.9 s", "9.0", "2e-3", "30 of 40"]
+    ends = "button.onclick(); const up = body.order; body.order = []; button.onclick();"
+    code = DOM % json.dumps(texts) + SCRIPT + ends + "console.log(JSON.stringify([up, body.order]))"
+    done = subprocess.run(["node", "-e", code], capture_output=True, text=True, timeout=HANGS)
+    up, down = json.loads(done.stdout)
+    numbers = ["2e-3", "9.0", "30 of 40", "1,000.5"]
+    assert up == [*numbers, "-", "~1.9 s"] and down == [*reversed(numbers), "-", "~1.9 s"]

@@ -126,6 +126,19 @@ def test_a_colour_belongs_to_the_kind_in_whichever_order_and_company(figures: li
     assert len(set(second.values())) == 3 and len(set(third.values())) == 2
 
 
+def test_the_names_of_many_lines_are_all_within_the_figure(figures: list[Any]) -> None:
+    times = {f"batch-{i} static": [(10, [0.1]), (20, [0.2])] for i in range(60)}
+    plots.bench_plot(Path("a.png"), times, {}, {}, "It pays.")
+    figure = figures[0]
+    figure.draw_without_rendering()
+    (names,) = figure.legends
+    (caption,) = (text for text in figure.texts if text.get_text() == "It pays.")
+    assert names.get_window_extent().y0 > caption.get_window_extent().y1
+    lines = figure.axes[0].lines
+    assert max(line.get_linewidth() for line in lines) < 15  # all of them lie on each other
+    assert max(line.get_markersize() for line in lines) < 20
+
+
 def test_kinds_that_lie_on_each_other_are_told_apart(figures: list[Any]) -> None:
     """They take turns along one line: where one has a dash, the others have gaps."""
     times = {kind: [(10, [0.1]), (100, [1.0])] for kind in ("dynamic", "static", "paged")}

@@ -59,6 +59,26 @@ def test_a_plot_is_shown_and_written(tmp_path: Path) -> None:
         verification(checked("Mine", "bug", scenario="crop"), name="none").plot()
 
 
+@pytest.mark.parametrize("name", ["gap.gif", "gap", "."])
+def test_a_plot_of_another_format_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"is not a plot format.*\.png, \.svg or \.pdf"):
+        verification(checked("Mine", "bug")).plot(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_several_prompts_a_notebook_tells_whose_a_text_is() -> None:
+    ranks = [1, 2, 1, 2]
+    found = [Continuation([1], f"text {i}", True, -1.0, rank) for i, rank in enumerate(ranks)]
+    assert ">prompt<" not in Generated(found[:2])._repr_html_()
+    rows = re.findall(r"<tr><td>(\d)</td><td>(\d)</td>", Generated(found)._repr_html_())
+    assert rows == [("1", "1"), ("1", "2"), ("2", "1"), ("2", "2")]
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(UsageError, match="model: int is no model of kvtool's"):
+        kvtool.generate(3, "R", 4)  # type: ignore[arg-type]
+
+
 def test_texts_in_a_notebook_are_texts() -> None:
     text = verification(checked(HOSTILE, "bug"), name=HOSTILE)._repr_html_()
     text += Generated([Continuation([1], HOSTILE, True, -1.0)])._repr_html_()

@@ -196,6 +196,36 @@ def test_unknown_scenarios_and_misplaced_kinds_are_refused() -> None:
         kvtool.verify(Pairs(), caches=["static"])
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tokens": 0}, "tokens: 0 is too small"),
+        ({"tokens": 1.5}, "tokens: 1.5 is not a whole number"),
+        ({"tokens": "8"}, "tokens: '8' is not a whole number"),
+        ({"prompt_length": -1}, "prompt_length: -1 is too small"),
+        ({"dtype": "bfloat16"}, "dtype: 'bfloat16' is no format"),
+        ({"dtype": torch.int8}, "dtype: 'torch.int8' is no format"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        kvtool.verify(Pairs(), **{**QUICK, **options})
+
+
+def test_a_name_alone_is_one_name_and_no_letters() -> None:
+    with pytest.raises(UsageError, match="scenarios: 'decod' is not known"):
+        kvtool.verify(Pairs(), scenarios="decod")
+    with pytest.raises(UsageError, match="caches: 'dynamik' is not known"):
+        kvtool.verify(random_model(), caches="dynamik", **QUICK)
+
+
+def test_a_function_is_told_from_what_it_builds() -> None:
+    with pytest.raises(UsageError, match=r"a function is no decoder.* Call it"):
+        kvtool.verify(lambda: Pairs(), **QUICK)
+    with pytest.raises(UsageError, match=r"an int is no decoder .*\)$"):
+        kvtool.verify(3, **QUICK)
+
+
 def test_a_run_whose_planted_bug_is_missed_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WrongToken, "feed", TargetSession.feed)
     report = kvtool.verify(Pairs(), **QUICK)

@@ -19,6 +19,8 @@ class Advice(NamedTuple):
     kind: str  # behind its implementation, where there are several
     why: str
     loss: str  # what it loses; "" if nothing
+    way_out: str  # and what loses nothing
+    few: bool  # too few samples tell the noise
 
 
 class Measured(NamedTuple):
@@ -53,28 +55,36 @@ def recommendation(
             found[setup] = _advice(measured, rows_of[setup])
     if not found:
         return ""
-    if len(found) == 1:
-        ((setup, (kind, why, loss)),) = found.items()
-        return f"For this load, at {tokens(rows_of[setup][0].length)}: {kind}{why}{loss}."
-    return _in_short(measured, found)
+    lengths = [rows[0].length for rows in rows_of.values()]
+    least, most = min(lengths), max(lengths)
+    at = tokens(most) if least == most else f"{least:,} to {tokens(most)}"
+    setups = {row.setup for row in measurements}
+    if len(setups) > 1:
+        return f"For this load, at {at}: {_in_short(measured, found, len(setups))}."
+    (advice,) = found.values()
+    return f"For this load, at {at}: {advice.kind}{advice.why}{advice.loss}{advice.way_out}."
 
 
-def _in_short(measured: Measured, found: Mapping[Setup, Advice]) -> str:
+def _in_short(measured: Measured, found: Mapping[Setup, Advice], n_setups: int) -> str:
     """The kind for each of several setups, without the figures that the table has."""
     axes = [axis for axis in measured.axes if axis != "impl"]
     setups: dict[str, list[str]] = {}
+    losses: dict[str, list[Advice]] = {}
     for setup, advice in found.items():
         setups.setdefault(advice.kind, []).append(" ".join(words_of("", setup, axes)))
-    loss = {advice.kind: advice.loss for advice in found.values()}
-    most = max(setups, key=lambda kind: len(setups[kind]))
+        losses.setdefault(advice.kind, []).append(advice)
     parts = []
-    for kind, names in sorted(setups.items(), key=lambda item: item[0] != most):
+    for kind, names in sorted(setups.items(), key=lambda item: -len(item[1])):
         where = f"in {listed(names)}"
-        if kind == most and len(names) > 2:
-            where = f"in {'all' if len(setups) == 1 else 'most'} setups"
-        parts.append(f"{kind} {where}{loss[kind]}")
+        if 2 * len(names) > n_setups > 2:
+            where = f"in {'all' if len(names) == n_setups else 'most'} setups"
+        ways_out = {advice.way_out for advice in losses[kind]}
+        way_out = ways_out.pop() if len(ways_out) == 1 else ""  # each setup has its own
+        parts.append(f"{kind} {where}{losses[kind][0].loss}{way_out}")
     rule = "the fastest, or the least memory within 10 % of the fastest or within the noise"
-    return f"For this load: {'; '.join(parts)} ({rule})."
+    if any(advice.few for advice in found.values()):
+        rule += f", which fewer than {FEW} samples do not tell"
+    return f"{'; '.join(parts)} ({rule})"
 
 
 def _advice(measured: Measured, rows: list[Row]) -> Advice:
@@ -88,9 +98,10 @@ def _advice(measured: Measured, rows: list[Row]) -> Advice:
         why = f" is the fastest ({measured.name(others[0])} takes {times} as long)"
     else:
         why = f", {_reason(measured, fastest, chosen, alike, near)}"
-    if any(len(row.samples_s) < FEW for row in ordered):
+    few = any(len(row.samples_s) < FEW for row in ordered)
+    if few:
         why += f", though fewer than {FEW} samples do not tell the noise"
-    return Advice(measured.name(chosen), why, _loss(measured, chosen, near))
+    return Advice(measured.name(chosen), why, *_loss(measured, chosen, near), few)
 
 
 def _reason(
@@ -115,10 +126,10 @@ def _memory(measured: Measured, chosen: Row, others: list[Row]) -> str:
     return f"takes the least memory ({least}, and {measured.name(more[0])} {other})"
 
 
-def _loss(measured: Measured, chosen: Row, near: list[Row]) -> str:
+def _loss(measured: Measured, chosen: Row, near: list[Row]) -> tuple[str, str]:
     """What a lossy kind loses, and which kind of the near ones loses nothing."""
     if chosen.cache not in measured.lossy:
-        return ""
+        return "", ""
     found = measured.quality.get(chosen.cache)
     what = (
         f"its predictions are {found['kl']:.2g} nats a token from those without a loss (KL), "
@@ -129,7 +140,7 @@ def _loss(measured: Measured, chosen: Row, near: list[Row]) -> str:
     )
     exact = [row for row in near if row.cache not in measured.lossy and row.cache != "none"]
     way_out = f"; without a loss, {measured.name(exact[0])}" if exact else ""
-    return f", but it is lossy: {what}{way_out}"
+    return f", but it is lossy: {what}", way_out
 
 
 def _times(row: Row, other: Row) -> float:

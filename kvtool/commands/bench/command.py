@@ -300,7 +300,7 @@ def command(
     threads: ThreadCounts = THREADS,
     seed: o.Seed = 0,
     as_json: o.Json = False,
-    output_file: o.OutputOfChecks = None,
+    output_files: o.OutputOfChecks = [],  # noqa: B006
     github: o.GitHub = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -322,11 +322,12 @@ def command(
 
       kvtool bench --impl kvtool transformers --caches dynamic
     """
-    if not fail_if and output_file is not None and output_file.suffix.lower() == ".xml":
-        raise UsageError(
-            f"--output {output_file}: needs --fail-if", "A case is a row that a limit decides."
-        )
-    out = Output(as_json, output_file, quiet, verbose, OF_CHECKS, github)
+    for path in output_files:
+        if not fail_if and path.suffix.lower() == ".xml":
+            raise UsageError(
+                f"--output {path}: needs --fail-if", "A case is a row that a limit decides."
+            )
+    out = Output(as_json, output_files, quiet, verbose, OF_CHECKS, github)
     settings = Settings(
         run=RunConfig(model, device, dtype[0], threads[0], seed),
         lengths=lengths,

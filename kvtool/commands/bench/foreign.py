@@ -113,6 +113,7 @@ class ForeignSubject:
             raise UsageError(f"--model {settings.run.model}: {refused[0]}")
         for why in refused:
             self.out.note(f"not measured: {why}")
+        resolved["not_measured"] = refused
         self.settings = replace(settings, caches=kinds)
         return [
             Contender(kind, works[kind, setup.dtype, setup.batch_size], TRANSFORMERS, setup)

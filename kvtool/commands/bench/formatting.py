@@ -40,15 +40,24 @@ def verb(names: Sequence[str], forms: str) -> str:
 
 
 def brief(names: list[str], every: dict[str, list[str]]) -> list[str]:
-    """Names, in which a kind stands for all of its names if there are more than two.
+    """Names, in which a kind stands for all of its names, or all but one, if these are more than
+    two.
 
     >>> every = {"static": ["1 static", "2 static", "3 static"], "paged": ["1 paged", "2 paged"]}
     >>> brief(["1 static", "2 static", "3 static", "2 paged"], every)
     ['every static', '2 paged']
+    >>> brief(["1 static", "3 static"], every), brief(["1 paged"], every)
+    (['1 static', '3 static'], ['1 paged'])
+    >>> every["static"].append("4 static")
+    >>> brief(["1 static", "2 static", "4 static"], every)
+    ['every static but 3 static']
     """
     found = list(names)
     for kind, own in every.items():
-        if len(own) > 2 and set(own) <= set(found):
-            found[found.index(own[0])] = f"every {kind}"
+        here, others = (
+            [name for name in own if (name in names) == inside] for inside in (True, False)
+        )
+        if len(here) > 2 and len(others) < 2:
+            found[found.index(here[0])] = " but ".join([f"every {kind}", *others])
             found = [name for name in found if name not in own]
     return found

@@ -195,8 +195,10 @@ def best_text(report: BenchReport) -> str:
     fastest = max(rows, key=lambda row: row.tokens_per_s or 0)
     least = min(row.bytes_measured or 0 for row in rows)
     smallest = listed([report.name(row) for row in rows if row.bytes_measured == least])
+    rates = [r.tokens_per_s or 0 for r in report.measurements if r.length == max(lengths)]
+    of_caches = "" if max(rates) == fastest.tokens_per_s else "of the caches "
     return (
-        f"At {tokens(max(lengths))} {report.name(fastest)} is fastest here "
+        f"At {tokens(max(lengths))} {report.name(fastest)} is fastest {of_caches}here "
         f"({number(fastest.tokens_per_s, 1, ',.0f')} tokens/s), and {smallest} smallest "
         f"({least / 1024:,.0f} KiB)."
     )
@@ -218,29 +220,43 @@ def versus_text(report: BenchReport) -> str:
     if not both:
         return f"{one} and {other} were not measured beside each other."
     longest = max(length for length, *_ in both)
-    factors: dict[tuple[str, str], list[str]] = {}
+    factors: dict[tuple[str, str], dict[str, list[tuple[float, str]]]] = {}
     for length, kind, words in both:
         if length != longest:
             continue
         found = medians[length, kind, words]
         ratio = found[other] / found[one]
         order = (one, other) if ratio >= 1 else (other, one)
-        how = "without a cache" if kind == "none" else f"with {kind}"
-        how += f" ({words})" if words else ""
-        factors.setdefault(order, []).append(f"{max(ratio, 1 / ratio):.2f} {how}")
-    said = [
-        f"{faster} is faster than {slower} by a factor of {listed(parts)}"
-        for (faster, slower), parts in factors.items()
-    ]
+        by_kind = factors.setdefault(order, {})
+        by_kind.setdefault(kind, []).append((max(ratio, 1 / ratio), words))
+    said = []
+    for (faster, slower), by_kind in factors.items():
+        parts = [part for kind, ratios in by_kind.items() for part in factor_texts(kind, ratios)]
+        said.append(f"{faster} is faster than {slower} by a factor of {listed(parts)}")
     return f"At {tokens(longest)} {'; '.join(said)}."
+
+
+def factor_texts(kind: str, ratios: list[tuple[float, str]]) -> list[str]:
+    """The factors of a kind in each setup; of more than two the range.
+
+    >>> factor_texts("static", [(2.0, "batch-1"), (1.5, "batch-2"), (1.75, "batch-4")])
+    ['1.50 to 2.00 with static (3 setups)']
+    """
+    how = "without a cache" if kind == "none" else f"with {kind}"
+    if len(ratios) > 2:
+        least, most = min(ratios)[0], max(ratios)[0]
+        return [f"{least:.2f} to {most:.2f} {how} ({len(ratios)} setups)"]
+    return [f"{ratio:.2f} {how}" + f" ({words})" * bool(words) for ratio, words in ratios]
 
 
 def missing_text(report: BenchReport) -> str:
     """What was left out, and why; "" if nothing was."""
     if report.ended:
         return f"{ended_text(report).capitalize()}."
-    left_out = missing(report)
-    return f"Left out by --budget {report.budget:g} s: {left_out}." if left_out else ""
+    said = [f"Not measured: {why}." for why in report.resolved.get("not_measured", ())]
+    if left_out := missing(report):
+        said.append(f"Left out by --budget {report.budget:g} s: {left_out}.")
+    return " ".join(said)
 
 
 def ended_text(report: BenchReport) -> str:

@@ -148,7 +148,7 @@ def show_result(result: Result, line: str, settings: Settings, out: Output) -> N
     """Print a result: as it is, or as one line of several, unless those go to a file."""
     if settings.input_file is None:
         out.stream((result.text if settings.n_best == 1 else line) + "\n")
-    elif out.output_file is None and settings.text_file is None:
+    elif not out.output_files and settings.text_file is None:
         out.stream(line + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Annotated, Any
 
 import typer
@@ -54,7 +55,8 @@ def run(settings: Settings, out: Output) -> PlanReport:
     found = describe(settings.model, settings.dtype)
     shapes, weights = found.shapes, found.weights
     if settings.weights is not None:
-        weights = Weights(settings.weights, settings.weights, "option")
+        share = Fraction(weights.read, weights.nbytes) if weights else found.read_share
+        weights = Weights(settings.weights, int(settings.weights * share), "option")
     for flag, value in (("--memory", settings.memory), ("--bandwidth", settings.bandwidth)):
         if value is not None and weights is None:
             raise UsageError(
@@ -278,9 +280,9 @@ def command(
 
       kvtool plan --model llama --tokens 8192 --batch-size 16
 
-      kvtool plan --model config.json --memory 80GB --bandwidth 3.35TB/s
+      kvtool plan --model config.json --memory 80GB
 
-      kvtool plan --model model.gguf --caches dynamic int4 --json
+      kvtool plan --model model.gguf --bandwidth 3.35TB/s
     """
     out = Output(as_json, output_file, quiet, verbose)
     given = {"window": window, "sinks": sinks, "group": group, "residual": residual, "page": page}

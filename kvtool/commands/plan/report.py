@@ -100,11 +100,12 @@ class PlanReport:
             return (
                 f"no cache of {self.asked} fits into {memory} beside "
                 f"{shown(self.weights_bytes)} of weights; the smallest, "
-                f"{named(least)}, {limits(least, self)}"
+                f"{named(least)}, {limits(least, self)}{self._beyond()}"
             )
         best = self._first(fitting)
         fit = "fits" if self.rows_planned == 1 else "fit"
-        why = "" if best.exact else ", and with no kind that loses less"
+        less = any(loss(row) < loss(best) for row in self.caches)  # and does not fit
+        why = ", and with no kind that loses less" if less else ""
         return (
             f"take {named(best)}: {self.asked} {fit} into {memory}{why}; the first limit: it "
             f"{limits(best, self)}{self._beyond()}"
@@ -117,10 +118,7 @@ class PlanReport:
 
     def _first(self, rows: list[Row]) -> Row:
         """What loses nothing, if there is one, and of these the smallest; else what loses least."""
-        whole = [row for row in rows if row.exact]
-        if whole:
-            return min(whole, key=lambda row: (row.peak_bytes, row.bytes))
-        return min(rows, key=lambda row: ORDER.index(kind_of(row)))
+        return min(rows, key=lambda row: (loss(row), row.peak_bytes, row.bytes))
 
     def rows(self) -> list[dict[str, Any]]:
         """The kinds."""
@@ -134,6 +132,11 @@ class PlanReport:
 def kind_of(row: Row) -> str:
     """The kind without settings."""
     return row.cache.partition(":")[0]
+
+
+def loss(row: Row) -> int:
+    """A number that is the higher the more a kind loses; 0 if nothing."""
+    return 0 if row.exact else 1 + ORDER.index(kind_of(row))
 
 
 def named(row: Row) -> str:
@@ -150,6 +153,8 @@ def limits(row: Row, report: PlanReport) -> str:
     """How far a kind goes."""
     assert row.most_rows is not None and row.most_tokens is not None
     rows = f"{counted(row.most_rows)} of {tokens(report.tokens)}"
+    if row.most_rows == LARGEST_SIZE:
+        rows = f"any rows of {tokens(report.tokens)}"
     longest = tokens(row.most_tokens)
     if row.most_tokens >= (report.context or LARGEST_SIZE):
         longest = f"the model's {tokens(report.context)}" if report.context else "any tokens"

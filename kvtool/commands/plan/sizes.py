@@ -37,8 +37,10 @@ def read_size(flag: str, text: str, per_second: bool = False) -> int:
         )
     known = next((name for name in UNITS if name.lower() == unit.lower()), None)
     if known is None:
-        near = f"{unit[0].upper()}iB"
-        hint = f"Did you mean {number}{near}{found[3] or ''}?" if near in UNITS else ""
+        near, more = f"{unit[0].upper()}iB", found[3] or ""
+        if per_second and unit[:2].upper() in UNITS:  # GBps
+            near, more = unit[:2].upper(), "/s"
+        hint = f"Did you mean {number}{near}{more}?" if near in UNITS else ""
         raise UsageError(
             f"{flag}: {quoted(unit)} is not a unit (expected one of {', '.join(UNITS)})", hint
         )

@@ -61,7 +61,7 @@ def command(
     threads: o.Threads = 0,
     seed: v.Seed = 0,
     as_json: o.Json = False,
-    output_file: o.OutputOfChecks = None,
+    output_files: o.OutputOfChecks = [],  # noqa: B006
     github: o.GitHub = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -86,7 +86,7 @@ def command(
 
       kvtool verify-cache --server http://127.0.0.1:8080
     """
-    out = output_of_rank(as_json, output_file, quiet, verbose, OF_CHECKS, github)
+    out = output_of_rank(as_json, output_files, quiet, verbose, OF_CHECKS, github)
     if scenarios == ["help"] and not self_test:
         show_scenarios(out, server is not None)
         raise typer.Exit

@@ -338,7 +338,7 @@ def command(
     threads: o.Threads = 0,
     seed: RecordedSeed = 0,
     as_json: o.Json = False,
-    output_file: o.OutputOfChecks = None,
+    output_files: o.OutputOfChecks = [],  # noqa: B006
     github: o.GitHub = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -356,7 +356,7 @@ def command(
       kvtool verify-logits --against numpy --prompt "Hear me."
       kvtool verify-logits --server localhost:80 --model m.gguf
     """
-    out = Output(as_json, output_file, quiet, verbose, OF_CHECKS, github)
+    out = Output(as_json, output_files, quiet, verbose, OF_CHECKS, github)
     run_config = RunConfig(model, device, dtype, threads, seed)
     given = {
         "--against": against is not None,

@@ -92,6 +92,9 @@ def generate(
     how = GenerateConfig(max_tokens=max_tokens, cache=cache, **choices)
     if isinstance(model, (str, Path)):
         model = checkpoint.load(str(model), *prepare(RunConfig(seed=how.seed)))
+    if not isinstance(model, (Checkpoint, Model)):
+        kind = type(model).__name__
+        raise UsageError(f"model: {kind} is no model of kvtool's", "Give a folder or a name.")
     generator = Generator(model, how)
     rows = [generator.encode(prompt)] if isinstance(prompt, str) else _rows(prompt, generator)
     for ids in rows:

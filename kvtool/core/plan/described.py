@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from kvtool.core.plan.layers import Shapes
 
@@ -32,3 +33,4 @@ class Described:
     weights: Weights | None
     unknown: str = ""  # why weights is None
     dtype_assumed: bool = False  # as nothing says it
+    read_share: Fraction = Fraction(1)  # of the weights, by a step at least, if weights is None

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,10 +175,12 @@ def _from(
     stored = _stored(folder)
     said = dtype or (stored and stored.dtype) or _said_dtype(data) or _said_dtype(part)
     found = said or USUAL
-    weights, unknown = _weights(data, counted, stored, dtype, found)
+    experts = _experts({**data, **part})
+    weights, unknown = _weights(data, counted, stored, dtype, found, experts)
     if weights is not None and whole and stored is None:
         weights = replace(weights, said_by=PART)
-    return Described(name, str(kind), found, shapes, weights, unknown, not said)
+    share = Fraction(counted.read, counted.total) if counted else experts
+    return Described(name, str(kind), found, shapes, weights, unknown, not said, share)
 
 
 def _said_dtype(data: Mapping[str, Any]) -> str:
@@ -294,10 +297,11 @@ def _weights(
     stored: Stored | None,
     dtype: str | None,
     found: str,
+    experts: Fraction,
 ) -> tuple[Weights | None, str]:
     """Bytes of the weights, or why they are not known."""
     if stored is not None:
-        return _by_headers(data, stored, counted, dtype), ""
+        return _by_headers(stored, counted, dtype, experts), ""
     if data.get("quantization_config"):
         return None, "they are quantised, and only a file says how"
     if counted is None:
@@ -308,7 +312,7 @@ def _weights(
 
 
 def _by_headers(
-    data: Mapping[str, Any], stored: Stored, counted: Counted | None, dtype: str | None
+    stored: Stored, counted: Counted | None, dtype: str | None, share: Fraction
 ) -> Weights:
     def nbytes(info: TensorInfo[Format]) -> int:
         floats = dtype is not None and info.dtype.name in ITEMSIZES
@@ -320,7 +324,6 @@ def _by_headers(
     if counted is not None and counted.total == numbers:
         return Weights(total, total * counted.read // numbers, "headers")
     has_head = any(HEADS.search(name) for name in stored.tensors)
-    share = _share_of_experts(data)
     read = 0
     for name, info in stored.tensors.items():
         if has_head and LOOKED_UP.search(name):
@@ -329,9 +332,9 @@ def _by_headers(
     return Weights(total, read, "headers")
 
 
-def _share_of_experts(data: Mapping[str, Any]) -> float:
+def _experts(data: Mapping[str, Any]) -> Fraction:
     """Which part of all experts a token takes."""
     used = data.get("num_experts_per_tok")
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     n = next((data[name] for name in names if isinstance(data.get(name), int)), 0)
-    return used / n if isinstance(used, int) and 0 < used <= n else 1.0
+    return Fraction(used, n) if isinstance(used, int) and 0 < used <= n else Fraction(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvtool import registry
-from kvtool.config import DECODE_TOKENS
+from kvtool.config import DECODE_TOKENS, check_int, require_cache_kind
 from kvtool.core.machine import dtype_name
 from kvtool.core.models import Model
 from kvtool.core.verify.check import Checked, check_model, control, main_case, planted_bug
@@ -31,6 +31,7 @@ from kvtool.core.verify.scenarios import SCENARIOS
 from kvtool.core.verify.target.check import OWN, check_target, decode_case, target_control
 from kvtool.core.verify.target.subject import TargetSubject
 from kvtool.errors import UsageError
+from kvtool.reading import quoted
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,14 @@ def verify(
     rounds what it stores on purpose, so that a loss is reported and no fault.
     Raises UsageError for what cannot be called, CheckFailed for logits that are not finite.
     """
-    for name in scenarios or ():
+    names = _listed(scenarios or tuple(SCENARIOS))
+    for name in names:
         registry.choose(name, tuple(SCENARIOS), "scenarios")
-    names = list(scenarios or SCENARIOS)
+    _require_options(tokens, prompt_length, dtype)
     if isinstance(model, Model):
-        kinds = list(registry.CACHES) if caches is None else list(caches)
+        kinds = list(registry.CACHES) if caches is None else _listed(caches)
+        for kind in kinds:
+            require_cache_kind(kind, "caches")
         model = copy.deepcopy(model).eval()
         model = model.to(dtype) if dtype else model
         return _verify_own(model, ids, names, tokens, kinds, prompt_length, thorough)
@@ -222,6 +226,22 @@ def verify(
     checked = tuple(check_target(subject, names, main, thorough=thorough))
     planted = target_control(subject, main)
     return Verification(subject.name, dtype_name(subject.dtype), checked, planted, subject.guess)
+
+
+def _listed(names: Sequence[str]) -> list[str]:
+    """The names; a text is one name, and no sequence of letters."""
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _require_options(tokens: int, prompt_length: int, dtype: torch.dtype | None) -> None:
+    """Raise UsageError for what would fail later, in words that say nothing of it."""
+    check_int("tokens", tokens, 1)
+    check_int("prompt_length", prompt_length, 0)
+    if dtype is not None and not getattr(dtype, "is_floating_point", False):
+        raise UsageError(
+            f"dtype: {quoted(str(dtype))} is no format of a decoder's numbers (expected "
+            "torch.float32, torch.bfloat16, torch.float16 or torch.float64)"
+        )
 
 
 def _verify_own(

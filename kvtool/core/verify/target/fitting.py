@@ -87,9 +87,13 @@ def adapt(module: Any, name: str, device: torch.device) -> ModuleDecoder:
     """
     module, wrapper = unwrapped(module)
     if not isinstance(module, nn.Module):
+        kind = type(module).__name__
+        kind = f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+        called = "Call it, and give what it returns." if callable(module) else ""
         raise UsageError(
-            f"{name}: a {type(module).__name__} is no decoder (expected an nn.Module, or an object "
-            "with full(ids) and step(ids, state))"
+            f"{name}: {kind} is no decoder (expected an nn.Module, or an object with full(ids) and "
+            "step(ids, state))",
+            called,
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise UsageError(
