@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvtool.core.servers.engine import number
 from kvtool.core.servers.gaps import distance, pooled_floor, scale_of
-from kvtool.core.servers.texts import Answer, Cold, Measured
+from kvtool.core.servers.texts import Answer, Cold, Measured, vector
 from kvtool.core.servers.verdict import (
     BEYOND,
     BLIND,
@@ -178,6 +179,30 @@ def test_one_request_that_is_large_noise_is_no_fault() -> None:
     prompts = [measured(n, 0.1, requests=3) for n in range(N_PROMPTS)]
     prompts[3].add([(END, answer(np.random.default_rng(99), 0.25))], 9)
     assert judge_arm(prompts, 0.0).verdict == WITHIN
+
+
+def test_the_noise_of_a_longer_history_is_noise_of_a_prefix_that_was_longer() -> None:
+    """With the cache, a prefix may have been computed by a kernel that only longer ones take."""
+    for beyond, verdict in ((0.0, BEYOND), (0.3, HIDDEN)):
+        prompts = [measured(n, 0.01, floor=0.02, requests=5) for n in range(N_PROMPTS)]
+        for each in prompts:
+            draws = np.random.default_rng(each.prompt)
+            each.add([(END, answer(draws, 0.01 if each.prompt else 0.6))], 9)
+            longer = [answer(draws, beyond or 0.02) for _ in range(6)]
+            each.cold.answers[END + 1] = longer
+        assert judge_arm(prompts).verdict == verdict
+
+
+@pytest.mark.parametrize("least", [-110.0, -1e30])
+def test_tokens_that_a_sampler_ruled_out_are_as_those_that_no_answer_names(least: float) -> None:
+    """Which of two the twentieth is, rounding decides; the other one is at minus infinity."""
+    one, other = dict(enumerate(RIGHT)), dict(enumerate(RIGHT))
+    one[20], other[21] = (number(least) for _ in range(2))
+    one |= dict.fromkeys(range(22, SIZE), number(least))
+    other |= dict.fromkeys(range(22, SIZE), number(least))
+    scale = scale_of([one] * 3)
+    assert scale is not None and distance(other, scale) < 0.05
+    assert np.isnan(vector({0: float("nan")}, [0, 1])).all()
 
 
 def test_a_floor_of_exactly_0_takes_that_of_other_histories() -> None:

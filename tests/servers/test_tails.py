@@ -90,3 +90,22 @@ def test_one_floor_that_is_too_small_by_chance_makes_no_fault() -> None:
     gaps = [ProbeGap(0, 0, 70 + i, 0.09, FLOOR, 0.9, False) for i in range(N_ANSWERS)]
     gaps[4] = ProbeGap(0, 0, 74, 0.25, 0.05, 5.0, False)
     assert hidden([Compared(gaps, [3.0], FAULT)], False) is None
+
+
+@pytest.mark.parametrize("compared", [True, False])
+def test_a_kernel_of_long_histories_alone_makes_no_fault_in_short_ones(compared: bool) -> None:
+    """A longer request that computed the prefix rounded as only long histories do when cold."""
+
+    def one(gap: float) -> Seen | None:
+        found = []
+        for prompt in range(N_PROMPTS):
+            quiet = [ProbeGap(prompt, 0, 63 + i, 0.01, 0.02, 0.5, False) for i in range(8)]
+            quiet[4] = ProbeGap(prompt, 0, 67, gap, 0.02, gap / 0.02, False)
+            loud = [ProbeGap(prompt, 0, 71 + i, 0.05, FLOOR, 0.5, False) for i in range(5)]
+            gaps = quiet + loud * compared
+            found.append(Compared(gaps, [FAULT / FLOOR], FAULT, FLOOR))
+        return hidden(found, False)
+
+    doubtful, sure = one(1.6 * FLOOR), one(4.5 * FLOOR)
+    assert doubtful is not None and not doubtful.sure and doubtful.ratio > 4
+    assert sure is not None and sure.sure and sure.ratio == pytest.approx(4.5)

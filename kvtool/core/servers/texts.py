@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.core.servers.engine import Completion, Engine, require_cold
+from kvtool.core.servers.engine import MIN_LOGPROB, Completion, Engine, require_cold
 from kvtool.core.servers.splits import MIN_BLOCK, Kind, drawn, pair, single
 
 TOP = 30  # of the likeliest tokens of the reference, by which two answers are compared
@@ -106,10 +106,11 @@ class Measured:
 
 
 def vector(answer: Answer, ids: Sequence[int]) -> Vector:
-    """The logprobs of `ids`. An id that is not among the likeliest gets the lowest logprob in the
-    answer."""
-    least = min(answer.values(), default=np.nan)
-    return np.array([answer.get(i, least) for i in ids], dtype=np.float64)
+    """The logprobs of `ids`. An id that is not among the likeliest, or that a sampler ruled out,
+    gets the lowest logprob of those that are."""
+    possible = [p for p in answer.values() if p > MIN_LOGPROB]
+    least = min(possible or answer.values(), default=np.nan)
+    return np.array([max(answer.get(i, least), least) for i in ids], dtype=np.float64)
 
 
 def likeliest(answer: Answer) -> list[int]:
