@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvtool.core.servers.engine import number
+from kvtool.core.servers.engine import Completion, number
 from kvtool.core.servers.gaps import distance, pooled_floor, scale_of
 from kvtool.core.servers.texts import Answer, Cold, Measured, vector
 from kvtool.core.servers.verdict import (
     BEYOND,
     BLIND,
     BUG,
+    CONTRARY,
     CROWDED,
     HIDDEN,
     IDENTICAL,
@@ -21,10 +22,13 @@ from kvtool.core.servers.verdict import (
     LIMIT,
     LOSSY,
     NO_NOISE,
+    NOT_REUSED,
     NOT_SHARED,
     ROUNDING,
+    SLIGHTLY,
     TOO_NOISY,
     UNSUPPORTED,
+    UNTOLD,
     VACUOUS,
     WITHIN,
     ArmVerdict,
@@ -165,6 +169,27 @@ def test_what_proves_nothing_is_vacuous(
 
 def test_a_fault_is_seen_though_the_server_does_not_say_what_it_reused() -> None:
     assert judged(1.0, reused=None).verdict == BEYOND
+
+
+def test_a_fault_is_seen_though_the_server_says_that_it_reused_nothing() -> None:
+    found = judged(1.0, reused=0)
+    assert (found.verdict, found.evidence) == (BEYOND, UNTOLD)
+    prompts = [measured(n, 0.1, reused=0) for n in range(N_PROMPTS)]  # one request has no median
+    prompts[3].add([(END, answer(np.random.default_rng(99), 1.0))], 0)
+    assert (judge_arm(prompts).verdict, judge_arm(prompts).evidence) == (VACUOUS, NOT_REUSED)
+
+
+@pytest.mark.parametrize(("nats", "verdict"), [(0.05, HIDDEN), (1.0, CONTRARY)])
+def test_a_token_chosen_in_another_pass_contradicts_nothing_by_less_than_the_noise(
+    nats: float, verdict: str
+) -> None:
+    prompts = [measured(n, 0.1) for n in range(N_PROMPTS)]
+    prompts[2].tally.count(Completion((7,), ({7: -1.0 - nats, 8: -1.0},), 9))
+    prompts[2].tally.count(Completion((8,), ({7: -2.0, 8: -1.0},), 9))
+    found = judge_arm(prompts)
+    assert found.verdict == verdict
+    assert found.evidence.endswith(SLIGHTLY) == (verdict == HIDDEN)
+    assert found.evidence.startswith("1 of 2 tokens are not the likeliest by their own logprobs")
 
 
 def test_one_request_that_is_as_wrong_as_a_fault_is_not_averaged_away() -> None:

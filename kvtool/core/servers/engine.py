@@ -27,12 +27,13 @@ class Completion(NamedTuple):
     reused: int | None  # prompt tokens that it took from its cache; None: it does not say
     lacking: int = 0  # tokens fewer than it was asked for
 
-    def passed_over(self) -> list[set[int]]:
-        """The likelier ids of each token that is not the likeliest by its own logprobs."""
+    def passed_over(self) -> list[dict[int, float]]:
+        """The likelier ids of each token that is not the likeliest by its own logprobs, and by how
+        many nats they are."""
         found = []
         for token, top in zip(self.tokens, self.likeliest, strict=True):
-            least = top.get(token, -math.inf) + TIE
-            found.append({i for i, p in top.items() if p > least})
+            own = top.get(token, -math.inf)
+            found.append({i: p - own for i, p in top.items() if p - own > TIE})
         return [ids for ids in found if ids]
 
 

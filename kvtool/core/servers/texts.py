@@ -52,7 +52,7 @@ class Tally:
     lacking: int = 0  # tokens that were asked for, and did not come
     cut: int = 0  # requests whose answer lacks some
     chosen: set[int] = field(default_factory=set)
-    passed_over: list[set[int]] = field(default_factory=list)  # see Completion.passed_over
+    passed_over: list[dict[int, float]] = field(default_factory=list)  # as Completion.passed_over
 
     def count(self, found: Completion) -> None:
         """Add one answer."""
@@ -63,10 +63,10 @@ class Tally:
         self.chosen.update(found.tokens)
         self.passed_over += found.passed_over()
 
-    def contrary(self, chosen: set[int]) -> int:
-        """How many tokens contradict their own logprobs. What the server never chooses may be the
-        end of a text, which it is asked to ignore."""
-        return sum(not ids.isdisjoint(chosen) for ids in self.passed_over)
+    def contrary(self, chosen: set[int], by: float = 0.0) -> int:
+        """How many tokens contradict their own logprobs, by more than so many nats. What the server
+        never chooses may be the end of a text, which it is asked to ignore."""
+        return sum(any(ids[i] > by for i in ids if i in chosen) for ids in self.passed_over)
 
 
 @dataclass
