@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from kvtool.core.servers.engine import Completion, number
-from kvtool.core.servers.gaps import distance, pooled_floor, scale_of
+from kvtool.core.servers.gaps import (
+    Compared,
+    ProbeGap,
+    Scale,
+    distance,
+    pooled_floor,
+    scale_of,
+)  # fmt: skip
 from kvtool.core.servers.texts import Answer, Cold, Measured, vector
 from kvtool.core.servers.verdict import (
     BEYOND,
@@ -22,6 +29,7 @@ from kvtool.core.servers.verdict import (
     LIMIT,
     LOSSY,
     NO_NOISE,
+    NOT_REACHED,
     NOT_REUSED,
     NOT_SHARED,
     ROUNDING,
@@ -324,3 +332,65 @@ def test_a_promoted_server_has_less_than_half_of_the_noise(
 ) -> None:
     found = with_promoted(replace(PLAIN, floor=floor), replace(PLAIN, floor=promoted))
     assert found.verdict == verdict
+
+
+def test_a_promoted_server_is_judged_by_what_its_medians_hide_too() -> None:
+    tailed = replace(PLAIN, tail=9.0, tail_gap=0.7)
+    found = with_promoted(PLAIN, tailed)
+    assert (found.promoted_worst, found.promoted_worst_gap) == (9.0, 0.7)
+    kernels = with_promoted(replace(tailed, verdict=BEYOND), PLAIN)
+    assert (kernels.verdict, kernels.evidence) == (BEYOND, KERNELS)
+
+
+@pytest.mark.parametrize("verdict", [CONTRARY, NOT_REACHED, LOSSY, UNSUPPORTED])
+def test_what_a_promoted_server_does_not_decide_stays(verdict: str) -> None:
+    for other in (WITHIN, BEYOND):
+        found = with_promoted(replace(PLAIN, verdict=verdict), replace(PLAIN, verdict=other))
+        assert found.verdict == verdict
+
+
+def test_a_floor_is_its_own_then_that_of_others_and_never_below_what_float32_rounds() -> None:
+    def floor(own: float, pooled: float) -> float:
+        return Scale([], [], [], own, 1.0).floor_or(pooled)
+
+    assert (floor(0.5, 0.1), floor(0.0, 0.1)) == (0.5, 0.1)
+    assert floor(0.0, 0.0) == floor(1e-12, 0.1) == pytest.approx(1.2e-7, rel=0.01)
+
+
+def test_the_floor_of_others_is_their_median() -> None:
+    prompts = [measured(n, 0.1, floor=by) for n, by in enumerate((0.1, 0.1, 0.1, 5.0))]
+    assert pooled_floor([m.cold for m in prompts]) < 0.1
+
+
+def test_noise_that_grew_makes_gaps_and_faults_smaller() -> None:
+    once, twice = (Compared.of(measured(0, 0.1), 0.0, grown) for grown in (1.0, 2.0))
+    assert twice.gaps[0].floor == 2 * once.gaps[0].floor
+    assert twice.gaps[0].ratio == once.gaps[0].ratio / 2
+    assert twice.controls == [each / 2 for each in once.controls]
+    assert twice.largest == 2 * once.largest
+
+
+def test_a_request_is_its_median_answer() -> None:
+    gaps = [ProbeGap(0, 0, END + i, r, 1.0, r, False) for i, r in enumerate((1.0, 2.0, 9.0))]
+    assert Compared(gaps, [], None).runs() == [2.0]
+
+
+def test_answers_that_contradict_themselves_are_said_unless_they_are_beyond_the_noise() -> None:
+    for given, verdict in (
+        ({"gap": 1.0}, BEYOND), ({"gap": 0.1, "fault": 0.08}, CONTRARY),
+        ({"gap": 0.1, "variants": 2}, CONTRARY),
+    ):  # fmt: skip
+        prompts = [measured(n, **given) for n in range(N_PROMPTS)]  # type: ignore[arg-type]
+        prompts[0].tally.count(Completion((7, 8), ({7: -9.0, 8: -1.0}, {8: -1.0}), 9))
+        assert judge_arm(prompts).verdict == verdict
+
+
+def test_equal_answers_of_which_nothing_says_that_they_were_cached_prove_nothing() -> None:
+    assert judged(0.0, floor=0.0, reused=None).verdict == VACUOUS
+
+
+def test_one_wrong_request_is_found_where_no_shape_differs() -> None:
+    prompts = [measured(n, 0.0, floor=0.0) for n in range(N_PROMPTS)]
+    prompts[3].add([(END, answer(np.random.default_rng(99), 1.0))], 9)
+    found = judge_arm(prompts)
+    assert (found.verdict, found.evidence) == (BEYOND, "in 1 of 11 requests")
