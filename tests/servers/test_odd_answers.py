@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from kvtool.commands.verify.server_report import VisitReport
 from kvtool.core.servers.engine import Completion
+from kvtool.core.servers.sglang import SGLang
 from kvtool.core.servers.texts import Answer, Cold, Measured
 from kvtool.core.servers.verdict import (
     BEYOND,
@@ -20,6 +23,8 @@ from kvtool.core.servers.verdict import (
     judge_arm,
     with_promoted,
 )
+from kvtool.core.servers.vllm import VLLM
+from kvtool.errors import ServerError
 
 END, SHORT = 20, Completion((8,), ({8: -1.0},), 9, lacking=3)
 CONTRADICTING = Completion((7, 8), ({7: -9.0, 8: -1.0}, {8: -1.0}), 9)
@@ -71,3 +76,45 @@ def test_identical_answers_are_told_from_a_bug_by_a_promoted_server_that_is_nois
     noisy = {"floor": 0.1, "ratio": 9.0}
     plain = ArmVerdict("prefix", IDENTICAL, **noisy)  # type: ignore[arg-type]
     assert with_promoted(plain, ArmVerdict("prefix", BEYOND, **noisy)).verdict == BUG  # type: ignore[arg-type]
+
+
+class Says:
+    """A client whose server says the same whatever it is asked."""
+
+    url = "http://server"
+
+    def __init__(self, said: dict[str, Any]) -> None:
+        self.said = said
+
+    def post(self, path: str, body: Any) -> dict[str, Any]:
+        return self.said
+
+    def order(self, path: str, body: Any) -> bytes:
+        return b""
+
+    def masked(self, text: str) -> str:
+        return text
+
+
+TOPS = {f"token_id:{i}": -1.0 - i for i in range(9)}
+
+
+@pytest.mark.parametrize("kind", [VLLM, SGLang])
+@pytest.mark.parametrize("wrong", [7, "x", [1], [None], {}, None, True, {"tokens": 7}])
+def test_an_answer_of_another_shape_has_no_logprobs(kind: Any, wrong: Any) -> None:
+    shapes: list[dict[str, Any]] = [
+        {"choices": wrong, "meta_info": wrong}, {"choices": [wrong]},
+        {"choices": [{"logprobs": wrong}], "meta_info": {"output_token_logprobs": wrong}},
+        {"choices": [{"logprobs": {"tokens": wrong, "top_logprobs": [TOPS]}}],
+         "meta_info": {"output_token_logprobs": wrong, "output_top_logprobs": [[[-1.0, 1]]]}},
+    ]  # fmt: skip
+    for said in shapes:
+        with pytest.raises(ServerError, match="has no logprobs of token ids"):
+            kind(Says(said), {}).complete([1, 2, 3])
+
+
+@pytest.mark.parametrize("usage", [7, "x", [1], True, None])
+def test_a_usage_of_another_shape_says_nothing_of_reuse(usage: Any) -> None:
+    logprobs = {"tokens": ["token_id:0"], "top_logprobs": [TOPS]}
+    client: Any = Says({"choices": [{"logprobs": logprobs}], "usage": usage})
+    assert VLLM(client, {}).complete([1, 2, 3]).reused is None

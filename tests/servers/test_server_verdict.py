@@ -197,7 +197,7 @@ def test_a_token_chosen_in_another_pass_contradicts_nothing_by_less_than_the_noi
     found = judge_arm(prompts)
     assert found.verdict == verdict
     assert found.evidence.endswith(SLIGHTLY) == (verdict == HIDDEN)
-    assert found.evidence.startswith("1 of 2 tokens are not the likeliest by their own logprobs")
+    assert found.evidence.startswith("1 of 2 tokens is not the likeliest by its own logprobs")
 
 
 def test_one_request_that_is_as_wrong_as_a_fault_is_not_averaged_away() -> None:

@@ -178,6 +178,14 @@ def ids_in(engine: Engine, answer: dict[str, Any]) -> list[int]:
     return found
 
 
+def pairs_in(answer: Any, tokens: str, tops: str) -> list[tuple[Any, Any]]:
+    """Each token of an answer with its likeliest ones; none if it has no lists of these names."""
+    lists = [answer.get(name) for name in (tokens, tops)] if isinstance(answer, dict) else []
+    if not lists or not all(isinstance(each, list) for each in lists):
+        return []
+    return list(zip(*lists, strict=False))
+
+
 def whole(value: Any) -> int:
     """A size that a server reports; 0 if it is none."""
     return value if type(value) is int and value > 0 else 0

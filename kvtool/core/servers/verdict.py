@@ -114,7 +114,8 @@ def _odd(asked: Sequence[Measured], floor: float) -> tuple[str, str] | None:
     for tallies in (cold, warm):
         if n := sum(tally.contrary(chosen) for tally in tallies):
             of = sum(tally.tokens for tally in tallies)
-            said = f"{n:,} of {of:,} tokens are not the likeliest by their own logprobs"
+            which = "is not the likeliest by its" if n == 1 else "are not the likeliest by their"
+            said = f"{n:,} of {of:,} tokens {which} own logprobs"
             if tallies is cold:
                 return HIDDEN, f"{said}{SAMPLED}"
             clear = any(tally.contrary(chosen, floor) for tally in tallies)
