@@ -7,12 +7,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvtool.core.servers.gaps import distance, pooled_floor, scale_of
-from kvtool.core.servers.texts import Answer, Cold, Measured
+from kvtool.core.servers.engine import Completion, number
+from kvtool.core.servers.gaps import (
+    Compared,
+    ProbeGap,
+    Scale,
+    distance,
+    pooled_floor,
+    scale_of,
+)  # fmt: skip
+from kvtool.core.servers.texts import Answer, Cold, Measured, vector
 from kvtool.core.servers.verdict import (
     BEYOND,
     BLIND,
     BUG,
+    CONTRARY,
     CROWDED,
     HIDDEN,
     IDENTICAL,
@@ -20,10 +29,14 @@ from kvtool.core.servers.verdict import (
     LIMIT,
     LOSSY,
     NO_NOISE,
+    NOT_REACHED,
+    NOT_REUSED,
     NOT_SHARED,
     ROUNDING,
+    SLIGHTLY,
     TOO_NOISY,
     UNSUPPORTED,
+    UNTOLD,
     VACUOUS,
     WITHIN,
     ArmVerdict,
@@ -166,6 +179,27 @@ def test_a_fault_is_seen_though_the_server_does_not_say_what_it_reused() -> None
     assert judged(1.0, reused=None).verdict == BEYOND
 
 
+def test_a_fault_is_seen_though_the_server_says_that_it_reused_nothing() -> None:
+    found = judged(1.0, reused=0)
+    assert (found.verdict, found.evidence) == (BEYOND, UNTOLD)
+    prompts = [measured(n, 0.1, reused=0) for n in range(N_PROMPTS)]  # one request has no median
+    prompts[3].add([(END, answer(np.random.default_rng(99), 1.0))], 0)
+    assert (judge_arm(prompts).verdict, judge_arm(prompts).evidence) == (VACUOUS, NOT_REUSED)
+
+
+@pytest.mark.parametrize(("nats", "verdict"), [(0.05, HIDDEN), (1.0, CONTRARY)])
+def test_a_token_chosen_in_another_pass_contradicts_nothing_by_less_than_the_noise(
+    nats: float, verdict: str
+) -> None:
+    prompts = [measured(n, 0.1) for n in range(N_PROMPTS)]
+    prompts[2].tally.count(Completion((7,), ({7: -1.0 - nats, 8: -1.0},), 9))
+    prompts[2].tally.count(Completion((8,), ({7: -2.0, 8: -1.0},), 9))
+    found = judge_arm(prompts)
+    assert found.verdict == verdict
+    assert found.evidence.endswith(SLIGHTLY) == (verdict == HIDDEN)
+    assert found.evidence.startswith("1 of 2 tokens is not the likeliest by its own logprobs")
+
+
 def test_one_request_that_is_as_wrong_as_a_fault_is_not_averaged_away() -> None:
     prompts = [measured(n, 0.1, requests=3) for n in range(N_PROMPTS)]
     prompts[3].add([(END, answer(np.random.default_rng(99), 1.0))], 9)
@@ -178,6 +212,30 @@ def test_one_request_that_is_large_noise_is_no_fault() -> None:
     prompts = [measured(n, 0.1, requests=3) for n in range(N_PROMPTS)]
     prompts[3].add([(END, answer(np.random.default_rng(99), 0.25))], 9)
     assert judge_arm(prompts, 0.0).verdict == WITHIN
+
+
+def test_the_noise_of_a_longer_history_is_noise_of_a_prefix_that_was_longer() -> None:
+    """With the cache, a prefix may have been computed by a kernel that only longer ones take."""
+    for beyond, verdict in ((0.0, BEYOND), (0.3, HIDDEN)):
+        prompts = [measured(n, 0.01, floor=0.02, requests=5) for n in range(N_PROMPTS)]
+        for each in prompts:
+            draws = np.random.default_rng(each.prompt)
+            each.add([(END, answer(draws, 0.01 if each.prompt else 0.6))], 9)
+            longer = [answer(draws, beyond or 0.02) for _ in range(6)]
+            each.cold.answers[END + 1] = longer
+        assert judge_arm(prompts).verdict == verdict
+
+
+@pytest.mark.parametrize("least", [-110.0, -1e30])
+def test_tokens_that_a_sampler_ruled_out_are_as_those_that_no_answer_names(least: float) -> None:
+    """Which of two the twentieth is, rounding decides; the other one is at minus infinity."""
+    one, other = dict(enumerate(RIGHT)), dict(enumerate(RIGHT))
+    one[20], other[21] = (number(least) for _ in range(2))
+    one |= dict.fromkeys(range(22, SIZE), number(least))
+    other |= dict.fromkeys(range(22, SIZE), number(least))
+    scale = scale_of([one] * 3)
+    assert scale is not None and distance(other, scale) < 0.05
+    assert np.isnan(vector({0: float("nan")}, [0, 1])).all()
 
 
 def test_a_floor_of_exactly_0_takes_that_of_other_histories() -> None:
@@ -274,3 +332,65 @@ def test_a_promoted_server_has_less_than_half_of_the_noise(
 ) -> None:
     found = with_promoted(replace(PLAIN, floor=floor), replace(PLAIN, floor=promoted))
     assert found.verdict == verdict
+
+
+def test_a_promoted_server_is_judged_by_what_its_medians_hide_too() -> None:
+    tailed = replace(PLAIN, tail=9.0, tail_gap=0.7)
+    found = with_promoted(PLAIN, tailed)
+    assert (found.promoted_worst, found.promoted_worst_gap) == (9.0, 0.7)
+    kernels = with_promoted(replace(tailed, verdict=BEYOND), PLAIN)
+    assert (kernels.verdict, kernels.evidence) == (BEYOND, KERNELS)
+
+
+@pytest.mark.parametrize("verdict", [CONTRARY, NOT_REACHED, LOSSY, UNSUPPORTED])
+def test_what_a_promoted_server_does_not_decide_stays(verdict: str) -> None:
+    for other in (WITHIN, BEYOND):
+        found = with_promoted(replace(PLAIN, verdict=verdict), replace(PLAIN, verdict=other))
+        assert found.verdict == verdict
+
+
+def test_a_floor_is_its_own_then_that_of_others_and_never_below_what_float32_rounds() -> None:
+    def floor(own: float, pooled: float) -> float:
+        return Scale([], [], [], own, 1.0).floor_or(pooled)
+
+    assert (floor(0.5, 0.1), floor(0.0, 0.1)) == (0.5, 0.1)
+    assert floor(0.0, 0.0) == floor(1e-12, 0.1) == pytest.approx(1.2e-7, rel=0.01)
+
+
+def test_the_floor_of_others_is_their_median() -> None:
+    prompts = [measured(n, 0.1, floor=by) for n, by in enumerate((0.1, 0.1, 0.1, 5.0))]
+    assert pooled_floor([m.cold for m in prompts]) < 0.1
+
+
+def test_noise_that_grew_makes_gaps_and_faults_smaller() -> None:
+    once, twice = (Compared.of(measured(0, 0.1), 0.0, grown) for grown in (1.0, 2.0))
+    assert twice.gaps[0].floor == 2 * once.gaps[0].floor
+    assert twice.gaps[0].ratio == once.gaps[0].ratio / 2
+    assert twice.controls == [each / 2 for each in once.controls]
+    assert twice.largest == 2 * once.largest
+
+
+def test_a_request_is_its_median_answer() -> None:
+    gaps = [ProbeGap(0, 0, END + i, r, 1.0, r, False) for i, r in enumerate((1.0, 2.0, 9.0))]
+    assert Compared(gaps, [], None).runs() == [2.0]
+
+
+def test_answers_that_contradict_themselves_are_said_unless_they_are_beyond_the_noise() -> None:
+    for given, verdict in (
+        ({"gap": 1.0}, BEYOND), ({"gap": 0.1, "fault": 0.08}, CONTRARY),
+        ({"gap": 0.1, "variants": 2}, CONTRARY),
+    ):  # fmt: skip
+        prompts = [measured(n, **given) for n in range(N_PROMPTS)]  # type: ignore[arg-type]
+        prompts[0].tally.count(Completion((7, 8), ({7: -9.0, 8: -1.0}, {8: -1.0}), 9))
+        assert judge_arm(prompts).verdict == verdict
+
+
+def test_equal_answers_of_which_nothing_says_that_they_were_cached_prove_nothing() -> None:
+    assert judged(0.0, floor=0.0, reused=None).verdict == VACUOUS
+
+
+def test_one_wrong_request_is_found_where_no_shape_differs() -> None:
+    prompts = [measured(n, 0.0, floor=0.0) for n in range(N_PROMPTS)]
+    prompts[3].add([(END, answer(np.random.default_rng(99), 1.0))], 9)
+    found = judge_arm(prompts)
+    assert (found.verdict, found.evidence) == (BEYOND, "in 1 of 11 requests")

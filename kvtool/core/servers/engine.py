@@ -27,12 +27,13 @@ class Completion(NamedTuple):
     reused: int | None  # prompt tokens that it took from its cache; None: it does not say
     lacking: int = 0  # tokens fewer than it was asked for
 
-    def passed_over(self) -> list[set[int]]:
-        """The likelier ids of each token that is not the likeliest by its own logprobs."""
+    def passed_over(self) -> list[dict[int, float]]:
+        """The likelier ids of each token that is not the likeliest by its own logprobs, and by how
+        many nats they are."""
         found = []
         for token, top in zip(self.tokens, self.likeliest, strict=True):
-            least = top.get(token, -math.inf) + TIE
-            found.append({i for i, p in top.items() if p > least})
+            own = top.get(token, -math.inf)
+            found.append({i: p - own for i, p in top.items() if p - own > TIE})
         return [ids for ids in found if ids]
 
 
@@ -175,6 +176,14 @@ def ids_in(engine: Engine, answer: dict[str, Any]) -> list[int]:
     if not isinstance(found, list) or not all(type(i) is int and 0 <= i < MAX_ID for i in found):
         raise ServerError(f"{engine.client.url}: did not answer with the ids of a text")
     return found
+
+
+def pairs_in(answer: Any, tokens: str, tops: str) -> list[tuple[Any, Any]]:
+    """Each token of an answer with its likeliest ones; none if it has no lists of these names."""
+    lists = [answer.get(name) for name in (tokens, tops)] if isinstance(answer, dict) else []
+    if not lists or not all(isinstance(each, list) for each in lists):
+        return []
+    return list(zip(*lists, strict=False))
 
 
 def whole(value: Any) -> int:

@@ -84,11 +84,15 @@ class Compared:
     gaps: list[ProbeGap]
     controls: list[float]
     fault: float | None  # nats, of the smaller control
+    largest: float = 0.0  # nats, of the noise of all histories, compared or not
 
     @classmethod
     def of(cls, measured: Measured, pooled: float, grown: float) -> Compared:
         """pooled: see `pooled_floor`. grown: how many times the noise grew meanwhile."""
         scales, gaps = scales_of(measured.cold), []
+        first = min((probe.history for probe in measured.probes), default=0)
+        floors = [s.floor * s.nats * grown for n, s in scales.items() if n >= first]
+        largest = max(floors, default=0.0)
         for probe in measured.probes:
             if (scale := scales.get(probe.history)) is None:
                 continue
@@ -101,10 +105,10 @@ class Compared:
             gaps.append(ProbeGap(*place, away * nats, floor * nats, ratio, same))
         end = scales.get(len(measured.cold.ids))
         if end is None or not measured.cold.controls:
-            return cls(gaps, [], None)
+            return cls(gaps, [], None, largest)
         faults = [distance(control, end) for control in measured.cold.controls]
         floor = end.floor_or(pooled) * grown
-        return cls(gaps, [f / floor for f in faults], min(faults) * end.nats)
+        return cls(gaps, [f / floor for f in faults], min(faults) * end.nats, largest)
 
     def runs(self, name: str = "ratio") -> list[float]:
         """The median of a figure over the answers of each request."""

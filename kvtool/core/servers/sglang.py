@@ -15,6 +15,7 @@ from kvtool.core.servers.engine import (
     id_of,
     ids_in,
     number,
+    pairs_in,
     whole,
 )
 from kvtool.errors import ServerError
@@ -77,8 +78,7 @@ class SGLang(Slotless):
         answer = self.client.post(path, body)
         meta = answer.get("meta_info")
         meta = meta if isinstance(meta, dict) else {}
-        tokens, tops = meta.get("output_token_logprobs"), meta.get("output_top_logprobs")
-        found = list(zip(tokens or [], tops or [], strict=False))
+        found = pairs_in(meta, "output_token_logprobs", "output_top_logprobs")
         return completion(
             self, len(ids), n, found, lambda t: t[0][1], _of_sglang, meta.get("cached_tokens")
         )

@@ -3,12 +3,15 @@
 Four views, each a figure over the engine's noise, and each with the size of a fault beside it: the
 positions that engines get wrong first (ends of blocks, an answer's first tokens), nine tenths of
 all positions, one request, and one position. Right servers have tails too, so that each view has a
-limit of its own, and a band below it in which nothing can be told.
+limit of its own, and a band below it in which nothing can be told. So it is with what is beyond the
+limit over the noise of its own history alone: what is sure is beyond it over the largest noise of
+its prompt too, at a kind of positions over the prompt's median one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
@@ -56,6 +59,7 @@ class Seen(NamedTuple):
     first: int  # the shortest history that has it
 
 
+Found = Sequence[Compared]
 Where = Callable[[ProbeGap, int], bool]  # a position, and how many of its answer are before it
 PLACES: dict[str, Where] = {
     f"at every {BLOCK}th token": lambda gap, _: gap.history % BLOCK == 0,
@@ -66,7 +70,7 @@ PLACES: dict[str, Where] = {
 }
 
 
-def hidden(found: Sequence[Compared], crowded: bool) -> Seen | None:
+def hidden(found: Found, crowded: bool) -> Seen | None:
     """The fault that medians hide, if there is any: what is sure before what is not.
 
     crowded: whether others' tokens lie between, so that few answers may differ by more.
@@ -75,13 +79,40 @@ def hidden(found: Sequence[Compared], crowded: bool) -> Seen | None:
     if not faults:
         return None
     fault = median(faults)
-    limits = CROWDED_VIEWS if crowded else VIEWS
-    views = [
-        _request(found, fault, limits.request), _places(found, fault, limits.place),
-        _nine_tenths(found, fault, limits.nine_tenths), _position(found, fault, limits.position),
-    ]  # fmt: skip
-    seen = [view for view in views if view is not None]
-    return next((view for view in seen if view.sure), seen[0] if seen else None)
+    views = CROWDED_VIEWS if crowded else VIEWS
+    typical = [_over(compared, _typical(compared)) for compared in found]
+    largest = [_over(compared, _largest(compared)) for compared in found]
+
+    def seen(by_three: Found, by_place: Found, by_position: Found) -> list[Seen]:
+        each = (
+            _request(by_three, fault, views.request), _places(by_place, fault, views.place),
+            _nine_tenths(by_three, fault, views.nine_tenths),
+            _position(by_position, fault, views.position),
+        )  # fmt: skip
+        return [view for view in each if view is not None]
+
+    sure = [view for view in seen(largest, typical, largest) if view.sure]
+    doubtful = seen(found, found, typical)
+    return next(iter([*sure, *(view._replace(sure=False) for view in doubtful)]), None)
+
+
+def _typical(compared: Compared) -> float:
+    return median(gap.floor for gap in compared.gaps)
+
+
+def _largest(compared: Compared) -> float:
+    return max(compared.largest, *(gap.floor for gap in compared.gaps))
+
+
+def _over(compared: Compared, least: float) -> Compared:
+    """The same over no smaller noise than that. Of many floors some are too small by chance. And a
+    kernel for many tokens rounds in long histories alone, but with the cache in short ones too,
+    whose prefix a longer request has left."""
+    gaps = [
+        replace(gap, floor=least, ratio=gap.gap / least) if gap.floor < least else gap
+        for gap in compared.gaps
+    ]
+    return replace(compared, gaps=gaps)
 
 
 def _seen(
@@ -93,7 +124,7 @@ def _seen(
     return Seen(ratio > limits.fault, said, ratio, gap, first)
 
 
-def _places(found: Sequence[Compared], fault: float, limits: Limits) -> Seen | None:
+def _places(found: Found, fault: float, limits: Limits) -> Seen | None:
     """The kind of positions that is furthest off."""
     seen = []
     for said, where in PLACES.items():
@@ -119,7 +150,7 @@ def _indexed(compared: Compared) -> list[tuple[ProbeGap, int]]:
     return found
 
 
-def _nine_tenths(found: Sequence[Compared], fault: float, limits: Limits) -> Seen | None:
+def _nine_tenths(found: Found, fault: float, limits: Limits) -> Seen | None:
     gaps = [gap for compared in found for gap in compared.gaps]
     ratio = float(np.quantile([gap.ratio for gap in gaps], 0.9, method="lower"))
     beyond = [gap for gap in gaps if gap.ratio >= ratio]
@@ -128,7 +159,7 @@ def _nine_tenths(found: Sequence[Compared], fault: float, limits: Limits) -> See
     return _seen(limits, said, ratio, size, fault, min(gap.history for gap in beyond))
 
 
-def _request(found: Sequence[Compared], fault: float, limits: Limits) -> Seen | None:
+def _request(found: Found, fault: float, limits: Limits) -> Seen | None:
     runs = [
         [gap for gap in compared.gaps if gap.run == run]
         for compared in found
@@ -147,19 +178,15 @@ def _request(found: Sequence[Compared], fault: float, limits: Limits) -> Seen | 
     return _seen(limits, said, ratio, gap, fault, min(first for *_, first in beyond))
 
 
-def _position(found: Sequence[Compared], fault: float, limits: Limits) -> Seen | None:
-    """One position, over the floor of its history or of its prompt, whichever is more: of many
-    floors some are too small by chance."""
-    n, beyond = 0, []
-    for compared in found:
-        typical = median(gap.floor for gap in compared.gaps)
-        for gap in compared.gaps:
-            n += 1
-            least = min(1.0, gap.floor / typical) if typical else 1.0
-            if (ratio := gap.ratio * least) > limits.doubt and gap.gap > LARGE * fault:
-                beyond.append((ratio, gap.gap, gap.history))
+def _position(found: Found, fault: float, limits: Limits) -> Seen | None:
+    gaps = [gap for compared in found for gap in compared.gaps]
+    beyond = [
+        (gap.ratio, gap.gap, gap.history)
+        for gap in gaps
+        if gap.ratio > limits.doubt and gap.gap > LARGE * fault
+    ]
     if not beyond:
         return None
     ratio, nats, _ = max(beyond)
-    said = f"at {len(beyond)} of {n} positions"
+    said = f"at {len(beyond)} of {len(gaps)} positions"
     return _seen(limits, said, ratio, nats, fault, min(first for *_, first in beyond))

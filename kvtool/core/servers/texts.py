@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.core.servers.engine import Completion, Engine, require_cold
+from kvtool.core.servers.engine import MIN_LOGPROB, Completion, Engine, require_cold
 from kvtool.core.servers.splits import MIN_BLOCK, Kind, drawn, pair, single
 
 TOP = 30  # of the likeliest tokens of the reference, by which two answers are compared
@@ -52,7 +52,7 @@ class Tally:
     lacking: int = 0  # tokens that were asked for, and did not come
     cut: int = 0  # requests whose answer lacks some
     chosen: set[int] = field(default_factory=set)
-    passed_over: list[set[int]] = field(default_factory=list)  # see Completion.passed_over
+    passed_over: list[dict[int, float]] = field(default_factory=list)  # as Completion.passed_over
 
     def count(self, found: Completion) -> None:
         """Add one answer."""
@@ -63,10 +63,10 @@ class Tally:
         self.chosen.update(found.tokens)
         self.passed_over += found.passed_over()
 
-    def contrary(self, chosen: set[int]) -> int:
-        """How many tokens contradict their own logprobs. What the server never chooses may be the
-        end of a text, which it is asked to ignore."""
-        return sum(not ids.isdisjoint(chosen) for ids in self.passed_over)
+    def contrary(self, chosen: set[int], by: float = 0.0) -> int:
+        """How many tokens contradict their own logprobs, by more than so many nats. What the server
+        never chooses may be the end of a text, which it is asked to ignore."""
+        return sum(any(ids[i] > by for i in ids if i in chosen) for ids in self.passed_over)
 
 
 @dataclass
@@ -106,10 +106,11 @@ class Measured:
 
 
 def vector(answer: Answer, ids: Sequence[int]) -> Vector:
-    """The logprobs of `ids`. An id that is not among the likeliest gets the lowest logprob in the
-    answer."""
-    least = min(answer.values(), default=np.nan)
-    return np.array([answer.get(i, least) for i in ids], dtype=np.float64)
+    """The logprobs of `ids`. An id that is not among the likeliest, or that a sampler ruled out,
+    gets the lowest logprob of those that are."""
+    possible = [p for p in answer.values() if p > MIN_LOGPROB]
+    least = min(possible or answer.values(), default=np.nan)
+    return np.array([max(answer.get(i, least), least) for i in ids], dtype=np.float64)
 
 
 def likeliest(answer: Answer) -> list[int]:

@@ -74,9 +74,9 @@ def judge_arm(measured: Sequence[Measured], pooled: float = 0.0, grown: float = 
         return ArmVerdict(arm, UNSUPPORTED, measured[0].unsupported)
     told = [m.reused for m in asked if m.reused is not None]
     reused = max(told) if told else None
-    odd = _odd(asked)
     found = [Compared.of(m, pooled, grown) for m in asked]
     found = [compared for compared in found if compared.gaps]
+    odd = _odd(asked, typical(found, "floor") if found else 0.0)
     if not found:
         verdict, evidence = odd or (VACUOUS, NOT_SHARED)
         return ArmVerdict(arm, verdict, evidence, reused=reused)
@@ -106,15 +106,20 @@ def judge_arm(measured: Sequence[Measured], pooled: float = 0.0, grown: float = 
     )  # fmt: skip
 
 
-def _odd(asked: Sequence[Measured]) -> tuple[str, str] | None:
-    """The verdict on answers that are odd in themselves, if they are with the cache."""
+def _odd(asked: Sequence[Measured], floor: float) -> tuple[str, str] | None:
+    """The verdict on answers that are odd in themselves, if they are with the cache. floor: of the
+    noise, in nats."""
     warm, cold = [m.tally for m in asked], [m.cold.tally for m in asked]
     chosen = set[int]().union(*(tally.chosen for tally in (*warm, *cold)))
     for tallies in (cold, warm):
         if n := sum(tally.contrary(chosen) for tally in tallies):
             of = sum(tally.tokens for tally in tallies)
-            said = f"{n:,} of {of:,} tokens are not the likeliest by their own logprobs"
-            return (HIDDEN, f"{said}{SAMPLED}") if tallies is cold else (CONTRARY, said)
+            which = "is not the likeliest by its" if n == 1 else "are not the likeliest by their"
+            said = f"{n:,} of {of:,} tokens {which} own logprobs"
+            if tallies is cold:
+                return HIDDEN, f"{said}{SAMPLED}"
+            clear = any(tally.contrary(chosen, floor) for tally in tallies)
+            return (CONTRARY, said) if clear else (HIDDEN, f"{said}{SLIGHTLY}")
     if (n := sum(tally.cut for tally in warm)) and not any(tally.cut for tally in cold):
         of, lacking = sum(t.requests for t in warm), sum(t.lacking for t in warm)
         said = f"{n:,} of {of:,} answers were cut short, by {lacking:,} tokens"
@@ -144,6 +149,8 @@ NO_NOISE = "no cold request differed from another by a bit, so that the noise is
 BLIND = "a wrong token changes none of its answers, so that they say nothing"
 IN_DOUBT = "above its noise, as a right server is now and then where others' tokens lie between"
 SAMPLED = ", without the cache too: does it sample, or penalise?"
+SLIGHTLY = ", but by no more than its noise: chosen in another pass?"
+UNTOLD = "though it says that it took nothing from its cache"
 FEW = "which a right server seldom is"
 TOO_NOISY = "the engine's own noise is as large as a wrong token"
 
@@ -164,8 +171,17 @@ def _judged(
     found: Sequence[Compared], reused: int | None, limit: float, tail: Seen | None
 ) -> tuple[str, str]:
     """The verdict of an arm, and the reason if it is neither right nor wrong."""
-    if reused == 0:
-        return VACUOUS, NOT_REUSED
+    verdict, evidence = _compared(found, reused, limit, tail)
+    if reused != 0:
+        return verdict, evidence
+    beyond = verdict == BEYOND and typical(found, "ratio") > limit
+    return (BEYOND, UNTOLD) if beyond else (VACUOUS, NOT_REUSED)
+
+
+def _compared(
+    found: Sequence[Compared], reused: int | None, limit: float, tail: Seen | None
+) -> tuple[str, str]:
+    """The same, whatever the server says that it reused, if only it does."""
     gaps = [gap for compared in found for gap in compared.gaps]
     controls = [times for compared in found for times in compared.controls]
     faults = [compared.fault for compared in found if compared.fault is not None]

@@ -17,6 +17,7 @@ from kvtool.core.servers.engine import (
     completion,
     ids_in,
     number,
+    pairs_in,
     too_few,
     whole,
 )
@@ -79,10 +80,10 @@ class VLLM(Slotless):
         answer = self._with_logprobs(body)
         choices = answer.get("choices")
         first = choices[0] if isinstance(choices, list) and choices else None
-        choice = (first.get("logprobs") if isinstance(first, dict) else None) or {}
-        found = list(zip(choice.get("tokens", []), choice.get("top_logprobs", []), strict=False))
-        usage = answer.get("usage") or {}
-        details = usage.get("prompt_tokens_details")
+        choice = first.get("logprobs") if isinstance(first, dict) else None
+        found = pairs_in(choice, "tokens", "top_logprobs")
+        usage = answer.get("usage")
+        details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
         reused = details.get("cached_tokens") if isinstance(details, dict) else None
         return completion(self, len(ids), n, found, lambda t: _named(t[0]), _of_vllm, reused)
 
