@@ -46,7 +46,7 @@ def set_threads() -> None:
 # Native code is compiled once after an installation, in a minute and a half, by one process while
 # others wait. Of two processes that have half of all tests each, the first begins with what has it
 # compiled, and the second with these, which hardly use it.
-SELDOM_NATIVE = ("plan", "servers", "text", "training", "ui")
+SELDOM_NATIVE = ("servers", "text", "training", "ui")
 
 
 @pytest.hookimpl(tryfirst=True)

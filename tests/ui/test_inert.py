@@ -81,6 +81,10 @@ PRINTS: dict[str, Callable[[Output], Any]] = {
     "detail": lambda out: out.detail(EVIL),
     "progress": lambda out: show_bar(out, EVIL),
     "annotate": lambda out: (setattr(out, "github", True), out.annotate([EVIL])),
+    "draw_later": lambda out: (
+        out.draw_later(Path(EVIL), lambda *_: None),
+        out._later[0](None, {}),
+    ),
     "warn_of_failed": lambda out: (out.failed.append(OSError(EVIL)), out.warn_of_failed()),
 }
 PRINTS_NOTHING = {  # that it is given
