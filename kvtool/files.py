@@ -202,7 +202,7 @@ def model_folder(name: str) -> Path:
 
 def _no_model(name: str, path: Path) -> FileError:
     known = shipped_models()
-    if close := difflib.get_close_matches(name, known, n=1):
+    if close := difflib.get_close_matches(name.lower(), known, n=1):
         return FileError(f"--model {name}: not found", f"Did you mean {close[0]}?")
     if name.count("/") == 1 and not path.parent.exists():  # as the hub names repositories
         return FileError(

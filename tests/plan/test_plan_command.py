@@ -264,7 +264,8 @@ def test_options_that_cannot_be_meant_are_refused(
         (("--window", "9", "--caches", "static"), "--window: no setting of static"),
     ):
         assert said in refused(plan("--model", path, *words)), words
-    assert "Did you mean llama?" in refused(plan("--model", "lama"))
+    for name in ("lama", "LLAMA"):
+        assert "Did you mean llama?" in refused(plan("--model", name))
     for name in ("llava", "mistral3", "qwen2_vl", "idefics3"):
         said = refused(plan("--model", name))
         assert "whose text_config says" in said and "Did you mean" not in said

@@ -88,9 +88,10 @@ def test_ids_with_a_meaning_of_their_own_are_not_fed() -> None:
     assert model.config.text_config.pad_token_id not in words and len(words) > 100
 
 
-def test_an_unknown_type_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(UsageError, match=r"lama: .*Did you mean llama\?"):
-        load_model("lama")
+@pytest.mark.parametrize("name", ["lama", "LLAMA"])
+def test_an_unknown_type_is_refused_with_the_nearest_name(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"{name}: .*Did you mean llama\?"):
+        load_model(name)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class Measured:
     length: int
     impl: str
     cache: str
-    axes: tuple[str | int | None, ...]  # dtype, batch, threads
+    axes: tuple[Any, ...]  # the values of a Setup, None of older runs
     samples: list[float]  # seconds
     figures: dict[str, float | None]
 
@@ -79,7 +79,7 @@ class Measured:
 
     def setup(self, axes: Sequence[int]) -> str:
         """What tells it from the other rows in words, where those differ on these axes."""
-        setup = Setup(*self.axes)  # type: ignore[arg-type]
+        setup = Setup(*self.axes)
         return " ".join(words_of("", setup, [Setup._fields[i] for i in axes]))
 
 

@@ -133,7 +133,7 @@ def _near(kind: str, known: Iterable[str]) -> str:
     """A hint for a name that is not known: where it is a real type, not another one."""
     if kind in SEVERAL_PARTS:
         return "Give a folder or config.json whose text_config says the type of its language model."
-    near = difflib.get_close_matches(kind, list(known), n=1, cutoff=0.75)
+    near = difflib.get_close_matches(kind.lower(), list(known), n=1, cutoff=0.75)
     return f"Did you mean {near[0]}?" if near else ""
 
 

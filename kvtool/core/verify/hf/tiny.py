@@ -39,7 +39,7 @@ def tiny_model(model_type: str, seed: int = 0, decoder: bool = True, kind: str =
     """
     if model_type not in known_types(kind):
         names = sorted({*known_types(), *known_types(SEQ2SEQ)})
-        near = difflib.get_close_matches(model_type, names, n=1)
+        near = difflib.get_close_matches(model_type.lower(), names, n=1)
         hint = f"Did you mean {near[0]}?" if near else "Give a folder, or a type such as llama."
         if model_type in shipped_models():
             hint = "It comes with kvtool: leave out --impl transformers."
