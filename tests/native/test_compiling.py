@@ -153,3 +153,11 @@ def test_no_kind_of_cache_needs_code_that_was_not_prepared(dtype: torch.dtype, b
             work.run(kind, 80)
     for function in functions:
         assert set(function.function.overloads) == set(function.forms), function.name
+
+
+def test_python_is_told_of_a_function_that_only_compiled_code_can_call() -> None:
+    """numba would end the process."""
+    layers = pytest.importorskip("kvtool.core.native.compiled.layers")
+    with pytest.raises(TypeError, match=r"layers\.linear.* is for compiled code"):
+        layers.linear()
+    assert layers.activate.entry and not layers.linear.entry
