@@ -38,13 +38,15 @@ OF_A_CACHE = Words()
 @drawing()
 def noise_plot(
     path: Path, arms: Sequence[ArmSeen], title: str = "", words: Words = OF_A_CACHE
-) -> None:
+) -> bool:
     """A panel an arm: a dot for each cached answer, a band up to the engine's own noise at that
-    position, and one from the size of a wrong token on."""
+    position, and one from the size of a wrong token on -> whether there is an arm to draw."""
     from matplotlib.figure import Figure
 
-    n_columns = min(len(arms), 3) or 1
-    n_rows = -(-len(arms) // n_columns) or 1
+    if not arms:
+        return False
+    n_columns = min(len(arms), 3)
+    n_rows = -(-len(arms) // n_columns)
     figure = Figure(figsize=(3.4 * n_columns + 0.8, 2.6 * n_rows + 1.2), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
     least, most = _limits(arms)
@@ -59,6 +61,7 @@ def noise_plot(
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     entitle(figure, title)
     save_figure(figure, path)
+    return True
 
 
 def _limits(arms: Sequence[ArmSeen]) -> tuple[float, float]:

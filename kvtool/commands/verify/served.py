@@ -350,6 +350,4 @@ def draw(report: ServedReport, path: Path) -> bool:
         panels.append(ArmSeen(f"prompt {number + 1}", report.verdict, gaps, expected, fault))
     title = f"{report.resolved['served']}, {report.resolved['engine']} against float64"
     words = Words("rounding", "a wrong token", "server against float64")
-    if panels:
-        noise_plot(path, panels, title, words)
-    return bool(panels)
+    return noise_plot(path, panels, title, words)

@@ -300,6 +300,4 @@ def draw(report: VisitReport, path: Path) -> bool:
     ]
     facts = report.resolved
     title = f"Cached against cold logprobs, {facts['engine']}, {_about(report)}"
-    if panels:
-        noise_plot(path, panels, title)
-    return bool(panels)
+    return noise_plot(path, panels, title)
