@@ -15,6 +15,7 @@ from kvtool.commands.generate.prompts import warn_unknown
 from kvtool.commands.generate.results import one_line
 from kvtool.commands.train.report import cell, score_columns
 from kvtool.config import LENGTH_PENALTY, GenerateConfig, RunConfig, check_int
+from kvtool.ending import End, Ended, until_ended
 from kvtool.errors import FileError, UsageError
 from kvtool.files import write_durable
 from kvtool.reading import read_text
@@ -25,7 +26,7 @@ from kvtool.ui.output import Output, present
 
 if TYPE_CHECKING:
     from kvtool.core.checkpoint.checkpoint import Checkpoint
-    from kvtool.core.decoding.beam import Hypothesis
+    from kvtool.core.decoding.beam import Beam, Hypothesis
 
 PAIRS, TEXT = "Pairs (encoder-decoders)", "Text (decoders)"
 MAX_CONTEXT = 1024  # of a window, unless asked for more: the work grows with its square
@@ -80,14 +81,34 @@ class EvaluateReport:
     count: int
     seconds: float
     resolved: dict[str, Any] = field(default_factory=dict)
-    exit_code: int = 0
+    total: int = 0  # how much there was to evaluate
+    ended: End | None = None  # by what, so that the scores are of a part
+
+    @property
+    def exit_code(self) -> int:
+        """0, or that of a signal."""
+        return 0 if self.ended is None else self.ended.exit_code
 
     @property
     def conclusion(self) -> str:
+        """How much was evaluated, and how fast; what ended it."""
+        return "; ".join(said for said in (self.speed, self.ended_text) if said)
+
+    @property
+    def speed(self) -> str:
         """How much was evaluated, and how fast."""
         rate = self.count / self.seconds
         what = self.unit if self.count != 1 else self.unit.removesuffix("s")
         return f"{self.count:,} {what} in {self.seconds:.1f} s ({rate:,.0f} {self.unit}/s)"
+
+    @property
+    def ended_text(self) -> str:
+        """What the scores are of because a signal ended the run; "" if none did."""
+        if self.ended is None:
+            return ""
+        part = "shortest" if self.unit == "sources" else "first"
+        left = f"of the {part} {self.count:,} of {self.total:,} {self.unit} alone"
+        return f"{self.ended.value}, so the scores are {left}"
 
     def rows(self) -> list[dict[str, Any]]:
         """The scores."""
@@ -95,11 +116,21 @@ class EvaluateReport:
 
     def to_dict(self) -> dict[str, Any]:
         """What the document says."""
-        return {**vars(self), "conclusion": self.conclusion}
+        return {**vars(self), "exit_code": self.exit_code, "conclusion": self.conclusion}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What one model scored on one file."""
+
+    row: dict[str, Any]
+    total: int  # sources or tokens that there were; the row has how many of them are scored
+    ended: End | None
 
 
 def run(settings: Settings, out: Output) -> EvaluateReport:
-    """Decode and score pairs with an encoder-decoder; predict a text with a decoder."""
+    """Decode and score pairs with an encoder-decoder; predict a text with a decoder. What a signal
+    leaves is scored, if it is anything."""
     from kvtool.core.checkpoint import checkpoint
     from kvtool.core.machine import prepare
 
@@ -109,20 +140,20 @@ def run(settings: Settings, out: Output) -> EvaluateReport:
     loaded = checkpoint.load(settings.run.model, device, dtype)
     started = time.perf_counter()
     if loaded.source_tokenizer is not None:
-        row = evaluate_pairs(settings, loaded, out)
+        found = evaluate_pairs(settings, loaded, out)
     else:
-        row = evaluate_text(settings, loaded, out)
-    unit = "sources" if "sources" in row else "tokens"
+        found = evaluate_text(settings, loaded, out)
+    unit = "sources" if "sources" in found.row else "tokens"
     seconds = time.perf_counter() - started
     resolved = {**loaded.facts, "device": str(device)}
-    return EvaluateReport([row], unit, row[unit], seconds, resolved)
+    n = found.row[unit]
+    return EvaluateReport([found.row], unit, n, seconds, resolved, found.total, found.ended)
 
 
-def evaluate_pairs(settings: Settings, loaded: Checkpoint, out: Output) -> dict[str, Any]:
+def evaluate_pairs(settings: Settings, loaded: Checkpoint, out: Output) -> Evaluated:
     """The scores of decoding all sources. Raises UsageError for an option that pairs do not take,
     and for libraries that are missing."""
     from kvtool.core.decoding.beam import Beam
-    from kvtool.core.decoding.sources import search
     from kvtool.core.training.pairs import load_evaluation
     from kvtool.core.training.scoring import error_rate_name, require_libraries, score_outputs
 
@@ -136,31 +167,56 @@ def evaluate_pairs(settings: Settings, loaded: Checkpoint, out: Output) -> dict[
     penalty = settings.length_penalty
     beam = Beam(settings.beams, LENGTH_PENALTY if penalty is None else penalty, settings.n_best)
     warn_unknown(loaded.source_tokenizer, [pair.source for pair in pairs], out)
-    sources = loaded.source_tokenizer.encode_batch([pair.source for pair in pairs])
-    with out.progress("decoding", len(pairs)) as bar:
-        found = search(loaded.model, sources, beam, on_batch=bar.advance)
-    texts = [loaded.tokenizer.decode(best[0].ids) for best in found]
-    references = [pair.targets for pair in pairs]
+    found, ended = decode_sources(loaded, [pair.source for pair in pairs], beam, out)
+    texts = [loaded.tokenizer.decode(best[0].ids) for best in found if best]
+    references = [pair.targets for pair, best in zip(pairs, found, strict=True) if best]
     score = score_outputs(loaded.tokenizer, references, texts)
     rate = error_rate_name(loaded.tokenizer, (text for right in references for text in right))
     if (path := settings.hypotheses) is not None:
         lines = list(hypothesis_lines(settings.n_best, loaded.tokenizer.decode, found))
         out.later(lambda report, document: write_hypotheses(path, lines, out))
-    return {
+    row = {
         "data": name,
         "sources": score.n,
         "decoding": "greedy" if settings.beams == 1 else f"beam {settings.beams}",
         **score_columns(score, rate),
         "exact %": 100 * score.n_exact / score.n,
     }
+    return Evaluated(row, len(pairs), ended)
+
+
+def decode_sources(
+    loaded: Checkpoint, texts: list[str], beam: Beam, out: Output
+) -> tuple[list[list[Hypothesis]], End | None]:
+    """The best targets of each source, and what ended the search before all had theirs: the others
+    have none. Raises Ended if it ended before any had."""
+    from kvtool.core.decoding.sources import search
+
+    assert loaded.source_tokenizer is not None
+    sources = loaded.source_tokenizer.encode_batch(texts)
+    found: list[list[Hypothesis]] = [[] for _ in sources]
+
+    def keep(rows: list[int], best: list[list[Hypothesis]]) -> None:
+        for i, hypotheses in zip(rows, best, strict=True):
+            found[i] = hypotheses
+        bar.advance(len(rows))
+
+    with out.progress("decoding", len(sources)) as bar, until_ended() as outcome:
+        search(loaded.model, sources, beam, on_batch=keep)
+    if outcome.how and not any(found):
+        raise Ended(outcome.how)
+    return found, outcome.how
 
 
 def hypothesis_lines(
     n_best: int, decode: Callable[[list[int]], str], found: list[list[Hypothesis]]
 ) -> Iterator[str]:
     """The text made of each source, a line each; of several the n best as Moses writes them: the
-    source's number from 0, the text, its log probability in nats, and the score that ranks it."""
+    source's number from 0, the text, its log probability in nats, and the score that ranks it. A
+    source that was not decoded has an empty line, or none in a list of the n best."""
     for number, ranked in enumerate(found):
+        if n_best == 1 and not ranked:
+            yield ""
         for one in ranked[:n_best]:
             text = one_line(decode(one.ids))
             if n_best == 1:
@@ -176,13 +232,13 @@ def write_hypotheses(path: Path, lines: list[str], out: Output) -> None:
     out.note(f"written to {path}")
 
 
-def evaluate_text(settings: Settings, loaded: Checkpoint, out: Output) -> dict[str, Any]:
+def evaluate_text(settings: Settings, loaded: Checkpoint, out: Output) -> Evaluated:
     """How well each token of a text is predicted from those before it. Raises UsageError for an
     option that a text does not take, and FileError for a text with nothing to predict."""
     import torch
 
     from kvtool.core.text.tokenizer import require_room
-    from kvtool.core.training.lm import score_text
+    from kvtool.core.training.lm import LMScore, score_text
     from kvtool.core.training.pairs import CMUDICT
 
     for flag, given in settings.of_pairs.items():
@@ -199,9 +255,19 @@ def evaluate_text(settings: Settings, loaded: Checkpoint, out: Output) -> dict[s
         raise FileError(
             f"{where}: leaves nothing to predict (tokens: {len(ids)}, expected 2 or more)"
         )
-    with out.progress("predicting", len(ids) - 1) as bar:
-        score = score_text(loaded.model, loaded.tokenizer, ids, context, bar.advance)
-    return {
+    n_done, total = 0, 0.0
+
+    def keep(n_tokens: int, nats: float) -> None:
+        nonlocal n_done, total
+        n_done, total = n_done + n_tokens, total + nats
+        bar.advance(n_tokens)
+
+    with out.progress("predicting", len(ids) - 1) as bar, until_ended() as outcome:
+        score_text(loaded.model, loaded.tokenizer, ids, context, keep)
+    if outcome.how and not n_done:
+        raise Ended(outcome.how)
+    score = LMScore.of(loaded.tokenizer, ids[1 : n_done + 1], total)
+    row = {
         "data": Path(settings.data).name,
         "context": context,
         "tokens": score.n_tokens,
@@ -210,6 +276,7 @@ def evaluate_text(settings: Settings, loaded: Checkpoint, out: Output) -> dict[s
         "bits/char": score.bits_per_char,
         "bits/byte": score.bits_per_byte,
     }
+    return Evaluated(row, len(ids) - 1, outcome.how)
 
 
 def require_data(model: str, data: str) -> None:
@@ -226,7 +293,9 @@ def show(report: EvaluateReport, out: Output) -> None:
     out.table("Scores", names, [[cell(row[name]) for name in names] for row in report.scores])
     for name, signature in report.scores[0].get("signatures", {}).items():
         out.text(f"{name}|{signature}")
-    out.text(report.conclusion)
+    out.text(report.speed)
+    if report.ended:
+        out.warn(report.ended_text)
 
 
 def command(

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import verify_ending_cases
 from cli_probe import Ran, refused
 from kvtool.commands.evaluate import EvaluateReport, hypothesis_lines
 from kvtool.core import footprint
 from kvtool.core.checkpoint import checkpoint
+from kvtool.core.decoding import sources
 from kvtool.core.decoding.beam import Hypothesis
 from kvtool.core.models import Model
+from kvtool.core.training import lm
 from kvtool.core.training.lm import score_text
 from kvtool.errors import FileError
 from kvtool.ui.documents import SUFFIXES, check_writable
 from small_models import answer, explains_every_option
+from verify_ending_cases import Hook, send
 
+at_call = verify_ending_cases.at_call
 Command = Callable[..., Ran]
 G2P = "g2p-1x1"
 PAIRS = "hello\tHH AH L OW\nqueue\tK Y UW\nhello\tHH EH L OW\nshoe\tN OW N EH\n"
@@ -94,6 +102,54 @@ def test_hypotheses_are_a_line_for_each_source_in_the_order_of_the_data(
     assert f"written to {out}" in ran.err
 
 
+@pytest.mark.usefixtures("signals_as_in_the_app")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_scores_and_texts_of_what_was_decoded(
+    command: Command, tsv: Path, monkeypatch: pytest.MonkeyPatch, at_call: Hook, number: int
+) -> None:
+    monkeypatch.setattr(sources, "DECODING_BATCH", 2)  # shoe and hello, then queue
+    at_call(sources, "beam_search", 2, send(number))
+    out = tsv.with_name("out.txt")
+    ran = command("--model", G2P, "--data", tsv, "--hypotheses", out, "--json")
+    found = json.loads(ran.out)
+    (row,) = found["scores"]
+    assert ran.code == found["exit_code"] == 128 + number
+    assert (row["sources"], found["count"], found["total"]) == (2, 2, 3)
+    assert row["PER %"] == pytest.approx(100 * 4 / 8)
+    assert "so the scores are of the shortest 2 of 3 sources alone" in found["conclusion"]
+    assert out.read_text() == "HH EH L OW\n\nSH UW\n"
+
+
+@pytest.mark.usefixtures("signals_as_in_the_app")
+def test_a_signal_leaves_the_perplexity_of_what_was_read(
+    command: Command, tmp_path: Path, at_call: Hook
+) -> None:
+    (path := tmp_path / "text.txt").write_text("It is the east, and Juliet is the sun. " * 3)
+    whole = answer(command("--data", path, "--context", 8, "--json"))
+    at_call(lm, "_nats", 3, send())
+    ran = command("--data", path, "--context", 8, "--json", "--output", tmp_path / "r.md")
+    found = json.loads(ran.out)
+    assert ran.code == 130 and found["scores"][0]["tokens"] == 11 < whole["total"]
+    assert f"the first 11 of {whole['total']} tokens alone" in (tmp_path / "r.md").read_text()
+    assert found["scores"][0]["nats/token"] != whole["scores"][0]["nats/token"]
+
+
+@pytest.mark.usefixtures("signals_as_in_the_app")
+@pytest.mark.parametrize(("owner", "name"), [(sources, "beam_search"), (lm, "_nats")])
+def test_a_signal_before_any_result_ends_the_command_without_a_report(
+    command: Command,
+    tsv: Path,
+    tmp_path: Path,
+    at_call: Hook,
+    owner: Any,
+    name: str,
+) -> None:
+    at_call(owner, name, 1, send())
+    out = tmp_path / "r.json"
+    ran = command(*(("--model", G2P) if owner is sources else ()), "--data", tsv, "--output", out)
+    assert ran.code == 130 and ran.err.endswith("kvtool: interrupted\n") and not out.exists()
+
+
 def test_n_best_lists_have_the_form_of_moses_with_bars_of_the_text_escaped() -> None:
     found = [[Hypothesis([1], -1.5, -1.25, True), Hypothesis([2], -2.0, -1.75, True)]] * 2
     texts = {1: "a | b\nc", 2: ""}
@@ -127,7 +183,7 @@ def test_every_token_is_predicted_once_from_half_a_window_or_more(
 ) -> None:
     ids = torch.tensor(shipped.tokenizer.encode("It is the east, and Juliet is the sun. " * 3))
     counts: list[int] = []
-    score = score_text(shipped.model, shipped.tokenizer, ids, 8, counts.append)
+    score = score_text(shipped.model, shipped.tokenizer, ids, 8, lambda n, nats: counts.append(n))
     expected = [float(nats(shipped.model, ids[:8]).sum())]
     for start in range(4, len(ids) - 4, 4):
         expected.append(float(nats(shipped.model, ids[start : start + 8])[3:].sum()))

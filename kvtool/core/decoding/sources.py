@@ -64,15 +64,16 @@ def search(
     kind: str = "dynamic",
     kernels: Kernels = DEFAULT,
     on_step: Callable[[int], None] = lambda nbytes: None,
-    on_batch: Callable[[int], None] = lambda n_sources: None,
+    on_batch: Callable[[list[int], list[list[Hypothesis]]], None] = lambda rows, best: None,
 ) -> list[list[Hypothesis]]:
     """The best targets of each source by beam search, in the order of the sources.
 
     max_tokens: of each target; 0 takes `target_limit`. kind: of the cache. on_step: called after
-    each step with the bytes of the caches. on_batch: called after each batch with the number of its
-    sources. Sources of similar length are decoded together; up to rounding, the result is that of
-    each source alone. Raises CapacityError for a source that is empty or too long, or if the cache
-    does not fit into memory, and CheckFailed if logits are not finite.
+    each step with the bytes of the caches. on_batch: called after each batch with the indices of
+    its sources and the targets of each, so that they outlive what ends the search. Sources of
+    similar length are decoded together; up to rounding, the result is that of each source alone.
+    Raises CapacityError for a source that is empty or too long, or if the cache does not fit into
+    memory, and CheckFailed if logits are not finite.
     """
     found: list[list[Hypothesis]] = [[] for _ in sources]
     size = max(1, DECODING_BATCH // beam.size)
@@ -82,7 +83,7 @@ def search(
         best = beam_search(model, start, kind, limits, beam, EOS, source, kernels, on_step)
         for i, hypotheses in zip(rows, best, strict=True):
             found[i] = hypotheses
-        on_batch(len(rows))
+        on_batch(rows, best)
     return found
 
 

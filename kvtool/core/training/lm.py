@@ -38,6 +38,14 @@ class LMScore:
     n_chars: int
     n_bytes: int = 0  # of these characters in UTF-8
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, ids: Tensor, nats: float) -> LMScore:
+        """The scores where predicting all `ids` (n,) cost `nats` in sum."""
+        text = tokenizer.decode(ids.tolist())
+        bits_per_char = nats / math.log(2) / len(text)
+        n_bytes = len(text.encode(errors="replace"))
+        return cls(nats / len(ids), bits_per_char, len(ids), len(text), n_bytes)
+
     @property
     def perplexity(self) -> float:
         """e to the nats per token, or infinity."""
@@ -61,13 +69,13 @@ def score_text(
     tokenizer: Tokenizer,
     ids: Tensor,
     context: int,
-    on_window: Callable[[int], None] = lambda n_tokens: None,
+    on_window: Callable[[int, float], None] = lambda n_tokens, nats: None,
 ) -> LMScore:
     """Score the predictions of all tokens of `ids` (n,) except the first.
 
     Windows of `context` tokens overlap by half. So each token is predicted from half a context or
     more, except for the first tokens of the text. on_window: called after each window with the
-    number of tokens that it predicted.
+    number of tokens that it predicted, and their loss in nats.
     """
     size, half = max(context, 2), max(context // 2, 1)  # a window of 1 would predict nothing
     total = 0.0
@@ -75,15 +83,12 @@ def score_text(
     start = 0
     while n_done < len(ids):
         end = min(start + size, len(ids))
-        total += _nats(model, ids[start:end], n_done - start)
-        on_window(end - n_done)
+        nats = _nats(model, ids[start:end], n_done - start)
+        on_window(end - n_done, nats)
+        total += nats
         n_done = end
         start = max(end - half, 0)
-    text = tokenizer.decode(ids[1:].tolist())
-    n_tokens = len(ids) - 1
-    bits_per_char = total / math.log(2) / len(text)
-    n_bytes = len(text.encode(errors="replace"))
-    return LMScore(total / n_tokens, bits_per_char, n_tokens, len(text), n_bytes)
+    return LMScore.of(tokenizer, ids[1:], total)
 
 
 def _nats(model: Model, window: Tensor, first: int) -> float:
