@@ -185,8 +185,11 @@ Amp = Annotated[
 ]
 
 
-def train_length(steps: int | None, epochs: int | None, minutes: float | None) -> TrainLength:
-    """The length that was asked for, or five minutes. Raises UsageError for two of them."""
+def train_length(
+    steps: int | None, epochs: int | None, minutes: float | None, default_steps: int | None = None
+) -> TrainLength:
+    """The length that was asked for, or `default_steps`, or five minutes. Raises UsageError for two
+    of them."""
     if steps is None and epochs is None and minutes is None:
-        minutes = DEFAULT_MINUTES
+        steps, minutes = default_steps, None if default_steps else DEFAULT_MINUTES
     return TrainLength(steps, epochs, minutes)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvtool.commands.train import options as t
+from kvtool.commands.train.presets import PresetName, steps_of
 from kvtool.commands.train.report import TrainReport, score_columns, show
 from kvtool.commands.train.run import best_of, device_of, train, with_vocab
 from kvtool.config import ModelConfig, RunConfig, TrainConfig, check_float, check_int
@@ -149,6 +150,7 @@ def command(
             "--tokenizer", metavar="KIND", help="char, symbol, word or bpe; auto suits each side."
         ),
     ] = "auto",
+    preset: PresetName = None,
     out_folder: t.OutFolder = Path("runs/seq2seq"),
     resume: t.Resume = False,
     tensorboard: t.TensorBoard = False,
@@ -215,8 +217,8 @@ def command(
 ) -> None:
     """Train an encoder-decoder Transformer on pairs: words to phones, or your own TSV.
 
-    Without --steps, --epochs or --minutes it trains for five minutes; one minute already gives a
-    model that pronounces. Ctrl-C finishes the step and saves; --resume goes on.
+    Without --steps, --epochs, --minutes or a preset it trains for five minutes; one minute already
+    gives a model that pronounces. Ctrl-C finishes the step and saves; --resume goes on.
 
       kvtool train-seq2seq --minutes 1
 
@@ -251,7 +253,7 @@ def command(
         beams=beams,
         train=TrainConfig(
             out=out_folder,
-            length=t.train_length(steps, epochs, minutes),
+            length=t.train_length(steps, epochs, minutes, steps_of(preset)),
             lr=lr,
             schedule=schedule,
             warmup=warmup,
