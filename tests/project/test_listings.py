@@ -94,9 +94,10 @@ def listed_runs(text: str) -> dict[tuple[str, str, int], Iterator[timing.TimedRu
         tokens, _, _, median, iqr, kib = (cell.replace(",", "") for cell in row)
         middle, far, nbytes = float(median) / 1000, float(iqr) / 1000, 1024 * int(kib)
         runs = [
-            timing.TimedRun(seconds, 0.0, seconds, token, nbytes, nbytes, (token, token))
+            timing.TimedRun(seconds, 0.0, seconds, token, nbytes, nbytes, (token,) * (n - 1))
             for seconds in (middle, middle - far, middle + far)
-            for token in (seconds / int(tokens),)
+            for n in (int(tokens),)
+            for token in (seconds / n,)
         ]
         found[row[2] or "kvtool", row[1], int(tokens)] = cycle(runs)
     return found

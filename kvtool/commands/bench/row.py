@@ -78,11 +78,15 @@ class Row:
 
 
 def waits(seconds: list[float]) -> dict[str, Any]:
-    """The median, the 90th and the 99th percentile of waits, by the ends of their names."""
+    """The median, the 90th and the 99th percentile of waits, by the ends of their names: a
+    percentile where a wait beyond it can be expected, so of 10 waits and of 100."""
     from kvtool.core.bench.timing import quantile
 
-    shares = {"": 0.5, "_p90": 0.9, "_p99": 0.99}
-    return {end: quantile(seconds, share) if seconds else None for end, share in shares.items()}
+    shares = {"": (0.5, 1), "_p90": (0.9, 10), "_p99": (0.99, 100)}
+    return {
+        end: quantile(seconds, share) if len(seconds) >= fewest else None
+        for end, (share, fewest) in shares.items()
+    }
 
 
 def middle(values: Iterable[float | None]) -> float | None:

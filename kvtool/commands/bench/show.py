@@ -138,16 +138,14 @@ def show_waits(report: BenchReport, out: Output) -> None:
     if not rows:
         return
     columns = key_columns(report)
-    names = ("median", "p90", "p99")
-    columns += [Column(f"first {name} ms") for name in names]
-    columns += [Column(f"next {name} ms") for name in names]
-    cells = []
-    for row in rows:
-        first = row.first_token_s, row.first_token_p90_s, row.first_token_p99_s
-        between = row.between_tokens_s, row.between_tokens_p90_s, row.between_tokens_p99_s
-        firsts = [number(wait, 1000, ",.1f") for wait in first]
-        cells.append([*key_cells(report, row), *firsts])
-        cells[-1] += [number(wait, 1000, ",.2f") for wait in between]
+    cells = [key_cells(report, row) for row in rows]
+    for what, field, decimals in (("first", "first_token", 1), ("next", "between_tokens", 2)):
+        for name, end in (("median", ""), ("p90", "_p90"), ("p99", "_p99")):
+            waits = [getattr(row, f"{field}{end}_s") for row in rows]
+            if any(wait is not None for wait in waits):  # a percentile needs many runs
+                columns.append(Column(f"{what} {name} ms"))
+                for cell, wait in zip(cells, waits, strict=True):
+                    cell.append(number(wait, 1000, f",.{decimals}f"))
     out.table("Time to the first token, and from each to the next", columns, cells)
 
 
