@@ -15,7 +15,7 @@ from kvtool.core.verify import check, widened
 from kvtool.core.verify.check import check_model, main_case
 from kvtool.core.verify.depth import DEEP_SCENARIOS, first_layers, layers_for
 from kvtool.core.verify.expected import cases_of, planned, work_of
-from kvtool.core.verify.left_out import layers_left_out
+from kvtool.core.verify.left_out import Judged, layers_left_out
 from kvtool.core.verify.model_subject import Formats
 from kvtool.core.verify.outcome import BUG
 from kvtool.core.verify.scenarios import SCENARIOS
@@ -57,6 +57,23 @@ def test_all_layers_are_for_few_scenarios_or_for_a_thorough_check(
     assert found == {(n, 0 if thorough or n in DEEP_SCENARIOS else 2) for n in NAMES}
 
 
+@pytest.mark.parametrize(
+    ("kinds", "kernels", "whole"),
+    [
+        (["none", "static", "int8"], ["default", "exact"], {("static", "exact")}),
+        (["int8", "static"], ["exact", "default"], {("int8", "exact")}),
+        (["static", "int8"], ["exact"], {("static", "exact"), ("int8", "exact")}),
+    ],
+)
+def test_exact_kernels_take_one_kind_through_all_layers_where_default_ones_take_each(
+    kinds: list[str], kernels: list[str], whole: set[tuple[str, str]], large: None
+) -> None:
+    model = random_model(**FOUR)
+    given = (Formats(model), kinds, kernels, ["decode"], main_of(model))
+    found = {(c.cache, c.kernels) for c in check_model(*given) if not c.layers}
+    assert found == whole | {(kind, "default") for kind in kinds if "default" in kernels}
+
+
 def test_a_small_model_is_judged_whole() -> None:
     model = random_model(**FOUR)
     given = (Formats(model), ["dynamic"], ["exact"], NAMES, main_of(model))
@@ -66,8 +83,8 @@ def test_a_small_model_is_judged_whole() -> None:
 @pytest.mark.parametrize("window, first, expected", [(0, 0, 2), (6, 0, 2), (6, 1, 2), (6, 2, 3)])
 def test_the_layers_hold_one_of_each_kind(window: int, first: int, expected: int) -> None:
     model = random_model(**FOUR, window=window, first_window_layer=first)
-    assert layers_for(Formats(model), "crop") == expected
-    assert {layers_for(Formats(model), name) for name in DEEP_SCENARIOS} == {4}
+    assert layers_for(model.config, "crop") == expected
+    assert {layers_for(model.config, name) for name in DEEP_SCENARIOS} == {4}
 
 
 def test_the_deep_scenarios_can_be_played() -> None:
@@ -112,8 +129,18 @@ def test_the_time_of_few_layers_is_measured_on_them(
     assert total["default"] == deep["default"] + rest["default"]
 
 
-def test_what_was_left_out_is_said() -> None:
-    assert layers_left_out([("decode", 0), ("crop", 3)]) == (
-        "not judged: layers beyond the first 3 in crop"
-    )
-    assert layers_left_out([("decode", 0)]) == ""
+@pytest.mark.parametrize(
+    ("judged", "said"),
+    [
+        ([("decode", "default", 0), ("crop", "default", 3)], "beyond the first 3 in crop"),
+        ([("decode", "default", 0)], ""),
+        (
+            [("decode", "default", 0), ("decode", "exact", 2), ("crop", "exact", 2)],
+            "beyond the first 2 in decode with exact kernels of all kinds but one, "
+            "beyond the first 2 in crop",
+        ),
+    ],
+)
+def test_what_was_left_out_is_said(judged: list[tuple[str, str, int]], said: str) -> None:
+    found = layers_left_out([Judged(*each) for each in judged])
+    assert found == (f"not judged: layers {said}" if said else "")

@@ -293,11 +293,13 @@ class CacheReport:
     def _left_out(self) -> list[str]:
         """The scenarios that are beyond all subjects, and why; what of the context was left out,
         since it would take too long."""
-        from kvtool.core.verify.left_out import cut_short, left_out
+        from kvtool.core.verify.left_out import Judged, cut_short, left_out
 
         skipped = [(row.scenario, row.evidence) for row in self.checks if row.beyond]
         said = left_out(skipped, [row.scenario for row in self.checks if not row.beyond])
-        less = cut_short((row.scenario, row.layers, row.not_fed) for row in self.judged)
+        less = cut_short(
+            Judged(row.scenario, row.kernels, row.layers, row.not_fed) for row in self.judged
+        )
         return [*filter(None, [said]), *(f"{part} (--thorough for more)" for part in less)]
 
     def _put_aside(self) -> list[str]:

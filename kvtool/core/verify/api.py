@@ -17,7 +17,7 @@ from kvtool.core.models import Model
 from kvtool.core.verify.check import Checked, check_model, control, main_case, planted_bug
 from kvtool.core.verify.compare import Gap
 from kvtool.core.verify.finding import Finding
-from kvtool.core.verify.left_out import cut_short, left_out
+from kvtool.core.verify.left_out import Judged, cut_short, left_out
 from kvtool.core.verify.model_subject import Formats
 from kvtool.core.verify.outcome import (
     IDENTICAL,
@@ -134,7 +134,9 @@ class Verification:
         if not self.trustworthy:
             return "the check failed: it did not report the bug that was planted to test it"
         more = f", {n_judged - n_right} proved nothing" if n_right < n_judged else ""
-        less = cut_short((c.finding.scenario, c.layers, c.finding.not_fed) for c in self.checked)
+        less = cut_short(
+            Judged(c.finding.scenario, c.kernels, c.layers, c.finding.not_fed) for c in self.checked
+        )
         left = "".join(f"; {part}" for part in less)
         return f"right: {n_right} of {n_judged} scenarios{more}; the planted bug was found{left}"
 

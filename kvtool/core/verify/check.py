@@ -111,20 +111,21 @@ def check_model(
     few words. thorough: feed all that can be fed in some minutes, through all layers of a large
     model. Raises CheckFailed.
     """
-    plan = [turn for turn in product(caches, kernels, scenarios) if turn not in skip]
+    parts = parts_of(formats, caches, kernels, scenarios, thorough)
+    plan = [turn for turn in parts if turn not in skip]
     is_large = goes_by_layer(formats)
     if is_large:
         plan.sort(key=lambda turn: (scenarios.index(turn[2]), kernels.index(turn[1])))
-    parts = parts_of(formats, scenarios, caches, thorough)
     # After the last of those that share passes these are let go.
     sharing = {
-        turn: turn[1:] if is_large else parts[turn[2]].subjects[turn[0]].seen for turn in plan
+        turn: (*turn[1:], parts[turn]) if is_large else parts[turn].subjects[turn[0]].seen
+        for turn in plan
     }
     left: Counter[Any] = Counter(sharing.values())
     cases = {name: Case(SCENARIOS[name], thorough=thorough) for name in scenarios} | {MAIN: main}
     for turn in plan:
         kind, name, scenario = turn
-        part = parts[scenario]
+        part = parts[turn]
         progress(f"{kind}, {name} kernels, {scenario}")
         finding = _judged(part.judge(kind, name), cases[scenario])
         stores = part.subjects[kind].stores
@@ -159,18 +160,29 @@ class Part:
         return self._judges[kind, kernels]
 
 
+Turn = tuple[str, str, str]  # the kind of a cache, the kernels, the scenario
+
+
 def parts_of(
-    formats: Formats, scenarios: Sequence[str], caches: Sequence[str], thorough: bool
-) -> dict[str, Part]:
-    """What each scenario is played on: the model, or of a large one the first layers."""
-    whole, cuts = formats.model.config.n_layers, goes_by_layer(formats) and not thorough
+    formats: Formats,
+    caches: Sequence[str],
+    kernels: Sequence[str],
+    scenarios: Sequence[str],
+    thorough: bool,
+) -> dict[Turn, Part]:
+    """What each turn is played on: the model, or of a large one the first layers."""
+    config, cuts = formats.model.config, goes_by_layer(formats) and not thorough
+    both = {DEFAULT.name, EXACT} <= set(kernels)
+    first = next((kind for kind in caches if cache_class(kind).stores), "")
     made: dict[int, Part] = {}
     found = {}
-    for scenario in scenarios:
-        n = layers_for(formats, scenario) if cuts else whole
+    for turn in product(caches, kernels, scenarios):
+        kind, name, scenario = turn
+        alike = both and name == EXACT and kind != first
+        n = layers_for(config, scenario, alike) if cuts else config.n_layers
         if n not in made:
-            made[n] = Part(cut(formats, n), caches, thorough, n if n < whole else 0)
-        found[scenario] = made[n]
+            made[n] = Part(cut(formats, n), caches, thorough, n if n < config.n_layers else 0)
+        found[turn] = made[n]
     return found
 
 

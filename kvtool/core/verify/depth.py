@@ -3,6 +3,8 @@
 A cache treats all layers of a kind alike, and rounding does not find a lost token. So a few
 scenarios go through all layers of a large model: one step after the other, steps of several tokens,
 and rows with padding. The others go through the first layers, among which is one of each kind.
+With the exact kernels one kind of cache goes through all: what they add up, and in which order, is
+the same in every layer, and what a cache holds there is judged with the default kernels.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import copy
 
 from torch import nn
 
+from kvtool.config import ModelConfig
 from kvtool.core.models import Model
 from kvtool.core.verify.model_subject import Formats
 
@@ -18,10 +21,10 @@ DEEP_SCENARIOS = ("decode", "chunks", "padded")
 MIN_LAYERS = 2  # so that an index of a layer that is wrong shows
 
 
-def layers_for(formats: Formats, scenario: str) -> int:
-    """How many layers of a large model a scenario goes through."""
-    config = formats.model.config
-    if scenario in DEEP_SCENARIOS:
+def layers_for(config: ModelConfig, scenario: str, alike: bool = False) -> int:
+    """How many layers of a large model a scenario goes through. alike: other kernels go through all
+    with this kind of cache, and these kernels with another kind."""
+    if scenario in DEEP_SCENARIOS and not alike:
         return config.n_layers
     all_kinds = config.first_window_layer + 1 if config.window else 1
     return min(max(MIN_LAYERS, all_kinds), config.n_layers)

@@ -72,10 +72,10 @@ def planned(
     """The work of `check_model` by the name of the kernels, and its seconds on this machine,
     extrapolated from a few timed steps."""
     total, seconds = {name: Work() for name in kernels}, 0.0
-    parts = parts_of(formats, [case.scenario.name for case in cases], caches, thorough)
+    parts = parts_of(formats, caches, kernels, [case.scenario.name for case in cases], thorough)
     for part in dict.fromkeys(parts.values()):
-        own = [case for case in cases if parts[case.scenario.name] is part]
-        work = work_of(part.formats, caches, kernels, own, skip, thorough)
+        others = {turn for turn in parts if parts[turn] is not part or turn in skip}
+        work = work_of(part.formats, caches, kernels, cases, others, thorough)
         seconds += seconds_for(part.formats, work)
         total = {name: total[name] + work[name] for name in kernels}
     return total, seconds

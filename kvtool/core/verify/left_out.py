@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 LACKING = ("needs ", ", which it has not")  # around an ability, in the evidence of a finding
 MAX_REASON = 60  # characters of a reason
@@ -28,32 +29,40 @@ def left_out(skipped: Iterable[tuple[str, str]], run: Iterable[str]) -> str:
     return f"not run: {', '.join(said)}" if said else ""
 
 
-def cut_short(judged: Iterable[tuple[str, int, str]]) -> list[str]:
-    """What was left out since it would take too long: of layers, and of the context.
+class Judged(NamedTuple):
+    """What a scenario was judged on."""
 
-    judged: scenarios, each with its layers as in `layers_left_out`, and what it was not fed.
-    """
+    scenario: str
+    kernels: str
+    layers: int = 0  # the first ones of a large model alone; 0: all
+    not_fed: str = ""  # of the context
+
+
+def cut_short(judged: Iterable[Judged]) -> list[str]:
+    """What was left out since it would take too long: of layers, and of the context."""
     found = list(judged)
-    parts = dict.fromkeys(not_fed for _, _, not_fed in found if not_fed)
+    parts = dict.fromkeys(one.not_fed for one in found if one.not_fed)
     not_fed = f"not fed: {', '.join(parts)}" if parts else ""
-    layers = layers_left_out((scenario, n) for scenario, n, _ in found)
-    return [part for part in (layers, not_fed) if part]
+    return [part for part in (layers_left_out(found), not_fed) if part]
 
 
-def layers_left_out(judged: Iterable[tuple[str, int]]) -> str:
+def layers_left_out(judged: Sequence[Judged]) -> str:
     """In words, the layers of a large model that scenarios did not go through.
 
-    judged: scenarios, each with how many first layers alone it went through; 0: all.
-
-    >>> layers_left_out([("crop", 2), ("fork", 2), ("decode", 0)])
+    >>> layers_left_out([Judged("crop", "exact", 2), Judged("fork", "exact", 2)])
     'not judged: layers beyond the first 2 in 2 scenarios'
     """
-    cut = {scenario: n for scenario, n in judged if n}
+    deep = {one.scenario for one in judged if not one.layers}
+    cut: dict[tuple[int, str], dict[str, None]] = {}
+    for one in judged:
+        if one.layers:
+            kernels = one.kernels if one.scenario in deep else ""
+            cut.setdefault((one.layers, kernels), {})[one.scenario] = None
     parts = []
-    for n in dict.fromkeys(cut.values()):
-        names = [scenario for scenario, layers in cut.items() if layers == n]
-        where = names[0] if len(names) == 1 else f"{len(names)} scenarios"
-        parts.append(f"beyond the first {n} in {where}")
+    for (n, kernels), names in cut.items():
+        where = next(iter(names)) if len(names) == 1 else f"{len(names)} scenarios"
+        some = f" with {kernels} kernels of all kinds but one" if kernels else ""
+        parts.append(f"beyond the first {n} in {where}{some}")
     return f"not judged: layers {', '.join(parts)}" if parts else ""
 
 
