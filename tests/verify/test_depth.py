@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvtool.core.cache import Step
+from kvtool.core.cache import CacheSpec, Step, make_cache
 from kvtool.core.cache.dynamic import DynamicCache
-from kvtool.core.verify import check, widened
+from kvtool.core.decoding.engine import advance
+from kvtool.core.verify import check, depth, widened
 from kvtool.core.verify.check import check_model, main_case
 from kvtool.core.verify.depth import DEEP_SCENARIOS, first_layers, layers_for
 from kvtool.core.verify.expected import cases_of, planned, work_of
@@ -45,6 +46,42 @@ def test_the_first_layers_of_a_model_are_a_model_of_the_same_weights() -> None:
     assert torch.equal(part(ids), alone.eval()(ids))
     assert {p.data_ptr() for p in part.parameters()} < {p.data_ptr() for p in model.parameters()}
     assert torch.equal(model(ids), before) and len(model.layers) == model.config.n_layers == 4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.inference_mode()
+def test_the_first_layers_have_the_first_tokens_alone_with_the_logits_that_all_would_give(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depth, "MIN_TOKENS", 1)
+    model, ids = random_model(**FOUR, vocab_size=100, d_model=16, tied=tied), torch.tensor([[1, 5]])
+    model(ids)  # what a module keeps of its weights is kept
+    whole = type(model)(model.config.first_layers(2)).eval()
+    whole.load_state_dict(model.state_dict(), strict=False)
+    part = first_layers(model, 2)
+    assert (part.config.vocab_size, whole(ids).shape[-1], model(ids).shape[-1]) == (32, 100, 100)
+    assert torch.equal(part(ids), whole(ids)[..., :32])
+    spec = CacheSpec.of(part.config, 1, 4, torch.float32, ids.device)
+    caches = [make_cache("static", spec) for _ in range(2)]
+    one, other = (advance(m, c, ids) for m, c in zip((part, whole), caches, strict=True))
+    assert torch.equal(one, other[..., :32])
+    token = torch.tensor([[7]])
+    one, other = (advance(m, c, token) for m, c in zip((part, whole), caches, strict=True))
+    assert torch.equal(one, other[..., :32])
+    assert (part.head.weight is part.embed.tokens.weight) == tied  # type: ignore[union-attr]
+    with pytest.raises(IndexError):
+        part(torch.tensor([[32]]))
+
+
+def test_ids_beyond_the_tokens_of_a_part_become_some_of_its_own(
+    large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depth, "MIN_TOKENS", 1)
+    model = random_model(**FOUR, vocab_size=100, d_model=16)
+    main = main_case(model, torch.tensor([[99, 50, 98]]), 6)
+    given = (Formats(model), ["dynamic", "static"], ["default", "exact"], ["decode", "crop"], main)
+    found = list(check_model(*given))
+    assert all(checked.right for checked in found) and {c.layers for c in found} == {0, 2}
 
 
 @pytest.mark.parametrize("thorough", [False, True])

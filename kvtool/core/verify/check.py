@@ -194,8 +194,10 @@ def _judged(judge: Judge, case: Case) -> Finding:
 
 
 def fed_of(subject: ModelSubject, case: Case) -> Case:
-    """What a kind is fed of a case: one that stores nothing proves nothing, and its time grows with
-    the square."""
+    """What a kind is fed of a case: ids of its vocabulary, which may be a part of the model's. One
+    that stores nothing proves nothing, and its time grows with the square."""
+    if case.given is not None and int(case.given.max()) >= subject.vocab_size:
+        case = replace(case, given=case.given % subject.vocab_size)
     if subject.stores:
         return case
     return beginning(case, FEW_STEPS if subject.formats.is_large else CONTROL_STEPS)

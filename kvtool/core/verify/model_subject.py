@@ -88,19 +88,16 @@ class Formats:
     """A model in other formats. Each copy is made once and shared.
 
     widens: whether float64 is no copy, but weights that are widened as they are read; None: where
-    a copy would take more than a good part of the memory that there is.
+    a copy would take more than a good part of the memory that there is. large: whether a copy in
+    float64 is worth doing without; of a part of a model it is said of the whole.
     """
 
-    def __init__(self, model: Model, widens: bool | None = None) -> None:
+    def __init__(self, model: Model, widens: bool | None = None, large: bool | None = None) -> None:
         self.model = model
+        self.is_large = is_large(model) if large is None else large
         self._widens = widens
         self._made = {next(model.parameters()).dtype: model}
         self.room: Room | None = None  # where weights are widened, if they are
-
-    @property
-    def is_large(self) -> bool:
-        """Whether a copy in float64 is worth doing without."""
-        return is_large(self.model)
 
     @property
     def widens(self) -> bool:
