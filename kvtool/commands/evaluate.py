@@ -171,7 +171,7 @@ def evaluate_pairs(settings: Settings, loaded: Checkpoint, out: Output) -> Evalu
     texts = [loaded.tokenizer.decode(best[0].ids) for best in found if best]
     references = [pair.targets for pair, best in zip(pairs, found, strict=True) if best]
     score = score_outputs(loaded.tokenizer, references, texts)
-    rate = error_rate_name(loaded.tokenizer, (text for right in references for text in right))
+    rate = error_rate_name(loaded.tokenizer, (text for pair in pairs for text in pair.targets))
     if (path := settings.hypotheses) is not None:
         lines = list(hypothesis_lines(settings.n_best, loaded.tokenizer.decode, found))
         out.later(lambda report, document: write_hypotheses(path, lines, out))

@@ -46,7 +46,7 @@ def test_query_heads_that_share_codes_get_the_bits_that_numbers_give_each(
     coded = [(*at, facts[i, 0]) for i, at in enumerate(codes)]
     for first, threads in ((0, 1), (7, 1), (0, 2)):
         spans, found = np.array([[first, N, 0, 0]] * ROWS), []
-        for read in (coded, [x.place for x in numbers]):
+        for read in (coded, [x.layout for x in numbers]):
             y = np.full_like(q, np.nan)
             code.attend(q, 1, STORED, *read, spans, y, threads, 1)
             found.append(y)

@@ -195,14 +195,14 @@ class DecodingForm:
         read = NO_SOURCE if source is None else source.step_addresses(cache.spec, batch)
         if read is None:
             return "the source is not stored as native code expects"
-        place = cache.step_addresses(n) if isinstance(cache, DirectAccess) else None
-        if place is not None and not (place.window and self.config.window):
-            logits: Array = form.one_call_step(new, place, read, last)
+        memory = cache.step_addresses(n) if isinstance(cache, DirectAccess) else None
+        if memory is not None and not (memory.window and self.config.window):
+            logits: Array = form.one_call_step(new, memory, read, last)
             cache.commit(n)
             self.taken[ONE_CALL] += 1
             return logits
         why = "the cache and the model have a window each"
-        if place is None:
+        if memory is None:
             why = f"compiled code cannot store and read in this {cache.kind} cache by itself"
         if n > 1:
             return why

@@ -100,7 +100,7 @@ class NativeDecoder:
         return self.stored == (*sizes, spec.dtype, spec.device)
 
     def one_call_step(
-        self, tokens: Array, place: StepAddresses, source: SourceAddresses, last: bool
+        self, tokens: Array, memory: StepAddresses, source: SourceAddresses, last: bool
     ) -> Array:
         """A step in one compiled call, which also writes the keys and values to the cache.
 
@@ -109,25 +109,25 @@ class NativeDecoder:
         """
         batch, n = tokens.shape
         if batch * n <= MAX_CALL_TOKENS:
-            return self._part(tokens, 0, place, source, last)
+            return self._part(tokens, 0, memory, source, last)
         width = max(MAX_CALL_TOKENS // batch, 1)
         parts = [
-            self._part(tokens[:, first : first + width], first, place, source, last)
+            self._part(tokens[:, first : first + width], first, memory, source, last)
             for first in range(0, n, width)
         ]
         return parts[-1] if last else np.concatenate(parts, axis=1)
 
     def _part(
-        self, tokens: Array, first: int, place: StepAddresses, source: SourceAddresses, last: bool
+        self, tokens: Array, first: int, memory: StepAddresses, source: SourceAddresses, last: bool
     ) -> Array:
         """`one_call_step` for a part of the tokens, which begins with number `first`."""
         batch, n = tokens.shape
-        start = place.start + first
-        place = place._replace(start=start, slot=place.slot + first) if first else place
+        start = memory.start + first
+        memory = memory._replace(start=start, slot=memory.slot + first) if first else memory
         ids = np.ascontiguousarray(tokens, np.int64).reshape(-1)
         logits = np.empty((batch if last else batch * n, self.n_logits), self.computed)
         known = self.code.decode(
-            self.model, self.blocks, ids, tuple(place), tuple(source), logits, self.kind,
+            self.model, self.blocks, ids, tuple(memory), tuple(source), logits, self.kind,
             *self._threads(batch * (start + n), source),
         )  # fmt: skip
         if not known:

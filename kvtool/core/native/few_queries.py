@@ -52,7 +52,7 @@ def _attend_seen(q: Array, read: tuple[Stored, Stored], seen: Array, y: Array) -
     for row, i in np.ndindex(*seen.shape[:2]):
         columns = seen[row, i].nonzero()[0]
         native.loaded().attend_columns(
-            q[row, i], row, k.tensor.shape[1], k.place, v.place, columns, y[row, i]
+            q[row, i], row, k.tensor.shape[1], k.layout, v.layout, columns, y[row, i]
         )
 
 
@@ -100,21 +100,21 @@ def _attend(q: Array, read: tuple[Stored, Stored], spans: Array, y: Array) -> No
     n_seen = int((with_sinks[:, 1::2] - with_sinks[:, ::2]).sum())
     threads = native.threads_for(2 * n_groups * width * n_seen)
     native.loaded().attend(
-        q.reshape(flat), n_queries, n_groups, k.place, v.place, with_sinks, y.reshape(flat),
+        q.reshape(flat), n_queries, n_groups, k.layout, v.layout, with_sinks, y.reshape(flat),
         threads, native.MIN_SHARED,
     )  # fmt: skip
 
 
 class Stored(NamedTuple):
-    """Keys or values (B,G,S,D) and their place in memory."""
+    """Keys or values (B,G,S,D) and their layout in memory."""
 
     tensor: Tensor  # keeps the memory alive
     # Address, bytes to the next row, columns of a head, an empty array of the same type, no codes.
-    place: tuple[int, int, int, Array, Array]
+    layout: tuple[int, int, int, Array, Array]
 
     @classmethod
     def of(cls, x: Tensor) -> Stored:
-        """The place of a tensor; it is copied only if a head's columns are not contiguous."""
+        """The layout of a tensor, which is copied only if a head's columns are not contiguous."""
         n, width = x.shape[2:]
         if x.stride()[2:] != (width, 1) or x.stride(1) % width or x.stride(1) < n * width:
             x = x.contiguous()

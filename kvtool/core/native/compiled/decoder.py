@@ -263,19 +263,19 @@ def store(
 
 @shared(entry=True)
 def decode(
-    models: Array, blocks: Array, tokens: Array, place: Any, source: Any, logits: Array,
+    models: Array, blocks: Array, tokens: Array, memory: Any, source: Any, logits: Array,
     kind: Array, threads: int, large: int,
 ) -> bool:  # fmt: skip
     """One step of the decoder -> whether all tokens and positions exist; if not, stop at once.
 
-    tokens (n,): the same number for each of B rows, a row's together. place: a StepAddresses
+    tokens (n,): the same number for each of B rows, a row's together. memory: a StepAddresses
     (cache/direct_access.py). stored (2,layers): addresses of keys and values (B,G,columns,D); new
     ones go to column `slot` and on. window and sinks as in `spans_of_step`. coded (2,layers,9) of
     keys and values as in codes.py, or (2,1,9) zeros; where these are in e4m3, new ones are stored
     among them. source: addresses, columns and seen as in `after_attention`. logits (n,V), or (B,V)
     of each row's last token.
     """
-    start, padding, stored, columns, slot, window, sinks, coded = place
+    start, padding, stored, columns, slot, window, sinks, coded = memory
     source_at, source_columns, seen = source
     model, n, batch = models[0], tokens.shape[0], padding.shape[0]
     n_each, n_heads, n_groups, width = n // batch, model.n_heads, model.n_groups, model.head_dim
@@ -327,5 +327,5 @@ def forms(real: types.Type, kind: types.Type) -> Forms:
     yield before_attention, (*records, n, x2, n1, x3, k1, n, n)
     yield after_attention, (*records, n, x3, x2, k1, *source, n, n)
     yield logits_of, (records[0], x2, x2, k1, n, n)
-    place = types.Tuple((n, n1, n2, n, n, n, n2, n3))
-    yield decode, (*records, n1, place, types.Tuple(source), x2, k1, n, n)
+    memory = types.Tuple((n, n1, n2, n, n, n, n2, n3))
+    yield decode, (*records, n1, memory, types.Tuple(source), x2, k1, n, n)
