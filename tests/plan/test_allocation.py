@@ -65,7 +65,43 @@ def test_transformers_caches_take_what_was_planned(tmp_path: Path, model_type: s
         assert planned.held(tokens).allocated == measured(model, kind, capacity, seq2seq), kind
     if found.weights is not None:
         assert found.weights.nbytes == 4 * stored_numbers(model)
-    assert (found.weights is None) == (model_type in ("falcon", "bart", "t5", "gemma3n_text"))
+    assert (found.weights is None) == (model_type in ("bart", "t5", "gemma3n_text"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("helium", {"attention_bias": True, "num_key_value_heads": 2, "mlp_bias": True}),
+        ("stablelm", {"use_qkv_bias": True, "qk_layernorm": True, "num_key_value_heads": 2}),
+        ("stablelm", {"use_parallel_residual": True, "num_key_value_heads": 4}),
+        ("opt", {}),
+        ("opt", {"word_embed_proj_dim": 8}),
+        ("opt", {"do_layer_norm_before": False}),
+        ("opt", {"enable_bias": False}),
+        ("opt", {"layer_norm_elementwise_affine": False}),
+        ("falcon", {}),
+        ("falcon", {"multi_query": False, "bias": True, "alibi": True}),
+        ("falcon", {"parallel_attn": False, "ffn_hidden_size": 48}),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+        ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
+        ("apertus", {"attention_bias": True, "num_key_value_heads": 2}),
+        ("nanochat", {"attention_bias": True, "num_key_value_heads": 1}),
+    ],
+)
+def test_weights_are_counted_as_a_type_is_built_or_not_at_all(
+    tmp_path: Path, model_type: str, changes: dict[str, Any]
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
+    sizes |= {"head_dim": 8} if model_type == "helium" else {}
+    config = AutoConfig.for_model(model_type, **{**sizes, **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    found = describe(str(as_file(config, tmp_path)), "float32").weights
+    if model_type == "opt" and changes:
+        assert found is None
+    else:
+        assert found is not None and found.nbytes == 4 * stored_numbers(model)
 
 
 @torch.no_grad()

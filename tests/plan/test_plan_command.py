@@ -271,9 +271,9 @@ def test_options_that_cannot_be_meant_are_refused(
         assert "whose text_config says" in said and "Did you mean" not in said
     said = refused(plan("--model", "nofolder"))
     assert "not found (it is neither a folder" in said and "Did you mean" not in said
-    asked = refused(plan("--model", "stablelm", "--memory", "80GB"))
+    asked = refused(plan("--model", "dbrx", "--memory", "80GB"))
     assert "--memory: needs the size of the weights" in asked and "--weights SIZE" in asked
-    assert plan("--model", "stablelm", "--memory", "80GB", "--weights", "6GB").code == 0
+    assert plan("--model", "dbrx", "--memory", "80GB", "--weights", "6GB").code == 0
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ class Build:
     positions: int = -1  # learned ones: rows beyond max_position_embeddings; -1: none
     embedding_norm: bool = False
     experts: Experts | None = None
-    extra: Callable[[Fields], int] | None = None  # more of a layer
+    extra: Callable[[Fields], int] | None = None  # more of a layer, or less
+    other: Callable[[Fields], bool] | None = None  # whether a configuration is built in another way
 
 
 def count_weights(f: Fields, shapes: Shapes) -> Counted | None:
@@ -68,6 +69,8 @@ def count_weights(f: Fields, shapes: Shapes) -> Counted | None:
     """
     build = BUILDS.get(f.architecture.name)
     if build is None or shapes.cross or (build.experts and not _are_known(f, build.experts)):
+        return None
+    if build.other is not None and build.other(f):
         return None
     d, vocabulary = f.size("hidden_size"), f.size("vocab_size")
     attention = _latent(f, d) if f.architecture.name in LATENT else 0
@@ -178,6 +181,36 @@ def _glm_norms(f: Fields) -> int:
     return 2 * _width(f) * f.flag("use_qk_norm")
 
 
+def _stablelm(f: Fields) -> int:
+    """Norms of each head's queries and keys; without a norm of its own for an MLP beside them."""
+    n_heads = f.size("num_attention_heads")
+    heads = n_heads + f.size("num_key_value_heads", n_heads)
+    norms = heads * _width(f) * f.flag("qk_layernorm")
+    return norms - 2 * f.size("hidden_size") * f.flag("use_parallel_residual")
+
+
+def _falcon(f: Fields) -> int:
+    """The second norm of a layer, where there is one; less where a cache has more heads of keys
+    and values than the layer computes."""
+    d, n_heads = f.size("hidden_size"), f.size("num_attention_heads")
+    if not f.flag("new_decoder_architecture"):
+        return 2 * d * (not f.flag("parallel_attn", True))
+    spread = n_heads - f.size("num_kv_heads", n_heads)
+    norm = 2 * d * (f.get("num_ln_in_parallel_attn") != 1)
+    return norm - 2 * spread * _width(f) * (d + f.flag("bias"))
+
+
+def _is_other_opt(f: Fields) -> bool:
+    """Embeddings of another width, norms behind their blocks or without weights."""
+    return (
+        f.get("word_embed_proj_dim") not in (None, f.size("hidden_size"))
+        or not f.flag("do_layer_norm_before", True)
+        or not f.flag("layer_norm_elementwise_affine", True)
+        or f.flag("_remove_final_layer_norm")
+        or not f.flag("enable_bias", True)
+    )
+
+
 LLAMA = Build("attention_bias", "attention_bias", "mlp_bias")
 GPT2 = Build(True, True, True, gated=False, norm=2, ff="n_inner", positions=0)
 GPTJ = Build(False, False, True, gated=False, norms=1, norm=2, ff="n_inner", head_bias=True)
@@ -224,6 +257,16 @@ BUILDS: dict[str, Build] = {
     "xglm": Build(True, True, True, gated=False, norm=2, ff="ffn_dim"),
     "biogpt": Build(True, True, True, gated=False, norm=2, positions=2),
     "persimmon": Build(True, True, True, gated=False, norm=2, qk_norm="head"),
+    "helium": Build("attention_bias", mlp_bias="mlp_bias"),
+    "stablelm": Build("use_qkv_bias", norm=2, extra=_stablelm),
+    "opt": Build(
+        True, True, True, gated=False, norm=2, ff="ffn_dim", positions=2, other=_is_other_opt
+    ),
+    "falcon": Build("bias", "bias", "bias", gated=False, norms=1, norm=2, ff="ffn_hidden_size",
+                    extra=_falcon),
+    "apertus": Build("attention_bias", "attention_bias", gated=False, qk_norm="head",
+                     extra=lambda f: 4),  # of the activation
+    "nanochat": Build("attention_bias", "attention_bias", gated=False, norms=0, final=False),
     # Mixtures of experts
     "mixtral": Build(experts=_MIXTRAL),
     "qwen2_moe": Build("qkv_bias", experts=Experts(
