@@ -1,4 +1,4 @@
-"""How often is kvtool wrong about a running llama.cpp? Trials with fresh prompts, right and faulty.
+"""How often is kvtool wrong about a running server? Trials with fresh prompts, right and faulty.
 
     python tests/servers/rates.py URL --trials 30 [--arms prefix turns] [--promoted URL2]
 
@@ -62,9 +62,9 @@ class Remembering(Client):
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """As Client.post."""
-        salt = body.get("cache_salt", "")
-        cold = "-cold-" in salt or body.get("cache_prompt") is False
-        key = path, json.dumps({**body, "cache_salt": bool(salt)})
+        salts = {field: body[field] for field in ("cache_salt", "extra_key") if field in body}
+        cold = any("-cold-" in salt for salt in salts.values()) or body.get("cache_prompt") is False
+        key = path, json.dumps({**body, **dict.fromkeys(salts)})
         if cold and self.known and key in self.memory:
             return self.memory[key]
         answer = super().post(path, body)

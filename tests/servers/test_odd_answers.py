@@ -89,8 +89,8 @@ class Says:
     def post(self, path: str, body: Any) -> dict[str, Any]:
         return self.said
 
-    def order(self, path: str, body: Any) -> bytes:
-        return b""
+    def get(self, path: str) -> dict[str, Any]:
+        return self.said
 
     def masked(self, text: str) -> str:
         return text

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from fake_engine import FAULTS, FakeEngine, V, Vllm, llama_cpp, served, sglang
+from fake_engine import FAULTS, FakeEngine, Sglang, V, Vllm, llama_cpp, served
 from kvtool.core.servers.arms import SHORT
 from kvtool.core.servers.client import Client
 from kvtool.core.servers.engines import connect
@@ -26,12 +26,16 @@ from kvtool.core.servers.verdict import (
 TAIL = 10
 DRAWS = random.Random(1)
 PROMPTS = [[DRAWS.randrange(V) for _ in range(n)] for n in (24, 27, 21)]
-APIS = {"llama.cpp": llama_cpp, "vllm": Vllm, "sglang": sglang}
+APIS: dict[str, Callable[[], Any]] = {
+    "llama.cpp": lambda: llama_cpp,
+    "vllm": Vllm,
+    "sglang": Sglang,
+    "sglang 0.4": lambda: Sglang(old=True),
+}
 
 
 def asked(engine: FakeEngine, api: str, arms: Sequence[str]) -> dict[str, ArmVerdict]:
-    answer: Any = Vllm() if api == "vllm" else APIS[api]
-    with served(engine, answer) as url:
+    with served(engine, APIS[api]()) as url:
         found = Visit()
         visit(connect(Client(url)), PROMPTS, arms, [], TAIL, lambda _: None, found)
     return {verdict.arm: verdict for verdict in found.verdicts(arms)}
@@ -49,7 +53,7 @@ def test_a_server_that_is_right_is_not_accused(api: str) -> None:
 @pytest.mark.parametrize(
     ("api", "name"),
     [*(("llama.cpp", name) for name in FAULTS), ("vllm", "a token missing"),
-     ("sglang", "a token missing")],
+     ("sglang", "a token missing"), ("sglang 0.4", "a token missing")],
 )  # fmt: skip
 def test_a_planted_fault_is_found(api: str, name: str) -> None:
     found = asked(FakeEngine(FAULTS[name]), api, ["prefix"])["prefix"]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cli_probe import HANGS, Ran, refused
-from fake_engine import FAULTS, FakeEngine, Vllm, llama_cpp, served, sglang
+from fake_engine import FAULTS, FakeEngine, Sglang, Vllm, llama_cpp, served
 from kvtool.commands.verify.server_report import VisitReport, times
 from kvtool.core.servers.verdict import BEYOND, BUG, ArmVerdict
 from small_models import answer
@@ -264,7 +264,7 @@ def test_prompts_end_with_their_lines_and_are_asked_once(
 @pytest.mark.parametrize(("api", "where", "key", "said"), [
     (llama_cpp, (), "timings", "Ask llama-server itself"),
     (Vllm(), (), "usage", "Start vLLM with --enable-prompt-tokens-details"),
-    (sglang, ("meta_info",), "cached_tokens", "Ask SGLang itself"),
+    (Sglang(), ("meta_info",), "cached_tokens", "Ask SGLang itself"),
 ])  # fmt: skip
 def test_a_server_that_does_not_tell_its_reuse_gets_the_advice_of_its_engine(
     kv: Callable[..., Ran], prompts: str, api: Any, where: tuple[str, ...], key: str, said: str

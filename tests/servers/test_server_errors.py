@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cli_probe import Ran, refused
-from fake_engine import FakeEngine, Vllm, llama_cpp, served, sglang
+from fake_engine import FakeEngine, Sglang, Vllm, llama_cpp, served
 from kvtool.core.servers.client import N_TRIES, Client
 from kvtool.core.servers.engines import connect
 from kvtool.core.servers.texts import Prompt
@@ -267,7 +267,7 @@ def test_an_engine_that_nobody_knows(kv: Callable[..., Ran]) -> None:
     )
 
 
-@pytest.mark.parametrize("answer", [llama_cpp, Vllm(), sglang])
+@pytest.mark.parametrize("answer", [llama_cpp, Vllm(), Sglang()])
 def test_a_server_without_a_tokenizer_makes_its_own_prompts(answer: Answer) -> None:
     def mute(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         return None if path == "/tokenize" else answer(engine, path, body)
@@ -312,18 +312,6 @@ def test_a_server_that_claims_countless_slots_is_not_filled(
                  command="verify-cache")  # fmt: skip
     assert ran.code == 0
     assert ran.out.count("POST /completion") < 100
-
-
-def test_sglang_that_is_serving_others_keeps_its_cache_and_is_given_up(
-    kv: Callable[..., Ran],
-) -> None:
-    def busy(engine: FakeEngine, path: str, body: dict[str, Any]) -> Any:
-        return {"HTTP": 400} if path == "/flush_cache" else sglang(engine, path, body)
-
-    with served(FakeEngine(), busy) as url:
-        said = asked(kv, url)
-    why = "did not drop its cache, since it is serving other requests"
-    assert said == f"{url}: {why}. Ask while nobody else uses the server."
 
 
 class Saltless(Vllm):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fake_engine import FakeEngine, V, Vllm, llama_cpp, served, sglang
+from fake_engine import FakeEngine, Sglang, V, Vllm, llama_cpp, served
 from kvtool.core.servers.arms import SHORT
 from kvtool.core.servers.client import Client
 from kvtool.core.servers.engine import Completion
@@ -100,7 +100,7 @@ def test_a_second_visit_reuses_what_the_first_did_and_says_the_same() -> None:
     assert reuse(engine) == reuse(engine)
 
 
-@pytest.mark.parametrize("api", [lambda: llama_cpp, lambda: Vllm(), lambda: sglang])
+@pytest.mark.parametrize("api", [lambda: llama_cpp, Vllm, Sglang, lambda: Sglang(old=True)])
 def test_each_request_finds_no_more_than_its_own_scene_has_left(api: Any) -> None:
     verdicts, taken = reuse(FakeEngine(slots=2, memory=10_000), api(), ["prefix", "fork"])
     (first, second), (third, _) = ([n for _, n in runs] for runs in taken["prefix"])

@@ -116,12 +116,28 @@ def llama_cpp(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, 
     }  # fmt: skip
 
 
-class Vllm:
-    """The answers of vLLM, where requests of one salt alone share a cache."""
+class _Salted:
+    """A server where requests of one salt alone share a cache."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, list[list[int]]] = {}
+
+    def complete(
+        self, engine: FakeEngine, salt: str, ids: list[int], n: int
+    ) -> tuple[list[Any], int]:
+        """As FakeEngine.complete."""
+        engine.kept = self.kept.get(salt, [])
+        found = engine.complete(ids, n, cached=True)
+        self.kept[salt] = engine.kept
+        return found
+
+
+class Vllm(_Salted):
+    """The answers of vLLM."""
 
     def __init__(self, most: int = 20) -> None:
+        super().__init__()
         self.most = most
-        self.kept: dict[str, list[list[int]]] = {}
 
     def __call__(
         self, engine: FakeEngine, path: str, body: dict[str, Any]
@@ -134,9 +150,8 @@ class Vllm:
             return None
         if body["logprobs"] > self.most:
             return {"HTTP": 400, "error": {"message": f"logprobs may be at most {self.most}"}}
-        engine.kept = self.kept.get(body["cache_salt"], [])
-        found, reused = engine.complete(body["prompt"], body["max_tokens"], cached=True)
-        self.kept[body["cache_salt"]] = engine.kept
+        asked = body["cache_salt"], body["prompt"], body["max_tokens"]
+        found, reused = self.complete(engine, *asked)
         logprobs = {
             "tokens": [f"token_id:{token}" for token, _ in found],
             "top_logprobs": [
@@ -147,25 +162,44 @@ class Vllm:
         return {"choices": [{"logprobs": logprobs}], "usage": usage}
 
 
-def sglang(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str, Any] | str | None:
-    """The answer of SGLang, as its documentation has it."""
-    if path == "/get_model_info":
-        return {"model_path": "fake"}
-    if path == "/flush_cache":
-        engine.kept, engine.flushed = [], engine.flushed + 1
-        return "Cache flushed.\nPlease check backend logs for more details."
-    if path == "/tokenize":
-        return {"tokens": [ord(c) % V for c in body["prompt"]]}
-    if path != "/generate":
-        return None
-    n = body["sampling_params"]["max_new_tokens"]
-    found, reused = engine.complete(body["input_ids"], n, cached=True)
-    meta = {
-        "output_token_logprobs": [[pairs[0][1], token, None] for token, pairs in found],
-        "output_top_logprobs": [[[p, i, None] for i, p in pairs] for _, pairs in found],
-        "cached_tokens": reused,
-    }
-    return {"meta_info": meta}
+class Sglang(_Salted):
+    """The answers of SGLang 0.5.23; or of 0.4, which has other paths and knows no `extra_key`.
+
+    settings: more of what it tells of itself. unready: how often it refuses to drop its cache.
+    """
+
+    def __init__(self, old: bool = False, unready: int = 0, **settings: Any) -> None:
+        super().__init__()
+        self.old, self.unready = old, unready
+        self.settings = {"max_req_input_len": CONTEXT, "chunked_prefill_size": 64, **settings}
+
+    def __call__(
+        self, engine: FakeEngine, path: str, body: dict[str, Any]
+    ) -> dict[str, Any] | str | None:
+        if path == ("/get_model_info" if self.old else "/model_info"):
+            return {"model_path": "fake"}
+        if path == "/server_info" and not self.old:
+            return self.settings
+        if path == "/flush_cache":
+            self.unready -= 1
+            if self.unready >= 0:
+                return {"HTTP": 400}
+            self.kept.clear()
+            engine.flushed += 1
+            return "Cache flushed.\nPlease check backend logs for more details."
+        if path == "/tokenize":
+            return {"tokens": [ord(c) % V for c in body["prompt"]]}
+        if path != "/generate":
+            return None
+        salt = "" if self.old else body["extra_key"]
+        n = body["sampling_params"]["max_new_tokens"]
+        found, reused = self.complete(engine, salt, body["input_ids"], n)
+        meta = {
+            "output_token_logprobs": [[pairs[0][1], token, None] for token, pairs in found],
+            "output_top_logprobs": [[[p, i, None] for i, p in pairs] for _, pairs in found],
+            "cached_tokens": reused,
+        }
+        return {"meta_info": meta}
 
 
 @contextmanager

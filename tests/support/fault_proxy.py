@@ -113,7 +113,10 @@ SELDOM: dict[str, Seldom] = {  # none of them did the rule know
 
 
 class _LlamaCpp:
-    """/completion of llama.cpp."""
+    """/completion of llama.cpp. prompt and salt: the fields that have a request's ids, and whose
+    cache it may use."""
+
+    prompt, salt = "prompt", ""
 
     def cached(self, body: dict[str, Any]) -> bool:
         """Whether a request may take from the cache."""
@@ -151,6 +154,8 @@ class _LlamaCpp:
 class _VLLM:
     """/v1/completions of vLLM, with the salts by which kvtool asks it to share nothing."""
 
+    prompt, salt = "prompt", "cache_salt"
+
     def cached(self, body: dict[str, Any]) -> bool:
         """As _LlamaCpp.cached."""
         return "-cold-" not in body["cache_salt"]
@@ -187,8 +192,53 @@ class _VLLM:
                 token[name] /= temperature
 
 
-Api = _LlamaCpp | _VLLM
-APIS: dict[str, Api] = {"/completion": _LlamaCpp(), "/v1/completions": _VLLM()}
+class _SGLang:
+    """/generate of SGLang, with the keys by which kvtool asks it to share nothing."""
+
+    prompt, salt = "input_ids", "extra_key"
+
+    def cached(self, body: dict[str, Any]) -> bool:
+        """As _LlamaCpp.cached."""
+        return "-cold-" not in body["extra_key"]
+
+    def cold(self, number: int) -> dict[str, Any]:
+        """As _LlamaCpp.cold."""
+        return {"extra_key": f"proxy-{number}-{os.urandom(8).hex()}"}
+
+    def tokens(self, found: dict[str, Any]) -> Tokens:
+        """As _LlamaCpp.tokens."""
+        return [token for _, token, *_ in found["meta_info"]["output_token_logprobs"]]
+
+    def asking(self, n: int) -> dict[str, Any]:
+        """As _LlamaCpp.asking."""
+        return {"sampling_params": {"temperature": 0.0, "max_new_tokens": n, "ignore_eos": True}}
+
+    def items(self, found: dict[str, Any]) -> Items:
+        """As _LlamaCpp.items."""
+        meta = found["meta_info"]
+        pairs = zip(meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True)
+        return [(own[1], (own, top)) for own, top in pairs]
+
+    def put(self, found: dict[str, Any], items: Items) -> None:
+        """As _LlamaCpp.put."""
+        meta = found["meta_info"]
+        meta["output_token_logprobs"] = [own for _, (own, _) in items]
+        meta["output_top_logprobs"] = [top for _, (_, top) in items]
+
+    def mend(self, found: dict[str, Any], reused: int, temperature: float) -> None:
+        """As _LlamaCpp.mend."""
+        found["meta_info"]["cached_tokens"] = reused
+        for token in found["meta_info"]["output_top_logprobs"]:
+            for other in token:
+                other[0] /= temperature
+
+
+Api = _LlamaCpp | _VLLM | _SGLang
+APIS: dict[str, Api] = {
+    "/completion": _LlamaCpp(),
+    "/v1/completions": _VLLM(),
+    "/generate": _SGLang(),
+}
 
 
 class FaultProxy:
@@ -208,17 +258,18 @@ class FaultProxy:
         """What the server says, or what it would say with the fault."""
         if path not in APIS or body is None:
             return self._ask(path, body)
-        api, ids = APIS[path], body["prompt"]
+        api = APIS[path]
+        ids = body[api.prompt]
         found = self._spoiled(api, path, body) or self._ask(path, body)
         self.kept = [
             *self.kept[-1:],
-            (body.get("cache_salt", ""), [*ids, *api.tokens(found)], len(ids)),
+            (body.get(api.salt, ""), [*ids, *api.tokens(found)], len(ids)),
         ]
         return found
 
     def _spoiled(self, api: Api, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         """The answer with the fault; None where it does not show."""
-        ids, salt, seldom = body["prompt"], body.get("cache_salt", ""), self.seldom
+        ids, salt, seldom = body[api.prompt], body.get(api.salt, ""), self.seldom
         if not api.cached(body):
             return None
         same = [(k, n) for s, k, n in self.kept if s == salt]
@@ -240,7 +291,7 @@ class FaultProxy:
         if not changed:
             return None
         self.planted += 1
-        found = self._ask(path, {**body, "prompt": faulty(ids), **api.cold(self.planted)})
+        found = self._ask(path, {**body, api.prompt: faulty(ids), **api.cold(self.planted)})
         api.mend(found, shared, self.temperature)
         return found
 
@@ -248,14 +299,14 @@ class FaultProxy:
         self, api: Api, path: str, body: dict[str, Any], faulty: Callable[[Tokens], Tokens]
     ) -> dict[str, Any]:
         """The server's own answer, but for the tokens after some histories."""
-        ids, seldom = body["prompt"], self.seldom
+        ids, seldom = body[api.prompt], self.seldom
         found = self._ask(path, body)
         items = api.items(found)
         n = len(items)
 
         def asked(ids: Tokens, n: int) -> Items:
             cold = api.cold(self.planted)
-            return api.items(self._ask(path, {**body, **cold, **api.asking(n), "prompt": ids}))
+            return api.items(self._ask(path, {**body, **cold, **api.asking(n), api.prompt: ids}))
 
         for i in range(n):
             if i if seldom.first else (len(ids) + i) % seldom.every:
@@ -291,8 +342,10 @@ class WrongEverywhere(FaultProxy):
         """As FaultProxy.answer."""
         if path not in APIS or body is None:
             return self._ask(path, body)
-        found = self._ask(path, {**body, "prompt": self.seldom.fault(body["prompt"], [], FIXED)})
-        APIS[path].mend(found, 0, self.temperature)
+        api = APIS[path]
+        wrong = self.seldom.fault(body[api.prompt], [], FIXED)
+        found = self._ask(path, {**body, api.prompt: wrong})
+        api.mend(found, 0, self.temperature)
         return found
 
 

@@ -19,6 +19,7 @@ from kvtool.commands.verify.server_settings import (
     tail_of,
 )  # fmt: skip
 from kvtool.ending import until_ended
+from kvtool.errors import ServerError
 from kvtool.ui.output import Output, present
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def run(settings: Settings, out: Output) -> VisitReport:
     short, long = names_of(settings)
     engine = engine_at(settings, settings.server)
     second = None if settings.promoted is None else engine_at(settings, settings.promoted)
+    require_cache(engine, second)
     require_twin(engine, second)
     prompts = prompts_for(settings, engine, out)
     n = len(prompts) * (1 + len(short)) + len(long)
@@ -78,6 +80,17 @@ def run(settings: Settings, out: Output) -> VisitReport:
         not_asked=[] if settings.thorough or settings.scenarios else ["long (--thorough)"],
         ended=outcome.how,
     )
+
+
+def require_cache(*engines: Engine | None) -> None:
+    """Raise ServerError for a server that was started without a cache."""
+    for engine in engines:
+        if engine is not None and engine.no_cache:
+            raise ServerError(
+                f"{engine.client.url}: was started with {engine.no_cache}, so it has no cache to "
+                "judge",
+                "Start it without.",
+            )
 
 
 def require_twin(engine: Engine, second: Engine | None) -> None:

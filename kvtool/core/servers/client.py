@@ -62,7 +62,7 @@ class Client:
     ) -> None:
         self.url = base_address(url, f"Set {KEYS[0]} instead.")
         self.timeout, self.most, self.n_sent = timeout, most, 0
-        self._sleep = sleep
+        self.sleep = sleep
         self._key = _key()
         self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
 
@@ -95,7 +95,7 @@ class Client:
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED or attempt == N_TRIES:
                     raise self._refused(path, error) from error
-                self._sleep(min(_wait(error.headers, attempt), self.timeout))
+                self.sleep(min(_wait(error.headers, attempt), self.timeout))
             except (
                 OSError,
                 ValueError,

@@ -19,7 +19,7 @@ class DryEngine:
         self.engine, self.client = engine, engine.client
         self.name, self.model = engine.name, engine.model
         self.context, self.slots, self.chunk = engine.context, engine.slots, engine.chunk
-        self.cold_by = engine.cold_by
+        self.cold_by, self.no_cache = engine.cold_by, engine.no_cache
         self.to_tell_reuse, self.to_give_more = engine.to_tell_reuse, engine.to_give_more
         self.requests_made: list[tuple[str, Request]] = []  # and for which arm
         self.n_identity = 0  # requests for what the server is
@@ -63,5 +63,9 @@ class DryEngine:
 
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize, with placeholder ids."""
-        self.requests_made.append((self.arm, ("/tokenize", {"text": text})))
+        self.requests_made.append((self.arm, self.tokenize_request(text)))
         return [UNKNOWN] * max(len(text) // LETTERS, MIN_TOKENS)
+
+    def tokenize_request(self, text: str) -> Request:
+        """As Engine.tokenize_request."""
+        return self.engine.tokenize_request(text)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from kvtool.core.servers.client import Client
+from kvtool.core.servers.client import Client, Refused
 from kvtool.errors import ServerError
 
 WANTED = 256  # likeliest tokens asked for at each position, where a server gives as many
@@ -56,6 +58,7 @@ class Engine(Protocol):
     to_tell_reuse: str  # the setting that makes it report cached tokens
     to_give_more: str  # the setting that makes it give more logprobs
     cold_by: str  # what it is told to compute a prompt anew
+    no_cache: str  # how it was started, if that leaves it without a cache
 
     def identity(self) -> dict[str, str]:
         """The identity of the served model, requested anew. Raises ServerError."""
@@ -91,15 +94,44 @@ class Engine(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text. Raises ServerError."""
 
+    def tokenize_request(self, text: str) -> Request:
+        """The request that `tokenize` sends."""
+
 
 class Slotless:
     """An engine without slots."""
 
     client: Client
+    no_cache = ""
 
     def file_slot(self, slot: int, action: str) -> int:
         """As Engine.file_slot, which it lacks."""
         raise ServerError(f"{self.client.url}: has no slots")
+
+
+class Salts:
+    """Texts that divide a server's cache: only requests of one text share what is kept."""
+
+    def __init__(self) -> None:
+        self._own = f"kvtool-{os.urandom(8).hex()}"  # shares nothing with earlier visits
+        self._unused = (f"{self._own}-cold-{i}" for i in itertools.count())
+
+    def of(self, cached: bool, salt: str) -> str:
+        """That of a request, by the arguments of Engine.requests: an unused one if it is to share
+        nothing."""
+        return f"{self._own}-{salt}" if cached and salt else next(self._unused)
+
+
+def first_answer(client: Client, paths: Sequence[str]) -> dict[str, Any]:
+    """The answer to GET of the first path that is not refused. Raises ServerError, of the last if
+    all are."""
+    *others, last = paths
+    for path in others:
+        try:
+            return client.get(path)
+        except Refused:
+            continue
+    return client.get(last)
 
 
 def completion(

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from kvtool.core.servers.client import Client, Refused
-from kvtool.core.servers.engine import Engine
+from kvtool.core.servers.engine import Engine, first_answer
 from kvtool.core.servers.llama_cpp import LlamaCpp
-from kvtool.core.servers.sglang import SGLang
+from kvtool.core.servers.sglang import MODEL_INFO, SGLang
 from kvtool.core.servers.vllm import VLLM
 from kvtool.errors import ServerError, UsageError
 
-# Each engine, and the address that it alone answers as expected.
-ENGINES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
-    "llama.cpp": ("/props", LlamaCpp, ("default_generation_settings",)),
-    "sglang": ("/get_model_info", SGLang, ("model_path",)),
-    "vllm": ("/v1/models", VLLM, ("data",)),
+# Each engine, and the address that it alone answers as expected, that of newer versions first.
+ENGINES: dict[str, tuple[tuple[str, ...], Any, tuple[str, ...]]] = {
+    "llama.cpp": (("/props",), LlamaCpp, ("default_generation_settings",)),
+    "sglang": (MODEL_INFO, SGLang, ("model_path",)),
+    "vllm": (("/v1/models",), VLLM, ("data",)),
 }
 
 
@@ -27,9 +27,9 @@ def connect(client: Client, name: str = "") -> Engine:
     if name and name not in ENGINES:
         raise UsageError(f"--engine: {name!r} is unknown (expected {', '.join(ENGINES)})")
     errors: list[ServerError] = []
-    for path, kind, keys in [ENGINES[name]] if name else ENGINES.values():
+    for paths, kind, keys in [ENGINES[name]] if name else ENGINES.values():
         try:
-            answer = client.get(path)
+            answer = first_answer(client, paths)
         except Refused as error:  # after other errors no other path would help
             errors.append(error)
             continue

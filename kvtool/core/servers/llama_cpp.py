@@ -28,6 +28,7 @@ class LlamaCpp:
     to_tell_reuse = "Ask llama-server itself, of a version whose answers have timings.cache_n."
     cold_by = "cache_prompt"
     to_give_more = "Ask llama-server itself: it gives as many as n_probs asks for."
+    no_cache = ""
 
     def __init__(self, client: Client, props: dict[str, Any]) -> None:
         self.client = client
@@ -93,8 +94,11 @@ class LlamaCpp:
 
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize, with the tokens that begin a text."""
-        body = {"content": text, "add_special": True}
-        return ids_in(self, self.client.post("/tokenize", body))
+        return ids_in(self, self.client.post(*self.tokenize_request(text)))
+
+    def tokenize_request(self, text: str) -> Request:
+        """As Engine.tokenize_request."""
+        return "/tokenize", {"content": text, "add_special": True}
 
     def file_slot(self, slot: int, action: str) -> int:
         """As Engine.file_slot."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from kvtool.core.servers.engine import (
     WANTED,
     Completion,
     Request,
+    Salts,
     Slotless,
     completion,
     ids_in,
@@ -38,8 +37,7 @@ class VLLM(Slotless):
         first = _first(models)
         self.model, self.context = str(first.get("id", "")), whole(first.get("max_model_len"))
         self.slots, self.chunk = 0, 2048  # max_num_batched_tokens is not told, and by default this
-        self._own = f"kvtool-{os.urandom(8).hex()}"  # shares nothing with earlier visits
-        self._unused = (f"{self._own}-cold-{i}" for i in itertools.count())
+        self._salts = Salts()
         self._n_wanted = 0
 
     def identity(self) -> dict[str, str]:
@@ -62,7 +60,7 @@ class VLLM(Slotless):
         body = {
             "model": self.model, "prompt": list(ids), "max_tokens": n, "temperature": 0.0,
             "return_tokens_as_token_ids": True, "ignore_eos": True,
-            "cache_salt": f"{self._own}-{salt}" if cached and salt else next(self._unused),
+            "cache_salt": self._salts.of(cached, salt),
             "logprobs": self._n_wanted or WANTED,
         }  # fmt: skip
         return [("/v1/completions", body)]
@@ -103,7 +101,11 @@ class VLLM(Slotless):
 
     def tokenize(self, text: str) -> list[int]:
         """As Engine.tokenize."""
-        return ids_in(self, self.client.post("/tokenize", {"model": self.model, "prompt": text}))
+        return ids_in(self, self.client.post(*self.tokenize_request(text)))
+
+    def tokenize_request(self, text: str) -> Request:
+        """As Engine.tokenize_request."""
+        return "/tokenize", {"model": self.model, "prompt": text}
 
 
 def _first(models: dict[str, Any]) -> dict[str, Any]:
