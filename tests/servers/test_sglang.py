@@ -80,6 +80,20 @@ def test_sglang_tells_its_sizes(sizes: dict[str, Any], context: int, chunk: int)
     assert (found.name, found.context, found.chunk) == ("sglang", context, chunk)
 
 
+@pytest.mark.parametrize("answer", [{"HTTP": 401}, {"HTTP": 404}, {"HTTP": 500}, "words", None])
+def test_sglang_that_does_not_tell_its_settings_is_asked_without_them(answer: Any) -> None:
+    right = Sglang()
+
+    def silent(engine: FakeEngine, path: str, body: dict[str, Any]) -> Any:
+        settings = dict(answer) if isinstance(answer, dict) else answer
+        return settings if "server_info" in path else right(engine, path, body)
+
+    with served(FakeEngine(), silent) as url:
+        found = connect(Client(url))
+        assert found.complete([1, 2, 3]).reused == 0
+    assert (found.name, found.context, found.chunk, found.no_cache) == ("sglang", 0, 0, "")
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_a_dry_run_prints_the_requests_that_are_sent_first(
     kv: Callable[..., Ran], old: bool

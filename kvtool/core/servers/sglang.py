@@ -139,8 +139,8 @@ def _of_sglang(token: Any) -> dict[int, float]:
 
 
 def _server_info(client: Client) -> dict[str, Any]:
-    """The server's settings and sizes; {} of a version that does not tell them."""
+    """The server's settings and sizes; {} of one that does not tell them, or not with this key."""
     try:
         return first_answer(client, SERVER_INFO)
-    except Refused:
+    except ServerError:
         return {}
