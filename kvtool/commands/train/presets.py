@@ -22,7 +22,7 @@ class Preset:
 
 PRESETS = {
     "deep": Preset(
-        "4 + 2 layers for the pronunciation of English, hours on one core",
+        "4 + 2 layers for English pronunciation, hours on one core",
         20_000,
         {
             "encoder_layers": 4,
@@ -57,8 +57,8 @@ PresetName = Annotated[
     typer.Option(
         "--preset",
         metavar="NAME",
-        help=f"{'; '.join(f'{name}: {p.about}' for name, p in PRESETS.items())}. Sets all options "
-        "that are not given.",
+        help="A recipe for the options that are not given. "
+        f"{'; '.join(f'{name}: {p.about}' for name, p in PRESETS.items())}.",
         is_eager=True,  # before the options whose defaults it changes
         callback=use_preset,
     ),
