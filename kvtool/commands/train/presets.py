@@ -13,7 +13,7 @@ from kvtool.registry import choose
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe whose scores are in docs/training.md."""
+    """A recipe; docs/training.md says what is known of its scores."""
 
     about: str
     steps: int  # unless another length is asked for
