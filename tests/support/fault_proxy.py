@@ -151,18 +151,24 @@ class _LlamaCpp:
                 other["logprob"] /= temperature
 
 
-class _VLLM:
-    """/v1/completions of vLLM, with the salts by which kvtool asks it to share nothing."""
+class _Salted:
+    """An API that kvtool asks to share nothing by a salt of its own."""
 
-    prompt, salt = "prompt", "cache_salt"
+    salt = ""
 
     def cached(self, body: dict[str, Any]) -> bool:
         """As _LlamaCpp.cached."""
-        return "-cold-" not in body["cache_salt"]
+        return "-cold-" not in body[self.salt]
 
     def cold(self, number: int) -> dict[str, Any]:
         """As _LlamaCpp.cold."""
-        return {"cache_salt": f"proxy-{number}-{os.urandom(8).hex()}"}
+        return {self.salt: f"proxy-{number}-{os.urandom(8).hex()}"}
+
+
+class _VLLM(_Salted):
+    """/v1/completions of vLLM."""
+
+    prompt, salt = "prompt", "cache_salt"
 
     def tokens(self, found: dict[str, Any]) -> Tokens:
         """As _LlamaCpp.tokens."""
@@ -192,18 +198,10 @@ class _VLLM:
                 token[name] /= temperature
 
 
-class _SGLang:
-    """/generate of SGLang, with the keys by which kvtool asks it to share nothing."""
+class _SGLang(_Salted):
+    """/generate of SGLang."""
 
     prompt, salt = "input_ids", "extra_key"
-
-    def cached(self, body: dict[str, Any]) -> bool:
-        """As _LlamaCpp.cached."""
-        return "-cold-" not in body["extra_key"]
-
-    def cold(self, number: int) -> dict[str, Any]:
-        """As _LlamaCpp.cold."""
-        return {"extra_key": f"proxy-{number}-{os.urandom(8).hex()}"}
 
     def tokens(self, found: dict[str, Any]) -> Tokens:
         """As _LlamaCpp.tokens."""

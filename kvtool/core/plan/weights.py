@@ -162,15 +162,11 @@ def _sinks(f: Fields) -> int:
     return f.size("num_attention_heads")
 
 
-def _cohere_norms(f: Fields) -> int:
-    heads = f.size("num_attention_heads") + f.size(
-        "num_key_value_heads", f.size("num_attention_heads")
-    )
-    return (
-        heads
-        * f.size("head_dim", f.size("hidden_size") // f.size("num_attention_heads"))
-        * (f.flag("use_qk_norm"))
-    )
+def _norms_of_heads(f: Fields, flag: str) -> int:
+    """A norm of its own for each head's queries and keys, where a field says so."""
+    n_heads = f.size("num_attention_heads")
+    n_kv_heads = f.size("num_key_value_heads", n_heads)
+    return (n_heads + n_kv_heads) * _width(f) * f.flag(flag)
 
 
 def _bitnet_norms(f: Fields) -> int:
@@ -182,11 +178,9 @@ def _glm_norms(f: Fields) -> int:
 
 
 def _stablelm(f: Fields) -> int:
-    """Norms of each head's queries and keys; without a norm of its own for an MLP beside them."""
-    n_heads = f.size("num_attention_heads")
-    heads = n_heads + f.size("num_key_value_heads", n_heads)
-    norms = heads * _width(f) * f.flag("qk_layernorm")
-    return norms - 2 * f.size("hidden_size") * f.flag("use_parallel_residual")
+    """Norms of heads; without a norm of its own for an MLP beside attention."""
+    less = 2 * f.size("hidden_size") * f.flag("use_parallel_residual")
+    return _norms_of_heads(f, "qk_layernorm") - less
 
 
 def _falcon(f: Fields) -> int:
@@ -234,7 +228,8 @@ BUILDS: dict[str, Build] = {
     "olmo2": Build("attention_bias", "attention_bias", qk_norm="whole"),
     "olmo3": Build("attention_bias", "attention_bias", qk_norm="whole"),
     "exaone4": Build(qk_norm="head"),
-    "cohere": Build("attention_bias", "attention_bias", norms=1, extra=_cohere_norms),
+    "cohere": Build("attention_bias", "attention_bias", norms=1,
+                    extra=lambda f: _norms_of_heads(f, "use_qk_norm")),
     "cohere2": Build("attention_bias", "attention_bias", norms=1),
     "gemma2": Build("attention_bias", "attention_bias", norms=4),
     "gemma3_text": Build("attention_bias", "attention_bias", norms=4, qk_norm="head"),
